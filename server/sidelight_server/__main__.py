@@ -1,0 +1,31 @@
+"""The command `sidelight-server`."""
+
+import asyncio
+import logging
+import sys
+
+from .config import misspelt_variables, read_settings
+from .errors import ConfigurationError
+from .server import serve_until_signal
+
+log = logging.getLogger("sidelight")
+
+
+def main() -> int:
+    """Serve until a signal. Returns 0, or 2 where the server cannot start, with one line that says why."""
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="time=%(asctime)s level=%(levelname)s %(message)s"
+    )
+    try:
+        settings = read_settings(sys.argv[1:])
+        for warning in misspelt_variables():
+            log.warning('event=setting_ignored message="%s"', warning)
+        asyncio.run(serve_until_signal(settings))
+    except ConfigurationError as error:
+        print(f"sidelight-server: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""Settings: one class for flags, `SIDELIGHT_*` variables and `sidelight.toml`; in that order, the first that speaks wins.
+
+Field `max_chunk_rows` = flag `--max-chunk-rows` = variable `SIDELIGHT_MAX_CHUNK_ROWS` = key `max_chunk_rows` of the file.
+"""
+
+import argparse
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from .errors import ConfigurationError
+
+FILE = Path("sidelight.toml")
+PREFIX = "SIDELIGHT_"
+MEBIBYTE = 1024 * 1024
+
+
+class Settings(BaseModel):
+    """All that an operator can set. Checked once, when it is made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field("", description='where the model comes from: "python:package.module:factory"')
+    weights: Path | None = Field(None, description="weights for it: .safetensors, or a weights-only .pt")
+    name: str | None = Field(None, description="what requests call the model; the factory's name if unset")
+    input_size: tuple[int, int, int] | None = Field(
+        None, description="C,H,W of the model's input; unset: floating arrays of any shape, neither files nor pixels"
+    )
+    mean: tuple[float, ...] | None = Field(None, description="one for each channel, of pixels in 0…1; unset: 0")
+    std: tuple[float, ...] | None = Field(None, description="one for each channel, of pixels in 0…1; unset: 1")
+    resize: int | Literal["exact", "none"] | None = Field(
+        None,
+        description='short side in pixels before the centre crop, or "exact", or "none"; unset: just covers the input',
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
+        None, description="the filter of resizing; unset: bilinear"
+    )
+    outputs: Literal["logits", "probabilities"] | None = Field(
+        None, description="what the model returns, [N, K]; unset: logits"
+    )
+    labels: Path | None = Field(None, description="a text file of class names, one a line, in the classes' order")
+
+    listen: tuple[str, ...] = Field(
+        ("127.0.0.1:50051",), description='addresses: "host:port" (port 0: a free one) or "unix:/path"'
+    )
+    plaintext: bool = Field(False, description="allow addresses that are not loopback, although nothing is encrypted")
+    drain_s: float = Field(30.0, ge=0, description="seconds that running work may take after SIGTERM; 0: none")
+
+    device: str = Field("auto", description="auto, cpu, cuda:N or mps")
+    threads: int = Field(0, ge=0, description="CPU threads of one operation; 0: the CPUs that this process may use")
+    max_chunk_rows: int = Field(8, ge=1, le=4096, description="rows that the device runs at once, at most")
+
+    max_message_bytes: int = Field(64 * MEBIBYTE, ge=4096, le=2**31 - 1, description="bytes of a message, each way")
+    max_image_pixels: int = Field(50_000_000, ge=1, description="height × width of an encoded picture")
+    max_in_flight: int = Field(256, ge=1, description="batches at work at once, over all callers")
+    max_in_flight_bytes: int = Field(1024 * MEBIBYTE, ge=4096, description="bytes of those batches and their answers")
+    max_stream_in_flight: int = Field(32, ge=1, description="unanswered batches of one stream; reading pauses there")
+
+    def traits(self) -> dict[str, Any]:
+        """Return what completes a model's specification."""
+        names = ("name", "input_size", "mean", "std", "resize", "interpolation", "outputs")
+        return {name: getattr(self, name) for name in names} | {"labels": _read_labels(self.labels)}
+
+
+class _Process(Settings, BaseSettings):
+    """The settings of a process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        toml_file=FILE,
+        cli_prog_name="sidelight-server",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources, the first that speaks winning. The flags stand before them all."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests the flag that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        if message.startswith("unrecognized") and (close := difflib.get_close_matches(unknown[0], flags, n=1)):
+            message += f" (did you mean {close[0]}?)"
+        super().error(message)
+
+
+def read_settings(arguments: Sequence[str]) -> Settings:
+    """Return the settings of a process. `ConfigurationError` names what is wrong, and where; `--help` exits."""
+    flags: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
+        _Process,
+        root_parser=_Parser(
+            prog="sidelight-server",
+            description="Serves attributions of a PyTorch image model over gRPC.",
+            allow_abbrev=False,
+        ),
+        cli_parse_args=list(arguments),
+    )
+    try:
+        read = _Process(_cli_settings_source=flags)
+    except ValidationError as error:
+        raise ConfigurationError(_first(error)) from None
+    except ValueError as error:  # TOML that does not parse, JSON in a variable
+        raise ConfigurationError(f"{FILE} or a {PREFIX}* variable: {error}") from None
+    return Settings(**read.model_dump())
+
+
+def misspelt_variables() -> list[str]:
+    """Return warnings about variables that are nearly a setting. (Others may well be: `SIDELIGHT_SERVICE_HOST`.)"""
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in known]
+    nearly = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.9) for name in unknown}
+    return [f"{name} is no setting; did you mean {close[0]}?" for name, close in nearly.items() if close]
+
+
+def _first(error: ValidationError) -> str:
+    """Say in a line what the first thing wrong is."""
+    wrong = error.errors()[0]
+    name = str(wrong["loc"][0]) if wrong["loc"] else "settings"
+    if wrong["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+        return f"{name}: there is no such setting in {FILE}" + (f"; did you mean {close[0]}?" if close else "")
+    return f"{name}: got {wrong['input']!r}: {wrong['msg']}"
+
+
+def _read_labels(path: Path | None) -> tuple[str, ...] | None:
+    if path is None:
+        return None
+    try:
+        return tuple(path.read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"labels: {path}: {error}") from None

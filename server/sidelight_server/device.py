@@ -1,0 +1,41 @@
+"""Devices: which one to use, and how many CPU threads this process may keep busy."""
+
+import math
+import os
+from pathlib import Path
+
+import torch
+
+from .errors import ConfigurationError
+
+CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device for "auto", "cpu", "cuda", "cuda:N" or "mps". `ConfigurationError` where there is none such."""
+    if wanted == "auto":
+        wanted = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ConfigurationError(f'device: got "{wanted}", expected auto, cpu, cuda:N or mps')
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if (device.index or 0) >= count:
+            raise ConfigurationError(f'device: got "{wanted}", but torch sees {count} CUDA devices')
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigurationError('device: got "mps", but torch sees no such device')
+    return torch.device(device.type)
+
+
+def cpu_quota() -> int:
+    """Return how many CPUs this process may keep busy: its affinity, and within that its cgroup's quota."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CGROUP_CPU_MAX.read_text().split()
+    except (OSError, ValueError):
+        return cpus
+    return cpus if quota == "max" else max(1, min(cpus, math.floor(int(quota) / int(period))))

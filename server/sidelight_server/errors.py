@@ -1,0 +1,101 @@
+"""What can go wrong, each with the status that a caller gets.
+
+    SidelightError
+    ├── InvalidArgument      a field of the request is wrong
+    ├── NotFound             a model, label, layer or region that is not there
+    ├── FailedPrecondition   right in itself, but not for this model
+    ├── Unimplemented        in the schema, not served by this version
+    ├── ResourceExhausted    over the permits, the memory or the message limit
+    ├── Unavailable          the server is going away
+    ├── Cancelled            the caller took the batch back
+    ├── DeadlineExceeded     the batch's time ran out
+    └── Internal             the model or the server failed
+
+    ConfigurationError       a setting or a model that the server cannot start with; never sent to a caller
+
+No module but the faces knows grpc, so the codes are the canonical numbers.
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class SidelightError(Exception):
+    """A failure with a canonical status code, and where asking again is of use, how long to wait before."""
+
+    code: ClassVar[int] = 2
+
+    def __init__(self, message: str, *, retry_delay_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_delay_s = retry_delay_s
+
+
+class Cancelled(SidelightError):
+    """The caller took the batch back."""
+
+    code = 1
+
+
+class InvalidArgument(SidelightError):
+    """A field of the request is wrong, whatever the server's state."""
+
+    code = 3
+
+
+class DeadlineExceeded(SidelightError):
+    """The batch's time ran out before its answer was ready."""
+
+    code = 4
+
+
+class NotFound(SidelightError):
+    """A name that the request uses is not there."""
+
+    code = 5
+
+
+class ResourceExhausted(SidelightError):
+    """Over the permits, the memory or the message limit."""
+
+    code = 8
+
+
+class FailedPrecondition(SidelightError):
+    """Right in itself, but not for this model."""
+
+    code = 9
+
+
+class Unimplemented(SidelightError):
+    """In the schema, but not served by this version."""
+
+    code = 12
+
+
+class Internal(SidelightError):
+    """The model or the server failed. The message holds no details of the exception: the log does."""
+
+    code = 13
+
+
+class Unavailable(SidelightError):
+    """The server is going away."""
+
+    code = 14
+
+
+class ConfigurationError(Exception):
+    """A setting, a file or a model that the server cannot start with. One line: setting, file, cause."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Return words that suggest the names nearest to an unknown one, or list a few when none is near."""
+    names = list(known)
+    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(f'"{each}"' for each in close) + "?"
+    if not names:
+        return "there are none"
+    return "known: " + ", ".join(f'"{each}"' for each in names[:8]) + (", …" if len(names) > 8 else "")

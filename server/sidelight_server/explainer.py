@@ -1,0 +1,79 @@
+"""The explainer: one message's way through validation and engine, the same for unary calls and streams."""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from . import replies, wire
+from .admission import Admission
+from .attribution import Request
+from .engine import Engine
+from .errors import DeadlineExceeded, Internal, ResourceExhausted, SidelightError
+
+log = logging.getLogger("sidelight")
+
+
+@dataclass(frozen=True, slots=True)
+class Inquiry:
+    """A message that was found right: what it asks for, what that holds in memory, and until when it may take."""
+
+    message: pb.AttributeRequest
+    request: Request
+    n_bytes: int
+    deadline_s: float | None  # on the event loop's clock
+
+
+class Explainer:
+    """Explains messages on an engine, within the permits of `admission`."""
+
+    def __init__(self, engine: Engine) -> None:
+        settings = engine.settings
+        self._engine = engine
+        self._limit_bytes = settings.max_message_bytes
+        self.admission = Admission(max_requests=settings.max_in_flight, max_bytes=settings.max_in_flight_bytes)
+
+    def inquire(self, message: pb.AttributeRequest) -> Inquiry:
+        """Check a message that has just arrived. A `SidelightError` says what is wrong with it."""
+        timeout_s = wire.timeout_s(message)
+        request = wire.parse(message)
+        answer_bytes = self._engine.answer_bytes(request)
+        self._refuse_long_answer(answer_bytes)
+        return Inquiry(
+            message=message,
+            request=request,
+            n_bytes=message.ByteSize() + answer_bytes,
+            deadline_s=None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s,
+        )
+
+    async def admit(self, inquiry: Inquiry) -> None:
+        """Wait for a permit and take it; `admission.release` gives it back."""
+        try:
+            async with asyncio.timeout_at(inquiry.deadline_s):
+                await self.admission.acquire(inquiry.n_bytes)
+        except TimeoutError:
+            raise DeadlineExceeded("timeout: it passed while the server was full") from None
+
+    async def explain(self, inquiry: Inquiry) -> pb.Attribution:
+        """Return the answer. Nothing but a `SidelightError` says why there is none."""
+        try:
+            async with asyncio.timeout_at(inquiry.deadline_s):
+                answer = await self._engine.attribute(inquiry.request)
+            reply = replies.result(answer, inquiry.message)
+            self._refuse_long_answer(reply.ByteSize())
+        except TimeoutError:
+            raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
+        except SidelightError:
+            raise
+        except Exception as error:
+            log.exception("event=unexpected id=%s", inquiry.message.id)
+            raise Internal("the server failed; its log has the cause") from error
+        return reply
+
+    def _refuse_long_answer(self, n_bytes: int) -> None:
+        if n_bytes > self._limit_bytes:
+            raise ResourceExhausted(
+                f"the answer takes {n_bytes} bytes, the server's max_message_bytes is {self._limit_bytes}: "
+                "send fewer examples"
+            )

@@ -1,0 +1,1 @@
+"""The attribution methods: how gradients become maps."""

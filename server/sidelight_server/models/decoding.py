@@ -1,0 +1,162 @@
+"""A file becomes pixels: the first thing that happens to an image that came as PNG, JPEG, WebP, TIFF, BMP or GIF."""
+
+import io
+import warnings
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+
+from ..errors import InvalidArgument
+
+# Two choices for the whole process, made once, because `warnings.catch_warnings` is not thread-safe before Python 3.14.
+# Pillow's own limit warns, or raises, at sizes of its choosing, and in some formats before the size can be read here;
+# `max_pixels` takes its place. Its other warnings quote the file: each new text would be logged and kept for ever.
+Image.MAX_IMAGE_PIXELS = None
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+
+Pixels = npt.NDArray[np.uint8]
+
+_MODES: Mapping[int, str] = MappingProxyType({1: "L", 3: "RGB", 4: "RGBA"})
+
+
+class _FirstFrame(GifImageFile):
+    """A GIF of which only the first frame is wanted, so nothing is disposed of after it.
+
+    Pillow fills the disposed area while opening, before its size can be checked: 30 bytes would take 4 GB.
+    """
+
+    @property
+    def disposal_method(self) -> int:
+        return 0
+
+    @disposal_method.setter
+    def disposal_method(self, method: int) -> None:
+        pass
+
+
+# The files' first bytes choose the one parser that sees them, so none of Pillow's other thirty is ever reached.
+_FORMATS: tuple[tuple[str, Callable[[bytes], bool], type[ImageFile]], ...] = (
+    ("PNG", lambda file: file.startswith(b"\x89PNG\r\n\x1a\n"), PngImageFile),
+    ("JPEG", lambda file: file.startswith(b"\xff\xd8\xff"), JpegImageFile),
+    ("WebP", lambda file: file.startswith(b"RIFF") and file[8:12] == b"WEBP", WebPImageFile),
+    ("TIFF", lambda file: file.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")), TiffImageFile),
+    ("BMP", lambda file: file.startswith(b"BM"), BmpImageFile),
+    ("GIF", lambda file: file.startswith((b"GIF87a", b"GIF89a")), _FirstFrame),
+)
+
+
+def _leave(pixels: Pixels) -> Pixels:
+    return pixels
+
+
+_UPRIGHT: Mapping[int, Callable[[Pixels], Pixels]] = MappingProxyType(
+    {
+        2: lambda pixels: pixels[:, ::-1],
+        3: lambda pixels: pixels[::-1, ::-1],
+        4: lambda pixels: pixels[::-1],
+        5: lambda pixels: pixels.swapaxes(0, 1),
+        6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+        7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+        8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
+    }
+)
+
+
+def decode(file: bytes, *, channels: int, max_pixels: int) -> Pixels:
+    """Return a file's first frame as a model with 1, 3 or 4 channels takes it: uint8 `[H, W, C]`, writable.
+
+    Turned upright by its EXIF orientation; alpha laid over white, or kept for 4 channels; 16-bit grey scaled to 8.
+    Colour profiles are not applied. Raises InvalidArgument, and nothing else, for whatever is wrong with the file.
+    """
+    if channels not in _MODES:
+        raise InvalidArgument(f"image file: files give 1, 3 or 4 channels, the model wants {channels}; send arrays")
+    name, plugin = _recognise(file)
+    try:
+        with plugin(io.BytesIO(file)) as image:
+            _check_size(image, max_pixels)
+            image.load()
+            pixels = _to_pixels(image, channels)  # [H, W, C]
+            upright = _UPRIGHT.get(_orientation(image), _leave)
+    except InvalidArgument:
+        raise
+    # Pillow promises no set of exceptions: OSError, SyntaxError, struct.error, zlib.error, MemoryError, … are all seen.
+    except Exception as error:
+        raise InvalidArgument(f"image file: {_describe(error)} {name} after {len(file):,} bytes") from error
+    return np.ascontiguousarray(upright(pixels))
+
+
+def _recognise(file: bytes) -> tuple[str, type[ImageFile]]:
+    for name, begins, plugin in _FORMATS:
+        if begins(file):
+            return name, plugin
+    raise InvalidArgument(f"image file: {len(file):,} bytes are no PNG, JPEG, WebP, TIFF, BMP or GIF")
+
+
+def _check_size(image: ImageFile, max_pixels: int) -> None:
+    width, height = image.size
+    if isinstance(image, TiffImageFile) and TILEWIDTH in image.tag_v2:
+        # A tile is unpacked whole, so a small picture in one huge tile is a bomb too.
+        width = max(width, image.tag_v2[TILEWIDTH])
+        height = max(height, image.tag_v2[TILELENGTH])
+    if height * width > max_pixels:
+        raise InvalidArgument(
+            f"image file: {height:,} × {width:,} are {height * width:,} pixels, max_image_pixels is {max_pixels:,}"
+        )
+
+
+def _orientation(image: ImageFile) -> int:
+    if "exif" in image.info:
+        # Read anew so that malformed EXIF raises: a JPEG's is read while opening, where Pillow passes over errors.
+        Image.Exif().load(image.info["exif"])
+    orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation
+
+
+def _to_pixels(image: Image.Image, channels: int) -> Pixels:
+    mode = _MODES[channels]
+    if image.mode == "F":
+        raise InvalidArgument("image file: float pixels have no range that 8 bits could stand for; send a float array")
+    if image.mode.startswith("I"):
+        image = _scale_to_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if mode != "RGBA":
+            image = _lay_over_white(image)
+    elif image.mode not in ("1", "L", "RGB"):
+        image = image.convert("RGB")
+    if image.mode != mode:
+        image = image.convert(mode)
+    return np.array(image).reshape(image.height, image.width, channels)  # [H, W, C]
+
+
+def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.int32)  # [H, W]
+    if values.min() < 0 or values.max() > 0xFFFF:
+        found = f"values from {values.min():,} to {values.max():,}"
+        raise InvalidArgument(f"image file: {found}, expected 8 or 16 unsigned bits; send arrays")
+    # 65535 = 257 · 255 and 257 is odd, so this is value · 255 / 65535 rounded, without a tie.
+    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if "transparency" not in image.info:
+        return grey
+    opaque = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
+    return Image.merge("LA", (grey, opaque))
+
+
+def _lay_over_white(image: Image.Image) -> Image.Image:
+    rgba = np.asarray(image).astype(np.uint16)  # [H, W, 4]
+    colour, alpha = rgba[..., :3], rgba[..., 3:]
+    return Image.fromarray(((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8))
+
+
+def _describe(error: Exception) -> str:
+    return "truncated" if isinstance(error, EOFError) or "truncated" in str(error) else "broken or truncated"

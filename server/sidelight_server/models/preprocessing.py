@@ -1,0 +1,172 @@
+"""Pixels become the model's input size: between a decoded file, or a uint8 array, and the device that normalises it."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from ..errors import InvalidArgument
+
+Pixels = npt.NDArray[np.uint8]
+Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+
+# A picture of 1 × 60,000 whose short side becomes 256 would pass through 12 GB. No picture that a person looks at
+# comes near this bound (50 MB of RGB). Beyond it the order of work changes, and a byte may differ by 1.
+MAX_SCALED_PIXELS = 1 << 24
+
+_WIDEST_SUPPORT = 3  # source pixels to each side that Lanczos, the widest of the filters, looks at
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Where the model's input lies in the original picture, in pixels: original → resized to scaled → crop cut out."""
+
+    original_height: int
+    original_width: int
+    scaled_height: int
+    scaled_width: int
+    crop_top: int
+    crop_left: int
+    crop_height: int
+    crop_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How a picture is brought to a model: resized, its centre cut out; on the device then (pixel / 255 − mean) / std.
+
+    `resize` is the length that the short side gets (more where the crop would not fit), the aspect kept; or "exact",
+    straight to height × width; or "none". `mean` and `std` have one number for each channel, in units of 0 … 1.
+    """
+
+    channels: int
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: int | Literal["exact", "none"]
+    interpolation: Interpolation
+
+    def __post_init__(self) -> None:
+        for field in ("channels", "height", "width"):
+            if not _is_count(getattr(self, field)):
+                raise ValueError(f"{field}: got {getattr(self, field)!r}, expected an integer from 1 up")
+        for field in ("mean", "std"):
+            values = getattr(self, field)
+            if not isinstance(values, tuple) or len(values) != self.channels or not all(map(_is_finite, values)):
+                raise ValueError(f"{field}: got {values!r}, expected a tuple of {self.channels} finite numbers")
+        if min(self.std) <= 0:
+            raise ValueError(f"std: got {self.std!r}, expected numbers above 0")
+        if self.resize not in ("exact", "none") and not _is_count(self.resize):
+            raise ValueError(f'resize: got {self.resize!r}, expected an integer from 1 up, "exact" or "none"')
+        if self.interpolation not in get_args(Interpolation):
+            known = ", ".join(get_args(Interpolation))
+            raise ValueError(f"interpolation: got {self.interpolation!r}, expected one of {known}")
+
+    def fit(self, pixels: Pixels) -> tuple[Pixels, Geometry]:
+        """Return uint8 `[H, W, C]` as uint8 `[height, width, C]`, and where that lies in the picture.
+
+        What needs no resizing is not copied: it is the array itself, or a view into it.
+        """
+        self._check(pixels)
+        original_height, original_width = pixels.shape[:2]
+        scaled_height, scaled_width = self._scale(original_height, original_width)
+        geometry = Geometry(
+            original_height=original_height,
+            original_width=original_width,
+            scaled_height=scaled_height,
+            scaled_width=scaled_width,
+            crop_top=round((scaled_height - self.height) / 2),
+            crop_left=round((scaled_width - self.width) / 2),
+            crop_height=self.height,
+            crop_width=self.width,
+        )
+        resample = Image.Resampling[self.interpolation.upper()]
+        if scaled_height * scaled_width > max(MAX_SCALED_PIXELS, self.height * self.width):
+            return _resize_crop(pixels, geometry, resample), geometry
+        if (scaled_height, scaled_width) != (original_height, original_width):
+            pixels = _resize(pixels, scaled_height, scaled_width, resample)
+        return _crop(pixels, geometry), geometry
+
+    def _check(self, pixels: Pixels) -> None:
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or 0 in pixels.shape:
+            raise InvalidArgument(
+                f"image: {pixels.dtype} {list(pixels.shape)}, expected uint8 [H, W, C], none of them 0"
+            )
+        if pixels.shape[2] != self.channels:
+            raise InvalidArgument(f"image: {pixels.shape[2]} channels, the model wants {self.channels}")
+
+    def _scale(self, height: int, width: int) -> tuple[int, int]:
+        if self.resize == "exact":
+            return self.height, self.width
+        if self.resize == "none":
+            if height < self.height or width < self.width:
+                wanted = f"{self.height} × {self.width}"
+                raise InvalidArgument(
+                    f"image: {height} × {width} pixels, the model wants {wanted} or more: it never resizes"
+                )
+            return height, width
+        if height <= width:
+            short = max(self.resize, self.height, -(-self.width * height // width))
+            return short, short * width // height
+        short = max(self.resize, self.width, -(-self.height * width // height))
+        return short * height // width, short
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _crop(pixels: Pixels, geometry: Geometry) -> Pixels:
+    top, left = geometry.crop_top, geometry.crop_left
+    return pixels[top : top + geometry.crop_height, left : left + geometry.crop_width]
+
+
+def _resize_crop(pixels: Pixels, geometry: Geometry, resample: Image.Resampling) -> Pixels:
+    """Resize only the part that the crop shows, so that the scaled picture never exists."""
+    rows, top, bottom = _source(
+        geometry.original_height, geometry.scaled_height, geometry.crop_top, geometry.crop_height
+    )
+    columns, left, right = _source(
+        geometry.original_width, geometry.scaled_width, geometry.crop_left, geometry.crop_width
+    )
+    box = (left, top, right, bottom)
+    return _resize(pixels[rows, columns], geometry.crop_height, geometry.crop_width, resample, box=box)
+
+
+def _source(original: int, scaled: int, start: int, length: int) -> tuple[slice, float, float]:
+    """Return the pixels of one axis that a crop depends on, and the crop's edges counted from the first of them.
+
+    Pillow keeps a box in float32: counted from afar, a crop deep inside a long picture would be off by its own pixels.
+    """
+    step = original / scaled
+    begin, end = start * step, (start + length) * step
+    margin = _WIDEST_SUPPORT * max(step, 1.0) + 1
+    first, last = max(0, math.floor(begin - margin)), min(original, math.ceil(end + margin))
+    return slice(first, last), begin - first, min(end, original) - first
+
+
+def _resize(
+    pixels: Pixels,
+    height: int,
+    width: int,
+    resample: Image.Resampling,
+    *,
+    box: tuple[float, float, float, float] | None = None,
+) -> Pixels:
+    n_rows, n_columns, channels = pixels.shape
+    if box is None and n_rows * width > max(MAX_SCALED_PIXELS, n_rows * n_columns):
+        # Pillow works along the rows first: of a picture 1 wide and millions high it would make millions of long rows.
+        pixels = _resize(pixels, height, n_columns, resample)
+    if channels == 3:
+        return np.array(Image.fromarray(pixels).resize((width, height), resample, box))
+    # One by one: of two channels Pillow thinks that the last is alpha, of four too, and multiplies the others by it.
+    planes = [Image.fromarray(pixels[..., each]).resize((width, height), resample, box) for each in range(channels)]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)  # [height, width, C]

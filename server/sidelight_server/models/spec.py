@@ -1,0 +1,54 @@
+"""What a factory may return instead of a bare module: the module, and what is known about its input and its output."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
+
+from torch import nn
+
+from ..errors import ConfigurationError
+
+Resize = int | Literal["exact", "none"]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A module and what is known about it; what is None here comes from the settings.
+
+    Pixels are scaled to 0…1, then `mean` is subtracted and `std` divides. Without an input size a model takes floating
+    arrays of any shape, and neither files nor pixels.
+    """
+
+    module: nn.Module
+    input_size: tuple[int, int, int] | None = None  # C, H, W
+    mean: Sequence[float] | None = None  # one for each channel; None: 0
+    std: Sequence[float] | None = None  # one for each channel; None: 1
+    resize: Resize | None = (
+        None  # an int is the short side in pixels before the centre crop; None: just covers the input
+    )
+    interpolation: Interpolation | None = None  # None: bilinear
+    outputs: Literal["logits", "probabilities"] | None = None  # what the module returns, [N, K]; None: logits
+    labels: Sequence[str] | None = None  # the names of the K classes, in order
+    name: str | None = None  # what requests call the model
+
+    def completed(self, settings: Mapping[str, Any]) -> "ModelSpec":
+        """Return this with what it leaves out filled in; a name in the settings wins.
+
+        `ConfigurationError` where settings and specification say different things of the same model.
+        """
+        filled: dict[str, Any] = {"name": settings.get("name") or self.name}
+        for field in fields(self)[1:]:
+            ours, theirs = getattr(self, field.name), settings.get(field.name)
+            if field.name == "name" or theirs is None:
+                continue
+            if ours is not None and _plain(ours) != _plain(theirs):
+                raise ConfigurationError(
+                    f"{field.name}: the settings say {theirs!r}, the model's own specification says {ours!r}"
+                )
+            filled[field.name] = theirs
+        return replace(self, **filled)
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, list | tuple) else value

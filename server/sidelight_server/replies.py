@@ -1,0 +1,163 @@
+"""The wire, outwards: answers, failures and models become messages."""
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+from google.protobuf.duration_pb2 import Duration
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import model_pb2, tensor_pb2
+
+from .attribution import Answer, Explanation
+from .engine import Engine
+from .errors import SidelightError
+from .models.model import Model
+from .models.preprocessing import Geometry
+from .wire import CHANNELS, MAGNITUDES, SCORES
+
+_Key = TypeVar("_Key")
+_Value = TypeVar("_Value")
+
+
+def result(answer: Answer, message: pb.AttributeRequest) -> pb.Attribution:
+    """Return the message of an answer to a request's message."""
+    reply = pb.Attribution(
+        maps=tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=answer.maps.shape, data=answer.maps.tobytes()),
+        examples=[_example(each, answer.labels) for each in answer.explanations],
+        failures=[
+            pb.ExampleFailure(example=each.example, code=each.code, message=each.message) for each in answer.failures
+        ],
+        provenance=_provenance(answer, message),
+        timing=pb.Timing(
+            prepare=duration(answer.timing.prepare_s),
+            queue=duration(answer.timing.queue_s),
+            compute=duration(answer.timing.compute_s),
+            total=duration(answer.timing.total_s),
+        ),
+        transport=pb.TRANSPORT_INLINE,
+        final=True,
+    )
+    if answer.probabilities is not None:
+        reply.probabilities.CopyFrom(
+            tensor_pb2.Tensor(
+                dtype=tensor_pb2.DATA_TYPE_FLOAT32,
+                shape=answer.probabilities.shape,
+                data=answer.probabilities.tobytes(),
+            )
+        )
+    return reply
+
+
+def failure(error: SidelightError) -> pb.Failure:
+    """Return the message of a failure."""
+    delay = None if error.retry_delay_s is None else duration(error.retry_delay_s)
+    return pb.Failure(code=error.code, message=error.message, retry_delay=delay)
+
+
+def duration(seconds: float) -> Duration:
+    """Return a span, to the nanosecond."""
+    whole, part = divmod(max(0, round(seconds * 1e9)), 1_000_000_000)
+    return Duration(seconds=whole, nanos=part)
+
+
+def model_info(engine: Engine, model: Model, *, whole: bool) -> model_pb2.ModelInfo:
+    """Return what there is to say of a model; labels and layers only if it is to be whole."""
+    return model_pb2.ModelInfo(
+        name=model.name,
+        version=model.version,
+        digest=model.digest,
+        state=model_pb2.MODEL_STATE_SERVING,
+        input=_input(model),
+        class_count=model.class_count,
+        labels=model.labels if whole else (),
+        scores=[_number(SCORES, score) for score in model.scores],
+        layers=model.layers if whole else (),
+        precision=model.precision,
+        device=str(engine.device),
+        chunk_rows=engine.chunk_rows,
+    )
+
+
+def _input(model: Model) -> model_pb2.InputInfo | None:
+    preprocessing = model.preprocessing
+    if preprocessing is None:
+        return None
+    return model_pb2.InputInfo(
+        channels=preprocessing.channels,
+        height=preprocessing.height,
+        width=preprocessing.width,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        resize=str(preprocessing.resize),
+        interpolation=preprocessing.interpolation,
+    )
+
+
+def _example(explanation: Explanation | None, labels: tuple[str, ...]) -> pb.Example:
+    if explanation is None:
+        return pb.Example()
+    return pb.Example(
+        prediction=pb.Prediction(
+            index=explanation.predicted,
+            label=_label(labels, explanation.predicted),
+            probability=explanation.probability,
+        ),
+        explained=[
+            pb.Explained(
+                index=explanation.explained,
+                label=_label(labels, explanation.explained),
+                score=explanation.score,
+                saturated=explanation.saturated,
+            )
+        ],
+        geometry=_geometry(explanation.geometry) if explanation.geometry else None,
+    )
+
+
+def _label(labels: tuple[str, ...], index: int) -> str:
+    return labels[index] if labels else ""
+
+
+def _geometry(geometry: Geometry) -> tensor_pb2.Geometry:
+    return tensor_pb2.Geometry(
+        original_height=geometry.original_height,
+        original_width=geometry.original_width,
+        scaled_height=geometry.scaled_height,
+        scaled_width=geometry.scaled_width,
+        crop=tensor_pb2.Box(
+            top=geometry.crop_top,
+            left=geometry.crop_left,
+            height=geometry.crop_height,
+            width=geometry.crop_width,
+        ),
+    )
+
+
+def _provenance(answer: Answer, message: pb.AttributeRequest) -> pb.Provenance:
+    request, facts = answer.request, answer.provenance
+    return pb.Provenance(
+        model=facts.model,
+        model_version=facts.model_version,
+        model_digest=facts.model_digest,
+        method=pb.Method(
+            gradient=pb.GradientMethod(
+                magnitude=_number(MAGNITUDES, request.method.magnitude), times_input=request.method.times_input
+            )
+        ),
+        target=message.target,
+        score=_number(SCORES, request.score),
+        channels=_number(CHANNELS, request.channels),
+        precision=facts.precision,
+        device=facts.device,
+        threads=facts.threads,
+        chunk_rows=facts.chunk_rows,
+        software=_software(facts.software),
+    )
+
+
+def _software(versions: Iterable[tuple[str, str]]) -> list[pb.SoftwareVersion]:
+    return [pb.SoftwareVersion(name=name, version=version) for name, version in versions]
+
+
+def _number(table: Mapping[_Key, _Value], value: _Value) -> _Key:
+    """Return the number on the wire that stands for a value."""
+    return next(number for number, each in table.items() if each is value)

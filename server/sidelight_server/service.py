@@ -1,0 +1,103 @@
+"""The service: the calls of `sidelight.v1`. Here errors become statuses."""
+
+from importlib import metadata
+from typing import Any, NoReturn
+
+import grpc
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
+
+from . import replies
+from .engine import Engine
+from .errors import SidelightError, Unimplemented
+from .explainer import Explainer
+from .stream import Stream
+from .wire import SERVED_METHODS
+
+RETRY_TRAILER = "retry-after-ms"
+
+STATUSES: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
+    """`sidelight.v1.AttributionService` on an engine."""
+
+    def __init__(self, engine: Engine, explainer: Explainer) -> None:
+        self._engine = engine
+        self._explainer = explainer
+
+    async def Attribute(self, request: pb.AttributeRequest, context: Context) -> pb.AttributeResponse:  # noqa: N802
+        """Explain one batch."""
+        try:
+            inquiry = self._explainer.inquire(request)
+            with self._explainer.admission.enter(inquiry.n_bytes):
+                return pb.AttributeResponse(id=request.id, result=await self._explainer.explain(inquiry))
+        except SidelightError as error:
+            await abort(context, error)
+
+    # The generated stub knows only handlers that yield; one that writes lets answers overtake each other.
+    async def AttributeStream(  # type: ignore[override]  # noqa: N802
+        self, request_iterator: object, context: Context
+    ) -> None:
+        """Explain many batches over one connection."""
+        stream = Stream(context, self._explainer, max_in_flight=self._engine.settings.max_stream_in_flight)
+        await stream.run()
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: pb.GetServerInfoRequest, context: Context
+    ) -> pb.GetServerInfoResponse:
+        """Return version, limits, methods and models."""
+        settings = self._engine.settings
+        return pb.GetServerInfoResponse(
+            version=metadata.version("sidelight"),
+            limits=pb.Limits(
+                max_message_bytes=settings.max_message_bytes,
+                max_image_pixels=settings.max_image_pixels,
+                max_in_flight=settings.max_in_flight,
+                max_in_flight_bytes=settings.max_in_flight_bytes,
+                max_stream_in_flight=settings.max_stream_in_flight,
+            ),
+            methods=SERVED_METHODS,
+            models=[replies.model_info(self._engine, each, whole=False) for each in self._engine.models.values()],
+        )
+
+
+class ModelService(model_pb2_grpc.ModelServiceServicer):
+    """`sidelight.v1.ModelService` on an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def ListModels(  # noqa: N802
+        self, request: model_pb2.ListModelsRequest, context: Context
+    ) -> model_pb2.ListModelsResponse:
+        """Return every model without labels and layers."""
+        models = self._engine.models.values()
+        return model_pb2.ListModelsResponse(
+            models=[replies.model_info(self._engine, each, whole=False) for each in models]
+        )
+
+    async def GetModel(  # noqa: N802
+        self, request: model_pb2.GetModelRequest, context: Context
+    ) -> model_pb2.GetModelResponse:
+        """Return one model whole."""
+        try:
+            model = self._engine.model(request.name)
+        except SidelightError as error:
+            await abort(context, error)
+        return model_pb2.GetModelResponse(model=replies.model_info(self._engine, model, whole=True))
+
+    async def ReloadModel(  # noqa: N802
+        self, request: model_pb2.ReloadModelRequest, context: Context
+    ) -> model_pb2.ReloadModelResponse:
+        """Say that reloading is not served."""
+        await abort(context, Unimplemented("ReloadModel: reloading is not served by this version; restart the server"))
+
+
+async def abort(context: Context, error: SidelightError) -> NoReturn:
+    """End a call with an error's status, and in the trailers how long to wait before asking again."""
+    trailers = () if error.retry_delay_s is None else ((RETRY_TRAILER, str(round(error.retry_delay_s * 1000))),)
+    await context.abort(STATUSES[error.code], error.message, trailers)
+    raise AssertionError("abort always raises")

@@ -1,0 +1,92 @@
+"""The stream: many batches in flight on one connection. Nothing about one batch ends it."""
+
+import asyncio
+
+import grpc
+from sidelight.v1 import attribution_pb2 as pb
+
+from . import replies
+from .errors import Cancelled, InvalidArgument, SidelightError, Unimplemented
+from .explainer import Explainer
+
+Context = grpc.aio.ServicerContext[pb.AttributeStreamRequest, pb.AttributeStreamResponse]
+
+
+class Stream:
+    """One call of `AttributeStream`.
+
+    It reads a message only when one of its own slots is free, and admits it before it reads the next: a caller who
+    sends faster than the device runs, or does not take its answers, is held back by gRPC's flow control. A slot and a
+    permit are held until the answer is written.
+    """
+
+    def __init__(self, context: Context, explainer: Explainer, *, max_in_flight: int) -> None:
+        self._context = context
+        self._explainer = explainer
+        self._slots = asyncio.Semaphore(max_in_flight)
+        self._writing = asyncio.Lock()
+        self._unanswered: dict[str, asyncio.Task[pb.Attribution]] = {}
+
+    async def run(self) -> None:
+        """Serve until the caller has sent all, and every batch is answered."""
+        async with asyncio.TaskGroup() as group:
+            while True:
+                await self._slots.acquire()
+                message = await self._context.read()
+                if not isinstance(message, pb.AttributeStreamRequest):  # the end
+                    return
+                await self._receive(message, group)
+
+    async def _receive(self, message: pb.AttributeStreamRequest, group: asyncio.TaskGroup) -> None:
+        match message.WhichOneof("request"):
+            case "attribute":
+                await self._admit(message.attribute, group)
+                return
+            case "cancel":
+                self._cancel(message.cancel.id)
+            case "register_region":
+                unserved = Unimplemented("register_region: shared memory is not served by this version")
+                await self._fail(message.register_region.id, unserved)
+            case _:
+                await self._fail("", InvalidArgument("request: unset; expected attribute, cancel or register_region"))
+        self._slots.release()
+
+    async def _admit(self, request: pb.AttributeRequest, group: asyncio.TaskGroup) -> None:
+        try:
+            if not request.id:
+                raise InvalidArgument("id: empty; on a stream it is required, to match the answer")
+            if request.id in self._unanswered:
+                raise InvalidArgument(f'id: "{request.id}" is of a batch that is not answered yet')
+            inquiry = self._explainer.inquire(request)
+            await self._explainer.admit(inquiry)
+        except SidelightError as error:
+            await self._fail(request.id, error)
+            self._slots.release()
+            return
+        self._unanswered[request.id] = explaining = group.create_task(self._explainer.explain(inquiry))
+        group.create_task(self._answer(request.id, explaining, inquiry.n_bytes))
+
+    async def _answer(self, id_: str, explaining: asyncio.Task[pb.Attribution], n_bytes: int) -> None:
+        try:
+            await asyncio.wait([explaining])
+            del self._unanswered[id_]
+            if explaining.cancelled():
+                await self._fail(id_, Cancelled("the caller took the batch back"))
+            elif isinstance(error := explaining.exception(), SidelightError):
+                await self._fail(id_, error)
+            else:
+                await self._write(pb.AttributeStreamResponse(id=id_, result=explaining.result()))
+        finally:
+            self._explainer.admission.release(n_bytes)
+            self._slots.release()
+
+    def _cancel(self, id_: str) -> None:
+        if explaining := self._unanswered.get(id_):
+            explaining.cancel()
+
+    async def _fail(self, id_: str, error: SidelightError) -> None:
+        await self._write(pb.AttributeStreamResponse(id=id_, failure=replies.failure(error)))
+
+    async def _write(self, response: pb.AttributeStreamResponse) -> None:
+        async with self._writing:
+            await self._context.write(response)
