@@ -22,7 +22,7 @@ def main() -> int:
             log.warning('event=setting_ignored message="%s"', warning)
         asyncio.run(serve_until_signal(settings))
     except ConfigurationError as error:
-        print(f"sidelight-server: {error}", file=sys.stderr)  # noqa: T201
+        print(f"sidelight-server: {error}", file=sys.stderr)
         return 2
     return 0
 

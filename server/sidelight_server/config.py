@@ -1,6 +1,6 @@
-"""Settings: one class for flags, `SIDELIGHT_*` variables and `sidelight.toml`; in that order, the first that speaks wins.
+"""Settings: one class for flags, `SIDELIGHT_*` variables and `sidelight.toml`; the first that speaks wins.
 
-Field `max_chunk_rows` = flag `--max-chunk-rows` = variable `SIDELIGHT_MAX_CHUNK_ROWS` = key `max_chunk_rows` of the file.
+Field `max_chunk_rows` = flag `--max-chunk-rows` = variable `SIDELIGHT_MAX_CHUNK_ROWS` = key `max_chunk_rows`.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pydantic_settings import (
 )
 
 from .errors import ConfigurationError
+from .models.preprocessing import Interpolation
 
 FILE = Path("sidelight.toml")
 PREFIX = "SIDELIGHT_"
@@ -43,9 +44,7 @@ class Settings(BaseModel):
         None,
         description='short side in pixels before the centre crop, or "exact", or "none"; unset: just covers the input',
     )
-    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = Field(
-        None, description="the filter of resizing; unset: bilinear"
-    )
+    interpolation: Interpolation | None = Field(None, description="the filter of resizing; unset: bilinear")
     outputs: Literal["logits", "probabilities"] | None = Field(
         None, description="what the model returns, [N, K]; unset: logits"
     )

@@ -1,4 +1,4 @@
-"""The runner: the one thread that owns a device. It takes a chunk at the last moment, runs it, and gives the rows back."""
+"""The runner: the one thread that owns a device. It takes a chunk at the last moment, runs it, gives the rows back."""
 
 import logging
 import math

@@ -21,7 +21,7 @@ FORM = "python:package.module:factory"
 
 
 def load(source: str, weights: Path | None = None) -> ModelSpec:
-    """Return what a source's factory makes, its weights loaded. `ConfigurationError` says what went wrong, in a line."""
+    """Return what a source's factory makes, its weights loaded. `ConfigurationError` says what went wrong."""
     kind, _, rest = source.partition(":")
     module_name, _, factory_name = rest.partition(":")
     if kind != "python" or not module_name or not factory_name:
@@ -30,7 +30,7 @@ def load(source: str, weights: Path | None = None) -> ModelSpec:
     spec = made if isinstance(made, ModelSpec) else ModelSpec(made) if isinstance(made, nn.Module) else None
     if spec is None or not isinstance(spec.module, nn.Module):
         raise ConfigurationError(
-            f"model: {source} returned {type(made).__name__}, expected a torch.nn.Module or a sidelight_server.ModelSpec"
+            f"model: {source} returned {type(made).__name__}, expected a torch.nn.Module or a ModelSpec"
         )
     if weights is not None:
         _load_weights(spec.module, weights)

@@ -7,9 +7,9 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import ConfigurationError
+from .preprocessing import Interpolation
 
 Resize = int | Literal["exact", "none"]
-Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,170 @@
+"""Images: what a caller has becomes what goes over the wire, and stays at hand to be drawn on.
+
+Files and encoded bytes travel as they are. uint8 arrays are pixels, [H, W, C] or [N, H, W, C]; floating arrays are the
+model's own input, [C, H, W] or [N, C, H, W]. A torch tensor counts as an array; torch is never imported.
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from sidelight.v1 import tensor_pb2
+
+from ._errors import InvalidArgument
+from ._picture import picture_of
+
+Array = NDArray[Any]
+
+_DTYPES: dict[str, tensor_pb2.DataType.ValueType] = {
+    "uint8": tensor_pb2.DATA_TYPE_UINT8,
+    "float16": tensor_pb2.DATA_TYPE_FLOAT16,
+    "float32": tensor_pb2.DATA_TYPE_FLOAT32,
+    "float64": tensor_pb2.DATA_TYPE_FLOAT64,
+}
+_KINDS = "a path, encoded bytes, a PIL image, an array, a tensor, or a list of them"
+
+
+@runtime_checkable
+class TorchTensor(Protocol):
+    """What of a torch tensor is used here."""
+
+    dtype: Any
+
+    def detach(self) -> "TorchTensor":
+        """Leave the graph."""
+
+    def cpu(self) -> "TorchTensor":
+        """Come to the host."""
+
+    def float(self) -> "TorchTensor":
+        """Become float32."""
+
+    def numpy(self) -> Array:
+        """Become an array."""
+
+
+Picture = str | os.PathLike[str] | bytes | Image.Image
+Images = Picture | Array | TorchTensor | Sequence[Picture | Array | TorchTensor]
+
+
+class Batch:
+    """N examples: their message, and for each a picture to draw on.
+
+    Raises `InvalidArgument` for what cannot be sent, and `OSError` for a file that cannot be read.
+    """
+
+    def __init__(self, images: Images) -> None:
+        given = _as_list(images)
+        self._arrays: Array | None = None
+        self._files: list[bytes] = []
+        if isinstance(given, list):
+            self._files = [_file(each) for each in given]
+            self.message = tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=self._files))
+        else:
+            self._arrays = given
+            self.message = tensor_pb2.Images(tensor=_tensor(given))
+
+    def __len__(self) -> int:
+        return len(self._files) if self._arrays is None else len(self._arrays)
+
+    def picture(self, example: int) -> Image.Image:
+        """Return one example as an RGB picture, upright, its alpha laid over white; floats are scaled to be seen."""
+        if self._arrays is not None:
+            return picture_of(self._arrays[example])
+        return _upright(Image.open(io.BytesIO(self._files[example])))
+
+
+def _as_list(images: Images) -> list[Picture | Array] | Array:
+    """Return one array [N, …] where all are alike, else a list in which everything can become a file."""
+    if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
+        return [bytes(images) if isinstance(images, bytearray | memoryview) else images]
+    if isinstance(images, np.ndarray | TorchTensor):
+        return _batched(_array(images))
+    if not isinstance(images, Sequence):
+        raise InvalidArgument(f"images: got {type(images).__name__}, expected {_KINDS}")
+    each = [_array(image) if isinstance(image, np.ndarray | TorchTensor) else image for image in images]
+    arrays = [image for image in each if isinstance(image, np.ndarray)]
+    if not each or len(arrays) < len(each):
+        return each  # type: ignore[return-value]  # a tensor became an array above
+    if len({(array.shape, array.dtype) for array in arrays}) == 1:
+        return _batched(np.stack(arrays))
+    if any(array.dtype != np.uint8 for array in arrays):
+        shapes = sorted({f"{array.dtype} {list(array.shape)}" for array in arrays})
+        raise InvalidArgument(f"images: floating arrays of one batch must be alike, got {', '.join(shapes[:4])}")
+    return list(arrays)
+
+
+def _array(images: "Array | TorchTensor") -> Array:
+    if isinstance(images, np.ndarray):
+        array = images
+    else:
+        tensor = images.detach().cpu()
+        array = tensor.float().numpy() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
+    if array.dtype.name not in _DTYPES:
+        raise InvalidArgument(
+            f"images: got {array.dtype} of {list(array.shape)}, expected uint8 pixels [H, W, C], or model-ready "
+            f"float16, float32 or float64 [C, H, W]"
+        )
+    return array
+
+
+def _batched(array: Array) -> Array:
+    if array.ndim not in (3, 4):
+        letters = "[H, W, C] or [N, H, W, C]" if array.dtype == np.uint8 else "[C, H, W] or [N, C, H, W]"
+        raise InvalidArgument(f"images: got {array.dtype} of {list(array.shape)}, expected {letters}")
+    return array if array.ndim == 4 else array[None]
+
+
+def _tensor(array: Array) -> tensor_pb2.Tensor:
+    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return tensor_pb2.Tensor(dtype=_DTYPES[array.dtype.name], shape=array.shape, data=little.tobytes())
+
+
+def _file(image: object) -> bytes:
+    match image:
+        case bytes():
+            return image
+        case bytearray() | memoryview():
+            return bytes(image)
+        case str() | os.PathLike():
+            with open(image, "rb") as file:
+                return file.read()
+        case Image.Image():
+            return _encoded(image)
+        case np.ndarray() if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3, 4):
+            return _encoded(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image))
+        case np.ndarray():
+            raise InvalidArgument(
+                f"images: got {image.dtype} of {list(image.shape)} among files or arrays of other sizes, "
+                "expected uint8 [H, W, C] with 1, 3 or 4 channels"
+            )
+        case _:
+            raise InvalidArgument(f"images: got {type(image).__name__} in the list, expected {_KINDS}")
+
+
+def _encoded(image: Image.Image) -> bytes:
+    """Return a PIL image as a file, without loss: PNG, or TIFF for what PNG cannot hold. The server decodes it."""
+    file = io.BytesIO()
+    exif = image.getexif()
+    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F"):
+        image.save(file, "TIFF", exif=exif)
+    else:
+        image.save(file, "PNG", compress_level=1, exif=exif)
+    return file.getvalue()
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        # 16-bit grey: Pillow's own conversion to 8 bits clips instead of scaling.
+        scaled = (np.asarray(upright).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
+        return Image.fromarray(scaled).convert("RGB")
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    white = Image.new("RGBA", upright.size, "white")
+    return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")

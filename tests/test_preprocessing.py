@@ -1,0 +1,276 @@
+"""Pixels become the model's input size: plain Pillow is the oracle, the geometry says where the input lies."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from sidelight_server.errors import InvalidArgument
+from sidelight_server.models import preprocessing
+from sidelight_server.models.preprocessing import Geometry, Preprocessing
+
+FILTERS = ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+
+
+def prepare(channels: int = 3, height: int = 32, width: int = 32, **fields: Any) -> Preprocessing:
+    values = {"mean": (0.5,) * channels, "std": (0.25,) * channels, "resize": 36, "interpolation": "bilinear"}
+    return Preprocessing(channels=channels, height=height, width=width, **(values | fields))
+
+
+def noise(height: int, width: int, channels: int = 3) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def resized(pixels: np.ndarray, height: int, width: int, interpolation: str = "bilinear") -> np.ndarray:
+    resample = Image.Resampling[interpolation.upper()]
+    planes = [Image.fromarray(plane).resize((width, height), resample) for plane in np.moveaxis(pixels, -1, 0)]
+    return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+
+
+def cut(pixels: np.ndarray, geometry: Geometry) -> np.ndarray:
+    rows = slice(geometry.crop_top, geometry.crop_top + geometry.crop_height)
+    columns = slice(geometry.crop_left, geometry.crop_left + geometry.crop_width)
+    return pixels[rows, columns]
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize(("height", "width"), [(50, 81), (81, 50), (20, 30), (36, 90), (200, 41)])
+def test_a_picture_is_what_pillow_resizes_and_a_crop_cuts(height: int, width: int, interpolation: str) -> None:
+    pixels = noise(height, width)
+    fitted, geometry = prepare(interpolation=interpolation).fit(pixels)
+    scale = 36 / min(height, width)
+    scaled = (36, int(width * scale)) if height <= width else (int(height * scale), 36)
+    assert (geometry.scaled_height, geometry.scaled_width) == scaled
+    image = Image.fromarray(pixels).resize(scaled[::-1], Image.Resampling[interpolation.upper()])
+    np.testing.assert_array_equal(fitted, cut(np.asarray(image), geometry))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("resize", [36, "exact"])
+def test_each_channel_is_resized_by_itself(channels: int, resize: int | str) -> None:
+    pixels = noise(50, 81, channels)
+    fitted, geometry = prepare(channels, resize=resize).fit(pixels)
+    assert fitted.shape == (32, 32, channels)
+    assert fitted.dtype == np.uint8
+    assert fitted.flags.writeable
+    np.testing.assert_array_equal(fitted, cut(resized(pixels, geometry.scaled_height, geometry.scaled_width), geometry))
+
+
+def test_a_fourth_channel_of_zeros_hides_no_colour() -> None:
+    pixels = np.full((50, 81, 4), 200, np.uint8)
+    pixels[..., 3] = 0
+    fitted, _ = prepare(4).fit(pixels)
+    np.testing.assert_array_equal(fitted[..., :3], 200)
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (300, 2), (32, 32), (1000, 1000)])
+def test_one_colour_stays_that_colour(shape: tuple[int, int], interpolation: str) -> None:
+    fitted, _ = prepare(interpolation=interpolation).fit(np.full((*shape, 3), (7, 130, 255), np.uint8))
+    np.testing.assert_array_equal(fitted, np.broadcast_to(np.array([7, 130, 255], np.uint8), (32, 32, 3)))
+
+
+def test_the_usual_imagenet_numbers_come_out() -> None:
+    _, geometry = prepare(height=224, width=224, resize=256).fit(noise(375, 500))
+    assert geometry == Geometry(
+        original_height=375,
+        original_width=500,
+        scaled_height=256,
+        scaled_width=341,
+        crop_top=16,
+        crop_left=58,  # 58.5, rounded to even as torchvision does
+        crop_height=224,
+        crop_width=224,
+    )
+
+
+@pytest.mark.parametrize(
+    ("original", "scaled"),
+    [((100, 100), (96, 96)), ((200, 100), (192, 96)), ((100, 200), (48, 96)), ((100, 1000), (40, 400))],
+    ids=["square", "tall", "wide-as-the-crop", "wider-than-the-crop"],
+)
+def test_a_picture_is_enlarged_until_a_wide_crop_fits(original: tuple[int, int], scaled: tuple[int, int]) -> None:
+    fitted, geometry = prepare(height=32, width=96, resize=40).fit(noise(*original))
+    assert fitted.shape == (32, 96, 3)
+    assert (geometry.scaled_height, geometry.scaled_width) == scaled
+
+
+def test_a_short_side_of_one_just_covers_the_input() -> None:
+    _, geometry = prepare(height=32, width=48, resize=1).fit(noise(100, 100))
+    assert (geometry.scaled_height, geometry.scaled_width) == (48, 48)
+
+
+sides = st.integers(1, 400)
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(sides, sides, st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.sampled_from([1, 3, 4]))
+def test_the_crop_lies_in_the_middle_of_a_picture_that_keeps_its_aspect(
+    original_height: int, original_width: int, height: int, width: int, resize: int, channels: int
+) -> None:
+    preparing = prepare(channels, height, width, resize=resize)
+    fitted, geometry = preparing.fit(np.zeros((original_height, original_width, channels), np.uint8))
+    assert fitted.shape == (geometry.crop_height, geometry.crop_width, channels) == (height, width, channels)
+    assert (geometry.original_height, geometry.original_width) == (original_height, original_width)
+    assert min(geometry.scaled_height, geometry.scaled_width) >= resize
+    for scaled, start, length in (
+        (geometry.scaled_height, geometry.crop_top, height),
+        (geometry.scaled_width, geometry.crop_left, width),
+    ):
+        assert start >= 0
+        assert start + length <= scaled
+        assert abs(start - (scaled - length - start)) <= 1
+    # The long side is cut to an integer, so the aspects differ by less than one pixel of it.
+    long, short = max(geometry.scaled_height, geometry.scaled_width), min(geometry.scaled_height, geometry.scaled_width)
+    exact = short * max(original_height, original_width) / min(original_height, original_width)
+    assert exact - 1 < long <= exact
+
+
+@pytest.mark.parametrize(("height", "width"), [(50, 81), (10, 300), (32, 31)])
+def test_exact_resizes_straight_to_the_input(height: int, width: int) -> None:
+    pixels = noise(height, width)
+    fitted, geometry = prepare(height=32, width=48, resize="exact").fit(pixels)
+    assert (geometry.scaled_height, geometry.scaled_width) == (32, 48)
+    assert (geometry.crop_top, geometry.crop_left) == (0, 0)
+    np.testing.assert_array_equal(fitted, resized(pixels, 32, 48))
+
+
+def test_none_cuts_the_centre_out_without_a_copy() -> None:
+    pixels = noise(50, 81)
+    fitted, geometry = prepare(resize="none").fit(pixels)
+    np.testing.assert_array_equal(fitted, pixels[9:41, 24:56])
+    assert (geometry.crop_top, geometry.crop_left) == (9, 24)
+    assert np.shares_memory(fitted, pixels)
+
+
+@pytest.mark.parametrize(("height", "width"), [(31, 80), (80, 31), (1, 1)])
+def test_none_refuses_what_is_smaller_than_the_input(height: int, width: int) -> None:
+    with pytest.raises(InvalidArgument, match=f"image: {height} × {width} pixels, the model wants 32 × 32 or more"):
+        prepare(resize="none").fit(noise(height, width))
+
+
+@pytest.mark.parametrize("resize", [32, 1, "exact", "none"])
+def test_a_picture_of_the_input_size_is_not_touched(resize: int | str) -> None:
+    pixels = noise(32, 32)
+    fitted, _ = prepare(resize=resize).fit(pixels)
+    assert np.shares_memory(fitted, pixels)
+    np.testing.assert_array_equal(fitted, pixels)
+
+
+@pytest.mark.parametrize("resize", [36, "exact", "none"])
+def test_what_is_given_is_not_changed(resize: int | str) -> None:
+    pixels = noise(50, 81)
+    pixels.flags.writeable = False
+    before = pixels.copy()
+    prepare(resize=resize).fit(pixels)
+    np.testing.assert_array_equal(pixels, before)
+
+
+def test_a_view_with_strides_is_read_as_numpy_reads_it() -> None:
+    view = noise(162, 100).swapaxes(0, 1)[::2, ::-2]
+    fitted, _ = prepare().fit(view)
+    expected, _ = prepare().fit(view.copy())
+    np.testing.assert_array_equal(fitted, expected)
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize(("height", "width"), [(50, 81), (20, 500), (500, 20), (1, 40), (40, 1), (700, 650)])
+def test_resizing_only_what_the_crop_shows_is_resizing_and_cropping(
+    height: int, width: int, interpolation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = noise(height, width)
+    whole, _ = prepare(interpolation=interpolation).fit(pixels)
+    monkeypatch.setattr(preprocessing, "MAX_SCALED_PIXELS", 1)
+    part, _ = prepare(interpolation=interpolation).fit(pixels)
+    if interpolation in ("nearest", "box"):
+        # These two jump: where a sample falls just between two source pixels, rounding decides which one it takes.
+        assert (part == whole).mean() > 0.85
+    else:
+        # Pillow rounds its weights to 8.22 fixed point after the box went through float32: one unit at most.
+        np.testing.assert_allclose(part.astype(int), whole, atol=1)
+
+
+@pytest.mark.parametrize("interpolation", FILTERS)
+def test_columns_before_rows_is_rows_before_columns(interpolation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pixels = noise(700, 20)
+    plain, _ = prepare(resize="exact", interpolation=interpolation).fit(pixels)
+    monkeypatch.setattr(preprocessing, "MAX_SCALED_PIXELS", 32 * 32)
+    turned, _ = prepare(resize="exact", interpolation=interpolation).fit(pixels)
+    # Each of the two passes rounds to 8 bits, in either order.
+    np.testing.assert_allclose(turned.astype(int), plain, atol=2)
+
+
+@pytest.mark.parametrize("resize", [256, "exact"])
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_000, 1), (1, 3_000_000), (3_000_000, 1)])
+def test_a_picture_of_absurd_aspect_is_fitted(shape: tuple[int, int], channels: int, resize: int | str) -> None:
+    # Plain resizing would pass through 12 GB for the mildest of these, and through 1.9 TB for the worst.
+    length = max(shape)
+    ramp = np.linspace(0, 255, length).astype(np.uint8).reshape(*shape, 1)
+    fitted, geometry = prepare(channels, 224, 224, resize=resize).fit(np.repeat(ramp, channels, axis=-1))
+    assert fitted.shape == (224, 224, channels)
+    along = fitted[..., 0] if shape[0] == 1 else fitted[..., 0].T  # [across, along]
+    if resize == "exact":
+        # Averages of equal pieces of a ramp, and Pillow's rounding.
+        np.testing.assert_allclose(along[0], (np.arange(224) + 0.5) * 255 / 224, atol=1.5)
+    else:
+        assert max(geometry.scaled_height, geometry.scaled_width) == 256 * length
+        assert set(np.unique(along)) <= {126, 127, 128}  # the crop shows less than a pixel of the middle
+
+
+def test_a_crop_from_deep_inside_a_long_picture_shows_the_right_pixels() -> None:
+    pixels = np.zeros((1, 100_000, 1), np.uint8)
+    pixels[0, 50_000:] = 255  # the edge is the middle of the picture, so the middle of the crop
+    fitted, _ = prepare(1, 224, 224, resize=256, interpolation="nearest").fit(pixels)
+    assert (fitted[:, :111] == 0).all()
+    assert (fitted[:, 113:] == 255).all()
+
+
+def test_other_channels_than_the_model_wants_are_refused() -> None:
+    with pytest.raises(InvalidArgument, match="image: 4 channels, the model wants 3"):
+        prepare(3).fit(noise(50, 81, 4))
+
+
+@pytest.mark.parametrize(
+    "pixels",
+    [np.zeros((40, 40, 3), np.float32), np.zeros((40, 40), np.uint8), np.zeros((0, 40, 3), np.uint8)],
+    ids=["float", "no-channels", "no-rows"],
+)
+def test_what_is_no_picture_is_refused(pixels: np.ndarray) -> None:
+    with pytest.raises(InvalidArgument, match=r"expected uint8 \[H, W, C\]"):
+        prepare().fit(pixels)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("channels", 0, "an integer from 1 up"),
+        ("height", -1, "an integer from 1 up"),
+        ("width", 2.0, "an integer from 1 up"),
+        ("width", True, "an integer from 1 up"),
+        ("mean", (0.5, 0.5), "a tuple of 3 finite numbers"),
+        ("mean", [0.5, 0.5, 0.5], "a tuple of 3 finite numbers"),
+        ("mean", (0.5, 0.5, float("nan")), "a tuple of 3 finite numbers"),
+        ("std", (0.5, 0.5, "0.5"), "a tuple of 3 finite numbers"),
+        ("std", (0.5, 0.0, 0.5), "numbers above 0"),
+        ("resize", 0, 'an integer from 1 up, "exact" or "none"'),
+        ("resize", "crop", 'an integer from 1 up, "exact" or "none"'),
+        ("resize", None, 'an integer from 1 up, "exact" or "none"'),
+        ("interpolation", "cubic", "one of nearest, box, bilinear, hamming, bicubic, lanczos"),
+    ],
+)
+def test_a_field_that_cannot_be_is_named(field: str, value: object, expected: str) -> None:
+    fields = {
+        "channels": 3,
+        "height": 32,
+        "width": 32,
+        "mean": (0.5,) * 3,
+        "std": (0.5,) * 3,
+        "resize": 36,
+        "interpolation": "bilinear",
+    }
+    with pytest.raises(ValueError, match=f"^{field}: got ") as caught:
+        Preprocessing(**(fields | {field: value}))
+    assert str(caught.value).endswith(f"expected {expected}")
