@@ -92,6 +92,5 @@ def _wait(process: "subprocess.Popen[str]") -> None:
 
 def _panel(path: Path, answer: Attribution) -> Panel:
     prediction = answer.predictions[0]
-    label = prediction.label if prediction else ""
-    probability = f"{prediction.probability:.2f}" if prediction else ""
-    return Panel(answer.picture(0), answer.map(0), label, f"{probability}  {path.name}")
+    title = f"{prediction.label}  {prediction.probability:.2f}" if prediction else ""
+    return Panel(answer.picture(0), answer.map(0), title, path.name)

@@ -21,7 +21,7 @@ def efficientnet_lite0() -> ModelSpec:
         module,
         input_size=(3, 224, 224),
         resize=256,
-        interpolation="bicubic",
+        interpolation="bilinear",
         mean=[127 / 255] * 3,
         std=[128 / 255] * 3,
         # "tabby, tabby cat": the first of the names is the one that people use.

@@ -1,0 +1,60 @@
+"""The original: PyHealth 2.1.0's `BasicGradientSaliencyMaps`, loaded without the rest of its package.
+
+As a program, `python -m benchmarks.original MODULE.pt IMAGES.pt MAPS.npy` explains a batch by it: a process of its own
+keeps the stand-ins for PyHealth's packages out of the caller's.
+"""
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+class PyHealthModel(nn.Module):
+    """A classifier in the form that the original expects: keywords in, `{"y_prob": …}` out."""
+
+    def __init__(self, logits: nn.Module) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, image: Tensor, disease: Tensor | None = None) -> dict[str, Tensor]:
+        return {"y_prob": self.logits(image).softmax(dim=1)}
+
+
+def original_class() -> Any:
+    """Return the class. Importing its package whole would need two gigabytes of dependencies that it does not use."""
+    found = importlib.util.find_spec("pyhealth")
+    if found is None or found.submodule_search_locations is None:
+        raise ModuleNotFoundError("pyhealth is not installed: make setup")
+    root = Path(found.submodule_search_locations[0])
+    for name, folder in {
+        "pyhealth": root,
+        "pyhealth.models": root / "models",
+        "pyhealth.interpret": root / "interpret",
+        "pyhealth.interpret.methods": root / "interpret" / "methods",
+    }.items():
+        module = types.ModuleType(name)
+        module.__path__ = [str(folder)]
+        sys.modules[name] = module
+    sys.modules["pyhealth.models"].BaseModel = nn.Module  # type: ignore[attr-defined]
+    from pyhealth.interpret.methods.basic_gradient import BasicGradientSaliencyMaps
+
+    return BasicGradientSaliencyMaps
+
+
+def maps(module: nn.Module, images: Tensor) -> Tensor:
+    """Return the original's maps, [N, H, W], of images, [N, C, H, W]."""
+    explainer = original_class()(PyHealthModel(module).eval())
+    result: Tensor = explainer.attribute(image=images)["image"]
+    return result.detach()
+
+
+if __name__ == "__main__":
+    module_path, images_path, maps_path = sys.argv[1:]
+    loaded = torch.load(module_path, weights_only=False)  # the caller's own module, out of its own process
+    np.save(maps_path, maps(loaded, torch.load(images_path)).numpy())
