@@ -21,7 +21,6 @@ SidelightError
 └── PartialFailure         some examples of a batch failed: `answer` holds the others
 """
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, ClassVar
 
 import grpc
@@ -182,7 +181,7 @@ def from_rpc(error: grpc.RpcError, *, max_message_bytes: int) -> SidelightError:
     message = error.details() or status.name
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
         return _too_large(message, max_message_bytes)
-    return from_code(status.value[0], message, retry_delay_s=_retry_delay_s(map(tuple, error.trailing_metadata() or ())))
+    return from_code(status.value[0], message, retry_delay_s=_retry_delay_s(error))
 
 
 def _too_large(message: str, max_message_bytes: int) -> MessageTooLarge:
@@ -198,5 +197,6 @@ def _too_large(message: str, max_message_bytes: int) -> MessageTooLarge:
     )
 
 
-def _retry_delay_s(trailers: Iterable[tuple[str, str | bytes]]) -> float | None:
-    return next((int(value) / 1000 for key, value in trailers if key == RETRY_TRAILER), None)
+def _retry_delay_s(error: grpc.RpcError) -> float | None:
+    trailers = error.trailing_metadata() or ()
+    return next((int(each.value) / 1000 for each in trailers if each.key == RETRY_TRAILER), None)

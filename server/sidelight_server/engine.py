@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +26,8 @@ from .models.preprocessing import Geometry, Preprocessing
 from .models.spec import ModelSpec
 from .runner import Runner
 from .work import Prepared, Work
+
+log = logging.getLogger("sidelight")
 
 BYTES_OF_FLOAT32 = 4
 
@@ -133,7 +136,11 @@ class Engine:
             if model.preprocessing is not None:
                 shape = (model.preprocessing.height, model.preprocessing.width, model.preprocessing.channels)
                 for n in sorted({1, self.chunk_rows}):
-                    await self.attribute(Request(np.zeros((n, *shape), np.uint8), model=model.name))
+                    answer = await self.attribute(Request(np.zeros((n, *shape), np.uint8), model=model.name))
+                    if answer.failures:
+                        log.warning(
+                            'event=warm_up_failed model="%s" message=%r', model.name, answer.failures[0].message
+                        )
 
     def _prepare(self, model: Model, request: Request) -> Prepared:
         fitted = _fit(model, request.images, max_pixels=self.settings.max_image_pixels)

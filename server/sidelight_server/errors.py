@@ -20,6 +20,10 @@ import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
+# A message may quote what a caller sent. In a call's trailers it must stay within 8 KiB, or gRPC hides it; there a
+# character may take 12 bytes.
+MAX_MESSAGE = 500
+
 
 class SidelightError(Exception):
     """A failure with a canonical status code, and where asking again is of use, how long to wait before."""
@@ -27,6 +31,8 @@ class SidelightError(Exception):
     code: ClassVar[int] = 2
 
     def __init__(self, message: str, *, retry_delay_s: float | None = None) -> None:
+        if len(message) > MAX_MESSAGE:
+            message = message[:MAX_MESSAGE] + "…"
         super().__init__(message)
         self.message = message
         self.retry_delay_s = retry_delay_s
@@ -93,7 +99,7 @@ class ConfigurationError(Exception):
 def near(name: str, known: Iterable[str]) -> str:
     """Return words that suggest the names nearest to an unknown one, or list a few when none is near."""
     names = list(known)
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name[:MAX_MESSAGE], names, n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(f'"{each}"' for each in close) + "?"
     if not names:

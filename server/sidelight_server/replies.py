@@ -114,7 +114,7 @@ def _example(explanation: Explanation | None, labels: tuple[str, ...]) -> pb.Exa
 
 
 def _label(labels: tuple[str, ...], index: int) -> str:
-    return labels[index] if labels else ""
+    return labels[index] if index < len(labels) else ""
 
 
 def _geometry(geometry: Geometry) -> tensor_pb2.Geometry:

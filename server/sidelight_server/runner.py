@@ -80,9 +80,12 @@ class Runner:
         try:
             maps, answer = self._explain(rows)
         except Exception as error:
-            self._answer_failed(rows, error)
+            failed = error
+        else:
+            self._give(rows, maps, answer)
             return
-        self._give(rows, maps, answer)
+        # Past the except clause, so that what fails next is not logged as its consequence.
+        self._answer_failed(rows, failed)
 
     def _explain(self, rows: Sequence[Row]) -> tuple[list[Array], Gradients]:
         model = rows[0].work.model
@@ -108,7 +111,7 @@ class Runner:
                 method=request.method,
                 channels=request.channels,
             )
-            host = self._staging.to_host(finished)
+            host = self._staging.to_host(finished.float())
             for place, map_ in zip(places, host if whole else host.copy(), strict=True):
                 maps[place] = map_
         return maps

@@ -193,9 +193,11 @@ def _clear_socket(path: Path) -> None:
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
-        except OSError:
+        except ConnectionRefusedError:
             path.unlink()
             return
+        except OSError as error:  # not ours to know, still less to remove
+            raise ConfigurationError(f"listen: cannot tell who has {path}: {error.strerror}") from error
     raise ConfigurationError(f"listen: another server answers on {path}")
 
 

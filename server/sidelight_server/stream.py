@@ -7,7 +7,7 @@ from sidelight.v1 import attribution_pb2 as pb
 
 from . import replies
 from .errors import Cancelled, InvalidArgument, SidelightError, Unimplemented
-from .explainer import Explainer
+from .explainer import Explainer, Inquiry
 
 Context = grpc.aio.ServicerContext[pb.AttributeStreamRequest, pb.AttributeStreamResponse]
 
@@ -25,7 +25,7 @@ class Stream:
         self._explainer = explainer
         self._slots = asyncio.Semaphore(max_in_flight)
         self._writing = asyncio.Lock()
-        self._unanswered: dict[str, asyncio.Task[pb.Attribution]] = {}
+        self._unanswered: dict[str, asyncio.Task[pb.Attribution | SidelightError]] = {}
 
     async def run(self) -> None:
         """Serve until the caller has sent all, and every batch is answered."""
@@ -63,19 +63,26 @@ class Stream:
             await self._fail(request.id, error)
             self._slots.release()
             return
-        self._unanswered[request.id] = explaining = group.create_task(self._explainer.explain(inquiry))
+        self._unanswered[request.id] = explaining = group.create_task(self._explain(inquiry))
         group.create_task(self._answer(request.id, explaining, inquiry.n_bytes))
 
-    async def _answer(self, id_: str, explaining: asyncio.Task[pb.Attribution], n_bytes: int) -> None:
+    async def _explain(self, inquiry: Inquiry) -> pb.Attribution | SidelightError:
+        """Return the failure instead of raising it: a task that raises ends its group, and so the stream."""
+        try:
+            return await self._explainer.explain(inquiry)
+        except SidelightError as error:
+            return error
+
+    async def _answer(self, id_: str, explaining: asyncio.Task[pb.Attribution | SidelightError], n_bytes: int) -> None:
         try:
             await asyncio.wait([explaining])
             del self._unanswered[id_]
             if explaining.cancelled():
                 await self._fail(id_, Cancelled("the caller took the batch back"))
-            elif isinstance(error := explaining.exception(), SidelightError):
-                await self._fail(id_, error)
+            elif isinstance(outcome := explaining.result(), SidelightError):
+                await self._fail(id_, outcome)
             else:
-                await self._write(pb.AttributeStreamResponse(id=id_, result=explaining.result()))
+                await self._write(pb.AttributeStreamResponse(id=id_, result=outcome))
         finally:
             self._explainer.admission.release(n_bytes)
             self._slots.release()

@@ -24,6 +24,7 @@ from .attribution import (
 from .errors import InvalidArgument, Unimplemented
 
 MAX_ID_BYTES = 128
+MAX_ELEMENTS = 2**40  # far beyond any message, and below what numpy refuses as the shape of even an empty array
 SERVED_METHODS = ("gradient",)
 
 DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[np.generic]] = {
@@ -105,6 +106,10 @@ def _array(tensor: tensor_pb2.Tensor) -> Array:
     dtype = DTYPES.get(tensor.dtype)
     if dtype is None:
         raise InvalidArgument(f"images.dtype: {_named(tensor.dtype, tensor_pb2.DataType, DTYPES)}")
+    if len(tensor.shape) not in (3, 4):  # first of all: the product of a million dimensions takes minutes
+        raise InvalidArgument(
+            f"images.shape: {list(tensor.shape[:8])} has {len(tensor.shape)} dimensions, expected {_letters(dtype)}"
+        )
     shape = list(tensor.shape)
     if any(size < 0 for size in shape):
         raise InvalidArgument(f"images.shape: {shape}, expected no negative dimension")
@@ -118,6 +123,8 @@ def _array(tensor: tensor_pb2.Tensor) -> Array:
             f"images: shape {shape} has {n_elements} elements, {kind} needs {expected} bytes, "
             f"data has {len(tensor.data)}"
         )
+    if math.prod(max(1, size) for size in shape) > MAX_ELEMENTS:
+        raise InvalidArgument(f"images.shape: {shape} is too large, even for no examples")
     array: Array = np.frombuffer(tensor.data, dtype).reshape(shape)
     if tensor.dtype == tensor_pb2.DATA_TYPE_BFLOAT16:
         array = (array.astype(np.uint32) << 16).view(np.float32)
@@ -126,13 +133,16 @@ def _array(tensor: tensor_pb2.Tensor) -> Array:
 
 def _batch(array: Array) -> Array:
     """Return [N, H, W, C] pixels or [N, C, H, W] floats, whose N alone may be 0."""
-    letters = "[N, H, W, C] or [H, W, C] for uint8" if array.dtype == np.uint8 else "[N, C, H, W] or [C, H, W]"
-    if array.ndim not in (3, 4):
-        raise InvalidArgument(f"images.shape: {list(array.shape)} has {array.ndim} dimensions, expected {letters}")
     batch = array if array.ndim == 4 else array[None]
     if 0 in batch.shape[1:]:
-        raise InvalidArgument(f"images.shape: {list(array.shape)} has a dimension of 0; only N may be 0 in {letters}")
+        raise InvalidArgument(
+            f"images.shape: {list(array.shape)} has a dimension of 0; only N may be 0 in {_letters(array.dtype)}"
+        )
     return batch
+
+
+def _letters(dtype: np.dtype[np.generic]) -> str:
+    return "[N, H, W, C] or [H, W, C] for uint8" if dtype == np.uint8 else "[N, C, H, W] or [C, H, W] for floats"
 
 
 def _target(target: pb.Target) -> Target:

@@ -1,0 +1,91 @@
+"""Many callers at once: every map is the serial one, whatever its company."""
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import sidelight
+import sidelight_server
+import torch
+from models import small_cnn
+
+N_THREADS, N_CALLS = 8, 200
+# An example's place and neighbours in a chunk may choose another summation order: about 1e-6 of a map's maximum.
+SHARE = 2e-6
+
+
+@pytest.fixture
+def serving(device: str) -> Iterator[sidelight.Client]:
+    spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32))
+    with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
+        yield client
+
+
+def assert_close(maps: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=SHARE * expected.max())
+
+
+def test_eight_threads_get_the_serial_maps(serving: sidelight.Client) -> None:
+    """A kernel that called `zero_grad()` and `.backward()` on the shared module would crash, or mix maps, here."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (1 + i % 3, 32, 32, 3), np.uint8) for i in range(16)]
+    options = [{"target": i % 10 if i % 2 else None, "score": ("probability", "logit")[i % 2]} for i in range(16)]
+    expected = [serving.attribute(images[i], **options[i]).maps for i in range(16)]
+
+    def call(n: int) -> None:
+        i = n % 16
+        assert_close(serving.attribute(images[i], **options[i]).maps, expected[i])
+
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        list(pool.map(call, range(N_THREADS * N_CALLS)))
+
+
+def test_streams_and_calls_side_by_side_get_the_serial_maps(serving: sidelight.Client) -> None:
+    rng = np.random.default_rng(1)
+    images = [rng.integers(0, 256, (1 + i % 5, 32, 32, 3), np.uint8) for i in range(40)]
+    expected = [serving.attribute(each).maps for each in images]
+
+    def stream() -> None:
+        answers = list(serving.stream(images))
+        assert sorted(answer.index for answer in answers) == list(range(len(images)))
+        for answer in answers:
+            assert_close(answer.maps, expected[answer.index])
+
+    def calls() -> None:
+        for image, maps in zip(images, expected, strict=True):
+            assert_close(serving.attribute(image).maps, maps)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(each) for each in (stream, stream, calls, calls)]:
+            done.result()
+
+
+@pytest.mark.parametrize("place", range(8))
+def test_an_example_has_the_same_map_in_every_place_and_company(place: int, serving: sidelight.Client) -> None:
+    rng = np.random.default_rng(2)
+    example = rng.integers(0, 256, (32, 32, 3), np.uint8)
+    alone = serving.attribute(example).maps[0]
+    company = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
+    company[place] = example
+    assert_close(serving.attribute(company).maps[place], alone)
+
+
+def test_one_thread_owns_the_device(device: str, floats: torch.Tensor) -> None:
+    seen: set[str] = set()
+
+    class Watching(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = small_cnn()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.add(threading.current_thread().name)
+            return self.inner(x)
+
+    with sidelight_server.serve(Watching(), device=device) as address, sidelight.connect(address) as client:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda _: client.attribute(floats), range(20)))
+    assert len(seen) == 1
+    assert seen.pop().startswith("sidelight-")

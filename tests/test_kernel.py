@@ -1,0 +1,146 @@
+"""The kernel's replica: it shares storage, and leaves the module that was handed in as it was."""
+
+import copy
+
+import pytest
+import sidelight
+import sidelight_server
+import torch
+from models import small_cnn
+from sidelight_server.attribution import Score
+from sidelight_server.kernel import Kernel, replicate
+from sidelight_server.staging import Staging, normalise
+from torch import nn
+
+
+def snapshot(module: nn.Module) -> dict[str, object]:
+    """Return all that a call could disturb."""
+    return {
+        "modes": [each.training for each in module.modules()],
+        "requires_grad": [each.requires_grad for each in module.parameters()],
+        "grads": [each.grad is None for each in module.parameters()],
+        "devices": [each.device for each in module.parameters()],
+        "pointers": [each.data_ptr() for each in module.state_dict().values()],
+        "state": {name: value.clone() for name, value in module.state_dict().items()},
+        "hooks": [len(each._forward_hooks) + len(each._backward_hooks) for each in module.modules()],
+    }
+
+
+def assert_undisturbed(module: nn.Module, before: dict[str, object]) -> None:
+    after = snapshot(module)
+    states = before.pop("state"), after.pop("state")
+    assert after == before
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=0, atol=0)
+
+
+def test_a_module_and_images_are_as_they_were_after_calls(device: str, floats: torch.Tensor) -> None:
+    module = small_cnn().train()
+    module[0].weight.requires_grad_(False)  # one frozen by its owner, the others not
+    before = snapshot(module)
+    images, array = floats.clone().requires_grad_(), floats.numpy().copy()
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    kept = pixels.clone()
+    spec = sidelight_server.ModelSpec(module, input_size=(3, 32, 32))
+    with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
+        for given in (images, array, pixels):
+            client.attribute(given)
+    assert_undisturbed(module, before)
+    assert images.requires_grad
+    assert images.grad is None
+    assert (array == floats.numpy()).all()
+    assert torch.equal(images.detach(), floats)
+    assert torch.equal(pixels, kept)
+
+
+def test_a_module_in_training_mode_is_explained_in_eval_mode(device: str, floats: torch.Tensor) -> None:
+    training, evaluating = small_cnn().train(), small_cnn().eval()
+    with sidelight_server.serve(training, device=device) as address, sidelight.connect(address) as client:
+        maps = client.attribute(floats).maps
+    with sidelight_server.serve(evaluating, device=device) as address, sidelight.connect(address) as client:
+        assert (client.attribute(floats).maps == maps).all()
+
+
+def test_training_further_shows_in_the_next_map(floats: torch.Tensor) -> None:
+    """The replica shares storage, BatchNorm statistics included. (On another device than the module's it cannot.)"""
+    module = small_cnn()
+    with sidelight_server.serve(module, device="cpu") as address, sidelight.connect(address) as client:
+        before = client.attribute(floats).maps
+        optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+        module.train()(floats).square().mean().backward()
+        optimiser.step()
+        after = client.attribute(floats).maps
+    assert not (after == before).all()
+    with sidelight_server.serve(copy.deepcopy(module), device="cpu") as address, sidelight.connect(address) as client:
+        assert (client.attribute(floats).maps == after).all()
+
+
+def test_a_replica_shares_every_parameter_and_buffer() -> None:
+    module = small_cnn()
+    replica = replicate(module)
+    for (name, ours), (_, theirs) in zip(replica.state_dict().items(), module.state_dict().items(), strict=True):
+        assert ours.data_ptr() == theirs.data_ptr(), name
+    assert not any(each.requires_grad for each in replica.parameters())
+    assert not any(each.training for each in replica.modules())
+
+
+def test_tied_weights_stay_tied_in_a_replica() -> None:
+    first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+    second.weight = first.weight
+    replica = replicate(nn.Sequential(first, second))
+    assert replica[0].weight is replica[1].weight
+
+
+def test_rows_of_different_scores_and_targets_run_together(device: str, floats: torch.Tensor) -> None:
+    """A chunk mixes what its requests want; each row's gradient is the one that it has alone."""
+    kernel = Kernel(small_cnn().double(), device=torch.device(device), outputs="logits")
+    x = floats.double().to(device)
+    targets = [None, 3, None, 7, 0]
+    wanted = [Score.PROBABILITY, Score.LOGIT, Score.LOG_PROBABILITY, Score.PROBABILITY, Score.LOGIT]
+    mixed = kernel.run(x, targets, wanted)
+    for row in range(5):
+        alone = kernel.run(x[row : row + 1], targets[row : row + 1], wanted[row : row + 1])
+        # float64: another summation order moves the last bits alone.
+        torch.testing.assert_close(mixed.gradients[row], alone.gradients[0], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(mixed.scores[row], alone.scores[0], rtol=1e-12, atol=0)
+        assert mixed.explained[row] == alone.explained[0]
+
+
+def test_half_precision_modules_take_pixels_and_floats(device: str) -> None:
+    spec = sidelight_server.ModelSpec(small_cnn().bfloat16(), input_size=(3, 32, 32))
+    pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
+    with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
+        answer = client.attribute(pixels)
+        same = client.attribute(pixels.permute(0, 3, 1, 2).float() / 255)
+    assert answer.provenance.precision == "bfloat16"
+    # bfloat16 keeps 8 bits: normalising in it and rounding to it differ by one of them.
+    assert abs(answer.maps - same.maps).max() <= 0.1 * answer.maps.max()
+
+
+def test_pixels_are_normalised_as_plain_torch_would(device: str) -> None:
+    pixels = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    mean, std = torch.tensor([127.0, 100.0, 0.0])[:, None, None], torch.tensor([128.0, 50.0, 255.0])[:, None, None]
+    staged = Staging(torch.device(device)).to_device(list(pixels.numpy()), dtype=pixels.numpy().dtype)
+    inputs = normalise(staged, mean.to(device), std.to(device), torch.float32)
+    assert inputs.is_contiguous()
+    torch.testing.assert_close(inputs.cpu(), (pixels.permute(0, 3, 1, 2).float() - mean) / std, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda x: {"logits": x}, "returned dict"),
+        (lambda x: x.flatten(), "returned"),
+        (lambda x: x.flatten(1).mean(1, keepdim=True), "single output"),
+        (lambda x: torch.zeros(len(x), 4), "does not require grad"),
+    ],
+    ids=["dict", "flat", "one-output", "constant"],
+)
+def test_a_model_that_cannot_be_explained_is_refused_at_load(forward: object, message: str) -> None:
+    class Wrong(nn.Module):
+        def forward(self, x: torch.Tensor) -> object:
+            return forward(x)
+
+    spec = sidelight_server.ModelSpec(Wrong(), input_size=(3, 8, 8))
+    with pytest.raises(sidelight_server.ConfigurationError, match=message), sidelight_server.serve(spec):
+        pass

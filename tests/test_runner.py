@@ -1,0 +1,113 @@
+"""The runner: a chunk that fails is split until the bad example is alone; one that does not fit is halved."""
+
+import asyncio
+import logging
+
+import numpy as np
+import pytest
+import torch
+from models import small_cnn
+from sidelight_server import Engine, ModelSpec, Request, Settings
+from torch import Tensor, nn
+
+BAD = 255
+
+
+class Moody(nn.Module):
+    """A model that fails in one way on an example that is marked, or on chunks that are too large."""
+
+    def __init__(self, mood: str, *, fits: int = 100) -> None:
+        super().__init__()
+        self.inner = small_cnn()
+        self.mood = mood
+        self.fits = fits
+        self.sizes: list[int] = []
+        self.armed = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        marked = x[:, 0, 0, 0] > 0.99  # [n]
+        if self.armed:
+            self.sizes.append(len(x))
+            if len(x) > self.fits:
+                raise torch.OutOfMemoryError("no room")
+            if marked.any() and self.mood == "raise":
+                raise RuntimeError("a secret of the model")
+        outputs = self.inner(x)
+        if self.armed and self.mood == "nan":
+            outputs = outputs.masked_fill(marked[:, None], float("nan"))
+        return outputs
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Moody":
+        return self  # so that the test can see and arm the module that runs
+
+
+def explain(module: nn.Module, images: np.ndarray, **settings: object) -> object:
+    engine = Engine([ModelSpec(module, input_size=(3, 32, 32))], Settings(**settings))
+    module.armed = True
+    with engine:
+        return asyncio.run(engine.attribute(Request(images)))
+
+
+@pytest.fixture
+def images() -> np.ndarray:
+    images = np.random.default_rng(0).integers(0, 200, (8, 32, 32, 3), np.uint8)
+    images[5, 0, 0] = BAD
+    return images
+
+
+@pytest.mark.parametrize("mood", ["raise", "nan"])
+def test_only_the_bad_example_fails(
+    mood: str, images: np.ndarray, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.CRITICAL, logger="sidelight"):
+        answer = explain(Moody(mood), images, device=device)
+    (failure,) = answer.failures
+    assert (failure.example, failure.code) == (5, 13)
+    assert 'model "model"' in failure.message
+    assert "example 5" in failure.message
+    assert "secret" not in failure.message
+    assert np.isnan(answer.maps[5]).all()
+    good = [0, 1, 2, 3, 4, 6, 7]
+    expected = explain(Moody("good"), images, device=device)
+    # The good ones ran in smaller chunks: about 1e-6 of a map's maximum.
+    np.testing.assert_allclose(answer.maps[good], expected.maps[good], rtol=0, atol=2e-6 * expected.maps.max())
+
+
+def test_a_chunk_out_of_memory_is_halved_and_the_ceiling_remembered(images: np.ndarray, device: str) -> None:
+    module = Moody("good", fits=3)
+    engine = Engine([ModelSpec(module, input_size=(3, 32, 32))], Settings(device=device))
+    module.armed = True
+    with engine:
+        first = asyncio.run(engine.attribute(Request(images)))
+        assert engine.chunk_rows == 2
+        tried = len(module.sizes)
+        again = asyncio.run(engine.attribute(Request(images)))
+    assert not first.failures
+    assert max(module.sizes[tried:]) == 2
+    np.testing.assert_allclose(again.maps, first.maps, rtol=0, atol=2e-6 * first.maps.max())
+
+
+def test_an_example_that_does_not_fit_alone_is_resource_exhausted(images: np.ndarray, device: str) -> None:
+    answer = explain(Moody("good", fits=0), images[:2], device=device)
+    assert [failure.code for failure in answer.failures] == [8, 8]
+    assert "out of device memory" in answer.failures[0].message
+
+
+def test_a_target_beyond_the_classes_of_a_model_of_any_size_fails(device: str, floats: Tensor) -> None:
+    """Without an input size the number of classes is unknown until the first rows ran."""
+    engine = Engine([ModelSpec(small_cnn())], Settings(device=device))
+    with engine:
+        answer = asyncio.run(engine.attribute(Request(floats.numpy(), target=10)))
+    assert {failure.code for failure in answer.failures} == {3}
+    assert "0 to 9" in answer.failures[0].message
+
+
+def test_rows_that_are_left_when_the_engine_closes_are_unavailable(device: str, floats: Tensor) -> None:
+    from sidelight_server.errors import Unavailable
+
+    engine = Engine([ModelSpec(small_cnn())], Settings(device=device))
+    engine.start()
+    engine.close()
+    with pytest.raises((Unavailable, RuntimeError)):
+        asyncio.run(engine.attribute(Request(floats.numpy())))
+    assert engine.n_unanswered == 0
