@@ -84,8 +84,11 @@ def test_one_thread_owns_the_device(device: str, floats: torch.Tensor) -> None:
             seen.add(threading.current_thread().name)
             return self.inner(x)
 
-    with sidelight_server.serve(Watching(), device=device) as address, sidelight.connect(address) as client:
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(lambda _: client.attribute(floats), range(20)))
+    with (
+        sidelight_server.serve(Watching(), device=device) as address,
+        sidelight.connect(address) as client,
+        ThreadPoolExecutor(4) as pool,
+    ):
+        list(pool.map(lambda _: client.attribute(floats), range(20)))
     assert len(seen) == 1
     assert seen.pop().startswith("sidelight-")

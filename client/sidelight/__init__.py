@@ -28,6 +28,7 @@ from ._errors import (
     Unimplemented,
     Unknown,
 )
+from ._gallery import Panel, gallery
 from ._methods import Gradient
 from ._types import (
     Explained,
@@ -63,6 +64,7 @@ __all__ = [
     "ModelInfo",
     "NotFound",
     "OutOfRange",
+    "Panel",
     "PartialFailure",
     "PermissionDenied",
     "Prediction",
@@ -76,4 +78,5 @@ __all__ = [
     "Unimplemented",
     "Unknown",
     "connect",
+    "gallery",
 ]

@@ -1,4 +1,4 @@
-"""The demonstration's model: EfficientNet-Lite0 on ImageNet. All of it ships in packages, those of `sidelight[demo]`."""
+"""The demonstration's model: EfficientNet-Lite0 on ImageNet. All of it ships in the packages of `sidelight[demo]`."""
 
 import contextlib
 import io
@@ -21,7 +21,7 @@ def efficientnet_lite0() -> ModelSpec:
         module,
         input_size=(3, 224, 224),
         resize=256,
-        interpolation="bilinear",
+        interpolation="bicubic",
         mean=[127 / 255] * 3,
         std=[128 / 255] * 3,
         # "tabby, tabby cat": the first of the names is the one that people use.

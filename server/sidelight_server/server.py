@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import torch
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from sidelight.v1 import attribution_pb2 as pb
@@ -82,6 +83,8 @@ class Server:
 
     def _bind(self, address: str) -> str:
         path = address.removeprefix("unix:")
+        if ":" not in address:
+            raise ConfigurationError(f'listen: got "{address}", expected "host:port" or "unix:/path"')
         if path != address:
             _clear_socket(Path(path))
         elif not self._plaintext and not _is_loopback(address):
@@ -101,6 +104,9 @@ async def serve_until_signal(settings: Settings) -> None:
     """Load the model that the settings name, and serve it until SIGTERM or SIGINT. A second signal ends at once."""
     if not settings.model:
         raise ConfigurationError(f"model: not set; say --model {source.FORM}, for example --model python:mine:resnet")
+    # Loading must not start OpenMP workers of its own: once a process has more of them than CPUs, GNU's OpenMP sleeps
+    # at every barrier instead of spinning, and the thread that owns the device was seen to lose 15 % by it.
+    torch.set_num_threads(1)
     engine = Engine([source.load(settings.model, settings.weights)], settings)
     server = Server(engine, listen=settings.listen, plaintext=settings.plaintext)
     await server.start()

@@ -1,0 +1,50 @@
+"""The kernel against the original: one batch of 8 at 224², maps equal to the last bit, how many times as fast."""
+
+import torch
+from sidelight_server.attribution import Channels, Gradient, Score
+from sidelight_server.device import cpu_quota
+from sidelight_server.kernel import Kernel
+from sidelight_server.methods import gradient
+from torch import Tensor, nn
+
+from .measure import Line, in_turns, ratio
+from .nets import SIZE, efficientnet_lite0, resnet18
+from .original import PyHealthModel, original_class
+
+BATCH = 8
+GOAL = 1.4
+
+
+def maps(kernel: Kernel, images: Tensor) -> Tensor:
+    """Return what a gradient request asks of the kernel: the largest |d probability of the predicted class|."""
+    answer = kernel.run(images, [None] * len(images), [Score.PROBABILITY] * len(images))
+    return gradient.finish(answer.gradients, images, method=Gradient(), channels=Channels.MAX_ABS)
+
+
+def against_original(name: str, module: nn.Module) -> Line:
+    """Measure one model."""
+    images = torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    kernel = Kernel(module, device=torch.device("cpu"), outputs="logits")
+    explainer = original_class()(PyHealthModel(module).eval())
+    ours, theirs = maps(kernel, images), explainer.attribute(image=images)["image"]
+    equal = torch.equal(ours, theirs)
+    seconds = in_turns({"original": lambda: explainer.attribute(image=images), "kernel": lambda: maps(kernel, images)})
+    times = ratio(seconds["original"], seconds["kernel"])
+    rate = BATCH / min(seconds["kernel"])
+    return Line(
+        what=f"kernel over the original, {name}, batch {BATCH}",
+        figure=times,
+        unit="×",
+        goal=f"≥ {GOAL}, maps bit-equal",
+        met=times >= GOAL and equal,
+        detail=f"maps {'bit-equal' if equal else 'DIFFER'}; kernel {rate:.1f} images/s at best",
+    )
+
+
+def run() -> list[Line]:
+    """Measure both models."""
+    torch.set_num_threads(cpu_quota())
+    return [
+        against_original("EfficientNet-Lite0", efficientnet_lite0().module),
+        against_original("ResNet-18", resnet18().module),
+    ]

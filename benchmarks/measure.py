@@ -1,0 +1,63 @@
+"""How things are measured: rivals take turns in one run, and ratios are of medians. The machine is shared and noisy."""
+
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROUNDS = 7
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of the table: what was measured, the ratio or figure that counts, and what it should be."""
+
+    what: str
+    figure: float
+    unit: str
+    goal: str
+    met: bool
+    detail: str
+
+
+def in_turns(rivals: Mapping[str, Callable[[], object]], *, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Run the rivals in turn and return the seconds that each round took. One round before that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in rivals}
+    for round_ in range(rounds + 1):
+        for name, rival in rivals.items():
+            began = time.perf_counter()
+            rival()
+            if round_:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def ratio(slow: list[float], fast: list[float]) -> float:
+    """Return how many times as fast: the median over the rounds of each round's own ratio."""
+    return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
+
+
+@contextlib.contextmanager
+def server(model: str, *flags: str) -> Iterator[tuple[str, int]]:
+    """Run a server as a process of its own; give its address and process id."""
+    root = Path(__file__).parent.parent
+    with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
+        address = f"unix:{folder}/socket"
+        command = [sys.executable, "-m", "sidelight_server", "--model", model, "--listen", address, *flags]
+        environment = os.environ | {"PYTHONPATH": str(root)}
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+            try:
+                for line in process.stderr or ():
+                    if "event=serving" in line:
+                        break
+                else:
+                    raise RuntimeError(f"the server did not start: {' '.join(command)}")
+                yield address, process.pid
+            finally:
+                process.terminate()

@@ -1,0 +1,37 @@
+"""The models that are measured: factories for `sidelight-server --model python:benchmarks.nets:…`."""
+
+import torch
+from sidelight_server import ModelSpec
+from sidelight_server.demo import efficientnet_lite0
+from torch import Tensor, nn
+
+SIZE = 224
+
+__all__ = ["SIZE", "efficientnet_lite0", "resnet18"]
+
+
+class Logits(nn.Module):
+    """A transformers classifier as images in, logits out."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(pixel_values=x).logits
+
+
+def resnet18() -> ModelSpec:
+    """Return a ResNet-18 for 1,000 classes at 224², its weights random: speed does not depend on them."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    config = ResNetConfig(
+        embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2, 2, 2, 2], layer_type="basic", num_labels=1000
+    )
+    return ModelSpec(
+        Logits(ResNetForImageClassification(config)),
+        input_size=(3, SIZE, SIZE),
+        mean=[0.485, 0.456, 0.406],
+        std=[0.229, 0.224, 0.225],
+    )

@@ -1,0 +1,40 @@
+"""The examples run as they stand."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script: str, *arguments: object) -> str:
+    return subprocess.run(
+        [sys.executable, EXAMPLES / script, *map(str, arguments)],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        env=os.environ | {"PYTHONWARNINGS": "error"},
+    ).stdout
+
+
+def test_a_model_that_was_just_trained_is_explained(tmp_path: Path) -> None:
+    printed = run("train_and_explain.py", tmp_path / "digits.png")
+    n_right = int(printed.split()[0])
+    assert n_right >= 11  # of 12 training examples; the network reaches 98 % on held-out ones
+    with Image.open(tmp_path / "digits.png") as picture:
+        assert picture.width > 600
+
+
+def test_a_folder_is_streamed(address: str, tmp_path: Path) -> None:
+    folder, out = tmp_path / "pictures", tmp_path / "why"
+    folder.mkdir()
+    for i in range(3):
+        Image.effect_noise((40, 50), 60).save(folder / f"{i}.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    printed = run("explain_folder.py", address, folder, out)
+    assert sorted(path.name for path in out.iterdir()) == ["0.png", "1.png", "2.png"]
+    assert "broken.png: image file: 10 bytes are no PNG" in printed
