@@ -1,0 +1,197 @@
+"""Drawing a map: the colours follow the values, and nothing else."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from sidelight._picture import NAN_COLOUR, colour_bar, colour_scale, colourise, overlay, picture_of
+
+# Linear sRGB to cone responses, and those to lightness: Ottosson 2020, "A perceptual color space for image processing".
+CONES = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]])
+CONES_TO_LIGHTNESS = np.array([0.2105, 0.7936, -0.0041])
+
+
+def grainy(height: int = 40, width: int = 50) -> np.ndarray:
+    return np.random.default_rng(0).gamma(1.0, 1.0, (height, width)).astype(np.float32)
+
+
+def photograph(width: int = 50, height: int = 40) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def drawn(map_: np.ndarray, scale: float | None = None) -> np.ndarray:
+    return np.asarray(colourise(map_, scale)).astype(np.int64)
+
+
+def lightness(rgb: np.ndarray) -> np.ndarray:
+    encoded = rgb / 255
+    linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+    return np.cbrt(linear @ CONES.T) @ CONES_TO_LIGHTNESS
+
+
+def test_the_scale_is_the_percentile_of_the_finite_magnitudes() -> None:
+    map_ = grainy().astype(np.float64)
+    map_[0, :3] = np.nan, np.inf, -np.inf
+    map_[1] *= -1
+    assert colour_scale(map_) == np.percentile(np.abs(map_[np.isfinite(map_)]), 99.5)
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan], ids=["zeros", "nan"])
+def test_a_map_without_values_has_no_scale_and_is_one_colour(value: float) -> None:
+    map_ = np.full((6, 7), value)
+    assert colour_scale(map_) == 0.0
+    assert len(np.unique(drawn(map_).reshape(-1, 3), axis=0)) == 1
+
+
+def test_a_map_that_is_almost_all_zero_is_scaled_by_its_maximum() -> None:
+    map_ = np.zeros((40, 50))
+    map_[3, 4] = 2.0
+    assert colour_scale(map_) == 2.0
+
+
+def test_an_outlier_does_not_change_the_other_pixels() -> None:
+    map_ = grainy()
+    peak = np.unravel_index(map_.argmax(), map_.shape)
+    wilder = map_.copy()
+    wilder[peak] = 1e30
+    np.testing.assert_array_equal(drawn(wilder), drawn(map_))
+
+
+def test_only_the_ratio_to_the_scale_counts() -> None:
+    np.testing.assert_array_equal(drawn(grainy() * 1024), drawn(grainy()))
+
+
+def test_a_tiny_scale_is_no_division_by_zero() -> None:
+    map_ = np.full((20, 20), 1e-320)
+    map_[0, 0] = 1e300
+    assert len(np.unique(drawn(map_).reshape(-1, 3), axis=0)) == 1
+
+
+def test_larger_values_are_lighter() -> None:
+    steps = lightness(drawn(np.linspace(0, 1, 64)[np.newaxis], 1.0)[0])  # coarser than the rounding to 8 bits
+    assert (np.diff(steps) > 0).all()
+
+
+def test_turning_the_sign_swaps_the_palette() -> None:
+    map_ = grainy()
+    both = np.concatenate([map_, -map_])
+    np.testing.assert_array_equal(drawn(-both), np.concatenate([drawn(both)[40:], drawn(both)[:40]]))
+
+
+def test_neither_sign_is_lighter_than_the_other() -> None:
+    values = np.linspace(0, 1, 64)[np.newaxis]
+    above, below = lightness(drawn(np.concatenate([values, -values]), 1.0))
+    assert np.abs(above - below).max() < 0.05  # of 1: the anchors are equally light, what lies between them nearly so
+
+
+def test_zero_has_one_colour_in_a_signed_map() -> None:
+    map_ = np.array([[-1.0, 0.0, -0.0, 1.0]])
+    np.testing.assert_array_equal(drawn(map_)[0, 1], drawn(map_)[0, 2])
+    assert lightness(drawn(map_))[0].argmin() in (1, 2)
+
+
+def test_nan_is_grey_and_infinity_is_the_brightest() -> None:
+    map_ = grainy()
+    map_[0, :2] = np.nan, np.inf
+    assert tuple(drawn(map_)[0, 0]) == NAN_COLOUR
+    np.testing.assert_array_equal(drawn(map_)[0, 1], drawn(np.ones((1, 1)))[0, 0])
+
+
+def test_a_map_is_never_altered() -> None:
+    map_ = grainy()
+    kept = map_.copy()
+    colourise(map_)
+    overlay(photograph(), map_)
+    np.testing.assert_array_equal(map_, kept)
+
+
+@pytest.mark.parametrize("size", [(50, 40), (300, 200), (7, 9)], ids=["same", "larger", "smaller"])
+def test_an_overlay_has_the_maps_size(size: tuple[int, int]) -> None:
+    laid = overlay(photograph(*size), grainy())
+    assert (laid.size, laid.mode) == ((50, 40), "RGB")
+
+
+def test_an_overlay_of_zeros_is_an_overlay_without_opacity() -> None:
+    np.testing.assert_array_equal(overlay(photograph(), np.zeros((40, 50))), overlay(photograph(), grainy(), alpha=0.0))
+
+
+def test_an_overlay_leaves_the_picture_more_and_more_as_values_grow() -> None:
+    white = Image.new("RGB", (50, 40), "white")
+    base = np.asarray(overlay(white, np.zeros((40, 50)))).astype(np.int64)
+    laid = np.asarray(overlay(white, np.tile(np.linspace(0, 1, 50), (40, 1)), smoothing_px=0)).astype(np.int64)
+    distance = np.abs(laid - base)[0, :, 2][:25]  # blue, on the half where the heat holds less and less of it
+    assert distance[0] == 0
+    assert (np.diff(distance) >= 0).all()
+    assert distance[-1] > 0
+
+
+def test_smoothing_keeps_an_even_map_even_up_to_its_edges() -> None:
+    even = np.full((40, 50), 0.5)
+    white = Image.new("RGB", (50, 40), "white")
+    np.testing.assert_array_equal(
+        overlay(white, even, scale=1.0, smoothing_px=5), overlay(white, even, scale=1.0, smoothing_px=0)
+    )
+
+
+def test_a_nan_is_grey_in_an_overlay_and_does_not_spread() -> None:
+    map_ = np.full((40, 50), 0.5)
+    map_[20, 20] = np.nan
+    laid = np.asarray(overlay(Image.new("RGB", (50, 40)), map_, alpha=1.0, scale=1.0))
+    assert tuple(laid[20, 20]) == NAN_COLOUR
+    assert len(np.unique(laid.reshape(-1, 3), axis=0)) == 2
+
+
+def test_a_signed_map_stays_signed_when_smoothing_drowns_its_negatives() -> None:
+    map_ = np.ones((40, 50))
+    map_[20, 20] = -0.01
+    laid = np.asarray(overlay(Image.new("RGB", (50, 40)), map_, alpha=1.0))
+    np.testing.assert_array_equal(laid[0, 0], drawn(np.where(map_ < 0, -1.0, map_))[0, 0])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_a_picture_of_pixels_is_those_pixels(channels: int) -> None:
+    pixels = np.random.default_rng(2).integers(0, 256, (5, 6, channels), dtype=np.uint8)
+    pixels[..., 3:] = 255
+    shown = np.asarray(picture_of(pixels))
+    np.testing.assert_array_equal(shown, np.broadcast_to(pixels[..., :3], (5, 6, 3)))
+
+
+def test_what_is_transparent_is_white() -> None:
+    assert picture_of(np.zeros((5, 6, 4), np.uint8)).getpixel((0, 0)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 5])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64], ids=["half", "single", "double"])
+def test_a_picture_of_floats_spans_black_to_white(channels: int, dtype: type) -> None:
+    array = np.random.default_rng(3).normal(size=(channels, 5, 6)).astype(dtype)
+    shown = picture_of(array)
+    assert (shown.size, shown.mode) == ((6, 5), "RGB")
+    assert (np.asarray(shown).min(), np.asarray(shown).max()) == (0, 255)
+
+
+def test_a_picture_of_equal_or_unknown_floats_is_one_colour() -> None:
+    for value in (3.0, np.nan):
+        assert len(np.unique(np.asarray(picture_of(np.full((3, 5, 6), value))))) == 1
+
+
+@pytest.mark.parametrize("array", [np.zeros((5, 6)), np.zeros((5, 6, 2), np.uint8), np.zeros((3, 5, 6), np.int64)])
+def test_what_is_no_picture_is_refused(array: np.ndarray) -> None:
+    with pytest.raises(ValueError, match="expected uint8"):
+        picture_of(array)
+
+
+@pytest.mark.parametrize("options", [{"alpha": 1.5}, {"scale": -1.0}, {"scale": np.nan}, {"smoothing_px": -1.0}])
+def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=f"{next(iter(options))}: got"):
+        overlay(photograph(), grainy(), **options)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (0, 4)], ids=["channels", "empty"])
+def test_what_is_no_map_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"expected \[H, W\]"):
+        colourise(np.zeros(shape))
+
+
+def test_the_bar_shows_the_colours_of_a_map() -> None:
+    ramp = np.linspace(0, 1, 30)
+    np.testing.assert_array_equal(colour_bar(30, 2), np.tile(drawn(ramp[np.newaxis], 1.0), (2, 1, 1)))
+    np.testing.assert_array_equal(colour_bar(31, 1, signed=True), drawn(np.linspace(-1, 1, 31)[np.newaxis], 1.0))
