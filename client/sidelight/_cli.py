@@ -1,6 +1,7 @@
 """The command line: explain pictures, ask about a server, see a demonstration."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -67,9 +68,9 @@ def info(*, address: Address = DEFAULT_ADDRESS, connect_timeout: Patience = CONN
         size = " × ".join(map(str, model.input_size)) if model.input_size else "any C × H × W"
         classes, scores = str(model.class_count or "?"), ", ".join(model.scores)
         facts = (model.precision, model.device, str(model.chunk_rows), model.digest[:12])
-        table.add_row(model.name, size, classes, scores, *facts)
+        table.add_row(escape(model.name), size, classes, scores, *facts)
     limits, console = server.limits, Console()
-    console.print(f"sidelight-server {server.version} at {address}; methods: {', '.join(server.methods)}")
+    console.print(f"sidelight-server {server.version} at {escape(address)}; methods: {', '.join(server.methods)}")
     console.print(
         f"limits: {limits.max_message_bytes / 2**20:g} MiB a message, {limits.max_image_pixels / 1e6:g} megapixels a "
         f"picture, {limits.max_in_flight} batches in flight, {limits.max_stream_in_flight} of them on one stream"
@@ -104,4 +105,4 @@ def _errors_in_a_line() -> Iterator[None]:
 
 def _target(text: str | None) -> Target:
     """Return a class index where the text is a number, else a label; None is the predicted class."""
-    return int(text) if text is not None and text.lstrip("-").isdigit() else text
+    return int(text) if text is not None and re.fullmatch("-?[0-9]+", text) else text

@@ -159,6 +159,9 @@ class PartialFailure(SidelightError):
         )
         self.answer = answer
 
+    def __reduce__(self) -> tuple[type["PartialFailure"], tuple["Attribution"]]:
+        return type(self), (self.answer,)
+
 
 _ERRORS: dict[int, type[SidelightError]] = {
     error.code: error
@@ -172,6 +175,8 @@ _ERRORS: dict[int, type[SidelightError]] = {
 
 def from_code(code: int, message: str, *, retry_delay_s: float | None = None) -> SidelightError:
     """Return the exception for a canonical status code."""
+    if code == ResourceExhausted.code and "max_message_bytes" in message:
+        return MessageTooLarge(message)
     return _ERRORS.get(code, Unknown)(message, retry_delay_s=retry_delay_s)
 
 
@@ -186,7 +191,7 @@ def from_rpc(error: grpc.RpcError, *, max_message_bytes: int) -> SidelightError:
 
 def _too_large(message: str, max_message_bytes: int) -> MessageTooLarge:
     """Say in our words what gRPC says: which side refused, and which setting raises its limit."""
-    if message.startswith("CLIENT"):
+    if "CLIENT:" in message:  # it may stand behind "Stream removed"
         return MessageTooLarge(
             f"the answer is larger than this client takes: max_message_bytes of connect() is {max_message_bytes} "
             f"({message})"

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from sidelight.v1 import tensor_pb2
 
@@ -26,6 +26,8 @@ _DTYPES: dict[str, tensor_pb2.DataType.ValueType] = {
     "float32": tensor_pb2.DATA_TYPE_FLOAT32,
     "float64": tensor_pb2.DATA_TYPE_FLOAT64,
 }
+# Modes that no file holds, and those that hold the same.
+_CONVERTED = {"HSV": "RGB", "I;16L": "I", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
 _KINDS = "a path, encoded bytes, a PIL image, an array, a tensor, or a list of them"
 
 
@@ -60,23 +62,34 @@ class Batch:
 
     def __init__(self, images: Images) -> None:
         given = _as_list(images)
-        self._arrays: Array | None = None
-        self._files: list[bytes] = []
+        self._n_examples = len(given)
+        self._dtype: np.dtype[Any] | None = None
         if isinstance(given, list):
-            self._files = [_file(each) for each in given]
-            self.message = tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=self._files))
+            self.message = tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=map(_file, given)))
         else:
-            self._arrays = given
+            self._dtype = given.dtype
             self.message = tensor_pb2.Images(tensor=_tensor(given))
 
     def __len__(self) -> int:
-        return len(self._files) if self._arrays is None else len(self._arrays)
+        return self._n_examples
+
+    def answer_bytes(self, input_size: tuple[int, int, int] | None, *, keeps_channels: bool) -> int:
+        """Return how many bytes the maps will take, for a model of this C, H, W; 0 where that is not known."""
+        if self._dtype is not None and self._dtype != np.uint8:
+            channels, height, width = self.message.tensor.shape[1:]
+        elif input_size is not None:
+            channels, height, width = input_size
+        else:
+            return 0
+        return len(self) * height * width * (channels if keeps_channels else 1) * np.dtype(np.float32).itemsize
 
     def picture(self, example: int) -> Image.Image:
         """Return one example as an RGB picture, upright, its alpha laid over white; floats are scaled to be seen."""
-        if self._arrays is not None:
-            return picture_of(self._arrays[example])
-        return _upright(Image.open(io.BytesIO(self._files[example])))
+        # What was sent, not what the caller holds: that may be a buffer with the next batch in it by now.
+        if self._dtype is not None:
+            tensor = self.message.tensor
+            return picture_of(np.frombuffer(tensor.data, self._dtype).reshape(tuple(tensor.shape))[example])
+        return _upright(Image.open(io.BytesIO(self.message.encoded.files[example])))
 
 
 def _as_list(images: Images) -> list[Picture | Array] | Array:
@@ -100,17 +113,21 @@ def _as_list(images: Images) -> list[Picture | Array] | Array:
 
 
 def _array(images: "Array | TorchTensor") -> Array:
-    if isinstance(images, np.ndarray):
-        array = images
-    else:
-        tensor = images.detach().cpu()
-        array = tensor.float().numpy() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
+    array = images if isinstance(images, np.ndarray) else _host_array(images)
     if array.dtype.name not in _DTYPES:
         raise InvalidArgument(
             f"images: got {array.dtype} of {list(array.shape)}, expected uint8 pixels [H, W, C], or model-ready "
             f"float16, float32 or float64 [C, H, W]"
         )
-    return array
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def _host_array(tensor: TorchTensor) -> Array:
+    try:
+        tensor = tensor.detach().cpu()
+        return tensor.float().numpy() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
+    except (RuntimeError, TypeError) as error:  # sparse, meta, 8-bit floats: what numpy has no word for
+        raise InvalidArgument(f"images: got a tensor of {tensor.dtype}, expected a dense one: {error}") from error
 
 
 def _batched(array: Array) -> Array:
@@ -121,8 +138,7 @@ def _batched(array: Array) -> Array:
 
 
 def _tensor(array: Array) -> tensor_pb2.Tensor:
-    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return tensor_pb2.Tensor(dtype=_DTYPES[array.dtype.name], shape=array.shape, data=little.tobytes())
+    return tensor_pb2.Tensor(dtype=_DTYPES[array.dtype.name], shape=array.shape, data=array.tobytes())
 
 
 def _file(image: object) -> bytes:
@@ -136,7 +152,7 @@ def _file(image: object) -> bytes:
                 return file.read()
         case Image.Image():
             return _encoded(image)
-        case np.ndarray() if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3, 4):
+        case np.ndarray() if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3, 4) and image.size:
             return _encoded(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image))
         case np.ndarray():
             raise InvalidArgument(
@@ -148,13 +164,21 @@ def _file(image: object) -> bytes:
 
 
 def _encoded(image: Image.Image) -> bytes:
-    """Return a PIL image as a file, without loss: PNG, or TIFF for what PNG cannot hold. The server decodes it."""
-    file = io.BytesIO()
-    exif = image.getexif()
-    if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F"):
-        image.save(file, "TIFF", exif=exif)
-    else:
-        image.save(file, "PNG", compress_level=1, exif=exif)
+    """Return a PIL image as a file, without loss: PNG, or TIFF for what PNG cannot hold. The server decodes it.
+
+    Of its EXIF only the orientation goes along: where a photograph was taken is nobody's business.
+    """
+    file, exif = io.BytesIO(), Image.Exif()
+    try:
+        exif[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if image.mode in _CONVERTED:
+            image = image.convert(_CONVERTED[image.mode])
+        if image.mode in ("CMYK", "YCbCr", "LAB", "I", "F"):
+            image.save(file, "TIFF", compression="raw", exif=exif)
+        else:
+            image.save(file, "PNG", compress_level=1, exif=exif)
+    except Exception as error:  # Pillow promises no set of exceptions
+        raise InvalidArgument(f"images: got a PIL image of mode {image.mode}, {image.size}: {error}") from error
     return file.getvalue()
 
 

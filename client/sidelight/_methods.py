@@ -78,13 +78,15 @@ def channels_name(number: int) -> str:
 
 def target_message(target: Target) -> pb.Target:
     """Return the message of a target: None is the predicted class, a sequence has one class for each example."""
+    if to_list := getattr(target, "tolist", None):  # an array or a tensor, of any rank
+        target = to_list()
     if target is None:
         return pb.Target(predicted=pb.PredictedTarget())
     if isinstance(target, str):
         return pb.Target(label=target)
     if isinstance(target, int | np.integer):
         return pb.Target(index=_index(target))
-    if isinstance(target, Sequence | np.ndarray):
+    if isinstance(target, Sequence):
         return pb.Target(per_example=pb.PerExampleTarget(classes=[_choice_message(each) for each in target]))
     raise InvalidArgument(
         f"target: got {type(target).__name__}, expected None, a class index, a label or a list of them"

@@ -1,5 +1,6 @@
 """The report: a table of answers as they come, a progress bar, and an overlay of each picture."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -18,27 +19,34 @@ def report(console: Console, paths: Sequence[Path], answers: Iterable[Attributio
     """
     table = Table("picture", "class", "probability", "device time", box=None, header_style="bold")
     table.columns[2].justify = table.columns[3].justify = "right"
-    names = overlay_names(paths)
+    names = overlay_names(paths, folder or Path())
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     n_failed = 0
-    for answer in track(answers, "explaining", total=len(paths), console=console, transient=True):
-        n_failed += bool(answer.error or answer.failures)
-        table.add_row(*_cells(paths[answer.index], answer))
-        if folder is not None and not (answer.error or answer.failures):
-            answer.overlay(0).save(folder / names[answer.index])
-    console.print(table)
+    try:
+        for answer in track(answers, "explaining", total=len(paths), console=console, transient=True):
+            n_failed += bool(answer.error or answer.failures)
+            table.add_row(*_cells(paths[answer.index], answer))
+            if folder is not None and not (answer.error or answer.failures):
+                answer.overlay(0).save(folder / names[answer.index])
+    finally:  # where the server dies half-way, what it said before is still told
+        if table.row_count:
+            console.print(table)
     if folder is not None:
-        console.print(f"{len(paths) - n_failed} overlays in {folder}")
+        console.print(f"{len(paths) - n_failed} overlays in {escape(str(folder))}")
     return n_failed
 
 
-def overlay_names(paths: Sequence[Path]) -> list[str]:
-    """Return a file name for each picture's overlay, all of them different."""
-    stems = [path.stem for path in paths]
-    return [
-        f"{stem}.png" if stems.count(stem) == 1 else f"{stem}-{place}.png" for place, stem in enumerate(stems, start=1)
-    ]
+def overlay_names(paths: Sequence[Path], folder: Path) -> list[str]:
+    """Return a file name for each picture's overlay in a folder: all of them different, and none a picture's own."""
+    taken = {path.resolve() for path in paths}
+    names: list[str] = []
+    for path in paths:
+        tries = itertools.chain([path.stem], (f"{path.stem}-{n}" for n in itertools.count(2)))
+        name = next(f"{each}.png" for each in tries if (folder / f"{each}.png").resolve() not in taken)
+        taken.add((folder / name).resolve())
+        names.append(name)
+    return names
 
 
 def _cells(path: Path, answer: Attribution) -> tuple[str, str, str, str]:

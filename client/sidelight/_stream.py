@@ -29,7 +29,7 @@ GRACE_S = 5.0
 
 
 class Ask(Protocol):
-    """Makes a batch's request."""
+    """Makes a batch's request. A `SidelightError` says why it cannot be sent."""
 
     def __call__(self, batch: Batch, *, id_: str) -> pb.AttributeRequest: ...
 
@@ -121,7 +121,6 @@ class Stream:
         batches: Iterable[Images],
         *,
         ask: Ask,
-        check_size: Callable[[int], None],
         window: int,
         timeout_s: float,
         max_message_bytes: int,
@@ -129,7 +128,6 @@ class Stream:
         self._stub = stub
         self._batches = batches
         self._ask = ask
-        self._check_size = check_size
         self._max_message_bytes = max_message_bytes
         self._window = _Window(window, timeout_s)
         self._arrived: queue.SimpleQueue[_Answered | _End] = queue.SimpleQueue()
@@ -192,7 +190,6 @@ class Stream:
         try:
             batch = Batch(images)
             request = pb.AttributeStreamRequest(attribute=self._ask(batch, id_=id_))
-            self._check_size(request.ByteSize())
         except (SidelightError, OSError) as error:
             refused = error if isinstance(error, SidelightError) else InvalidArgument(f"images: {error}")
             self._window.add(id_, index, batch)

@@ -1,0 +1,382 @@
+"""The command `sidelight`: what it prints and writes, and how it ends."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sidelight
+import sidelight_server
+from click.testing import Result
+from models import small_cnn
+from PIL import Image
+from sidelight._cli import app
+from sidelight._report import overlay_names
+from typer.testing import CliRunner
+
+Run = Callable[..., Result]
+ABSENT = "unix:/nonexistent/socket"
+
+
+@pytest.fixture
+def run(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Return a function that runs the command in an empty folder, on the server under test and a wide terminal."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object, **variables: str) -> Result:
+        variables = {"SIDELIGHT_ADDRESS": address, "COLUMNS": "200", "NO_COLOR": "1"} | variables
+        return CliRunner().invoke(app, [str(each) for each in arguments], env=variables, prog_name="sidelight")
+
+    return run
+
+
+@pytest.fixture
+def client(address: str) -> Iterator[sidelight.Client]:
+    with sidelight.connect(address, connect_timeout=10) as client:
+        yield client
+
+
+def picture(path: Path | str, *, seed: int = 0) -> Path:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8)).save(path)
+    return path
+
+
+def process(
+    *arguments: object, cwd: Path, code: str | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    command = ["-m", "sidelight"] if code is None else ["-c", code]
+    return subprocess.run(
+        [sys.executable, *command, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=cwd,
+        env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"} | variables,
+    )
+
+
+def without(package: str) -> str:
+    """Return the program `sidelight` as it runs where a package is not installed."""
+    return f"""
+import sys
+
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {package!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, Absent())
+from sidelight.__main__ import main
+main()
+"""
+
+
+def rows(output: str) -> dict[str, list[str]]:
+    """Return the table's rows by their pictures' names: what stands between two spaces or more."""
+    cells = [re.split(r"\s{2,}", line.strip()) for line in output.splitlines()]
+    return {row[0]: row[1:] for row in cells if len(row) > 1}
+
+
+def test_pictures_are_told_with_label_probability_and_time(run: Run, client: sidelight.Client) -> None:
+    paths = [picture(f"{seed}.png", seed=seed) for seed in range(3)]
+    done = run("attribute", *paths)
+    assert done.exit_code == 0, done.output
+    table = rows(done.stdout)
+    assert table["picture"] == ["class", "probability", "device time"]
+    assert list(table) == ["picture", "0.png", "1.png", "2.png"]
+    for path in paths:
+        (prediction,) = client.attribute(path).predictions
+        label, probability, time = table[path.name]
+        assert (label, probability) == (prediction.label, f"{prediction.probability:.2f}")
+        assert re.fullmatch(r"\d+ ms", time)
+    assert sorted(Path().iterdir()) == paths  # no overlay unless a folder is named
+
+
+def test_overlays_are_written_into_a_folder_that_is_made(run: Run, client: sidelight.Client) -> None:
+    paths = [picture("a.png"), picture("b.jpg", seed=1), picture("deep/down/c.tif", seed=2)]
+    done = run("attribute", *paths, "--out", "made/for it")
+    assert done.exit_code == 0, done.output
+    assert "3 overlays in made/for it" in done.stdout
+    out = Path("made/for it")
+    assert sorted(each.name for each in out.iterdir()) == ["a.png", "b.png", "c.png"]
+    with Image.open(out / "a.png") as overlay:
+        assert overlay.size == (32, 32)
+        expected = np.asarray(client.attribute(paths[0]).overlay(0)).astype(int)
+        # A map in company differs from one alone in its last bits: a colour may round the other way.
+        np.testing.assert_allclose(np.asarray(overlay), expected, atol=1)
+
+
+def test_the_model_and_the_options_are_those_of_a_call(run: Run, client: sidelight.Client) -> None:
+    path = picture("a.png")
+    options = ["--target", 3, "--score", "logit", "--channels", "sum", "--signed", "--times-input", "--model", "small"]
+    done = run("attribute", path, "--out", "out", *options)
+    assert done.exit_code == 0, done.output
+    predicted = client.attribute(path).predictions[0].label
+    assert rows(done.stdout)["a.png"][0] == f"{predicted} (explained: cat)"
+    method = sidelight.Gradient(signed=True, times_input=True)
+    expected = client.attribute(path, target=3, score="logit", channels="sum", method=method).overlay(0)
+    with Image.open("out/a.png") as overlay:
+        np.testing.assert_allclose(np.asarray(overlay).astype(int), np.asarray(expected), atol=1)
+
+
+@pytest.mark.parametrize(
+    ("target", "explained"), [("ibis", "ibis"), ("9", "ibis"), ("0", "ant"), ("gnu", "gnu")], ids=lambda each: each
+)
+def test_a_target_is_a_class_index_or_a_label(run: Run, target: str, explained: str) -> None:
+    done = run("attribute", picture("a.png"), "--target", target)
+    assert done.exit_code == 0, done.output
+    assert f"(explained: {explained})" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--target", "elc"], 'no label "elc"; did you mean "elk"?'),
+        (["--target", "cat"], 'label "cat" names the classes 2, 3'),
+        (["--target", "10"], 'class index 10, model "small" has 0 to 9'),
+        (["--target", "-1"], 'class index -1, model "small" has 0 to 9'),
+        (["--target", "--5"], 'no label "--5"'),
+        (["--target", "²"], 'no label "²"'),
+        (["--model", "smal"], 'there is no "smal"; did you mean "small"?'),
+        (["--score", "margin"], "SCORE_MARGIN is not served by this version"),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, list) else "",
+)
+def test_what_the_server_refuses_is_told_beside_the_picture(run: Run, options: list[str], message: str) -> None:
+    done = run("attribute", picture("a.png"), *options)
+    assert done.exit_code == 1
+    assert message in rows(done.stdout)["a.png"][0]
+    assert "Traceback" not in done.output
+
+
+def test_a_picture_that_fails_is_named_and_the_others_are_explained(run: Run) -> None:
+    good, more = picture("good.png"), picture("more.png", seed=1)
+    Path("bad.png").write_bytes(b"no picture")
+    done = run("attribute", good, "bad.png", "missing.png", more, "--out", "out")
+    assert done.exit_code == 1
+    table = rows(done.stdout)
+    assert len(table["good.png"]) == len(table["more.png"]) == 3
+    assert "10 bytes are no PNG, JPEG, WebP, TIFF, BMP or GIF" in table["bad.png"][0]
+    assert "No such file or directory: 'missing.png'" in table["missing.png"][0]
+    assert "2 overlays in out" in done.stdout
+    assert sorted(each.name for each in Path("out").iterdir()) == ["good.png", "more.png"]
+    assert isinstance(done.exception, SystemExit)
+
+
+def test_a_folder_is_no_picture(run: Run) -> None:
+    Path("folder").mkdir()
+    done = run("attribute", "folder")
+    assert done.exit_code == 1
+    assert "Is a directory: 'folder'" in rows(done.stdout)["folder"][0]
+
+
+def test_names_and_labels_are_no_markup(device: str, run: Run) -> None:
+    labels = [f"[red]class {i}[/red]" for i in range(10)]
+    spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32), labels=labels, name="net[bold]v2")
+    path = picture("cat [red].png")
+    with sidelight_server.serve(spec, device=device) as address:
+        done = run("attribute", path, "--out", "[dim]out", SIDELIGHT_ADDRESS=address)
+        told = run("info", SIDELIGHT_ADDRESS=address)
+    assert done.exit_code == told.exit_code == 0
+    assert re.fullmatch(r"\[red\]class \d\[/red\]", rows(done.stdout)["cat [red].png"][0])
+    assert "1 overlays in [dim]out" in done.stdout
+    assert Path("[dim]out/cat [red].png").exists()
+    assert "net[bold]v2" in told.stdout
+
+
+def test_a_model_without_labels_is_told_by_class_numbers(device: str, run: Run) -> None:
+    spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32))
+    with sidelight_server.serve(spec, device=device) as address:
+        done = run("attribute", picture("a.png"), "--address", address)
+    assert re.fullmatch(r"class \d", rows(done.stdout)["a.png"][0])
+
+
+def test_pictures_of_one_name_get_overlays_of_different_names(run: Run) -> None:
+    paths = [picture(name, seed=i) for i, name in enumerate(("x/a.png", "y/a.jpg", "z/a-2.png", "a.png"))]
+    done = run("attribute", *paths, "--out", "out")
+    assert done.exit_code == 0, done.output
+    assert len(list(Path("out").iterdir())) == 4
+    contents = {each.read_bytes() for each in Path("out").iterdir()}
+    assert len(contents) == 4
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["a.png", "b.png"],
+        ["x/a.png", "y/a.png"],
+        ["x/a.png", "y/a.png", "z/a-2.png"],
+        ["z/a-2.png", "x/a.png", "y/a.png"],
+        ["a.png", "a.png", "a.png"],
+        ["x/a-2.png", "a-2-2.png", "a-2.jpg", "a.png", "y/a.png"],
+        ["a.tar.gz", "a.tar.xz"],
+        [".png", "out/a.png", "a.png"],
+    ],
+    ids=" ".join,
+)
+def test_names_of_overlays_are_all_different_and_no_pictures_own(names: list[str]) -> None:
+    paths = [Path(name) for name in names]
+    overlays = overlay_names(paths, Path("out"))
+    assert len(set(overlays)) == len(names)
+    assert not {Path("out", each).resolve() for each in overlays} & {path.resolve() for path in paths}
+
+
+def test_no_picture_is_overwritten_by_its_overlay(run: Run) -> None:
+    paths = [picture("a.png"), picture("a-2.png", seed=1), picture("sub/b.png", seed=2)]
+    before = [path.read_bytes() for path in paths]
+    for out in (".", "sub", Path().absolute(), "sub/.."):
+        done = run("attribute", *paths, "--out", out)
+        assert done.exit_code == 0, done.output
+    assert [path.read_bytes() for path in paths] == before
+
+
+def test_an_overlay_folder_that_is_a_file_is_named(run: Run) -> None:
+    path = picture("a.png")
+    done = run("attribute", path, "--out", path)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("sidelight: ")
+    assert "File exists: 'a.png'" in done.stderr
+
+
+def test_what_is_wrong_with_every_picture_is_told_once(run: Run) -> None:
+    done = run("attribute", picture("a.png"), picture("b.png"), "--timeout", "0")
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert done.stderr.count("timeout: got 0.0 s, expected a positive time") == 1
+
+
+@pytest.mark.parametrize("command", [["attribute", "a.png"], ["info"]], ids=lambda each: each[0])
+def test_without_a_server_one_line_names_the_address(run: Run, command: list[str]) -> None:
+    picture("a.png")
+    done = run(*command, "--address", ABSENT, "--connect-timeout", "0.1")
+    assert done.exit_code == 1
+    assert done.stdout.strip() == ""
+    message = f"sidelight: no server answers at {ABSENT} after 0.1 s; is sidelight-server running there?"
+    assert done.stderr.strip() == message
+    assert "Traceback" not in done.output
+
+
+def test_the_address_is_that_of_the_option_before_that_of_the_variable(run: Run, address: str) -> None:
+    assert run("info", "--address", address, SIDELIGHT_ADDRESS=ABSENT).exit_code == 0
+    assert run("info", "--connect-timeout", "0.1", SIDELIGHT_ADDRESS=ABSENT).exit_code == 1
+
+
+def test_info_tells_version_limits_methods_and_models(run: Run, address: str, client: sidelight.Client) -> None:
+    done = run("info")
+    assert done.exit_code == 0
+    server = client.info()
+    text = " ".join(done.stdout.split())
+    assert f"sidelight-server {server.version} at {address}; methods: gradient" in text
+    assert "limits: 64 MiB a message, 50 megapixels a picture, 256 batches in flight, 32 of them on one stream" in text
+    (model,) = server.models
+    for fact in ("small", "3 × 32 × 32", "10", "probability, logit, log_probability", "float32", model.digest[:12]):
+        assert fact in text
+
+
+def test_info_tells_of_a_model_that_takes_any_size(device: str, run: Run) -> None:
+    with sidelight_server.serve(small_cnn(), device=device) as address:
+        done = run("info", "--address", address)
+    assert "any C × H × W" in done.stdout
+    assert "?" in done.stdout  # how many classes there are is known after the first rows
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["attribute"], ["info"], ["demo"], ["version"]], ids=lambda each: " ".join(each)
+)
+def test_help_explains_every_option(run: Run, command: list[str]) -> None:
+    done = run(*command, "--help")
+    assert done.exit_code == 0
+    assert "Usage: sidelight" in done.stdout
+    words = {
+        "attribute": [
+            "--address",
+            "--out",
+            "--model",
+            "--target",
+            "--score",
+            "--channels",
+            "--signed",
+            "--times-input",
+        ],
+        "info": ["--address", "--connect-timeout", "SIDELIGHT_ADDRESS"],
+        "demo": ["--out"],
+        "": ["attribute", "info", "demo", "version"],
+    }
+    for word in words.get("".join(command), []):
+        assert word in done.stdout
+
+
+def test_without_a_command_the_help_is_shown(run: Run) -> None:
+    done = run()
+    assert done.exit_code == 2
+    assert "Usage: sidelight" in done.output
+    assert "attribute" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["attribute", "a.png", "--adress", "x"], "--address"),
+        (["attribute", "a.png", "--chanels", "l2"], "--channels"),
+        (["info", "--conect-timeout", "1"], "--connect-timeout"),
+        (["atribute", "a.png"], "attribute"),
+        (["attribute"], "Missing argument"),
+        (["attribute", "a.png", "--score", "prob"], "'probability', 'logit', 'log_probability', 'margin'"),
+        (["attribute", "a.png", "--channels", "max"], "'max_abs', 'sum', 'mean_abs', 'l2', 'none'"),
+        (["attribute", "a.png", "--timeout", "soon"], "'--timeout'"),
+    ],
+    ids=lambda each: " ".join(each) if isinstance(each, list) else "",
+)
+def test_a_wrong_word_ends_with_two_and_the_right_one(run: Run, arguments: list[str], message: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_the_version_is_the_clients(run: Run) -> None:
+    assert run("version").stdout.strip() == sidelight.__version__
+
+
+def test_the_demonstration_names_the_extra_that_it_needs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    done = run("demo")
+    assert done.exit_code == 1
+    assert "pip install 'sidelight[demo]'" in done.stderr
+    assert not Path("demo").exists()
+
+
+def test_as_a_process_it_prints_a_plain_table_and_writes_overlays(address: str, tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    done = process("attribute", "a.png", "--address", address, "--out", "out", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(rows(done.stdout)["a.png"]) == 3
+    assert "\x1b" not in done.stdout
+    assert (tmp_path / "out" / "a.png").exists()
+
+
+def test_as_a_process_it_ends_with_one_where_a_picture_fails(address: str, tmp_path: Path) -> None:
+    done = process("attribute", "missing.png", cwd=tmp_path, SIDELIGHT_ADDRESS=address)
+    assert done.returncode == 1
+    assert "missing.png" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_without_its_packages_it_names_the_extra_that_brings_them(package: str, tmp_path: Path) -> None:
+    done = process("info", code=without(package), cwd=tmp_path)
+    assert done.returncode == 1
+    message = "sidelight: the command line needs rich and typer: pip install 'sidelight[cli]'"
+    assert done.stderr.strip() == message
+
+
+def test_another_missing_package_is_not_blamed_on_the_extra(tmp_path: Path) -> None:
+    done = process("info", code=without("grpc"), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "sidelight[cli]" not in done.stderr
+    assert "grpc" in done.stderr

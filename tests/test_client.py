@@ -1,0 +1,851 @@
+"""The client: connecting, calls and their answers, and what goes wrong, against a real server."""
+
+import copy
+import dataclasses
+import inspect
+import itertools
+import json
+import logging
+import math
+import pickle
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import grpc
+import numpy as np
+import pytest
+import sidelight
+import sidelight_server
+import torch
+from models import LABELS, N_CLASSES, small_cnn
+from PIL import Image
+from sidelight import _errors
+from torch import nn
+
+SHARE = 1e-6  # of a map's maximum: the contract for an example in other company
+ABSENT = "unix:/nonexistent/socket"
+
+
+class Gate:
+    """What a module waits at while it is shut. Every copy of the module waits at the same one."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self._open = threading.Event()
+        self._open.set()
+
+    def __deepcopy__(self, memo: object) -> "Gate":
+        return self
+
+    def shut(self) -> None:
+        self.reached.clear()
+        self._open.clear()
+
+    def open(self) -> None:
+        self._open.set()
+
+    def wait(self) -> None:
+        self.reached.set()
+        assert self._open.wait(30)
+
+
+class Gated(nn.Module):
+    """The small CNN behind a gate."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self.gate = gate
+        self.inner = small_cnn()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.gate.wait()
+        return self.inner(x)
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.open()
+
+
+@pytest.fixture
+def gated(gate: Gate, device: str) -> Iterator[str]:
+    """The address of a server whose model waits at the gate."""
+    spec = sidelight_server.ModelSpec(Gated(gate), input_size=(3, 32, 32))
+    with sidelight_server.serve(spec, device=device, max_in_flight=1, drain_s=0) as address:
+        yield address
+        gate.open()
+
+
+@pytest.fixture(scope="module")
+def client(address: str) -> Iterator[sidelight.Client]:
+    with sidelight.connect(address, connect_timeout=10) as client:
+        yield client
+
+
+@pytest.fixture
+def waiting() -> Iterator[tuple[threading.Event, list[str]]]:
+    """An event that comes when a client logs, and what it logged."""
+    came, lines = threading.Event(), []
+
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+            came.set()
+
+    handler = Handler()
+    logging.getLogger("sidelight").addHandler(handler)
+    yield came, lines
+    logging.getLogger("sidelight").removeHandler(handler)
+
+
+def assert_same(maps: np.ndarray, expected: np.ndarray) -> None:
+    assert maps.shape == expected.shape
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=SHARE * np.abs(expected).max(initial=0))
+
+
+def reference(
+    module: nn.Module, x: torch.Tensor, classes: Sequence[int] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the probabilities, [N, K], and the signed gradients of the classes' probabilities, [N, C, H, W]."""
+    module, x = copy.deepcopy(module).eval(), x.clone().requires_grad_()
+    probabilities = module(x).softmax(dim=1)
+    explained = probabilities.argmax(dim=1) if classes is None else torch.tensor(classes)
+    (gradients,) = torch.autograd.grad(probabilities.gather(1, explained[:, None]).sum(), x)
+    return probabilities.detach(), gradients
+
+
+def test_connecting_returns_at_once_without_a_server() -> None:
+    with sidelight.connect(ABSENT, connect_timeout=3600) as client:
+        assert client.address == ABSENT
+
+
+def test_a_call_waits_for_a_server_that_comes_later_and_says_so_in_the_log(
+    spec: sidelight_server.ModelSpec,
+    device: str,
+    floats: torch.Tensor,
+    tmp_path: Path,
+    waiting: tuple[threading.Event, list[str]],
+) -> None:
+    came, lines = waiting
+    address = f"unix:{tmp_path}/socket"
+    with sidelight.connect(address, connect_timeout=60) as client, ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(client.attribute, floats), pool.submit(lambda: list(client.stream([floats])))]
+        assert came.wait(30)
+        assert not any(call.done() for call in calls)
+        with sidelight_server.serve(spec, device=device, listen=(address,)):
+            assert calls[0].result().maps.shape == (5, 32, 32)
+            assert calls[1].result()[0].maps.shape == (5, 32, 32)
+    assert f"waiting for a server at {address}" in lines
+
+
+def test_a_client_finds_its_server_again_after_a_restart(
+    spec: sidelight_server.ModelSpec, device: str, floats: torch.Tensor, tmp_path: Path
+) -> None:
+    address = f"unix:{tmp_path}/socket"
+    with sidelight.connect(address, connect_timeout=30) as client:
+        for _ in range(3):
+            with sidelight_server.serve(spec, device=device, listen=(address,)):
+                assert client.attribute(floats).maps.shape == (5, 32, 32)
+
+
+def test_a_server_on_a_port_is_reached_by_host_and_port(
+    spec: sidelight_server.ModelSpec, device: str, floats: torch.Tensor
+) -> None:
+    with sidelight_server.serve(spec, device=device, listen=("127.0.0.1:0",)) as address:
+        assert address.startswith("127.0.0.1:")
+        with sidelight.connect(address, connect_timeout=10) as client:
+            assert len(client.attribute(floats)) == 5
+
+
+CALLS: dict[str, Callable[[sidelight.Client], object]] = {
+    "attribute": lambda client: client.attribute(np.zeros((3, 32, 32), np.float32)),
+    "stream": lambda client: list(client.stream([np.zeros((3, 32, 32), np.float32)])),
+    "info": lambda client: client.info(),
+    "model": lambda client: client.model(),
+}
+each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+
+
+@each_call
+def test_without_a_server_a_call_ends_at_connect_timeout_and_names_the_address(
+    call: Callable[[sidelight.Client], object],
+) -> None:
+    with sidelight.connect(ABSENT, connect_timeout=0.3) as client, pytest.raises(sidelight.Unavailable) as caught:
+        call(client)
+    message = "no server answers at unix:/nonexistent/socket after 0.3 s; is sidelight-server running there?"
+    assert caught.value.message == message
+
+
+def test_a_port_where_nobody_listens_is_named() -> None:
+    with socket.socket() as taken:  # bound, so nobody else has it, but not listening
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with (
+            sidelight.connect(address, connect_timeout=0.2) as client,
+            pytest.raises(sidelight.Unavailable, match=address),
+        ):
+            client.info()
+
+
+@pytest.mark.parametrize("address", ["", None, 50051, b"unix:/run/x"], ids=repr)
+def test_what_is_no_address_is_refused(address: object) -> None:
+    with pytest.raises(sidelight.InvalidArgument, match=r'address: got .*, expected "host:port" or "unix:/path"'):
+        sidelight.connect(address)
+
+
+@each_call
+@pytest.mark.parametrize("used", [True, False], ids=["after-a-call", "before-any-call"])
+def test_a_closed_client_is_unavailable_and_closing_again_is_nothing(
+    address: str, call: Callable[[sidelight.Client], object], used: bool
+) -> None:
+    client = sidelight.connect(address, connect_timeout=10)
+    if used:
+        client.info()
+    client.close()
+    with pytest.raises(sidelight.Unavailable, match="the client is closed"):
+        call(client)
+    client.close()
+
+
+def test_closing_ends_a_call_that_waits_for_a_server(waiting: tuple[threading.Event, list[str]]) -> None:
+    client = sidelight.connect(ABSENT, connect_timeout=60)
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.info)
+        assert waiting[0].wait(30)
+        client.close()
+        with pytest.raises(sidelight.Unavailable, match="the client is closed"):
+            call.result(30)
+
+
+def test_closing_ends_a_running_call(gate: Gate, gated: str, floats: torch.Tensor) -> None:
+    client = sidelight.connect(gated, connect_timeout=10)
+    gate.shut()
+    with ThreadPoolExecutor(1) as pool:
+        call = pool.submit(client.attribute, floats)
+        assert gate.reached.wait(30)
+        client.close()
+        with pytest.raises(sidelight.Cancelled):
+            call.result(30)
+
+
+def test_closing_one_client_leaves_another_of_the_same_server_alone(address: str, floats: torch.Tensor) -> None:
+    with sidelight.connect(address, connect_timeout=10) as stays:
+        with sidelight.connect(address, connect_timeout=10) as goes:
+            goes.attribute(floats)
+            stays.attribute(floats)
+        assert len(stays.attribute(floats)) == 5
+
+
+def test_threads_share_a_client_and_get_what_serial_calls_get(client: sidelight.Client, floats: torch.Tensor) -> None:
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8))
+    questions = [
+        {"images": floats},
+        {"images": floats[:2], "target": [3, "ibis"], "score": "logit"},
+        {"images": image, "target": 4},  # the very same PIL image in all threads
+        {"images": [image, rng.integers(0, 256, (33, 44, 3), np.uint8)], "channels": "none"},
+        {"images": rng.integers(0, 256, (32, 32, 3), np.uint8), "method": sidelight.Gradient(times_input=True)},
+    ]
+    expected = [client.attribute(**question) for question in questions]
+
+    def calls(thread: int) -> list[tuple[int, sidelight.Attribution]]:
+        places = [(thread + call) % len(questions) for call in range(25)]
+        return [(place, client.attribute(**questions[place])) for place in places]
+
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(itertools.chain.from_iterable(pool.map(calls, range(8))))
+    assert len(answers) == 200
+    for place, answer in answers:
+        assert_same(answer.maps, expected[place].maps)
+        assert [each.index for each in answer.explained] == [each.index for each in expected[place].explained]
+
+
+def test_info_tells_version_limits_methods_and_models(client: sidelight.Client) -> None:
+    info = client.info()
+    assert info.version == sidelight.__version__
+    assert info.limits == sidelight.Limits(
+        max_message_bytes=64 * 2**20,
+        max_image_pixels=50_000_000,
+        max_in_flight=256,
+        max_in_flight_bytes=2**30,
+        max_stream_in_flight=32,
+    )
+    assert info.methods == ("gradient",)
+    (model,) = info.models
+    assert (model.name, model.version, model.input_size, model.class_count) == ("small", 1, (3, 32, 32), N_CLASSES)
+    assert model.scores == ("probability", "logit", "log_probability")
+    assert model.labels == model.layers == ()  # those are told of one model alone
+
+
+@pytest.mark.parametrize("name", [None, "", "small"], ids=repr)
+def test_a_model_is_told_with_its_labels_and_layers(
+    client: sidelight.Client, module: nn.Module, name: str | None
+) -> None:
+    model = client.model(name)
+    assert model.labels == LABELS
+    assert model.layers == tuple(name for name, _ in module.named_modules() if name)
+    assert dataclasses.replace(model, labels=(), layers=()) == client.info().models[0]
+
+
+@pytest.mark.parametrize("ask", ["model", "attribute", "stream"])
+def test_an_unknown_model_is_not_found_and_the_near_one_named(
+    client: sidelight.Client, floats: torch.Tensor, ask: str
+) -> None:
+    calls = {
+        "model": lambda: client.model("smal"),
+        "attribute": lambda: client.attribute(floats, "smal"),
+        "stream": lambda: list(client.stream([floats], "smal")),
+    }
+    with pytest.raises(sidelight.NotFound, match='model: there is no "smal"; did you mean "small"'):
+        calls[ask]()
+
+
+STATUSES = {
+    1: sidelight.Cancelled,
+    2: sidelight.Unknown,
+    3: sidelight.InvalidArgument,
+    4: sidelight.DeadlineExceeded,
+    5: sidelight.NotFound,
+    6: sidelight.AlreadyExists,
+    7: sidelight.PermissionDenied,
+    8: sidelight.ResourceExhausted,
+    9: sidelight.FailedPrecondition,
+    10: sidelight.Aborted,
+    11: sidelight.OutOfRange,
+    12: sidelight.Unimplemented,
+    13: sidelight.Internal,
+    14: sidelight.Unavailable,
+    15: sidelight.DataLoss,
+    16: sidelight.Unauthenticated,
+}
+
+
+class Trailer(NamedTuple):
+    key: str
+    value: str
+
+
+class FailedCall(grpc.RpcError):
+    """A failed call, as gRPC raises it."""
+
+    def __init__(self, status: grpc.StatusCode, details: str = "", trailers: tuple[Trailer, ...] | None = None) -> None:
+        self.code = lambda: status
+        self.details = lambda: details
+        self.trailing_metadata = lambda: trailers
+
+
+@pytest.mark.parametrize("status", [each for each in grpc.StatusCode if each.value[0]], ids=lambda each: each.name)
+def test_every_status_has_an_exception_of_its_own(status: grpc.StatusCode) -> None:
+    code = status.value[0]
+    kind = STATUSES[code]
+    assert kind.__name__ == "".join(word.capitalize() for word in status.name.split("_"))
+    assert kind.code == code
+    for error in (
+        _errors.from_code(code, "why", retry_delay_s=1.5),
+        _errors.from_rpc(
+            FailedCall(status, "why", (Trailer("other", "x"), Trailer("retry-after-ms", "1500"))), max_message_bytes=1
+        ),
+    ):
+        assert type(error) is kind
+        assert isinstance(error, sidelight.SidelightError)
+        assert (str(error), error.message, error.code, error.retry_delay_s) == ("why", "why", code, 1.5)
+
+
+def test_a_status_without_words_or_delay_is_told_by_its_name() -> None:
+    error = _errors.from_rpc(FailedCall(grpc.StatusCode.DATA_LOSS), max_message_bytes=1)
+    assert (str(error), error.retry_delay_s) == ("DATA_LOSS", None)
+
+
+def test_a_code_that_nobody_knows_is_unknown() -> None:
+    assert type(_errors.from_code(99, "why")) is sidelight.Unknown
+
+
+def test_the_tree_of_errors_is_the_one_that_the_module_shows() -> None:
+    errors = [each for _, each in inspect.getmembers(_errors, inspect.isclass) if issubclass(each, Exception)]
+    assert {each.__name__ for each in errors} == {each.__name__ for each in STATUSES.values()} | {
+        "SidelightError",
+        "MessageTooLarge",
+        "PartialFailure",
+    }
+    assert all(each.__name__ in _errors.__doc__ for each in errors)
+    assert sidelight.MessageTooLarge.__base__ is sidelight.ResourceExhausted
+
+
+def test_a_full_server_says_when_to_ask_again(gate: Gate, gated: str, floats: torch.Tensor) -> None:
+    gate.shut()
+    with sidelight.connect(gated, connect_timeout=10) as client, ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.attribute, floats)
+        assert gate.reached.wait(30)
+        with pytest.raises(sidelight.ResourceExhausted, match="max_in_flight 1") as caught:
+            client.attribute(floats)
+        gate.open()
+        assert len(first.result()) == 5
+    assert type(caught.value) is sidelight.ResourceExhausted
+    assert caught.value.retry_delay_s == 0.25
+
+
+@pytest.mark.parametrize("way", ["attribute", "stream"])
+def test_a_request_over_the_clients_limit_is_refused_before_it_is_sent(
+    address: str, floats: torch.Tensor, way: str
+) -> None:
+    with sidelight.connect(address, connect_timeout=10, max_message_bytes=50_000) as client:
+        with pytest.raises(sidelight.MessageTooLarge) as caught:
+            client.attribute(floats) if way == "attribute" else list(client.stream([floats]))
+        assert len(client.attribute(floats[:1])) == 1
+    assert "the request takes 61" in caught.value.message
+    assert "max_message_bytes of this client's connect() is 50000" in caught.value.message
+
+
+@pytest.mark.parametrize("way", ["attribute", "stream"])
+def test_a_request_over_the_servers_limit_is_refused_before_it_is_sent(
+    spec: sidelight_server.ModelSpec, device: str, floats: torch.Tensor, way: str
+) -> None:
+    with (
+        sidelight_server.serve(spec, device=device, max_message_bytes=50_000) as address,
+        sidelight.connect(address, connect_timeout=10) as client,
+    ):
+        with pytest.raises(sidelight.MessageTooLarge) as caught:
+            client.attribute(floats) if way == "attribute" else list(client.stream([floats]))
+        assert len(client.attribute(floats[:1])) == 1
+    assert "max_message_bytes of the server is 50000" in caught.value.message
+    assert "--max-message-bytes" in caught.value.message
+
+
+def test_an_answer_over_the_clients_limit_names_side_limit_and_setting(address: str, tmp_path: Path) -> None:
+    path = tmp_path / "white.png"  # a small file: five of them make a small request, and 20 kB of maps
+    Image.new("RGB", (32, 32), "white").save(path)
+    with sidelight.connect(address, connect_timeout=10, max_message_bytes=10_000) as client:
+        with pytest.raises(sidelight.MessageTooLarge) as caught:
+            client.attribute([path] * 5)
+        assert len(client.attribute(path)) == 1
+    assert "the answer's maps take 20480 bytes" in caught.value.message
+    assert "max_message_bytes of this client's connect() is 10000" in caught.value.message
+
+
+def test_an_answer_over_the_servers_limit_names_side_limit_and_setting(
+    spec: sidelight_server.ModelSpec, device: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "white.png"
+    Image.new("RGB", (32, 32), "white").save(path)
+    with (
+        sidelight_server.serve(spec, device=device, max_message_bytes=10_000) as address,
+        sidelight.connect(address, connect_timeout=10) as client,
+    ):
+        with pytest.raises(sidelight.ResourceExhausted, match="the server's max_message_bytes is 10000") as caught:
+            client.attribute([path] * 5)
+        assert len(client.attribute(path)) == 1
+    assert caught.value.message.startswith("the answer takes 20480 bytes")
+
+
+def test_a_request_that_the_server_found_too_large_names_the_servers_flag() -> None:
+    status = grpc.StatusCode.RESOURCE_EXHAUSTED
+    error = _errors.from_rpc(
+        FailedCall(status, "SERVER: Received message larger than max (9 vs. 5)"), max_message_bytes=1
+    )
+    assert type(error) is sidelight.MessageTooLarge
+    assert "--max-message-bytes of sidelight-server" in error.message
+    assert "(9 vs. 5)" in error.message
+
+
+def test_a_call_whose_time_is_over_ends(gate: Gate, gated: str, floats: torch.Tensor) -> None:
+    with sidelight.connect(gated, connect_timeout=10) as client:
+        client.info()
+        gate.shut()
+        with pytest.raises(sidelight.DeadlineExceeded):
+            client.attribute(floats, timeout=0.2)
+        gate.open()
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e12, 1e9, 3600, 1e6 + 0.123456789], ids=repr)
+def test_a_call_may_take_for_ever(client: sidelight.Client, floats: torch.Tensor, timeout: float) -> None:
+    assert len(client.attribute(floats, timeout=timeout)) == 5
+    assert len(list(client.stream([floats], timeout=timeout))) == 1
+
+
+@pytest.mark.parametrize("timeout", [0, -1, math.nan, -math.inf], ids=repr)
+@pytest.mark.parametrize("way", ["attribute", "stream"])
+def test_a_time_that_is_not_positive_is_refused(
+    client: sidelight.Client, floats: torch.Tensor, timeout: float, way: str
+) -> None:
+    with pytest.raises(sidelight.InvalidArgument, match=r"timeout: got .* s, expected a positive time"):
+        client.attribute(floats, timeout=timeout) if way == "attribute" else list(
+            client.stream([floats], timeout=timeout)
+        )
+
+
+TYPOS = {
+    "score": (
+        {"score": "probabilty"},
+        "score: got 'probabilty', expected one of probability, logit, log_probability, margin",
+    ),
+    "channels": (
+        {"channels": "max"},
+        "channels: got 'max', expected one of max_abs, sum, mean_abs, l2, none",
+    ),
+    "on_error": ({"on_error": "ignore"}, "on_error: got 'ignore', expected one of raise, return"),
+    "method-name": ({"method": "gradient"}, "method: got 'gradient', expected a method, such as sidelight.Gradient()"),
+    "method-class": ({"method": sidelight.Gradient}, "expected a method, such as sidelight.Gradient()"),
+    "target-type": ({"target": 1.5}, "target: got float, expected None, a class index, a label or a list of them"),
+    "target-dict": ({"target": {}}, "target: got dict, expected None"),
+    "target-element": ({"target": [1, None, 2, 3, 4]}, "target: got None in the list, expected class indices or"),
+    "target-float-array": ({"target": np.ones(5)}, "in the list, expected class indices or labels"),
+    "target-two-dimensions": ({"target": np.ones((5, 1), int)}, "in the list, expected class indices or labels"),
+    "target-beyond-64-bits": ({"target": 2**63}, "target: class index 9223372036854775808 is no 64-bit number"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), TYPOS.values(), ids=TYPOS.keys())
+@pytest.mark.parametrize("way", ["attribute", "stream"])
+def test_a_wrong_option_is_refused_and_the_right_ones_named(
+    client: sidelight.Client, floats: torch.Tensor, options: dict[str, object], message: str, way: str
+) -> None:
+    with pytest.raises(sidelight.InvalidArgument) as caught:
+        client.attribute(floats, **options) if way == "attribute" else list(client.stream([floats], **options))
+    assert message in caught.value.message
+
+
+REFUSED_TARGETS = {
+    "negative": (-1, sidelight.InvalidArgument, 'target: class index -1, model "small" has 0 to 9'),
+    "too-large": (10, sidelight.InvalidArgument, 'target: class index 10, model "small" has 0 to 9'),
+    "one-too-large": ([1, 2, 3, 4, 10], sidelight.InvalidArgument, "target: class index 10"),
+    "too-few": ([1, 2], sidelight.InvalidArgument, "target: 2 classes for 5 examples, expected one for each"),
+    "none-at-all": ([], sidelight.InvalidArgument, "target: 0 classes for 5 examples"),
+    "unknown-label": ("elc", sidelight.NotFound, 'target: model "small" has no label "elc"; did you mean "elk"?'),
+    "one-unknown-label": (["ant", "bee", 1, 2, "gnuu"], sidelight.NotFound, 'no label "gnuu"; did you mean "gnu"?'),
+    "ambiguous-label": ("cat", sidelight.InvalidArgument, 'label "cat" names the classes 2, 3; give one of these'),
+}
+
+
+@pytest.mark.parametrize(("target", "kind", "message"), REFUSED_TARGETS.values(), ids=REFUSED_TARGETS.keys())
+def test_a_target_that_the_model_has_not_is_refused_by_saying_what_it_has(
+    client: sidelight.Client, floats: torch.Tensor, target: object, kind: type[sidelight.SidelightError], message: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        client.attribute(floats, target=target)
+    assert message in caught.value.message
+
+
+TARGETS: dict[str, tuple[object, list[int]]] = {
+    "index": (7, [7] * 5),
+    "numpy-index": (np.int64(7), [7] * 5),
+    "unsigned-numpy-index": (np.uint8(7), [7] * 5),
+    "array-without-dimension": (np.array(7), [7] * 5),
+    "label": ("gnu", [7] * 5),
+    "numpy-label": (np.str_("gnu"), [7] * 5),
+    "list-of-indices": ([0, 9, 2, 3, 3], [0, 9, 2, 3, 3]),
+    "tuple": ((0, 9, 2, 3, 3), [0, 9, 2, 3, 3]),
+    "list-of-labels": (["ant", "ibis", "bee", "elk", "elk"], [0, 9, 1, 5, 5]),
+    "list-of-both": (["ant", 9, np.int32(2), np.str_("elk"), 3], [0, 9, 2, 5, 3]),
+    "array": (np.array([0, 9, 2, 3, 3]), [0, 9, 2, 3, 3]),
+    "array-of-bytes": (np.array([0, 9, 2, 3, 3], np.uint8), [0, 9, 2, 3, 3]),
+    "array-of-labels": (np.array(["ant", "ibis", "bee", "elk", "elk"]), [0, 9, 1, 5, 5]),
+    "range": (range(5), [0, 1, 2, 3, 4]),
+}
+
+
+@pytest.mark.parametrize(("target", "classes"), TARGETS.values(), ids=TARGETS.keys())
+def test_a_target_in_any_form_is_explained(
+    client: sidelight.Client, module: nn.Module, floats: torch.Tensor, target: object, classes: list[int]
+) -> None:
+    probabilities, gradients = reference(module, floats, classes)
+    answer = client.attribute(floats, target=target, channels="none", method=sidelight.Gradient(signed=True))
+    assert [each.index for each in answer.explained] == classes
+    assert [each.label for each in answer.explained] == [LABELS[each] for each in classes]
+    np.testing.assert_allclose([each.score for each in answer.explained], probabilities[range(5), classes], rtol=1e-5)
+    assert_same(answer.maps, gradients.numpy())
+
+
+def test_unless_a_target_is_said_the_predicted_class_is_explained(
+    client: sidelight.Client, module: nn.Module, floats: torch.Tensor
+) -> None:
+    probabilities, gradients = reference(module, floats)
+    predicted = probabilities.argmax(dim=1).tolist()
+    answer = client.attribute(floats)
+    assert answer.predictions == tuple(
+        sidelight.Prediction(index, LABELS[index], pytest.approx(float(row[index]), rel=1e-5))
+        for index, row in zip(predicted, probabilities, strict=True)
+    )
+    assert [(each.index, each.label) for each in answer.explained] == [(i, LABELS[i]) for i in predicted]
+    assert [each.score for each in answer.explained] == [each.probability for each in answer.predictions]
+    assert not any(each.saturated for each in answer.explained)
+    assert_same(answer.maps, gradients.abs().amax(dim=1).numpy())
+
+
+def test_a_target_changes_what_is_explained_and_not_what_is_predicted(
+    client: sidelight.Client, floats: torch.Tensor
+) -> None:
+    assert client.attribute(floats, target=0).predictions == client.attribute(floats).predictions
+
+
+def test_a_sure_prediction_is_told_to_be_saturated(device: str, module: nn.Module, floats: torch.Tensor) -> None:
+    sure = nn.Sequential(copy.deepcopy(module), nn.Linear(N_CLASSES, N_CLASSES, bias=False))
+    with torch.no_grad():
+        sure[1].weight.copy_(1e6 * torch.eye(N_CLASSES))
+    with sidelight_server.serve(sure, device=device) as address, sidelight.connect(address) as client:
+        assert all(each.saturated for each in client.attribute(floats).explained)
+        assert not any(each.saturated for each in client.attribute(floats, score="logit").explained)
+
+
+def test_the_probabilities_of_all_classes_come_where_they_are_asked_for(
+    client: sidelight.Client, module: nn.Module, floats: torch.Tensor
+) -> None:
+    assert client.attribute(floats).probabilities is None
+    answer = client.attribute(floats, probabilities=True)
+    assert answer.probabilities.dtype == np.float32
+    np.testing.assert_allclose(answer.probabilities, reference(module, floats)[0], rtol=1e-5)
+    np.testing.assert_array_equal(answer.probabilities.argmax(axis=1), [each.index for each in answer.predictions])
+    (streamed,) = client.stream([floats], probabilities=True)
+    np.testing.assert_allclose(streamed.probabilities, answer.probabilities, rtol=1e-5)
+
+
+@pytest.mark.parametrize("score", ["probability", "logit", "log_probability"])
+def test_a_score_is_the_number_that_is_reported(
+    client: sidelight.Client, module: nn.Module, floats: torch.Tensor, score: str
+) -> None:
+    logits = copy.deepcopy(module).eval()(floats).detach()
+    values = {"probability": logits.softmax(1), "logit": logits, "log_probability": logits.log_softmax(1)}[score]
+    answer = client.attribute(floats, target=3, score=score)
+    np.testing.assert_allclose([each.score for each in answer.explained], values[:, 3], rtol=1e-5, atol=1e-6)
+    assert answer.provenance.score == score
+
+
+def test_a_score_that_this_server_does_not_know_is_unimplemented(
+    client: sidelight.Client, floats: torch.Tensor
+) -> None:
+    with pytest.raises(sidelight.Unimplemented, match="score: SCORE_MARGIN is not served by this version"):
+        client.attribute(floats, score="margin")
+
+
+def test_a_score_that_the_model_cannot_give_is_a_failed_precondition(device: str, floats: torch.Tensor) -> None:
+    module = nn.Sequential(small_cnn(), nn.Softmax(dim=1))
+    spec = sidelight_server.ModelSpec(module, outputs="probabilities")
+    with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
+        with pytest.raises(sidelight.FailedPrecondition, match="it has probability, log_probability"):
+            client.attribute(floats, score="logit")
+        assert len(client.attribute(floats)) == 5
+
+
+def test_a_model_without_labels_says_so_by_empty_labels(device: str, module: nn.Module, floats: torch.Tensor) -> None:
+    with sidelight_server.serve(module, device=device) as address, sidelight.connect(address) as client:
+        assert client.info().models[0].input_size is None
+        answer = client.attribute(floats)
+        assert [each.label for each in answer.predictions] == [each.label for each in answer.explained] == [""] * 5
+        with pytest.raises(sidelight.FailedPrecondition, match="no input size"):
+            client.attribute(np.zeros((32, 32, 3), np.uint8))
+
+
+def test_the_geometry_tells_how_a_picture_was_resized_and_cropped(client: sidelight.Client) -> None:
+    answer = client.attribute([np.zeros((40, 50, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)])
+    assert answer.geometry[0] == sidelight.Geometry(
+        original_height=40,
+        original_width=50,
+        scaled_height=32,
+        scaled_width=40,
+        crop_top=0,
+        crop_left=4,
+        crop_height=32,
+        crop_width=32,
+    )
+    assert answer.geometry[1] == sidelight.Geometry(64, 64, 32, 32, 0, 0, 32, 32)
+
+
+def test_the_provenance_says_all_that_is_needed_to_compute_it_again(
+    client: sidelight.Client, floats: torch.Tensor, device: str
+) -> None:
+    method = sidelight.Gradient(signed=True, times_input=True)
+    answer = client.attribute(floats, target=["ant", 1, 2, 3, 4], method=method, score="logit", channels="l2")
+    facts, model = answer.provenance, client.model()
+    assert (facts.model, facts.model_version, facts.model_digest) == ("small", 1, model.digest)
+    assert facts.method == "gradient(magnitude=signed, times_input=True)"
+    assert facts.target == 'per example: "ant", 1, 2, 3, 4'
+    assert (facts.score, facts.channels, facts.precision) == ("logit", "l2", "float32")
+    assert facts.device.startswith(device)
+    assert facts.threads >= 1
+    assert facts.chunk_rows == model.chunk_rows
+    assert facts.software == {
+        "sidelight": sidelight.__version__,
+        "torch": torch.__version__,
+        "python": sys.version.split()[0],
+    }
+    assert (answer.transport, answer.final, answer.index, answer.error) == ("inline", True, 0, None)
+    assert answer.convergence == (None,) * 5
+
+
+@pytest.mark.parametrize(("target", "text"), [(None, "predicted"), (7, "index 7"), ("gnu", 'label "gnu"')])
+def test_the_provenance_says_the_target_as_it_was_asked(
+    client: sidelight.Client, floats: torch.Tensor, target: object, text: str
+) -> None:
+    facts = client.attribute(floats, target=target).provenance
+    assert (facts.target, facts.score, facts.channels) == (text, "probability", "max_abs")
+    assert facts.method == "gradient(magnitude=absolute, times_input=False)"
+
+
+def test_the_parts_of_the_time_are_within_the_whole(client: sidelight.Client, floats: torch.Tensor) -> None:
+    timing = client.attribute(floats).timing
+    parts = (timing.prepare_s, timing.queue_s, timing.compute_s)
+    assert all(part >= 0 for part in parts)
+    assert timing.compute_s > 0
+    assert sum(parts) <= timing.total_s + 1e-6  # each is rounded to a nanosecond
+
+
+def test_a_partial_failure_carries_the_answer_with_the_other_maps(
+    client: sidelight.Client, floats: torch.Tensor
+) -> None:
+    broken = floats.clone()
+    broken[1, 0, 0, 0] = broken[3, 1, 2, 3] = math.nan
+    with pytest.raises(sidelight.PartialFailure) as caught:
+        client.attribute(broken, probabilities=True)
+    assert str(caught.value) == (
+        "2 of 5 examples failed; example 1: images: 1 NaN and 0 infinite elements, expected finite ones (and 1 more)"
+    )
+    answer = caught.value.answer
+    assert [each.example for each in answer.failures] == [1, 3]
+    for entries in (answer.predictions, answer.explained):
+        assert [each is None for each in entries] == [False, True, False, True, False]
+    assert np.isnan(answer.maps[[1, 3]]).all()
+    assert np.isnan(answer.probabilities[[1, 3]]).all()
+    whole = client.attribute(floats)
+    assert_same(answer.maps[::2], whole.maps[::2])
+    assert [each.index for each in answer.predictions[::2]] == [each.index for each in whole.predictions[::2]]
+    assert answer.provenance.model == "small"
+
+
+def test_failures_are_handed_on_where_that_is_asked_for(client: sidelight.Client) -> None:
+    answer = client.attribute([b"", b"x"], on_error="return", probabilities=True)
+    assert [each.example for each in answer.failures] == [0, 1]
+    assert all(each.code == sidelight.InvalidArgument.code and each.message for each in answer.failures)
+    assert np.isnan(answer.maps).all()
+    assert answer.maps.shape == (2, 32, 32)
+    assert answer.probabilities.shape == (2, N_CLASSES)
+
+
+def test_a_batch_that_failed_whole_raises_whatever_is_asked_for(client: sidelight.Client, floats: torch.Tensor) -> None:
+    with pytest.raises(sidelight.NotFound):
+        client.attribute(floats, target="elc", on_error="return")
+
+
+def test_a_failing_model_is_internal_and_its_secrets_stay_with_the_server(
+    device: str, floats: torch.Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Failing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise RuntimeError("a secret path")
+
+    with sidelight_server.serve(Failing(), device=device) as address, sidelight.connect(address) as client:
+        answer = client.attribute(floats[:2], on_error="return")
+    assert [(each.code, "secret" in each.message) for each in answer.failures] == [(sidelight.Internal.code, False)] * 2
+    assert "a secret path" in caplog.text
+
+
+@pytest.mark.parametrize("channels", ["max_abs", "none", "l2", "sum", "mean_abs"])
+def test_a_map_is_drawn_over_the_picture_whatever_its_channels(client: sidelight.Client, channels: str) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    answer = client.attribute(picture, channels=channels)
+    assert answer.maps.shape == ((1, 3, 32, 32) if channels == "none" else (1, 32, 32))
+    drawn = np.abs(answer.maps[0]).max(axis=0) if channels == "none" else answer.maps[0]
+    np.testing.assert_array_equal(answer.map(0), drawn)
+    overlay = answer.overlay(0)
+    assert (overlay.mode, overlay.size) == ("RGB", (32, 32))
+    assert overlay.tobytes() != answer.picture(0).tobytes()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_map_is_drawn_over_floats(client: sidelight.Client, floats: torch.Tensor, dtype: torch.dtype) -> None:
+    answer = client.attribute(floats.to(dtype), method=sidelight.Gradient(signed=True), channels="sum")
+    for i in range(5):
+        assert answer.overlay(i).size == answer.picture(i).size == (32, 32)
+
+
+def test_an_answer_is_saved_with_maps_facts_and_overlays(client: sidelight.Client, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    pictures = [rng.integers(0, 256, size, np.uint8) for size in ((40, 50, 3), (32, 32, 3), (90, 33, 3))]
+    answer = client.attribute(pictures, target=["elk", 1, "ibis"])
+    folder = tmp_path / "made" / "for it"
+    answer.save(folder)
+    assert sorted(each.name for each in folder.iterdir()) == [
+        "000.png",
+        "001.png",
+        "002.png",
+        "answer.json",
+        "maps.npy",
+    ]
+    np.testing.assert_array_equal(np.load(folder / "maps.npy"), answer.maps)
+    for i in range(3):
+        with Image.open(folder / f"{i:03}.png") as overlay:
+            assert overlay.tobytes() == answer.overlay(i).tobytes()
+    facts = json.loads((folder / "answer.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert [each["explained"]["label"] for each in facts["examples"]] == ["elk", "bee", "ibis"]
+    assert [each["prediction"]["index"] for each in facts["examples"]] == [each.index for each in answer.predictions]
+    assert facts["examples"][0]["geometry"] == dataclasses.asdict(answer.geometry[0])
+    assert facts["provenance"] == dataclasses.asdict(answer.provenance)
+    assert facts["timing"] == dataclasses.asdict(answer.timing)
+    assert facts["failures"] == []
+
+
+def test_an_answer_with_failures_is_saved_without_their_overlays(
+    client: sidelight.Client, floats: torch.Tensor, tmp_path: Path
+) -> None:
+    broken = floats.clone()
+    broken[1, 0, 0, 0] = math.inf
+    client.attribute(broken, on_error="return").save(str(tmp_path))
+    assert sorted(each.name for each in tmp_path.glob("*.png")) == ["000.png", "002.png", "003.png", "004.png"]
+    facts = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert facts["examples"][1] == {"prediction": None, "explained": None, "geometry": None}
+    (failure,) = facts["failures"]
+    assert (failure["example"], failure["code"]) == (1, 3)
+
+
+def test_saving_again_writes_over_what_was_there(
+    client: sidelight.Client, floats: torch.Tensor, tmp_path: Path
+) -> None:
+    client.attribute(floats).save(tmp_path)
+    answer = client.attribute(floats, target=1)
+    answer.save(tmp_path)
+    np.testing.assert_array_equal(np.load(tmp_path / "maps.npy"), answer.maps)
+
+
+def test_answers_and_errors_cross_processes(client: sidelight.Client, floats: torch.Tensor) -> None:
+    broken = floats.clone()
+    broken[1] = math.nan
+    with pytest.raises(sidelight.PartialFailure) as caught:
+        client.attribute(broken)
+    failure = pickle.loads(pickle.dumps(caught.value))
+    assert (type(failure), str(failure)) == (sidelight.PartialFailure, str(caught.value))
+    np.testing.assert_array_equal(failure.answer.maps, caught.value.answer.maps)
+    assert failure.answer.overlay(0).tobytes() == caught.value.answer.overlay(0).tobytes()
+    error = pickle.loads(pickle.dumps(sidelight.ResourceExhausted("full", retry_delay_s=0.25)))
+    assert (type(error), str(error), error.retry_delay_s) == (sidelight.ResourceExhausted, "full", 0.25)
+
+
+def test_the_public_list_is_sorted_whole_and_true() -> None:
+    assert sidelight.__all__ == sorted(sidelight.__all__)
+    assert len(set(sidelight.__all__)) == len(sidelight.__all__)
+    public = {name for name in vars(sidelight) if not name.startswith("_")}
+    assert public - set(sidelight.__all__) == {"v1"}  # the schema's own package
+    assert set(sidelight.__all__) <= public
+    errors = {name for name, each in vars(_errors).items() if inspect.isclass(each) and issubclass(each, Exception)}
+    assert errors <= set(sidelight.__all__)
+
+
+def test_all_that_is_public_says_what_it_is() -> None:
+    assert all(getattr(sidelight, name).__doc__ for name in sidelight.__all__)
+
+
+def test_importing_the_client_brings_neither_server_nor_torch_nor_a_command_line() -> None:
+    code = "import sys, sidelight; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    modules = done.stdout.split()
+    packages = {name.partition(".")[0] for name in modules}
+    assert "sidelight" in packages
+    assert not packages & {"torch", "sidelight_server", "typer", "click", "rich", "pydantic", "matplotlib", "skimage"}
+    assert not [name for name in modules if name.startswith("PIL.") and name.endswith("Plugin")]
+    assert not {"sidelight._cli", "sidelight._report", "sidelight._demo"} & set(modules)
+    assert not done.stderr
