@@ -22,7 +22,8 @@ def main() -> int:
             log.warning('event=setting_ignored message="%s"', warning)
         asyncio.run(serve_until_signal(settings))
     except ConfigurationError as error:
-        print(f"sidelight-server: {error}", file=sys.stderr)
+        line = " ".join(str(error).split())  # what a factory or torch says may have many
+        print(f"sidelight-server: {line}", file=sys.stderr)
         return 2
     return 0
 

@@ -1,9 +1,9 @@
 """Admission: permits by count and by bytes. A request holds its permit until its answer is written."""
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from .errors import ResourceExhausted
 
@@ -20,7 +20,7 @@ class Admission:
         self.n_requests = 0
         self.n_bytes = 0
 
-    @contextmanager
+    @contextlib.contextmanager
     def enter(self, n_bytes: int) -> Iterator[None]:
         """Hold a permit. `ResourceExhausted`, with a retry delay, where there is none now."""
         self._refuse_impossible(n_bytes)
@@ -47,11 +47,11 @@ class Admission:
         try:
             await turn
         except asyncio.CancelledError:
-            # The turn may have come in the same moment: then the permit was taken for nobody.
-            if turn.done() and not turn.cancelled():
+            if not turn.cancelled():  # the turn came in the same moment: the permit was taken for nobody
                 self.release(n_bytes)
             else:
-                self._waiting.remove((n_bytes, turn))
+                with contextlib.suppress(ValueError):  # a release in the same moment has passed it over
+                    self._waiting.remove((n_bytes, turn))
                 self._wake()
             raise
 
@@ -62,10 +62,11 @@ class Admission:
         self._wake()
 
     def _wake(self) -> None:
-        while self._waiting and self._fits(self._waiting[0][0]):
+        while self._waiting and (self._waiting[0][1].cancelled() or self._fits(self._waiting[0][0])):
             n_bytes, turn = self._waiting.popleft()
-            self._take(n_bytes)
-            turn.set_result(None)
+            if not turn.cancelled():
+                self._take(n_bytes)
+                turn.set_result(None)
 
     def _take(self, n_bytes: int) -> None:
         self.n_requests += 1

@@ -5,15 +5,17 @@ Field `max_chunk_rows` = flag `--max-chunk-rows` = variable `SIDELIGHT_MAX_CHUNK
 
 import argparse
 import difflib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -27,6 +29,17 @@ PREFIX = "SIDELIGHT_"
 MEBIBYTE = 1024 * 1024
 
 
+def _split(value: object) -> object:
+    """Return the items of a list as a variable holds it: "3,224,224", or JSON. Flags and the file bring lists."""
+    if not isinstance(value, str):
+        return value
+    is_json = value.startswith("[") and value.endswith("]")  # unlike "[::1]:50051"
+    return json.loads(value) if is_json else [each.strip() for each in value.split(",")]
+
+
+_Listed = (NoDecode, BeforeValidator(_split))
+
+
 class Settings(BaseModel):
     """All that an operator can set. Checked once, when it is made."""
 
@@ -35,11 +48,15 @@ class Settings(BaseModel):
     model: str = Field("", description='where the model comes from: "python:package.module:factory"')
     weights: Path | None = Field(None, description="weights for it: .safetensors, or a weights-only .pt")
     name: str | None = Field(None, description="what requests call the model; the factory's name if unset")
-    input_size: tuple[int, int, int] | None = Field(
+    input_size: Annotated[tuple[int, int, int] | None, *_Listed] = Field(
         None, description="C,H,W of the model's input; unset: floating arrays of any shape, neither files nor pixels"
     )
-    mean: tuple[float, ...] | None = Field(None, description="one for each channel, of pixels in 0…1; unset: 0")
-    std: tuple[float, ...] | None = Field(None, description="one for each channel, of pixels in 0…1; unset: 1")
+    mean: Annotated[tuple[float, ...] | None, *_Listed] = Field(
+        None, description="one for each channel, of pixels in 0…1; unset: 0"
+    )
+    std: Annotated[tuple[float, ...] | None, *_Listed] = Field(
+        None, description="one for each channel, of pixels in 0…1; unset: 1"
+    )
     resize: int | Literal["exact", "none"] | None = Field(
         None,
         description='short side in pixels before the centre crop, or "exact", or "none"; unset: just covers the input',
@@ -50,8 +67,8 @@ class Settings(BaseModel):
     )
     labels: Path | None = Field(None, description="a text file of class names, one a line, in the classes' order")
 
-    listen: tuple[str, ...] = Field(
-        ("127.0.0.1:50051",), description='addresses: "host:port" (port 0: a free one) or "unix:/path"'
+    listen: Annotated[tuple[str, ...], *_Listed] = Field(
+        ("127.0.0.1:50051",), min_length=1, description='addresses: "host:port" (port 0: a free one) or "unix:/path"'
     )
     plaintext: bool = Field(False, description="allow addresses that are not loopback, although nothing is encrypted")
     drain_s: float = Field(30.0, ge=0, description="seconds that running work may take after SIGTERM; 0: none")
@@ -106,7 +123,7 @@ class _Parser(argparse.ArgumentParser):
         flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
         if message.startswith("unrecognized") and (close := difflib.get_close_matches(unknown[0], flags, n=1)):
             message += f" (did you mean {close[0]}?)"
-        super().error(message)
+        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
 
 
 def read_settings(arguments: Sequence[str]) -> Settings:

@@ -184,7 +184,9 @@ Fitted = tuple[Array, Geometry | None] | SidelightError
 
 def _fit(model: Model, images: Files | Array, *, max_pixels: int) -> list[Fitted]:
     if not isinstance(images, Files) and images.dtype != np.uint8:
-        return [_checked(each) for each in images]
+        with np.errstate(over="ignore"):  # what the model's type cannot hold becomes infinite, and is refused as that
+            staged = images.astype(model.staged_dtype, copy=False)
+        return [_checked(each) for each in staged]
     preprocessing = model.preprocessing
     if preprocessing is None:
         raise FailedPrecondition(

@@ -1,7 +1,9 @@
 """The explainer: one message's way through validation and engine, the same for unary calls and streams."""
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sidelight.v1 import attribution_pb2 as pb
@@ -13,6 +15,8 @@ from .engine import Engine
 from .errors import DeadlineExceeded, Internal, ResourceExhausted, SidelightError
 
 log = logging.getLogger("sidelight")
+
+ENVELOPE_BYTES = wire.MAX_ID_BYTES + 16  # what the message around an answer adds: its id, tags and lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +40,10 @@ class Explainer:
 
     def inquire(self, message: pb.AttributeRequest) -> Inquiry:
         """Check a message that has just arrived. A `SidelightError` says what is wrong with it."""
-        timeout_s = wire.timeout_s(message)
-        request = wire.parse(message)
-        answer_bytes = self._engine.answer_bytes(request)
+        with _telling(message.id):
+            timeout_s = wire.timeout_s(message)
+            request = wire.parse(message)
+            answer_bytes = self._engine.answer_bytes(request)
         self._refuse_long_answer(answer_bytes)
         return Inquiry(
             message=message,
@@ -57,18 +62,14 @@ class Explainer:
 
     async def explain(self, inquiry: Inquiry) -> pb.Attribution:
         """Return the answer. Nothing but a `SidelightError` says why there is none."""
-        try:
-            async with asyncio.timeout_at(inquiry.deadline_s):
-                answer = await self._engine.attribute(inquiry.request)
+        with _telling(inquiry.message.id):
+            try:
+                async with asyncio.timeout_at(inquiry.deadline_s):
+                    answer = await self._engine.attribute(inquiry.request)
+            except TimeoutError:
+                raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
             reply = replies.result(answer, inquiry.message)
-            self._refuse_long_answer(reply.ByteSize())
-        except TimeoutError:
-            raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
-        except SidelightError:
-            raise
-        except Exception as error:
-            log.exception("event=unexpected id=%s", inquiry.message.id)
-            raise Internal("the server failed; its log has the cause") from error
+            self._refuse_long_answer(reply.ByteSize() + ENVELOPE_BYTES)
         return reply
 
     def _refuse_long_answer(self, n_bytes: int) -> None:
@@ -77,3 +78,15 @@ class Explainer:
                 f"the answer takes {n_bytes} bytes, the server's max_message_bytes is {self._limit_bytes}: "
                 "send fewer examples"
             )
+
+
+@contextlib.contextmanager
+def _telling(id_: str) -> Iterator[None]:
+    """Let nothing but a `SidelightError` out. Of anything else the log has the cause, and the caller no details."""
+    try:
+        yield
+    except SidelightError:
+        raise
+    except Exception as error:
+        log.exception("event=unexpected id=%r", id_)
+        raise Internal("the server failed; its log has the cause") from error

@@ -1,6 +1,7 @@
 """The stream: many batches in flight on one connection. Nothing about one batch ends it."""
 
 import asyncio
+import contextlib
 
 import grpc
 from sidelight.v1 import attribution_pb2 as pb
@@ -96,4 +97,6 @@ class Stream:
 
     async def _write(self, response: pb.AttributeStreamResponse) -> None:
         async with self._writing:
-            await self._context.write(response)
+            # A caller who has gone is no fault, and gRPC is about to cancel this call.
+            with contextlib.suppress(grpc.aio.InternalError):
+                await self._context.write(response)

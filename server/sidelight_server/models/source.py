@@ -6,10 +6,10 @@ can carry code.
 
 import importlib
 import pickle
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ def load(source: str, weights: Path | None = None) -> ModelSpec:
 def _call(source: str, module_name: str, factory_name: str) -> object:
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script without a main guard exits
         raise ConfigurationError(
             f'model: cannot import "{module_name}" for {source}: {type(error).__name__}: {error}'
         ) from error
@@ -49,7 +49,7 @@ def _call(source: str, module_name: str, factory_name: str) -> object:
         raise ConfigurationError(f'model: "{module_name}" has no factory "{factory_name}" (from {source})')
     try:
         return factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigurationError(f"model: {source} raised {type(error).__name__}: {error}") from error
 
 
@@ -59,8 +59,13 @@ def _load_weights(module: nn.Module, path: Path) -> None:
         module.load_state_dict(state)
     except FileNotFoundError:
         raise ConfigurationError(f"weights: {path} is not there") from None
-    except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError) as error:
-        cause = " ".join(str(error).split())
+    except pickle.UnpicklingError as error:  # torch's own message advises to run the code
+        raise ConfigurationError(
+            f"weights: {path}: is broken, or holds more than tensors, and code in a file is never run; "
+            "expected what torch.save makes of a state_dict()"
+        ) from error
+    except Exception as error:  # torch promises no set of exceptions for what is in a file
+        cause = " ".join(str(error).split()) or type(error).__name__
         raise ConfigurationError(f"weights: {path}: {cause[:400]}") from error
 
 
@@ -69,7 +74,8 @@ def _read(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     if path.suffix not in (".pt", ".pth", ".bin"):
         raise ValueError(f'got "{path.suffix}", expected .safetensors, or a weights-only .pt, .pth or .bin')
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    with warnings.catch_warnings(action="ignore"):  # about the pickle protocol: what matters is whether it loads
+        state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"holds {type(state).__name__}, expected a state dict")
     return state

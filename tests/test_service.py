@@ -1,0 +1,404 @@
+"""The service: the calls of `sidelight.v1` beside reflection and health, the permits, and callers who go away."""
+
+import asyncio
+import concurrent.futures
+import contextlib
+import logging
+import threading
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from google.protobuf.duration_pb2 import Duration
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from models import LABELS, N_CLASSES, Linear
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc, tensor_pb2
+from sidelight_server import Engine, ModelSpec, Settings, serve
+from sidelight_server.server import SERVICES, Server
+from torch import Tensor, nn
+
+Status = grpc.StatusCode
+
+TIMEOUT_S = 20.0
+BRIEF = Duration(nanos=100_000_000)
+
+
+class Gate:
+    """What a model waits at, until the test opens it."""
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.reached = threading.Event()
+        self.n_rows = 0
+
+    def pass_through(self, n_rows: int) -> None:
+        self.n_rows += n_rows
+        self.reached.set()
+        assert self.open.wait(TIMEOUT_S), "the test never opened the gate"
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Gate":
+        return self  # so that the test holds the gate of the replica that runs
+
+
+class Gated(nn.Module):
+    """Logits that are linear in [N, 3, 4, 5], behind a gate. It has no input size, so loading it runs no rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+        self.linear = Linear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gate.pass_through(len(x))
+        return self.linear(x)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server in a thread of its own, with its inside in reach."""
+
+    server: Server
+    engine: Engine
+    loop: asyncio.AbstractEventLoop
+    channel: grpc.Channel
+
+    @property
+    def stub(self) -> attribution_pb2_grpc.AttributionServiceStub:
+        return attribution_pb2_grpc.AttributionServiceStub(self.channel)
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(TIMEOUT_S)
+
+    def until_all_permits_are_back(self) -> None:
+        """Take all the bytes there are, which waits until no request holds any, and give them back."""
+        admission, n_bytes = self.server.explainer.admission, self.engine.settings.max_in_flight_bytes
+        self.run(admission.acquire(n_bytes))
+        assert admission.n_requests == 1
+        self.loop.call_soon_threadsafe(admission.release, n_bytes)
+        assert self.engine.n_unanswered == 0
+
+
+@contextlib.contextmanager
+def running(module: nn.Module, folder: Path, **settings: object) -> Iterator[Running]:
+    chosen = Settings(**settings)
+    engine = Engine([ModelSpec(module)], chosen)
+    server = Server(engine, listen=[f"unix:{folder}/socket"])
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        asyncio.run_coroutine_threadsafe(server.start(), loop).result(TIMEOUT_S)
+        with grpc.insecure_channel(server.addresses[0]) as channel:
+            yield Running(server, engine, loop, channel)
+    finally:
+        asyncio.run_coroutine_threadsafe(server.stop(drain_s=0), loop).result(TIMEOUT_S)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+@contextlib.contextmanager
+def gated(folder: Path, **settings: object) -> Iterator[tuple[Gate, Running]]:
+    module = Gated()
+    with running(module, folder, **settings) as server:
+        try:
+            yield module.gate, server
+        finally:
+            module.gate.open.set()
+
+
+def ask(images: np.ndarray, /, **fields: object) -> pb.AttributeRequest:
+    dtype = tensor_pb2.DataType.Value(f"DATA_TYPE_{images.dtype.name.upper()}")
+    good = {
+        "images": tensor_pb2.Images(
+            tensor=tensor_pb2.Tensor(dtype=dtype, shape=images.shape, data=images.tobytes()),
+        ),
+        "target": pb.Target(predicted=pb.PredictedTarget()),
+        "method": pb.Method(gradient=pb.GradientMethod()),
+    }
+    return pb.AttributeRequest(**(good | fields))
+
+
+def floats(n: int, *, shape: tuple[int, int, int] = (3, 4, 5), seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((n, *shape)).astype(np.float32)
+
+
+def maps_of(response: pb.AttributeResponse) -> np.ndarray:
+    return np.frombuffer(response.result.maps.data, "<f4").reshape(tuple(response.result.maps.shape))
+
+
+def linear_maps(x: np.ndarray) -> np.ndarray:
+    """The closed form: softmax of a linear model, map = max over channels of |p_k (w_k − Σ_j p_j w_j)|."""
+    weight, bias = (each.detach().double() for each in Linear().linear.parameters())
+    inputs = torch.from_numpy(x).double().flatten(1)  # [n, C·H·W]
+    p = (inputs @ weight.T + bias).softmax(dim=1)  # [n, K]
+    largest, k = p.max(dim=1)
+    gradients = largest[:, None] * (weight[k] - p @ weight)  # [n, C·H·W]
+    return gradients.view(x.shape).abs().amax(dim=1).numpy()
+
+
+@pytest.fixture
+def channel(address: str) -> Iterator[grpc.Channel]:
+    with grpc.insecure_channel(address) as channel:
+        yield channel
+
+
+def test_a_unary_call_is_answered(channel: grpc.Channel) -> None:
+    stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 40, 3), np.uint8)
+    response = stub.Attribute(ask(pixels, id="one", model="small"), timeout=TIMEOUT_S)
+    result = response.result
+    assert response.id == "one"
+    assert maps_of(response).shape == (3, 32, 32)
+    assert (maps_of(response) >= 0).all()
+    assert maps_of(response).any(axis=(1, 2)).all()
+    assert result.final
+    assert result.transport == pb.TRANSPORT_INLINE
+    assert not result.failures
+    for example in result.examples:
+        prediction, (explained,) = example.prediction, example.explained
+        assert prediction.label == LABELS[prediction.index]
+        assert explained.index == prediction.index
+        assert explained.score == pytest.approx(prediction.probability)
+        assert not explained.HasField("against")
+        crop = example.geometry.crop
+        assert (example.geometry.original_height, example.geometry.original_width) == (48, 40)
+        assert (crop.height, crop.width) == (32, 32)
+    assert not result.HasField("probabilities")
+
+
+def test_the_provenance_has_every_default_filled_in(channel: grpc.Channel, device: str) -> None:
+    stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+    request = ask(floats(1, shape=(3, 32, 32)), target=pb.Target(label="dog"))
+    provenance = stub.Attribute(request, timeout=TIMEOUT_S).result.provenance
+    model = model_pb2_grpc.ModelServiceStub(channel).GetModel(model_pb2.GetModelRequest()).model
+    assert (provenance.model, provenance.model_version) == ("small", 1)
+    assert provenance.model_digest == model.digest
+    assert provenance.method.gradient.magnitude == pb.MAGNITUDE_ABSOLUTE
+    assert provenance.target == request.target
+    assert provenance.score == model_pb2.SCORE_PROBABILITY
+    assert provenance.channels == pb.CHANNEL_REDUCTION_MAX_ABS
+    assert provenance.precision == "float32"
+    assert provenance.device.startswith(device.partition(":")[0])
+    assert provenance.threads > 0
+    assert provenance.chunk_rows == model.chunk_rows == 8
+    assert {each.name: each.version for each in provenance.software}["torch"] == torch.__version__
+
+
+def test_the_times_of_an_answer_add_up(channel: grpc.Channel) -> None:
+    stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+    timing = stub.Attribute(ask(floats(4, shape=(3, 32, 32))), timeout=TIMEOUT_S).result.timing
+    parts = [each.ToNanoseconds() for each in (timing.prepare, timing.queue, timing.compute)]
+    assert all(part >= 0 for part in parts)
+    assert parts[2] > 0
+    assert sum(parts) <= timing.total.ToNanoseconds() + 10  # each is rounded to a nanosecond
+
+
+def test_the_server_tells_its_version_limits_methods_and_models(channel: grpc.Channel) -> None:
+    stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+    info = stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=TIMEOUT_S)
+    default = Settings()
+    assert info.version == metadata.version("sidelight")
+    for name in pb.Limits.DESCRIPTOR.fields_by_name:
+        assert getattr(info.limits, name) == getattr(default, name)
+    assert list(info.methods) == ["gradient"]
+    assert set(info.methods) <= set(pb.Method.DESCRIPTOR.fields_by_name)
+    models = model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest(), timeout=TIMEOUT_S)
+    assert info.models == models.models
+
+
+def test_models_are_listed_without_labels_and_layers(channel: grpc.Channel) -> None:
+    stub = model_pb2_grpc.ModelServiceStub(channel)
+    (listed,) = stub.ListModels(model_pb2.ListModelsRequest(), timeout=TIMEOUT_S).models
+    assert (listed.name, listed.class_count) == ("small", N_CLASSES)
+    assert not listed.labels
+    assert not listed.layers
+
+
+@pytest.mark.parametrize("name", ["", "small"], ids=["by default", "by name"])
+def test_a_model_is_told_whole(name: str, channel: grpc.Channel, module: nn.Module) -> None:
+    stub = model_pb2_grpc.ModelServiceStub(channel)
+    model = stub.GetModel(model_pb2.GetModelRequest(name=name), timeout=TIMEOUT_S).model
+    assert model.name == "small"
+    assert model.state == model_pb2.MODEL_STATE_SERVING
+    assert tuple(model.labels) == LABELS
+    assert list(model.layers) == [name for name, _ in module.named_modules() if name]
+    assert (model.input.channels, model.input.height, model.input.width) == (3, 32, 32)
+    assert tuple(model.input.mean) == (0.5, 0.4, 0.3)
+    assert (model.input.resize, model.input.interpolation) == ("32", "bilinear")
+    assert model.scores == [model_pb2.SCORE_PROBABILITY, model_pb2.SCORE_LOGIT, model_pb2.SCORE_LOG_PROBABILITY]
+    assert len(bytes.fromhex(model.digest)) == 32
+
+
+def test_an_unknown_model_is_not_found_and_the_near_one_named(channel: grpc.Channel) -> None:
+    stub = model_pb2_grpc.ModelServiceStub(channel)
+    with pytest.raises(grpc.RpcError) as caught:
+        stub.GetModel(model_pb2.GetModelRequest(name="smalll"), timeout=TIMEOUT_S)
+    assert caught.value.code() is Status.NOT_FOUND
+    assert 'did you mean "small"?' in caught.value.details()
+
+
+def test_a_model_of_any_size_learns_its_classes_with_its_first_rows(device: str) -> None:
+    with serve(Linear(), device=device) as address, grpc.insecure_channel(address) as channel:
+        models = model_pb2_grpc.ModelServiceStub(channel)
+        before = models.GetModel(model_pb2.GetModelRequest(), timeout=TIMEOUT_S).model
+        attribution_pb2_grpc.AttributionServiceStub(channel).Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+        after = models.GetModel(model_pb2.GetModelRequest(), timeout=TIMEOUT_S).model
+    assert (before.class_count, after.class_count) == (0, N_CLASSES)
+    assert not before.HasField("input")
+
+
+def test_a_class_beyond_the_labels_has_none(device: str) -> None:
+    """Without an input size labels cannot be counted against classes before the first rows ran."""
+    spec = ModelSpec(Linear(), labels=["only one"])
+    with serve(spec, device=device) as address, grpc.insecure_channel(address) as channel:
+        stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+        stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+        request = ask(floats(1), target=pb.Target(index=9))
+        (example,) = stub.Attribute(request, timeout=TIMEOUT_S).result.examples
+    assert (example.explained[0].index, example.explained[0].label) == (9, "")
+
+
+def test_reflection_lists_the_services(channel: grpc.Channel) -> None:
+    stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+    asked = iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+    (answer,) = stub.ServerReflectionInfo(asked, timeout=TIMEOUT_S)
+    listed = {each.name for each in answer.list_services_response.service}
+    assert listed == {
+        "sidelight.v1.AttributionService",
+        "sidelight.v1.ModelService",
+        "grpc.health.v1.Health",
+        "grpc.reflection.v1alpha.ServerReflection",
+    }
+
+
+@pytest.mark.parametrize("service", ["", *SERVICES], ids=lambda name: name or "the server")
+def test_health_says_serving(service: str, channel: grpc.Channel) -> None:
+    stub = health_pb2_grpc.HealthStub(channel)
+    answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=TIMEOUT_S)
+    assert answer.status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_over_the_permits_a_unary_call_is_told_when_to_come_again(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, max_in_flight=1, device=device) as (gate, server):
+        first = server.stub.Attribute.future(ask(floats(2)), timeout=TIMEOUT_S)
+        assert gate.reached.wait(TIMEOUT_S)
+        with pytest.raises(grpc.RpcError) as caught:
+            server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+        assert caught.value.code() is Status.RESOURCE_EXHAUSTED
+        assert "max_in_flight 1" in caught.value.details()
+        trailers = dict(caught.value.trailing_metadata())
+        assert int(trailers["retry-after-ms"]) > 0
+
+        gate.open.set()
+        np.testing.assert_allclose(maps_of(first.result()), linear_maps(floats(2)), rtol=1e-4, atol=1e-8)
+        server.until_all_permits_are_back()
+        assert maps_of(server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)).shape == (1, 4, 5)
+
+
+def test_over_the_bytes_a_unary_call_is_told_when_to_come_again(tmp_path: Path, device: str) -> None:
+    batch = floats(100)
+    with gated(tmp_path, max_in_flight_bytes=2 * batch.nbytes, device=device) as (gate, server):
+        first = server.stub.Attribute.future(ask(batch), timeout=TIMEOUT_S)
+        assert gate.reached.wait(TIMEOUT_S)
+        with pytest.raises(grpc.RpcError) as caught:
+            server.stub.Attribute(ask(batch), timeout=TIMEOUT_S)
+        assert caught.value.code() is Status.RESOURCE_EXHAUSTED
+        assert f"max_in_flight_bytes {2 * batch.nbytes}" in caught.value.details()
+        assert "retry-after-ms" in dict(caught.value.trailing_metadata())
+        gate.open.set()
+        assert len(first.result().result.examples) == 100
+
+
+def test_a_fault_gives_its_permit_back(tmp_path: Path, device: str) -> None:
+    with running(Linear(), tmp_path, max_in_flight=1, device=device) as server:
+        server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+        for wrong in (pb.Target(index=10), pb.Target(label="cat"), pb.Target()):
+            with pytest.raises(grpc.RpcError):
+                server.stub.Attribute(ask(floats(1), target=wrong), timeout=TIMEOUT_S)
+            server.until_all_permits_are_back()
+
+
+def test_rows_whose_time_is_over_never_run(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, device=device) as (gate, server):
+        first = server.stub.Attribute.future(ask(floats(2)), timeout=TIMEOUT_S)
+        assert gate.reached.wait(TIMEOUT_S)
+        with pytest.raises(grpc.RpcError) as caught:
+            server.stub.Attribute(ask(floats(5), timeout=BRIEF), timeout=TIMEOUT_S)
+        assert caught.value.code() is Status.DEADLINE_EXCEEDED
+        assert caught.value.details().startswith("timeout: ")
+        gate.open.set()
+        first.result()
+        server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+        assert gate.n_rows == 3
+
+
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_a_unary_caller_who_goes_away_frees_rows_and_permit(how: str, tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, max_in_flight=2, device=device) as (gate, server):
+        first = server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S)
+        assert gate.reached.wait(TIMEOUT_S)
+        second = server.stub.Attribute.future(ask(floats(5)), timeout=0.2 if how == "deadline" else TIMEOUT_S)
+        if how == "cancel":
+            # A call that was made later is answered, so this one has come.
+            server.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=TIMEOUT_S)
+            second.cancel()
+        with pytest.raises((grpc.RpcError, grpc.FutureCancelledError)):
+            second.result()
+        first.cancel()
+        with pytest.raises((grpc.FutureCancelledError, concurrent.futures.CancelledError)):
+            first.result()
+
+        server.until_all_permits_are_back()
+        gate.open.set()
+        server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+        assert gate.n_rows == 2
+
+
+class Failing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        raise RuntimeError("the password is swordfish")
+
+
+def test_what_fails_in_a_model_is_logged_and_not_told(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.ERROR, logger="sidelight"),
+        serve(Failing(), device=device, name="frail") as address,
+        grpc.insecure_channel(address) as channel,
+    ):
+        stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+        (failure,) = stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S).result.failures
+    assert failure.code == Status.INTERNAL.value[0]
+    assert 'model "frail" failed on example 0' in failure.message
+    assert "swordfish" not in failure.message
+    assert "swordfish" in caplog.text
+
+
+def test_what_fails_in_the_server_is_logged_and_not_told(
+    device: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    class Short(nn.Module):
+        """Its first two elements are its logits."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.flatten(1)[:, :2]
+
+    with caplog.at_level(logging.ERROR, logger="sidelight"), running(Short(), tmp_path, device=device) as server:
+        model = next(iter(server.engine.models.values()))
+        model.labels = (object(), object())  # which no message can hold
+        with pytest.raises(grpc.RpcError) as caught:
+            server.stub.Attribute(ask(floats(1), id="a\nb"), timeout=TIMEOUT_S)
+        model.labels = ()
+        assert not server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S).result.failures
+        server.until_all_permits_are_back()
+    assert caught.value.code() is Status.INTERNAL
+    assert caught.value.details() == "the server failed; its log has the cause"
+    assert "event=unexpected id='a\\nb'" in caplog.text

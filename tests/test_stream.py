@@ -1,0 +1,518 @@
+"""The stream: many batches on one connection, answered as they are ready. Nothing about one batch ends it."""
+
+import functools
+import io
+import queue
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import sidelight_server
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError, Message
+from google.protobuf.message_factory import GetMessageClass
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import LABELS, Linear, small_cnn
+from PIL import Image
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
+from test_service import BRIEF, TIMEOUT_S, ask, floats, gated, linear_maps, running
+
+CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND = 1, 3, 4, 5
+RESOURCE_EXHAUSTED, FAILED_PRECONDITION, UNIMPLEMENTED = 8, 9, 12
+DOCUMENTED = {
+    CANCELLED,
+    INVALID_ARGUMENT,
+    DEADLINE_EXCEEDED,
+    NOT_FOUND,
+    RESOURCE_EXHAUSTED,
+    FAILED_PRECONDITION,
+    UNIMPLEMENTED,
+}
+
+
+def attribute(id_: str, images: np.ndarray, /, **fields: object) -> pb.AttributeStreamRequest:
+    return pb.AttributeStreamRequest(attribute=ask(images, id=id_, **fields))
+
+
+def cancel(id_: str) -> pb.AttributeStreamRequest:
+    return pb.AttributeStreamRequest(cancel=pb.CancelRequest(id=id_))
+
+
+class Conversation:
+    """A stream in the hands of a test: it sends and receives when told to."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._requests: queue.SimpleQueue[pb.AttributeStreamRequest | None] = queue.SimpleQueue()
+        stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+        self._call = stub.AttributeStream(iter(self._requests.get, None), timeout=TIMEOUT_S)
+
+    def __enter__(self) -> "Conversation":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def send(self, *requests: pb.AttributeStreamRequest) -> None:
+        for each in requests:
+            self._requests.put(each)
+
+    def receive(self) -> pb.AttributeStreamResponse:
+        return next(self._call)
+
+    def finish(self) -> list[pb.AttributeStreamResponse]:
+        """Send no more, and return all that still comes. The stream must end well."""
+        self._requests.put(None)
+        rest = list(self._call)
+        assert self._call.code() is grpc.StatusCode.OK
+        return rest
+
+    def leave(self) -> None:
+        """Go away without a word."""
+        self._call.cancel()
+        self._requests.put(None)
+
+
+def maps_of(response: pb.AttributeStreamResponse) -> np.ndarray:
+    assert response.WhichOneof("outcome") == "result", response.failure
+    return np.frombuffer(response.result.maps.data, "<f4").reshape(tuple(response.result.maps.shape))
+
+
+def code_of(response: pb.AttributeStreamResponse) -> int:
+    assert response.WhichOneof("outcome") == "failure"
+    assert response.failure.message
+    return response.failure.code
+
+
+def assert_explains(response: pb.AttributeStreamResponse, images: np.ndarray) -> None:
+    # float32 against the closed form in float64.
+    np.testing.assert_allclose(maps_of(response), linear_maps(images), rtol=1e-4, atol=1e-8)
+
+
+@pytest.fixture(scope="module")
+def linear(device: str) -> Iterator[grpc.Channel]:
+    """A server whose maps have a closed form."""
+    with (
+        sidelight_server.serve(Linear(), labels=None, device=device) as address,
+        grpc.insecure_channel(address) as channel,
+    ):
+        yield channel
+
+
+def test_every_batch_is_answered_with_its_own_maps(linear: grpc.Channel) -> None:
+    batches = {str(n): floats(1 + n % 5, seed=n) for n in range(60)}
+    with Conversation(linear) as stream:
+        stream.send(*(attribute(id_, images) for id_, images in batches.items()))
+        answers = stream.finish()
+    assert len(answers) == len(batches)
+    assert {answer.id for answer in answers} == batches.keys()
+    for answer in answers:
+        assert_explains(answer, batches[answer.id])
+
+
+def test_a_stream_may_stay_silent(linear: grpc.Channel) -> None:
+    with Conversation(linear) as stream:
+        assert stream.finish() == []
+
+
+def test_question_and_answer_may_take_turns(linear: grpc.Channel) -> None:
+    with Conversation(linear) as stream:
+        for n in range(5):
+            stream.send(attribute("again", floats(2, seed=n)))  # an id is free once it is answered
+            assert_explains(stream.receive(), floats(2, seed=n))
+        assert stream.finish() == []
+
+
+def test_a_batch_may_overtake_another(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, device=device) as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("slow", floats(2)))
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(attribute("empty", floats(0)))  # which needs no device
+        assert stream.receive().id == "empty"
+        gate.open.set()
+        (answer,) = stream.finish()
+        assert answer.id == "slow"
+        assert_explains(answer, floats(2))
+
+
+BAD = {
+    "wrong length": ({"images": tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=4, shape=[1, 3, 4, 5]))}, 3),
+    "many dimensions": ({"images": tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=1, shape=[1] * 65, data=b"0"))}, 3),
+    "no images": ({"images": tensor_pb2.Images()}, 3),
+    "no target": ({"target": pb.Target()}, 3),
+    "no such class": ({"target": pb.Target(index=10)}, 3),
+    "no such label": ({"target": pb.Target(label="cat")}, 5),
+    "no such model": ({"model": "other"}, 5),
+    "no method": ({"method": pb.Method()}, 3),
+    "a method that is not served": ({"method": pb.Method(rise=pb.RiseMethod())}, 12),
+    "files for a model without input size": (
+        {"images": tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=[b""]))},
+        9,
+    ),
+    "a long id": ({"id": "x" * 129}, 3),
+    "no time": ({"timeout": Duration()}, 3),
+}
+
+
+@pytest.mark.parametrize(("fields", "code"), BAD.values(), ids=BAD)
+def test_a_bad_batch_fails_alone(fields: dict[str, object], code: int, linear: grpc.Channel) -> None:
+    bad = pb.AttributeStreamRequest(attribute=ask(floats(1), **({"id": "bad"} | fields)))
+    with Conversation(linear) as stream:
+        stream.send(attribute("before", floats(2)), bad, attribute("after", floats(3)))
+        answers = {answer.id: answer for answer in (stream.receive() for _ in range(3))}
+        assert code_of(answers.pop(bad.attribute.id)) == code
+        assert answers.keys() == {"before", "after"}
+        assert_explains(answers["before"], floats(2))
+        assert_explains(answers["after"], floats(3))
+
+        stream.send(bad, attribute("again", floats(4)))
+        answers = {answer.id: answer for answer in stream.finish()}
+        assert code_of(answers[bad.attribute.id]) == code
+        assert_explains(answers["again"], floats(4))
+
+
+def test_an_example_that_fails_alone_is_no_failure_of_its_batch(linear: grpc.Channel) -> None:
+    images = floats(3)
+    images[1, 0, 0, 0] = np.nan
+    with Conversation(linear) as stream:
+        stream.send(attribute("mixed", images))
+        (answer,) = stream.finish()
+    maps = maps_of(answer)
+    assert [failure.example for failure in answer.result.failures] == [1]
+    assert np.isnan(maps[1]).all()
+    np.testing.assert_allclose(maps[[0, 2]], linear_maps(images[[0, 2]]), rtol=1e-4, atol=1e-8)
+
+
+def test_a_cancelled_batch_is_answered_cancelled_and_its_rows_never_run(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, device=device) as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("running", floats(1)))
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(attribute("waiting", floats(5)), attribute("wanted", floats(2)), cancel("waiting"))
+        cancelled = stream.receive()
+        assert (cancelled.id, code_of(cancelled)) == ("waiting", CANCELLED)
+
+        gate.open.set()
+        answers = {answer.id: answer for answer in stream.finish()}
+        assert answers.keys() == {"running", "wanted"}
+        assert_explains(answers["running"], floats(1))
+        assert_explains(answers["wanted"], floats(2))
+        assert gate.n_rows == 3
+        server.until_all_permits_are_back()
+
+
+def test_a_batch_whose_rows_are_running_can_be_cancelled(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, device=device, max_chunk_rows=1) as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("running", floats(4)))
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(cancel("running"))
+        cancelled = stream.receive()
+        assert (cancelled.id, code_of(cancelled)) == ("running", CANCELLED)
+        stream.send(attribute("running", floats(2)))  # the id is free again
+        gate.open.set()
+        (answer,) = stream.finish()
+        assert_explains(answer, floats(2))
+        assert gate.n_rows == 3
+
+
+def test_cancelling_what_is_not_there_is_passed_over(linear: grpc.Channel) -> None:
+    with Conversation(linear) as stream:
+        stream.send(cancel("nobody"), cancel(""), attribute("one", floats(1)))
+        assert_explains(stream.receive(), floats(1))
+        stream.send(cancel("one"), cancel("one"), attribute("two", floats(2)))
+        (answer,) = stream.finish()
+    assert answer.id == "two"
+
+
+def test_a_batch_whose_time_is_over_fails_alone(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, device=device) as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("running", floats(1)))
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(attribute("hasty", floats(3), timeout=BRIEF), attribute("patient", floats(2)))
+        hasty = stream.receive()
+        assert (hasty.id, code_of(hasty)) == ("hasty", DEADLINE_EXCEEDED)
+        gate.open.set()
+        assert {answer.id for answer in stream.finish()} == {"running", "patient"}
+        assert gate.n_rows == 3
+
+
+def test_time_that_passes_while_waiting_for_a_permit_counts(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, device=device, max_in_flight=1) as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("running", floats(1)))
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(attribute("hasty", floats(3), timeout=BRIEF))
+        hasty = stream.receive()
+        assert (hasty.id, code_of(hasty)) == ("hasty", DEADLINE_EXCEEDED)
+        assert "full" in hasty.failure.message
+        gate.open.set()
+        stream.send(attribute("patient", floats(2)))
+        assert {answer.id for answer in stream.finish()} == {"running", "patient"}
+        server.until_all_permits_are_back()
+
+
+def test_an_id_that_is_not_answered_yet_is_refused(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, device=device) as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("twice", floats(1)))
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(attribute("twice", floats(2)))
+        refused = stream.receive()
+        assert (refused.id, code_of(refused)) == ("twice", INVALID_ARGUMENT)
+        assert '"twice"' in refused.failure.message
+        gate.open.set()
+        (answer,) = stream.finish()
+        assert_explains(answer, floats(1))
+
+
+REFUSED = {
+    "an empty id": (attribute("", floats(1)), "", INVALID_ARGUMENT, "id: empty"),
+    "nothing": (pb.AttributeStreamRequest(), "", INVALID_ARGUMENT, "attribute, cancel or register_region"),
+    "something newer": (
+        pb.AttributeStreamRequest.FromString(b"\x9a\x06\x00"),
+        "",
+        INVALID_ARGUMENT,
+        "attribute, cancel or register_region",
+    ),
+    "a region": (
+        pb.AttributeStreamRequest(register_region=pb.RegisterRegionRequest(id="r", region="x", size_bytes=8)),
+        "r",
+        UNIMPLEMENTED,
+        "register_region",
+    ),
+}
+
+
+@pytest.mark.parametrize(("request_", "id_", "code", "words"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_served_is_refused_and_the_stream_goes_on(
+    request_: pb.AttributeStreamRequest, id_: str, code: int, words: str, linear: grpc.Channel
+) -> None:
+    with Conversation(linear) as stream:
+        stream.send(request_)
+        refused = stream.receive()
+        assert (refused.id, code_of(refused)) == (id_, code)
+        assert words in refused.failure.message
+        stream.send(attribute("next", floats(2)))
+        (answer,) = stream.finish()
+    assert_explains(answer, floats(2))
+
+
+@pytest.mark.parametrize("limit", ["max_in_flight", "max_stream_in_flight"])
+def test_with_one_place_all_are_answered_one_after_another(limit: str, tmp_path: Path, device: str) -> None:
+    with running(Linear(), tmp_path, device=device, **{limit: 1}) as server, Conversation(server.channel) as stream:
+        stream.send(*(attribute(str(n), floats(3, seed=n)) for n in range(20)))
+        answers = stream.finish()
+        assert [answer.id for answer in answers] == [str(n) for n in range(20)]
+        for n, answer in enumerate(answers):
+            assert_explains(answer, floats(3, seed=n))
+        server.until_all_permits_are_back()
+
+
+def test_streams_share_the_permits_of_the_server(tmp_path: Path, device: str) -> None:
+    with (
+        running(Linear(), tmp_path, device=device, max_in_flight=2) as server,
+        Conversation(server.channel) as first,
+        Conversation(server.channel) as second,
+        Conversation(server.channel) as third,
+    ):
+        for stream in (first, second, third):
+            stream.send(*(attribute(str(n), floats(2, seed=n)) for n in range(15)))
+        for stream in (first, second, third):
+            answers = stream.finish()
+            assert sorted(int(answer.id) for answer in answers) == list(range(15))
+            for answer in answers:
+                assert_explains(answer, floats(2, seed=int(answer.id)))
+        server.until_all_permits_are_back()
+
+
+def test_over_the_permits_reading_pauses(tmp_path: Path, device: str) -> None:
+    """What follows a batch that waits for its permit is not read, or its failure would come before the permit."""
+    with gated(tmp_path, device=device, max_in_flight=1) as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("first", floats(1)))
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(attribute("second", floats(2)), attribute("", floats(1)))
+        gate.open.set()
+        answers = stream.finish()
+        assert answers[0].id == "first"
+        assert sorted(answer.id for answer in answers) == ["", "first", "second"]
+
+
+def test_a_batch_that_can_never_fit_fails_and_the_stream_goes_on(tmp_path: Path, device: str) -> None:
+    with (
+        running(Linear(), tmp_path, device=device, max_in_flight_bytes=4096) as server,
+        Conversation(server.channel) as stream,
+    ):
+        stream.send(attribute("large", floats(30)), attribute("small", floats(1)))
+        answers = {answer.id: answer for answer in stream.finish()}
+        assert code_of(answers["large"]) == RESOURCE_EXHAUSTED
+        assert not answers["large"].failure.HasField("retry_delay")
+        assert_explains(answers["small"], floats(1))
+
+
+def test_an_answer_that_only_its_envelope_makes_too_long_fails_alone(device: str) -> None:
+    images = np.zeros((1, 32, 32, 3), np.uint8)
+    long_id = "x" * 128
+    spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32))
+
+    def run(**settings: object) -> list[pb.AttributeStreamResponse]:
+        with (
+            sidelight_server.serve(spec, device=device, **settings) as address,
+            grpc.insecure_channel(address) as channel,
+            Conversation(channel) as stream,
+        ):
+            stream.send(attribute(long_id, images), attribute("short", np.zeros((0, 32, 32, 3), np.uint8)))
+            return stream.finish()
+
+    (whole,) = (answer for answer in run() if answer.id == long_id)
+    # The answer's times take a few bytes more or less; the id alone takes 128 more.
+    limited = {answer.id: answer for answer in run(max_message_bytes=whole.result.ByteSize() + 32)}
+    assert code_of(limited[long_id]) == RESOURCE_EXHAUSTED
+    assert limited["short"].result.final
+
+
+def test_a_caller_who_goes_away_frees_rows_and_permits(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, device=device, max_in_flight=4) as (gate, server), Conversation(server.channel) as stream:
+        stream.send(*(attribute(str(n), floats(3)) for n in range(6)))  # two more than there are permits
+        assert gate.reached.wait(TIMEOUT_S)
+        n_running = gate.n_rows
+        stream.leave()
+        server.until_all_permits_are_back()
+        gate.open.set()
+        with Conversation(server.channel) as other:
+            other.send(attribute("other", floats(2)))
+            (answer,) = other.finish()
+        assert_explains(answer, floats(2))
+        assert gate.n_rows == n_running + 2
+
+
+def test_callers_who_go_away_at_any_moment_leave_nothing_behind(
+    tmp_path: Path, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = floats(64)
+    with running(Linear(), tmp_path, device=device, max_in_flight=8, max_chunk_rows=64) as server:
+        for n_received in range(25):
+            with Conversation(server.channel) as stream:
+                # Answers of 15 kB, more than gRPC takes for a caller who does not read them.
+                stream.send(*(attribute(str(n), images, channels=pb.CHANNEL_REDUCTION_NONE) for n in range(40)))
+                for _ in range(n_received):
+                    stream.receive()
+        server.until_all_permits_are_back()
+        with Conversation(server.channel) as stream:
+            stream.send(*(attribute(str(n), floats(2)) for n in range(10)))
+            assert len(stream.finish()) == 10
+    assert not caplog.records  # it is no fault
+
+
+def test_a_caller_who_sends_no_more_still_gets_all_answers(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, device=device) as (gate, server), Conversation(server.channel) as stream:
+        stream.send(*(attribute(str(n), floats(2, seed=n)) for n in range(5)))
+        stream.send(None)
+        assert gate.reached.wait(TIMEOUT_S)
+        gate.open.set()
+        answers = stream.finish()
+        assert {answer.id for answer in answers} == {str(n) for n in range(5)}
+        for answer in answers:
+            assert_explains(answer, floats(2, seed=int(answer.id)))
+
+
+INTEGERS = [-(2**31), -1, 0, 1, 2, 3, 32, 99, 2**31 - 1]
+WORDS = ["", "small", "smal", "cat", *LABELS]
+SCALARS = {
+    FieldDescriptor.CPPTYPE_INT32: st.sampled_from(INTEGERS) | st.integers(-(2**31), 2**31 - 1),
+    FieldDescriptor.CPPTYPE_INT64: st.sampled_from([-(2**63), *INTEGERS, 2**63 - 1]) | st.integers(-(2**63), 2**63 - 1),
+    FieldDescriptor.CPPTYPE_DOUBLE: st.floats(),
+    FieldDescriptor.CPPTYPE_BOOL: st.booleans(),
+    FieldDescriptor.CPPTYPE_ENUM: st.integers(-1, 7) | st.sampled_from(INTEGERS),
+}
+
+
+def png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4)).save(file, "PNG")
+    return file.getvalue()
+
+
+def value(field: FieldDescriptor, depth: int) -> st.SearchStrategy[object]:
+    if field.type == FieldDescriptor.TYPE_STRING:
+        one: st.SearchStrategy[object] = st.sampled_from(WORDS) | st.text(max_size=8)
+    elif field.type == FieldDescriptor.TYPE_BYTES:
+        one = st.sampled_from([b"", b"\0" * 12, png(), png()[:40]]) | st.binary(max_size=64)
+    elif field.message_type is not None:
+        one = anything(field.message_type, depth - 1)
+    else:
+        one = SCALARS[field.cpp_type]
+    return st.lists(one, max_size=5) if field.is_repeated else one
+
+
+@functools.cache
+def anything(descriptor: Descriptor, depth: int = 4) -> st.SearchStrategy[Message]:
+    """Any message of a type, with any fields set, to some depth."""
+    chosen = {each.name: value(each, depth) for each in descriptor.fields if each.message_type is None or depth > 0}
+    return st.fixed_dictionaries({}, optional=chosen).map(lambda fields: GetMessageClass(descriptor)(**fields))
+
+
+@st.composite
+def coherent_tensors(draw: st.DrawFn) -> tensor_pb2.Images:
+    """A tensor whose data is as long as its shape says; its elements are any bits."""
+    dtype, size = draw(st.sampled_from([(1, 1), (2, 2), (3, 2), (4, 4), (5, 8)]))
+    shape = draw(
+        st.sampled_from([[1, 3, 32, 32], [2, 3, 32, 32], [3, 32, 32], [0, 3, 32, 32], [1, 32, 32, 3], [2, 5, 7, 3]])
+        | st.lists(st.integers(0, 4), max_size=5)
+    )
+    bits = draw(st.binary(min_size=1, max_size=16)) + b"\0\x3c"
+    length = int(np.prod(shape)) * size
+    data = (bits * (length // len(bits) + 1))[:length]
+    return tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=dtype, shape=shape, data=data))
+
+
+def nearly_good() -> st.SearchStrategy[pb.AttributeRequest]:
+    """A good request in which some fields are anything."""
+    by_name = pb.AttributeRequest.DESCRIPTOR.fields_by_name
+    changes = {name: value(field, 4) for name, field in by_name.items() if name != "id"}
+    changes["images"] = coherent_tensors() | changes["images"]
+    pixels = np.zeros((1, 4, 4, 3), np.uint8)
+    return st.fixed_dictionaries({"id": st.text(min_size=1, max_size=4)}, optional=changes).map(
+        lambda fields: ask(pixels, **fields)
+    )
+
+
+@st.composite
+def corrupted(draw: st.DrawFn) -> pb.AttributeRequest:
+    """A request in whose bytes some are others."""
+    content = bytearray(draw(nearly_good()).SerializeToString())
+    for _ in range(draw(st.integers(1, 4))):
+        content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
+    return parsed(bytes(content))
+
+
+def parsed(content: bytes) -> pb.AttributeRequest:
+    """Return what bytes say; empty where they say nothing, for gRPC does not deliver those."""
+    try:
+        return pb.AttributeRequest.FromString(content)
+    except DecodeError:
+        return pb.AttributeRequest()
+
+
+REQUESTS = anything(pb.AttributeRequest.DESCRIPTOR) | nearly_good() | corrupted() | st.binary(max_size=64).map(parsed)
+STREAM_REQUESTS = REQUESTS.map(lambda request: pb.AttributeStreamRequest(attribute=request)) | anything(
+    pb.AttributeStreamRequest.DESCRIPTOR
+)
+
+
+def answered(requests: Iterable[pb.AttributeStreamRequest]) -> int:
+    return sum(each.WhichOneof("request") != "cancel" for each in requests)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(requests=st.lists(STREAM_REQUESTS, min_size=1, max_size=8))
+def test_nothing_that_is_sent_ends_a_stream(address: str, requests: list[pb.AttributeStreamRequest]) -> None:
+    last = attribute("the last", np.zeros((1, 32, 32, 3), np.uint8))
+    with grpc.insecure_channel(address) as channel, Conversation(channel) as stream:
+        stream.send(*requests, last)
+        answers = stream.finish()
+    assert len(answers) == answered(requests) + 1
+    for answer in answers:
+        if answer.WhichOneof("outcome") == "failure":
+            assert code_of(answer) in DOCUMENTED, answer.failure
+    assert [answer.result.final for answer in answers if answer.id == "the last"] == [True]

@@ -1,0 +1,685 @@
+"""The wire, inwards: whatever a caller sends is answered, or refused by the name of the field that is wrong."""
+
+import io
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import sidelight_server
+import torch
+from google.protobuf.duration_pb2 import Duration
+from models import Linear, small_cnn
+from PIL import Image
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc, tensor_pb2
+from sidelight_server import wire
+from sidelight_server.errors import InvalidArgument
+from torch import nn
+
+Status = grpc.StatusCode
+Stub = attribution_pb2_grpc.AttributionServiceStub
+
+TIMEOUT_S = 20.0
+SHARE = 2e-6  # of a map's maximum: what an example's place among others may change
+SMALL_LIMIT = 14_000  # bytes: one example of the small CNN fits, two do not
+
+
+def tensor(array: np.ndarray) -> tensor_pb2.Tensor:
+    dtype = tensor_pb2.DataType.Value(f"DATA_TYPE_{array.dtype.name.upper()}")
+    return tensor_pb2.Tensor(dtype=dtype, shape=array.shape, data=array.tobytes())
+
+
+def images_of(source: np.ndarray | list[bytes]) -> tensor_pb2.Images:
+    if isinstance(source, list):
+        return tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=source))
+    return tensor_pb2.Images(tensor=tensor(source))
+
+
+def ask(source: np.ndarray | list[bytes], /, **fields: object) -> pb.AttributeRequest:
+    """A good request, or one with other fields."""
+    good = {
+        "images": images_of(source),
+        "target": pb.Target(predicted=pb.PredictedTarget()),
+        "method": pb.Method(gradient=pb.GradientMethod()),
+    }
+    return pb.AttributeRequest(**(good | fields))
+
+
+def pixels(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, shape, np.uint8)
+
+
+def floats(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def maps_of(response: pb.AttributeResponse) -> np.ndarray:
+    maps = response.result.maps
+    assert maps.dtype == tensor_pb2.DATA_TYPE_FLOAT32
+    return np.frombuffer(maps.data, "<f4").reshape(tuple(maps.shape))
+
+
+def assert_close(maps: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=SHARE * np.nanmax(expected))
+
+
+@dataclass(frozen=True)
+class Service:
+    """A server, and what it answered before anything went wrong."""
+
+    stub: Stub
+    good: pb.AttributeRequest
+    maps: np.ndarray
+
+    @classmethod
+    def at(cls, channel: grpc.Channel, good: pb.AttributeRequest) -> "Service":
+        stub = Stub(channel)
+        return cls(stub, good, maps_of(stub.Attribute(good, timeout=TIMEOUT_S)))
+
+    def answer(self, request: pb.AttributeRequest) -> pb.AttributeResponse:
+        return self.stub.Attribute(request, timeout=TIMEOUT_S)
+
+    def refuse(self, request: pb.AttributeRequest, code: grpc.StatusCode) -> str:
+        """Return why a request was refused; the next good one is answered as ever."""
+        with pytest.raises(grpc.RpcError) as caught:
+            self.stub.Attribute(request, timeout=TIMEOUT_S)
+        assert caught.value.code() is code, caught.value.details()
+        assert_no_internals(caught.value.details())
+        assert_close(maps_of(self.answer(self.good)), self.maps)
+        return caught.value.details()
+
+
+def assert_no_internals(message: str) -> None:
+    for secret in ("Traceback", 'File "', str(Path(sidelight_server.__file__).parent), sys.prefix):
+        assert secret not in message
+
+
+@pytest.fixture(scope="module")
+def small(address: str) -> Iterator[Service]:
+    """The small CNN with labels, [3, 32, 32]."""
+    with grpc.insecure_channel(address) as channel:
+        yield Service.at(channel, ask(pixels(2, 32, 32, 3), id="good"))
+
+
+@pytest.fixture(scope="module")
+def bare(device: str) -> Iterator[Service]:
+    """A model without an input size or labels."""
+    with (
+        sidelight_server.serve(Linear(shape=(3, 4, 5)), device=device, name="bare") as address,
+        grpc.insecure_channel(address) as channel,
+    ):
+        yield Service.at(channel, ask(floats(2, 3, 4, 5)))
+
+
+@pytest.fixture(scope="module")
+def probabilistic(device: str) -> Iterator[Service]:
+    """A model that returns probabilities."""
+    module = nn.Sequential(Linear(shape=(3, 4, 5)), nn.Softmax(dim=1))
+    with (
+        sidelight_server.serve(module, outputs="probabilities", device=device) as address,
+        grpc.insecure_channel(address) as channel,
+    ):
+        yield Service.at(channel, ask(floats(2, 3, 4, 5)))
+
+
+@pytest.fixture(scope="module")
+def tight(device: str) -> Iterator[Service]:
+    """The small CNN on a server with a low limit on messages; the caller has none."""
+    with (
+        sidelight_server.serve(
+            small_cnn(), input_size=(3, 32, 32), max_message_bytes=SMALL_LIMIT, device=device
+        ) as address,
+        grpc.insecure_channel(address, [("grpc.max_send_message_length", -1)]) as channel,
+    ):
+        yield Service.at(channel, ask(pixels(2, 8, 8, 3)))
+
+
+SHAPES = {
+    "no dimension": ([], "0 dimensions", "[N, H, W, C] or [H, W, C]"),
+    "one dimension": ([12], "1 dimensions", "[12]"),
+    "two dimensions": ([4, 3], "2 dimensions", "[4, 3]"),
+    "five dimensions": ([1, 1, 2, 2, 3], "5 dimensions", "[1, 1, 2, 2, 3]"),
+    "sixty-five dimensions": ([1] * 65, "65 dimensions"),
+    "negative height": ([1, -2, 2, 3], "negative", "[1, -2, 2, 3]"),
+    "all negative": ([-1, -2, -2, -3], "negative"),
+    "no height": ([1, 0, 2, 3], "dimension of 0", "only N may be 0", "[1, 0, 2, 3]"),
+    "no width": ([1, 2, 0, 3], "dimension of 0"),
+    "no channel": ([1, 2, 2, 0], "dimension of 0"),
+    "no example and no height": ([0, 0, 2, 3], "dimension of 0"),
+    "one picture without width": ([2, 0, 3], "dimension of 0", "[2, 0, 3]"),
+}
+
+
+@pytest.mark.parametrize(("shape", "words"), [(each[0], each[1:]) for each in SHAPES.values()], ids=SHAPES)
+def test_a_shape_that_is_no_batch_is_refused(shape: list[int], words: tuple[str, ...], small: Service) -> None:
+    data = b"\0" * max(0, int(np.prod(shape, dtype=np.int64)))
+    wrong = tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_UINT8, shape=shape, data=data))
+    why = small.refuse(ask([], images=wrong), Status.INVALID_ARGUMENT)
+    assert why.startswith("images.shape: ")
+    for each in words:
+        assert each in why
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_floats_without_channels_height_or_width_are_refused(dtype: str, bare: Service) -> None:
+    for shape in ([1, 0, 4, 5], [1, 3, 0, 5], [1, 3, 4, 0]):
+        why = bare.refuse(ask(np.zeros(shape, dtype)), Status.INVALID_ARGUMENT)
+        assert "only N may be 0 in [N, C, H, W]" in why
+
+
+LENGTHS = {
+    "one byte short": ([1, 2, 2, 3], 4, b"\0" * 47, ("12 elements", "float32 needs 48 bytes", "data has 47")),
+    "one byte long": ([1, 2, 2, 3], 1, b"\0" * 13, ("12 elements", "uint8 needs 12 bytes", "data has 13")),
+    "no data": ([1, 3, 32, 32], 5, b"", ("float64 needs 24576 bytes", "data has 0")),
+    "data of no examples": ([0, 2, 2, 3], 1, b"\0", ("0 elements", "data has 1")),
+    "half a bfloat16": ([1, 1, 1, 1], 3, b"\0", ("bfloat16 needs 2 bytes", "data has 1")),
+    "huge": ([10**9, 10**9, 10**9, 3], 1, b"\0" * 12, ("data has 12",)),
+    "as huge as numbers go": ([2**63 - 1] * 4, 5, b"\0" * 12, ("data has 12",)),
+    "a product that wraps around to 0": ([2**32, 2**32, 1, 1], 1, b"", ("18446744073709551616 elements",)),
+}
+
+
+@pytest.mark.parametrize(("shape", "dtype", "data", "words"), LENGTHS.values(), ids=LENGTHS)
+def test_data_of_another_length_than_its_shape_is_refused(
+    shape: list[int], dtype: tensor_pb2.DataType, data: bytes, words: tuple[str, ...], small: Service
+) -> None:
+    wrong = tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=dtype, shape=shape, data=data))
+    why = small.refuse(ask([], images=wrong), Status.INVALID_ARGUMENT)
+    assert f"images: shape {shape}" in why
+    for each in words:
+        assert each in why
+
+
+BOASTS = {
+    "short data": ([10**9, 10**9, 10**9, 3], b"\0" * 12),
+    "no examples": ([0, 10**10, 10**10, 3], b""),
+    "no examples, numbers at their largest": ([0, 2**63 - 1, 2**63 - 1, 2**63 - 1], b""),
+    "ten thousand dimensions": ([2**62] * 10_000, b"\0" * 12),
+}
+
+
+@pytest.mark.parametrize(("shape", "data"), BOASTS.values(), ids=BOASTS)
+def test_a_shape_that_boasts_allocates_nothing(shape: list[int], data: bytes) -> None:
+    message = ask([], images=tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=1, shape=shape, data=data)))
+    tracemalloc.start()
+    with pytest.raises(InvalidArgument) as caught:
+        wire.parse(message)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+    assert "images" in caught.value.message
+
+
+@pytest.mark.parametrize("shape", [shape for shape, data in BOASTS.values() if not data], ids=str)
+def test_no_examples_of_a_boasting_shape_are_refused(shape: list[int], small: Service) -> None:
+    wrong = tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=1, shape=shape))
+    assert "too large" in small.refuse(ask([], images=wrong), Status.INVALID_ARGUMENT)
+
+
+@pytest.mark.parametrize(
+    "nothing",
+    [pixels(0, 32, 32, 3), pixels(0, 7, 9, 3), floats(0, 3, 32, 32), []],
+    ids=["pixels", "pixels of another size", "floats", "files"],
+)
+def test_no_examples_are_answered_with_no_maps(nothing: np.ndarray | list[bytes], small: Service) -> None:
+    result = small.answer(ask(nothing, id="none", output=pb.Output(probabilities=True))).result
+    assert list(result.maps.shape) == [0, 32, 32]
+    assert result.maps.data == b""
+    assert list(result.probabilities.shape) == [0, 10]
+    assert not result.examples
+    assert not result.failures
+    assert result.final
+
+
+def test_no_examples_without_reduction_keep_their_channels(small: Service) -> None:
+    result = small.answer(ask(pixels(0, 32, 32, 3), channels=pb.CHANNEL_REDUCTION_NONE)).result
+    assert list(result.maps.shape) == [0, 3, 32, 32]
+
+
+def test_no_examples_have_the_shape_they_came_in_where_the_model_takes_any(bare: Service) -> None:
+    assert list(bare.answer(ask(floats(0, 3, 4, 5))).result.maps.shape) == [0, 4, 5]
+
+
+@pytest.mark.parametrize("one", [pixels(32, 32, 3), floats(3, 32, 32)], ids=["pixels", "floats"])
+def test_one_example_without_n_is_a_batch_of_one(one: np.ndarray, small: Service) -> None:
+    maps = maps_of(small.answer(ask(one)))
+    assert maps.shape == (1, 32, 32)
+    assert_close(maps, maps_of(small.answer(ask(one[None]))))
+
+
+@pytest.mark.parametrize("number", [0, 99, -1], ids=["unspecified", "unknown", "negative"])
+def test_a_dtype_that_is_none_is_refused_with_the_known_ones(number: int, small: Service) -> None:
+    images = images_of(pixels(1, 32, 32, 3))
+    images.tensor.dtype = number
+    why = small.refuse(ask([], images=images), Status.INVALID_ARGUMENT)
+    assert why.startswith("images.dtype: ")
+    for name, each in tensor_pb2.DataType.items():
+        assert (name in why.partition("expected")[2]) == bool(each)
+    assert number == 0 or f"unknown number {number}" in why
+
+
+def test_a_scale_is_refused(small: Service) -> None:
+    images = images_of(pixels(1, 32, 32, 3))
+    images.tensor.scale = 0.5
+    assert "images.scale: 0.5" in small.refuse(ask([], images=images), Status.INVALID_ARGUMENT)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (floats(1, 3, 16, 32), ("[3, 16, 32]", "[3, 32, 32]", "uint8 pixels")),
+        (floats(1, 32, 32, 3), ("[32, 32, 3]", "[C, H, W] = [3, 32, 32]")),
+        (floats(0, 1, 32, 32), ("[1, 32, 32]", "[3, 32, 32]")),
+        (pixels(1, 32, 32, 4), ("4 channels", "wants 3")),
+        (pixels(2, 3, 32, 32), ("32 channels", "wants 3")),
+    ],
+    ids=[
+        "floats of another height",
+        "floats channels last",
+        "no floats of one channel",
+        "rgba",
+        "pixels channels first",
+    ],
+)
+def test_images_that_do_not_fit_the_model_are_refused(
+    source: np.ndarray, words: tuple[str, ...], small: Service
+) -> None:
+    why = small.refuse(ask(source), Status.INVALID_ARGUMENT)
+    assert why.startswith("image")
+    for each in words:
+        assert each in why
+
+
+@pytest.mark.parametrize("source", [pixels(1, 4, 5, 3), [png(Image.new("RGB", (5, 4)))]], ids=["pixels", "files"])
+def test_a_model_without_an_input_size_takes_floats_alone(source: np.ndarray | list[bytes], bare: Service) -> None:
+    why = bare.refuse(ask(source), Status.FAILED_PRECONDITION)
+    assert 'model "bare" has no input size' in why
+    assert "floating arrays [N, C, H, W]" in why
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_other_floats_are_read_as_what_they_say(dtype: str, small: Service) -> None:
+    """Values that every type holds exactly: so the maps are the very same."""
+    exact = floats(3, 3, 32, 32).astype(np.float16)
+    expected = small.answer(ask(exact.astype(np.float32))).result
+    answered = small.answer(ask(exact.astype(dtype))).result
+    assert answered.maps.data == expected.maps.data
+    assert np.count_nonzero(np.frombuffer(expected.maps.data, "<f4")) > 3 * 512
+
+
+def test_bfloat16_is_read_as_the_upper_half_of_float32(small: Service) -> None:
+    exact = torch.from_numpy(floats(3, 3, 32, 32)).bfloat16()
+    as_bytes = exact.view(torch.uint8).numpy().tobytes()
+    shape = list(exact.shape)
+    images = tensor_pb2.Images(
+        tensor=tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_BFLOAT16, shape=shape, data=as_bytes)
+    )
+    expected = small.answer(ask(exact.float().numpy())).result
+    assert small.answer(ask([], images=images)).result.maps.data == expected.maps.data
+
+
+@pytest.mark.parametrize("field", ["images", "target", "method"])
+@pytest.mark.parametrize("emptied", [False, True], ids=["unset", "set to nothing"])
+def test_what_is_required_is_required(field: str, emptied: bool, small: Service) -> None:
+    request = ask(pixels(1, 32, 32, 3))
+    request.ClearField(field)
+    if emptied:
+        getattr(request, field).SetInParent()
+    assert small.refuse(request, Status.INVALID_ARGUMENT).startswith(f"{field}: ")
+
+
+@pytest.mark.parametrize("field", ["target", "method"])
+def test_what_is_newer_than_the_server_is_refused_with_what_it_knows(field: str, small: Service) -> None:
+    """Field 99 of an empty message: an older server reads it as unset, and must not serve something else."""
+    request = ask(pixels(1, 32, 32, 3))
+    request.ClearField(field)
+    getattr(request, field).MergeFromString(b"\x9a\x06\x00")
+    why = small.refuse(request, Status.INVALID_ARGUMENT)
+    assert "newer than this server" in why
+    assert {"target": "predicted, index, label or per_example", "method": "gradient"}[field] in why
+
+
+def set_score(request: pb.AttributeRequest, number: int) -> None:
+    request.score = number
+
+
+def set_channels(request: pb.AttributeRequest, number: int) -> None:
+    request.channels = number
+
+
+def set_magnitude(request: pb.AttributeRequest, number: int) -> None:
+    request.method.gradient.magnitude = number
+
+
+def set_map_dtype(request: pb.AttributeRequest, number: int) -> None:
+    request.output.map_dtype = number
+
+
+ENUMS = {
+    "score": (set_score, "score", model_pb2.Score, ["SCORE_MARGIN"]),
+    "channels": (set_channels, "channels", pb.ChannelReduction, []),
+    "magnitude": (set_magnitude, "method.gradient.magnitude", pb.Magnitude, ["MAGNITUDE_SQUARED"]),
+    "map dtype": (
+        set_map_dtype,
+        "output.map_dtype",
+        tensor_pb2.DataType,
+        ["DATA_TYPE_UINT8", "DATA_TYPE_FLOAT16", "DATA_TYPE_BFLOAT16", "DATA_TYPE_FLOAT64"],
+    ),
+}
+Setter = Callable[[pb.AttributeRequest, int], None]
+
+
+@pytest.mark.parametrize(("setter", "field", "enum", "unserved"), ENUMS.values(), ids=ENUMS)
+@pytest.mark.parametrize("number", [99, -1, 2**31 - 1], ids=["unknown", "negative", "largest"])
+def test_an_unknown_number_is_refused_with_the_known_ones(
+    number: int, setter: Setter, field: str, enum: object, unserved: list[str], small: Service
+) -> None:
+    request = ask(pixels(1, 32, 32, 3))
+    setter(request, number)
+    why = small.refuse(request, Status.INVALID_ARGUMENT)
+    assert why.startswith(f"{field}: unknown number {number}")
+    for name, each in enum.items():
+        assert (name in why) == (each != 0 and name not in unserved)
+
+
+@pytest.mark.parametrize(
+    ("setter", "field", "number"),
+    [
+        pytest.param(setter, field, enum.Value(name), id=name)
+        for setter, field, enum, names in ENUMS.values()
+        for name in names
+    ],
+)
+def test_a_known_number_that_is_not_served_is_unimplemented(
+    setter: Setter, field: str, number: int, small: Service
+) -> None:
+    request = ask(pixels(1, 32, 32, 3))
+    setter(request, number)
+    why = small.refuse(request, Status.UNIMPLEMENTED)
+    assert why.startswith(f"{field}: ")
+    assert "not served by this version; expected one of" in why
+
+
+@pytest.mark.parametrize(("setter", "field", "enum", "unserved"), ENUMS.values(), ids=ENUMS)
+def test_every_other_number_is_served(
+    setter: Setter, field: str, enum: object, unserved: list[str], small: Service
+) -> None:
+    for name, number in enum.items():
+        if name not in unserved:
+            request = ask(pixels(1, 32, 32, 3))
+            setter(request, number)
+            assert not small.answer(request).result.failures
+
+
+def others(oneof: object, served: set[str]) -> list[str]:
+    return sorted({field.name for field in oneof.fields} - served)
+
+
+def fill(message: object, field: str) -> None:
+    getattr(message, field).SetInParent()
+
+
+METHODS = others(pb.Method.DESCRIPTOR.oneofs_by_name["method"], {"gradient"})
+TARGETS = others(pb.Target.DESCRIPTOR.oneofs_by_name["target"], {"predicted", "index", "label", "per_example"})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_that_is_not_served_is_unimplemented(name: str, small: Service) -> None:
+    request = ask(pixels(1, 32, 32, 3), method=pb.Method())
+    fill(request.method, name)
+    why = small.refuse(request, Status.UNIMPLEMENTED)
+    assert why.startswith(f"method: {name} is not served")
+    assert "gradient" in why
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_that_is_not_served_is_unimplemented(name: str, small: Service) -> None:
+    request = ask(pixels(1, 32, 32, 3), target=pb.Target())
+    fill(request.target, name)
+    assert small.refuse(request, Status.UNIMPLEMENTED).startswith(f"target: {name} is not served")
+
+
+def test_the_schema_has_what_these_tests_call_unserved() -> None:
+    assert {"smoothgrad", "integrated_gradients", "grad_cam", "occlusion", "rise"} < set(METHODS)
+    assert set(TARGETS) == {"top_k", "contrast", "dense"}
+
+
+UNSERVED = {
+    "shared images": ({"images": tensor_pb2.Images(shared=tensor_pb2.SharedTensor(region="r"))}, "shared memory"),
+    "rendered maps": ({"output": pb.Output(rendered=True)}, "output.rendered"),
+    "maps in a region": ({"output": pb.Output(region=tensor_pb2.SharedTensor(region="r"))}, "output.region"),
+}
+
+
+@pytest.mark.parametrize(("fields", "word"), UNSERVED.values(), ids=UNSERVED)
+def test_what_is_not_served_is_unimplemented(fields: dict[str, object], word: str, small: Service) -> None:
+    assert word in small.refuse(ask(pixels(1, 32, 32, 3), **fields), Status.UNIMPLEMENTED)
+
+
+def test_reloading_is_unimplemented(address: str) -> None:
+    with grpc.insecure_channel(address) as channel:
+        models = model_pb2_grpc.ModelServiceStub(channel)
+        with pytest.raises(grpc.RpcError) as caught:
+            models.ReloadModel(model_pb2.ReloadModelRequest(name="small"), timeout=TIMEOUT_S)
+    assert caught.value.code() is Status.UNIMPLEMENTED
+    assert "ReloadModel" in caught.value.details()
+
+
+@pytest.mark.parametrize("id_", ["x" * 129, "é" * 65], ids=["letters", "letters of two bytes"])
+def test_a_long_id_is_refused(id_: str, small: Service) -> None:
+    why = small.refuse(ask(pixels(1, 32, 32, 3), id=id_), Status.INVALID_ARGUMENT)
+    assert why == f"id: {len(id_.encode())} bytes, expected at most 128"
+
+
+def test_an_id_of_the_greatest_length_comes_back(small: Service) -> None:
+    assert small.answer(ask(pixels(1, 32, 32, 3), id="é" * 64)).id == "é" * 64
+
+
+@pytest.mark.parametrize(
+    "timeout",
+    [Duration(), Duration(seconds=-1), Duration(nanos=-1), Duration(seconds=1, nanos=-1_500_000_000)],
+    ids=["zero", "negative", "a nanosecond too few", "negative in sum"],
+)
+def test_a_timeout_that_is_not_positive_is_refused(timeout: Duration, small: Service) -> None:
+    why = small.refuse(ask(pixels(1, 32, 32, 3), timeout=timeout), Status.INVALID_ARGUMENT)
+    assert why.startswith("timeout: ")
+    assert "expected a positive time" in why
+
+
+def test_the_longest_timeout_is_taken(small: Service) -> None:
+    longest = Duration(seconds=2**63 - 1, nanos=999_999_999)
+    assert small.answer(ask(pixels(1, 32, 32, 3), timeout=longest)).result.final
+
+
+def index(number: int) -> pb.Target:
+    return pb.Target(index=number)
+
+
+def label(name: str) -> pb.Target:
+    return pb.Target(label=name)
+
+
+def each(*choices: int | str | None) -> pb.Target:
+    classes = [
+        pb.ClassChoice()
+        if choice is None
+        else pb.ClassChoice(label=choice)
+        if isinstance(choice, str)
+        else pb.ClassChoice(index=choice)
+        for choice in choices
+    ]
+    return pb.Target(per_example=pb.PerExampleTarget(classes=classes))
+
+
+WRONG_TARGETS = {
+    "index past the last": (index(10), Status.INVALID_ARGUMENT, ("class index 10", "0 to 9")),
+    "largest index": (index(2**63 - 1), Status.INVALID_ARGUMENT, (f"class index {2**63 - 1}", "0 to 9")),
+    "negative index": (index(-1), Status.INVALID_ARGUMENT, ("class index -1", "0 to 9")),
+    "unknown label": (label("cot"), Status.NOT_FOUND, ('"cot"', "did you mean", '"cat"')),
+    "unknown label, none near": (label("zzzzzz"), Status.NOT_FOUND, ('"zzzzzz"', "known", '"ant"')),
+    "label in other letters": (label("ANT"), Status.NOT_FOUND, ('"ANT"',)),
+    "empty label": (label(""), Status.NOT_FOUND, ('""',)),
+    "label of two classes": (label("cat"), Status.INVALID_ARGUMENT, ('"cat"', "2, 3", "indices")),
+    "too few for the examples": (each(1), Status.INVALID_ARGUMENT, ("1 classes for 2 examples",)),
+    "too many for the examples": (each(1, 2, 3), Status.INVALID_ARGUMENT, ("3 classes for 2 examples",)),
+    "none for the examples": (each(), Status.INVALID_ARGUMENT, ("0 classes for 2 examples",)),
+    "one of them unset": (each(1, None), Status.INVALID_ARGUMENT, ("class choice is unset",)),
+    "one of them out of range": (each(1, 10), Status.INVALID_ARGUMENT, ("class index 10", "0 to 9")),
+    "one of them unknown": (each(1, "bea"), Status.NOT_FOUND, ('"bea"', '"bee"')),
+    "one of them of two classes": (each("cat", 1), Status.INVALID_ARGUMENT, ('"cat"', "2, 3")),
+}
+
+
+@pytest.mark.parametrize(("target", "code", "words"), WRONG_TARGETS.values(), ids=WRONG_TARGETS)
+def test_a_target_that_is_not_there_is_refused(
+    target: pb.Target, code: grpc.StatusCode, words: tuple[str, ...], small: Service
+) -> None:
+    why = small.refuse(ask(pixels(2, 32, 32, 3), target=target), code)
+    assert why.startswith("target: ")
+    for word in words:
+        assert word in why
+
+
+def test_each_example_has_its_own_target(small: Service) -> None:
+    result = small.answer(ask(pixels(3, 32, 32, 3), target=each(7, "dog", 0))).result
+    explained = [(example.explained[0].index, example.explained[0].label) for example in result.examples]
+    assert explained == [(7, "gnu"), (4, "dog"), (0, "ant")]
+
+
+def test_a_label_of_a_model_without_labels_is_not_found(bare: Service) -> None:
+    assert "there are none" in bare.refuse(ask(floats(1, 3, 4, 5), target=label("cat")), Status.NOT_FOUND)
+
+
+def test_an_unknown_model_is_not_found_and_the_near_one_named(small: Service) -> None:
+    why = small.refuse(ask(pixels(1, 32, 32, 3), model="smal"), Status.NOT_FOUND)
+    assert '"smal"' in why
+    assert 'did you mean "small"?' in why
+
+
+@pytest.mark.parametrize("letter", ["x", "é", "\N{GRINNING FACE}", "\n"], ids=["ascii", "é", "emoji", "newline"])
+def test_a_long_name_does_not_hide_the_status(letter: str, small: Service) -> None:
+    """gRPC answers trailers of more than 8 KiB with a status of its own."""
+    assert "model: " in small.refuse(ask(pixels(1, 32, 32, 3), model=letter * 100_000), Status.NOT_FOUND)
+    assert "target: " in small.refuse(ask(pixels(1, 32, 32, 3), target=label(letter * 100_000)), Status.NOT_FOUND)
+
+
+def test_a_score_that_the_model_cannot_give_is_refused_with_those_it_can(probabilistic: Service) -> None:
+    why = probabilistic.refuse(ask(floats(1, 3, 4, 5), score=model_pb2.SCORE_LOGIT), Status.FAILED_PRECONDITION)
+    assert "has no logit" in why
+    assert "probability, log_probability" in why
+
+
+def test_an_answer_over_the_message_limit_is_refused_before_it_is_computed(tight: Service) -> None:
+    request = ask(pixels(2, 8, 8, 3), channels=pb.CHANNEL_REDUCTION_NONE)
+    why = tight.refuse(request, Status.RESOURCE_EXHAUSTED)
+    assert f"{2 * 3 * 32 * 32 * 4} bytes" in why
+    assert f"max_message_bytes is {SMALL_LIMIT}" in why
+    assert "send fewer examples" in why
+
+
+def test_a_request_over_the_message_limit_is_refused(tight: Service) -> None:
+    why = tight.refuse(ask(floats(2, 3, 32, 32)), Status.RESOURCE_EXHAUSTED)
+    assert str(SMALL_LIMIT) in why
+
+
+def test_a_batch_over_all_the_bytes_in_flight_is_refused_for_good(device: str) -> None:
+    with (
+        sidelight_server.serve(
+            small_cnn(), input_size=(3, 32, 32), max_in_flight_bytes=SMALL_LIMIT, device=device
+        ) as at,
+        grpc.insecure_channel(at) as channel,
+    ):
+        service = Service.at(channel, ask(pixels(2, 8, 8, 3)))
+        why = service.refuse(ask(pixels(4, 8, 8, 3)), Status.RESOURCE_EXHAUSTED)
+        assert f"max_in_flight_bytes is {SMALL_LIMIT}" in why
+
+
+def good_files() -> list[bytes]:
+    return [png(Image.fromarray(pixels(40, 50, 3, seed=seed))) for seed in (1, 2)]
+
+
+def test_a_bad_file_fails_alone(small: Service) -> None:
+    first, second = good_files()
+    bomb = png(Image.new("1", (10_000, 10_000)))
+    files = [b"no picture", first, first[: len(first) // 2], bomb, second, b""]
+    result = small.answer(ask(files, output=pb.Output(probabilities=True))).result
+
+    failures = {failure.example: failure for failure in result.failures}
+    assert list(failures) == [0, 2, 3, 5]
+    assert {failure.code for failure in failures.values()} == {Status.INVALID_ARGUMENT.value[0]}
+    for failure in failures.values():
+        assert_no_internals(failure.message)
+    assert "no PNG" in failures[0].message
+    assert "truncated" in failures[2].message
+    assert "100,000,000 pixels, max_image_pixels is 50,000,000" in failures[3].message
+    assert "0 bytes" in failures[5].message
+
+    maps = np.frombuffer(result.maps.data, "<f4").reshape(tuple(result.maps.shape))
+    alone = small.answer(ask([first, second], output=pb.Output(probabilities=True)))
+    assert np.isnan(maps[list(failures)]).all()
+    assert_close(maps[[1, 4]], maps_of(alone))
+    assert all(result.examples[place] == pb.Example() for place in failures)
+    for place, example in zip((1, 4), alone.result.examples, strict=True):
+        assert result.examples[place].prediction.index == example.prediction.index
+        assert result.examples[place].geometry == example.geometry
+        assert example.geometry.original_width == 50
+    probabilities = np.frombuffer(result.probabilities.data, "<f4").reshape(6, 10)
+    assert np.isnan(probabilities[list(failures)]).all()
+    np.testing.assert_allclose(probabilities[[1, 4]].sum(axis=1), 1, rtol=1e-5)
+    assert_close(maps_of(small.answer(small.good)), small.maps)
+
+
+def test_a_batch_of_bad_files_alone_is_answered(small: Service) -> None:
+    result = small.answer(ask([b"", b"no picture"], output=pb.Output(probabilities=True))).result
+    assert [failure.example for failure in result.failures] == [0, 1]
+    assert list(result.maps.shape) == [2, 32, 32]
+    assert np.isnan(np.frombuffer(result.maps.data, "<f4")).all()
+    assert list(result.probabilities.shape) == [2, 10]
+    assert_close(maps_of(small.answer(small.good)), small.maps)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_an_example_that_is_not_finite_fails_alone(dtype: str, small: Service) -> None:
+    source = floats(5, 3, 32, 32).astype(dtype)
+    source[1, 0, 5, 7] = np.nan
+    source[2, 2, 31, 31] = np.inf
+    source[4, 1, 0, 0], source[4, 1, 0, 1] = np.inf, -np.inf  # whose sum is NaN
+    response = small.answer(ask(source))
+
+    assert [failure.example for failure in response.result.failures] == [1, 2, 4]
+    assert {failure.code for failure in response.result.failures} == {Status.INVALID_ARGUMENT.value[0]}
+    messages = [failure.message for failure in response.result.failures]
+    assert "1 NaN and 0 infinite" in messages[0]
+    assert "0 NaN and 1 infinite" in messages[1]
+    assert "0 NaN and 2 infinite" in messages[2]
+    maps = maps_of(response)
+    assert np.isnan(maps[[1, 2, 4]]).all()
+    assert_close(maps[[0, 3]], maps_of(small.answer(ask(source[[0, 3]]))))
+    assert_close(maps_of(small.answer(small.good)), small.maps)
+
+
+def test_a_double_that_the_model_cannot_hold_fails_alone(small: Service) -> None:
+    source = floats(2, 3, 32, 32).astype(np.float64)
+    source[0, 0, 0, 0] = 1e300  # infinite in float32
+    response = small.answer(ask(source))
+    (failure,) = response.result.failures
+    assert (failure.example, failure.code) == (0, Status.INVALID_ARGUMENT.value[0])
+    assert "1 infinite" in failure.message
+    assert_close(maps_of(response)[1:], maps_of(small.answer(ask(source[1:]))))
+
+
+def test_finite_pixels_whose_sum_overflows_are_no_fault(bare: Service) -> None:
+    result = bare.answer(ask(np.full((1, 3, 4, 5), 3e37, np.float32))).result
+    assert not result.failures
+    assert np.isfinite(np.frombuffer(result.maps.data, "<f4")).all()
