@@ -488,11 +488,6 @@ def test_a_server_that_stops_says_so_first(tmp_path: Path, device: str) -> None:
         stopping.result(TIMEOUT_S)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="stream.py: a stream that is open keeps taking batches while the server drains, and so holds SIGTERM up for "
-    "all of drain_s, even when it is idle",
-)
 def test_a_stream_takes_nothing_new_in_while_the_server_drains(tmp_path: Path, device: str) -> None:
     with running(Linear(), tmp_path, device=device) as server, Conversation(server.channel) as stream:
         watched = health_pb2_grpc.HealthStub(server.channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)

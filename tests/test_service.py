@@ -402,3 +402,19 @@ def test_what_fails_in_the_server_is_logged_and_not_told(
     assert caught.value.code() is Status.INTERNAL
     assert caught.value.details() == "the server failed; its log has the cause"
     assert "event=unexpected id='a\\nb'" in caplog.text
+
+
+def test_bytes_that_are_no_message_are_refused_and_end_no_stream(address: str) -> None:
+    junk, good = b"\xff\xff\xff", pb.AttributeStreamRequest(cancel=pb.CancelRequest(id="unknown"))
+    with grpc.insecure_channel(address) as channel:
+        unary = channel.unary_unary("/sidelight.v1.AttributionService/Attribute")
+        with pytest.raises(grpc.RpcError) as caught:
+            unary(junk, timeout=TIMEOUT_S)
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert caught.value.details() == "message: 3 bytes that cannot be decoded"
+        stream = channel.stream_stream(
+            "/sidelight.v1.AttributionService/AttributeStream",
+            response_deserializer=pb.AttributeStreamResponse.FromString,
+        )
+        answers = list(stream(iter([junk, good.SerializeToString(), junk]), timeout=TIMEOUT_S))
+    assert [(answer.id, answer.failure.code) for answer in answers] == [("", 3), ("", 3)]

@@ -20,10 +20,10 @@ from .attribution import (
     Timing,
 )
 from .config import Settings
+from .embedded import serve
 from .engine import Engine
 from .errors import ConfigurationError, SidelightError
 from .models.spec import ModelSpec
-from .server import serve
 
 __all__ = [
     "Answer",

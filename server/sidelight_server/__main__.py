@@ -16,6 +16,7 @@ def main() -> int:
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="time=%(asctime)s level=%(levelname)s %(message)s"
     )
+    sys.path.insert(0, "")  # `python -m` finds the operator's own factories in the working folder, and so does this
     try:
         settings = read_settings(sys.argv[1:])
         for warning in misspelt_variables():

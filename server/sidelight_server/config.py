@@ -140,7 +140,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     try:
         read = _Process(_cli_settings_source=flags)
     except ValidationError as error:
-        raise ConfigurationError(_first(error)) from None
+        raise ConfigurationError(first_fault(error, where=str(FILE))) from None
     except ValueError as error:  # TOML that does not parse, JSON in a variable
         raise ConfigurationError(f"{FILE} or a {PREFIX}* variable: {error}") from None
     return Settings(**read.model_dump())
@@ -154,13 +154,13 @@ def misspelt_variables() -> list[str]:
     return [f"{name} is no setting; did you mean {close[0]}?" for name, close in nearly.items() if close]
 
 
-def _first(error: ValidationError) -> str:
-    """Say in a line what the first thing wrong is."""
+def first_fault(error: ValidationError, *, where: str) -> str:
+    """Say in a line what the first thing wrong is, and where."""
     wrong = error.errors()[0]
     name = str(wrong["loc"][0]) if wrong["loc"] else "settings"
     if wrong["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, Settings.model_fields, n=1)
-        return f"{name}: there is no such setting in {FILE}" + (f"; did you mean {close[0]}?" if close else "")
+        return f"{name}: there is no such setting in {where}" + (f"; did you mean {close[0]}?" if close else "")
     return f"{name}: got {wrong['input']!r}: {wrong['msg']}"
 
 

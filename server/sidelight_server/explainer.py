@@ -30,12 +30,13 @@ class Inquiry:
 
 
 class Explainer:
-    """Explains messages on an engine, within the permits of `admission`."""
+    """Explains messages on an engine, within the permits of `admission`, until `draining` is set."""
 
     def __init__(self, engine: Engine) -> None:
         settings = engine.settings
         self._engine = engine
         self._limit_bytes = settings.max_message_bytes
+        self.draining = asyncio.Event()
         self.admission = Admission(max_requests=settings.max_in_flight, max_bytes=settings.max_in_flight_bytes)
 
     def inquire(self, message: pb.AttributeRequest) -> Inquiry:

@@ -1,15 +1,18 @@
 """The service: the calls of `sidelight.v1`. Here errors become statuses."""
 
+import contextlib
+from collections.abc import Awaitable, Callable
 from importlib import metadata
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError, Message
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 
 from . import replies
 from .engine import Engine
-from .errors import SidelightError, Unimplemented
+from .errors import InvalidArgument, SidelightError, Unimplemented
 from .explainer import Explainer
 from .stream import Stream
 from .wire import SERVED_METHODS
@@ -19,6 +22,8 @@ RETRY_TRAILER = "retry-after-ms"
 STATUSES: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
 
 Context = grpc.aio.ServicerContext[Any, Any]
+if TYPE_CHECKING:
+    Handler = grpc.RpcMethodHandler[Any, Any]
 
 
 class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
@@ -28,12 +33,20 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         self._engine = engine
         self._explainer = explainer
 
-    async def Attribute(self, request: pb.AttributeRequest, context: Context) -> pb.AttributeResponse:  # noqa: N802
+    async def Attribute(self, request: pb.AttributeRequest | SidelightError, context: Context) -> pb.AttributeResponse:  # noqa: N802
         """Explain one batch."""
         try:
+            if isinstance(request, SidelightError):
+                raise request
             inquiry = self._explainer.inquire(request)
-            with self._explainer.admission.enter(inquiry.n_bytes):
-                return pb.AttributeResponse(id=request.id, result=await self._explainer.explain(inquiry))
+            permit = contextlib.ExitStack()
+            permit.enter_context(self._explainer.admission.enter(inquiry.n_bytes))
+
+            def release(context: Context) -> None:
+                permit.close()
+
+            context.add_done_callback(release)  # once the answer is written, not when it is made
+            return pb.AttributeResponse(id=request.id, result=await self._explainer.explain(inquiry))
         except SidelightError as error:
             await abort(context, error)
 
@@ -94,6 +107,42 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     ) -> model_pb2.ReloadModelResponse:
         """Say that reloading is not served."""
         await abort(context, Unimplemented("ReloadModel: reloading is not served by this version; restart the server"))
+
+
+class Undecodable(grpc.aio.ServerInterceptor):
+    """Lets bytes that are no message through as the error that says so: gRPC's own way would end a whole stream."""
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
+        """Return the call's handler, its decoding made tolerant."""
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.request_deserializer not in _DECODERS:
+            return handler
+        made = grpc.stream_stream_rpc_method_handler if handler.stream_stream else grpc.unary_unary_rpc_method_handler
+        behaviour: Any = handler.stream_stream or handler.unary_unary
+        return made(
+            behaviour,
+            request_deserializer=_DECODERS[handler.request_deserializer],
+            response_serializer=handler.response_serializer,
+        )
+
+
+def _tolerant(decode: Callable[[bytes], Message]) -> Callable[[bytes], Message | SidelightError]:
+    def decode_or_say(data: bytes) -> Message | SidelightError:
+        try:
+            return decode(data)
+        except DecodeError:
+            return InvalidArgument(f"message: {len(data)} bytes that cannot be decoded")
+
+    return decode_or_say
+
+
+_DECODERS = {
+    decode: _tolerant(decode) for decode in (pb.AttributeRequest.FromString, pb.AttributeStreamRequest.FromString)
+}
 
 
 async def abort(context: Context, error: SidelightError) -> NoReturn:

@@ -29,16 +29,32 @@ class Stream:
         self._unanswered: dict[str, asyncio.Task[pb.Attribution | SidelightError]] = {}
 
     async def run(self) -> None:
-        """Serve until the caller has sent all, and every batch is answered."""
+        """Serve until the caller has sent all, or the server drains, and every batch that was read is answered."""
         async with asyncio.TaskGroup() as group:
-            while True:
-                await self._slots.acquire()
-                message = await self._context.read()
-                if not isinstance(message, pb.AttributeStreamRequest):  # the end
-                    return
+            draining = group.create_task(self._explainer.draining.wait())
+            while message := await self._read(draining):
                 await self._receive(message, group)
+            draining.cancel()
+        if self._explainer.draining.is_set():
+            unavailable = "the server is shutting down; what has no answer was not begun"
+            await self._context.abort(grpc.StatusCode.UNAVAILABLE, unavailable)
 
-    async def _receive(self, message: pb.AttributeStreamRequest, group: asyncio.TaskGroup) -> None:
+    async def _read(self, draining: asyncio.Task[bool]) -> pb.AttributeStreamRequest | SidelightError | None:
+        """Return the next message, or what is wrong with it, once it has a slot; None when no more is taken."""
+        await self._slots.acquire()
+        reading = asyncio.ensure_future(self._context.read())
+        await asyncio.wait([reading, draining], return_when=asyncio.FIRST_COMPLETED)
+        if not reading.done():
+            reading.cancel()
+            return None
+        message = reading.result()
+        return message if isinstance(message, pb.AttributeStreamRequest | SidelightError) else None
+
+    async def _receive(self, message: pb.AttributeStreamRequest | SidelightError, group: asyncio.TaskGroup) -> None:
+        if isinstance(message, SidelightError):
+            await self._fail("", message)
+            self._slots.release()
+            return
         match message.WhichOneof("request"):
             case "attribute":
                 await self._admit(message.attribute, group)

@@ -1,0 +1,71 @@
+"""Addresses: where a server listens, "host:port" or "unix:/path", and what stands in the way."""
+
+import ipaddress
+import socket
+from pathlib import Path
+
+import grpc
+
+from .errors import ConfigurationError
+
+
+def bind(server: grpc.aio.Server, address: str, *, plaintext: bool) -> str:
+    """Let a server listen on an address; return it with the port that was chosen where it asks for port 0.
+
+    `ConfigurationError` names the cause: one that is not loopback wants `plaintext`, for nothing is encrypted.
+    """
+    if address.startswith("unix:"):
+        _clear_socket(Path(address.removeprefix("unix:")))
+    else:
+        _check_host(address, plaintext=plaintext)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigurationError(f"listen: cannot bind {address}: {error}") from error
+    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+
+
+def _check_host(address: str, *, plaintext: bool) -> None:
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        raise ConfigurationError(f'listen: got "{address}", expected "host:port" or "unix:/path"')
+    host = host.strip("[]")
+    if not plaintext and not _is_loopback(host):
+        raise ConfigurationError(
+            f"listen: {address} is not loopback, and nothing would be encrypted; say --plaintext if that is meant"
+        )
+    # gRPC prints the cause of a failure and raises without it, so it is found out before.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, int(port)))
+    except (OSError, OverflowError) as error:
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigurationError(f"listen: cannot bind {address}: {cause}") from error
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _clear_socket(path: Path) -> None:
+    """Remove a socket file that a killed server left behind. A live server's, or another kind of file, is refused."""
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"listen: cannot bind unix:{path}: there is no folder {path.parent}")
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise ConfigurationError(f"listen: {path} exists and is no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError as error:  # not ours to know, still less to remove
+            raise ConfigurationError(f"listen: cannot tell who has {path}: {error.strerror}") from error
+    raise ConfigurationError(f"listen: another server answers on {path}")

@@ -1,0 +1,67 @@
+"""A server in a thread of the caller's own process: for tests, notebooks and drop-in use."""
+
+import asyncio
+import contextlib
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import ValidationError
+from torch import nn
+
+from .config import Settings, first_fault
+from .engine import Engine
+from .errors import ConfigurationError
+from .models import source
+from .models.spec import ModelSpec
+from .server import Server
+
+START_TIMEOUT_S = 60.0
+
+
+@contextlib.contextmanager
+def serve(model: nn.Module | ModelSpec | str, **settings: Any) -> Iterator[str]:
+    """Run a real server in a thread of its own, on a fresh UNIX socket, and give its address.
+
+    `model` is a module, a `ModelSpec` or a source; `settings` are those of `Settings`. Neither variables nor a file are
+    read. The module is neither frozen, moved nor switched.
+    """
+    try:
+        chosen = Settings(**settings)
+    except ValidationError as error:
+        raise ConfigurationError(first_fault(error, where="serve()")) from None
+    spec = source.load(model, chosen.weights) if isinstance(model, str) else model
+    engine = Engine([ModelSpec(spec) if isinstance(spec, nn.Module) else spec], chosen)
+    with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
+        listen = chosen.listen if "listen" in settings else (f"unix:{folder}/socket",)
+        server = Server(engine, listen=listen, plaintext=chosen.plaintext)
+        with _Thread(server, drain_s=chosen.drain_s):
+            yield server.addresses[0]
+
+
+class _Thread:
+    """A server's event loop in a thread."""
+
+    def __init__(self, server: Server, *, drain_s: float) -> None:
+        self._server = server
+        self._drain_s = drain_s
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sidelight-server", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result(START_TIMEOUT_S)
+        except BaseException:
+            self._end()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._server.stop(drain_s=self._drain_s), self._loop).result()
+        self._end()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
