@@ -41,11 +41,8 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
             inquiry = self._explainer.inquire(request)
             permit = contextlib.ExitStack()
             permit.enter_context(self._explainer.admission.enter(inquiry.n_bytes))
-
-            def release(context: Context) -> None:
-                permit.close()
-
-            context.add_done_callback(release)  # once the answer is written, not when it is made
+            # Once the answer is written, not when it is made. (The stubs know callbacks as a class, not as a protocol.)
+            context.add_done_callback(lambda _: permit.close())  # type: ignore[arg-type]
             return pb.AttributeResponse(id=request.id, result=await self._explainer.explain(inquiry))
         except SidelightError as error:
             await abort(context, error)
