@@ -19,6 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> str:
+    torch.backends.cudnn.allow_tf32 = False  # as the server's own process has it
     return str(pytestconfig.getoption("--device"))
 
 

@@ -84,6 +84,8 @@ async def serve_until_signal(settings: Settings) -> None:
     # Loading must not start OpenMP workers of its own: once a process has more of them than CPUs, GNU's OpenMP sleeps
     # at every barrier instead of spinning, and the thread that owns the device was seen to lose 15 % by it.
     torch.set_num_threads(1)
+    # torch lets a GPU's convolutions round float32 to 10 bits of mantissa; a map would be off by a thousandth.
+    torch.backends.cudnn.allow_tf32 = False
     engine = Engine([source.load(settings.model, settings.weights)], settings)
     server = Server(engine, listen=settings.listen, plaintext=settings.plaintext)
     await server.start()

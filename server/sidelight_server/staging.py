@@ -60,10 +60,10 @@ class Staging:
         return array
 
 
-def normalise(pixels: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the model's input, [n, C, H, W], of pixels, uint8 [n, H, W, C]; mean and std are [C, 1, 1], in pixels.
+def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Return the model's input, [n, C, H, W], of pixels, uint8 [n, H, W, C]; mean and std, [C, 1, 1], are in pixels.
 
     The layout is made contiguous: channels-last strides would pick other convolution kernels, and other last bits.
     """
-    inputs = pixels.permute(0, 3, 1, 2).to(dtype, memory_format=torch.contiguous_format)  # [n, C, H, W]
+    inputs = pixels.permute(0, 3, 1, 2).to(mean.dtype, memory_format=torch.contiguous_format)  # [n, C, H, W]
     return inputs.sub_(mean).div_(std)

@@ -34,24 +34,28 @@ class Model:
         self.preprocessing = _preprocessing(spec)
         self.digest = _digest(spec.module, self.preprocessing, self.outputs, self.labels)
         self.kernel = Kernel(spec.module, device=device, outputs=self.outputs)
+        # Pixels are normalised, and floats staged, in no less than float32; a half-precision model rounds after that.
+        self._exact = torch.float64 if self.kernel.dtype == torch.float64 else torch.float32
         self.class_count = len(self.labels)  # without labels and input size, unknown until the first rows ran: 0
         self.layers = tuple(name for name, _ in spec.module.named_modules() if name)
         if self.preprocessing is not None:
             self._try(self.preprocessing)
             self._mean, self._std = (
-                torch.tensor(each, dtype=self.kernel.dtype, device=device)[:, None, None] * 255
+                torch.tensor(each, dtype=torch.float64)[:, None, None].mul(255).to(device, self._exact)
                 for each in (self.preprocessing.mean, self.preprocessing.std)
             )
 
     @property
     def precision(self) -> str:
-        """The type that the model computes in: "float32"."""
-        return str(self.kernel.dtype).removeprefix("torch.")
+        """The type that the model computes in: "float32"; "tf32" where a GPU's convolutions may round to that."""
+        name = str(self.kernel.dtype).removeprefix("torch.")
+        rounds = self.kernel.device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        return "tf32" if rounds and name == "float32" else name
 
     @property
     def staged_dtype(self) -> np.dtype[np.generic]:
         """The type in which floating arrays go to the device."""
-        return np.dtype(np.float64 if self.kernel.dtype == torch.float64 else np.float32)
+        return np.dtype(np.float64 if self._exact == torch.float64 else np.float32)
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -61,7 +65,7 @@ class Model:
     def inputs(self, staged: Tensor) -> Tensor:
         """Return the kernel's input, [n, C, H, W], of staged pixels, uint8 [n, H, W, C], or staged floating arrays."""
         if staged.dtype == torch.uint8:
-            return normalise(staged, self._mean, self._std, self.kernel.dtype)
+            staged = normalise(staged, self._mean, self._std)
         return staged.to(self.kernel.dtype)
 
     def class_of(self, choice: Choice) -> int:
