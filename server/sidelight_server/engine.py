@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -16,16 +17,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .attribution import Answer, Array, Channels, Files, PerExample, Predicted, Provenance, Request, Target, Timing
+from .attribution import Answer, Provenance, Request, Timing
 from .config import Settings
 from .device import choose_device, cpu_quota
-from .errors import FailedPrecondition, InvalidArgument, NotFound, SidelightError, Unavailable, near
-from .models.decoding import decode
+from .errors import FailedPrecondition, NotFound, Unavailable, near
 from .models.model import Model
-from .models.preprocessing import Geometry, Preprocessing
 from .models.spec import ModelSpec
+from .preparation import maps_shape, prepare
 from .runner import Runner
-from .work import Prepared, Work
+from .work import Work
 
 log = logging.getLogger("sidelight")
 
@@ -102,10 +102,7 @@ class Engine:
 
     def answer_bytes(self, request: Request) -> int:
         """Return how many bytes the maps of the answer will take."""
-        model = self.model(request.model)
-        c, h, w = _input_shape(model, request.images)
-        n = _n_examples(request.images)
-        return n * h * w * (c if request.channels is Channels.NONE else 1) * BYTES_OF_FLOAT32
+        return math.prod(maps_shape(self.model(request.model), request)) * BYTES_OF_FLOAT32
 
     async def attribute(self, request: Request) -> Answer:
         """Return the maps of one batch. Cancelling the call drops its rows that have not run.
@@ -116,7 +113,9 @@ class Engine:
         model = self.model(request.model)
         _check_score(model, request)
         loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(self._preparing, self._prepare, model, request)
+        prepared = await loop.run_in_executor(
+            self._preparing, lambda: prepare(model, request, max_pixels=self.settings.max_image_pixels)
+        )
         prepared_s = time.monotonic()
         answered: asyncio.Future[None] = loop.create_future()
         work = Work(request, model, prepared, on_done=lambda: _call_from_thread(answered, _set_done))
@@ -141,15 +140,6 @@ class Engine:
                         log.warning(
                             'event=warm_up_failed model="%s" message=%r', model.name, answer.failures[0].message
                         )
-
-    def _prepare(self, model: Model, request: Request) -> Prepared:
-        fitted = _fit(model, request.images, max_pixels=self.settings.max_image_pixels)
-        return Prepared(
-            examples=[each if isinstance(each, SidelightError) else each[0] for each in fitted],
-            geometries=[None if isinstance(each, SidelightError) else each[1] for each in fitted],
-            targets=_targets(model, request.target, len(fitted)),
-            shape=_input_shape(model, request.images),
-        )
 
     def _answer(self, work: Work, clock: _Clock) -> Answer:
         model, now_s = work.model, time.monotonic()
@@ -177,72 +167,6 @@ class Engine:
             failures=tuple(sorted(work.failures, key=lambda failure: failure.example)),
             probabilities=_probabilities(work),
         )
-
-
-Fitted = tuple[Array, Geometry | None] | SidelightError
-
-
-def _fit(model: Model, images: Files | Array, *, max_pixels: int) -> list[Fitted]:
-    if not isinstance(images, Files) and images.dtype != np.uint8:
-        with np.errstate(over="ignore"):  # what the model's type cannot hold becomes infinite, and is refused as that
-            staged = images.astype(model.staged_dtype, copy=False)
-        return [_checked(each) for each in staged]
-    preprocessing = model.preprocessing
-    if preprocessing is None:
-        raise FailedPrecondition(
-            f'images: model "{model.name}" has no input size, so it takes floating arrays [N, C, H, W] alone'
-        )
-    if isinstance(images, Files):
-        return [_decoded(preprocessing, each, max_pixels=max_pixels) for each in images.files]
-    return [preprocessing.fit(each) for each in images]
-
-
-def _decoded(preprocessing: Preprocessing, file: bytes, *, max_pixels: int) -> Fitted:
-    try:
-        return preprocessing.fit(decode(file, channels=preprocessing.channels, max_pixels=max_pixels))
-    except InvalidArgument as error:
-        return error
-
-
-def _checked(example: Array) -> Fitted:
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(example.sum()) or np.isfinite(example).all():
-            return example, None
-    nan, infinite = int(np.isnan(example).sum()), int(np.isinf(example).sum())
-    return InvalidArgument(f"images: {nan} NaN and {infinite} infinite elements, expected finite ones")
-
-
-def _input_shape(model: Model, images: Files | Array) -> tuple[int, int, int]:
-    """Return C, H, W of the model's input. `InvalidArgument` where the images have another shape."""
-    preprocessing = model.preprocessing
-    fixed = preprocessing and (preprocessing.channels, preprocessing.height, preprocessing.width)
-    if isinstance(images, Files) or images.dtype == np.uint8:
-        return fixed or (0, 0, 0)
-    c, h, w = images.shape[1:]
-    if fixed and (c, h, w) != fixed:
-        raise InvalidArgument(
-            f'images: floating arrays of {[c, h, w]}, model "{model.name}" takes [C, H, W] = {list(fixed)}; '
-            "send uint8 pixels [H, W, C] or files to have them resized"
-        )
-    return c, h, w
-
-
-def _n_examples(images: Files | Array) -> int:
-    return len(images.files) if isinstance(images, Files) else len(images)
-
-
-def _targets(model: Model, target: Target, n_examples: int) -> list[int | None]:
-    match target:
-        case Predicted():
-            return [None] * n_examples
-        case PerExample(choices):
-            if len(choices) != n_examples:
-                raise InvalidArgument(
-                    f"target: {len(choices)} classes for {n_examples} examples, expected one for each"
-                )
-            return [model.class_of(choice) for choice in choices]
-        case choice:
-            return [model.class_of(choice)] * n_examples
 
 
 def _check_score(model: Model, request: Request) -> None:

@@ -16,7 +16,7 @@ from .kernel import Gradients
 from .methods import gradient
 from .models.model import Model
 from .scheduler import Ring
-from .staging import Staging
+from .staging import Staging, is_finite
 from .work import Row, Work
 
 log = logging.getLogger("sidelight")
@@ -162,15 +162,9 @@ def _fault(row: Row, model: Model, map_: Array, explanation: Explanation) -> Sid
         return InvalidArgument(
             f'target: class index {row.target}, model "{model.name}" has 0 to {model.class_count - 1}'
         )
-    if _is_finite(map_) and math.isfinite(explanation.probability) and math.isfinite(explanation.score):
+    if is_finite(map_) and math.isfinite(explanation.probability) and math.isfinite(explanation.score):
         return None
     return Internal(f'model "{model.name}": output or gradient is not finite for example {row.place}')
-
-
-def _is_finite(array: Array) -> bool:
-    """Say whether every element is finite: one sum, and the exact search only where that is not."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool(np.isfinite(array.sum())) or bool(np.isfinite(array).all())
 
 
 def _is_saturated(probability: float) -> bool:

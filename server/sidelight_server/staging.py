@@ -60,6 +60,12 @@ class Staging:
         return array
 
 
+def is_finite(array: Array) -> bool:
+    """Say whether every element is finite: one sum, and the exact search only where that is not."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        return bool(np.isfinite(array.sum())) or bool(np.isfinite(array).all())
+
+
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Return the model's input, [n, C, H, W], of pixels, uint8 [n, H, W, C]; mean and std, [C, 1, 1], are in pixels.
 

@@ -2,28 +2,18 @@
 
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .attribution import Array, Channels, ExampleFailure, Explanation, Request
+from .attribution import Array, ExampleFailure, Explanation, Request
 from .errors import SidelightError
 from .models.model import Model
-from .models.preprocessing import Geometry
+from .preparation import Prepared
 
 GRADIENT_AT_INPUT: Hashable = None  # the probe of a key: gradients are taken at the model's input
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """A request's examples, ready for the device, or why one of them is not."""
-
-    examples: Sequence[Array | SidelightError]
-    geometries: Sequence[Geometry | None]
-    targets: Sequence[int | None]
-    shape: tuple[int, int, int]  # C, H, W of the model's input
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +88,7 @@ class Work:
 
     def give(self, row: Row, map_: Array, explanation: Explanation, probabilities: NDArray[np.float32] | None) -> None:
         """Answer a row. The arrays are copied."""
-        self._place_map(row.place, map_)
+        self.maps()[row.place] = map_
         self.explanations[row.place] = explanation
         if probabilities is not None:
             if self.probabilities is None:
@@ -113,15 +103,8 @@ class Work:
 
     def maps(self) -> NDArray[np.float32]:
         """Return the maps, [N, H, W] or [N, C, H, W]; those of failed examples are NaN."""
-        return self._whole_maps()
-
-    def _place_map(self, place: int, map_: Array) -> None:
-        self._whole_maps()[place] = map_
-
-    def _whole_maps(self) -> NDArray[np.float32]:
-        if self._maps is None:
-            kept = self.prepared.shape if self.request.channels is Channels.NONE else self.prepared.shape[1:]
-            self._maps = np.empty((len(self.explanations), *kept), np.float32)
+        if self._maps is None:  # not before the first row ran: a request that waits holds no memory for its answer
+            self._maps = np.empty(self.prepared.maps_shape, np.float32)
             self._maps[[failure.example for failure in self.failures]] = np.nan
         return self._maps
 
