@@ -6,6 +6,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ def server(model: str, *flags: str) -> Iterator[tuple[str, int]]:
                         break
                 else:
                     raise RuntimeError(f"the server did not start: {' '.join(command)}")
+                threading.Thread(target=lambda: list(process.stderr or ()), daemon=True).start()
                 yield address, process.pid
             finally:
                 process.terminate()

@@ -1,6 +1,7 @@
 """The kernel's replica: it shares storage, and leaves the module that was handed in as it was."""
 
 import copy
+import threading
 
 import numpy as np
 import pytest
@@ -144,3 +145,101 @@ def test_a_model_that_cannot_be_explained_is_refused_at_load(forward: object, me
     spec = sidelight_server.ModelSpec(Wrong(), input_size=(3, 8, 8))
     with pytest.raises(sidelight_server.ConfigurationError, match=message), sidelight_server.serve(spec):
         pass
+
+
+class First(nn.Module):
+    """A network behind a first operation that is given."""
+
+    def __init__(self, first: object) -> None:
+        super().__init__()
+        self.first = first
+        self.inner = small_cnn()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(self.first(x))
+
+
+def subtract_in_place(x: torch.Tensor) -> torch.Tensor:
+    x -= 0.5
+    return x
+
+
+@pytest.mark.parametrize("input_size", [(3, 32, 32), None], ids=["sized", "of any size"])
+def test_a_model_that_begins_in_place_is_explained_like_one_that_does_not(
+    input_size: tuple[int, int, int] | None, device: str, floats: torch.Tensor
+) -> None:
+    maps = []
+    for first in (subtract_in_place, lambda x: x - 0.5):
+        spec = sidelight_server.ModelSpec(First(first), input_size=input_size)
+        with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
+            maps += [client.attribute(floats).maps, client.attribute(floats).maps]
+    for each in maps[1:]:
+        np.testing.assert_array_equal(each, maps[0])
+
+
+def test_a_model_whose_rows_touch_each_other_runs_them_alone(device: str, floats: torch.Tensor) -> None:
+    """BatchNorm without running statistics normalises by the batch: in company, maps would be off by a quarter."""
+    spec = sidelight_server.ModelSpec(First(nn.BatchNorm2d(3, track_running_stats=False)), input_size=(3, 32, 32))
+    with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
+        together = client.attribute(floats).maps
+        alone = np.concatenate([client.attribute(each).maps for each in floats])
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_training_further_shows_in_the_digest(floats: torch.Tensor) -> None:
+    module = small_cnn()
+    with sidelight_server.serve(module, device="cpu") as address, sidelight.connect(address) as client:
+        before = client.attribute(floats).provenance.model_digest
+        assert client.attribute(floats).provenance.model_digest == before
+        optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+        module.train()(floats).square().mean().backward()
+        optimiser.step()
+        after = client.attribute(floats).provenance.model_digest
+    with sidelight_server.serve(module, device="cpu") as address, sidelight.connect(address) as client:
+        assert client.attribute(floats).provenance.model_digest == after
+    assert before != after
+
+
+def test_a_float_beyond_the_models_type_is_the_callers_fault(device: str, floats: torch.Tensor) -> None:
+    floats[1, 0, 0, 0] = 1e6
+    with sidelight_server.serve(small_cnn().half(), device=device) as address, sidelight.connect(address) as client:
+        answer = client.attribute(floats, on_error="return")
+    (failure,) = answer.failures
+    assert (failure.example, failure.code) == (1, 3)
+    assert "65504" in failure.message
+
+
+class Locked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (lambda: sidelight_server.ModelSpec(Locked()), "cannot be replicated"),
+        (lambda: sidelight_server.ModelSpec(small_cnn(), input_size=(8, 8)), "input_size: got"),
+        (lambda: sidelight_server.ModelSpec(small_cnn(), input_size=(3, 8, 8), mean=0.5), "mean: got 0.5"),
+        (lambda: sidelight_server.ModelSpec(small_cnn(), outputs="probs"), "outputs: got 'probs'"),
+        (lambda: sidelight_server.ModelSpec(small_cnn(), labels=[1, 2]), "labels: expected"),
+        (lambda: sidelight_server.ModelSpec(small_cnn(), name=3), "name: got 3"),
+        (lambda: small_cnn, "module: got function"),
+    ],
+    ids=["not copyable", "two sizes", "one mean", "outputs", "labels", "name", "no module"],
+)
+def test_a_specification_that_is_wrong_is_refused_in_words(spec: object, message: str, device: str) -> None:
+    refused = pytest.raises(sidelight_server.ConfigurationError, match=message)
+    with refused, sidelight_server.serve(spec(), device=device):
+        pytest.fail("it has started")
+
+
+def test_means_may_be_numbers_of_any_kind(device: str) -> None:
+    spec = sidelight_server.ModelSpec(
+        small_cnn(), input_size=(3, 32, 32), mean=torch.tensor([0.5, 0.5, 0.5]), std=np.float32([1, 1, 1])
+    )
+    with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
+        assert len(client.attribute(np.zeros((32, 32, 3), np.uint8))) == 1

@@ -2,12 +2,13 @@
 
 import asyncio
 import logging
+import weakref
 
 import numpy as np
 import pytest
 import torch
 from models import small_cnn
-from sidelight_server import Engine, ModelSpec, Request, Settings
+from sidelight_server import Engine, Files, ModelSpec, Request, Settings
 from torch import Tensor, nn
 
 BAD = 255
@@ -111,3 +112,85 @@ def test_rows_that_are_left_when_the_engine_closes_are_unavailable(device: str, 
     with pytest.raises((Unavailable, RuntimeError)):
         asyncio.run(engine.attribute(Request(floats.numpy())))
     assert engine.n_unanswered == 0
+
+
+class Wayward(nn.Module):
+    """A model that does what is told at each call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small_cnn()
+        self.act = lambda x, outputs: outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x, self.inner(x))
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Wayward":
+        return self
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, MemoryError, OSError], ids=lambda each: each.__name__)
+def test_no_exception_ends_the_thread_that_owns_the_device(error: type, device: str, floats: Tensor) -> None:
+    def act(x: Tensor, outputs: Tensor) -> Tensor:
+        raise error("no more")
+
+    module = Wayward()
+    with Engine([ModelSpec(module)], Settings(device=device)) as engine:
+        module.act = act
+        failed = asyncio.run(engine.attribute(Request(floats.numpy())))
+        assert len(failed.failures) == len(floats)
+        module.act = lambda x, outputs: outputs
+        assert not asyncio.run(engine.attribute(Request(floats.numpy()))).failures
+
+
+def test_a_model_that_changes_its_number_of_classes_fails_and_the_server_lives(device: str, floats: Tensor) -> None:
+    module = Wayward()
+    with Engine([ModelSpec(module)], Settings(device=device, max_chunk_rows=3)) as engine:
+        module.act = lambda x, outputs: outputs[:, : len(x) + 4]
+        answer = asyncio.run(engine.attribute(Request(floats.numpy(), probabilities=True)))
+        assert answer.failures
+        assert answer.probabilities.shape[0] == len(floats)
+        assert len(asyncio.run(engine.attribute(Request(floats[:3].numpy()))).failures) == 0
+
+
+def test_a_failed_pass_keeps_no_tensor_alive_while_its_halves_run(device: str, images: np.ndarray) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def act(x: Tensor, outputs: Tensor) -> Tensor:
+        alive.append(sum(ref() is not None for ref in made))
+        held = outputs.exp()  # a tensor of this pass, which its frame holds
+        made.append(weakref.ref(held))
+        if len(x) > 2:
+            raise torch.OutOfMemoryError("no room")
+        return held.log()
+
+    module = Wayward()
+    with Engine([ModelSpec(module, input_size=(3, 32, 32))], Settings(device=device)) as engine:
+        module.act = act
+        assert not asyncio.run(engine.attribute(Request(images))).failures
+    assert max(alive) == 0
+
+
+def test_a_model_of_a_single_output_is_refused_with_the_first_rows_at_the_latest(device: str, floats: Tensor) -> None:
+    single = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1))
+    with Engine([ModelSpec(single)], Settings(device=device)) as engine:
+        answer = asyncio.run(engine.attribute(Request(floats.numpy())))
+    assert {failure.code for failure in answer.failures} == {13}
+
+
+def test_decoding_ends_with_its_caller(device: str) -> None:
+    from sidelight_server.errors import Cancelled
+    from sidelight_server.preparation import prepare
+
+    n_asked = 0
+
+    def is_gone() -> bool:
+        nonlocal n_asked
+        n_asked += 1
+        return n_asked > 2
+
+    model = Engine([ModelSpec(small_cnn(), input_size=(3, 32, 32))], Settings(device=device)).model("")
+    with pytest.raises(Cancelled):
+        prepare(model, Request(Files((b"no picture",) * 9)), max_pixels=1000, is_gone=is_gone)
+    assert n_asked == 3

@@ -162,7 +162,7 @@ REFUSALS = {
     ),
     "model of a single output": (
         ["--model", "python:factories:one_output", "--input-size", "3,4,4"],
-        ('model "one_output": returned [1, 1]',),
+        ("the model returned [n, 1]; models of a single output are not served yet",),
     ),
     "model of another input": (
         ["--model", "python:factories:other_size", "--input-size", "3,4,4"],

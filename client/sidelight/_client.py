@@ -50,7 +50,7 @@ def connect(
 class Client:
     """A connection to one server. Thread-safe; close it, or use `with`.
 
-    Every failed call raises a `SidelightError` with the status's own type.
+    Every failed call raises a `SidelightError` with the status's own type; a file that cannot be read, its `OSError`.
     """
 
     def __init__(

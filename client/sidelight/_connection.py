@@ -56,7 +56,7 @@ class Connection:
 
     def _settled(self, timeout_s: float) -> bool:
         ends = (grpc.ChannelConnectivity.READY, grpc.ChannelConnectivity.SHUTDOWN)
-        if not self._changed.wait_for(lambda: self._state in ends, max(0.0, timeout_s)):
+        if not self._changed.wait_for(lambda: self._state in ends, min(max(0.0, timeout_s), threading.TIMEOUT_MAX)):
             return False
         if self._state is grpc.ChannelConnectivity.SHUTDOWN:
             raise Unavailable("the client is closed")

@@ -5,6 +5,7 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,8 @@ def _server(console: Console) -> Iterator[str]:
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
             try:
                 _wait(process)
+                # The pipe is read to its end: a server whose log nobody reads would stop once it is full.
+                threading.Thread(target=lambda: list(process.stderr or ()), daemon=True).start()
                 yield address
             finally:
                 process.terminate()

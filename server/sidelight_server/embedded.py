@@ -32,7 +32,7 @@ def serve(model: nn.Module | ModelSpec | str, **settings: Any) -> Iterator[str]:
     except ValidationError as error:
         raise ConfigurationError(first_fault(error, where="serve()")) from None
     spec = source.load(model, chosen.weights) if isinstance(model, str) else model
-    engine = Engine([ModelSpec(spec) if isinstance(spec, nn.Module) else spec], chosen)
+    engine = Engine([spec if isinstance(spec, ModelSpec) else ModelSpec(spec)], chosen)
     with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
         listen = chosen.listen if "listen" in settings else (f"unix:{folder}/socket",)
         server = Server(engine, listen=listen, plaintext=chosen.plaintext)
@@ -54,6 +54,7 @@ class _Thread:
         try:
             asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result(START_TIMEOUT_S)
         except BaseException:
+            self._server.abandon()
             self._end()
             raise
 

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 import platform
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +22,10 @@ from numpy.typing import NDArray
 from .attribution import Answer, Provenance, Request, Timing
 from .config import Settings
 from .device import choose_device, cpu_quota
-from .errors import FailedPrecondition, NotFound, Unavailable, near
+from .errors import ConfigurationError, FailedPrecondition, NotFound, Unavailable, near
 from .models.model import Model
 from .models.spec import ModelSpec
-from .preparation import maps_shape, prepare
+from .preparation import Prepared, is_quick, maps_shape, prepare
 from .runner import Runner
 from .work import Work
 
@@ -55,8 +57,15 @@ class Engine:
         traits = settings.traits()
         loaded = [Model(spec.completed(traits), device=self.device) for spec in specs]
         self.models = {model.name: model for model in loaded}
-        self._runner = Runner(self.device, chunk_rows=settings.max_chunk_rows, threads=self.threads)
-        self._preparing = ThreadPoolExecutor(max_workers=self.threads, thread_name_prefix="sidelight-prepare")
+        if len(self.models) < len(loaded):
+            raise ConfigurationError(f"name: two models are called the same, of {[model.name for model in loaded]}")
+        self._runner = Runner(
+            self.device, chunk_rows=settings.max_chunk_rows, threads=self.threads, on_end=self._abandon
+        )
+        self._closing = threading.Event()
+        # Decoding has threads of its own: what needs none must not wait behind another caller's forty large files.
+        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="sidelight-prepare")
+        self._decoding = ThreadPoolExecutor(self.threads, thread_name_prefix="sidelight-decode")
         self._unanswered: dict[Work, asyncio.Future[None]] = {}
         self._software = (
             ("sidelight", metadata.version("sidelight")),
@@ -77,8 +86,15 @@ class Engine:
 
     def close(self) -> None:
         """End after the running chunk. What is unanswered is `Unavailable`."""
+        self._closing.set()
+        for executor in (self._preparing, self._decoding):
+            executor.shutdown(wait=False, cancel_futures=True)
         self._runner.close()
-        self._preparing.shutdown()
+
+    def _abandon(self) -> None:
+        """Fail what is unanswered: the thread that would answer it has ended."""
+        if not self._closing.is_set():
+            log.critical("event=device_thread_ended device=%s unanswered=%d", self.device, self.n_unanswered)
         for work, answered in list(self._unanswered.items()):
             work.cancel()
             _call_from_thread(answered, lambda each: each.set_exception(Unavailable("the server is shutting down")))
@@ -113,9 +129,7 @@ class Engine:
         model = self.model(request.model)
         _check_score(model, request)
         loop = asyncio.get_running_loop()
-        prepared = await loop.run_in_executor(
-            self._preparing, lambda: prepare(model, request, max_pixels=self.settings.max_image_pixels)
-        )
+        prepared = await self._prepare(model, request)
         prepared_s = time.monotonic()
         answered: asyncio.Future[None] = loop.create_future()
         work = Work(request, model, prepared, on_done=lambda: _call_from_thread(answered, _set_done))
@@ -128,6 +142,25 @@ class Engine:
                 work.cancel()
                 del self._unanswered[work]
         return self._answer(work, _Clock(arrived_s, prepared_s))
+
+    async def _prepare(self, model: Model, request: Request) -> Prepared:
+        left = threading.Event()
+        preparing = functools.partial(
+            prepare,
+            model,
+            request,
+            max_pixels=self.settings.max_image_pixels,
+            is_gone=lambda: left.is_set() or self._closing.is_set(),
+        )
+        executor = self._preparing if is_quick(model, request.images) else self._decoding
+        try:
+            return await asyncio.get_running_loop().run_in_executor(executor, preparing)
+        except RuntimeError as error:  # the pool takes nothing more
+            if not self._closing.is_set():
+                raise
+            raise Unavailable("the server is shutting down") from error
+        finally:
+            left.set()
 
     async def warm_up(self) -> None:
         """Run every model of a fixed input size once at one row and at a whole chunk."""

@@ -35,6 +35,10 @@ def replicate(module: nn.Module) -> nn.Module:
     memo: dict[int, object] = {id(each): nn.Parameter(each.data, requires_grad=False) for each in module.parameters()}
     memo |= {id(each): each for each in module.buffers()}
     replica: nn.Module = copy.deepcopy(module, memo)
+    theirs = {id(each) for each in module.parameters()}
+    for each in replica.parameters():  # those that deepcopy made anew all the same, as it does for TorchScript
+        if each.requires_grad and id(each) not in theirs:
+            each.requires_grad_(False)
     return replica.eval()
 
 
@@ -50,6 +54,7 @@ class Kernel:
         self.device = device
         self.outputs: scores.Outputs = outputs
         self._module = replicate(module).to(device)
+        self._copies_inputs = False
 
     def run(self, inputs: Tensor, targets: Sequence[int | None], wanted: Sequence[Score]) -> Gradients:
         """Return each row's gradient, [n, C, H, W], of its own score of its own target; None is the predicted class.
@@ -58,7 +63,7 @@ class Kernel:
         """
         inputs = inputs.detach().requires_grad_()
         with torch.enable_grad():
-            outputs = self._forward(inputs)  # [n, K]
+            outputs = self.outputs_of(inputs)  # [n, K]
             predicted = outputs.detach().argmax(dim=1)
             explained = _targets(targets, predicted, outputs.shape[1])
             selected = scores.select(outputs, explained, wanted, self.outputs)
@@ -67,15 +72,40 @@ class Kernel:
             probabilities = scores.probabilities(outputs.detach(), self.outputs)
         return Gradients(gradients, explained, selected.detach(), predicted, probabilities)
 
-    def _forward(self, inputs: Tensor) -> Tensor:
-        outputs = self._module(inputs)
+    def rows_touch(self, inputs: Tensor) -> bool:
+        """Say whether one row's outputs depend on another row, for inputs of two rows, [2, C, H, W]."""
+        inputs = inputs.detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = self.outputs_of(inputs)  # [2, K]
+            # Unequal weights: probabilities, all added, would be 1 whatever they depend on.
+            weights = torch.linspace(1, 2, outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
+            (gradients,) = torch.autograd.grad((outputs[0] * weights).sum(), inputs)
+        return bool((gradients[1] != 0).any())
+
+    def outputs_of(self, inputs: Tensor) -> Tensor:
+        """Return the module's outputs, [n, K], K at least 2."""
+        outputs = self._call(inputs)
         if not isinstance(outputs, Tensor):
             raise TypeError(f"the model returned {type(outputs).__name__}, expected a tensor [n, K]")
         if outputs.ndim != 2 or outputs.shape[0] != inputs.shape[0]:
             raise ValueError(
                 f"the model returned {list(outputs.shape)} for {inputs.shape[0]} examples, expected [n, K]"
             )
+        if outputs.shape[1] < 2:
+            raise ValueError("the model returned [n, 1]; models of a single output are not served yet")
         return outputs
+
+    def _call(self, inputs: Tensor) -> object:
+        if self._copies_inputs:
+            return self._module(inputs.clone())
+        try:
+            return self._module(inputs)
+        except RuntimeError as error:
+            # A model that begins with an in-place operation must not have the leaf itself.
+            if "a leaf Variable that requires grad" not in str(error):
+                raise
+        self._copies_inputs = True
+        return self._module(inputs.clone())
 
 
 def _targets(targets: Sequence[int | None], predicted: Tensor, n_classes: int) -> Tensor:

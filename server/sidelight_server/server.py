@@ -70,6 +70,10 @@ class Server:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.explainer.draining.set()
         await self._server.stop(drain_s)
+        await asyncio.to_thread(self._engine.close)  # it waits for the running chunk
+
+    def abandon(self) -> None:
+        """End what a start that failed has begun."""
         self._engine.close()
 
     async def _set_health(self, status: Any) -> None:

@@ -1131,7 +1131,9 @@ class Output(google.protobuf.message.Message):
     probabilities: builtins.bool
     """probabilities asks for the probabilities of all classes. Optional."""
     partial: builtins.bool
-    """partial asks, on a stream, for maps as they improve, with Attribution.final unset. Optional."""
+    """partial asks, on a stream, for maps as they improve, with Attribution.final unset. Methods of one row have nothing
+    to improve: they answer once. Optional.
+    """
     @property
     def region(self) -> sidelight.v1.tensor_pb2.SharedTensor:
         """region asks for the maps in a registered region, from offset_bytes on; its dtype and shape are left unset. Optional."""

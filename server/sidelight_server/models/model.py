@@ -1,13 +1,15 @@
 """A model that serves: its kernel, its preprocessing, its labels, and its digest."""
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import scores
 from ..attribution import Choice, Score
@@ -16,6 +18,9 @@ from ..kernel import Kernel
 from ..staging import normalise
 from .preprocessing import Preprocessing
 from .spec import ModelSpec
+from .weights import Weights
+
+log = logging.getLogger("sidelight")
 
 DEFAULT_NAME = "model"
 
@@ -32,18 +37,34 @@ class Model:
         self.outputs: scores.Outputs = spec.outputs or "logits"
         self.labels = tuple(spec.labels or ())
         self.preprocessing = _preprocessing(spec)
-        self.digest = _digest(spec.module, self.preprocessing, self.outputs, self.labels)
-        self.kernel = Kernel(spec.module, device=device, outputs=self.outputs)
+        self.class_count = len(self.labels)  # without labels and input size, unknown until the first rows ran: 0
+        self._returned = 0
+        self.rows_touch = False  # whether one row's outputs depend on its neighbours: then it runs alone
+        self.layers = tuple(name for name, _ in spec.module.named_modules() if name)
+        with self._refusing("cannot be replicated and moved to the device"):
+            self._weights = Weights(spec.module)
+            self._facts = json.dumps(
+                {
+                    "preprocessing": self.preprocessing and asdict(self.preprocessing),
+                    "outputs": self.outputs,
+                    "labels": self.labels,
+                },
+                sort_keys=True,
+            )
+            self.kernel = Kernel(spec.module, device=device, outputs=self.outputs)
         # Pixels are normalised, and floats staged, in no less than float32; a half-precision model rounds after that.
         self._exact = torch.float64 if self.kernel.dtype == torch.float64 else torch.float32
-        self.class_count = len(self.labels)  # without labels and input size, unknown until the first rows ran: 0
-        self.layers = tuple(name for name, _ in spec.module.named_modules() if name)
         if self.preprocessing is not None:
             self._try(self.preprocessing)
             self._mean, self._std = (
                 torch.tensor(each, dtype=torch.float64)[:, None, None].mul(255).to(device, self._exact)
                 for each in (self.preprocessing.mean, self.preprocessing.std)
             )
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of weights, preprocessing, outputs and labels, in hexadecimal, as they are now."""
+        return hashlib.sha256(f"{self._weights.digest} {self._facts}".encode()).hexdigest()
 
     @property
     def precision(self) -> str:
@@ -56,6 +77,11 @@ class Model:
     def staged_dtype(self) -> np.dtype[np.generic]:
         """The type in which floating arrays go to the device."""
         return np.dtype(np.float64 if self._exact == torch.float64 else np.float32)
+
+    @property
+    def largest(self) -> float:
+        """The largest number that the model's type holds."""
+        return float(torch.finfo(self.kernel.dtype).max)
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -77,9 +103,11 @@ class Model:
             raise InvalidArgument(f'target: class index {choice}, model "{self.name}" has 0 to {bound}')
         return choice
 
-    def label_of(self, index: int) -> str:
-        """Return a class's name, empty where there is none."""
-        return self.labels[index] if index < len(self.labels) else ""
+    def learn_class_count(self, n_classes: int) -> None:
+        """Take note of how many classes the model returned. `ValueError` if that changes."""
+        if self._returned not in (0, n_classes):
+            raise ValueError(f"the model returned {n_classes} classes, {self._returned} before")
+        self._returned = self.class_count = n_classes
 
     def _labelled(self, label: str) -> int:
         named = [index for index, each in enumerate(self.labels) if each == label]
@@ -91,22 +119,26 @@ class Model:
         return named[0]
 
     def _try(self, preprocessing: Preprocessing) -> None:
-        shape = (1, preprocessing.channels, preprocessing.height, preprocessing.width)
-        inputs = torch.zeros(shape, dtype=self.kernel.dtype, device=self.kernel.device)
-        try:
-            answer = self.kernel.run(inputs, [None], [self.scores[0]])
-        except Exception as error:
-            raise ConfigurationError(
-                f'model "{self.name}": failed on an input of {list(shape)}: {type(error).__name__}: {error}'
-            ) from error
+        shape = (2, preprocessing.channels, preprocessing.height, preprocessing.width)
+        inputs = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+        inputs = inputs.to(self.kernel.device, self.kernel.dtype)
+        with self._refusing(f"failed on an input of {[1, *shape[1:]]}"):
+            answer = self.kernel.run(inputs[:1], [None], [self.scores[0]])
         n_classes = answer.probabilities.shape[1]
-        if n_classes < 2:
-            raise ConfigurationError(
-                f'model "{self.name}": returned [1, {n_classes}]; models of a single output are not served yet'
-            )
         if self.labels and len(self.labels) != n_classes:
             raise ConfigurationError(f'labels: got {len(self.labels)}, model "{self.name}" has {n_classes} classes')
-        self.class_count = n_classes
+        self.learn_class_count(n_classes)
+        with self._refusing(f"failed on an input of {list(shape)}"):
+            self.rows_touch = self.kernel.rows_touch(inputs)
+        if self.rows_touch:
+            log.warning('event=rows_touch model="%s" message="examples touch each other: each runs alone"', self.name)
+
+    @contextlib.contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise ConfigurationError(f'model "{self.name}": {what}: {type(error).__name__}: {error}') from error
 
 
 def _preprocessing(spec: ModelSpec) -> Preprocessing | None:
@@ -115,14 +147,17 @@ def _preprocessing(spec: ModelSpec) -> Preprocessing | None:
         if given:
             raise ConfigurationError(f"{given[0]}: is set, but input_size is not; set input_size to C, H, W")
         return None
-    channels, height, width = spec.input_size
+    try:
+        channels, height, width = spec.input_size
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"input_size: got {spec.input_size!r}, expected C, H, W") from None
     try:
         return Preprocessing(
             channels=channels,
             height=height,
             width=width,
-            mean=_for_each_channel(spec.mean, channels, default=0.0),
-            std=_for_each_channel(spec.std, channels, default=1.0),
+            mean=_numbers("mean", spec.mean, channels, default=0.0),
+            std=_numbers("std", spec.std, channels, default=1.0),
             resize=spec.resize if spec.resize is not None else max(height, width),
             interpolation=spec.interpolation or "bilinear",
         )
@@ -130,16 +165,10 @@ def _preprocessing(spec: ModelSpec) -> Preprocessing | None:
         raise ConfigurationError(str(error)) from error
 
 
-def _for_each_channel(values: Sequence[float] | None, channels: int, *, default: float) -> tuple[float, ...]:
-    return (default,) * channels if values is None else tuple(values)
-
-
-def _digest(module: nn.Module, preprocessing: Preprocessing | None, outputs: str, labels: tuple[str, ...]) -> str:
-    """Return the SHA-256 of weights, preprocessing, outputs and labels, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    facts = {"preprocessing": preprocessing and asdict(preprocessing), "outputs": outputs, "labels": labels}
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    return digest.hexdigest()
+def _numbers(name: str, values: Sequence[float] | None, channels: int, *, default: float) -> tuple[float, ...]:
+    if values is None:
+        return (default,) * channels
+    try:
+        return tuple(float(each) for each in values)
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"{name}: got {values!r}, expected one number for each channel") from None

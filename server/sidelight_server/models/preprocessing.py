@@ -97,7 +97,10 @@ class Preprocessing:
                 f"image: {pixels.dtype} {list(pixels.shape)}, expected uint8 [H, W, C], none of them 0"
             )
         if pixels.shape[2] != self.channels:
-            raise InvalidArgument(f"image: {pixels.shape[2]} channels, the model wants {self.channels}")
+            raise InvalidArgument(
+                f"image: {pixels.shape[2]} channels, the model wants {self.channels}; got {list(pixels.shape)}, and "
+                "uint8 is [H, W, C]"
+            )
 
     def _scale(self, height: int, width: int) -> tuple[int, int]:
         if self.resize == "exact":

@@ -37,6 +37,7 @@ class ModelSpec:
 
         `ConfigurationError` where settings and specification say different things of the same model.
         """
+        self._check()
         filled: dict[str, Any] = {"name": settings.get("name") or self.name}
         for field in fields(self)[1:]:
             ours, theirs = getattr(self, field.name), settings.get(field.name)
@@ -48,6 +49,17 @@ class ModelSpec:
                 )
             filled[field.name] = theirs
         return replace(self, **filled)
+
+    def _check(self) -> None:
+        """Refuse what is no value of its field: a factory is the operator's own code, and seldom checked by types."""
+        if not isinstance(self.module, nn.Module):
+            raise ConfigurationError(f"module: got {type(self.module).__name__}, expected a torch.nn.Module")
+        if self.name is not None and not isinstance(self.name, str):
+            raise ConfigurationError(f"name: got {self.name!r}, expected text")
+        if self.outputs not in (None, "logits", "probabilities"):
+            raise ConfigurationError(f'outputs: got {self.outputs!r}, expected "logits" or "probabilities"')
+        if isinstance(self.labels, str) or not all(isinstance(label, str) for label in self.labels or ()):
+            raise ConfigurationError("labels: expected a list of texts, one for each class")
 
 
 def _plain(value: object) -> object:
