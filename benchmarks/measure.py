@@ -1,5 +1,6 @@
 """How things are measured: rivals take turns in one run, and ratios are of medians. The machine is shared and noisy."""
 
+import collections
 import contextlib
 import os
 import statistics
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 ROUNDS = 7
 
@@ -44,6 +46,11 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
+def _drain(pipe: IO[str]) -> None:
+    with contextlib.suppress(ValueError):  # closed meanwhile
+        collections.deque(pipe, maxlen=0)
+
+
 @contextlib.contextmanager
 def server(model: str, *flags: str) -> Iterator[tuple[str, int]]:
     """Run a server as a process of its own; give its address and process id."""
@@ -59,7 +66,8 @@ def server(model: str, *flags: str) -> Iterator[tuple[str, int]]:
                         break
                 else:
                     raise RuntimeError(f"the server did not start: {' '.join(command)}")
-                threading.Thread(target=lambda: list(process.stderr or ()), daemon=True).start()
+                # The pipe is read to its end: a server whose log nobody reads would stop once it is full.
+                threading.Thread(target=_drain, args=(process.stderr,), daemon=True).start()
                 yield address, process.pid
             finally:
                 process.terminate()

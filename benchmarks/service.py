@@ -1,6 +1,7 @@
 """The service against its own kernel: what streaming and one unary call cost on top, from a process of their own."""
 
 import statistics
+import time
 
 import numpy as np
 import sidelight
@@ -14,7 +15,7 @@ from .nets import SIZE, resnet18
 
 BATCH = 8
 N_BATCHES = 16
-N_CALLS = 5
+N_TURNS, N_CALLS = 12, 8
 STREAM_GOAL = 0.95
 CALL_GOAL_MS = 3.0
 
@@ -51,22 +52,21 @@ def _stream(client: sidelight.Client, batches: list[np.ndarray], kernel: Kernel,
 
 
 def _call(client: sidelight.Client, image: np.ndarray, kernel: Kernel, floats: torch.Tensor) -> Line:
-    def calls() -> None:
-        for _ in range(N_CALLS):
-            client.attribute(image)
-
-    def alone() -> None:
-        for _ in range(N_CALLS):
-            maps(kernel, floats)
-
-    seconds = in_turns({"kernel": alone, "call": calls}, rounds=15)
-    over = [(a - b) / N_CALLS * 1e3 for a, b in zip(seconds["call"], seconds["kernel"], strict=True)]
-    added = statistics.median(over)
+    turns = {"kernel": lambda: maps(kernel, floats), "call": lambda: client.attribute(image)}
+    seconds: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(N_TURNS):
+        for name, turn in turns.items():
+            turn()  # not counted: while it runs, the other's idle workers still spin
+            for _ in range(N_CALLS):
+                began = time.perf_counter()
+                turn()
+                seconds[name].append(time.perf_counter() - began)
+    alone, called = (statistics.median(seconds[name]) * 1e3 for name in turns)
     return Line(
         what="one unloaded unary call over its kernel's own time, ResNet-18",
-        figure=added,
+        figure=called - alone,
         unit="ms",
         goal=f"≤ {CALL_GOAL_MS}",
-        met=added <= CALL_GOAL_MS,
-        detail=f"kernel {statistics.median(seconds['kernel']) / N_CALLS * 1e3:.1f} ms",
+        met=called - alone <= CALL_GOAL_MS,
+        detail=f"medians of {N_TURNS * N_CALLS}: call {called:.1f} ms, kernel {alone:.1f} ms",
     )

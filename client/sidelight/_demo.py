@@ -1,5 +1,6 @@
 """The demonstration: a real server on a real ImageNet classifier, real photographs, and a gallery of why."""
 
+import collections
 import contextlib
 import importlib.util
 import subprocess
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from rich.console import Console
 
@@ -77,10 +79,15 @@ def _server(console: Console) -> Iterator[str]:
             try:
                 _wait(process)
                 # The pipe is read to its end: a server whose log nobody reads would stop once it is full.
-                threading.Thread(target=lambda: list(process.stderr or ()), daemon=True).start()
+                threading.Thread(target=_drain, args=(process.stderr,), daemon=True).start()
                 yield address
             finally:
                 process.terminate()
+
+
+def _drain(pipe: IO[str]) -> None:
+    with contextlib.suppress(ValueError):  # closed meanwhile
+        collections.deque(pipe, maxlen=0)
 
 
 def _wait(process: "subprocess.Popen[str]") -> None:

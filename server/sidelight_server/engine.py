@@ -25,7 +25,7 @@ from .device import choose_device, cpu_quota
 from .errors import ConfigurationError, FailedPrecondition, NotFound, Unavailable, near
 from .models.model import Model
 from .models.spec import ModelSpec
-from .preparation import Prepared, is_quick, maps_shape, prepare
+from .preparation import Prepared, maps_shape, needs_decoding, needs_no_work, prepare
 from .runner import Runner
 from .work import Work
 
@@ -152,7 +152,9 @@ class Engine:
             max_pixels=self.settings.max_image_pixels,
             is_gone=lambda: left.is_set() or self._closing.is_set(),
         )
-        executor = self._preparing if is_quick(model, request.images) else self._decoding
+        if needs_no_work(model, request.images):
+            return preparing()
+        executor = self._decoding if needs_decoding(request.images) else self._preparing
         try:
             return await asyncio.get_running_loop().run_in_executor(executor, preparing)
         except RuntimeError as error:  # the pool takes nothing more

@@ -44,12 +44,17 @@ def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callabl
     )
 
 
-def is_quick(model: Model, images: Files | Array) -> bool:
-    """Say whether preparing takes no time to speak of: nothing is decoded or resized."""
-    if isinstance(images, Files):
-        return False
+def needs_no_work(model: Model, images: Files | Array) -> bool:
+    """Say whether examples are taken as they are: pixels of the input's size. A thread would cost more than it saves."""
     fixed = model.preprocessing
-    return images.dtype != np.uint8 or fixed is None or images.shape[1:3] == (fixed.height, fixed.width)
+    if isinstance(images, Files) or images.dtype != np.uint8 or fixed is None:
+        return False
+    return fixed.leaves(*images.shape[1:3])
+
+
+def needs_decoding(images: Files | Array) -> bool:
+    """Say whether examples may take long: files are decoded, and pixels resized."""
+    return isinstance(images, Files) or images.dtype == np.uint8
 
 
 def maps_shape(model: Model, request: Request) -> tuple[int, ...]:

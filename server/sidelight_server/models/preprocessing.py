@@ -91,6 +91,10 @@ class Preprocessing:
             pixels = _resize(pixels, scaled_height, scaled_width, resample)
         return _crop(pixels, geometry), geometry
 
+    def leaves(self, height: int, width: int) -> bool:
+        """Say whether a picture of this size is taken as it is."""
+        return (height, width) == (self.height, self.width) == self._scale(height, width)
+
     def _check(self, pixels: Pixels) -> None:
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or 0 in pixels.shape:
             raise InvalidArgument(
