@@ -45,7 +45,7 @@ def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callabl
 
 
 def needs_no_work(model: Model, images: Files | Array) -> bool:
-    """Say whether examples are taken as they are: pixels of the input's size. A thread would cost more than it saves."""
+    """Say whether examples are taken as they are, pixels of the input's size: a thread would cost more than it saves."""
     fixed = model.preprocessing
     if isinstance(images, Files) or images.dtype != np.uint8 or fixed is None:
         return False
