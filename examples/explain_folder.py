@@ -10,7 +10,9 @@ import sidelight
 
 
 def main(address: str, pictures: str, overlays: str) -> None:
-    paths = sorted(path for path in Path(pictures).iterdir() if path.suffix in (".png", ".jpg", ".jpeg", ".webp"))
+    paths = sorted(
+        path for path in Path(pictures).iterdir() if path.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp")
+    )
     Path(overlays).mkdir(parents=True, exist_ok=True)
     with sidelight.connect(address) as client:
         for answer in client.stream(paths, on_error="return"):

@@ -27,7 +27,10 @@ def main(path: str) -> None:
     print(f"{right} of {N_SHOWN} read right")
     panels = [
         sidelight.Panel(
-            answer.picture(i), answer.map(i), f"{each.label}  {each.probability:.2f}", f"a {data.target[i]}"
+            answer.picture(i),
+            answer.map(i),
+            f"read as {each.label}  {each.probability:.2f}",
+            f"truly {data.target[i]}",
         )
         for i, each in enumerate(answer.predictions)
     ]

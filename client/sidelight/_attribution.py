@@ -32,12 +32,12 @@ class Attribution:
     `on_error="return"` lets through, `error` is set and there are no maps.
     """
 
-    maps: NDArray[np.float32]
+    maps: NDArray[np.float32] = dataclasses.field(repr=False)
     predictions: tuple[Prediction | None, ...] = ()
     explained: tuple[Explained | None, ...] = ()
     geometry: tuple[Geometry | None, ...] = ()  # None also for floating arrays
     failures: tuple[Failure, ...] = ()
-    probabilities: NDArray[np.float32] | None = None  # [N, K], where they were asked for
+    probabilities: NDArray[np.float32] | None = dataclasses.field(default=None, repr=False)  # [N, K], if asked for
     provenance: Provenance | None = None
     timing: Timing | None = None
     convergence: tuple[None, ...] = ()  # None for methods of one row

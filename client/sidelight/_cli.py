@@ -9,7 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from . import __version__
 from ._client import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, TIMEOUT_S, connect
@@ -35,7 +34,7 @@ def attribute(
     target: Annotated[str | None, typer.Option(help="A class index or label; unset: the predicted class.")] = None,
     score: Annotated[Score, typer.Option(help="The number whose gradient is taken.")] = "probability",
     channels: Annotated[Channels, typer.Option(help="How the channels become one.")] = "max_abs",
-    signed: Annotated[bool, typer.Option("--signed", help="Keep the sign: for and against.")] = False,
+    signed: Annotated[bool, typer.Option("--signed", help="Keep the sign when channels are reduced.")] = False,
     times_input: Annotated[bool, typer.Option("--times-input", help="Multiply by the input.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that one picture may take.")] = TIMEOUT_S,
     connect_timeout: Patience = CONNECT_TIMEOUT_S,
@@ -63,19 +62,30 @@ def info(*, address: Address = DEFAULT_ADDRESS, connect_timeout: Patience = CONN
     """Print a server's version, limits, methods and models."""
     with _errors_in_a_line(), connect(address, connect_timeout=connect_timeout) as client:
         server = client.info()
-    table = Table("model", "input", "classes", "scores", "precision", "device", "chunk rows", "digest")
+    limits, console = server.limits, Console(soft_wrap=True, highlight=False)
+    console.print(f"sidelight-server {server.version} at {escape(address)}")
+    facts = {
+        "methods": ", ".join(server.methods),
+        "message": f"{limits.max_message_bytes / 2**20:g} MiB at most",
+        "picture": f"{limits.max_image_pixels / 1e6:g} megapixels at most",
+        "in flight": f"{limits.max_in_flight} batches at most, {limits.max_stream_in_flight} of them on one stream",
+    }
+    _print(console, facts)
     for model in server.models:
-        size = " × ".join(map(str, model.input_size)) if model.input_size else "any C × H × W"
-        classes, scores = str(model.class_count or "?"), ", ".join(model.scores)
-        facts = (model.precision, model.device, str(model.chunk_rows), model.digest[:12])
-        table.add_row(escape(model.name), size, classes, scores, *facts)
-    limits, console = server.limits, Console()
-    console.print(f"sidelight-server {server.version} at {escape(address)}; methods: {', '.join(server.methods)}")
-    console.print(
-        f"limits: {limits.max_message_bytes / 2**20:g} MiB a message, {limits.max_image_pixels / 1e6:g} megapixels a "
-        f"picture, {limits.max_in_flight} batches in flight, {limits.max_stream_in_flight} of them on one stream"
-    )
-    console.print(table)
+        console.print(f"\nmodel {escape(model.name)}, version {model.version}")
+        facts = {
+            "input": " × ".join(map(str, model.input_size)) if model.input_size else "any C × H × W",
+            "classes": str(model.class_count or "not known yet"),
+            "scores": ", ".join(model.scores),
+            "runs on": f"{model.device} in {model.precision}, {model.chunk_rows} rows at once at most",
+            "digest": model.digest,
+        }
+        _print(console, facts)
+
+
+def _print(console: Console, facts: dict[str, str]) -> None:
+    for name, fact in facts.items():
+        console.print(f"  {name:<10} {escape(fact)}")
 
 
 @app.command()

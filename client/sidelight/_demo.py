@@ -18,7 +18,7 @@ from ._attribution import Attribution
 from ._client import connect
 from ._errors import SidelightError
 from ._gallery import Panel, gallery
-from ._report import report
+from ._report import make_folder, report
 
 MODEL = "python:sidelight_server.demo:efficientnet_lite0"
 START_TIMEOUT_S = 120.0
@@ -38,6 +38,7 @@ PHOTOGRAPHS = {
 def run(folder: Path, *, console: Console) -> None:
     """Serve, explain every photograph, and write an overlay of each and `gallery.png` into a folder."""
     paths = photographs()
+    make_folder(folder)
     answers: dict[int, Attribution] = {}
     began = time.monotonic()
     with _server(console) as address, connect(address, connect_timeout=START_TIMEOUT_S) as client:

@@ -21,7 +21,7 @@ def report(console: Console, paths: Sequence[Path], answers: Iterable[Attributio
     table.columns[2].justify = table.columns[3].justify = "right"
     names = overlay_names(paths, folder or Path())
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     n_failed = 0
     try:
         for answer in track(answers, "explaining", total=len(paths), console=console, transient=True):
@@ -35,6 +35,14 @@ def report(console: Console, paths: Sequence[Path], answers: Iterable[Attributio
     if folder is not None:
         console.print(f"{len(paths) - n_failed} overlays in {escape(str(folder))}")
     return n_failed
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder for overlays. `OSError` says that `--out` is wrong."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--out: {folder} cannot be a folder for overlays: {error.strerror}") from error
 
 
 def overlay_names(paths: Sequence[Path], folder: Path) -> list[str]:

@@ -4,6 +4,11 @@
 socket; `Engine` does without gRPC.
 """
 
+import importlib.util
+
+if importlib.util.find_spec("torch") is None or importlib.util.find_spec("pydantic_settings") is None:
+    raise ModuleNotFoundError("the server needs its extra: pip install 'sidelight[server]'")
+
 from .attribution import (
     Answer,
     Channels,

@@ -6,7 +6,9 @@ import sys
 
 from .config import misspelt_variables, read_settings
 from .errors import ConfigurationError
-from .server import serve_until_signal
+from .server import load, serve_until_signal
+
+INTERRUPTED = 128 + 2  # as a shell says it
 
 log = logging.getLogger("sidelight")
 
@@ -21,11 +23,14 @@ def main() -> int:
         settings = read_settings(sys.argv[1:])
         for warning in misspelt_variables():
             log.warning('event=setting_ignored message="%s"', warning)
-        asyncio.run(serve_until_signal(settings))
+        engine = load(settings)  # outside the loop, where Ctrl-C still ends a factory that takes its time
+        asyncio.run(serve_until_signal(engine))
     except ConfigurationError as error:
         line = " ".join(str(error).split())  # what a factory or torch says may have many
         print(f"sidelight-server: {line}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 

@@ -133,6 +133,8 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         root_parser=_Parser(
             prog="sidelight-server",
             description="Serves attributions of a PyTorch image model over gRPC.",
+            epilog=f"Every setting can also be a variable ({PREFIX}MAX_CHUNK_ROWS) or a key of {FILE} in the working "
+            "folder (max_chunk_rows); a flag wins over a variable, a variable over the file. --listen may be repeated.",
             allow_abbrev=False,
         ),
         cli_parse_args=list(arguments),
@@ -170,4 +172,4 @@ def _read_labels(path: Path | None) -> tuple[str, ...] | None:
     try:
         return tuple(path.read_text(encoding="utf-8").splitlines())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"labels: {path}: {error}") from None
+        raise ConfigurationError(f"labels: {path}: {getattr(error, 'strerror', None) or error}") from None

@@ -45,7 +45,7 @@ def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callabl
 
 
 def needs_no_work(model: Model, images: Files | Array) -> bool:
-    """Say whether examples are taken as they are, pixels of the input's size: a thread would cost more than it saves."""
+    """Say whether examples are taken as they are, pixels of the input's size: a thread would cost more than save."""
     fixed = model.preprocessing
     if isinstance(images, Files) or images.dtype != np.uint8 or fixed is None:
         return False
@@ -72,7 +72,8 @@ def _fit(model: Model, images: Files | Array, *, max_pixels: int, is_gone: Calla
     preprocessing = model.preprocessing
     if preprocessing is None:
         raise FailedPrecondition(
-            f'images: model "{model.name}" has no input size, so it takes floating arrays [N, C, H, W] alone'
+            f'images: model "{model.name}" has no input size, so it takes floating arrays [N, C, H, W] alone; '
+            "its operator can set input_size"
         )
     if isinstance(images, Files):
         return [_decoded(preprocessing, each, max_pixels=max_pixels, is_gone=is_gone) for each in images.files]

@@ -18,6 +18,7 @@ from .config import Settings
 from .engine import Engine
 from .errors import ConfigurationError
 from .explainer import Explainer
+from .memory import keep_freed
 from .models import source
 from .service import AttributionService, ModelService, Undecodable
 
@@ -81,16 +82,22 @@ class Server:
             await self._health.set(service, status)
 
 
-async def serve_until_signal(settings: Settings) -> None:
-    """Load the model that the settings name, and serve it until SIGTERM or SIGINT. A second signal ends at once."""
+def load(settings: Settings) -> Engine:
+    """Load the model that the settings name, in a process that is this server's own."""
     if not settings.model:
         raise ConfigurationError(f"model: not set; say --model {source.FORM}, for example --model python:mine:resnet")
+    keep_freed()
     # Loading must not start OpenMP workers of its own: once a process has more of them than CPUs, GNU's OpenMP sleeps
     # at every barrier instead of spinning, and the thread that owns the device was seen to lose 15 % by it.
     torch.set_num_threads(1)
     # torch lets a GPU's convolutions round float32 to 10 bits of mantissa; a map would be off by a thousandth.
     torch.backends.cudnn.allow_tf32 = False
-    engine = Engine([source.load(settings.model, settings.weights)], settings)
+    return Engine([source.load(settings.model, settings.weights)], settings)
+
+
+async def serve_until_signal(engine: Engine) -> None:
+    """Serve an engine until SIGTERM or SIGINT. A second signal ends at once."""
+    settings = engine.settings
     server = Server(engine, listen=settings.listen, plaintext=settings.plaintext)
     await server.start()
     model = next(iter(engine.models.values()))

@@ -71,5 +71,6 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
     The layout is made contiguous: channels-last strides would pick other convolution kernels, and other last bits.
     """
-    inputs = pixels.permute(0, 3, 1, 2).to(mean.dtype, memory_format=torch.contiguous_format)  # [n, C, H, W]
-    return inputs.sub_(mean).div_(std)
+    permuted = pixels.permute(0, 3, 1, 2)  # [n, C, H, W]
+    inputs = torch.empty(permuted.shape, dtype=mean.dtype, device=pixels.device)
+    return torch.sub(permuted, mean, out=inputs).div_(std)

@@ -1,7 +1,6 @@
 """A model that serves: its kernel, its preprocessing, its labels, and its digest."""
 
 import contextlib
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -42,15 +41,12 @@ class Model:
         self.rows_touch = False  # whether one row's outputs depend on its neighbours: then it runs alone
         self.layers = tuple(name for name, _ in spec.module.named_modules() if name)
         with self._refusing("cannot be replicated and moved to the device"):
-            self._weights = Weights(spec.module)
-            self._facts = json.dumps(
-                {
-                    "preprocessing": self.preprocessing and asdict(self.preprocessing),
-                    "outputs": self.outputs,
-                    "labels": self.labels,
-                },
-                sort_keys=True,
-            )
+            facts = {
+                "preprocessing": self.preprocessing and asdict(self.preprocessing),
+                "outputs": self.outputs,
+                "labels": self.labels,
+            }
+            self._weights = Weights(spec.module, facts=json.dumps(facts, sort_keys=True))
             self.kernel = Kernel(spec.module, device=device, outputs=self.outputs)
         # Pixels are normalised, and floats staged, in no less than float32; a half-precision model rounds after that.
         self._exact = torch.float64 if self.kernel.dtype == torch.float64 else torch.float32
@@ -64,7 +60,7 @@ class Model:
     @property
     def digest(self) -> str:
         """The SHA-256 of weights, preprocessing, outputs and labels, in hexadecimal, as they are now."""
-        return hashlib.sha256(f"{self._weights.digest} {self._facts}".encode()).hexdigest()
+        return self._weights.digest
 
     @property
     def precision(self) -> str:
