@@ -59,7 +59,7 @@ def test_with_chunks_of_one_row_eight_threads_get_the_serial_maps_to_the_last_bi
         ThreadPoolExecutor(N_THREADS) as pool,
     ):
         expected = [client.attribute(each).maps for each in images]
-        for n, answer in enumerate(pool.map(lambda n: client.attribute(images[n % 16]), range(N_THREADS * 50))):
+        for n, answer in enumerate(pool.map(lambda n: client.attribute(images[n % 16]), range(N_THREADS * N_CALLS))):
             np.testing.assert_array_equal(answer.maps, expected[n % 16])
 
 
