@@ -9,6 +9,7 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
+from gate import Gate
 from models import LABELS, small_cnn
 from torch import nn
 
@@ -42,7 +43,7 @@ def address(spec: sidelight_server.ModelSpec, device: str) -> Iterator[str]:
         yield address
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(address: str) -> Iterator[sidelight.Client]:
     with sidelight.connect(address, connect_timeout=10) as client:
         yield client
@@ -52,3 +53,10 @@ def client(address: str) -> Iterator[sidelight.Client]:
 def floats() -> torch.Tensor:
     """Model-ready examples, [5, 3, 32, 32]."""
     return torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def gate() -> Iterator[Gate]:
+    gate = Gate()
+    yield gate
+    gate.open()

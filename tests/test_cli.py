@@ -4,7 +4,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,6 @@ def run(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
         return CliRunner().invoke(app, [str(each) for each in arguments], env=variables, prog_name="sidelight")
 
     return run
-
-
-@pytest.fixture
-def client(address: str) -> Iterator[sidelight.Client]:
-    with sidelight.connect(address, connect_timeout=10) as client:
-        yield client
 
 
 def picture(path: Path | str, *, seed: int = 0) -> Path:

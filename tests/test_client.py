@@ -23,6 +23,7 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
+from gate import Gate, Gated
 from models import LABELS, N_CLASSES, small_cnn
 from PIL import Image
 from sidelight import _errors
@@ -32,49 +33,6 @@ SHARE = 1e-6  # of a map's maximum: the contract for an example in other company
 ABSENT = "unix:/nonexistent/socket"
 
 
-class Gate:
-    """What a module waits at while it is shut. Every copy of the module waits at the same one."""
-
-    def __init__(self) -> None:
-        self.reached = threading.Event()
-        self._open = threading.Event()
-        self._open.set()
-
-    def __deepcopy__(self, memo: object) -> "Gate":
-        return self
-
-    def shut(self) -> None:
-        self.reached.clear()
-        self._open.clear()
-
-    def open(self) -> None:
-        self._open.set()
-
-    def wait(self) -> None:
-        self.reached.set()
-        assert self._open.wait(30)
-
-
-class Gated(nn.Module):
-    """The small CNN behind a gate."""
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__()
-        self.gate = gate
-        self.inner = small_cnn()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.gate.wait()
-        return self.inner(x)
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.open()
-
-
 @pytest.fixture
 def gated(gate: Gate, device: str) -> Iterator[str]:
     """The address of a server whose model waits at the gate."""
@@ -82,12 +40,6 @@ def gated(gate: Gate, device: str) -> Iterator[str]:
     with sidelight_server.serve(spec, device=device, max_in_flight=1, drain_s=0) as address:
         yield address
         gate.open()
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[sidelight.Client]:
-    with sidelight.connect(address, connect_timeout=10) as client:
-        yield client
 
 
 @pytest.fixture

@@ -15,57 +15,11 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
+from gate import Gate, Gated
 from models import small_cnn
 from PIL import Image
-from torch import nn
 
 SHARE = 1e-6  # of a map's maximum: the contract for an example in other company
-
-
-class Gate:
-    """What a module waits at while it is shut, and how many rows came through. All copies of the module share it."""
-
-    def __init__(self) -> None:
-        self.reached = threading.Event()
-        self.n_rows = 0
-        self._open = threading.Event()
-        self._open.set()
-
-    def __deepcopy__(self, memo: object) -> "Gate":
-        return self
-
-    def shut(self) -> None:
-        self.reached.clear()
-        self.n_rows = 0
-        self._open.clear()
-
-    def open(self) -> None:
-        self._open.set()
-
-    def wait(self, n_rows: int) -> None:
-        self.n_rows += n_rows
-        self.reached.set()
-        assert self._open.wait(30)
-
-
-class Gated(nn.Module):
-    """The small CNN behind a gate."""
-
-    def __init__(self, gate: Gate) -> None:
-        super().__init__()
-        self.gate = gate
-        self.inner = small_cnn()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.gate.wait(len(x))
-        return self.inner(x)
-
-
-@pytest.fixture
-def gate() -> Iterator[Gate]:
-    gate = Gate()
-    yield gate
-    gate.open()
 
 
 @pytest.fixture
@@ -78,12 +32,6 @@ def gated(gate: Gate, device: str) -> Iterator[sidelight.Client]:
         client.info()
         yield client
         gate.open()
-
-
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[sidelight.Client]:
-    with sidelight.connect(address, connect_timeout=10) as client:
-        yield client
 
 
 def client_threads() -> set[threading.Thread]:

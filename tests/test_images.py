@@ -34,12 +34,6 @@ def assert_same(maps: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(maps, expected, rtol=0, atol=SHARE * expected.max(initial=0))
 
 
-@pytest.fixture(scope="module")
-def client(address: str) -> Iterator[sidelight.Client]:
-    with sidelight.connect(address, connect_timeout=10) as client:
-        yield client
-
-
 @pytest.fixture
 def pixels() -> np.ndarray:
     return noise(40, 50)

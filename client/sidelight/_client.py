@@ -29,7 +29,6 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 OnError = Literal["raise", "return"]
 
 _ADDRESS = re.compile(r"unix:.+|(?!\w+://).+:\d+")
-_Request = TypeVar("_Request", contravariant=True)
 _Response = TypeVar("_Response")
 
 

@@ -41,11 +41,6 @@ class Runner:
         """How many rows the device runs at once, at most."""
         return self._chunk_rows
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether chunks are being run."""
-        return self._thread.is_alive()
-
     def start(self) -> None:
         """Begin to run chunks."""
         self._thread.start()

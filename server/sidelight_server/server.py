@@ -24,7 +24,6 @@ from .service import AttributionService, ModelService, Undecodable
 
 log = logging.getLogger("sidelight")
 
-START_TIMEOUT_S = 60.0
 SERVICES = (
     pb.DESCRIPTOR.services_by_name["AttributionService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
