@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from .methods import Gradient, Method
+from .methods.channels import Channels
 from .models.preprocessing import Geometry
 
 Array = NDArray[np.generic]
@@ -21,23 +23,7 @@ class Score(enum.Enum):
     PROBABILITY = "probability"
     LOGIT = "logit"
     LOG_PROBABILITY = "log_probability"
-
-
-class Magnitude(enum.Enum):
-    """What becomes of a value's sign when channels are reduced."""
-
-    ABSOLUTE = "absolute"
-    SIGNED = "signed"
-
-
-class Channels(enum.Enum):
-    """How the C channels of an attribution become one."""
-
-    MAX_ABS = "max_abs"
-    SUM = "sum"
-    MEAN_ABS = "mean_abs"
-    L2 = "l2"
-    NONE = "none"
+    MARGIN = "margin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +38,52 @@ class PerExample:
     choices: tuple[Choice, ...]
 
 
-Target = Predicted | Choice | PerExample
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """Explain the k most probable classes of each example."""
+
+    k: int
 
 
 @dataclass(frozen=True, slots=True)
-class Gradient:
-    """The gradient at the example itself (Simonyan, Vedaldi and Zisserman, 2013), or that times the input."""
+class Contrast:
+    """Explain the score of one class minus that of another."""
 
-    magnitude: Magnitude = Magnitude.ABSOLUTE
-    times_input: bool = False
+    positive: Choice
+    negative: Choice
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A part of a dense output, in its own pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """Explain a class of a model that answers for each pixel: the sum of its scores over a region, or over all."""
+
+    choice: Choice
+    region: Region | None = None
+
+
+Target = Predicted | Choice | PerExample | TopK | Contrast | Dense
+
+
+@dataclass(frozen=True, slots=True)
+class Aim:
+    """What is explained of one example: a class, or where that is None the predicted one."""
+
+    positive: int | None = None
+    negative: int | None = None  # the class whose score is subtracted
+    region: Region | None = None  # of a dense output; None: all of it
+
+
+PREDICTED = Aim()
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +103,30 @@ class Request:
     images: Files | Array
     model: str = ""  # empty means the default model
     target: Target = Predicted()
-    method: Gradient = Gradient()
+    method: Method = Gradient()
     score: Score = Score.PROBABILITY
     channels: Channels = Channels.MAX_ABS
     probabilities: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """What one map explains."""
+
+    index: int
+    score: float
+    saturated: bool
+    against: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Convergence:
+    """How good the map of a method of many rows is; None where a method has no such measure."""
+
+    rows: int
+    error: float | None
+    completeness_error: float | None
+    relative_completeness_error: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +135,9 @@ class Explanation:
 
     predicted: int
     probability: float
-    explained: int
-    score: float
-    saturated: bool
+    explained: tuple[Explained, ...]  # one, or k of them
     geometry: Geometry | None
+    convergence: Convergence | None  # None for a method of one row
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,12 +170,17 @@ class Provenance:
     device: str
     threads: int
     chunk_rows: int
+    reproducible: bool
+    baseline_digest: str  # of baselines that were given as an array
     software: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """The maps of one batch: [N, H, W], or [N, C, H, W] without channel reduction. A failed example's map is NaN."""
+    """The maps of one batch: [N, H, W], or [N, C, H, W] without channel reduction; with k targets k follows N.
+
+    A failed example's map is NaN, and so is, while `final` is not set, one that has not come so far.
+    """
 
     request: Request
     maps: NDArray[np.float32]
@@ -143,3 +190,4 @@ class Answer:
     timing: Timing
     failures: tuple[ExampleFailure, ...] = ()
     probabilities: NDArray[np.float32] | None = field(default=None)  # [N, K]
+    final: bool = True

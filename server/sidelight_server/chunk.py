@@ -1,103 +1,102 @@
-"""A chunk: rows that run together, from staging to maps. On the thread that owns the device."""
+"""A chunk: rows that run together. It is launched, and read once the device has come so far."""
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from torch import Tensor
 
-from . import scores
-from .attribution import Array, Explanation, Score
-from .errors import Internal, InvalidArgument, SidelightError
+from .attribution import PREDICTED, Array
+from .job import Result, Row
 from .kernel import Gradients
-from .methods import gradient
-from .staging import Staging, is_finite
-from .work import Row
+from .methods.method import Reading
+from .models.model import Model
+from .staging import Arriving, Staging
+from .work import Work
 
 
-@dataclass(frozen=True, slots=True)
-class Explained:
-    """A row's answer. The arrays are good until the next chunk."""
+class Chunk:
+    """Rows of one key at the device. Raises whatever the model raises, here or in `read`."""
 
-    map: Array  # [H, W], or [C, H, W] without channel reduction
-    explanation: Explanation
-    probabilities: NDArray[np.float32] | None  # [K], where they were asked for
-
-
-Outcome = Explained | SidelightError
-
-
-def explain(rows: Sequence[Row], staging: Staging) -> list[Outcome]:
-    """Return each row's answer, or what is wrong with it alone. Raises whatever the model raises."""
-    model = rows[0].work.model
-    pixels = rows[0].example.dtype == np.uint8
-    dtype = np.dtype(np.uint8) if pixels else model.staged_dtype
-    inputs = model.inputs(staging.to_device([row.example for row in rows], dtype=dtype))
-    answer = model.kernel.run(inputs, [row.target for row in rows], [row.work.request.score for row in rows])
-    model.learn_class_count(answer.probabilities.shape[1])
-    maps = _maps(rows, inputs, answer, staging)
-    explanations = _explanations(rows, answer)
-    probabilities = None
-    if any(row.work.request.probabilities for row in rows):
-        probabilities = answer.probabilities.float().cpu().numpy()  # [n, K]
-    return [
-        _fault(row, map_, explanation)
-        or Explained(
-            map_,
-            explanation,
-            probabilities[place] if probabilities is not None and row.work.request.probabilities else None,
+    def __init__(self, rows: Sequence[tuple[Work, Row]], staging: Staging) -> None:
+        work, first = rows[0]
+        model = work.model
+        padding = max(0, model.padded_rows - len(rows))
+        self._inputs = _inputs([row for _, row in rows], work, staging, padding=padding)
+        self._answer = model.kernel.run(
+            self._inputs,
+            [row.job.aim for _, row in rows] + [PREDICTED] * padding,
+            [work.request.score for work, _ in rows] + [work.request.score] * padding,
+            probe=work.request.method.probe,
+            gradient=first.sweep.gradient,
         )
-        for place, (row, map_, explanation) in enumerate(zip(rows, maps, explanations, strict=True))
-    ]
+        model.learn_output(self._answer.output_shape)
+        self._facts = Arriving(_facts(self._answer))
+        self._n_rows = len(rows)
+
+    def read(self) -> list[Reading]:
+        """Return what each row gave."""
+        answer, rows = self._answer, range(self._n_rows)
+        predicted, explained, scores, probable = self._facts.wait().tolist()
+        return [
+            Reading(
+                input=self._inputs[i],
+                predicted=int(predicted[i]),
+                probability=probable[i],
+                explained=int(explained[i]),
+                score=scores[i],
+                probabilities=answer.probabilities[i],
+                gradient=None if answer.gradients is None else answer.gradients[i],
+                activation=None if answer.activations is None else answer.activations[i],
+            )
+            for i in rows
+        ]
 
 
-def _maps(rows: Sequence[Row], inputs: torch.Tensor, answer: Gradients, staging: Staging) -> list[Array]:
-    """Return each row's map. Rows that are finished alike are finished, and cross the bus, together."""
-    alike: dict[object, list[int]] = {}
+def _inputs(rows: Sequence[Row], work: Work, staging: Staging, *, padding: int) -> Tensor:
+    """Return the points of a chunk, [n, C, H, W]: examples staged together, all others built where they lie.
+
+    Always fresh memory from its first byte on: a view may be aligned otherwise, and choose other vector instructions.
+    """
+    model = work.model
+    staged: dict[np.dtype[np.generic], list[int]] = {}
     for place, row in enumerate(rows):
-        alike.setdefault((row.work.request.method, row.work.request.channels), []).append(place)
-    maps: list[Array] = [np.empty(0)] * len(rows)
-    for places in alike.values():
-        request = rows[places[0]].work.request
-        whole = len(places) == len(rows)
-        finished = gradient.finish(
-            answer.gradients if whole else answer.gradients[places],
-            inputs if whole else inputs[places],
-            method=request.method,
-            channels=request.channels,
-        )
-        host = staging.to_host(finished.float())
-        for place, map_ in zip(places, host if whole else host.copy(), strict=True):
-            maps[place] = map_
-    return maps
+        if row.sweep.point is None:
+            staged.setdefault(row.job.example.dtype, []).append(place)
+    if len(staged) == 1 and len(next(iter(staged.values()))) == len(rows) and not padding:
+        return _staged(rows, model, staging)
+    shape = (len(rows) + padding, *work.prepared.shape)
+    inputs = torch.zeros(shape, dtype=model.kernel.dtype, device=model.kernel.device)
+    for places in staged.values():
+        inputs[places] = _staged([rows[place] for place in places], model, staging)
+    for place, row in enumerate(rows):
+        if row.sweep.point is not None:
+            inputs[place] = row.sweep.point(row.index)
+    return inputs
 
 
-def _explanations(rows: Sequence[Row], answer: Gradients) -> list[Explanation]:
-    # One small tensor crosses the bus instead of four: each copy would wait for the device.
+def _staged(rows: Sequence[Row], model: Model, staging: Staging) -> Tensor:
+    dtype = np.dtype(np.uint8) if rows[0].job.example.dtype == np.uint8 else model.staged_dtype
+    return model.inputs(staging.to_device([row.job.example for row in rows], dtype=dtype))
+
+
+def _facts(answer: Gradients) -> Tensor:
+    """Return what the host must know of each row, [4, n]: one small tensor crosses the bus instead of four."""
     probability = answer.probabilities.gather(1, answer.predicted[:, None])[:, 0]  # [n]
     wide = torch.float64 if answer.scores.dtype == torch.float64 else torch.float32  # holds every class number exactly
-    facts = torch.stack([each.to(wide) for each in (answer.predicted, answer.explained, answer.scores, probability)])
-    return [
-        Explanation(
-            predicted=int(predicted),
-            probability=probable,
-            explained=int(explained),
-            score=score,
-            saturated=row.work.request.score is Score.PROBABILITY and score * (1 - score) < scores.SATURATION,
-            geometry=row.work.prepared.geometries[row.place],
-        )
-        for row, predicted, explained, score, probable in zip(rows, *facts.tolist(), strict=True)
-    ]
+    return torch.stack([each.to(wide) for each in (answer.predicted, answer.explained, answer.scores, probability)])
 
 
-def _fault(row: Row, map_: Array, explanation: Explanation) -> SidelightError | None:
-    model = row.work.model
-    if row.target is not None and row.target >= model.class_count:
-        return InvalidArgument(
-            f'target: class index {row.target}, model "{model.name}" has 0 to {model.class_count - 1}'
-        )
-    if is_finite(map_) and math.isfinite(explanation.probability) and math.isfinite(explanation.score):
-        return None
-    return Internal(f'model "{model.name}": output or gradient is not finite for example {row.place}')
+def to_host(results: Sequence[Result], staging: Staging) -> list[Array]:
+    """Return each result's maps, [k, …], on the host. Those of one shape cross the bus together."""
+    alike: dict[torch.Size, list[int]] = {}
+    for place, result in enumerate(results):
+        alike.setdefault(result.maps[0].shape, []).append(place)
+    maps: list[Array] = [np.empty(0)] * len(results)
+    for places in alike.values():
+        stacked = torch.stack([map_ for place in places for map_ in results[place].maps]).float()
+        host = staging.to_host(stacked)
+        for place in places:
+            n = len(results[place].maps)
+            maps[place], host = host[:n], host[n:]
+    return maps

@@ -23,6 +23,7 @@ from pydantic_settings import (
 
 from .errors import ConfigurationError
 from .models.preprocessing import Interpolation
+from .scores import Activation, Outputs
 
 FILE = Path("sidelight.toml")
 PREFIX = "SIDELIGHT_"
@@ -62,8 +63,9 @@ class Settings(BaseModel):
         description='short side in pixels before the centre crop, or "exact", or "none"; unset: just covers the input',
     )
     interpolation: Interpolation | None = Field(None, description="the filter of resizing; unset: bilinear")
-    outputs: Literal["logits", "probabilities"] | None = Field(
-        None, description="what the model returns, [N, K]; unset: logits"
+    outputs: Outputs | None = Field(None, description="what the model returns, [N, K] or [N, K, h, w]; unset: logits")
+    activation: Activation | None = Field(
+        None, description="softmax where classes exclude each other, sigmoid where they do not; unset: softmax"
     )
     labels: Path | None = Field(None, description="a text file of class names, one a line, in the classes' order")
 
@@ -75,17 +77,28 @@ class Settings(BaseModel):
 
     device: str = Field("auto", description="auto, cpu, cuda:N or mps")
     threads: int = Field(0, ge=0, description="CPU threads of one operation; 0: the CPUs that this process may use")
-    max_chunk_rows: int = Field(8, ge=1, le=4096, description="rows that the device runs at once, at most")
+    max_chunk_rows: int = Field(
+        0, ge=0, le=4096, description="rows that the device runs at once, at most; 0: measured when a model is loaded"
+    )
+    max_chunk_s: float = Field(0.5, gt=0, description="seconds that a chunk may take, where its rows are measured")
+    device_memory_limit: int = Field(
+        0, ge=0, description="bytes that a chunk may take, where its rows are measured; 0: half of what is free"
+    )
+    reproducible: bool = Field(False, description="the same bytes whatever the load, the place and the company")
+    reproducible_rows: int = Field(
+        1, ge=1, le=4096, description="rows of a reproducible chunk; more than 1 only where a check at load shows it"
+    )
 
     max_message_bytes: int = Field(64 * MEBIBYTE, ge=4096, le=2**31 - 1, description="bytes of a message, each way")
     max_image_pixels: int = Field(50_000_000, ge=1, description="height × width of an encoded picture")
     max_in_flight: int = Field(256, ge=1, description="batches at work at once, over all callers")
     max_in_flight_bytes: int = Field(1024 * MEBIBYTE, ge=4096, description="bytes of those batches and their answers")
+    max_example_rows: int = Field(10_000, ge=1, description="rows that a method may ask for one example")
     max_stream_in_flight: int = Field(32, ge=1, description="unanswered batches of one stream; reading pauses there")
 
     def traits(self) -> dict[str, Any]:
         """Return what completes a model's specification."""
-        names = ("name", "input_size", "mean", "std", "resize", "interpolation", "outputs")
+        names = ("name", "input_size", "mean", "std", "resize", "interpolation", "outputs", "activation")
         return {name: getattr(self, name) for name in names} | {"labels": _read_labels(self.labels)}
 
 

@@ -31,6 +31,16 @@ def choose_device(wanted: str) -> torch.device:
     return torch.device(device.type)
 
 
+def make_deterministic(device: torch.device) -> None:
+    """Let a GPU run only algorithms that give the same bytes each time, for all of this process. A CPU always does."""
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def cpu_quota() -> int:
     """Return how many CPUs this process may keep busy: its affinity, and within that its cgroup's quota."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import hashlib
 import logging
 import math
 import platform
@@ -20,18 +21,43 @@ import torch
 from numpy.typing import NDArray
 
 from .attribution import Answer, Provenance, Request, Timing
+from .calibration import choose_chunk_rows, same_bytes
 from .config import Settings
-from .device import choose_device, cpu_quota
-from .errors import ConfigurationError, FailedPrecondition, NotFound, Unavailable, near
+from .device import choose_device, cpu_quota, make_deterministic
+from .errors import ConfigurationError, NotFound, Unavailable, near
 from .models.model import Model
 from .models.spec import ModelSpec
-from .preparation import Prepared, maps_shape, needs_decoding, needs_no_work, prepare
+from .preparation import Prepared, channels_of, maps_shape, needs_decoding, needs_no_work, prepare, settled
 from .runner import Runner
+from .stops import StopTimes
 from .work import Work
 
 log = logging.getLogger("sidelight")
 
 BYTES_OF_FLOAT32 = 4
+# An example in progress holds itself, its baseline, two running sums and what is finished of it. Those of one request
+# that are in progress at once have rows at the device, or came from there in the last chunk.
+TENSORS_IN_PROGRESS = 5
+EXAMPLES_IN_PROGRESS = 2
+
+
+class Progress:
+    """What a request in progress has so far, for a caller on the event loop who watches it."""
+
+    def __init__(self) -> None:
+        self._improved = asyncio.Event()
+        self.snapshot: Callable[[], Answer] | None = None
+
+    def improved(self) -> None:
+        """Say that there is something new."""
+        self._improved.set()
+
+    async def next(self) -> Answer:
+        """Wait until there is something new, and return the newest."""
+        await self._improved.wait()
+        self._improved.clear()
+        assert self.snapshot is not None  # noqa: S101
+        return self.snapshot()
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +80,14 @@ class Engine:
         self.settings = settings
         self.device = choose_device(settings.device)
         self.threads = settings.threads or cpu_quota()
+        if settings.reproducible:
+            make_deterministic(self.device)
         traits = settings.traits()
         loaded = [Model(spec.completed(traits), device=self.device) for spec in specs]
         self.models = {model.name: model for model in loaded}
         if len(self.models) < len(loaded):
             raise ConfigurationError(f"name: two models are called the same, of {[model.name for model in loaded]}")
-        self._runner = Runner(
-            self.device, chunk_rows=settings.max_chunk_rows, threads=self.threads, on_end=self._abandon
-        )
+        self._runner = Runner(self.device, threads=self.threads, on_end=self._abandon)
         self._closing = threading.Event()
         # Decoding has threads of its own: what needs none must not wait behind another caller's forty large files.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="sidelight-prepare")
@@ -70,6 +96,7 @@ class Engine:
         self._software = (
             ("sidelight", metadata.version("sidelight")),
             ("torch", torch.__version__),
+            ("numpy", np.__version__),
             ("python", platform.python_version()),
         )
 
@@ -100,9 +127,9 @@ class Engine:
             _call_from_thread(answered, lambda each: each.set_exception(Unavailable("the server is shutting down")))
 
     @property
-    def chunk_rows(self) -> int:
-        """How many rows the device runs at once, at most."""
-        return self._runner.chunk_rows
+    def stops(self) -> StopTimes:
+        """How soon work ended on the device once it was cancelled."""
+        return self._runner.stops.times()
 
     @property
     def n_unanswered(self) -> int:
@@ -116,32 +143,46 @@ class Engine:
         except KeyError:
             raise NotFound(f'model: there is no "{name}"; {near(name, self.models)}') from None
 
-    def answer_bytes(self, request: Request) -> int:
-        """Return how many bytes the maps of the answer will take."""
-        return math.prod(maps_shape(self.model(request.model), request)) * BYTES_OF_FLOAT32
+    def held_bytes(self, request: Request) -> tuple[int, int]:
+        """Return how many bytes the maps of the answer will take, and its examples while they are in progress."""
+        model = self.model(request.model)
+        shape = maps_shape(model, request)
+        n = min(shape[0], EXAMPLES_IN_PROGRESS * model.chunk_rows)
+        pixels = math.prod(shape[-2:]) * channels_of(model, request.images)
+        return math.prod(shape) * BYTES_OF_FLOAT32, n * pixels * TENSORS_IN_PROGRESS * model.kernel.dtype.itemsize
 
-    async def attribute(self, request: Request) -> Answer:
+    async def attribute(self, request: Request, progress: Progress | None = None) -> Answer:
         """Return the maps of one batch. Cancelling the call drops its rows that have not run.
 
-        A wrong request raises a `SidelightError`; an example that fails alone is in `Answer.failures`.
+        A wrong request raises a `SidelightError`; an example that fails alone is in `Answer.failures`. With a
+        `progress`, maps that are not final can be had from it meanwhile.
         """
         arrived_s = time.monotonic()
         model = self.model(request.model)
-        _check_score(model, request)
+        method = settled(model, request.method, request.images, max_rows=self.settings.max_example_rows)
+        request = replace(request, method=method)
         loop = asyncio.get_running_loop()
         prepared = await self._prepare(model, request)
-        prepared_s = time.monotonic()
+        clock = _Clock(arrived_s, time.monotonic())
         answered: asyncio.Future[None] = loop.create_future()
-        work = Work(request, model, prepared, on_done=lambda: _call_from_thread(answered, _set_done))
+        work = Work(
+            request,
+            model,
+            prepared,
+            on_done=lambda: _call_from_thread(answered, _set_done),
+            on_improved=_from_thread(loop, progress.improved) if progress else None,
+        )
+        if progress:
+            progress.snapshot = functools.partial(self._answer, work, clock, final=False)
         if work.pending:
             self._unanswered[work] = answered
             try:
                 self._runner.submit(work)
                 await answered
             finally:
-                work.cancel()
+                self._runner.withdraw(work)
                 del self._unanswered[work]
-        return self._answer(work, _Clock(arrived_s, prepared_s))
+        return self._answer(work, clock)
 
     async def _prepare(self, model: Model, request: Request) -> Prepared:
         left = threading.Event()
@@ -165,23 +206,60 @@ class Engine:
             left.set()
 
     async def warm_up(self) -> None:
-        """Run every model of a fixed input size once at one row and at a whole chunk."""
+        """Find every model's size of chunk, check what was promised of it, and run one chunk of zeros through it all.
+
+        `ConfigurationError` where the settings ask for what a model cannot give.
+        """
         for model in self.models.values():
+            await asyncio.wrap_future(self._runner.call(functools.partial(self._calibrate, model)))
             if model.preprocessing is not None:
                 shape = (model.preprocessing.height, model.preprocessing.width, model.preprocessing.channels)
-                for n in sorted({1, self.chunk_rows}):
+                for n in sorted({1, model.chunk_rows}):
                     answer = await self.attribute(Request(np.zeros((n, *shape), np.uint8), model=model.name))
                     if answer.failures:
                         log.warning(
                             'event=warm_up_failed model="%s" message=%r', model.name, answer.failures[0].message
                         )
 
-    def _answer(self, work: Work, clock: _Clock) -> Answer:
+    def _calibrate(self, model: Model) -> None:
+        """Set a model's size of chunk. On the thread that owns the device, whose rate counts."""
+        settings = self.settings
+        if settings.reproducible:
+            self._promise(model, settings.reproducible_rows)
+        elif model.rows_touch:
+            model.chunk_rows = 1
+        elif settings.max_chunk_rows:
+            model.chunk_rows = settings.max_chunk_rows
+        elif model.preprocessing is not None:
+            model.chunk_rows, model.warm_up = choose_chunk_rows(
+                model, max_chunk_s=settings.max_chunk_s, device_memory_limit=settings.device_memory_limit
+            )
+            if not same_bytes(model, 1):
+                model.chunk_rows = 1
+                log.warning(
+                    'event=runs_differ model="%s" message="each run gives other bytes: rows run alone"', model.name
+                )
+
+    def _promise(self, model: Model, rows: int) -> None:
+        """Let a model give the same bytes in chunks of exactly so many rows. `ConfigurationError` where it does not."""
+        model.padded_rows = model.chunk_rows = rows
+        if rows > 1 and (model.preprocessing is None or model.rows_touch):
+            why = "lets its rows touch each other" if model.rows_touch else "has no input size to check it with"
+            raise ConfigurationError(f'reproducible_rows: got {rows}, but model "{model.name}" {why}; set it to 1')
+        if model.preprocessing is not None and not same_bytes(model, rows):
+            raise ConfigurationError(
+                f'reproducible_rows: got {rows}, but model "{model.name}" gives an example other bytes in another place '
+                "or company; set it to 1"
+                if rows > 1
+                else f'reproducible: model "{model.name}" gives other bytes each time it runs on the same input'
+            )
+
+    def _answer(self, work: Work, clock: _Clock, *, final: bool = True) -> Answer:
         model, now_s = work.model, time.monotonic()
+        started_s = work.started_s or now_s
         return Answer(
             request=replace(work.request, images=np.empty(0, np.uint8), model=model.name),
-            maps=work.maps(),
-            explanations=tuple(work.explanations),
+            **work.snapshot(),
             labels=model.labels,
             provenance=Provenance(
                 model=model.name,
@@ -190,34 +268,33 @@ class Engine:
                 precision=model.precision,
                 device=str(self.device),
                 threads=self.threads,
-                chunk_rows=self.chunk_rows,
+                chunk_rows=model.chunk_rows,
+                reproducible=model.reproducible,
+                baseline_digest=_digest(work.request.method.given),
                 software=self._software,
             ),
             timing=Timing(
                 prepare_s=clock.prepared_s - clock.arrived_s,
-                queue_s=max(0.0, work.started_s - clock.prepared_s),
-                compute_s=work.ended_s - work.started_s,
+                queue_s=max(0.0, started_s - clock.prepared_s),
+                compute_s=max(0.0, (work.ended_s if final else now_s) - started_s),
                 total_s=now_s - clock.arrived_s,
             ),
-            failures=tuple(sorted(work.failures, key=lambda failure: failure.example)),
-            probabilities=_probabilities(work),
+            final=final,
         )
 
 
-def _check_score(model: Model, request: Request) -> None:
-    if request.score not in model.scores:
-        has = ", ".join(score.value for score in model.scores)
-        raise FailedPrecondition(
-            f'score: model "{model.name}" returns {model.outputs}, so it has no {request.score.value}; it has {has}'
-        )
+def _from_thread(loop: asyncio.AbstractEventLoop, told: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that calls another on a loop, unless that is closed."""
+
+    def tell() -> None:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(told)
+
+    return tell
 
 
-def _probabilities(work: Work) -> NDArray[np.float32] | None:
-    if not work.request.probabilities:
-        return None
-    if work.probabilities is not None:
-        return work.probabilities
-    return np.full((len(work.explanations), work.model.class_count), np.nan, np.float32)
+def _digest(array: NDArray[np.generic] | None) -> str:
+    return "" if array is None else hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def _set_done(answered: asyncio.Future[None]) -> None:

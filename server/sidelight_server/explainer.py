@@ -11,7 +11,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from . import replies, wire
 from .admission import Admission
 from .attribution import Request
-from .engine import Engine
+from .engine import Engine, Progress
 from .errors import DeadlineExceeded, Internal, ResourceExhausted, SidelightError
 
 log = logging.getLogger("sidelight")
@@ -44,12 +44,12 @@ class Explainer:
         with _telling(message.id):
             timeout_s = wire.timeout_s(message)
             request = wire.parse(message)
-            answer_bytes = self._engine.answer_bytes(request)
+            answer_bytes, state_bytes = self._engine.held_bytes(request)
         self._refuse_long_answer(answer_bytes)
         return Inquiry(
             message=message,
             request=request,
-            n_bytes=message.ByteSize() + answer_bytes,
+            n_bytes=message.ByteSize() + answer_bytes + state_bytes,
             deadline_s=None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s,
         )
 
@@ -61,12 +61,12 @@ class Explainer:
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed while the server was full") from None
 
-    async def explain(self, inquiry: Inquiry) -> pb.Attribution:
+    async def explain(self, inquiry: Inquiry, progress: Progress | None = None) -> pb.Attribution:
         """Return the answer. Nothing but a `SidelightError` says why there is none."""
         with _telling(inquiry.message.id):
             try:
                 async with asyncio.timeout_at(inquiry.deadline_s):
-                    answer = await self._engine.attribute(inquiry.request)
+                    answer = await self._engine.attribute(inquiry.request, progress)
             except TimeoutError:
                 raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
             reply = replies.result(answer, inquiry.message)

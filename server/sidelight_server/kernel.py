@@ -1,30 +1,36 @@
-"""The kernel: outputs and input gradients of a chunk, on a replica of the model.
+"""The kernel: outputs and gradients of a chunk, on a replica of the model.
 
-Everything here runs on the thread that owns the device. `torch.autograd.grad` is asked for the input's gradient alone:
-no parameter gets a gradient, and nothing of the caller's module is written. (`zero_grad()` and `.backward()` on a
-shared module crash the process once two threads do it.)
+Everything here runs on the thread that owns the device. `torch.autograd.grad` is asked for the gradient at the probe
+alone: no parameter gets a gradient, and nothing of the caller's module is written. (`zero_grad()` and `.backward()` on
+a shared module crash the process once two threads do it.)
 """
 
 import copy
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from . import scores
-from .attribution import Score
+from .attribution import Aim, Score
+from .errors import FailedPrecondition
+from .methods.method import Layer, Probe, Rectifiers
+from .probes import Guided, capture, layers_of
+from .scores import Head
 
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
     """What one run of the kernel gives, on the device."""
 
-    gradients: Tensor  # [n, C, H, W]
     explained: Tensor  # [n], class indices
     scores: Tensor  # [n]
     predicted: Tensor  # [n], class indices
     probabilities: Tensor  # [n, K]
+    output_shape: tuple[int, ...]  # K, or K, h, w
+    gradients: Tensor | None = None  # [n, C, H, W], or [n, c, h, w] of a layer; None where none was wanted
+    activations: Tensor | None = None  # [n, c, h, w] of a layer
 
 
 def replicate(module: nn.Module) -> nn.Module:
@@ -45,72 +51,125 @@ def replicate(module: nn.Module) -> nn.Module:
 class Kernel:
     """A replica of one model on one device.
 
-    Raises whatever the module raises, and `TypeError` or `ValueError` where it returns something else than [n, K].
+    Raises whatever the module raises, and `TypeError` or `ValueError` where it returns something else than [n, K] or
+    [n, K, h, w].
     """
 
-    def __init__(self, module: nn.Module, *, device: torch.device, outputs: scores.Outputs) -> None:
+    def __init__(self, module: nn.Module, *, device: torch.device, head: Head | None = None) -> None:
         floating = (each for each in module.parameters() if each.is_floating_point())
         self.dtype = next((each.dtype for each in floating), torch.float32)
         self.device = device
-        self.outputs: scores.Outputs = outputs
+        self.head = head or Head()
         self._module = replicate(module).to(device)
-        self._copies_inputs = False
+        self._copies_inputs: bool | None = None  # not known before the first call
 
-    def run(self, inputs: Tensor, targets: Sequence[int | None], wanted: Sequence[Score]) -> Gradients:
-        """Return each row's gradient, [n, C, H, W], of its own score of its own target; None is the predicted class.
+    @functools.cached_property
+    def _hooked(self) -> nn.Module:
+        """A replica of its own for what hooks into the module. No weight is copied."""
+        return replicate(self._module)
 
-        A target beyond K is clamped: the caller, who learns K from the answer, refuses that row.
+    def run(
+        self,
+        inputs: Tensor,
+        aims: Sequence[Aim],
+        wanted: Sequence[Score],
+        *,
+        probe: Probe = None,
+        gradient: bool = True,
+    ) -> Gradients:
+        """Return what each row, [C, H, W] of inputs, says of its own score of its own aim, and its gradient.
+
+        A class beyond K is clamped: the caller, who learns K from the answer, refuses that row.
         """
-        inputs = inputs.detach().requires_grad_()
-        with torch.enable_grad():
-            outputs = self.outputs_of(inputs)  # [n, K]
-            predicted = outputs.detach().argmax(dim=1)
-            explained = _targets(targets, predicted, outputs.shape[1])
-            selected = scores.select(outputs, explained, wanted, self.outputs)
-            (gradients,) = torch.autograd.grad(selected.sum(), inputs)
+        inputs = inputs.detach()
+        if not gradient:
+            with torch.no_grad():
+                return self._read(self.outputs_of(inputs), aims, wanted)[0]
+        match probe:
+            case Layer(name):
+                return self._at_layer(inputs, aims, wanted, name)
+            case Rectifiers.GUIDED:
+                with Guided() as guided:
+                    read = self._at_input(inputs, aims, wanted)
+                if not guided.n_rectifiers:
+                    raise FailedPrecondition("method.guided_backpropagation: the model has no rectifier to guide")
+                return read
+            case None:
+                return self._at_input(inputs, aims, wanted)
+
+    def layers(self, inputs: Tensor) -> dict[str, tuple[int, int]]:
+        """Return the layers that can be probed with such inputs, in the order in which they end: their h and w."""
         with torch.no_grad():
-            probabilities = scores.probabilities(outputs.detach(), self.outputs)
-        return Gradients(gradients, explained, selected.detach(), predicted, probabilities)
+            return layers_of(self._hooked, lambda: self._hooked(inputs.clone()))
 
     def rows_touch(self, inputs: Tensor) -> bool:
         """Say whether one row's outputs depend on another row, for inputs of two rows, [2, C, H, W]."""
         inputs = inputs.detach().requires_grad_()
         with torch.enable_grad():
-            outputs = self.outputs_of(inputs)  # [2, K]
+            outputs = self.outputs_of(inputs).flatten(1)  # [2, K]
             # Unequal weights: probabilities, all added, would be 1 whatever they depend on.
             weights = torch.linspace(1, 2, outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
             (gradients,) = torch.autograd.grad((outputs[0] * weights).sum(), inputs)
         return bool((gradients[1] != 0).any())
 
     def outputs_of(self, inputs: Tensor) -> Tensor:
-        """Return the module's outputs, [n, K], K at least 2."""
-        outputs = self._call(inputs)
-        if not isinstance(outputs, Tensor):
-            raise TypeError(f"the model returned {type(outputs).__name__}, expected a tensor [n, K]")
-        if outputs.ndim != 2 or outputs.shape[0] != inputs.shape[0]:
-            raise ValueError(
-                f"the model returned {list(outputs.shape)} for {inputs.shape[0]} examples, expected [n, K]"
-            )
-        if outputs.shape[1] < 2:
-            raise ValueError("the model returned [n, 1]; models of a single output are not served yet")
-        return outputs
+        """Return the module's outputs, [n, K] or [n, K, h, w]."""
+        return _checked(self._call(inputs), len(inputs))
+
+    def _at_input(self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score]) -> Gradients:
+        inputs.requires_grad_()
+        with torch.enable_grad():
+            read, selected = self._read(self.outputs_of(inputs), aims, wanted)
+            (gradients,) = torch.autograd.grad(selected.sum(), inputs)
+        return _with(read, gradients)
+
+    def _at_layer(self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], name: str) -> Gradients:
+        # The graph begins at the layer: what lies before it is run without one.
+        with torch.enable_grad(), capture(self._hooked, name) as captured:
+            read, selected = self._read(_checked(self._hooked(inputs.clone()), len(inputs)), aims, wanted)
+            (gradients,) = torch.autograd.grad(selected.sum(), captured.leaf[0])
+        return _with(read, gradients, captured.leaf[0].detach())
+
+    def _read(self, outputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score]) -> tuple[Gradients, Tensor]:
+        """Return what outputs say, and the scores, [n], with their graph."""
+        with torch.no_grad():
+            detached = outputs.detach()
+            probabilities = self.head.probabilities(detached)  # [n, K]
+            predicted = self.head.predicted(detached, probabilities)
+            explained = _classes(aims, predicted, probabilities.shape[1])
+        selected = self.head.select(outputs, explained, aims, wanted)
+        shape = (probabilities.shape[1], *outputs.shape[2:])
+        return Gradients(explained, selected.detach(), predicted, probabilities, shape), selected
 
     def _call(self, inputs: Tensor) -> object:
-        if self._copies_inputs:
-            return self._module(inputs.clone())
-        try:
-            return self._module(inputs)
-        except RuntimeError as error:
-            # A model that begins with an in-place operation must not have the leaf itself.
-            if "a leaf Variable that requires grad" not in str(error):
-                raise
-        self._copies_inputs = True
-        return self._module(inputs.clone())
+        if self._copies_inputs is None:
+            # A model that begins with an in-place operation would write over the points themselves; and torch refuses
+            # it where a gradient is wanted. So the first call is made with a copy, and looked at.
+            copied = inputs.detach().clone()
+            before = copied._version
+            with torch.no_grad():
+                self._module(copied)
+            self._copies_inputs = copied._version != before
+        return self._module(inputs.clone() if self._copies_inputs else inputs)
 
 
-def _targets(targets: Sequence[int | None], predicted: Tensor, n_classes: int) -> Tensor:
-    if all(target is None for target in targets):
+def _with(read: Gradients, gradients: Tensor, activations: Tensor | None = None) -> Gradients:
+    return Gradients(
+        read.explained, read.scores, read.predicted, read.probabilities, read.output_shape, gradients, activations
+    )
+
+
+def _checked(outputs: object, n: int) -> Tensor:
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"the model returned {type(outputs).__name__}, expected a tensor [n, K] or [n, K, h, w]")
+    if outputs.ndim not in (2, 4) or outputs.shape[0] != n or 0 in outputs.shape:
+        raise ValueError(f"the model returned {list(outputs.shape)} for {n} examples, expected [n, K] or [n, K, h, w]")
+    return outputs
+
+
+def _classes(aims: Sequence[Aim], predicted: Tensor, n_classes: int) -> Tensor:
+    if all(aim.positive is None for aim in aims):
         return predicted
-    given = torch.tensor([-1 if target is None else min(target, n_classes - 1) for target in targets])
+    given = torch.tensor([-1 if aim.positive is None else min(aim.positive, n_classes - 1) for aim in aims])
     given = given.to(predicted.device)
     return torch.where(given < 0, predicted, given)

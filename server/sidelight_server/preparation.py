@@ -1,12 +1,28 @@
 """Preparation: a request's images become what the device takes, its target becomes class numbers. In worker threads."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .attribution import Array, Channels, Files, PerExample, Predicted, Request, Target
+from .attribution import (
+    PREDICTED,
+    Aim,
+    Array,
+    Contrast,
+    Dense,
+    Files,
+    PerExample,
+    Predicted,
+    Request,
+    Target,
+    TopK,
+)
 from .errors import Cancelled, FailedPrecondition, InvalidArgument, SidelightError
+from .methods import Method
+from .methods.cam import LayerMethod
+from .methods.channels import Channels
+from .methods.method import Shape
 from .models.decoding import decode
 from .models.model import Model
 from .models.preprocessing import Geometry, Preprocessing
@@ -23,8 +39,9 @@ class Prepared:
 
     examples: Sequence[Array | SidelightError]
     geometries: Sequence[Geometry | None]
-    targets: Sequence[int | None]  # None is the predicted class
-    shape: tuple[int, int, int]  # C, H, W of the model's input
+    aims: Sequence[Aim]
+    top_k: int  # how many classes of each example are explained, instead of its aim; 0: its aim
+    shape: Shape  # of the model's input
     maps_shape: tuple[int, ...]
 
 
@@ -33,15 +50,29 @@ def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callabl
 
     `is_gone` is asked before each file, for decoding may take long and its caller may have left: then `Cancelled`.
     """
-    targets = _targets(model, request.target, _n_examples(request.images))
+    n, shape = _n_examples(request.images), _input_shape(model, request.images)
+    _check_score(model, request)
+    request.method.check(shape, n)
+    aims = _aims(model, request.target, n)
     fitted = _fit(model, request.images, max_pixels=max_pixels, is_gone=is_gone)
     return Prepared(
         examples=[each if isinstance(each, SidelightError) else each[0] for each in fitted],
         geometries=[None if isinstance(each, SidelightError) else each[1] for each in fitted],
-        targets=targets,
-        shape=_input_shape(model, request.images),
+        aims=aims,
+        top_k=_top_k(request.target),
+        shape=shape,
         maps_shape=maps_shape(model, request),
     )
+
+
+def settled(model: Model, method: Method, images: Files | Array, *, max_rows: int) -> Method:
+    """Return a method with its layer's name filled in. `InvalidArgument` where it takes more rows than are allowed."""
+    rows = method.rows(_input_shape(model, images))
+    if rows > max_rows:
+        raise InvalidArgument(
+            f"method.{method.name}: it takes {rows} rows for one example, the server's max_example_rows is {max_rows}"
+        )
+    return replace(method, layer=model.layer(method.layer)) if isinstance(method, LayerMethod) else method
 
 
 def needs_no_work(model: Model, images: Files | Array) -> bool:
@@ -58,10 +89,21 @@ def needs_decoding(images: Files | Array) -> bool:
 
 
 def maps_shape(model: Model, request: Request) -> tuple[int, ...]:
-    """Return the shape of the answer's maps: [N, H, W], or [N, C, H, W] where the channels are kept."""
+    """Return the shape of the answer's maps: N, then k of k targets, then C where the channels are kept, H and W."""
     c, h, w = _input_shape(model, request.images)
-    n = _n_examples(request.images)
-    return (n, c, h, w) if request.channels is Channels.NONE else (n, h, w)
+    k = _top_k(request.target)
+    return (
+        _n_examples(request.images),
+        *((k,) if k else ()),
+        *((c,) if request.channels is Channels.NONE else ()),
+        h,
+        w,
+    )
+
+
+def channels_of(model: Model, images: Files | Array) -> int:
+    """Return C of the model's input."""
+    return _input_shape(model, images)[0]
 
 
 def _fit(model: Model, images: Files | Array, *, max_pixels: int, is_gone: Callable[[], bool]) -> list[_Fitted]:
@@ -70,11 +112,7 @@ def _fit(model: Model, images: Files | Array, *, max_pixels: int, is_gone: Calla
             staged = images.astype(model.staged_dtype, copy=False)
         return [_checked(each, largest=model.largest) for each in staged]
     preprocessing = model.preprocessing
-    if preprocessing is None:
-        raise FailedPrecondition(
-            f'images: model "{model.name}" has no input size, so it takes floating arrays [N, C, H, W] alone; '
-            "its operator can set input_size"
-        )
+    assert preprocessing is not None  # noqa: S101  (its shape was asked for)
     if isinstance(images, Files):
         return [_decoded(preprocessing, each, max_pixels=max_pixels, is_gone=is_gone) for each in images.files]
     return [preprocessing.fit(each) for each in images]
@@ -98,12 +136,17 @@ def _checked(example: Array, *, largest: float) -> _Fitted:
     return InvalidArgument(f"images: {nan} NaN and {infinite} infinite elements, expected finite ones")
 
 
-def _input_shape(model: Model, images: Files | Array) -> tuple[int, int, int]:
+def _input_shape(model: Model, images: Files | Array) -> Shape:
     """Return C, H, W of the model's input. `InvalidArgument` where the images have another shape."""
     preprocessing = model.preprocessing
-    fixed = preprocessing and (preprocessing.channels, preprocessing.height, preprocessing.width)
+    fixed = (preprocessing.channels, preprocessing.height, preprocessing.width) if preprocessing else None
     if isinstance(images, Files) or images.dtype == np.uint8:
-        return fixed or (0, 0, 0)
+        if fixed is None:
+            raise FailedPrecondition(
+                f'images: model "{model.name}" has no input size, so it takes floating arrays [N, C, H, W] alone; '
+                "its operator can set input_size"
+            )
+        return fixed
     c, h, w = images.shape[1:]
     if fixed and (c, h, w) != fixed:
         raise InvalidArgument(
@@ -117,15 +160,41 @@ def _n_examples(images: Files | Array) -> int:
     return len(images.files) if isinstance(images, Files) else len(images)
 
 
-def _targets(model: Model, target: Target, n_examples: int) -> list[int | None]:
+def _top_k(target: Target) -> int:
+    return target.k if isinstance(target, TopK) else 0
+
+
+def _aims(model: Model, target: Target, n_examples: int) -> list[Aim]:
     match target:
         case Predicted():
-            return [None] * n_examples
+            return [PREDICTED] * n_examples
         case PerExample(choices):
             if len(choices) != n_examples:
                 raise InvalidArgument(
                     f"target: {len(choices)} classes for {n_examples} examples, expected one for each"
                 )
-            return [model.class_of(choice) for choice in choices]
+            return [Aim(model.class_of(choice)) for choice in choices]
+        case TopK(k):
+            if k < 1 or (model.class_count and k > model.class_count):
+                bound = f"1 to {model.class_count}" if model.class_count else "at least 1"
+                raise InvalidArgument(f"target.top_k.k: got {k}, expected {bound}")
+            return [PREDICTED] * n_examples
+        case Contrast(positive, negative):
+            return [Aim(model.class_of(positive), model.class_of(negative))] * n_examples
+        case Dense(choice, region):
+            if len(model.output_shape) == 1:
+                raise FailedPrecondition(
+                    f'target.dense: model "{model.name}" answers for the whole picture, not for each pixel'
+                )
+            return [Aim(model.class_of(choice), region=region)] * n_examples
         case choice:
-            return [model.class_of(choice)] * n_examples
+            return [Aim(model.class_of(choice))] * n_examples
+
+
+def _check_score(model: Model, request: Request) -> None:
+    if request.score not in model.scores:
+        has = ", ".join(score.value for score in model.scores)
+        raise FailedPrecondition(
+            f'score: model "{model.name}" returns {model.head.outputs}, so it has no {request.score.value}; '
+            f"it has {has}"
+        )

@@ -1,31 +1,31 @@
 """The wire, outwards: answers, failures and models become messages."""
 
-from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, tensor_pb2
 
-from .attribution import Answer, Explanation
+from .attribution import Answer, Convergence, Explained, Explanation
 from .engine import Engine
+from .enums import number_of
 from .errors import SidelightError
+from .method_messages import method_message
 from .models.model import Model
 from .models.preprocessing import Geometry
-from .wire import CHANNELS, MAGNITUDES, SCORES
-
-_Key = TypeVar("_Key")
-_Value = TypeVar("_Value")
+from .tensors import tensor_of
+from .wire import CHANNELS, SCORES
 
 
 def result(answer: Answer, message: pb.AttributeRequest) -> pb.Attribution:
     """Return the message of an answer to a request's message."""
-    reply = pb.Attribution(
-        maps=tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=answer.maps.shape, data=answer.maps.tobytes()),
+    return pb.Attribution(
+        maps=tensor_of(answer.maps, message.output.map_dtype or tensor_pb2.DATA_TYPE_FLOAT32),
         examples=[_example(each, answer.labels) for each in answer.explanations],
         failures=[
             pb.ExampleFailure(example=each.example, code=each.code, message=each.message) for each in answer.failures
         ],
+        probabilities=None if answer.probabilities is None else tensor_of(answer.probabilities),
         provenance=_provenance(answer, message),
         timing=pb.Timing(
             prepare=duration(answer.timing.prepare_s),
@@ -34,17 +34,8 @@ def result(answer: Answer, message: pb.AttributeRequest) -> pb.Attribution:
             total=duration(answer.timing.total_s),
         ),
         transport=pb.TRANSPORT_INLINE,
-        final=True,
+        final=answer.final,
     )
-    if answer.probabilities is not None:
-        reply.probabilities.CopyFrom(
-            tensor_pb2.Tensor(
-                dtype=tensor_pb2.DATA_TYPE_FLOAT32,
-                shape=answer.probabilities.shape,
-                data=answer.probabilities.tobytes(),
-            )
-        )
-    return reply
 
 
 def failure(error: SidelightError) -> pb.Failure:
@@ -69,11 +60,21 @@ def model_info(engine: Engine, model: Model, *, whole: bool) -> model_pb2.ModelI
         input=_input(model),
         class_count=model.class_count,
         labels=model.labels if whole else (),
-        scores=[_number(SCORES, score) for score in model.scores],
+        scores=[number_of(SCORES, score) for score in model.scores],
         layers=model.layers if whole else (),
         precision=model.precision,
         device=str(engine.device),
-        chunk_rows=engine.chunk_rows,
+        chunk_rows=model.chunk_rows,
+        warmup=[
+            model_pb2.WarmupEntry(
+                configuration=model.precision,
+                rows=trial.rows,
+                rows_per_second=trial.rows_per_second,
+                chosen=trial.chosen,
+            )
+            for trial in model.warm_up
+        ],
+        reproducible=model.reproducible,
     )
 
 
@@ -101,15 +102,28 @@ def _example(explanation: Explanation | None, labels: tuple[str, ...]) -> pb.Exa
             label=_label(labels, explanation.predicted),
             probability=explanation.probability,
         ),
-        explained=[
-            pb.Explained(
-                index=explanation.explained,
-                label=_label(labels, explanation.explained),
-                score=explanation.score,
-                saturated=explanation.saturated,
-            )
-        ],
+        explained=[_explained(each, labels) for each in explanation.explained],
         geometry=_geometry(explanation.geometry) if explanation.geometry else None,
+        convergence=_convergence(explanation.convergence) if explanation.convergence else None,
+    )
+
+
+def _explained(explained: Explained, labels: tuple[str, ...]) -> pb.Explained:
+    return pb.Explained(
+        index=explained.index,
+        label=_label(labels, explained.index),
+        score=explained.score,
+        saturated=explained.saturated,
+        against=explained.against,
+    )
+
+
+def _convergence(convergence: Convergence) -> pb.Convergence:
+    return pb.Convergence(
+        rows=convergence.rows,
+        error=convergence.error,
+        completeness_error=convergence.completeness_error,
+        relative_completeness_error=convergence.relative_completeness_error,
     )
 
 
@@ -138,26 +152,19 @@ def _provenance(answer: Answer, message: pb.AttributeRequest) -> pb.Provenance:
         model=facts.model,
         model_version=facts.model_version,
         model_digest=facts.model_digest,
-        method=pb.Method(
-            gradient=pb.GradientMethod(
-                magnitude=_number(MAGNITUDES, request.method.magnitude), times_input=request.method.times_input
-            )
-        ),
+        method=method_message(request.method),
         target=message.target,
-        score=_number(SCORES, request.score),
-        channels=_number(CHANNELS, request.channels),
+        score=number_of(SCORES, request.score),
+        channels=number_of(CHANNELS, request.channels),
         precision=facts.precision,
         device=facts.device,
         threads=facts.threads,
         chunk_rows=facts.chunk_rows,
         software=_software(facts.software),
+        reproducible=facts.reproducible,
+        baseline_digest=facts.baseline_digest,
     )
 
 
 def _software(versions: Iterable[tuple[str, str]]) -> list[pb.SoftwareVersion]:
     return [pb.SoftwareVersion(name=name, version=version) for name, version in versions]
-
-
-def _number(table: Mapping[_Key, _Value], value: _Value) -> _Key:
-    """Return the number on the wire that stands for a value."""
-    return next(number for number, each in table.items() if each is value)

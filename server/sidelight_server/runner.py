@@ -2,44 +2,54 @@
 
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TypeVar
 
 import torch
 
-from .chunk import Explained, explain
+from .chunk import Chunk, to_host
 from .errors import Internal, ResourceExhausted, SidelightError, Unavailable
+from .job import Job, Result, Row
+from .methods.method import Reading
 from .scheduler import Ring
-from .staging import Staging
-from .work import Row, Work
+from .staging import Staging, is_finite
+from .stops import Stops
+from .work import Work
 
 log = logging.getLogger("sidelight")
+
+Taken = tuple[Work, Row]
+_Flight = tuple[list[Taken], Chunk | SidelightError]
+_Value = TypeVar("_Value")
 
 
 class Runner:
     """The owner of a device, of its ring and of its staging.
 
-    A failing chunk is split until the bad example is alone, and only that one fails. A chunk that does not fit into the
-    device's memory is halved, and no larger one is tried again. `on_end` is called when the thread has ended, for
-    whatever reason: what is unanswered then will stay so.
+    At most `depth` chunks are at the device. A failing chunk is split until the bad example is alone, and only that one
+    fails. A chunk that does not fit into the device's memory is halved, and no larger one is tried again. `on_end` is
+    called when the thread has ended, for whatever reason: what is unanswered then will stay so.
     """
 
     def __init__(
-        self, device: torch.device, *, chunk_rows: int, threads: int, on_end: Callable[[], None] = lambda: None
+        self, device: torch.device, *, threads: int, depth: int = 0, on_end: Callable[[], None] = lambda: None
     ) -> None:
         self._device = device
-        self._chunk_rows = chunk_rows
         self._threads = threads
+        # A GPU computes one chunk while the host reads the one before; a CPU would only have taken its rows too early.
+        self._depth = depth or (2 if device.type == "cuda" else 1)
         self._on_end = on_end
         self._staging = Staging(device)
-        self._ring: Ring[Row] = Ring()
+        self._ring: Ring[Taken] = Ring()
+        self._errands: deque[Callable[[], None]] = deque()
+        self._flying: deque[_Flight] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"sidelight-{device}", daemon=True)
-
-    @property
-    def chunk_rows(self) -> int:
-        """How many rows the device runs at once, at most."""
-        return self._chunk_rows
+        self.stops = Stops()
 
     def start(self) -> None:
         """Begin to run chunks."""
@@ -48,10 +58,33 @@ class Runner:
     def submit(self, work: Work) -> None:
         """Let a request join the ring. `Unavailable` unless the runner runs."""
         with self._changed:
-            if self._closed or not self._thread.is_alive():
-                raise Unavailable("the server is not running, or is shutting down")
+            self._refuse_if_ended()
             self._ring.add(work)
             self._changed.notify()
+
+    def withdraw(self, work: Work) -> None:
+        """Drop what a request has not run, and let go of what it holds once its rows are off the device."""
+        work.cancel()
+        with self._changed:
+            self._ring.remove(work)
+            if not work.n_running:
+                work.release()
+
+    def call(self, errand: Callable[[], _Value]) -> "Future[_Value]":
+        """Run a function on the thread that owns the device, between two chunks. `Unavailable` as for `submit`."""
+        future: Future[_Value] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(errand())
+            except BaseException as error:
+                future.set_exception(error)
+
+        with self._changed:
+            self._refuse_if_ended()
+            self._errands.append(run)
+            self._changed.notify()
+        return future
 
     def close(self) -> None:
         """End after the running chunk. Rows that have not run are never answered."""
@@ -61,6 +94,10 @@ class Runner:
         if self._thread.is_alive():
             self._thread.join()
 
+    def _refuse_if_ended(self) -> None:
+        if self._closed or not self._thread.is_alive():
+            raise Unavailable("the server is not running, or is shutting down")
+
     def _run(self) -> None:
         # OpenMP keeps the number for each thread, but torch hands it on to threads that begin later: only if need be.
         if torch.get_num_threads() != self._threads:
@@ -69,40 +106,104 @@ class Runner:
             torch.cuda.set_device(self._device)  # for tensors that a model's own code makes on "cuda"
         try:
             while (rows := self._take_chunk()) is not None:
-                for part in _apart(rows):
-                    self._answer(part)
+                if rows:
+                    self._flying.append((rows, self._launch(rows)))
+                # With nothing to add, what flies is read to the end: it may have more rows to give.
+                while len(self._flying) >= (self._depth if rows else 1):
+                    self._land(*self._flying.popleft())
         finally:
             with self._changed:
                 self._closed = True
             self._on_end()
 
-    def _take_chunk(self) -> list[Row] | None:
+    def _take_chunk(self) -> list[Taken] | None:
+        """Return the next rows, after waiting for some unless others fly; None once closed."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or len(self._ring))
-            return None if self._closed else self._ring.take_chunk(self._chunk_rows)
+            self._changed.wait_for(lambda: self._closed or self._flying or self._errands or len(self._ring))
+            if self._closed:
+                return None
+            errand = self._errands.popleft() if self._errands and not self._flying else None
+            head = self._ring.head()
+            if errand is None and isinstance(head, Work):
+                return self._ring.take_chunk(head.model.chunk_rows)
+        if errand is not None:
+            errand()
+        return []
 
-    def _answer(self, rows: Sequence[Row]) -> None:
-        failure: SidelightError | None = None
+    def _launch(self, rows: Sequence[Taken]) -> Chunk | SidelightError:
         try:
-            outcomes = explain(rows, self._staging)
-            for row in rows:
-                row.work.maps()  # memory for the answer is taken here, where its lack is a failure like any other
+            return Chunk(rows, self._staging)
         # Even SystemExit: a model must not end the thread that all others wait for.
         except BaseException as error:
-            failure = self._understand(rows, error)
+            return self._understand(rows, error)
+
+    def _land(self, rows: list[Taken], chunk: Chunk | SidelightError) -> None:
+        """Give a chunk's rows back; those that come of them join the ring."""
+        works = list(dict.fromkeys(work for work, _ in rows))
+        had_none = [work for work in works if not work.pending]
+        self._read(rows, chunk)
+        with self._changed:
+            for work, _ in rows:
+                work.n_running -= 1
+            for work in works:
+                if work.cancelled and not work.n_running:
+                    if work.cancelled_s is not None:
+                        self.stops.add(time.monotonic() - work.cancelled_s)
+                    work.release()
+                elif work in had_none and not work.cancelled:
+                    self._ring.add(work)
+                elif not work.pending:  # those it had were of an example that failed
+                    self._ring.remove(work)
+
+    def _read(self, rows: Sequence[Taken], chunk: Chunk | SidelightError) -> None:
+        failure, readings = chunk if isinstance(chunk, SidelightError) else None, []
+        if isinstance(chunk, Chunk):
+            try:
+                readings = chunk.read()
+            except BaseException as error:
+                failure = self._understand(rows, error)
         if failure is None:
-            for row, outcome in zip(rows, outcomes, strict=True):
-                if isinstance(outcome, Explained):
-                    row.work.give(row, outcome.map, outcome.explanation, outcome.probabilities)
-                else:
-                    row.work.fail(row, outcome)
+            self._fold(rows, readings)
             return
         # Past the except clause, where the traceback no longer keeps the failed pass's tensors alive.
+        del chunk
         self._split(rows, failure)
 
-    def _understand(self, rows: Sequence[Row], error: BaseException) -> SidelightError:
+    def _fold(self, rows: Sequence[Taken], readings: Sequence[Reading]) -> None:
+        """Fold what rows gave, row by row in their order, and settle the jobs that have something to say."""
+        said: dict[Job, tuple[Work, Result]] = {}
+        for (work, row), reading in zip(rows, readings, strict=True):
+            if work.cancelled:
+                continue
+            try:
+                row.job.give(row, reading)
+            except BaseException as error:
+                work.fail(row.job, self._understand([(work, row)], error))
+                continue
+            if row.job.result is not None:
+                said[row.job] = work, row.job.result
+                row.job.result = None
+        try:
+            self._settle(said)
+        except BaseException as error:  # no memory for the answers
+            for job, (work, _) in said.items():
+                work.fail(job, self._understand([(work, Row(job, rows[0][1].sweep, 0))], error))
+
+    def _settle(self, said: dict[Job, tuple[Work, Result]]) -> None:
+        maps = to_host([result for _, result in said.values()], self._staging)
+        for (job, (work, result)), map_ in zip(said.items(), maps, strict=True):
+            if not is_finite(map_):
+                work.fail(job, job.not_finite())
+                continue
+            probabilities = result.probabilities.float().cpu().numpy() if work.request.probabilities else None
+            work.settle(job, map_, result, probabilities)
+
+    def _understand(self, rows: Sequence[Taken], error: BaseException) -> SidelightError:
         """Return what to tell a caller, and tell the log why."""
-        name, place = rows[0].work.model.name, rows[0].place
+        if isinstance(error, SidelightError):
+            return error
+        work, row = rows[0]
+        name, place = work.model.name, row.job.place
         if _is_out_of_memory(error):
             log.warning('event=out_of_memory model="%s" rows=%d', name, len(rows))
             return ResourceExhausted(f'model "{name}": out of device memory on one example')
@@ -110,25 +211,20 @@ class Runner:
             log.error('event=model_failed model="%s" example=%d', name, place, exc_info=error)
         return Internal(f'model "{name}" failed on example {place}; the server\'s log has the cause')
 
-    def _split(self, rows: Sequence[Row], failure: SidelightError) -> None:
+    def _split(self, rows: Sequence[Taken], failure: SidelightError) -> None:
         """Fail a row that is alone; else try both halves, and after a lack of memory never more than that."""
         if isinstance(failure, ResourceExhausted) and self._device.type == "cuda":
             torch.cuda.empty_cache()
         if len(rows) == 1:
-            rows[0].work.fail(rows[0], failure)
+            work, row = rows[0]
+            work.fail(row.job, failure)
             return
         half = len(rows) // 2
         if isinstance(failure, ResourceExhausted):
-            self._chunk_rows = min(self._chunk_rows, half)
-        self._answer(rows[:half])
-        self._answer(rows[half:])
-
-
-def _apart(rows: list[Row]) -> list[list[Row]]:
-    """Return the parts in which rows run: all together, or each alone where the model lets them touch each other."""
-    if rows and rows[0].work.model.rows_touch:
-        return [[row] for row in rows]
-    return [rows] if rows else []
+            model = rows[0][0].model
+            model.chunk_rows = min(model.chunk_rows, half)
+        for part in (rows[:half], rows[half:]):
+            self._read(part, self._launch(part))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

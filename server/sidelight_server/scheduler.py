@@ -5,6 +5,7 @@ there is room; newcomers join the tail. So a row waits for the running chunk and
 plus one for each other key, however many rows its neighbours brought.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Hashable
 from typing import Generic, Protocol, TypeVar
@@ -18,7 +19,7 @@ class Source(Protocol[Taken]):
 
     @property
     def key(self) -> Hashable:
-        """What rows must share to run in one chunk."""
+        """What rows must share to run in one chunk: here, that of the next row. Asked only while `pending`."""
 
     @property
     def cancelled(self) -> bool:
@@ -26,7 +27,7 @@ class Source(Protocol[Taken]):
 
     @property
     def pending(self) -> int:
-        """How many rows have not been taken."""
+        """How many rows can be taken now. There may be more, once those at the device have been folded."""
 
     def take(self) -> Taken:
         """Give the next row away. Called only while `pending`."""
@@ -45,9 +46,20 @@ class Ring(Generic[Row]):
         return len(self._requests)
 
     def add(self, request: Source[Row]) -> None:
-        """Let a request join the tail. One without rows is passed over."""
+        """Let a request join the tail. One without rows is passed over: it comes when it has some."""
         if request.pending:
             self._requests.append(request)
+
+    def remove(self, request: Source[Row]) -> None:
+        """Let a request go, if it is here."""
+        with contextlib.suppress(ValueError):
+            self._requests.remove(request)
+
+    def head(self) -> Source[Row] | None:
+        """Return the request whose turn it is; the cancelled before it are dropped."""
+        while self._requests and self._requests[0].cancelled:
+            self._requests.popleft()
+        return self._requests[0] if self._requests else None
 
     def take_chunk(self, limit: int) -> list[Row]:
         """Take up to `limit` rows that can run together. Empty only if there is nothing to run."""

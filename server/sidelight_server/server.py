@@ -102,7 +102,7 @@ async def serve_until_signal(engine: Engine) -> None:
     model = next(iter(engine.models.values()))
     log.info(
         'event=serving addresses=%s model="%s" digest=%s device=%s threads=%d chunk_rows=%d',
-        ",".join(server.addresses), model.name, model.digest[:12], engine.device, engine.threads, engine.chunk_rows,
+        ",".join(server.addresses), model.name, model.digest[:12], engine.device, engine.threads, model.chunk_rows,
     )  # fmt: skip
     name = await _signalled()
     log.info("event=stopping signal=%s unanswered=%d drain_s=%g", name, engine.n_unanswered, settings.drain_s)

@@ -15,7 +15,7 @@ from .engine import Engine
 from .errors import InvalidArgument, SidelightError, Unimplemented
 from .explainer import Explainer
 from .stream import Stream
-from .wire import SERVED_METHODS
+from .method_messages import SERVED_METHODS
 
 RETRY_TRAILER = "retry-after-ms"
 
@@ -59,7 +59,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         self, request: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse:
         """Return version, limits, methods and models."""
-        settings = self._engine.settings
+        settings, stops = self._engine.settings, self._engine.stops
         return pb.GetServerInfoResponse(
             version=metadata.version("sidelight"),
             limits=pb.Limits(
@@ -68,9 +68,13 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
                 max_in_flight=settings.max_in_flight,
                 max_in_flight_bytes=settings.max_in_flight_bytes,
                 max_stream_in_flight=settings.max_stream_in_flight,
+                max_example_rows=settings.max_example_rows,
             ),
             methods=SERVED_METHODS,
             models=[replies.model_info(self._engine, each, whole=False) for each in self._engine.models.values()],
+            stops=pb.Stops(
+                count=stops.count, mean=replies.duration(stops.mean_s), longest=replies.duration(stops.longest_s)
+            ),
         )
 
 

@@ -1,7 +1,7 @@
-"""Staging: examples to the device and maps back, through one buffer each way.
+"""Staging: examples to the device and maps back.
 
-The rows of a chunk are copied once, out of the messages that brought them, into a buffer that is pinned where the
-device is a GPU, so that the copy to the device need not block. Pixels travel as bytes and are normalised over there;
+The rows of a chunk are copied once, out of the messages that brought them, into memory that is pinned where the device
+is a GPU, so that the copy to the device need not block. Pixels travel as bytes and are normalised over there;
 maps are reduced over there: only small things cross the bus.
 """
 
@@ -14,22 +14,48 @@ from torch import Tensor
 
 from .attribution import Array
 
-_BYTES = {np.dtype(np.uint8): torch.uint8, np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
+_TYPES = {np.dtype(np.uint8): torch.uint8, np.dtype(np.float32): torch.float32, np.dtype(np.float64): torch.float64}
 
 
-class Buffer:
-    """Host memory that grows to the largest chunk it has seen and is used again for every chunk."""
+class _Pinned:
+    """Host memory that a GPU copies from or to without blocking: it grows, and is used again for every chunk."""
 
-    def __init__(self, *, pinned: bool) -> None:
-        self._pinned = pinned
+    def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
+        # torch's own annotations leave events out.
+        self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def view(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the buffer as a tensor. The next call gives the same memory away again."""
+        """Return the memory as a tensor, once the copy before has ended."""
+        self._used.synchronize()
         n_bytes = math.prod(shape) * dtype.itemsize
         if n_bytes > self._bytes.numel():
-            self._bytes = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+            self._bytes = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
         return self._bytes[:n_bytes].view(dtype).view(*shape)
+
+    def is_used(self) -> None:
+        """Say that a copy has just been asked for."""
+        self._used.record()
+
+
+class Arriving:
+    """A tensor on its way to the host."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        if tensor.device.type == "cuda":
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            # As above.
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+        else:
+            self._host = tensor.cpu()
+
+    def wait(self) -> Tensor:
+        """Return it on the host. Work that was given to the device later is not waited for."""
+        if self._host.is_pinned():
+            self._arrived.synchronize()
+        return self._host
 
 
 class Staging:
@@ -37,26 +63,23 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._there = Buffer(pinned=device.type == "cuda")
-        self._back = Buffer(pinned=device.type == "cuda")
+        self._there = _Pinned() if device.type == "cuda" else None
 
     def to_device(self, examples: Sequence[Array], *, dtype: np.dtype[np.generic]) -> Tensor:
         """Copy examples of one shape, [...], to the device as [n, ...], converted to `dtype` on the way."""
-        host = self._there.view((len(examples), *examples[0].shape), _BYTES[dtype])
+        shape = (len(examples), *examples[0].shape)
+        host = self._there.view(shape, _TYPES[dtype]) if self._there else torch.empty(shape, dtype=_TYPES[dtype])
         array = host.numpy()
         for row, example in enumerate(examples):
             np.copyto(array[row], example, casting="same_kind")
-        return host.to(self._device, non_blocking=True)
+        there = host.to(self._device, non_blocking=self._there is not None)
+        if self._there:
+            self._there.is_used()
+        return there
 
     def to_host(self, tensor: Tensor) -> Array:
-        """Copy a tensor to the host. The array is good until the next call."""
-        tensor = tensor.detach()
-        if self._device.type == "cuda":
-            host = self._back.view(tensor.shape, tensor.dtype)
-            host.copy_(tensor, non_blocking=True)
-            torch.cuda.current_stream(self._device).synchronize()
-            tensor = host
-        array: Array = tensor.cpu().numpy()
+        """Copy a tensor to the host, and wait for it."""
+        array: Array = Arriving(tensor.detach()).wait().numpy()
         return array
 
 

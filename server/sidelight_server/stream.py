@@ -7,18 +7,20 @@ import grpc
 from sidelight.v1 import attribution_pb2 as pb
 
 from . import replies
+from .engine import Progress
 from .errors import Cancelled, InvalidArgument, SidelightError, Unimplemented
 from .explainer import Explainer, Inquiry
 
 Context = grpc.aio.ServicerContext[pb.AttributeStreamRequest, pb.AttributeStreamResponse]
+_Explaining = asyncio.Task[pb.Attribution | SidelightError]
 
 
 class Stream:
     """One call of `AttributeStream`.
 
-    It reads a message only when one of its own slots is free, and admits it before it reads the next: a caller who
-    sends faster than the device runs, or does not take its answers, is held back by gRPC's flow control. A slot and a
-    permit are held until the answer is written.
+    A batch that was read gets one of the stream's own slots, and a permit, before the next message is read: a caller who
+    sends faster than the device runs, or does not take its answers, is held back by gRPC's flow control. Both are held
+    until the answer is written. A cancel needs neither, so it is read while all slots are taken.
     """
 
     def __init__(self, context: Context, explainer: Explainer, *, max_in_flight: int) -> None:
@@ -40,8 +42,7 @@ class Stream:
             await self._context.abort(grpc.StatusCode.UNAVAILABLE, unavailable)
 
     async def _read(self, draining: asyncio.Task[bool]) -> pb.AttributeStreamRequest | SidelightError | None:
-        """Return the next message, or what is wrong with it, once it has a slot; None when no more is taken."""
-        await self._slots.acquire()
+        """Return the next message, or what is wrong with it; None when no more is taken."""
         reading = asyncio.ensure_future(self._context.read())
         await asyncio.wait([reading, draining], return_when=asyncio.FIRST_COMPLETED)
         if not reading.done():
@@ -53,12 +54,10 @@ class Stream:
     async def _receive(self, message: pb.AttributeStreamRequest | SidelightError, group: asyncio.TaskGroup) -> None:
         if isinstance(message, SidelightError):
             await self._fail("", message)
-            self._slots.release()
             return
         match message.WhichOneof("request"):
             case "attribute":
                 await self._admit(message.attribute, group)
-                return
             case "cancel":
                 self._cancel(message.cancel.id)
             case "register_region":
@@ -66,9 +65,9 @@ class Stream:
                 await self._fail(message.register_region.id, unserved)
             case _:
                 await self._fail("", InvalidArgument("request: unset; expected attribute, cancel or register_region"))
-        self._slots.release()
 
     async def _admit(self, request: pb.AttributeRequest, group: asyncio.TaskGroup) -> None:
+        await self._slots.acquire()
         try:
             if not request.id:
                 raise InvalidArgument("id: empty; on a stream it is required, to match the answer")
@@ -80,18 +79,22 @@ class Stream:
             await self._fail(request.id, error)
             self._slots.release()
             return
-        self._unanswered[request.id] = explaining = group.create_task(self._explain(inquiry))
-        group.create_task(self._answer(request.id, explaining, inquiry.n_bytes))
+        progress = Progress() if request.output.partial else None
+        self._unanswered[request.id] = explaining = group.create_task(self._explain(inquiry, progress))
+        group.create_task(self._answer(inquiry, explaining, progress))
 
-    async def _explain(self, inquiry: Inquiry) -> pb.Attribution | SidelightError:
+    async def _explain(self, inquiry: Inquiry, progress: Progress | None) -> pb.Attribution | SidelightError:
         """Return the failure instead of raising it: a task that raises ends its group, and so the stream."""
         try:
-            return await self._explainer.explain(inquiry)
+            return await self._explainer.explain(inquiry, progress)
         except SidelightError as error:
             return error
 
-    async def _answer(self, id_: str, explaining: asyncio.Task[pb.Attribution | SidelightError], n_bytes: int) -> None:
+    async def _answer(self, inquiry: Inquiry, explaining: _Explaining, progress: Progress | None) -> None:
+        id_ = inquiry.message.id
         try:
+            if progress:
+                await self._report(inquiry, explaining, progress)
             await asyncio.wait([explaining])
             del self._unanswered[id_]
             if explaining.cancelled():
@@ -101,8 +104,19 @@ class Stream:
             else:
                 await self._write(pb.AttributeStreamResponse(id=id_, result=outcome))
         finally:
-            self._explainer.admission.release(n_bytes)
+            self._explainer.admission.release(inquiry.n_bytes)
             self._slots.release()
+
+    async def _report(self, inquiry: Inquiry, explaining: _Explaining, progress: Progress) -> None:
+        """Write maps that are not final, the newest each time there is room for one, until they are."""
+        while not explaining.done():
+            improving = asyncio.ensure_future(progress.next())
+            await asyncio.wait([explaining, improving], return_when=asyncio.FIRST_COMPLETED)
+            if explaining.done():
+                improving.cancel()
+                return
+            partial = replies.result(improving.result(), inquiry.message)
+            await self._write(pb.AttributeStreamResponse(id=inquiry.message.id, result=partial))
 
     def _cancel(self, id_: str) -> None:
         if explaining := self._unanswered.get(id_):

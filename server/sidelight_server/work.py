@@ -1,66 +1,73 @@
-"""Work: a request in progress. Its rows that have not run, and its answer as it fills."""
+"""Work: a request in progress. Its examples that are still to come, those at the device, and its answer as it fills."""
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .attribution import Array, ExampleFailure, Explanation, Request
 from .errors import SidelightError
+from .job import Job, Result, Row
 from .models.model import Model
 from .preparation import Prepared
 
-GRADIENT_AT_INPUT: Hashable = None  # the probe of a key: gradients are taken at the model's input
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One example at one point: the unit of work."""
-
-    work: "Work"
-    place: int
-    example: Array
-    target: int | None
+Told = Callable[[], None]
 
 
 class Work:
-    """A request's rows and its answer.
+    """A request's jobs and its answer.
 
-    `take` is called by the scheduler and `give` and `fail` by the runner, all on the thread that owns the device;
-    `cancel` may come from any thread. `on_done` is called once, on that same thread, when every row has been answered.
+    `take` is called by the scheduler; `settle` and `fail` by the runner, all on the thread that owns the device;
+    `cancel` and `snapshot` may come from any thread. On that same thread `on_done` is called once, when every example
+    has been answered, and `on_improved`, where it is given, whenever a map that is not final has come.
     """
 
     def __init__(
-        self, request: Request, model: Model, prepared: Prepared, *, on_done: Callable[[], None] = lambda: None
+        self,
+        request: Request,
+        model: Model,
+        prepared: Prepared,
+        *,
+        on_done: Told = lambda: None,
+        on_improved: Told | None = None,
     ) -> None:
         self.request = request
         self.model = model
         self.prepared = prepared
-        self.explanations: list[Explanation | None] = [None] * len(prepared.examples)
-        self.failures: list[ExampleFailure] = []
-        self.probabilities: NDArray[np.float32] | None = None
-        self.started_s = self.ended_s = time.monotonic()
+        self.n_running = 0  # rows that were taken and not given back, under the runner's lock
+        self.cancelled_s: float | None = None  # None also where all was answered before
+        self.started_s: float | None = None  # when the first row was taken
+        self.ended_s = time.monotonic()
         self._on_done = on_done
+        self._on_improved = on_improved
         self._cancelled = threading.Event()
-        self._places = [place for place, each in enumerate(prepared.examples) if not isinstance(each, SidelightError)]
-        self._n_taken = 0
-        self._n_unanswered = len(self._places)
+        self._lock = threading.Lock()  # over the answer as it fills
+        self._explanations: list[Explanation | None] = [None] * len(prepared.examples)
+        self._failures: list[ExampleFailure] = []
         self._maps: NDArray[np.float32] | None = None
-        staged: np.dtype[np.generic] = np.dtype(np.uint8)
+        self._probabilities: NDArray[np.float32] | None = None
+        self._open: list[Job] = []  # those whose method has begun and not ended
+        self._to_come: deque[int] = deque()
         for place, each in enumerate(prepared.examples):
             if isinstance(each, SidelightError):
-                self._record(place, each)
+                self._failures.append(ExampleFailure(place, each.code, each.message))
             else:
-                staged = each.dtype
-        self._key = (model.name, model.version, GRADIENT_AT_INPUT, prepared.shape, staged)
+                self._to_come.append(place)
+        self._n_unanswered = len(self._to_come)
 
     @property
     def key(self) -> Hashable:
-        """What rows must share to run in one chunk: model version, probe, shape and dtype."""
-        return self._key
+        """What rows must share to run in one chunk: model version, shape, whether a gradient is wanted, and its probe.
+
+        The type is the model's own: pixels and floats are the same once they are staged.
+        """
+        gradient = self._next().wants_gradient
+        probe = self.request.method.probe if gradient else None
+        return self.model.name, self.model.version, self.prepared.shape, gradient, probe
 
     @property
     def cancelled(self) -> bool:
@@ -69,52 +76,106 @@ class Work:
 
     @property
     def pending(self) -> int:
-        """How many rows have not been taken."""
-        return len(self._places) - self._n_taken
+        """How many rows can be taken now."""
+        return len(self._to_come) + sum(job.pending for job in self._open)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every example has been answered."""
+        return not self._n_unanswered
 
     def cancel(self) -> None:
-        """Drop the rows that have not run. There will be no answer."""
+        """Drop the rows that have not run. There will be no answer, unless there is one already."""
+        if not self.is_done and self.cancelled_s is None:
+            self.cancelled_s = time.monotonic()
         self._cancelled.set()
 
-    def take(self) -> Row:
-        """Give the next row away."""
-        if not self._n_taken:
+    def take(self) -> "tuple[Work, Row]":
+        """Give the next row away: of the first example that has one, so that few are open at a time."""
+        if self.started_s is None:
             self.started_s = time.monotonic()
-        place = self._places[self._n_taken]
-        self._n_taken += 1
-        example = self.prepared.examples[place]
-        assert not isinstance(example, SidelightError)  # noqa: S101
-        return Row(self, place, example, self.prepared.targets[place])
+        self.n_running += 1
+        return self, self._next().take()
 
-    def give(self, row: Row, map_: Array, explanation: Explanation, probabilities: NDArray[np.float32] | None) -> None:
-        """Answer a row. The arrays are copied."""
-        self.maps()[row.place] = map_
-        self.explanations[row.place] = explanation
-        if probabilities is not None:
-            if self.probabilities is None:
-                self.probabilities = np.full((len(self.explanations), len(probabilities)), np.nan, np.float32)
-            self.probabilities[row.place] = probabilities
-        self._answered()
+    def settle(self, job: Job, maps: Array, result: Result, probabilities: Array | None) -> None:
+        """Take a job's newest result in: maps, [k, …], and probabilities, [K], on the host. The arrays are copied."""
+        explanation = Explanation(
+            result.predicted,
+            result.probability,
+            result.explained,
+            self.prepared.geometries[job.place],
+            result.convergence,
+        )
+        with self._lock:
+            answer = self._reserve()
+            answer[job.place] = maps if self.prepared.top_k else maps[0]
+            self._explanations[job.place] = explanation
+            if probabilities is not None:
+                if self._probabilities is None:
+                    shape = (len(self._explanations), len(probabilities))
+                    self._probabilities = np.full(shape, np.nan, np.float32)
+                self._probabilities[job.place] = probabilities
+        if result.is_final:
+            self._end(job)
+        elif self._on_improved:
+            self._on_improved()
 
-    def fail(self, row: Row, error: SidelightError) -> None:
-        """Answer a row with a failure."""
-        self._record(row.place, error)
-        self._answered()
+    def fail(self, job: Job, error: SidelightError) -> None:
+        """Answer an example with a failure. One that has been answered is passed over."""
+        if job not in self._open:
+            return
+        with self._lock:
+            self._failures.append(ExampleFailure(job.place, error.code, error.message))
+            self._explanations[job.place] = None
+            if self._maps is not None:
+                self._maps[job.place] = np.nan
+        self._end(job)
 
-    def maps(self) -> NDArray[np.float32]:
-        """Return the maps, [N, H, W] or [N, C, H, W]; those of failed examples are NaN."""
-        if self._maps is None:  # not before the first row ran: a request that waits holds no memory for its answer
-            self._maps = np.empty(self.prepared.maps_shape, np.float32)
-            self._maps[[failure.example for failure in self.failures]] = np.nan
+    def snapshot(self) -> dict[str, Any]:
+        """Return the answer so far: maps, explanations, failures and probabilities, as `Answer` names them."""
+        with self._lock:
+            maps = self._reserve()
+            return {
+                "maps": maps if self.is_done else maps.copy(),
+                "explanations": tuple(self._explanations),
+                "failures": tuple(sorted(self._failures, key=lambda failure: failure.example)),
+                "probabilities": self._known_probabilities(),
+            }
+
+    def release(self) -> None:
+        """Let go of what the device holds for this. Called once none of its rows runs."""
+        self._to_come.clear()
+        for job in self._open:
+            job.close()
+        self._open.clear()
+
+    def _next(self) -> Job:
+        """Return the job that has the next row."""
+        for job in self._open:
+            if job.pending:
+                return job
+        place = self._to_come.popleft()
+        job = Job(self.request, self.model, self.prepared, place, is_watched=self._on_improved is not None)
+        self._open.append(job)
+        return job
+
+    def _reserve(self) -> NDArray[np.float32]:
+        """Return the maps. They are NaN until they come: those of failed examples stay so."""
+        if self._maps is None:  # not before the first came: a request that waits holds no memory for its answer
+            self._maps = np.full(self.prepared.maps_shape, np.nan, np.float32)
         return self._maps
 
-    def _record(self, place: int, error: SidelightError) -> None:
-        self.failures.append(ExampleFailure(place, error.code, error.message))
-        if self._maps is not None:
-            self._maps[place] = np.nan
+    def _known_probabilities(self) -> NDArray[np.float32] | None:
+        if not self.request.probabilities:
+            return None
+        if self._probabilities is None:
+            return np.full((len(self._explanations), self.model.class_count), np.nan, np.float32)
+        return self._probabilities if self.is_done else self._probabilities.copy()
 
-    def _answered(self) -> None:
+    def _end(self, job: Job) -> None:
+        self._open.remove(job)
+        job.close()
         self._n_unanswered -= 1
-        if not self._n_unanswered:
+        if self.is_done:
             self.ended_s = time.monotonic()
             self._on_done()

@@ -35,10 +35,10 @@ class _MagnitudeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     MAGNITUDE_SIGNED: _Magnitude.ValueType  # 2
     """MAGNITUDE_SIGNED keeps the sign: the map says for and against."""
     MAGNITUDE_SQUARED: _Magnitude.ValueType  # 3
-    """MAGNITUDE_SQUARED squares the value."""
+    """MAGNITUDE_SQUARED squares the value, without channel reduction too."""
 
 class Magnitude(_Magnitude, metaclass=_MagnitudeEnumTypeWrapper):
-    """Magnitude says what becomes of a value's sign when channels are reduced. CHANNEL_REDUCTION_NONE keeps every sign."""
+    """Magnitude says what becomes of a gradient's sign when channels are reduced. CHANNEL_REDUCTION_NONE keeps every sign."""
 
 MAGNITUDE_UNSPECIFIED: Magnitude.ValueType  # 0
 """MAGNITUDE_UNSPECIFIED means MAGNITUDE_ABSOLUTE."""
@@ -47,7 +47,7 @@ MAGNITUDE_ABSOLUTE: Magnitude.ValueType  # 1
 MAGNITUDE_SIGNED: Magnitude.ValueType  # 2
 """MAGNITUDE_SIGNED keeps the sign: the map says for and against."""
 MAGNITUDE_SQUARED: Magnitude.ValueType  # 3
-"""MAGNITUDE_SQUARED squares the value."""
+"""MAGNITUDE_SQUARED squares the value, without channel reduction too."""
 global___Magnitude = Magnitude
 
 class _PathRule:
@@ -57,7 +57,9 @@ class _PathRule:
 class _PathRuleEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_PathRule.ValueType], builtins.type):
     DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
     PATH_RULE_UNSPECIFIED: _PathRule.ValueType  # 0
-    """PATH_RULE_UNSPECIFIED means PATH_RULE_GAUSS_LEGENDRE, or with a tolerance PATH_RULE_TRAPEZOID."""
+    """PATH_RULE_UNSPECIFIED means PATH_RULE_GAUSS_LEGENDRE, or with a tolerance PATH_RULE_TRAPEZOID, which alone can be
+    refined.
+    """
     PATH_RULE_GAUSS_LEGENDRE: _PathRule.ValueType  # 1
     """PATH_RULE_GAUSS_LEGENDRE is Gauss–Legendre quadrature."""
     PATH_RULE_MIDPOINT: _PathRule.ValueType  # 2
@@ -69,7 +71,9 @@ class PathRule(_PathRule, metaclass=_PathRuleEnumTypeWrapper):
     """PathRule names the quadrature along a path."""
 
 PATH_RULE_UNSPECIFIED: PathRule.ValueType  # 0
-"""PATH_RULE_UNSPECIFIED means PATH_RULE_GAUSS_LEGENDRE, or with a tolerance PATH_RULE_TRAPEZOID."""
+"""PATH_RULE_UNSPECIFIED means PATH_RULE_GAUSS_LEGENDRE, or with a tolerance PATH_RULE_TRAPEZOID, which alone can be
+refined.
+"""
 PATH_RULE_GAUSS_LEGENDRE: PathRule.ValueType  # 1
 """PATH_RULE_GAUSS_LEGENDRE is Gauss–Legendre quadrature."""
 PATH_RULE_MIDPOINT: PathRule.ValueType  # 2
@@ -87,31 +91,37 @@ class _ChannelReductionEnumTypeWrapper(google.protobuf.internal.enum_type_wrappe
     CHANNEL_REDUCTION_UNSPECIFIED: _ChannelReduction.ValueType  # 0
     """CHANNEL_REDUCTION_UNSPECIFIED means CHANNEL_REDUCTION_MAX_ABS."""
     CHANNEL_REDUCTION_MAX_ABS: _ChannelReduction.ValueType  # 1
-    """CHANNEL_REDUCTION_MAX_ABS takes the channel with the largest |a|."""
+    """CHANNEL_REDUCTION_MAX_ABS is the largest |a|, or where a gradient is signed the a with the largest |a|."""
     CHANNEL_REDUCTION_SUM: _ChannelReduction.ValueType  # 2
-    """CHANNEL_REDUCTION_SUM adds |a|, or a where the method is signed."""
+    """CHANNEL_REDUCTION_SUM adds a, or |a| for a gradient that is not signed."""
     CHANNEL_REDUCTION_MEAN_ABS: _ChannelReduction.ValueType  # 3
     """CHANNEL_REDUCTION_MEAN_ABS is the mean of |a|."""
     CHANNEL_REDUCTION_L2: _ChannelReduction.ValueType  # 4
     """CHANNEL_REDUCTION_L2 is the root of the sum of a²."""
     CHANNEL_REDUCTION_NONE: _ChannelReduction.ValueType  # 5
-    """CHANNEL_REDUCTION_NONE keeps the channels, with their signs: maps are [N, C, H, W]."""
+    """CHANNEL_REDUCTION_NONE keeps the channels, with their signs: maps are [N, C, H, W]. One number for each pixel
+    stands in every channel; a layer's channels are added.
+    """
 
 class ChannelReduction(_ChannelReduction, metaclass=_ChannelReductionEnumTypeWrapper):
-    """ChannelReduction says how the C channels of an attribution become one. With a = the attribution of a channel:"""
+    """ChannelReduction says how the C channels of an attribution become one. Grad-CAM, occlusion and RISE give one number
+    for each pixel, with its sign: there is nothing to reduce. With a = the attribution of a channel:
+    """
 
 CHANNEL_REDUCTION_UNSPECIFIED: ChannelReduction.ValueType  # 0
 """CHANNEL_REDUCTION_UNSPECIFIED means CHANNEL_REDUCTION_MAX_ABS."""
 CHANNEL_REDUCTION_MAX_ABS: ChannelReduction.ValueType  # 1
-"""CHANNEL_REDUCTION_MAX_ABS takes the channel with the largest |a|."""
+"""CHANNEL_REDUCTION_MAX_ABS is the largest |a|, or where a gradient is signed the a with the largest |a|."""
 CHANNEL_REDUCTION_SUM: ChannelReduction.ValueType  # 2
-"""CHANNEL_REDUCTION_SUM adds |a|, or a where the method is signed."""
+"""CHANNEL_REDUCTION_SUM adds a, or |a| for a gradient that is not signed."""
 CHANNEL_REDUCTION_MEAN_ABS: ChannelReduction.ValueType  # 3
 """CHANNEL_REDUCTION_MEAN_ABS is the mean of |a|."""
 CHANNEL_REDUCTION_L2: ChannelReduction.ValueType  # 4
 """CHANNEL_REDUCTION_L2 is the root of the sum of a²."""
 CHANNEL_REDUCTION_NONE: ChannelReduction.ValueType  # 5
-"""CHANNEL_REDUCTION_NONE keeps the channels, with their signs: maps are [N, C, H, W]."""
+"""CHANNEL_REDUCTION_NONE keeps the channels, with their signs: maps are [N, C, H, W]. One number for each pixel
+stands in every channel; a layer's channels are added.
+"""
 global___ChannelReduction = ChannelReduction
 
 class _Transport:
@@ -415,6 +425,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     METHODS_FIELD_NUMBER: builtins.int
     MODELS_FIELD_NUMBER: builtins.int
+    STOPS_FIELD_NUMBER: builtins.int
     version: builtins.str
     """version is the server's, as SemVer."""
     @property
@@ -429,6 +440,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def models(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[sidelight.v1.model_pb2.ModelInfo]:
         """models are those of ModelService.ListModels."""
 
+    @property
+    def stops(self) -> global___Stops:
+        """stops tells how soon work ended whose caller had gone or whose time had run out."""
+
     def __init__(
         self,
         *,
@@ -436,11 +451,45 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         limits: global___Limits | None = ...,
         methods: collections.abc.Iterable[builtins.str] | None = ...,
         models: collections.abc.Iterable[sidelight.v1.model_pb2.ModelInfo] | None = ...,
+        stops: global___Stops | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["limits", b"limits"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["limits", b"limits", "methods", b"methods", "models", b"models", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["limits", b"limits", "stops", b"stops"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["limits", b"limits", "methods", b"methods", "models", b"models", "stops", b"stops", "version", b"version"]) -> None: ...
 
 global___GetServerInfoResponse = GetServerInfoResponse
+
+@typing.final
+class Stops(google.protobuf.message.Message):
+    """Stops tells how soon work ended on the device once it was cancelled: the running chunk is the limit. Requests that
+    had no row on the device ended at once and are not counted.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    COUNT_FIELD_NUMBER: builtins.int
+    MEAN_FIELD_NUMBER: builtins.int
+    LONGEST_FIELD_NUMBER: builtins.int
+    count: builtins.int
+    """count is the number of requests that were stopped while a row of theirs ran."""
+    @property
+    def mean(self) -> google.protobuf.duration_pb2.Duration:
+        """mean is the mean time from the cancellation to the end of the last such row."""
+
+    @property
+    def longest(self) -> google.protobuf.duration_pb2.Duration:
+        """longest is the longest of these times."""
+
+    def __init__(
+        self,
+        *,
+        count: builtins.int = ...,
+        mean: google.protobuf.duration_pb2.Duration | None = ...,
+        longest: google.protobuf.duration_pb2.Duration | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["longest", b"longest", "mean", b"mean"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["count", b"count", "longest", b"longest", "mean", b"mean"]) -> None: ...
+
+global___Stops = Stops
 
 @typing.final
 class Limits(google.protobuf.message.Message):
@@ -453,6 +502,7 @@ class Limits(google.protobuf.message.Message):
     MAX_IN_FLIGHT_FIELD_NUMBER: builtins.int
     MAX_IN_FLIGHT_BYTES_FIELD_NUMBER: builtins.int
     MAX_STREAM_IN_FLIGHT_FIELD_NUMBER: builtins.int
+    MAX_EXAMPLE_ROWS_FIELD_NUMBER: builtins.int
     max_message_bytes: builtins.int
     """max_message_bytes bounds every message in both directions."""
     max_image_pixels: builtins.int
@@ -463,6 +513,8 @@ class Limits(google.protobuf.message.Message):
     """max_in_flight_bytes bounds the bytes of those batches and their answers."""
     max_stream_in_flight: builtins.int
     """max_stream_in_flight bounds the unanswered batches of one stream; reading pauses there."""
+    max_example_rows: builtins.int
+    """max_example_rows bounds the rows that a method may ask for one example."""
     def __init__(
         self,
         *,
@@ -471,8 +523,9 @@ class Limits(google.protobuf.message.Message):
         max_in_flight: builtins.int = ...,
         max_in_flight_bytes: builtins.int = ...,
         max_stream_in_flight: builtins.int = ...,
+        max_example_rows: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_image_pixels", b"max_image_pixels", "max_in_flight", b"max_in_flight", "max_in_flight_bytes", b"max_in_flight_bytes", "max_message_bytes", b"max_message_bytes", "max_stream_in_flight", b"max_stream_in_flight"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_example_rows", b"max_example_rows", "max_image_pixels", b"max_image_pixels", "max_in_flight", b"max_in_flight", "max_in_flight_bytes", b"max_in_flight_bytes", "max_message_bytes", b"max_message_bytes", "max_stream_in_flight", b"max_stream_in_flight"]) -> None: ...
 
 global___Limits = Limits
 
@@ -588,13 +641,13 @@ global___PerExampleTarget = PerExampleTarget
 
 @typing.final
 class TopKTarget(google.protobuf.message.Message):
-    """TopKTarget explains the k most probable classes of each example."""
+    """TopKTarget explains the k most probable classes of each example, the most probable first."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     K_FIELD_NUMBER: builtins.int
     k: builtins.int
-    """k counts classes, 1 ≤ k ≤ K. Required. Maps get a dimension of k after N."""
+    """k counts classes, 1 ≤ k ≤ K. Required. Maps get a dimension of k after N, for k = 1 too."""
     def __init__(
         self,
         *,
@@ -633,7 +686,10 @@ global___ContrastTarget = ContrastTarget
 
 @typing.final
 class DenseTarget(google.protobuf.message.Message):
-    """DenseTarget explains a class of a model whose output is [N, K, h, w]: the sum of its scores over a region."""
+    """DenseTarget explains a class of a model whose output is [N, K, h, w]: the sum of its scores over a region. With the
+    other targets such a model is explained over all of its output, and its prediction is the class whose probability,
+    averaged over the output, is largest.
+    """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -809,7 +865,9 @@ class SmoothGradMethod(google.protobuf.message.Message):
     """max_rows bounds the rows of one example. Optional: unset means 300."""
     @property
     def base(self) -> global___Method:
-        """base is the method that is run at each noisy copy. Optional: unset means the gradient."""
+        """base is the method that is run at each noisy copy: gradient or integrated_gradients. Optional: unset means the
+        gradient.
+        """
 
     def __init__(
         self,
@@ -928,7 +986,7 @@ class IntegratedGradientsMethod(google.protobuf.message.Message):
     TOLERANCE_FIELD_NUMBER: builtins.int
     MAX_ROWS_FIELD_NUMBER: builtins.int
     steps: builtins.int
-    """steps counts nodes. At least 1. Required unless tolerance is set."""
+    """steps counts nodes. At least 1, of a trapezoid at least 2. Required unless tolerance is set."""
     rule: global___PathRule.ValueType
     """rule names the quadrature. Optional."""
     tolerance: builtins.float
@@ -1125,14 +1183,18 @@ class Output(google.protobuf.message.Message):
     PARTIAL_FIELD_NUMBER: builtins.int
     REGION_FIELD_NUMBER: builtins.int
     map_dtype: sidelight.v1.tensor_pb2.DataType.ValueType
-    """map_dtype is the type of the maps: FLOAT32, FLOAT16, or UINT8 with Tensor.scale. Optional: unset means FLOAT32."""
+    """map_dtype is the type of the maps: FLOAT32, FLOAT16, or UINT8 with Tensor.scale, which has one scale for the batch
+    and no sign: a map that may be negative is INVALID_ARGUMENT, and a failed example is 0. Optional: unset means
+    FLOAT32.
+    """
     rendered: builtins.bool
     """rendered asks for a picture of each map, as a PNG file. Optional."""
     probabilities: builtins.bool
     """probabilities asks for the probabilities of all classes. Optional."""
     partial: builtins.bool
-    """partial asks, on a stream, for maps as they improve, with Attribution.final unset. Methods of one row have nothing
-    to improve: they answer once. Optional.
+    """partial asks, on a stream, for maps as they improve, with Attribution.final unset; of an example that has none yet
+    the map is NaN and the Example empty. Only methods that refine have something to improve: SmoothGrad, and
+    Integrated Gradients with a tolerance. A slow reader gets fewer of them, never older ones. Optional.
     """
     @property
     def region(self) -> sidelight.v1.tensor_pb2.SharedTensor:
@@ -1240,7 +1302,7 @@ class Example(google.protobuf.message.Message):
 
     @property
     def convergence(self) -> global___Convergence:
-        """convergence says how good the map is. Unset for methods of one row."""
+        """convergence says how good the map is; of k maps, the worst. Unset for methods of one row."""
 
     def __init__(
         self,
@@ -1355,9 +1417,11 @@ class Convergence(google.protobuf.message.Message):
     COMPLETENESS_ERROR_FIELD_NUMBER: builtins.int
     RELATIVE_COMPLETENESS_ERROR_FIELD_NUMBER: builtins.int
     rows: builtins.int
-    """rows counts the rows that were run."""
+    """rows counts the rows that were run, those without a gradient too."""
     error: builtins.float
-    """error is what the tolerance is compared with."""
+    """error is what a tolerance is compared with: the standard error's L2 norm over the mean's where a method draws, the
+    last refinement's over the map's where it refines. Unset where the method has no such measure.
+    """
     completeness_error: builtins.float
     """completeness_error is |sum of the map − (score of the example − score of the baseline)|. Path methods only."""
     relative_completeness_error: builtins.float
@@ -1366,14 +1430,16 @@ class Convergence(google.protobuf.message.Message):
         self,
         *,
         rows: builtins.int = ...,
-        error: builtins.float = ...,
+        error: builtins.float | None = ...,
         completeness_error: builtins.float | None = ...,
         relative_completeness_error: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_completeness_error", b"_completeness_error", "_relative_completeness_error", b"_relative_completeness_error", "completeness_error", b"completeness_error", "relative_completeness_error", b"relative_completeness_error"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_completeness_error", b"_completeness_error", "_relative_completeness_error", b"_relative_completeness_error", "completeness_error", b"completeness_error", "error", b"error", "relative_completeness_error", b"relative_completeness_error", "rows", b"rows"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_completeness_error", b"_completeness_error", "_error", b"_error", "_relative_completeness_error", b"_relative_completeness_error", "completeness_error", b"completeness_error", "error", b"error", "relative_completeness_error", b"relative_completeness_error"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_completeness_error", b"_completeness_error", "_error", b"_error", "_relative_completeness_error", b"_relative_completeness_error", "completeness_error", b"completeness_error", "error", b"error", "relative_completeness_error", b"relative_completeness_error", "rows", b"rows"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_completeness_error", b"_completeness_error"]) -> typing.Literal["completeness_error"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_error", b"_error"]) -> typing.Literal["error"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_relative_completeness_error", b"_relative_completeness_error"]) -> typing.Literal["relative_completeness_error"] | None: ...
 
@@ -1397,6 +1463,8 @@ class Provenance(google.protobuf.message.Message):
     THREADS_FIELD_NUMBER: builtins.int
     CHUNK_ROWS_FIELD_NUMBER: builtins.int
     SOFTWARE_FIELD_NUMBER: builtins.int
+    REPRODUCIBLE_FIELD_NUMBER: builtins.int
+    BASELINE_DIGEST_FIELD_NUMBER: builtins.int
     model: builtins.str
     """model is the model's name."""
     model_version: builtins.int
@@ -1414,10 +1482,16 @@ class Provenance(google.protobuf.message.Message):
     threads: builtins.int
     """threads counts the CPU threads of one operation."""
     chunk_rows: builtins.int
-    """chunk_rows is how many rows ran at once, at most."""
+    """chunk_rows is how many rows ran at once: at most, or where it is reproducible exactly."""
+    reproducible: builtins.bool
+    """reproducible says that equal provenance promises equal bytes, whatever the load, the place and the company."""
+    baseline_digest: builtins.str
+    """baseline_digest is the SHA-256 of a baseline that was given as a tensor, in hexadecimal; `method` holds it without
+    its data.
+    """
     @property
     def method(self) -> global___Method:
-        """method is the method with every default filled in."""
+        """method is the method with every default filled in, and with the layer that was chosen."""
 
     @property
     def target(self) -> global___Target:
@@ -1442,9 +1516,11 @@ class Provenance(google.protobuf.message.Message):
         threads: builtins.int = ...,
         chunk_rows: builtins.int = ...,
         software: collections.abc.Iterable[global___SoftwareVersion] | None = ...,
+        reproducible: builtins.bool = ...,
+        baseline_digest: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["method", b"method", "target", b"target"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["channels", b"channels", "chunk_rows", b"chunk_rows", "device", b"device", "method", b"method", "model", b"model", "model_digest", b"model_digest", "model_version", b"model_version", "precision", b"precision", "score", b"score", "software", b"software", "target", b"target", "threads", b"threads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["baseline_digest", b"baseline_digest", "channels", b"channels", "chunk_rows", b"chunk_rows", "device", b"device", "method", b"method", "model", b"model", "model_digest", b"model_digest", "model_version", b"model_version", "precision", b"precision", "reproducible", b"reproducible", "score", b"score", "software", b"software", "target", b"target", "threads", b"threads"]) -> None: ...
 
 global___Provenance = Provenance
 

@@ -208,6 +208,7 @@ class ModelInfo(google.protobuf.message.Message):
     DEVICE_FIELD_NUMBER: builtins.int
     CHUNK_ROWS_FIELD_NUMBER: builtins.int
     WARMUP_FIELD_NUMBER: builtins.int
+    REPRODUCIBLE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is what requests call the model."""
     version: builtins.int
@@ -224,6 +225,8 @@ class ModelInfo(google.protobuf.message.Message):
     """device is where the model runs: "cpu", "cuda:0"."""
     chunk_rows: builtins.int
     """chunk_rows is how many rows the device runs at once, at most."""
+    reproducible: builtins.bool
+    """reproducible says that equal provenance promises equal bytes."""
     @property
     def input(self) -> global___InputInfo:
         """input describes what the model takes."""
@@ -238,7 +241,9 @@ class ModelInfo(google.protobuf.message.Message):
 
     @property
     def layers(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """layers are the names that can be probed, in the order of the module tree. Empty in lists of models."""
+        """layers are the names that can be probed, in the order of the module tree; where the input size is not fixed, all
+        names. Empty in lists of models.
+        """
 
     @property
     def warmup(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___WarmupEntry]:
@@ -260,9 +265,10 @@ class ModelInfo(google.protobuf.message.Message):
         device: builtins.str = ...,
         chunk_rows: builtins.int = ...,
         warmup: collections.abc.Iterable[global___WarmupEntry] | None = ...,
+        reproducible: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["input", b"input"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_rows", b"chunk_rows", "class_count", b"class_count", "device", b"device", "digest", b"digest", "input", b"input", "labels", b"labels", "layers", b"layers", "name", b"name", "precision", b"precision", "scores", b"scores", "state", b"state", "version", b"version", "warmup", b"warmup"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_rows", b"chunk_rows", "class_count", b"class_count", "device", b"device", "digest", b"digest", "input", b"input", "labels", b"labels", "layers", b"layers", "name", b"name", "precision", b"precision", "reproducible", b"reproducible", "scores", b"scores", "state", b"state", "version", b"version", "warmup", b"warmup"]) -> None: ...
 
 global___ModelInfo = ModelInfo
 

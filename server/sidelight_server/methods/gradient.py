@@ -1,17 +1,61 @@
-"""The gradient and gradient × input: methods of one row.
+"""The gradient, gradient × input, and guided backpropagation: methods of one row."""
 
-Simonyan, Vedaldi and Zisserman, 2013, "Deep Inside Convolutional Networks: Visualising Image Classification Models and
-Saliency Maps". Shrikumar, Greenside and Kundaje, 2016, "Not Just a Black Box: Learning Important Features Through
-Propagating Activation Differences".
-"""
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from ..attribution import Channels, Gradient
-from .channels import reduce
+from .channels import Magnitude
+from .method import Example, Method, Outcome, Probe, Reading, Rectifiers, Shape, Steps
 
 
-def finish(gradients: Tensor, inputs: Tensor, *, method: Gradient, channels: Channels) -> Tensor:
-    """Return the maps, [n, H, W] or [n, C, H, W], of gradients at inputs, both [n, C, H, W]."""
-    attributions = gradients * inputs if method.times_input else gradients
-    return reduce(attributions, channels, method.magnitude)
+@dataclass(frozen=True, slots=True)
+class Gradient(Method):
+    """The gradient at the example, or that times the input.
+
+    Simonyan, Vedaldi and Zisserman, 2013, "Deep Inside Convolutional Networks: Visualising Image Classification Models
+    and Saliency Maps". Shrikumar, Greenside and Kundaje, 2016, "Not Just a Black Box: Learning Important Features
+    Through Propagating Activation Differences".
+    """
+
+    name: ClassVar[str] = "gradient"
+    magnitude: Magnitude = Magnitude.ABSOLUTE
+    times_input: bool = False
+
+    @property
+    def begins_with_gradient(self) -> bool:
+        """The example itself is all."""
+        return True
+
+    @property
+    def is_one_row(self) -> bool:
+        """The example itself is all."""
+        return True
+
+    def rows(self, shape: Shape) -> int:
+        """One."""
+        return 1
+
+    def run(self, example: Example) -> Steps:
+        """Take the gradient where the example is."""
+        return Outcome(self.attribution((yield from example.read(gradient=True))))
+
+    def attribution(self, reading: Reading) -> Tensor:
+        """Return the attribution, [C, H, W], of one reading."""
+        assert reading.gradient is not None  # noqa: S101
+        return reading.gradient * reading.input if self.times_input else reading.gradient
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedBackpropagation(Gradient):
+    """The gradient where only what is positive, on both ways, passes a rectifier (ReLU, ReLU6).
+
+    Springenberg, Dosovitskiy, Brox and Riedmiller, 2014, "Striving for Simplicity: The All Convolutional Net".
+    """
+
+    name: ClassVar[str] = "guided_backpropagation"
+
+    @property
+    def probe(self) -> Probe:
+        """The input, through guided rectifiers."""
+        return Rectifiers.GUIDED

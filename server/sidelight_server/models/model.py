@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import scores
-from ..attribution import Choice, Score
+from ..attribution import PREDICTED, Choice, Score
+from ..calibration import DEFAULT_CHUNK_ROWS, Trial
 from ..errors import ConfigurationError, InvalidArgument, NotFound, near
 from ..kernel import Kernel
+from ..probes import chosen_layer
+from ..scores import Head
 from ..staging import normalise
 from .preprocessing import Preprocessing
 from .spec import ModelSpec
@@ -33,29 +35,36 @@ class Model:
     def __init__(self, spec: ModelSpec, *, device: torch.device, version: int = 1) -> None:
         self.name = spec.name or DEFAULT_NAME
         self.version = version
-        self.outputs: scores.Outputs = spec.outputs or "logits"
+        self.head = Head(spec.outputs or "logits", spec.activation or "softmax")
         self.labels = tuple(spec.labels or ())
         self.preprocessing = _preprocessing(spec)
         self.class_count = len(self.labels)  # without labels and input size, unknown until the first rows ran: 0
-        self._returned = 0
+        self.output_shape: tuple[int, ...] = ()  # K, or K, h, w; as with the classes
+        self.chunk_rows = DEFAULT_CHUNK_ROWS
+        self.padded_rows = 0  # how many rows a chunk is filled up to, for the same bytes in every company
+        self.warm_up: tuple[Trial, ...] = ()
         self.rows_touch = False  # whether one row's outputs depend on its neighbours: then it runs alone
-        self.layers = tuple(name for name, _ in spec.module.named_modules() if name)
+        self.probed: dict[str, tuple[int, int]] = {}  # layers that can be probed, if the input size is fixed
+        self._names = [name for name, _ in spec.module.named_modules() if name]
         with self._refusing("cannot be replicated and moved to the device"):
             facts = {
                 "preprocessing": self.preprocessing and asdict(self.preprocessing),
-                "outputs": self.outputs,
+                "outputs": self.head.outputs,
+                "activation": self.head.activation,
                 "labels": self.labels,
             }
             self._weights = Weights(spec.module, facts=json.dumps(facts, sort_keys=True))
-            self.kernel = Kernel(spec.module, device=device, outputs=self.outputs)
+            self.kernel = Kernel(spec.module, device=device, head=self.head)
         # Pixels are normalised, and floats staged, in no less than float32; a half-precision model rounds after that.
         self._exact = torch.float64 if self.kernel.dtype == torch.float64 else torch.float32
+        self.black: Tensor | None = None  # [C, 1, 1], what pixel 0 becomes
         if self.preprocessing is not None:
-            self._try(self.preprocessing)
+            self._try()
             self._mean, self._std = (
                 torch.tensor(each, dtype=torch.float64)[:, None, None].mul(255).to(device, self._exact)
                 for each in (self.preprocessing.mean, self.preprocessing.std)
             )
+            self.black = (-self._mean / self._std).to(self.kernel.dtype)
 
     @property
     def digest(self) -> str:
@@ -82,7 +91,23 @@ class Model:
     @property
     def scores(self) -> tuple[Score, ...]:
         """The scores that the model can give."""
-        return scores.available(self.outputs)
+        return self.head.scores
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names that can be probed, in the order of the module tree; all names, if the input size is not fixed."""
+        return tuple(name for name in self._names if not self.preprocessing or name in self.probed)
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether equal provenance promises equal bytes."""
+        return self.padded_rows > 0
+
+    def layer(self, name: str) -> str:
+        """Return the layer that a name means. `NotFound` with the near names."""
+        if self.preprocessing is not None or (name and name not in self._names):
+            return chosen_layer(name, self.probed, self._names)
+        return name
 
     def inputs(self, staged: Tensor) -> Tensor:
         """Return the kernel's input, [n, C, H, W], of staged pixels, uint8 [n, H, W, C], or staged floating arrays."""
@@ -99,11 +124,11 @@ class Model:
             raise InvalidArgument(f'target: class index {choice}, model "{self.name}" has 0 to {bound}')
         return choice
 
-    def learn_class_count(self, n_classes: int) -> None:
-        """Take note of how many classes the model returned. `ValueError` if that changes."""
-        if self._returned not in (0, n_classes):
-            raise ValueError(f"the model returned {n_classes} classes, {self._returned} before")
-        self._returned = self.class_count = n_classes
+    def learn_output(self, shape: tuple[int, ...]) -> None:
+        """Take note of what the model returned: K, or K, h, w. `ValueError` if K changes."""
+        if self.output_shape and self.output_shape[0] != shape[0]:
+            raise ValueError(f"the model returned {shape[0]} classes, {self.output_shape[0]} before")
+        self.output_shape, self.class_count = shape, shape[0]
 
     def _labelled(self, label: str) -> int:
         named = [index for index, each in enumerate(self.labels) if each == label]
@@ -114,19 +139,26 @@ class Model:
             raise InvalidArgument(f'target: label "{label}" names the classes {classes}; give one of these indices')
         return named[0]
 
-    def _try(self, preprocessing: Preprocessing) -> None:
-        shape = (2, preprocessing.channels, preprocessing.height, preprocessing.width)
-        inputs = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-        inputs = inputs.to(self.kernel.device, self.kernel.dtype)
-        with self._refusing(f"failed on an input of {[1, *shape[1:]]}"):
-            answer = self.kernel.run(inputs[:1], [None], [self.scores[0]])
-        n_classes = answer.probabilities.shape[1]
+    def inputs_like(self, n: int, *, seed: int = 0) -> Tensor:
+        """Return n random inputs, [n, C, H, W], of the fixed size, for trials."""
+        assert self.preprocessing is not None  # noqa: S101
+        shape = (n, self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width)
+        inputs = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+        return inputs.to(self.kernel.device, self.kernel.dtype)
+
+    def _try(self) -> None:
+        inputs = self.inputs_like(2)
+        with self._refusing(f"failed on an input of {[1, *inputs.shape[1:]]}"):
+            answer = self.kernel.run(inputs[:1], [PREDICTED], [self.scores[0]])
+        n_classes = answer.output_shape[0]
         if self.labels and len(self.labels) != n_classes:
             raise ConfigurationError(f'labels: got {len(self.labels)}, model "{self.name}" has {n_classes} classes')
-        self.learn_class_count(n_classes)
-        with self._refusing(f"failed on an input of {list(shape)}"):
+        self.learn_output(answer.output_shape)
+        with self._refusing(f"failed on an input of {list(inputs.shape)}"):
             self.rows_touch = self.kernel.rows_touch(inputs)
+            self.probed = self.kernel.layers(inputs[:1])
         if self.rows_touch:
+            self.chunk_rows = 1
             log.warning('event=rows_touch model="%s" message="examples touch each other: each runs alone"', self.name)
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import ConfigurationError
+from ..scores import Activation, Outputs
 from .preprocessing import Interpolation
 
 Resize = int | Literal["exact", "none"]
@@ -28,7 +29,8 @@ class ModelSpec:
         None  # an int is the short side in pixels before the centre crop; None: just covers the input
     )
     interpolation: Interpolation | None = None  # None: bilinear
-    outputs: Literal["logits", "probabilities"] | None = None  # what the module returns, [N, K]; None: logits
+    outputs: Outputs | None = None  # what the module returns, [N, K] or [N, K, h, w]; None: logits
+    activation: Activation | None = None  # whether classes exclude each other; None: softmax, they do
     labels: Sequence[str] | None = None  # the names of the K classes, in order
     name: str | None = None  # what requests call the model
 
@@ -58,6 +60,8 @@ class ModelSpec:
             raise ConfigurationError(f"name: got {self.name!r}, expected text")
         if self.outputs not in (None, "logits", "probabilities"):
             raise ConfigurationError(f'outputs: got {self.outputs!r}, expected "logits" or "probabilities"')
+        if self.activation not in (None, "softmax", "sigmoid"):
+            raise ConfigurationError(f'activation: got {self.activation!r}, expected "softmax" or "sigmoid"')
         if isinstance(self.labels, str) or not all(isinstance(label, str) for label in self.labels or ()):
             raise ConfigurationError("labels: expected a list of texts, one for each class")
 

@@ -1,0 +1,143 @@
+"""Calibration: how many rows a chunk should have. Measured when a model is loaded, on the thread that owns the device."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .attribution import PREDICTED
+from .kernel import Gradients
+
+if TYPE_CHECKING:
+    from .models.model import Model
+
+DEFAULT_CHUNK_ROWS = 8  # where nothing can be measured
+MAX_MEASURED_ROWS = 256
+SHARE_OF_BEST = 0.95
+SHARE_OF_FREE_MEMORY = 0.5
+RUNS = 2
+CHECKED_EXAMPLES = 3
+MEMINFO, CGROUP_MAX, CGROUP_NOW = (
+    Path(each) for each in ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A size of chunk that was measured."""
+
+    rows: int
+    rows_per_second: float
+    chosen: bool = False
+
+
+def choose_chunk_rows(model: "Model", *, max_chunk_s: float, device_memory_limit: int) -> tuple[int, tuple[Trial, ...]]:
+    """Return the size of chunk to serve with, and what was measured.
+
+    It is the smallest power of two from 8 up that reaches 95 % of the best measured rate; fewer only where 8 rows take
+    longer than `max_chunk_s`, or more bytes than the limit by what runs of 1 and 2 rows took: the limit is never
+    searched for by running into it, for a model server lives on the same device.
+    """
+    room = _rows_of_memory(model, device_memory_limit or free_memory(model.kernel.device))
+    alone_s = _seconds(model, 1)
+    trials = [Trial(1, 1 / alone_s)]
+    rows = DEFAULT_CHUNK_ROWS
+    while rows <= min(room, MAX_MEASURED_ROWS) and rows / trials[-1].rows_per_second <= max_chunk_s:
+        trials.append(Trial(rows, rows / _seconds(model, rows)))
+        if trials[-1].rows_per_second < 0.9 * max(trial.rows_per_second for trial in trials):
+            break  # past its best
+        rows *= 2
+    fitting = [each for each in trials[1:] if each.rows / each.rows_per_second <= max_chunk_s]
+    if not fitting:  # a power of two all the same, so that a CPU's vectors stay full
+        fewer = max(1, min(room, int(max_chunk_s / alone_s), DEFAULT_CHUNK_ROWS))
+        fitting = [Trial(1 << (fewer.bit_length() - 1), trials[0].rows_per_second)]
+    best = max(trial.rows_per_second for trial in fitting)
+    chosen = next(trial.rows for trial in fitting if trial.rows_per_second >= SHARE_OF_BEST * best)
+    return chosen, tuple(Trial(each.rows, each.rows_per_second, each.rows == chosen) for each in trials)
+
+
+def same_bytes(model: "Model", rows: int) -> bool:
+    """Say whether an example gets the same bytes in every run, place and company of a chunk of `rows`."""
+    for seed in range(CHECKED_EXAMPLES):
+        example = model.inputs_like(1, seed=seed)[0]
+        said: list[list[Tensor]] = []
+        for place in range(rows):
+            company = model.inputs_like(rows, seed=CHECKED_EXAMPLES + seed * rows + place)
+            company[place] = example
+            said += [_said(model, company, place) for _ in range(2)]
+        if any(not torch.equal(a, b) for each in said for a, b in zip(each, said[0], strict=True)):
+            return False
+    return True
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes a chunk may take: half of what is free where the device is. Without a way to know, all."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE_MEMORY)
+    free = [_available()]
+    try:
+        free.append(int(CGROUP_MAX.read_text()) - int(CGROUP_NOW.read_text()))
+    except (OSError, ValueError):  # no cgroup, or "max"
+        pass
+    return int(min(free) * SHARE_OF_FREE_MEMORY)
+
+
+def _available() -> int:
+    try:
+        lines = MEMINFO.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 62
+
+
+def _rows_of_memory(model: "Model", limit: int) -> int:
+    one, two = (_bytes(model, rows) for rows in (1, 2))
+    a_row = max(1, two - one)
+    return max(1, (limit - max(0, one - a_row)) // a_row)
+
+
+def _bytes(model: "Model", rows: int) -> int:
+    """Return what a run takes: on a GPU at its peak; elsewhere what its graph keeps, the largest part of that."""
+    inputs = model.inputs_like(rows)
+    if model.kernel.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(inputs.device)
+        before = torch.cuda.memory_allocated(inputs.device)
+        _run(model, inputs)
+        return torch.cuda.max_memory_allocated(inputs.device) - before
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _run(model, inputs)
+    return sum(kept.values()) + 2 * inputs.nbytes
+
+
+def _seconds(model: "Model", rows: int) -> float:
+    inputs = model.inputs_like(rows)
+    _run(model, inputs)
+    times = []
+    for _ in range(RUNS):
+        began = time.perf_counter()
+        _run(model, inputs)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _run(model: "Model", inputs: Tensor) -> Gradients:
+    answer = model.kernel.run(inputs, [PREDICTED] * len(inputs), [model.scores[0]] * len(inputs))
+    if inputs.device.type == "cuda":
+        torch.cuda.synchronize(inputs.device)
+    return answer
+
+
+def _said(model: "Model", inputs: Tensor, place: int) -> list[Tensor]:
+    answer = _run(model, inputs)
+    looked = model.kernel.run(inputs, [PREDICTED] * len(inputs), [model.scores[0]] * len(inputs), gradient=False)
+    assert answer.gradients is not None  # noqa: S101
+    return [each[place] for each in (answer.gradients, answer.scores, answer.probabilities, looked.probabilities)]

@@ -1,0 +1,194 @@
+"""A job: one example in progress. Its method's paused generator, and the rows of the sweep that it waits for."""
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from .attribution import Aim, Array, Convergence, Explained, Request, Score
+from .errors import Internal, InvalidArgument
+from .methods.method import Example, Improved, Outcome, Reading, Sweep, read
+from .models.model import Model
+from .preparation import Prepared
+from .scores import SATURATION
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example at one point: the unit of work."""
+
+    job: "Job"
+    sweep: Sweep
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a job has to say, its maps still on the device."""
+
+    maps: tuple[Tensor, ...]  # [H, W], or [C, H, W] without channel reduction; one for each class that is explained
+    explained: tuple[Explained, ...]
+    predicted: int
+    probability: float
+    probabilities: Tensor  # [K]
+    convergence: Convergence | None
+    is_final: bool = True
+
+
+class Job:
+    """One example of a request, explained step by step on the thread that owns the device.
+
+    Whatever `give` raises has ended the job: then `close` it.
+    """
+
+    def __init__(self, request: Request, model: Model, prepared: Prepared, place: int, *, is_watched: bool) -> None:
+        example = prepared.examples[place]
+        if isinstance(example, Exception):
+            raise TypeError("an example that failed has no job")
+        self.place = place
+        self.example: Array = example
+        self.aim: Aim = prepared.aims[place]
+        self.result: Result | None = None  # the newest, until it is taken
+        self._request = request
+        self._model = model
+        self._prepared = prepared
+        self._is_watched = is_watched and not prepared.top_k
+        self._n_rows = 0
+        self._n_taken = self._n_folded = 0
+        self._steps = self._explain()
+        self._sweep: Sweep | None = None
+        self._advance()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job wants no more rows."""
+        return self._sweep is None
+
+    @property
+    def pending(self) -> int:
+        """How many rows can be taken now."""
+        return self._sweep.count - self._n_taken if self._sweep else 0
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether the rows that can be taken now want a gradient."""
+        return self._sweep is not None and self._sweep.gradient
+
+    def take(self) -> Row:
+        """Give the next row away. Called only while `pending`."""
+        assert self._sweep is not None  # noqa: S101
+        self._n_taken += 1
+        return Row(self, self._sweep, self._n_taken - 1)
+
+    def give(self, row: Row, reading: Reading) -> None:
+        """Fold what a row gave, and go on if it was the sweep's last."""
+        if self.is_over:
+            return
+        if not (math.isfinite(reading.score) and math.isfinite(reading.probability)):
+            raise self.not_finite()
+        self._n_rows += 1
+        row.sweep.fold(row.index, reading)
+        self._n_folded += 1
+        if self._n_folded == row.sweep.count:
+            self._advance()
+
+    def not_finite(self) -> Internal:
+        """Return what to say where a number is not finite."""
+        return Internal(f'model "{self._model.name}": output or gradient is not finite for example {self.place}')
+
+    def close(self) -> None:
+        """End, and let go of what the device holds for this."""
+        self._sweep = None
+        self._steps.close()
+
+    def _advance(self) -> None:
+        """Run the method until it wants rows, or has ended."""
+        try:
+            step = next(self._steps)
+            while isinstance(step, Improved):
+                step = next(self._steps)
+        except StopIteration:
+            step = None
+        self._sweep = step
+        self._n_taken = self._n_folded = 0
+
+    def _explain(self) -> Generator[Sweep | Improved, None, None]:
+        """Look at the example, then run the method for each class that is explained."""
+        method, top_k = self._request.method, self._prepared.top_k
+        first = yield from self._staged(gradient=method.begins_with_gradient and not top_k)
+        _check_aim(self.aim, top_k, self._model)
+        if top_k or not method.is_one_row:
+            first = first.kept()
+        outcomes: list[Outcome] = []
+        explained: list[Explained] = []
+        for aim in self._aims(first, top_k):
+            self.aim = aim
+            start = (yield from read(first.input, gradient=method.begins_with_gradient)) if top_k else first
+            explained.append(self._explained(start))
+            steps = method.run(Example(first.input, self.place, self._model.black, start, self._is_watched))
+            outcome = yield from self._watched(steps, first, tuple(explained))
+            outcomes.append(outcome)
+        self.result = self._result(first, tuple(explained), outcomes)
+
+    def _staged(self, *, gradient: bool) -> Generator[Sweep, None, Reading]:
+        readings: list[Reading] = []
+        yield Sweep(1, None, lambda _, reading: readings.append(reading), gradient)
+        return readings[0]
+
+    def _aims(self, first: Reading, top_k: int) -> list[Aim]:
+        classes = first.probabilities.topk(top_k).indices.tolist() if top_k else [first.explained]
+        return [replace(self.aim, positive=each) for each in classes]
+
+    def _watched(
+        self, steps: Generator[Sweep | Improved, None, Outcome], first: Reading, explained: tuple[Explained, ...]
+    ) -> Generator[Sweep | Improved, None, Outcome]:
+        """Pass a method's sweeps on, and take what has improved as a result that is not final."""
+        try:
+            step = next(steps)
+            while True:
+                if isinstance(step, Improved):
+                    self.result = replace(self._result(first, explained, [step.outcome]), is_final=False)
+                yield step
+                step = next(steps)
+        except StopIteration as end:
+            outcome: Outcome = end.value
+            return outcome
+
+    def _result(self, first: Reading, explained: tuple[Explained, ...], outcomes: list[Outcome]) -> Result:
+        finish, request = self._request.method.finish, self._request
+        return Result(
+            maps=tuple(finish(each.attribution, request.channels, self._prepared.shape) for each in outcomes),
+            explained=explained,
+            predicted=first.predicted,
+            probability=first.probability,
+            probabilities=first.probabilities,
+            convergence=None if request.method.is_one_row else self._convergence(outcomes),
+        )
+
+    def _explained(self, reading: Reading) -> Explained:
+        is_probability = self._request.score is Score.PROBABILITY and self.aim.negative is None
+        dead = is_probability and reading.score * (1 - reading.score) < SATURATION
+        return Explained(reading.explained, reading.score, dead, self.aim.negative)
+
+    def _convergence(self, outcomes: list[Outcome]) -> Convergence:
+        """Return how good the worst of the maps is."""
+        return Convergence(
+            self._n_rows,
+            _largest(outcome.error for outcome in outcomes),
+            _largest(outcome.completeness_error for outcome in outcomes),
+            _largest(outcome.relative_completeness_error for outcome in outcomes),
+        )
+
+
+def _check_aim(aim: Aim, top_k: int, model: Model) -> None:
+    """Refuse what only the first output shows to be wrong, where a model takes any size."""
+    for index in (aim.positive, aim.negative):
+        if index is not None and index >= model.class_count:
+            raise InvalidArgument(f'target: class index {index}, model "{model.name}" has 0 to {model.class_count - 1}')
+    if top_k > model.class_count:
+        raise InvalidArgument(f'target.top_k.k: got {top_k}, model "{model.name}" has {model.class_count} classes')
+
+
+def _largest(values: "Generator[float | None, None, None]") -> float | None:
+    return max((value for value in values if value is not None), default=None)

@@ -1,0 +1,116 @@
+"""Baselines: the reference input of a path, or what fills a hidden window. In the model's own input space."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import FailedPrecondition, InvalidArgument
+from .method import Example, Shape
+
+TRUNCATE = 4.0  # standard deviations at which the blur's kernel ends
+
+
+@dataclass(frozen=True, slots=True)
+class Constant:
+    """One value for every element."""
+
+    value: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the value."""
+        if not math.isfinite(self.value):
+            raise InvalidArgument(f"method.baseline.constant: got {self.value}, expected a finite number")
+
+    def of(self, example: Example) -> Tensor:
+        """Return the baseline, [C, H, W]."""
+        return torch.full_like(example.x, self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Black:
+    """A picture of pixel 0 after preprocessing."""
+
+    def of(self, example: Example) -> Tensor:
+        """Return the baseline, [C, H, W]."""
+        if example.black is None:
+            raise FailedPrecondition("method.baseline.black: the model has no preprocessing, so no pixel is black")
+        return example.black.expand_as(example.x)
+
+
+@dataclass(frozen=True, slots=True)
+class MeanColour:
+    """The example's mean in each channel."""
+
+    def of(self, example: Example) -> Tensor:
+        """Return the baseline, [C, H, W]."""
+        return example.x.mean(dim=(1, 2), keepdim=True).expand_as(example.x)
+
+
+@dataclass(frozen=True, slots=True)
+class Blurred:
+    """The example under a Gaussian blur, its edges repeated."""
+
+    sigma: float  # the standard deviation in pixels
+
+    def __post_init__(self) -> None:
+        """Check sigma."""
+        if not 0 < self.sigma < math.inf:
+            raise InvalidArgument(f"method.baseline.blurred.sigma: got {self.sigma:g}, expected a positive number")
+
+    def of(self, example: Example) -> Tensor:
+        """Return the baseline, [C, H, W]."""
+        blurred = example.x[:, None]  # [C, 1, H, W]
+        for axis in (2, 3):
+            blurred = self._along(blurred, axis)
+        return blurred[:, 0]
+
+    def _along(self, x: Tensor, axis: int) -> Tensor:
+        # A kernel wider than the picture would only meet repeated edges.
+        radius = min(int(TRUNCATE * self.sigma + 0.5), 4 * x.shape[axis])
+        places = torch.arange(-radius, radius + 1, dtype=torch.float64)
+        weights = torch.exp(-0.5 * (places / self.sigma) ** 2)
+        kernel = (weights / weights.sum()).to(x.device, x.dtype)
+        padding = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
+        padded = nn.functional.pad(x, padding, mode="replicate")
+        return nn.functional.conv2d(padded, kernel.view(1, 1, -1, 1) if axis == 2 else kernel.view(1, 1, 1, -1))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """An array that came with the request: [C, H, W], or [N, C, H, W] with one for each example."""
+
+    array: NDArray[np.floating]
+
+    def __post_init__(self) -> None:
+        """Check that it is finite."""
+        finite("baseline.tensor", self.array)
+
+    def of(self, example: Example) -> Tensor:
+        """Return the baseline, [C, H, W]."""
+        return placed(self.array if self.array.ndim == 3 else self.array[example.place], example.x)
+
+    def check(self, shape: Shape, n_examples: int) -> None:
+        """Refuse another shape than the examples'."""
+        got = self.array.shape
+        if got not in (shape, (n_examples, *shape)):
+            raise InvalidArgument(
+                f"method.baseline.tensor: shape {list(got)}, expected {list(shape)} or {[n_examples, *shape]}"
+            )
+
+
+Baseline = Constant | Black | MeanColour | Blurred | Given
+
+
+def finite(name: str, array: NDArray[np.floating]) -> None:
+    """Refuse an array with elements that are not finite."""
+    if not np.isfinite(array).all():
+        raise InvalidArgument(f"method.{name}: it has NaN or infinite elements, expected finite ones")
+
+
+def placed(array: NDArray[np.floating], like: Tensor) -> Tensor:
+    """Return an array as a tensor of another's type, on its device."""
+    return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(like.device, like.dtype)

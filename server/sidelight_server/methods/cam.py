@@ -1,0 +1,89 @@
+"""Methods that look at a layer: Grad-CAM, and gradient × activation. One row each, its probe the layer."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from .channels import Channels, reduce
+from .method import Example, Layer, Method, Outcome, Probe, Shape, Steps
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMethod(Method):
+    """A method that looks at a layer."""
+
+    layer: str = ""  # empty: the last layer with spatial extent
+
+    @property
+    def begins_with_gradient(self) -> bool:
+        """The example itself is all."""
+        return True
+
+    @property
+    def is_one_row(self) -> bool:
+        """The example itself is all."""
+        return True
+
+    @property
+    def probe(self) -> Probe:
+        """The layer."""
+        return Layer(self.layer)
+
+    def rows(self, shape: Shape) -> int:
+        """One."""
+        return 1
+
+
+@dataclass(frozen=True, slots=True)
+class GradCam(LayerMethod):
+    """A layer's activations, added with each channel's mean gradient as its weight; then only what speaks for.
+
+    Selvaraju, Cogswell, Das, Vedantam, Parikh and Batra, 2017, "Grad-CAM: Visual Explanations from Deep Networks via
+    Gradient-Based Localization". The map is brought to the input's size bilinearly.
+    """
+
+    name: ClassVar[str] = "grad_cam"
+    keep_negative: bool = False
+
+    def run(self, example: Example) -> Steps:
+        """Weigh and add."""
+        reading = yield from example.read(gradient=True)
+        assert reading.gradient is not None  # noqa: S101
+        assert reading.activation is not None  # noqa: S101
+        weights = reading.gradient.mean(dim=(1, 2), keepdim=True)  # [c, 1, 1]
+        added = (weights * reading.activation).sum(dim=0)  # [h, w]
+        return Outcome(_sized(added if self.keep_negative else added.relu(), example.x))
+
+    def may_be_negative(self, channels: Channels) -> bool:
+        """Say whether what speaks against is kept."""
+        return self.keep_negative
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGradientTimesActivation(LayerMethod):
+    """A layer's gradient times its activation, the layer's own channels reduced, brought to the input's size.
+
+    Ancona, Ceolini, Öztireli and Gross, 2018, "Towards better understanding of gradient-based attribution methods for
+    Deep Neural Networks".
+    """
+
+    name: ClassVar[str] = "layer_gradient_times_activation"
+
+    def run(self, example: Example) -> Steps:
+        """Multiply."""
+        reading = yield from example.read(gradient=True)
+        assert reading.gradient is not None  # noqa: S101
+        assert reading.activation is not None  # noqa: S101
+        return Outcome(reading.gradient * reading.activation)  # [c, h, w]
+
+    def finish(self, attribution: Tensor, channels: Channels, shape: Shape) -> Tensor:
+        """Reduce the layer's channels, which are not the picture's, before anything else."""
+        reduced = reduce(attribution, Channels.SUM if channels is Channels.NONE else channels, self.magnitude)
+        sized = _sized(reduced, attribution.new_empty(shape))
+        return sized.expand(shape) if channels is Channels.NONE else sized
+
+
+def _sized(map_: Tensor, like: Tensor) -> Tensor:
+    """Return a layer's map, [h, w], in the input's size, [H, W]."""
+    return nn.functional.interpolate(map_[None, None], size=like.shape[1:], mode="bilinear", align_corners=False)[0, 0]

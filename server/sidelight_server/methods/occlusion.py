@@ -1,0 +1,148 @@
+"""Methods that hide parts of the example and look at the score: occlusion and RISE. No row wants a gradient."""
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import draws
+from .baseline import Baseline, Constant, Given
+from .channels import Channels
+from .method import Example, Method, Outcome, Reading, Shape, Steps, Sweep, at_least, in_open_unit
+from ..errors import InvalidArgument
+
+
+@dataclass(frozen=True, slots=True)
+class Occlusion(Method):
+    """How much the score falls where a window hides the example: the mean over the windows that cover a pixel.
+
+    Zeiler and Fergus, 2014, "Visualizing and Understanding Convolutional Networks".
+    """
+
+    name: ClassVar[str] = "occlusion"
+    window: tuple[int, int] = (16, 16)  # rows, columns
+    stride: tuple[int, int] | None = None  # None: the window's own size
+    baseline: Baseline = Constant()
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        for name, size, step in zip(("height", "width"), self.window, self._stride, strict=True):
+            at_least(f"{self.name}.window_{name}", size, 1)
+            at_least(f"{self.name}.stride_{name}", step, 1)
+            if step > size:
+                raise InvalidArgument(
+                    f"method.{self.name}.stride_{name}: got {step}, expected at most window_{name}, {size}: "
+                    "pixels between the windows would have no value"
+                )
+
+    @property
+    def _stride(self) -> tuple[int, int]:
+        return self.stride or self.window
+
+    def check(self, shape: Shape, n_examples: int) -> None:
+        """Check that the window fits, and a given baseline's shape."""
+        for name, size, length in zip(("height", "width"), self.window, shape[1:], strict=True):
+            if size > length:
+                raise InvalidArgument(f"method.{self.name}.window_{name}: got {size}, expected at most {length}")
+        if isinstance(self.baseline, Given):
+            self.baseline.check(shape, n_examples)
+
+    def rows(self, shape: Shape) -> int:
+        """Return the windows, and the example itself."""
+        return 1 + math.prod(self._counts(shape[1:]))
+
+    def run(self, example: Example) -> Steps:
+        """Slide the window; the last ones of a row and a column may reach over the edge."""
+        whole = yield from example.read(gradient=False)
+        baseline = self.baseline.of(example)
+        height, width = example.x.shape[1:]
+        fall, cover = (torch.zeros(height, width, dtype=example.x.dtype, device=example.x.device) for _ in range(2))
+        n_rows, n_columns = self._counts((height, width))
+
+        def window(k: int) -> tuple[slice, slice]:
+            top, left = k // n_columns * self._stride[0], k % n_columns * self._stride[1]
+            return slice(top, top + self.window[0]), slice(left, left + self.window[1])
+
+        def hidden(k: int) -> Tensor:
+            copy = example.x.clone()
+            rows, columns = window(k)
+            copy[:, rows, columns] = baseline[:, rows, columns]
+            return copy
+
+        def fold(k: int, reading: Reading) -> None:
+            fall[window(k)] += whole.score - reading.score
+            cover[window(k)] += 1
+
+        yield Sweep(n_rows * n_columns, hidden, fold, gradient=False)
+        return Outcome(fall / cover)
+
+    def may_be_negative(self, channels: Channels) -> bool:
+        """The score may rise."""
+        return True
+
+    def _counts(self, size: tuple[int, ...]) -> tuple[int, int]:
+        """Return how many windows stand below and beside each other: enough to reach the edge."""
+        rows, columns = (
+            1 + math.ceil(max(0, length - window) / step)
+            for length, window, step in zip(size, self.window, self._stride, strict=True)
+        )
+        return rows, columns
+
+
+@dataclass(frozen=True, slots=True)
+class Rise(Method):
+    """The score's mean over random soft masks, each pixel's over the masks that show it.
+
+    Petsiuk, Das and Saenko, 2018, "RISE: Randomized Input Sampling for Explanation of Black-box Models".
+    """
+
+    name: ClassVar[str] = "rise"
+    masks: int = 1000
+    cells: int = 7  # along each side of the grid
+    keep_probability: float = 0.5  # the chance that a cell is shown
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        at_least(f"{self.name}.masks", self.masks, 1)
+        at_least(f"{self.name}.cells", self.cells, 1)
+        in_open_unit(f"{self.name}.keep_probability", self.keep_probability)
+
+    def check(self, shape: Shape, n_examples: int) -> None:
+        """Check that a cell has a pixel."""
+        if self.cells > min(shape[1:]):
+            raise InvalidArgument(f"method.{self.name}.cells: got {self.cells}, expected at most {min(shape[1:])}")
+
+    def rows(self, shape: Shape) -> int:
+        """Return the masks, and the look at the example itself."""
+        return self.masks + 1
+
+    def run(self, example: Example) -> Steps:
+        """Add the masks, each times its score."""
+        total = torch.zeros_like(example.x[0])  # [H, W]
+
+        def fold(k: int, reading: Reading) -> None:
+            total.add_(self.mask(k, total), alpha=reading.score)
+
+        yield Sweep(self.masks, lambda k: example.x * self.mask(k, total), fold, gradient=False)
+        return Outcome(total / (self.masks * self.keep_probability))
+
+    def mask(self, k: int, like: Tensor) -> Tensor:
+        """Return the k-th mask, [H, W] in 0…1: a random grid, enlarged by a cell, smoothed, and cut at random."""
+        chosen = draws.generator(self.seed, "rise", k, device=torch.device("cpu"))
+        grid = torch.rand(self.cells, self.cells, generator=chosen) < self.keep_probability
+        cell = [math.ceil(length / self.cells) for length in like.shape]
+        enlarged = nn.functional.interpolate(
+            grid[None, None].to(like.device, like.dtype),
+            size=[(self.cells + 1) * length for length in cell],
+            mode="bilinear",
+            align_corners=False,
+        )[0, 0]
+        top, left = (int(torch.randint(length, (), generator=chosen)) for length in cell)
+        return enlarged[top : top + like.shape[0], left : left + like.shape[1]]
+
+    def may_be_negative(self, channels: Channels) -> bool:
+        """A logit may be negative."""
+        return True

@@ -1,0 +1,183 @@
+"""Path methods: gradients along the way from a baseline to the example, times their difference."""
+
+import enum
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from .baseline import Baseline, Constant, Given
+from .method import (
+    Example,
+    Improved,
+    Method,
+    Outcome,
+    Shape,
+    Steps,
+    Sweep,
+    at_least,
+    read,
+    steps_or_tolerance,
+)
+
+MIN_INTERVALS = 8  # a refinement of fewer may change little by chance: both ends of a path are often flat
+
+
+class Rule(enum.Enum):
+    """The quadrature along a path."""
+
+    GAUSS_LEGENDRE = "gauss_legendre"
+    MIDPOINT = "midpoint"
+    TRAPEZOID = "trapezoid"
+
+    def nodes(self, n: int) -> tuple[list[float], list[float]]:
+        """Return n places in [0, 1] and their weights, which add up to 1, in double precision."""
+        match self:
+            case Rule.GAUSS_LEGENDRE:
+                nodes, weights = np.polynomial.legendre.leggauss(n)
+                nodes, weights = (1 + nodes) / 2, weights / 2
+            case Rule.MIDPOINT:
+                nodes, weights = (np.arange(n) + 0.5) / n, np.full(n, 1 / n)
+            case Rule.TRAPEZOID:
+                nodes, weights = np.linspace(0, 1, n), np.full(n, 1 / (n - 1))
+                weights[[0, -1]] /= 2
+        return nodes.tolist(), weights.tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class IntegratedGradients(Method):
+    """The integral of the gradient along the straight path from a baseline, times their difference.
+
+    Sundararajan, Taly and Yan, 2017, "Axiomatic Attribution for Deep Networks". With a tolerance a trapezoid is refined
+    by halving its step until that changes the attribution by no more than this share, in L2. That the attribution adds
+    up to the difference of the scores is reported and never trusted alone: it can come out by chance.
+    """
+
+    name: ClassVar[str] = "integrated_gradients"
+    steps: int = 50
+    rule: Rule = Rule.GAUSS_LEGENDRE
+    baseline: Baseline = Constant()
+    tolerance: float | None = None
+    max_rows: int = 300  # with a tolerance, of one example
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        least = 2 if self.rule is Rule.TRAPEZOID else 1
+        steps_or_tolerance(self.name, self.steps, self.tolerance, least=least, counted="steps")
+        if self.tolerance is not None:
+            at_least(f"{self.name}.max_rows", self.max_rows, 3)
+            if self.rule is not Rule.TRAPEZOID:
+                raise InvalidArgument(
+                    f"method.{self.name}.rule: got {self.rule.value} with a tolerance, expected trapezoid, which alone "
+                    "can be refined"
+                )
+
+    @property
+    def begins_with_gradient(self) -> bool:
+        """A trapezoid has a node at the example itself."""
+        return self.rule is Rule.TRAPEZOID
+
+    @property
+    def given(self) -> NDArray[np.generic] | None:
+        """The baseline, where it is an array."""
+        return self.baseline.array if isinstance(self.baseline, Given) else None
+
+    def check(self, shape: Shape, n_examples: int) -> None:
+        """Check a given baseline's shape."""
+        if isinstance(self.baseline, Given):
+            self.baseline.check(shape, n_examples)
+
+    def rows(self, shape: Shape) -> int:
+        """Return the nodes, and where no node is there, both ends."""
+        if self.tolerance is not None:
+            return self.max_rows
+        return self.steps if self.rule is Rule.TRAPEZOID else self.steps + 2
+
+    def run(self, example: Example) -> Steps:
+        """Integrate."""
+        path = _Path(self.baseline.of(example), example.x)
+        if self.tolerance is not None:
+            return (yield from self._refine(example, path, self.tolerance))
+        if self.rule is Rule.TRAPEZOID:
+            return (yield from self._trapezoid(example, path))
+        end = yield from example.read(gradient=False)
+        start = yield from read(path.start, gradient=False)
+        nodes, weights = self.rule.nodes(self.steps)
+        mean = yield from path.sum(nodes, weights)
+        return path.outcome(mean, rise=end.score - start.score)
+
+    def _trapezoid(self, example: Example, path: "_Path") -> Steps:
+        nodes, weights = self.rule.nodes(self.steps)
+        mean, rise = yield from path.ends(example)
+        mean.mul_(2 * weights[0]).add_((yield from path.sum(nodes[1:-1], weights[1:-1])))
+        return path.outcome(mean, rise=rise)
+
+    def _refine(self, example: Example, path: "_Path", tolerance: float) -> Steps:
+        mean, rise = yield from path.ends(example)
+        n, error = 1, float("inf")
+        while 2 * n + 1 <= self.max_rows and not (n >= MIN_INTERVALS and error <= tolerance):
+            # The new nodes lie half-way between the old ones, whose gradients are in the mean and need not be kept.
+            nodes = [(k + 0.5) / n for k in range(n)]
+            refined = (yield from path.sum(nodes, [0.5 / n] * n)).add_(mean, alpha=0.5)
+            error = path.distance(refined, mean)
+            mean, n = refined, 2 * n
+            if example.is_watched:
+                yield Improved(path.outcome(mean, rise=rise, error=error))
+        return path.outcome(mean, rise=rise, error=error)
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """The straight way from a baseline to an example, both [C, H, W]."""
+
+    start: Tensor
+    end: Tensor
+
+    @property
+    def difference(self) -> Tensor:
+        return self.end - self.start
+
+    def at(self, t: float) -> Tensor:
+        """Return the point at t: the start for 0, the end for 1."""
+        return self.start + t * (self.end - self.start)
+
+    def sum(self, nodes: list[float], weights: list[float]) -> Generator[Sweep, None, Tensor]:
+        """Return the weighted sum of the gradients at places of the path."""
+        total = torch.zeros_like(self.end)
+        if nodes:
+            yield Sweep(
+                len(nodes), lambda k: self.at(nodes[k]), lambda k, reading: _add(total, reading.gradient, weights[k])
+            )
+        return total
+
+    def ends(self, example: Example) -> Generator[Sweep, None, tuple[Tensor, float]]:
+        """Return the mean of both ends' gradients, and how much the score rises between them."""
+        end = yield from example.read(gradient=True)
+        start = yield from read(self.start, gradient=True)
+        mean = torch.zeros_like(self.end)
+        for reading in (start, end):
+            _add(mean, reading.gradient, 0.5)
+        return mean, end.score - start.score
+
+    def distance(self, refined: Tensor, mean: Tensor) -> float:
+        """Return by which share of its L2 norm the attribution changed."""
+        difference = self.difference
+        change = float(torch.linalg.vector_norm((refined - mean) * difference, dtype=torch.float64))
+        size = float(torch.linalg.vector_norm(refined * difference, dtype=torch.float64))
+        return change / size if size else (0.0 if not change else float("inf"))
+
+    def outcome(self, mean: Tensor, *, rise: float, error: float | None = None) -> Outcome:
+        """Return the attribution of the path's mean gradient, and how far it is from adding up to the score's rise."""
+        attribution = mean * self.difference
+        missing = abs(float(attribution.sum(dtype=torch.float64)) - rise)
+        return Outcome(attribution, error, missing, missing / abs(rise) if rise else None)
+
+
+def _add(total: Tensor, gradient: Tensor | None, weight: float) -> None:
+    assert gradient is not None  # noqa: S101
+    total.add_(gradient, alpha=weight)

@@ -1,0 +1,153 @@
+"""SmoothGrad, SmoothGrad² and VarGrad: what a method says at noisy copies of the example, folded."""
+
+import enum
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import draws
+from .channels import Magnitude
+from .gradient import Gradient
+from .method import (
+    Example,
+    Improved,
+    Method,
+    Outcome,
+    Probe,
+    Shape,
+    Steps,
+    Sweep,
+    at_least,
+    steps_or_tolerance,
+)
+from .path import IntegratedGradients
+
+BLOCK = 8  # draws between two looks at the standard error
+
+
+class Statistic(enum.Enum):
+    """How the draws are folded."""
+
+    MEAN = "mean"
+    MEAN_SQUARE = "mean_square"
+    VARIANCE = "variance"
+
+
+@dataclass(frozen=True, slots=True)
+class SmoothGrad(Method):
+    """A statistic of a base method over copies of the example with Gaussian noise.
+
+    Smilkov, Thorat, Kim, Viégas and Wattenberg, 2017, "SmoothGrad: removing noise by adding noise" (mean). Hooker,
+    Erhan, Kindermans and Kim, 2019, "A Benchmark for Interpretability Methods in Deep Neural Networks" (mean square).
+    Adebayo, Gilmer, Goodfellow and Kim, 2018, "Local Explanation Methods for Deep Neural Networks Lack Sensitivity to
+    Parameter Values" (variance).
+    """
+
+    name: ClassVar[str] = "smoothgrad"
+    samples: int = 25
+    noise: float = 0.15  # the standard deviation: a share of the example's range, or absolute
+    absolute_noise: bool = False
+    seed: int = 0
+    statistic: Statistic = Statistic.MEAN
+    tolerance: float | None = None  # stop once the standard error's L2 norm over the mean's is at most this
+    max_rows: int = 300  # with a tolerance, of one example
+    base: Gradient | IntegratedGradients = field(default_factory=Gradient)
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        steps_or_tolerance(self.name, self.samples, self.tolerance, least=1, counted="samples")
+        at_least(f"{self.name}.noise", self.noise, 0)
+        at_least(f"{self.name}.max_rows", self.max_rows, 1)
+
+    @property
+    def magnitude(self) -> Magnitude | None:
+        """That of the base."""
+        return self.base.magnitude
+
+    @property
+    def probe(self) -> Probe:
+        """That of the base."""
+        return self.base.probe
+
+    @property
+    def given(self) -> NDArray[np.generic] | None:
+        """Those of the base."""
+        return self.base.given
+
+    def check(self, shape: Shape, n_examples: int) -> None:
+        """Check the base."""
+        self.base.check(shape, n_examples)
+
+    def rows(self, shape: Shape) -> int:
+        """Return those of all draws, and the look at the example itself."""
+        return 1 + (
+            max(self.max_rows, self.base.rows(shape)) if self.tolerance else self.samples * self.base.rows(shape)
+        )
+
+    def run(self, example: Example) -> Steps:
+        """Fold the base at draw after draw, until there are enough or the standard error is small."""
+        spread = self.noise if self.absolute_noise else self.noise * (example.x.max() - example.x.min())
+        moments = Moments(example.x)
+        limit = self.samples or max(1, self.max_rows // self._base_rows(example))
+        block = BLOCK if self.tolerance or example.is_watched else limit
+        while moments.n < limit:
+            yield from self._draw(example, spread, moments, min(block, limit - moments.n))
+            if self.tolerance and moments.error() <= self.tolerance:
+                break
+            if example.is_watched and moments.n < limit:
+                yield Improved(Outcome(self._folded(moments), moments.error()))
+        return Outcome(self._folded(moments), moments.error())
+
+    def _draw(self, example: Example, spread: float | Tensor, moments: "Moments", count: int) -> Steps:
+        begin = moments.n
+
+        def noisy(k: int) -> Tensor:
+            return example.x + spread * draws.noise(example.x, self.seed, "smoothgrad", begin + k)
+
+        if isinstance(base := self.base, Gradient):  # all draws in one sweep, for each is one row
+            yield Sweep(count, noisy, lambda _, reading: moments.add(base.attribution(reading)))
+        else:
+            for k in range(count):
+                moments.add((yield from base.run(example.moved(noisy(k)))).attribution)
+        return Outcome(moments.mean)
+
+    def _base_rows(self, example: Example) -> int:
+        c, h, w = example.x.shape
+        return self.base.rows((c, h, w))
+
+    def _folded(self, moments: "Moments") -> Tensor:
+        match self.statistic:
+            case Statistic.MEAN:
+                return moments.mean.clone()
+            case Statistic.MEAN_SQUARE:
+                return moments.mean.square() + moments.squares / moments.n
+            case Statistic.VARIANCE:
+                return moments.squares / moments.n
+
+
+class Moments:
+    """Mean and variance of tensors that come one by one, by Welford's recurrence: sums of squares would cancel."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.n = 0
+        self.mean = torch.zeros_like(like)
+        self.squares = torch.zeros_like(like)  # the sum of (each − mean)²
+
+    def add(self, value: Tensor) -> None:
+        """Take one more in."""
+        self.n += 1
+        before = value - self.mean
+        self.mean.add_(before, alpha=1 / self.n)
+        self.squares.addcmul_(before, value - self.mean)
+
+    def error(self) -> float:
+        """Return the standard error's L2 norm over the mean's; infinite before the second value."""
+        if self.n < 2:
+            return float("inf")
+        deviation = float((self.squares.sum(dtype=torch.float64) / (self.n - 1) / self.n).sqrt())
+        size = float(torch.linalg.vector_norm(self.mean, dtype=torch.float64))
+        return deviation / size if size else (0.0 if not deviation else float("inf"))

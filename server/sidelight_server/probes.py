@@ -1,0 +1,124 @@
+"""Probes: gradients taken elsewhere than at the plain input. On the thread that owns the device.
+
+What hooks into a module does so on a replica of its own, which nobody else runs: hooks on a shared one would meet the
+rows of other requests.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from .errors import InvalidArgument, NotFound, near
+
+
+@dataclass(slots=True)
+class Captured:
+    """What a layer returned, as the leaf of a graph that begins there: [n, c, h, w]."""
+
+    leaf: list[Tensor] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def capture(module: nn.Module, layer: str) -> Iterator[Captured]:
+    """Cut a module's graph at a layer, for as long as the context lasts."""
+    captured = Captured()
+
+    def cut(_module: nn.Module, _inputs: object, output: object) -> Tensor:
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise InvalidArgument(f'method.layer: "{layer}" returns {got}, expected [n, c, h, w]')
+        if captured.leaf:
+            raise InvalidArgument(f'method.layer: "{layer}" runs more than once in a pass, expected a layer of one run')
+        captured.leaf.append(output.detach().requires_grad_())
+        return captured.leaf[0].clone()  # what comes next may work in place, and must not have the leaf itself
+
+    handle = module.get_submodule(layer).register_forward_hook(cut)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def layers_of(module: nn.Module, run: Callable[[], object]) -> dict[str, tuple[int, int]]:
+    """Return the layers that `run` runs exactly once with an output [n, c, h, w], in the order of ending: h and w."""
+    seen: dict[str, list[object]] = {}
+
+    def note(name: str) -> Callable[[nn.Module, Any, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            seen.setdefault(name, []).append(output.shape if isinstance(output, Tensor) else None)
+
+        return hook
+
+    with contextlib.ExitStack() as stack:
+        for name, each in module.named_modules():
+            if name and not isinstance(each, torch.jit.ScriptModule):  # which takes no hooks
+                stack.callback(each.register_forward_hook(note(name)).remove)
+        run()
+    return {
+        name: (shape[2], shape[3])
+        for name, (shape, *more) in seen.items()
+        if not more and isinstance(shape, torch.Size) and len(shape) == 4
+    }
+
+
+def chosen_layer(name: str, layers: dict[str, tuple[int, int]], known: list[str]) -> str:
+    """Return the layer that a name means; empty is the last with spatial extent. `NotFound` with the near names."""
+    if name in layers:
+        return name
+    if name and name in known:
+        raise InvalidArgument(f'method.layer: "{name}" does not return [n, c, h, w] exactly once in a pass')
+    if name:
+        raise NotFound(f'method.layer: there is no "{name}"; {near(name, layers or known)}')
+    spatial = [each for each, (height, width) in layers.items() if height * width > 1]
+    if not spatial:
+        raise NotFound("method.layer: the model has no layer with spatial extent")
+    return spatial[-1]
+
+
+class _Guided(torch.autograd.Function):
+    """A rectifier whose gradient passes only where it is positive, and where the input was within the bounds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, upper: float) -> Tensor:
+        y = x.clamp(0, upper)
+        ctx.save_for_backward((y > 0) & (x < upper))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        (passes,) = ctx.saved_tensors
+        return gradients[0].clamp(min=0) * passes, None
+
+
+class Guided(TorchFunctionMode):
+    """Runs every rectifier by the guided rule, whether it is a module or a function. It holds for its own thread."""
+
+    _UPPER: ClassVar[dict[Any, float]] = {
+        function: float("inf")
+        for function in (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, Tensor.relu, Tensor.relu_)
+    } | {nn.functional.relu6: 6.0}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_rectifiers = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace a rectifier; let everything else through."""
+        upper = self._UPPER.get(function)
+        if function is nn.functional.hardtanh and _is_relu6(*args[1:], **(kwargs or {})):
+            upper = 6.0
+        if upper is None:
+            return function(*args, **(kwargs or {}))
+        self.n_rectifiers += 1
+        return _Guided.apply(args[0], upper)  # type: ignore[no-untyped-call]
+
+
+def _is_relu6(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> bool:  # noqa: FBT001, FBT002
+    return (min_val, max_val) == (0, 6)

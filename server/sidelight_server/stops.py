@@ -1,0 +1,33 @@
+"""Stops: how soon work ended on the device once it was cancelled."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StopTimes:
+    """The times from a cancellation to the end of the request's last row on the device, in seconds."""
+
+    count: int = 0
+    total_s: float = 0.0
+    longest_s: float = 0.0
+
+    @property
+    def mean_s(self) -> float:
+        """The mean; 0 where there was none."""
+        return self.total_s / self.count if self.count else 0.0
+
+
+class Stops:
+    """A record of stops. The thread that owns the device alone writes it; any may read, for it is replaced whole."""
+
+    def __init__(self) -> None:
+        self._times = StopTimes()
+
+    def add(self, seconds: float) -> None:
+        """Record one."""
+        was = self._times
+        self._times = StopTimes(was.count + 1, was.total_s + seconds, max(was.longest_s, seconds))
+
+    def times(self) -> StopTimes:
+        """Return what was recorded so far."""
+        return self._times
