@@ -25,7 +25,7 @@ def run() -> list[Line]:
     torch.set_num_threads(cpu_quota())
     rng = np.random.default_rng(0)
     batches = [rng.integers(0, 256, (BATCH, SIZE, SIZE, 3), np.uint8) for _ in range(N_BATCHES)]
-    kernel = Kernel(resnet18().module, device=torch.device("cpu"), outputs="logits")
+    kernel = Kernel(resnet18().module, device=torch.device("cpu"))
     floats = torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     with server("python:benchmarks.nets:resnet18") as (address, _), sidelight.connect(address) as client:
         return [_stream(client, batches, kernel, floats), _call(client, batches[0][:1])]

@@ -24,6 +24,15 @@ def device(pytestconfig: pytest.Config) -> str:
     return str(pytestconfig.getoption("--device"))
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A server's own process loads with one thread; what others compute in this one must not, or bits would move."""
+    before = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != before:
+        torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def module() -> nn.Module:
     return small_cnn()

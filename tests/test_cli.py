@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import sidelight
 import sidelight_server
+import torch
 from click.testing import Result
 from models import small_cnn
 from PIL import Image
 from sidelight._cli import app
+from sidelight._method_text import METHODS
 from sidelight._report import overlay_names
+from torch import nn
 from typer.testing import CliRunner
 
 Run = Callable[..., Result]
@@ -138,7 +141,11 @@ def test_a_target_is_a_class_index_or_a_label(run: Run, target: str, explained: 
         (["--target", "--5"], 'no label "--5"'),
         (["--target", "²"], 'no label "²"'),
         (["--model", "smal"], 'there is no "smal"; did you mean "small"?'),
-        (["--score", "margin"], "SCORE_MARGIN is not served by this version"),
+        (["--top-k", "11"], "target.top_k.k: got 11, expected 1 to 10"),
+        (["--target", "1", "--region", "0,0,1,1"], 'target.dense: model "small" answers for the whole picture'),
+        (["--method", "rise(masks=0)"], "masks"),
+        (["--method", "grad_cam(layer=12)"], "layer"),
+        (["--signed", "--map-dtype", "uint8"], "map_dtype"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )
@@ -147,6 +154,107 @@ def test_what_the_server_refuses_is_told_beside_the_picture(run: Run, options: l
     assert done.exit_code == 1
     assert message in rows(done.stdout)["a.png"][0]
     assert "Traceback" not in done.output
+
+
+def test_any_method_is_named_with_its_options(run: Run, client: sidelight.Client) -> None:
+    path = picture("a.png")
+    text = "smoothgrad(samples=3, noise=0.1, base=integrated_gradients(steps=4, baseline=black))"
+    done = run("attribute", path, "--method", text, "--out", "out", "--score", "margin")
+    assert done.exit_code == 0, done.output
+    base = sidelight.IntegratedGradients(steps=4, baseline="black")
+    method = sidelight.SmoothGrad(samples=3, noise=0.1, base=base)
+    expected = client.attribute(path, method=method, score="margin").overlay(0)
+    with Image.open("out/a.png") as overlay:
+        np.testing.assert_allclose(np.asarray(overlay).astype(int), np.asarray(expected), atol=1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_served_by_its_bare_name(run: Run, name: str) -> None:
+    rows_of_rise = "(masks=20)" if name == "rise" else ""
+    done = run("attribute", picture("a.png"), "--method", name + rows_of_rise)
+    assert done.exit_code == 0, done.output
+    assert re.fullmatch(r"\d+ ms", rows(done.stdout)["a.png"][-1])
+    assert name in " ".join(run("attribute", "--help").stdout.split())
+
+
+def test_the_table_tells_rows_and_errors_of_the_methods_that_have_them(run: Run, client: sidelight.Client) -> None:
+    good = picture("good.png")
+    Path("bad.png").write_bytes(b"no picture")
+    done = run("attribute", good, "bad.png", "--method", "integrated_gradients(tolerance=0.2, baseline=blurred)")
+    table = rows(done.stdout)
+    assert table["picture"] == ["class", "probability", "rows", "error", "completeness error", "device time"]
+    _, _, n_rows, error, completeness, _ = table["good.png"]
+    method = sidelight.IntegratedGradients(tolerance=0.2, baseline="blurred")
+    (told,) = client.attribute(good, method=method).convergence
+    assert (int(n_rows), float(error)) == (told.rows, pytest.approx(told.error, rel=0.1))
+    assert re.fullmatch(r"[\d.e-]+ \([\d.]+%\)", completeness)
+    smooth = rows(run("attribute", good, "--method", "smoothgrad(samples=4)").stdout)
+    assert smooth["picture"] == ["class", "probability", "rows", "error", "device time"]
+    assert smooth["good.png"][2] == "5"
+
+
+def test_the_k_most_probable_classes_are_named_and_drawn_side_by_side(run: Run, client: sidelight.Client) -> None:
+    path = picture("a.png")
+    done = run("attribute", path, "--top-k", 3, "--out", "out", "--save", "saved")
+    assert done.exit_code == 0, done.output
+    answer = client.attribute(path, target=sidelight.TopK(3))
+    labels = ", ".join(each.label for each in answer.explained[0])
+    assert rows(done.stdout)["a.png"][0] == f"{answer.predictions[0].label} (explained: {labels})"
+    with Image.open("out/a.png") as overlay:
+        assert overlay.size == (96, 32)
+        last = np.asarray(overlay)[:, 64:].astype(int)
+    np.testing.assert_allclose(last, np.asarray(answer.overlay(0, k=2)), atol=1)
+
+
+def test_a_contrast_names_both_classes(run: Run, client: sidelight.Client) -> None:
+    path = picture("a.png")
+    done = run("attribute", path, "--target", "gnu", "--against", 4)
+    assert done.exit_code == 0, done.output
+    predicted = client.attribute(path).predictions[0].label
+    assert rows(done.stdout)["a.png"][0] == f"{predicted} (explained: gnu against class 4)"
+
+
+def test_a_dense_output_is_explained_over_a_region(device: str, run: Run) -> None:
+    dense = nn.Conv2d(3, 4, 3, padding=1)
+    spec = sidelight_server.ModelSpec(dense, input_size=(3, 32, 32), name="dense")
+    with sidelight_server.serve(spec, device=device) as address:
+        done = run(
+            "attribute", picture("a.png"), "--target", 2, "--region", "0,0,2,2", "--save", "s", "--address", address
+        )
+    assert done.exit_code == 0, done.output
+    map_ = np.load("s/a/maps.npy")[0]
+    assert map_[:3, :3].min() > 0  # what the region of 2 × 2 sees
+    assert not map_[3:].any()
+    assert not map_[:, 3:].any()
+
+
+def test_saved_answers_are_replayed(run: Run) -> None:
+    paths = [picture("x/a.png"), picture("y/a.jpg", seed=1), picture("b.tif", seed=2)]
+    done = run("attribute", *paths, "--save", "runs", "--method", "rise(masks=9)", "--map-dtype", "float16")
+    assert done.exit_code == 0, done.output
+    assert "3 answers in runs" in done.stdout
+    assert sorted(each.name for each in Path("runs").iterdir()) == ["a", "a-2", "b"]
+    for folder, path in zip(("a", "a-2", "b"), paths, strict=True):
+        again = run("replay", f"runs/{folder}/answer.json", "--image", path)
+        assert again.exit_code == 0, again.output
+        assert f"{path.name}: " in again.stdout
+    other = run("replay", "runs/a/answer.json", "--image", paths[1])
+    assert other.exit_code == 1
+    assert re.search(r"a\.jpg: differs: at most [\d.]+ of the map's maximum", other.stdout)
+
+
+def test_a_saturated_score_is_advised_upon_once(device: str, run: Run) -> None:
+    sure = nn.Sequential(small_cnn(), nn.Linear(10, 10, bias=False))
+    with torch.no_grad():
+        sure[1].weight.copy_(1e6 * torch.eye(10))
+    spec = sidelight_server.ModelSpec(sure, input_size=(3, 32, 32))
+    paths = [picture("a.png"), picture("b.png", seed=1)]
+    with sidelight_server.serve(spec, device=device) as address:
+        done = run("attribute", *paths, "--address", address)
+        advised = run("attribute", *paths, "--address", address, "--score", "logit")
+    assert done.stdout.count('ask for score="logit"') == 1
+    assert done.stdout.splitlines()[-1].startswith("saturated: ")
+    assert "saturated" not in advised.stdout
 
 
 def test_a_picture_that_fails_is_named_and_the_others_are_explained(run: Run) -> None:
@@ -235,6 +343,9 @@ def test_an_overlay_folder_that_is_a_file_is_named(run: Run) -> None:
     done = run("attribute", path, "--out", path)
     assert done.exit_code == 1
     assert done.stderr.startswith("sidelight: --out: a.png cannot be a folder for overlays: File exists")
+    done = run("attribute", path, "--save", path)
+    assert done.exit_code == 1
+    assert done.stderr.startswith("sidelight: --save: a.png cannot be a folder for answers: File exists")
 
 
 def test_what_is_wrong_with_every_picture_is_told_once(run: Run) -> None:
@@ -264,11 +375,16 @@ def test_info_tells_version_limits_methods_and_models(run: Run, address: str, cl
     assert done.exit_code == 0
     server = client.info()
     text = " ".join(done.stdout.split())
-    assert f"sidelight-server {server.version} at {address} methods gradient" in text
+    assert f"sidelight-server {server.version} at {address} methods gradient, smoothgrad, integrated" in text
+    assert "rows 10000 at most for one example" in text
+    assert "stops" not in text or server.stops.count
+    assert "promises equal maps within a tolerance" in text
     assert "message 64 MiB at most picture 50 megapixels at most" in text
     assert "in flight 256 batches at most, 32 of them on one stream" in text
     (model,) = server.models
-    for fact in ("small", "3 × 32 × 32", "10", "probability, logit, log_probability", "float32", model.digest):
+    (chosen,) = (each for each in model.warmup if each.chosen)
+    assert f"* {chosen.rows} rows at once {chosen.rows_per_second:.1f} rows/s {chosen.configuration}" in text
+    for fact in ("small", "3 × 32 × 32", "10", "probability, logit, log_probability, margin", "float32", model.digest):
         assert fact in text
 
 
@@ -280,7 +396,7 @@ def test_info_tells_of_a_model_that_takes_any_size(device: str, run: Run) -> Non
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["attribute"], ["info"], ["demo"], ["version"]], ids=lambda each: " ".join(each)
+    "command", [[], ["attribute"], ["replay"], ["info"], ["demo"], ["version"]], ids=lambda each: " ".join(each)
 )
 def test_help_explains_every_option(run: Run, command: list[str]) -> None:
     done = run(*command, "--help")
@@ -296,10 +412,17 @@ def test_help_explains_every_option(run: Run, command: list[str]) -> None:
             "--channels",
             "--signed",
             "--times-input",
+            "--method",
+            "--top-k",
+            "--against",
+            "--region",
+            "--map-dtype",
+            "--save",
         ],
+        "replay": ["--image", "--baseline", "--address", "answer.json"],
         "info": ["--address", "--connect-timeout", "SIDELIGHT_ADDRESS"],
         "demo": ["--out"],
-        "": ["attribute", "info", "demo", "version"],
+        "": ["attribute", "replay", "info", "demo", "version"],
     }
     for word in words.get("".join(command), []):
         assert word in done.stdout
@@ -323,6 +446,17 @@ def test_without_a_command_the_help_is_shown(run: Run) -> None:
         (["attribute", "a.png", "--score", "prob"], "'probability', 'logit', 'log_probability', 'margin'"),
         (["attribute", "a.png", "--channels", "max"], "'max_abs', 'sum', 'mean_abs', 'l2', 'none'"),
         (["attribute", "a.png", "--timeout", "soon"], "'--timeout'"),
+        (["attribute", "a.png", "--map-dtype", "f4"], "'float32', 'float16', 'uint8'"),
+        (["attribute", "a.png", "--method", "smothgrad"], "did you mean 'smoothgrad'?"),
+        (["attribute", "a.png", "--method", "smoothgrad(sample=2)"], "did you mean 'samples'?"),
+        (["attribute", "a.png", "--method", "rise", "--signed"], "--signed and --times-input are options of gradient"),
+        (["attribute", "a.png", "--method", "gradient(squared=True)", "--times-input"], "options of gradient alone"),
+        (["attribute", "a.png", "--top-k", "3", "--target", "1"], "expected it without --target"),
+        (["attribute", "a.png", "--against", "1"], "expected --target beside it"),
+        (["attribute", "a.png", "--region", "0,0,1,1"], "expected --target beside it"),
+        (["attribute", "a.png", "--target", "1", "--region", "0,0,1"], "expected TOP,LEFT,HEIGHT,WIDTH"),
+        (["attribute", "a.png", "--target", "1", "--against", "2", "--region", "0,0,1,1"], "without --region"),
+        (["replay", "answer.json", "--imge", "a.png"], "--image"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )

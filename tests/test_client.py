@@ -27,6 +27,8 @@ from gate import Gate, Gated
 from models import LABELS, N_CLASSES, small_cnn
 from PIL import Image
 from sidelight import _errors
+from sidelight._method_text import method_text
+from sidelight.v1 import attribution_pb2 as pb
 from torch import nn
 
 SHARE = 1e-6  # of a map's maximum: the contract for an example in other company
@@ -229,21 +231,24 @@ def test_info_tells_version_limits_methods_and_models(client: sidelight.Client) 
         max_in_flight=256,
         max_in_flight_bytes=2**30,
         max_stream_in_flight=32,
+        max_example_rows=10_000,
     )
-    assert info.methods == ("gradient",)
+    assert set(info.methods) == {field.name for field in pb.Method.DESCRIPTOR.fields}
     (model,) = info.models
     assert (model.name, model.version, model.input_size, model.class_count) == ("small", 1, (3, 32, 32), N_CLASSES)
-    assert model.scores == ("probability", "logit", "log_probability")
+    assert model.scores == ("probability", "logit", "log_probability", "margin")
     assert model.labels == model.layers == ()  # those are told of one model alone
+    assert not model.reproducible
+    (chosen,) = (each for each in model.warmup if each.chosen)
+    assert (chosen.configuration, chosen.rows) == ("float32", model.chunk_rows)
+    assert all(each.rows_per_second > 0 for each in model.warmup)
 
 
 @pytest.mark.parametrize("name", [None, "", "small"], ids=repr)
-def test_a_model_is_told_with_its_labels_and_layers(
-    client: sidelight.Client, module: nn.Module, name: str | None
-) -> None:
+def test_a_model_is_told_with_its_labels_and_layers(client: sidelight.Client, name: str | None) -> None:
     model = client.model(name)
     assert model.labels == LABELS
-    assert model.layers == tuple(name for name, _ in module.named_modules() if name)
+    assert model.layers == tuple(map(str, range(7)))  # up to where the features are flattened
     assert dataclasses.replace(model, labels=(), layers=()) == client.info().models[0]
 
 
@@ -382,6 +387,16 @@ def test_an_answer_over_the_clients_limit_names_side_limit_and_setting(address: 
     assert "max_message_bytes of this client's connect() is 10000" in caught.value.message
 
 
+def test_an_answer_is_as_large_as_its_maps_are_many_and_wide(address: str, tmp_path: Path) -> None:
+    path = tmp_path / "white.png"
+    Image.new("RGB", (32, 32), "white").save(path)
+    with sidelight.connect(address, connect_timeout=10, max_message_bytes=10_000) as client:
+        with pytest.raises(sidelight.MessageTooLarge, match="the answer's maps take 12288 bytes"):
+            client.attribute(path, target=sidelight.TopK(3))
+        assert client.attribute(path, target=sidelight.TopK(3), map_dtype="float16").maps.shape == (1, 3, 32, 32)
+        assert len(client.attribute([path] * 5, map_dtype="uint8")) == 5
+
+
 def test_an_answer_over_the_servers_limit_names_side_limit_and_setting(
     spec: sidelight_server.ModelSpec, device: str, tmp_path: Path
 ) -> None:
@@ -442,6 +457,8 @@ TYPOS = {
         {"channels": "max"},
         "channels: got 'max', expected one of max_abs, sum, mean_abs, l2, none",
     ),
+    "map_dtype": ({"map_dtype": "bfloat16"}, "map_dtype: got 'bfloat16', expected one of float32, float16, uint8"),
+    "method-option": ({"method": sidelight.SmoothGrad(samples=1.5)}, "method.samples: got 1.5, expected a whole"),
     "on_error": ({"on_error": "ignore"}, "on_error: got 'ignore', expected one of raise, return"),
     "method-name": ({"method": "gradient"}, "method: got 'gradient', expected a method, such as sidelight.Gradient()"),
     "method-class": ({"method": sidelight.Gradient}, "expected a method, such as sidelight.Gradient()"),
@@ -450,7 +467,7 @@ TYPOS = {
     "target-element": ({"target": [1, None, 2, 3, 4]}, "target: got None in the list, expected class indices or"),
     "target-float-array": ({"target": np.ones(5)}, "in the list, expected class indices or labels"),
     "target-two-dimensions": ({"target": np.ones((5, 1), int)}, "in the list, expected class indices or labels"),
-    "target-beyond-64-bits": ({"target": 2**63}, "target: class index 9223372036854775808 is no 64-bit number"),
+    "target-beyond-64-bits": ({"target": 2**63}, "target: got 9223372036854775808, expected a 64-bit number"),
 }
 
 
@@ -542,8 +559,10 @@ def test_a_sure_prediction_is_told_to_be_saturated(device: str, module: nn.Modul
     with torch.no_grad():
         sure[1].weight.copy_(1e6 * torch.eye(N_CLASSES))
     with sidelight_server.serve(sure, device=device) as address, sidelight.connect(address) as client:
-        assert all(each.saturated for each in client.attribute(floats).explained)
-        assert not any(each.saturated for each in client.attribute(floats, score="logit").explained)
+        explained = client.attribute(floats).explained
+        assert all(each.saturated and 'score="logit"' in each.advice for each in explained)
+        as_advised = client.attribute(floats, score="logit").explained
+        assert not any(each.saturated or each.advice for each in as_advised)
 
 
 def test_the_probabilities_of_all_classes_come_where_they_are_asked_for(
@@ -558,22 +577,21 @@ def test_the_probabilities_of_all_classes_come_where_they_are_asked_for(
     np.testing.assert_allclose(streamed.probabilities, answer.probabilities, rtol=1e-5)
 
 
-@pytest.mark.parametrize("score", ["probability", "logit", "log_probability"])
+@pytest.mark.parametrize("score", ["probability", "logit", "log_probability", "margin"])
 def test_a_score_is_the_number_that_is_reported(
     client: sidelight.Client, module: nn.Module, floats: torch.Tensor, score: str
 ) -> None:
     logits = copy.deepcopy(module).eval()(floats).detach()
-    values = {"probability": logits.softmax(1), "logit": logits, "log_probability": logits.log_softmax(1)}[score]
+    others = logits.index_fill(1, torch.tensor(3), -math.inf).amax(1, keepdim=True)
+    values = {
+        "probability": logits.softmax(1),
+        "logit": logits,
+        "log_probability": logits.log_softmax(1),
+        "margin": logits - others,
+    }[score]
     answer = client.attribute(floats, target=3, score=score)
     np.testing.assert_allclose([each.score for each in answer.explained], values[:, 3], rtol=1e-5, atol=1e-6)
     assert answer.provenance.score == score
-
-
-def test_a_score_that_this_server_does_not_know_is_unimplemented(
-    client: sidelight.Client, floats: torch.Tensor
-) -> None:
-    with pytest.raises(sidelight.Unimplemented, match="score: SCORE_MARGIN is not served by this version"):
-        client.attribute(floats, score="margin")
 
 
 def test_a_score_that_the_model_cannot_give_is_a_failed_precondition(device: str, floats: torch.Tensor) -> None:
@@ -592,6 +610,132 @@ def test_a_model_without_labels_says_so_by_empty_labels(device: str, module: nn.
         assert [each.label for each in answer.predictions] == [each.label for each in answer.explained] == [""] * 5
         with pytest.raises(sidelight.FailedPrecondition, match="no input size"):
             client.attribute(np.zeros((32, 32, 3), np.uint8))
+
+
+METHODS: dict[str, sidelight.Method] = {
+    "gradient": sidelight.Gradient(squared=True),
+    "smoothgrad": sidelight.SmoothGrad(samples=4, statistic="variance"),
+    "smoothgrad-over-a-path": sidelight.SmoothGrad(samples=2, base=sidelight.IntegratedGradients(steps=3)),
+    "smoothgrad-to-a-tolerance": sidelight.SmoothGrad(tolerance=0.4),
+    "integrated-gradients": sidelight.IntegratedGradients(steps=4, rule="midpoint", baseline="black"),
+    "integrated-gradients-to-a-tolerance": sidelight.IntegratedGradients(tolerance=0.2, baseline="blurred"),
+    "integrated-gradients-from-an-array": sidelight.IntegratedGradients(steps=4, baseline=torch.ones(5, 3, 32, 32)),
+    "expected-gradients": sidelight.ExpectedGradients(samples=4, baselines=np.ones((2, 3, 32, 32)), noise=0.1),
+    "grad-cam": sidelight.GradCam(layer="4", keep_negative=True),
+    "layer-gradient-times-activation": sidelight.LayerGradientTimesActivation(),
+    "occlusion": sidelight.Occlusion(window=(8, 16), stride=8, baseline="mean_colour"),
+    "rise": sidelight.Rise(masks=5, seed=3),
+    "guided-backpropagation": sidelight.GuidedBackpropagation(),
+}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
+def test_every_method_is_called_and_told_in_the_provenance_as_it_was_asked(
+    client: sidelight.Client, floats: torch.Tensor, method: sidelight.Method
+) -> None:
+    answer = client.attribute(floats, method=method)
+    assert answer.maps.shape == (5, 32, 32)
+    assert np.isfinite(answer.maps).all()
+    assert np.abs(answer.maps).max() > 0
+    asked = method_text(method.message()).replace("layer=''", "layer=6")  # the one that was chosen
+    assert answer.provenance.method == asked
+    has_many_rows = "rows" in asked or any(name in asked for name in ("expected", "occlusion", "rise"))
+    assert [each is not None for each in answer.convergence] == [has_many_rows] * 5
+    assert bool(answer.provenance.baseline_digest) == ("tensor" in asked)
+
+
+def test_a_map_that_was_refined_says_how_good_it_is(client: sidelight.Client, floats: torch.Tensor) -> None:
+    answer = client.attribute(floats, method=sidelight.IntegratedGradients(tolerance=0.1, max_rows=200))
+    assert all(each.error <= 0.1 and 3 <= each.rows <= 200 for each in answer.convergence)
+    exact = client.attribute(floats, method=sidelight.IntegratedGradients(steps=300, rule="midpoint"))
+    assert all(each.relative_completeness_error < 0.1 for each in exact.convergence)
+    assert [each.rows for each in exact.convergence] == [302] * 5
+
+
+def test_the_k_most_probable_classes_have_a_map_each(client: sidelight.Client, floats: torch.Tensor) -> None:
+    answer = client.attribute(floats, target=sidelight.TopK(3), probabilities=True)
+    assert answer.maps.shape == (5, 3, 32, 32)
+    order = np.argsort(-answer.probabilities, axis=1)[:, :3]
+    assert [[each.index for each in one] for one in answer.explained] == order.tolist()
+    for k in range(3):
+        alone = client.attribute(floats, target=order[:, k])
+        assert_same(answer.maps[:, k], alone.maps)
+        np.testing.assert_array_equal(answer.map(2, k=k), answer.maps[2, k])
+        assert answer.overlay(2, k=k).size == (32, 32)
+    channels = client.attribute(floats, target=sidelight.TopK(2), channels="none")
+    assert channels.maps.shape == (5, 2, 3, 32, 32)
+    assert_same(channels.map(1, k=1), answer.maps[1, 1])
+
+
+def test_a_contrast_explains_the_difference_of_two_scores(
+    client: sidelight.Client, module: nn.Module, floats: torch.Tensor
+) -> None:
+    answer = client.attribute(floats, target=sidelight.Contrast("gnu", 1), channels="none")
+    (first, positive), (second, negative) = (reference(module, floats, [each] * 5) for each in (7, 1))
+    assert_same(answer.maps, (positive - negative).numpy())
+    assert [(each.index, each.label, each.against) for each in answer.explained] == [(7, "gnu", 1)] * 5
+    expected = first[:, 7] - second[:, 1]
+    np.testing.assert_allclose([each.score for each in answer.explained], expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("map_dtype", "step"), [("float16", 2**-11), ("uint8", 1 / 255 / 2)])
+@pytest.mark.parametrize("way", ["attribute", "stream"])
+def test_maps_may_travel_in_a_shorter_type(
+    client: sidelight.Client, floats: torch.Tensor, map_dtype: str, step: float, way: str
+) -> None:
+    # Scores of this size have maps within the range of float16.
+    whole = client.attribute(floats, score="logit").maps
+    if way == "attribute":
+        answer = client.attribute(floats, score="logit", map_dtype=map_dtype)
+    else:
+        (answer,) = client.stream([floats], score="logit", map_dtype=map_dtype)
+    assert (answer.maps.dtype, answer.map_dtype) == (np.float32, map_dtype)
+    np.testing.assert_allclose(answer.maps, whole, rtol=0, atol=1.01 * step * whole.max())
+    assert len(np.unique(answer.maps)) < len(np.unique(whole))
+
+
+def test_a_failed_example_of_bytes_is_nan_too(client: sidelight.Client, floats: torch.Tensor) -> None:
+    broken = floats.clone()
+    broken[1] = math.nan
+    answer = client.attribute(broken, map_dtype="uint8", on_error="return")
+    assert [bool(np.isnan(each).all()) for each in answer.maps] == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["as-ready", "ordered"])
+def test_a_stream_yields_maps_as_they_improve(client: sidelight.Client, floats: torch.Tensor, ordered: bool) -> None:
+    method = sidelight.SmoothGrad(samples=100)
+    batches = [floats, floats[:1], floats[:2]]
+    answers = list(client.stream(batches, method=method, partial=True, ordered=ordered))
+    assert sorted(answer.index for answer in answers if answer.final) == [0, 1, 2]
+    assert not all(answer.final for answer in answers)
+    for index, batch in enumerate(batches):
+        *improving, last = (answer for answer in answers if answer.index == index)
+        assert last.final
+        assert not any(answer.final for answer in improving)
+        assert_same(last.maps, client.attribute(batch, method=method).maps)
+        rows = [each.convergence[0].rows for each in improving if each.convergence[0]]
+        assert rows == sorted(rows)
+    if ordered:
+        assert [answer.index for answer in answers] == sorted(answer.index for answer in answers)
+
+
+def test_what_the_server_knows_to_be_out_of_range_it_says_by_field_got_and_expected(
+    client: sidelight.Client, floats: torch.Tensor
+) -> None:
+    for method, words in {
+        sidelight.IntegratedGradients(steps=0): ("steps", "0"),
+        sidelight.SmoothGrad(noise=-0.1): ("noise", "-0.1"),
+        sidelight.SmoothGrad(tolerance=1.5): ("tolerance", "1.5"),
+        sidelight.IntegratedGradients(baseline=np.ones((3, 31, 32))): ("baseline", "[3, 31, 32]", "[3, 32, 32]"),
+        sidelight.IntegratedGradients(tolerance=0.1, rule="midpoint"): ("rule", "midpoint", "trapezoid"),
+        sidelight.Occlusion(window=0): ("window", "0"),
+        sidelight.Rise(keep_probability=1.0): ("keep_probability", "1"),
+    }.items():
+        with pytest.raises(sidelight.InvalidArgument, match="expected") as caught:
+            client.attribute(floats, method=method)
+        assert all(each in caught.value.message for each in words), caught.value.message
+    with pytest.raises(sidelight.NotFound, match="layer"):
+        client.attribute(floats, method=sidelight.GradCam(layer="10"))
 
 
 def test_the_geometry_tells_how_a_picture_was_resized_and_cropped(client: sidelight.Client) -> None:
@@ -616,15 +760,17 @@ def test_the_provenance_says_all_that_is_needed_to_compute_it_again(
     answer = client.attribute(floats, target=["ant", 1, 2, 3, 4], method=method, score="logit", channels="l2")
     facts, model = answer.provenance, client.model()
     assert (facts.model, facts.model_version, facts.model_digest) == ("small", 1, model.digest)
-    assert facts.method == "gradient(magnitude=signed, times_input=True)"
+    assert facts.method == "gradient(signed=True, times_input=True, squared=False)"
     assert facts.target == 'per example: "ant", 1, 2, 3, 4'
     assert (facts.score, facts.channels, facts.precision) == ("logit", "l2", "float32")
     assert facts.device.startswith(device)
     assert facts.threads >= 1
     assert facts.chunk_rows == model.chunk_rows
+    assert (facts.reproducible, facts.baseline_digest) == (False, "")
     assert facts.software == {
         "sidelight": sidelight.__version__,
         "torch": torch.__version__,
+        "numpy": np.__version__,
         "python": sys.version.split()[0],
     }
     assert (answer.transport, answer.final, answer.index, answer.error) == ("inline", True, 0, None)
@@ -637,7 +783,7 @@ def test_the_provenance_says_the_target_as_it_was_asked(
 ) -> None:
     facts = client.attribute(floats, target=target).provenance
     assert (facts.target, facts.score, facts.channels) == (text, "probability", "max_abs")
-    assert facts.method == "gradient(magnitude=absolute, times_input=False)"
+    assert facts.method == "gradient(signed=False, times_input=False, squared=False)"
 
 
 def test_the_parts_of_the_time_are_within_the_whole(client: sidelight.Client, floats: torch.Tensor) -> None:
@@ -750,7 +896,8 @@ def test_an_answer_with_failures_is_saved_without_their_overlays(
     client.attribute(broken, on_error="return").save(str(tmp_path))
     assert sorted(each.name for each in tmp_path.glob("*.png")) == ["000.png", "002.png", "003.png", "004.png"]
     facts = json.loads((tmp_path / "answer.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert facts["examples"][1] == {"prediction": None, "explained": None, "geometry": None}
+    assert set(facts["examples"][1].values()) == {None}
+    assert facts["example_count"] == 5
     (failure,) = facts["failures"]
     assert (failure["example"], failure["code"]) == (1, 3)
 

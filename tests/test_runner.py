@@ -80,7 +80,7 @@ def test_a_chunk_out_of_memory_is_halved_and_the_ceiling_remembered(images: np.n
     module.armed = True
     with engine:
         first = asyncio.run(engine.attribute(Request(images)))
-        assert engine.chunk_rows == 2
+        assert engine.model("").chunk_rows == 2
         tried = len(module.sizes)
         again = asyncio.run(engine.attribute(Request(images)))
     assert not first.failures
@@ -170,13 +170,6 @@ def test_a_failed_pass_keeps_no_tensor_alive_while_its_halves_run(device: str, i
         module.act = act
         assert not asyncio.run(engine.attribute(Request(images))).failures
     assert max(alive) == 0
-
-
-def test_a_model_of_a_single_output_is_refused_with_the_first_rows_at_the_latest(device: str, floats: Tensor) -> None:
-    single = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 1))
-    with Engine([ModelSpec(single)], Settings(device=device)) as engine:
-        answer = asyncio.run(engine.attribute(Request(floats.numpy())))
-    assert {failure.code for failure in answer.failures} == {13}
 
 
 def test_decoding_ends_with_its_caller(device: str) -> None:

@@ -109,3 +109,83 @@ def test_a_row_waits_for_its_round_and_one_chunk_of_each_other_key(
         waited += 1
     assert waited <= bound
     assert bound <= -(-(len(made) + 1) // limit) + len(others)
+
+
+@dataclass
+class Sweeping(Asked):
+    """A request that has rows in sweeps: the next one is there once every row of the last was given back."""
+
+    sweeps: list[int] = field(default_factory=list)
+    n_running: int = field(default=0, init=False)
+
+    def take(self) -> str:
+        self.n_running += 1
+        return super().take()
+
+    def give(self) -> None:
+        self.n_running -= 1
+        if not self.n_running and not self.pending and self.sweeps:
+            self.pending = self.sweeps.pop(0)
+
+
+def test_a_request_that_waits_for_its_rows_comes_back_at_the_tail() -> None:
+    adaptive = Sweeping("a", 1, sweeps=[2])
+    ring = ring_of(adaptive, Asked("b", 3))
+    assert ring.take_chunk(1) == ["a"]
+    assert len(ring) == 1
+    adaptive.give()
+    ring.add(adaptive)
+    assert ring.take_chunk(1) == ["b"]
+    assert ring.take_chunk(3) == ["a", "b", "a"]
+
+
+def test_the_head_is_the_first_that_is_not_cancelled() -> None:
+    gone, here = Asked("gone", 3, cancelled=True), Asked("here", 3)
+    ring = ring_of(gone, here)
+    assert ring.head() is here
+    ring.remove(here)
+    assert ring.head() is None
+    assert len(ring) == 0
+    ring.remove(here)  # again: it is no fault
+
+
+class Clock:
+    """Time in chunks: a chunk takes one."""
+
+    def __init__(self, ring: Ring[str], limit: int) -> None:
+        self.ring, self.limit, self.now = ring, limit, 0
+
+    def until(self, name: str) -> int:
+        """Run chunks until a request of a name has got a row, and return how many that took."""
+        began = self.now
+        while True:
+            self.now += 1
+            if name in self.ring.take_chunk(self.limit):
+                return self.now - began
+
+
+@given(
+    st.lists(st.integers(100, 400), max_size=40),
+    st.lists(st.integers(0, 30), min_size=1, max_size=20),
+    st.integers(1, 8),
+)
+def test_a_call_of_one_row_never_waits_behind_the_rows_of_a_flood(
+    flood: list[int], pauses: list[int], limit: int
+) -> None:
+    """It waits for its round, ⌈active requests ÷ chunk rows⌉ chunks, at whatever moment it comes."""
+    ring = ring_of(*(Asked(str(i), n) for i, n in enumerate(flood)))
+    clock = Clock(ring, limit)
+    for n, pause in enumerate(pauses):
+        for _ in range(pause):
+            ring.take_chunk(limit)
+        bound = -(-(len(ring) + 1) // limit)
+        ring.add(Asked(f"call {n}", 1))
+        assert clock.until(f"call {n}") <= bound
+
+
+def test_cancelling_reorders_nobody() -> None:
+    requests = [Asked(str(i), 3) for i in range(6)]
+    ring = ring_of(*requests)
+    requests[1].cancelled = requests[4].cancelled = True
+    assert ring.take_chunk(3) == ["0", "2", "3"]
+    assert ring.take_chunk(4) == ["5", "0", "2", "3"]

@@ -60,9 +60,6 @@ number = 5
 def five():
     return 5
 
-def one_output():
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 1))
-
 def other_size():
     return nn.Sequential(nn.Flatten(), nn.Linear(7, 5))
 """
@@ -159,10 +156,6 @@ REFUSALS = {
     "factory of something else": (
         ["--model", "python:factories:five"],
         ("model: ", "five returned int", "torch.nn.Module or a ModelSpec"),
-    ),
-    "model of a single output": (
-        ["--model", "python:factories:one_output", "--input-size", "3,4,4"],
-        ("the model returned [n, 1]; models of a single output are not served yet",),
     ),
     "model of another input": (
         ["--model", "python:factories:other_size", "--input-size", "3,4,4"],

@@ -189,7 +189,7 @@ def test_the_provenance_has_every_default_filled_in(channel: grpc.Channel, devic
     assert provenance.precision == "float32"
     assert provenance.device.startswith(device.partition(":")[0])
     assert provenance.threads > 0
-    assert provenance.chunk_rows == model.chunk_rows == 8
+    assert provenance.chunk_rows == model.chunk_rows > 0
     assert {each.name: each.version for each in provenance.software}["torch"] == torch.__version__
 
 
@@ -209,8 +209,7 @@ def test_the_server_tells_its_version_limits_methods_and_models(channel: grpc.Ch
     assert info.version == metadata.version("sidelight")
     for name in pb.Limits.DESCRIPTOR.fields_by_name:
         assert getattr(info.limits, name) == getattr(default, name)
-    assert list(info.methods) == ["gradient"]
-    assert set(info.methods) <= set(pb.Method.DESCRIPTOR.fields_by_name)
+    assert list(info.methods) == [field.name for field in pb.Method.DESCRIPTOR.oneofs[0].fields]
     models = model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest(), timeout=TIMEOUT_S)
     assert info.models == models.models
 
@@ -230,11 +229,11 @@ def test_a_model_is_told_whole(name: str, channel: grpc.Channel, module: nn.Modu
     assert model.name == "small"
     assert model.state == model_pb2.MODEL_STATE_SERVING
     assert tuple(model.labels) == LABELS
-    assert list(model.layers) == [name for name, _ in module.named_modules() if name]
+    assert list(model.layers) == [str(i) for i in range(7)]  # not the flat ones behind them
     assert (model.input.channels, model.input.height, model.input.width) == (3, 32, 32)
     assert tuple(model.input.mean) == (0.5, 0.4, 0.3)
     assert (model.input.resize, model.input.interpolation) == ("32", "bilinear")
-    assert model.scores == [model_pb2.SCORE_PROBABILITY, model_pb2.SCORE_LOGIT, model_pb2.SCORE_LOG_PROBABILITY]
+    assert list(model.scores) == [number for number in model_pb2.Score.values() if number]
     assert len(bytes.fromhex(model.digest)) == 32
 
 

@@ -148,7 +148,8 @@ BAD = {
     "no such label": ({"target": pb.Target(label="cat")}, 5),
     "no such model": ({"model": "other"}, 5),
     "no method": ({"method": pb.Method()}, 3),
-    "a method that is not served": ({"method": pb.Method(rise=pb.RiseMethod())}, 12),
+    "a bad parameter": ({"method": pb.Method(rise=pb.RiseMethod())}, 3),
+    "what is not served": ({"output": pb.Output(rendered=True)}, 12),
     "files for a model without input size": (
         {"images": tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=[b""]))},
         9,

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .methods import Gradient, Method
+from .methods import Method
 from .methods.channels import Channels
+from .methods.gradient import GRADIENT
 from .models.preprocessing import Geometry
 
 Array = NDArray[np.generic]
@@ -103,7 +104,7 @@ class Request:
     images: Files | Array
     model: str = ""  # empty means the default model
     target: Target = Predicted()
-    method: Method = Gradient()
+    method: Method = GRADIENT
     score: Score = Score.PROBABILITY
     channels: Channels = Channels.MAX_ABS
     probabilities: bool = False

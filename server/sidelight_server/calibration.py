@@ -1,5 +1,6 @@
-"""Calibration: how many rows a chunk should have. Measured when a model is loaded, on the thread that owns the device."""
+"""Calibration: how many rows a chunk should have. Measured at load, on the thread that owns the device."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from .models.model import Model
 
 DEFAULT_CHUNK_ROWS = 8  # where nothing can be measured
-MAX_MEASURED_ROWS = 256
+MAX_MEASURED_ROWS = {"cuda": 256, "cpu": 64, "mps": 64}
 SHARE_OF_BEST = 0.95
 SHARE_OF_FREE_MEMORY = 0.5
 RUNS = 2
@@ -42,10 +43,11 @@ def choose_chunk_rows(model: "Model", *, max_chunk_s: float, device_memory_limit
     searched for by running into it, for a model server lives on the same device.
     """
     room = _rows_of_memory(model, device_memory_limit or free_memory(model.kernel.device))
+    most = MAX_MEASURED_ROWS[model.kernel.device.type]
     alone_s = _seconds(model, 1)
     trials = [Trial(1, 1 / alone_s)]
     rows = DEFAULT_CHUNK_ROWS
-    while rows <= min(room, MAX_MEASURED_ROWS) and rows / trials[-1].rows_per_second <= max_chunk_s:
+    while rows <= min(room, most) and rows / trials[-1].rows_per_second <= max_chunk_s:
         trials.append(Trial(rows, rows / _seconds(model, rows)))
         if trials[-1].rows_per_second < 0.9 * max(trial.rows_per_second for trial in trials):
             break  # past its best
@@ -78,10 +80,8 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE_MEMORY)
     free = [_available()]
-    try:
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
         free.append(int(CGROUP_MAX.read_text()) - int(CGROUP_NOW.read_text()))
-    except (OSError, ValueError):  # no cgroup, or "max"
-        pass
     return int(min(free) * SHARE_OF_FREE_MEMORY)
 
 

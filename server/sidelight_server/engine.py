@@ -87,6 +87,8 @@ class Engine:
         self.models = {model.name: model for model in loaded}
         if len(self.models) < len(loaded):
             raise ConfigurationError(f"name: two models are called the same, of {[model.name for model in loaded]}")
+        for model in loaded:
+            self._limit(model)
         self._runner = Runner(self.device, threads=self.threads, on_end=self._abandon)
         self._closing = threading.Event()
         # Decoding has threads of its own: what needs none must not wait behind another caller's forty large files.
@@ -147,7 +149,7 @@ class Engine:
         """Return how many bytes the maps of the answer will take, and its examples while they are in progress."""
         model = self.model(request.model)
         shape = maps_shape(model, request)
-        n = min(shape[0], EXAMPLES_IN_PROGRESS * model.chunk_rows)
+        n = 0 if request.method.is_one_row else min(shape[0], EXAMPLES_IN_PROGRESS * model.chunk_rows)
         pixels = math.prod(shape[-2:]) * channels_of(model, request.images)
         return math.prod(shape) * BYTES_OF_FLOAT32, n * pixels * TENSORS_IN_PROGRESS * model.kernel.dtype.itemsize
 
@@ -221,16 +223,20 @@ class Engine:
                             'event=warm_up_failed model="%s" message=%r', model.name, answer.failures[0].message
                         )
 
-    def _calibrate(self, model: Model) -> None:
-        """Set a model's size of chunk. On the thread that owns the device, whose rate counts."""
+    def _limit(self, model: Model) -> None:
+        """Set what the settings say of a model's chunks. What they leave open is measured in `warm_up`."""
         settings = self.settings
         if settings.reproducible:
-            self._promise(model, settings.reproducible_rows)
-        elif model.rows_touch:
-            model.chunk_rows = 1
-        elif settings.max_chunk_rows:
+            model.padded_rows = model.chunk_rows = settings.reproducible_rows
+        elif settings.max_chunk_rows and not model.rows_touch:
             model.chunk_rows = settings.max_chunk_rows
-        elif model.preprocessing is not None:
+
+    def _calibrate(self, model: Model) -> None:
+        """Check what is promised of a model's chunks, or measure them. On the thread that owns the device."""
+        settings = self.settings
+        if settings.reproducible:
+            _check_promise(model, settings.reproducible_rows)
+        elif model.preprocessing is not None and not settings.max_chunk_rows and not model.rows_touch:
             model.chunk_rows, model.warm_up = choose_chunk_rows(
                 model, max_chunk_s=settings.max_chunk_s, device_memory_limit=settings.device_memory_limit
             )
@@ -239,20 +245,6 @@ class Engine:
                 log.warning(
                     'event=runs_differ model="%s" message="each run gives other bytes: rows run alone"', model.name
                 )
-
-    def _promise(self, model: Model, rows: int) -> None:
-        """Let a model give the same bytes in chunks of exactly so many rows. `ConfigurationError` where it does not."""
-        model.padded_rows = model.chunk_rows = rows
-        if rows > 1 and (model.preprocessing is None or model.rows_touch):
-            why = "lets its rows touch each other" if model.rows_touch else "has no input size to check it with"
-            raise ConfigurationError(f'reproducible_rows: got {rows}, but model "{model.name}" {why}; set it to 1')
-        if model.preprocessing is not None and not same_bytes(model, rows):
-            raise ConfigurationError(
-                f'reproducible_rows: got {rows}, but model "{model.name}" gives an example other bytes in another place '
-                "or company; set it to 1"
-                if rows > 1
-                else f'reproducible: model "{model.name}" gives other bytes each time it runs on the same input'
-            )
 
     def _answer(self, work: Work, clock: _Clock, *, final: bool = True) -> Answer:
         model, now_s = work.model, time.monotonic()
@@ -280,6 +272,20 @@ class Engine:
                 total_s=now_s - clock.arrived_s,
             ),
             final=final,
+        )
+
+
+def _check_promise(model: Model, rows: int) -> None:
+    """Refuse with `ConfigurationError` a model that does not give the same bytes in chunks of exactly so many rows."""
+    if rows > 1 and (model.preprocessing is None or model.rows_touch):
+        why = "lets its rows touch each other" if model.rows_touch else "has no input size to check it with"
+        raise ConfigurationError(f'reproducible_rows: got {rows}, but model "{model.name}" {why}; set it to 1')
+    if model.preprocessing is not None and not same_bytes(model, rows):
+        raise ConfigurationError(
+            f'reproducible_rows: got {rows}, but model "{model.name}" gives an example other bytes in another place '
+            "or company; set it to 1"
+            if rows > 1
+            else f'reproducible: model "{model.name}" gives other bytes each time it runs on the same input'
         )
 
 

@@ -12,8 +12,11 @@ Number = TypeVar("Number", bound=int)
 class Enum(Protocol[Number]):
     """A generated enum."""
 
-    def Name(self, number: Number) -> str: ...  # noqa: N802
-    def values(self) -> list[Number]: ...
+    def Name(self, number: Number) -> str:  # noqa: N802
+        """Return a number's name."""
+
+    def values(self) -> list[Number]:
+        """Return all numbers."""
 
 
 def meaning(number: Number, served: Mapping[Number, Value], field: str, enum: Enum[Number], *, unset: Value) -> Value:

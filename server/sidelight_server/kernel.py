@@ -142,15 +142,24 @@ class Kernel:
         return Gradients(explained, selected.detach(), predicted, probabilities, shape), selected
 
     def _call(self, inputs: Tensor) -> object:
-        if self._copies_inputs is None:
-            # A model that begins with an in-place operation would write over the points themselves; and torch refuses
-            # it where a gradient is wanted. So the first call is made with a copy, and looked at.
-            copied = inputs.detach().clone()
-            before = copied._version
-            with torch.no_grad():
-                self._module(copied)
-            self._copies_inputs = copied._version != before
-        return self._module(inputs.clone() if self._copies_inputs else inputs)
+        """Run the module. One that begins with an in-place operation gets a copy: the points themselves stay as is."""
+        if self._copies_inputs:
+            return self._module(inputs.clone())
+        if inputs.requires_grad:
+            try:
+                return self._module(inputs)
+            except RuntimeError as error:
+                if "a leaf Variable that requires grad" not in str(error):
+                    raise
+            self._copies_inputs = True
+            return self._module(inputs.clone())
+        if self._copies_inputs is False:
+            return self._module(inputs)
+        copied = inputs.clone()
+        before = copied._version
+        outputs = self._module(copied)
+        self._copies_inputs = copied._version != before
+        return outputs
 
 
 def _with(read: Gradients, gradients: Tensor, activations: Tensor | None = None) -> Gradients:

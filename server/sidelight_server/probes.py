@@ -120,5 +120,5 @@ class Guided(TorchFunctionMode):
         return _Guided.apply(args[0], upper)  # type: ignore[no-untyped-call]
 
 
-def _is_relu6(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> bool:  # noqa: FBT001, FBT002
+def _is_relu6(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> bool:
     return (min_val, max_val) == (0, 6)

@@ -14,8 +14,8 @@ from . import replies
 from .engine import Engine
 from .errors import InvalidArgument, SidelightError, Unimplemented
 from .explainer import Explainer
-from .stream import Stream
 from .method_messages import SERVED_METHODS
+from .stream import Stream
 
 RETRY_TRAILER = "retry-after-ms"
 

@@ -18,9 +18,9 @@ _Explaining = asyncio.Task[pb.Attribution | SidelightError]
 class Stream:
     """One call of `AttributeStream`.
 
-    A batch that was read gets one of the stream's own slots, and a permit, before the next message is read: a caller who
-    sends faster than the device runs, or does not take its answers, is held back by gRPC's flow control. Both are held
-    until the answer is written. A cancel needs neither, so it is read while all slots are taken.
+    A batch that was read gets one of the stream's own slots, and a permit, before the next message is read: a caller
+    who sends faster than the device runs, or does not take its answers, is held back by gRPC's flow control. Both are
+    held until the answer is written. A cancel needs neither, so it is read while all slots are taken.
     """
 
     def __init__(self, context: Context, explainer: Explainer, *, max_in_flight: int) -> None:

@@ -1,6 +1,5 @@
 """The wire, inwards: messages become requests. Everything that a caller sends is checked here, by hand."""
 
-import numpy as np
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, tensor_pb2
 
@@ -134,7 +133,8 @@ def _choice(choice: pb.ClassChoice) -> Choice:
 def _check_output(output: pb.Output, request: Request) -> None:
     dtype = output.map_dtype
     if dtype and dtype not in MAP_DTYPES:
-        raise InvalidArgument(f"output.map_dtype: {named(dtype, tensor_pb2.DataType, MAP_DTYPES)}")
+        error = Unimplemented if dtype in tensor_pb2.DataType.values() else InvalidArgument
+        raise error(f"output.map_dtype: {named(dtype, tensor_pb2.DataType, MAP_DTYPES)}")
     if dtype == tensor_pb2.DATA_TYPE_UINT8 and request.method.may_be_negative(request.channels):
         raise InvalidArgument(
             f"output.map_dtype: UINT8 has no sign, and a map of {request.method.name} with channels "

@@ -30,6 +30,9 @@ class Constant:
         return torch.full_like(example.x, self.value)
 
 
+ZERO = Constant()
+
+
 @dataclass(frozen=True, slots=True)
 class Black:
     """A picture of pixel 0 after preprocessing."""

@@ -46,6 +46,9 @@ class Gradient(Method):
         return reading.gradient * reading.input if self.times_input else reading.gradient
 
 
+GRADIENT = Gradient()
+
+
 @dataclass(frozen=True, slots=True)
 class GuidedBackpropagation(Gradient):
     """The gradient where only what is positive, on both ways, passes a rectifier (ReLU, ReLU6).

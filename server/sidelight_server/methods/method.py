@@ -164,7 +164,8 @@ class Method(abc.ABC):
         """Explain an example: yield sweeps, return the attribution."""
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Refuse with `InvalidArgument` what does not fit inputs of a shape."""
+        """Refuse with `InvalidArgument` what does not fit inputs of a shape. Most fit any."""
+        return
 
     def finish(self, attribution: Tensor, channels: Channels, shape: Shape) -> Tensor:
         """Return the map, [H, W] or [C, H, W], of an attribution."""

@@ -7,11 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import InvalidArgument
 from . import draws
-from .baseline import Baseline, Constant, Given
+from .baseline import ZERO, Baseline, Given
 from .channels import Channels
 from .method import Example, Method, Outcome, Reading, Shape, Steps, Sweep, at_least, in_open_unit
-from ..errors import InvalidArgument
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,7 @@ class Occlusion(Method):
     name: ClassVar[str] = "occlusion"
     window: tuple[int, int] = (16, 16)  # rows, columns
     stride: tuple[int, int] | None = None  # None: the window's own size
-    baseline: Baseline = Constant()
+    baseline: Baseline = ZERO
 
     def __post_init__(self) -> None:
         """Check the parameters."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InvalidArgument
-from .baseline import Baseline, Constant, Given
+from .baseline import ZERO, Baseline, Given
 from .method import (
     Example,
     Improved,
@@ -61,7 +61,7 @@ class IntegratedGradients(Method):
     name: ClassVar[str] = "integrated_gradients"
     steps: int = 50
     rule: Rule = Rule.GAUSS_LEGENDRE
-    baseline: Baseline = Constant()
+    baseline: Baseline = ZERO
     tolerance: float | None = None
     max_rows: int = 300  # with a tolerance, of one example
 

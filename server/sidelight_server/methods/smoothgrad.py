@@ -1,7 +1,7 @@
 """SmoothGrad, SmoothGrad² and VarGrad: what a method says at noisy copies of the example, folded."""
 
 import enum
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import draws
 from .channels import Magnitude
-from .gradient import Gradient
+from .gradient import GRADIENT, Gradient
 from .method import (
     Example,
     Improved,
@@ -55,7 +55,7 @@ class SmoothGrad(Method):
     statistic: Statistic = Statistic.MEAN
     tolerance: float | None = None  # stop once the standard error's L2 norm over the mean's is at most this
     max_rows: int = 300  # with a tolerance, of one example
-    base: Gradient | IntegratedGradients = field(default_factory=Gradient)
+    base: Gradient | IntegratedGradients = GRADIENT
 
     def __post_init__(self) -> None:
         """Check the parameters."""

@@ -1,0 +1,306 @@
+"""Answers that are not final: how they are read, and how a stream hands them on, from a server that is a script."""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import pytest
+import sidelight
+from sidelight import _attribution
+from sidelight._images import Batch
+from sidelight._inbox import End, Inbox
+from sidelight._stream import Stream
+from sidelight._window import Sent
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import tensor_pb2
+
+ONE = np.zeros((1, 3, 2, 2), np.float32)
+PREDICTED = pb.Target(predicted=pb.PredictedTarget())
+
+
+def tensor(values: np.ndarray, *, scale: float = 0.0) -> tensor_pb2.Tensor:
+    dtype = tensor_pb2.DataType.Value(f"DATA_TYPE_{values.dtype.name.upper()}")
+    return tensor_pb2.Tensor(dtype=dtype, shape=values.shape, data=values.tobytes(), scale=scale)
+
+
+def example(*classes: int, **more: object) -> pb.Example:
+    explained = [pb.Explained(index=each, label=f"class {each}", score=0.5) for each in classes]
+    return pb.Example(prediction=pb.Prediction(index=classes[0], probability=0.5), explained=explained, **more)
+
+
+def result(
+    maps: np.ndarray, examples: list[pb.Example], *, target: pb.Target = PREDICTED, scale: float = 0.0, **more: object
+) -> pb.Attribution:
+    more = {"final": True, "transport": pb.TRANSPORT_INLINE, "provenance": pb.Provenance(target=target)} | more
+    return pb.Attribution(maps=tensor(maps, scale=scale), examples=examples, **more)
+
+
+def read(message: pb.Attribution) -> sidelight.Attribution:
+    n = len(message.examples)
+    return _attribution.read(message, Batch(np.zeros((n, 3, 2, 2), np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("sent", "scale", "expected"),
+    [
+        (np.array([[[0, 51], [102, 255]]], np.uint8), 0.02, [[[0, 1.02], [2.04, 5.1]]]),
+        (np.array([[[0, 0.5], [-2, 65504]]], np.float16), 0.0, [[[0, 0.5], [-2, 65504]]]),
+        (np.array([[[0, 0.1], [-2, 3e38]]], np.float32), 0.0, [[[0, 0.1], [-2, 3e38]]]),
+    ],
+    ids=["uint8", "float16", "float32"],
+)
+def test_maps_are_float32_however_they_came(sent: np.ndarray, scale: float, expected: list[object]) -> None:
+    answer = read(result(sent, [example(1)], scale=scale))
+    assert answer.maps.dtype == np.float32
+    np.testing.assert_allclose(answer.maps, np.array(expected, np.float32), rtol=1e-6)
+    assert answer.map_dtype == sent.dtype.name
+
+
+def test_a_failed_map_is_nan_even_where_bytes_have_no_nan() -> None:
+    failure = pb.ExampleFailure(example=1, code=3, message="no picture")
+    sent = np.full((3, 2, 2), 7, np.uint8)
+    answer = read(result(sent, [example(1), pb.Example(), example(2)], scale=1.0, failures=[failure]))
+    assert np.isnan(answer.maps[1]).all()
+    assert (answer.maps[[0, 2]] == 7).all()
+    assert answer.predictions[1] is answer.explained[1] is answer.convergence[1] is None
+
+
+def test_the_explained_classes_of_a_top_k_target_come_in_tuples() -> None:
+    maps = np.stack([np.full((3, 2, 2), k, np.float32) for k in (1, -2)], axis=1)  # [3, 2, 2, 2]
+    top_2 = pb.Target(top_k=pb.TopKTarget(k=2))
+    answer = read(result(maps, [example(4, 5), pb.Example(), example(6, 7)], target=top_2))
+    assert answer.is_top_k
+    assert [each and tuple(one.index for one in each) for each in answer.explained] == [(4, 5), None, (6, 7)]
+    assert [answer.map(0)[0, 0], answer.map(0, k=1)[0, 0], answer.map(2, k=-1)[0, 0]] == [1, -2, -2]
+    assert answer.overlay(0, k=1).size == (2, 2)
+    assert answer.overlay(0, k=0).tobytes() != answer.overlay(0, k=1).tobytes()
+    with pytest.raises(IndexError):
+        answer.map(0, k=2)
+
+
+def test_one_class_of_a_top_k_target_is_a_tuple_too() -> None:
+    answer = read(result(np.zeros((1, 1, 2, 2), "f4"), [example(4)], target=pb.Target(top_k=pb.TopKTarget(k=1))))
+    assert [one.index for one in answer.explained[0]] == [4]
+    assert answer.map(0).shape == (2, 2)
+
+
+def test_top_k_maps_without_channel_reduction_are_drawn_by_magnitude() -> None:
+    maps = np.array([1, -3, 2, 0, 5, -6], np.float32).reshape(1, 2, 3, 1, 1)  # [N, k, C, H, W]
+    answer = read(result(maps, [example(4, 5)], target=pb.Target(top_k=pb.TopKTarget(k=2))))
+    assert [answer.map(0, k=k).tolist() for k in (0, 1)] == [[[3]], [[6]]]
+
+
+def test_without_top_k_there_is_one_map_for_each_example() -> None:
+    answer = read(result(np.ones((1, 3, 2, 2), np.float32), [example(1)]))
+    assert not answer.is_top_k
+    assert answer.map(0).tolist() == [[1, 1], [1, 1]]
+    with pytest.raises(IndexError, match="k: got 1, but the target was not top-k"):
+        answer.map(0, k=1)
+
+
+def test_convergence_is_told_as_far_as_the_method_measures_it() -> None:
+    examples = [
+        example(1, convergence=pb.Convergence(rows=9, error=0.0)),
+        example(1, convergence=pb.Convergence(rows=52, completeness_error=0.5, relative_completeness_error=0.25)),
+        example(1),
+    ]
+    answer = read(result(np.zeros((3, 2, 2), np.float32), examples))
+    assert answer.convergence == (
+        sidelight.Convergence(9, 0.0, None, None),
+        sidelight.Convergence(52, None, 0.5, 0.25),
+        None,
+    )
+
+
+def test_a_contrast_tells_its_other_class_even_if_it_is_the_first() -> None:
+    contrast = pb.Example(prediction=pb.Prediction(index=2), explained=[pb.Explained(index=2, against=0)])
+    answer = read(result(np.zeros((2, 2, 2), np.float32), [contrast, example(2)]))
+    assert [each.against for each in answer.explained] == [0, None]
+
+
+def test_the_advice_for_a_saturated_score_names_the_logit() -> None:
+    assert 'score="logit"' in sidelight.Explained(1, "", 1.0, saturated=True).advice
+    assert sidelight.Explained(1, "", 1.0, saturated=False).advice == ""
+
+
+def test_an_answer_may_have_examples_without_a_map_yet() -> None:
+    answer = read(result(np.full((2, 2, 2), np.nan, np.float32), [pb.Example(), example(1)], final=False))
+    assert (answer.final, answer.failures) == (False, ())
+    assert answer.predictions[0] is answer.explained[0] is None
+    assert answer.explained[1].index == 1
+
+
+Script = Callable[[Iterator[pb.AttributeStreamRequest]], Iterable[pb.AttributeStreamResponse]]
+
+
+class Server:
+    """A server that answers a stream by a script."""
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+
+    def AttributeStream(self, requests: Iterator[pb.AttributeStreamRequest]) -> "Server":  # noqa: N802
+        self._answers = iter(self._script(requests))
+        return self
+
+    def __iter__(self) -> Iterator[pb.AttributeStreamResponse]:
+        return self._answers
+
+    def cancel(self) -> None:
+        """End by itself."""
+
+
+def answer(id_: str, *, value: float = 0.0, final: bool = True) -> pb.AttributeStreamResponse:
+    maps = np.full((1, 2, 2), value, np.float32)
+    return pb.AttributeStreamResponse(id=id_, result=result(maps, [example(1)], final=final))
+
+
+def stream(script: Script, n_batches: int, *, ordered: bool, window: int = 10) -> Iterator[sidelight.Attribution]:
+    def ask(batch: Batch, *, id_: str) -> pb.AttributeRequest:
+        return pb.AttributeRequest(id=id_, images=batch.message)
+
+    batches = [ONE] * n_batches
+    asked = Stream(Server(script), batches, ask=ask, window=window, timeout_s=60, max_message_bytes=1)
+    return asked.answers(ordered=ordered)
+
+
+def told(answers: Iterable[sidelight.Attribution]) -> list[tuple[int, float, bool]]:
+    return [(each.index, float(each.maps[0, 0, 0]), each.final) for each in answers]
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["as-ready", "ordered"])
+def test_a_batch_is_yielded_as_it_improves_and_never_after_its_final_answer(ordered: bool) -> None:
+    taken = threading.Semaphore(0)
+
+    def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
+        id_ = next(requests).attribute.id
+        for value in (1, 2, 3):
+            yield answer(id_, value=value, final=False)
+            assert taken.acquire(timeout=30)
+        yield answer(id_, value=4)
+        yield answer(id_, value=5, final=False)  # no server should
+        yield answer(id_, value=6)
+        assert list(requests) == []
+
+    seen = []
+    for each in stream(script, 1, ordered=ordered):
+        seen.append(each)
+        taken.release()
+    assert told(seen) == [(0, 1, False), (0, 2, False), (0, 3, False), (0, 4, True)]
+
+
+def test_in_order_only_the_batch_whose_turn_it_is_is_yielded_before_its_final_answer() -> None:
+    taken = threading.Semaphore(0)
+
+    def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
+        ids = [next(requests).attribute.id for _ in range(3)]
+        for place, value, final, is_yielded in (
+            (1, 10, False, False),
+            (0, 0, False, True),
+            (2, 20, True, False),
+            (0, 1, True, True),
+            (1, 11, False, True),
+            (1, 12, True, True),
+        ):
+            yield answer(ids[place], value=value, final=final)
+            assert not is_yielded or taken.acquire(timeout=30)
+        assert list(requests) == []
+
+    seen = []
+    for each in stream(script, 3, ordered=True):
+        seen.append(each)
+        taken.release()
+    assert told(seen) == [(0, 0, False), (0, 1, True), (1, 11, False), (1, 12, True), (2, 20, True)]
+
+
+def test_a_slow_caller_is_handed_the_newest_answer_alone() -> None:
+    sent = threading.Event()
+
+    def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
+        first, second = (next(requests).attribute.id for _ in range(2))
+        yield answer(first, value=1, final=False)
+        assert going.wait(30)
+        for value in range(2, 100):
+            yield answer(first, value=value, final=False)
+        for value in range(50):
+            yield answer(second, value=value, final=False)
+        yield answer(second, value=50)
+        sent.set()
+        assert done.wait(30)
+        yield answer(first, value=100)
+        assert list(requests) == []
+
+    going, done = threading.Event(), threading.Event()
+    answers = stream(script, 2, ordered=False)
+    assert told([next(answers)]) == [(0, 1, False)]
+    going.set()
+    assert sent.wait(30)
+    assert told([next(answers), next(answers)]) == [(0, 99, False), (1, 50, True)]
+    done.set()
+    assert told(answers) == [(0, 100, True)]
+
+
+def test_an_answer_that_is_not_final_frees_no_room() -> None:
+    read_ahead = threading.Event()
+
+    def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
+        ids = [next(requests).attribute.id for _ in range(2)]
+        third = threading.Thread(target=lambda: (ids.append(next(requests).attribute.id), read_ahead.set()))
+        third.start()
+        for value in range(5):
+            yield answer(ids[0], value=value, final=False)
+        assert taken.wait(30)
+        assert not read_ahead.wait(0.1)  # time enough for a reader that does not stop
+        yield answer(ids[0], value=9)
+        assert read_ahead.wait(30)
+        third.join()
+        yield from map(answer, ids[1:])
+        assert list(requests) == []
+
+    taken = threading.Event()
+    seen = []
+    for each in stream(script, 3, ordered=False, window=1):
+        seen.append(each)
+        taken.set()
+    assert [each.index for each in seen if each.final] == [0, 1, 2]
+
+
+def test_a_batch_that_fails_after_it_improved_is_yielded_with_its_error() -> None:
+    def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
+        id_ = next(requests).attribute.id
+        yield answer(id_, final=False)
+        yield pb.AttributeStreamResponse(id=id_, failure=pb.Failure(code=4, message="its time ran out"))
+        assert list(requests) == []
+
+    *_, last = stream(script, 1, ordered=False)
+    assert (last.final, type(last.error)) == (True, sidelight.DeadlineExceeded)
+
+
+def test_the_inbox_gives_in_the_order_in_which_batches_first_came_and_then_its_first_end() -> None:
+    inbox, batch = Inbox(), Batch(ONE)
+    for index, value in ((0, 1.0), (1, 2.0), (0, 3.0)):
+        inbox.put(Sent(index, batch, None, 0.0), read(result(np.full((1, 2, 2), value, np.float32), [example(1)])))
+    inbox.close(End(KeyError()))
+    inbox.close(End(None))
+    taken = [inbox.take(1), inbox.take(1)]
+    assert [(sent.index, float(each.maps[0, 0, 0])) for sent, each in taken] == [(0, 3.0), (1, 2.0)]
+    assert isinstance(inbox.take(1).error, KeyError)
+
+
+def test_an_inbox_into_which_nothing_comes_says_so_after_a_while() -> None:
+    assert Inbox().take(0.01) is None
+
+
+def test_closing_while_a_batch_improves_ends_the_receiver() -> None:
+    def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
+        id_ = next(requests).attribute.id
+        while not closing.is_set():
+            yield answer(id_, final=False)
+
+    closing = threading.Event()
+    before = set(threading.enumerate())
+    with contextlib.closing(stream(script, 1, ordered=True)) as answers:
+        assert not next(answers).final
+        closing.set()
+    assert set(threading.enumerate()) == before
