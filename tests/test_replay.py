@@ -1,5 +1,6 @@
 """Replay: what was saved is computed again, from files and from arrays, and every difference is told."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -72,8 +73,8 @@ def saved(exact: sidelight.Client, pictures: list[Path], tmp_path: Path) -> Path
     return tmp_path / "saved"
 
 
-def run(client: sidelight.Client, *arguments: object) -> Result:
-    variables = {"SIDELIGHT_ADDRESS": client.address, "COLUMNS": "200", "NO_COLOR": "1"}
+def run(client: sidelight.Client, *arguments: object, columns: int = 200) -> Result:
+    variables = {"SIDELIGHT_ADDRESS": client.address, "COLUMNS": str(columns), "NO_COLOR": "1"}
     return CliRunner().invoke(app, ["replay", *map(str, arguments)], env=variables, prog_name="sidelight")
 
 
@@ -320,6 +321,27 @@ def test_what_is_no_answer_is_said_in_one_line(
     assert (done.exit_code, done.stdout) == (1, "")
     assert len(done.stderr.strip().splitlines()) == 1
     assert message in done.stderr
+
+
+def test_an_answer_that_was_not_final_cannot_be_computed_again(
+    exact: sidelight.Client, floats: torch.Tensor, tmp_path: Path
+) -> None:
+    with contextlib.closing(exact.stream([floats], method=sidelight.SmoothGrad(samples=200), partial=True)) as answers:
+        next(answers).save(tmp_path)
+    with pytest.raises(sidelight.InvalidArgument, match="saved before it was final"):
+        sidelight.replay(exact, tmp_path, floats)
+
+
+def test_every_digit_of_a_digest_is_printed_on_a_narrow_terminal(
+    client: sidelight.Client, pictures: list[Path], saved: Path
+) -> None:
+    facts = json.loads((saved / "answer.json").read_text())
+    facts["provenance_message"]["model_digest"] = "0123456789abcdef" * 4
+    (saved / "answer.json").write_text(json.dumps(facts))
+    done = run(client, saved, *options(pictures), columns=60)
+    assert "…" not in done.stdout
+    table = [line for line in done.stdout.splitlines() if re.match(r" (model_digest| {12}) ", line)]
+    assert "".join(line[15:].split()[0] for line in table) == "0123456789abcdef" * 4
 
 
 def test_what_is_not_there_or_not_as_much_is_said_in_one_line(

@@ -6,6 +6,7 @@ with sidelight.connect("unix:/run/sidelight.sock") as client:
 """
 
 from ._attribution import Attribution
+from ._baselines import Blurred
 from ._client import Client, connect
 from ._errors import (
     Aborted,
@@ -29,18 +30,21 @@ from ._errors import (
     Unknown,
 )
 from ._gallery import Panel, gallery
-from ._methods import Gradient
-from ._types import (
-    Explained,
-    Failure,
-    Geometry,
-    Limits,
-    ModelInfo,
-    Prediction,
-    Provenance,
-    ServerInfo,
-    Timing,
+from ._info import Limits, ModelInfo, ServerInfo, Stops, WarmupEntry
+from ._masking import Occlusion, Rise
+from ._methods import (
+    ExpectedGradients,
+    GradCam,
+    Gradient,
+    GuidedBackpropagation,
+    IntegratedGradients,
+    LayerGradientTimesActivation,
+    Method,
+    SmoothGrad,
 )
+from ._replay import Difference, Replay, Replayed, replay
+from ._targets import Contrast, Dense, TopK
+from ._types import Convergence, Explained, Failure, Geometry, Prediction, Provenance, Timing
 
 __version__ = "0.1.0"
 
@@ -48,35 +52,55 @@ __all__ = [
     "Aborted",
     "AlreadyExists",
     "Attribution",
+    "Blurred",
     "Cancelled",
     "Client",
+    "Contrast",
+    "Convergence",
     "DataLoss",
     "DeadlineExceeded",
+    "Dense",
+    "Difference",
+    "ExpectedGradients",
     "Explained",
     "FailedPrecondition",
     "Failure",
     "Geometry",
+    "GradCam",
     "Gradient",
+    "GuidedBackpropagation",
+    "IntegratedGradients",
     "Internal",
     "InvalidArgument",
+    "LayerGradientTimesActivation",
     "Limits",
     "MessageTooLarge",
+    "Method",
     "ModelInfo",
     "NotFound",
+    "Occlusion",
     "OutOfRange",
     "Panel",
     "PartialFailure",
     "PermissionDenied",
     "Prediction",
     "Provenance",
+    "Replay",
+    "Replayed",
     "ResourceExhausted",
+    "Rise",
     "ServerInfo",
     "SidelightError",
+    "SmoothGrad",
+    "Stops",
     "Timing",
+    "TopK",
     "Unauthenticated",
     "Unavailable",
     "Unimplemented",
     "Unknown",
+    "WarmupEntry",
     "connect",
     "gallery",
+    "replay",
 ]

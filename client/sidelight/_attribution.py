@@ -1,7 +1,7 @@
 """The answer: maps, what was predicted and explained, and everything that is needed to trust them."""
 
 import dataclasses
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,41 +11,43 @@ from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
+from . import _record
 from ._errors import SidelightError, from_code
 from ._images import Batch
 from ._picture import overlay
-from ._types import Explained, Failure, Geometry, Prediction, Provenance, Timing
-
-_DTYPES = {
-    tensor_pb2.DATA_TYPE_UINT8: "u1",
-    tensor_pb2.DATA_TYPE_FLOAT16: "<f2",
-    tensor_pb2.DATA_TYPE_FLOAT32: "<f4",
-}
+from ._tensor import Array, array_of
+from ._types import Convergence, Explained, Failure, Geometry, Prediction, Provenance, Timing
+from ._words import word
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Attribution:
     """The answer for one batch of N examples.
 
-    `maps` is float32, [N, H, W], or the signed [N, C, H, W] for `channels="none"`; a failed example's map is NaN and
-    its entries in `predictions`, `explained` and `geometry` are None. Where the whole batch failed, which only
-    `on_error="return"` lets through, `error` is set and there are no maps.
+    `maps` is float32 whatever `map_dtype` they came in: [N, H, W], or the signed [N, C, H, W] for `channels="none"`;
+    with a top-k target a dimension k follows N, and each entry of `explained` is a tuple of k. A failed example's map
+    is NaN and its entries in `predictions`, `explained`, `geometry` and `convergence` are None; so are, where `final`
+    is False, those of an example that has no map yet. Where the whole batch failed, which only `on_error="return"`
+    lets through, `error` is set and there are no maps.
     """
 
     maps: NDArray[np.float32] = dataclasses.field(repr=False)
     predictions: tuple[Prediction | None, ...] = ()
-    explained: tuple[Explained | None, ...] = ()
+    explained: tuple[Explained | tuple[Explained, ...] | None, ...] = ()
     geometry: tuple[Geometry | None, ...] = ()  # None also for floating arrays
     failures: tuple[Failure, ...] = ()
     probabilities: NDArray[np.float32] | None = dataclasses.field(default=None, repr=False)  # [N, K], if asked for
     provenance: Provenance | None = None
     timing: Timing | None = None
-    convergence: tuple[None, ...] = ()  # None for methods of one row
+    convergence: tuple[Convergence | None, ...] = ()  # None for methods of one row
+    map_dtype: str = "float32"  # as the maps came over the wire
     transport: str = "inline"
     final: bool = True
     index: int = 0  # the batch's position in a stream
     error: SidelightError | None = None
     _batch: Batch | None = dataclasses.field(default=None, repr=False)
+    _provenance: pb.Provenance | None = dataclasses.field(default=None, repr=False)
+    _baseline: Array | None = dataclasses.field(default=None, repr=False)  # that was given with the method
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -59,64 +61,81 @@ class Attribution:
         picture, geometry = self._batch.picture(i), self.geometry[i]
         return picture if geometry is None else _seen(picture, geometry)
 
-    def map(self, i: int) -> NDArray[np.float32]:
-        """Return the map of example i as [H, W], to be drawn: without channel reduction, the largest |value|."""
+    def map(self, i: int, *, k: int = 0) -> NDArray[np.float32]:
+        """Return the map of example i as [H, W], to be drawn: without channel reduction, the largest |value|.
+
+        `k` is the place of a class among those of a top-k target.
+        """
         map_: NDArray[np.float32] = self.maps[i]
+        if self.is_top_k:
+            map_ = map_[k]
+        elif k != 0:
+            raise IndexError(f"k: got {k}, but the target was not top-k: there is one map for each example")
         return map_ if map_.ndim == 2 else np.abs(map_).max(axis=0)
 
-    def overlay(self, i: int) -> Image.Image:
-        """Return what the model saw of example i with its map laid over it."""
-        return overlay(self.picture(i), self.map(i))
+    @property
+    def is_top_k(self) -> bool:
+        """Whether there are k maps for each example."""
+        return self._provenance is not None and self._provenance.target.WhichOneof("target") == "top_k"
+
+    def overlay(self, i: int, *, k: int = 0) -> Image.Image:
+        """Return what the model saw of example i with its map laid over it; `k` as in `map`."""
+        return overlay(self.picture(i), self.map(i, k=k))
 
     def save(self, folder: str | Path) -> None:
-        """Write `maps.npy`, `answer.json` and one overlay for each example into a folder, which is made if need be."""
+        """Write `maps.npy`, `answer.json` and the overlays of the examples into a folder, which is made if need be.
+
+        An array that was given as a baseline is written too, as `baseline.npy`. `sidelight replay` reads all this.
+        """
         if self.error is not None:
             raise self.error
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
-        np.save(path / "maps.npy", self.maps)
-        (path / "answer.json").write_text(json.dumps(self.facts(), indent=2) + "\n", encoding="utf-8")
+        _record.write(self, path, provenance=self._provenance, baseline=self._baseline)
         failed = {failure.example for failure in self.failures}
         for i in range(len(self)):
             if i not in failed:
-                self.overlay(i).save(path / f"{i:03}.png")
+                self._save_overlays(path, i)
 
     def facts(self) -> dict[str, object]:
         """Return everything but the maps, as JSON can hold it."""
-        return {
-            "examples": [
-                {
-                    "prediction": prediction and dataclasses.asdict(prediction),
-                    "explained": explained and dataclasses.asdict(explained),
-                    "geometry": geometry and dataclasses.asdict(geometry),
-                }
-                for prediction, explained, geometry in zip(self.predictions, self.explained, self.geometry, strict=True)
-            ],
-            "failures": [dataclasses.asdict(failure) for failure in self.failures],
-            "provenance": self.provenance and dataclasses.asdict(self.provenance),
-            "timing": self.timing and dataclasses.asdict(self.timing),
-            "transport": self.transport,
-        }
+        return _record.facts(self)
+
+    def _save_overlays(self, folder: Path, i: int) -> None:
+        if not self.is_top_k:
+            self.overlay(i).save(folder / f"{i:03}.png")
+            return
+        for k in range(self.maps.shape[1]):
+            self.overlay(i, k=k).save(folder / f"{i:03}-{k}.png")
 
 
-def read(message: pb.Attribution, batch: Batch, *, index: int = 0) -> Attribution:
-    """Return the answer that a message holds, for the batch that was sent."""
+def read(message: pb.Attribution, batch: Batch, *, index: int = 0, baseline: Array | None = None) -> Attribution:
+    """Return the answer that a message holds, for the batch and the array as a baseline that were sent."""
     failed = {failure.example for failure in message.failures}
-    examples = [None if i in failed else each for i, each in enumerate(message.examples)]
+    # Empty are those that failed, and in an answer that is not final those that have no map yet.
+    examples = [
+        each if each.HasField("prediction") and i not in failed else None for i, each in enumerate(message.examples)
+    ]
+    top_k = message.provenance.target.WhichOneof("target") == "top_k"
     return Attribution(
-        maps=_array(message.maps),
-        predictions=tuple(each and _prediction(each.prediction) for each in examples),
-        explained=tuple(each and _explained(each.explained[0]) for each in examples),
+        maps=_maps(message.maps, [each is not None for each in examples]),
+        predictions=tuple(each and Prediction.of(each.prediction) for each in examples),
+        explained=tuple(each and _explained(each.explained, top_k=top_k) for each in examples),
         geometry=tuple(Geometry.of(each.geometry) if each and each.HasField("geometry") else None for each in examples),
+        convergence=tuple(
+            Convergence.of(each.convergence) if each and each.HasField("convergence") else None for each in examples
+        ),
         failures=tuple(Failure(each.example, each.code, each.message) for each in message.failures),
         probabilities=_array(message.probabilities) if message.HasField("probabilities") else None,
         provenance=Provenance.of(message.provenance),
         timing=Timing.of(message.timing),
-        convergence=(None,) * len(examples),
-        transport=pb.Transport.Name(message.transport).removeprefix("TRANSPORT_").lower(),
+        map_dtype=word(tensor_pb2.DataType, message.maps.dtype),
+        transport=word(pb.Transport, message.transport),
         final=message.final,
         index=index,
         _batch=batch,
+        _provenance=message.provenance,
+        _baseline=baseline,
     )
 
 
@@ -134,16 +153,19 @@ def _seen(picture: Image.Image, geometry: Geometry) -> Image.Image:
     return picture.resize((geometry.crop_width, geometry.crop_height), Image.Resampling.BILINEAR, box)
 
 
+def _maps(tensor: tensor_pb2.Tensor, are_there: list[bool]) -> NDArray[np.float32]:
+    maps = _array(tensor)
+    if tensor.dtype == tensor_pb2.DATA_TYPE_UINT8:  # it has no NaN: a map that is not there came as 0
+        maps[~np.array(are_there, bool)] = np.nan
+    return maps
+
+
 def _array(tensor: tensor_pb2.Tensor) -> NDArray[np.float32]:
-    array = np.frombuffer(tensor.data, _DTYPES[tensor.dtype]).reshape(tuple(tensor.shape))
+    array = array_of(tensor)
     if array.dtype == np.float32:
         return array  # a view on the message: read only, and not copied
     return array.astype(np.float32) * np.float32(tensor.scale or 1)
 
 
-def _prediction(message: pb.Prediction) -> Prediction:
-    return Prediction(message.index, message.label, message.probability)
-
-
-def _explained(message: pb.Explained) -> Explained:
-    return Explained(message.index, message.label, message.score, message.saturated)
+def _explained(messages: Sequence[pb.Explained], *, top_k: bool) -> Explained | tuple[Explained, ...]:
+    return tuple(map(Explained.of, messages)) if top_k else Explained.of(messages[0])

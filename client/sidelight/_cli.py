@@ -13,8 +13,16 @@ from rich.markup import escape
 from . import __version__
 from ._client import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, TIMEOUT_S, connect
 from ._errors import SidelightError
-from ._methods import Channels, Gradient, Score, Target
-from ._report import report
+from ._method_text import METHODS, parse_method
+from ._methods import Gradient, Method
+from ._replay import replay as compute_again
+from ._report import report, report_replay
+from ._server_report import report_server
+from ._targets import Choice, Contrast, Dense, Region, Target, TopK
+from ._words import Channels, MapDtype, Score
+
+REGION = "TOP,LEFT,HEIGHT,WIDTH"
+METHOD_HELP = f"How: {', '.join(METHODS)}; with options as in 'integrated_gradients(steps=20, baseline=black)'."
 
 app = typer.Typer(
     help="Which pixels decided each prediction.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
@@ -30,30 +38,60 @@ def attribute(
     *,
     address: Address = DEFAULT_ADDRESS,
     out: Annotated[Path | None, typer.Option(help="A folder for overlays; without it none are written.")] = None,
+    save: Annotated[Path | None, typer.Option(help="A folder for whole answers, as `sidelight replay` reads.")] = None,
     model: Annotated[str | None, typer.Option(help="The model's name; unset: the server's default.")] = None,
     target: Annotated[str | None, typer.Option(help="A class index or label; unset: the predicted class.")] = None,
+    against: Annotated[str | None, typer.Option(help="With --target: a class whose score is subtracted.")] = None,
+    region: Annotated[str | None, typer.Option(help=f"With --target, of a dense output: {REGION}.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Explain so many of the most probable classes.")] = None,
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "gradient",
     score: Annotated[Score, typer.Option(help="The number whose gradient is taken.")] = "probability",
     channels: Annotated[Channels, typer.Option(help="How the channels become one.")] = "max_abs",
-    signed: Annotated[bool, typer.Option("--signed", help="Keep the sign when channels are reduced.")] = False,
-    times_input: Annotated[bool, typer.Option("--times-input", help="Multiply by the input.")] = False,
+    signed: Annotated[bool, typer.Option("--signed", help="gradient(signed=True), for short.")] = False,
+    times_input: Annotated[bool, typer.Option("--times-input", help="gradient(times_input=True), for short.")] = False,
+    map_dtype: Annotated[MapDtype, typer.Option(help="How the maps travel; the shorter ones are rounded.")] = "float32",
     timeout: Annotated[float, typer.Option(help="Seconds that one picture may take.")] = TIMEOUT_S,
     connect_timeout: Patience = CONNECT_TIMEOUT_S,
 ) -> None:
     """Explain pictures: print class, probability and time of each, and write overlays."""
+    how = _method(method, signed=signed, times_input=times_input)
+    what = _target(target, against=against, region=region, top_k=top_k)
     with _errors_in_a_line(), connect(address, connect_timeout=connect_timeout) as client:
         answers = client.stream(
             images,
             model,
-            target=_target(target),
-            method=Gradient(signed=signed, times_input=times_input),
+            target=what,
+            method=how,
             score=score,
             channels=channels,
+            map_dtype=map_dtype,
             timeout=timeout,
             ordered=True,
             on_error="return",
         )
-        n_failed = report(Console(), images, answers, folder=out)
+        n_failed = report(Console(), images, answers, folder=out, save_folder=save)
     if n_failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def replay(
+    answer: Annotated[Path, typer.Argument(help="An answer.json, or the folder it lies in.", show_default=False)],
+    *,
+    image: Annotated[list[Path], typer.Option(help="A picture that it explained; once for each, in order.")],
+    baseline: Annotated[Path | None, typer.Option(help="The array given as a baseline; unset: the saved one.")] = None,
+    address: Address = DEFAULT_ADDRESS,
+    timeout: Annotated[float, typer.Option(help="Seconds that it may take.")] = TIMEOUT_S,
+    connect_timeout: Patience = CONNECT_TIMEOUT_S,
+) -> None:
+    """Compute a saved answer again and compare: ends with 0 where it comes out as promised, else with 1.
+
+    Promised are equal bytes where the model is served as reproducible, else maps that are equal within a tolerance.
+    """
+    with _errors_in_a_line(), connect(address, connect_timeout=connect_timeout) as client:
+        replayed = compute_again(client, answer, image, baseline=baseline, timeout=timeout)
+    report_replay(Console(), image, replayed)
+    if not replayed.kept:
         raise typer.Exit(1)
 
 
@@ -62,30 +100,7 @@ def info(*, address: Address = DEFAULT_ADDRESS, connect_timeout: Patience = CONN
     """Print a server's version, limits, methods and models."""
     with _errors_in_a_line(), connect(address, connect_timeout=connect_timeout) as client:
         server = client.info()
-    limits, console = server.limits, Console(soft_wrap=True, highlight=False)
-    console.print(f"sidelight-server {server.version} at {escape(address)}")
-    facts = {
-        "methods": ", ".join(server.methods),
-        "message": f"{limits.max_message_bytes / 2**20:g} MiB at most",
-        "picture": f"{limits.max_image_pixels / 1e6:g} megapixels at most",
-        "in flight": f"{limits.max_in_flight} batches at most, {limits.max_stream_in_flight} of them on one stream",
-    }
-    _print(console, facts)
-    for model in server.models:
-        console.print(f"\nmodel {escape(model.name)}, version {model.version}")
-        facts = {
-            "input": " × ".join(map(str, model.input_size)) if model.input_size else "any C × H × W",
-            "classes": str(model.class_count or "not known yet"),
-            "scores": ", ".join(model.scores),
-            "runs on": f"{model.device} in {model.precision}, {model.chunk_rows} rows at once at most",
-            "digest": model.digest,
-        }
-        _print(console, facts)
-
-
-def _print(console: Console, facts: dict[str, str]) -> None:
-    for name, fact in facts.items():
-        console.print(f"  {name:<10} {escape(fact)}")
+    report_server(Console(soft_wrap=True, highlight=False), server, address=address)
 
 
 @app.command()
@@ -113,6 +128,42 @@ def _errors_in_a_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _target(text: str | None) -> Target:
-    """Return a class index where the text is a number, else a label; None is the predicted class."""
-    return int(text) if text is not None and re.fullmatch("-?[0-9]+", text) else text
+def _method(text: str, *, signed: bool, times_input: bool) -> Method:
+    try:
+        method = parse_method(text)
+    except SidelightError as error:
+        raise typer.BadParameter(error.message, param_hint="--method") from None
+    if not (signed or times_input):
+        return method
+    if text.strip() != "gradient":
+        raise typer.BadParameter("--signed and --times-input are options of gradient alone", param_hint="--method")
+    return Gradient(signed=signed, times_input=times_input)
+
+
+def _target(text: str | None, *, against: str | None, region: str | None, top_k: int | None) -> Target:
+    beside = [name for name, each in (("--against", against), ("--region", region)) if each is not None]
+    if top_k is not None:
+        if text is not None or beside:
+            raise typer.BadParameter("expected it without --target, --against and --region", param_hint="--top-k")
+        return TopK(top_k)
+    if text is None and beside:
+        raise typer.BadParameter("expected --target beside it", param_hint=beside[0])
+    if len(beside) == 2:
+        raise typer.BadParameter("expected it without --region", param_hint="--against")
+    if text is not None and against is not None:
+        return Contrast(_choice(text), _choice(against))
+    if text is not None and region is not None:
+        return Dense(_choice(text), _region(region))
+    return None if text is None else _choice(text)
+
+
+def _choice(text: str) -> Choice:
+    """Return a class index where the text is a number, else a label."""
+    return int(text) if re.fullmatch("-?[0-9]+", text) else text
+
+
+def _region(text: str) -> Region:
+    if not re.fullmatch("[0-9]+(,[0-9]+){3}", text):
+        raise typer.BadParameter(f"got {text!r}, expected {REGION}", param_hint="--region")
+    top, left, height, width = map(int, text.split(","))
+    return top, left, height, width

@@ -12,13 +12,17 @@ from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 
 from . import _attribution
 from ._attribution import Attribution
+from ._baselines import given_array
 from ._connection import Connection
-from ._errors import InvalidArgument, MessageTooLarge, PartialFailure, from_rpc
+from ._errors import InvalidArgument, PartialFailure, from_rpc
 from ._images import Batch, Images
-from ._methods import Channels, Gradient, Method, Score, Target
+from ._info import ModelInfo, ServerInfo
+from ._limits import refuse_large
+from ._methods import Gradient, Method
 from ._question import FOR_EVER_S, Question
 from ._stream import Stream
-from ._types import ModelInfo, ServerInfo
+from ._targets import Target
+from ._words import Channels, MapDtype, Score
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 CONNECT_TIMEOUT_S = 30.0
@@ -102,26 +106,25 @@ class Client:
         score: Score = "probability",
         channels: Channels = "max_abs",
         probabilities: bool = False,
+        map_dtype: MapDtype = "float32",
         timeout: float = TIMEOUT_S,
         on_error: OnError = "raise",
     ) -> Attribution:
         """Return the maps of one batch.
 
         `images`: a path, encoded bytes, a PIL image, uint8 pixels [H, W, C] or [N, H, W, C], model-ready floats
-        [C, H, W] or [N, C, H, W], or a list of them. `target`: None for the predicted class, a class index, a label, or
-        a list with one of these for each example. `timeout` is in seconds.
+        [C, H, W] or [N, C, H, W], or a list of them. `target`: None for the predicted class, a class index, a label, a
+        list with one of these for each example, or `TopK`, `Contrast`, `Dense`. `map_dtype` is how the maps travel:
+        "float16" and "uint8" are shorter and rounded, "uint8" for maps without negative values alone. `timeout` is in
+        seconds.
 
         Where some examples failed, `on_error="raise"` raises `PartialFailure`, which carries the answer, and "return"
         returns the answer, whose `failures` are set. A batch that failed whole raises its error.
         """
         _check_on_error(on_error)
         batch = Batch(images)
-        question = Question(model, target, method, score, channels, probabilities, timeout)
-        request = question.request(batch)
-        self._connect()
-        self._refuse_large(request, batch)
-        response = self._call(self._stub.Attribute, request, timeout_s=min(timeout, FOR_EVER_S))
-        return _unless_partial(_attribution.read(response.result, batch), on_error)
+        request = Question(model, target, method, score, channels, probabilities, timeout, map_dtype).request(batch)
+        return _unless_partial(self._explain(request, batch, timeout_s=timeout), on_error)
 
     def stream(
         self,
@@ -134,6 +137,7 @@ class Client:
         score: Score = "probability",
         channels: Channels = "max_abs",
         probabilities: bool = False,
+        map_dtype: MapDtype = "float32",
         timeout: float = TIMEOUT_S,
         on_error: OnError = "raise",
         partial: bool = False,
@@ -145,13 +149,16 @@ class Client:
         the batches' order. `window` bounds the unanswered examples (default: twice the server's chunk, and always at
         least two batches); nothing of `batches` is read beyond it, and it is read in a thread of its own.
 
+        With `partial`, a method that refines yields a batch several times, with `final` unset until the last; a caller
+        who is slow gets fewer of these, and with `ordered` only the batch whose turn it is has them.
+
         With `on_error="return"` a batch that failed is yielded too, with `error` or `failures` set; with "raise" the
         first failure ends the stream. Closing the iterator cancels what is unanswered.
         """
         _check_on_error(on_error)
         if isinstance(batches, str | bytes):
             raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")
-        question = Question(model, target, method, score, channels, probabilities, timeout, partial)
+        question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
         question.request(Batch([]))  # what is wrong with it is said here, not by every batch
         return self._answers(batches, question, ordered=ordered, on_error=on_error, window=window)
 
@@ -167,6 +174,13 @@ class Client:
         self._connect()
         request = model_pb2.GetModelRequest(name=name or "")
         return ModelInfo.of(self._call(self._models.GetModel, request, timeout_s=INFO_TIMEOUT_S).model)
+
+    def _explain(self, request: pb.AttributeRequest, batch: Batch, *, timeout_s: float) -> Attribution:
+        """Return the answer to a request for a batch."""
+        self._connect()
+        self._refuse_large(request, batch)
+        response = self._call(self._stub.Attribute, request, timeout_s=min(timeout_s, FOR_EVER_S))
+        return _attribution.read(response.result, batch, baseline=given_array(request.method))
 
     def _answers(
         self, batches: Iterable[Images], question: Question, *, ordered: bool, on_error: OnError, window: int | None
@@ -210,31 +224,13 @@ class Client:
         return next((model for model in models if model.name == name), models[0])
 
     def _refuse_large(self, request: pb.AttributeRequest, batch: Batch) -> None:
-        """Refuse what either side would refuse: on a stream, gRPC would end the whole call for it."""
-        n_bytes, ours, theirs = request.ByteSize(), self.max_message_bytes, self._server().limits.max_message_bytes
-        if n_bytes > ours:
-            raise MessageTooLarge(
-                f"the request takes {n_bytes} bytes; max_message_bytes of this client's connect() is {ours}: "
-                "send fewer examples, or raise it here and on the server"
-            )
-        if n_bytes > theirs:
-            raise MessageTooLarge(
-                f"the request takes {n_bytes} bytes; max_message_bytes of the server is {theirs}: "
-                "send fewer examples, or start the server with a larger --max-message-bytes"
-            )
-        n_bytes = batch.answer_bytes(
-            self._known(request.model).input_size, keeps_channels=request.channels == pb.CHANNEL_REDUCTION_NONE
-        )
-        if n_bytes > ours:
-            raise MessageTooLarge(
-                f"the answer's maps take {n_bytes} bytes; max_message_bytes of this client's connect() is {ours}: "
-                "send fewer examples, or raise it here and on the server"
-            )
+        input_size, theirs = self._known(request.model).input_size, self._server().limits.max_message_bytes
+        refuse_large(request, batch, ours=self.max_message_bytes, theirs=theirs, input_size=input_size)
 
 
 def _unless_partial(answer: Attribution, on_error: OnError) -> Attribution:
-    """Return an answer, or raise `PartialFailure` where some of its examples failed and that is to be raised."""
-    if answer.failures and on_error == "raise":
+    """Return an answer, or raise `PartialFailure` where it is final, some examples failed, and that is to be raised."""
+    if answer.final and answer.failures and on_error == "raise":
         raise PartialFailure(answer)
     return answer
 

@@ -7,47 +7,20 @@ model's own input, [C, H, W] or [N, C, H, W]. A torch tensor counts as an array;
 import io
 import os
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 from sidelight.v1 import tensor_pb2
 
 from ._errors import InvalidArgument
 from ._picture import picture_of
+from ._tensor import DTYPES, Array, TorchTensor, host_array, tensor_message
 
-Array = NDArray[Any]
-
-_DTYPES: dict[str, tensor_pb2.DataType.ValueType] = {
-    "uint8": tensor_pb2.DATA_TYPE_UINT8,
-    "float16": tensor_pb2.DATA_TYPE_FLOAT16,
-    "float32": tensor_pb2.DATA_TYPE_FLOAT32,
-    "float64": tensor_pb2.DATA_TYPE_FLOAT64,
-}
 # Modes that no file holds, and those that hold the same.
 _CONVERTED = {"HSV": "RGB", "I;16L": "I", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
 _KINDS = "a path, encoded bytes, a PIL image, an array, a tensor, or a list of them"
-
-
-@runtime_checkable
-class TorchTensor(Protocol):
-    """What of a torch tensor is used here."""
-
-    dtype: Any
-
-    def detach(self) -> "TorchTensor":
-        """Leave the graph."""
-
-    def cpu(self) -> "TorchTensor":
-        """Come to the host."""
-
-    def float(self) -> "TorchTensor":
-        """Become float32."""
-
-    def numpy(self) -> Array:
-        """Become an array."""
 
 
 Picture = str | os.PathLike[str] | bytes | Image.Image
@@ -68,20 +41,20 @@ class Batch:
             self.message = tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=map(_file, given)))
         else:
             self._dtype = given.dtype
-            self.message = tensor_pb2.Images(tensor=_tensor(given))
+            self.message = tensor_pb2.Images(tensor=tensor_message(given))
 
     def __len__(self) -> int:
         return self._n_examples
 
-    def answer_bytes(self, input_size: tuple[int, int, int] | None, *, keeps_channels: bool) -> int:
-        """Return how many bytes the maps will take, for a model of this C, H, W; 0 where that is not known."""
+    def map_elements(self, input_size: tuple[int, int, int] | None, *, keeps_channels: bool) -> int:
+        """Return how many elements N maps will have, for a model of this C, H, W; 0 where that is not known."""
         if self._dtype is not None and self._dtype != np.uint8:
             channels, height, width = self.message.tensor.shape[1:]
         elif input_size is not None:
             channels, height, width = input_size
         else:
             return 0
-        return len(self) * height * width * (channels if keeps_channels else 1) * np.dtype(np.float32).itemsize
+        return len(self) * height * width * (channels if keeps_channels else 1)
 
     def picture(self, example: int) -> Image.Image:
         """Return one example as an RGB picture, upright, its alpha laid over white; floats are scaled to be seen."""
@@ -113,8 +86,8 @@ def _as_list(images: Images) -> list[Picture | Array] | Array:
 
 
 def _array(images: "Array | TorchTensor") -> Array:
-    array = images if isinstance(images, np.ndarray) else _host_array(images)
-    if array.dtype.name not in _DTYPES:
+    array = images if isinstance(images, np.ndarray) else host_array(images, "images")
+    if array.dtype.name not in DTYPES:
         raise InvalidArgument(
             f"images: got {array.dtype} of {list(array.shape)}, expected uint8 pixels [H, W, C], or model-ready "
             f"float16, float32 or float64 [C, H, W]"
@@ -122,23 +95,11 @@ def _array(images: "Array | TorchTensor") -> Array:
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
-def _host_array(tensor: TorchTensor) -> Array:
-    try:
-        tensor = tensor.detach().cpu()
-        return tensor.float().numpy() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
-    except (RuntimeError, TypeError) as error:  # sparse, meta, 8-bit floats: what numpy has no word for
-        raise InvalidArgument(f"images: got a tensor of {tensor.dtype}, expected a dense one: {error}") from error
-
-
 def _batched(array: Array) -> Array:
     if array.ndim not in (3, 4):
         letters = "[H, W, C] or [N, H, W, C]" if array.dtype == np.uint8 else "[C, H, W] or [N, C, H, W]"
         raise InvalidArgument(f"images: got {array.dtype} of {list(array.shape)}, expected {letters}")
     return array if array.ndim == 4 else array[None]
-
-
-def _tensor(array: Array) -> tensor_pb2.Tensor:
-    return tensor_pb2.Tensor(dtype=_DTYPES[array.dtype.name], shape=array.shape, data=array.tobytes())
 
 
 def _file(image: object) -> bytes:

@@ -8,7 +8,9 @@ from sidelight.v1 import attribution_pb2 as pb
 
 from ._errors import InvalidArgument
 from ._images import Batch
-from ._methods import Channels, Method, Score, Target, channels_message, score_message, target_message
+from ._methods import Method
+from ._targets import Target, target_message
+from ._words import Channels, MapDtype, Score, channels_number, map_dtype_number, score_number
 
 FOR_EVER_S = 1e9  # math.inf is for ever, and so is thirty years
 
@@ -24,12 +26,11 @@ class Question:
     channels: Channels
     probabilities: bool
     timeout: float
+    map_dtype: MapDtype = "float32"
     partial: bool = False
 
     def request(self, batch: Batch, *, id_: str = "") -> pb.AttributeRequest:
         """Return the message that asks it of a batch. Every default is filled in."""
-        if not self.timeout > 0:
-            raise InvalidArgument(f"timeout: got {self.timeout} s, expected a positive time")
         if not isinstance(self.method, Method):
             raise InvalidArgument(f"method: got {self.method!r}, expected a method, such as sidelight.Gradient()")
         return pb.AttributeRequest(
@@ -38,13 +39,18 @@ class Question:
             images=batch.message,
             target=target_message(self.target),
             method=self.method.message(),
-            score=score_message(self.score),
-            channels=channels_message(self.channels),
-            output=pb.Output(probabilities=self.probabilities, partial=self.partial),
-            timeout=_duration(self.timeout),
+            score=score_number(self.score),
+            channels=channels_number(self.channels),
+            output=pb.Output(
+                map_dtype=map_dtype_number(self.map_dtype), probabilities=self.probabilities, partial=self.partial
+            ),
+            timeout=duration(self.timeout),
         )
 
 
-def _duration(seconds: float) -> Duration:
-    seconds = min(seconds, FOR_EVER_S)
-    return Duration(seconds=int(seconds), nanos=int(seconds % 1 * 1e9))
+def duration(timeout: float) -> Duration:
+    """Return the message of a time in seconds, which must be positive."""
+    if not timeout > 0:
+        raise InvalidArgument(f"timeout: got {timeout} s, expected a positive time")
+    span_s = min(timeout, FOR_EVER_S)
+    return Duration(seconds=int(span_s), nanos=int(span_s % 1 * 1e9))

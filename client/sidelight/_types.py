@@ -1,6 +1,5 @@
-"""What a server tells: about itself, its models, and each example of an answer."""
+"""What an answer tells: of each example, where the time went, and all that is needed to compute it again."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
@@ -8,7 +7,14 @@ from google.protobuf.duration_pb2 import Duration
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, tensor_pb2
 
-from ._methods import channels_name, score_name
+from ._method_text import method_text
+from ._targets import target_text
+from ._words import word
+
+SATURATED = (
+    "the probability is so near to 0 or 1 that its gradient is numerically dead, and the map mostly noise: "
+    'ask for score="logit"'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +25,11 @@ class Prediction:
     label: str  # empty where the model has no labels
     probability: float
 
+    @classmethod
+    def of(cls, message: pb.Prediction) -> "Prediction":
+        """Return what a message says."""
+        return cls(message.index, message.label, message.probability)
+
 
 @dataclass(frozen=True, slots=True)
 class Explained:
@@ -28,6 +39,38 @@ class Explained:
     label: str  # empty where the model has no labels
     score: float
     saturated: bool  # the score is a probability so near to 0 or 1 that its gradient is numerically dead
+    against: int | None = None  # the other class of a contrast
+
+    @classmethod
+    def of(cls, message: pb.Explained) -> "Explained":
+        """Return what a message says."""
+        against = message.against if message.HasField("against") else None
+        return cls(message.index, message.label, message.score, message.saturated, against)
+
+    @property
+    def advice(self) -> str:
+        """What to ask for instead where the score is saturated; empty where all is well."""
+        return SATURATED if self.saturated else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Convergence:
+    """How good a map of many rows is; None where its method has no such measure. With top-k, of the worst map."""
+
+    rows: int  # that were run, those without a gradient too
+    error: float | None  # what a tolerance is compared with: a share of the map's L2 norm
+    completeness_error: float | None  # |sum of the map − (score of the example − score of the baseline)|
+    relative_completeness_error: float | None  # that over |score of the example − score of the baseline|
+
+    @classmethod
+    def of(cls, message: pb.Convergence) -> "Convergence":
+        """Return what a message says."""
+        return cls(
+            message.rows,
+            message.error if message.HasField("error") else None,
+            message.completeness_error if message.HasField("completeness_error") else None,
+            message.relative_completeness_error if message.HasField("relative_completeness_error") else None,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +117,7 @@ class Timing:
     @classmethod
     def of(cls, message: pb.Timing) -> "Timing":
         """Return what a message says."""
-        return cls(*map(_seconds, (message.prepare, message.queue, message.compute, message.total)))
+        return cls(*map(seconds, (message.prepare, message.queue, message.compute, message.total)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +136,8 @@ class Provenance:
     threads: int
     chunk_rows: int
     software: dict[str, str]
+    reproducible: bool  # equal provenance promises equal bytes
+    baseline_digest: str  # SHA-256 of a baseline that was given as an array, else empty
 
     @classmethod
     def of(cls, message: pb.Provenance) -> "Provenance":
@@ -101,111 +146,20 @@ class Provenance:
             model=message.model,
             model_version=message.model_version,
             model_digest=message.model_digest,
-            method=_method_text(message.method),
-            target=_target_text(message.target),
-            score=score_name(message.score),
-            channels=channels_name(message.channels),
+            method=method_text(message.method),
+            target=target_text(message.target),
+            score=word(model_pb2.Score, message.score),
+            channels=word(pb.ChannelReduction, message.channels),
             precision=message.precision,
             device=message.device,
             threads=message.threads,
             chunk_rows=message.chunk_rows,
             software={each.name: each.version for each in message.software},
+            reproducible=message.reproducible,
+            baseline_digest=message.baseline_digest,
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one caller must stay within."""
-
-    max_message_bytes: int
-    max_image_pixels: int
-    max_in_flight: int
-    max_in_flight_bytes: int
-    max_stream_in_flight: int
-
-
-@dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """One model of a server."""
-
-    name: str
-    version: int
-    digest: str
-    input_size: tuple[int, int, int] | None  # C, H, W; None where it is not fixed
-    class_count: int  # 0 until the first request of a model without a fixed input size
-    labels: tuple[str, ...]
-    scores: tuple[str, ...]
-    layers: tuple[str, ...]
-    precision: str
-    device: str
-    chunk_rows: int
-
-    @classmethod
-    def of(cls, message: model_pb2.ModelInfo) -> "ModelInfo":
-        """Return what a message says."""
-        size = message.input
-        return cls(
-            name=message.name,
-            version=message.version,
-            digest=message.digest,
-            input_size=(size.channels, size.height, size.width) if message.HasField("input") else None,
-            class_count=message.class_count,
-            labels=tuple(message.labels),
-            scores=tuple(map(score_name, message.scores)),
-            layers=tuple(message.layers),
-            precision=message.precision,
-            device=message.device,
-            chunk_rows=message.chunk_rows,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ServerInfo:
-    """A server: its version, limits, methods and models. The first model is the default."""
-
-    version: str
-    limits: Limits
-    methods: tuple[str, ...]
-    models: tuple[ModelInfo, ...]
-
-    @classmethod
-    def of(cls, message: pb.GetServerInfoResponse) -> "ServerInfo":
-        """Return what a message says."""
-        limits = message.limits
-        return cls(
-            version=message.version,
-            limits=Limits(
-                limits.max_message_bytes, limits.max_image_pixels, limits.max_in_flight, limits.max_in_flight_bytes,
-                limits.max_stream_in_flight,
-            ),
-            methods=tuple(message.methods),
-            models=tuple(map(ModelInfo.of, message.models)),
-        )  # fmt: skip
-
-
-def _seconds(span: Duration) -> float:
+def seconds(span: Duration) -> float:
+    """Return a span in seconds."""
     return float(span.seconds + span.nanos / 1e9)
-
-
-def _method_text(method: pb.Method) -> str:
-    name = method.WhichOneof("method") or ""
-    if name != "gradient":
-        return name
-    magnitude = pb.Magnitude.Name(method.gradient.magnitude).removeprefix("MAGNITUDE_").lower()
-    return f"gradient(magnitude={magnitude}, times_input={method.gradient.times_input})"
-
-
-def _target_text(target: pb.Target) -> str:
-    match target.WhichOneof("target"):
-        case "index":
-            return f"index {target.index}"
-        case "label":
-            return f'label "{target.label}"'
-        case "per_example":
-            return "per example: " + _choices_text(target.per_example.classes)
-        case other:
-            return other or ""
-
-
-def _choices_text(choices: Sequence[pb.ClassChoice]) -> str:
-    return ", ".join(f'"{each.label}"' if each.WhichOneof("choice") == "label" else str(each.index) for each in choices)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .attribution import Aim, Score
 from .errors import FailedPrecondition
 from .methods.method import Layer, Probe, Rectifiers
-from .probes import Guided, capture, layers_of
+from .probes import Guided, capture, chosen_layer, layers_of
 from .scores import Head
 
 
@@ -124,6 +124,8 @@ class Kernel:
         return _with(read, gradients)
 
     def _at_layer(self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], name: str) -> Gradients:
+        if not name:  # the last with spatial extent, which is not known beforehand if the model takes any size
+            name = chosen_layer(name, self.layers(inputs[:1]), [])
         # The graph begins at the layer: what lies before it is run without one.
         with torch.enable_grad(), capture(self._hooked, name) as captured:
             read, selected = self._read(_checked(self._hooked(inputs.clone()), len(inputs)), aims, wanted)

@@ -105,16 +105,24 @@ class Runner:
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)  # for tensors that a model's own code makes on "cuda"
         try:
-            while (rows := self._take_chunk()) is not None:
-                if rows:
-                    self._flying.append((rows, self._launch(rows)))
-                # With nothing to add, what flies is read to the end: it may have more rows to give.
-                while len(self._flying) >= (self._depth if rows else 1):
-                    self._land(*self._flying.popleft())
+            while self._step():
+                pass
         finally:
             with self._changed:
                 self._closed = True
             self._on_end()
+
+    def _step(self) -> bool:
+        """Run a chunk. It is a function of its own so that nothing of the last one is held while there is no next."""
+        rows = self._take_chunk()
+        if rows is None:
+            return False
+        if rows:
+            self._flying.append((rows, self._launch(rows)))
+        # With nothing to add, what flies is read to the end: it may have more rows to give.
+        while len(self._flying) >= (self._depth if rows else 1):
+            self._land(*self._flying.popleft())
+        return True
 
     def _take_chunk(self) -> list[Taken] | None:
         """Return the next rows, after waiting for some unless others fly; None once closed."""

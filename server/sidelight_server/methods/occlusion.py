@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument
@@ -36,6 +38,11 @@ class Occlusion(Method):
                     f"method.{self.name}.stride_{name}: got {step}, expected at most window_{name}, {size}: "
                     "pixels between the windows would have no value"
                 )
+
+    @property
+    def given(self) -> NDArray[np.generic] | None:
+        """The baseline, where it is an array."""
+        return self.baseline.array if isinstance(self.baseline, Given) else None
 
     @property
     def _stride(self) -> tuple[int, int]:

@@ -1,0 +1,116 @@
+"""What a server tells of itself and of its models."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import model_pb2
+
+from ._types import seconds
+from ._words import word
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one caller must stay within."""
+
+    max_message_bytes: int
+    max_image_pixels: int
+    max_in_flight: int
+    max_in_flight_bytes: int
+    max_stream_in_flight: int
+    max_example_rows: int  # that a method may ask for one example
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """How soon requests ended that were cancelled, or ran out of time, while a row of theirs was on the device."""
+
+    count: int
+    mean_s: float
+    longest_s: float
+
+    @classmethod
+    def of(cls, message: pb.Stops) -> "Stops":
+        """Return what a message says."""
+        return cls(message.count, seconds(message.mean), seconds(message.longest))
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupEntry:
+    """One measurement made while a model was loaded."""
+
+    configuration: str
+    rows: int  # the size of the chunk
+    rows_per_second: float
+    chosen: bool  # whether this one serves
+
+    @classmethod
+    def of(cls, message: model_pb2.WarmupEntry) -> "WarmupEntry":
+        """Return what a message says."""
+        return cls(message.configuration, message.rows, message.rows_per_second, message.chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One model of a server."""
+
+    name: str
+    version: int
+    digest: str
+    input_size: tuple[int, int, int] | None  # C, H, W; None where it is not fixed
+    class_count: int  # 0 until the first request of a model without a fixed input size
+    labels: tuple[str, ...]
+    scores: tuple[str, ...]
+    layers: tuple[str, ...]
+    precision: str
+    device: str
+    chunk_rows: int
+    reproducible: bool  # equal provenance promises equal bytes
+    warmup: tuple[WarmupEntry, ...]  # empty where the input size is not fixed
+
+    @classmethod
+    def of(cls, message: model_pb2.ModelInfo) -> "ModelInfo":
+        """Return what a message says."""
+        size = message.input
+        return cls(
+            name=message.name,
+            version=message.version,
+            digest=message.digest,
+            input_size=(size.channels, size.height, size.width) if message.HasField("input") else None,
+            class_count=message.class_count,
+            labels=tuple(message.labels),
+            scores=tuple(map(partial(word, model_pb2.Score), message.scores)),
+            layers=tuple(message.layers),
+            precision=message.precision,
+            device=message.device,
+            chunk_rows=message.chunk_rows,
+            reproducible=message.reproducible,
+            warmup=tuple(map(WarmupEntry.of, message.warmup)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """A server: its version, limits, methods and models. The first model is the default."""
+
+    version: str
+    limits: Limits
+    methods: tuple[str, ...]
+    models: tuple[ModelInfo, ...]
+    stops: Stops
+
+    @classmethod
+    def of(cls, message: pb.GetServerInfoResponse) -> "ServerInfo":
+        """Return what a message says."""
+        limits = message.limits
+        return cls(
+            version=message.version,
+            limits=Limits(
+                limits.max_message_bytes, limits.max_image_pixels, limits.max_in_flight, limits.max_in_flight_bytes,
+                limits.max_stream_in_flight, limits.max_example_rows,
+            ),
+            methods=tuple(message.methods),
+            models=tuple(map(ModelInfo.of, message.models)),
+            stops=Stops.of(message.stops),
+        )  # fmt: skip

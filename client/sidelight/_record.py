@@ -1,0 +1,132 @@
+"""The record: what is kept of an answer in a folder, to be read by people and to be computed again.
+
+`answer.json` holds the facts, the provenance also as the schema's message, and a digest of each map; `maps.npy` the
+maps; `baseline.npy` an array that was given as a baseline.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from google.protobuf import json_format
+from numpy.typing import NDArray
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from ._errors import InvalidArgument
+from ._tensor import Array
+
+if TYPE_CHECKING:
+    from ._attribution import Attribution
+
+FACTS, MAPS, BASELINE = "answer.json", "maps.npy", "baseline.npy"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Record:
+    """What is needed to compute an answer again, and to compare."""
+
+    folder: Path
+    provenance: pb.Provenance
+    map_dtype: str
+    digests: tuple[str | None, ...]  # of each example's map; None where it failed
+    maps: NDArray[np.float32] | None  # None where the file is not there
+
+
+def facts(answer: "Attribution") -> dict[str, object]:
+    """Return everything but the maps, as JSON can hold it."""
+    entries = zip(
+        answer.predictions, answer.explained, answer.geometry, answer.convergence, digests(answer), strict=True
+    )
+    names = ("prediction", "explained", "geometry", "convergence", "map_sha256")
+    return {
+        "example_count": len(answer),
+        "examples": [dict(zip(names, map(_plain, entry), strict=True)) for entry in entries],
+        "failures": _plain(answer.failures),
+        "provenance": _plain(answer.provenance),
+        "timing": _plain(answer.timing),
+        "map_dtype": answer.map_dtype,
+        "transport": answer.transport,
+        "final": answer.final,
+    }
+
+
+def digests(answer: "Attribution") -> tuple[str | None, ...]:
+    """Return the digest of each example's map; None for one that has no map."""
+    there = (prediction is not None for prediction in answer.predictions)
+    return tuple(digest(map_) if is_there else None for map_, is_there in zip(answer.maps, there, strict=True))
+
+
+def digest(map_: NDArray[np.float32]) -> str:
+    """Return the SHA-256 of a map's bytes, as little-endian float32."""
+    return hashlib.sha256(map_.astype("<f4").tobytes()).hexdigest()
+
+
+def write(answer: "Attribution", folder: Path, *, provenance: pb.Provenance | None, baseline: Array | None) -> None:
+    """Write an answer into a folder."""
+    np.save(folder / MAPS, answer.maps)
+    if baseline is not None:
+        np.save(folder / BASELINE, baseline)
+    message = json_format.MessageToDict(provenance or pb.Provenance(), preserving_proto_field_name=True)
+    text = json.dumps(facts(answer) | {"provenance_message": message}, indent=2, allow_nan=False)
+    (folder / FACTS).write_text(text + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> Record:
+    """Return what `write` wrote into a folder, or beside an `answer.json`.
+
+    `OSError` for a file that cannot be read, `InvalidArgument` for one that is something else.
+    """
+    path = path / FACTS if path.is_dir() else path
+    text = path.read_bytes()
+    try:
+        saved = json.loads(text)
+        provenance = json_format.ParseDict(saved["provenance_message"], pb.Provenance())
+        expected = tuple(each["map_sha256"] for each in saved["examples"])
+        map_dtype, is_final = saved["map_dtype"], saved["final"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, json_format.Error) as error:
+        why = str(error).partition("\n")[0]
+        raise InvalidArgument(f"{path}: no answer that was saved: {type(error).__name__}: {why}") from None
+    if not is_final:
+        raise InvalidArgument(f"{path}: the answer was saved before it was final, and cannot be computed again")
+    return Record(path.parent, provenance, map_dtype, expected, _load_maps(path.parent / MAPS, expected))
+
+
+def load_array(path: Path) -> Array:
+    """Return the array in a file. `OSError` for one that cannot be read, `InvalidArgument` for one that holds none."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InvalidArgument(f"{path}: no array: {error}") from None
+    if not isinstance(array, np.ndarray):
+        raise InvalidArgument(f"{path}: got an archive of arrays, expected one array")
+    return array
+
+
+def _load_maps(path: Path, expected: Sequence[str | None]) -> NDArray[np.float32] | None:
+    """Return the maps in a file if it is there. They must be those of the answer."""
+    if not path.exists():
+        return None
+    maps = load_array(path)
+    if maps.dtype != np.float32 or maps.shape[:1] != (len(expected),):
+        raise InvalidArgument(f"{path}: got {maps.dtype} of {list(maps.shape)}, expected {len(expected)} float32 maps")
+    for i, (map_, each) in enumerate(zip(maps, expected, strict=True)):
+        if each is not None and digest(map_) != each:
+            raise InvalidArgument(f"{path}: the map of example {i} is not the one whose digest the answer has")
+    return maps
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold: it has no word for what is not finite."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return _plain(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(each) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,164 @@
+"""Replay: an answer that was saved is computed again, and compared to the last bit."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from . import _record
+from ._attribution import Attribution
+from ._baselines import given_tensor
+from ._errors import InvalidArgument
+from ._images import Batch, Images
+from ._question import duration
+from ._record import Record
+from ._tensor import Array, floats
+from ._types import Provenance
+from ._words import map_dtype_number
+
+if TYPE_CHECKING:
+    from ._client import Client
+
+TIMEOUT_S = 60.0
+TOLERANCE = 1e-5  # of a map's maximum: what an answer in other company, that is not reproducible, may differ by
+# Where maps were rounded for their way, a last bit may round the other way: one step of the type more.
+_STEPS = {"float16": 2.0**-10, "uint8": 1 / 255}
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """One example, computed again."""
+
+    equal: bool  # to the last bit; so are two that failed
+    difference: float | None  # the largest, as a share of the saved map's maximum; None where that map is not there
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One fact of the provenance that is not what it was."""
+
+    name: str
+    then: str
+    now: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Replay:
+    """How an answer came out the second time."""
+
+    examples: tuple[Replayed, ...]
+    differences: tuple[Difference, ...]
+    reproducible: bool  # whether equal bytes were promised
+    tolerance: float  # what else an example may differ by, as a share of its map's maximum
+    answer: Attribution = dataclasses.field(repr=False)  # the second one
+
+    @property
+    def equal(self) -> bool:
+        """Whether every map is equal to the last bit."""
+        return all(each.equal for each in self.examples)
+
+    @property
+    def within_tolerance(self) -> bool:
+        """Whether every map is known to differ by no more than the tolerance."""
+        return all(each.difference is not None and each.difference <= self.tolerance for each in self.examples)
+
+    @property
+    def kept(self) -> bool:
+        """Whether the answer came out as it was promised: equal, or unless that was promised within the tolerance."""
+        return self.equal or (self.within_tolerance and not self.reproducible)
+
+
+def replay(
+    client: "Client",
+    saved: str | os.PathLike[str],
+    images: Images,
+    *,
+    baseline: str | os.PathLike[str] | Array | None = None,
+    timeout: float = TIMEOUT_S,
+) -> Replay:
+    """Compute an answer that `Attribution.save` wrote again, and compare.
+
+    `saved` is the folder or the `answer.json` in it; `images` are the batch that it explained, in any form that decodes
+    to the same. `baseline` is the array that the method was given, or its file (None: the saved `baseline.npy`).
+    `timeout` is in seconds. Raises as `Client.attribute` does, `OSError` for a file that cannot be read, and
+    `InvalidArgument` for one that holds something else, or images that are not as many.
+    """
+    record, batch = _record.load(Path(saved)), Batch(images)
+    if len(batch) != len(record.digests):
+        raise InvalidArgument(f"images: got {len(batch)}, expected {len(record.digests)}, as many as the answer has")
+    answer = client._explain(_request(record, batch, baseline, timeout), batch, timeout_s=timeout)
+    return Replay(
+        examples=tuple(_replayed(record, answer, i) for i in range(len(batch))),
+        differences=_differences(Provenance.of(record.provenance), answer.provenance),
+        reproducible=record.provenance.reproducible,
+        tolerance=TOLERANCE + _STEPS.get(record.map_dtype, 0.0),
+        answer=answer,
+    )
+
+
+def _request(
+    record: Record, batch: Batch, baseline: str | os.PathLike[str] | Array | None, timeout: float
+) -> pb.AttributeRequest:
+    saved = record.provenance
+    return pb.AttributeRequest(
+        model=saved.model,
+        images=batch.message,
+        target=saved.target,
+        method=_method(record, baseline),
+        score=saved.score,
+        channels=saved.channels,
+        output=pb.Output(map_dtype=map_dtype_number(record.map_dtype)),
+        timeout=duration(timeout),
+    )
+
+
+def _method(record: Record, baseline: str | os.PathLike[str] | Array | None) -> pb.Method:
+    """Return the method that was asked for, with the array that it was given: provenance has only its digest."""
+    method = pb.Method()
+    method.CopyFrom(record.provenance.method)
+    tensor = given_tensor(method)
+    if tensor is None:
+        if baseline is not None:
+            raise InvalidArgument("baseline: got one, but the answer's method was not given any")
+        return method
+    if baseline is None or isinstance(baseline, str | os.PathLike):
+        baseline = _record.load_array(Path(baseline or record.folder / _record.BASELINE))
+    tensor.CopyFrom(floats(baseline, "baseline", expected="the floating array that the method was given"))
+    return method
+
+
+def _replayed(record: Record, answer: Attribution, i: int) -> Replayed:
+    then, now = record.digests[i], _record.digests(answer)[i]
+    if then == now:
+        return Replayed(equal=True, difference=0.0)
+    if then is None or now is None or record.maps is None:
+        return Replayed(equal=False, difference=None)
+    return Replayed(equal=False, difference=_share(record.maps[i], answer.maps[i]))
+
+
+def _share(then: NDArray[np.float32], now: NDArray[np.float32]) -> float | None:
+    """Return the largest difference as a share of the first map's maximum; None where they cannot be compared."""
+    if then.shape != now.shape or not (np.isfinite(then).all() and np.isfinite(now).all()):
+        return None
+    difference, most = float(np.abs(now - then).max(initial=0)), float(np.abs(then).max(initial=0))
+    if not difference:
+        return 0.0  # a zero has two signs
+    return difference / most if most else float("inf")
+
+
+def _differences(then: Provenance, now: Provenance | None) -> tuple[Difference, ...]:
+    before, after = _flat(then), {} if now is None else _flat(now)
+    names = [*before, *(name for name in after if name not in before)]
+    pairs = ((name, before.get(name, ""), after.get(name, "")) for name in names)
+    return tuple(Difference(*each) for each in pairs if each[1] != each[2])
+
+
+def _flat(provenance: Provenance) -> dict[str, str]:
+    facts = {name: str(fact) for name, fact in dataclasses.asdict(provenance).items() if name != "software"}
+    return facts | provenance.software
