@@ -60,6 +60,7 @@ bench: .venv/.ready
 
 soak: .venv/.ready
 	$(BIN)/python -m benchmarks.memory --requests 5000
+	$(BIN)/python -m benchmarks.storm --requests 10000
 
 image:
 	buildah build --tag $(IMAGE) . || docker build --tag $(IMAGE) .

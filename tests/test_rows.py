@@ -33,7 +33,7 @@ TO_TOLERANCE = IntegratedGradients(steps=0, rule=Rule.TRAPEZOID, tolerance=1e-6,
 
 async def until(condition: Callable[[], bool]) -> None:
     """Let everything else go on until a condition holds that no event tells of."""
-    while not condition():
+    while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0.0005)
 
 

@@ -120,10 +120,8 @@ def _base(message: pb.Method) -> Gradient | IntegratedGradients:
     if chosen is None:
         return Gradient()
     # Not parsed before it is known: methods in methods in methods would exhaust the stack.
-    if chosen not in ("gradient", "guided_backpropagation", "integrated_gradients"):
-        raise InvalidArgument(
-            f"method.smoothgrad.base: {chosen}, expected gradient, guided_backpropagation or integrated_gradients"
-        )
+    if chosen not in ("gradient", "integrated_gradients"):
+        raise InvalidArgument(f"method.smoothgrad.base: {chosen}, expected gradient or integrated_gradients")
     base = parse_method(message)
     assert isinstance(base, Gradient | IntegratedGradients)  # noqa: S101
     return base

@@ -12,6 +12,7 @@ from ..errors import FailedPrecondition, InvalidArgument
 from .method import Example, Shape
 
 TRUNCATE = 4.0  # standard deviations at which the blur's kernel ends
+WIDEST = 1e6  # pixels at which it ends at the latest: no picture is so wide that it would show
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +73,13 @@ class Blurred:
         return blurred[:, 0]
 
     def _along(self, x: Tensor, axis: int) -> Tensor:
-        # A kernel wider than the picture would only meet repeated edges.
-        radius = min(int(TRUNCATE * self.sigma + 0.5), 4 * x.shape[axis])
+        radius = int(min(TRUNCATE * self.sigma + 0.5, WIDEST))
         places = torch.arange(-radius, radius + 1, dtype=torch.float64)
         weights = torch.exp(-0.5 * (places / self.sigma) ** 2)
+        if (beyond := radius - x.shape[axis]) > 0:  # so far out the kernel meets a repeated edge alone
+            edge = weights[:beyond].sum()
+            weights, radius = weights[beyond:-beyond], radius - beyond
+            weights[[0, -1]] += edge
         kernel = (weights / weights.sum()).to(x.device, x.dtype)
         padding = (0, 0, radius, radius) if axis == 2 else (radius, radius, 0, 0)
         padded = nn.functional.pad(x, padding, mode="replicate")

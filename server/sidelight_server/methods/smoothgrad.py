@@ -54,7 +54,7 @@ class SmoothGrad(Method):
     seed: int = 0
     statistic: Statistic = Statistic.MEAN
     tolerance: float | None = None  # stop once the standard error's L2 norm over the mean's is at most this
-    max_rows: int = 300  # with a tolerance, of one example
+    max_rows: int = 300  # with a tolerance, of one example, the look at it included
     base: Gradient | IntegratedGradients = GRADIENT
 
     def __post_init__(self) -> None:
@@ -79,20 +79,20 @@ class SmoothGrad(Method):
         return self.base.given
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Check the base."""
+        """Check the base, and that there may be a draw."""
         self.base.check(shape, n_examples)
+        if self.tolerance is not None:
+            at_least(f"{self.name}.max_rows", self.max_rows, 1 + self.base.rows(shape))
 
     def rows(self, shape: Shape) -> int:
         """Return those of all draws, and the look at the example itself."""
-        return 1 + (
-            max(self.max_rows, self.base.rows(shape)) if self.tolerance else self.samples * self.base.rows(shape)
-        )
+        return self.max_rows if self.tolerance else 1 + self.samples * self.base.rows(shape)
 
     def run(self, example: Example) -> Steps:
         """Fold the base at draw after draw, until there are enough or the standard error is small."""
         spread = self.noise if self.absolute_noise else self.noise * (example.x.max() - example.x.min())
         moments = Moments(example.x)
-        limit = self.samples or max(1, self.max_rows // self._base_rows(example))
+        limit = self.samples or (self.max_rows - 1) // self._base_rows(example)
         block = BLOCK if self.tolerance or example.is_watched else limit
         while moments.n < limit:
             yield from self._draw(example, spread, moments, min(block, limit - moments.n))

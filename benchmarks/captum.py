@@ -1,0 +1,195 @@
+"""Integrated gradients and SmoothGrad against Captum doing the same work: rate, maps, peak memory.
+
+Both run on the engine's own thread, in turns, so that neither has other threads or another allocator than the other.
+As a program, `python -m benchmarks.captum --peak ours|captum` prints the peak of one of them alone.
+"""
+
+import argparse
+import asyncio
+import itertools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from captum.attr import IntegratedGradients, NoiseTunnel, Saliency
+from numpy.typing import NDArray
+from sidelight_server import Channels, Engine, ModelSpec, Request, Settings
+from sidelight_server import IntegratedGradients as OurIntegratedGradients
+from sidelight_server import SmoothGrad as OurSmoothGrad
+from sidelight_server.kernel import replicate
+from torch import Tensor, nn
+
+from .measure import Line, in_turns, ratio
+from .nets import SIZE, resnet18
+
+BATCH, STEPS, SAMPLES, NOISE = 8, 50, 25, 0.15
+INTERNAL_BATCH_SIZES = (8, 16, 50)
+ROUNDS = 3
+GOALS = {"float32": 0.95, "folded, channels-last": 1.1, "bfloat16": 1.9}
+STATUS = Path("/proc/self/status")
+
+
+def images() -> Tensor:
+    """Return the batch, [8, 3, 224, 224]."""
+    return torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+
+
+def folded(module: nn.Module) -> nn.Module:
+    """Return a copy whose every BatchNorm is folded into the convolution before it, channels last."""
+    copy = replicate(module).requires_grad_(False)
+    for parent in copy.modules():
+        children = list(parent.named_children())
+        for (_, first), (name, second) in itertools.pairwise(children):
+            if isinstance(first, nn.Conv2d) and isinstance(second, nn.BatchNorm2d):
+                fused = nn.utils.fusion.fuse_conv_bn_eval(first, second)
+                first.weight, first.bias = fused.weight, fused.bias
+                setattr(parent, name, nn.Identity())
+    return copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+class Captum:
+    """Captum's work: the prediction, the map, and for integrated gradients the completeness error."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = replicate(module)
+        self.internal_batch_size = INTERNAL_BATCH_SIZES[0]
+
+    def probability(self, x: Tensor) -> Tensor:
+        return self.module(x).softmax(dim=1)
+
+    def integrated_gradients(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self.module(x).argmax(dim=1)
+        maps, _ = IntegratedGradients(self.probability).attribute(
+            x,
+            target=target,
+            n_steps=STEPS,
+            internal_batch_size=self.internal_batch_size,
+            return_convergence_delta=True,
+        )
+        return maps.detach()
+
+    def smoothgrad(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = self.module(x).argmax(dim=1)
+        spread = float(NOISE * (x.amax() - x.amin()))
+        tunnel = NoiseTunnel(Saliency(self.probability))
+        maps = tunnel.attribute(
+            x.clone().requires_grad_(),
+            nt_samples=SAMPLES,
+            nt_samples_batch_size=max(1, self.internal_batch_size // BATCH),
+            stdevs=spread,
+            target=target,
+            abs=False,
+        )
+        return maps.detach()
+
+
+def ours(engine: Engine, name: str, method: OurIntegratedGradients | OurSmoothGrad, x: Tensor) -> NDArray[np.float32]:
+    """Return the engine's maps, [N, C, H, W]."""
+    request = Request(x.numpy(), model=name, method=method, channels=Channels.NONE)
+    answer = asyncio.run(engine.attribute(request))
+    assert not answer.failures
+    return answer.maps
+
+
+def run() -> list[Line]:
+    """Measure both methods with the default precision, folded and channels-last, and in bfloat16."""
+    x = images()
+    base = resnet18().module
+    modules = {"float32": base, "folded, channels-last": folded(base), "bfloat16": folded(base).bfloat16()}
+    specs = [ModelSpec(module, input_size=(3, SIZE, SIZE), name=name) for name, module in modules.items()]
+    captum = Captum(base)
+    with Engine(specs, Settings(device="cpu")) as engine:
+        asyncio.run(engine.warm_up())
+
+        def on_its_thread(work: Callable[[Tensor], Tensor]) -> Tensor:
+            return engine._runner.call(lambda: work(x)).result()
+
+        captum.internal_batch_size = _best(captum, on_its_thread)
+        lines = []
+        for what, method, theirs in (
+            (f"IG-{STEPS}", OurIntegratedGradients(steps=STEPS), captum.integrated_gradients),
+            (f"SmoothGrad-{SAMPLES}", OurSmoothGrad(samples=SAMPLES, noise=NOISE), captum.smoothgrad),
+        ):
+            rivals: dict[str, Callable[[], object]] = {"captum": lambda theirs=theirs: on_its_thread(theirs)}
+            rivals |= {name: lambda name=name, method=method: ours(engine, name, method, x) for name in modules}
+            seconds = in_turns(rivals, rounds=ROUNDS)
+            apart = _distance(ours(engine, "float32", method, x), on_its_thread(theirs).numpy())
+            for name in modules:
+                times = ratio(seconds["captum"], seconds[name])
+                lines.append(
+                    Line(
+                        what=f"{what} over Captum's, ResNet-18, batch {BATCH}, {name}",
+                        figure=times,
+                        unit="×",
+                        goal=f"≥ {GOALS[name]}",
+                        met=times >= GOALS[name],
+                        detail=f"Captum's internal_batch_size {captum.internal_batch_size}; "
+                        f"distance of the float32 maps {apart:.1e}"
+                        + (", its draws are others" if what.startswith("Smooth") else ""),
+                    )
+                )
+    return [*lines, _peak_line()]
+
+
+def _best(captum: Captum, on_its_thread: Callable[[Callable[[Tensor], Tensor]], Tensor]) -> int:
+    """Return the internal batch size at which Captum is fastest."""
+
+    def with_size(size: int) -> None:
+        captum.internal_batch_size = size
+        on_its_thread(captum.integrated_gradients)
+
+    seconds = in_turns({str(size): lambda size=size: with_size(size) for size in INTERNAL_BATCH_SIZES}, rounds=1)
+    return int(min(seconds, key=lambda size: seconds[size][0]))
+
+
+def _distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
+    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
+
+
+def _peak_line() -> Line:
+    command = [sys.executable, "-m", "benchmarks.captum", "--peak"]
+    peaks = {
+        who: float(subprocess.run([*command, who], check=True, capture_output=True, text=True).stdout)
+        for who in ("ours", "captum")
+    }
+    share = peaks["ours"] / peaks["captum"]
+    return Line(
+        what=f"peak memory of IG-{STEPS}, batch {BATCH}, over Captum's",
+        figure=share,
+        unit="×",
+        goal="< 1",
+        met=share < 1,
+        detail=f"{peaks['ours']:.0f} MiB and {peaks['captum']:.0f} MiB more than before the first map",
+    )
+
+
+def _peak(who: str) -> float:
+    """Return by how many MiB the process grew at its peak while it explained one batch."""
+    x, module = images(), resnet18().module
+    method = OurIntegratedGradients(steps=STEPS)
+    spec = ModelSpec(module, input_size=(3, SIZE, SIZE), name="float32")
+    # Captum runs with the threads of the engine, and like it after a first pass.
+    with Engine([spec], Settings(device="cpu", max_chunk_rows=8)) as engine:
+        captum = Captum(module)
+        engine._runner.call(lambda: captum.module(x[:1])).result()
+        before = _status("VmRSS")
+        if who == "ours":
+            ours(engine, "float32", method, x)
+        else:
+            engine._runner.call(lambda: captum.integrated_gradients(x)).result()
+        return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    return next(int(line.split()[1]) for line in STATUS.read_text().splitlines() if line.startswith(name))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peak", choices=("ours", "captum"), required=True)
+    print(_peak(parser.parse_args().peak))

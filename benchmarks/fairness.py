@@ -1,0 +1,152 @@
+"""Fairness: cheap calls beside a flood of long integrals, and many callers of one image beside one of full batches."""
+
+import asyncio
+import contextlib
+import statistics
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+import numpy as np
+import sidelight
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
+
+from .measure import Line, in_turns, ratio, server
+from .nets import SMALL
+
+FLOOD_STEPS, FLOOD_BATCH, N_FLOODS = 300, 4, 4
+N_CALLS = 150
+P99_GOAL, FLOOD_GOAL = 3.0, 0.95
+N_CALLERS, N_IMAGES = 64, 1024
+STREAM_GOAL, UNARY_GOAL = 0.85, 0.75
+
+
+def run() -> list[Line]:
+    """Measure both on a ResNet-18 at 64²."""
+    with server("python:benchmarks.nets:resnet18_small") as (address, _), sidelight.connect(address) as client:
+        model = client.info().models[0]
+        chosen = next(entry for entry in model.warmup if entry.chosen)
+        return [
+            *asyncio.run(_beside_a_flood(address, chunk_s=chosen.rows / chosen.rows_per_second)),
+            *_many_callers(address, client, batch=model.chunk_rows),
+        ]
+
+
+def request(images: np.ndarray, method: sidelight.Method, id_: str = "") -> pb.AttributeRequest:
+    """Return the message that explains pixels, uint8 [N, H, W, C]."""
+    tensor = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_UINT8, shape=images.shape, data=images.tobytes())
+    target = pb.Target(predicted=pb.PredictedTarget())
+    return pb.AttributeRequest(id=id_, images=tensor_pb2.Images(tensor=tensor), target=target, method=method.message())
+
+
+async def _beside_a_flood(address: str, *, chunk_s: float) -> list[Line]:
+    images = _images(FLOOD_BATCH)
+    flood = request(images, sidelight.IntegratedGradients(steps=FLOOD_STEPS))
+    call = request(images[:1], sidelight.Gradient())
+    rows_of_flood = N_FLOODS * FLOOD_BATCH * (FLOOD_STEPS + 2)
+    async with _stub(address) as stub:
+
+        async def floods() -> float:
+            began = time.perf_counter()
+            await asyncio.gather(*(stub.Attribute(flood) for _ in range(N_FLOODS)))
+            return time.perf_counter() - began
+
+        async def calls(until: "asyncio.Task[float] | None" = None) -> list[float]:
+            seconds: list[float] = []
+            while len(seconds) < N_CALLS if until is None else not until.done():
+                began = time.perf_counter()
+                await stub.Attribute(call)
+                seconds.append(time.perf_counter() - began)
+            return seconds
+
+        await calls()
+        unloaded = await calls()
+        solo_s = [await floods()]
+        flooding = asyncio.create_task(floods())
+        loaded = await calls(flooding)
+        together_s = flooding.result()
+        solo_s.append(await floods())
+    over = (_p99(loaded) - _p99(unloaded)) / chunk_s
+    rates = (rows_of_flood + len(loaded)) / together_s, rows_of_flood / statistics.mean(solo_s)
+    share = rates[0] / rates[1]
+    return [
+        Line(
+            what=f"p99 of gradient calls beside a flood of IG-{FLOOD_STEPS}, above the unloaded p99",
+            figure=over,
+            unit="chunks",
+            goal=f"≤ {P99_GOAL:g}",
+            met=over <= P99_GOAL,
+            detail=f"{len(loaded)} calls; p99 {1e3 * _p99(unloaded):.1f} ms unloaded, {1e3 * _p99(loaded):.1f} ms "
+            f"beside the flood; a chunk takes {1e3 * chunk_s:.1f} ms",
+        ),
+        Line(
+            what="rows/s of flood and calls together over the flood alone",
+            figure=share,
+            unit="×",
+            goal=f"≥ {FLOOD_GOAL}",
+            met=share >= FLOOD_GOAL,
+            detail=f"{rates[0]:.0f} and {rates[1]:.0f} rows/s",
+        ),
+    ]
+
+
+def _many_callers(address: str, client: sidelight.Client, *, batch: int) -> list[Line]:
+    images = _images(N_IMAGES)
+    batches = [images[i : i + batch] for i in range(0, N_IMAGES, batch)]
+    single = [request(images[i : i + 1], sidelight.Gradient(), str(i)) for i in range(N_IMAGES)]
+
+    def one_caller() -> None:
+        assert sum(len(answer) for answer in client.stream(batches)) == N_IMAGES
+
+    def each_by(caller: Callable[..., Awaitable[None]]) -> Callable[[], None]:
+        async def all_callers() -> None:
+            async with _stub(address) as stub:
+                await asyncio.gather(*(caller(stub, single[i::N_CALLERS]) for i in range(N_CALLERS)))
+
+        return lambda: asyncio.run(all_callers())
+
+    seconds = in_turns({"one": one_caller, "streams": each_by(_by_stream), "unary": each_by(_by_unary)}, rounds=5)
+    lines = []
+    for name, goal in (("streams", STREAM_GOAL), ("unary", UNARY_GOAL)):
+        share = ratio(seconds["one"], seconds[name])
+        what = "over streams" if name == "streams" else "over unary calls"
+        lines.append(
+            Line(
+                what=f"{N_CALLERS} callers of one image each, {what}, over one caller of batches of {batch}",
+                figure=share,
+                unit="×",
+                goal=f"≥ {goal}",
+                met=share >= goal,
+                detail=f"{N_IMAGES / statistics.median(seconds[name]):.0f} and "
+                f"{N_IMAGES / statistics.median(seconds['one']):.0f} images/s",
+            )
+        )
+    return lines
+
+
+async def _by_unary(stub: attribution_pb2_grpc.AttributionServiceStub, requests: list[pb.AttributeRequest]) -> None:
+    for each in requests:
+        await stub.Attribute(each)
+
+
+async def _by_stream(stub: attribution_pb2_grpc.AttributionServiceStub, requests: list[pb.AttributeRequest]) -> None:
+    call = stub.AttributeStream()
+    for each in requests:
+        await call.write(pb.AttributeStreamRequest(attribute=each))
+        assert (await call.read()).result.final
+    await call.done_writing()
+
+
+@contextlib.asynccontextmanager
+async def _stub(address: str) -> AsyncIterator[attribution_pb2_grpc.AttributionServiceStub]:
+    async with grpc.aio.insecure_channel(address) as channel:
+        yield attribution_pb2_grpc.AttributionServiceStub(channel)
+
+
+def _images(n: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, SMALL, SMALL, 3), np.uint8)
+
+
+def _p99(seconds: list[float]) -> float:
+    return statistics.quantiles(seconds, n=100)[98]

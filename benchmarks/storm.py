@@ -1,0 +1,101 @@
+"""A storm: thousands of calls, half of them cancelled at random moments. `python -m benchmarks.storm`."""
+
+import argparse
+import asyncio
+import random
+import time
+
+import grpc
+import numpy as np
+import psutil
+import sidelight
+from sidelight.v1 import attribution_pb2_grpc
+
+from .fairness import request
+from .measure import Line, server
+from .memory import SIZE
+
+N_REQUESTS, AT_ONCE = 10_000, 64
+GROWTH_GOAL = 0.02
+
+METHODS = (
+    sidelight.Gradient(),
+    sidelight.SmoothGrad(samples=8),
+    sidelight.IntegratedGradients(steps=20),
+    sidelight.IntegratedGradients(tolerance=0.01),
+    sidelight.GradCam(),
+    sidelight.Occlusion(window=16),
+)
+
+
+def run(n_requests: int = N_REQUESTS) -> list[Line]:
+    """Send the storm twice, and compare what the server holds after each. The next call must be served at once."""
+    with server("python:benchmarks.memory:small") as (address, pid), sidelight.connect(address) as client:
+        process = psutil.Process(pid)
+        asyncio.run(_storm(address, n_requests // 5))
+        before = process.memory_info().rss, process.num_fds(), process.num_threads()
+        counts = asyncio.run(_storm(address, n_requests))
+        began = time.perf_counter()
+        client.attribute(_images(1))
+        next_s = time.perf_counter() - began
+        after = process.memory_info().rss, process.num_fds(), process.num_threads()
+        stops = client.info().stops
+    growth, same = after[0] / before[0] - 1, before[1:] == after[1:]
+    cancelled, answered = counts
+    return [
+        Line(
+            what=f"growth of resident memory over {n_requests} requests, half of them cancelled",
+            figure=100 * growth,
+            unit="%",
+            goal=f"< {100 * GROWTH_GOAL:g}",
+            met=growth < GROWTH_GOAL and same,
+            detail=f"{cancelled} cancelled, {answered} answered; descriptors and threads "
+            + ("as before" if same else f"{before[1:]} → {after[1:]}"),
+        ),
+        Line(
+            what="stop of cancelled work, the mean",
+            figure=1e3 * stops.mean_s,
+            unit="ms",
+            goal="one chunk",
+            met=next_s < 1,
+            detail=f"{stops.count} with a row at the device, {1e3 * stops.longest_s:.1f} ms the longest; "
+            f"the next call took {1e3 * next_s:.1f} ms",
+        ),
+    ]
+
+
+async def _storm(address: str, n_requests: int) -> tuple[int, int]:
+    rng, gate = random.Random(0), asyncio.Semaphore(AT_ONCE)
+    images = _images(4)
+    counts = [0, 0]
+
+    async def one(n: int, stub: attribution_pb2_grpc.AttributionServiceStub) -> None:
+        message = request(images[: 1 + n % 4], METHODS[n % len(METHODS)])
+        async with gate:
+            call = stub.Attribute(message)
+            if n % 2:
+                await asyncio.sleep(rng.random() * 0.1)
+                call.cancel()
+            try:
+                reply = await call
+            except asyncio.CancelledError:
+                counts[0] += 1
+            else:
+                assert not reply.result.failures
+                counts[1] += 1
+
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+        await asyncio.gather(*(one(n, stub) for n in range(n_requests)))
+    return counts[0], counts[1]
+
+
+def _images(n: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, SIZE, SIZE, 3), np.uint8)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--requests", type=int, default=N_REQUESTS)
+    for line in run(parser.parse_args().requests):
+        print(f"{line.what}: {line.figure:.2f} {line.unit} (goal {line.goal}); {line.detail}")
