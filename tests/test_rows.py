@@ -4,6 +4,7 @@ import asyncio
 import gc
 import random
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_a_storm_of_cancellations_leaks_nothing(device: str, floats: Tensor) -> 
     """Half of them cancelled at random moments: states made are states released, and the next request is served."""
     before = n_states()
     engine = Engine([ModelSpec(small_cnn())], Settings(device=device, max_chunk_rows=8))
-    methods = [Gradient(), IntegratedGradients(steps=7), SmoothGrad(samples=5), GradCam(), TO_TOLERANCE]
+    methods = [Gradient(), IntegratedGradients(steps=7), SmoothGrad(samples=5), GradCam(), replace(TO_TOLERANCE, max_rows=9)]
     rng = random.Random(0)
 
     async def one(n: int) -> Answer | None:
@@ -183,7 +184,7 @@ def test_a_storm_of_cancellations_leaks_nothing(device: str, floats: Tensor) -> 
             return None
 
     async def run() -> None:
-        for begin in range(0, 1000, 50):
+        for begin in range(0, 500, 50):
             answers = await asyncio.gather(*(one(n) for n in range(begin, begin + 50)))
             assert all(answer is not None and not answer.failures for answer in answers[::2])
         assert not (await engine.attribute(Request(floats.numpy()))).failures

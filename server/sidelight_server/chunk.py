@@ -66,7 +66,8 @@ def _inputs(rows: Sequence[Row], work: Work, staging: Staging, *, padding: int) 
     if len(staged) == 1 and len(next(iter(staged.values()))) == len(rows) and not padding:
         return _staged(rows, model, staging)
     shape = (len(rows) + padding, *work.prepared.shape)
-    inputs = torch.zeros(shape, dtype=model.kernel.dtype, device=model.kernel.device)
+    inputs = torch.empty(shape, dtype=model.kernel.dtype, device=model.kernel.device)
+    inputs[len(rows) :] = 0
     for places in staged.values():
         inputs[places] = _staged([rows[place] for place in places], model, staging)
     for place, row in enumerate(rows):

@@ -161,7 +161,7 @@ class Engine:
         """
         arrived_s = time.monotonic()
         model = self.model(request.model)
-        method = settled(model, request.method, request.images, max_rows=self.settings.max_example_rows)
+        method = settled(model, request, max_rows=self.settings.max_example_rows)
         request = replace(request, method=method)
         loop = asyncio.get_running_loop()
         prepared = await self._prepare(model, request)

@@ -120,16 +120,17 @@ class Job:
         _check_aim(self.aim, top_k, self._model)
         if top_k or not method.is_one_row:
             first = first.kept()
-        outcomes: list[Outcome] = []
+        finished: list[Outcome] = []
         explained: list[Explained] = []
         for aim in self._aims(first, top_k):
             self.aim = aim
             start = (yield from read(first.input, gradient=method.begins_with_gradient)) if top_k else first
             explained.append(self._explained(start))
             steps = method.run(Example(first.input, self.place, self._model.black, start, self._is_watched))
-            outcome = yield from self._watched(steps, first, tuple(explained))
-            outcomes.append(outcome)
-        self.result = self._result(first, tuple(explained), outcomes)
+            outcome = self._finished((yield from self._watched(steps, first, tuple(explained))))
+            # Of many maps none keeps the memory of the chunk that it is a view of.
+            finished.append(replace(outcome, attribution=outcome.attribution.clone()) if top_k else outcome)
+        self.result = self._result(first, tuple(explained), finished)
 
     def _staged(self, *, gradient: bool) -> Generator[Sweep, None, Reading]:
         readings: list[Reading] = []
@@ -148,22 +149,27 @@ class Job:
             step = next(steps)
             while True:
                 if isinstance(step, Improved):
-                    self.result = replace(self._result(first, explained, [step.outcome]), is_final=False)
+                    so_far = self._result(first, explained, [self._finished(step.outcome)])
+                    self.result = replace(so_far, is_final=False)
                 yield step
                 step = next(steps)
         except StopIteration as end:
             outcome: Outcome = end.value
             return outcome
 
-    def _result(self, first: Reading, explained: tuple[Explained, ...], outcomes: list[Outcome]) -> Result:
-        finish, request = self._request.method.finish, self._request
+    def _finished(self, outcome: Outcome) -> Outcome:
+        """Return an outcome with its map in place of the attribution."""
+        method, channels = self._request.method, self._request.channels
+        return replace(outcome, attribution=method.finish(outcome.attribution, channels, self._prepared.shape))
+
+    def _result(self, first: Reading, explained: tuple[Explained, ...], finished: list[Outcome]) -> Result:
         return Result(
-            maps=tuple(finish(each.attribution, request.channels, self._prepared.shape) for each in outcomes),
+            maps=tuple(each.attribution for each in finished),
             explained=explained,
             predicted=first.predicted,
             probability=first.probability,
             probabilities=first.probabilities,
-            convergence=None if request.method.is_one_row else self._convergence(outcomes),
+            convergence=None if self._request.method.is_one_row else self._convergence(finished),
         )
 
     def _explained(self, reading: Reading) -> Explained:

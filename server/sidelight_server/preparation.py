@@ -65,9 +65,10 @@ def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callabl
     )
 
 
-def settled(model: Model, method: Method, images: Files | Array, *, max_rows: int) -> Method:
+def settled(model: Model, request: Request, *, max_rows: int) -> Method:
     """Return a method with its layer's name filled in. `InvalidArgument` where it takes more rows than are allowed."""
-    rows = method.rows(_input_shape(model, images))
+    method = request.method
+    rows = method.rows(_input_shape(model, request.images)) * max(1, _top_k(request.target))
     if rows > max_rows:
         raise InvalidArgument(
             f"method.{method.name}: it takes {rows} rows for one example, the server's max_example_rows is {max_rows}"
