@@ -219,6 +219,27 @@ def test_a_batch_whose_rows_are_running_can_be_cancelled(tmp_path: Path, device:
         assert gate.n_rows == 3
 
 
+def test_a_cancel_is_read_while_all_slots_are_taken_and_the_server_tells_how_soon_it_stopped(
+    tmp_path: Path, device: str
+) -> None:
+    one_slot = gated(tmp_path, device=device, max_chunk_rows=1, max_stream_in_flight=1)
+    with one_slot as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("running", floats(4)))
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(cancel("running"))
+        assert (answer := stream.receive()).id == "running"
+        assert code_of(answer) == CANCELLED
+        gate.open.set()
+        stream.send(attribute("next", floats(1)))
+        assert_explains(stream.receive(), floats(1))
+        info = attribution_pb2_grpc.AttributionServiceStub(server.channel).GetServerInfo(
+            pb.GetServerInfoRequest(), timeout=TIMEOUT_S
+        )
+    assert info.stops.count == 1
+    assert info.stops.mean == info.stops.longest
+    assert info.stops.mean.ToNanoseconds() > 0
+
+
 def test_cancelling_what_is_not_there_is_passed_over(linear: grpc.Channel) -> None:
     with Conversation(linear) as stream:
         stream.send(cancel("nobody"), cancel(""), attribute("one", floats(1)))
