@@ -42,10 +42,10 @@ def calibrated(module: nn.Module, monkeypatch: pytest.MonkeyPatch, **settings: o
 
 
 RATES = {
-    "more rows are better": ({1: 1.0, 8: 4.0, 16: 4.0, 32: 4.0, 64: 4.0}, 64),
-    "from 16 on it makes no difference": ({1: 1.0, 8: 4.0, 16: 4.0, 32: 7.9, 64: 15.8}, 16),
-    "8 reach 95 %": ({1: 1.0, 8: 4.0, 16: 7.7, 32: 15.4, 64: 30.8}, 8),
-    "more rows are worse": ({1: 1.0, 8: 4.0, 16: 16.0, 32: 64.0, 64: 256.0}, 8),
+    "more rows are better": ({1: 1.0, 8: 4.0, 16: 4.0, 32: 4.0}, 32),
+    "from 16 on it makes no difference": ({1: 1.0, 8: 4.0, 16: 4.0, 32: 7.9}, 16),
+    "8 reach 95 %": ({1: 1.0, 8: 4.0, 16: 7.7, 32: 15.4}, 8),
+    "more rows are worse": ({1: 1.0, 8: 4.0, 16: 16.0, 32: 64.0}, 8),
 }
 
 
@@ -79,7 +79,7 @@ def test_a_slow_model_gets_fewer_rows_and_is_never_run_for_longer_to_find_out(
 def test_memory_is_reckoned_from_one_and_two_rows_and_never_run_into(monkeypatch: pytest.MonkeyPatch) -> None:
     # One row keeps its input (12 KiB), 8 maps of 32² (32 KiB) several times over, and so on: some 150 KiB.
     for limit, most in ((400_000, 4), (1_000_000, 8), (1_000, 1)):
-        module = Paced({n: 0.001 for n in range(1, 300)})
+        module = Paced(dict.fromkeys(range(1, 300), 0.001))
         with calibrated(module, monkeypatch, device_memory_limit=limit) as engine:
             model = engine.model("")
             a_row = calibration._bytes(model, 2) - calibration._bytes(model, 1)

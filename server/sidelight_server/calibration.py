@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .models.model import Model
 
 DEFAULT_CHUNK_ROWS = 8  # where nothing can be measured
-MAX_MEASURED_ROWS = {"cuda": 256, "cpu": 64, "mps": 64}
+MAX_MEASURED_ROWS = {"cuda": 256, "cpu": 32, "mps": 32}
 SHARE_OF_BEST = 0.95
 SHARE_OF_FREE_MEMORY = 0.5
 RUNS = 2

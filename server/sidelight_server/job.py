@@ -173,8 +173,9 @@ class Job:
         )
 
     def _explained(self, reading: Reading) -> Explained:
-        is_probability = self._request.score is Score.PROBABILITY and self.aim.negative is None
-        dead = is_probability and reading.score * (1 - reading.score) < SATURATION
+        # Neither a difference nor a dense output's sum is a probability.
+        is_one = self.aim.negative is None and len(self._model.output_shape) == 1
+        dead = self._request.score is Score.PROBABILITY and is_one and reading.score * (1 - reading.score) < SATURATION
         return Explained(reading.explained, reading.score, dead, self.aim.negative)
 
     def _convergence(self, outcomes: list[Outcome]) -> Convergence:
