@@ -1,0 +1,172 @@
+"""Methods that stop when they are good enough: what they report is what can be computed from outside. In float64."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from engines import Explain, assert_close, explaining
+from models import small_cnn
+from sidelight_server import Gradient, IntegratedGradients, MeanColour, Rule, Score, SmoothGrad, Statistic
+from sidelight_server.methods import draws
+from torch import Tensor, nn
+
+CLASS, SEED = 3, 2
+SHAPE = (2, 12, 12)
+LEAST = 8  # intervals, before which a change of the map says little
+BLOCK = 8  # draws between two looks at the standard error
+# What is compared is the change of a float32 map: 6e-8 of the map, over a change of at least a thousandth of it.
+CHANGE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def module() -> nn.Module:
+    return small_cnn(2, size=12).double().eval()
+
+
+@pytest.fixture(scope="module")
+def explain(module: nn.Module) -> Iterator[Explain]:
+    with explaining(module, input_size=SHAPE) as explain:
+        yield explain
+
+
+@pytest.fixture
+def x() -> Tensor:
+    """Examples that are more and less curved on their way: they stop at unequal numbers of rows."""
+    x = torch.randn(5, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
+    return x * torch.tensor([0.3, 1.0, 3.0, 10.0, 30.0], dtype=torch.float64).view(-1, 1, 1, 1)
+
+
+def refined(tolerance: float, max_rows: int = 300) -> IntegratedGradients:
+    return IntegratedGradients(0, Rule.TRAPEZOID, MeanColour(), tolerance, max_rows)
+
+
+def smoothed(tolerance: float, max_rows: int = 300) -> SmoothGrad:
+    return SmoothGrad(0, noise=0.2, seed=SEED, tolerance=tolerance, max_rows=max_rows)
+
+
+def intervals(rows: int) -> int:
+    """Return the number of intervals of a trapezoid that was halved again and again."""
+    assert rows - 1 > 0
+    assert (rows - 1) & (rows - 2) == 0  # rows = 2^k + 1
+    return rows - 1
+
+
+def trapezoid(explain: Explain, x: Tensor, n: int) -> np.ndarray:
+    """Return the maps, in float64, of a trapezoid of n intervals."""
+    method = IntegratedGradients(n + 1, Rule.TRAPEZOID, MeanColour())
+    return explain(x, method, target=CLASS, score=Score.PROBABILITY).maps.astype(np.float64)
+
+
+@pytest.mark.parametrize("tolerance", [0.3, 0.05, 0.01])
+def test_a_path_is_halved_until_that_changes_a_map_by_no_more_than_the_tolerance(
+    tolerance: float, explain: Explain, x: Tensor
+) -> None:
+    answer = explain(x, refined(tolerance), target=CLASS, score=Score.PROBABILITY)
+    for place, each in enumerate(answer.explanations):
+        n = intervals(each.convergence.rows)
+        before, after = (trapezoid(explain, x[place : place + 1], steps)[0] for steps in (n // 2, n))
+        # Every gradient of the coarser rules was used again: the map is the finest rule's.
+        assert_close(answer.maps[place], after)
+        change = np.linalg.norm(after - before) / np.linalg.norm(after)
+        assert each.convergence.error == pytest.approx(change, rel=CHANGE)
+        assert change <= tolerance or 2 * n + 1 > 300
+        assert n >= LEAST
+        if n > LEAST:  # one refinement fewer would not have been enough
+            coarsest = trapezoid(explain, x[place : place + 1], n // 4)[0]
+            assert np.linalg.norm(before - coarsest) / np.linalg.norm(before) > tolerance
+
+
+def test_a_map_within_a_tolerance_is_within_it_of_the_integral(explain: Explain, x: Tensor) -> None:
+    """The last change bounds the distance to the limit for a rule of second order: it is about three times as large."""
+    maps = explain(x, refined(0.05, max_rows=1025), target=CLASS, score=Score.PROBABILITY).maps
+    exact = trapezoid(explain, x, 2048)
+    misses = np.linalg.norm((maps - exact).reshape(5, -1), axis=1) / np.linalg.norm(exact.reshape(5, -1), axis=1)
+    assert misses.max() <= 0.05
+
+
+@pytest.mark.parametrize(("max_rows", "rows"), [(3, 3), (4, 3), (5, 5), (16, 9), (17, 17), (300, 257)])
+def test_no_path_takes_more_rows_than_are_allowed(max_rows: int, rows: int, explain: Explain, x: Tensor) -> None:
+    for each in explain(x, refined(1e-9, max_rows), target=CLASS).explanations:
+        assert each.convergence.rows == rows
+        assert each.convergence.error > 1e-9
+
+
+@pytest.mark.parametrize("method", [refined(0.05), smoothed(0.2)], ids=lambda method: method.name)
+def test_an_example_stops_where_it_stops_alone(
+    method: IntegratedGradients | SmoothGrad, explain: Explain, x: Tensor
+) -> None:
+    together = explain(x, method, target=CLASS, score=Score.PROBABILITY)
+    assert len({each.convergence.rows for each in together.explanations}) > 1
+    for place, each in enumerate(together.explanations):
+        alone = explain(x[place : place + 1], method, target=CLASS, score=Score.PROBABILITY)
+        assert alone.explanations[0].convergence.rows == each.convergence.rows
+        assert alone.explanations[0].convergence.error == pytest.approx(each.convergence.error, rel=1e-9)
+        assert_close(alone.maps[0], together.maps[place])
+
+
+def gradients_at_draws(module: nn.Module, x: Tensor, n: int) -> Tensor:
+    """Return the gradients of a class's logit at the first n noisy copies of one example, [n, C, H, W]."""
+    spread = 0.2 * (x.max() - x.min())
+    points = torch.stack([x + spread * draws.noise(x, SEED, "smoothgrad", k) for k in range(n)]).requires_grad_()
+    return torch.autograd.grad(module(points)[:, CLASS].sum(), points)[0]
+
+
+def standard_error(gradients: Tensor) -> float:
+    """Return the standard error of a mean, in L2 over that mean's."""
+    n = len(gradients)
+    return float((gradients.var(dim=0, correction=1).sum() / n).sqrt() / gradients.mean(dim=0).norm())
+
+
+@pytest.mark.parametrize("tolerance", [0.6, 0.3, 0.12])
+def test_noise_is_drawn_until_the_standard_error_is_no_more_than_the_tolerance(
+    tolerance: float, module: nn.Module, explain: Explain, x: Tensor
+) -> None:
+    answer = explain(x, smoothed(tolerance), target=CLASS)
+    for place, each in enumerate(answer.explanations):
+        n = each.convergence.rows - 1  # the first row looks at the example itself
+        gradients = gradients_at_draws(module, x[place], n)
+        assert_close(answer.maps[place], gradients.mean(dim=0))
+        assert each.convergence.error == pytest.approx(standard_error(gradients), rel=1e-9)
+        assert n == 299 or (n % BLOCK == 0 and each.convergence.error <= tolerance)
+        if n > BLOCK:
+            last = (n - 1) // BLOCK * BLOCK
+            assert standard_error(gradients[:last]) > tolerance  # eight draws fewer would not have been enough
+
+
+@pytest.mark.parametrize(("max_rows", "rows"), [(2, 2), (8, 8), (9, 9), (30, 30)])
+def test_noise_takes_no_more_rows_than_are_allowed(max_rows: int, rows: int, explain: Explain, x: Tensor) -> None:
+    for each in explain(x, smoothed(1e-9, max_rows), target=CLASS).explanations:
+        assert each.convergence.rows == rows
+
+
+def test_noise_over_a_path_takes_no_more_rows_than_are_allowed(explain: Explain, x: Tensor) -> None:
+    method = SmoothGrad(0, tolerance=1e-9, max_rows=30, base=IntegratedGradients(5))  # 7 rows a draw
+    assert {each.convergence.rows for each in explain(x, method).explanations} == {1 + 4 * 7}
+
+
+@pytest.mark.parametrize("statistic", Statistic, ids=lambda statistic: statistic.value)
+def test_a_fixed_number_of_draws_reports_its_standard_error_too(
+    statistic: Statistic, module: nn.Module, explain: Explain, x: Tensor
+) -> None:
+    answer = explain(x, SmoothGrad(13, noise=0.2, seed=SEED, statistic=statistic), target=CLASS)
+    for place, each in enumerate(answer.explanations):
+        assert each.convergence.rows == 14
+        expected = standard_error(gradients_at_draws(module, x[place], 13))
+        assert each.convergence.error == pytest.approx(expected, rel=1e-9)
+
+
+def test_more_draws_bring_a_map_nearer_to_that_of_many(explain: Explain, x: Tensor) -> None:
+    """The reported error is what it says: the distance to the mean of very many draws is of that size."""
+    many = explain(x, SmoothGrad(2000, noise=0.2, seed=SEED + 1), target=CLASS).maps.reshape(5, -1)
+    for n in (16, 64):
+        answer = explain(x, SmoothGrad(n, noise=0.2, seed=SEED), target=CLASS)
+        misses = np.linalg.norm(answer.maps.reshape(5, -1) - many, axis=1) / np.linalg.norm(many, axis=1)
+        errors = np.array([each.convergence.error for each in answer.explanations])
+        # 288 elements that are related: chance moves the ratio of both by some tenths, not by half of it.
+        assert (misses < 1.5 * errors).all()
+        assert (misses > 0.5 * errors).all()
+
+
+def test_a_method_of_one_row_has_nothing_to_report(explain: Explain, x: Tensor) -> None:
+    assert {each.convergence for each in explain(x, Gradient()).explanations} == {None}
