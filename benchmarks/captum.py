@@ -6,6 +6,7 @@ As a program, `python -m benchmarks.captum --peak ours|captum` prints the peak o
 
 import argparse
 import asyncio
+import functools
 import itertools
 import subprocess
 import sys
@@ -27,9 +28,12 @@ from .nets import SIZE, resnet18
 
 BATCH, STEPS, SAMPLES, NOISE = 8, 50, 25, 0.15
 INTERNAL_BATCH_SIZES = (8, 16, 50)
-ROUNDS = 3
+ROUNDS = 2  # of twenty seconds for each: they need no warming up
 GOALS = {"float32": 0.95, "folded, channels-last": 1.1, "bfloat16": 1.9}
 STATUS = Path("/proc/self/status")
+
+OurMethod = OurIntegratedGradients | OurSmoothGrad
+Maps = dict[str, NDArray[np.float32]]
 
 
 def images() -> Tensor:
@@ -88,7 +92,7 @@ class Captum:
         return maps.detach()
 
 
-def ours(engine: Engine, name: str, method: OurIntegratedGradients | OurSmoothGrad, x: Tensor) -> NDArray[np.float32]:
+def ours(engine: Engine, name: str, method: OurMethod, x: Tensor) -> NDArray[np.float32]:
     """Return the engine's maps, [N, C, H, W]."""
     request = Request(x.numpy(), model=name, method=method, channels=Channels.NONE)
     answer = asyncio.run(engine.attribute(request))
@@ -115,10 +119,17 @@ def run() -> list[Line]:
             (f"IG-{STEPS}", OurIntegratedGradients(steps=STEPS), captum.integrated_gradients),
             (f"SmoothGrad-{SAMPLES}", OurSmoothGrad(samples=SAMPLES, noise=NOISE), captum.smoothgrad),
         ):
-            rivals: dict[str, Callable[[], object]] = {"captum": lambda theirs=theirs: on_its_thread(theirs)}
-            rivals |= {name: lambda name=name, method=method: ours(engine, name, method, x) for name in modules}
-            seconds = in_turns(rivals, rounds=ROUNDS)
-            apart = _distance(ours(engine, "float32", method, x), on_its_thread(theirs).numpy())
+            maps: dict[str, NDArray[np.float32]] = {}
+
+            def run_captum(theirs: Callable[[Tensor], Tensor] = theirs, maps: Maps = maps) -> None:
+                maps["captum"] = on_its_thread(theirs).numpy()
+
+            def run_ours(name: str, method: OurMethod = method, maps: Maps = maps) -> None:
+                maps[name] = ours(engine, name, method, x)
+
+            rivals = {"captum": run_captum} | {name: functools.partial(run_ours, name) for name in modules}
+            seconds = in_turns(rivals, rounds=ROUNDS, warm_up=False)
+            apart = _distance(maps["float32"], maps["captum"])
             for name in modules:
                 times = ratio(seconds["captum"], seconds[name])
                 lines.append(
@@ -143,7 +154,9 @@ def _best(captum: Captum, on_its_thread: Callable[[Callable[[Tensor], Tensor]], 
         captum.internal_batch_size = size
         on_its_thread(captum.integrated_gradients)
 
-    seconds = in_turns({str(size): lambda size=size: with_size(size) for size in INTERNAL_BATCH_SIZES}, rounds=1)
+    seconds = in_turns(
+        {str(size): lambda size=size: with_size(size) for size in INTERNAL_BATCH_SIZES}, rounds=1, warm_up=False
+    )
     return int(min(seconds, key=lambda size: seconds[size][0]))
 
 

@@ -29,14 +29,16 @@ class Line:
     detail: str
 
 
-def in_turns(rivals: Mapping[str, Callable[[], object]], *, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Run the rivals in turn and return the seconds that each round took. One round before that is not counted."""
+def in_turns(
+    rivals: Mapping[str, Callable[[], object]], *, rounds: int = ROUNDS, warm_up: bool = True
+) -> dict[str, list[float]]:
+    """Run the rivals in turn and return the seconds that each round took. A round to warm up is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for round_ in range(rounds + 1):
+    for round_ in range(rounds + warm_up):
         for name, rival in rivals.items():
             began = time.perf_counter()
             rival()
-            if round_:
+            if round_ >= warm_up:
                 seconds[name].append(time.perf_counter() - began)
     return seconds
 

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import functools
-import hashlib
 import logging
 import math
 import platform
@@ -18,7 +17,6 @@ from typing import Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from .attribution import Answer, Provenance, Request, Timing
 from .calibration import choose_chunk_rows, same_bytes
@@ -195,7 +193,7 @@ class Engine:
             max_pixels=self.settings.max_image_pixels,
             is_gone=lambda: left.is_set() or self._closing.is_set(),
         )
-        if needs_no_work(model, request.images):
+        if needs_no_work(model, request):
             return preparing()
         executor = self._decoding if needs_decoding(request.images) else self._preparing
         try:
@@ -262,7 +260,7 @@ class Engine:
                 threads=self.threads,
                 chunk_rows=model.chunk_rows,
                 reproducible=model.reproducible,
-                baseline_digest=_digest(work.request.method.given),
+                baseline_digest=work.prepared.baseline_digest,
                 software=self._software,
             ),
             timing=Timing(
@@ -297,10 +295,6 @@ def _from_thread(loop: asyncio.AbstractEventLoop, told: Callable[[], None]) -> C
             loop.call_soon_threadsafe(told)
 
     return tell
-
-
-def _digest(array: NDArray[np.generic] | None) -> str:
-    return "" if array is None else hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def _set_done(answered: asyncio.Future[None]) -> None:

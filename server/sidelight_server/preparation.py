@@ -1,5 +1,6 @@
 """Preparation: a request's images become what the device takes, its target becomes class numbers. In worker threads."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,7 @@ class Prepared:
     top_k: int  # how many classes of each example are explained, instead of its aim; 0: its aim
     shape: Shape  # of the model's input
     maps_shape: tuple[int, ...]
+    baseline_digest: str  # of baselines that came as an array, SHA-256 in hexadecimal
 
 
 def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callable[[], bool]) -> Prepared:
@@ -62,6 +64,7 @@ def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callabl
         top_k=_top_k(request.target),
         shape=shape,
         maps_shape=maps_shape(model, request),
+        baseline_digest=_digest(request.method.given),
     )
 
 
@@ -76,10 +79,10 @@ def settled(model: Model, request: Request, *, max_rows: int) -> Method:
     return replace(method, layer=model.layer(method.layer)) if isinstance(method, LayerMethod) else method
 
 
-def needs_no_work(model: Model, images: Files | Array) -> bool:
+def needs_no_work(model: Model, request: Request) -> bool:
     """Say whether examples are taken as they are, pixels of the input's size: a thread would cost more than save."""
-    fixed = model.preprocessing
-    if isinstance(images, Files) or images.dtype != np.uint8 or fixed is None:
+    fixed, images = model.preprocessing, request.images
+    if isinstance(images, Files) or images.dtype != np.uint8 or fixed is None or request.method.given is not None:
         return False
     return fixed.leaves(*images.shape[1:3])
 
@@ -159,6 +162,10 @@ def _input_shape(model: Model, images: Files | Array) -> Shape:
 
 def _n_examples(images: Files | Array) -> int:
     return len(images.files) if isinstance(images, Files) else len(images)
+
+
+def _digest(array: Array | None) -> str:
+    return "" if array is None else hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
 
 
 def _top_k(target: Target) -> int:
