@@ -28,6 +28,7 @@ from .nets import SIZE, resnet18
 
 BATCH, STEPS, SAMPLES, NOISE = 8, 50, 25, 0.15
 INTERNAL_BATCH_SIZES = (8, 16, 50)
+EQUAL = 1e-4  # relative L2: where another chunk moves a last bit, a ReLU at a tie may open or close
 ROUNDS = 2  # of twenty seconds for each: they need no warming up
 GOALS = {"float32": 0.95, "folded, channels-last": 1.1, "bfloat16": 1.9}
 STATUS = Path("/proc/self/status")
@@ -130,6 +131,7 @@ def run() -> list[Line]:
             rivals = {"captum": run_captum} | {name: functools.partial(run_ours, name) for name in modules}
             seconds = in_turns(rivals, rounds=ROUNDS, warm_up=False)
             apart = _distance(maps["float32"], maps["captum"])
+            method_draws = isinstance(method, OurSmoothGrad)  # others than Captum: equal maps are for the tests
             for name in modules:
                 times = ratio(seconds["captum"], seconds[name])
                 lines.append(
@@ -138,7 +140,7 @@ def run() -> list[Line]:
                         figure=times,
                         unit="×",
                         goal=f"≥ {GOALS[name]}",
-                        met=times >= GOALS[name],
+                        met=times >= GOALS[name] and (apart <= EQUAL or method_draws),
                         detail=f"Captum's internal_batch_size {captum.internal_batch_size}; "
                         f"distance of the float32 maps {apart:.1e}"
                         + (", its draws are others" if what.startswith("Smooth") else ""),

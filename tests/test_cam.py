@@ -8,7 +8,7 @@ import torch
 from captum.attr import LayerAttribution, LayerGradCam, LayerGradientXActivation
 from engines import Explain, assert_close, explaining
 from models import small_cnn
-from sidelight_server import Channels, GradCam, LayerGradientTimesActivation, Score
+from sidelight_server import Channels, GradCam, GuidedBackpropagation, LayerGradientTimesActivation, Score
 from torch import Tensor, nn
 
 CLASS = 2
@@ -123,3 +123,29 @@ def test_before_global_pooling_gradient_times_activation_adds_up_to_the_logit_wi
     with explaining(module) as explain:  # where the input size is not fixed, a layer can be named as well
         maps = explain(x, LayerGradientTimesActivation(DEFAULT), target=CLASS, channels=Channels.SUM).maps
     assert_close(maps, enlarged(exact))
+
+
+class Statement(nn.Module):
+    """Rectifies as a statement, so that nothing but the tensor itself carries the result."""
+
+    def __init__(self, inner: nn.Module, *, in_place: bool) -> None:
+        super().__init__()
+        self.first, self.rest = inner[0], inner[4:]
+        self.in_place = in_place
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.first(x)
+        if self.in_place:
+            nn.functional.relu(y, inplace=True)
+        else:
+            y = nn.functional.relu(input=y)
+        return self.rest(nn.functional.max_pool2d(y, 2))
+
+
+def test_a_rectifier_that_works_in_place_is_guided_in_place() -> None:
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    maps = []
+    for in_place in (True, False):
+        with explaining(Statement(small_cnn(), in_place=in_place).eval(), input_size=(3, 32, 32)) as explain:
+            maps.append(explain(x, GuidedBackpropagation(), target=3).maps)
+    np.testing.assert_array_equal(*maps)

@@ -168,7 +168,13 @@ def test_a_storm_of_cancellations_leaks_nothing(device: str, floats: Tensor) -> 
     """Half of them cancelled at random moments: states made are states released, and the next request is served."""
     before = n_states()
     engine = Engine([ModelSpec(small_cnn())], Settings(device=device, max_chunk_rows=8))
-    methods = [Gradient(), IntegratedGradients(steps=7), SmoothGrad(samples=5), GradCam(), replace(TO_TOLERANCE, max_rows=9)]
+    methods = [
+        Gradient(),
+        IntegratedGradients(steps=7),
+        SmoothGrad(samples=5),
+        GradCam(),
+        replace(TO_TOLERANCE, max_rows=9),
+    ]
     rng = random.Random(0)
 
     async def one(n: int) -> Answer | None:
@@ -266,10 +272,10 @@ def test_maps_that_improve_come_nearer_to_the_final_one(method: object, device: 
         progress = Progress()
         asked = asyncio.create_task(engine.attribute(Request(floats[:1].numpy(), method=method), progress))
         while not asked.done():
-            improving = asyncio.create_task(progress.next())
+            improving = asyncio.create_task(progress.improved.wait())
             await asyncio.wait([asked, improving], return_when=asyncio.FIRST_COMPLETED)
             if improving.done():
-                partial.append(improving.result())
+                partial.append(progress.take())
             improving.cancel()
         return await asked
 

@@ -18,7 +18,7 @@ from ._errors import InvalidArgument, PartialFailure, from_rpc
 from ._images import Batch, Images
 from ._info import ModelInfo, ServerInfo
 from ._limits import refuse_large
-from ._methods import Gradient, Method
+from ._methods import Gradient, Method, is_one_row
 from ._question import FOR_EVER_S, Question
 from ._stream import Stream
 from ._targets import Target
@@ -146,8 +146,10 @@ class Client:
         """Yield the maps of many batches as they are ready; `answer.index` is the batch's position in `batches`.
 
         The options are those of `attribute`, asked of every batch; `timeout` is each batch's own. `ordered` yields in
-        the batches' order. `window` bounds the unanswered examples (default: twice the server's chunk, and always at
-        least two batches); nothing of `batches` is read beyond it, and it is read in a thread of its own.
+        the batches' order. `window` bounds the unanswered examples, and is always at least two batches (default: twice
+        the server's chunk for methods of one row; two batches for others, whose every example fills chunks, and whose
+        timeouts would otherwise run while they wait for each other); nothing of `batches` is read beyond it, and it is
+        read in a thread of its own.
 
         With `partial`, a method that refines yields a batch several times, with `final` unset until the last; a caller
         who is slow gets fewer of these, and with `ordered` only the batch whose turn it is has them.
@@ -197,7 +199,7 @@ class Client:
             self._stub,
             batches,
             ask=ask,
-            window=window or 2 * chunk_rows,
+            window=window or (2 * chunk_rows if is_one_row(question.method) else 1),
             timeout_s=question.timeout,
             max_message_bytes=self.max_message_bytes,
         )

@@ -204,6 +204,11 @@ Method = (
 )
 
 
+def is_one_row(method: Method) -> bool:
+    """Say whether a method runs each example once."""
+    return isinstance(method, Gradient | GradCam | LayerGradientTimesActivation | GuidedBackpropagation)
+
+
 def _tolerance(tolerance: float | None) -> float:
     """Return what is sent: 0 is unset, and so cannot be asked for."""
     if tolerance is None:

@@ -135,6 +135,8 @@ class Stream:
             self._inbox.close(End(lost if unanswered else None))
         except grpc.RpcError as error:
             self._inbox.close(End(from_rpc(error, max_message_bytes=self._max_message_bytes)))
+        except Exception as error:  # an answer that cannot be read: the caller must not wait for what never comes
+            self._inbox.close(End(error))
 
     def _answered(self, sent: Sent | None, answer: Callable[[Sent], Attribution]) -> None:
         """Hand an answer to the caller. One of a batch that is not unanswered is passed over."""

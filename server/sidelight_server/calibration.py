@@ -56,6 +56,7 @@ def choose_chunk_rows(model: "Model", *, max_chunk_s: float, device_memory_limit
     if not fitting:  # a power of two all the same, so that a CPU's vectors stay full
         fewer = max(1, min(room, int(max_chunk_s / alone_s), DEFAULT_CHUNK_ROWS))
         fitting = [Trial(1 << (fewer.bit_length() - 1), trials[0].rows_per_second)]
+        trials = [trials[0], *fitting] if fitting[0].rows > 1 else trials
     best = max(trial.rows_per_second for trial in fitting)
     chosen = next(trial.rows for trial in fitting if trial.rows_per_second >= SHARE_OF_BEST * best)
     return chosen, tuple(Trial(each.rows, each.rows_per_second, each.rows == chosen) for each in trials)

@@ -43,17 +43,12 @@ class Progress:
     """What a request in progress has so far, for a caller on the event loop who watches it."""
 
     def __init__(self) -> None:
-        self._improved = asyncio.Event()
+        self.improved = asyncio.Event()  # set when there is something new
         self.snapshot: Callable[[], Answer] | None = None
 
-    def improved(self) -> None:
-        """Say that there is something new."""
-        self._improved.set()
-
-    async def next(self) -> Answer:
-        """Wait until there is something new, and return the newest."""
-        await self._improved.wait()
-        self._improved.clear()
+    def take(self) -> Answer:
+        """Return the newest there is. Called once `improved` is set."""
+        self.improved.clear()
         assert self.snapshot is not None  # noqa: S101
         return self.snapshot()
 
@@ -170,7 +165,7 @@ class Engine:
             model,
             prepared,
             on_done=lambda: _call_from_thread(answered, _set_done),
-            on_improved=_from_thread(loop, progress.improved) if progress else None,
+            on_improved=_from_thread(loop, progress.improved.set) if progress else None,
         )
         if progress:
             progress.snapshot = functools.partial(self._answer, work, clock, final=False)

@@ -10,9 +10,10 @@ from sidelight.v1 import attribution_pb2 as pb
 
 from . import replies, wire
 from .admission import Admission
-from .attribution import Request
-from .engine import Engine, Progress
+from .attribution import Answer, Request
+from .engine import BYTES_OF_FLOAT32, Engine, Progress
 from .errors import DeadlineExceeded, Internal, ResourceExhausted, SidelightError
+from .tensors import map_itemsize
 
 log = logging.getLogger("sidelight")
 
@@ -45,7 +46,7 @@ class Explainer:
             timeout_s = wire.timeout_s(message)
             request = wire.parse(message)
             answer_bytes, state_bytes = self._engine.held_bytes(request)
-        self._refuse_long_answer(answer_bytes)
+        self._refuse_long_answer(answer_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32)
         return Inquiry(
             message=message,
             request=request,
@@ -69,8 +70,16 @@ class Explainer:
                     answer = await self._engine.attribute(inquiry.request, progress)
             except TimeoutError:
                 raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
-            reply = replies.result(answer, inquiry.message)
-            self._refuse_long_answer(reply.ByteSize() + ENVELOPE_BYTES)
+            return self._reply(answer, inquiry)
+
+    def reply(self, answer: Answer, inquiry: Inquiry) -> pb.Attribution:
+        """Return the message of an answer, which may not be final. `SidelightError` where it cannot be sent."""
+        with _telling(inquiry.message.id):
+            return self._reply(answer, inquiry)
+
+    def _reply(self, answer: Answer, inquiry: Inquiry) -> pb.Attribution:
+        reply = replies.result(answer, inquiry.message)
+        self._refuse_long_answer(reply.ByteSize() + ENVELOPE_BYTES)
         return reply
 
     def _refuse_long_answer(self, n_bytes: int) -> None:

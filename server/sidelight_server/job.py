@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from .attribution import Aim, Array, Convergence, Explained, Request, Score
+from .attribution import Aim, Array, Convergence, Dense, Explained, Request, Score, Target
 from .errors import Internal, InvalidArgument
 from .methods.method import Example, Improved, Outcome, Reading, Sweep, read
 from .models.model import Model
-from .preparation import Prepared
+from .preparation import Prepared, not_dense
 from .scores import SATURATION
 
 
@@ -117,7 +117,7 @@ class Job:
         """Look at the example, then run the method for each class that is explained."""
         method, top_k = self._request.method, self._prepared.top_k
         first = yield from self._staged(gradient=method.begins_with_gradient and not top_k)
-        _check_aim(self.aim, top_k, self._model)
+        _check_target(self._request.target, self.aim, self._prepared.top_k, self._model)
         if top_k or not method.is_one_row:
             first = first.kept()
         finished: list[Outcome] = []
@@ -188,8 +188,10 @@ class Job:
         )
 
 
-def _check_aim(aim: Aim, top_k: int, model: Model) -> None:
+def _check_target(target: Target, aim: Aim, top_k: int, model: Model) -> None:
     """Refuse what only the first output shows to be wrong, where a model takes any size."""
+    if isinstance(target, Dense) and len(model.output_shape) == 1:
+        raise not_dense(model)
     for index in (aim.positive, aim.negative):
         if index is not None and index >= model.class_count:
             raise InvalidArgument(f'target: class index {index}, model "{model.name}" has 0 to {model.class_count - 1}')

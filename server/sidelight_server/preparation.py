@@ -55,6 +55,11 @@ def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callabl
     n, shape = _n_examples(request.images), _input_shape(model, request.images)
     _check_score(model, request)
     request.method.check(shape, n)
+    if request.method.largest > model.largest:
+        raise InvalidArgument(
+            f"method.{request.method.name}: a baseline of {request.method.largest:g}, the model's type holds "
+            f"{model.largest:g} at most"
+        )
     aims = _aims(model, request.target, n)
     fitted = _fit(model, request.images, max_pixels=max_pixels, is_gone=is_gone)
     return Prepared(
@@ -191,12 +196,15 @@ def _aims(model: Model, target: Target, n_examples: int) -> list[Aim]:
             return [Aim(model.class_of(positive), model.class_of(negative))] * n_examples
         case Dense(choice, region):
             if len(model.output_shape) == 1:
-                raise FailedPrecondition(
-                    f'target.dense: model "{model.name}" answers for the whole picture, not for each pixel'
-                )
+                raise not_dense(model)
             return [Aim(model.class_of(choice), region=region)] * n_examples
         case choice:
             return [Aim(model.class_of(choice))] * n_examples
+
+
+def not_dense(model: Model) -> FailedPrecondition:
+    """Return what to say of a dense target where the model's output is not."""
+    return FailedPrecondition(f'target.dense: model "{model.name}" answers for the whole picture, not for each pixel')
 
 
 def _check_score(model: Model, request: Request) -> None:

@@ -102,6 +102,7 @@ class Guided(TorchFunctionMode):
         function: float("inf")
         for function in (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, Tensor.relu, Tensor.relu_)
     } | {nn.functional.relu6: 6.0}
+    _IN_PLACE: ClassVar[tuple[Any, ...]] = (torch.relu_, nn.functional.relu_, Tensor.relu_)
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,14 +112,19 @@ class Guided(TorchFunctionMode):
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Replace a rectifier; let everything else through."""
+        named = kwargs or {}
         upper = self._UPPER.get(function)
-        if function is nn.functional.hardtanh and _is_relu6(*args[1:], **(kwargs or {})):
+        if function is nn.functional.hardtanh and _is_relu6(*args[1:], **named):
             upper = 6.0
         if upper is None:
-            return function(*args, **(kwargs or {}))
+            return function(*args, **named)
         self.n_rectifiers += 1
-        return _Guided.apply(args[0], upper)  # type: ignore[no-untyped-call]
+        x = args[0] if args else named["input"]
+        y = _Guided.apply(x, upper)  # type: ignore[no-untyped-call]
+        in_place = function in self._IN_PLACE or named.get("inplace") or (args and args[-1] is True)
+        return x.copy_(y) if in_place else y
 
 
-def _is_relu6(min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> bool:
-    return (min_val, max_val) == (0, 6)
+def _is_relu6(*given: Any, **named: Any) -> bool:
+    bounds = dict(zip(("min_val", "max_val"), given, strict=False)) | named
+    return (bounds.get("min_val"), bounds.get("max_val")) == (0, 6)

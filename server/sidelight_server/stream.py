@@ -8,7 +8,7 @@ from sidelight.v1 import attribution_pb2 as pb
 
 from . import replies
 from .engine import Progress
-from .errors import Cancelled, InvalidArgument, SidelightError, Unimplemented
+from .errors import Cancelled, DeadlineExceeded, InvalidArgument, SidelightError, Unimplemented
 from .explainer import Explainer, Inquiry
 
 Context = grpc.aio.ServicerContext[pb.AttributeStreamRequest, pb.AttributeStreamResponse]
@@ -20,7 +20,8 @@ class Stream:
 
     A batch that was read gets one of the stream's own slots, and a permit, before the next message is read: a caller
     who sends faster than the device runs, or does not take its answers, is held back by gRPC's flow control. Both are
-    held until the answer is written. A cancel needs neither, so it is read while all slots are taken.
+    held until the answer is written. A cancel needs neither, so it is read while all slots are taken, unless another
+    batch came before it: that one waits, and nothing behind it is read.
     """
 
     def __init__(self, context: Context, explainer: Explainer, *, max_in_flight: int) -> None:
@@ -67,21 +68,32 @@ class Stream:
                 await self._fail("", InvalidArgument("request: unset; expected attribute, cancel or register_region"))
 
     async def _admit(self, request: pb.AttributeRequest, group: asyncio.TaskGroup) -> None:
-        await self._slots.acquire()
         try:
             if not request.id:
                 raise InvalidArgument("id: empty; on a stream it is required, to match the answer")
             if request.id in self._unanswered:
                 raise InvalidArgument(f'id: "{request.id}" is of a batch that is not answered yet')
             inquiry = self._explainer.inquire(request)
-            await self._explainer.admit(inquiry)
+            await self._wait(inquiry)
         except SidelightError as error:
             await self._fail(request.id, error)
-            self._slots.release()
             return
         progress = Progress() if request.output.partial else None
         self._unanswered[request.id] = explaining = group.create_task(self._explain(inquiry, progress))
         group.create_task(self._answer(inquiry, explaining, progress))
+
+    async def _wait(self, inquiry: Inquiry) -> None:
+        """Take a slot and a permit, within the batch's own time."""
+        try:
+            async with asyncio.timeout_at(inquiry.deadline_s):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded("timeout: it passed while all slots of the stream were taken") from None
+        try:
+            await self._explainer.admit(inquiry)
+        except BaseException:
+            self._slots.release()
+            raise
 
     async def _explain(self, inquiry: Inquiry, progress: Progress | None) -> pb.Attribution | SidelightError:
         """Return the failure instead of raising it: a task that raises ends its group, and so the stream."""
@@ -110,13 +122,16 @@ class Stream:
     async def _report(self, inquiry: Inquiry, explaining: _Explaining, progress: Progress) -> None:
         """Write maps that are not final, the newest each time there is room for one, until they are."""
         while not explaining.done():
-            improving = asyncio.ensure_future(progress.next())
-            await asyncio.wait([explaining, improving], return_when=asyncio.FIRST_COMPLETED)
-            if explaining.done():
+            improving = asyncio.ensure_future(progress.improved.wait())
+            try:
+                await asyncio.wait([explaining, improving], return_when=asyncio.FIRST_COMPLETED)
+            finally:
                 improving.cancel()
-                return
-            partial = replies.result(improving.result(), inquiry.message)
-            await self._write(pb.AttributeStreamResponse(id=inquiry.message.id, result=partial))
+            async with self._writing:  # the newest is taken once it can be written, not before
+                if not explaining.done():
+                    with contextlib.suppress(SidelightError):  # what is wrong with it the final answer will say
+                        partial = self._explainer.reply(progress.take(), inquiry)
+                        await self._send(pb.AttributeStreamResponse(id=inquiry.message.id, result=partial))
 
     def _cancel(self, id_: str) -> None:
         if explaining := self._unanswered.get(id_):
@@ -127,6 +142,9 @@ class Stream:
 
     async def _write(self, response: pb.AttributeStreamResponse) -> None:
         async with self._writing:
-            # A caller who has gone is no fault, and gRPC is about to cancel this call.
-            with contextlib.suppress(grpc.aio.InternalError):
-                await self._context.write(response)
+            await self._send(response)
+
+    async def _send(self, response: pb.AttributeStreamResponse) -> None:
+        # A caller who has gone is no fault, and gRPC is about to cancel this call.
+        with contextlib.suppress(grpc.aio.InternalError):
+            await self._context.write(response)

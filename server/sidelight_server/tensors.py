@@ -5,6 +5,7 @@ from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
 from .attribution import Array
@@ -12,7 +13,7 @@ from .enums import named
 from .errors import InvalidArgument
 
 MAX_ELEMENTS = 2**40  # far beyond any message, and below what numpy refuses as the shape of even an empty array
-FLOAT16_MAX = float(np.finfo(np.float16).max)
+SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[np.generic]] = {
     tensor_pb2.DATA_TYPE_UINT8: np.dtype("u1"),
@@ -65,6 +66,11 @@ def floats_of(tensor: tensor_pb2.Tensor, *, field: str) -> NDArray[np.floating]:
     return cast(NDArray[np.floating], array)
 
 
+def map_itemsize(output: pb.Output) -> int:
+    """Return how many bytes an element of the wanted maps takes."""
+    return DTYPES[output.map_dtype or tensor_pb2.DATA_TYPE_FLOAT32].itemsize
+
+
 def tensor_of(
     array: NDArray[np.float32], dtype: tensor_pb2.DataType.ValueType = tensor_pb2.DATA_TYPE_FLOAT32
 ) -> tensor_pb2.Tensor:
@@ -72,16 +78,32 @@ def tensor_of(
     if dtype == tensor_pb2.DATA_TYPE_UINT8:
         return _quantised(array)
     if dtype == tensor_pb2.DATA_TYPE_FLOAT16:
-        array = np.clip(array, -FLOAT16_MAX, FLOAT16_MAX)
+        return _halved(array)
     return tensor_pb2.Tensor(dtype=dtype, shape=array.shape, data=array.astype(DTYPES[dtype], copy=False).tobytes())
 
 
 def _quantised(array: NDArray[np.float32]) -> tensor_pb2.Tensor:
     """Return an array without sign in bytes, the largest element as 255."""
     finite = np.nan_to_num(array, nan=0.0)
-    scale = float(finite.max(initial=0)) / 255 or 1.0
-    data = np.rint(finite / scale).astype(np.uint8).tobytes()
+    scale = _largest(finite) / 255 or 1.0
+    data = np.rint(finite / np.float64(scale)).astype(np.uint8).tobytes()
     return tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_UINT8, shape=array.shape, data=data, scale=scale)
+
+
+def _halved(array: NDArray[np.float32]) -> tensor_pb2.Tensor:
+    """Return an array in float16, the largest element near 1: gradients may be less than float16 can hold.
+
+    The scale is a power of two, so that nothing is lost by it.
+    """
+    scale = 2.0 ** math.frexp(_largest(np.nan_to_num(np.abs(array), nan=0.0)))[1]
+    data = (array / np.float64(scale)).astype("<f2").tobytes()
+    return tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT16, shape=array.shape, data=data, scale=scale)
+
+
+def _largest(array: NDArray[np.float32]) -> float:
+    """Return the largest element; 0 where that is less than a normal number, for it has hardly a digit left."""
+    largest = float(array.max(initial=0))
+    return largest if largest >= SMALLEST_NORMAL else 0.0
 
 
 def letters(dtype: np.dtype[np.generic]) -> str:

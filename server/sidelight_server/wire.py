@@ -24,6 +24,7 @@ from .methods.channels import Channels
 from .tensors import MAP_DTYPES, array_of, letters
 
 MAX_ID_BYTES = 128
+MAX_EXAMPLES = 65_536  # each takes time and memory of its own, however few bytes it has
 SCORES: dict[model_pb2.Score.ValueType, Score] = {
     model_pb2.SCORE_PROBABILITY: Score.PROBABILITY,
     model_pb2.SCORE_LOGIT: Score.LOGIT,
@@ -44,10 +45,12 @@ def parse(message: pb.AttributeRequest) -> Request:
     if len(message.id.encode()) > MAX_ID_BYTES:
         raise InvalidArgument(f"id: {len(message.id.encode())} bytes, expected at most {MAX_ID_BYTES}")
     timeout_s(message)
+    images = _images(message.images)
+    n_examples = len(images.files) if isinstance(images, Files) else len(images)
     request = Request(
-        images=_images(message.images),
+        images=images,
         model=message.model,
-        target=_target(message.target),
+        target=_target(message.target, n_examples),
         method=parse_method(message.method),
         score=meaning(message.score, SCORES, "score", model_pb2.Score, unset=Score.PROBABILITY),
         channels=meaning(message.channels, CHANNELS, "channels", pb.ChannelReduction, unset=Channels.MAX_ABS),
@@ -72,6 +75,7 @@ def _images(images: tensor_pb2.Images) -> Files | Array:
         case "tensor":
             return _batch(array_of(images.tensor, field="images"))
         case "encoded":
+            _check_count(len(images.encoded.files))
             return Files(tuple(images.encoded.files))
         case "shared":
             raise Unimplemented("images: shared memory is not served by this version; send a tensor or encoded files")
@@ -79,9 +83,15 @@ def _images(images: tensor_pb2.Images) -> Files | Array:
             raise InvalidArgument("images: none; expected a tensor or encoded files")
 
 
+def _check_count(n_examples: int) -> None:
+    if n_examples > MAX_EXAMPLES:
+        raise InvalidArgument(f"images: {n_examples} examples, expected at most {MAX_EXAMPLES} in a batch")
+
+
 def _batch(array: Array) -> Array:
     """Return [N, H, W, C] pixels or [N, C, H, W] floats, whose N alone may be 0."""
     batch = array if array.ndim == 4 else array[None]
+    _check_count(len(batch))
     if 0 in batch.shape[1:]:
         raise InvalidArgument(
             f"images.shape: {list(array.shape)} has a dimension of 0; only N may be 0 in {letters(array.dtype)}"
@@ -89,7 +99,7 @@ def _batch(array: Array) -> Array:
     return batch
 
 
-def _target(target: pb.Target) -> Target:
+def _target(target: pb.Target, n_examples: int) -> Target:
     match target.WhichOneof("target"):
         case "predicted":
             return Predicted()
@@ -98,7 +108,12 @@ def _target(target: pb.Target) -> Target:
         case "label":
             return target.label
         case "per_example":
-            return PerExample(tuple(map(_choice, target.per_example.classes)))
+            classes = target.per_example.classes
+            if len(classes) != n_examples:  # before any of them is looked at
+                raise InvalidArgument(
+                    f"target: {len(classes)} classes for {n_examples} examples, expected one for each"
+                )
+            return PerExample(tuple(map(_choice, classes)))
         case "top_k":
             return TopK(target.top_k.k)
         case "contrast":

@@ -75,7 +75,7 @@ class Tensor(google.protobuf.message.Message):
     """data holds the elements. Required unless a dimension is 0."""
     scale: builtins.float
     """scale is what an element is multiplied by to give its value: 255 stands for 255 × scale. Positive.
-    Optional: 0 means 1. Set only on uint8 maps in an answer; a request that sets it is INVALID_ARGUMENT.
+    Optional: 0 means 1. Set only on uint8 and float16 maps in an answer; a request that sets it is INVALID_ARGUMENT.
     """
     @property
     def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:

@@ -26,6 +26,11 @@ class Constant:
         if not math.isfinite(self.value):
             raise InvalidArgument(f"method.baseline.constant: got {self.value}, expected a finite number")
 
+    @property
+    def largest(self) -> float:
+        """The absolute value."""
+        return abs(self.value)
+
     def of(self, example: Example) -> Tensor:
         """Return the baseline, [C, H, W]."""
         return torch.full_like(example.x, self.value)
@@ -35,7 +40,17 @@ ZERO = Constant()
 
 
 @dataclass(frozen=True, slots=True)
-class Black:
+class _OfExample:
+    """A baseline that is no larger than what the example or the preprocessing has."""
+
+    @property
+    def largest(self) -> float:
+        """Nothing that was not there before."""
+        return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Black(_OfExample):
     """A picture of pixel 0 after preprocessing."""
 
     def of(self, example: Example) -> Tensor:
@@ -46,7 +61,7 @@ class Black:
 
 
 @dataclass(frozen=True, slots=True)
-class MeanColour:
+class MeanColour(_OfExample):
     """The example's mean in each channel."""
 
     def of(self, example: Example) -> Tensor:
@@ -55,7 +70,7 @@ class MeanColour:
 
 
 @dataclass(frozen=True, slots=True)
-class Blurred:
+class Blurred(_OfExample):
     """The example under a Gaussian blur, its edges repeated."""
 
     sigma: float  # the standard deviation in pixels
@@ -100,6 +115,11 @@ class Given:
         """Return the baseline, [C, H, W]."""
         return placed(self.array if self.array.ndim == 3 else self.array[example.place], example.x)
 
+    @property
+    def largest(self) -> float:
+        """The largest absolute element."""
+        return largest(self.array)
+
     def check(self, shape: Shape, n_examples: int) -> None:
         """Refuse another shape than the examples'."""
         got = self.array.shape
@@ -116,6 +136,11 @@ def finite(name: str, array: NDArray[np.floating]) -> None:
     """Refuse an array with elements that are not finite."""
     if not np.isfinite(array).all():
         raise InvalidArgument(f"method.{name}: it has NaN or infinite elements, expected finite ones")
+
+
+def largest(array: NDArray[np.floating]) -> float:
+    """Return the largest absolute element."""
+    return float(np.abs(array).max(initial=0))
 
 
 def placed(array: NDArray[np.floating], like: Tensor) -> Tensor:

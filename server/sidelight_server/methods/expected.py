@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..errors import InvalidArgument
 from . import draws
-from .baseline import finite, placed
+from .baseline import finite, largest, placed
 from .method import Example, Improved, Method, Outcome, Reading, Shape, Steps, Sweep, at_least
-from .smoothgrad import BLOCK, Moments
+from .moments import BLOCK, Moments
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +40,11 @@ class ExpectedGradients(Method):
     def given(self) -> NDArray[np.generic] | None:
         """The baselines."""
         return self.baselines
+
+    @property
+    def largest(self) -> float:
+        """That of the baselines."""
+        return 0.0 if self.baselines is None else largest(self.baselines)
 
     def check(self, shape: Shape, n_examples: int) -> None:
         """Check the baselines' shape."""

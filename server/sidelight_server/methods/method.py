@@ -19,7 +19,6 @@ from ..errors import InvalidArgument
 from .channels import Channels, Magnitude, may_be_negative, reduce
 
 Shape = tuple[int, int, int]  # C, H, W of the model's input
-MAX_SEED = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +153,11 @@ class Method(abc.ABC):
     def given(self) -> NDArray[np.generic] | None:
         """The baselines that came with the request, as an array."""
         return None
+
+    @property
+    def largest(self) -> float:
+        """The largest absolute value that a baseline brings into the model's input space."""
+        return 0.0
 
     @abc.abstractmethod
     def rows(self, shape: Shape) -> int:

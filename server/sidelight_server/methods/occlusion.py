@@ -14,6 +14,7 @@ from . import draws
 from .baseline import ZERO, Baseline, Given
 from .channels import Channels
 from .method import Example, Method, Outcome, Reading, Shape, Steps, Sweep, at_least, in_open_unit
+from .moments import accumulator
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,11 @@ class Occlusion(Method):
         return self.baseline.array if isinstance(self.baseline, Given) else None
 
     @property
+    def largest(self) -> float:
+        """That of the baseline."""
+        return self.baseline.largest
+
+    @property
     def _stride(self) -> tuple[int, int]:
         return self.stride or self.window
 
@@ -65,7 +71,7 @@ class Occlusion(Method):
         whole = yield from example.read(gradient=False)
         baseline = self.baseline.of(example)
         height, width = example.x.shape[1:]
-        fall, cover = (torch.zeros(height, width, dtype=example.x.dtype, device=example.x.device) for _ in range(2))
+        fall, cover = (accumulator(example.x[0]) for _ in range(2))  # [H, W]
         n_rows, n_columns = self._counts((height, width))
 
         def window(k: int) -> tuple[slice, slice]:
@@ -128,12 +134,15 @@ class Rise(Method):
 
     def run(self, example: Example) -> Steps:
         """Add the masks, each times its score."""
-        total = torch.zeros_like(example.x[0])  # [H, W]
+        total = accumulator(example.x[0])  # [H, W]
 
         def fold(k: int, reading: Reading) -> None:
             total.add_(self.mask(k, total), alpha=reading.score)
 
-        yield Sweep(self.masks, lambda k: example.x * self.mask(k, total), fold, gradient=False)
+        def shown(k: int) -> Tensor:
+            return example.x * self.mask(k, total).to(example.x.dtype)
+
+        yield Sweep(self.masks, shown, fold, gradient=False)
         return Outcome(total / (self.masks * self.keep_probability))
 
     def mask(self, k: int, like: Tensor) -> Tensor:

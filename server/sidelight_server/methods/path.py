@@ -25,10 +25,10 @@ from .method import (
     read,
     steps_or_tolerance,
 )
+from .moments import accumulator
 
 MIN_INTERVALS = 8  # a refinement of fewer may change little by chance: both ends of a path are often flat
-
-
+MAX_GAUSS_NODES = 2000  # whose places are found in less time than one of them takes
 NEWTON_STEPS = 6  # each doubles the digits, and the first guess has some four
 
 
@@ -72,6 +72,11 @@ class IntegratedGradients(Method):
         """Check the parameters."""
         least = 2 if self.rule is Rule.TRAPEZOID else 1
         steps_or_tolerance(self.name, self.steps, self.tolerance, least=least, counted="steps")
+        if self.rule is Rule.GAUSS_LEGENDRE and self.steps > MAX_GAUSS_NODES:
+            raise InvalidArgument(
+                f"method.{self.name}.steps: got {self.steps}, expected at most {MAX_GAUSS_NODES} by gauss_legendre; "
+                "midpoint and trapezoid take more"
+            )
         if self.tolerance is not None:
             at_least(f"{self.name}.max_rows", self.max_rows, 3)
             if self.rule is not Rule.TRAPEZOID:
@@ -89,6 +94,11 @@ class IntegratedGradients(Method):
     def given(self) -> NDArray[np.generic] | None:
         """The baseline, where it is an array."""
         return self.baseline.array if isinstance(self.baseline, Given) else None
+
+    @property
+    def largest(self) -> float:
+        """That of the baseline."""
+        return self.baseline.largest
 
     def check(self, shape: Shape, n_examples: int) -> None:
         """Check a given baseline's shape."""
@@ -151,7 +161,7 @@ class _Path:
 
     def sum(self, nodes: list[float], weights: list[float]) -> Generator[Sweep, None, Tensor]:
         """Return the weighted sum of the gradients at places of the path."""
-        total = torch.zeros_like(self.end)
+        total = accumulator(self.end)
         if nodes:
             yield Sweep(
                 len(nodes), lambda k: self.at(nodes[k]), lambda k, reading: _add(total, reading.gradient, weights[k])
@@ -162,7 +172,7 @@ class _Path:
         """Return the mean of both ends' gradients, and how much the score rises between them."""
         end = yield from example.read(gradient=True)
         start = yield from read(self.start, gradient=True)
-        mean = torch.zeros_like(self.end)
+        mean = accumulator(self.end)
         for reading in (start, end):
             _add(mean, reading.gradient, 0.5)
         return mean, end.score - start.score
@@ -200,4 +210,4 @@ def _gauss_legendre(n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
 
 def _add(total: Tensor, gradient: Tensor | None, weight: float) -> None:
     assert gradient is not None  # noqa: S101
-    total.add_(gradient, alpha=weight)
+    total.add_(gradient.to(total.dtype), alpha=weight)

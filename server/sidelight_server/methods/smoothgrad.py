@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..errors import InvalidArgument
 from . import draws
 from .channels import Magnitude
 from .gradient import GRADIENT, Gradient
@@ -24,9 +24,8 @@ from .method import (
     at_least,
     steps_or_tolerance,
 )
+from .moments import BLOCK, Moments
 from .path import IntegratedGradients
-
-BLOCK = 8  # draws between two looks at the standard error
 
 
 class Statistic(enum.Enum):
@@ -62,6 +61,11 @@ class SmoothGrad(Method):
         steps_or_tolerance(self.name, self.samples, self.tolerance, least=1, counted="samples")
         at_least(f"{self.name}.noise", self.noise, 0)
         at_least(f"{self.name}.max_rows", self.max_rows, 1)
+        if self.magnitude is Magnitude.SQUARED:
+            raise InvalidArgument(
+                f"method.{self.name}.base: a squared gradient, expected another: the statistic mean_square squares "
+                "each draw"
+            )
 
     @property
     def magnitude(self) -> Magnitude | None:
@@ -77,6 +81,11 @@ class SmoothGrad(Method):
     def given(self) -> NDArray[np.generic] | None:
         """Those of the base."""
         return self.base.given
+
+    @property
+    def largest(self) -> float:
+        """That of the base."""
+        return self.base.largest
 
     def check(self, shape: Shape, n_examples: int) -> None:
         """Check the base, and that there may be a draw."""
@@ -96,7 +105,7 @@ class SmoothGrad(Method):
         block = BLOCK if self.tolerance or example.is_watched else limit
         while moments.n < limit:
             yield from self._draw(example, spread, moments, min(block, limit - moments.n))
-            if self.tolerance and moments.error() <= self.tolerance:
+            if self.tolerance and (error := moments.error()) is not None and error <= self.tolerance:
                 break
             if example.is_watched and moments.n < limit:
                 yield Improved(Outcome(self._folded(moments), moments.error()))
@@ -127,27 +136,3 @@ class SmoothGrad(Method):
                 return moments.mean.square() + moments.squares / moments.n
             case Statistic.VARIANCE:
                 return moments.squares / moments.n
-
-
-class Moments:
-    """Mean and variance of tensors that come one by one, by Welford's recurrence: sums of squares would cancel."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.n = 0
-        self.mean = torch.zeros_like(like)
-        self.squares = torch.zeros_like(like)  # the sum of (each − mean)²
-
-    def add(self, value: Tensor) -> None:
-        """Take one more in."""
-        self.n += 1
-        before = value - self.mean
-        self.mean.add_(before, alpha=1 / self.n)
-        self.squares.addcmul_(before, value - self.mean)
-
-    def error(self) -> float:
-        """Return the standard error's L2 norm over the mean's; infinite before the second value."""
-        if self.n < 2:
-            return float("inf")
-        deviation = float((self.squares.sum(dtype=torch.float64) / (self.n - 1) / self.n).sqrt())
-        size = float(torch.linalg.vector_norm(self.mean, dtype=torch.float64))
-        return deviation / size if size else (0.0 if not deviation else float("inf"))
