@@ -365,6 +365,31 @@ def test_without_a_server_one_line_names_the_address(run: Run, command: list[str
     assert "Traceback" not in done.output
 
 
+@pytest.mark.parametrize(
+    ("method", "shape"),
+    [
+        ("integrated_gradients(steps=3)", (3, 32, 32)),
+        ("occlusion", (3, 32, 32)),
+        ("expected_gradients(samples=3)", (2, 3, 32, 32)),
+        ("smoothgrad(samples=2, base=integrated_gradients(steps=2))", (3, 32, 32)),
+    ],
+)
+def test_a_baseline_may_be_an_array_in_a_file(run: Run, method: str, shape: tuple[int, ...], tmp_path: Path) -> None:
+    np.save(tmp_path / "b.npy", np.ones(shape, np.float32))
+    done = run("attribute", picture("a.png"), "--method", method, "--baseline", "b.npy", "--save", "runs")
+    assert done.exit_code == 0, done.output
+    replayed = run("replay", "runs/a", "--image", "a.png")  # the array was saved beside the answer
+    assert replayed.exit_code == 0, replayed.output
+
+
+def test_a_baseline_of_a_method_without_one_is_refused(run: Run, tmp_path: Path) -> None:
+    np.save(tmp_path / "b.npy", np.ones((3, 32, 32), np.float32))
+    done = run("attribute", picture("a.png"), "--baseline", "b.npy")
+    assert done.exit_code == 1
+    assert "--baseline: Gradient has none" in done.stderr
+    assert "No such file" in run("attribute", "a.png", "--method", "occlusion", "--baseline", "c.npy").stderr
+
+
 def test_the_address_is_that_of_the_option_before_that_of_the_variable(run: Run, address: str) -> None:
     assert run("info", "--address", address, SIDELIGHT_ADDRESS=ABSENT).exit_code == 0
     assert run("info", "--connect-timeout", "0.1", SIDELIGHT_ADDRESS=ABSENT).exit_code == 1

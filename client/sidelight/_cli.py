@@ -1,6 +1,7 @@
 """The command line: explain pictures, ask about a server, see a demonstration."""
 
 import contextlib
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,16 @@ from rich.markup import escape
 
 from . import __version__
 from ._client import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, TIMEOUT_S, connect
-from ._errors import SidelightError
+from ._errors import InvalidArgument, SidelightError
+from ._masking import Occlusion
 from ._method_text import METHODS, parse_method
-from ._methods import Gradient, Method
+from ._methods import ExpectedGradients, Gradient, IntegratedGradients, Method, SmoothGrad
+from ._record import load_array
 from ._replay import replay as compute_again
 from ._report import report, report_replay
 from ._server_report import report_server
 from ._targets import Choice, Contrast, Dense, Region, Target, TopK
+from ._tensor import Array
 from ._words import Channels, MapDtype, Score
 
 REGION = "TOP,LEFT,HEIGHT,WIDTH"
@@ -45,6 +49,7 @@ def attribute(
     region: Annotated[str | None, typer.Option(help=f"With --target, of a dense output: {REGION}.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Explain so many of the most probable classes.")] = None,
     method: Annotated[str, typer.Option(help=METHOD_HELP)] = "gradient",
+    baseline: Annotated[Path | None, typer.Option(help="An array, .npy, that is the method's baseline.")] = None,
     score: Annotated[Score, typer.Option(help="The number whose gradient is taken.")] = "probability",
     channels: Annotated[Channels, typer.Option(help="How the channels become one.")] = "max_abs",
     signed: Annotated[bool, typer.Option("--signed", help="gradient(signed=True), for short.")] = False,
@@ -61,7 +66,7 @@ def attribute(
             images,
             model,
             target=what,
-            method=how,
+            method=how if baseline is None else _from_baseline(how, load_array(baseline)),
             score=score,
             channels=channels,
             map_dtype=map_dtype,
@@ -138,6 +143,19 @@ def _method(text: str, *, signed: bool, times_input: bool) -> Method:
     if text.strip() != "gradient":
         raise typer.BadParameter("--signed and --times-input are options of gradient alone", param_hint="--method")
     return Gradient(signed=signed, times_input=times_input)
+
+
+def _from_baseline(method: Method, array: Array) -> Method:
+    """Return a method with an array for its baseline."""
+    match method:
+        case IntegratedGradients() | Occlusion():
+            return dataclasses.replace(method, baseline=array)
+        case ExpectedGradients():
+            return dataclasses.replace(method, baselines=array)
+        case SmoothGrad(base=IntegratedGradients() as base):
+            return dataclasses.replace(method, base=dataclasses.replace(base, baseline=array))
+        case _:
+            raise InvalidArgument(f"--baseline: {type(method).__name__} has none")
 
 
 def _target(text: str | None, *, against: str | None, region: str | None, top_k: int | None) -> Target:
