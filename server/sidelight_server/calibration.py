@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 DEFAULT_CHUNK_ROWS = 8  # where nothing can be measured
 MAX_MEASURED_ROWS = {"cuda": 256, "cpu": 32, "mps": 32}
 SHARE_OF_BEST = 0.95
+PAST_ITS_BEST = 0.9
 SHARE_OF_FREE_MEMORY = 0.5
 RUNS = 2
 CHECKED_EXAMPLES = 3
@@ -43,23 +44,37 @@ def choose_chunk_rows(model: "Model", *, max_chunk_s: float, device_memory_limit
     searched for by running into it, for a model server lives on the same device.
     """
     room = _rows_of_memory(model, device_memory_limit or free_memory(model.kernel.device))
-    most = MAX_MEASURED_ROWS[model.kernel.device.type]
-    alone_s = _seconds(model, 1)
-    trials = [Trial(1, 1 / alone_s)]
-    rows = DEFAULT_CHUNK_ROWS
-    while rows <= min(room, most) and rows / trials[-1].rows_per_second <= max_chunk_s:
+    sizes = [1 << n for n in range(MAX_MEASURED_ROWS[model.kernel.device.type].bit_length())]
+    trials = [Trial(1, 1 / _seconds(model, 1))]
+
+    def measured(rows: int) -> bool:
+        """Try a size, unless it must be expected to be too much; a row alone is slower than in company."""
+        if rows > room or rows / trials[-1].rows_per_second > 2 * max_chunk_s:
+            return False
         trials.append(Trial(rows, rows / _seconds(model, rows)))
-        if trials[-1].rows_per_second < 0.9 * max(trial.rows_per_second for trial in trials):
-            break  # past its best
-        rows *= 2
-    fitting = [each for each in trials[1:] if each.rows / each.rows_per_second <= max_chunk_s]
-    if not fitting:  # a power of two all the same, so that a CPU's vectors stay full
-        fewer = max(1, min(room, int(max_chunk_s / alone_s), DEFAULT_CHUNK_ROWS))
-        fitting = [Trial(1 << (fewer.bit_length() - 1), trials[0].rows_per_second)]
-        trials = [trials[0], *fitting] if fitting[0].rows > 1 else trials
+        return trials[-1].rows_per_second >= PAST_ITS_BEST * max(trial.rows_per_second for trial in trials)
+
+    for rows in sizes[sizes.index(DEFAULT_CHUNK_ROWS) :]:
+        if not measured(rows):
+            break
+    fitting = [each for each in trials[1:] if _fits(each, max_chunk_s)]
+    if not fitting:  # fewer than 8 then, and at the least a single one
+        for rows in sizes[1 : sizes.index(DEFAULT_CHUNK_ROWS)]:
+            measured(rows)
+        less = [each for each in trials if each.rows < DEFAULT_CHUNK_ROWS]
+        fitting = [max((each for each in less if _fits(each, max_chunk_s)), key=_rows, default=trials[0])]
     best = max(trial.rows_per_second for trial in fitting)
     chosen = next(trial.rows for trial in fitting if trial.rows_per_second >= SHARE_OF_BEST * best)
+    trials.sort(key=_rows)
     return chosen, tuple(Trial(each.rows, each.rows_per_second, each.rows == chosen) for each in trials)
+
+
+def _fits(trial: Trial, max_chunk_s: float) -> bool:
+    return trial.rows / trial.rows_per_second <= max_chunk_s
+
+
+def _rows(trial: Trial) -> int:
+    return trial.rows
 
 
 def same_bytes(model: "Model", rows: int) -> bool:
