@@ -38,3 +38,11 @@ def test_a_folder_is_streamed(address: str, tmp_path: Path) -> None:
     printed = run("explain_folder.py", address, folder, out)
     assert sorted(path.name for path in out.iterdir()) == ["0.png", "1.png", "2.png"]
     assert "broken.png: image file: 10 bytes are no PNG" in printed
+
+
+def test_a_picture_is_explained_by_every_method(address: str, tmp_path: Path) -> None:
+    Image.effect_noise((40, 50), 60).save(tmp_path / "noise.png")
+    printed = run("every_method.py", address, tmp_path / "noise.png", tmp_path / "methods.png")
+    assert len(printed.splitlines()) == 12
+    with Image.open(tmp_path / "methods.png") as picture:
+        assert picture.height > picture.width
