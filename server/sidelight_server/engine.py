@@ -25,7 +25,7 @@ from .device import choose_device, cpu_quota, make_deterministic
 from .errors import ConfigurationError, NotFound, Unavailable, near
 from .models.model import Model
 from .models.spec import ModelSpec
-from .preparation import Prepared, channels_of, maps_shape, needs_decoding, needs_no_work, prepare, settled
+from .preparation import Prepared, input_shape, maps_shape, needs_decoding, needs_no_work, prepare, settled
 from .runner import Runner
 from .stops import StopTimes
 from .work import Work
@@ -143,8 +143,8 @@ class Engine:
         model = self.model(request.model)
         shape = maps_shape(model, request)
         n = 0 if request.method.is_one_row else min(shape[0], EXAMPLES_IN_PROGRESS * model.chunk_rows)
-        pixels = math.prod(shape[-2:]) * channels_of(model, request.images)
-        return math.prod(shape) * BYTES_OF_FLOAT32, n * pixels * TENSORS_IN_PROGRESS * model.kernel.dtype.itemsize
+        tensor_bytes = math.prod(input_shape(model, request.images)) * model.kernel.dtype.itemsize
+        return math.prod(shape) * BYTES_OF_FLOAT32, n * TENSORS_IN_PROGRESS * tensor_bytes
 
     async def attribute(self, request: Request, progress: Progress | None = None) -> Answer:
         """Return the maps of one batch. Cancelling the call drops its rows that have not run.
@@ -303,5 +303,4 @@ def _call_from_thread(answered: asyncio.Future[None], settle: Callable[[asyncio.
         if not answered.done():
             settle(answered)
 
-    with contextlib.suppress(RuntimeError):  # the loop is closed
-        answered.get_loop().call_soon_threadsafe(unless_gone)
+    _from_thread(answered.get_loop(), unless_gone)()

@@ -104,20 +104,14 @@ class Job:
 
     def _advance(self) -> None:
         """Run the method until it wants rows, or has ended."""
-        try:
-            step = next(self._steps)
-            while isinstance(step, Improved):
-                step = next(self._steps)
-        except StopIteration:
-            step = None
-        self._sweep = step
+        self._sweep = next(self._steps, None)
         self._n_taken = self._n_folded = 0
 
-    def _explain(self) -> Generator[Sweep | Improved, None, None]:
+    def _explain(self) -> Generator[Sweep, None, None]:
         """Look at the example, then run the method for each class that is explained."""
         method, top_k = self._request.method, self._prepared.top_k
-        first = yield from self._staged(gradient=method.begins_with_gradient and not top_k)
-        _check_target(self._request.target, self.aim, self._prepared.top_k, self._model)
+        first = yield from read(None, gradient=method.begins_with_gradient and not top_k)
+        _check_target(self._request.target, self.aim, top_k, self._model)
         if top_k or not method.is_one_row:
             first = first.kept()
         finished: list[Outcome] = []
@@ -132,27 +126,22 @@ class Job:
             finished.append(replace(outcome, attribution=outcome.attribution.clone()) if top_k else outcome)
         self.result = self._result(first, tuple(explained), finished)
 
-    def _staged(self, *, gradient: bool) -> Generator[Sweep, None, Reading]:
-        readings: list[Reading] = []
-        yield Sweep(1, None, lambda _, reading: readings.append(reading), gradient)
-        return readings[0]
-
     def _aims(self, first: Reading, top_k: int) -> list[Aim]:
         classes = first.probabilities.topk(top_k).indices.tolist() if top_k else [first.explained]
         return [replace(self.aim, positive=each) for each in classes]
 
     def _watched(
         self, steps: Generator[Sweep | Improved, None, Outcome], first: Reading, explained: tuple[Explained, ...]
-    ) -> Generator[Sweep | Improved, None, Outcome]:
+    ) -> Generator[Sweep, None, Outcome]:
         """Pass a method's sweeps on, and take what has improved as a result that is not final."""
         try:
-            step = next(steps)
             while True:
+                step = next(steps)
                 if isinstance(step, Improved):
                     so_far = self._result(first, explained, [self._finished(step.outcome)])
                     self.result = replace(so_far, is_final=False)
-                yield step
-                step = next(steps)
+                else:
+                    yield step
         except StopIteration as end:
             outcome: Outcome = end.value
             return outcome

@@ -8,7 +8,7 @@ a shared module crash the process once two threads do it.)
 import copy
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ class Kernel:
         with torch.enable_grad():
             read, selected = self._read(self.outputs_of(inputs), aims, wanted)
             (gradients,) = torch.autograd.grad(selected.sum(), inputs)
-        return _with(read, gradients)
+        return replace(read, gradients=gradients)
 
     def _at_layer(self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], name: str) -> Gradients:
         if not name:  # the last with spatial extent, which is not known beforehand if the model takes any size
@@ -130,7 +130,7 @@ class Kernel:
         with torch.enable_grad(), capture(self._hooked, name) as captured:
             read, selected = self._read(_checked(self._hooked(inputs.clone()), len(inputs)), aims, wanted)
             (gradients,) = torch.autograd.grad(selected.sum(), captured.leaf[0])
-        return _with(read, gradients, captured.leaf[0].detach())
+        return replace(read, gradients=gradients, activations=captured.leaf[0].detach())
 
     def _read(self, outputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score]) -> tuple[Gradients, Tensor]:
         """Return what outputs say, and the scores, [n], with their graph."""
@@ -162,12 +162,6 @@ class Kernel:
         outputs = self._module(copied)
         self._copies_inputs = copied._version != before
         return outputs
-
-
-def _with(read: Gradients, gradients: Tensor, activations: Tensor | None = None) -> Gradients:
-    return Gradients(
-        read.explained, read.scores, read.predicted, read.probabilities, read.output_shape, gradients, activations
-    )
 
 
 def _checked(outputs: object, n: int) -> Tensor:

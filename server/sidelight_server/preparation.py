@@ -52,7 +52,7 @@ def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callabl
 
     `is_gone` is asked before each file, for decoding may take long and its caller may have left: then `Cancelled`.
     """
-    n, shape = _n_examples(request.images), _input_shape(model, request.images)
+    n, shape = _n_examples(request.images), input_shape(model, request.images)
     _check_score(model, request)
     request.method.check(shape, n)
     if request.method.largest > model.largest:
@@ -76,7 +76,7 @@ def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callabl
 def settled(model: Model, request: Request, *, max_rows: int) -> Method:
     """Return a method with its layer's name filled in. `InvalidArgument` where it takes more rows than are allowed."""
     method = request.method
-    rows = method.rows(_input_shape(model, request.images)) * max(1, _top_k(request.target))
+    rows = method.rows(input_shape(model, request.images)) * max(1, _top_k(request.target))
     if rows > max_rows:
         raise InvalidArgument(
             f"method.{method.name}: it takes {rows} rows for one example, the server's max_example_rows is {max_rows}"
@@ -99,7 +99,7 @@ def needs_decoding(images: Files | Array) -> bool:
 
 def maps_shape(model: Model, request: Request) -> tuple[int, ...]:
     """Return the shape of the answer's maps: N, then k of k targets, then C where the channels are kept, H and W."""
-    c, h, w = _input_shape(model, request.images)
+    c, h, w = input_shape(model, request.images)
     k = _top_k(request.target)
     return (
         _n_examples(request.images),
@@ -108,11 +108,6 @@ def maps_shape(model: Model, request: Request) -> tuple[int, ...]:
         h,
         w,
     )
-
-
-def channels_of(model: Model, images: Files | Array) -> int:
-    """Return C of the model's input."""
-    return _input_shape(model, images)[0]
 
 
 def _fit(model: Model, images: Files | Array, *, max_pixels: int, is_gone: Callable[[], bool]) -> list[_Fitted]:
@@ -145,7 +140,7 @@ def _checked(example: Array, *, largest: float) -> _Fitted:
     return InvalidArgument(f"images: {nan} NaN and {infinite} infinite elements, expected finite ones")
 
 
-def _input_shape(model: Model, images: Files | Array) -> Shape:
+def input_shape(model: Model, images: Files | Array) -> Shape:
     """Return C, H, W of the model's input. `InvalidArgument` where the images have another shape."""
     preprocessing = model.preprocessing
     fixed = (preprocessing.channels, preprocessing.height, preprocessing.width) if preprocessing else None

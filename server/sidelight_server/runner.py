@@ -143,7 +143,7 @@ class Runner:
             return Chunk(rows, self._staging)
         # Even SystemExit: a model must not end the thread that all others wait for.
         except BaseException as error:
-            return self._understand(rows, error)
+            return self._understand(rows[0][0], rows[0][1].job, error, n_rows=len(rows))
 
     def _land(self, rows: list[Taken], chunk: Chunk | SidelightError) -> None:
         """Give a chunk's rows back; those that come of them join the ring."""
@@ -169,7 +169,7 @@ class Runner:
             try:
                 readings = chunk.read()
             except BaseException as error:
-                failure = self._understand(rows, error)
+                failure = self._understand(rows[0][0], rows[0][1].job, error, n_rows=len(rows))
         if failure is None:
             self._fold(rows, readings)
             return
@@ -186,7 +186,7 @@ class Runner:
             try:
                 row.job.give(row, reading)
             except BaseException as error:
-                work.fail(row.job, self._understand([(work, row)], error))
+                work.fail(row.job, self._understand(work, row.job, error))
                 continue
             if row.job.result is not None:
                 said[row.job] = work, row.job.result
@@ -195,7 +195,7 @@ class Runner:
             self._settle(said)
         except BaseException as error:  # no memory for the answers
             for job, (work, _) in said.items():
-                work.fail(job, self._understand([(work, Row(job, rows[0][1].sweep, 0))], error))
+                work.fail(job, self._understand(work, job, error))
 
     def _settle(self, said: dict[Job, tuple[Work, Result]]) -> None:
         maps = to_host([result for _, result in said.values()], self._staging)
@@ -206,16 +206,15 @@ class Runner:
             probabilities = result.probabilities.float().cpu().numpy() if work.request.probabilities else None
             work.settle(job, map_, result, probabilities)
 
-    def _understand(self, rows: Sequence[Taken], error: BaseException) -> SidelightError:
+    def _understand(self, work: Work, job: Job, error: BaseException, *, n_rows: int = 1) -> SidelightError:
         """Return what to tell a caller, and tell the log why."""
         if isinstance(error, SidelightError):
             return error
-        work, row = rows[0]
-        name, place = work.model.name, row.job.place
+        name, place = work.model.name, job.place
         if _is_out_of_memory(error):
-            log.warning('event=out_of_memory model="%s" rows=%d', name, len(rows))
+            log.warning('event=out_of_memory model="%s" rows=%d', name, n_rows)
             return ResourceExhausted(f'model "{name}": out of device memory on one example')
-        if len(rows) == 1:
+        if n_rows == 1:
             log.error('event=model_failed model="%s" example=%d', name, place, exc_info=error)
         return Internal(f'model "{name}" failed on example {place}; the server\'s log has the cause')
 

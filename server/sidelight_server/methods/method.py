@@ -115,10 +115,10 @@ class Example:
         return (yield from read(self.x, gradient=gradient))
 
 
-def read(point: Tensor, *, gradient: bool) -> Generator[Sweep, None, Reading]:
-    """Return what there is to read at one point, [C, H, W]: a sweep of a single row."""
+def read(point: Tensor | None, *, gradient: bool) -> Generator[Sweep, None, Reading]:
+    """Return what there is to read at one point, [C, H, W], or at the example as it was staged: a single row."""
     readings: list[Reading] = []
-    yield Sweep(1, lambda _: point, lambda _, reading: readings.append(reading), gradient)
+    yield Sweep(1, None if point is None else lambda _: point, lambda _, reading: readings.append(reading), gradient)
     return readings[0]
 
 
