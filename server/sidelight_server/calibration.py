@@ -1,15 +1,14 @@
 """Calibration: how many rows a chunk should have. Measured at load, on the thread that owns the device."""
 
-import contextlib
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .attribution import PREDICTED
+from .device import free_memory
 from .kernel import Gradients
 
 if TYPE_CHECKING:
@@ -19,12 +18,8 @@ DEFAULT_CHUNK_ROWS = 8  # where nothing can be measured
 MAX_MEASURED_ROWS = {"cuda": 256, "cpu": 32, "mps": 32}
 SHARE_OF_BEST = 0.95
 PAST_ITS_BEST = 0.9
-SHARE_OF_FREE_MEMORY = 0.5
 RUNS = 2
 CHECKED_EXAMPLES = 3
-MEMINFO, CGROUP_MAX, CGROUP_NOW = (
-    Path(each) for each in ("/proc/meminfo", "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current")
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,24 +84,6 @@ def same_bytes(model: "Model", rows: int) -> bool:
         if any(not torch.equal(a, b) for each in said for a, b in zip(each, said[0], strict=True)):
             return False
     return True
-
-
-def free_memory(device: torch.device) -> int:
-    """Return how many bytes a chunk may take: half of what is free where the device is. Without a way to know, all."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE_MEMORY)
-    free = [_available()]
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
-        free.append(int(CGROUP_MAX.read_text()) - int(CGROUP_NOW.read_text()))
-    return int(min(free) * SHARE_OF_FREE_MEMORY)
-
-
-def _available() -> int:
-    try:
-        lines = MEMINFO.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 1 << 62
 
 
 def _rows_of_memory(model: "Model", limit: int) -> int:

@@ -1,5 +1,6 @@
-"""Devices: which one to use, and how many CPU threads this process may keep busy."""
+"""Devices: which one to use, how many CPU threads this process may keep busy, and how much memory is free."""
 
+import contextlib
 import math
 import os
 from pathlib import Path
@@ -9,6 +10,10 @@ import torch
 from .errors import ConfigurationError
 
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+CGROUP_MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
+CGROUP_MEMORY_NOW = Path("/sys/fs/cgroup/memory.current")
+MEMINFO = Path("/proc/meminfo")
+SHARE_OF_FREE_MEMORY = 0.5
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -49,3 +54,21 @@ def cpu_quota() -> int:
     except (OSError, ValueError):
         return cpus
     return cpus if quota == "max" else max(1, min(cpus, math.floor(int(quota) / int(period))))
+
+
+def free_memory(device: torch.device) -> int:
+    """Return how many bytes a chunk may take: half of what is free where the device is. Without a way to know, all."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE_MEMORY)
+    free = [_available()]
+    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
+        free.append(int(CGROUP_MEMORY_MAX.read_text()) - int(CGROUP_MEMORY_NOW.read_text()))
+    return int(min(free) * SHARE_OF_FREE_MEMORY)
+
+
+def _available() -> int:
+    try:
+        lines = MEMINFO.read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 1 << 62
