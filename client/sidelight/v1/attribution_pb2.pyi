@@ -306,7 +306,7 @@ class RegisterRegionRequest(google.protobuf.message.Message):
     region: builtins.str
     """region is the file's name within the allowed directory, without any separator. Required."""
     size_bytes: builtins.int
-    """size_bytes is how long the file is. Positive."""
+    """size_bytes is how long the file is, allocated whole. Positive, at most SharedMemory.max_region_bytes."""
     def __init__(
         self,
         *,
@@ -426,6 +426,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     METHODS_FIELD_NUMBER: builtins.int
     MODELS_FIELD_NUMBER: builtins.int
     STOPS_FIELD_NUMBER: builtins.int
+    SHARED_MEMORY_FIELD_NUMBER: builtins.int
     version: builtins.str
     """version is the server's, as SemVer."""
     @property
@@ -444,6 +445,10 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     def stops(self) -> global___Stops:
         """stops tells how soon work ended whose caller had gone or whose time had run out."""
 
+    @property
+    def shared_memory(self) -> global___SharedMemory:
+        """shared_memory says where callers on the same machine put regions. Unset where the operator does not allow any."""
+
     def __init__(
         self,
         *,
@@ -452,11 +457,38 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         methods: collections.abc.Iterable[builtins.str] | None = ...,
         models: collections.abc.Iterable[sidelight.v1.model_pb2.ModelInfo] | None = ...,
         stops: global___Stops | None = ...,
+        shared_memory: global___SharedMemory | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["limits", b"limits", "stops", b"stops"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["limits", b"limits", "methods", b"methods", "models", b"models", "stops", b"stops", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["limits", b"limits", "shared_memory", b"shared_memory", "stops", b"stops"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["limits", b"limits", "methods", b"methods", "models", b"models", "shared_memory", b"shared_memory", "stops", b"stops", "version", b"version"]) -> None: ...
 
 global___GetServerInfoResponse = GetServerInfoResponse
+
+@typing.final
+class SharedMemory(google.protobuf.message.Message):
+    """SharedMemory says where a stream's regions of shared memory lie, and how many they may be."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    DIRECTORY_FIELD_NUMBER: builtins.int
+    MAX_REGION_BYTES_FIELD_NUMBER: builtins.int
+    MAX_STREAM_REGIONS_FIELD_NUMBER: builtins.int
+    directory: builtins.str
+    """directory is the folder that the operator allows, as the server's own file system has it."""
+    max_region_bytes: builtins.int
+    """max_region_bytes bounds one region."""
+    max_stream_regions: builtins.int
+    """max_stream_regions bounds the regions of one stream."""
+    def __init__(
+        self,
+        *,
+        directory: builtins.str = ...,
+        max_region_bytes: builtins.int = ...,
+        max_stream_regions: builtins.int = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["directory", b"directory", "max_region_bytes", b"max_region_bytes", "max_stream_regions", b"max_stream_regions"]) -> None: ...
+
+global___SharedMemory = SharedMemory
 
 @typing.final
 class Stops(google.protobuf.message.Message):
@@ -503,6 +535,8 @@ class Limits(google.protobuf.message.Message):
     MAX_IN_FLIGHT_BYTES_FIELD_NUMBER: builtins.int
     MAX_STREAM_IN_FLIGHT_FIELD_NUMBER: builtins.int
     MAX_EXAMPLE_ROWS_FIELD_NUMBER: builtins.int
+    MAX_BATCH_EXAMPLES_FIELD_NUMBER: builtins.int
+    MAX_STREAM_AGE_FIELD_NUMBER: builtins.int
     max_message_bytes: builtins.int
     """max_message_bytes bounds every message in both directions."""
     max_image_pixels: builtins.int
@@ -515,6 +549,14 @@ class Limits(google.protobuf.message.Message):
     """max_stream_in_flight bounds the unanswered batches of one stream; reading pauses there."""
     max_example_rows: builtins.int
     """max_example_rows bounds the rows that a method may ask for one example."""
+    max_batch_examples: builtins.int
+    """max_batch_examples bounds N."""
+    @property
+    def max_stream_age(self) -> google.protobuf.duration_pb2.Duration:
+        """max_stream_age is how long a stream takes new batches; then the server answers what it has and ends the stream with
+        OK, and what it has not read has to be sent on another. Unset means without end.
+        """
+
     def __init__(
         self,
         *,
@@ -524,8 +566,11 @@ class Limits(google.protobuf.message.Message):
         max_in_flight_bytes: builtins.int = ...,
         max_stream_in_flight: builtins.int = ...,
         max_example_rows: builtins.int = ...,
+        max_batch_examples: builtins.int = ...,
+        max_stream_age: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["max_example_rows", b"max_example_rows", "max_image_pixels", b"max_image_pixels", "max_in_flight", b"max_in_flight", "max_in_flight_bytes", b"max_in_flight_bytes", "max_message_bytes", b"max_message_bytes", "max_stream_in_flight", b"max_stream_in_flight"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["max_stream_age", b"max_stream_age"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["max_batch_examples", b"max_batch_examples", "max_example_rows", b"max_example_rows", "max_image_pixels", b"max_image_pixels", "max_in_flight", b"max_in_flight", "max_in_flight_bytes", b"max_in_flight_bytes", "max_message_bytes", b"max_message_bytes", "max_stream_age", b"max_stream_age", "max_stream_in_flight", b"max_stream_in_flight"]) -> None: ...
 
 global___Limits = Limits
 
@@ -1198,7 +1243,9 @@ class Output(google.protobuf.message.Message):
     """
     @property
     def region(self) -> sidelight.v1.tensor_pb2.SharedTensor:
-        """region asks for the maps in a registered region, from offset_bytes on; its dtype and shape are left unset. Optional."""
+        """region asks for the maps in a registered region, from offset_bytes on; its dtype and shape are left unset. Only
+        final maps travel so; others stay inside their messages. Optional; on a unary call it is INVALID_ARGUMENT.
+        """
 
     def __init__(
         self,
@@ -1465,6 +1512,7 @@ class Provenance(google.protobuf.message.Message):
     SOFTWARE_FIELD_NUMBER: builtins.int
     REPRODUCIBLE_FIELD_NUMBER: builtins.int
     BASELINE_DIGEST_FIELD_NUMBER: builtins.int
+    KERNEL_OPTIONS_FIELD_NUMBER: builtins.int
     model: builtins.str
     """model is the model's name."""
     model_version: builtins.int
@@ -1501,6 +1549,10 @@ class Provenance(google.protobuf.message.Message):
     def software(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___SoftwareVersion]:
         """software lists what computed: the server, torch, python."""
 
+    @property
+    def kernel_options(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """kernel_options are those of ModelInfo."""
+
     def __init__(
         self,
         *,
@@ -1518,9 +1570,10 @@ class Provenance(google.protobuf.message.Message):
         software: collections.abc.Iterable[global___SoftwareVersion] | None = ...,
         reproducible: builtins.bool = ...,
         baseline_digest: builtins.str = ...,
+        kernel_options: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["method", b"method", "target", b"target"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["baseline_digest", b"baseline_digest", "channels", b"channels", "chunk_rows", b"chunk_rows", "device", b"device", "method", b"method", "model", b"model", "model_digest", b"model_digest", "model_version", b"model_version", "precision", b"precision", "reproducible", b"reproducible", "score", b"score", "software", b"software", "target", b"target", "threads", b"threads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["baseline_digest", b"baseline_digest", "channels", b"channels", "chunk_rows", b"chunk_rows", "device", b"device", "kernel_options", b"kernel_options", "method", b"method", "model", b"model", "model_digest", b"model_digest", "model_version", b"model_version", "precision", b"precision", "reproducible", b"reproducible", "score", b"score", "software", b"software", "target", b"target", "threads", b"threads"]) -> None: ...
 
 global___Provenance = Provenance
 

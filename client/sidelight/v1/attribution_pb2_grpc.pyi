@@ -37,6 +37,8 @@ class AttributionServiceStub:
     ]
     """AttributeStream explains many batches over one connection. Answers come as they are ready, in any order, matched
     by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room.
+    Where the server ends it by itself, with OK at the stream's greatest age or with UNAVAILABLE when it shuts down,
+    everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown".
     """
 
     GetServerInfo: grpc.UnaryUnaryMultiCallable[
@@ -64,6 +66,8 @@ class AttributionServiceAsyncStub:
     ]
     """AttributeStream explains many batches over one connection. Answers come as they are ready, in any order, matched
     by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room.
+    Where the server ends it by itself, with OK at the stream's greatest age or with UNAVAILABLE when it shuts down,
+    everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown".
     """
 
     GetServerInfo: grpc.aio.UnaryUnaryMultiCallable[
@@ -95,6 +99,8 @@ class AttributionServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[sidelight.v1.attribution_pb2.AttributeStreamResponse], collections.abc.AsyncIterator[sidelight.v1.attribution_pb2.AttributeStreamResponse]]:
         """AttributeStream explains many batches over one connection. Answers come as they are ready, in any order, matched
         by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room.
+        Where the server ends it by itself, with OK at the stream's greatest age or with UNAVAILABLE when it shuts down,
+        everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown".
         """
 
     @abc.abstractmethod

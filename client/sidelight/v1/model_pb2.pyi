@@ -209,6 +209,7 @@ class ModelInfo(google.protobuf.message.Message):
     CHUNK_ROWS_FIELD_NUMBER: builtins.int
     WARMUP_FIELD_NUMBER: builtins.int
     REPRODUCIBLE_FIELD_NUMBER: builtins.int
+    KERNEL_OPTIONS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is what requests call the model."""
     version: builtins.int
@@ -249,6 +250,12 @@ class ModelInfo(google.protobuf.message.Message):
     def warmup(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___WarmupEntry]:
         """warmup is what was measured when the model was loaded. Empty where the input size is not fixed."""
 
+    @property
+    def kernel_options(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """kernel_options are what the operator chose to be faster at the cost of the last digits: "fold" (BatchNorm folded into
+        convolutions), "channels_last", "compile", "cuda_graphs". Empty: none.
+        """
+
     def __init__(
         self,
         *,
@@ -266,9 +273,10 @@ class ModelInfo(google.protobuf.message.Message):
         chunk_rows: builtins.int = ...,
         warmup: collections.abc.Iterable[global___WarmupEntry] | None = ...,
         reproducible: builtins.bool = ...,
+        kernel_options: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["input", b"input"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_rows", b"chunk_rows", "class_count", b"class_count", "device", b"device", "digest", b"digest", "input", b"input", "labels", b"labels", "layers", b"layers", "name", b"name", "precision", b"precision", "reproducible", b"reproducible", "scores", b"scores", "state", b"state", "version", b"version", "warmup", b"warmup"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunk_rows", b"chunk_rows", "class_count", b"class_count", "device", b"device", "digest", b"digest", "input", b"input", "kernel_options", b"kernel_options", "labels", b"labels", "layers", b"layers", "name", b"name", "precision", b"precision", "reproducible", b"reproducible", "scores", b"scores", "state", b"state", "version", b"version", "warmup", b"warmup"]) -> None: ...
 
 global___ModelInfo = ModelInfo
 
