@@ -330,7 +330,9 @@ def test_the_tree_of_errors_is_the_one_that_the_module_shows() -> None:
     assert {each.__name__ for each in errors} == {each.__name__ for each in STATUSES.values()} | {
         "SidelightError",
         "MessageTooLarge",
+        "ModelChanged",
         "PartialFailure",
+        "ServerDied",
     }
     assert all(each.__name__ in _errors.__doc__ for each in errors)
     assert sidelight.MessageTooLarge.__base__ is sidelight.ResourceExhausted
@@ -349,28 +351,24 @@ def test_a_full_server_says_when_to_ask_again(gate: Gate, gated: str, floats: to
     assert caught.value.retry_delay_s == 0.25
 
 
-@pytest.mark.parametrize("way", ["attribute", "stream"])
-def test_a_request_over_the_clients_limit_is_refused_before_it_is_sent(
-    address: str, floats: torch.Tensor, way: str
-) -> None:
+def test_a_request_over_the_clients_limit_is_refused_before_it_is_sent(address: str, floats: torch.Tensor) -> None:
     with sidelight.connect(address, connect_timeout=10, max_message_bytes=50_000) as client:
         with pytest.raises(sidelight.MessageTooLarge) as caught:
-            client.attribute(floats) if way == "attribute" else list(client.stream([floats]))
+            client.attribute(floats)
         assert len(client.attribute(floats[:1])) == 1
     assert "the request takes 61" in caught.value.message
     assert "max_message_bytes of this client's connect() is 50000" in caught.value.message
 
 
-@pytest.mark.parametrize("way", ["attribute", "stream"])
 def test_a_request_over_the_servers_limit_is_refused_before_it_is_sent(
-    spec: sidelight_server.ModelSpec, device: str, floats: torch.Tensor, way: str
+    spec: sidelight_server.ModelSpec, device: str, floats: torch.Tensor
 ) -> None:
     with (
         sidelight_server.serve(spec, device=device, max_message_bytes=50_000) as address,
         sidelight.connect(address, connect_timeout=10) as client,
     ):
         with pytest.raises(sidelight.MessageTooLarge) as caught:
-            client.attribute(floats) if way == "attribute" else list(client.stream([floats]))
+            client.attribute(floats)
         assert len(client.attribute(floats[:1])) == 1
     assert "max_message_bytes of the server is 50000" in caught.value.message
     assert "--max-message-bytes" in caught.value.message

@@ -363,9 +363,10 @@ def test_a_bad_batch_raises_its_error_and_ends_the_stream(
     assert list(answers) == []
 
 
-def test_a_batch_too_large_to_be_sent_leaves_the_stream_as_it_is(address: str) -> None:
+def test_an_example_too_large_to_be_sent_leaves_the_stream_as_it_is(address: str) -> None:
     with sidelight.connect(address, connect_timeout=10, max_message_bytes=50_000) as client:
-        answers = list(client.stream([one(), tiny(6), one()], ordered=True, on_error="return"))
+        large = np.zeros((6, 200, 200, 3), np.uint8)
+        answers = list(client.stream([one(), large, one()], ordered=True, on_error="return"))
     assert [type(answer.error) for answer in answers] == [type(None), sidelight.MessageTooLarge, type(None)]
     assert [len(answer) for answer in answers] == [1, 0, 1]
 
@@ -374,8 +375,9 @@ def test_an_answer_too_large_to_be_taken_leaves_the_stream_as_it_is(address: str
     path = tmp_path / "white.png"
     Image.new("RGB", (32, 32), "white").save(path)
     with sidelight.connect(address, connect_timeout=10, max_message_bytes=10_000) as client:
-        answers = list(client.stream([path, [path] * 5, path], ordered=True, on_error="return"))
-    assert [type(answer.error) for answer in answers] == [type(None), sidelight.MessageTooLarge, type(None)]
+        target = sidelight.TopK(3)  # each example's three maps take 12,288 bytes
+        (answer,) = client.stream([path], target=target, on_error="return")
+    assert type(answer.error) is sidelight.MessageTooLarge
 
 
 def test_what_a_failed_batch_has_not_it_says_with_its_error(client: sidelight.Client, tmp_path: Path) -> None:
@@ -467,7 +469,7 @@ def test_a_server_that_goes_away_makes_the_stream_unavailable(
 
     with contextlib.ExitStack() as server:
         address = server.enter_context(sidelight_server.serve(small_cnn(), device=device, drain_s=0))
-        with sidelight.connect(address, connect_timeout=10) as client:
+        with sidelight.connect(address, connect_timeout=2) as client:
             answers = client.stream(batches(), on_error="return", ordered=ordered)
             assert [next(answers).error, next(answers).error] == [None, None]
             server.close()

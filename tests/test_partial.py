@@ -2,16 +2,16 @@
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pytest
 import sidelight
+from scripted import Script, answer, failure, scripted
 from sidelight import _attribution
 from sidelight._images import Batch
 from sidelight._inbox import End, Inbox
-from sidelight._stream import Stream
-from sidelight._window import Sent
+from sidelight._ledger import Entry
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
@@ -131,38 +131,9 @@ def test_an_answer_may_have_examples_without_a_map_yet() -> None:
     assert answer.explained[1].index == 1
 
 
-Script = Callable[[Iterator[pb.AttributeStreamRequest]], Iterable[pb.AttributeStreamResponse]]
-
-
-class Server:
-    """A server that answers a stream by a script."""
-
-    def __init__(self, script: Script) -> None:
-        self._script = script
-
-    def AttributeStream(self, requests: Iterator[pb.AttributeStreamRequest]) -> "Server":  # noqa: N802
-        self._answers = iter(self._script(requests))
-        return self
-
-    def __iter__(self) -> Iterator[pb.AttributeStreamResponse]:
-        return self._answers
-
-    def cancel(self) -> None:
-        """End by itself."""
-
-
-def answer(id_: str, *, value: float = 0.0, final: bool = True) -> pb.AttributeStreamResponse:
-    maps = np.full((1, 2, 2), value, np.float32)
-    return pb.AttributeStreamResponse(id=id_, result=result(maps, [example(1)], final=final))
-
-
 def stream(script: Script, n_batches: int, *, ordered: bool, window: int = 10) -> Iterator[sidelight.Attribution]:
-    def ask(batch: Batch, *, id_: str) -> pb.AttributeRequest:
-        return pb.AttributeRequest(id=id_, images=batch.message)
-
-    batches = [ONE] * n_batches
-    asked = Stream(Server(script), batches, ask=ask, window=window, timeout_s=60, max_message_bytes=1)
-    return asked.answers(ordered=ordered)
+    with scripted(script) as address, sidelight.connect(address) as client:
+        yield from client.stream([ONE] * n_batches, ordered=ordered, window=window, on_error="return")
 
 
 def told(answers: Iterable[sidelight.Attribution]) -> list[tuple[int, float, bool]]:
@@ -174,13 +145,13 @@ def test_a_batch_is_yielded_as_it_improves_and_never_after_its_final_answer(orde
     taken = threading.Semaphore(0)
 
     def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
-        id_ = next(requests).attribute.id
+        request = next(requests)
         for value in (1, 2, 3):
-            yield answer(id_, value=value, final=False)
+            yield answer(request, value=value, final=False)
             assert taken.acquire(timeout=30)
-        yield answer(id_, value=4)
-        yield answer(id_, value=5, final=False)  # no server should
-        yield answer(id_, value=6)
+        yield answer(request, value=4)
+        yield answer(request, value=5, final=False)  # no server should
+        yield answer(request, value=6)
         assert list(requests) == []
 
     seen = []
@@ -194,7 +165,7 @@ def test_in_order_only_the_batch_whose_turn_it_is_is_yielded_before_its_final_an
     taken = threading.Semaphore(0)
 
     def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
-        ids = [next(requests).attribute.id for _ in range(3)]
+        asked = [next(requests) for _ in range(3)]
         for place, value, final, is_yielded in (
             (1, 10, False, False),
             (0, 0, False, True),
@@ -203,7 +174,7 @@ def test_in_order_only_the_batch_whose_turn_it_is_is_yielded_before_its_final_an
             (1, 11, False, True),
             (1, 12, True, True),
         ):
-            yield answer(ids[place], value=value, final=final)
+            yield answer(asked[place], value=value, final=final)
             assert not is_yielded or taken.acquire(timeout=30)
         assert list(requests) == []
 
@@ -218,7 +189,7 @@ def test_a_slow_caller_is_handed_the_newest_answer_alone() -> None:
     sent = threading.Event()
 
     def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
-        first, second = (next(requests).attribute.id for _ in range(2))
+        first, second = (next(requests) for _ in range(2))
         yield answer(first, value=1, final=False)
         assert going.wait(30)
         for value in range(2, 100):
@@ -245,17 +216,17 @@ def test_an_answer_that_is_not_final_frees_no_room() -> None:
     read_ahead = threading.Event()
 
     def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
-        ids = [next(requests).attribute.id for _ in range(2)]
-        third = threading.Thread(target=lambda: (ids.append(next(requests).attribute.id), read_ahead.set()))
+        asked = [next(requests) for _ in range(2)]
+        third = threading.Thread(target=lambda: (asked.append(next(requests)), read_ahead.set()))
         third.start()
         for value in range(5):
-            yield answer(ids[0], value=value, final=False)
+            yield answer(asked[0], value=value, final=False)
         assert taken.wait(30)
         assert not read_ahead.wait(0.1)  # time enough for a reader that does not stop
-        yield answer(ids[0], value=9)
+        yield answer(asked[0], value=9)
         assert read_ahead.wait(30)
         third.join()
-        yield from map(answer, ids[1:])
+        yield from map(answer, asked[1:])
         assert list(requests) == []
 
     taken = threading.Event()
@@ -268,9 +239,9 @@ def test_an_answer_that_is_not_final_frees_no_room() -> None:
 
 def test_a_batch_that_fails_after_it_improved_is_yielded_with_its_error() -> None:
     def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
-        id_ = next(requests).attribute.id
-        yield answer(id_, final=False)
-        yield pb.AttributeStreamResponse(id=id_, failure=pb.Failure(code=4, message="its time ran out"))
+        request = next(requests)
+        yield answer(request, final=False)
+        yield failure(request, 4)
         assert list(requests) == []
 
     *_, last = stream(script, 1, ordered=False)
@@ -280,23 +251,23 @@ def test_a_batch_that_fails_after_it_improved_is_yielded_with_its_error() -> Non
 def test_the_inbox_gives_in_the_order_in_which_batches_first_came_and_then_its_first_end() -> None:
     inbox, batch = Inbox(), Batch(ONE)
     for index, value in ((0, 1.0), (1, 2.0), (0, 3.0)):
-        inbox.put(Sent(index, batch, None, 0.0), read(result(np.full((1, 2, 2), value, np.float32), [example(1)])))
+        inbox.put(Entry(index, batch, 0.0), read(result(np.full((1, 2, 2), value, np.float32), [example(1)])))
     inbox.close(End(KeyError()))
     inbox.close(End(None))
-    taken = [inbox.take(1), inbox.take(1)]
+    taken = [inbox.wait(), inbox.take()]
     assert [(sent.index, float(each.maps[0, 0, 0])) for sent, each in taken] == [(0, 3.0), (1, 2.0)]
-    assert isinstance(inbox.take(1).error, KeyError)
+    assert isinstance(inbox.wait().error, KeyError)
 
 
-def test_an_inbox_into_which_nothing_comes_says_so_after_a_while() -> None:
-    assert Inbox().take(0.01) is None
+def test_an_empty_inbox_has_nothing_to_take() -> None:
+    assert Inbox().take() is None
 
 
 def test_closing_while_a_batch_improves_ends_the_receiver() -> None:
     def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
-        id_ = next(requests).attribute.id
+        request = next(requests)
         while not closing.is_set():
-            yield answer(id_, final=False)
+            yield answer(request, final=False)
 
     closing = threading.Event()
     before = set(threading.enumerate())

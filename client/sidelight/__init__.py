@@ -18,11 +18,13 @@ from ._errors import (
     Internal,
     InvalidArgument,
     MessageTooLarge,
+    ModelChanged,
     NotFound,
     OutOfRange,
     PartialFailure,
     PermissionDenied,
     ResourceExhausted,
+    ServerDied,
     SidelightError,
     Unauthenticated,
     Unavailable,
@@ -30,7 +32,7 @@ from ._errors import (
     Unknown,
 )
 from ._gallery import Panel, gallery
-from ._info import Limits, ModelInfo, ServerInfo, Stops, WarmupEntry
+from ._info import Limits, ModelInfo, ServerInfo, SharedMemory, Stops, WarmupEntry
 from ._masking import Occlusion, Rise
 from ._methods import (
     ExpectedGradients,
@@ -76,6 +78,7 @@ __all__ = [
     "Limits",
     "MessageTooLarge",
     "Method",
+    "ModelChanged",
     "ModelInfo",
     "NotFound",
     "Occlusion",
@@ -89,7 +92,9 @@ __all__ = [
     "Replayed",
     "ResourceExhausted",
     "Rise",
+    "ServerDied",
     "ServerInfo",
+    "SharedMemory",
     "SidelightError",
     "SmoothGrad",
     "Stops",

@@ -1,26 +1,32 @@
 """The client: connects, asks, and reads answers."""
 
-import re
-from collections.abc import Callable, Iterable, Iterator
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self, get_args
 
 import grpc
 
 from sidelight.v1 import attribution_pb2 as pb
-from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
+from sidelight.v1 import model_pb2
 
 from . import _attribution
+from ._attempts import Attempts
 from ._attribution import Attribution
 from ._baselines import given_array
-from ._connection import Connection
-from ._errors import InvalidArgument, PartialFailure, from_rpc
+from ._errors import InvalidArgument, PartialFailure, SidelightError, from_rpc
 from ._images import Batch, Images
+from ._inbox import End
 from ._info import ModelInfo, ServerInfo
-from ._limits import refuse_large
+from ._ledger import Ledger
+from ._limits import refuse_large, spans
 from ._methods import Gradient, Method, is_one_row
+from ._order import Order
 from ._question import FOR_EVER_S, Question
-from ._stream import Stream
+from ._servers import Servers
+from ._stream import Plan, Stream
 from ._targets import Target
 from ._words import Channels, MapDtype, Score
 
@@ -32,58 +38,46 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 OnError = Literal["raise", "return"]
 
-_ADDRESS = re.compile(r"unix:.+|(?!\w+://).+:\d+")
-_Response = TypeVar("_Response")
-
 
 def connect(
-    address: str = DEFAULT_ADDRESS,
+    address: str | Sequence[str] = DEFAULT_ADDRESS,
     *,
     connect_timeout: float = CONNECT_TIMEOUT_S,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
 ) -> "Client":
-    """Return a client of the server at an address, "host:port" or "unix:/path". It returns at once.
+    """Return a client of the server at an address, "host:port" or "unix:/path", or at several. It returns at once.
 
-    Calls wait up to `connect_timeout` seconds for a server that is not there yet, and say so in the log after one.
+    Of several servers, which have to serve the same model, calls go to each in turn that is there, and streams to all
+    of them. Calls wait up to `connect_timeout` seconds for a server that is not there yet, and say so in the log after
+    one.
     `max_message_bytes` bounds each message in both directions, and should be the server's.
     """
     return Client(address, connect_timeout=connect_timeout, max_message_bytes=max_message_bytes)
 
 
 class Client:
-    """A connection to one server. Thread-safe; close it, or use `with`.
+    """Connections to one server, or to several of the same model. Thread-safe; close it, or use `with`.
 
     Every failed call raises a `SidelightError` with the status's own type; a file that cannot be read, its `OSError`.
     """
 
     def __init__(
         self,
-        address: str,
+        address: str | Sequence[str],
         *,
         connect_timeout: float = CONNECT_TIMEOUT_S,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
     ) -> None:
-        if not isinstance(address, str) or not _ADDRESS.fullmatch(address):
-            raise InvalidArgument(f'address: got {address!r}, expected "host:port" or "unix:/path"')
-        self.address = address
+        self._servers = Servers(address, max_message_bytes=max_message_bytes)
         self.max_message_bytes = max_message_bytes
         self._connect_timeout_s = connect_timeout
-        self._channel = grpc.insecure_channel(
-            address,
-            options=[
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.max_send_message_length", -1),  # checked here, with a better message
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.min_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1000),
-                # Otherwise a second client of this process would share, and close, the first one's connection.
-                ("grpc.use_local_subchannel_pool", 1),
-            ],
-        )
-        self._stub = attribution_pb2_grpc.AttributionServiceStub(self._channel)
-        self._models = model_pb2_grpc.ModelServiceStub(self._channel)
-        self._connection = Connection(self._channel, self._stub, address)
+        self._closed = threading.Event()
         self._info: ServerInfo | None = None
+
+    @property
+    def address(self) -> str:
+        """Where the server is; of several, where all of them are."""
+        return self._servers.names
 
     def __enter__(self) -> Self:
         return self
@@ -93,8 +87,8 @@ class Client:
 
     def close(self) -> None:
         """End the connection. Running calls and streams end with `Cancelled`."""
-        self._connection.close()
-        self._channel.close()
+        self._closed.set()
+        self._servers.close()
 
     def attribute(
         self,
@@ -121,10 +115,10 @@ class Client:
         Where some examples failed, `on_error="raise"` raises `PartialFailure`, which carries the answer, and "return"
         returns the answer, whose `failures` are set. A batch that failed whole raises its error.
         """
-        _check_on_error(on_error)
+        check_on_error(on_error)
         batch = Batch(images)
         request = Question(model, target, method, score, channels, probabilities, timeout, map_dtype).request(batch)
-        return _unless_partial(self._explain(request, batch, timeout_s=timeout), on_error)
+        return passed(self._explain(request, batch, timeout_s=timeout), on_error)
 
     def stream(
         self,
@@ -142,6 +136,7 @@ class Client:
         on_error: OnError = "raise",
         partial: bool = False,
         window: int | None = None,
+        allow_model_change: bool = False,
     ) -> Iterator[Attribution]:
         """Yield the maps of many batches as they are ready; `answer.index` is the batch's position in `batches`.
 
@@ -154,68 +149,107 @@ class Client:
         With `partial`, a method that refines yields a batch several times, with `final` unset until the last; a caller
         who is slow gets fewer of these, and with `ordered` only the batch whose turn it is has them.
 
+        A batch too large for a message is sent in parts. Where a server goes away, what it has not answered is sent
+        again, to it or to another, until the batch's own time is over; each batch is yielded once. A batch that was
+        alone at work when its server died, twice, fails with `ServerDied`. A server that comes back with another model
+        ends the stream with `ModelChanged`, unless `allow_model_change` lets it be.
+
         With `on_error="return"` a batch that failed is yielded too, with `error` or `failures` set; with "raise" the
         first failure ends the stream. Closing the iterator cancels what is unanswered.
         """
-        _check_on_error(on_error)
-        if isinstance(batches, str | bytes):
-            raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")
         question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
-        question.request(Batch([]))  # what is wrong with it is said here, not by every batch
-        return self._answers(batches, question, ordered=ordered, on_error=on_error, window=window)
+        return self._answers(
+            batches,
+            question_of_stream(batches, on_error, question),
+            ordered=ordered,
+            on_error=on_error,
+            window=window,
+            allow_model_change=allow_model_change,
+        )
 
     def info(self) -> ServerInfo:
-        """Return the server's version, limits, methods and models."""
-        self._connect()
-        response = self._call(self._stub.GetServerInfo, pb.GetServerInfoRequest(), timeout_s=INFO_TIMEOUT_S)
-        self._info = ServerInfo.of(response)
+        """Return the server's version, limits, methods and models; of several servers, the next one's."""
+        self._info = ServerInfo.of(self._ask("attribution", "GetServerInfo", pb.GetServerInfoRequest()))
         return self._info
 
     def model(self, name: str | None = None) -> ModelInfo:
         """Return one model with its labels and layers; None is the default model."""
-        self._connect()
-        request = model_pb2.GetModelRequest(name=name or "")
-        return ModelInfo.of(self._call(self._models.GetModel, request, timeout_s=INFO_TIMEOUT_S).model)
+        response = self._ask("models", "GetModel", model_pb2.GetModelRequest(name=name or ""))
+        return ModelInfo.of(response.model)
+
+    def _ask(self, stub: str, name: str, request: object) -> Any:
+        """Return a server's answer to a small question."""
+        connection = self._servers.ready(self._connect_timeout_s)
+        with telling(self.max_message_bytes):
+            return getattr(getattr(connection, stub), name)(request, timeout=INFO_TIMEOUT_S)
 
     def _explain(self, request: pb.AttributeRequest, batch: Batch, *, timeout_s: float) -> Attribution:
         """Return the answer to a request for a batch."""
-        self._connect()
         self._refuse_large(request, batch)
-        response = self._call(self._stub.Attribute, request, timeout_s=min(timeout_s, FOR_EVER_S))
-        return _attribution.read(response.result, batch, baseline=given_array(request.method))
+        attempts = Attempts(timeout_s)
+        patience_s = self._connect_timeout_s
+        while True:
+            connection = self._servers.ready(patience_s)
+            try:
+                with telling(self.max_message_bytes):
+                    response = connection.attribution.Attribute(request, timeout=min(attempts.left_s, FOR_EVER_S))
+                return _attribution.read(response.result, batch, baseline=given_array(request.method))
+            except SidelightError as error:
+                self._closed.wait(attempts.delay_after(error))
+                patience_s = min(self._connect_timeout_s, attempts.left_s)
+
+    def _opened(
+        self,
+        batches: Iterator[Images],
+        question: Question,
+        *,
+        window: int | None,
+        allow_model_change: bool,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> Stream:
+        """Return a stream to all servers, not started."""
+        server, model = self._server(), self._known(question.model)
+        template, connections = question.template(), self._servers.connections
+        plan = Plan(
+            template=template,
+            spans=functools.partial(
+                spans, template, ours=self.max_message_bytes, server=server, input_size=model.input_size
+            ),
+            timeout_s=question.timeout,
+            patience_s=self._connect_timeout_s,
+            max_message_bytes=self.max_message_bytes,
+            allow_model_change=allow_model_change,
+            baseline=given_array(template.method),
+        )
+        # A method of many rows fills chunks with every example; and a timeout would run while batches wait in a row.
+        per_lane = 2 * model.chunk_rows if is_one_row(question.method) else 1
+        ledger = Ledger(window=window or per_lane, in_all=window, n_lanes=len(connections))
+        return Stream(connections, batches, plan=plan, ledger=ledger, on_change=on_change)
 
     def _answers(
-        self, batches: Iterable[Images], question: Question, *, ordered: bool, on_error: OnError, window: int | None
+        self,
+        batches: Iterable[Images],
+        question: Question,
+        *,
+        ordered: bool,
+        on_error: OnError,
+        window: int | None,
+        allow_model_change: bool,
     ) -> Iterator[Attribution]:
-        self._connect()
-        chunk_rows = self._known(question.model).chunk_rows
-
-        def ask(batch: Batch, *, id_: str) -> pb.AttributeRequest:
-            request = question.request(batch, id_=id_)
-            self._refuse_large(request, batch)
-            return request
-
-        stream = Stream(
-            self._stub,
-            batches,
-            ask=ask,
-            window=window or (2 * chunk_rows if is_one_row(question.method) else 1),
-            timeout_s=question.timeout,
-            max_message_bytes=self.max_message_bytes,
-        )
-        for answer in stream.answers(ordered=ordered):
-            if answer.error is not None and on_error == "raise":
-                raise answer.error
-            yield _unless_partial(answer, on_error)
-
-    def _connect(self) -> None:
-        self._connection.wait(self._connect_timeout_s)
-
-    def _call(self, call: "Callable[..., _Response]", request: object, *, timeout_s: float) -> _Response:
+        self._servers.ready(self._connect_timeout_s)
+        stream = self._opened(iter(batches), question, window=window, allow_model_change=allow_model_change)
+        order = Order(ordered=ordered)
+        stream.start()
         try:
-            return call(request, timeout=timeout_s)
-        except grpc.RpcError as error:
-            raise from_rpc(error, max_message_bytes=self.max_message_bytes) from None
+            while not isinstance(answered := stream.inbox.wait(), End):
+                for entry, answer in order.admit(*answered):
+                    if answer.final:
+                        stream.taken(entry)
+                    yield passed(answer, on_error)
+            if answered.error is not None:
+                raise answered.error
+        finally:
+            stream.close()
 
     def _server(self) -> ServerInfo:
         return self._info or self.info()
@@ -230,13 +264,38 @@ class Client:
         refuse_large(request, batch, ours=self.max_message_bytes, theirs=theirs, input_size=input_size)
 
 
-def _unless_partial(answer: Attribution, on_error: OnError) -> Attribution:
-    """Return an answer, or raise `PartialFailure` where it is final, some examples failed, and that is to be raised."""
-    if answer.final and answer.failures and on_error == "raise":
-        raise PartialFailure(answer)
+def question_of_stream(batches: object, on_error: str, question: Question) -> Question:
+    """Return the question, after saying what is wrong with it here instead of by every batch."""
+    check_on_error(on_error)
+    if isinstance(batches, str | bytes):
+        raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")
+    question.template()
+    return question
+
+
+def passed(answer: Attribution, on_error: OnError) -> Attribution:
+    """Return an answer, or where it failed and that is to be raised its error.
+
+    That is `PartialFailure` where it is final and some examples failed.
+    """
+    if on_error == "raise":
+        if answer.error is not None:
+            raise answer.error
+        if answer.final and answer.failures:
+            raise PartialFailure(answer)
     return answer
 
 
-def _check_on_error(on_error: str) -> None:
+def check_on_error(on_error: str) -> None:
+    """Refuse what is no word for it."""
     if on_error not in get_args(OnError):
         raise InvalidArgument(f"on_error: got {on_error!r}, expected one of {', '.join(get_args(OnError))}")
+
+
+@contextlib.contextmanager
+def telling(max_message_bytes: int) -> Iterator[None]:
+    """Let a failed call out as the exception for its status."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc(error, max_message_bytes=max_message_bytes) from None

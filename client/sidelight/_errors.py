@@ -12,9 +12,11 @@ SidelightError
 ├── ResourceExhausted      over the server's permits or memory: `retry_delay_s` says when to ask again
 │   └── MessageTooLarge    a message over the limit of one side
 ├── Unavailable            no server answers, or it is going away
+│   └── ServerDied         a batch was alone with two servers that died: it is not sent a third time
 ├── DeadlineExceeded       the batch's time ran out
 ├── Cancelled
 ├── Aborted
+│   └── ModelChanged       a stream's model is not the one it began with
 ├── Internal               the model or the server failed
 ├── DataLoss
 ├── Unknown
@@ -132,6 +134,14 @@ class Unavailable(SidelightError):
     """No server answers, or it is going away."""
 
     code = 14
+
+
+class ServerDied(Unavailable):
+    """A batch was alone at work when its server died, twice: it is not sent again, for it may be the cause."""
+
+
+class ModelChanged(Aborted):
+    """The model that answers is not the one that a stream began with. `allow_model_change=True` lets it be."""
 
 
 class DataLoss(SidelightError):

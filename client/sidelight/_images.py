@@ -7,7 +7,6 @@ model's own input, [C, H, W] or [N, C, H, W]. A torch tensor counts as an array;
 import io
 import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -35,34 +34,55 @@ class Batch:
 
     def __init__(self, images: Images) -> None:
         given = _as_list(images)
-        self._n_examples = len(given)
-        self._dtype: np.dtype[Any] | None = None
-        if isinstance(given, list):
-            self.message = tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=map(_file, given)))
-        else:
-            self._dtype = given.dtype
-            self.message = tensor_pb2.Images(tensor=tensor_message(given))
+        # What was sent, not what the caller holds: that may be a buffer with the next batch in it by now.
+        self._examples: Array | tuple[bytes, ...] = (
+            tuple(map(_file, given)) if isinstance(given, list) else np.array(given, order="C")
+        )
 
     def __len__(self) -> int:
-        return self._n_examples
+        return len(self._examples)
+
+    @property
+    def array(self) -> Array | None:
+        """The examples where they are an array, [N, …] and contiguous; None where they are files."""
+        return self._examples if isinstance(self._examples, np.ndarray) else None
+
+    @property
+    def message(self) -> tensor_pb2.Images:
+        """The examples inside a message."""
+        if isinstance(self._examples, np.ndarray):
+            return tensor_pb2.Images(tensor=tensor_message(self._examples))
+        return tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=self._examples))
+
+    def part(self, span: range) -> "Batch":
+        """Return some examples as a batch of their own. Nothing is copied."""
+        if len(span) == len(self):
+            return self
+        part = object.__new__(Batch)
+        part._examples = self._examples[span.start : span.stop]
+        return part
+
+    def sizes(self) -> list[int]:
+        """Return how many bytes each example takes in a message, its own overhead left out."""
+        if isinstance(self._examples, np.ndarray):
+            return [self._examples[:1].nbytes] * len(self)
+        return [len(file) for file in self._examples]
 
     def map_elements(self, input_size: tuple[int, int, int] | None, *, keeps_channels: bool) -> int:
         """Return how many elements N maps will have, for a model of this C, H, W; 0 where that is not known."""
-        if self._dtype is not None and self._dtype != np.uint8:
-            channels, height, width = self.message.tensor.shape[1:]
+        array = self.array
+        if array is not None and array.dtype != np.uint8:
+            channels, height, width = array.shape[1:]
         elif input_size is not None:
             channels, height, width = input_size
         else:
             return 0
-        return len(self) * height * width * (channels if keeps_channels else 1)
+        return int(len(self) * height * width * (channels if keeps_channels else 1))
 
     def picture(self, example: int) -> Image.Image:
         """Return one example as an RGB picture, upright, its alpha laid over white; floats are scaled to be seen."""
-        # What was sent, not what the caller holds: that may be a buffer with the next batch in it by now.
-        if self._dtype is not None:
-            tensor = self.message.tensor
-            return picture_of(np.frombuffer(tensor.data, self._dtype).reshape(tuple(tensor.shape))[example])
-        return _upright(Image.open(io.BytesIO(self.message.encoded.files[example])))
+        given = self._examples[example]
+        return picture_of(given) if isinstance(given, np.ndarray) else _upright(Image.open(io.BytesIO(given)))
 
 
 def _as_list(images: Images) -> list[Picture | Array] | Array:

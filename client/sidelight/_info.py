@@ -20,6 +20,17 @@ class Limits:
     max_in_flight_bytes: int
     max_stream_in_flight: int
     max_example_rows: int  # that a method may ask for one example
+    max_batch_examples: int = 0  # 0: an older server, which does not say
+    max_stream_age_s: float | None = None  # None: without end; a client's stream goes on in another one
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """Where a server allows regions of shared memory, and how large and how many they may be for one stream."""
+
+    directory: str
+    max_region_bytes: int
+    max_stream_regions: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +110,7 @@ class ServerInfo:
     methods: tuple[str, ...]
     models: tuple[ModelInfo, ...]
     stops: Stops
+    shared_memory: SharedMemory | None = None  # None where the operator does not allow any
 
     @classmethod
     def of(cls, message: pb.GetServerInfoResponse) -> "ServerInfo":
@@ -108,9 +120,16 @@ class ServerInfo:
             version=message.version,
             limits=Limits(
                 limits.max_message_bytes, limits.max_image_pixels, limits.max_in_flight, limits.max_in_flight_bytes,
-                limits.max_stream_in_flight, limits.max_example_rows,
+                limits.max_stream_in_flight, limits.max_example_rows, limits.max_batch_examples,
+                seconds(limits.max_stream_age) if limits.HasField("max_stream_age") else None,
             ),
             methods=tuple(message.methods),
             models=tuple(map(ModelInfo.of, message.models)),
             stops=Stops.of(message.stops),
+            shared_memory=_shared_memory(message) if message.HasField("shared_memory") else None,
         )  # fmt: skip
+
+
+def _shared_memory(message: pb.GetServerInfoResponse) -> SharedMemory:
+    shared = message.shared_memory
+    return SharedMemory(shared.directory, shared.max_region_bytes, shared.max_stream_regions)

@@ -29,14 +29,18 @@ class Question:
     map_dtype: MapDtype = "float32"
     partial: bool = False
 
-    def request(self, batch: Batch, *, id_: str = "") -> pb.AttributeRequest:
+    def request(self, batch: Batch) -> pb.AttributeRequest:
         """Return the message that asks it of a batch. Every default is filled in."""
+        request = self.template()
+        request.images.CopyFrom(batch.message)
+        return request
+
+    def template(self) -> pb.AttributeRequest:
+        """Return the message without images, which says what is wrong with the question."""
         if not isinstance(self.method, Method):
             raise InvalidArgument(f"method: got {self.method!r}, expected a method, such as sidelight.Gradient()")
         return pb.AttributeRequest(
-            id=id_,
             model=self.model or "",
-            images=batch.message,
             target=target_message(self.target),
             method=self.method.message(),
             score=score_number(self.score),

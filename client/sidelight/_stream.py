@@ -1,152 +1,371 @@
-"""The stream: a window of unanswered batches on one call, answers matched by id.
+"""The stream: many batches in flight, to all servers at once, whatever becomes of one of them.
 
-Three threads meet here. gRPC's own reads the caller's batches, as far as the window allows; a receiver takes the
-answers in; the caller takes them out. What they share lies in the `Window` and the `Inbox`, each under its own lock.
+The caller's batches are read by whichever thread of gRPC's has nothing to send and room for more; each server has a
+lane, whose thread takes answers in; a keeper sees to it that no batch waits longer than its time; the caller takes the
+answers out. What they share is the ledger, under one lock, and the inbox.
 """
 
-import functools
-import itertools
+import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
-
-import grpc
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from sidelight.v1 import attribution_pb2 as pb
-from sidelight.v1 import attribution_pb2_grpc
 
 from . import _attribution
 from ._attribution import Attribution
-from ._baselines import given_array
-from ._errors import DeadlineExceeded, InvalidArgument, SidelightError, Unavailable, from_code, from_rpc
+from ._connection import Connection
+from ._errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    ModelChanged,
+    ResourceExhausted,
+    ServerDied,
+    SidelightError,
+    Unavailable,
+    from_code,
+)
 from ._images import Batch, Images
-from ._inbox import Answered, End, Inbox
+from ._inbox import End, Inbox
+from ._join import join
+from ._lane import Lane
+from ._ledger import Entry, Ledger, Part
+from ._question import duration
+from ._tensor import Array
 from ._types import seconds
-from ._window import GRACE_S, Sent, Window
+
+log = logging.getLogger("sidelight")
+
+SILENT_WAIT_S = 1.0
+UNAVAILABLE_DELAY_S = 0.1  # before a batch is sent again that a server refused on its way out
+_SHORTEST_S = 0.001  # a time of 0 would be refused
 
 
-class Ask(Protocol):
-    """Makes a batch's request. A `SidelightError` says why it cannot be sent."""
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is asked of every batch, and how far the client goes to have it answered."""
 
-    def __call__(self, batch: Batch, *, id_: str) -> pb.AttributeRequest: ...
+    template: pb.AttributeRequest
+    spans: Callable[[Batch], Sequence[range]]  # the parts in which a batch is sent
+    timeout_s: float
+    patience_s: float  # how long there may be no server while nothing is unanswered
+    max_message_bytes: int
+    allow_model_change: bool
+    baseline: Array | None  # that was given with the method
 
 
 class Stream:
-    """One call of `AttributeStream`."""
+    """The desk between a caller and the lanes. `end` is final: the first word counts."""
 
     def __init__(
         self,
-        stub: attribution_pb2_grpc.AttributionServiceStub,
-        batches: Iterable[Images],
+        connections: Sequence[Connection],
+        batches: Iterator[Images],
         *,
-        ask: Ask,
-        window: int,
-        timeout_s: float,
-        max_message_bytes: int,
+        plan: Plan,
+        ledger: Ledger,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        self._stub = stub
+        self.inbox = Inbox(on_change=on_change)
         self._batches = batches
-        self._ask = ask
-        self._max_message_bytes = max_message_bytes
-        self._window = Window(window, timeout_s)
-        self._inbox = Inbox()
+        self._plan = plan
+        self._ledger = ledger
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._keep = threading.Condition(self._lock)  # what wakes the keeper: few things, and rarely
+        self._lanes = [Lane(each, self, max_message_bytes=plan.max_message_bytes) for each in connections]
+        self._live: set[Lane] = set()
+        self._deserted_s = time.monotonic()  # since when no server has a call
+        self._cause: SidelightError | None = None  # why the last call ended
+        self._digest = ""
+        self._n_read = 0
+        self._is_reading = False
+        self._is_over = False
+        self._keeper = threading.Thread(target=self._watch, name="sidelight-keep", daemon=True)
 
-    def answers(self, *, ordered: bool) -> Iterator[Attribution]:
-        """Yield the answers as they come, or in order. A batch that failed is yielded with `error` set.
+    def start(self) -> None:
+        """Begin to read, send and receive."""
+        for lane in self._lanes:
+            lane.connection.listen(self._wake)
+            lane.start()
+        self._keeper.start()
 
-        Before its final answer a batch may have others, `final` unset. In order, only the batch that is due has them.
-        """
-        call = self._stub.AttributeStream(self._requests())
-        receiver = threading.Thread(target=self._receive, args=(call,), name="sidelight-receive", daemon=True)
-        receiver.start()
-        try:
-            for sent, answer in self._in_order() if ordered else self._as_ready():
-                if answer.final:
-                    self._window.taken(len(sent.batch))
-                yield answer
-        finally:
-            self._window.close()
-            call.cancel()
-            receiver.join()
+    def close(self) -> None:
+        """End it, cancel what is unanswered, and wait for its threads."""
+        self.end(None)
+        for lane in self._lanes:
+            lane.cut()
+        for lane in self._lanes:
+            lane.join()
+            lane.connection.unlisten(self._wake)
+        self._keeper.join()
 
-    def _as_ready(self) -> Iterator[Answered]:
-        while not isinstance(answered := self._next(), End):
-            yield answered
-        if answered.error is not None:
-            raise answered.error
+    def taken(self, entry: Entry) -> None:
+        """Free the room of an answer that the caller has taken."""
+        with self._lock:
+            self._ledger.taken(entry)
+            self._changed.notify_all()
 
-    def _in_order(self) -> Iterator[Answered]:
-        early: dict[int, Answered] = {}  # bounded: an answer holds its room in the window until it is yielded
-        due = 0
-        for sent, answer in self._as_ready():
-            if answer.final:
-                early[sent.index] = sent, answer
-            elif sent.index == due:
-                yield sent, answer
-            while due in early:
-                yield early.pop(due)
-                due += 1
+    def end(self, error: BaseException | None) -> None:
+        """End the stream: with an error, or because nothing is left."""
+        with self._lock:
+            self._end(error)
 
-    def _next(self) -> Answered | End:
+    # What the lanes ask for and tell.
+
+    def wait_for(self, connection: Connection, not_before_s: float) -> bool:
+        """Wait for a server, and for a time. False once the stream is over."""
+        sought: object = self  # the state in which the channel was told to look for its server
+        with self._lock:
+            while not self._is_over:
+                left_s, state = not_before_s - time.monotonic(), connection.state
+                if connection.is_closed:
+                    self._end(Unavailable("the client is closed"))
+                elif left_s > 0:
+                    self._changed.wait(left_s)
+                elif connection.is_ready:
+                    return True
+                elif state is not sought:
+                    connection.seek()
+                    sought = state
+                else:
+                    self._changed.wait()
+        return False
+
+    def open(self, lane: Lane) -> None:
+        """Say that the server has taken the call."""
+        with self._lock:
+            self._live.add(lane)
+            self._changed.notify_all()
+
+    def next_request(self, lane: Lane, call: object) -> pb.AttributeStreamRequest | None:
+        """Wait for the next message to send; None once the call, or the stream, is over."""
         while True:
-            if answered := self._inbox.take(GRACE_S):
-                return answered
-            if late := self._window.overdue():
-                return End(DeadlineExceeded(f"batch {late.index}: the server did not answer in its time"))
+            with self._lock:
+                part = self._next(lane, call)
+            if part is None:
+                return None
+            if isinstance(part, Part):
+                return self._request(part)
+            self._read()
 
-    def _requests(self) -> Iterator[pb.AttributeStreamRequest]:
-        """Read the caller's batches as far as the window allows. Runs in gRPC's thread."""
+    def received(self, lane: Lane, response: pb.AttributeStreamResponse) -> None:
+        """Take an answer in. One of a part that is not unanswered is passed over."""
+        with self._lock:
+            part = self._ledger.get(response.id)
+            if part is None or self._has_changed(response):
+                return
+            if response.WhichOneof("outcome") == "failure" and self._is_tried_again(part, response.failure):
+                self._changed.notify_all()
+                return
+        answer = _read(response, part, self._plan.baseline)
+        if not answer.final:
+            if part.is_whole:  # of a part the others' maps would be missing
+                self.inbox.put(part.entry, answer)
+            return
+        with self._lock:
+            if self._ledger.answered(response.id) is part:
+                self._settle(part, answer)
+                self._changed.notify_all()
+
+    def lost(self, lane: Lane, cause: SidelightError, *, died: bool) -> None:
+        """Say that the call has ended, and whether the server may have died of what it held."""
+        with self._lock:
+            self._live.discard(lane)
+            if self._is_over:
+                return
+            self._cause = cause
+            for part in self._ledger.lost(lane, died=died):
+                self._fail(part, ServerDied(
+                    f"{_told(part)}: it was alone at work when its server ended, twice ({cause}); it is not sent again"
+                ))  # fmt: skip
+            if not self._live:
+                self._deserted_s = time.monotonic()
+                self._keep.notify()
+            self._changed.notify_all()
+
+    # What happens under the lock.
+
+    def _next(self, lane: Lane, call: object) -> Part | bool | None:
+        """Return the next part, True where the caller's next batch is to be read, or None at the end."""
+        while not self._is_over and lane.call is call:
+            now_s = time.monotonic()
+            wait_s = None
+            if lane in self._live:
+                if part := self._ledger.send(lane, now_s):
+                    return part
+                if not self._is_reading and self._ledger.may_read(lane):
+                    self._is_reading = True
+                    return True
+                again_s = self._ledger.next_sending_s(now_s)
+                wait_s = None if again_s is None else again_s - now_s
+            self._changed.wait(wait_s)
+        return None
+
+    def _is_tried_again(self, part: Part, failure: pb.Failure) -> bool:
+        """Send a part again where that may go well: it was too large, or its server was full, or on its way out."""
+        delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
+        if failure.code == ResourceExhausted.code and delay_s is None and len(part.batch) > 1:
+            self._ledger.halve(part)
+            return True
+        if failure.code == Unavailable.code:
+            delay_s = delay_s or UNAVAILABLE_DELAY_S
+        elif failure.code != ResourceExhausted.code:
+            return False
+        not_before_s = time.monotonic() + (delay_s or 0.0)
+        if delay_s is None or not_before_s >= part.entry.deadline_s:
+            return False
+        self._ledger.again(part, not_before_s=not_before_s)
+        return True
+
+    def _has_changed(self, response: pb.AttributeStreamResponse) -> bool:
+        """Say whether another model answers than the first time; then the stream ends."""
+        digest = response.result.provenance.model_digest
+        if digest and self._digest and digest != self._digest and not self._plan.allow_model_change:
+            self._end(ModelChanged(
+                f"the model that answers is {digest[:12]}…, the stream began with {self._digest[:12]}…; "
+                "allow_model_change=True lets that be"
+            ))  # fmt: skip
+            return True
+        self._digest = self._digest or digest
+        return False
+
+    def _settle(self, part: Part, answer: Attribution) -> None:
+        if part.entry.settle(part.start, answer):
+            self._deliver(part.entry, join(part.entry))
+
+    def _fail(self, part: Part, error: SidelightError) -> None:
+        self._settle(part, _attribution.failed(error, index=part.entry.index))
+
+    def _deliver(self, entry: Entry, answer: Attribution) -> None:
+        self.inbox.put(entry, answer)
+        self._ledger.delivered()
+        if self._ledger.is_done:
+            self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        self._is_over = True
+        self.inbox.close(End(error))
+        self._changed.notify_all()
+        self._keep.notify()
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._changed.notify_all()
+
+    # What reads and sends: in gRPC's threads, one at a time in the first, without the lock.
+
+    def _read(self) -> None:
+        """Read the caller's next batch into the ledger. One that cannot be sent is answered with its error at once."""
         try:
-            batches = iter(self._batches)
-            for index in itertools.count():
-                if not self._window.wait_for_room():
-                    return
-                try:
-                    images = next(batches)
-                except StopIteration:
-                    return
-                yield from self._request(index, images)
+            images = next(self._batches)
+        except StopIteration:
+            self._exhausted()
+            return
         except Exception as error:  # the caller's iterator raised: the caller hears of it
-            self._inbox.close(End(error))
-
-    def _request(self, index: int, images: Images) -> Iterator[pb.AttributeStreamRequest]:
-        """Yield a batch's request; a batch that cannot be sent is answered with its error at once."""
-        batch, id_ = Batch([]), str(index)
+            self.end(error)
+            return
+        batch, spans, refused = Batch([]), [], None
         try:
             batch = Batch(images)
-            request = pb.AttributeStreamRequest(attribute=self._ask(batch, id_=id_))
+            spans = list(self._plan.spans(batch))
         except (SidelightError, OSError) as error:
             refused = error if isinstance(error, SidelightError) else InvalidArgument(f"images: {error}")
-            self._window.add(id_, index, batch)
-            self._answered(self._window.pop(id_), lambda _: _attribution.failed(refused, index=index))
+        except Exception as error:
+            self.end(error)
             return
-        self._window.add(id_, index, batch, baseline=given_array(request.attribute.method))
-        yield request
+        with self._lock:
+            entry = Entry(self._n_read, batch, time.monotonic() + self._plan.timeout_s)
+            self._n_read += 1
+            self._is_reading = False
+            self._ledger.add(entry, spans)
+            if refused is not None:
+                self._deliver(entry, _attribution.failed(refused, index=entry.index))
+            elif self._ledger.n_unanswered == len(spans):  # the keeper had nothing to wait for
+                self._keep.notify()
+            self._changed.notify_all()
 
-    def _receive(self, call: Iterator[pb.AttributeStreamResponse]) -> None:
-        """Take answers in. Runs in a thread of its own, which ends with the call."""
-        try:
-            for response in call:
-                is_final = response.result.final or response.WhichOneof("outcome") != "result"
-                sent = self._window.pop(response.id) if is_final else self._window.get(response.id)
-                self._answered(sent, functools.partial(_read, response))
-            unanswered = len(self._window)
-            lost = Unavailable(f"the server ended the stream with {unanswered} batches unanswered")
-            self._inbox.close(End(lost if unanswered else None))
-        except grpc.RpcError as error:
-            self._inbox.close(End(from_rpc(error, max_message_bytes=self._max_message_bytes)))
-        except Exception as error:  # an answer that cannot be read: the caller must not wait for what never comes
-            self._inbox.close(End(error))
+    def _exhausted(self) -> None:
+        with self._lock:
+            self._is_reading = False
+            self._ledger.is_exhausted = True
+            if self._ledger.is_done:
+                self._end(None)
 
-    def _answered(self, sent: Sent | None, answer: Callable[[Sent], Attribution]) -> None:
-        """Hand an answer to the caller. One of a batch that is not unanswered is passed over."""
-        if sent is not None:
-            self._inbox.put(sent, answer(sent))
+    def _request(self, part: Part) -> pb.AttributeStreamRequest:
+        """Return a part's message. Of its batch's time it has what is left."""
+        message = pb.AttributeStreamRequest()
+        request = message.attribute
+        request.CopyFrom(self._plan.template)
+        request.id = part.id
+        request.images.CopyFrom(part.batch.message)
+        if request.target.WhichOneof("target") == "per_example" and not part.is_whole:
+            classes = request.target.per_example.classes
+            del classes[part.start + len(part.batch) :], classes[: part.start]
+        request.timeout.CopyFrom(duration(max(_SHORTEST_S, part.entry.deadline_s - time.monotonic())))
+        return message
+
+    # The keeper.
+
+    def _watch(self) -> None:
+        """Fail what is late, and end a stream that has no server any more. Sleeps until the next of these."""
+        has_told = False
+        with self._lock:
+            while not self._is_over:
+                now_s = time.monotonic()
+                late, silent = self._ledger.overdue(now_s)
+                for part in late:
+                    self._fail(part, self._lateness(part))
+                for lane in self._lanes:
+                    if lane in silent:
+                        lane.cut()
+                if late:
+                    self._changed.notify_all()
+                wakes_s = [self._ledger.next_deadline_s()]
+                if not self._live:
+                    away_s = now_s - self._deserted_s
+                    if away_s >= SILENT_WAIT_S and not has_told:
+                        has_told = True
+                        log.warning("waiting for a server at %s", self._names)
+                    if not has_told:
+                        wakes_s.append(self._deserted_s + SILENT_WAIT_S)
+                    if not self._ledger.n_unanswered:
+                        if away_s >= self._plan.patience_s:
+                            self._end(self._absence())
+                            return
+                        wakes_s.append(self._deserted_s + self._plan.patience_s)
+                else:
+                    has_told = False
+                left_s = min((each for each in wakes_s if each is not None), default=None)
+                self._keep.wait(None if left_s is None else min(max(0.0, left_s - now_s), threading.TIMEOUT_MAX))
+
+    def _lateness(self, part: Part) -> SidelightError:
+        if self._live:
+            return DeadlineExceeded(f"{_told(part)}: the server did not answer in its time")
+        return Unavailable(f"{_told(part)}: its time passed while no server answered at {self._names}{self._because}")
+
+    def _absence(self) -> Unavailable:
+        patience_s = self._plan.patience_s
+        return Unavailable(f"no server answers at {self._names} for {patience_s:g} s{self._because}")
+
+    @property
+    def _because(self) -> str:
+        return f" (the last call ended with: {self._cause})" if self._cause else ""
+
+    @property
+    def _names(self) -> str:
+        return ", ".join(lane.connection.address for lane in self._lanes)
 
 
-def _read(response: pb.AttributeStreamResponse, sent: Sent) -> Attribution:
+def _told(part: Part) -> str:
+    return f"batch {part.entry.index}"
+
+
+def _read(response: pb.AttributeStreamResponse, part: Part, baseline: Array | None) -> Attribution:
+    index = part.entry.index
     if response.WhichOneof("outcome") == "result":
-        return _attribution.read(response.result, sent.batch, index=sent.index, baseline=sent.baseline)
+        return _attribution.read(response.result, part.batch, index=index, baseline=baseline)
     failure = response.failure
     delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
-    return _attribution.failed(from_code(failure.code, failure.message, retry_delay_s=delay_s), index=sent.index)
+    return _attribution.failed(from_code(failure.code, failure.message, retry_delay_s=delay_s), index=index)

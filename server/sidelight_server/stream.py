@@ -33,6 +33,8 @@ class Stream:
 
     async def run(self) -> None:
         """Serve until the caller has sent all, or the server drains, and every batch that was read is answered."""
+        # Said at once, so that a caller knows that somebody is there before it hands a batch over.
+        await self._context.send_initial_metadata(())
         async with asyncio.TaskGroup() as group:
             draining = group.create_task(self._explainer.draining.wait())
             while message := await self._read(draining):

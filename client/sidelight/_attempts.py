@@ -1,0 +1,32 @@
+"""The attempts of one call: what may be tried again, and when. Explaining changes nothing, so asking twice is safe."""
+
+import time
+
+from ._errors import ResourceExhausted, SidelightError, Unavailable
+
+DEATHS = 2  # servers that may go away under one call: it may be the cause
+AWAY_DELAY_S = 0.05  # until the channel has seen that its server is gone
+
+
+class Attempts:
+    """One call's own time, and what has gone wrong in it."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._deadline_s = time.monotonic() + timeout_s
+        self._n_away = 0
+
+    @property
+    def left_s(self) -> float:
+        """How much of its time is left, in seconds."""
+        return self._deadline_s - time.monotonic()
+
+    def delay_after(self, error: SidelightError) -> float:
+        """Return how long to wait before the next attempt, in seconds; raise the error where there is none."""
+        if isinstance(error, Unavailable):
+            self._n_away += 1
+            delay_s = AWAY_DELAY_S if self._n_away < DEATHS else None
+        else:
+            delay_s = error.retry_delay_s if isinstance(error, ResourceExhausted) else None
+        if delay_s is None or delay_s >= self.left_s:
+            raise error
+        return delay_s

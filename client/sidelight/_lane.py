@@ -1,0 +1,122 @@
+"""A lane: one server's share of a stream. It connects, sends, receives, and when the call ends connects again.
+
+Two threads work for it: its own, which receives, and gRPC's, which asks the desk for the next message to send.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Iterator
+from typing import Protocol
+
+import grpc
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from ._connection import Connection
+from ._errors import Cancelled, SidelightError, Unavailable, from_rpc
+
+END_TRAILER = "sidelight-end"  # with which a server says that it ended the stream itself, all that it read answered
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 2.0
+# A call that ended so was cut: by the end of the server's process, or by something between. Another may go well.
+_CUT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+_CUT_WORDS = ("RST_STREAM", "Stream removed", "GOAWAY")
+
+
+class Desk(Protocol):
+    """What a lane asks for and tells. All of it may be called from any thread."""
+
+    def wait_for(self, connection: Connection, not_before_s: float) -> bool:
+        """Wait for a server, and for a time. False once the stream is over."""
+
+    def open(self, lane: "Lane") -> None:
+        """Say that the server has taken the call."""
+
+    def next_request(self, lane: "Lane", call: object) -> pb.AttributeStreamRequest | None:
+        """Wait for the next message to send; None once the call, or the stream, is over."""
+
+    def received(self, lane: "Lane", response: pb.AttributeStreamResponse) -> None:
+        """Take an answer in."""
+
+    def lost(self, lane: "Lane", cause: SidelightError, *, died: bool) -> None:
+        """Say that the call has ended, and whether the server may have died of what it held."""
+
+    def end(self, error: BaseException | None) -> None:
+        """End the stream."""
+
+
+class Lane:
+    """One server's share of a stream."""
+
+    def __init__(self, connection: Connection, desk: Desk, *, max_message_bytes: int) -> None:
+        self.connection = connection
+        self.call: object | None = None  # the one that the desk may give messages to
+        self._desk = desk
+        self._max_message_bytes = max_message_bytes
+        self._rpc: grpc.Call | None = None
+        self._thread = threading.Thread(target=self._run, name="sidelight-receive", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look for the server."""
+        self._thread.start()
+
+    def cut(self) -> None:
+        """End the running call, if any."""
+        rpc = self._rpc
+        if rpc is not None:
+            rpc.cancel()
+
+    def join(self) -> None:
+        """Wait for the thread's end."""
+        self._thread.join()
+
+    def _run(self) -> None:
+        n_vain = 0  # calls in a row without an answer
+        not_before_s = 0.0
+        try:
+            while self._desk.wait_for(self.connection, not_before_s):
+                n_vain = 0 if self._converse() else n_vain + 1
+                backoff_s = min(FIRST_BACKOFF_S * 2 ** min(n_vain, 8), LONGEST_BACKOFF_S)
+                # Spread, so that many clients of a server that comes back do not come all at once.
+                not_before_s = time.monotonic() + backoff_s * random.uniform(0.5, 1.0) if n_vain else 0.0
+        except Exception as error:  # an answer that cannot be read: the caller must not wait for what never comes
+            self._desk.end(error)
+
+    def _converse(self) -> bool:
+        """Make one call of the stream. Returns whether anything was answered."""
+        call = self.call = object()
+        answered = False
+        rpc = self.connection.attribution.AttributeStream(self._requests(call))
+        self._rpc = rpc
+        cause: SidelightError = Unavailable("the server ended the stream")
+        died = False
+        try:
+            rpc.initial_metadata()  # it comes at once from a server that is there
+            self._desk.open(self)
+            for response in rpc:
+                answered = True
+                self._desk.received(self, response)
+        except grpc.RpcError as error:
+            cause, died = self._understand(error)
+        finally:
+            self.call = None
+            rpc.cancel()
+        self._desk.lost(self, cause, died=died)
+        return answered
+
+    def _requests(self, call: object) -> Iterator[pb.AttributeStreamRequest]:
+        """Give gRPC what is to be sent. Runs in a thread of gRPC's."""
+        while (request := self._desk.next_request(self, call)) is not None:
+            yield request
+
+    def _understand(self, error: grpc.RpcError) -> tuple[SidelightError, bool]:
+        """Return why a call ended, and whether its server may have died. What no other call will mend ends all."""
+        if self.connection.is_closed:
+            cause: SidelightError = Cancelled("the client was closed")
+            self._desk.end(cause)
+            return cause, False
+        cause = from_rpc(error, max_message_bytes=self._max_message_bytes)
+        is_orderly = any(each.key == END_TRAILER for each in error.trailing_metadata() or ())
+        if not is_orderly and error.code() not in _CUT and not any(each in cause.message for each in _CUT_WORDS):
+            self._desk.end(cause)
+        return cause, not is_orderly

@@ -1,0 +1,458 @@
+"""Streams that lose nothing: servers that die, that end in order, that are full, that are others than they were.
+
+What a real server can be made to do is done to a real one, in a process of its own; the rest by a script.
+"""
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import sidelight
+import sidelight_server
+from scripted import Ended, Script, answer, failure, scripted
+from sidelight.v1 import attribution_pb2 as pb
+
+ROOT = Path(__file__).parent.parent
+ONE = np.zeros((1, 3, 2, 2), np.float32)
+DRAINED = (("sidelight-end", "shutdown"),)
+
+Requests = Iterator[pb.AttributeStreamRequest]
+Responses = Iterator[pb.AttributeStreamResponse]
+
+
+def echo(requests: Requests) -> Responses:
+    """Answer everything at once."""
+    yield from map(answer, requests)
+
+
+def stream(address: str | list[str], batches: Iterable[object], **options: object) -> list[sidelight.Attribution]:
+    options = {"on_error": "return", "ordered": True, "timeout": 30} | options
+    with sidelight.connect(address, connect_timeout=10) as client:
+        return list(client.stream(batches, **options))
+
+
+def assert_all_answered(answers: list[sidelight.Attribution], n: int) -> None:
+    assert [each.index for each in answers] == list(range(n))
+    assert [each.error for each in answers] == [None] * n
+
+
+# Ends of one call, of which the stream knows nothing.
+
+
+def test_what_a_server_had_not_answered_when_it_ended_is_sent_again_and_yielded_once() -> None:
+    def dying(requests: Requests) -> Responses:
+        first, second = next(requests), next(requests)
+        yield answer(second)
+        assert first.attribute.id == "0"
+        raise Ended(grpc.StatusCode.UNAVAILABLE, "cut")
+
+    asked = []
+
+    def living(requests: Requests) -> Responses:
+        for request in requests:
+            asked.append(request.attribute.id)
+            yield answer(request)
+            yield answer(request)  # no server should
+
+    with scripted(dying, living) as address:
+        assert_all_answered(stream(address, [ONE] * 20), 20)
+    assert asked == ["0", *map(str, range(2, 20))]
+
+
+def test_a_stream_at_its_greatest_age_goes_on_in_another() -> None:
+    ids: list[list[str]] = []
+
+    def aged(requests: Requests) -> Responses:
+        mine = list(itertools.islice(requests, 3))
+        ids.append([each.attribute.id for each in mine])
+        yield from map(answer, mine[:2])
+        raise Ended(grpc.StatusCode.OK, trailers=(("sidelight-end", "age"),))
+
+    with scripted(*[aged] * 4, echo) as address:
+        assert_all_answered(stream(address, [ONE] * 20, window=3), 20)
+    assert [each[0] for each in ids] == ["0", "2", "4", "6"]
+
+
+def test_servers_that_shut_down_in_order_are_never_suspected_to_have_died() -> None:
+    def draining(requests: Requests) -> Responses:
+        next(requests)
+        raise Ended(grpc.StatusCode.UNAVAILABLE, "shutting down", DRAINED)
+        yield
+
+    with scripted(*[draining] * 5, echo) as address:
+        assert_all_answered(stream(address, [ONE] * 3), 3)
+
+
+@pytest.mark.parametrize("status", [grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED], ids=str)
+def test_an_end_that_no_other_call_will_mend_is_raised(status: grpc.StatusCode) -> None:
+    def refusing(requests: Requests) -> Responses:
+        raise Ended(status, "not for you")
+        yield
+
+    with scripted(refusing, echo) as address, pytest.raises(sidelight.SidelightError, match="not for you") as caught:
+        stream(address, [ONE])
+    assert caught.value.code == status.value[0]
+
+
+def test_a_batch_that_is_alone_when_two_servers_die_is_given_up_and_the_others_go_on() -> None:
+    n_deaths = itertools.count()
+
+    def poisoned(requests: Requests) -> Responses:
+        for request in requests:
+            if request.attribute.images.tensor.shape[0] == 2:
+                next(n_deaths)
+                raise Ended(grpc.StatusCode.UNAVAILABLE, "cut")
+            yield answer(request)
+
+    batches = [ONE] * 10
+    batches[4] = np.concatenate([ONE, ONE])
+    with scripted(poisoned) as address:
+        answers = stream(address, batches)
+    assert [each.index for each in answers] == list(range(10))
+    assert [type(each.error) for each in answers] == [type(None)] * 4 + [sidelight.ServerDied] + [type(None)] * 5
+    assert str(answers[4].error).startswith("batch 4: ")
+    assert next(n_deaths) <= 3  # at most one of them in company
+
+
+# Failures of one batch, and which of them are tried again.
+
+
+def test_a_batch_that_a_full_server_put_off_is_sent_again_after_its_delay_and_others_pass_it() -> None:
+    ids = []
+
+    def full(requests: Requests) -> Responses:
+        for request in requests:
+            ids.append(request.attribute.id)
+            is_first = ids.count("0") == 1 and ids[-1] == "0"
+            yield failure(request, 8, delay_s=0.2) if is_first else answer(request)
+
+    with scripted(full) as address:
+        assert_all_answered(stream(address, [ONE] * 3), 3)
+    assert ids[0] == ids[-1] == "0"
+    assert sorted(ids) == ["0", "0", "1", "2"]
+
+
+def test_a_delay_past_the_batchs_own_time_is_its_failure() -> None:
+    def full(requests: Requests) -> Responses:
+        for request in requests:
+            yield failure(request, 8, delay_s=60)
+
+    with scripted(full) as address:
+        (answered,) = stream(address, [ONE], timeout=5)
+    assert type(answered.error) is sidelight.ResourceExhausted
+    assert answered.error.retry_delay_s == 60
+
+
+@pytest.mark.parametrize("code", [3, 4, 5, 9, 13])
+def test_a_failure_that_would_come_again_is_not_tried_again(code: int) -> None:
+    n_asked = itertools.count()
+
+    def failing(requests: Requests) -> Responses:
+        for request in requests:
+            next(n_asked)
+            yield failure(request, code)
+
+    with scripted(failing) as address:
+        (answered,) = stream(address, [ONE])
+    assert answered.error.code == code
+    assert next(n_asked) == 1
+
+
+def test_a_batch_that_a_server_refused_on_its_way_out_is_sent_again() -> None:
+    def leaving(requests: Requests) -> Responses:
+        yield failure(next(requests), 14)
+        raise Ended(grpc.StatusCode.UNAVAILABLE, "shutting down", DRAINED)
+
+    with scripted(leaving, echo) as address:
+        assert_all_answered(stream(address, [ONE] * 2), 2)
+
+
+def test_a_batch_has_what_is_left_of_its_time_when_it_is_sent_again() -> None:
+    times: list[float] = []
+
+    def slow(requests: Requests) -> Responses:
+        times.append(next(requests).attribute.timeout.ToNanoseconds() / 1e9)
+        threading.Event().wait(0.2)
+        raise Ended(grpc.StatusCode.UNAVAILABLE, "shutting down", DRAINED)
+        yield
+
+    def last(requests: Requests) -> Responses:
+        for request in requests:
+            times.append(request.attribute.timeout.ToNanoseconds() / 1e9)
+            yield answer(request)
+
+    with scripted(slow, last) as address:
+        assert_all_answered(stream(address, [ONE], timeout=30), 1)
+    assert 29 < times[0] <= 30
+    assert times[1] <= times[0] - 0.2
+
+
+def test_a_server_that_keeps_silent_past_a_batchs_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidelight._ledger.GRACE_S", 0.1)
+
+    def silent(requests: Requests) -> Responses:
+        list(requests)
+        yield from ()
+
+    def batches() -> Iterator[np.ndarray]:
+        yield ONE
+        assert is_given_up.wait(30)
+        yield ONE
+
+    is_given_up = threading.Event()
+    answers = []
+    with scripted(silent, echo) as address, sidelight.connect(address, connect_timeout=10) as client:
+        for each in client.stream(batches(), on_error="return", timeout=0.3):
+            answers.append(each)
+            is_given_up.set()
+    assert [type(each.error) for each in answers] == [sidelight.DeadlineExceeded, type(None)]
+
+
+# Other models.
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_another_model_than_the_first_ends_the_stream_unless_that_is_allowed(allowed: bool) -> None:
+    def changing(requests: Requests) -> Responses:
+        yield answer(next(requests), digest="a" * 64)
+        yield answer(next(requests), digest="b" * 64)
+        yield from map(answer, requests)
+
+    with scripted(changing) as address:
+        if allowed:
+            assert_all_answered(stream(address, [ONE] * 2, allow_model_change=True), 2)
+        else:
+            with pytest.raises(sidelight.ModelChanged, match="allow_model_change"):
+                stream(address, [ONE] * 2)
+
+
+# Batches too large for a message.
+
+
+def test_a_batch_over_the_servers_limits_is_sent_in_parts_and_answered_whole() -> None:
+    sizes = []
+
+    def small(requests: Requests) -> Responses:
+        for request in requests:
+            sizes.append(request.attribute.images.tensor.shape[0])
+            yield answer(request, value=sizes[-1])
+
+    with scripted(small, max_batch_examples=4) as address:
+        answers = stream(address, [np.zeros((10, 3, 2, 2), np.float32)], target=list(range(10)))
+    assert sizes == [4, 4, 2]
+    (whole,) = answers
+    assert whole.maps[:, 0, 0].tolist() == [4.0] * 8 + [2.0] * 2
+    assert len(whole.predictions) == len(whole.explained) == 10
+    assert whole.provenance.target == "per example: " + ", ".join(map(str, range(10)))
+
+
+def test_a_batch_that_the_server_finds_too_large_is_halved_until_it_is_taken() -> None:
+    def narrow(requests: Requests) -> Responses:
+        for request in requests:
+            n = request.attribute.images.tensor.shape[0]
+            yield failure(request, 8) if n > 2 else answer(request, value=n)
+
+    with scripted(narrow) as address:
+        (whole,) = stream(address, [np.zeros((7, 3, 2, 2), np.float32)])
+        (single,) = stream(address, [ONE])
+    assert whole.maps[:, 0, 0].tolist() == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+    assert single.error is None
+
+
+@pytest.mark.parametrize("limit", ["client", "server"])
+def test_large_batches_stream_in_parts_and_give_the_maps_of_smaller_ones(
+    spec: sidelight_server.ModelSpec, device: str, limit: str
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3), np.uint8)
+    pixels[7] = 0
+    client_limit, server_limit = (50_000, 2**22) if limit == "client" else (2**22, 50_000)
+    with (
+        sidelight_server.serve(spec, device=device, max_message_bytes=server_limit) as address,
+        sidelight.connect(address, connect_timeout=10, max_message_bytes=client_limit) as client,
+    ):
+        (whole,) = client.stream([pixels], probabilities=True, channels="none")
+        single = [client.attribute(each, probabilities=True, channels="none") for each in pixels[::13]]
+    assert whole.maps.shape == (40, 3, 32, 32)
+    assert whole.probabilities.shape == (40, 10)
+    for each, i in zip(single, range(0, 40, 13), strict=True):
+        np.testing.assert_allclose(whole.maps[i], each.maps[0], rtol=0, atol=4e-6 * np.abs(each.maps).max())
+        assert whole.predictions[i].index == each.predictions[0].index
+    assert whole.picture(7).getextrema() == ((0, 0),) * 3
+
+
+def test_an_example_that_fails_is_named_by_its_place_in_the_whole_batch(
+    spec: sidelight_server.ModelSpec, device: str
+) -> None:
+    floats = np.zeros((30, 3, 32, 32), np.float32)
+    floats[17, 0, 0, 0] = np.nan
+    with (
+        sidelight_server.serve(spec, device=device) as address,
+        sidelight.connect(address, connect_timeout=10, max_message_bytes=100_000) as client,
+    ):
+        (whole,) = client.stream([floats], on_error="return")
+    assert [each.example for each in whole.failures] == [17]
+    assert np.isnan(whole.maps[17]).all()
+    assert not np.isnan(np.delete(whole.maps, 17, axis=0)).any()
+
+
+# Several servers.
+
+
+def test_a_stream_goes_to_all_servers_and_to_each_batch_one() -> None:
+    came = {name: threading.Event() for name in "ab"}
+    indices = []
+
+    def counting(name: str) -> Script:
+        def script(requests: Requests) -> Responses:
+            for request in requests:
+                came[name].set()
+                assert all(each.wait(30) for each in came.values())
+                indices.append(int(request.attribute.id))
+                yield answer(request)
+
+        return script
+
+    with scripted(counting("a")) as a, scripted(counting("b")) as b:
+        assert_all_answered(stream([a, b], [ONE] * 40), 40)
+    assert sorted(indices) == list(range(40))
+
+
+def test_a_stream_goes_on_where_one_of_two_servers_dies() -> None:
+    died = threading.Event()
+
+    def dying(requests: Requests) -> Responses:
+        yield answer(next(requests))
+        died.set()
+        raise Ended(grpc.StatusCode.UNAVAILABLE, "cut")
+
+    def refusing(requests: Requests) -> Responses:
+        raise Ended(grpc.StatusCode.UNAVAILABLE, "still away")
+        yield
+
+    with scripted(dying, refusing) as a, scripted(echo) as b:
+        assert_all_answered(stream([a, b], [ONE] * 50), 50)
+    assert died.is_set()
+
+
+def test_a_call_goes_to_another_server_where_one_is_absent(address: str) -> None:
+    with sidelight.connect([f"unix:{ROOT}/absent", address], connect_timeout=10) as client:
+        for _ in range(4):
+            assert len(client.attribute(np.zeros((1, 3, 32, 32), np.float32))) == 1
+        answers = list(client.stream([np.zeros((1, 3, 32, 32), np.float32)] * 10))
+        assert len(answers) == 10
+
+
+@pytest.mark.parametrize("addresses", [[], ["127.0.0.1:1", "127.0.0.1:1"], ["127.0.0.1:1", "x"], 5], ids=str)
+def test_what_is_no_list_of_addresses_is_refused(addresses: object) -> None:
+    with pytest.raises(sidelight.InvalidArgument, match="address"):
+        sidelight.connect(addresses)
+
+
+# Real servers that are really killed.
+
+
+@contextlib.contextmanager
+def process(model: str, address: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a server on a model of `killed.py`."""
+    command = [sys.executable, "-m", "sidelight_server", "--model", f"python:killed:{model}", "--listen", address]
+    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path, "SIDELIGHT_THREADS": "1"}
+    with subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True, env=environment) as server:
+        try:
+            assert any("event=serving" in line for line in server.stderr)
+            yield server
+        finally:
+            server.kill()
+
+
+@contextlib.contextmanager
+def rising_again(model: str, address: str) -> Iterator[list[int]]:
+    """Run a server that is started again whenever it dies; give the process ids that it has had."""
+    ids: list[int] = []
+    ended = threading.Event()
+
+    def keep() -> None:
+        while not ended.is_set():
+            with process(model, address) as server:
+                ids.append(server.pid)
+                started.set()
+                while server.poll() is None and not ended.wait(0.02):
+                    pass
+
+    started = threading.Event()
+    keeper = threading.Thread(target=keep)
+    keeper.start()
+    try:
+        assert started.wait(60)
+        yield ids
+    finally:
+        ended.set()
+        keeper.join()
+
+
+def batches_of(n: int) -> list[np.ndarray]:
+    return [np.random.default_rng(i).normal(size=(1 + i % 3, 3, 16, 16)).astype(np.float32) for i in range(n)]
+
+
+def test_a_server_that_is_killed_under_a_stream_loses_and_doubles_nothing(tmp_path: Path) -> None:
+    batches, address = batches_of(300), f"unix:{tmp_path}/socket"
+    with rising_again("small", address) as ids, sidelight.connect(address, connect_timeout=60) as client:
+        undisturbed = list(client.stream(batches, ordered=True))
+        places = []
+        for each in client.stream(batches, window=8, timeout=60):
+            places.append(each.index)
+            if len(places) in (50, 200):
+                os.kill(ids[-1], signal.SIGKILL)
+            expected = undisturbed[each.index].maps
+            np.testing.assert_allclose(each.maps, expected, rtol=0, atol=4e-6 * expected.max())
+    assert sorted(places) == list(range(300))
+    assert len(ids) == 3
+
+
+def test_a_batch_that_kills_its_server_is_given_up_and_the_rest_goes_on(tmp_path: Path) -> None:
+    batches, address = batches_of(40), f"unix:{tmp_path}/socket"
+    batches[20][:] = 666.0
+    with rising_again("poisoned", address) as ids:
+        with sidelight.connect(address, connect_timeout=60) as client:
+            answers = list(client.stream(batches, ordered=True, on_error="return"))
+        n_deaths = len(ids) - 1
+    assert [each.index for each in answers] == list(range(40))
+    assert [each.index for each in answers if each.error is not None] == [20]
+    assert type(answers[20].error) is sidelight.ServerDied
+    assert n_deaths <= 3
+
+
+# Clients that go away.
+
+
+def test_a_client_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
+    script = (
+        "import itertools, numpy, sidelight, sys\n"
+        "with sidelight.connect(sys.argv[1]) as client:\n"
+        "    for answer in client.stream(itertools.repeat(numpy.zeros((1, 3, 16, 16), 'float32'))):\n"
+        "        print('answered', flush=True)\n"
+    )
+    address = f"unix:{tmp_path}/socket"
+    with process("small", address, "--max-in-flight", "1") as server:
+        observed = psutil.Process(server.pid)
+        with sidelight.connect(address, connect_timeout=10) as client:
+            client.attribute(batches_of(1)[0])
+        n_descriptors = None
+        for _ in range(3):
+            with subprocess.Popen([sys.executable, "-c", script, address], stdout=subprocess.PIPE, text=True) as caller:
+                assert caller.stdout.readline() == "answered\n"
+                caller.kill()
+            with sidelight.connect(address, connect_timeout=10) as client:
+                client.attribute(batches_of(1)[0], timeout=30)  # refused to the end, were the one permit not back
+            n_descriptors = n_descriptors or observed.num_fds()
+        assert observed.num_fds() <= n_descriptors
