@@ -185,33 +185,6 @@ def test_in_order_only_the_batch_whose_turn_it_is_is_yielded_before_its_final_an
     assert told(seen) == [(0, 0, False), (0, 1, True), (1, 11, False), (1, 12, True), (2, 20, True)]
 
 
-def test_a_slow_caller_is_handed_the_newest_answer_alone() -> None:
-    sent = threading.Event()
-
-    def script(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
-        first, second = (next(requests) for _ in range(2))
-        yield answer(first, value=1, final=False)
-        assert going.wait(30)
-        for value in range(2, 100):
-            yield answer(first, value=value, final=False)
-        for value in range(50):
-            yield answer(second, value=value, final=False)
-        yield answer(second, value=50)
-        sent.set()
-        assert done.wait(30)
-        yield answer(first, value=100)
-        assert list(requests) == []
-
-    going, done = threading.Event(), threading.Event()
-    answers = stream(script, 2, ordered=False)
-    assert told([next(answers)]) == [(0, 1, False)]
-    going.set()
-    assert sent.wait(30)
-    assert told([next(answers), next(answers)]) == [(0, 99, False), (1, 50, True)]
-    done.set()
-    assert told(answers) == [(0, 100, True)]
-
-
 def test_an_answer_that_is_not_final_frees_no_room() -> None:
     read_ahead = threading.Event()
 
@@ -248,7 +221,7 @@ def test_a_batch_that_fails_after_it_improved_is_yielded_with_its_error() -> Non
     assert (last.final, type(last.error)) == (True, sidelight.DeadlineExceeded)
 
 
-def test_the_inbox_gives_in_the_order_in_which_batches_first_came_and_then_its_first_end() -> None:
+def test_a_slow_caller_is_handed_the_newest_answer_of_each_batch_in_the_order_in_which_they_first_came() -> None:
     inbox, batch = Inbox(), Batch(ONE)
     for index, value in ((0, 1.0), (1, 2.0), (0, 3.0)):
         inbox.put(Entry(index, batch, 0.0), read(result(np.full((1, 2, 2), value, np.float32), [example(1)])))

@@ -5,6 +5,8 @@ with sidelight.connect("unix:/run/sidelight.sock") as client:
     answer.overlay(0).save("why.png")
 """
 
+from . import aio
+from ._aio import AsyncClient
 from ._attribution import Attribution
 from ._baselines import Blurred
 from ._client import Client, connect
@@ -53,6 +55,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Aborted",
     "AlreadyExists",
+    "AsyncClient",
     "Attribution",
     "Blurred",
     "Cancelled",
@@ -105,6 +108,7 @@ __all__ = [
     "Unimplemented",
     "Unknown",
     "WarmupEntry",
+    "aio",
     "connect",
     "gallery",
     "replay",

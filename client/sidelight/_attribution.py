@@ -109,8 +109,18 @@ class Attribution:
             self.overlay(i, k=k).save(folder / f"{i:03}-{k}.png")
 
 
-def read(message: pb.Attribution, batch: Batch, *, index: int = 0, baseline: Array | None = None) -> Attribution:
-    """Return the answer that a message holds, for the batch and the array as a baseline that were sent."""
+def read(
+    message: pb.Attribution,
+    batch: Batch,
+    *,
+    index: int = 0,
+    baseline: Array | None = None,
+    maps: Array | None = None,
+) -> Attribution:
+    """Return the answer that a message holds, for the batch and the array as a baseline that were sent.
+
+    `maps` are its maps, as they are on the wire, where they came another way.
+    """
     failed = {failure.example for failure in message.failures}
     # Empty are those that failed, and in an answer that is not final those that have no map yet.
     examples = [
@@ -118,7 +128,9 @@ def read(message: pb.Attribution, batch: Batch, *, index: int = 0, baseline: Arr
     ]
     top_k = message.provenance.target.WhichOneof("target") == "top_k"
     return Attribution(
-        maps=_maps(message.maps, [each is not None for each in examples]),
+        maps=_maps(
+            message.maps, array_of(message.maps) if maps is None else maps, [each is not None for each in examples]
+        ),
         predictions=tuple(each and Prediction.of(each.prediction) for each in examples),
         explained=tuple(each and _explained(each.explained, top_k=top_k) for each in examples),
         geometry=tuple(Geometry.of(each.geometry) if each and each.HasField("geometry") else None for each in examples),
@@ -126,7 +138,7 @@ def read(message: pb.Attribution, batch: Batch, *, index: int = 0, baseline: Arr
             Convergence.of(each.convergence) if each and each.HasField("convergence") else None for each in examples
         ),
         failures=tuple(Failure(each.example, each.code, each.message) for each in message.failures),
-        probabilities=_array(message.probabilities) if message.HasField("probabilities") else None,
+        probabilities=array_of(message.probabilities) if message.HasField("probabilities") else None,
         provenance=Provenance.of(message.provenance),
         timing=Timing.of(message.timing),
         map_dtype=word(tensor_pb2.DataType, message.maps.dtype),
@@ -153,18 +165,13 @@ def _seen(picture: Image.Image, geometry: Geometry) -> Image.Image:
     return picture.resize((geometry.crop_width, geometry.crop_height), Image.Resampling.BILINEAR, box)
 
 
-def _maps(tensor: tensor_pb2.Tensor, are_there: list[bool]) -> NDArray[np.float32]:
-    maps = _array(tensor)
+def _maps(tensor: tensor_pb2.Tensor, array: Array, are_there: list[bool]) -> NDArray[np.float32]:
+    if array.dtype == np.float32:
+        return array  # a view on the message: read only, and not copied
+    maps = array.astype(np.float32) * np.float32(tensor.scale or 1)
     if tensor.dtype == tensor_pb2.DATA_TYPE_UINT8:  # it has no NaN: a map that is not there came as 0
         maps[~np.array(are_there, bool)] = np.nan
     return maps
-
-
-def _array(tensor: tensor_pb2.Tensor) -> NDArray[np.float32]:
-    array = array_of(tensor)
-    if array.dtype == np.float32:
-        return array  # a view on the message: read only, and not copied
-    return array.astype(np.float32) * np.float32(tensor.scale or 1)
 
 
 def _explained(messages: Sequence[pb.Explained], *, top_k: bool) -> Explained | tuple[Explained, ...]:

@@ -16,16 +16,18 @@ from . import _attribution
 from ._attempts import Attempts
 from ._attribution import Attribution
 from ._baselines import given_array
+from ._connection import Connection
 from ._errors import InvalidArgument, PartialFailure, SidelightError, from_rpc
 from ._images import Batch, Images
 from ._inbox import End
 from ._info import ModelInfo, ServerInfo
 from ._ledger import Ledger
-from ._limits import refuse_large, spans
+from ._limits import map_bytes, refuse_large, spans
 from ._methods import Gradient, Method, is_one_row
 from ._order import Order
 from ._question import FOR_EVER_S, Question
 from ._servers import Servers
+from ._shared_memory import Regions, directory_of
 from ._stream import Plan, Stream
 from ._targets import Target
 from ._words import Channels, MapDtype, Score
@@ -35,6 +37,7 @@ CONNECT_TIMEOUT_S = 30.0
 TIMEOUT_S = 60.0
 INFO_TIMEOUT_S = 10.0
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+N_SLOTS = 8  # batches that a region of shared memory has room for, of the size of the one that it is made for
 
 OnError = Literal["raise", "return"]
 
@@ -44,15 +47,23 @@ def connect(
     *,
     connect_timeout: float = CONNECT_TIMEOUT_S,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
+    shared_memory: bool | str = False,
 ) -> "Client":
     """Return a client of the server at an address, "host:port" or "unix:/path", or at several. It returns at once.
 
     Of several servers, which have to serve the same model, calls go to each in turn that is there, and streams to all
     of them. Calls wait up to `connect_timeout` seconds for a server that is not there yet, and say so in the log after
     one.
-    `max_message_bytes` bounds each message in both directions, and should be the server's.
+    `max_message_bytes` bounds each message in both directions, and should be the server's. With `shared_memory` arrays
+    and maps go through memory that a server on the same machine shares (Linux, and its operator has to allow it), or
+    not at all; a folder's name says where that is, if this process sees it by another name than the server.
     """
-    return Client(address, connect_timeout=connect_timeout, max_message_bytes=max_message_bytes)
+    return Client(
+        address,
+        connect_timeout=connect_timeout,
+        max_message_bytes=max_message_bytes,
+        shared_memory=shared_memory,
+    )
 
 
 class Client:
@@ -67,10 +78,12 @@ class Client:
         *,
         connect_timeout: float = CONNECT_TIMEOUT_S,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
+        shared_memory: bool | str = False,
     ) -> None:
         self._servers = Servers(address, max_message_bytes=max_message_bytes)
         self.max_message_bytes = max_message_bytes
         self._connect_timeout_s = connect_timeout
+        self._shared_memory = shared_memory
         self._closed = threading.Event()
         self._info: ServerInfo | None = None
 
@@ -116,9 +129,13 @@ class Client:
         returns the answer, whose `failures` are set. A batch that failed whole raises its error.
         """
         check_on_error(on_error)
+        question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
         batch = Batch(images)
-        request = Question(model, target, method, score, channels, probabilities, timeout, map_dtype).request(batch)
-        return passed(self._explain(request, batch, timeout_s=timeout), on_error)
+        if self._shared_memory:  # a region belongs to a stream: this is one of one batch
+            question.template()
+            (answer,) = self._answers([batch], question, on_error=on_error)
+            return answer
+        return passed(self._explain(question.request(batch), batch, timeout_s=timeout), on_error)
 
     def stream(
         self,
@@ -200,7 +217,7 @@ class Client:
 
     def _opened(
         self,
-        batches: Iterator[Images],
+        batches: Iterator[Images | Batch],
         question: Question,
         *,
         window: int | None,
@@ -213,28 +230,44 @@ class Client:
         plan = Plan(
             template=template,
             spans=functools.partial(
-                spans, template, ours=self.max_message_bytes, server=server, input_size=model.input_size
+                spans,
+                template,
+                ours=self.max_message_bytes,
+                server=server,
+                input_size=model.input_size,
+                is_shared=bool(self._shared_memory),
             ),
             timeout_s=question.timeout,
             patience_s=self._connect_timeout_s,
             max_message_bytes=self.max_message_bytes,
             allow_model_change=allow_model_change,
             baseline=given_array(template.method),
+            map_bytes=functools.partial(map_bytes, template, input_size=model.input_size),
+            share=functools.partial(self._regions, n_slots=N_SLOTS) if self._shared_memory else None,
         )
         # A method of many rows fills chunks with every example; and a timeout would run while batches wait in a row.
         per_lane = 2 * model.chunk_rows if is_one_row(question.method) else 1
         ledger = Ledger(window=window or per_lane, in_all=window, n_lanes=len(connections))
         return Stream(connections, batches, plan=plan, ledger=ledger, on_change=on_change)
 
+    def _regions(self, connection: Connection, *, n_slots: int) -> Regions:
+        """Return a call's regions of shared memory, none of them made. Each server is asked for its own folder."""
+        with telling(self.max_message_bytes):
+            request = pb.GetServerInfoRequest()
+            server = ServerInfo.of(connection.attribution.GetServerInfo(request, timeout=INFO_TIMEOUT_S))
+        directory = directory_of(server, self._shared_memory)
+        assert server.shared_memory is not None  # noqa: S101
+        return Regions(directory, max_region_bytes=server.shared_memory.max_region_bytes, n_slots=n_slots)
+
     def _answers(
         self,
-        batches: Iterable[Images],
+        batches: Iterable[Images | Batch],
         question: Question,
         *,
-        ordered: bool,
         on_error: OnError,
-        window: int | None,
-        allow_model_change: bool,
+        ordered: bool = False,
+        window: int | None = None,
+        allow_model_change: bool = False,
     ) -> Iterator[Attribution]:
         self._servers.ready(self._connect_timeout_s)
         stream = self._opened(iter(batches), question, window=window, allow_model_change=allow_model_change)

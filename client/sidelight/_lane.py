@@ -6,7 +6,7 @@ Two threads work for it: its own, which receives, and gRPC's, which asks the des
 import random
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import grpc
@@ -15,11 +15,14 @@ from sidelight.v1 import attribution_pb2 as pb
 
 from ._connection import Connection
 from ._errors import Cancelled, SidelightError, Unavailable, from_rpc
+from ._shared_memory import Regions
 
 END_TRAILER = "sidelight-end"  # with which a server says that it ended the stream itself, all that it read answered
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 2.0
 # A call that ended so was cut: by the end of the server's process, or by something between. Another may go well.
 _CUT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+# A server says so of a caller that did not take its answers, as one does not that was stopped for a while.
+_STALLED = grpc.StatusCode.ABORTED
 _CUT_WORDS = ("RST_STREAM", "Stream removed", "GOAWAY")
 
 
@@ -48,9 +51,18 @@ class Desk(Protocol):
 class Lane:
     """One server's share of a stream."""
 
-    def __init__(self, connection: Connection, desk: Desk, *, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        desk: Desk,
+        *,
+        max_message_bytes: int,
+        share: Callable[[Connection], Regions] | None = None,
+    ) -> None:
         self.connection = connection
         self.call: object | None = None  # the one that the desk may give messages to
+        self.regions: Regions | None = None  # of that call
+        self._share = share
         self._desk = desk
         self._max_message_bytes = max_message_bytes
         self._rpc: grpc.Call | None = None
@@ -84,12 +96,18 @@ class Lane:
 
     def _converse(self) -> bool:
         """Make one call of the stream. Returns whether anything was answered."""
-        call = self.call = object()
         answered = False
-        rpc = self.connection.attribution.AttributeStream(self._requests(call))
-        self._rpc = rpc
         cause: SidelightError = Unavailable("the server ended the stream")
         died = False
+        if self._share:
+            try:
+                self.regions = self._share(self.connection)
+            except Unavailable as error:
+                self._desk.lost(self, error, died=False)
+                return False
+        call = self.call = object()
+        rpc = self.connection.attribution.AttributeStream(self._requests(call))
+        self._rpc = rpc
         try:
             rpc.initial_metadata()  # it comes at once from a server that is there
             self._desk.open(self)
@@ -101,13 +119,19 @@ class Lane:
         finally:
             self.call = None
             rpc.cancel()
-        self._desk.lost(self, cause, died=died)
+            self._desk.lost(self, cause, died=died)
+            if self.regions:
+                self.regions.close()
         return answered
 
     def _requests(self, call: object) -> Iterator[pb.AttributeStreamRequest]:
-        """Give gRPC what is to be sent. Runs in a thread of gRPC's."""
-        while (request := self._desk.next_request(self, call)) is not None:
-            yield request
+        """Give gRPC what is to be sent. Runs in a thread of gRPC's, which would keep an error to itself."""
+        try:
+            while (request := self._desk.next_request(self, call)) is not None:
+                yield request
+        except Exception as error:
+            if self.call is call:  # a region of a call that has ended cannot be written to, and need not be
+                self._desk.end(error)
 
     def _understand(self, error: grpc.RpcError) -> tuple[SidelightError, bool]:
         """Return why a call ended, and whether its server may have died. What no other call will mend ends all."""
@@ -116,7 +140,8 @@ class Lane:
             self._desk.end(cause)
             return cause, False
         cause = from_rpc(error, max_message_bytes=self._max_message_bytes)
-        is_orderly = any(each.key == END_TRAILER for each in error.trailing_metadata() or ())
+        trailers = error.trailing_metadata() or ()
+        is_orderly = error.code() is _STALLED or any(each.key == END_TRAILER for each in trailers)
         if not is_orderly and error.code() not in _CUT and not any(each in cause.message for each in _CUT_WORDS):
             self._desk.end(cause)
         return cause, not is_orderly

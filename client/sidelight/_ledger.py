@@ -9,7 +9,7 @@ it cannot kill every replica in turn.
 """
 
 import bisect
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from ._attribution import Attribution
@@ -113,8 +113,8 @@ class Ledger:
         has_turn = len(held) < MIN_BATCHES or sum(len(part.batch) for part in held) < self._window
         return has_turn and self._has_room()
 
-    def send(self, lane: Hashable, now_s: float) -> Part | None:
-        """Hand a lane the next part; None where there is none for it now."""
+    def send(self, lane: Hashable, now_s: float, *, fits: Callable[[Part], bool] = lambda _: True) -> Part | None:
+        """Hand a lane the next part; None where there is none for it now, or it has no place for that one."""
         held = self._held_by(lane)
         if any(part.is_suspect for part in held):
             return None
@@ -122,6 +122,8 @@ class Ledger:
             if part.not_before_s > now_s:
                 continue
             if part.is_suspect and held:  # it must be alone: the lane runs empty first
+                return None
+            if not fits(part):
                 return None
             del self._waiting[place]
             self._flying[part.id] = part, lane

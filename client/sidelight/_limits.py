@@ -26,7 +26,7 @@ def refuse_large(
     `input_size` is the model's C, H, W; None where it is not fixed.
     """
     _refuse_request(request.ByteSize(), ours=ours, theirs=theirs)
-    _refuse_answer(_map_bytes(request, batch, input_size), ours=ours)
+    _refuse_answer(map_bytes(request, batch, input_size), ours=ours)
 
 
 def spans(
@@ -36,24 +36,39 @@ def spans(
     ours: int,
     server: ServerInfo,
     input_size: tuple[int, int, int] | None,
+    is_shared: bool = False,
 ) -> list[range]:
     """Return the examples of a batch in parts that fit into messages, and into the server's batches.
 
     `MessageTooLarge` where an example is too large by itself. What is not known here, such as the size of an answer of
-    a model that takes any size, the server refuses.
+    a model that takes any size, the server refuses. With `is_shared` arrays travel through regions of shared memory.
     """
-    limits, n = server.limits, len(batch)
-    limit = min(ours, limits.max_message_bytes)
+    n, most = len(batch), server.limits.max_batch_examples or len(batch)
+    maps_bytes = map_bytes(template, batch, input_size)
+    if is_shared and server.shared_memory and batch.array is not None:
+        return _through_regions(
+            batch.array.nbytes + maps_bytes, n, most=most, limit=server.shared_memory.max_region_bytes
+        )
+    limit = min(ours, server.limits.max_message_bytes)
     head_bytes = template.ByteSize() + HEAD_BYTES
-    map_bytes = _map_bytes(template, batch, input_size)
     sizes = [size + FILE_BYTES for size in batch.sizes()]
-    most = min(n, limits.max_batch_examples or n)
-    if sum(sizes) + head_bytes <= limit and map_bytes + PROVENANCE_BYTES + n * EXAMPLE_BYTES <= limit and n <= most:
+    if sum(sizes) + head_bytes <= limit and maps_bytes + PROVENANCE_BYTES + n * EXAMPLE_BYTES <= limit and n <= most:
         return [range(n)]
-    _refuse_request(max(sizes, default=0) + head_bytes, ours=ours, theirs=limits.max_message_bytes)
-    _refuse_answer(map_bytes // n, ours=ours)
-    fitting = (limit - PROVENANCE_BYTES) // (map_bytes // n + EXAMPLE_BYTES)
+    _refuse_request(max(sizes, default=0) + head_bytes, ours=ours, theirs=server.limits.max_message_bytes)
+    _refuse_answer(maps_bytes // n, ours=ours)
+    fitting = (limit - PROVENANCE_BYTES) // (maps_bytes // n + EXAMPLE_BYTES)
     return list(_packed(sizes, room=limit - head_bytes, most=max(1, min(most, fitting))))
+
+
+def _through_regions(n_bytes: int, n: int, *, most: int, limit: int) -> list[range]:
+    """Return the parts of n examples that take so many bytes with their maps, each the same."""
+    fitting = min(most, limit // (n_bytes // n)) if n_bytes else most
+    if n and not fitting:
+        raise MessageTooLarge(
+            f"an example and its maps take {n_bytes // n} bytes; max_region_bytes of the server is {limit}: "
+            "start the server with a larger --max-region-bytes"
+        )
+    return [range(start, min(start + fitting, n)) for start in range(0, n, max(1, fitting))] or [range(n)]
 
 
 def _packed(sizes: list[int], *, room: int, most: int) -> Iterator[range]:
@@ -87,7 +102,7 @@ def _refuse_answer(n_bytes: int, *, ours: int) -> None:
         )
 
 
-def _map_bytes(request: pb.AttributeRequest, batch: Batch, input_size: tuple[int, int, int] | None) -> int:
+def map_bytes(request: pb.AttributeRequest, batch: Batch, input_size: tuple[int, int, int] | None) -> int:
     """Return how many bytes the maps of a batch take, all that each example has; 0 where that is not known."""
     keeps_channels = request.channels == pb.CHANNEL_REDUCTION_NONE
     n_maps = max(1, request.target.top_k.k)

@@ -5,6 +5,8 @@ lane, whose thread takes answers in; a keeper sees to it that no batch waits lon
 answers out. What they share is the ledger, under one lock, and the inbox.
 """
 
+import enum
+import functools
 import logging
 import threading
 import time
@@ -32,6 +34,7 @@ from ._join import join
 from ._lane import Lane
 from ._ledger import Entry, Ledger, Part
 from ._question import duration
+from ._shared_memory import Regions
 from ._tensor import Array
 from ._types import seconds
 
@@ -40,6 +43,14 @@ log = logging.getLogger("sidelight")
 SILENT_WAIT_S = 1.0
 UNAVAILABLE_DELAY_S = 0.1  # before a batch is sent again that a server refused on its way out
 _SHORTEST_S = 0.001  # a time of 0 would be refused
+
+
+class Step(enum.Enum):
+    """What a thread of gRPC's does where it has no part to send."""
+
+    READ = "the caller's next batch"
+    REGISTER = "a region of shared memory"
+    END = "the call"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +64,8 @@ class Plan:
     max_message_bytes: int
     allow_model_change: bool
     baseline: Array | None  # that was given with the method
+    map_bytes: Callable[[Batch], int]  # how many bytes a batch's maps take
+    share: Callable[[Connection], Regions] | None = None  # makes a call's regions of shared memory
 
 
 class Stream:
@@ -61,7 +74,7 @@ class Stream:
     def __init__(
         self,
         connections: Sequence[Connection],
-        batches: Iterator[Images],
+        batches: Iterator[Images | Batch],
         *,
         plan: Plan,
         ledger: Ledger,
@@ -74,7 +87,9 @@ class Stream:
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._keep = threading.Condition(self._lock)  # what wakes the keeper: few things, and rarely
-        self._lanes = [Lane(each, self, max_message_bytes=plan.max_message_bytes) for each in connections]
+        self._lanes = [
+            Lane(each, self, max_message_bytes=plan.max_message_bytes, share=plan.share) for each in connections
+        ]
         self._live: set[Lane] = set()
         self._deserted_s = time.monotonic()  # since when no server has a call
         self._cause: SidelightError | None = None  # why the last call ended
@@ -143,28 +158,39 @@ class Stream:
         """Wait for the next message to send; None once the call, or the stream, is over."""
         while True:
             with self._lock:
-                part = self._next(lane, call)
-            if part is None:
-                return None
-            if isinstance(part, Part):
-                return self._request(part)
-            self._read()
+                step = self._next(lane, call)
+            match step:
+                case Part() as part:
+                    return self._request(part, lane.regions)
+                case Step.READ:
+                    self._read()
+                case Step.REGISTER if lane.regions:
+                    return lane.regions.make()
+                case _:
+                    return None
 
     def received(self, lane: Lane, response: pb.AttributeStreamResponse) -> None:
         """Take an answer in. One of a part that is not unanswered is passed over."""
+        regions = lane.regions
         with self._lock:
             part = self._ledger.get(response.id)
             if part is None or self._has_changed(response):
+                if regions:
+                    self._heard(regions, response)
                 return
             if response.WhichOneof("outcome") == "failure" and self._is_tried_again(part, response.failure):
+                if regions:
+                    regions.free(response.id)
                 self._changed.notify_all()
                 return
-        answer = _read(response, part, self._plan.baseline)
+        answer = _read(response, part, self._plan.baseline, regions)
         if not answer.final:
             if part.is_whole:  # of a part the others' maps would be missing
                 self.inbox.put(part.entry, answer)
             return
         with self._lock:
+            if regions:
+                regions.free(response.id)
             if self._ledger.answered(response.id) is part:
                 self._settle(part, answer)
                 self._changed.notify_all()
@@ -187,21 +213,31 @@ class Stream:
 
     # What happens under the lock.
 
-    def _next(self, lane: Lane, call: object) -> Part | bool | None:
-        """Return the next part, True where the caller's next batch is to be read, or None at the end."""
+    def _next(self, lane: Lane, call: object) -> "Part | Step":
+        """Wait until there is something to do for a call."""
         while not self._is_over and lane.call is call:
             now_s = time.monotonic()
             wait_s = None
             if lane in self._live:
-                if part := self._ledger.send(lane, now_s):
+                if part := self._ledger.send(lane, now_s, fits=functools.partial(self._fits, lane)):
                     return part
+                if lane.regions and lane.regions.is_missing:
+                    return Step.REGISTER
                 if not self._is_reading and self._ledger.may_read(lane):
                     self._is_reading = True
-                    return True
+                    return Step.READ
                 again_s = self._ledger.next_sending_s(now_s)
                 wait_s = None if again_s is None else again_s - now_s
             self._changed.wait(wait_s)
-        return None
+        return Step.END
+
+    def _fits(self, lane: Lane, part: Part) -> bool:
+        """Take room for a part in shared memory, where the lane has any."""
+        if lane.regions is None or not len(part.batch):
+            return True
+        array = part.batch.array
+        n_bytes = (0 if array is None else array.nbytes) + self._plan.map_bytes(part.batch)
+        return lane.regions.place(part.id, n_bytes)
 
     def _is_tried_again(self, part: Part, failure: pb.Failure) -> bool:
         """Send a part again where that may go well: it was too large, or its server was full, or on its way out."""
@@ -218,6 +254,14 @@ class Stream:
             return False
         self._ledger.again(part, not_before_s=not_before_s)
         return True
+
+    def _heard(self, regions: Regions, response: pb.AttributeStreamResponse) -> None:
+        """Take note of a region that the server has open. One that it refuses ends the stream: nothing goes inline."""
+        if response.WhichOneof("outcome") == "region_registered":
+            regions.registered(response.region_registered.region)
+            self._changed.notify_all()
+        elif regions.holds(response.id):
+            self._end(from_code(response.failure.code, response.failure.message))
 
     def _has_changed(self, response: pb.AttributeStreamResponse) -> bool:
         """Say whether another model answers than the first time; then the stream ends."""
@@ -268,7 +312,7 @@ class Stream:
             return
         batch, spans, refused = Batch([]), [], None
         try:
-            batch = Batch(images)
+            batch = images if isinstance(images, Batch) else Batch(images)
             spans = list(self._plan.spans(batch))
         except (SidelightError, OSError) as error:
             refused = error if isinstance(error, SidelightError) else InvalidArgument(f"images: {error}")
@@ -293,13 +337,17 @@ class Stream:
             if self._ledger.is_done:
                 self._end(None)
 
-    def _request(self, part: Part) -> pb.AttributeStreamRequest:
+    def _request(self, part: Part, regions: Regions | None) -> pb.AttributeStreamRequest:
         """Return a part's message. Of its batch's time it has what is left."""
         message = pb.AttributeStreamRequest()
         request = message.attribute
         request.CopyFrom(self._plan.template)
         request.id = part.id
-        request.images.CopyFrom(part.batch.message)
+        array = part.batch.array
+        if regions and len(part.batch):
+            regions.write(part.id, array, request)
+        if array is None or not request.images.HasField("shared"):
+            request.images.CopyFrom(part.batch.message)
         if request.target.WhichOneof("target") == "per_example" and not part.is_whole:
             classes = request.target.per_example.classes
             del classes[part.start + len(part.batch) :], classes[: part.start]
@@ -362,10 +410,16 @@ def _told(part: Part) -> str:
     return f"batch {part.entry.index}"
 
 
-def _read(response: pb.AttributeStreamResponse, part: Part, baseline: Array | None) -> Attribution:
-    index = part.entry.index
+def _read(
+    response: pb.AttributeStreamResponse, part: Part, baseline: Array | None, regions: Regions | None
+) -> Attribution:
+    index, result = part.entry.index, response.result
     if response.WhichOneof("outcome") == "result":
-        return _attribution.read(response.result, part.batch, index=index, baseline=baseline)
+        maps = None
+        if regions and regions.has(part.id) and not result.maps.data:
+            array = part.batch.array
+            maps = regions.read(part.id, result.maps, skip=0 if array is None else array.nbytes)
+        return _attribution.read(result, part.batch, index=index, baseline=baseline, maps=maps)
     failure = response.failure
     delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
     return _attribution.failed(from_code(failure.code, failure.message, retry_delay_s=delay_s), index=index)

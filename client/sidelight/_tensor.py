@@ -70,8 +70,12 @@ def floats(given: object, field: str, *, expected: str) -> tensor_pb2.Tensor:
 
 def tensor_message(array: Array) -> tensor_pb2.Tensor:
     """Return the message of an array whose type is one of `DTYPES`."""
-    little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-    return tensor_pb2.Tensor(dtype=DTYPES[array.dtype.name], shape=array.shape, data=little.tobytes())
+    return tensor_pb2.Tensor(dtype=DTYPES[array.dtype.name], shape=array.shape, data=little_endian(array).tobytes())
+
+
+def little_endian(array: Array) -> Array:
+    """Return an array whose bytes are in the order of the wire: itself, on most machines."""
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
 def array_of(tensor: tensor_pb2.Tensor) -> Array:

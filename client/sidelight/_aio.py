@@ -1,0 +1,313 @@
+"""The client for asyncio. It stands on the same connections, streams and attempts as the other, and blocks no loop."""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from . import _attribution
+from ._attempts import Attempts
+from ._attribution import Attribution
+from ._baselines import given_array
+from ._client import (
+    CONNECT_TIMEOUT_S,
+    DEFAULT_ADDRESS,
+    MAX_MESSAGE_BYTES,
+    TIMEOUT_S,
+    Client,
+    OnError,
+    check_on_error,
+    passed,
+    question_of_stream,
+    telling,
+)
+from ._connection import Connection
+from ._errors import Cancelled, SidelightError, Unavailable
+from ._images import Batch, Images
+from ._inbox import End
+from ._info import ModelInfo, ServerInfo
+from ._methods import Gradient, Method
+from ._order import Order
+from ._question import FOR_EVER_S, Question
+from ._servers import SILENT_WAIT_S, absent
+from ._targets import Target
+from ._words import Channels, MapDtype, Score
+
+log = logging.getLogger("sidelight")
+
+_END = object()
+
+
+def connect(
+    address: str | Sequence[str] = DEFAULT_ADDRESS,
+    *,
+    connect_timeout: float = CONNECT_TIMEOUT_S,
+    max_message_bytes: int = MAX_MESSAGE_BYTES,
+    shared_memory: bool | str = False,
+) -> "AsyncClient":
+    """Return a client of one server, or of several of the same model. It takes what `sidelight.connect` takes."""
+    return AsyncClient(
+        address,
+        connect_timeout=connect_timeout,
+        max_message_bytes=max_message_bytes,
+        shared_memory=shared_memory,
+    )
+
+
+class AsyncClient:
+    """A `Client` whose calls are awaited. Close it, or use `async with`.
+
+    It may be used by several tasks of one event loop, or of several loops. Cancelling a task cancels its call, or its
+    stream, on the server too.
+    """
+
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        *,
+        connect_timeout: float = CONNECT_TIMEOUT_S,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        shared_memory: bool | str = False,
+    ) -> None:
+        self._client = Client(
+            address,
+            connect_timeout=connect_timeout,
+            max_message_bytes=max_message_bytes,
+            shared_memory=shared_memory,
+        )
+        self._connect_timeout_s = connect_timeout
+
+    @property
+    def address(self) -> str:
+        """Where the server is; of several, where all of them are."""
+        return self._client.address
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """End the connections. Running calls and streams end with `Cancelled`."""
+        await asyncio.to_thread(self._client.close)
+
+    async def attribute(
+        self,
+        images: Images,
+        model: str | None = None,
+        *,
+        target: Target = None,
+        method: Method = Gradient(),  # noqa: B008
+        score: Score = "probability",
+        channels: Channels = "max_abs",
+        probabilities: bool = False,
+        map_dtype: MapDtype = "float32",
+        timeout: float = TIMEOUT_S,  # noqa: ASYNC109  (it is the server's to keep)
+        on_error: OnError = "raise",
+    ) -> Attribution:
+        """Return the maps of one batch, as `Client.attribute` does."""
+        check_on_error(on_error)
+        question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
+        question.template()
+        batch = await asyncio.to_thread(Batch, images)  # it may read files
+        if self._client._shared_memory:
+            async with contextlib.aclosing(self._answers([batch], question, on_error=on_error)) as answers:
+                return await anext(answers)
+        return passed(await self._explain(question.request(batch), batch, timeout_s=timeout), on_error)
+
+    def stream(
+        self,
+        batches: Iterable[Images] | AsyncIterable[Images],
+        model: str | None = None,
+        *,
+        ordered: bool = False,
+        target: Target = None,
+        method: Method = Gradient(),  # noqa: B008
+        score: Score = "probability",
+        channels: Channels = "max_abs",
+        probabilities: bool = False,
+        map_dtype: MapDtype = "float32",
+        timeout: float = TIMEOUT_S,
+        on_error: OnError = "raise",
+        partial: bool = False,
+        window: int | None = None,
+        allow_model_change: bool = False,
+    ) -> AsyncGenerator[Attribution]:
+        """Yield the maps of many batches as they are ready, as `Client.stream` does.
+
+        `batches` may be an asynchronous iterable, read in the loop, or an ordinary one, read in a thread: either no
+        further than the window allows. A loop over it that may be left early should close it at once, by
+        `contextlib.aclosing`: it would otherwise go on until the garbage collector finds it.
+        """
+        question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
+        return self._answers(
+            batches,
+            question_of_stream(batches, on_error, question),
+            on_error=on_error,
+            ordered=ordered,
+            window=window,
+            allow_model_change=allow_model_change,
+        )
+
+    async def info(self) -> ServerInfo:
+        """Return the server's version, limits, methods and models; of several servers, the next one's."""
+        await self._ready(self._connect_timeout_s)
+        return await asyncio.to_thread(self._client.info)
+
+    async def model(self, name: str | None = None) -> ModelInfo:
+        """Return one model with its labels and layers; None is the default model."""
+        await self._ready(self._connect_timeout_s)
+        return await asyncio.to_thread(self._client.model, name)
+
+    async def _explain(self, request: pb.AttributeRequest, batch: Batch, *, timeout_s: float) -> Attribution:
+        connection = await self._ready(self._connect_timeout_s)
+        await asyncio.to_thread(self._client._refuse_large, request, batch)
+        attempts = Attempts(timeout_s)
+        while True:
+            try:
+                with telling(self._client.max_message_bytes):
+                    response = await _awaited(
+                        connection.attribution.Attribute.future(request, timeout=min(attempts.left_s, FOR_EVER_S))
+                    )
+                return _attribution.read(response.result, batch, baseline=given_array(request.method))
+            except SidelightError as error:
+                await asyncio.sleep(attempts.delay_after(error))
+            connection = await self._ready(min(self._connect_timeout_s, attempts.left_s))
+
+    async def _answers(
+        self,
+        batches: Iterable[Images | Batch] | AsyncIterable[Images],
+        question: Question,
+        *,
+        on_error: OnError,
+        ordered: bool = False,
+        window: int | None = None,
+        allow_model_change: bool = False,
+    ) -> AsyncGenerator[Attribution]:
+        await self._ready(self._connect_timeout_s)
+        await asyncio.to_thread(self._client._server)  # so that it is known already
+        changed = asyncio.Event()
+        source = _Source(batches)
+        stream = self._client._opened(
+            source, question, window=window, allow_model_change=allow_model_change, on_change=_from_thread(changed.set)
+        )
+        order = Order(ordered=ordered)
+        stream.start()
+        try:
+            while True:
+                changed.clear()
+                answered = stream.inbox.take()
+                if answered is None:
+                    await changed.wait()
+                    continue
+                if isinstance(answered, End):
+                    break
+                for entry, answer in order.admit(*answered):
+                    if answer.final:
+                        stream.taken(entry)
+                    yield passed(answer, on_error)
+            if answered.error is not None:
+                raise answered.error
+        finally:
+            source.close()
+            await asyncio.to_thread(stream.close)
+
+    async def _ready(self, timeout_s: float) -> Connection:
+        """Return the next server that is there, after waiting for one. `Unavailable` when none has come in time."""
+        servers = self._client._servers
+        if found := servers.ready_now():
+            return found
+        changed = asyncio.Event()
+        wake = _from_thread(changed.set)
+        telling_of_it = asyncio.get_running_loop().call_later(
+            SILENT_WAIT_S, log.warning, "waiting for a server at %s", servers.names
+        )
+        for connection in servers.connections:
+            connection.listen(wake)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not (found := servers.ready_now()):
+                    if any(each.is_closed for each in servers.connections):
+                        raise Unavailable("the client is closed")
+                    changed.clear()
+                    for connection in servers.connections:
+                        connection.seek()
+                    await changed.wait()
+            return found
+        except TimeoutError:
+            raise absent(servers.names, timeout_s) from None
+        finally:
+            telling_of_it.cancel()
+            for connection in servers.connections:
+                connection.unlisten(wake)
+
+
+class _Source:
+    """A caller's batches for the threads of a stream: an asynchronous iterable is read in the loop of the caller."""
+
+    def __init__(self, batches: Iterable[Images | Batch] | AsyncIterable[Images]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._is_asynchronous = isinstance(batches, AsyncIterable)
+        self._batches: Any = aiter(batches) if isinstance(batches, AsyncIterable) else iter(batches)
+        self._reading: Any = None
+        self._is_closed = False
+
+    def __iter__(self) -> Iterator[Images | Batch]:
+        return self
+
+    def __next__(self) -> Images | Batch:
+        if not self._is_asynchronous:
+            batch: Images | Batch = next(self._batches)
+            return batch
+        if self._is_closed:
+            raise StopIteration
+        self._reading = asyncio.run_coroutine_threadsafe(self._step(), self._loop)
+        batch = self._reading.result()
+        if batch is _END:
+            raise StopIteration
+        return batch
+
+    def close(self) -> None:
+        """Let go of a thread that waits for the next batch. Called in the loop."""
+        self._is_closed = True
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def _step(self) -> object:
+        return await anext(self._batches, _END)
+
+
+async def _awaited(call: "grpc.Future[pb.AttributeResponse]") -> pb.AttributeResponse:
+    """Return what a call gives. Cancelling the task cancels the call."""
+    done = asyncio.Event()
+    wake = _from_thread(done.set)
+    call.add_done_callback(lambda _: wake())
+    try:
+        await done.wait()
+    except asyncio.CancelledError:
+        call.cancel()
+        raise
+    try:
+        return call.result()
+    except grpc.FutureCancelledError:
+        raise Cancelled("the client was closed") from None
+
+
+def _from_thread(act: Callable[[], None]) -> Callable[[], None]:
+    """Return what makes this loop act, from any thread. A loop that is closed has nobody left to wake."""
+    loop = asyncio.get_running_loop()
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(act)
+
+    return wake

@@ -1,0 +1,11 @@
+"""The client for asyncio: the same words with `await` and `async for`.
+
+async with sidelight.aio.connect("unix:/run/sidelight.sock") as client:
+    answer = await client.attribute("cat.png")
+    async for answer in client.stream(batches):
+        ...
+"""
+
+from ._aio import AsyncClient, connect
+
+__all__ = ["AsyncClient", "connect"]
