@@ -25,10 +25,11 @@ from ._ledger import Ledger
 from ._limits import map_bytes, refuse_large, spans
 from ._methods import Gradient, Method, is_one_row
 from ._order import Order
+from ._plan import Plan
 from ._question import FOR_EVER_S, Question
 from ._servers import Servers
 from ._shared_memory import Regions, directory_of
-from ._stream import Plan, Stream
+from ._stream import Stream
 from ._targets import Target
 from ._words import Channels, MapDtype, Score
 

@@ -7,11 +7,9 @@ answers out. What they share is the ledger, under one lock, and the inbox.
 
 import enum
 import functools
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from sidelight.v1 import attribution_pb2 as pb
 
@@ -33,16 +31,12 @@ from ._inbox import End, Inbox
 from ._join import join
 from ._lane import Lane
 from ._ledger import Entry, Ledger, Part
-from ._question import duration
+from ._plan import Plan
+from ._presence import Presence
 from ._shared_memory import Regions
-from ._tensor import Array
 from ._types import seconds
 
-log = logging.getLogger("sidelight")
-
-SILENT_WAIT_S = 1.0
 UNAVAILABLE_DELAY_S = 0.1  # before a batch is sent again that a server refused on its way out
-_SHORTEST_S = 0.001  # a time of 0 would be refused
 
 
 class Step(enum.Enum):
@@ -51,21 +45,6 @@ class Step(enum.Enum):
     READ = "the caller's next batch"
     REGISTER = "a region of shared memory"
     END = "the call"
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What is asked of every batch, and how far the client goes to have it answered."""
-
-    template: pb.AttributeRequest
-    spans: Callable[[Batch], Sequence[range]]  # the parts in which a batch is sent
-    timeout_s: float
-    patience_s: float  # how long there may be no server while nothing is unanswered
-    max_message_bytes: int
-    allow_model_change: bool
-    baseline: Array | None  # that was given with the method
-    map_bytes: Callable[[Batch], int]  # how many bytes a batch's maps take
-    share: Callable[[Connection], Regions] | None = None  # makes a call's regions of shared memory
 
 
 class Stream:
@@ -90,9 +69,7 @@ class Stream:
         self._lanes = [
             Lane(each, self, max_message_bytes=plan.max_message_bytes, share=plan.share) for each in connections
         ]
-        self._live: set[Lane] = set()
-        self._deserted_s = time.monotonic()  # since when no server has a call
-        self._cause: SidelightError | None = None  # why the last call ended
+        self._presence = Presence([each.address for each in connections], time.monotonic())
         self._digest = ""
         self._n_read = 0
         self._is_reading = False
@@ -151,7 +128,7 @@ class Stream:
     def open(self, lane: Lane) -> None:
         """Say that the server has taken the call."""
         with self._lock:
-            self._live.add(lane)
+            self._presence.came(lane)
             self._changed.notify_all()
 
     def next_request(self, lane: Lane, call: object) -> pb.AttributeStreamRequest | None:
@@ -161,7 +138,7 @@ class Stream:
                 step = self._next(lane, call)
             match step:
                 case Part() as part:
-                    return self._request(part, lane.regions)
+                    return self._plan.request(part, lane.regions)
                 case Step.READ:
                     self._read()
                 case Step.REGISTER if lane.regions:
@@ -183,7 +160,7 @@ class Stream:
                     regions.free(response.id)
                 self._changed.notify_all()
                 return
-        answer = _read(response, part, self._plan.baseline, regions)
+        answer = self._plan.answer(response, part, regions)
         if not answer.final:
             if part.is_whole:  # of a part the others' maps would be missing
                 self.inbox.put(part.entry, answer)
@@ -198,17 +175,14 @@ class Stream:
     def lost(self, lane: Lane, cause: SidelightError, *, died: bool) -> None:
         """Say that the call has ended, and whether the server may have died of what it held."""
         with self._lock:
-            self._live.discard(lane)
             if self._is_over:
                 return
-            self._cause = cause
+            self._presence.went(lane, cause, time.monotonic())
             for part in self._ledger.lost(lane, died=died):
                 self._fail(part, ServerDied(
                     f"{_told(part)}: it was alone at work when its server ended, twice ({cause}); it is not sent again"
                 ))  # fmt: skip
-            if not self._live:
-                self._deserted_s = time.monotonic()
-                self._keep.notify()
+            self._keep.notify()
             self._changed.notify_all()
 
     # What happens under the lock.
@@ -218,7 +192,7 @@ class Stream:
         while not self._is_over and lane.call is call:
             now_s = time.monotonic()
             wait_s = None
-            if lane in self._live:
+            if lane in self._presence:
                 if part := self._ledger.send(lane, now_s, fits=functools.partial(self._fits, lane)):
                     return part
                 if lane.regions and lane.regions.is_missing:
@@ -235,9 +209,7 @@ class Stream:
         """Take room for a part in shared memory, where the lane has any."""
         if lane.regions is None or not len(part.batch):
             return True
-        array = part.batch.array
-        n_bytes = (0 if array is None else array.nbytes) + self._plan.map_bytes(part.batch)
-        return lane.regions.place(part.id, n_bytes)
+        return lane.regions.place(part.id, self._plan.shared_bytes(part.batch))
 
     def _is_tried_again(self, part: Part, failure: pb.Failure) -> bool:
         """Send a part again where that may go well: it was too large, or its server was full, or on its way out."""
@@ -337,89 +309,38 @@ class Stream:
             if self._ledger.is_done:
                 self._end(None)
 
-    def _request(self, part: Part, regions: Regions | None) -> pb.AttributeStreamRequest:
-        """Return a part's message. Of its batch's time it has what is left."""
-        message = pb.AttributeStreamRequest()
-        request = message.attribute
-        request.CopyFrom(self._plan.template)
-        request.id = part.id
-        array = part.batch.array
-        if regions and len(part.batch):
-            regions.write(part.id, array, request)
-        if array is None or not request.images.HasField("shared"):
-            request.images.CopyFrom(part.batch.message)
-        if request.target.WhichOneof("target") == "per_example" and not part.is_whole:
-            classes = request.target.per_example.classes
-            del classes[part.start + len(part.batch) :], classes[: part.start]
-        request.timeout.CopyFrom(duration(max(_SHORTEST_S, part.entry.deadline_s - time.monotonic())))
-        return message
-
-    # The keeper.
+    # The keeper, who sleeps until the next of these is due.
 
     def _watch(self) -> None:
-        """Fail what is late, and end a stream that has no server any more. Sleeps until the next of these."""
-        has_told = False
         with self._lock:
             while not self._is_over:
                 now_s = time.monotonic()
-                late, silent = self._ledger.overdue(now_s)
-                for part in late:
-                    self._fail(part, self._lateness(part))
-                for lane in self._lanes:
-                    if lane in silent:
-                        lane.cut()
-                if late:
-                    self._changed.notify_all()
-                wakes_s = [self._ledger.next_deadline_s()]
-                if not self._live:
-                    away_s = now_s - self._deserted_s
-                    if away_s >= SILENT_WAIT_S and not has_told:
-                        has_told = True
-                        log.warning("waiting for a server at %s", self._names)
-                    if not has_told:
-                        wakes_s.append(self._deserted_s + SILENT_WAIT_S)
-                    if not self._ledger.n_unanswered:
-                        if away_s >= self._plan.patience_s:
-                            self._end(self._absence())
-                            return
-                        wakes_s.append(self._deserted_s + self._plan.patience_s)
-                else:
-                    has_told = False
-                left_s = min((each for each in wakes_s if each is not None), default=None)
-                self._keep.wait(None if left_s is None else min(max(0.0, left_s - now_s), threading.TIMEOUT_MAX))
+                due_s = self._tidy(now_s)
+                self._keep.wait(None if due_s is None else min(max(0.0, due_s - now_s), threading.TIMEOUT_MAX))
+
+    def _tidy(self, now_s: float) -> float | None:
+        """Fail what is late, and end a stream that has no server any more. Returns when to come again."""
+        late, silent = self._ledger.overdue(now_s)
+        for part in late:
+            self._fail(part, self._lateness(part))
+        for lane in self._lanes:
+            if lane in silent:
+                lane.cut()
+        if late:
+            self._changed.notify_all()
+        dues_s = [self._ledger.next_deadline_s(), self._presence.tell(now_s)]
+        patience_s = self._plan.patience_s
+        if not self._ledger.n_unanswered and (ends_s := self._presence.ends_s(patience_s)) is not None:
+            if now_s >= ends_s:
+                self._end(self._presence.absence(f"for {patience_s:g} s"))
+            dues_s.append(ends_s)
+        return min((due_s for due_s in dues_s if due_s is not None), default=None)
 
     def _lateness(self, part: Part) -> SidelightError:
-        if self._live:
+        if self._presence:
             return DeadlineExceeded(f"{_told(part)}: the server did not answer in its time")
-        return Unavailable(f"{_told(part)}: its time passed while no server answered at {self._names}{self._because}")
-
-    def _absence(self) -> Unavailable:
-        patience_s = self._plan.patience_s
-        return Unavailable(f"no server answers at {self._names} for {patience_s:g} s{self._because}")
-
-    @property
-    def _because(self) -> str:
-        return f" (the last call ended with: {self._cause})" if self._cause else ""
-
-    @property
-    def _names(self) -> str:
-        return ", ".join(lane.connection.address for lane in self._lanes)
+        return self._presence.absence(f"{_told(part)}: while its time passed,")
 
 
 def _told(part: Part) -> str:
     return f"batch {part.entry.index}"
-
-
-def _read(
-    response: pb.AttributeStreamResponse, part: Part, baseline: Array | None, regions: Regions | None
-) -> Attribution:
-    index, result = part.entry.index, response.result
-    if response.WhichOneof("outcome") == "result":
-        maps = None
-        if regions and regions.has(part.id) and not result.maps.data:
-            array = part.batch.array
-            maps = regions.read(part.id, result.maps, skip=0 if array is None else array.nbytes)
-        return _attribution.read(result, part.batch, index=index, baseline=baseline, maps=maps)
-    failure = response.failure
-    delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
-    return _attribution.failed(from_code(failure.code, failure.message, retry_delay_s=delay_s), index=index)
