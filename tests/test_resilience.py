@@ -19,6 +19,7 @@ import psutil
 import pytest
 import sidelight
 import sidelight_server
+from proxy import proxy
 from scripted import Ended, Script, answer, failure, scripted
 from sidelight.v1 import attribution_pb2 as pb
 
@@ -356,6 +357,55 @@ def test_a_call_goes_to_another_server_where_one_is_absent(address: str) -> None
 def test_what_is_no_list_of_addresses_is_refused(addresses: object) -> None:
     with pytest.raises(sidelight.InvalidArgument, match="address"):
         sidelight.connect(addresses)
+
+
+# Networks at their worst.
+
+
+def tiny(n: int) -> list[np.ndarray]:
+    return [np.random.default_rng(i).normal(size=(1, 3, 32, 32)).astype(np.float32) for i in range(n)]
+
+
+def test_a_network_that_is_cut_again_and_again_loses_and_doubles_nothing(address: str) -> None:
+    with proxy(address) as network, sidelight.connect(network.address, connect_timeout=10) as client:
+        places = []
+        for each in client.stream(tiny(300), window=16, timeout=60):
+            places.append(each.index)
+            if len(places) in (20, 100, 101, 250):
+                network.cut()
+    assert sorted(places) == list(range(300))
+    assert network.n_connections >= 4  # two of the cuts may meet one connection
+
+
+def test_a_network_that_stalls_for_a_while_holds_the_stream_and_no_more(address: str) -> None:
+    with proxy(address) as network, sidelight.connect(network.address, connect_timeout=10) as client:
+        answers = client.stream(tiny(100), window=8, timeout=60)
+        next(answers)
+        network.stall()
+        waiting = threading.Timer(1.0, network.flow)
+        waiting.start()
+        assert len(list(answers)) == 99
+        assert network.n_connections == 1
+        waiting.join()
+
+
+def test_batches_of_a_stalled_network_go_to_another_server_once_it_is_cut(address: str) -> None:
+    with proxy(address) as network, sidelight.connect([network.address, address], connect_timeout=10) as client:
+        places = []
+        for each in client.stream(tiny(300), window=32, timeout=60):
+            places.append(each.index)
+            if len(places) == 30:
+                network.stall()
+            if len(places) == 200:  # the other lane went on alone
+                network.cut()
+                network.flow()
+    assert sorted(places) == list(range(300))
+
+
+def test_a_network_that_delays_everything_costs_time_alone(address: str) -> None:
+    with proxy(address) as network, sidelight.connect(network.address, connect_timeout=10) as client:
+        network.delay_s = 0.02
+        assert_all_answered(list(client.stream(tiny(60), ordered=True)), 60)
 
 
 # Real servers that are really killed.

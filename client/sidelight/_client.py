@@ -50,11 +50,12 @@ def connect(
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     shared_memory: bool | str = False,
 ) -> "Client":
-    """Return a client of the server at an address, "host:port" or "unix:/path", or at several. It returns at once.
+    """Return a client of the server at an address, "host:port" or "unix:/path". It returns at once.
 
-    Of several servers, which have to serve the same model, calls go to each in turn that is there, and streams to all
-    of them. Calls wait up to `connect_timeout` seconds for a server that is not there yet, and say so in the log after
-    one.
+    There may be several, in a list or with commas between them, of the same model: calls go to each in turn that is
+    there, and streams to all of them. Calls wait up to `connect_timeout` seconds for a server that is not there yet,
+    and say so in the log after one.
+
     `max_message_bytes` bounds each message in both directions, and should be the server's. With `shared_memory` arrays
     and maps go through memory that a server on the same machine shares (Linux, and its operator has to allow it), or
     not at all; a folder's name says where that is, if this process sees it by another name than the server.
@@ -248,7 +249,9 @@ class Client:
         )
         # A method of many rows fills chunks with every example; and a timeout would run while batches wait in a row.
         per_lane = 2 * model.chunk_rows if is_one_row(question.method) else 1
-        ledger = Ledger(window=window or per_lane, in_all=window, n_lanes=len(connections))
+        if window:  # an equal share for each, so that one that stalls does not hold it all
+            per_lane = max(1, window // len(connections))
+        ledger = Ledger(window=per_lane, in_all=window, n_lanes=len(connections))
         return Stream(connections, batches, plan=plan, ledger=ledger, on_change=on_change)
 
     def _regions(self, connection: Connection, *, n_slots: int) -> Regions:

@@ -18,7 +18,7 @@ class Servers:
     """One connection for each address."""
 
     def __init__(self, addresses: str | Sequence[str], *, max_message_bytes: int) -> None:
-        given = [addresses] if isinstance(addresses, str) else addresses
+        given = addresses.split(",") if isinstance(addresses, str) else addresses
         if not isinstance(given, list | tuple) or not given:
             raise InvalidArgument(
                 f'address: got {addresses!r}, expected "host:port" or "unix:/path", or a list of them'
