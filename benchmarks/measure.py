@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+import psutil
+
 ROUNDS = 7
 
 
@@ -48,17 +50,24 @@ def ratio(slow: list[float], fast: list[float]) -> float:
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
+def settle(process: psutil.Process, n_files: int, *, within_s: float = 10.0) -> None:
+    """Wait until a process has no more descriptors than that: it hears of a caller's end a moment later."""
+    until_s = time.monotonic() + within_s
+    while process.num_fds() > n_files and time.monotonic() < until_s:
+        time.sleep(0.05)
+
+
 def _drain(pipe: IO[str]) -> None:
     with contextlib.suppress(ValueError):  # closed meanwhile
         collections.deque(pipe, maxlen=0)
 
 
 @contextlib.contextmanager
-def server(model: str, *flags: str) -> Iterator[tuple[str, int]]:
-    """Run a server as a process of its own; give its address and process id."""
+def server(model: str, *flags: str, address: str = "") -> Iterator[tuple[str, int]]:
+    """Run a server as a process of its own; give its address, a fresh one if none is named, and process id."""
     root = Path(__file__).parent.parent
     with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
-        address = f"unix:{folder}/socket"
+        address = address or f"unix:{folder}/socket"
         command = [sys.executable, "-m", "sidelight_server", "--model", model, "--listen", address, *flags]
         environment = os.environ | {"PYTHONPATH": str(root)}
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:

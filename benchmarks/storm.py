@@ -12,7 +12,7 @@ import sidelight
 from sidelight.v1 import attribution_pb2_grpc
 
 from .fairness import request
-from .measure import Line, server
+from .measure import Line, server, settle
 from .memory import SIZE
 
 N_REQUESTS, AT_ONCE = 10_000, 64
@@ -39,6 +39,7 @@ def run(n_requests: int = N_REQUESTS) -> list[Line]:
         began = time.perf_counter()
         client.attribute(_images(1))
         next_s = time.perf_counter() - began
+        settle(process, before[1])
         after = process.memory_info().rss, process.num_fds(), process.num_threads()
         info = client.info()
         stops = info.stops

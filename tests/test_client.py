@@ -340,7 +340,7 @@ def test_the_tree_of_errors_is_the_one_that_the_module_shows() -> None:
 
 def test_a_full_server_says_when_to_ask_again(gate: Gate, gated: str, floats: torch.Tensor) -> None:
     gate.shut()
-    with sidelight.connect(gated, connect_timeout=10) as client, ThreadPoolExecutor(1) as pool:
+    with sidelight.connect(gated, connect_timeout=10, retry=False) as client, ThreadPoolExecutor(1) as pool:
         first = pool.submit(client.attribute, floats)
         assert gate.reached.wait(30)
         with pytest.raises(sidelight.ResourceExhausted, match="max_in_flight 1") as caught:
@@ -349,6 +349,20 @@ def test_a_full_server_says_when_to_ask_again(gate: Gate, gated: str, floats: to
         assert len(first.result()) == 5
     assert type(caught.value) is sidelight.ResourceExhausted
     assert caught.value.retry_delay_s == 0.25
+
+
+def test_a_call_that_a_full_server_refused_is_made_again_within_its_time(
+    gate: Gate, gated: str, floats: torch.Tensor
+) -> None:
+    gate.shut()
+    with sidelight.connect(gated, connect_timeout=10) as client, ThreadPoolExecutor(2) as pool:
+        first = pool.submit(client.attribute, floats)
+        assert gate.reached.wait(30)
+        with pytest.raises(sidelight.ResourceExhausted):
+            client.attribute(floats, timeout=0.6)  # two delays, and no third
+        second = pool.submit(client.attribute, floats, timeout=60)
+        threading.Timer(0.3, gate.open).start()
+        assert len(first.result()) == len(second.result()) == 5
 
 
 def test_a_request_over_the_clients_limit_is_refused_before_it_is_sent(address: str, floats: torch.Tensor) -> None:

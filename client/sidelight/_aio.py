@@ -50,6 +50,7 @@ def connect(
     connect_timeout: float = CONNECT_TIMEOUT_S,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     shared_memory: bool | str = False,
+    retry: bool = True,
 ) -> "AsyncClient":
     """Return a client of one server, or of several of the same model. It takes what `sidelight.connect` takes."""
     return AsyncClient(
@@ -57,6 +58,7 @@ def connect(
         connect_timeout=connect_timeout,
         max_message_bytes=max_message_bytes,
         shared_memory=shared_memory,
+        retry=retry,
     )
 
 
@@ -74,12 +76,14 @@ class AsyncClient:
         connect_timeout: float = CONNECT_TIMEOUT_S,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         shared_memory: bool | str = False,
+        retry: bool = True,
     ) -> None:
         self._client = Client(
             address,
             connect_timeout=connect_timeout,
             max_message_bytes=max_message_bytes,
             shared_memory=shared_memory,
+            retry=retry,
         )
         self._connect_timeout_s = connect_timeout
 
@@ -171,7 +175,7 @@ class AsyncClient:
     async def _explain(self, request: pb.AttributeRequest, batch: Batch, *, timeout_s: float) -> Attribution:
         connection = await self._ready(self._connect_timeout_s)
         await asyncio.to_thread(self._client._refuse_large, request, batch)
-        attempts = Attempts(timeout_s)
+        attempts = Attempts(timeout_s, retry=self._client._retry)
         while True:
             try:
                 with telling(self._client.max_message_bytes):

@@ -11,8 +11,9 @@ AWAY_DELAY_S = 0.05  # until the channel has seen that its server is gone
 class Attempts:
     """One call's own time, and what has gone wrong in it."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, timeout_s: float, *, retry: bool) -> None:
         self._deadline_s = time.monotonic() + timeout_s
+        self._retry = retry
         self._n_away = 0
 
     @property
@@ -22,6 +23,8 @@ class Attempts:
 
     def delay_after(self, error: SidelightError) -> float:
         """Return how long to wait before the next attempt, in seconds; raise the error where there is none."""
+        if not self._retry:
+            raise error
         if isinstance(error, Unavailable):
             self._n_away += 1
             delay_s = AWAY_DELAY_S if self._n_away < DEATHS else None

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
+from ._bench_command import bench
 from ._client import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, TIMEOUT_S, connect
 from ._errors import InvalidArgument, SidelightError
 from ._masking import Occlusion
@@ -32,7 +33,9 @@ app = typer.Typer(
     help="Which pixels decided each prediction.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
 
-Address = Annotated[str, typer.Option(help='The server: "host:port" or "unix:/path".', envvar="SIDELIGHT_ADDRESS")]
+ADDRESS_HELP = 'The server: "host:port" or "unix:/path"; of several, with commas between them.'
+
+Address = Annotated[str, typer.Option(help=ADDRESS_HELP, envvar="SIDELIGHT_ADDRESS")]
 Patience = Annotated[float, typer.Option(help="Seconds to wait for a server that is not there yet.")]
 
 
@@ -131,6 +134,9 @@ def _errors_in_a_line() -> Iterator[None]:
     except (SidelightError, OSError) as error:
         Console(stderr=True).print(f"[bold red]sidelight:[/] {escape(str(error))}", soft_wrap=True)
         raise typer.Exit(1) from None
+
+
+app.command()(_errors_in_a_line()(bench))
 
 
 def _method(text: str, *, signed: bool, times_input: bool) -> Method:

@@ -49,6 +49,7 @@ def connect(
     connect_timeout: float = CONNECT_TIMEOUT_S,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     shared_memory: bool | str = False,
+    retry: bool = True,
 ) -> "Client":
     """Return a client of the server at an address, "host:port" or "unix:/path". It returns at once.
 
@@ -59,12 +60,16 @@ def connect(
     `max_message_bytes` bounds each message in both directions, and should be the server's. With `shared_memory` arrays
     and maps go through memory that a server on the same machine shares (Linux, and its operator has to allow it), or
     not at all; a folder's name says where that is, if this process sees it by another name than the server.
+
+    A call that a full server refuses is made again after the delay that it names, and one whose server goes away once
+    more, within its own time; without `retry` it fails at once.
     """
     return Client(
         address,
         connect_timeout=connect_timeout,
         max_message_bytes=max_message_bytes,
         shared_memory=shared_memory,
+        retry=retry,
     )
 
 
@@ -81,11 +86,13 @@ class Client:
         connect_timeout: float = CONNECT_TIMEOUT_S,
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         shared_memory: bool | str = False,
+        retry: bool = True,
     ) -> None:
         self._servers = Servers(address, max_message_bytes=max_message_bytes)
         self.max_message_bytes = max_message_bytes
         self._connect_timeout_s = connect_timeout
         self._shared_memory = shared_memory
+        self._retry = retry
         self._closed = threading.Event()
         self._info: ServerInfo | None = None
 
@@ -205,7 +212,7 @@ class Client:
     def _explain(self, request: pb.AttributeRequest, batch: Batch, *, timeout_s: float) -> Attribution:
         """Return the answer to a request for a batch."""
         self._refuse_large(request, batch)
-        attempts = Attempts(timeout_s)
+        attempts = Attempts(timeout_s, retry=self._retry)
         patience_s = self._connect_timeout_s
         while True:
             connection = self._servers.ready(patience_s)

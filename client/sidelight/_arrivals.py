@@ -1,0 +1,26 @@
+"""Arrivals: when an open loop sends, in seconds from its beginning. What the server does has no part in it."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+
+Arrivals = Literal["constant", "poisson"]
+
+
+def arrivals(kind: Arrivals, rate: float, *, seed: int = 0) -> Iterator[float]:
+    """Yield for ever when requests are due, `rate` of them a second: evenly, or as independent callers would come."""
+    return _constant(rate) if kind == "constant" else _poisson(rate, seed)
+
+
+def _constant(rate: float) -> Iterator[float]:
+    return (i / rate for i in itertools.count())  # not a running sum, whose rounding would grow
+
+
+def _poisson(rate: float, seed: int) -> Iterator[float]:
+    random = np.random.default_rng(seed)
+    due_s = 0.0
+    while True:
+        due_s += random.exponential(1 / rate)
+        yield due_s
