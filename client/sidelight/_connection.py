@@ -11,6 +11,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2_grpc
 
 from ._errors import InvalidArgument
+from ._frames import open_stream
 
 PROBE_TIMEOUT_S = 10.0
 # A server that is silent for as long as both together is gone: its machine died, or something between cut the wire.
@@ -49,6 +50,7 @@ class Connection:
             ],
         )
         self.attribution = attribution_pb2_grpc.AttributionServiceStub(self._channel)
+        self.open_stream = open_stream(self._channel)
         self.models = model_pb2_grpc.ModelServiceStub(self._channel)
         self._lock = threading.Lock()
         self._state: grpc.ChannelConnectivity | None = None

@@ -11,10 +11,9 @@ from typing import Protocol
 
 import grpc
 
-from sidelight.v1 import attribution_pb2 as pb
-
 from ._connection import Connection
 from ._errors import Cancelled, SidelightError, Unavailable, from_rpc
+from ._frames import Incoming, Outgoing
 from ._shared_memory import Regions
 
 END_TRAILER = "sidelight-end"  # with which a server says that it ended the stream itself, all that it read answered
@@ -35,10 +34,10 @@ class Desk(Protocol):
     def open(self, lane: "Lane") -> None:
         """Say that the server has taken the call."""
 
-    def next_request(self, lane: "Lane", call: object) -> pb.AttributeStreamRequest | None:
+    def next_request(self, lane: "Lane", call: object) -> Outgoing | None:
         """Wait for the next message to send; None once the call, or the stream, is over."""
 
-    def received(self, lane: "Lane", response: pb.AttributeStreamResponse) -> None:
+    def received(self, lane: "Lane", incoming: Incoming) -> None:
         """Take an answer in."""
 
     def lost(self, lane: "Lane", cause: SidelightError, *, died: bool) -> None:
@@ -106,14 +105,14 @@ class Lane:
                 self._desk.lost(self, error, died=False)
                 return False
         call = self.call = object()
-        rpc = self.connection.attribution.AttributeStream(self._requests(call))
+        rpc = self.connection.open_stream(self._requests(call))
         self._rpc = rpc
         try:
             rpc.initial_metadata()  # it comes at once from a server that is there
             self._desk.open(self)
-            for response in rpc:
+            for incoming in rpc:
                 answered = True
-                self._desk.received(self, response)
+                self._desk.received(self, incoming)
         except grpc.RpcError as error:
             cause, died = self._understand(error)
         finally:
@@ -124,7 +123,7 @@ class Lane:
                 self.regions.close()
         return answered
 
-    def _requests(self, call: object) -> Iterator[pb.AttributeStreamRequest]:
+    def _requests(self, call: object) -> Iterator[Outgoing]:
         """Give gRPC what is to be sent. Runs in a thread of gRPC's, which would keep an error to itself."""
         try:
             while (request := self._desk.next_request(self, call)) is not None:

@@ -10,11 +10,12 @@ from . import _attribution
 from ._attribution import Attribution
 from ._connection import Connection
 from ._errors import from_code
+from ._frames import Incoming, Outgoing, is_large
 from ._images import Batch
 from ._ledger import Part
 from ._question import duration
 from ._shared_memory import Regions
-from ._tensor import Array
+from ._tensor import Array, array_of
 from ._types import seconds
 
 _SHORTEST_S = 0.001  # a time of 0 would be refused
@@ -38,28 +39,33 @@ class Plan:
         """Return how many bytes a batch and its maps take in shared memory: files travel inside their messages."""
         return _array_bytes(batch) + self.map_bytes(batch)
 
-    def request(self, part: Part, regions: Regions | None) -> pb.AttributeStreamRequest:
+    def request(self, part: Part, regions: Regions | None) -> Outgoing:
         """Return a part's message, its array written into its place in shared memory where there is any."""
+        array = part.batch.array
         message = pb.AttributeStreamRequest()
         request = message.attribute
         request.CopyFrom(self.template)
         request.id = part.id
         if regions and len(part.batch):
-            regions.write(part.id, part.batch.array, request)
-        if not request.images.HasField("shared"):
+            regions.write(part.id, array, request)
+        apart = array is not None and is_large(array) and not request.images.HasField("shared")
+        if not apart and not request.images.HasField("shared"):
             request.images.CopyFrom(part.batch.message)
         if request.target.WhichOneof("target") == "per_example" and not part.is_whole:
             classes = request.target.per_example.classes
             del classes[part.start + len(part.batch) :], classes[: part.start]
         request.timeout.CopyFrom(duration(max(_SHORTEST_S, part.entry.deadline_s - time.monotonic())))
-        return message
+        return Outgoing(message, array if apart else None)
 
-    def answer(self, response: pb.AttributeStreamResponse, part: Part, regions: Regions | None) -> Attribution:
+    def answer(self, incoming: Incoming, part: Part, regions: Regions | None) -> Attribution:
         """Return a part's answer, which may not be final, or its failure."""
+        response = incoming.message
         index, result = part.entry.index, response.result
         if response.WhichOneof("outcome") == "result":
             maps = None
-            if regions and regions.has(part.id) and not result.maps.data:
+            if incoming.maps is not None:
+                maps = array_of(result.maps, incoming.maps)
+            elif regions and regions.has(part.id) and not result.maps.data:
                 maps = regions.read(part.id, result.maps, skip=_array_bytes(part.batch))
             return _attribution.read(result, part.batch, index=index, baseline=self.baseline, maps=maps)
         failure = response.failure

@@ -6,6 +6,7 @@ sides read and write it by `preadv` and `pwritev` alone: what becomes of the fil
 """
 
 import contextlib
+import math
 import os
 import secrets
 import sys
@@ -21,7 +22,7 @@ from sidelight.v1 import tensor_pb2
 from ._arena import Arena
 from ._errors import Cancelled, DataLoss, FailedPrecondition, ResourceExhausted
 from ._info import ServerInfo
-from ._tensor import DTYPES, Array, little_endian
+from ._tensor import DTYPES, Array, array_of, dtype_of, little_endian
 
 MAX_FIRST_BYTES = 256 * 1024 * 1024  # a region of more is made only for a batch that needs it
 
@@ -190,10 +191,8 @@ class Regions:
     def read(self, id_: str, maps: tensor_pb2.Tensor, *, skip: int) -> Array:
         """Return the maps that the server wrote behind the `skip` bytes of a part's images."""
         region, offset = self._held[id_]
-        name = next(name for name, number in DTYPES.items() if number == maps.dtype)
-        dtype, shape = np.dtype(name).newbyteorder("<"), tuple(maps.shape)
-        n_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        return region.read(n_bytes, offset + skip).view(dtype).reshape(shape)
+        n_bytes = math.prod(maps.shape) * dtype_of(maps).itemsize
+        return array_of(maps, region.read(n_bytes, offset + skip).data)
 
     def free(self, id_: str) -> None:
         """Give a part's room back."""

@@ -26,6 +26,7 @@ from ._errors import (
     Unavailable,
     from_code,
 )
+from ._frames import Incoming, Outgoing
 from ._images import Batch, Images
 from ._inbox import End, Inbox
 from ._join import join
@@ -131,7 +132,7 @@ class Stream:
             self._presence.came(lane)
             self._changed.notify_all()
 
-    def next_request(self, lane: Lane, call: object) -> pb.AttributeStreamRequest | None:
+    def next_request(self, lane: Lane, call: object) -> Outgoing | None:
         """Wait for the next message to send; None once the call, or the stream, is over."""
         while True:
             with self._lock:
@@ -142,13 +143,13 @@ class Stream:
                 case Step.READ:
                     self._read()
                 case Step.REGISTER if lane.regions:
-                    return lane.regions.make()
+                    return Outgoing(lane.regions.make())
                 case _:
                     return None
 
-    def received(self, lane: Lane, response: pb.AttributeStreamResponse) -> None:
+    def received(self, lane: Lane, incoming: Incoming) -> None:
         """Take an answer in. One of a part that is not unanswered is passed over."""
-        regions = lane.regions
+        regions, response = lane.regions, incoming.message
         with self._lock:
             part = self._ledger.get(response.id)
             if part is None or self._has_changed(response):
@@ -160,7 +161,7 @@ class Stream:
                     regions.free(response.id)
                 self._changed.notify_all()
                 return
-        answer = self._plan.answer(response, part, regions)
+        answer = self._plan.answer(incoming, part, regions)
         if not answer.final:
             if part.is_whole:  # of a part the others' maps would be missing
                 self.inbox.put(part.entry, answer)

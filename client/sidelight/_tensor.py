@@ -78,7 +78,12 @@ def little_endian(array: Array) -> Array:
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
-def array_of(tensor: tensor_pb2.Tensor) -> Array:
-    """Return a message's elements as they are, as a read-only view on a copy of its bytes."""
+def array_of(tensor: tensor_pb2.Tensor, data: memoryview | None = None) -> Array:
+    """Return a message's elements as they are, as a read-only view. `data` stands for bytes that it leaves out."""
+    return np.frombuffer(tensor.data if data is None else data, dtype_of(tensor)).reshape(tuple(tensor.shape))
+
+
+def dtype_of(tensor: tensor_pb2.Tensor) -> np.dtype[Any]:
+    """Return the type of a message's elements, in the order of the wire."""
     name = next(name for name, number in DTYPES.items() if number == tensor.dtype)
-    return np.frombuffer(tensor.data, np.dtype(name).newbyteorder("<")).reshape(tuple(tensor.shape))
+    return np.dtype(name).newbyteorder("<")

@@ -1,0 +1,108 @@
+"""Envelopes: the one large field of a message is cut out of its bytes as a view, or put in by one join.
+
+protobuf copies a tensor's data when it parses a message, again each time the field is looked at, and twice on the way
+out. So the envelopes around the data are walked here, by hand, and protobuf has the rest: who is not sure leaves it
+all to protobuf, whose rules for repeated and merged fields are the only ones. Client and server both stand on this.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+LARGE_BYTES = 16 * 1024  # below that, a copy costs less than to walk
+MAX_FIELDS = 64  # of one message on the way to the data; who has more is walked by protobuf, in C
+LENGTH_DELIMITED = 2
+VARINT_BYTES = 5  # of a tag or a length: protobuf takes no longer ones
+
+
+class Cut(NamedTuple):
+    rest: list[bytes | memoryview]  # the message without the field
+    data: memoryview
+
+
+class _Field(NamedTuple):
+    tag: int
+    at: int  # where its tag begins
+    start: int  # where its content does
+    end: int
+
+
+def cut(raw: memoryview, path: Sequence[int]) -> Cut | None:
+    """Cut out the field that a path of field numbers leads to. None where it is not there once, and plainly."""
+    found = _find(raw, path[0])
+    if found is None:
+        return None
+    content = raw[found.start : found.end]
+    if len(path) == 1:
+        return Cut([raw[: found.at], raw[found.end :]], content)
+    inner = cut(content, path[1:])
+    if inner is None:
+        return None
+    return Cut([raw[: found.at], *field(path[0], inner.rest), raw[found.end :]], inner.data)
+
+
+def _find(raw: memoryview, number: int) -> _Field | None:
+    """Return the one field of a number. None where it is repeated, or anything is unusual."""
+    found, at = None, 0
+    for _ in range(MAX_FIELDS):
+        if at == len(raw):
+            return found
+        seen = _next(raw, at)
+        if seen is None:
+            return None
+        if seen.tag >> 3 == number:
+            if found or seen.tag & 7 != LENGTH_DELIMITED:
+                return None
+            found = seen
+        at = seen.end
+    return None
+
+
+def _next(raw: memoryview, at: int) -> _Field | None:
+    """Return the field that begins at a place. None for groups, unknown wire types and what is cut short."""
+    begun = _varint(raw, at)
+    if begun is None:
+        return None
+    tag, start = begun
+    end = start
+    match tag & 7:
+        case 0:
+            while end < len(raw) and raw[end] & 0x80:
+                end += 1
+            end += 1
+        case 1:
+            end += 8
+        case 2:
+            told = _varint(raw, start)
+            if told is None:
+                return None
+            length, start = told
+            end = start + length
+        case 5:
+            end += 4
+        case _:
+            return None
+    return _Field(tag, at, start, end) if end <= len(raw) else None
+
+
+def _varint(raw: memoryview, at: int) -> tuple[int, int] | None:
+    """Return a tag or a length and where it ends. None for one that is too long or cut short."""
+    value = 0
+    for place, byte in enumerate(raw[at : at + VARINT_BYTES]):
+        value |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            return value, at + place + 1
+    return None
+
+
+def field(number: int, content: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
+    """Return a length-delimited field in parts."""
+    return [_encode_varint(number << 3 | LENGTH_DELIMITED), _encode_varint(sum(map(len, content))), *content]
+
+
+def _encode_varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
