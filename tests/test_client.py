@@ -232,7 +232,10 @@ def test_info_tells_version_limits_methods_and_models(client: sidelight.Client) 
         max_in_flight_bytes=2**30,
         max_stream_in_flight=32,
         max_example_rows=10_000,
+        max_batch_examples=65_536,
+        max_stream_age_s=3600.0,
     )
+    assert info.shared_memory is None
     assert set(info.methods) == {field.name for field in pb.Method.DESCRIPTOR.fields}
     (model,) = info.models
     assert (model.name, model.version, model.input_size, model.class_count) == ("small", 1, (3, 32, 32), N_CLASSES)
@@ -895,7 +898,8 @@ def test_an_answer_is_saved_with_maps_facts_and_overlays(client: sidelight.Clien
     assert [each["explained"]["label"] for each in facts["examples"]] == ["elk", "bee", "ibis"]
     assert [each["prediction"]["index"] for each in facts["examples"]] == [each.index for each in answer.predictions]
     assert facts["examples"][0]["geometry"] == dataclasses.asdict(answer.geometry[0])
-    assert facts["provenance"] == dataclasses.asdict(answer.provenance)
+    provenance = dataclasses.asdict(answer.provenance)
+    assert facts["provenance"] == provenance | {"kernel_options": list(provenance["kernel_options"])}
     assert facts["timing"] == dataclasses.asdict(answer.timing)
     assert facts["failures"] == []
 

@@ -61,6 +61,11 @@ FLAGS = {
     "max_chunk_rows": (["--max-chunk-rows", "16"], 16),
     "max_chunk_s": (["--max-chunk-s", "0.1"], 0.1),
     "device_memory_limit": (["--device-memory-limit", "1000000"], 1_000_000),
+    "precision": (["--precision", "bfloat16"], "bfloat16"),
+    "fold": (["--fold"], True),
+    "channels_last": (["--channels-last"], True),
+    "compile": (["--compile"], True),
+    "cuda_graphs": (["--cuda-graphs"], True),
     "reproducible": (["--reproducible"], True),
     "reproducible_rows": (["--reproducible-rows", "4"], 4),
     "max_example_rows": (["--max-example-rows", "9"], 9),
@@ -69,6 +74,12 @@ FLAGS = {
     "max_in_flight": (["--max-in-flight", "7"], 7),
     "max_in_flight_bytes": (["--max-in-flight-bytes", "5000"], 5000),
     "max_stream_in_flight": (["--max-stream-in-flight", "2"], 2),
+    "max_stream_age_s": (["--max-stream-age-s", "60"], 60.0),
+    "stalled_write_s": (["--stalled-write-s", "5"], 5.0),
+    "keepalive_s": (["--keepalive-s", "10"], 10.0),
+    "shared_memory": (["--shared-memory", "/dev/shm"], Path("/dev/shm")),
+    "max_region_bytes": (["--max-region-bytes", "4096"], 4096),
+    "max_stream_regions": (["--max-stream-regions", "2"], 2),
 }
 
 

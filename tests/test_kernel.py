@@ -10,7 +10,8 @@ import sidelight_server
 import torch
 from models import small_cnn
 from sidelight_server.attribution import Aim, Score
-from sidelight_server.kernel import Kernel, replicate
+from sidelight_server.kernel import Kernel
+from sidelight_server.replica import replicate
 from sidelight_server.staging import Staging, normalise
 from torch import nn
 

@@ -1,4 +1,4 @@
-"""The ledger: what is sent, sent again, sent alone, and given up. It has no clock and no threads; neither have these."""
+"""The ledger: what is sent, sent again, sent alone, and given up. Like the ledger, these have neither clock nor thread."""
 
 import numpy as np
 import pytest

@@ -135,7 +135,7 @@ def test_a_batch_that_a_full_server_put_off_is_sent_again_after_its_delay_and_ot
         for request in requests:
             ids.append(request.attribute.id)
             is_first = ids.count("0") == 1 and ids[-1] == "0"
-            yield failure(request, 8, delay_s=0.2) if is_first else answer(request)
+            yield failure(request, 8, delay_s=1.0) if is_first else answer(request)
 
     with scripted(full) as address:
         assert_all_answered(stream(address, [ONE] * 3), 3)

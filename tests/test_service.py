@@ -23,6 +23,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc, tensor_pb2
 from sidelight_server import Engine, ModelSpec, Settings, serve
 from sidelight_server.server import SERVICES, Server
+from sidelight_server.wire import MAX_EXAMPLES
 from torch import Tensor, nn
 
 Status = grpc.StatusCode
@@ -207,8 +208,10 @@ def test_the_server_tells_its_version_limits_methods_and_models(channel: grpc.Ch
     info = stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=TIMEOUT_S)
     default = Settings()
     assert info.version == metadata.version("sidelight")
+    others = {"max_batch_examples": MAX_EXAMPLES, "max_stream_age": Duration(seconds=3600)}
     for name in pb.Limits.DESCRIPTOR.fields_by_name:
-        assert getattr(info.limits, name) == getattr(default, name)
+        assert getattr(info.limits, name) == (others[name] if name in others else getattr(default, name))
+    assert not info.HasField("shared_memory")
     assert list(info.methods) == [field.name for field in pb.Method.DESCRIPTOR.oneofs[0].fields]
     models = model_pb2_grpc.ModelServiceStub(channel).ListModels(model_pb2.ListModelsRequest(), timeout=TIMEOUT_S)
     assert info.models == models.models

@@ -1,8 +1,12 @@
 """The stream: many batches on one connection, answered as they are ready. Nothing about one batch ends it."""
 
+import asyncio
+import contextlib
 import functools
 import io
 import queue
+import socket
+import threading
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -20,7 +24,8 @@ from models import LABELS, Linear, small_cnn
 from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
-from test_service import BRIEF, TIMEOUT_S, ask, floats, gated, linear_maps, running
+from sidelight_server.stream import END_TRAILER
+from test_service import BRIEF, TIMEOUT_S, Running, ask, floats, gated, linear_maps, running
 
 CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND = 1, 3, 4, 5
 RESOURCE_EXHAUSTED, FAILED_PRECONDITION, UNIMPLEMENTED = 8, 9, 12
@@ -70,6 +75,19 @@ class Conversation:
         rest = list(self._call)
         assert self._call.code() is grpc.StatusCode.OK
         return rest
+
+    def end(self) -> tuple[list[pb.AttributeStreamResponse], grpc.StatusCode, str]:
+        """Return all that still comes until the server ends the stream, the status, and the cause in the trailers."""
+        answers: list[pb.AttributeStreamResponse] = []
+        with contextlib.suppress(grpc.RpcError):
+            answers.extend(self._call)
+        self._requests.put(None)
+        cause = dict(self._call.trailing_metadata()).get(END_TRAILER, "")
+        return answers, self._call.code(), cause
+
+    @property
+    def details(self) -> str:
+        return self._call.details()
 
     def leave(self) -> None:
         """Go away without a word."""
@@ -300,8 +318,8 @@ REFUSED = {
     "a region": (
         pb.AttributeStreamRequest(register_region=pb.RegisterRegionRequest(id="r", region="x", size_bytes=8)),
         "r",
-        UNIMPLEMENTED,
-        "register_region",
+        FAILED_PRECONDITION,
+        "shared_memory",
     ),
 }
 
@@ -436,6 +454,182 @@ def test_a_caller_who_sends_no_more_still_gets_all_answers(tmp_path: Path, devic
         assert {answer.id for answer in answers} == {str(n) for n in range(5)}
         for answer in answers:
             assert_explains(answer, floats(2, seed=int(answer.id)))
+
+
+def test_a_cancel_is_read_behind_a_batch_that_waits(tmp_path: Path, device: str) -> None:
+    one_slot = gated(tmp_path, device=device, max_chunk_rows=1, max_stream_in_flight=1)
+    with one_slot as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("running", floats(4)))
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(attribute("waiting", floats(1)), cancel("waiting"))
+        cancelled = stream.receive()
+        assert (cancelled.id, code_of(cancelled)) == ("waiting", CANCELLED)
+        stream.send(attribute("waiting", floats(1)), cancel("running"))
+        cancelled = stream.receive()
+        assert (cancelled.id, code_of(cancelled)) == ("running", CANCELLED)
+        gate.open.set()
+        (answer,) = stream.finish()
+        assert_explains(answer, floats(1))
+        assert gate.n_rows == 2
+        server.until_all_permits_are_back()
+
+
+LARGE = floats(512)  # whose maps, all channels of them, take 120 kB
+
+
+def test_a_stalled_reader_loses_its_stream_and_its_permits(tmp_path: Path, device: str) -> None:
+    stalling = running(Linear(), tmp_path, device=device, max_chunk_rows=512, max_in_flight=4, stalled_write_s=0.2)
+    with stalling as server, Conversation(server.channel) as stream:
+        stream.send(*(attribute(str(n), LARGE, channels=pb.CHANNEL_REDUCTION_NONE) for n in range(60)))
+        server.run(until_it_ends(server))
+        assert_explains_meanwhile(server)
+        server.until_all_permits_are_back()  # while nothing was read
+        answers, code, cause = stream.end()
+        assert (code, cause) == (grpc.StatusCode.ABORTED, "stalled")
+        assert "stalled_write_s" in stream.details
+        assert 0 < len(answers) < 60
+        assert all(answer.result.final for answer in answers)
+
+
+def test_a_stalled_reader_holds_no_more_than_its_window(tmp_path: Path, device: str) -> None:
+    patient = running(Linear(), tmp_path, device=device, max_chunk_rows=512, max_stream_in_flight=4, stalled_write_s=0)
+    with patient as server, Conversation(server.channel) as stream:
+        stream.send(*(attribute(str(n), LARGE, channels=pb.CHANNEL_REDUCTION_NONE) for n in range(30)))
+        for _ in range(5):
+            assert_explains_meanwhile(server)
+            assert server.server.explainer.admission.n_requests <= 4
+        assert {answer.id for answer in stream.finish()} == {str(n) for n in range(30)}
+        server.until_all_permits_are_back()
+
+
+def assert_explains_meanwhile(server: Running) -> None:
+    with Conversation(server.channel) as other:
+        other.send(attribute("other", floats(1)))
+        (answer,) = other.finish()
+    assert_explains(answer, floats(1))
+
+
+def test_at_its_greatest_age_a_stream_answers_what_it_read_and_ends_well(tmp_path: Path, device: str) -> None:
+    with running(Linear(), tmp_path, device=device, max_stream_age_s=0.3) as server:
+        asked, answered = 0, 0
+        with Conversation(server.channel) as stream:
+            code, rest = None, []
+            while code is None:
+                stream.send(attribute(str(asked), floats(1)))
+                asked += 1
+                try:
+                    assert stream.receive().id == str(answered)
+                    answered += 1
+                except StopIteration:
+                    rest, code, cause = stream.end()
+        assert (rest, code, cause) == ([], grpc.StatusCode.OK, "age")
+        assert asked - answered == 1  # which was not read
+        assert answered > 0
+        server.until_all_permits_are_back()
+
+
+def test_what_was_read_before_the_greatest_age_is_answered_after_it(tmp_path: Path, device: str) -> None:
+    ageing = gated(tmp_path, device=device, max_stream_age_s=0.1, max_stream_in_flight=1)
+    with ageing as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("running", floats(2)), attribute("waiting", floats(1)))
+        assert gate.reached.wait(TIMEOUT_S)
+        server.run(until_it_ends(server))
+        stream.send(attribute("late", floats(3)))
+        gate.open.set()
+        answers, code, cause = stream.end()
+        assert (code, cause) == (grpc.StatusCode.OK, "age")
+        assert "late" not in {answer.id for answer in answers}
+        assert_explains(answers[0], floats(2))
+        assert gate.n_rows == sum(len(maps_of(answer)) for answer in answers)
+        server.until_all_permits_are_back()
+
+
+async def until_it_ends(server: Running) -> None:
+    """Wait until the one stream takes nothing more."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while not any(stream._end for stream in server.server._service._streams):  # noqa: ASYNC110  (this loop sets it)
+            await asyncio.sleep(0)
+
+
+def test_a_stream_says_that_its_server_shuts_down(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, device=device) as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("running", floats(2)))
+        assert gate.reached.wait(TIMEOUT_S)
+        stopping = asyncio.run_coroutine_threadsafe(server.server.stop(drain_s=TIMEOUT_S), server.loop)
+        server.run(until_it_ends(server))
+        gate.open.set()
+        answers, code, cause = stream.end()
+        assert (code, cause) == (grpc.StatusCode.UNAVAILABLE, "shutdown")
+        (answer,) = answers
+        assert_explains(answer, floats(2))
+        stopping.result(TIMEOUT_S)
+
+
+def until_no_stream_is_left(server: Running) -> None:
+    async def until() -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while server.server._service._streams:  # noqa: ASYNC110  (it is the loop that removes them)
+                await asyncio.sleep(0)
+
+    server.run(until())
+
+
+class Wire:
+    """The way from a port to a server's socket, until it is cut: then all that is sent is lost, and nobody is told."""
+
+    def __init__(self, socket_path: str) -> None:
+        self._there = socket_path
+        self._is_cut = False
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self._ends: list[socket.socket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def __enter__(self) -> str:
+        return f"127.0.0.1:{self._listening.getsockname()[1]}"
+
+    def __exit__(self, *_: object) -> None:
+        for each in (self._listening, *self._ends):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+            each.close()
+        for thread in self._threads:
+            thread.join()
+
+    def cut(self) -> None:
+        self._is_cut = True
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                here, _ = self._listening.accept()
+                there = socket.socket(socket.AF_UNIX)
+                there.connect(self._there)
+                self._ends += [here, there]
+                for ends in ((here, there), (there, here)):
+                    self._threads.append(threading.Thread(target=self._pass, args=ends))
+                    self._threads[-1].start()
+
+    def _pass(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                if not self._is_cut:
+                    sink.sendall(data)
+
+
+def test_a_caller_whose_network_is_dead_is_noticed(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, device=device, keepalive_s=0.3) as (gate, server):
+        wire = Wire(f"{tmp_path}/socket")
+        with wire as address, grpc.insecure_channel(address) as channel:
+            stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+            # Without a deadline, which would end it as well.
+            call = stub.AttributeStream(iter([attribute("one", floats(1))]))
+            assert gate.reached.wait(TIMEOUT_S)
+            wire.cut()
+            until_no_stream_is_left(server)
+            call.cancel()
+        gate.open.set()
+        server.until_all_permits_are_back()
 
 
 INTEGERS = [-(2**31), -1, 0, 1, 2, 3, 32, 99, 2**31 - 1]

@@ -42,6 +42,7 @@ class Connection:
                 ("grpc.max_reconnect_backoff_ms", 1000),
                 ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
                 ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+                ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),  # a minute, if it is not said
                 ("grpc.http2.max_pings_without_data", 0),  # a server at work on a long batch sends nothing
                 # What is sent again is decided here: gRPC knows neither suspects nor deadlines of batches.
                 ("grpc.enable_retries", 0),

@@ -1,4 +1,4 @@
-"""Frames: a stream's messages as bytes; large arrays are joined in and large maps are views, so that neither is copied."""
+"""Frames: a stream's messages as bytes. Large arrays are joined in and large maps are views: neither is copied."""
 
 from dataclasses import dataclass
 

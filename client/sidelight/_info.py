@@ -79,6 +79,7 @@ class ModelInfo:
     chunk_rows: int
     reproducible: bool  # equal provenance promises equal bytes
     warmup: tuple[WarmupEntry, ...]  # empty where the input size is not fixed
+    kernel_options: tuple[str, ...] = ()  # what the operator chose to be faster: "fold", "channels_last", "compile"
 
     @classmethod
     def of(cls, message: model_pb2.ModelInfo) -> "ModelInfo":
@@ -98,6 +99,7 @@ class ModelInfo:
             chunk_rows=message.chunk_rows,
             reproducible=message.reproducible,
             warmup=tuple(map(WarmupEntry.of, message.warmup)),
+            kernel_options=tuple(message.kernel_options),
         )
 
 

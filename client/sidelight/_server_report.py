@@ -33,11 +33,12 @@ def _server_facts(server: ServerInfo) -> dict[str, str]:
 
 
 def _model_facts(model: ModelInfo) -> dict[str, str]:
+    configuration = "+".join((model.precision, *model.kernel_options))
     return {
         "input": " × ".join(map(str, model.input_size)) if model.input_size else "any C × H × W",
         "classes": str(model.class_count or "not known yet"),
         "scores": ", ".join(model.scores),
-        "runs on": f"{model.device} in {model.precision}, {model.chunk_rows} rows at once at most",
+        "runs on": f"{model.device} in {configuration}, {model.chunk_rows} rows at once at most",
         "promises": "equal bytes for equal provenance" if model.reproducible else "equal maps within a tolerance",
         "digest": model.digest,
     }

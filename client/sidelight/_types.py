@@ -138,6 +138,7 @@ class Provenance:
     software: dict[str, str]
     reproducible: bool  # equal provenance promises equal bytes
     baseline_digest: str  # SHA-256 of a baseline that was given as an array, else empty
+    kernel_options: tuple[str, ...] = ()  # what the operator chose to be faster: "fold", "channels_last", "compile"
 
     @classmethod
     def of(cls, message: pb.Provenance) -> "Provenance":
@@ -157,6 +158,7 @@ class Provenance:
             software={each.name: each.version for each in message.software},
             reproducible=message.reproducible,
             baseline_digest=message.baseline_digest,
+            kernel_options=tuple(message.kernel_options),
         )
 
 

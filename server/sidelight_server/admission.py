@@ -36,11 +36,17 @@ class Admission:
         finally:
             self.release(n_bytes)
 
+    def take(self, n_bytes: int) -> bool:
+        """Take a permit if there is one now; `release` gives it back. `ResourceExhausted` where there can never be."""
+        self._refuse_impossible(n_bytes)
+        if self._waiting or not self._fits(n_bytes):
+            return False
+        self._take(n_bytes)
+        return True
+
     async def acquire(self, n_bytes: int) -> None:
         """Wait for a permit and take it; `release` gives it back. `ResourceExhausted` where there can never be one."""
-        self._refuse_impossible(n_bytes)
-        if not self._waiting and self._fits(n_bytes):
-            self._take(n_bytes)
+        if self.take(n_bytes):
             return
         turn = asyncio.get_running_loop().create_future()
         self._waiting.append((n_bytes, turn))

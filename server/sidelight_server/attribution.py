@@ -168,6 +168,7 @@ class Provenance:
     model_version: int
     model_digest: str
     precision: str
+    kernel_options: tuple[str, ...]
     device: str
     threads: int
     chunk_rows: int

@@ -1,15 +1,16 @@
 """Calibration: how many rows a chunk should have. Measured at load, on the thread that owns the device."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from .attribution import PREDICTED
+from .attribution import PREDICTED, Array
 from .device import free_memory
-from .kernel import Gradients
+from .kernel import Gradients, Kernel
 
 if TYPE_CHECKING:
     from .models.model import Model
@@ -24,10 +25,11 @@ CHECKED_EXAMPLES = 3
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A size of chunk that was measured."""
+    """A size of chunk that was measured, of a kernel with these options."""
 
     rows: int
     rows_per_second: float
+    configuration: str
     chosen: bool = False
 
 
@@ -40,13 +42,13 @@ def choose_chunk_rows(model: "Model", *, max_chunk_s: float, device_memory_limit
     """
     room = _rows_of_memory(model, device_memory_limit or free_memory(model.kernel.device))
     sizes = [1 << n for n in range(MAX_MEASURED_ROWS[model.kernel.device.type].bit_length())]
-    trials = [Trial(1, 1 / _seconds(model, 1))]
+    trials = [_trial(model, 1)]
 
     def measured(rows: int) -> bool:
         """Try a size, unless it must be expected to be too much; a row alone is slower than in company."""
         if rows > room or rows / trials[-1].rows_per_second > 2 * max_chunk_s:
             return False
-        trials.append(Trial(rows, rows / _seconds(model, rows)))
+        trials.append(_trial(model, rows))
         return trials[-1].rows_per_second >= PAST_ITS_BEST * max(trial.rows_per_second for trial in trials)
 
     for rows in sizes[sizes.index(DEFAULT_CHUNK_ROWS) :]:
@@ -61,7 +63,34 @@ def choose_chunk_rows(model: "Model", *, max_chunk_s: float, device_memory_limit
     best = max(trial.rows_per_second for trial in fitting)
     chosen = next(trial.rows for trial in fitting if trial.rows_per_second >= SHARE_OF_BEST * best)
     trials.sort(key=_rows)
-    return chosen, tuple(Trial(each.rows, each.rows_per_second, each.rows == chosen) for each in trials)
+    return chosen, tuple(replace(each, chosen=each.rows == chosen) for each in trials)
+
+
+def compare_exact(model: "Model") -> tuple[Trial, float]:
+    """Return what a kernel without the operator's options gives of the model, and how like its maps are to the model's.
+
+    Likeness is the mean of Spearman's rank correlations of maps of noise. Those of photographs may be less alike.
+    """
+    exact, rows = model.exact_kernel(), max(1, model.chunk_rows)
+    inputs = model.inputs_like(rows)
+    trial = Trial(rows, rows / _seconds(model, rows, kernel=exact), exact.told)
+    ours, theirs = (_maps(_run(model, inputs, kernel=kernel)) for kernel in (model.kernel, exact))
+    return trial, float(np.mean([_rank_correlation(a, b) for a, b in zip(ours, theirs, strict=True)]))
+
+
+def _maps(answer: Gradients) -> Array:
+    assert answer.gradients is not None  # noqa: S101
+    maps: Array = answer.gradients.abs().amax(dim=1).flatten(1).double().cpu().numpy()  # [n, H × W]
+    return maps
+
+
+def _rank_correlation(a: Array, b: Array) -> float:
+    ranks = [np.argsort(np.argsort(values)) for values in (a, b)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if len(a) > 1 else 1.0
+
+
+def _trial(model: "Model", rows: int) -> Trial:
+    return Trial(rows, rows / _seconds(model, rows), model.kernel.told)
 
 
 def _fits(trial: Trial, max_chunk_s: float) -> bool:
@@ -111,19 +140,19 @@ def _bytes(model: "Model", rows: int) -> int:
     return sum(kept.values()) + 2 * inputs.nbytes
 
 
-def _seconds(model: "Model", rows: int) -> float:
+def _seconds(model: "Model", rows: int, *, kernel: Kernel | None = None) -> float:
     inputs = model.inputs_like(rows)
-    _run(model, inputs)
+    _run(model, inputs, kernel=kernel)
     times = []
     for _ in range(RUNS):
         began = time.perf_counter()
-        _run(model, inputs)
+        _run(model, inputs, kernel=kernel)
         times.append(time.perf_counter() - began)
     return min(times)
 
 
-def _run(model: "Model", inputs: Tensor) -> Gradients:
-    answer = model.kernel.run(inputs, [PREDICTED] * len(inputs), [model.scores[0]] * len(inputs))
+def _run(model: "Model", inputs: Tensor, *, kernel: Kernel | None = None) -> Gradients:
+    answer = (kernel or model.kernel).run(inputs, [PREDICTED] * len(inputs), [model.scores[0]] * len(inputs))
     if inputs.device.type == "cuda":
         torch.cuda.synchronize(inputs.device)
     return answer

@@ -11,7 +11,8 @@ from .job import Result, Row
 from .kernel import Gradients
 from .methods.method import Reading
 from .models.model import Model
-from .staging import Arriving, Staging
+from .reduction import largest_absolute
+from .staging import Staging
 from .work import Work
 
 
@@ -31,12 +32,18 @@ class Chunk:
             gradient=first.sweep.gradient,
         )
         model.learn_output(self._answer.output_shape)
-        self._facts = Arriving(_facts(self._answer))
-        self._n_rows = len(rows)
+        self._facts = staging.leave(_facts(self._answer))
+        # All at once, and on their way while the device computes the next chunk: a map at a time would do neither.
+        self._mapped = [_is_largest_absolute(work) for work, _ in rows]
+        gradients = self._answer.gradients
+        self._maps = None
+        if gradients is not None and any(self._mapped):
+            self._maps = staging.leave(largest_absolute(gradients[: len(rows)]))
 
     def read(self) -> list[Reading]:
         """Return what each row gave."""
-        answer, rows = self._answer, range(self._n_rows)
+        answer, rows = self._answer, range(len(self._mapped))
+        maps = self._maps.wait() if self._maps else None
         predicted, explained, scores, probable = self._facts.wait().tolist()
         return [
             Reading(
@@ -48,9 +55,15 @@ class Chunk:
                 probabilities=answer.probabilities[i],
                 gradient=None if answer.gradients is None else answer.gradients[i],
                 activation=None if answer.activations is None else answer.activations[i],
+                map=maps[i] if maps is not None and self._mapped[i] else None,
             )
             for i in rows
         ]
+
+
+def _is_largest_absolute(work: Work) -> bool:
+    request = work.request
+    return request.method.is_largest_absolute(request.channels) and not work.prepared.top_k
 
 
 def _inputs(rows: Sequence[Row], work: Work, staging: Staging, *, padding: int) -> Tensor:
@@ -89,11 +102,15 @@ def _facts(answer: Gradients) -> Tensor:
 
 
 def to_host(results: Sequence[Result], staging: Staging) -> list[Array]:
-    """Return each result's maps, [k, …], on the host. Those of one shape cross the bus together."""
+    """Return each result's maps, [k, …], on the host. Those of one shape that are not there cross the bus together."""
     alike: dict[torch.Size, list[int]] = {}
-    for place, result in enumerate(results):
-        alike.setdefault(result.maps[0].shape, []).append(place)
     maps: list[Array] = [np.empty(0)] * len(results)
+    for place, result in enumerate(results):
+        first, *others = result.maps
+        if first.device.type == "cpu" and not others:
+            maps[place] = first[None].float().detach().numpy()
+        else:
+            alike.setdefault(first.shape, []).append(place)
     for places in alike.values():
         stacked = torch.stack([map_ for place in places for map_ in results[place].maps]).float()
         host = staging.to_host(stacked)

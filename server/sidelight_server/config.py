@@ -23,6 +23,7 @@ from pydantic_settings import (
 
 from .errors import ConfigurationError
 from .models.preprocessing import Interpolation
+from .options import Precision
 from .scores import Activation, Outputs
 
 FILE = Path("sidelight.toml")
@@ -75,7 +76,7 @@ class Settings(BaseModel):
     plaintext: bool = Field(False, description="allow addresses that are not loopback, although nothing is encrypted")
     drain_s: float = Field(30.0, ge=0, description="seconds that running work may take after SIGTERM; 0: none")
 
-    device: str = Field("auto", description="auto, cpu, cuda:N or mps")
+    device: str = Field("auto", description="auto, cpu, cuda:N or mps; several with commas share the work")
     threads: int = Field(0, ge=0, description="CPU threads of one operation; 0: the CPUs that this process may use")
     max_chunk_rows: int = Field(
         0, ge=0, le=4096, description="rows that the device runs at once, at most; 0: measured when a model is loaded"
@@ -84,6 +85,13 @@ class Settings(BaseModel):
     device_memory_limit: int = Field(
         0, ge=0, description="bytes that a chunk may take, where its rows are measured; 0: half of what is free"
     )
+    precision: Precision | None = Field(
+        None, description="the type that the model computes in; unset: that of its weights"
+    )
+    fold: bool = Field(False, description="fold BatchNorm into convolutions: faster, other last digits")
+    channels_last: bool = Field(False, description="lay pictures out by pixel: faster on most CPUs and GPUs")
+    compile: bool = Field(False, description="compile the model with torch.compile; needs a C compiler, and minutes")
+    cuda_graphs: bool = Field(False, description="on a GPU: replay recorded kernels for a ladder of chunk sizes")
     reproducible: bool = Field(False, description="the same bytes whatever the load, the place and the company")
     reproducible_rows: int = Field(
         1, ge=1, le=4096, description="rows of a reproducible chunk; more than 1 only where a check at load shows it"
@@ -95,11 +103,29 @@ class Settings(BaseModel):
     max_in_flight_bytes: int = Field(1024 * MEBIBYTE, ge=4096, description="bytes of those batches and their answers")
     max_example_rows: int = Field(10_000, ge=1, description="rows that a method may ask for one example")
     max_stream_in_flight: int = Field(32, ge=1, description="unanswered batches of one stream; reading pauses there")
+    max_stream_age_s: float = Field(
+        3600.0, ge=0, description="seconds after which a stream is answered and ended with OK; 0: without end"
+    )
+    stalled_write_s: float = Field(
+        60.0, ge=0, description="seconds that a caller may take to accept one answer of a stream; 0: without end"
+    )
+    keepalive_s: float = Field(30.0, ge=0, description="seconds between pings that find out dead callers; 0: no pings")
+
+    shared_memory: Path | None = Field(
+        None, description="the folder where streams may share memory, as /dev/shm; unset: none may"
+    )
+    max_region_bytes: int = Field(1024 * MEBIBYTE, ge=1, description="bytes of one region of shared memory")
+    max_stream_regions: int = Field(8, ge=1, description="regions of shared memory of one stream")
 
     def traits(self) -> dict[str, Any]:
         """Return what completes a model's specification."""
-        names = ("name", "input_size", "mean", "std", "resize", "interpolation", "outputs", "activation")
-        return {name: getattr(self, name) for name in names} | {"labels": _read_labels(self.labels)}
+        names = ("name", "input_size", "mean", "std", "resize", "interpolation", "outputs", "activation", "precision")
+        switches = ("fold", "channels_last", "compile", "cuda_graphs")
+        return (
+            {name: getattr(self, name) for name in names}
+            | {name: getattr(self, name) or None for name in switches}  # off says nothing against a specification's own
+            | {"labels": _read_labels(self.labels)}
+        )
 
 
 class _Process(Settings, BaseSettings):

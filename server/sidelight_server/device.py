@@ -16,6 +16,15 @@ MEMINFO = Path("/proc/meminfo")
 SHARE_OF_FREE_MEMORY = 0.5
 
 
+def choose_devices(wanted: str) -> tuple[torch.device, ...]:
+    """Return the devices that a list with commas names, as `choose_device` does each. A GPU may be named once."""
+    devices = tuple(choose_device(each.strip()) for each in wanted.split(","))
+    for device in devices:
+        if device.type != "cpu" and devices.count(device) > 1:
+            raise ConfigurationError(f'device: got "{wanted}", which names {device} twice')
+    return devices
+
+
 def choose_device(wanted: str) -> torch.device:
     """Return the device for "auto", "cpu", "cuda", "cuda:N" or "mps". `ConfigurationError` where there is none such."""
     if wanted == "auto":

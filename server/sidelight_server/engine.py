@@ -19,14 +19,14 @@ import numpy as np
 import torch
 
 from .attribution import Answer, Provenance, Request, Timing
-from .calibration import choose_chunk_rows, same_bytes
+from .calibration import choose_chunk_rows, compare_exact, same_bytes
 from .config import Settings
-from .device import choose_device, cpu_quota, make_deterministic
+from .device import choose_devices, cpu_quota, make_deterministic
 from .errors import ConfigurationError, NotFound, Unavailable, near
 from .models.model import Model
 from .models.spec import ModelSpec
 from .preparation import Prepared, input_shape, maps_shape, needs_decoding, needs_no_work, prepare, settled
-from .runner import Runner
+from .station import Station, least_busy
 from .stops import StopTimes
 from .work import Work
 
@@ -62,7 +62,7 @@ class _Clock:
 
 
 class Engine:
-    """Models on one device, and the thread that owns it.
+    """Models on one device, and the thread that owns it; or on several, each with a thread and replicas of its own.
 
     It is made at once; `start` (or `with`) begins to answer, `close` ends after the running chunk.
     `ConfigurationError` where a model cannot be served.
@@ -71,18 +71,14 @@ class Engine:
     def __init__(self, specs: Sequence[ModelSpec], settings: Settings | None = None) -> None:
         settings = settings or Settings()
         self.settings = settings
-        self.device = choose_device(settings.device)
-        self.threads = settings.threads or cpu_quota()
-        if settings.reproducible:
-            make_deterministic(self.device)
+        devices = choose_devices(settings.device)
+        self.device = ",".join(map(str, devices))
+        self.threads = settings.threads or max(1, cpu_quota() // max(1, [each.type for each in devices].count("cpu")))
         traits = settings.traits()
-        loaded = [Model(spec.completed(traits), device=self.device) for spec in specs]
-        self.models = {model.name: model for model in loaded}
-        if len(self.models) < len(loaded):
-            raise ConfigurationError(f"name: two models are called the same, of {[model.name for model in loaded]}")
-        for model in loaded:
-            self._limit(model)
-        self._runner = Runner(self.device, threads=self.threads, on_end=self._abandon)
+        completed = [spec.completed(traits) for spec in specs]
+        self._stations = [self._station(device, completed) for device in devices]
+        self.models = self._stations[0].models  # for what is the same on all devices
+        self._runner = self._stations[0].runner
         self._closing = threading.Event()
         # Decoding has threads of its own: what needs none must not wait behind another caller's forty large files.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="sidelight-prepare")
@@ -95,6 +91,16 @@ class Engine:
             ("python", platform.python_version()),
         )
 
+    def _station(self, device: torch.device, specs: Sequence[ModelSpec]) -> Station:
+        if self.settings.reproducible:
+            make_deterministic(device)
+        loaded = [Model(spec, device=device) for spec in specs]
+        if len({model.name for model in loaded}) < len(loaded):
+            raise ConfigurationError(f"name: two models are called the same, of {[model.name for model in loaded]}")
+        for model in loaded:
+            self._limit(model)
+        return Station(device, loaded, threads=self.threads, on_end=self._abandon)
+
     def __enter__(self) -> Self:
         self.start()
         return self
@@ -104,27 +110,30 @@ class Engine:
 
     def start(self) -> None:
         """Begin to answer."""
-        self._runner.start()
+        for station in self._stations:
+            station.runner.start()
 
     def close(self) -> None:
         """End after the running chunk. What is unanswered is `Unavailable`."""
         self._closing.set()
         for executor in (self._preparing, self._decoding):
             executor.shutdown(wait=False, cancel_futures=True)
-        self._runner.close()
+        for station in self._stations:
+            station.runner.close()
 
-    def _abandon(self) -> None:
-        """Fail what is unanswered: the thread that would answer it has ended."""
+    def _abandon(self, station: Station) -> None:
+        """Fail what is unanswered at a station: the thread that would answer it has ended."""
+        unanswered = [each for each in list(self._unanswered.items()) if each[0].model in station.models.values()]
         if not self._closing.is_set():
-            log.critical("event=device_thread_ended device=%s unanswered=%d", self.device, self.n_unanswered)
-        for work, answered in list(self._unanswered.items()):
+            log.critical("event=device_thread_ended device=%s unanswered=%d", station.device, len(unanswered))
+        for work, answered in unanswered:
             work.cancel()
             _call_from_thread(answered, lambda each: each.set_exception(Unavailable("the server is shutting down")))
 
     @property
     def stops(self) -> StopTimes:
         """How soon work ended on the device once it was cancelled."""
-        return self._runner.stops.times()
+        return sum((station.runner.stops.times() for station in self._stations), start=StopTimes())
 
     @property
     def n_unanswered(self) -> int:
@@ -152,17 +161,22 @@ class Engine:
         A wrong request raises a `SidelightError`; an example that fails alone is in `Answer.failures`. With a
         `progress`, maps that are not final can be had from it meanwhile.
         """
+        return await self._attribute(request, progress)
+
+    async def _attribute(self, request: Request, progress: Progress | None, at: Station | None = None) -> Answer:
         arrived_s = time.monotonic()
         model = self.model(request.model)
         method = settled(model, request, max_rows=self.settings.max_example_rows)
-        request = replace(request, method=method)
+        if method is not request.method:
+            request = replace(request, method=method)
         loop = asyncio.get_running_loop()
         prepared = await self._prepare(model, request)
         clock = _Clock(arrived_s, time.monotonic())
         answered: asyncio.Future[None] = loop.create_future()
+        station = at or least_busy(self._stations)
         work = Work(
             request,
-            model,
+            station.models[model.name],
             prepared,
             on_done=lambda: _call_from_thread(answered, _set_done),
             on_improved=_from_thread(loop, progress.improved.set) if progress else None,
@@ -172,24 +186,24 @@ class Engine:
         if work.pending:
             self._unanswered[work] = answered
             try:
-                self._runner.submit(work)
-                await answered
+                with station.holds(work):
+                    await answered
             finally:
-                self._runner.withdraw(work)
                 del self._unanswered[work]
         return self._answer(work, clock)
 
     async def _prepare(self, model: Model, request: Request) -> Prepared:
+        max_pixels = self.settings.max_image_pixels
+        if needs_no_work(model, request):
+            return prepare(model, request, max_pixels=max_pixels, is_gone=self._closing.is_set)
         left = threading.Event()
         preparing = functools.partial(
             prepare,
             model,
             request,
-            max_pixels=self.settings.max_image_pixels,
+            max_pixels=max_pixels,
             is_gone=lambda: left.is_set() or self._closing.is_set(),
         )
-        if needs_no_work(model, request):
-            return preparing()
         executor = self._decoding if needs_decoding(request.images) else self._preparing
         try:
             return await asyncio.get_running_loop().run_in_executor(executor, preparing)
@@ -205,16 +219,20 @@ class Engine:
 
         `ConfigurationError` where the settings ask for what a model cannot give.
         """
-        for model in self.models.values():
-            await asyncio.wrap_future(self._runner.call(functools.partial(self._calibrate, model)))
-            if model.preprocessing is not None:
-                shape = (model.preprocessing.height, model.preprocessing.width, model.preprocessing.channels)
-                for n in sorted({1, model.chunk_rows}):
-                    answer = await self.attribute(Request(np.zeros((n, *shape), np.uint8), model=model.name))
-                    if answer.failures:
-                        log.warning(
-                            'event=warm_up_failed model="%s" message=%r', model.name, answer.failures[0].message
-                        )
+        for station in self._stations:
+            for model in station.models.values():
+                await asyncio.wrap_future(station.runner.call(functools.partial(self._calibrate, model)))
+                if model.preprocessing is not None:
+                    await self._run_zeros(model, station)
+
+    async def _run_zeros(self, model: Model, station: Station) -> None:
+        assert model.preprocessing is not None  # noqa: S101
+        shape = (model.preprocessing.height, model.preprocessing.width, model.preprocessing.channels)
+        for n in sorted({1, model.chunk_rows}):
+            request = Request(np.zeros((n, *shape), np.uint8), model=model.name)
+            answer = await self._attribute(request, None, at=station)
+            if answer.failures:
+                log.warning('event=warm_up_failed model="%s" message=%r', model.name, answer.failures[0].message)
 
     def _limit(self, model: Model) -> None:
         """Set what the settings say of a model's chunks. What they leave open is measured in `warm_up`."""
@@ -238,6 +256,22 @@ class Engine:
                 log.warning(
                     'event=runs_differ model="%s" message="each run gives other bytes: rows run alone"', model.name
                 )
+        self._compare(model)
+
+    def _compare(self, model: Model) -> None:
+        """Measure what the operator's options bring, and tell the log everything that was tried."""
+        if model.preprocessing is None or model.kernel.options.is_exact:
+            return
+        exact, likeness = compare_exact(model)
+        model.warm_up = (exact, *model.warm_up)
+        for trial in model.warm_up:
+            log.info(
+                'event=tried model="%s" configuration=%s rows=%d rows_per_s=%.1f chosen=%s',
+                model.name, trial.configuration, trial.rows, trial.rows_per_second, str(trial.chosen).lower(),
+            )  # fmt: skip
+        log.info(
+            'event=compared model="%s" configuration=%s rank_correlation=%.4f', model.name, model.kernel.told, likeness
+        )
 
     def _answer(self, work: Work, clock: _Clock, *, final: bool = True) -> Answer:
         model, now_s = work.model, time.monotonic()
@@ -251,7 +285,8 @@ class Engine:
                 model_version=model.version,
                 model_digest=model.digest,
                 precision=model.precision,
-                device=str(self.device),
+                kernel_options=model.kernel.options.names,
+                device=str(model.kernel.device),
                 threads=self.threads,
                 chunk_rows=model.chunk_rows,
                 reproducible=model.reproducible,

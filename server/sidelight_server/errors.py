@@ -3,10 +3,12 @@
     SidelightError
     ├── InvalidArgument      a field of the request is wrong
     ├── NotFound             a model, label, layer or region that is not there
-    ├── FailedPrecondition   right in itself, but not for this model
+    ├── PermissionDenied     a region that the server's user may not open
+    ├── FailedPrecondition   right in itself, but not for this model, or not as the operator set this server
     ├── Unimplemented        in the schema, not served by this version
     ├── ResourceExhausted    over the permits, the memory or the message limit
     ├── Unavailable          the server is going away
+    ├── DataLoss             a region is shorter than was said, or was cut short
     ├── Cancelled            the caller took the batch back
     ├── DeadlineExceeded     the batch's time ran out
     └── Internal             the model or the server failed
@@ -62,6 +64,12 @@ class NotFound(SidelightError):
     code = 5
 
 
+class PermissionDenied(SidelightError):
+    """A file that the server's user may not open."""
+
+    code = 7
+
+
 class ResourceExhausted(SidelightError):
     """Over the permits, the memory or the message limit."""
 
@@ -69,7 +77,7 @@ class ResourceExhausted(SidelightError):
 
 
 class FailedPrecondition(SidelightError):
-    """Right in itself, but not for this model."""
+    """Right in itself, but not for this model, or not as the operator set this server."""
 
     code = 9
 
@@ -90,6 +98,12 @@ class Unavailable(SidelightError):
     """The server is going away."""
 
     code = 14
+
+
+class DataLoss(SidelightError):
+    """Shared memory does not hold what it was said to hold: its file was cut short."""
+
+    code = 15
 
 
 class ConfigurationError(Exception):

@@ -1,23 +1,27 @@
 """The explainer: one message's way through validation and engine, the same for unary calls and streams."""
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import TracebackType
 
 from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import tensor_pb2
 
 from . import replies, wire
 from .admission import Admission
-from .attribution import Answer, Request
+from .attribution import Answer, Files, Request
 from .engine import BYTES_OF_FLOAT32, Engine, Progress
-from .errors import DeadlineExceeded, Internal, ResourceExhausted, SidelightError
-from .tensors import map_itemsize
+from .errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, SidelightError
+from .frames import encode_answer
+from .regions import Regions, Span, span, undisturbed
+from .tensors import encoded, layout_of, map_itemsize
 
 log = logging.getLogger("sidelight")
 
-ENVELOPE_BYTES = wire.MAX_ID_BYTES + 16  # what the message around an answer adds: its id, tags and lengths
+# Maps of more are encoded in a worker thread. numpy, the join of large parts and the file system let go of the
+# interpreter meanwhile; protobuf never does, so parsing stays on the event loop.
+MANY_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,58 +32,85 @@ class Inquiry:
     request: Request
     n_bytes: int
     deadline_s: float | None  # on the event loop's clock
+    source: Span | None  # where the images are, if not in the message
+    sink: Span | None  # where the maps go, if not into the answer
 
 
 class Explainer:
-    """Explains messages on an engine, within the permits of `admission`, until `draining` is set."""
+    """Explains messages on an engine, within the permits of `admission`."""
 
     def __init__(self, engine: Engine) -> None:
         settings = engine.settings
         self._engine = engine
         self._limit_bytes = settings.max_message_bytes
-        self.draining = asyncio.Event()
         self.admission = Admission(max_requests=settings.max_in_flight, max_bytes=settings.max_in_flight_bytes)
 
-    def inquire(self, message: pb.AttributeRequest) -> Inquiry:
-        """Check a message that has just arrived. A `SidelightError` says what is wrong with it."""
+    def inquire(
+        self,
+        message: pb.AttributeRequest,
+        *,
+        n_bytes: int,
+        data: memoryview | None = None,
+        regions: Regions | None = None,
+        arrived_s: float | None = None,
+    ) -> Inquiry:
+        """Check a message that took so many bytes; its tensor's data may stand beside it.
+
+        A `SidelightError` says what is wrong with it. `regions` are those of its stream.
+        """
         with _telling(message.id):
             timeout_s = wire.timeout_s(message)
-            request = wire.parse(message)
+            request = wire.parse(message, data)
             answer_bytes, state_bytes = self._engine.held_bytes(request)
-        self._refuse_long_answer(answer_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32)
+            maps_bytes = answer_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32
+            source = _source(message.images, regions)
+            sink = _sink(message.output, maps_bytes, regions)
+        if sink is None:
+            self._refuse_long_answer(maps_bytes)
+        if arrived_s is None:
+            arrived_s = asyncio.get_running_loop().time()
         return Inquiry(
             message=message,
             request=request,
-            n_bytes=message.ByteSize() + answer_bytes + state_bytes,
-            deadline_s=None if timeout_s is None else asyncio.get_running_loop().time() + timeout_s,
+            n_bytes=n_bytes + (source.n_bytes if source else 0) + answer_bytes + state_bytes,
+            deadline_s=None if timeout_s is None else arrived_s + timeout_s,
+            source=source,
+            sink=sink,
         )
 
     async def admit(self, inquiry: Inquiry) -> None:
         """Wait for a permit and take it; `admission.release` gives it back."""
+        if self.admission.take(inquiry.n_bytes):
+            return
         try:
             async with asyncio.timeout_at(inquiry.deadline_s):
                 await self.admission.acquire(inquiry.n_bytes)
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed while the server was full") from None
 
-    async def explain(self, inquiry: Inquiry, progress: Progress | None = None) -> pb.Attribution:
-        """Return the answer. Nothing but a `SidelightError` says why there is none."""
+    async def explain(self, inquiry: Inquiry, progress: Progress | None = None) -> bytes:
+        """Return the answer's message. Nothing but a `SidelightError` says why there is none."""
         with _telling(inquiry.message.id):
-            try:
-                async with asyncio.timeout_at(inquiry.deadline_s):
-                    answer = await self._engine.attribute(inquiry.request, progress)
-            except TimeoutError:
-                raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
-            return self._reply(answer, inquiry)
+            return await self._reply(await self._answer(inquiry, progress), inquiry)
 
-    def reply(self, answer: Answer, inquiry: Inquiry) -> pb.Attribution:
+    async def reply(self, answer: Answer, inquiry: Inquiry) -> bytes:
         """Return the message of an answer, which may not be final. `SidelightError` where it cannot be sent."""
         with _telling(inquiry.message.id):
-            return self._reply(answer, inquiry)
+            return await self._reply(answer, inquiry)
 
-    def _reply(self, answer: Answer, inquiry: Inquiry) -> pb.Attribution:
-        reply = replies.result(answer, inquiry.message)
-        self._refuse_long_answer(reply.ByteSize() + ENVELOPE_BYTES)
+    async def _answer(self, inquiry: Inquiry, progress: Progress | None) -> Answer:
+        if inquiry.deadline_s is None:
+            return await self._engine.attribute(await _fetched(inquiry), progress)
+        try:
+            async with asyncio.timeout_at(inquiry.deadline_s):
+                return await self._engine.attribute(await _fetched(inquiry), progress)
+        except TimeoutError:
+            raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
+
+    async def _reply(self, answer: Answer, inquiry: Inquiry) -> bytes:
+        blocks = answer.maps.nbytes > MANY_BYTES or (answer.final and inquiry.sink is not None)
+        reply = await undisturbed(_encode, answer, inquiry) if blocks else _encode(answer, inquiry)
+        self._refuse_long_answer(len(reply))
         return reply
 
     def _refuse_long_answer(self, n_bytes: int) -> None:
@@ -90,13 +121,56 @@ class Explainer:
             )
 
 
-@contextlib.contextmanager
-def _telling(id_: str) -> Iterator[None]:
+def _source(images: tensor_pb2.Images, regions: Regions | None) -> Span | None:
+    if images.WhichOneof("source") != "shared":
+        return None
+    shared, field = images.shared, "images.shared"
+    return _span(shared, layout_of(shared, field=field).n_bytes, regions, field=field)
+
+
+def _sink(output: pb.Output, maps_bytes: int, regions: Regions | None) -> Span | None:
+    return _span(output.region, maps_bytes, regions, field="output.region") if output.HasField("region") else None
+
+
+def _span(shared: tensor_pb2.SharedTensor, n_bytes: int, regions: Regions | None, *, field: str) -> Span:
+    if regions is None:
+        raise InvalidArgument(f"{field}: regions of shared memory belong to streams; a unary call has none")
+    return span(regions.find(shared.region, field=field), shared.offset_bytes, n_bytes, field=field)
+
+
+async def _fetched(inquiry: Inquiry) -> Request:
+    """Return the request with its images, wherever they lie."""
+    source, request = inquiry.source, inquiry.request
+    if source is None or isinstance(request.images, Files):
+        return request
+    data = await undisturbed(source.read)
+    images = layout_of(inquiry.message.images.shared, field="images.shared").array(data)
+    return replace(request, images=images.reshape(request.images.shape))
+
+
+def _encode(answer: Answer, inquiry: Inquiry) -> bytes:
+    """Return the answer's message; where its maps go elsewhere, write them there."""
+    message = inquiry.message
+    maps = encoded(answer.maps, message.output.map_dtype or tensor_pb2.DATA_TYPE_FLOAT32)
+    sink = inquiry.sink if answer.final else None
+    if sink:
+        sink.write(maps.data)
+    all_shared = sink is not None and inquiry.source is not None
+    transport = pb.TRANSPORT_SHARED_MEMORY if all_shared else pb.TRANSPORT_INLINE
+    result = replies.result(answer, transport=transport)
+    return encode_answer(message.id, result, replies.provenance(answer, message), maps, is_inline=sink is None)
+
+
+class _telling:  # noqa: N801  (as contextlib has them; its own generators take longer than all that is done here)
     """Let nothing but a `SidelightError` out. Of anything else the log has the cause, and the caller no details."""
-    try:
-        yield
-    except SidelightError:
-        raise
-    except Exception as error:
-        log.exception("event=unexpected id=%r", id_)
-        raise Internal("the server failed; its log has the cause") from error
+
+    def __init__(self, id_: str) -> None:
+        self._id = id_
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if isinstance(error, Exception) and not isinstance(error, SidelightError):
+            log.error("event=unexpected id=%r", self._id, exc_info=error)
+            raise Internal("the server failed; its log has the cause") from error

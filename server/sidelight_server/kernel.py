@@ -5,9 +5,7 @@ alone: no parameter gets a gradient, and nothing of the caller's module is writt
 a shared module crash the process once two threads do it.)
 """
 
-import copy
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +13,14 @@ from torch import Tensor, nn
 
 from .attribution import Aim, Score
 from .errors import FailedPrecondition
+from .graphs import Recordings, recorder
 from .methods.method import Layer, Probe, Rectifiers
+from .options import KernelOptions
 from .probes import Guided, capture, chosen_layer, layers_of
+from .replica import Replica, replicate, weights_dtype
 from .scores import Head
+
+LEAST_EXPONENT = -125  # of a power of two whose inverse float32 holds too
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,40 +36,60 @@ class Gradients:
     activations: Tensor | None = None  # [n, c, h, w] of a layer
 
 
-def replicate(module: nn.Module) -> nn.Module:
-    """Return a frozen copy of a module in eval mode that shares its parameters' and buffers' storage.
-
-    The module itself is neither frozen, moved nor switched; training it further shows in the replica.
-    """
-    memo: dict[int, object] = {id(each): nn.Parameter(each.data, requires_grad=False) for each in module.parameters()}
-    memo |= {id(each): each for each in module.buffers()}
-    replica: nn.Module = copy.deepcopy(module, memo)
-    theirs = {id(each) for each in module.parameters()}
-    for each in replica.parameters():  # those that deepcopy made anew all the same, as it does for TorchScript
-        if each.requires_grad and id(each) not in theirs:
-            each.requires_grad_(False)
-    return replica.eval()
-
-
 class Kernel:
     """A replica of one model on one device.
 
+    `dtype` is that of points and gradients. With a precision of the operator's choice the module computes in that, and
+    all around it stays float32. Folding needs a `trial`, [n, C, H, W].
+
     Raises whatever the module raises, and `TypeError` or `ValueError` where it returns something else than [n, K] or
-    [n, K, h, w].
+    [n, K, h, w]; when it is made, `ConfigurationError` for an option that this module cannot have.
     """
 
-    def __init__(self, module: nn.Module, *, device: torch.device, head: Head | None = None) -> None:
-        floating = (each for each in module.parameters() if each.is_floating_point())
-        self.dtype = next((each.dtype for each in floating), torch.float32)
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device,
+        head: Head | None = None,
+        options: KernelOptions | None = None,
+        trial: Tensor | None = None,
+    ) -> None:
+        self.options = options or KernelOptions()
+        self.dtype = torch.float32 if self.options.precision else weights_dtype(module)
         self.device = device
         self.head = head or Head()
-        self._module = replicate(module).to(device)
+        self._replica = Replica(module, device=device, options=self.options, trial=trial)
+        self._hooked_replica: nn.Module | None = None
+        self._recordings: Recordings | None = None
         self._copies_inputs: bool | None = None  # not known before the first call
 
-    @functools.cached_property
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type that the module computes in."""
+        return self._replica.dtype
+
+    @property
+    def told(self) -> str:
+        """What runs, in a word: "float32", "bfloat16+fold"."""
+        return self.options.told(str(self.compute_dtype).removeprefix("torch."))
+
+    @property
     def _hooked(self) -> nn.Module:
         """A replica of its own for what hooks into the module. No weight is copied."""
-        return replicate(self._module)
+        if self._hooked_replica is None:
+            self._hooked_replica = replicate(self._replica.plain)
+        return self._hooked_replica
+
+    @property
+    def _records(self) -> bool:
+        return self.options.cuda_graphs
+
+    @property
+    def _recorded(self) -> Recordings:
+        if self._recordings is None:
+            self._recordings = Recordings(self.outputs_of, recorder(self.device))
+        return self._recordings
 
     def run(
         self,
@@ -81,26 +104,32 @@ class Kernel:
 
         A class beyond K is clamped: the caller, who learns K from the answer, refuses that row.
         """
+        if self._replica.is_stale:
+            self._replica.refresh()
+            self._hooked_replica = self._recordings = None
         inputs = inputs.detach()
         if not gradient:
             with torch.no_grad():
-                return self._read(self.outputs_of(inputs), aims, wanted)[0]
+                outputs = self._recorded.of(inputs).outputs(inputs) if self._records else self.outputs_of(inputs)
+                return self._read(outputs, aims, wanted)[0]
         match probe:
             case Layer(name):
                 return self._at_layer(inputs, aims, wanted, name)
             case Rectifiers.GUIDED:
                 with Guided() as guided:
-                    read = self._at_input(inputs, aims, wanted)
+                    read = self._at_input(inputs, aims, wanted, module=self._replica.plain)
                 if not guided.n_rectifiers:
                     raise FailedPrecondition("method.guided_backpropagation: the model has no rectifier to guide")
                 return read
+            case None if self._records:
+                return self._replayed(inputs, aims, wanted)
             case None:
                 return self._at_input(inputs, aims, wanted)
 
     def layers(self, inputs: Tensor) -> dict[str, tuple[int, int]]:
         """Return the layers that can be probed with such inputs, in the order in which they end: their h and w."""
         with torch.no_grad():
-            return layers_of(self._hooked, lambda: self._hooked(inputs.clone()))
+            return layers_of(self._hooked, lambda: self._hooked(self._arranged(inputs.clone())))
 
     def rows_touch(self, inputs: Tensor) -> bool:
         """Say whether one row's outputs depend on another row, for inputs of two rows, [2, C, H, W]."""
@@ -112,25 +141,57 @@ class Kernel:
             (gradients,) = torch.autograd.grad((outputs[0] * weights).sum(), inputs)
         return bool((gradients[1] != 0).any())
 
-    def outputs_of(self, inputs: Tensor) -> Tensor:
+    def outputs_of(self, inputs: Tensor, *, module: nn.Module | None = None) -> Tensor:
         """Return the module's outputs, [n, K] or [n, K, h, w]."""
-        return _checked(self._call(inputs), len(inputs))
+        return self._outputs(self._call(inputs, module or self._replica.module), len(inputs))
 
-    def _at_input(self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score]) -> Gradients:
+    def _at_input(
+        self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], *, module: nn.Module | None = None
+    ) -> Gradients:
         inputs.requires_grad_()
         with torch.enable_grad():
-            read, selected = self._read(self.outputs_of(inputs), aims, wanted)
-            (gradients,) = torch.autograd.grad(selected.sum(), inputs)
+            outputs = self.outputs_of(inputs, module=module)
+            read, selected = self._read(outputs, aims, wanted)
+            gradients = self._gradients(selected, outputs, inputs)
         return replace(read, gradients=gradients)
+
+    def _gradients(self, selected: Tensor, outputs: Tensor, leaf: Tensor) -> Tensor:
+        """Return the gradient of each row's score at a leaf of the graph, in the type of points."""
+        if self.compute_dtype != torch.float16:
+            (gradients,) = torch.autograd.grad(selected.sum(), leaf)
+            return gradients.to(self.dtype)
+        return self._sent_back(selected, outputs, lambda sent: torch.autograd.grad(outputs, leaf, grad_outputs=sent)[0])
+
+    def _replayed(self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score]) -> Gradients:
+        """Return what `_at_input` does, from recordings of the passes on both sides of the head."""
+        recording = self._recorded.of(inputs)
+        with torch.enable_grad():
+            outputs = recording.outputs(inputs).requires_grad_()
+            read, selected = self._read(outputs, aims, wanted)
+            gradients = self._sent_back(selected, outputs, recording.gradients)
+        return replace(read, gradients=gradients)
+
+    def _sent_back(self, selected: Tensor, outputs: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the gradients of scores where `back` takes those at the outputs to."""
+        (sent,) = torch.autograd.grad(selected.sum(), outputs)
+        if self.compute_dtype != torch.float16:
+            return back(sent).to(self.dtype)
+        # A sure probability's gradient is less than float16 holds. So what goes back through the module is each row's
+        # own, scaled by a power of two to about 1, and what comes out is scaled back, without another rounding.
+        largest = sent.flatten(1).abs().amax(dim=1)  # [n]
+        exponent = torch.frexp(largest).exponent.clamp(min=LEAST_EXPONENT)
+        scale = torch.ldexp(torch.ones_like(largest), -exponent)
+        return _row_by_row(back(_row_by_row(sent, scale)).to(self.dtype), 1 / scale)
 
     def _at_layer(self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], name: str) -> Gradients:
         if not name:  # the last with spatial extent, which is not known beforehand if the model takes any size
             name = chosen_layer(name, self.layers(inputs[:1]), [])
         # The graph begins at the layer: what lies before it is run without one.
         with torch.enable_grad(), capture(self._hooked, name) as captured:
-            read, selected = self._read(_checked(self._hooked(inputs.clone()), len(inputs)), aims, wanted)
-            (gradients,) = torch.autograd.grad(selected.sum(), captured.leaf[0])
-        return replace(read, gradients=gradients, activations=captured.leaf[0].detach())
+            outputs = self._outputs(self._hooked(self._arranged(inputs.clone())), len(inputs))
+            read, selected = self._read(outputs, aims, wanted)
+            gradients = self._gradients(selected, outputs, captured.leaf[0])
+        return replace(read, gradients=gradients, activations=captured.leaf[0].detach().to(self.dtype))
 
     def _read(self, outputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score]) -> tuple[Gradients, Tensor]:
         """Return what outputs say, and the scores, [n], with their graph."""
@@ -143,23 +204,34 @@ class Kernel:
         shape = (probabilities.shape[1], *outputs.shape[2:])
         return Gradients(explained, selected.detach(), predicted, probabilities, shape), selected
 
-    def _call(self, inputs: Tensor) -> object:
+    def _arranged(self, inputs: Tensor) -> Tensor:
+        """Return inputs in the type and the layout that the module computes in: themselves, unless that is chosen."""
+        if not self.options.channels_last:
+            return inputs.to(self.compute_dtype)
+        return inputs.to(self.compute_dtype, memory_format=torch.channels_last)
+
+    def _outputs(self, outputs: object, n: int) -> Tensor:
+        checked = _checked(outputs, n)
+        return checked.to(self.dtype) if self.options.precision else checked
+
+    def _call(self, inputs: Tensor, module: nn.Module) -> object:
         """Run the module. One that begins with an in-place operation gets a copy: the points themselves stay as is."""
-        if self._copies_inputs:
-            return self._module(inputs.clone())
+        arranged = self._arranged(inputs)
+        if arranged is not inputs or self._copies_inputs:
+            return module(inputs.clone() if arranged is inputs else arranged)
         if inputs.requires_grad:
             try:
-                return self._module(inputs)
+                return module(inputs)
             except RuntimeError as error:
                 if "a leaf Variable that requires grad" not in str(error):
                     raise
             self._copies_inputs = True
-            return self._module(inputs.clone())
+            return module(inputs.clone())
         if self._copies_inputs is False:
-            return self._module(inputs)
+            return module(inputs)
         copied = inputs.clone()
         before = copied._version
-        outputs = self._module(copied)
+        outputs = module(copied)
         self._copies_inputs = copied._version != before
         return outputs
 
@@ -170,6 +242,10 @@ def _checked(outputs: object, n: int) -> Tensor:
     if outputs.ndim not in (2, 4) or outputs.shape[0] != n or 0 in outputs.shape:
         raise ValueError(f"the model returned {list(outputs.shape)} for {n} examples, expected [n, K] or [n, K, h, w]")
     return outputs
+
+
+def _row_by_row(rows: Tensor, factors: Tensor) -> Tensor:
+    return rows * factors.view(-1, *[1] * (rows.ndim - 1)).to(rows.dtype)
 
 
 def _classes(aims: Sequence[Aim], predicted: Tensor, n_classes: int) -> Tensor:

@@ -29,6 +29,7 @@ from .models.model import Model
 from .models.preprocessing import Geometry, Preprocessing
 from .staging import is_finite
 
+FEW_BYTES = 1024 * 1024  # which take 0.1 ms to be found finite, as long as it takes to wake a thread
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 _Fitted = tuple[Array, Geometry | None] | SidelightError
@@ -85,11 +86,13 @@ def settled(model: Model, request: Request, *, max_rows: int) -> Method:
 
 
 def needs_no_work(model: Model, request: Request) -> bool:
-    """Say whether examples are taken as they are, pixels of the input's size: a thread would cost more than save."""
+    """Say whether examples are taken as they are, and soon looked at: a thread would cost more than save."""
     fixed, images = model.preprocessing, request.images
-    if isinstance(images, Files) or images.dtype != np.uint8 or fixed is None or request.method.given is not None:
+    if isinstance(images, Files) or request.method.given is not None:
         return False
-    return fixed.leaves(*images.shape[1:3])
+    if images.dtype != np.uint8:
+        return images.nbytes <= FEW_BYTES
+    return fixed is not None and fixed.leaves(*images.shape[1:3])
 
 
 def needs_decoding(images: Files | Array) -> bool:
@@ -112,14 +115,19 @@ def maps_shape(model: Model, request: Request) -> tuple[int, ...]:
 
 def _fit(model: Model, images: Files | Array, *, max_pixels: int, is_gone: Callable[[], bool]) -> list[_Fitted]:
     if not isinstance(images, Files) and images.dtype != np.uint8:
-        with np.errstate(over="ignore"):  # what the model's type cannot hold becomes infinite, and is refused as that
-            staged = images.astype(model.staged_dtype, copy=False)
-        return [_checked(each, largest=model.largest) for each in staged]
+        return [_checked(each, largest=model.largest) for each in _staged(images, model.staged_dtype)]
     preprocessing = model.preprocessing
     assert preprocessing is not None  # noqa: S101  (its shape was asked for)
     if isinstance(images, Files):
         return [_decoded(preprocessing, each, max_pixels=max_pixels, is_gone=is_gone) for each in images.files]
     return [preprocessing.fit(each) for each in images]
+
+
+def _staged(images: Array, dtype: np.dtype[np.generic]) -> Array:
+    if images.dtype == dtype:
+        return images
+    with np.errstate(over="ignore"):  # what the model's type cannot hold becomes infinite, and is refused as that
+        return images.astype(dtype)
 
 
 def _decoded(preprocessing: Preprocessing, file: bytes, *, max_pixels: int, is_gone: Callable[[], bool]) -> _Fitted:

@@ -1,41 +1,52 @@
 """The wire, outwards: answers, failures and models become messages."""
 
+import functools
 from collections.abc import Iterable
 
 from google.protobuf.duration_pb2 import Duration
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, tensor_pb2
 
-from .attribution import Answer, Convergence, Explained, Explanation
+from .attribution import Answer, Convergence, Explained, Explanation, Provenance
 from .engine import Engine
 from .enums import number_of
 from .errors import SidelightError
 from .method_messages import method_message
 from .models.model import Model
 from .models.preprocessing import Geometry
-from .tensors import tensor_of
+from .tensors import encoded
 from .wire import CHANNELS, SCORES
 
 
-def result(answer: Answer, message: pb.AttributeRequest) -> pb.Attribution:
-    """Return the message of an answer to a request's message."""
+def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attribution:
+    """Return the message of an answer without its maps and its provenance: `frames` adds them."""
     return pb.Attribution(
-        maps=tensor_of(answer.maps, message.output.map_dtype or tensor_pb2.DATA_TYPE_FLOAT32),
         examples=[_example(each, answer.labels) for each in answer.explanations],
         failures=[
             pb.ExampleFailure(example=each.example, code=each.code, message=each.message) for each in answer.failures
         ],
-        probabilities=None if answer.probabilities is None else tensor_of(answer.probabilities),
-        provenance=_provenance(answer, message),
+        probabilities=None if answer.probabilities is None else encoded(answer.probabilities).tensor(),
         timing=pb.Timing(
             prepare=duration(answer.timing.prepare_s),
             queue=duration(answer.timing.queue_s),
             compute=duration(answer.timing.compute_s),
             total=duration(answer.timing.total_s),
         ),
-        transport=pb.TRANSPORT_INLINE,
+        transport=transport,
         final=answer.final,
     )
+
+
+def provenance(answer: Answer, message: pb.AttributeRequest) -> bytes:
+    """Return the bytes of a `Provenance`: what was asked, and where. The latter is the same answer after answer."""
+    request = answer.request
+    asked = pb.Provenance(
+        method=method_message(request.method),
+        target=message.target,
+        score=number_of(SCORES, request.score),
+        channels=number_of(CHANNELS, request.channels),
+    )
+    return asked.SerializeToString() + _facts(answer.provenance)
 
 
 def failure(error: SidelightError) -> pb.Failure:
@@ -67,7 +78,7 @@ def model_info(engine: Engine, model: Model, *, whole: bool) -> model_pb2.ModelI
         chunk_rows=model.chunk_rows,
         warmup=[
             model_pb2.WarmupEntry(
-                configuration=model.precision,
+                configuration=trial.configuration,
                 rows=trial.rows,
                 rows_per_second=trial.rows_per_second,
                 chosen=trial.chosen,
@@ -75,6 +86,7 @@ def model_info(engine: Engine, model: Model, *, whole: bool) -> model_pb2.ModelI
             for trial in model.warm_up
         ],
         reproducible=model.reproducible,
+        kernel_options=model.kernel.options.names,
     )
 
 
@@ -146,16 +158,12 @@ def _geometry(geometry: Geometry) -> tensor_pb2.Geometry:
     )
 
 
-def _provenance(answer: Answer, message: pb.AttributeRequest) -> pb.Provenance:
-    request, facts = answer.request, answer.provenance
+@functools.lru_cache(maxsize=64)
+def _facts(facts: Provenance) -> bytes:
     return pb.Provenance(
         model=facts.model,
         model_version=facts.model_version,
         model_digest=facts.model_digest,
-        method=method_message(request.method),
-        target=message.target,
-        score=number_of(SCORES, request.score),
-        channels=number_of(CHANNELS, request.channels),
         precision=facts.precision,
         device=facts.device,
         threads=facts.threads,
@@ -163,7 +171,8 @@ def _provenance(answer: Answer, message: pb.AttributeRequest) -> pb.Provenance:
         software=_software(facts.software),
         reproducible=facts.reproducible,
         baseline_digest=facts.baseline_digest,
-    )
+        kernel_options=facts.kernel_options,
+    ).SerializeToString()
 
 
 def _software(versions: Iterable[tuple[str, str]]) -> list[pb.SoftwareVersion]:

@@ -55,6 +55,11 @@ class Runner:
         """Begin to run chunks."""
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests can be submitted."""
+        return not self._closed and self._thread.is_alive()
+
     def submit(self, work: Work) -> None:
         """Let a request join the ring. `Unavailable` unless the runner runs."""
         with self._changed:
@@ -95,7 +100,7 @@ class Runner:
             self._thread.join()
 
     def _refuse_if_ended(self) -> None:
-        if self._closed or not self._thread.is_alive():
+        if not self.is_alive:
             raise Unavailable("the server is not running, or is shutting down")
 
     def _run(self) -> None:

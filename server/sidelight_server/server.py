@@ -20,9 +20,14 @@ from .errors import ConfigurationError
 from .explainer import Explainer
 from .memory import keep_freed
 from .models import source
-from .service import AttributionService, ModelService, Undecodable
+from .regions import SharedMemory
+from .service import AttributionService, Framing, ModelService
 
 log = logging.getLogger("sidelight")
+
+# Callers may ping every 10 s. Pings arrive early by a jitter, and the third one that does would end the connection.
+MIN_PING_INTERVAL_MS = 5_000
+KEEPALIVE_TIMEOUT_S = 10.0  # for an answer to a ping
 
 SERVICES = (
     pb.DESCRIPTOR.services_by_name["AttributionService"].full_name,
@@ -38,24 +43,22 @@ class Server:
         self._listen = listen
         self._plaintext = plaintext
         self._health = health.aio.HealthServicer()
+        self._shared: SharedMemory | None = None
         self.explainer = Explainer(engine)
         self.addresses: list[str] = []
 
     async def start(self) -> None:
         """Bind, warm up, and begin to answer. `addresses` then says where."""
-        limit = self._engine.settings.max_message_bytes
-        self._server = grpc.aio.server(
-            interceptors=[Undecodable()],
-            options=[
-                ("grpc.max_receive_message_length", limit),
-                ("grpc.max_send_message_length", limit),
-                # Two servers on one port would each get a share of the calls, and nobody would know.
-                ("grpc.so_reuseport", 0),
-            ],
-        )
-        attribution_pb2_grpc.add_AttributionServiceServicer_to_server(
-            AttributionService(self._engine, self.explainer), self._server
-        )
+        settings = self._engine.settings
+        if settings.shared_memory:
+            self._shared = SharedMemory(
+                settings.shared_memory,
+                max_region_bytes=settings.max_region_bytes,
+                max_stream_regions=settings.max_stream_regions,
+            )
+        self._server = grpc.aio.server(interceptors=[Framing()], options=_options(settings))
+        self._service = AttributionService(self._engine, self.explainer, self._shared)
+        attribution_pb2_grpc.add_AttributionServiceServicer_to_server(self._service, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._engine), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -68,17 +71,46 @@ class Server:
     async def stop(self, *, drain_s: float) -> None:
         """Take nothing new in, let running work end within `drain_s`, and stop."""
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
-        self.explainer.draining.set()
+        self._service.drain()
         await self._server.stop(drain_s)
-        await asyncio.to_thread(self._engine.close)  # it waits for the running chunk
+        await asyncio.to_thread(self._close)  # the engine waits for the running chunk
 
     def abandon(self) -> None:
         """End what a start that failed has begun."""
+        self._close()
+
+    def _close(self) -> None:
         self._engine.close()
+        if self._shared:
+            self._shared.close()
+            self._shared = None
 
     async def _set_health(self, status: Any) -> None:
         for service in ("", *SERVICES):
             await self._health.set(service, status)
+
+
+def _options(settings: Settings) -> list[tuple[str, int]]:
+    """Return what gRPC is told."""
+    options = [
+        ("grpc.max_receive_message_length", settings.max_message_bytes),
+        ("grpc.max_send_message_length", settings.max_message_bytes),
+        # Two servers on one port would each get a share of the calls, and nobody would know.
+        ("grpc.so_reuseport", 0),
+        # With or without a call, to find out whether this server is there.
+        ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
+        ("grpc.keepalive_permit_without_calls", 1),
+    ]
+    if settings.keepalive_s:
+        timeout_ms = round(1000 * min(settings.keepalive_s, KEEPALIVE_TIMEOUT_S))
+        options += [
+            ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
+            ("grpc.keepalive_timeout_ms", timeout_ms),
+            # Without this one a dead caller was seen to be kept for a minute more.
+            ("grpc.http2.ping_timeout_ms", timeout_ms),
+            ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
+        ]
+    return options
 
 
 def load(settings: Settings) -> Engine:

@@ -6,16 +6,18 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
-from google.protobuf.message import DecodeError, Message
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 
 from . import replies
 from .engine import Engine
-from .errors import InvalidArgument, SidelightError, Unimplemented
+from .errors import SidelightError, Unimplemented
 from .explainer import Explainer
+from .frames import Decoded, decode_request, decode_stream_request, encode
 from .method_messages import SERVED_METHODS
+from .regions import Regions, SharedMemory
 from .stream import Stream
+from .wire import MAX_EXAMPLES
 
 RETRY_TRAILER = "retry-after-ms"
 
@@ -27,33 +29,59 @@ if TYPE_CHECKING:
 
 
 class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
-    """`sidelight.v1.AttributionService` on an engine."""
+    """`sidelight.v1.AttributionService` on an engine. Its messages come and go as `Framing` makes them."""
 
-    def __init__(self, engine: Engine, explainer: Explainer) -> None:
+    def __init__(self, engine: Engine, explainer: Explainer, shared: SharedMemory | None) -> None:
         self._engine = engine
         self._explainer = explainer
+        self._shared = shared
+        self._streams: set[Stream] = set()
+        self._is_draining = False
 
-    async def Attribute(self, request: pb.AttributeRequest | SidelightError, context: Context) -> pb.AttributeResponse:  # noqa: N802
+    def drain(self) -> None:
+        """Let no stream take anything new in."""
+        self._is_draining = True
+        for stream in self._streams:
+            stream.end("shutdown")
+
+    # The generated stub knows messages alone, neither what is decoded around them nor bytes that are encoded already.
+    async def Attribute(  # type: ignore[override]  # noqa: N802
+        self, received: Decoded[pb.AttributeRequest], context: Context
+    ) -> bytes:
         """Explain one batch."""
         try:
-            if isinstance(request, SidelightError):
-                raise request
-            inquiry = self._explainer.inquire(request)
+            if isinstance(received, SidelightError):
+                raise received
+            inquiry = self._explainer.inquire(received.message, n_bytes=received.n_bytes, data=received.data)
             permit = contextlib.ExitStack()
             permit.enter_context(self._explainer.admission.enter(inquiry.n_bytes))
             # Once the answer is written, not when it is made. (The stubs know callbacks as a class, not as a protocol.)
             context.add_done_callback(lambda _: permit.close())  # type: ignore[arg-type]
-            return pb.AttributeResponse(id=request.id, result=await self._explainer.explain(inquiry))
+            return await self._explainer.explain(inquiry)
         except SidelightError as error:
             await abort(context, error)
 
-    # The generated stub knows only handlers that yield; one that writes lets answers overtake each other.
+    # As above; and it knows only handlers that yield: one that writes lets answers overtake each other.
     async def AttributeStream(  # type: ignore[override]  # noqa: N802
         self, request_iterator: object, context: Context
     ) -> None:
         """Explain many batches over one connection."""
-        stream = Stream(context, self._explainer, max_in_flight=self._engine.settings.max_stream_in_flight)
-        await stream.run()
+        settings = self._engine.settings
+        stream = Stream(
+            context,
+            self._explainer,
+            Regions(self._shared),
+            max_in_flight=settings.max_stream_in_flight,
+            max_age_s=settings.max_stream_age_s,
+            stalled_write_s=settings.stalled_write_s,
+        )
+        if self._is_draining:
+            stream.end("shutdown")
+        self._streams.add(stream)
+        try:
+            await stream.run()
+        finally:
+            self._streams.discard(stream)
 
     async def GetServerInfo(  # noqa: N802
         self, request: pb.GetServerInfoRequest, context: Context
@@ -69,12 +97,15 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
                 max_in_flight_bytes=settings.max_in_flight_bytes,
                 max_stream_in_flight=settings.max_stream_in_flight,
                 max_example_rows=settings.max_example_rows,
+                max_batch_examples=MAX_EXAMPLES,
+                max_stream_age=replies.duration(settings.max_stream_age_s) if settings.max_stream_age_s else None,
             ),
             methods=SERVED_METHODS,
             models=[replies.model_info(self._engine, each, whole=False) for each in self._engine.models.values()],
             stops=pb.Stops(
                 count=stops.count, mean=replies.duration(stops.mean_s), longest=replies.duration(stops.longest_s)
             ),
+            shared_memory=_shared_memory(self._shared) if self._shared else None,
         )
 
 
@@ -110,15 +141,15 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         await abort(context, Unimplemented("ReloadModel: reloading is not served by this version; restart the server"))
 
 
-class Undecodable(grpc.aio.ServerInterceptor):
-    """Lets bytes that are no message through as the error that says so: gRPC's own way would end a whole stream."""
+class Framing(grpc.aio.ServerInterceptor):
+    """Decodes and encodes the messages that hold tensors as `frames` does, instead of the generated code."""
 
     async def intercept_service(
         self,
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler | None":
-        """Return the call's handler, its decoding made tolerant."""
+        """Return the call's handler, its messages framed."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_deserializer not in _DECODERS:
             return handler
@@ -127,22 +158,13 @@ class Undecodable(grpc.aio.ServerInterceptor):
         return made(
             behaviour,
             request_deserializer=_DECODERS[handler.request_deserializer],
-            response_serializer=handler.response_serializer,
+            response_serializer=encode,
         )
 
 
-def _tolerant(decode: Callable[[bytes], Message]) -> Callable[[bytes], Message | SidelightError]:
-    def decode_or_say(data: bytes) -> Message | SidelightError:
-        try:
-            return decode(data)
-        except DecodeError:
-            return InvalidArgument(f"message: {len(data)} bytes that cannot be decoded")
-
-    return decode_or_say
-
-
-_DECODERS = {
-    decode: _tolerant(decode) for decode in (pb.AttributeRequest.FromString, pb.AttributeStreamRequest.FromString)
+_DECODERS: dict[Any, Callable[[bytes], Any]] = {
+    pb.AttributeRequest.FromString: decode_request,
+    pb.AttributeStreamRequest.FromString: decode_stream_request,
 }
 
 
@@ -151,3 +173,11 @@ async def abort(context: Context, error: SidelightError) -> NoReturn:
     trailers = () if error.retry_delay_s is None else ((RETRY_TRAILER, str(round(error.retry_delay_s * 1000))),)
     await context.abort(STATUSES[error.code], error.message, trailers)
     raise AssertionError("abort always raises")
+
+
+def _shared_memory(shared: SharedMemory) -> pb.SharedMemory:
+    return pb.SharedMemory(
+        directory=str(shared.path),
+        max_region_bytes=shared.max_region_bytes,
+        max_stream_regions=shared.max_stream_regions,
+    )

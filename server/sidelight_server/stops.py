@@ -16,6 +16,11 @@ class StopTimes:
         """The mean; 0 where there was none."""
         return self.total_s / self.count if self.count else 0.0
 
+    def __add__(self, other: "StopTimes") -> "StopTimes":
+        """Return the times of both."""
+        longest_s = max(self.longest_s, other.longest_s)
+        return StopTimes(self.count + other.count, self.total_s + other.total_s, longest_s)
+
 
 class Stops:
     """A record of stops. The thread that owns the device alone writes it; any may read, for it is replaced whole."""

@@ -1,152 +1,171 @@
 """The stream: many batches in flight on one connection. Nothing about one batch ends it."""
 
 import asyncio
-import contextlib
+from typing import Any, Literal
 
 import grpc
 from sidelight.v1 import attribution_pb2 as pb
 
-from . import replies
-from .engine import Progress
-from .errors import Cancelled, DeadlineExceeded, InvalidArgument, SidelightError, Unimplemented
-from .explainer import Explainer, Inquiry
+from .batch import Batch, failed
+from .errors import InvalidArgument, SidelightError
+from .explainer import Explainer
+from .frames import Decoded, Received
+from .outlet import Outlet, StalledError
+from .regions import Regions
 
-Context = grpc.aio.ServicerContext[pb.AttributeStreamRequest, pb.AttributeStreamResponse]
-_Explaining = asyncio.Task[pb.Attribution | SidelightError]
+END_TRAILER = "sidelight-end"
+
+Cause = Literal["age", "shutdown", "stalled"]
+Context = grpc.aio.ServicerContext[Any, Any]
 
 
 class Stream:
     """One call of `AttributeStream`.
 
-    A batch that was read gets one of the stream's own slots, and a permit, before the next message is read: a caller
-    who sends faster than the device runs, or does not take its answers, is held back by gRPC's flow control. Both are
-    held until the answer is written. A cancel needs neither, so it is read while all slots are taken, unless another
-    batch came before it: that one waits, and nothing behind it is read.
+    A batch that was read gets one of the stream's own slots, and a permit, before the next is read: a caller who sends
+    faster than the device runs, or does not take its answers, is held back by gRPC's flow control. While one waits, all
+    that is not a batch is still read, and one batch more: a cancel needs neither slot nor permit.
     """
 
-    def __init__(self, context: Context, explainer: Explainer, *, max_in_flight: int) -> None:
+    def __init__(
+        self,
+        context: Context,
+        explainer: Explainer,
+        regions: Regions,
+        *,
+        max_in_flight: int,
+        max_age_s: float,
+        stalled_write_s: float,
+    ) -> None:
         self._context = context
         self._explainer = explainer
+        self._regions = regions
+        self._max_age_s = max_age_s
+        self._stalled_write_s = stalled_write_s
+        self._outlet = Outlet(context, stalled_write_s=stalled_write_s)
         self._slots = asyncio.Semaphore(max_in_flight)
-        self._writing = asyncio.Lock()
-        self._unanswered: dict[str, asyncio.Task[pb.Attribution | SidelightError]] = {}
+        self._admitting = asyncio.Lock()  # held for the one batch that waits
+        self._unanswered: dict[str, Batch] = {}
+        self._reader: asyncio.Task[None] | None = None  # while it waits for a message
+        self._end: Cause | None = None
 
     async def run(self) -> None:
-        """Serve until the caller has sent all, or the server drains, and every batch that was read is answered."""
+        """Serve until the caller has sent all, or `end` is called, and every batch that was read is answered."""
         # Said at once, so that a caller knows that somebody is there before it hands a batch over.
         await self._context.send_initial_metadata(())
-        async with asyncio.TaskGroup() as group:
-            draining = group.create_task(self._explainer.draining.wait())
-            while message := await self._read(draining):
-                await self._receive(message, group)
-            draining.cancel()
-        if self._explainer.draining.is_set():
-            unavailable = "the server is shutting down; what has no answer was not begun"
-            await self._context.abort(grpc.StatusCode.UNAVAILABLE, unavailable)
+        ageing = asyncio.get_running_loop().call_later(self._max_age_s, self.end, "age") if self._max_age_s else None
+        try:
+            async with asyncio.TaskGroup() as group:
+                while received := await self._read():
+                    await self._receive(received, group)
+        except* StalledError:
+            self._end = "stalled"
+        finally:
+            if ageing:
+                ageing.cancel()
+            self._regions.close()
+        await self._say_why()
 
-    async def _read(self, draining: asyncio.Task[bool]) -> pb.AttributeStreamRequest | SidelightError | None:
+    def end(self, cause: Cause) -> None:
+        """Read no more. What was read is answered, then the stream ends."""
+        self._end = self._end or cause
+        if self._reader:
+            self._reader.cancel()
+            self._reader = None
+
+    async def _say_why(self) -> None:
+        """End the call: with OK where the caller has sent all, or may send the rest on another stream."""
+        trailers = ((END_TRAILER, self._end),) if self._end else ()
+        match self._end:
+            case "shutdown":
+                unavailable = "the server is shutting down; what has no answer was not begun"
+                await self._context.abort(grpc.StatusCode.UNAVAILABLE, unavailable, trailers)
+            case "stalled":
+                # gRPC sends it behind the answer that waits: it comes once the caller reads again. Until then, or until
+                # the caller goes away, this call stays, and that one answer with it; permits and files are given back.
+                stalled = (
+                    f"an answer was not accepted within {self._stalled_write_s:g} s (the server's stalled_write_s): "
+                    "read answers while batches are sent"
+                )
+                await self._context.abort(grpc.StatusCode.ABORTED, stalled, trailers)
+            case _:
+                self._context.set_trailing_metadata(trailers)
+
+    async def _read(self) -> Decoded[pb.AttributeStreamRequest] | None:
         """Return the next message, or what is wrong with it; None when no more is taken."""
-        reading = asyncio.ensure_future(self._context.read())
-        await asyncio.wait([reading, draining], return_when=asyncio.FIRST_COMPLETED)
-        if not reading.done():
-            reading.cancel()
+        if self._end:
             return None
-        message = reading.result()
-        return message if isinstance(message, pb.AttributeStreamRequest | SidelightError) else None
+        self._reader = asyncio.current_task()
+        try:
+            message = await self._context.read()
+        except asyncio.CancelledError:
+            # `end` is one who cancels; gRPC, where the caller has gone, and a batch that stalled are the others.
+            this = asyncio.current_task()
+            if self._reader or not this or this.uncancel():
+                raise
+            return None
+        finally:
+            self._reader = None
+        return None if message is grpc.aio.EOF else message
 
-    async def _receive(self, message: pb.AttributeStreamRequest | SidelightError, group: asyncio.TaskGroup) -> None:
-        if isinstance(message, SidelightError):
-            await self._fail("", message)
+    async def _receive(self, received: Decoded[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
+        if isinstance(received, SidelightError):
+            await self._fail("", received)
             return
-        match message.WhichOneof("request"):
+        match received.message.WhichOneof("request"):
             case "attribute":
-                await self._admit(message.attribute, group)
+                await self._begin(received, group)
             case "cancel":
-                self._cancel(message.cancel.id)
+                if batch := self._unanswered.get(received.message.cancel.id):
+                    batch.take_back()
             case "register_region":
-                unserved = Unimplemented("register_region: shared memory is not served by this version")
-                await self._fail(message.register_region.id, unserved)
+                await self._register(received.message.register_region)
             case _:
                 await self._fail("", InvalidArgument("request: unset; expected attribute, cancel or register_region"))
 
-    async def _admit(self, request: pb.AttributeRequest, group: asyncio.TaskGroup) -> None:
+    async def _begin(self, received: Received[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
+        arrived_s = asyncio.get_running_loop().time()
+        await self._admitting.acquire()
+        request = received.message.attribute
+        try:
+            self._check_id(request.id)
+            inquiry = self._explainer.inquire(
+                request, n_bytes=received.n_bytes, data=received.data, regions=self._regions, arrived_s=arrived_s
+            )
+        except SidelightError as error:
+            self._admitting.release()
+            await self._fail(request.id, error)
+            return
+        self._unanswered[request.id] = batch = Batch(
+            inquiry,
+            self._explainer,
+            self._outlet,
+            self._slots,
+            on_admitted=self._admitting.release,
+            on_answer=lambda: self._forget(request.id),
+        )
+        group.create_task(batch.run(group))
+
+    def _check_id(self, id_: str) -> None:
+        if not id_:
+            raise InvalidArgument("id: empty; on a stream it is required, to match the answer")
+        if id_ in self._unanswered:
+            raise InvalidArgument(f'id: "{id_}" is of a batch that is not answered yet')
+
+    def _forget(self, id_: str) -> None:
+        del self._unanswered[id_]
+
+    async def _register(self, request: pb.RegisterRegionRequest) -> None:
         try:
             if not request.id:
-                raise InvalidArgument("id: empty; on a stream it is required, to match the answer")
-            if request.id in self._unanswered:
-                raise InvalidArgument(f'id: "{request.id}" is of a batch that is not answered yet')
-            inquiry = self._explainer.inquire(request)
-            await self._wait(inquiry)
+                raise InvalidArgument("id: empty; it is required, to match the answer")
+            await self._regions.register(request.region, request.size_bytes)
         except SidelightError as error:
             await self._fail(request.id, error)
             return
-        progress = Progress() if request.output.partial else None
-        self._unanswered[request.id] = explaining = group.create_task(self._explain(inquiry, progress))
-        group.create_task(self._answer(inquiry, explaining, progress))
-
-    async def _wait(self, inquiry: Inquiry) -> None:
-        """Take a slot and a permit, within the batch's own time."""
-        try:
-            async with asyncio.timeout_at(inquiry.deadline_s):
-                await self._slots.acquire()
-        except TimeoutError:
-            raise DeadlineExceeded("timeout: it passed while all slots of the stream were taken") from None
-        try:
-            await self._explainer.admit(inquiry)
-        except BaseException:
-            self._slots.release()
-            raise
-
-    async def _explain(self, inquiry: Inquiry, progress: Progress | None) -> pb.Attribution | SidelightError:
-        """Return the failure instead of raising it: a task that raises ends its group, and so the stream."""
-        try:
-            return await self._explainer.explain(inquiry, progress)
-        except SidelightError as error:
-            return error
-
-    async def _answer(self, inquiry: Inquiry, explaining: _Explaining, progress: Progress | None) -> None:
-        id_ = inquiry.message.id
-        try:
-            if progress:
-                await self._report(inquiry, explaining, progress)
-            await asyncio.wait([explaining])
-            del self._unanswered[id_]
-            if explaining.cancelled():
-                await self._fail(id_, Cancelled("the caller took the batch back"))
-            elif isinstance(outcome := explaining.result(), SidelightError):
-                await self._fail(id_, outcome)
-            else:
-                await self._write(pb.AttributeStreamResponse(id=id_, result=outcome))
-        finally:
-            self._explainer.admission.release(inquiry.n_bytes)
-            self._slots.release()
-
-    async def _report(self, inquiry: Inquiry, explaining: _Explaining, progress: Progress) -> None:
-        """Write maps that are not final, the newest each time there is room for one, until they are."""
-        while not explaining.done():
-            improving = asyncio.ensure_future(progress.improved.wait())
-            try:
-                await asyncio.wait([explaining, improving], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                improving.cancel()
-            async with self._writing:  # the newest is taken once it can be written, not before
-                if not explaining.done():
-                    with contextlib.suppress(SidelightError):  # what is wrong with it the final answer will say
-                        partial = self._explainer.reply(progress.take(), inquiry)
-                        await self._send(pb.AttributeStreamResponse(id=inquiry.message.id, result=partial))
-
-    def _cancel(self, id_: str) -> None:
-        if explaining := self._unanswered.get(id_):
-            explaining.cancel()
+        registered = pb.RegionRegistered(region=request.region)
+        response = pb.AttributeStreamResponse(id=request.id, region_registered=registered)
+        await self._outlet.write(response.SerializeToString())
 
     async def _fail(self, id_: str, error: SidelightError) -> None:
-        await self._write(pb.AttributeStreamResponse(id=id_, failure=replies.failure(error)))
-
-    async def _write(self, response: pb.AttributeStreamResponse) -> None:
-        async with self._writing:
-            await self._send(response)
-
-    async def _send(self, response: pb.AttributeStreamResponse) -> None:
-        # A caller who has gone is no fault, and gRPC is about to cancel this call.
-        with contextlib.suppress(grpc.aio.InternalError):
-            await self._context.write(response)
+        await self._outlet.write(failed(id_, error))

@@ -1,6 +1,7 @@
-"""Tensors on the wire: bytes become arrays, as views, and arrays become bytes. Nothing is trusted, nothing copied."""
+"""Tensors on the wire: bytes become arrays, as views, and arrays what is sent. Nothing is trusted, nothing copied."""
 
 import math
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -13,6 +14,7 @@ from .enums import named
 from .errors import InvalidArgument
 
 MAX_ELEMENTS = 2**40  # far beyond any message, and below what numpy refuses as the shape of even an empty array
+MAX_SIZE = 2**10  # of a dimension: four of them are that many elements
 SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[np.generic]] = {
@@ -25,37 +27,71 @@ DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[np.generic]] = {
 MAP_DTYPES = (tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_FLOAT16, tensor_pb2.DATA_TYPE_UINT8)
 
 
-def array_of(tensor: tensor_pb2.Tensor, *, field: str) -> Array:
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What the elements of an array of 3 or 4 dimensions are, and how they lie. It is checked; they may be absent."""
+
+    dtype: tensor_pb2.DataType.ValueType
+    shape: tuple[int, ...]
+    field: str  # of the message, for what there is to say of it
+
+    @property
+    def n_bytes(self) -> int:
+        """How many bytes the elements take."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def array(self, data: memoryview) -> Array:
+        """Return the elements that lie in exactly so many bytes, as a view on them."""
+        self._refuse_huge()
+        array: Array = np.frombuffer(data, DTYPES[self.dtype]).reshape(self.shape)
+        if self.dtype == tensor_pb2.DATA_TYPE_BFLOAT16:
+            return (array.astype(np.uint32) << 16).view(np.float32)
+        return array  # beside a message's other fields floats may begin at an odd address: numpy does not mind
+
+    def placeholder(self) -> Array:
+        """Return an array of this shape and type that takes no memory: its one element stands for all."""
+        self._refuse_huge()
+        is_wide = self.dtype == tensor_pb2.DATA_TYPE_BFLOAT16
+        return np.broadcast_to(np.zeros((), np.float32 if is_wide else DTYPES[self.dtype]), self.shape)
+
+    def _refuse_huge(self) -> None:
+        if max(self.shape) > MAX_SIZE and math.prod(max(1, size) for size in self.shape) > MAX_ELEMENTS:
+            raise InvalidArgument(f"{self.field}.shape: {list(self.shape)} is too large, even for no examples")
+
+
+def layout_of(tensor: tensor_pb2.Tensor | tensor_pb2.SharedTensor, *, field: str) -> Layout:
+    """Return how a tensor's elements lie. `InvalidArgument` names the field."""
+    number, shape = tensor.dtype, tensor.shape
+    dtype = DTYPES.get(number)
+    if dtype is None:
+        raise InvalidArgument(f"{field}.dtype: {named(number, tensor_pb2.DataType, DTYPES)}")
+    if len(shape) not in (3, 4):  # first of all: the product of a million dimensions takes minutes
+        raise InvalidArgument(
+            f"{field}.shape: {list(shape[:8])} has {len(shape)} dimensions, expected {letters(dtype)}"
+        )
+    if min(shape) < 0:
+        raise InvalidArgument(f"{field}.shape: {list(shape)}, expected no negative dimension")
+    return Layout(number, tuple(shape), field)
+
+
+def array_of(tensor: tensor_pb2.Tensor, *, field: str, data: memoryview | None = None) -> Array:
     """Return a tensor's elements, of 3 or 4 dimensions, as a view on the message.
 
-    `InvalidArgument` names the field. Nothing is allocated before lengths agree.
+    `data` stands for the tensor's own, where that was left out of the message. `InvalidArgument` names the field.
+    Nothing is allocated before lengths agree.
     """
-    dtype = DTYPES.get(tensor.dtype)
-    if dtype is None:
-        raise InvalidArgument(f"{field}.dtype: {named(tensor.dtype, tensor_pb2.DataType, DTYPES)}")
-    if len(tensor.shape) not in (3, 4):  # first of all: the product of a million dimensions takes minutes
-        raise InvalidArgument(
-            f"{field}.shape: {list(tensor.shape[:8])} has {len(tensor.shape)} dimensions, expected {letters(dtype)}"
-        )
-    shape = list(tensor.shape)
-    if any(size < 0 for size in shape):
-        raise InvalidArgument(f"{field}.shape: {shape}, expected no negative dimension")
+    data = memoryview(tensor.data) if data is None else data  # once: each look at `tensor.data` is a copy
+    layout = layout_of(tensor, field=field)
     if tensor.scale:
         raise InvalidArgument(f"{field}.scale: {tensor.scale}, expected it unset in a request")
-    n_elements = math.prod(shape)
-    expected = n_elements * dtype.itemsize
-    if expected != len(tensor.data):
+    n_bytes = layout.n_bytes
+    if n_bytes != len(data):
         kind = tensor_pb2.DataType.Name(tensor.dtype).removeprefix("DATA_TYPE_").lower()
         raise InvalidArgument(
-            f"{field}: shape {shape} has {n_elements} elements, {kind} needs {expected} bytes, "
-            f"data has {len(tensor.data)}"
+            f"{field}: shape {list(layout.shape)} has {math.prod(layout.shape)} elements, {kind} needs "
+            f"{n_bytes} bytes, data has {len(data)}"
         )
-    if math.prod(max(1, size) for size in shape) > MAX_ELEMENTS:
-        raise InvalidArgument(f"{field}.shape: {shape} is too large, even for no examples")
-    array: Array = np.frombuffer(tensor.data, dtype).reshape(shape)
-    if tensor.dtype == tensor_pb2.DATA_TYPE_BFLOAT16:
-        array = (array.astype(np.uint32) << 16).view(np.float32)
-    return array
+    return layout.array(data)
 
 
 def floats_of(tensor: tensor_pb2.Tensor, *, field: str) -> NDArray[np.floating]:
@@ -71,33 +107,48 @@ def map_itemsize(output: pb.Output) -> int:
     return DTYPES[output.map_dtype or tensor_pb2.DATA_TYPE_FLOAT32].itemsize
 
 
-def tensor_of(
-    array: NDArray[np.float32], dtype: tensor_pb2.DataType.ValueType = tensor_pb2.DATA_TYPE_FLOAT32
-) -> tensor_pb2.Tensor:
-    """Return the message of a float32 array, in one of `MAP_DTYPES`."""
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """An array as it travels: its elements, in the wanted type, and what one of them stands for."""
+
+    dtype: tensor_pb2.DataType.ValueType
+    elements: Array
+    scale: float = 0.0
+
+    def tensor(self) -> tensor_pb2.Tensor:
+        """Return the message."""
+        data = self.elements.tobytes()
+        return tensor_pb2.Tensor(dtype=self.dtype, shape=self.elements.shape, data=data, scale=self.scale)
+
+    @property
+    def data(self) -> memoryview:
+        """The bytes, as a view."""
+        return np.ascontiguousarray(self.elements).reshape(-1).view(np.uint8).data
+
+
+def encoded(array: NDArray[np.float32], dtype: tensor_pb2.DataType.ValueType = tensor_pb2.DATA_TYPE_FLOAT32) -> Encoded:
+    """Return a float32 array in one of `MAP_DTYPES`."""
     if dtype == tensor_pb2.DATA_TYPE_UINT8:
         return _quantised(array)
     if dtype == tensor_pb2.DATA_TYPE_FLOAT16:
         return _halved(array)
-    return tensor_pb2.Tensor(dtype=dtype, shape=array.shape, data=array.astype(DTYPES[dtype], copy=False).tobytes())
+    return Encoded(dtype, array.astype(DTYPES[dtype], copy=False))
 
 
-def _quantised(array: NDArray[np.float32]) -> tensor_pb2.Tensor:
+def _quantised(array: NDArray[np.float32]) -> Encoded:
     """Return an array without sign in bytes, the largest element as 255."""
     finite = np.nan_to_num(array, nan=0.0)
     scale = _largest(finite) / 255 or 1.0
-    data = np.rint(finite / np.float64(scale)).astype(np.uint8).tobytes()
-    return tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_UINT8, shape=array.shape, data=data, scale=scale)
+    return Encoded(tensor_pb2.DATA_TYPE_UINT8, np.rint(finite / np.float64(scale)).astype(np.uint8), scale)
 
 
-def _halved(array: NDArray[np.float32]) -> tensor_pb2.Tensor:
+def _halved(array: NDArray[np.float32]) -> Encoded:
     """Return an array in float16, the largest element near 1: gradients may be less than float16 can hold.
 
     The scale is a power of two, so that nothing is lost by it.
     """
     scale = 2.0 ** math.frexp(_largest(np.nan_to_num(np.abs(array), nan=0.0)))[1]
-    data = (array / np.float64(scale)).astype("<f2").tobytes()
-    return tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT16, shape=array.shape, data=data, scale=scale)
+    return Encoded(tensor_pb2.DATA_TYPE_FLOAT16, (array / np.float64(scale)).astype("<f2"), scale)
 
 
 def _largest(array: NDArray[np.float32]) -> float:

@@ -21,7 +21,7 @@ from .enums import meaning, named
 from .errors import InvalidArgument, Unimplemented
 from .method_messages import parse_method
 from .methods.channels import Channels
-from .tensors import MAP_DTYPES, array_of, letters
+from .tensors import MAP_DTYPES, array_of, layout_of, letters
 
 MAX_ID_BYTES = 128
 MAX_EXAMPLES = 65_536  # each takes time and memory of its own, however few bytes it has
@@ -40,12 +40,16 @@ CHANNELS: dict[pb.ChannelReduction.ValueType, Channels] = {
 }
 
 
-def parse(message: pb.AttributeRequest) -> Request:
-    """Return the request that a message makes. `InvalidArgument` or `Unimplemented` name the field."""
+def parse(message: pb.AttributeRequest, data: memoryview | None = None) -> Request:
+    """Return the request that a message makes. `InvalidArgument` or `Unimplemented` name the field.
+
+    `data` is that of the images' tensor, where it was left out of the message. Images in a region of shared memory are
+    still there: an array of their shape and type, which takes no memory, stands for them.
+    """
     if len(message.id.encode()) > MAX_ID_BYTES:
         raise InvalidArgument(f"id: {len(message.id.encode())} bytes, expected at most {MAX_ID_BYTES}")
     timeout_s(message)
-    images = _images(message.images)
+    images = _images(message.images, data)
     n_examples = len(images.files) if isinstance(images, Files) else len(images)
     request = Request(
         images=images,
@@ -70,17 +74,17 @@ def timeout_s(message: pb.AttributeRequest) -> float | None:
     return seconds
 
 
-def _images(images: tensor_pb2.Images) -> Files | Array:
+def _images(images: tensor_pb2.Images, data: memoryview | None) -> Files | Array:
     match images.WhichOneof("source"):
         case "tensor":
-            return _batch(array_of(images.tensor, field="images"))
+            return _batch(array_of(images.tensor, field="images", data=data))
         case "encoded":
             _check_count(len(images.encoded.files))
             return Files(tuple(images.encoded.files))
         case "shared":
-            raise Unimplemented("images: shared memory is not served by this version; send a tensor or encoded files")
+            return _batch(layout_of(images.shared, field="images").placeholder())
         case _:
-            raise InvalidArgument("images: none; expected a tensor or encoded files")
+            raise InvalidArgument("images: none; expected a tensor, shared or encoded files")
 
 
 def _check_count(n_examples: int) -> None:
@@ -157,5 +161,5 @@ def _check_output(output: pb.Output, request: Request) -> None:
         )
     if output.rendered:
         raise Unimplemented("output.rendered: pictures of maps are not served by this version")
-    if output.HasField("region"):
-        raise Unimplemented("output.region: shared memory is not served by this version")
+    if output.region.dtype or output.region.shape:
+        raise InvalidArgument("output.region: dtype and shape are to be left unset; map_dtype and the model give them")

@@ -44,7 +44,7 @@ class Work:
         self.ended_s = time.monotonic()
         self._on_done = on_done
         self._on_improved = on_improved
-        self._cancelled = threading.Event()
+        self._is_cancelled = False
         self._lock = threading.Lock()  # over the answer as it fills
         self._explanations: list[Explanation | None] = [None] * len(prepared.examples)
         self._failures: list[ExampleFailure] = []
@@ -72,7 +72,7 @@ class Work:
     @property
     def cancelled(self) -> bool:
         """Whether the rows that have not run are to be dropped."""
-        return self._cancelled.is_set()
+        return self._is_cancelled
 
     @property
     def pending(self) -> int:
@@ -88,7 +88,7 @@ class Work:
         """Drop the rows that have not run. There will be no answer, unless there is one already."""
         if not self.is_done and self.cancelled_s is None:
             self.cancelled_s = time.monotonic()
-        self._cancelled.set()
+        self._is_cancelled = True
 
     def take(self) -> "tuple[Work, Row]":
         """Give the next row away: of the first example that has one, so that few are open at a time."""

@@ -133,9 +133,9 @@ class _TransportEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enum
     TRANSPORT_UNSPECIFIED: _Transport.ValueType  # 0
     """TRANSPORT_UNSPECIFIED is never sent."""
     TRANSPORT_INLINE: _Transport.ValueType  # 1
-    """TRANSPORT_INLINE means inside the messages."""
+    """TRANSPORT_INLINE means inside the messages: images, maps or both."""
     TRANSPORT_SHARED_MEMORY: _Transport.ValueType  # 2
-    """TRANSPORT_SHARED_MEMORY means through a registered region."""
+    """TRANSPORT_SHARED_MEMORY means through registered regions, both images and maps."""
 
 class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
     """Transport says how tensors travelled."""
@@ -143,9 +143,9 @@ class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
 TRANSPORT_UNSPECIFIED: Transport.ValueType  # 0
 """TRANSPORT_UNSPECIFIED is never sent."""
 TRANSPORT_INLINE: Transport.ValueType  # 1
-"""TRANSPORT_INLINE means inside the messages."""
+"""TRANSPORT_INLINE means inside the messages: images, maps or both."""
 TRANSPORT_SHARED_MEMORY: Transport.ValueType  # 2
-"""TRANSPORT_SHARED_MEMORY means through a registered region."""
+"""TRANSPORT_SHARED_MEMORY means through registered regions, both images and maps."""
 global___Transport = Transport
 
 @typing.final
@@ -1282,7 +1282,7 @@ class Attribution(google.protobuf.message.Message):
     @property
     def maps(self) -> sidelight.v1.tensor_pb2.Tensor:
         """maps is [N, H, W]; [N, C, H, W] without channel reduction; with top-k targets a dimension k follows N. The size is
-        that of the model's input. A failed example's map is NaN.
+        that of the model's input. A failed example's map is NaN. Where they were wanted in a region, `data` is empty.
         """
 
     @property

@@ -38,7 +38,8 @@ class AttributionServiceStub:
     """AttributeStream explains many batches over one connection. Answers come as they are ready, in any order, matched
     by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room.
     Where the server ends it by itself, with OK at the stream's greatest age or with UNAVAILABLE when it shuts down,
-    everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown".
+    everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown". A caller
+    who does not accept an answer in time loses the stream: ABORTED, "stalled".
     """
 
     GetServerInfo: grpc.UnaryUnaryMultiCallable[
@@ -67,7 +68,8 @@ class AttributionServiceAsyncStub:
     """AttributeStream explains many batches over one connection. Answers come as they are ready, in any order, matched
     by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room.
     Where the server ends it by itself, with OK at the stream's greatest age or with UNAVAILABLE when it shuts down,
-    everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown".
+    everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown". A caller
+    who does not accept an answer in time loses the stream: ABORTED, "stalled".
     """
 
     GetServerInfo: grpc.aio.UnaryUnaryMultiCallable[
@@ -100,7 +102,8 @@ class AttributionServiceServicer(metaclass=abc.ABCMeta):
         """AttributeStream explains many batches over one connection. Answers come as they are ready, in any order, matched
         by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room.
         Where the server ends it by itself, with OK at the stream's greatest age or with UNAVAILABLE when it shuts down,
-        everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown".
+        everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown". A caller
+        who does not accept an answer in time loses the stream: ABORTED, "stalled".
         """
 
     @abc.abstractmethod

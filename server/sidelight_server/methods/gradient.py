@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from .channels import Magnitude
+from .channels import Channels, Magnitude
 from .method import Example, Method, Outcome, Probe, Reading, Rectifiers, Shape, Steps
 
 
@@ -38,7 +38,12 @@ class Gradient(Method):
 
     def run(self, example: Example) -> Steps:
         """Take the gradient where the example is."""
-        return Outcome(self.attribution((yield from example.read(gradient=True))))
+        reading = yield from example.read(gradient=True)
+        return Outcome(self.attribution(reading) if reading.map is None else reading.map)
+
+    def is_largest_absolute(self, channels: Channels) -> bool:
+        """Whether that is all: then a whole chunk of them is reduced at once."""
+        return channels is Channels.MAX_ABS and self.magnitude is Magnitude.ABSOLUTE and not self.times_input
 
     def attribution(self, reading: Reading) -> Tensor:
         """Return the attribution, [C, H, W], of one reading."""

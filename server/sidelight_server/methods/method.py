@@ -49,6 +49,7 @@ class Reading:
     probabilities: Tensor  # [K]
     gradient: Tensor | None = None  # [C, H, W], or [c, h, w] of a layer; None where it was not wanted
     activation: Tensor | None = None  # [c, h, w] of a layer
+    map: Tensor | None = None  # float32 [H, W] on the host, where the largest absolute gradient is all that is wanted
 
     def kept(self) -> "Reading":
         """Return a copy that does not keep the whole chunk's memory."""
@@ -176,6 +177,10 @@ class Method(abc.ABC):
         if attribution.ndim == 2:
             return attribution.expand(shape) if channels is Channels.NONE else attribution
         return reduce(attribution, channels, self.magnitude)
+
+    def is_largest_absolute(self, channels: Channels) -> bool:
+        """Whether the map is the largest absolute gradient over the channels, at the example itself."""
+        return False
 
     def may_be_negative(self, channels: Channels) -> bool:
         """Say whether a map may have negative elements."""

@@ -15,6 +15,7 @@ from ..calibration import DEFAULT_CHUNK_ROWS, Trial
 from ..errors import ConfigurationError, InvalidArgument, NotFound, near
 from ..kernel import Kernel
 from ..probes import chosen_layer
+from ..replica import weights_dtype
 from ..scores import Head
 from ..staging import normalise
 from .preprocessing import Preprocessing
@@ -33,6 +34,7 @@ class Model:
     """
 
     def __init__(self, spec: ModelSpec, *, device: torch.device, version: int = 1) -> None:
+        self._module = spec.module
         self.name = spec.name or DEFAULT_NAME
         self.version = version
         self.head = Head(spec.outputs or "logits", spec.activation or "softmax")
@@ -54,7 +56,14 @@ class Model:
                 "labels": self.labels,
             }
             self._weights = Weights(spec.module, facts=json.dumps(facts, sort_keys=True))
-            self.kernel = Kernel(spec.module, device=device, head=self.head)
+            trial = None if self.preprocessing is None else _noise(self.preprocessing, 2)
+            self.kernel = Kernel(
+                spec.module,
+                device=device,
+                head=self.head,
+                options=spec.options,
+                trial=None if trial is None else trial.to(device, weights_dtype(spec.module)),
+            )
         # Pixels are normalised, and floats staged, in no less than float32; a half-precision model rounds after that.
         self._exact = torch.float64 if self.kernel.dtype == torch.float64 else torch.float32
         self.black: Tensor | None = None  # [C, 1, 1], what pixel 0 becomes
@@ -74,7 +83,7 @@ class Model:
     @property
     def precision(self) -> str:
         """The type that the model computes in: "float32"; "tf32" where a GPU's convolutions may round to that."""
-        name = str(self.kernel.dtype).removeprefix("torch.")
+        name = str(self.kernel.compute_dtype).removeprefix("torch.")
         rounds = self.kernel.device.type == "cuda" and torch.backends.cudnn.allow_tf32
         return "tf32" if rounds and name == "float32" else name
 
@@ -86,7 +95,7 @@ class Model:
     @property
     def largest(self) -> float:
         """The largest number that the model's type holds."""
-        return float(torch.finfo(self.kernel.dtype).max)
+        return float(torch.finfo(self.kernel.compute_dtype).max)
 
     @property
     def scores(self) -> tuple[Score, ...]:
@@ -142,9 +151,11 @@ class Model:
     def inputs_like(self, n: int, *, seed: int = 0) -> Tensor:
         """Return n random inputs, [n, C, H, W], of the fixed size, for trials."""
         assert self.preprocessing is not None  # noqa: S101
-        shape = (n, self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width)
-        inputs = torch.rand(shape, generator=torch.Generator().manual_seed(seed))
-        return inputs.to(self.kernel.device, self.kernel.dtype)
+        return _noise(self.preprocessing, n, seed=seed).to(self.kernel.device, self.kernel.dtype)
+
+    def exact_kernel(self) -> Kernel:
+        """Return a kernel of the same module without any option, to compare with."""
+        return Kernel(self._module, device=self.kernel.device, head=self.head)
 
     def _try(self) -> None:
         inputs = self.inputs_like(2)
@@ -165,8 +176,15 @@ class Model:
     def _refusing(self, what: str) -> Iterator[None]:
         try:
             yield
+        except ConfigurationError as error:
+            raise ConfigurationError(f'model "{self.name}": {error}') from error
         except Exception as error:
             raise ConfigurationError(f'model "{self.name}": {what}: {type(error).__name__}: {error}') from error
+
+
+def _noise(preprocessing: Preprocessing, n: int, *, seed: int = 0) -> Tensor:
+    shape = (n, preprocessing.channels, preprocessing.height, preprocessing.width)
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _preprocessing(spec: ModelSpec) -> Preprocessing | None:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import ConfigurationError
+from ..options import DTYPES, KernelOptions, Precision
 from ..scores import Activation, Outputs
 from .preprocessing import Interpolation
 
@@ -33,6 +34,17 @@ class ModelSpec:
     activation: Activation | None = None  # whether classes exclude each other; None: softmax, they do
     labels: Sequence[str] | None = None  # the names of the K classes, in order
     name: str | None = None  # what requests call the model
+    precision: Precision | None = None  # that the module computes in; None: its own
+    fold: bool | None = None  # BatchNorm into the convolutions before it; this and the next ones None: no
+    channels_last: bool | None = None
+    compile: bool | None = None
+    cuda_graphs: bool | None = None
+
+    @property
+    def options(self) -> KernelOptions:
+        """What the kernel may do to be faster."""
+        chosen = {field.name: getattr(self, field.name) for field in fields(KernelOptions)}
+        return KernelOptions(**{name: each for name, each in chosen.items() if each is not None})
 
     def completed(self, settings: Mapping[str, Any]) -> "ModelSpec":
         """Return this with what it leaves out filled in; a name in the settings wins.
@@ -62,6 +74,8 @@ class ModelSpec:
             raise ConfigurationError(f'outputs: got {self.outputs!r}, expected "logits" or "probabilities"')
         if self.activation not in (None, "softmax", "sigmoid"):
             raise ConfigurationError(f'activation: got {self.activation!r}, expected "softmax" or "sigmoid"')
+        if self.precision not in (None, *DTYPES):
+            raise ConfigurationError(f"precision: got {self.precision!r}, expected one of {', '.join(DTYPES)}")
         if isinstance(self.labels, str) or not all(isinstance(label, str) for label in self.labels or ()):
             raise ConfigurationError("labels: expected a list of texts, one for each class")
 

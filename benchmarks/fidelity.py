@@ -1,0 +1,90 @@
+"""The maps of the faster kernels against the exact one's, on the demonstration's photographs.
+
+`python -m benchmarks.fidelity` prints the table of `docs/performance.md`; `--compile` tries torch.compile too.
+"""
+
+import argparse
+import asyncio
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+from sidelight._demo import photographs
+from sidelight_server import Answer, Engine, Files, PerExample, Request, Score, Settings
+
+from .nets import efficientnet_lite0
+
+FOLDED = {"fold": True, "channels_last": True}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "fold": {"fold": True},
+    "channels_last": {"channels_last": True},
+    "fold+channels_last": FOLDED,
+    "float16": {"precision": "float16"},
+    "float16+fold+channels_last": {"precision": "float16"} | FOLDED,
+    "bfloat16": {"precision": "bfloat16"},
+    "bfloat16+fold+channels_last": {"precision": "bfloat16"} | FOLDED,
+}
+COMPILED = {"compile": {"compile": True}, "compile+fold+channels_last": {"compile": True} | FOLDED}
+
+
+@dataclass(frozen=True, slots=True)
+class Fidelity:
+    """How a configuration's maps of the photographs compare with the exact ones."""
+
+    name: str
+    ranks: list[float]  # Spearman's correlation of each pair of maps
+    apart: list[float]  # the largest difference of each pair, of the exact map's maximum
+    same_class: int  # of how many photographs the predicted class is the exact kernel's
+
+
+def measure(configurations: dict[str, dict[str, Any]]) -> list[Fidelity]:
+    """Explain every photograph by the exact kernel and by each of the others: the class that the exact one predicts."""
+    files = Files(tuple(path.read_bytes() for path in photographs()))
+    exact = _explained(files, PerExample(()))
+    classes = PerExample(tuple(each.predicted for each in exact.explanations if each))
+    return [_compared(name, exact, _explained(files, classes, **each)) for name, each in configurations.items()]
+
+
+def _explained(files: Files, target: PerExample, **options: Any) -> Answer:
+    # The logit: of a photograph without an ImageNet class in it the probability says little about its class.
+    request = Request(files, score=Score.LOGIT, **({"target": target} if target.choices else {}))
+    with Engine([efficientnet_lite0()], Settings(device="cpu", max_chunk_rows=8, **options)) as engine:
+        answer = asyncio.run(engine.attribute(request))
+    assert not answer.failures
+    return answer
+
+
+def _compared(name: str, exact: Answer, other: Answer) -> Fidelity:
+    pairs = list(zip(exact.maps.astype(np.float64), other.maps.astype(np.float64), strict=True))
+    predictions = zip(exact.explanations, other.explanations, strict=True)
+    return Fidelity(
+        name,
+        ranks=[float(spearmanr(a.ravel(), b.ravel()).statistic) for a, b in pairs],
+        apart=[float(np.abs(a - b).max() / a.max()) for a, b in pairs],
+        same_class=sum(a.predicted == b.predicted for a, b in predictions if a and b),
+    )
+
+
+def main(*, compiled: bool) -> None:
+    """Print the table."""
+    table = Table("configuration", "rank correlation", "least", "largest difference", "median", "same class")
+    for each in measure(CONFIGURATIONS | (COMPILED if compiled else {})):
+        table.add_row(
+            each.name,
+            f"{statistics.mean(each.ranks):.5f}",
+            f"{min(each.ranks):.5f}",
+            f"{max(each.apart):.1e}",
+            f"{statistics.median(each.apart):.1e}",
+            f"{each.same_class} of {len(each.ranks)}",
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--compile", action="store_true", help="also with torch.compile, which takes minutes")
+    main(compiled=parser.parse_args().compile)

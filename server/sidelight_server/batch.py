@@ -1,0 +1,138 @@
+"""A batch of a stream: from its message, found right, to its answer, accepted by the caller."""
+
+import asyncio
+import contextlib
+from collections.abc import Callable
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from . import replies
+from .engine import Progress
+from .errors import Cancelled, DeadlineExceeded, SidelightError
+from .explainer import Explainer, Inquiry
+from .outlet import Outlet
+
+_Explaining = asyncio.Task[bytes | SidelightError]
+_NO_WAIT = contextlib.nullcontext()
+
+
+class Batch:
+    """One batch, and the task that `run` runs in.
+
+    It takes one of its stream's slots, and a permit, and holds both until its answer is written. `on_admitted` is
+    called once it has them or has failed; `on_answer` before the answer is written.
+    """
+
+    def __init__(
+        self,
+        inquiry: Inquiry,
+        explainer: Explainer,
+        outlet: Outlet,
+        slots: asyncio.Semaphore,
+        *,
+        on_admitted: Callable[[], None],
+        on_answer: Callable[[], None],
+    ) -> None:
+        self._inquiry = inquiry
+        self._explainer = explainer
+        self._outlet = outlet
+        self._slots = slots
+        self._on_admitted = on_admitted
+        self._on_answer = on_answer
+        self._has_slot = self._has_permit = False
+        self._is_taken_back = False
+        self._explaining: asyncio.Task[object] | None = None  # what a cancel ends: this task, or one within it
+
+    async def run(self, group: asyncio.TaskGroup) -> None:
+        """Answer, whatever happens. `StalledError` where the caller does not accept the answer."""
+        try:
+            response = await self._respond(group)
+            self._on_answer()
+            await self._outlet.write(response)
+        finally:
+            self._give_back()
+
+    def take_back(self) -> None:
+        """Drop what has not run. The answer is CANCELLED, unless there is another already."""
+        if not self._is_taken_back:
+            self._is_taken_back = True
+            if self._explaining:
+                self._explaining.cancel()
+
+    async def _respond(self, group: asyncio.TaskGroup) -> bytes:
+        self._explaining = this = asyncio.current_task()
+        try:
+            try:
+                if self._is_taken_back:  # before this task had begun
+                    raise _taken_back()
+                await self._take()
+            finally:
+                self._on_admitted()
+            return await self._explain(group)
+        except SidelightError as error:
+            return failed(self._inquiry.message.id, error)
+        except asyncio.CancelledError:
+            if this and self._is_taken_back and self._explaining is this:
+                this.uncancel()
+            if not self._is_taken_back or (this and this.cancelling()):  # the whole stream ends
+                raise
+            return failed(self._inquiry.message.id, _taken_back())
+
+    async def _take(self) -> None:
+        """Take a slot and a permit, within the batch's own time."""
+        try:
+            async with asyncio.timeout_at(self._inquiry.deadline_s) if self._slots.locked() else _NO_WAIT:
+                await self._slots.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded("timeout: it passed while all slots of the stream were taken") from None
+        self._has_slot = True
+        await self._explainer.admit(self._inquiry)
+        self._has_permit = True
+
+    def _give_back(self) -> None:
+        if self._has_permit:
+            self._explainer.admission.release(self._inquiry.n_bytes)
+        if self._has_slot:
+            self._slots.release()
+
+    async def _explain(self, group: asyncio.TaskGroup) -> bytes:
+        if not self._inquiry.message.output.partial:
+            return await self._explainer.explain(self._inquiry)
+        progress = Progress()
+        explaining = group.create_task(self._outcome(progress))
+        self._explaining = explaining
+        await self._report(explaining, progress)
+        outcome = await explaining
+        if isinstance(outcome, SidelightError):
+            raise outcome
+        return outcome
+
+    async def _outcome(self, progress: Progress) -> bytes | SidelightError:
+        """Return the failure instead of raising it: a task that raises ends its group, and so the stream."""
+        try:
+            return await self._explainer.explain(self._inquiry, progress)
+        except SidelightError as error:
+            return error
+
+    async def _report(self, explaining: _Explaining, progress: Progress) -> None:
+        """Write maps that are not final, the newest each time there is room for one, until they are."""
+        while not explaining.done():
+            improving = asyncio.ensure_future(progress.improved.wait())
+            try:
+                await asyncio.wait([explaining, improving], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                improving.cancel()
+            async with self._outlet.turn:  # the newest is taken once it can be written, not before
+                if not explaining.done():
+                    with contextlib.suppress(SidelightError):  # what is wrong with it the final answer will say
+                        partial = await self._explainer.reply(progress.take(), self._inquiry)
+                        await self._outlet.write_now(partial)
+
+
+def failed(id_: str, error: SidelightError) -> bytes:
+    """Return the message that says of one batch why it failed."""
+    return pb.AttributeStreamResponse(id=id_, failure=replies.failure(error)).SerializeToString()
+
+
+def _taken_back() -> Cancelled:
+    return Cancelled("the caller took the batch back")

@@ -1,0 +1,39 @@
+"""The outlet: a stream's way out. One message at a time, each within the time that its caller has to accept it."""
+
+import asyncio
+import contextlib
+from typing import Any
+
+import grpc
+
+
+class StalledError(Exception):
+    """The caller does not accept what is written: the stream must end, or it would hold its permits for ever."""
+
+
+class Outlet:
+    """Writes of one stream, in turn.
+
+    A write waits while gRPC's flow control has no room for it. It must not be cancelled unless the whole stream is:
+    gRPC takes no other until it has ended.
+    """
+
+    def __init__(self, context: grpc.aio.ServicerContext[Any, Any], *, stalled_write_s: float) -> None:
+        self._context = context
+        self._stalled_write_s = stalled_write_s or None
+        self.turn = asyncio.Lock()
+
+    async def write(self, response: bytes) -> None:
+        """Write a message when it is its turn. `StalledError` where the caller does not accept it."""
+        async with self.turn:
+            await self.write_now(response)
+
+    async def write_now(self, response: bytes) -> None:
+        """Write a message by one who has the turn."""
+        # A caller who has gone is no fault, and gRPC is about to cancel this call.
+        with contextlib.suppress(grpc.aio.InternalError):
+            try:
+                async with asyncio.timeout(self._stalled_write_s):
+                    await self._context.write(response)
+            except TimeoutError:
+                raise StalledError from None

@@ -1,0 +1,262 @@
+"""What an operator may choose to be faster: it stays within what is stated, and each answer says that it ran."""
+
+import copy
+import dataclasses
+
+import numpy as np
+import pytest
+import sidelight
+import sidelight_server
+import torch
+from engines import ask
+from models import small_cnn
+from scipy.stats import spearmanr
+from sidelight_server import Channels, Engine, GradCam, GuidedBackpropagation, IntegratedGradients, ModelSpec, Settings
+from sidelight_server.attribution import PREDICTED, Score
+from sidelight_server.errors import ConfigurationError
+from sidelight_server.folding import fold
+from sidelight_server.kernel import Kernel
+from sidelight_server.options import KernelOptions
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+OPTIONS = {
+    "fold": KernelOptions(fold=True),
+    "channels_last": KernelOptions(channels_last=True),
+    "bfloat16": KernelOptions(precision="bfloat16"),
+    "float16": KernelOptions(precision="float16"),
+    "all": KernelOptions(precision="bfloat16", fold=True, channels_last=True),
+}
+# Relative L2, as measured with room: in float32 the order of additions; with 8 and 11 bits of mantissa a ReLU near its
+# corner and a near tie of a max-pool go the other way, which moves single elements by up to half of the maximum.
+SHARES = {"fold": 4e-6, "channels_last": 4e-6, "bfloat16": 0.15, "float16": 0.04, "all": 0.15}
+
+
+def inputs(n: int = 6) -> Tensor:
+    return torch.rand(n, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+def kernel(module: nn.Module, options: KernelOptions) -> Kernel:
+    return Kernel(module, device=CPU, options=options, trial=inputs(2))
+
+
+def run(kernel: Kernel, x: Tensor, score: Score = Score.PROBABILITY) -> Tensor:
+    gradients = kernel.run(x, [PREDICTED] * len(x), [score] * len(x)).gradients
+    assert gradients.dtype == torch.float32
+    return gradients
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("score", [Score.PROBABILITY, Score.LOGIT], ids=str)
+def test_maps_are_near_those_of_the_exact_kernel(name: str, score: Score) -> None:
+    exact = run(Kernel(small_cnn(), device=CPU), inputs(), score)
+    near = run(kernel(small_cnn(), OPTIONS[name]), inputs(), score)
+    assert (near - exact).norm() <= SHARES[name] * exact.norm()
+    for a, b in zip(near, exact, strict=True):
+        assert spearmanr(a.abs().amax(0).flatten(), b.abs().amax(0).flatten()).statistic > 0.97
+    assert not torch.equal(near, exact) or name == "channels_last"  # it does something
+
+
+def test_without_an_option_nothing_is_copied() -> None:
+    module = small_cnn()
+    exact = Kernel(module, device=CPU)
+    pointers = {each.data_ptr() for each in module.parameters()}
+    assert {each.data_ptr() for each in exact._replica.plain.parameters()} == pointers
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_callers_module_stays_as_it_is(name: str) -> None:
+    module = small_cnn().train()
+    before = copy.deepcopy(module.state_dict())
+    run(kernel(module, OPTIONS[name]), inputs())
+    assert module.training
+    assert all(each.requires_grad for each in module.parameters())
+    assert isinstance(module[1], nn.BatchNorm2d)
+    assert all(torch.equal(each, before[key]) for key, each in module.state_dict().items())
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_what_the_caller_trains_shows_in_the_next_map(name: str) -> None:
+    module = small_cnn()
+    before = kernel(module, OPTIONS[name])
+    first = run(before, inputs())
+    with torch.no_grad():
+        module[0].weight.mul_(-1.5)
+        module[1].running_mean.add_(0.5)
+    again = run(before, inputs())
+    assert not torch.equal(first, again)
+    assert torch.equal(again, run(kernel(module, OPTIONS[name]), inputs()))
+
+
+# Folding.
+
+
+class Tower(nn.Module):
+    """Blocks with a shortcut, a norm that is used twice, one that follows no convolution, and a bias-free layer."""
+
+    def __init__(self, *, shares_output: bool = False) -> None:
+        super().__init__()
+        self.shares_output = shares_output
+        self.first, self.first_norm = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8)
+        self.second, self.second_norm = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8, affine=False)
+        self.twice = nn.BatchNorm2d(8)
+        self.wide, self.wide_norm = nn.Linear(8, 12), nn.BatchNorm1d(12)
+        self.last = nn.Linear(12, 10)
+        for norm in (self.first_norm, self.second_norm, self.twice, self.wide_norm):
+            norm.running_mean.uniform_(-0.5, 0.5)
+            norm.running_var.uniform_(0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = self.first(x)
+        x = self.first_norm(raw).relu()
+        if self.shares_output:
+            x = x + raw
+        x = (x + self.second_norm(self.second(x))).relu()
+        x = self.twice(self.twice(x))
+        return self.last(self.wide_norm(self.wide(x.mean(dim=(2, 3)))).relu())
+
+
+def test_folding_changes_neither_outputs_nor_gradients() -> None:
+    torch.manual_seed(0)
+    module = Tower().double().eval()
+    folded = copy.deepcopy(module)
+    x = inputs().double()
+    assert fold(folded, x[:2]) == 3
+    assert isinstance(folded.first_norm, nn.Identity)
+    assert isinstance(folded.twice, nn.BatchNorm2d)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    said = [each(leaf) for each, leaf in zip((module, folded), leaves, strict=True)]
+    gradients = [torch.autograd.grad(each[:, 3].sum(), leaf)[0] for each, leaf in zip(said, leaves, strict=True)]
+    for a, b in ([each.detach() for each in said], gradients):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * float(a.abs().max()))
+
+
+def test_a_convolution_that_somebody_else_reads_is_found_out_and_refused() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(ConfigurationError, match=r"fold: .*leave fold unset"):
+        fold(Tower(shares_output=True).eval(), inputs(2))
+
+
+def test_a_norm_that_also_does_something_else_is_left_alone() -> None:
+    class NormAndRelu(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), NormAndRelu(8), nn.Flatten(), nn.Linear(8 * 900, 10)).eval()
+    assert fold(module, inputs(2)) == 0
+
+
+def test_networks_in_use_are_folded_whole() -> None:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    class Logits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            sizes = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic"}
+            self.net = ResNetForImageClassification(ResNetConfig(**sizes, num_labels=10))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(pixel_values=x).logits
+
+    module = Logits().eval()
+    n_norms = sum(isinstance(each, nn.BatchNorm2d) for each in module.modules())
+    assert fold(module, inputs(2)) == n_norms > 4
+
+
+# Served.
+
+
+def settings(name: str) -> Settings:
+    options = OPTIONS[name]
+    chosen = dict.fromkeys(options.names, True) | {"precision": options.precision}
+    return Settings(device="cpu", threads=1, **chosen)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_kind_of_method_runs_under_every_option(name: str) -> None:
+    spec = ModelSpec(small_cnn(), input_size=(3, 32, 32))
+    x = inputs(2)
+    with Engine([spec], Settings(device="cpu", threads=1)) as exact, Engine([spec], settings(name)) as fast:
+        for method in (IntegratedGradients(steps=8), GradCam(layer="4"), GuidedBackpropagation()):
+            a, b = (ask(each, x, method=method) for each in (exact, fast))
+            assert not b.failures
+            assert np.linalg.norm(a.maps - b.maps) <= 2 * SHARES[name] * np.linalg.norm(a.maps)
+            assert b.provenance.kernel_options == OPTIONS[name].names
+
+
+def test_answers_and_models_say_what_ran(spec: ModelSpec, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "sidelight")
+    options = {"precision": "bfloat16", "fold": True, "channels_last": True}
+    with (
+        sidelight_server.serve(spec, device="cpu", **options) as address,
+        sidelight.connect(address, connect_timeout=10) as client,
+    ):
+        model = client.model()
+        answer = client.attribute(np.zeros((1, 32, 32, 3), np.uint8))
+    assert (model.precision, model.kernel_options) == ("bfloat16", ("fold", "channels_last"))
+    tried = {entry.configuration: entry.chosen for entry in model.warmup}
+    assert tried["float32"] is False
+    assert [entry.configuration for entry in model.warmup if entry.chosen] == ["bfloat16+fold+channels_last"]
+    assert answer.provenance.precision == "bfloat16"
+    assert answer.provenance.kernel_options == ("fold", "channels_last")
+    assert "configuration=bfloat16+fold+channels_last rank_correlation=0.9" in caplog.text
+    assert caplog.text.count("event=tried") == len(model.warmup)
+
+
+def test_the_digest_is_that_of_the_callers_weights(spec: ModelSpec) -> None:
+    with Engine([spec], settings("all")) as fast, Engine([spec], Settings(device="cpu")) as exact:
+        assert fast.model("").digest == exact.model("").digest
+
+
+def test_folding_without_an_input_size_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"fold: .*input_size"):
+        Engine([ModelSpec(small_cnn())], settings("fold"))
+
+
+def test_models_of_one_server_have_options_of_their_own(spec: ModelSpec) -> None:
+    fast = dataclasses.replace(spec, name="fast", precision="bfloat16", channels_last=True)
+    with Engine([spec, fast], Settings(device="cpu", threads=1)) as engine:
+        told = {name: model.kernel.told for name, model in engine.models.items()}
+    assert told == {"small": "float32", "fast": "bfloat16+channels_last"}
+
+
+def test_a_precision_that_there_is_not_is_refused(spec: ModelSpec) -> None:
+    with pytest.raises(ConfigurationError, match="precision: got 'int8', expected one of float32"):
+        Engine([dataclasses.replace(spec, precision="int8")])
+
+
+def test_recorded_kernels_want_a_gpu(spec: ModelSpec) -> None:
+    with pytest.raises(ConfigurationError, match="cuda_graphs: needs a CUDA device"):
+        Engine([spec], Settings(device="cpu", cuda_graphs=True))
+
+
+def test_a_sure_probability_has_a_gradient_in_half_precision() -> None:
+    """Its gradient is less than float16 holds, were it not scaled on its way through the module."""
+    module = small_cnn()
+    with torch.no_grad():
+        module[-1].weight[2] *= 30
+        module[-1].bias[2] += 15.6
+    x = inputs(2)
+    exact = run(Kernel(module, device=CPU), x)
+    half = run(kernel(module, OPTIONS["float16"]), x)
+    assert exact.abs().max() < 6e-8  # the least that float16 holds
+    assert (half - exact).norm() <= 0.1 * exact.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler uses what torch deprecates
+def test_a_compiled_kernel_gives_the_same_maps() -> None:
+    """Another order of additions: within the tolerance of any company."""
+    exact, compiled = (kernel(small_cnn(), KernelOptions(compile=each)) for each in (False, True))
+    for n in (2, 5, 1):
+        a, b = (run(each, inputs(n)) for each in (exact, compiled))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(a.abs().max()))
+
+
+def test_channels_are_reduced_alike(spec: ModelSpec) -> None:
+    with Engine([spec], settings("channels_last")) as fast, Engine([spec], Settings(device="cpu", threads=1)) as exact:
+        for channels in Channels:
+            a, b = (ask(each, inputs(2), channels=channels).maps for each in (exact, fast))
+            np.testing.assert_allclose(b, a, rtol=0, atol=1e-4 * np.abs(a).max())

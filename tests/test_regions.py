@@ -1,0 +1,492 @@
+"""Shared memory: images and maps go through a caller's file. Whatever becomes of the file, the server lives."""
+
+import asyncio
+import contextlib
+import ctypes
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from models import Linear, small_cnn
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import tensor_pb2
+from sidelight_server import ModelSpec, serve
+from sidelight_server.errors import ConfigurationError, PermissionDenied
+from sidelight_server.regions import SharedMemory, undisturbed
+from test_service import TIMEOUT_S, Running, floats, gated, linear_maps, running
+from test_stream import (
+    INVALID_ARGUMENT,
+    NOT_FOUND,
+    Conversation,
+    assert_explains,
+    attribute,
+    cancel,
+    code_of,
+    until_no_stream_is_left,
+)
+
+FAILED_PRECONDITION, RESOURCE_EXHAUSTED, DATA_LOSS = 9, 8, 15
+SIZE = 64 * 1024
+NOBODY = 65534
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The folder that the operator allows."""
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def server(tmp_path: Path, folder: Path, device: str) -> Iterator[Running]:
+    """A server whose maps have a closed form."""
+    with running(Linear(), tmp_path, device=device, shared_memory=folder, max_stream_regions=2) as server:
+        yield server
+
+
+def make(path: Path, *, size: int = SIZE) -> Path:
+    """Make a file that is allocated whole."""
+    with path.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, size)
+    return path
+
+
+def register(region: str, size: int = SIZE, *, id_: str = "region") -> pb.AttributeStreamRequest:
+    return pb.AttributeStreamRequest(register_region=pb.RegisterRegionRequest(id=id_, region=region, size_bytes=size))
+
+
+def lying(images: np.ndarray, region: str = "a", *, offset: int = 0) -> tensor_pb2.Images:
+    dtype = tensor_pb2.DataType.Value(f"DATA_TYPE_{images.dtype.name.upper()}")
+    return tensor_pb2.Images(
+        shared=tensor_pb2.SharedTensor(region=region, offset_bytes=offset, dtype=dtype, shape=images.shape)
+    )
+
+
+def into(region: str = "a", *, offset: int = 0, **output: object) -> pb.Output:
+    return pb.Output(region=tensor_pb2.SharedTensor(region=region, offset_bytes=offset), **output)
+
+
+def put(path: Path, images: np.ndarray, *, offset: int = 0) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(images.tobytes())
+
+
+def take(path: Path, shape: tuple[int, ...], *, offset: int = 0, dtype: str = "<f4") -> np.ndarray:
+    count = int(np.prod(shape))
+    return np.fromfile(path, dtype, count, offset=offset).reshape(shape)
+
+
+def opened(stream: Conversation, *regions: str) -> None:
+    for region in regions:
+        stream.send(register(region))
+        answer = stream.receive()
+        assert answer.region_registered.region == region, answer
+        assert answer.id == "region"
+
+
+def assert_lives(server: Running) -> None:
+    """The next good request is answered."""
+    with Conversation(server.channel) as stream:
+        stream.send(attribute("good", floats(2)))
+        (answer,) = stream.finish()
+    assert_explains(answer, floats(2))
+    server.until_all_permits_are_back()
+
+
+def files_of(folder: Path) -> int:
+    """Count the descriptors of this process that lie in a folder, whatever became of the files."""
+    targets = []
+    for each in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            targets.append(os.readlink(f"/proc/self/fd/{each}"))
+    return sum(target.startswith(f"{folder}/") for target in targets)
+
+
+def test_images_and_maps_go_through_a_region(server: Running, folder: Path) -> None:
+    path, images = make(folder / "a"), floats(4)
+    put(path, images, offset=1001)
+    with Conversation(server.channel) as stream:
+        opened(stream, "a")
+        path.rename(folder / "kept")  # the server needs the name no more
+        stream.send(attribute("one", floats(0), images=lying(images, offset=1001), output=into(offset=30_003)))
+        (answer,) = stream.finish()
+    assert answer.result.transport == pb.TRANSPORT_SHARED_MEMORY
+    maps = answer.result.maps
+    assert (list(maps.shape), maps.data, maps.dtype) == ([4, 4, 5], b"", tensor_pb2.DATA_TYPE_FLOAT32)
+    expected = linear_maps(images)
+    found = take(folder / "kept", expected.shape, offset=30_003)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-8)
+    assert os.stat(folder / "kept").st_size == SIZE
+
+
+def test_half_the_way_through_a_region_is_told_as_inline(server: Running, folder: Path) -> None:
+    path, images = make(folder / "a"), floats(3)
+    put(path, images)
+    with Conversation(server.channel) as stream:
+        opened(stream, "a")
+        stream.send(attribute("in", floats(0), images=lying(images)))
+        stream.send(attribute("out", images, output=into(offset=4096)))
+        answers = {answer.id: answer for answer in stream.finish()}
+    assert_explains(answers["in"], images)
+    assert {answer.result.transport for answer in answers.values()} == {pb.TRANSPORT_INLINE}
+    assert not answers["out"].result.maps.data
+    np.testing.assert_allclose(take(path, (3, 4, 5), offset=4096), linear_maps(images), rtol=1e-4, atol=1e-8)
+
+
+def test_many_batches_share_two_regions(server: Running, folder: Path) -> None:
+    there, back = make(folder / "there"), make(folder / "back")
+    batches = [floats(1 + n % 3, seed=n) for n in range(40)]
+    with Conversation(server.channel) as stream:
+        opened(stream, "there", "back")
+        for n, images in enumerate(batches):
+            put(there, images, offset=1000 * n)
+            stream.send(
+                attribute(
+                    str(n),
+                    floats(0),
+                    images=lying(images, "there", offset=1000 * n),
+                    output=into("back", offset=1000 * n),
+                )
+            )
+        assert len(stream.finish()) == len(batches)
+    for n, images in enumerate(batches):
+        found = take(back, (len(images), 4, 5), offset=1000 * n)
+        np.testing.assert_allclose(found, linear_maps(images), rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [tensor_pb2.DATA_TYPE_FLOAT16, tensor_pb2.DATA_TYPE_UINT8], ids=["half", "byte"])
+def test_maps_are_written_as_they_are_wanted(dtype: int, server: Running, folder: Path) -> None:
+    path, images = make(folder / "a"), floats(2)
+    with Conversation(server.channel) as stream:
+        opened(stream, "a")
+        stream.send(attribute("inline", images, output=pb.Output(map_dtype=dtype)))
+        stream.send(attribute("shared", images, output=into(offset=100, map_dtype=dtype)))
+        answers = {answer.id: answer.result.maps for answer in stream.finish()}
+    inline, shared = answers["inline"], answers["shared"]
+    assert (shared.dtype, list(shared.shape), shared.scale) == (dtype, list(inline.shape), inline.scale)
+    assert path.read_bytes()[100 : 100 + len(inline.data)] == inline.data
+
+
+def test_bfloat16_and_pixels_come_from_a_region_as_they_come_inline(folder: Path, device: str) -> None:
+    spec = ModelSpec(small_cnn(), input_size=(3, 32, 32))
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    wide = floats(1, shape=(3, 32, 32)).view(np.uint32) >> 16
+    halves = wide.astype(np.uint16)
+    path = make(folder / "a")
+    for array, dtype in ((pixels, tensor_pb2.DATA_TYPE_UINT8), (halves, tensor_pb2.DATA_TYPE_BFLOAT16)):
+        put(path, array)
+        inline = tensor_pb2.Tensor(dtype=dtype, shape=array.shape, data=array.tobytes())
+        shared = tensor_pb2.SharedTensor(region="a", dtype=dtype, shape=array.shape)
+        with (
+            serve(spec, device=device, shared_memory=folder) as address,
+            grpc.insecure_channel(address) as channel,
+            Conversation(channel) as stream,
+        ):
+            opened(stream, "a")
+            stream.send(attribute("inline", floats(0), images=tensor_pb2.Images(tensor=inline)))
+            first = stream.receive()
+            stream.send(attribute("shared", floats(0), images=tensor_pb2.Images(shared=shared)))
+            (second,) = stream.finish()
+        assert first.result.maps == second.result.maps
+        assert not first.result.failures
+
+
+def test_the_operator_says_where_regions_lie_and_how_many(server: Running, folder: Path) -> None:
+    told = server.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=TIMEOUT_S).shared_memory
+    assert told == pb.SharedMemory(directory=str(folder), max_region_bytes=2**30, max_stream_regions=2)
+
+
+def test_a_folder_that_is_not_there_is_no_server(tmp_path: Path, device: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"^shared_memory: .*nowhere"):  # noqa: SIM117
+        with serve(Linear(), device=device, shared_memory=tmp_path / "nowhere"):
+            pass
+
+
+def link(path: Path) -> None:
+    make(path.with_name("target"))
+    path.symlink_to("target")
+
+
+def listening(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(str(path))
+
+
+def hole(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(SIZE)
+
+
+FILES = {
+    "nothing": (lambda path: None, NOT_FOUND, 'there is no file "a"'),
+    "a folder": (Path.mkdir, INVALID_ARGUMENT, "no plain file"),
+    "a link": (link, INVALID_ARGUMENT, "no plain file"),
+    "a FIFO": (os.mkfifo, INVALID_ARGUMENT, "no plain file"),
+    "a socket": (listening, INVALID_ARGUMENT, "no plain file"),
+    "a short file": (lambda path: make(path, size=SIZE - 1), DATA_LOSS, f"{SIZE - 1} bytes"),
+    "a file of holes": (hole, FAILED_PRECONDITION, "allocate"),
+}
+
+
+@pytest.mark.parametrize(("make_it", "code", "words"), FILES.values(), ids=FILES)
+def test_what_is_no_region_is_refused(make_it: object, code: int, words: str, server: Running, folder: Path) -> None:
+    make_it(folder / "a")
+    with Conversation(server.channel) as stream:
+        stream.send(register("a"))
+        refused = stream.receive()
+        assert (refused.id, code_of(refused)) == ("region", code)
+        assert words in refused.failure.message
+        stream.send(attribute("next", floats(2)))
+        (answer,) = stream.finish()
+    assert_explains(answer, floats(2))
+    assert files_of(folder) == 0
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "x/a", "../a", "/etc/passwd", "a\0b", "é" * 128], ids=repr)
+def test_a_name_is_that_of_a_file_in_the_folder(name: str, server: Running, folder: Path) -> None:
+    make(folder.parent / "a")
+    (folder / "x").mkdir()
+    make(folder / "x" / "a")
+    with Conversation(server.channel) as stream:
+        stream.send(register(name))
+        assert code_of(stream.receive()) == INVALID_ARGUMENT
+        assert stream.finish() == []
+
+
+@pytest.mark.parametrize(
+    ("size", "code"), [(0, INVALID_ARGUMENT), (-1, INVALID_ARGUMENT), (2**30 + 1, RESOURCE_EXHAUSTED)], ids=str
+)
+def test_a_size_has_bounds(size: int, code: int, server: Running, folder: Path) -> None:
+    make(folder / "a")
+    with Conversation(server.channel) as stream:
+        stream.send(register("a", size))
+        assert code_of(stream.receive()) == code
+
+
+def test_regions_of_a_stream_are_few_and_have_names_of_their_own(server: Running, folder: Path) -> None:
+    for name in "abc":
+        make(folder / name)
+    with Conversation(server.channel) as stream:
+        opened(stream, "a")
+        stream.send(register("a"))
+        assert code_of(stream.receive()) == INVALID_ARGUMENT
+        opened(stream, "b")
+        stream.send(register("c"))
+        assert code_of(stream.receive()) == RESOURCE_EXHAUSTED
+        stream.send(register("c", id_=""))
+        assert code_of(stream.receive()) == INVALID_ARGUMENT
+        with Conversation(server.channel) as other:  # whose names are its own
+            opened(other, "a", "c")
+            assert files_of(folder) == 4
+            assert other.finish() == []
+        assert stream.finish() == []
+    until_no_stream_is_left(server)
+    assert files_of(folder) == 0
+
+
+def test_a_file_that_the_server_may_not_open_is_refused(folder: Path) -> None:
+    """The server's user is another here, for the thread that opens: root may open everything."""
+    shared = SharedMemory(folder, max_region_bytes=SIZE, max_stream_regions=1)
+    make(folder / "a").chmod(0o400 if os.geteuid() == 0 else 0)
+    caught: list[BaseException] = []
+
+    def try_it() -> None:
+        if os.geteuid() == 0:
+            ctypes.CDLL(None).setfsuid(NOBODY)  # of this thread alone
+        try:
+            shared.open("a", SIZE)
+        except BaseException as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=try_it)
+    thread.start()
+    thread.join()
+    shared.close()
+    (error,) = caught
+    assert isinstance(error, PermissionDenied)
+    assert '"a"' in error.message
+
+
+MISPLACED = {
+    "images of an unknown region": ({"images": lying(floats(1), "aa")}, NOT_FOUND, '"a"?'),
+    "maps in an unknown region": ({"output": into("aa")}, NOT_FOUND, '"a"?'),
+    "images beyond the end": ({"images": lying(floats(1), offset=SIZE - 239)}, INVALID_ARGUMENT, "images.shared"),
+    "images before the start": ({"images": lying(floats(1), offset=-1)}, INVALID_ARGUMENT, "images.shared"),
+    "maps beyond the end": ({"output": into(offset=SIZE - 79)}, INVALID_ARGUMENT, "output.region"),
+    "maps before the start": ({"output": into(offset=-1)}, INVALID_ARGUMENT, "output.region"),
+    "maps of a shape": (
+        {"output": pb.Output(region=tensor_pb2.SharedTensor(region="a", shape=[1]))},
+        INVALID_ARGUMENT,
+        "output.region",
+    ),
+    "huge images": (
+        {"images": tensor_pb2.Images(shared=tensor_pb2.SharedTensor(region="a", dtype=4, shape=[2**40, 2**40, 9]))},
+        INVALID_ARGUMENT,
+        "too large",
+    ),
+}
+
+
+@pytest.mark.parametrize(("fields", "code", "words"), MISPLACED.values(), ids=MISPLACED)
+def test_what_does_not_lie_in_a_region_fails_before_any_work(
+    fields: dict[str, object], code: int, words: str, server: Running, folder: Path
+) -> None:
+    make(folder / "a")
+    with Conversation(server.channel) as stream:
+        opened(stream, "a")
+        stream.send(attribute("bad", floats(1), **fields))
+        refused = stream.receive()
+        assert (refused.id, code_of(refused)) == ("bad", code)
+        assert words in refused.failure.message
+        stream.send(attribute("next", floats(2)))
+        (answer,) = stream.finish()
+    assert_explains(answer, floats(2))
+
+
+def test_a_file_that_is_cut_short_fails_its_batches_alone(server: Running, folder: Path) -> None:
+    path, images = make(folder / "a"), floats(3)
+    with Conversation(server.channel) as stream:
+        opened(stream, "a")
+        os.truncate(path, 100)
+        stream.send(attribute("read", floats(0), images=lying(images)))
+        refused = stream.receive()
+        assert (refused.id, code_of(refused)) == ("read", DATA_LOSS)
+        assert 'region "a"' in refused.failure.message
+        stream.send(attribute("write", images, output=into(offset=4096)))
+        refused = stream.receive()
+        assert (refused.id, code_of(refused)) == ("write", DATA_LOSS)
+        assert path.stat().st_size == 100  # it was not made longer
+        stream.send(attribute("inline", images))
+        (answer,) = stream.finish()
+    assert_explains(answer, images)
+    assert_lives(server)
+
+
+def test_a_file_that_is_cut_short_while_its_batch_runs_fails_it(tmp_path: Path, folder: Path, device: str) -> None:
+    with (
+        gated(tmp_path, device=device, shared_memory=folder) as (gate, server),
+        Conversation(server.channel) as stream,
+    ):
+        path = make(folder / "a")
+        opened(stream, "a")
+        stream.send(attribute("running", floats(1), output=into()))
+        assert gate.reached.wait(TIMEOUT_S)
+        os.truncate(path, 79)
+        gate.open.set()
+        (answer,) = stream.finish()
+        assert code_of(answer) == DATA_LOSS
+        assert path.stat().st_size == 79
+        assert_lives(server)
+
+
+CHANGES = {
+    "deleted": lambda path: path.unlink(),
+    "replaced by a link": lambda path: (path.unlink(), path.symlink_to("/etc/passwd")),
+    "replaced by a folder": lambda path: (path.unlink(), path.mkdir()),
+    "replaced by a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
+    "replaced by another": lambda path: (path.unlink(), make(path, size=1)),
+    "grown": lambda path: os.truncate(path, 2 * SIZE),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_what_becomes_of_a_name_does_not_matter_once_it_is_registered(
+    change: object, server: Running, folder: Path
+) -> None:
+    path, images = make(folder / "a"), floats(3)
+    put(path, images)
+    with path.open("rb") as held, Conversation(server.channel) as stream:
+        opened(stream, "a")
+        change(path)
+        stream.send(attribute("one", floats(0), images=lying(images), output=into(offset=4096)))
+        (answer,) = stream.finish()
+        assert answer.result.transport == pb.TRANSPORT_SHARED_MEMORY, answer
+        maps = np.frombuffer(os.pread(held.fileno(), 3 * 4 * 5 * 4, 4096), "<f4").reshape(3, 4, 5)
+    np.testing.assert_allclose(maps, linear_maps(images), rtol=1e-4, atol=1e-8)
+    assert_lives(server)
+
+
+def test_a_caller_who_vanishes_leaves_no_file_open(tmp_path: Path, folder: Path, device: str) -> None:
+    with gated(tmp_path, device=device, shared_memory=folder) as (gate, server):
+        path = make(folder / "a")
+        for n in range(10):
+            gate.open.clear()
+            gate.reached.clear()
+            with grpc.insecure_channel(server.server.addresses[0], [("n", n)]) as channel:
+                stream = Conversation(channel)
+                opened(stream, "a")
+                stream.send(*(attribute(str(k), floats(2), images=lying(floats(2)), output=into()) for k in range(8)))
+                assert gate.reached.wait(TIMEOUT_S)
+                assert files_of(folder) == 1
+            stream.leave()
+            gate.open.set()
+            until_no_stream_is_left(server)
+            assert files_of(folder) == 0
+        assert path.stat().st_size == SIZE
+        assert_lives(server)
+
+
+def test_a_batch_in_a_region_can_be_taken_back(tmp_path: Path, folder: Path, device: str) -> None:
+    with (
+        gated(tmp_path, device=device, shared_memory=folder) as (gate, server),
+        Conversation(server.channel) as stream,
+    ):
+        make(folder / "a")
+        opened(stream, "a")
+        stream.send(attribute("one", floats(2), images=lying(floats(2)), output=into()))
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(cancel("one"))
+        assert code_of(stream.receive()) == 1
+        gate.open.set()
+        assert stream.finish() == []
+        assert (folder / "a").read_bytes() == bytes(SIZE)
+
+
+def test_partial_maps_stay_inline(server: Running, folder: Path) -> None:
+    make(folder / "a")
+    method = pb.Method(smoothgrad=pb.SmoothGradMethod(samples=60))
+    with Conversation(server.channel) as stream:
+        opened(stream, "a")
+        stream.send(attribute("one", floats(1), method=method, output=into(partial=True)))
+        *partial, last = stream.finish()
+    assert last.result.final
+    assert not last.result.maps.data
+    assert all(answer.result.maps.data and not answer.result.final for answer in partial)
+
+
+def test_blocking_work_is_waited_for_however_often_it_is_cancelled() -> None:
+    begun, go_on, ended = threading.Event(), threading.Event(), threading.Event()
+
+    def work() -> None:
+        begun.set()
+        assert go_on.wait(TIMEOUT_S)
+        ended.set()
+
+    async def main() -> None:
+        working = asyncio.create_task(undisturbed(work))
+        await asyncio.to_thread(begun.wait, TIMEOUT_S)
+        for _ in range(3):
+            working.cancel()
+            await asyncio.sleep(0)
+            assert not working.done()
+        go_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await working
+        assert ended.is_set()
+
+    asyncio.run(main())
+
+
+def test_a_region_that_was_never_registered_is_not_found(server: Running) -> None:
+    with Conversation(server.channel) as stream:
+        stream.send(attribute("one", floats(1), images=lying(floats(1))))
+        (answer,) = stream.finish()
+    assert code_of(answer) == NOT_FOUND
+    assert "there are none" in answer.failure.message
