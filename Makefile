@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo test lint proto proto-check bench soak image clean
+.PHONY: setup demo test lint proto proto-check bench peers soak image clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -55,8 +55,23 @@ proto-check: .venv-floor/.ready
 	diff --recursive --exclude=__init__.py --exclude=__pycache__ $$fresh/sidelight/v1 client/sidelight/v1 \
 	|| { echo 'client/sidelight/v1 is not what proto/ says: run `make proto`'; exit 1; }; rm -rf $$fresh
 
+# A peer that cannot be had is a line in the table.
 bench: .venv/.ready
+	-$(MAKE) --keep-going peers
 	$(BIN)/python -m benchmarks
+
+# Whom `make bench` compares with. Each has an environment of its own, for their pins exclude each other's. Triton's
+# Python backend is built for the Python 3.11 of Debian, and fails under some others; TorchServe wants Java 17.
+peers: .venv-litserve/.ready .venv-torchserve/.ready .venv-triton/.ready
+TRITON_PYTHON ?= /usr/bin/python3
+.venv-triton/.ready: PYTHON = $(TRITON_PYTHON)
+
+.venv-litserve/.ready .venv-torchserve/.ready .venv-triton/.ready: .venv-%/.ready: benchmarks/peers/requirements/%.txt
+	$(PYTHON) -m venv --clear .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --upgrade pip
+	.venv-$*/bin/python -m pip install --quiet --constraint $< torch
+	.venv-$*/bin/python -m pip install --quiet --requirement $<
+	touch $@
 
 soak: .venv/.ready
 	$(BIN)/python -m benchmarks.memory --requests 5000
@@ -66,4 +81,4 @@ image:
 	buildah build --tag $(IMAGE) . || docker build --tag $(IMAGE) .
 
 clean:
-	rm -rf .venv .venv-floor dist demo
+	rm -rf .venv .venv-floor .venv-litserve .venv-torchserve .venv-triton dist demo

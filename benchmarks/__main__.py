@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from sidelight_server.device import cpu_quota
 
-from . import captum, fairness, kernel, memory, service, tolerance
+from . import captum, fairness, kernel, memory, peers, service, tolerance
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -19,7 +19,7 @@ RESULTS = Path(__file__).parent / "results"
 def main() -> int:
     console, table = Console(), Table("measured", "figure", "goal", "met", "detail")
     lines = []
-    for module in (kernel, service, captum, fairness, tolerance, memory):
+    for module in (kernel, service, peers, captum, fairness, tolerance, memory):
         name = module.__name__.rpartition(".")[2]
         with console.status(f"measuring: {name}"):
             lines += module.run()

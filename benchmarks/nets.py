@@ -10,7 +10,7 @@ from torch import Tensor, nn
 SIZE = 224
 SMALL = 64
 
-__all__ = ["SIZE", "SMALL", "efficientnet_lite0", "resnet18", "resnet18_small"]
+__all__ = ["SIZE", "SMALL", "efficientnet_lite0", "resnet18", "resnet18_small", "resnet50", "resnet50_tf32"]
 
 
 class Logits(nn.Module):
@@ -43,3 +43,17 @@ def resnet18() -> ModelSpec:
 def resnet18_small() -> ModelSpec:
     """Return the same at 64², where a row is quick and chunks of many rows pay."""
     return dataclasses.replace(resnet18(), input_size=(3, SMALL, SMALL))
+
+
+def resnet50() -> ModelSpec:
+    """Return a ResNet-50 for 1,000 classes at 224², its weights random."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    torch.manual_seed(0)
+    return dataclasses.replace(resnet18(), module=Logits(ResNetForImageClassification(ResNetConfig(num_labels=1000))))
+
+
+def resnet50_tf32() -> ModelSpec:
+    """Return the same, where a GPU's convolutions and products may round float32 to TF32: for all of the process."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+    return resnet50()

@@ -1,4 +1,4 @@
-"""The ledger: what is sent, sent again, sent alone, and given up. Like the ledger, these have neither clock nor thread."""
+"""The ledger: what is sent, sent again, sent alone, and given up. It has no clock and no thread; nor have these tests."""
 
 import numpy as np
 import pytest

@@ -1,0 +1,18 @@
+"""`python -m benchmarks.peers` holds the contest alone. `--hurry` only sees that each peer works."""
+
+import argparse
+import signal
+import sys
+
+from .contest import run
+from .field import FAST, OURS, PEERS
+
+RIVALS = (*PEERS, OURS, FAST)
+
+parser = argparse.ArgumentParser(description=__doc__)
+parser.add_argument("--hurry", action="store_true", help="too few images to count")
+parser.add_argument("--only", default="", metavar="WORD", help="peers with this word in their names")
+args = parser.parse_args()
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers are to end with it
+for line in run([each for each in RIVALS if each.is_ours or args.only in each.name], hurry=args.hurry):
+    print(f"{line.what}: {line.figure:.2f} {line.unit} (goal {line.goal}); {line.detail}")

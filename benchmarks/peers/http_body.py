@@ -1,0 +1,71 @@
+"""HTTP as LitServe and TorchServe are asked here: raw pixels in, raw bytes out; or JSON out.
+
+Imported in the peers' own environments: the standard library and numpy.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .driver import Answer, Connection, Image, closed_loop, drive, wait_for
+
+TYPE = "application/octet-stream"
+SIZE = 224
+HEAD = struct.Struct("<if")  # the predicted class and its probability; then the map, float32 [H, W]
+
+
+def pixels_of(body: bytes | bytearray) -> NDArray[np.uint8]:
+    """Return the pixels of a request, [H, W, C]."""
+    return np.frombuffer(body, np.uint8).reshape(SIZE, SIZE, 3)
+
+
+def body_of(map_: NDArray[np.float32], predicted: int, probability: float) -> bytes:
+    """Return the body of an answer."""
+    return HEAD.pack(predicted, probability) + map_.tobytes()
+
+
+def read_bytes(body: bytes) -> Answer:
+    """Return the answer in such a body."""
+    predicted, _ = HEAD.unpack_from(body)
+    return Answer(np.frombuffer(body, np.float32, offset=HEAD.size).reshape(SIZE, SIZE), predicted)
+
+
+def read_json(body: bytes) -> Answer:
+    """Return the answer in a body of JSON."""
+    said = json.loads(body)
+    return Answer(np.array(said["map"], np.float32), said["predicted"])
+
+
+def connection(port: int, path: str, *, read: Callable[[bytes], Answer]) -> Connection:
+    """Return how to connect to a server of this machine; a connection is kept alive."""
+
+    @contextlib.contextmanager
+    def connect() -> Iterator[Callable[[Image], Answer]]:
+        with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as http_:
+
+            def ask(image: Image) -> Answer:
+                http_.request("POST", path, image.tobytes(), {"Content-Type": TYPE})
+                reply = http_.getresponse()
+                body = reply.read()
+                if reply.status != 200:
+                    raise RuntimeError(f"{path}: {reply.status} {body[:200]!r}")
+                return read(body)
+
+            yield ask
+
+    return connect
+
+
+def drive_http(args: argparse.Namespace, path: str) -> None:
+    """Follow the contest's orders against the server at `args.port`."""
+    images = np.load(Path(args.folder) / "images.npy")
+    connect = connection(args.port, path, read=read_json if args.json else read_bytes)
+    wait_for(connect, images[0])
+    drive(closed_loop(connect), images)

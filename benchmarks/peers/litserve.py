@@ -1,0 +1,67 @@
+"""LitServe with Captum behind it, over HTTP. Run in `.venv-litserve`: torch, numpy, captum, litserve."""
+
+from pathlib import Path
+from typing import Annotated
+
+import litserve
+import numpy as np
+from fastapi import Body, Response
+
+from .http_body import TYPE, body_of, drive_http, pixels_of
+from .rival import arguments
+from .saliency import Captum, Explained, Pixels, load
+
+BATCH_TIMEOUT_S = 0.02  # for which the first request of a batch waits for others
+REQUEST_TIMEOUT_S = 60.0
+PATH = "/predict"
+
+
+class Explain(litserve.LitAPI):
+    """One image a request; LitServe puts them together."""
+
+    def __init__(self, folder: Path, *, threads: int, batch: int) -> None:
+        super().__init__(max_batch_size=batch, batch_timeout=BATCH_TIMEOUT_S, api_path=PATH)
+        self.folder = folder
+        self.threads = threads
+
+    def setup(self, device: str) -> None:
+        self.captum = Captum(load(self.folder, threads=self.threads))
+
+    # Annotated so, the body comes as it is: LitServe would parse JSON or a form otherwise.
+    def decode_request(self, request: Annotated[bytes, Body(media_type=TYPE)]) -> Pixels:
+        return pixels_of(request)
+
+    def batch(self, inputs: list[Pixels]) -> Pixels:
+        return np.stack(inputs)
+
+    def predict(self, x: Pixels) -> Explained:
+        return self.captum.explain(x if x.ndim == 4 else x[None])
+
+    def unbatch(self, output: Explained) -> list[Explained]:
+        return [Explained(*each) for each in zip(*output, strict=True)]
+
+    def encode_response(self, output: Explained) -> Response:
+        if output.maps.ndim == 3:  # without batches there was none to take apart
+            (output,) = self.unbatch(output)
+        return Response(body_of(output.maps, int(output.predicted), float(output.probabilities)))
+
+
+def main() -> None:
+    args = arguments(__doc__)
+    if args.role == "drive":
+        return drive_http(args, PATH)
+    api = Explain(args.folder, threads=args.threads, batch=args.batch)
+    # fast_queue: by ZeroMQ, which is LitServe's own for high rates.
+    server = litserve.LitServer(
+        api,
+        accelerator="cpu",
+        devices=1,
+        workers_per_device=args.workers,
+        timeout=REQUEST_TIMEOUT_S,
+        fast_queue=True,
+    )
+    server.run(host="127.0.0.1", port=args.port, log_level="warning", generate_client_file=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""A rival: whose module it is, and the settings under which it may show its best.
+
+The peers' own environments import this for its arguments and ports, so at its top is the standard library alone.
+"""
+
+import argparse
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+Flags = tuple[str, ...]
+
+
+class NotRun(Exception):
+    """A rival could not be had, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rival:
+    """One contestant. Its server and its driver get the `flags`, of which the best count."""
+
+    name: str
+    module: str
+    flags: tuple[Flags, ...]
+    at_once: tuple[int, ...]
+    python: Path = Path(sys.executable)
+    serves: bool = True
+    exact: bool = True
+    is_ours: bool = False
+    goal: float = 1.0  # of a peer: how many times as fast ours should be in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Under what a rival was measured."""
+
+    flags: Flags
+    at_once: int
+
+    def __str__(self) -> str:
+        return " ".join([*(flag.removeprefix("--") for flag in self.flags), f"{self.at_once} at once"])
+
+
+def arguments(description: str | None) -> argparse.Namespace:
+    """Read the command line of a rival's processes."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("role", choices=("serve", "drive"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1, help="of one worker")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1, help="images that the server may put together")
+    parser.add_argument("--json", action="store_true", help="TorchServe: answers in JSON, not in bytes")
+    parser.add_argument("--original", action="store_true", help="in process: the original class, not Captum")
+    parser.add_argument("--fast", action="store_true", help="sidelight: bfloat16, folded, channels last")
+    return parser.parse_args()
+
+
+def free_port() -> int:
+    """Return a port of this machine that is free now."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
