@@ -6,6 +6,7 @@ Both servers are processes of their own, both clients the same few lines of raw 
 import argparse
 import asyncio
 import contextlib
+import mmap
 import os
 import statistics
 import subprocess
@@ -204,7 +205,8 @@ async def _exchange_shared(address: str, case: Case, folder: Path) -> None:
             async def send() -> None:
                 for _ in range(case.n):
                     slot = await free.get()
-                    os.pwritev(file.number, [images.data.cast("B")], slot * slot_bytes)
+                    at = slot * slot_bytes
+                    file.mapped[at : at + case.n_bytes] = images.data.cast("B")
                     await call.write(requests[slot])
                 await call.done_writing()
 
@@ -212,7 +214,8 @@ async def _exchange_shared(address: str, case: Case, folder: Path) -> None:
             n_received = 0
             while (response := await call.read()) is not grpc.aio.EOF:
                 slot = int(_check(response))
-                os.preadv(file.number, [maps.data.cast("B")], slot * slot_bytes + case.n_bytes)
+                at = slot * slot_bytes + case.n_bytes
+                maps.data.cast("B")[:] = memoryview(file.mapped)[at : at + case.n_bytes]
                 n_received += 1
                 free.put_nowait(slot)
             await sending
@@ -259,7 +262,7 @@ def _registration(region: str, size: int) -> bytes:
 
 
 class _File(NamedTuple):
-    number: int
+    mapped: mmap.mmap
     path: Path
 
     @property
@@ -272,7 +275,8 @@ def _region(folder: Path, size: int) -> Iterator[_File]:
     number, path = tempfile.mkstemp(dir=folder)
     try:
         os.posix_fallocate(number, 0, size)
-        yield _File(number, Path(path))
+        with mmap.mmap(number, size) as mapped:
+            yield _File(mapped, Path(path))
     finally:
         os.close(number)
 

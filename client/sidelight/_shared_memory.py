@@ -1,17 +1,19 @@
 """Shared memory: the way of large arrays to a server on the same machine (Linux).
 
 A region is a file in the directory that the server's operator allows: made, allocated whole, registered on a stream,
-and unlinked as soon as the server has it open. So nothing of it remains, whichever side ends in whatever way. Both
-sides read and write it by `preadv` and `pwritev` alone: what becomes of the file, nobody is killed by SIGBUS.
+and unlinked as soon as the server has it open. So nothing of it remains, whichever side ends in whatever way.
+
+The server reads and writes it by `preadv` and `pwritev` alone: whatever a caller does to the file, it is not killed by
+SIGBUS. The client maps its own: nobody but this user can have it open, and the kernel's copies through a file took ten
+times as long as a copy in memory (1.2 ms against 0.12 ms for 4.8 MB).
 """
 
 import contextlib
 import math
+import mmap
 import os
 import secrets
 import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
 from ._arena import Arena
-from ._errors import Cancelled, DataLoss, FailedPrecondition, ResourceExhausted
+from ._errors import Cancelled, FailedPrecondition, ResourceExhausted
 from ._info import ServerInfo
 from ._tensor import DTYPES, Array, array_of, dtype_of, little_endian
 
@@ -56,17 +58,17 @@ class Region:
         self.arena = Arena(size)
         self.is_registered = False
         self._path = directory / self.name
-        self._lock = threading.Lock()
-        self._n_users = 0
-        self._is_closed = False
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._file = os.open(self._path, flags, 0o600)
+        file = os.open(self._path, flags, 0o600)
         try:
             # All of it now: a write into a hole could fail later, when the memory is gone.
-            os.posix_fallocate(self._file, 0, size)
+            os.posix_fallocate(file, 0, size)
+            self._bytes: mmap.mmap | None = mmap.mmap(file, size)
         except OSError as error:
-            self.close()
+            self.unlink()
             raise ResourceExhausted(f"shared_memory: {size} bytes in {directory}: {error.strerror}") from None
+        finally:
+            os.close(file)
 
     def unlink(self) -> None:
         """Take the file's name away. Who has it open goes on."""
@@ -75,45 +77,22 @@ class Region:
 
     def write(self, array: Array, offset: int) -> None:
         """Write an array's bytes."""
-        data = array.reshape(-1).view(np.uint8).data
-        with self._used():
-            while data:
-                n = os.pwritev(self._file, [data], offset)
-                data, offset = data[n:], offset + n
+        self._mapped()[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
 
     def read(self, n_bytes: int, offset: int) -> Array:
-        """Return bytes. `DataLoss` where the file has been cut."""
-        read = np.empty(n_bytes, np.uint8)
-        data = read.data
-        with self._used():
-            while data:
-                n = os.preadv(self._file, [data], offset)
-                if not n:
-                    raise DataLoss(f"shared_memory: region {self.name} ends before byte {offset + len(data)}")
-                data, offset = data[n:], offset + n
-        return read
+        """Return a copy of bytes."""
+        return self._mapped()[offset : offset + n_bytes].copy()
 
     def close(self) -> None:
-        """Let go of it, once nobody reads or writes: the descriptor's number may be another file's right after."""
+        """Let go of it. Who reads or writes just now goes on: the memory is freed with the last view on it."""
         self.unlink()
-        with self._lock:
-            if not self._is_closed and not self._n_users:
-                os.close(self._file)
-            self._is_closed = True
+        self._bytes = None
 
-    @contextlib.contextmanager
-    def _used(self) -> Iterator[None]:
-        with self._lock:
-            if self._is_closed:
-                raise Cancelled("shared_memory: the call that it belonged to has ended")
-            self._n_users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._n_users -= 1
-                if self._is_closed and not self._n_users:
-                    os.close(self._file)
+    def _mapped(self) -> Array:
+        mapped = self._bytes
+        if mapped is None:
+            raise Cancelled("shared_memory: the call that it belonged to has ended")
+        return np.frombuffer(mapped, np.uint8)
 
 
 class Regions:

@@ -98,7 +98,7 @@ class Work:
         return self, self._next().take()
 
     def settle(self, job: Job, maps: Array, result: Result, probabilities: Array | None) -> None:
-        """Take a job's newest result in: maps, [k, …], and probabilities, [K], on the host. The arrays are copied."""
+        """Take a job's newest result in: maps, [k, …], and probabilities, [K], on the host."""
         explanation = Explanation(
             result.predicted,
             result.probability,
@@ -107,8 +107,11 @@ class Work:
             result.convergence,
         )
         with self._lock:
-            answer = self._reserve()
-            answer[job.place] = maps if self.prepared.top_k else maps[0]
+            taken = maps if self.prepared.top_k else maps[0]
+            if len(self._explanations) == 1 and result.is_final:  # all of the answer, and nobody writes to it again
+                self._maps = taken[None].astype(np.float32, copy=False)
+            else:
+                self._reserve()[job.place] = taken
             self._explanations[job.place] = explanation
             if probabilities is not None:
                 if self._probabilities is None:
@@ -127,16 +130,18 @@ class Work:
         with self._lock:
             self._failures.append(ExampleFailure(job.place, error.code, error.message))
             self._explanations[job.place] = None
-            if self._maps is not None:
-                self._maps[job.place] = np.nan
+            self._reserve()[job.place] = np.nan
         self._end(job)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the answer so far: maps, explanations, failures and probabilities, as `Answer` names them."""
         with self._lock:
             maps = self._reserve()
+            if not self.is_done:
+                maps = maps.copy()
+                maps[[explanation is None for explanation in self._explanations]] = np.nan
             return {
-                "maps": maps if self.is_done else maps.copy(),
+                "maps": maps,
                 "explanations": tuple(self._explanations),
                 "failures": tuple(sorted(self._failures, key=lambda failure: failure.example)),
                 "probabilities": self._known_probabilities(),
@@ -160,9 +165,10 @@ class Work:
         return job
 
     def _reserve(self) -> NDArray[np.float32]:
-        """Return the maps. They are NaN until they come: those of failed examples stay so."""
+        """Return the maps. Those of examples that were not prepared are NaN; what is still to come is anything."""
         if self._maps is None:  # not before the first came: a request that waits holds no memory for its answer
-            self._maps = np.full(self.prepared.maps_shape, np.nan, np.float32)
+            self._maps = np.empty(self.prepared.maps_shape, np.float32)
+            self._maps[[isinstance(each, SidelightError) for each in self.prepared.examples]] = np.nan
         return self._maps
 
     def _known_probabilities(self) -> NDArray[np.float32] | None:
