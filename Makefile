@@ -76,6 +76,8 @@ TRITON_PYTHON ?= /usr/bin/python3
 soak: .venv/.ready
 	$(BIN)/python -m benchmarks.memory --requests 5000
 	$(BIN)/python -m benchmarks.storm --requests 10000
+	$(BIN)/python -m benchmarks.kills
+	$(BIN)/python -m benchmarks.messages --messages 100000
 
 image:
 	buildah build --tag $(IMAGE) . || docker build --tag $(IMAGE) .

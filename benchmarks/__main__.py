@@ -1,5 +1,9 @@
-"""`make bench`: measures everything, prints one table, and writes it to `benchmarks/results/bench.json`."""
+"""`make bench`: measures everything, prints one table, and writes it to `benchmarks/results/bench.json`.
 
+`python -m benchmarks kernel service` measures what is named alone.
+"""
+
+import argparse
 import dataclasses
 import json
 import platform
@@ -11,28 +15,45 @@ from rich.console import Console
 from rich.table import Table
 from sidelight_server.device import cpu_quota
 
-from . import captum, fairness, kernel, memory, peers, service, tolerance
+from . import captum, fairness, fidelity, kernel, memory, messages, peers, service, tolerance, transport
+from .measure import Line
 
 RESULTS = Path(__file__).parent / "results"
+MODULES = {
+    module.__name__.rpartition(".")[2]: module
+    for module in (kernel, service, transport, peers, captum, fairness, tolerance, fidelity, memory, messages)
+}
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODULES)}; none: all of them")
+    names = parser.parse_args().names or list(MODULES)
+    if unknown := set(names) - set(MODULES):
+        parser.error(f"there is no {sorted(unknown)}")
     console, table = Console(), Table("measured", "figure", "goal", "met", "detail")
-    lines = []
-    for module in (kernel, service, peers, captum, fairness, tolerance, memory):
-        name = module.__name__.rpartition(".")[2]
+    lines: list[Line] = []
+    for name in names:
         with console.status(f"measuring: {name}"):
-            lines += module.run()
+            lines += MODULES[name].run()
+        _write(lines)  # what was measured is kept, should the next one fail
     for line in lines:
         met = "[green]yes[/]" if line.met else "[red]no[/]"
         table.add_row(line.what, f"{line.figure:.2f} {line.unit}", line.goal, met, line.detail)
     console.print(table)
-    RESULTS.mkdir(exist_ok=True)
-    machine = {"cpu": _cpu(), "cpus": cpu_quota(), "torch": torch.__version__, "python": platform.python_version()}
-    results = {"machine": machine, "lines": [dataclasses.asdict(line) for line in lines]}
-    (RESULTS / "bench.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    machine = _machine()
     console.print(f"{machine['cpus']} CPUs ({machine['cpu']}), torch {machine['torch']}; {RESULTS / 'bench.json'}")
     return 0 if all(line.met for line in lines) else 1
+
+
+def _write(lines: list[Line]) -> None:
+    RESULTS.mkdir(exist_ok=True)
+    results = {"machine": _machine(), "lines": [dataclasses.asdict(line) for line in lines]}
+    (RESULTS / "bench.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _machine() -> dict[str, object]:
+    return {"cpu": _cpu(), "cpus": cpu_quota(), "torch": torch.__version__, "python": platform.python_version()}
 
 
 def _cpu() -> str:

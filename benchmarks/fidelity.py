@@ -14,7 +14,19 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 from sidelight._demo import photographs
-from sidelight_server import Answer, Engine, Files, PerExample, Request, Score, Settings
+from sidelight_server import (
+    Answer,
+    Engine,
+    Files,
+    Gradient,
+    IntegratedGradients,
+    PerExample,
+    Request,
+    Score,
+    Settings,
+    SmoothGrad,
+)
+from sidelight_server.methods import Method
 
 from .nets import efficientnet_lite0
 
@@ -29,6 +41,9 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "bfloat16+fold+channels_last": {"precision": "bfloat16"} | FOLDED,
 }
 COMPILED = {"compile": {"compile": True}, "compile+fold+channels_last": {"compile": True} | FOLDED}
+# What averages many gradients averages their rounding too.
+AVERAGES: dict[str, Method] = {"SmoothGrad-25": SmoothGrad(25), "IG-32": IntegratedGradients(32)}
+AVERAGED = "bfloat16+fold+channels_last"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,17 +56,18 @@ class Fidelity:
     same_class: int  # of how many photographs the predicted class is the exact kernel's
 
 
-def measure(configurations: dict[str, dict[str, Any]]) -> list[Fidelity]:
+def measure(configurations: dict[str, dict[str, Any]], method: Method, *, suffix: str = "") -> list[Fidelity]:
     """Explain every photograph by the exact kernel and by each of the others: the class that the exact one predicts."""
     files = Files(tuple(path.read_bytes() for path in photographs()))
-    exact = _explained(files, PerExample(()))
+    exact = _explained(files, PerExample(()), method)
     classes = PerExample(tuple(each.predicted for each in exact.explanations if each))
-    return [_compared(name, exact, _explained(files, classes, **each)) for name, each in configurations.items()]
+    explained = {name: _explained(files, classes, method, **each) for name, each in configurations.items()}
+    return [_compared(name + suffix, exact, each) for name, each in explained.items()]
 
 
-def _explained(files: Files, target: PerExample, **options: Any) -> Answer:
+def _explained(files: Files, target: PerExample, method: Method, **options: Any) -> Answer:
     # The logit: of a photograph without an ImageNet class in it the probability says little about its class.
-    request = Request(files, score=Score.LOGIT, **({"target": target} if target.choices else {}))
+    request = Request(files, method=method, score=Score.LOGIT, **({"target": target} if target.choices else {}))
     with Engine([efficientnet_lite0()], Settings(device="cpu", max_chunk_rows=8, **options)) as engine:
         answer = asyncio.run(engine.attribute(request))
     assert not answer.failures
@@ -71,8 +87,11 @@ def _compared(name: str, exact: Answer, other: Answer) -> Fidelity:
 
 def main(*, compiled: bool) -> None:
     """Print the table."""
+    measured = measure(CONFIGURATIONS | (COMPILED if compiled else {}), Gradient())
+    for name, method in AVERAGES.items():
+        measured += measure({AVERAGED: CONFIGURATIONS[AVERAGED]}, method, suffix=f", {name}")
     table = Table("configuration", "rank correlation", "least", "largest difference", "median", "same class")
-    for each in measure(CONFIGURATIONS | (COMPILED if compiled else {})):
+    for each in measured:
         table.add_row(
             each.name,
             f"{statistics.mean(each.ranks):.5f}",
@@ -81,7 +100,7 @@ def main(*, compiled: bool) -> None:
             f"{statistics.median(each.apart):.1e}",
             f"{each.same_class} of {len(each.ranks)}",
         )
-    Console().print(table)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
