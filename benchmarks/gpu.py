@@ -94,6 +94,8 @@ class Bench:
 
     def __init__(self, device: torch.device, *, n_rows: int, is_rehearsal: bool) -> None:
         self.device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # where Triton launches
         self.n_rows = n_rows
         self.is_rehearsal = is_rehearsal
 

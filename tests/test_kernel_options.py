@@ -1,5 +1,6 @@
 """What an operator may choose to be faster: it stays within what is stated, and each answer says that it ran."""
 
+import asyncio
 import copy
 import dataclasses
 
@@ -205,14 +206,27 @@ def test_answers_and_models_say_what_ran(spec: ModelSpec, caplog: pytest.LogCapt
     assert caplog.text.count("event=tried") == len(model.warmup)
 
 
+@pytest.mark.parametrize("size", [{"max_chunk_rows": 4}, {"reproducible": True, "reproducible_rows": 1}])
+def test_what_was_gained_is_measured_also_where_the_settings_say_the_chunk(size: dict[str, object]) -> None:
+    spec = ModelSpec(small_cnn(), input_size=(3, 32, 32))
+    with Engine([spec], Settings(device="cpu", threads=1, channels_last=True, **size)) as engine:
+        asyncio.run(engine.warm_up())
+        exact, chosen = engine.model("").warm_up
+    assert (exact.configuration, exact.chosen) == ("float32", False)
+    assert (chosen.configuration, chosen.chosen) == ("float32+channels_last", True)
+    assert exact.rows == chosen.rows == engine.model("").chunk_rows
+
+
+def test_nothing_is_compared_without_an_option() -> None:
+    spec = ModelSpec(small_cnn(), input_size=(3, 32, 32))
+    with Engine([spec], Settings(device="cpu", threads=1, max_chunk_rows=4)) as engine:
+        asyncio.run(engine.warm_up())
+        assert engine.model("").warm_up == ()
+
+
 def test_the_digest_is_that_of_the_callers_weights(spec: ModelSpec) -> None:
     with Engine([spec], settings("all")) as fast, Engine([spec], Settings(device="cpu")) as exact:
         assert fast.model("").digest == exact.model("").digest
-
-
-def test_folding_without_an_input_size_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"fold: .*input_size"):
-        Engine([ModelSpec(small_cnn())], settings("fold"))
 
 
 def test_models_of_one_server_have_options_of_their_own(spec: ModelSpec) -> None:
@@ -243,6 +257,55 @@ def test_a_sure_probability_has_a_gradient_in_half_precision() -> None:
     half = run(kernel(module, OPTIONS["float16"]), x)
     assert exact.abs().max() < 6e-8  # the least that float16 holds
     assert (half - exact).norm() <= 0.1 * exact.norm()
+
+
+def test_a_probability_of_next_to_nothing_has_a_finite_gradient_in_half_precision() -> None:
+    """The power of two that would scale it to 1 is more than float32 holds."""
+    module = small_cnn()
+    with torch.no_grad():
+        module[-1].bias[2] += 90
+    half = run(kernel(module, OPTIONS["float16"]), inputs(2))
+    assert half.isfinite().all()
+
+
+def test_copies_that_cannot_be_folded_again_serve_no_more() -> None:
+    """The digest is that of the new weights: a map of the old ones would be a lie."""
+    module = small_cnn()
+    folded = kernel(module, OPTIONS["fold"])
+    first = run(folded, inputs())
+    with torch.no_grad():
+        weight = module[0].weight.clone()
+        module[0].weight.fill_(float("nan"))
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match="fold: "):
+            run(folded, inputs())
+    with torch.no_grad():
+        module[0].weight.copy_(weight)
+    assert torch.equal(run(folded, inputs()), first)
+
+
+def test_the_log_says_how_many_norms_were_folded(spec: ModelSpec, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "sidelight")
+    with Engine([spec], settings("fold")):
+        assert 'event=folded model="small" norms=1' in caplog.text
+
+
+@pytest.mark.parametrize("option", ["fold", "compile"])
+def test_what_is_tried_first_needs_an_input_size(option: str) -> None:
+    with pytest.raises(ConfigurationError, match=f'model "model": {option}: .*input_size'):
+        Engine([ModelSpec(small_cnn())], Settings(device="cpu", **{option: True}))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler uses what torch deprecates
+def test_without_a_compiler_the_server_does_not_start(spec: ModelSpec) -> None:
+    from torch._inductor import config
+
+    with (
+        config.patch({"cpp.cxx": (None, "/nowhere/c++"), "force_disable_caches": True}),
+        pytest.raises(ConfigurationError, match=r"failed as float32\+compile on an input .*compiler") as refused,
+    ):
+        Engine([spec], Settings(device="cpu", threads=1, compile=True))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.slow

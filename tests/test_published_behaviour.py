@@ -105,6 +105,19 @@ def x(digits: tuple[Tensor, Tensor]) -> Tensor:
     return digits[0][N_TRAINED : N_TRAINED + N_EXPLAINED]
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_in_half_precision_a_trained_networks_pixels_keep_their_order(
+    precision: str, module: nn.Module, explain: Explain, x: Tensor
+) -> None:
+    question = {"channels": Channels.MAX_ABS, "score": Score.PROBABILITY}
+    exact = explain(x, Gradient(), **question).maps
+    with explaining(module, input_size=SHAPE, precision=precision) as explain_in_half:
+        half = explain_in_half(x, Gradient(), **question).maps
+    ranks = [spearmanr(a.ravel(), b.ravel()).statistic for a, b in zip(exact, half, strict=True)]
+    assert np.mean(ranks) >= 0.95
+    assert not np.array_equal(exact, half)
+
+
 def areas(module: nn.Module, x: Tensor, maps: np.ndarray) -> tuple[float, float]:
     """Return the areas under deletion and insertion: the mean probability while pixels go, or come, by their rank.
 

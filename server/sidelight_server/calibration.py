@@ -66,16 +66,18 @@ def choose_chunk_rows(model: "Model", *, max_chunk_s: float, device_memory_limit
     return chosen, tuple(replace(each, chosen=each.rows == chosen) for each in trials)
 
 
-def compare_exact(model: "Model") -> tuple[Trial, float]:
+def compare_exact(model: "Model") -> tuple[tuple[Trial, ...], float]:
     """Return what a kernel without the operator's options gives of the model, and how like its maps are to the model's.
 
+    Where the model's own chunk was not measured yet, because the settings say its size, it is measured beside.
     Likeness is the mean of Spearman's rank correlations of maps of noise. Those of photographs may be less alike.
     """
     exact, rows = model.exact_kernel(), max(1, model.chunk_rows)
     inputs = model.inputs_like(rows)
     trial = Trial(rows, rows / _seconds(model, rows, kernel=exact), exact.told)
     ours, theirs = (_maps(_run(model, inputs, kernel=kernel)) for kernel in (model.kernel, exact))
-    return trial, float(np.mean([_rank_correlation(a, b) for a, b in zip(ours, theirs, strict=True)]))
+    chosen = () if model.warm_up else (replace(_trial(model, rows), chosen=True),)
+    return (trial, *chosen), float(np.mean([_rank_correlation(a, b) for a, b in zip(ours, theirs, strict=True)]))
 
 
 def _maps(answer: Gradients) -> Array:

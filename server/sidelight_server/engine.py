@@ -262,8 +262,8 @@ class Engine:
         """Measure what the operator's options bring, and tell the log everything that was tried."""
         if model.preprocessing is None or model.kernel.options.is_exact:
             return
-        exact, likeness = compare_exact(model)
-        model.warm_up = (exact, *model.warm_up)
+        trials, likeness = compare_exact(model)
+        model.warm_up = (*trials, *model.warm_up)
         for trial in model.warm_up:
             log.info(
                 'event=tried model="%s" configuration=%s rows=%d rows_per_s=%.1f chosen=%s',

@@ -45,10 +45,10 @@ def _replace(module: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
 def _try(module: nn.Module, inputs: Tensor, pairs: Sequence[tuple[str, str]]) -> None:
     """Fold a copy, in float64 if the module can run so, and compare."""
     for dtype, tolerance in ((torch.float64, TOLERANCE), (inputs.dtype, SINGLE_TOLERANCE)):
-        trial, converted = copy.deepcopy(module).to(dtype), inputs.to(dtype)
         try:
+            trial, converted = copy.deepcopy(module).to(dtype), inputs.to(dtype)
             before = _outputs(trial, converted)
-        except (RuntimeError, TypeError):  # it has a type of its own somewhere inside
+        except (RuntimeError, TypeError):  # it has a type of its own somewhere inside, or the device lacks this one
             if dtype == inputs.dtype:
                 raise
             continue

@@ -70,6 +70,11 @@ class Kernel:
         return self._replica.dtype
 
     @property
+    def n_folded(self) -> int:
+        """How many norms are part of the convolutions before them."""
+        return self._replica.n_folded
+
+    @property
     def told(self) -> str:
         """What runs, in a word: "float32", "bfloat16+fold"."""
         return self.options.told(str(self.compute_dtype).removeprefix("torch."))

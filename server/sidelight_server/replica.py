@@ -64,11 +64,12 @@ class Replica:
         self._make()
 
     def _make(self) -> None:
-        self._versions = self._now()
+        versions = self._now()
         module, options = replicate(self._source).to(self._device), self._options
-        if options.fold:
-            if self._trial is None:
-                raise ConfigurationError("fold: it is tried before it serves, and that needs an input_size; set it too")
+        for name in ("fold", "compile", "cuda_graphs"):
+            if getattr(options, name) and self._trial is None:
+                raise ConfigurationError(f"{name}: it is tried before it serves, which needs an input_size; set it too")
+        if options.fold and self._trial is not None:
             module = _owning(module)
             self.n_folded = fold(module, self._trial)
         if options.precision:
@@ -79,6 +80,7 @@ class Replica:
         self.plain: nn.Module = module  # for hooks and modes, which a compiled one would not see
         # Sizes of chunks vary: one compilation for all of them, and one more for a row alone.
         self.module: nn.Module = torch.compile(module, dynamic=True) if options.compile else module  # type: ignore[assignment]
+        self._versions = versions  # not before: copies that could not be made again must stay stale
 
     def _now(self) -> list[int]:
         return [0 if each.is_inference() else each._version for each in self._tensors]

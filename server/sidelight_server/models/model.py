@@ -64,6 +64,8 @@ class Model:
                 options=spec.options,
                 trial=None if trial is None else trial.to(device, weights_dtype(spec.module)),
             )
+        if self.kernel.options.fold:
+            log.info('event=folded model="%s" norms=%d', self.name, self.kernel.n_folded)
         # Pixels are normalised, and floats staged, in no less than float32; a half-precision model rounds after that.
         self._exact = torch.float64 if self.kernel.dtype == torch.float64 else torch.float32
         self.black: Tensor | None = None  # [C, 1, 1], what pixel 0 becomes
@@ -159,13 +161,14 @@ class Model:
 
     def _try(self) -> None:
         inputs = self.inputs_like(2)
-        with self._refusing(f"failed on an input of {[1, *inputs.shape[1:]]}"):
+        failed = "failed" if self.kernel.options.is_exact else f"failed as {self.kernel.told}"
+        with self._refusing(f"{failed} on an input of {[1, *inputs.shape[1:]]}"):
             answer = self.kernel.run(inputs[:1], [PREDICTED], [self.scores[0]])
         n_classes = answer.output_shape[0]
         if self.labels and len(self.labels) != n_classes:
             raise ConfigurationError(f'labels: got {len(self.labels)}, model "{self.name}" has {n_classes} classes')
         self.learn_output(answer.output_shape)
-        with self._refusing(f"failed on an input of {list(inputs.shape)}"):
+        with self._refusing(f"{failed} on an input of {list(inputs.shape)}"):
             self.rows_touch = self.kernel.rows_touch(inputs)
             self.probed = self.kernel.layers(inputs[:1])
         if self.rows_touch:
@@ -179,7 +182,8 @@ class Model:
         except ConfigurationError as error:
             raise ConfigurationError(f'model "{self.name}": {error}') from error
         except Exception as error:
-            raise ConfigurationError(f'model "{self.name}": {what}: {type(error).__name__}: {error}') from error
+            why = str(error).partition("\n\n")[0]  # torch's compiler goes on with advice
+            raise ConfigurationError(f'model "{self.name}": {what}: {type(error).__name__}: {why}') from error
 
 
 def _noise(preprocessing: Preprocessing, n: int, *, seed: int = 0) -> Tensor:
