@@ -1,4 +1,4 @@
-"""The ledger: what is sent, sent again, sent alone, and given up. It has no clock and no thread; nor have these tests."""
+"""The ledger: what is sent, sent again, sent alone, and given up. It has neither clock nor thread; nor have these."""
 
 import numpy as np
 import pytest
@@ -64,9 +64,9 @@ def test_what_a_server_held_when_it_died_is_sent_alone() -> None:
     ledger.lost(A, died=True)
     for id_ in ("0", "1", "2"):
         assert sent(ledger, A) == [id_]
-        assert not ledger.may_read(A)
+        assert not ledger.may_read(A, 0.0)
         ledger.answered(id_)
-    assert ledger.may_read(A)
+    assert ledger.may_read(A, 0.0)
 
 
 def test_a_lane_runs_empty_before_it_is_sent_a_suspect_and_another_goes_on() -> None:
@@ -103,6 +103,8 @@ def test_a_part_that_has_to_wait_lets_others_pass() -> None:
     ledger.send(A, 0)
     ledger.again(ledger.get("0"), not_before_s=5.0)
     assert sent(ledger, A, 1.0) == ["1"]
+    assert ledger.may_read(A, 1.0)
+    assert not ledger.may_read(A, 5.0)
     assert (ledger.next_sending_s(1.0), ledger.next_sending_s(5.0)) == (5.0, None)
     assert sent(ledger, A, 5.0) == ["0"]
 
@@ -138,7 +140,7 @@ def test_a_lane_reads_on_until_its_window_is_full_and_always_two_batches(n_lanes
     for window, most in ((1, 2), (4, 4), (5, 5)):
         ledger, n = Ledger(window=window, n_lanes=n_lanes), 0
         for lane in lanes:
-            while ledger.may_read(lane):
+            while ledger.may_read(lane, 0.0):
                 ledger.add(entry(n), [range(1)])
                 ledger.send(lane, 0)
                 n += 1
@@ -147,7 +149,7 @@ def test_a_lane_reads_on_until_its_window_is_full_and_always_two_batches(n_lanes
 
 def test_a_window_in_all_bounds_all_lanes_together() -> None:
     ledger, n = Ledger(window=4, in_all=4, n_lanes=2), 0
-    while readers := [lane for lane in (A, B) if ledger.may_read(lane)]:
+    while readers := [lane for lane in (A, B) if ledger.may_read(lane, 0.0)]:
         ledger.add(entry(n), [range(1)])
         ledger.send(readers[-1], 0)
         n += 1
@@ -162,9 +164,9 @@ def test_answers_that_nobody_takes_hold_the_window() -> None:
     for id_ in sent(ledger, A):
         ledger.answered(id_)
         ledger.delivered()
-    assert not ledger.may_read(A)
+    assert not ledger.may_read(A, 0.0)
     ledger.taken(entries[0])
-    assert ledger.may_read(A)
+    assert ledger.may_read(A, 0.0)
 
 
 def test_it_is_done_when_the_batches_are_at_their_end_and_all_is_delivered() -> None:
@@ -186,7 +188,7 @@ def test_whatever_happens_each_part_is_waiting_flying_answered_or_given_up(data:
     for _ in range(data.draw(st.integers(1, 60))):
         lane = data.draw(st.sampled_from(lanes))
         act = data.draw(st.sampled_from(["read", "send", "answer", "die", "end", "again", "halve"]))
-        if act == "read" and ledger.may_read(lane):
+        if act == "read" and ledger.may_read(lane, 0.0):
             ledger.add(entry(n_read, 4, deadline_s=1e9), [range(4)])
             n_read += 1
         elif act == "send" and (part := ledger.send(lane, now_s)) is not None:

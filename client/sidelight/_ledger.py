@@ -103,9 +103,9 @@ class Ledger:
         for span in spans:
             self._wait(Part(entry, span.start, entry.batch.part(span)))
 
-    def may_read(self, lane: Hashable) -> bool:
-        """Say whether a lane may read another batch: there is room, and none waits already or has to be alone."""
-        if self.is_exhausted or self._waiting:
+    def may_read(self, lane: Hashable, now_s: float) -> bool:
+        """Say whether a lane may read another batch: there is room, and none could be sent now or has to be alone."""
+        if self.is_exhausted or any(part.not_before_s <= now_s for part in self._waiting):
             return False
         held = self._held_by(lane)
         if any(part.is_suspect for part in held):

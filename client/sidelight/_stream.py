@@ -198,7 +198,7 @@ class Stream:
                     return part
                 if lane.regions and lane.regions.is_missing:
                     return Step.REGISTER
-                if not self._is_reading and self._ledger.may_read(lane):
+                if not self._is_reading and self._ledger.may_read(lane, now_s):
                     self._is_reading = True
                     return Step.READ
                 again_s = self._ledger.next_sending_s(now_s)
