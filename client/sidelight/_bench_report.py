@@ -50,7 +50,8 @@ def question(traffic: Traffic, answer: Attribution) -> str:
     told = f"batches of {len(traffic.batches[0])}, {traffic.kind}, {way}"
     if (provenance := answer.provenance) is None:
         return told
-    return f"{provenance.model} on {provenance.device} in {provenance.precision}: {provenance.method}; {told}"
+    ran = "+".join((provenance.precision, *provenance.kernel_options))
+    return f"{provenance.model} on {provenance.device} in {ran}: {provenance.method}; {told}"
 
 
 def bench_facts(bench: Bench, server: ServerInfo, answer: Attribution, *, client_version: str) -> dict[str, Any]:
