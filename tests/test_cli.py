@@ -109,6 +109,17 @@ def test_overlays_are_written_into_a_folder_that_is_made(run: Run, client: sidel
         np.testing.assert_allclose(np.asarray(overlay), expected, atol=1)
 
 
+def test_overlays_are_on_the_whole_pictures_if_so_asked(run: Run, client: sidelight.Client) -> None:
+    paths = [picture("a.png"), picture("b.png", seed=1)]
+    done = run("attribute", *paths, "--out", "out", "--save", "saved", "--original")
+    assert done.exit_code == 0, done.output
+    expected = np.asarray(client.attribute(paths[1]).overlay(0, original=True)).astype(int)
+    for written in ("out/b.png", "saved/b/000.png"):
+        with Image.open(written) as overlay:
+            assert overlay.size == (50, 40)
+            np.testing.assert_allclose(np.asarray(overlay), expected, atol=1)
+
+
 def test_the_model_and_the_options_are_those_of_a_call(run: Run, client: sidelight.Client) -> None:
     path = picture("a.png")
     options = ["--target", 3, "--score", "logit", "--channels", "sum", "--signed", "--times-input", "--model", "small"]
@@ -264,7 +275,7 @@ def test_a_picture_that_fails_is_named_and_the_others_are_explained(run: Run) ->
     assert done.exit_code == 1
     table = rows(done.stdout)
     assert len(table["good.png"]) == len(table["more.png"]) == 3
-    assert "10 bytes are no PNG, JPEG, WebP, TIFF, BMP or GIF" in table["bad.png"][0]
+    assert "10 bytes are no PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM" in table["bad.png"][0]
     assert "No such file or directory: 'missing.png'" in table["missing.png"][0]
     assert "2 overlays in out" in done.stdout
     assert sorted(each.name for each in Path("out").iterdir()) == ["good.png", "more.png"]
@@ -413,6 +424,25 @@ def test_info_tells_version_limits_methods_and_models(run: Run, address: str, cl
         assert fact in text
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, "short side 32, bilinear; 0 to 1, mean 0, std 1"),
+        ({"resize": "exact", "pixel_range": (-1024, 1024)}, "resize exact, bilinear; -1024 to 1024, mean 0, std 1"),
+        (
+            {"resize": 40, "interpolation": "bicubic", "mean": [0.25], "std": [0.5], "window": (0, 4095)},
+            "short side 40, bicubic; 0 to 1, mean 0.25, std 0.5; of 16 bits and DICOM 0 to 4095",
+        ),
+    ],
+    ids=["default", "range", "window"],
+)
+def test_info_tells_what_becomes_of_pixels(device: str, run: Run, fields: dict[str, object], told: str) -> None:
+    spec = sidelight_server.ModelSpec(small_cnn(1), input_size=(1, 32, 32), **fields)
+    with sidelight_server.serve(spec, device=device) as address:
+        done = run("info", "--address", address)
+    assert told in [" ".join(line.split()).removeprefix("pixels ") for line in done.stdout.splitlines()]
+
+
 def test_info_tells_of_a_model_that_takes_any_size(device: str, run: Run) -> None:
     with sidelight_server.serve(small_cnn(), device=device) as address:
         done = run("info", "--address", address)
@@ -435,6 +465,7 @@ def test_help_explains_every_option(run: Run, command: list[str]) -> None:
             "--target",
             "--score",
             "--channels",
+            "--original",
             "--signed",
             "--times-input",
             "--method",

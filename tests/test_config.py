@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from sidelight_server.config import FILE, PREFIX, Settings, misspelt_variables, read_settings
+from sidelight_server.config import FILE, PREFIX, ModelSettings, Settings, misspelt_variables, read_settings
 from sidelight_server.errors import ConfigurationError
 
 
@@ -46,6 +46,18 @@ FLAGS = {
     "weights": (["--weights", "net.safetensors"], Path("net.safetensors")),
     "name": (["--name", "net"], "net"),
     "input_size": (["--input-size", "3,224,224"], (3, 224, 224)),
+    "load": (["--load", "lazy"], "lazy"),
+    "trial_size": (["--trial-size", "1,64,64"], (1, 64, 64)),
+    "pixel_range": (["--pixel-range=-1024,1024"], (-1024.0, 1024.0)),
+    "window": (["--window", "0,4095"], (0.0, 4095.0)),
+    "input": (["--input", "pixel_values"], "pixel_values"),
+    "arguments": (["--arguments", '{"return_dict": true}'], {"return_dict": True}),
+    "label": (["--label", "disease"], "disease"),
+    "output": (["--output", "y_prob"], "y_prob"),
+    "max_model_in_flight": (["--max-model-in-flight", "3"], 3),
+    "models": (["--models", '{"a": {"model": "hf:a"}}'], {"a": ModelSettings(model="hf:a").model_dump()}),
+    "watch_s": (["--watch-s", "10"], 10.0),
+    "allow_reload": (["--allow-reload"], True),
     "mean": (["--mean", "0.5,0.4,0.3"], (0.5, 0.4, 0.3)),
     "std": (["--std", "1"], (1.0,)),
     "resize": (["--resize", "256"], 256),

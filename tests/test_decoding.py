@@ -275,6 +275,36 @@ def test_each_16_bit_value_is_scaled_and_rounded(mode: str, kind: str) -> None:
     np.testing.assert_array_equal(to_pixels(file, 3), np.repeat(expected[..., None], 3, axis=-1))
 
 
+@pytest.mark.parametrize("window", [(0, 4095), (1000.5, 3000.25), (0, 65535), (-100, 70000)])
+@pytest.mark.parametrize(("mode", "kind"), [("I;16", "PNG"), ("I;16", "TIFF"), ("I;16B", "TIFF"), ("I", "TIFF")])
+def test_a_window_spreads_its_values_from_black_to_white(mode: str, kind: str, window: tuple[float, float]) -> None:
+    values = np.arange(65536).reshape(256, 256)
+    raw = values.astype({"I;16": "<u2", "I;16B": ">u2", "I": "<i4"}[mode])
+    file = to_file(Image.frombytes(mode, (256, 256), raw.tobytes()), kind)
+    low, high = window
+    expected = np.round(np.clip((values - low) * 255 / (high - low), 0, 255))
+    for channels in (1, 3):
+        decoded = decode(file, channels=channels, max_pixels=1_000_000, window=window)
+        np.testing.assert_array_equal(decoded, np.repeat(expected[..., None], channels, axis=-1))
+
+
+def test_a_window_leaves_a_transparent_16_bit_grey_white() -> None:
+    values = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH)
+    file = to_file(Image.fromarray(values), "PNG")
+    at = file.index(b"IDAT") - 4
+    file = file[:at] + png_chunk(b"tRNS", struct.pack(">H", 100)) + file[at:]
+    decoded = decode(file, channels=1, max_pixels=1_000_000, window=(0, 200))[..., 0]
+    np.testing.assert_array_equal(
+        decoded, np.where(values == 100, 255, np.round(np.minimum(values.astype(float) * 255 / 200, 255)))
+    )
+
+
+@each(EVERY)
+def test_a_window_leaves_8_bits_alone(kind: str, options: dict) -> None:
+    file = to_file(Image.fromarray(noise(3)), kind, **options)
+    np.testing.assert_array_equal(decode(file, channels=3, max_pixels=1_000_000, window=(100, 110)), to_pixels(file))
+
+
 @pytest.mark.parametrize("value", [-1, 65536, 2**31 - 1])
 def test_32_bit_values_that_16_bits_cannot_hold_are_refused(value: int) -> None:
     values = np.zeros((HEIGHT, WIDTH), np.int32)
@@ -383,8 +413,8 @@ def refusal(file: bytes, max_pixels: int = 1_000_000) -> str:
 
 
 def test_what_is_no_picture_is_told_so() -> None:
-    assert refusal(b"seventeen letters") == "image file: 17 bytes are no PNG, JPEG, WebP, TIFF, BMP or GIF"
-    assert refusal(b"") == "image file: 0 bytes are no PNG, JPEG, WebP, TIFF, BMP or GIF"
+    assert refusal(b"seventeen letters") == "image file: 17 bytes are no PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM"
+    assert refusal(b"") == "image file: 0 bytes are no PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM"
 
 
 @pytest.mark.parametrize("kind", ["PPM", "EPS", "PDF", "TGA", "ICO", "JPEG2000", "PCX", "SGI"])

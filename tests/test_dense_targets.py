@@ -23,7 +23,9 @@ from sidelight_server import (
     Settings,
     TopK,
 )
+from sidelight_server.attribution import PREDICTED, Aim
 from sidelight_server.errors import FailedPrecondition, InvalidArgument, SidelightError
+from sidelight_server.scores import Head
 from torch import Tensor, nn
 
 SHAPE, OUTPUT = (2, 12, 15), (6, 5)
@@ -184,3 +186,76 @@ def test_a_region_of_a_model_that_answers_for_the_whole_picture_is_refused(sized
     assert code == FailedPrecondition.code
     assert message.startswith("target.dense")
     assert message.endswith("answers for the whole picture, not for each pixel")
+
+
+@pytest.mark.parametrize("score", OF, ids=lambda score: score.value)
+@pytest.mark.parametrize("region", REGIONS)
+def test_without_a_class_each_pixels_own_largest_output_counts(
+    region: str, score: Score, module: nn.Module, explain: Explain, x: Tensor
+) -> None:
+    inputs = x.clone().requires_grad_()
+    outputs = module(inputs)
+    largest = OF[score](outputs).gather(1, outputs.argmax(dim=1, keepdim=True))  # [n, 1, h, w]
+    if (box := REGIONS[region]) is not None:
+        largest = largest[..., box.top : box.top + box.height, box.left : box.left + box.width]
+    answer = explain(x, Gradient(), target=Dense(None, REGIONS[region]), score=score)
+    assert len(outputs.argmax(dim=1).unique()) > 1  # or it would be a plain class
+    assert_close(answer.maps, torch.autograd.grad(largest.sum(), inputs)[0])
+    explained = [each.explained[0] for each in answer.explanations]
+    np.testing.assert_allclose([each.score for each in explained], largest.sum(dim=(1, 2, 3)).detach(), rtol=1e-9)
+    assert [each.index for each in explained] == [each.predicted for each in answer.explanations]
+
+
+def test_rows_with_a_class_and_without_share_a_chunk(module: nn.Module, x: Tensor) -> None:
+    head = Head()
+    aims = [Aim(each_pixel=True), Aim(CLASS), Aim(each_pixel=True), PREDICTED]
+    outputs = module(x)
+    scores = [Score.LOGIT, Score.LOGIT, Score.PROBABILITY, Score.LOGIT]
+    selected = head.select(outputs, torch.tensor([0, CLASS, 0, 1]), aims, scores)
+    alone = [
+        head.select(outputs[i : i + 1], torch.tensor([[0, CLASS, 0, 1][i]]), aims[i : i + 1], scores[i : i + 1])
+        for i in range(4)
+    ]
+    torch.testing.assert_close(selected, torch.cat(alone))
+
+
+def test_where_outputs_tie_the_first_class_counts_alone() -> None:
+    """As of `argmax`: the gradient is not shared among them."""
+    weight = torch.tensor([1.0, 1.0, 0.5], dtype=torch.float64).view(3, 1, 1, 1)
+    module = nn.Conv2d(1, 3, 1, bias=False).double()
+    with torch.no_grad():
+        module.weight.copy_(weight)
+    x = torch.ones(1, 1, 2, 2, dtype=torch.float64)
+    with explaining(module, input_size=(1, 2, 2)) as explain:
+        maps = explain(x, Gradient(), target=Dense(None)).maps
+    assert_close(maps, torch.ones(1, 1, 2, 2))
+
+
+def test_a_single_dense_output_is_its_own_largest_everywhere(x: Tensor) -> None:
+    torch.manual_seed(3)
+    module = nn.Conv2d(2, 1, 3).double()
+    with explaining(module) as explain:
+        maps = [explain(x, Gradient(), target=target).maps for target in (Dense(None), Dense(1))]
+    np.testing.assert_array_equal(*maps)
+
+
+def test_integrated_gradients_of_the_largest_outputs_are_complete(module: nn.Module, explain: Explain) -> None:
+    """Their sum is a function of the input as good as any: here with a constant class along the whole path."""
+    x = torch.full((1, *SHAPE), 1e-3, dtype=torch.float64)
+    answer = explain(x, IntegratedGradients(20), target=Dense(None))
+    with torch.no_grad():
+        rise = (module(x).amax(dim=1) - module(torch.zeros_like(x)).amax(dim=1)).sum()
+    np.testing.assert_allclose(answer.maps.sum(dtype=np.float64), rise, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sized", [True, False], ids=["fixed size", "any size"])
+def test_a_model_that_answers_for_the_whole_picture_has_one_pixel(sized: bool) -> None:
+    spec = ModelSpec(small_cnn(2, size=12), input_size=(2, 12, 12) if sized else None)
+    images = torch.rand(2, 2, 12, 12)
+    with Engine([spec], Settings(device="cpu")) as engine:
+        each, predicted = (ask(engine, images, target=target) for target in (Dense(None), Predicted()))
+        code, message = refusal(engine, images, target=Dense(None, Region(0, 0, 1, 1)))
+    np.testing.assert_array_equal(each.maps, predicted.maps)
+    assert each.explanations == predicted.explanations
+    assert code == FailedPrecondition.code
+    assert message.startswith("target.dense")

@@ -102,7 +102,7 @@ def test_the_server_says_which_devices_it_has(spec: ModelSpec) -> None:
 def test_every_device_is_measured_when_the_server_starts() -> None:
     with Engine([ModelSpec(small_cnn(), input_size=(3, 32, 32))], TWO) as engine:
         asyncio.run(engine.warm_up())
-        assert all(model.warm_up for station in engine._stations for model in station.models.values())
+        assert [bool(model.warm_up) for model in engine.registry.serving("")] == [True, True]
 
 
 @pytest.mark.parametrize("wanted", ["cpu,tpu", "cpu,", ""])

@@ -12,6 +12,7 @@ import torch
 from models import small_cnn
 from PIL import ExifTags, Image, ImageOps
 from sidelight._images import Batch
+from sidelight_server.models.preprocessing import Preprocessing
 
 # The contract: in company, a map is its own to a millionth of its maximum. A pixel that is off by one moves it by more.
 SHARE = 1e-6
@@ -494,7 +495,7 @@ SERVER_REFUSED: dict[str, tuple[object, str]] = {
     "no-rows": (np.zeros((1, 0, 32, 3), np.uint8), r"\[1, 0, 32, 3\] has a dimension of 0"),
     "no-channels": (np.zeros((2, 0, 32, 32), np.float32), r"\[2, 0, 32, 32\] has a dimension of 0"),
     "pixels-with-channels-first": (np.zeros((3, 32, 32), np.uint8), "32 channels, the model wants 3"),
-    "pixels-with-alpha": (np.zeros((32, 32, 4), np.uint8), "4 channels, the model wants 3"),
+    "pixels-of-two-channels": (np.zeros((32, 32, 2), np.uint8), "2 channels, the model wants 3"),
 }
 
 
@@ -568,3 +569,130 @@ def test_the_picture_is_of_the_images_as_they_were_sent(client: sidelight.Client
     before = answer.picture(0).tobytes()
     pixels[:] = 0
     assert answer.picture(0).tobytes() == before
+
+
+@pytest.mark.parametrize("size", [(40, 50), (90, 33), (32, 32), (10, 7), (1, 3000)])
+def test_an_overlay_on_the_original_is_of_its_size_and_bright_where_the_model_looked(
+    client: sidelight.Client, size: tuple[int, int]
+) -> None:
+    pixels = np.full((*size, 3), (200, 30, 30), np.uint8)  # a colour: what the model did not see has none
+    answer = client.attribute(pixels)
+    overlay, geometry = np.asarray(answer.overlay(0, original=True)).astype(int), answer.geometry[0]
+    assert overlay.shape == pixels.shape
+    rows, columns = size[0] / geometry.scaled_height, size[1] / geometry.scaled_width
+    middle = overlay[size[0] // 2, size[1] // 2]
+    assert np.ptp(middle) > 0
+    seen = np.ptp(overlay, axis=-1) > 0
+    expected = geometry.crop_height * rows * geometry.crop_width * columns
+    assert abs(seen.sum() - expected) <= max(size) + 1  # edges fall between pixels
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_an_overlay_on_the_original_of_a_turned_photograph_is_upright(
+    client: sidelight.Client, orientation: int
+) -> None:
+    tags = Image.Exif()
+    tags[ExifTags.Base.Orientation] = orientation
+    turned = encoded(Image.fromarray(noise(40, 90)), PNG, exif=tags)
+    with Image.open(io.BytesIO(turned)) as image:
+        upright = np.asarray(ImageOps.exif_transpose(image))
+    answer, plain = client.attribute(turned), client.attribute(upright)
+    np.testing.assert_array_equal(answer.overlay(0, original=True), plain.overlay(0, original=True))
+    assert answer.overlay(0, original=True).size == upright.shape[1::-1]
+
+
+def test_an_overlay_of_floats_is_the_same_with_original(client: sidelight.Client, floats: torch.Tensor) -> None:
+    answer = client.attribute(floats)
+    assert answer.overlay(1, original=True).tobytes() == answer.overlay(1).tobytes()
+
+
+def test_saved_overlays_may_be_on_the_original(client: sidelight.Client, pixels: np.ndarray, tmp_path: Path) -> None:
+    answer = client.attribute([pixels, pixels], target=sidelight.TopK(2))
+    answer.save(tmp_path, original=True)
+    for i, k in [(0, 0), (1, 1)]:
+        with Image.open(tmp_path / f"{i:03}-{k}.png") as image:
+            assert image.tobytes() == answer.overlay(i, k=k, original=True).tobytes()
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("size", [(40, 50), (32, 32)], ids=["to-be-resized", "of-the-models-size"])
+def test_an_array_of_other_channels_is_explained_as_its_file_is(
+    client: sidelight.Client, channels: int, size: tuple[int, int]
+) -> None:
+    pixels = noise(*size, channels)
+    file = encoded(Image.fromarray(pixels[..., 0] if channels == 1 else pixels))
+    answer, expected = client.attribute(pixels), client.attribute(file)
+    assert_same(answer.maps, expected.maps)
+    assert answer.geometry == expected.geometry
+    assert answer.picture(0).size == expected.picture(0).size == (32, 32)
+
+
+def test_pixels_are_scaled_to_the_models_range(device: str) -> None:
+    def served(**fields: object) -> sidelight_server.ModelSpec:
+        return sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32), name="small", **fields)
+
+    pixels = noise(32, 32)
+    ready = (pixels.astype(np.float64) * (2048 / 255) - 1024 - 100) / 500
+    with (
+        sidelight_server.serve(served(pixel_range=(-1024, 1024), mean=(100,) * 3, std=(500,) * 3), device=device) as at,
+        sidelight.connect(at) as client,
+    ):
+        told = client.info().models[0].preprocessing
+        assert (told.pixel_range, told.window, told.mean) == ((-1024, 1024), None, (100, 100, 100))
+        expected = client.attribute(ready.astype(np.float32).transpose(2, 0, 1)[None]).maps
+        np.testing.assert_allclose(client.attribute(pixels).maps, expected, rtol=0, atol=1e-4 * expected.max())
+        black = client.attribute(pixels, method=sidelight.IntegratedGradients(steps=8, baseline="black")).maps
+        baseline = np.full((3, 32, 32), (-1024 - 100) / 500, np.float32)
+        same = client.attribute(pixels, method=sidelight.IntegratedGradients(steps=8, baseline=baseline)).maps
+        np.testing.assert_allclose(black, same, rtol=0, atol=1e-5 * same.max())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("pixel_range", (1, 0)), ("window", (4095, 0)), ("pixel_range", (1, 2, 3))]
+)
+def test_a_range_that_is_none_is_refused_at_the_start(name: str, value: object) -> None:
+    spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32), **{name: value})
+    with (
+        pytest.raises(sidelight_server.ConfigurationError, match=f"{name}: got .*, expected two"),
+        sidelight_server.serve(spec),
+    ):
+        pass
+
+
+def test_the_picture_of_16_bits_is_by_the_models_window(device: str) -> None:
+    deep = np.random.default_rng(0).integers(0, 5000, (32, 32), dtype=np.uint16)
+    spec = sidelight_server.ModelSpec(small_cnn(1), input_size=(1, 32, 32), window=(100, 4095))
+    with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
+        answer = client.attribute([encoded(Image.fromarray(deep))])
+        pixels = np.round(np.clip((deep.astype(float) - 100) * 255 / 3995, 0, 255)).astype(np.uint8)
+        assert_same(answer.maps, client.attribute(pixels[..., None]).maps)
+    assert answer.geometry[0].window == (100, 4095)
+    np.testing.assert_array_equal(np.asarray(answer.picture(0))[..., 0], pixels)
+
+
+@pytest.mark.parametrize("size", [(40, 50), (90, 33)], ids=["landscape", "portrait"])
+@pytest.mark.parametrize("resize", [36, "exact", "none"])
+def test_the_geometry_says_what_the_model_saw_however_it_resizes(
+    device: str, size: tuple[int, int], resize: int | str
+) -> None:
+    height, width = size
+    side = 32 * min(size) / 36 if resize == 36 else 32  # of the crop, in the picture's own pixels
+    extent = (height, width) if resize == "exact" else (side, side)
+    spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32), resize=resize)
+    colour = np.full((*size, 3), (200, 30, 30), np.uint8)
+    with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
+        answer = client.attribute([colour, noise(*size)])
+    seen = np.argwhere(np.ptp(np.asarray(answer.overlay(0, original=True)).astype(int), axis=-1) > 0)
+    (top, left), (bottom, right) = seen.min(axis=0), seen.max(axis=0) + 1
+    middle = ((top + bottom) / 2, (left + right) / 2)
+    np.testing.assert_allclose(middle, (height / 2, width / 2), atol=1.5)
+    np.testing.assert_allclose((bottom - top, right - left), extent, atol=1.5)
+    # The crop is cut while resizing, and each of two passes rounds.
+    np.testing.assert_allclose(np.asarray(answer.picture(1)).astype(int), fitted_to_32(noise(*size), resize), atol=2)
+
+
+def fitted_to_32(pixels: np.ndarray, resize: int | str) -> np.ndarray:
+    fixed = Preprocessing(
+        channels=3, height=32, width=32, mean=(0,) * 3, std=(1,) * 3, resize=resize, interpolation="bilinear"
+    )
+    return fixed.fit(pixels)[0]

@@ -131,9 +131,9 @@ def test_pixels_are_normalised_as_plain_torch_would(device: str) -> None:
 @pytest.mark.parametrize(
     ("forward", "message"),
     [
-        (lambda x: {"logits": x}, "returned dict"),
+        (lambda x: {"near": x, "far": x}, r"returned dict of near \[2, 3, 8, 8\], far \[2, 3, 8, 8\]; set output"),
         (lambda x: x.flatten(), "returned"),
-        (lambda x: torch.zeros(len(x), 4), "does not require grad"),
+        (lambda x: torch.zeros(len(x), 4), "cannot be differentiated"),
     ],
     ids=["dict", "flat", "constant"],
 )

@@ -523,6 +523,11 @@ TARGETS: dict[str, tuple[object, pb.Target, str]] = {
         pb.Target(dense=pb.DenseTarget(choice=pb.ClassChoice(index=0))),
         "dense 0 over all of the output",
     ),
+    "dense, of each pixel": (
+        sidelight.Dense(None),
+        pb.Target(dense=pb.DenseTarget()),
+        "dense of each pixel's largest output over all of the output",
+    ),
     "region": (
         sidelight.Dense("road", region=(1, 2, 3, 4)),
         pb.Target(

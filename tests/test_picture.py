@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from PIL import Image
-from sidelight._picture import NAN_COLOUR, colour_bar, colour_scale, colourise, overlay, picture_of
+from sidelight import _picture
+from sidelight._picture import NAN_COLOUR, colour_bar, colour_scale, colourise, overlay, overlay_part, picture_of
 
 # Linear sRGB to cone responses, and those to lightness: Ottosson 2020, "A perceptual color space for image processing".
 CONES = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]])
@@ -145,6 +146,53 @@ def test_a_signed_map_stays_signed_when_smoothing_drowns_its_negatives() -> None
     map_[20, 20] = -0.01
     laid = np.asarray(overlay(Image.new("RGB", (50, 40)), map_, alpha=1.0))
     np.testing.assert_array_equal(laid[0, 0], drawn(np.where(map_ < 0, -1.0, map_))[0, 0])
+
+
+def test_a_map_over_the_whole_of_a_picture_of_its_size_is_the_plain_overlay() -> None:
+    for map_ in (grainy(), grainy() - 1):
+        part = np.asarray(overlay_part(photograph(), map_, (0, 0, 50, 40))).astype(int)
+        # The map goes through float32 on its way to another size.
+        np.testing.assert_allclose(part, np.asarray(overlay(photograph(), map_)), atol=1)
+
+
+def test_outside_of_the_part_a_picture_is_grey_and_dark_and_free_of_heat() -> None:
+    photo = photograph(300, 200)
+    drawn_ = np.asarray(overlay_part(photo, grainy(), (100, 50, 150, 90))).astype(int)
+    inside = np.zeros((200, 300), bool)
+    inside[50:90, 100:150] = True
+    assert np.ptp(drawn_[~inside], axis=-1).max() == 0
+    grey = np.asarray(photo.convert("L")).astype(int)
+    assert (drawn_[..., 0] <= grey)[~inside].all()
+    assert (drawn_[~inside] == np.asarray(overlay_part(photo, grainy() * 0, (100, 50, 150, 90)))[~inside]).all()
+    part = overlay(photo.crop((100, 50, 150, 90)), grainy())
+    np.testing.assert_allclose(drawn_[50:90, 100:150], np.asarray(part), atol=1)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 3), (50, 40), (301, 97), (1, 2000)])
+@pytest.mark.parametrize("box", [(0, 0, 1, 1), (0.3, 0.2, 0.31, 0.24), (0.999, 0.999, 1, 1), (0.1, 0, 0.7, 1)])
+def test_a_picture_keeps_its_size_however_small_the_part(
+    size: tuple[int, int], box: tuple[float, float, float, float]
+) -> None:
+    edges = tuple(share * side for share, side in zip(box, size * 2, strict=True))
+    laid = overlay_part(photograph(*size), grainy(), edges)
+    assert (laid.size, laid.mode) == (size, "RGB")
+
+
+def test_the_hot_spot_lies_where_the_part_has_it() -> None:
+    map_ = np.zeros((40, 50))
+    map_[30, 10] = 1.0
+    box = (200.0, 100.0, 700.0, 500.0)  # ten pixels for each of the map's
+    laid = np.asarray(overlay_part(Image.new("RGB", (900, 600)), map_, box)).astype(int).sum(axis=-1)
+    row, column = np.argwhere(laid == laid.max()).mean(axis=0)  # a few pixels are drawn brightest
+    assert abs(row - (100 + 305)) <= 5
+    assert abs(column - (200 + 105)) <= 5
+
+
+def test_bands_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+    photo, box = photograph(300, 200), (13.4, 5.5, 280.0, 191.7)
+    whole = np.asarray(overlay_part(photo, grainy(), box)).astype(int)
+    monkeypatch.setattr(_picture, "BAND_PIXELS", 1000)
+    np.testing.assert_allclose(np.asarray(overlay_part(photo, grainy(), box)), whole, atol=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

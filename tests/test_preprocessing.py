@@ -1,5 +1,6 @@
 """Pixels become the model's input size: plain Pillow is the oracle, the geometry says where the input lies."""
 
+import io
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sidelight_server.errors import InvalidArgument
 from sidelight_server.models import preprocessing
+from sidelight_server.models.decoding import decode
 from sidelight_server.models.preprocessing import Geometry, Preprocessing
 
 FILTERS = ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
@@ -128,13 +130,14 @@ def test_the_crop_lies_in_the_middle_of_a_picture_that_keeps_its_aspect(
     assert exact - 1 < long <= exact
 
 
+@pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize(("height", "width"), [(50, 81), (10, 300), (32, 31)])
-def test_exact_resizes_straight_to_the_input(height: int, width: int) -> None:
+def test_exact_resizes_straight_to_the_input(height: int, width: int, interpolation: str) -> None:
     pixels = noise(height, width)
-    fitted, geometry = prepare(height=32, width=48, resize="exact").fit(pixels)
+    fitted, geometry = prepare(height=32, width=48, resize="exact", interpolation=interpolation).fit(pixels)
     assert (geometry.scaled_height, geometry.scaled_width) == (32, 48)
     assert (geometry.crop_top, geometry.crop_left) == (0, 0)
-    np.testing.assert_array_equal(fitted, resized(pixels, 32, 48))
+    np.testing.assert_array_equal(fitted, resized(pixels, 32, 48, interpolation))
 
 
 def test_none_cuts_the_centre_out_without_a_copy() -> None:
@@ -228,9 +231,78 @@ def test_a_crop_from_deep_inside_a_long_picture_shows_the_right_pixels() -> None
     assert (fitted[:, 113:] == 255).all()
 
 
-def test_other_channels_than_the_model_wants_are_refused() -> None:
-    with pytest.raises(InvalidArgument, match="image: 4 channels, the model wants 3"):
-        prepare(3).fit(noise(50, 81, 4))
+@pytest.mark.parametrize(("given", "wanted"), [(1, 3), (3, 1), (4, 3), (4, 1)])
+@pytest.mark.parametrize("size", [(50, 81), (32, 32)], ids=["to-be-resized", "of-the-models-size"])
+@pytest.mark.parametrize("resize", [36, 32, "exact", "none"])
+def test_an_array_becomes_what_a_file_of_it_becomes(
+    given: int, wanted: int, size: tuple[int, int], resize: int | str
+) -> None:
+    pixels = noise(*size, given)
+    before = pixels.copy()
+    file = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if given == 1 else pixels).save(file, "PNG")
+    decoded = decode(file.getvalue(), channels=wanted, max_pixels=1_000_000)
+    fitted, geometry = prepare(wanted, resize=resize).fit(pixels)
+    expected, expected_geometry = prepare(wanted, resize=resize).fit(decoded)
+    np.testing.assert_array_equal(fitted, expected)
+    assert geometry == expected_geometry
+    np.testing.assert_array_equal(pixels, before)
+
+
+def test_colour_becomes_its_luma_and_grey_is_repeated() -> None:
+    rgb, grey = noise(32, 32), noise(32, 32, 1)
+    # ITU-R 601-2 in 16 bits of fixed point, as Pillow has it for its mode "L".
+    luma = (rgb.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32) + 0x8000) >> 16
+    np.testing.assert_array_equal(prepare(1).fit(rgb)[0], prepare(1).fit(luma[..., None].astype(np.uint8))[0])
+    np.testing.assert_array_equal(prepare(3).fit(grey)[0], np.repeat(prepare(1).fit(grey)[0], 3, axis=-1))
+
+
+def test_alpha_of_an_array_is_laid_over_white() -> None:
+    rgba = noise(32, 32, 4)
+    share = rgba[..., 3:] / 255
+    white = np.floor(rgba[..., :3] * share + 255 * (1 - share) + 0.5)
+    np.testing.assert_array_equal(prepare(3, resize=32).fit(rgba)[0], white)
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(2, 3), (5, 3), (3, 4), (1, 4), (2, 1), (3, 2), (1, 2)])
+def test_other_channels_than_the_model_wants_are_refused(given: int, wanted: int) -> None:
+    with pytest.raises(InvalidArgument, match=f"image: {given} channels, the model wants {wanted}"):
+        prepare(wanted).fit(noise(50, 81, given))
+
+
+@pytest.mark.parametrize(
+    ("channels", "size", "resize", "taken"),
+    [
+        (3, (32, 32), 32, True),
+        (3, (32, 32), "exact", True),
+        (3, (32, 32), 36, False),
+        (3, (50, 32), 32, False),
+        (1, (32, 32), 32, False),
+        (4, (32, 32), 32, False),
+    ],
+)
+def test_what_is_taken_as_it_is_is_not_copied(
+    channels: int, size: tuple[int, int], resize: int | str, taken: bool
+) -> None:
+    pixels = noise(*size, channels)
+    assert prepare(resize=resize).leaves(*pixels.shape) is taken
+    if taken:
+        assert np.shares_memory(prepare(resize=resize).fit(pixels)[0], pixels)
+
+
+def test_mean_and_std_are_in_units_of_the_pixel_range() -> None:
+    for low, high in [(0.0, 1.0), (-1.0, 1.0), (-1024.0, 1024.0), (0.0, 255.0), (3.5, 4.25)]:
+        fixed = prepare(mean=(0.1, 0.2, -3.0), std=(0.5, 2.0, 1e3), pixel_range=(low, high))
+        pixels = np.arange(256.0)[:, None]
+        expected = (pixels * (high - low) / 255 + low - np.array(fixed.mean)) / fixed.std
+        folded = (pixels - fixed.mean_in_pixels) / fixed.std_in_pixels
+        np.testing.assert_allclose(folded, expected, rtol=1e-12, atol=1e-9)
+
+
+def test_without_a_pixel_range_mean_and_std_are_multiplied_by_255_and_nothing_else() -> None:
+    fixed = prepare(mean=(0.485, 0.456, 0.0), std=(0.229, 0.224, 0.225))
+    assert fixed.mean_in_pixels == tuple(each * 255 for each in fixed.mean)
+    assert fixed.std_in_pixels == tuple(each * 255 for each in fixed.std)
 
 
 @pytest.mark.parametrize(
@@ -258,6 +330,13 @@ def test_what_is_no_picture_is_refused(pixels: np.ndarray) -> None:
         ("resize", 0, 'an integer from 1 up, "exact" or "none"'),
         ("resize", "crop", 'an integer from 1 up, "exact" or "none"'),
         ("resize", None, 'an integer from 1 up, "exact" or "none"'),
+        ("pixel_range", (1.0, 1.0), "two finite numbers, the lower one first"),
+        ("pixel_range", (1.0, -1.0), "two finite numbers, the lower one first"),
+        ("pixel_range", (0.0, float("inf")), "two finite numbers, the lower one first"),
+        ("pixel_range", (0.0, 1.0, 2.0), "two finite numbers, the lower one first"),
+        ("pixel_range", None, "two finite numbers, the lower one first"),
+        ("window", (float("nan"), 1.0), "two finite numbers, the lower one first"),
+        ("window", (4095, 0), "two finite numbers, the lower one first"),
         ("interpolation", "cubic", "one of nearest, box, bilinear, hamming, bicubic, lanczos"),
     ],
 )

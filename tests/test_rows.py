@@ -198,7 +198,7 @@ def test_a_storm_of_cancellations_leaks_nothing(device: str, floats: Tensor) -> 
     with engine:
         asyncio.run(run())
     assert engine.n_unanswered == 0
-    assert len(engine._runner._ring) == 0
+    assert len(engine._stations[0].runner._ring) == 0
     assert n_states() == before
     assert engine.stops.count > 0
 
@@ -208,7 +208,7 @@ def test_the_answer_is_the_same_with_another_chunk_already_at_the_device(
     depth: int, device: str, floats: Tensor
 ) -> None:
     engine = Engine([ModelSpec(small_cnn())], Settings(device=device, max_chunk_rows=3))
-    engine._runner._depth = depth
+    engine._stations[0].runner._depth = depth
     requests = [
         Request(floats.numpy(), method=IntegratedGradients(steps=9)),
         Request(floats.numpy(), method=TO_TOLERANCE),

@@ -185,5 +185,5 @@ def test_decoding_ends_with_its_caller(device: str) -> None:
 
     model = Engine([ModelSpec(small_cnn(), input_size=(3, 32, 32))], Settings(device=device)).model("")
     with pytest.raises(Cancelled):
-        prepare(model, Request(Files((b"no picture",) * 9)), max_pixels=1000, is_gone=is_gone)
+        prepare(model, Request(Files((b"no picture",) * 9)), is_gone=is_gone)
     assert n_asked == 3

@@ -136,7 +136,7 @@ def listen(*addresses: str) -> list[str]:
 
 
 REFUSALS = {
-    "no model": ([], ("model: not set", "--model python:package.module:factory")),
+    "no model": ([], ("model: not set", "--model python:mine:resnet", "python:package.module:factory")),
     "another kind of source": (["--model", "onnx:net.onnx"], ('model: got "onnx:net.onnx"', "python:")),
     "no factory named": (["--model", "python:factories"], ('model: got "python:factories"', ":factory")),
     "unknown module": (["--model", "python:nowhere:net"], ('model: cannot import "nowhere"', "ModuleNotFoundError")),
@@ -159,7 +159,7 @@ REFUSALS = {
     ),
     "model of another input": (
         ["--model", "python:factories:other_size", "--input-size", "3,4,4"],
-        ('model "other_size": failed on an input of [1, 3, 4, 4]', "RuntimeError"),
+        ('model "other_size": failed on an input of [2, 3, 4, 4]', "RuntimeError"),
     ),
     "settings that contradict the specification": (
         ["--model", "python:factories:spec", "--input-size", "3,8,8"],
@@ -286,6 +286,7 @@ def started(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[st
     """A process that serves, and its addresses."""
     with start(folder, *arguments) as process:
         try:
+            await_line(process, "loaded")
             line = await_line(process, "serving")
             (addresses,) = (word for word in line.split() if word.startswith("addresses="))
             yield process, addresses.removeprefix("addresses=").split(",")

@@ -498,13 +498,13 @@ def test_a_unary_call_has_no_regions(fields: dict[str, object], field: str, smal
     assert "unary" in why
 
 
-def test_reloading_is_unimplemented(address: str) -> None:
+def test_reloading_is_not_allowed_unless_the_operator_says_so(address: str) -> None:
     with grpc.insecure_channel(address) as channel:
         models = model_pb2_grpc.ModelServiceStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
             models.ReloadModel(model_pb2.ReloadModelRequest(name="small"), timeout=TIMEOUT_S)
-    assert caught.value.code() is Status.UNIMPLEMENTED
-    assert "ReloadModel" in caught.value.details()
+    assert caught.value.code() is Status.PERMISSION_DENIED
+    assert "allow_reload" in caught.value.details()
 
 
 @pytest.mark.parametrize("id_", ["x" * 129, "é" * 65], ids=["letters", "letters of two bytes"])

@@ -34,7 +34,7 @@ from ._errors import (
     Unknown,
 )
 from ._gallery import Panel, gallery
-from ._info import Limits, ModelInfo, ServerInfo, SharedMemory, Stops, WarmupEntry
+from ._info import Limits, ModelInfo, Preprocessing, ServerInfo, SharedMemory, Stops, WarmupEntry
 from ._masking import Occlusion, Rise
 from ._methods import (
     ExpectedGradients,
@@ -90,6 +90,7 @@ __all__ = [
     "PartialFailure",
     "PermissionDenied",
     "Prediction",
+    "Preprocessing",
     "Provenance",
     "Replay",
     "Replayed",

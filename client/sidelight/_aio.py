@@ -19,6 +19,7 @@ from ._client import (
     CONNECT_TIMEOUT_S,
     DEFAULT_ADDRESS,
     MAX_MESSAGE_BYTES,
+    RELOAD_TIMEOUT_S,
     TIMEOUT_S,
     Client,
     OnError,
@@ -171,6 +172,11 @@ class AsyncClient:
         """Return one model with its labels and layers; None is the default model."""
         await self._ready(self._connect_timeout_s)
         return await asyncio.to_thread(self._client.model, name)
+
+    async def reload(self, name: str | None = None, *, timeout: float = RELOAD_TIMEOUT_S) -> ModelInfo:  # noqa: ASYNC109
+        """Have a model loaded again from its source, as `Client.reload` does."""
+        await self._ready(self._connect_timeout_s)
+        return await asyncio.to_thread(self._client.reload, name, timeout=timeout)
 
     async def _explain(self, request: pb.AttributeRequest, batch: Batch, *, timeout_s: float) -> Attribution:
         connection = await self._ready(self._connect_timeout_s)

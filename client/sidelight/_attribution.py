@@ -14,7 +14,7 @@ from sidelight.v1 import tensor_pb2
 from . import _record
 from ._errors import SidelightError, from_code
 from ._images import Batch
-from ._picture import overlay
+from ._picture import overlay, overlay_part
 from ._tensor import Array, array_of
 from ._types import Convergence, Explained, Failure, Geometry, Prediction, Provenance, Timing
 from ._words import word
@@ -54,11 +54,7 @@ class Attribution:
 
     def picture(self, i: int) -> Image.Image:
         """Return what the model saw of example i, as an RGB picture of the map's size."""
-        if self._batch is None or self.error is not None:
-            raise self.error or ValueError("the answer does not hold its images")
-        if error := next((each for each in self.failures if each.example == range(len(self))[i]), None):
-            raise from_code(error.code, error.message)
-        picture, geometry = self._batch.picture(i), self.geometry[i]
+        picture, geometry = self._original(i), self.geometry[i]
         return picture if geometry is None else _seen(picture, geometry)
 
     def map(self, i: int, *, k: int = 0) -> NDArray[np.float32]:
@@ -78,14 +74,22 @@ class Attribution:
         """Whether there are k maps for each example."""
         return self._provenance is not None and self._provenance.target.WhichOneof("target") == "top_k"
 
-    def overlay(self, i: int, *, k: int = 0) -> Image.Image:
-        """Return what the model saw of example i with its map laid over it; `k` as in `map`."""
-        return overlay(self.picture(i), self.map(i, k=k))
+    def overlay(self, i: int, *, k: int = 0, original: bool = False) -> Image.Image:
+        """Return what the model saw of example i with its map laid over it; `k` as in `map`.
 
-    def save(self, folder: str | Path) -> None:
+        `original` lays it on the whole picture at its own size, where what the model did not see is darker.
+        """
+        geometry = self.geometry[i] if original else None
+        if geometry is None:
+            return overlay(self.picture(i), self.map(i, k=k))
+        picture = self._original(i)
+        return overlay_part(picture, self.map(i, k=k), _box(picture, geometry))
+
+    def save(self, folder: str | Path, *, original: bool = False) -> None:
         """Write `maps.npy`, `answer.json` and the overlays of the examples into a folder, which is made if need be.
 
-        An array that was given as a baseline is written too, as `baseline.npy`. `sidelight replay` reads all this.
+        With `original` the overlays are on whole pictures, as `overlay` has them. An array that was given as a baseline
+        is written too, as `baseline.npy`. `sidelight replay` reads all this.
         """
         if self.error is not None:
             raise self.error
@@ -95,18 +99,26 @@ class Attribution:
         failed = {failure.example for failure in self.failures}
         for i in range(len(self)):
             if i not in failed:
-                self._save_overlays(path, i)
+                self._save_overlays(path, i, original=original)
 
     def facts(self) -> dict[str, object]:
         """Return everything but the maps, as JSON can hold it."""
         return _record.facts(self)
 
-    def _save_overlays(self, folder: Path, i: int) -> None:
+    def _original(self, i: int) -> Image.Image:
+        if self._batch is None or self.error is not None:
+            raise self.error or ValueError("the answer does not hold its images")
+        if error := next((each for each in self.failures if each.example == range(len(self))[i]), None):
+            raise from_code(error.code, error.message)
+        geometry = self.geometry[i]
+        return self._batch.picture(i, window=geometry.window if geometry else None)
+
+    def _save_overlays(self, folder: Path, i: int, *, original: bool) -> None:
         if not self.is_top_k:
-            self.overlay(i).save(folder / f"{i:03}.png")
+            self.overlay(i, original=original).save(folder / f"{i:03}.png")
             return
         for k in range(self.maps.shape[1]):
-            self.overlay(i, k=k).save(folder / f"{i:03}-{k}.png")
+            self.overlay(i, k=k, original=original).save(folder / f"{i:03}-{k}.png")
 
 
 def read(
@@ -158,11 +170,16 @@ def failed(error: SidelightError, *, index: int) -> Attribution:
 
 def _seen(picture: Image.Image, geometry: Geometry) -> Image.Image:
     # In one step: of a picture 1 × 60,000 the whole scaled one would take 12 GB.
+    size = geometry.crop_width, geometry.crop_height
+    return picture.resize(size, Image.Resampling.BILINEAR, _box(picture, geometry))
+
+
+def _box(picture: Image.Image, geometry: Geometry) -> tuple[float, float, float, float]:
+    """Return the left, top, right and bottom edge of what the model saw, in the picture's own pixels."""
     x, y = picture.width / geometry.scaled_width, picture.height / geometry.scaled_height
     left, top = geometry.crop_left * x, geometry.crop_top * y
     right, bottom = left + geometry.crop_width * x, top + geometry.crop_height * y
-    box = (left, top, min(right, picture.width), min(bottom, picture.height))
-    return picture.resize((geometry.crop_width, geometry.crop_height), Image.Resampling.BILINEAR, box)
+    return left, top, min(right, picture.width), min(bottom, picture.height)
 
 
 def _maps(tensor: tensor_pb2.Tensor, array: Array, are_there: list[bool]) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from . import __version__
 from ._bench_command import bench
-from ._client import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, TIMEOUT_S, connect
+from ._client import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, RELOAD_TIMEOUT_S, TIMEOUT_S, connect
 from ._errors import InvalidArgument, SidelightError
 from ._masking import Occlusion
 from ._method_text import METHODS, parse_method
@@ -46,6 +46,9 @@ def attribute(
     address: Address = DEFAULT_ADDRESS,
     out: Annotated[Path | None, typer.Option(help="A folder for overlays; without it none are written.")] = None,
     save: Annotated[Path | None, typer.Option(help="A folder for whole answers, as `sidelight replay` reads.")] = None,
+    original: Annotated[
+        bool, typer.Option("--original", help="Overlays on the whole pictures, at their size.")
+    ] = False,
     model: Annotated[str | None, typer.Option(help="The model's name; unset: the server's default.")] = None,
     target: Annotated[str | None, typer.Option(help="A class index or label; unset: the predicted class.")] = None,
     against: Annotated[str | None, typer.Option(help="With --target: a class whose score is subtracted.")] = None,
@@ -77,7 +80,7 @@ def attribute(
             ordered=True,
             on_error="return",
         )
-        n_failed = report(Console(), images, answers, folder=out, save_folder=save)
+        n_failed = report(Console(), images, answers, folder=out, save_folder=save, original=original)
     if n_failed:
         raise typer.Exit(1)
 
@@ -109,6 +112,20 @@ def info(*, address: Address = DEFAULT_ADDRESS, connect_timeout: Patience = CONN
     with _errors_in_a_line(), connect(address, connect_timeout=connect_timeout) as client:
         server = client.info()
     report_server(Console(soft_wrap=True, highlight=False), server, address=address)
+
+
+@app.command()
+def reload(
+    model: Annotated[str | None, typer.Argument(help="Unset: the default model.", show_default=False)] = None,
+    *,
+    address: Address = DEFAULT_ADDRESS,
+    timeout: Annotated[float, typer.Option(help="Seconds that loading may take.")] = RELOAD_TIMEOUT_S,
+    connect_timeout: Patience = CONNECT_TIMEOUT_S,
+) -> None:
+    """Have a model loaded again from its source; the server must be started with --allow-reload."""
+    with _errors_in_a_line(), connect(address, connect_timeout=connect_timeout) as client:
+        loaded = client.reload(model, timeout=timeout)
+    Console(soft_wrap=True, highlight=False).print(f"model {loaded.name}, version {loaded.version}, {loaded.digest}")
 
 
 @app.command()

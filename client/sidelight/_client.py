@@ -37,6 +37,7 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 CONNECT_TIMEOUT_S = 30.0
 TIMEOUT_S = 60.0
 INFO_TIMEOUT_S = 10.0
+RELOAD_TIMEOUT_S = 600.0
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 N_SLOTS = 8  # batches that a region of shared memory has room for, of the size of the one that it is made for
 
@@ -203,11 +204,21 @@ class Client:
         response = self._ask("models", "GetModel", model_pb2.GetModelRequest(name=name or ""))
         return ModelInfo.of(response.model)
 
-    def _ask(self, stub: str, name: str, request: object) -> Any:
+    def reload(self, name: str | None = None, *, timeout: float = RELOAD_TIMEOUT_S) -> ModelInfo:
+        """Have a model loaded again from its source, and return the version that serves then; None is the default.
+
+        Running requests end on the version that they began on. `PermissionDenied` where the operator does not allow it;
+        `FailedPrecondition` says what is wrong with the new version, and the old one goes on serving. Of several
+        servers, the next one's: connect to each by itself.
+        """
+        request = model_pb2.ReloadModelRequest(name=name or "")
+        return ModelInfo.of(self._ask("models", "ReloadModel", request, timeout_s=timeout).model)
+
+    def _ask(self, stub: str, name: str, request: object, *, timeout_s: float = INFO_TIMEOUT_S) -> Any:
         """Return a server's answer to a small question."""
         connection = self._servers.ready(self._connect_timeout_s)
         with telling(self.max_message_bytes):
-            return getattr(getattr(connection, stub), name)(request, timeout=INFO_TIMEOUT_S)
+            return getattr(getattr(connection, stub), name)(request, timeout=timeout_s)
 
     def _explain(self, request: pb.AttributeRequest, batch: Batch, *, timeout_s: float) -> Attribution:
         """Return the answer to a request for a batch."""

@@ -13,8 +13,9 @@ from PIL import ExifTags, Image, ImageOps
 
 from sidelight.v1 import tensor_pb2
 
+from . import _dicom
 from ._errors import InvalidArgument
-from ._picture import picture_of
+from ._picture import grey_of, picture_of
 from ._tensor import DTYPES, Array, TorchTensor, host_array, tensor_message
 
 # Modes that no file holds, and those that hold the same.
@@ -79,10 +80,18 @@ class Batch:
             return 0
         return int(len(self) * height * width * (channels if keeps_channels else 1))
 
-    def picture(self, example: int) -> Image.Image:
-        """Return one example as an RGB picture, upright, its alpha laid over white; floats are scaled to be seen."""
+    def picture(self, example: int, *, window: tuple[float, float] | None = None) -> Image.Image:
+        """Return one example as an RGB picture, upright, its alpha laid over white; floats are scaled to be seen.
+
+        `window` has the values of 16-bit and DICOM files that are black and white; unset: as the file says.
+        `ValueError` for DICOM where the package that reads it is not installed.
+        """
         given = self._examples[example]
-        return picture_of(given) if isinstance(given, np.ndarray) else _upright(Image.open(io.BytesIO(given)))
+        if isinstance(given, np.ndarray):
+            return picture_of(given)
+        if _dicom.is_dicom(given):
+            return _dicom.picture(given, window)
+        return _upright(Image.open(io.BytesIO(given)), window or (0, 0xFFFF))
 
 
 def _as_list(images: Images) -> list[Picture | Array] | Array:
@@ -163,12 +172,11 @@ def _encoded(image: Image.Image) -> bytes:
     return file.getvalue()
 
 
-def _upright(image: Image.Image) -> Image.Image:
+def _upright(image: Image.Image, window: tuple[float, float]) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion to 8 bits clips instead of scaling.
-        scaled = (np.asarray(upright).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
-        return Image.fromarray(scaled).convert("RGB")
+        # Pillow's own conversion to 8 bits clips instead of scaling.
+        return Image.fromarray(grey_of(np.asarray(upright), *window)).convert("RGB")
     if not upright.has_transparency_data:
         return upright.convert("RGB")
     white = Image.new("RGBA", upright.size, "white")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from sidelight.v1 import attribution_pb2 as pb
-from sidelight.v1 import model_pb2
+from sidelight.v1 import model_pb2, tensor_pb2
 
 from ._types import seconds
 from ._words import word
@@ -63,6 +63,30 @@ class WarmupEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How pixels become a model's input: resized, cropped, scaled to `pixel_range`; then mean and std, by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: str  # the short side in pixels, or "exact", or "none"
+    interpolation: str
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+    window: tuple[float, float] | None = None  # of 16-bit and DICOM files; None: as the file says
+
+    @classmethod
+    def of(cls, message: model_pb2.InputInfo) -> "Preprocessing":
+        """Return what a message says."""
+        return cls(
+            tuple(message.mean),
+            tuple(message.std),
+            message.resize,
+            message.interpolation,
+            _ends(message.pixel_range) if message.HasField("pixel_range") else (0.0, 1.0),
+            _ends(message.window) if message.HasField("window") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """One model of a server."""
 
@@ -80,6 +104,11 @@ class ModelInfo:
     reproducible: bool  # equal provenance promises equal bytes
     warmup: tuple[WarmupEntry, ...]  # empty where the input size is not fixed
     kernel_options: tuple[str, ...] = ()  # what the operator chose to be faster: "fold", "channels_last", "compile"
+    state: str = "serving"  # or "unloaded" until the first request for it, "loading", "failed": then the rest is empty
+    call: str = ""  # how the model is called, and what of its answer counts
+    outputs: str = ""  # what that is: "logits" or "probabilities"
+    activation: str = ""  # "softmax" where classes exclude each other, "sigmoid" where they do not
+    preprocessing: Preprocessing | None = None  # None where the input size is not fixed
 
     @classmethod
     def of(cls, message: model_pb2.ModelInfo) -> "ModelInfo":
@@ -100,6 +129,11 @@ class ModelInfo:
             reproducible=message.reproducible,
             warmup=tuple(map(WarmupEntry.of, message.warmup)),
             kernel_options=tuple(message.kernel_options),
+            preprocessing=Preprocessing.of(size) if message.HasField("input") else None,
+            state=word(model_pb2.ModelState, message.state),
+            call=message.call,
+            outputs=message.outputs,
+            activation=message.activation,
         )
 
 
@@ -130,6 +164,10 @@ class ServerInfo:
             stops=Stops.of(message.stops),
             shared_memory=_shared_memory(message) if message.HasField("shared_memory") else None,
         )  # fmt: skip
+
+
+def _ends(message: tensor_pb2.Interval) -> tuple[float, float]:
+    return message.low, message.high
 
 
 def _shared_memory(message: pb.GetServerInfoResponse) -> SharedMemory:

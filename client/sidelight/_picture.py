@@ -14,6 +14,8 @@ OVERLAY_ALPHA = 0.75
 OVERLAY_SMOOTHING = 1 / 56  # of the map's short side: 4 px at 224
 OPACITY_POWER = 1.5  # above 1, the faint floor that every gradient has does not tint the whole picture
 BASE_COLOUR, BASE_BRIGHTNESS = 0.55, 0.62  # what is left of the picture's own under the heat
+UNSEEN_COLOUR, UNSEEN_BRIGHTNESS = 0.0, 0.36  # and where the model did not look
+BAND_PIXELS = 1 << 20  # that are drawn at once: of a large picture the floats alone would take gigabytes
 NAN_COLOUR = (128, 128, 128)
 SMOOTHING_REACH = 3.0  # standard deviations after which the Gaussian is cut
 
@@ -72,11 +74,32 @@ def overlay(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha: got {alpha}, expected 0 to 1")
     smoothed = _smooth(values, min(values.shape) * OVERLAY_SMOOTHING if smoothing_px is None else smoothing_px)
-    heat = _coloured(smoothed, scale, signed=is_signed(values))  # [H, W, 3]
-    share = np.nan_to_num(np.abs(_share_of_scale(smoothed, scale)), nan=1.0)  # [H, W]
-    opacity = alpha * share[..., np.newaxis] ** OPACITY_POWER  # [H, W, 1]
-    base = np.asarray(overlay_base(picture, (values.shape[1], values.shape[0])), dtype=np.float64)  # [H, W, 3]
-    return Image.fromarray(np.rint(base * (1 - opacity) + heat * opacity).astype(np.uint8))
+    base = overlay_base(picture, (values.shape[1], values.shape[0]))
+    return Image.fromarray(_laid(base, smoothed, alpha=alpha, scale=scale, signed=is_signed(values)))
+
+
+def overlay_part(picture: Image.Image, map_: Map, box: tuple[float, float, float, float]) -> Image.Image:
+    """Lay a map `[H, W]` over the part of a picture that it covers, and return the whole picture at its own size.
+
+    `box` is the part's left, top, right and bottom edge in pixels. Its colours are those of `overlay`; the rest of the
+    picture is grey and darker.
+    """
+    values = _checked(map_)
+    smoothed = _smooth(values, min(values.shape) * OVERLAY_SMOOTHING)
+    scale, signed = colour_scale(smoothed), is_signed(values)
+    heat = Image.fromarray(smoothed.astype(np.float32))
+    left, right = _span(box[0], box[2], picture.width)
+    top, bottom = _span(box[1], box[3], picture.height)
+    drawn = _dimmed(picture, UNSEEN_COLOUR, UNSEEN_BRIGHTNESS)
+    step, ratio = max(1, BAND_PIXELS // (right - left)), heat.height / (bottom - top)
+    for begin in range(top, bottom, step):
+        end = min(begin + step, bottom)
+        rows = (0, (begin - top) * ratio, heat.width, min((end - top) * ratio, heat.height))
+        band = np.asarray(heat.resize((right - left, end - begin), Image.Resampling.BILINEAR, rows))
+        base = _dimmed(picture.crop((left, begin, right, end)), BASE_COLOUR, BASE_BRIGHTNESS)
+        laid = _laid(base, band, alpha=OVERLAY_ALPHA, scale=scale, signed=signed)
+        drawn.paste(Image.fromarray(laid), (left, begin))
+    return drawn
 
 
 def overlay_base(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -84,7 +107,7 @@ def overlay_base(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     base = picture.convert("RGB")
     if base.size != size:
         base = base.resize(size, Image.Resampling.LANCZOS)
-    return ImageEnhance.Brightness(ImageEnhance.Color(base).enhance(BASE_COLOUR)).enhance(BASE_BRIGHTNESS)
+    return _dimmed(base, BASE_COLOUR, BASE_BRIGHTNESS)
 
 
 def picture_of(array: npt.NDArray[Any]) -> Image.Image:
@@ -105,6 +128,13 @@ def picture_of(array: npt.NDArray[Any]) -> Image.Image:
     )
 
 
+def grey_of(values: npt.NDArray[Any], low: float, high: float) -> Pixels:
+    """Return values as pixels that are black at `low` and below, white at `high` and above."""
+    share = (np.clip(values, low, high, dtype=np.float64) - low) / (high - low)
+    pixels: Pixels = np.rint(share * 255).astype(np.uint8)
+    return pixels
+
+
 def colour_bar(width: int, height: int, *, signed: bool = False) -> Image.Image:
     """Draw the colours of a map from 0 to full scale, left to right; signed, from minus to plus full scale."""
     ramp = np.linspace(-1.0 if signed else 0.0, 1.0, width)
@@ -114,6 +144,24 @@ def colour_bar(width: int, height: int, *, signed: bool = False) -> Image.Image:
 def is_signed(map_: Map) -> bool:
     """Tell whether a map has a negative value, and so is drawn in two colours."""
     return bool(np.any(map_ < 0))
+
+
+def _dimmed(picture: Image.Image, colour: float, brightness: float) -> Image.Image:
+    return ImageEnhance.Brightness(ImageEnhance.Color(picture.convert("RGB")).enhance(colour)).enhance(brightness)
+
+
+def _span(first: float, last: float, length: int) -> tuple[int, int]:
+    """Return the pixels nearest to a part of a side, as range would take them: at least one."""
+    begin = min(round(first), length - 1)
+    return begin, min(max(round(last), begin + 1), length)
+
+
+def _laid(base: Image.Image, smoothed: Map, *, alpha: float, scale: float | None, signed: bool) -> Pixels:
+    heat = _coloured(smoothed, scale, signed=signed)  # [H, W, 3]
+    share = np.nan_to_num(np.abs(_share_of_scale(smoothed, scale)), nan=1.0)  # [H, W]
+    opacity = alpha * share[..., np.newaxis] ** OPACITY_POWER  # [H, W, 1]
+    blended: Pixels = np.rint(np.asarray(base, dtype=np.float64) * (1 - opacity) + heat * opacity).astype(np.uint8)
+    return blended
 
 
 def _coloured(values: Map, scale: float | None, *, signed: bool) -> Pixels:

@@ -25,13 +25,14 @@ def report(
     *,
     folder: Path | None,
     save_folder: Path | None = None,
+    original: bool = False,
 ) -> int:
     """Print class, probability and time of each picture, and return how many failed.
 
     `answers` hold one example each; they may come in any order. Overlays are written into `folder`; `save_folder` gets
-    a folder for each picture with all that `Attribution.save` writes.
+    a folder for each picture with all that `Attribution.save` writes. `original` as in `Attribution.overlay`.
     """
-    write = _writer(paths, folder, save_folder)
+    write = _writer(paths, folder, save_folder, original=original)
     sheet = _Sheet()
     try:
         for answer in track(answers, "explaining", total=len(paths), console=console, transient=True):
@@ -79,7 +80,9 @@ def overlay_names(paths: Sequence[Path], folder: Path) -> list[str]:
     return names
 
 
-def _writer(paths: Sequence[Path], folder: Path | None, save_folder: Path | None) -> Callable[[Attribution], None]:
+def _writer(
+    paths: Sequence[Path], folder: Path | None, save_folder: Path | None, *, original: bool
+) -> Callable[[Attribution], None]:
     """Make the folders, and return what writes an answer into them."""
     if folder is not None:
         make_folder(folder)
@@ -89,9 +92,9 @@ def _writer(paths: Sequence[Path], folder: Path | None, save_folder: Path | None
 
     def write(answer: Attribution) -> None:
         if folder is not None:
-            _overlays(answer).save(folder / names[answer.index])
+            _overlays(answer, original=original).save(folder / names[answer.index])
         if save_folder is not None:
-            answer.save(save_folder / save_names[answer.index].removesuffix(".png"))
+            answer.save(save_folder / save_names[answer.index].removesuffix(".png"), original=original)
 
     return write
 
@@ -175,10 +178,10 @@ def _converged(convergence: Convergence | None) -> tuple[str, str, str]:
     )
 
 
-def _overlays(answer: Attribution) -> Image.Image:
+def _overlays(answer: Attribution, *, original: bool) -> Image.Image:
     """Return the overlay of the one example; of a top-k target all of them, side by side."""
     count = answer.maps.shape[1] if answer.is_top_k else 1
-    overlays = [answer.overlay(0, k=k) for k in range(count)]
+    overlays = [answer.overlay(0, k=k, original=original) for k in range(count)]
     sheet = Image.new("RGB", (sum(each.width for each in overlays), overlays[0].height))
     for k, each in enumerate(overlays):
         sheet.paste(each, (k * each.width, 0))

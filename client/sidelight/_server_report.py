@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.markup import escape
 
-from ._info import ModelInfo, ServerInfo
+from ._info import ModelInfo, Preprocessing, ServerInfo
 
 
 def report_server(console: Console, server: ServerInfo, *, address: str) -> None:
@@ -11,7 +11,10 @@ def report_server(console: Console, server: ServerInfo, *, address: str) -> None
     console.print(f"sidelight-server {server.version} at {escape(address)}")
     _print(console, _server_facts(server))
     for model in server.models:
-        console.print(f"\nmodel {escape(model.name)}, version {model.version}")
+        version = f", version {model.version}" if model.state == "serving" else f": {model.state}"
+        console.print(f"\nmodel {escape(model.name)}{version}")
+        if model.state != "serving":
+            continue
         _print(console, _model_facts(model))
         if model.warmup:
             _print_warmup(console, model)
@@ -34,14 +37,25 @@ def _server_facts(server: ServerInfo) -> dict[str, str]:
 
 def _model_facts(model: ModelInfo) -> dict[str, str]:
     configuration = "+".join((model.precision, *model.kernel_options))
+    fixed = model.preprocessing
     return {
         "input": " × ".join(map(str, model.input_size)) if model.input_size else "any C × H × W",
+        **({"pixels": _pixels(fixed)} if fixed else {}),
+        "call": f"{model.call}, {model.outputs} ({model.activation})",
         "classes": str(model.class_count or "not known yet"),
         "scores": ", ".join(model.scores),
         "runs on": f"{model.device} in {configuration}, {model.chunk_rows} rows at once at most",
         "promises": "equal bytes for equal provenance" if model.reproducible else "equal maps within a tolerance",
         "digest": model.digest,
     }
+
+
+def _pixels(fixed: Preprocessing) -> str:
+    mean, std = (", ".join(f"{each:g}" for each in values) for values in (fixed.mean, fixed.std))
+    low, high = fixed.pixel_range
+    window = "" if fixed.window is None else "; of 16 bits and DICOM {:g} to {:g}".format(*fixed.window)
+    resize = f"short side {fixed.resize}" if fixed.resize.isdecimal() else f"resize {fixed.resize}"
+    return f"{resize}, {fixed.interpolation}; {low:g} to {high:g}, mean {mean}, std {std}{window}"
 
 
 def _print(console: Console, facts: dict[str, str]) -> None:

@@ -45,15 +45,16 @@ class Contrast:
 class Dense:
     """A class of a model whose output is [N, K, h, w]: the sum of its scores over a region of the output.
 
-    `region` is top, left, height and width in the output's own pixels; None is all of it.
+    Without a choice, `Dense(None)`, it is each pixel's own largest output that counts. `region` is top, left, height
+    and width in the output's own pixels; None is all of it.
     """
 
-    choice: Choice
+    choice: Choice | None
     region: Region | None = None
 
     def message(self) -> pb.Target:
         """Return what goes over the wire."""
-        choice = _choice_message(self.choice, "target.choice")
+        choice = None if self.choice is None else _choice_message(self.choice, "target.choice")
         return pb.Target(dense=pb.DenseTarget(choice=choice, region=None if self.region is None else _box(self.region)))
 
 
@@ -95,7 +96,9 @@ def target_text(target: pb.Target) -> str:
         case "contrast":
             return f"{_choice_text(target.contrast.positive)} against {_choice_text(target.contrast.negative)}"
         case "dense":
-            return f"dense {_choice_text(target.dense.choice)} over {_region_text(target.dense)}"
+            dense = target.dense
+            explained = _choice_text(dense.choice) if dense.HasField("choice") else "of each pixel's largest output"
+            return f"dense {explained} over {_region_text(dense)}"
         case other:
             return other or ""
 

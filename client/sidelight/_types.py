@@ -84,7 +84,10 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How a picture became the model's input: resized to the scaled size, then the crop was cut out. In pixels."""
+    """How a picture became the model's input: resized to the scaled size, then the crop was cut out. In pixels.
+
+    `window` has the values of 16-bit and DICOM files that became black and white; None: as the file says.
+    """
 
     original_height: int
     original_width: int
@@ -94,6 +97,7 @@ class Geometry:
     crop_left: int
     crop_height: int
     crop_width: int
+    window: tuple[float, float] | None = None
 
     @classmethod
     def of(cls, message: tensor_pb2.Geometry) -> "Geometry":
@@ -102,6 +106,7 @@ class Geometry:
         return cls(
             message.original_height, message.original_width, message.scaled_height, message.scaled_width,
             crop.top, crop.left, crop.height, crop.width,
+            (message.window.low, message.window.high) if message.HasField("window") else None,
         )  # fmt: skip
 
 

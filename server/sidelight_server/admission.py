@@ -11,11 +11,12 @@ RETRY_DELAY_S = 0.25
 
 
 class Admission:
-    """The permits of one server, given first come, first served. Owned by the event loop: no lock."""
+    """The permits of a server, or of one of its models, given first come, first served. The event loop's: no lock."""
 
-    def __init__(self, *, max_requests: int, max_bytes: int) -> None:
+    def __init__(self, *, max_requests: int, max_bytes: float, model: str = "") -> None:
         self._max_requests = max_requests
         self._max_bytes = max_bytes
+        self._model = model
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self.n_requests = 0
         self.n_bytes = 0
@@ -26,7 +27,9 @@ class Admission:
         self._refuse_impossible(n_bytes)
         if self._waiting or not self._fits(n_bytes):
             raise ResourceExhausted(
-                f"the server is at work on {self.n_requests} requests of {self.n_bytes} bytes "
+                f'model "{self._model}" is at work on {self.n_requests} requests (max_model_in_flight)'
+                if self._model
+                else f"the server is at work on {self.n_requests} requests of {self.n_bytes} bytes "
                 f"(max_in_flight {self._max_requests}, max_in_flight_bytes {self._max_bytes})",
                 retry_delay_s=RETRY_DELAY_S,
             )

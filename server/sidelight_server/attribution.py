@@ -66,10 +66,19 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """Explain a class of a model that answers for each pixel: the sum of its scores over a region, or over all."""
+    """Explain a class of a model that answers for each pixel: the sum of its scores over a region, or over all.
 
-    choice: Choice
+    Without a choice it is each pixel's own largest output that counts. A model that answers for the whole picture has
+    one pixel: that is its prediction.
+    """
+
+    choice: Choice | None
     region: Region | None = None
+
+    @property
+    def needs_pixels(self) -> bool:
+        """Whether it means nothing to a model that answers for the whole picture."""
+        return self.choice is not None or self.region is not None
 
 
 Target = Predicted | Choice | PerExample | TopK | Contrast | Dense
@@ -82,6 +91,7 @@ class Aim:
     positive: int | None = None
     negative: int | None = None  # the class whose score is subtracted
     region: Region | None = None  # of a dense output; None: all of it
+    each_pixel: bool = False  # the largest output of each pixel of a dense output, whatever the class
 
 
 PREDICTED = Aim()
@@ -108,6 +118,7 @@ class Request:
     score: Score = Score.PROBABILITY
     channels: Channels = Channels.MAX_ABS
     probabilities: bool = False
+    exact: bool = False  # maps in float64, where the model computes in that
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +196,7 @@ class Answer:
     """
 
     request: Request
-    maps: NDArray[np.float32]
+    maps: NDArray[np.float32 | np.float64]  # float64 where that was asked for
     explanations: tuple[Explanation | None, ...]  # None where the example failed
     labels: tuple[str, ...]
     provenance: Provenance

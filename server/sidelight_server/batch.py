@@ -39,7 +39,8 @@ class Batch:
         self._slots = slots
         self._on_admitted = on_admitted
         self._on_answer = on_answer
-        self._has_slot = self._has_permit = False
+        self._has_slot = False
+        self._permit: contextlib.ExitStack | None = None
         self._is_taken_back = False
         self._explaining: asyncio.Task[object] | None = None  # what a cancel ends: this task, or one within it
 
@@ -86,12 +87,11 @@ class Batch:
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed while all slots of the stream were taken") from None
         self._has_slot = True
-        await self._explainer.admit(self._inquiry)
-        self._has_permit = True
+        self._permit = await self._explainer.admit(self._inquiry)
 
     def _give_back(self) -> None:
-        if self._has_permit:
-            self._explainer.admission.release(self._inquiry.n_bytes)
+        if self._permit:
+            self._permit.close()
         if self._has_slot:
             self._slots.release()
 

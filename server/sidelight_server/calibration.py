@@ -1,5 +1,6 @@
-"""Calibration: how many rows a chunk should have. Measured at load, on the thread that owns the device."""
+"""Calibration: how many rows a chunk should have. Measured at load, each run in its turn on the device."""
 
+import functools
 import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -40,7 +41,11 @@ def choose_chunk_rows(model: "Model", *, max_chunk_s: float, device_memory_limit
     longer than `max_chunk_s`, or more bytes than the limit by what runs of 1 and 2 rows took: the limit is never
     searched for by running into it, for a model server lives on the same device.
     """
-    room = _rows_of_memory(model, device_memory_limit or free_memory(model.kernel.device))
+    least, most = model.adapter.least, model.adapter.most
+    if least > 1 or 0 < most <= DEFAULT_CHUNK_ROWS:  # fewer rows would be filled up, or there is no choice
+        only = _trial(model, model.at_most(max(least, DEFAULT_CHUNK_ROWS)))
+        return only.rows, (replace(only, chosen=True),)
+    room = model.at_most(_rows_of_memory(model, device_memory_limit or free_memory(model.kernel.device)))
     sizes = [1 << n for n in range(MAX_MEASURED_ROWS[model.kernel.device.type].bit_length())]
     trials = [_trial(model, 1)]
 
@@ -75,12 +80,15 @@ def compare_exact(model: "Model") -> tuple[tuple[Trial, ...], float]:
     exact, rows = model.exact_kernel(), max(1, model.chunk_rows)
     inputs = model.inputs_like(rows)
     trial = Trial(rows, rows / _seconds(model, rows, kernel=exact), exact.told)
-    ours, theirs = (_maps(_run(model, inputs, kernel=kernel)) for kernel in (model.kernel, exact))
+    ours, theirs = (
+        model.in_turn(functools.partial(_mapped, model, inputs, kernel)) for kernel in (model.kernel, exact)
+    )
     chosen = () if model.warm_up else (replace(_trial(model, rows), chosen=True),)
     return (trial, *chosen), float(np.mean([_rank_correlation(a, b) for a, b in zip(ours, theirs, strict=True)]))
 
 
-def _maps(answer: Gradients) -> Array:
+def _mapped(model: "Model", inputs: Tensor, kernel: Kernel) -> Array:
+    answer = _run(model, inputs, kernel=kernel)
     assert answer.gradients is not None  # noqa: S101
     maps: Array = answer.gradients.abs().amax(dim=1).flatten(1).double().cpu().numpy()  # [n, H × W]
     return maps
@@ -111,14 +119,14 @@ def same_bytes(model: "Model", rows: int) -> bool:
         for place in range(rows):
             company = model.inputs_like(rows, seed=CHECKED_EXAMPLES + seed * rows + place)
             company[place] = example
-            said += [_said(model, company, place) for _ in range(2)]
+            said += [model.in_turn(functools.partial(_said, model, company, place)) for _ in range(2)]
         if any(not torch.equal(a, b) for each in said for a, b in zip(each, said[0], strict=True)):
             return False
     return True
 
 
 def _rows_of_memory(model: "Model", limit: int) -> int:
-    one, two = (_bytes(model, rows) for rows in (1, 2))
+    one, two = (model.in_turn(functools.partial(_bytes, model, rows)) for rows in (1, 2))
     a_row = max(1, two - one)
     return max(1, (limit - max(0, one - a_row)) // a_row)
 
@@ -144,12 +152,7 @@ def _bytes(model: "Model", rows: int) -> int:
 
 def _seconds(model: "Model", rows: int, *, kernel: Kernel | None = None) -> float:
     inputs = model.inputs_like(rows)
-    _run(model, inputs, kernel=kernel)
-    times = []
-    for _ in range(RUNS):
-        began = time.perf_counter()
-        _run(model, inputs, kernel=kernel)
-        times.append(time.perf_counter() - began)
+    _, *times = (model.in_turn(lambda: _timed(model, inputs, kernel=kernel)) for _ in range(1 + RUNS))
     return min(times)
 
 
@@ -158,6 +161,12 @@ def _run(model: "Model", inputs: Tensor, *, kernel: Kernel | None = None) -> Gra
     if inputs.device.type == "cuda":
         torch.cuda.synchronize(inputs.device)
     return answer
+
+
+def _timed(model: "Model", inputs: Tensor, *, kernel: Kernel | None) -> float:
+    began = time.perf_counter()
+    _run(model, inputs, kernel=kernel)
+    return time.perf_counter() - began
 
 
 def _said(model: "Model", inputs: Tensor, place: int) -> list[Tensor]:

@@ -63,7 +63,8 @@ class Chunk:
 
 def _is_largest_absolute(work: Work) -> bool:
     request = work.request
-    return request.method.is_largest_absolute(request.channels) and not work.prepared.top_k
+    in_float64 = request.exact and work.model.staged_dtype == np.float64
+    return request.method.is_largest_absolute(request.channels) and not work.prepared.top_k and not in_float64
 
 
 def _inputs(rows: Sequence[Row], work: Work, staging: Staging, *, padding: int) -> Tensor:
@@ -103,17 +104,18 @@ def _facts(answer: Gradients) -> Tensor:
 
 def to_host(results: Sequence[Result], staging: Staging) -> list[Array]:
     """Return each result's maps, [k, …], on the host. Those of one shape that are not there cross the bus together."""
-    alike: dict[torch.Size, list[int]] = {}
+    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     maps: list[Array] = [np.empty(0)] * len(results)
     for place, result in enumerate(results):
         first, *others = result.maps
+        wide = first.dtype if result.is_exact else torch.float32
         if first.device.type == "cpu" and not others:
-            maps[place] = first[None].float().detach().numpy()
+            maps[place] = first[None].to(wide).detach().numpy()
         else:
-            alike.setdefault(first.shape, []).append(place)
-    for places in alike.values():
-        stacked = torch.stack([map_ for place in places for map_ in results[place].maps]).float()
-        host = staging.to_host(stacked)
+            alike.setdefault((first.shape, wide), []).append(place)
+    for (_, wide), places in alike.items():
+        stacked = torch.stack([map_ for place in places for map_ in results[place].maps])
+        host = staging.to_host(stacked.to(wide))
         for place in places:
             n = len(results[place].maps)
             maps[place], host = host[:n], host[n:]

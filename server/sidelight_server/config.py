@@ -8,13 +8,15 @@ import difflib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
+    CliSuppress,
     NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
@@ -23,10 +25,12 @@ from pydantic_settings import (
 
 from .errors import ConfigurationError
 from .models.preprocessing import Interpolation
+from .models.spec import ModelSpec
 from .options import Precision
 from .scores import Activation, Outputs
 
 FILE = Path("sidelight.toml")
+SOURCES = "python:package.module:factory, export:FILE.pt2, torchscript:FILE, hf:DIR or onnx:FILE"
 PREFIX = "SIDELIGHT_"
 MEBIBYTE = 1024 * 1024
 
@@ -42,42 +46,52 @@ def _split(value: object) -> object:
 _Listed = (NoDecode, BeforeValidator(_split))
 
 
-class Settings(BaseModel):
-    """All that an operator can set. Checked once, when it is made."""
+class ModelSettings(BaseModel):
+    """What an operator can set of a model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field("", description='where the model comes from: "python:package.module:factory"')
+    model: str = Field("", description=f"where the model comes from: {SOURCES}")
     weights: Path | None = Field(None, description="weights for it: .safetensors, or a weights-only .pt")
-    name: str | None = Field(None, description="what requests call the model; the factory's name if unset")
+    name: str | None = Field(None, description="what requests call the model; the factory's or file's name if unset")
+    load: Literal["eager", "lazy"] = Field("eager", description="load at start, or when the first request comes")
     input_size: Annotated[tuple[int, int, int] | None, *_Listed] = Field(
         None, description="C,H,W of the model's input; unset: floating arrays of any shape, neither files nor pixels"
     )
+    trial_size: Annotated[tuple[int, int, int] | None, *_Listed] = Field(
+        None, description="C,H,W that a model of any input size is tried with when it is loaded; unset: it is not tried"
+    )
     mean: Annotated[tuple[float, ...] | None, *_Listed] = Field(
-        None, description="one for each channel, of pixels in 0…1; unset: 0"
+        None, description="one for each channel, of pixels in pixel_range; unset: 0"
     )
     std: Annotated[tuple[float, ...] | None, *_Listed] = Field(
-        None, description="one for each channel, of pixels in 0…1; unset: 1"
+        None, description="one for each channel, of pixels in pixel_range; unset: 1"
+    )
+    pixel_range: Annotated[tuple[float, float] | None, *_Listed] = Field(
+        None, description="what pixels 0 and 255 are scaled to before the mean is subtracted; unset: 0,1"
     )
     resize: int | Literal["exact", "none"] | None = Field(
         None,
         description='short side in pixels before the centre crop, or "exact", or "none"; unset: just covers the input',
     )
     interpolation: Interpolation | None = Field(None, description="the filter of resizing; unset: bilinear")
-    outputs: Outputs | None = Field(None, description="what the model returns, [N, K] or [N, K, h, w]; unset: logits")
+    window: Annotated[tuple[float, float] | None, *_Listed] = Field(
+        None, description="values of 16-bit and DICOM files that become black and white; unset: as the file says"
+    )
+    input: str | None = Field(None, description="the model's keyword that takes the images; unset: found out")
+    arguments: dict[str, bool | int | float | str] | None = Field(
+        None, description="constants for other keywords of the model, as JSON or a table of the file"
+    )
+    label: str | None = Field(None, description="a keyword that demands labels, and gets zeros; unset: found out")
+    output: str | int | None = Field(
+        None, description="key, attribute or place of the outputs in what the model returns; unset: found out"
+    )
+    outputs: Outputs | None = Field(None, description="what they are, [N, K] or [N, K, h, w]; unset: found out")
     activation: Activation | None = Field(
-        None, description="softmax where classes exclude each other, sigmoid where they do not; unset: softmax"
+        None, description="softmax where classes exclude each other, sigmoid where they do not; unset: found out"
     )
     labels: Path | None = Field(None, description="a text file of class names, one a line, in the classes' order")
 
-    listen: Annotated[tuple[str, ...], *_Listed] = Field(
-        ("127.0.0.1:50051",), min_length=1, description='addresses: "host:port" (port 0: a free one) or "unix:/path"'
-    )
-    plaintext: bool = Field(False, description="allow addresses that are not loopback, although nothing is encrypted")
-    drain_s: float = Field(30.0, ge=0, description="seconds that running work may take after SIGTERM; 0: none")
-
-    device: str = Field("auto", description="auto, cpu, cuda:N or mps; several with commas share the work")
-    threads: int = Field(0, ge=0, description="CPU threads of one operation; 0: the CPUs that this process may use")
     max_chunk_rows: int = Field(
         0, ge=0, le=4096, description="rows that the device runs at once, at most; 0: measured when a model is loaded"
     )
@@ -96,12 +110,51 @@ class Settings(BaseModel):
     reproducible_rows: int = Field(
         1, ge=1, le=4096, description="rows of a reproducible chunk; more than 1 only where a check at load shows it"
     )
+    max_image_pixels: int = Field(50_000_000, ge=1, description="height × width of an encoded picture")
+    max_example_rows: int = Field(10_000, ge=1, description="rows that a method may ask for one example")
+    max_model_in_flight: int = Field(0, ge=0, description="batches at work at once for one model; 0: no more limit")
+
+    def traits(self) -> dict[str, Any]:
+        """Return what completes a model's specification. `ConfigurationError` where labels cannot be read."""
+        names = {field.name for field in fields(ModelSpec)} & set(ModelSettings.model_fields) - {"labels"}
+        # A switch that is off says nothing against a specification's own.
+        said = {name: value for name in names if (value := getattr(self, name)) is not False}
+        return said | {"labels": _read_labels(self.labels)}
+
+
+def _named_once(models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
+    for name, table in models.items():
+        if not name or table.name is not None:
+            raise ValueError(f'table "{name}": a model is called as its table is; "name" is no key of it')
+    return models
+
+
+class Settings(ModelSettings):
+    """All that an operator can set. Checked once, when it is made.
+
+    What is said of models here holds for each that does not say otherwise in `models`.
+    """
+
+    models: Annotated[dict[str, ModelSettings], AfterValidator(_named_once), CliSuppress] = Field(
+        {}, description="several models by name, each a table [models.NAME] of the file; unset: the one of `model`"
+    )
+    watch_s: float = Field(
+        0.0, ge=0, description="seconds between looks at the models' files, to load again those that changed; 0: none"
+    )
+    allow_reload: bool = Field(False, description="let callers have a model loaded again from its source")
+
+    listen: Annotated[tuple[str, ...], *_Listed] = Field(
+        ("127.0.0.1:50051",), min_length=1, description='addresses: "host:port" (port 0: a free one) or "unix:/path"'
+    )
+    plaintext: bool = Field(False, description="allow addresses that are not loopback, although nothing is encrypted")
+    drain_s: float = Field(30.0, ge=0, description="seconds that running work may take after SIGTERM; 0: none")
+
+    device: str = Field("auto", description="auto, cpu, cuda:N or mps; several with commas share the work")
+    threads: int = Field(0, ge=0, description="CPU threads of one operation; 0: the CPUs that this process may use")
 
     max_message_bytes: int = Field(64 * MEBIBYTE, ge=4096, le=2**31 - 1, description="bytes of a message, each way")
-    max_image_pixels: int = Field(50_000_000, ge=1, description="height × width of an encoded picture")
     max_in_flight: int = Field(256, ge=1, description="batches at work at once, over all callers")
     max_in_flight_bytes: int = Field(1024 * MEBIBYTE, ge=4096, description="bytes of those batches and their answers")
-    max_example_rows: int = Field(10_000, ge=1, description="rows that a method may ask for one example")
     max_stream_in_flight: int = Field(32, ge=1, description="unanswered batches of one stream; reading pauses there")
     max_stream_age_s: float = Field(
         3600.0, ge=0, description="seconds after which a stream is answered and ended with OK; 0: without end"
@@ -117,15 +170,17 @@ class Settings(BaseModel):
     max_region_bytes: int = Field(1024 * MEBIBYTE, ge=1, description="bytes of one region of shared memory")
     max_stream_regions: int = Field(8, ge=1, description="regions of shared memory of one stream")
 
-    def traits(self) -> dict[str, Any]:
-        """Return what completes a model's specification."""
-        names = ("name", "input_size", "mean", "std", "resize", "interpolation", "outputs", "activation", "precision")
-        switches = ("fold", "channels_last", "compile", "cuda_graphs")
-        return (
-            {name: getattr(self, name) for name in names}
-            | {name: getattr(self, name) or None for name in switches}  # off says nothing against a specification's own
-            | {"labels": _read_labels(self.labels)}
-        )
+    def of_models(self) -> dict[str, ModelSettings]:
+        """Return the settings of every model by its name, in order; without tables of the one that stands here."""
+        if not self.models:
+            return {self.name or "": self.of_model("")}
+        return {name: self.of_model(name) for name in self.models}
+
+    def of_model(self, name: str) -> ModelSettings:
+        """Return the settings of one model: what its table says, and for what that leaves out what stands here."""
+        general = {name: getattr(self, name) for name in ModelSettings.model_fields}
+        own = self.models[name].model_dump(exclude_unset=True) | {"name": name} if name in self.models else {}
+        return ModelSettings(**general | own)
 
 
 class _Process(Settings, BaseSettings):
@@ -184,7 +239,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         raise ConfigurationError(first_fault(error, where=str(FILE))) from None
     except ValueError as error:  # TOML that does not parse, JSON in a variable
         raise ConfigurationError(f"{FILE} or a {PREFIX}* variable: {error}") from None
-    return Settings(**read.model_dump())
+    return Settings(**read.model_dump(exclude_unset=True))  # a table says nothing of what it leaves out
 
 
 def misspelt_variables() -> list[str]:
@@ -198,9 +253,12 @@ def misspelt_variables() -> list[str]:
 def first_fault(error: ValidationError, *, where: str) -> str:
     """Say in a line what the first thing wrong is, and where."""
     wrong = error.errors()[0]
-    name = str(wrong["loc"][0]) if wrong["loc"] else "settings"
+    path = [str(each) for each in wrong["loc"]]
+    is_of_model = path[:1] == ["models"] and len(path) > 2  # models, its name, a setting
+    name = ".".join(path[:3]) if is_of_model else path[0] if path else "settings"
     if wrong["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, Settings.model_fields, n=1)
+        known = ModelSettings.model_fields if is_of_model else Settings.model_fields
+        close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
         return f"{name}: there is no such setting in {where}" + (f"; did you mean {close[0]}?" if close else "")
     return f"{name}: got {wrong['input']!r}: {wrong['msg']}"
 

@@ -10,10 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from .config import Settings, first_fault
+from .config import ModelSettings, Settings, first_fault
 from .engine import Engine
 from .errors import ConfigurationError
-from .models import source
 from .models.spec import ModelSpec
 from .server import Server
 
@@ -21,23 +20,31 @@ START_TIMEOUT_S = 60.0
 
 
 @contextlib.contextmanager
-def serve(model: nn.Module | ModelSpec | str, **settings: Any) -> Iterator[str]:
+def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> Iterator[str]:
     """Run a real server in a thread of its own, on a fresh UNIX socket, and give its address.
 
-    `model` is a module, a `ModelSpec` or a source; `settings` are those of `Settings`. Neither variables nor a file are
-    read. The module is neither frozen, moved nor switched.
+    `model` is a module, a `ModelSpec` or a source; several are given as `models={name: {"model": source, …}}` instead.
+    `settings` are those of `Settings`. Neither variables nor a file are read. The module is neither frozen, moved nor
+    switched.
     """
     try:
         chosen = Settings(**settings)
     except ValidationError as error:
         raise ConfigurationError(first_fault(error, where="serve()")) from None
-    spec = source.load(model, chosen.weights) if isinstance(model, str) else model
-    engine = Engine([spec if isinstance(spec, ModelSpec) else ModelSpec(spec)], chosen)
+    engine = Engine(_offered(model, chosen), chosen)
     with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
         listen = chosen.listen if "listen" in settings else (f"unix:{folder}/socket",)
         server = Server(engine, listen=listen, plaintext=chosen.plaintext)
         with _Thread(server, drain_s=chosen.drain_s):
             yield server.addresses[0]
+
+
+def _offered(model: nn.Module | ModelSpec | str | None, settings: Settings) -> list[ModelSpec | ModelSettings]:
+    if isinstance(model, str):
+        settings = settings.model_copy(update={"model": model})
+    elif model is not None:
+        return [model if isinstance(model, ModelSpec) else ModelSpec(model)]
+    return list(settings.of_models().values())
 
 
 class _Thread:

@@ -19,13 +19,14 @@ import numpy as np
 import torch
 
 from .attribution import Answer, Provenance, Request, Timing
-from .calibration import choose_chunk_rows, compare_exact, same_bytes
-from .config import Settings
+from .config import ModelSettings, Settings
 from .device import choose_devices, cpu_quota, make_deterministic
-from .errors import ConfigurationError, NotFound, Unavailable, near
+from .errors import Unavailable
+from .methods.method import Shape
 from .models.model import Model
 from .models.spec import ModelSpec
 from .preparation import Prepared, input_shape, maps_shape, needs_decoding, needs_no_work, prepare, settled
+from .registry import Registry
 from .station import Station, least_busy
 from .stops import StopTimes
 from .work import Work
@@ -64,42 +65,35 @@ class _Clock:
 class Engine:
     """Models on one device, and the thread that owns it; or on several, each with a thread and replicas of its own.
 
-    It is made at once; `start` (or `with`) begins to answer, `close` ends after the running chunk.
-    `ConfigurationError` where a model cannot be served.
+    Offered are modules at hand, and settings that name a source, from which a model can be loaded again. `start` (or
+    `with`) begins to answer, `close` ends after the running chunk. `ConfigurationError` where a model cannot be served.
     """
 
-    def __init__(self, specs: Sequence[ModelSpec], settings: Settings | None = None) -> None:
+    def __init__(self, offered: Sequence[ModelSpec | ModelSettings], settings: Settings | None = None) -> None:
         settings = settings or Settings()
         self.settings = settings
         devices = choose_devices(settings.device)
         self.device = ",".join(map(str, devices))
         self.threads = settings.threads or max(1, cpu_quota() // max(1, [each.type for each in devices].count("cpu")))
-        traits = settings.traits()
-        completed = [spec.completed(traits) for spec in specs]
-        self._stations = [self._station(device, completed) for device in devices]
-        self.models = self._stations[0].models  # for what is the same on all devices
-        self._runner = self._stations[0].runner
+        if any(each.reproducible for each in (settings, *settings.models.values())):
+            for device in devices:
+                make_deterministic(device)
+        self._stations = [
+            Station(device, index=index, threads=self.threads, on_end=self._abandon)
+            for index, device in enumerate(devices)
+        ]
+        self.registry = Registry(offered, settings, self._stations)
         self._closing = threading.Event()
         # Decoding has threads of its own: what needs none must not wait behind another caller's forty large files.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="sidelight-prepare")
         self._decoding = ThreadPoolExecutor(self.threads, thread_name_prefix="sidelight-decode")
-        self._unanswered: dict[Work, asyncio.Future[None]] = {}
+        self._unanswered: dict[Work, tuple[asyncio.Future[None], Station]] = {}
         self._software = (
             ("sidelight", metadata.version("sidelight")),
             ("torch", torch.__version__),
             ("numpy", np.__version__),
             ("python", platform.python_version()),
         )
-
-    def _station(self, device: torch.device, specs: Sequence[ModelSpec]) -> Station:
-        if self.settings.reproducible:
-            make_deterministic(device)
-        loaded = [Model(spec, device=device) for spec in specs]
-        if len({model.name for model in loaded}) < len(loaded):
-            raise ConfigurationError(f"name: two models are called the same, of {[model.name for model in loaded]}")
-        for model in loaded:
-            self._limit(model)
-        return Station(device, loaded, threads=self.threads, on_end=self._abandon)
 
     def __enter__(self) -> Self:
         self.start()
@@ -116,6 +110,7 @@ class Engine:
     def close(self) -> None:
         """End after the running chunk. What is unanswered is `Unavailable`."""
         self._closing.set()
+        self.registry.close()
         for executor in (self._preparing, self._decoding):
             executor.shutdown(wait=False, cancel_futures=True)
         for station in self._stations:
@@ -123,7 +118,7 @@ class Engine:
 
     def _abandon(self, station: Station) -> None:
         """Fail what is unanswered at a station: the thread that would answer it has ended."""
-        unanswered = [each for each in list(self._unanswered.items()) if each[0].model in station.models.values()]
+        unanswered = [(work, answered) for work, (answered, at) in list(self._unanswered.items()) if at is station]
         if not self._closing.is_set():
             log.critical("event=device_thread_ended device=%s unanswered=%d", station.device, len(unanswered))
         for work, answered in unanswered:
@@ -140,12 +135,19 @@ class Engine:
         """How many requests are at the device or wait for it."""
         return len(self._unanswered)
 
+    @property
+    def models(self) -> dict[str, Model]:
+        """The versions that serve, by name, with what is the same of them on all devices."""
+        return {entry.name: entry.models[0] for entry in self.registry.entries.values() if entry.models}
+
     def model(self, name: str) -> Model:
-        """Return a model by its name; empty means the default. `NotFound` with the near names."""
-        try:
-            return self.models[name or next(iter(self.models))]
-        except KeyError:
-            raise NotFound(f'model: there is no "{name}"; {near(name, self.models)}') from None
+        """Return the version of a model that serves; empty means the default. `NotFound` with the near names."""
+        return self.registry.serving(name)[0]
+
+    async def ready(self, request: Request) -> None:
+        """Wait until a request's model serves, where it is loaded when it is first asked for."""
+        if not self.registry.find(request.model).models:
+            await self.registry.ready(request.model)
 
     def held_bytes(self, request: Request) -> tuple[int, int]:
         """Return how many bytes the maps of the answer will take, and its examples while they are in progress."""
@@ -165,8 +167,10 @@ class Engine:
 
     async def _attribute(self, request: Request, progress: Progress | None, at: Station | None = None) -> Answer:
         arrived_s = time.monotonic()
-        model = self.model(request.model)
-        method = settled(model, request, max_rows=self.settings.max_example_rows)
+        await self.ready(request)
+        versions = self.registry.serving(request.model)  # to the end, whatever is loaded meanwhile
+        model = versions[0]
+        method = settled(model, request)
         if method is not request.method:
             request = replace(request, method=method)
         loop = asyncio.get_running_loop()
@@ -176,7 +180,7 @@ class Engine:
         station = at or least_busy(self._stations)
         work = Work(
             request,
-            station.models[model.name],
+            versions[station.index],
             prepared,
             on_done=lambda: _call_from_thread(answered, _set_done),
             on_improved=_from_thread(loop, progress.improved.set) if progress else None,
@@ -184,7 +188,7 @@ class Engine:
         if progress:
             progress.snapshot = functools.partial(self._answer, work, clock, final=False)
         if work.pending:
-            self._unanswered[work] = answered
+            self._unanswered[work] = answered, station
             try:
                 with station.holds(work):
                     await answered
@@ -193,17 +197,10 @@ class Engine:
         return self._answer(work, clock)
 
     async def _prepare(self, model: Model, request: Request) -> Prepared:
-        max_pixels = self.settings.max_image_pixels
         if needs_no_work(model, request):
-            return prepare(model, request, max_pixels=max_pixels, is_gone=self._closing.is_set)
+            return prepare(model, request, is_gone=self._closing.is_set)
         left = threading.Event()
-        preparing = functools.partial(
-            prepare,
-            model,
-            request,
-            max_pixels=max_pixels,
-            is_gone=lambda: left.is_set() or self._closing.is_set(),
-        )
+        preparing = functools.partial(prepare, model, request, is_gone=lambda: left.is_set() or self._closing.is_set())
         executor = self._decoding if needs_decoding(request.images) else self._preparing
         try:
             return await asyncio.get_running_loop().run_in_executor(executor, preparing)
@@ -220,58 +217,18 @@ class Engine:
         `ConfigurationError` where the settings ask for what a model cannot give.
         """
         for station in self._stations:
-            for model in station.models.values():
-                await asyncio.wrap_future(station.runner.call(functools.partial(self._calibrate, model)))
-                if model.preprocessing is not None:
-                    await self._run_zeros(model, station)
+            errand = functools.partial(self.registry.warm_up, station)
+            for model in await asyncio.wrap_future(station.runner.call(errand)):
+                if model.trial_shape is not None:
+                    await self._run_zeros(model, model.trial_shape, station)
 
-    async def _run_zeros(self, model: Model, station: Station) -> None:
-        assert model.preprocessing is not None  # noqa: S101
-        shape = (model.preprocessing.height, model.preprocessing.width, model.preprocessing.channels)
+    async def _run_zeros(self, model: Model, shape: Shape, station: Station) -> None:
+        c, h, w = shape
         for n in sorted({1, model.chunk_rows}):
-            request = Request(np.zeros((n, *shape), np.uint8), model=model.name)
-            answer = await self._attribute(request, None, at=station)
+            zeros = np.zeros((n, h, w, c), np.uint8) if model.preprocessing else np.zeros((n, c, h, w), np.float32)
+            answer = await self._attribute(Request(zeros, model=model.name), None, at=station)
             if answer.failures:
                 log.warning('event=warm_up_failed model="%s" message=%r', model.name, answer.failures[0].message)
-
-    def _limit(self, model: Model) -> None:
-        """Set what the settings say of a model's chunks. What they leave open is measured in `warm_up`."""
-        settings = self.settings
-        if settings.reproducible:
-            model.padded_rows = model.chunk_rows = settings.reproducible_rows
-        elif settings.max_chunk_rows and not model.rows_touch:
-            model.chunk_rows = settings.max_chunk_rows
-
-    def _calibrate(self, model: Model) -> None:
-        """Check what is promised of a model's chunks, or measure them. On the thread that owns the device."""
-        settings = self.settings
-        if settings.reproducible:
-            _check_promise(model, settings.reproducible_rows)
-        elif model.preprocessing is not None and not settings.max_chunk_rows and not model.rows_touch:
-            model.chunk_rows, model.warm_up = choose_chunk_rows(
-                model, max_chunk_s=settings.max_chunk_s, device_memory_limit=settings.device_memory_limit
-            )
-            if not same_bytes(model, 1):
-                model.chunk_rows = 1
-                log.warning(
-                    'event=runs_differ model="%s" message="each run gives other bytes: rows run alone"', model.name
-                )
-        self._compare(model)
-
-    def _compare(self, model: Model) -> None:
-        """Measure what the operator's options bring, and tell the log everything that was tried."""
-        if model.preprocessing is None or model.kernel.options.is_exact:
-            return
-        trials, likeness = compare_exact(model)
-        model.warm_up = (*trials, *model.warm_up)
-        for trial in model.warm_up:
-            log.info(
-                'event=tried model="%s" configuration=%s rows=%d rows_per_s=%.1f chosen=%s',
-                model.name, trial.configuration, trial.rows, trial.rows_per_second, str(trial.chosen).lower(),
-            )  # fmt: skip
-        log.info(
-            'event=compared model="%s" configuration=%s rank_correlation=%.4f', model.name, model.kernel.told, likeness
-        )
 
     def _answer(self, work: Work, clock: _Clock, *, final: bool = True) -> Answer:
         model, now_s = work.model, time.monotonic()
@@ -300,20 +257,6 @@ class Engine:
                 total_s=now_s - clock.arrived_s,
             ),
             final=final,
-        )
-
-
-def _check_promise(model: Model, rows: int) -> None:
-    """Refuse with `ConfigurationError` a model that does not give the same bytes in chunks of exactly so many rows."""
-    if rows > 1 and (model.preprocessing is None or model.rows_touch):
-        why = "lets its rows touch each other" if model.rows_touch else "has no input size to check it with"
-        raise ConfigurationError(f'reproducible_rows: got {rows}, but model "{model.name}" {why}; set it to 1')
-    if model.preprocessing is not None and not same_bytes(model, rows):
-        raise ConfigurationError(
-            f'reproducible_rows: got {rows}, but model "{model.name}" gives an example other bytes in another place '
-            "or company; set it to 1"
-            if rows > 1
-            else f'reproducible: model "{model.name}" gives other bytes each time it runs on the same input'
         )
 
 

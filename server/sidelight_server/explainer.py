@@ -1,7 +1,10 @@
 """The explainer: one message's way through validation and engine, the same for unary calls and streams."""
 
 import asyncio
+import contextlib
 import logging
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -30,6 +33,7 @@ class Inquiry:
 
     message: pb.AttributeRequest
     request: Request
+    model: str  # its name
     n_bytes: int
     deadline_s: float | None  # on the event loop's clock
     source: Span | None  # where the images are, if not in the message
@@ -44,8 +48,13 @@ class Explainer:
         self._engine = engine
         self._limit_bytes = settings.max_message_bytes
         self.admission = Admission(max_requests=settings.max_in_flight, max_bytes=settings.max_in_flight_bytes)
+        self._of_models = {
+            name: Admission(max_requests=entry.settings.max_model_in_flight, max_bytes=math.inf, model=name)
+            for name, entry in engine.registry.entries.items()
+            if entry.settings.max_model_in_flight
+        }
 
-    def inquire(
+    async def inquire(
         self,
         message: pb.AttributeRequest,
         *,
@@ -54,39 +63,72 @@ class Explainer:
         regions: Regions | None = None,
         arrived_s: float | None = None,
     ) -> Inquiry:
-        """Check a message that took so many bytes; its tensor's data may stand beside it.
+        """Check a message that took so many bytes; its tensor's data may stand beside it. Its model may be loaded yet.
 
         A `SidelightError` says what is wrong with it. `regions` are those of its stream.
         """
+        if arrived_s is None:
+            arrived_s = asyncio.get_running_loop().time()
         with _telling(message.id):
             timeout_s = wire.timeout_s(message)
             request = wire.parse(message, data)
+            deadline_s = None if timeout_s is None else arrived_s + timeout_s
+            model = await self._ready(request.model, deadline_s)
             answer_bytes, state_bytes = self._engine.held_bytes(request)
             maps_bytes = answer_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32
             source = _source(message.images, regions)
             sink = _sink(message.output, maps_bytes, regions)
         if sink is None:
             self._refuse_long_answer(maps_bytes)
-        if arrived_s is None:
-            arrived_s = asyncio.get_running_loop().time()
         return Inquiry(
             message=message,
             request=request,
+            model=model,
             n_bytes=n_bytes + (source.n_bytes if source else 0) + answer_bytes + state_bytes,
-            deadline_s=None if timeout_s is None else arrived_s + timeout_s,
+            deadline_s=deadline_s,
             source=source,
             sink=sink,
         )
 
-    async def admit(self, inquiry: Inquiry) -> None:
-        """Wait for a permit and take it; `admission.release` gives it back."""
-        if self.admission.take(inquiry.n_bytes):
-            return
+    def enter(self, inquiry: Inquiry) -> contextlib.ExitStack:
+        """Take a permit, which is given back when it is closed. `ResourceExhausted` where there is none now."""
+        with contextlib.ExitStack() as permit:
+            for admission in self._admissions(inquiry):
+                permit.enter_context(admission.enter(inquiry.n_bytes))
+            return permit.pop_all()
+
+    async def admit(self, inquiry: Inquiry) -> contextlib.ExitStack:
+        """Wait for a permit and take it. It is given back when it is closed."""
+        with contextlib.ExitStack() as permit:
+            for admission in self._admissions(inquiry):
+                if not admission.take(inquiry.n_bytes):
+                    await self._waited(admission, inquiry)
+                permit.callback(admission.release, inquiry.n_bytes)
+            return permit.pop_all()
+
+    def _admissions(self, inquiry: Inquiry) -> Iterator[Admission]:
+        """Yield those whose permits a request needs; the model's own first, for who waits there must hold nothing."""
+        if own := self._of_models.get(inquiry.model):
+            yield own
+        yield self.admission
+
+    async def _waited(self, admission: Admission, inquiry: Inquiry) -> None:
         try:
             async with asyncio.timeout_at(inquiry.deadline_s):
-                await self.admission.acquire(inquiry.n_bytes)
+                await admission.acquire(inquiry.n_bytes)
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed while the server was full") from None
+
+    async def _ready(self, name: str, deadline_s: float | None) -> str:
+        """Wait until a model serves, if it is loaded when it is first asked for. Return its name."""
+        entry = self._engine.registry.find(name)
+        if not entry.models:
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    await self._engine.registry.ready(name)
+            except TimeoutError:
+                raise DeadlineExceeded(f'timeout: it passed while model "{entry.name}" was being loaded') from None
+        return entry.name
 
     async def explain(self, inquiry: Inquiry, progress: Progress | None = None) -> bytes:
         """Return the answer's message. Nothing but a `SidelightError` says why there is none."""

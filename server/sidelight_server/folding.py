@@ -14,6 +14,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 from torch.utils.hooks import RemovableHandle
 
 from .errors import ConfigurationError
+from .models.adapter import PLAIN, Adapter
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -22,15 +23,15 @@ TOLERANCE = 1e-8
 SINGLE_TOLERANCE = 1e-3  # where a module cannot run in float64
 
 
-def fold(module: nn.Module, inputs: Tensor) -> int:
+def fold(module: nn.Module, inputs: Tensor, *, adapter: Adapter = PLAIN) -> int:
     """Fold what can be folded of a replica, which must own its weights; return how many norms were.
 
     `inputs` are a trial, [n, C, H, W]. `ConfigurationError` where outputs or gradients are not what they were.
     """
     with torch.no_grad():
-        pairs = list(_pairs(module, inputs))
+        pairs = list(_pairs(module, inputs, adapter))
     if pairs:
-        _try(module, inputs, pairs)
+        _try(module, inputs, pairs, adapter)
         _replace(module, pairs)
     return len(pairs)
 
@@ -42,18 +43,18 @@ def _replace(module: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
         setattr(module.get_submodule(parent), name, nn.Identity())
 
 
-def _try(module: nn.Module, inputs: Tensor, pairs: Sequence[tuple[str, str]]) -> None:
+def _try(module: nn.Module, inputs: Tensor, pairs: Sequence[tuple[str, str]], adapter: Adapter) -> None:
     """Fold a copy, in float64 if the module can run so, and compare."""
     for dtype, tolerance in ((torch.float64, TOLERANCE), (inputs.dtype, SINGLE_TOLERANCE)):
         try:
             trial, converted = copy.deepcopy(module).to(dtype), inputs.to(dtype)
-            before = _outputs(trial, converted)
+            before = _outputs(trial, converted, adapter)
         except (RuntimeError, TypeError):  # it has a type of its own somewhere inside, or the device lacks this one
             if dtype == inputs.dtype:
                 raise
             continue
         _replace(trial, pairs)
-        after = _outputs(trial, converted)
+        after = _outputs(trial, converted, adapter)
         # In float32 a ReLU at a tie may open: a gradient's few elements move then, and outputs hardly do.
         compared = zip(("outputs", "gradients"), before, after, strict=True)
         for what, was, is_now in list(compared)[: 2 if dtype == torch.float64 else 1]:
@@ -66,7 +67,7 @@ def _try(module: nn.Module, inputs: Tensor, pairs: Sequence[tuple[str, str]]) ->
         return
 
 
-def _pairs(module: nn.Module, inputs: Tensor) -> Iterator[tuple[str, str]]:
+def _pairs(module: nn.Module, inputs: Tensor, adapter: Adapter) -> Iterator[tuple[str, str]]:
     """Yield the names of convolutions and norms that were called once, the one's output being the other's input."""
     returned: list[tuple[str, Tensor]] = []  # the tensors are held: the address of one that is gone may be used again
     received: list[tuple[str, Tensor]] = []
@@ -90,7 +91,7 @@ def _pairs(module: nn.Module, inputs: Tensor) -> Iterator[tuple[str, str]]:
         if type(each) in _NORMS or isinstance(each, (*_CONVOLUTIONS, nn.Linear)):
             watch(name, each)
     try:
-        module(inputs.clone())
+        adapter.call(module, inputs.clone())
     finally:
         for hook in hooks:
             hook.remove()
@@ -111,9 +112,9 @@ def _fold_into(first: nn.Module, norm: nn.Module) -> None:
     first.bias = nn.Parameter(bias.detach(), requires_grad=False)
 
 
-def _outputs(module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def _outputs(module: nn.Module, inputs: Tensor, adapter: Adapter) -> tuple[Tensor, Tensor]:
     leaf = inputs.detach().clone().requires_grad_()
     with torch.enable_grad():
-        outputs = module(leaf * 1)
+        outputs = adapter(module, leaf * 1)
         (gradient,) = torch.autograd.grad(outputs.square().sum(), leaf)
     return outputs.detach(), gradient

@@ -4,6 +4,7 @@ import math
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from .attribution import Aim, Array, Convergence, Dense, Explained, Request, Score, Target
@@ -33,6 +34,7 @@ class Result:
     probability: float
     probabilities: Tensor  # [K]
     convergence: Convergence | None
+    is_exact: bool = False  # whether the maps stay in their type, float64, instead of becoming float32
     is_final: bool = True
 
 
@@ -159,6 +161,7 @@ class Job:
             probability=first.probability,
             probabilities=first.probabilities,
             convergence=None if self._request.method.is_one_row else self._convergence(finished),
+            is_exact=self._request.exact and all(each.attribution.dtype == torch.float64 for each in finished),
         )
 
     def _explained(self, reading: Reading) -> Explained:
@@ -179,7 +182,7 @@ class Job:
 
 def _check_target(target: Target, aim: Aim, top_k: int, model: Model) -> None:
     """Refuse what only the first output shows to be wrong, where a model takes any size."""
-    if isinstance(target, Dense) and len(model.output_shape) == 1:
+    if isinstance(target, Dense) and target.needs_pixels and len(model.output_shape) == 1:
         raise not_dense(model)
     for index in (aim.positive, aim.negative):
         if index is not None and index >= model.class_count:

@@ -15,6 +15,7 @@ from .attribution import Aim, Score
 from .errors import FailedPrecondition
 from .graphs import Recordings, recorder
 from .methods.method import Layer, Probe, Rectifiers
+from .models.adapter import PLAIN, Adapter
 from .options import KernelOptions
 from .probes import Guided, capture, chosen_layer, layers_of
 from .replica import Replica, replicate, weights_dtype
@@ -42,8 +43,8 @@ class Kernel:
     `dtype` is that of points and gradients. With a precision of the operator's choice the module computes in that, and
     all around it stays float32. Folding needs a `trial`, [n, C, H, W].
 
-    Raises whatever the module raises, and `TypeError` or `ValueError` where it returns something else than [n, K] or
-    [n, K, h, w]; when it is made, `ConfigurationError` for an option that this module cannot have.
+    Raises whatever the module raises, and what the adapter does where it returns something else; when it is made,
+    `ConfigurationError` for an option that this module cannot have.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Kernel:
         module: nn.Module,
         *,
         device: torch.device,
+        adapter: Adapter = PLAIN,
         head: Head | None = None,
         options: KernelOptions | None = None,
         trial: Tensor | None = None,
@@ -59,7 +61,8 @@ class Kernel:
         self.dtype = torch.float32 if self.options.precision else weights_dtype(module)
         self.device = device
         self.head = head or Head()
-        self._replica = Replica(module, device=device, options=self.options, trial=trial)
+        self._adapter = adapter
+        self._replica = Replica(module, device=device, options=self.options, adapter=self._adapter, trial=trial)
         self._hooked_replica: nn.Module | None = None
         self._recordings: Recordings | None = None
         self._copies_inputs: bool | None = None  # not known before the first call
@@ -134,7 +137,7 @@ class Kernel:
     def layers(self, inputs: Tensor) -> dict[str, tuple[int, int]]:
         """Return the layers that can be probed with such inputs, in the order in which they end: their h and w."""
         with torch.no_grad():
-            return layers_of(self._hooked, lambda: self._hooked(self._arranged(inputs.clone())))
+            return layers_of(self._hooked, lambda: self._adapter.call(self._hooked, self._arranged(inputs.clone())))
 
     def rows_touch(self, inputs: Tensor) -> bool:
         """Say whether one row's outputs depend on another row, for inputs of two rows, [2, C, H, W]."""
@@ -148,7 +151,7 @@ class Kernel:
 
     def outputs_of(self, inputs: Tensor, *, module: nn.Module | None = None) -> Tensor:
         """Return the module's outputs, [n, K] or [n, K, h, w]."""
-        return self._outputs(self._call(inputs, module or self._replica.module), len(inputs))
+        return self._widened(self._call(inputs, module or self._replica.module))
 
     def _at_input(
         self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], *, module: nn.Module | None = None
@@ -193,7 +196,7 @@ class Kernel:
             name = chosen_layer(name, self.layers(inputs[:1]), [])
         # The graph begins at the layer: what lies before it is run without one.
         with torch.enable_grad(), capture(self._hooked, name) as captured:
-            outputs = self._outputs(self._hooked(self._arranged(inputs.clone())), len(inputs))
+            outputs = self._widened(self._adapter(self._hooked, self._arranged(inputs.clone())))
             read, selected = self._read(outputs, aims, wanted)
             gradients = self._gradients(selected, outputs, captured.leaf[0])
         return replace(read, gradients=gradients, activations=captured.leaf[0].detach().to(self.dtype))
@@ -215,38 +218,29 @@ class Kernel:
             return inputs.to(self.compute_dtype)
         return inputs.to(self.compute_dtype, memory_format=torch.channels_last)
 
-    def _outputs(self, outputs: object, n: int) -> Tensor:
-        checked = _checked(outputs, n)
-        return checked.to(self.dtype) if self.options.precision else checked
+    def _widened(self, outputs: Tensor) -> Tensor:
+        return outputs.to(self.dtype) if self.options.precision else outputs
 
-    def _call(self, inputs: Tensor, module: nn.Module) -> object:
+    def _call(self, inputs: Tensor, module: nn.Module) -> Tensor:
         """Run the module. One that begins with an in-place operation gets a copy: the points themselves stay as is."""
         arranged = self._arranged(inputs)
         if arranged is not inputs or self._copies_inputs:
-            return module(inputs.clone() if arranged is inputs else arranged)
+            return self._adapter(module, inputs.clone() if arranged is inputs else arranged)
         if inputs.requires_grad:
             try:
-                return module(inputs)
+                return self._adapter(module, inputs)
             except RuntimeError as error:
                 if "a leaf Variable that requires grad" not in str(error):
                     raise
             self._copies_inputs = True
-            return module(inputs.clone())
+            return self._adapter(module, inputs.clone())
         if self._copies_inputs is False:
-            return module(inputs)
+            return self._adapter(module, inputs)
         copied = inputs.clone()
         before = copied._version
-        outputs = module(copied)
+        outputs = self._adapter(module, copied)
         self._copies_inputs = copied._version != before
         return outputs
-
-
-def _checked(outputs: object, n: int) -> Tensor:
-    if not isinstance(outputs, Tensor):
-        raise TypeError(f"the model returned {type(outputs).__name__}, expected a tensor [n, K] or [n, K, h, w]")
-    if outputs.ndim not in (2, 4) or outputs.shape[0] != n or 0 in outputs.shape:
-        raise ValueError(f"the model returned {list(outputs.shape)} for {n} examples, expected [n, K] or [n, K, h, w]")
-    return outputs
 
 
 def _row_by_row(rows: Tensor, factors: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Prepared:
     baseline_digest: str  # of baselines that came as an array, SHA-256 in hexadecimal
 
 
-def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callable[[], bool]) -> Prepared:
+def prepare(model: Model, request: Request, *, is_gone: Callable[[], bool]) -> Prepared:
     """Decode, resize and check a request's examples. A `SidelightError` says what is wrong with all of it.
 
     `is_gone` is asked before each file, for decoding may take long and its caller may have left: then `Cancelled`.
@@ -62,7 +62,7 @@ def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callabl
             f"{model.largest:g} at most"
         )
     aims = _aims(model, request.target, n)
-    fitted = _fit(model, request.images, max_pixels=max_pixels, is_gone=is_gone)
+    fitted = _fit(model, request.images, is_gone=is_gone)
     return Prepared(
         examples=[each if isinstance(each, SidelightError) else each[0] for each in fitted],
         geometries=[None if isinstance(each, SidelightError) else each[1] for each in fitted],
@@ -74,13 +74,14 @@ def prepare(model: Model, request: Request, *, max_pixels: int, is_gone: Callabl
     )
 
 
-def settled(model: Model, request: Request, *, max_rows: int) -> Method:
+def settled(model: Model, request: Request) -> Method:
     """Return a method with its layer's name filled in. `InvalidArgument` where it takes more rows than are allowed."""
     method = request.method
     rows = method.rows(input_shape(model, request.images)) * max(1, _top_k(request.target))
-    if rows > max_rows:
+    if rows > model.settings.max_example_rows:
         raise InvalidArgument(
-            f"method.{method.name}: it takes {rows} rows for one example, the server's max_example_rows is {max_rows}"
+            f"method.{method.name}: it takes {rows} rows for one example, the server's max_example_rows is "
+            f"{model.settings.max_example_rows}"
         )
     return replace(method, layer=model.layer(method.layer)) if isinstance(method, LayerMethod) else method
 
@@ -92,7 +93,7 @@ def needs_no_work(model: Model, request: Request) -> bool:
         return False
     if images.dtype != np.uint8:
         return images.nbytes <= FEW_BYTES
-    return fixed is not None and fixed.leaves(*images.shape[1:3])
+    return fixed is not None and fixed.leaves(*images.shape[1:4])
 
 
 def needs_decoding(images: Files | Array) -> bool:
@@ -113,12 +114,13 @@ def maps_shape(model: Model, request: Request) -> tuple[int, ...]:
     )
 
 
-def _fit(model: Model, images: Files | Array, *, max_pixels: int, is_gone: Callable[[], bool]) -> list[_Fitted]:
+def _fit(model: Model, images: Files | Array, *, is_gone: Callable[[], bool]) -> list[_Fitted]:
     if not isinstance(images, Files) and images.dtype != np.uint8:
         return [_checked(each, largest=model.largest) for each in _staged(images, model.staged_dtype)]
     preprocessing = model.preprocessing
     assert preprocessing is not None  # noqa: S101  (its shape was asked for)
     if isinstance(images, Files):
+        max_pixels = model.settings.max_image_pixels
         return [_decoded(preprocessing, each, max_pixels=max_pixels, is_gone=is_gone) for each in images.files]
     return [preprocessing.fit(each) for each in images]
 
@@ -134,8 +136,11 @@ def _decoded(preprocessing: Preprocessing, file: bytes, *, max_pixels: int, is_g
     if is_gone():
         raise Cancelled("the caller has gone")
     try:
-        return preprocessing.fit(decode(file, channels=preprocessing.channels, max_pixels=max_pixels))
-    except InvalidArgument as error:
+        pixels = decode(
+            file, channels=preprocessing.channels, max_pixels=max_pixels, window=preprocessing.window
+        )  # [H, W, C]
+        return preprocessing.fit(pixels)
+    except (InvalidArgument, FailedPrecondition) as error:
         return error
 
 
@@ -198,8 +203,10 @@ def _aims(model: Model, target: Target, n_examples: int) -> list[Aim]:
         case Contrast(positive, negative):
             return [Aim(model.class_of(positive), model.class_of(negative))] * n_examples
         case Dense(choice, region):
-            if len(model.output_shape) == 1:
+            if len(model.output_shape) == 1 and target.needs_pixels:
                 raise not_dense(model)
+            if choice is None:
+                return [Aim(region=region, each_pixel=True)] * n_examples
             return [Aim(model.class_of(choice), region=region)] * n_examples
         case choice:
             return [Aim(model.class_of(choice))] * n_examples

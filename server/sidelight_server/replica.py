@@ -1,12 +1,16 @@
 """The replica: what a kernel runs instead of the caller's module. It is frozen, in eval mode, and nobody else's."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from .errors import ConfigurationError
 from .folding import fold
+from .models.adapter import Adapter
 from .options import DTYPES, KernelOptions
 
 
@@ -17,12 +21,20 @@ def replicate(module: nn.Module) -> nn.Module:
     """
     memo: dict[int, object] = {id(each): nn.Parameter(each.data, requires_grad=False) for each in module.parameters()}
     memo |= {id(each): each for each in module.buffers()}
+    memo |= {id(each): each for each in _datasets(module)}
     replica: nn.Module = copy.deepcopy(module, memo)
     theirs = {id(each) for each in module.parameters()}
     for each in replica.parameters():  # those that deepcopy made anew all the same, as it does for TorchScript
         if each.requires_grad and id(each) not in theirs:
             each.requires_grad_(False)
-    return replica.eval()
+    with contextlib.suppress(NotImplementedError):  # an exported program is in one mode for ever
+        replica.eval()
+    return replica
+
+
+def _datasets(module: nn.Module) -> Iterator[object]:
+    """Yield the data sets that modules keep, as PyHealth's do: gigabytes that no pass needs a copy of."""
+    return (held for each in module.modules() for held in vars(each).values() if isinstance(held, Dataset))
 
 
 def weights_dtype(module: nn.Module) -> torch.dtype:
@@ -39,13 +51,20 @@ class Replica:
     """
 
     def __init__(
-        self, module: nn.Module, *, device: torch.device, options: KernelOptions, trial: Tensor | None
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device,
+        options: KernelOptions,
+        adapter: Adapter,
+        trial: Tensor | None,
     ) -> None:
         if options.cuda_graphs and device.type != "cuda":
             raise ConfigurationError(f"cuda_graphs: needs a CUDA device, the server runs on {device}")
         self._source = module
         self._device = device
         self._options = options
+        self._adapter = adapter
         self._trial = trial
         self._tensors = [*module.parameters(), *module.buffers()]
         self._versions: list[int] = []
@@ -68,10 +87,12 @@ class Replica:
         module, options = replicate(self._source).to(self._device), self._options
         for name in ("fold", "compile", "cuda_graphs"):
             if getattr(options, name) and self._trial is None:
-                raise ConfigurationError(f"{name}: it is tried before it serves, which needs an input_size; set it too")
+                raise ConfigurationError(
+                    f"{name}: it is tried before it serves, which needs an input_size or a trial_size"
+                )
         if options.fold and self._trial is not None:
             module = _owning(module)
-            self.n_folded = fold(module, self._trial)
+            self.n_folded = fold(module, self._trial, adapter=self._adapter)
         if options.precision:
             module = module.to(self.dtype)
         if options.channels_last:

@@ -14,6 +14,7 @@ from .errors import SidelightError
 from .method_messages import method_message
 from .models.model import Model
 from .models.preprocessing import Geometry
+from .registry import Entry, State
 from .tensors import encoded
 from .wire import CHANNELS, SCORES
 
@@ -61,8 +62,19 @@ def duration(seconds: float) -> Duration:
     return Duration(seconds=whole, nanos=part)
 
 
-def model_info(engine: Engine, model: Model, *, whole: bool) -> model_pb2.ModelInfo:
+_STATES = {
+    State.UNLOADED: model_pb2.MODEL_STATE_UNLOADED,
+    State.LOADING: model_pb2.MODEL_STATE_LOADING,
+    State.SERVING: model_pb2.MODEL_STATE_SERVING,
+    State.FAILED: model_pb2.MODEL_STATE_FAILED,
+}
+
+
+def model_info(engine: Engine, entry: Entry, *, whole: bool) -> model_pb2.ModelInfo:
     """Return what there is to say of a model; labels and layers only if it is to be whole."""
+    if not entry.models:
+        return model_pb2.ModelInfo(name=entry.name, state=_STATES[entry.state])
+    model = entry.models[0]
     return model_pb2.ModelInfo(
         name=model.name,
         version=model.version,
@@ -87,6 +99,9 @@ def model_info(engine: Engine, model: Model, *, whole: bool) -> model_pb2.ModelI
         ],
         reproducible=model.reproducible,
         kernel_options=model.kernel.options.names,
+        call=model.adapter.told,
+        outputs=model.head.outputs,
+        activation=model.head.activation,
     )
 
 
@@ -102,7 +117,13 @@ def _input(model: Model) -> model_pb2.InputInfo | None:
         std=preprocessing.std,
         resize=str(preprocessing.resize),
         interpolation=preprocessing.interpolation,
+        pixel_range=_interval(preprocessing.pixel_range),
+        window=_interval(preprocessing.window) if preprocessing.window else None,
     )
+
+
+def _interval(ends: tuple[float, float]) -> tensor_pb2.Interval:
+    return tensor_pb2.Interval(low=ends[0], high=ends[1])
 
 
 def _example(explanation: Explanation | None, labels: tuple[str, ...]) -> pb.Example:
@@ -155,6 +176,7 @@ def _geometry(geometry: Geometry) -> tensor_pb2.Geometry:
             height=geometry.crop_height,
             width=geometry.crop_width,
         ),
+        window=_interval(geometry.window) if geometry.window else None,
     )
 
 

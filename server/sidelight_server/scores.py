@@ -76,13 +76,19 @@ class Head:
     def select(self, values: Tensor, classes: Tensor, aims: Sequence[Aim], scores: Sequence[Score]) -> Tensor:
         """Return each row's own score, [n], of its own classes, [n], for outputs [n, K] or [n, K, h, w]."""
         of, sides = self._of(values.shape[1]), self.sides(values)
+        own = _largest(values) if any(aim.each_pixel for aim in aims) else None
         if len(set(scores)) == 1:
-            return _picked(of[scores[0]](sides), classes, aims)
+            return _picked(of[scores[0]](sides), classes, aims, own)
         selected = values.new_empty(len(scores))
         for score in dict.fromkeys(scores):
             places = [place for place, each in enumerate(scores) if each is score]
             rows = torch.tensor(places, device=values.device)
-            picked = _picked(of[score](sides[rows]), classes[rows], [aims[place] for place in places])
+            picked = _picked(
+                of[score](sides[rows]),
+                classes[rows],
+                [aims[place] for place in places],
+                None if own is None else own[rows],
+            )
             selected = selected.index_put((rows,), picked)
         return selected
 
@@ -92,10 +98,15 @@ class Head:
         return _SIGMOID if self.activation == "sigmoid" or n_outputs == 1 else _SOFTMAX
 
 
-def _picked(scored: Tensor, classes: Tensor, aims: Sequence[Aim]) -> Tensor:
+def _largest(values: Tensor) -> Tensor:
+    """Return the class, [n, 1, h, w], of each pixel's largest output; a single one speaks for class 1 everywhere."""
+    return values.detach().argmax(dim=1, keepdim=True) + int(values.shape[1] == 1)
+
+
+def _picked(scored: Tensor, classes: Tensor, aims: Sequence[Aim], own: Tensor | None) -> Tensor:
     """Return the scores, [n], that aims mean: of a class, minus those of another, over a region."""
     if scored.ndim == 4:
-        scored = _over_regions(scored, aims)  # [n, K]
+        scored = _over_regions(scored, aims, own)  # [n, K]
     elif any(aim.region for aim in aims):
         raise FailedPrecondition("target.dense.region: the model answers for the whole picture, not for each pixel")
     picked = scored.gather(1, classes[:, None])[:, 0]
@@ -107,10 +118,12 @@ def _picked(scored: Tensor, classes: Tensor, aims: Sequence[Aim]) -> Tensor:
     return picked - scored.gather(1, others[:, None])[:, 0] * counts
 
 
-def _over_regions(scored: Tensor, aims: Sequence[Aim]) -> Tensor:
-    height, width = scored.shape[2:]
+def _over_regions(scored: Tensor, aims: Sequence[Aim], own: Tensor | None) -> Tensor:
+    n_classes, height, width = scored.shape[1:]
     rows = []
-    for row, aim in zip(scored, aims, strict=True):  # [K, h, w]
+    for place, (row, aim) in enumerate(zip(scored, aims, strict=True)):  # [K, h, w]
+        if aim.each_pixel and own is not None:
+            row = row.gather(0, own[place])  # [1, h, w]
         if (region := aim.region) is not None:
             if region.top + region.height > height or region.left + region.width > width:
                 raise InvalidArgument(
@@ -118,5 +131,5 @@ def _over_regions(scored: Tensor, aims: Sequence[Aim]) -> Tensor:
                     f"the model's output is [{height}, {width}]"
                 )
             row = row[:, region.top : region.top + region.height, region.left : region.left + region.width]
-        rows.append(row.sum(dim=(1, 2)))
+        rows.append(row.sum(dim=(1, 2)).expand(n_classes))
     return torch.stack(rows)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
 import grpc
@@ -16,12 +16,12 @@ from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 from .addresses import bind
 from .config import Settings
 from .engine import Engine
-from .errors import ConfigurationError
 from .explainer import Explainer
 from .memory import keep_freed
-from .models import source
 from .regions import SharedMemory
+from .registry import told
 from .service import AttributionService, Framing, ModelService
+from .watch import Watch
 
 log = logging.getLogger("sidelight")
 
@@ -44,6 +44,7 @@ class Server:
         self._plaintext = plaintext
         self._health = health.aio.HealthServicer()
         self._shared: SharedMemory | None = None
+        self._watching: asyncio.Task[None] | None = None
         self.explainer = Explainer(engine)
         self.addresses: list[str] = []
 
@@ -67,9 +68,13 @@ class Server:
         await self._engine.warm_up()
         await self._server.start()
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+        if settings.watch_s:
+            self._watching = asyncio.create_task(Watch(self._engine.registry, every_s=settings.watch_s).run())
 
     async def stop(self, *, drain_s: float) -> None:
         """Take nothing new in, let running work end within `drain_s`, and stop."""
+        if self._watching:
+            self._watching.cancel()
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self._service.drain()
         await self._server.stop(drain_s)
@@ -115,35 +120,42 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
 
 def load(settings: Settings) -> Engine:
     """Load the model that the settings name, in a process that is this server's own."""
-    if not settings.model:
-        raise ConfigurationError(f"model: not set; say --model {source.FORM}, for example --model python:mine:resnet")
     keep_freed()
     # Loading must not start OpenMP workers of its own: once a process has more of them than CPUs, GNU's OpenMP sleeps
     # at every barrier instead of spinning, and the thread that owns the device was seen to lose 15 % by it.
     torch.set_num_threads(1)
     # torch lets a GPU's convolutions round float32 to 10 bits of mantissa; a map would be off by a thousandth.
     torch.backends.cudnn.allow_tf32 = False
-    return Engine([source.load(settings.model, settings.weights)], settings)
+    return Engine(list(settings.of_models().values()), settings)
 
 
 async def serve_until_signal(engine: Engine) -> None:
-    """Serve an engine until SIGTERM or SIGINT. A second signal ends at once."""
+    """Serve an engine until SIGTERM or SIGINT. A second signal ends at once. SIGHUP has the models loaded again."""
     settings = engine.settings
     server = Server(engine, listen=settings.listen, plaintext=settings.plaintext)
     await server.start()
-    model = next(iter(engine.models.values()))
+    for model in engine.models.values():
+        log.info(told(model))
     log.info(
-        'event=serving addresses=%s model="%s" digest=%s device=%s threads=%d chunk_rows=%d',
-        ",".join(server.addresses), model.name, model.digest[:12], engine.device, engine.threads, model.chunk_rows,
+        'event=serving addresses=%s models="%s" device=%s threads=%d',
+        ",".join(server.addresses), ",".join(engine.registry.entries), engine.device, engine.threads,
     )  # fmt: skip
-    name = await _signalled()
+    name = await _signalled(on_hangup=engine.registry.reload_all)
     log.info("event=stopping signal=%s unanswered=%d drain_s=%g", name, engine.n_unanswered, settings.drain_s)
     await server.stop(drain_s=settings.drain_s)
 
 
-async def _signalled() -> str:
+async def _signalled(*, on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> str:
+    """Return the name of the signal to stop that came. SIGHUP has the models loaded again meanwhile."""
     loop, came = asyncio.get_running_loop(), asyncio.Event()
     names: list[str] = []
+    reloading: set[asyncio.Task[None]] = set()  # the loop itself keeps no task alive
+
+    def reload() -> None:
+        reloading.add(task := loop.create_task(on_hangup()))
+        task.add_done_callback(reloading.discard)
+
+    loop.add_signal_handler(signal.SIGHUP, reload)
 
     def handle(name: str, number: int) -> None:
         names.append(name)

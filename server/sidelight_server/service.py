@@ -1,6 +1,5 @@
 """The service: the calls of `sidelight.v1`. Here errors become statuses."""
 
-import contextlib
 from collections.abc import Awaitable, Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -11,7 +10,7 @@ from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 
 from . import replies
 from .engine import Engine
-from .errors import SidelightError, Unimplemented
+from .errors import PermissionDenied, SidelightError
 from .explainer import Explainer
 from .frames import Decoded, decode_request, decode_stream_request, encode
 from .method_messages import SERVED_METHODS
@@ -52,9 +51,8 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         try:
             if isinstance(received, SidelightError):
                 raise received
-            inquiry = self._explainer.inquire(received.message, n_bytes=received.n_bytes, data=received.data)
-            permit = contextlib.ExitStack()
-            permit.enter_context(self._explainer.admission.enter(inquiry.n_bytes))
+            inquiry = await self._explainer.inquire(received.message, n_bytes=received.n_bytes, data=received.data)
+            permit = self._explainer.enter(inquiry)
             # Once the answer is written, not when it is made. (The stubs know callbacks as a class, not as a protocol.)
             context.add_done_callback(lambda _: permit.close())  # type: ignore[arg-type]
             return await self._explainer.explain(inquiry)
@@ -101,7 +99,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
                 max_stream_age=replies.duration(settings.max_stream_age_s) if settings.max_stream_age_s else None,
             ),
             methods=SERVED_METHODS,
-            models=[replies.model_info(self._engine, each, whole=False) for each in self._engine.models.values()],
+            models=_models(self._engine),
             stops=pb.Stops(
                 count=stops.count, mean=replies.duration(stops.mean_s), longest=replies.duration(stops.longest_s)
             ),
@@ -119,26 +117,29 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.ListModelsRequest, context: Context
     ) -> model_pb2.ListModelsResponse:
         """Return every model without labels and layers."""
-        models = self._engine.models.values()
-        return model_pb2.ListModelsResponse(
-            models=[replies.model_info(self._engine, each, whole=False) for each in models]
-        )
+        return model_pb2.ListModelsResponse(models=_models(self._engine))
 
     async def GetModel(  # noqa: N802
         self, request: model_pb2.GetModelRequest, context: Context
     ) -> model_pb2.GetModelResponse:
         """Return one model whole."""
         try:
-            model = self._engine.model(request.name)
+            entry = self._engine.registry.find(request.name)
         except SidelightError as error:
             await abort(context, error)
-        return model_pb2.GetModelResponse(model=replies.model_info(self._engine, model, whole=True))
+        return model_pb2.GetModelResponse(model=replies.model_info(self._engine, entry, whole=True))
 
     async def ReloadModel(  # noqa: N802
         self, request: model_pb2.ReloadModelRequest, context: Context
     ) -> model_pb2.ReloadModelResponse:
-        """Say that reloading is not served."""
-        await abort(context, Unimplemented("ReloadModel: reloading is not served by this version; restart the server"))
+        """Load a model again, and answer once the new version serves."""
+        try:
+            if not self._engine.settings.allow_reload:
+                raise PermissionDenied("ReloadModel: the operator of this server does not allow it (allow_reload)")
+            entry = await self._engine.registry.reload(request.name)
+        except SidelightError as error:
+            await abort(context, error)
+        return model_pb2.ReloadModelResponse(model=replies.model_info(self._engine, entry, whole=True))
 
 
 class Framing(grpc.aio.ServerInterceptor):
@@ -173,6 +174,10 @@ async def abort(context: Context, error: SidelightError) -> NoReturn:
     trailers = () if error.retry_delay_s is None else ((RETRY_TRAILER, str(round(error.retry_delay_s * 1000))),)
     await context.abort(STATUSES[error.code], error.message, trailers)
     raise AssertionError("abort always raises")
+
+
+def _models(engine: Engine) -> list[model_pb2.ModelInfo]:
+    return [replies.model_info(engine, entry, whole=False) for entry in engine.registry.entries.values()]
 
 
 def _shared_memory(shared: SharedMemory) -> pb.SharedMemory:

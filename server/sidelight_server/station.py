@@ -1,13 +1,18 @@
-"""A station: a device, the models that were loaded onto it, and the one thread that owns it."""
+"""A station: a device, and the one thread that owns it."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
-from .models.model import Model
 from .runner import Runner
 from .work import Work
+
+REST = 3.0  # of each errand's own time, beside running requests: so those keep three quarters of the device
+
+_Value = TypeVar("_Value")
 
 
 class Station:
@@ -19,13 +24,13 @@ class Station:
     def __init__(
         self,
         device: torch.device,
-        models: Sequence[Model],
         *,
+        index: int = 0,
         threads: int,
         on_end: "Callable[[Station], None]" = lambda _: None,
     ) -> None:
         self.device = device
-        self.models = {model.name: model for model in models}
+        self.index = index
         self.runner = Runner(device, threads=threads, on_end=lambda: on_end(self))
         self.n_rows = 0  # that the requests here may take, at most
 
@@ -40,6 +45,21 @@ class Station:
         finally:
             self.runner.withdraw(work)
             self.n_rows -= n_rows
+
+    def in_turn(self, errand: Callable[[], _Value]) -> _Value:
+        """Run a function on the thread that owns the device, between two chunks, and wait for it.
+
+        For a thread that has much to run: while requests are answered, it is held back. `Unavailable` as for `submit`.
+        """
+
+        def timed() -> tuple[_Value, float]:
+            began = time.monotonic()
+            return errand(), time.monotonic() - began
+
+        value, took_s = self.runner.call(timed).result()
+        if self.n_rows:
+            time.sleep(REST * took_s)
+        return value
 
 
 def least_busy(stations: Sequence[Station]) -> Station:

@@ -129,7 +129,7 @@ class Stream:
         request = received.message.attribute
         try:
             self._check_id(request.id)
-            inquiry = self._explainer.inquire(
+            inquiry = await self._explainer.inquire(
                 request, n_bytes=received.n_bytes, data=received.data, regions=self._regions, arrived_s=arrived_s
             )
         except SidelightError as error:

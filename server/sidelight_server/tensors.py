@@ -126,7 +126,9 @@ class Encoded:
         return np.ascontiguousarray(self.elements).reshape(-1).view(np.uint8).data
 
 
-def encoded(array: NDArray[np.float32], dtype: tensor_pb2.DataType.ValueType = tensor_pb2.DATA_TYPE_FLOAT32) -> Encoded:
+def encoded(
+    array: NDArray[np.float32 | np.float64], dtype: tensor_pb2.DataType.ValueType = tensor_pb2.DATA_TYPE_FLOAT32
+) -> Encoded:
     """Return a float32 array in one of `MAP_DTYPES`."""
     if dtype == tensor_pb2.DATA_TYPE_UINT8:
         return _quantised(array)
@@ -135,14 +137,14 @@ def encoded(array: NDArray[np.float32], dtype: tensor_pb2.DataType.ValueType = t
     return Encoded(dtype, array.astype(DTYPES[dtype], copy=False))
 
 
-def _quantised(array: NDArray[np.float32]) -> Encoded:
+def _quantised(array: NDArray[np.float32 | np.float64]) -> Encoded:
     """Return an array without sign in bytes, the largest element as 255."""
     finite = np.nan_to_num(array, nan=0.0)
     scale = _largest(finite) / 255 or 1.0
     return Encoded(tensor_pb2.DATA_TYPE_UINT8, np.rint(finite / np.float64(scale)).astype(np.uint8), scale)
 
 
-def _halved(array: NDArray[np.float32]) -> Encoded:
+def _halved(array: NDArray[np.float32 | np.float64]) -> Encoded:
     """Return an array in float16, the largest element near 1: gradients may be less than float16 can hold.
 
     The scale is a power of two, so that nothing is lost by it.
@@ -151,7 +153,7 @@ def _halved(array: NDArray[np.float32]) -> Encoded:
     return Encoded(tensor_pb2.DATA_TYPE_FLOAT16, (array / np.float64(scale)).astype("<f2"), scale)
 
 
-def _largest(array: NDArray[np.float32]) -> float:
+def _largest(array: NDArray[np.float32 | np.float64]) -> float:
     """Return the largest element; 0 where that is less than a normal number, for it has hardly a digit left."""
     largest = float(array.max(initial=0))
     return largest if largest >= SMALLEST_NORMAL else 0.0

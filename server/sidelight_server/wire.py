@@ -124,7 +124,7 @@ def _target(target: pb.Target, n_examples: int) -> Target:
             return Contrast(_choice(target.contrast.positive), _choice(target.contrast.negative))
         case "dense":
             region = _region(target.dense.region) if target.dense.HasField("region") else None
-            return Dense(_choice(target.dense.choice), region)
+            return Dense(_choice(target.dense.choice) if target.dense.HasField("choice") else None, region)
         case _:
             known = ", ".join(field.name for field in pb.Target.DESCRIPTOR.oneofs[0].fields)
             raise InvalidArgument(f"target: unset, or newer than this server; expected one of {known}")

@@ -48,7 +48,8 @@ class Work:
         self._lock = threading.Lock()  # over the answer as it fills
         self._explanations: list[Explanation | None] = [None] * len(prepared.examples)
         self._failures: list[ExampleFailure] = []
-        self._maps: NDArray[np.float32] | None = None
+        self._maps: NDArray[np.float32 | np.float64] | None = None
+        self._dtype = model.staged_dtype if request.exact else np.dtype(np.float32)
         self._probabilities: NDArray[np.float32] | None = None
         self._open: list[Job] = []  # those whose method has begun and not ended
         self._to_come: deque[int] = deque()
@@ -109,7 +110,7 @@ class Work:
         with self._lock:
             taken = maps if self.prepared.top_k else maps[0]
             if len(self._explanations) == 1 and result.is_final:  # all of the answer, and nobody writes to it again
-                self._maps = taken[None].astype(np.float32, copy=False)
+                self._maps = taken[None].astype(self._dtype, copy=False)
             else:
                 self._reserve()[job.place] = taken
             self._explanations[job.place] = explanation
@@ -164,10 +165,10 @@ class Work:
         self._open.append(job)
         return job
 
-    def _reserve(self) -> NDArray[np.float32]:
+    def _reserve(self) -> NDArray[np.float32 | np.float64]:
         """Return the maps. Those of examples that were not prepared are NaN; what is still to come is anything."""
         if self._maps is None:  # not before the first came: a request that waits holds no memory for its answer
-            self._maps = np.empty(self.prepared.maps_shape, np.float32)
+            self._maps = np.empty(self.prepared.maps_shape, self._dtype)
             self._maps[[isinstance(each, SidelightError) for each in self.prepared.examples]] = np.nan
         return self._maps
 

@@ -742,7 +742,9 @@ class DenseTarget(google.protobuf.message.Message):
     REGION_FIELD_NUMBER: builtins.int
     @property
     def choice(self) -> global___ClassChoice:
-        """choice is the class. Required."""
+        """choice is the class. Optional: unset means each pixel's own largest output; of a model that answers for the whole
+        picture, which has one pixel, that is its prediction.
+        """
 
     @property
     def region(self) -> sidelight.v1.tensor_pb2.Box:

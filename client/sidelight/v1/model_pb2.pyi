@@ -9,6 +9,7 @@ import google.protobuf.descriptor
 import google.protobuf.internal.containers
 import google.protobuf.internal.enum_type_wrapper
 import google.protobuf.message
+import sidelight.v1.tensor_pb2
 import sys
 import typing
 
@@ -64,7 +65,9 @@ class _ModelStateEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._Enu
     MODEL_STATE_SERVING: _ModelState.ValueType  # 2
     """MODEL_STATE_SERVING means that the model answers."""
     MODEL_STATE_FAILED: _ModelState.ValueType  # 3
-    """MODEL_STATE_FAILED means that the model could not be loaded."""
+    """MODEL_STATE_FAILED means that the model could not be loaded. The server's log has the cause."""
+    MODEL_STATE_UNLOADED: _ModelState.ValueType  # 4
+    """MODEL_STATE_UNLOADED means that the model is loaded when the first request for it comes."""
 
 class ModelState(_ModelState, metaclass=_ModelStateEnumTypeWrapper):
     """ModelState says whether a model answers."""
@@ -76,7 +79,9 @@ MODEL_STATE_LOADING: ModelState.ValueType  # 1
 MODEL_STATE_SERVING: ModelState.ValueType  # 2
 """MODEL_STATE_SERVING means that the model answers."""
 MODEL_STATE_FAILED: ModelState.ValueType  # 3
-"""MODEL_STATE_FAILED means that the model could not be loaded."""
+"""MODEL_STATE_FAILED means that the model could not be loaded. The server's log has the cause."""
+MODEL_STATE_UNLOADED: ModelState.ValueType  # 4
+"""MODEL_STATE_UNLOADED means that the model is loaded when the first request for it comes."""
 global___ModelState = ModelState
 
 @typing.final
@@ -191,7 +196,7 @@ global___ReloadModelResponse = ReloadModelResponse
 
 @typing.final
 class ModelInfo(google.protobuf.message.Message):
-    """ModelInfo describes one model."""
+    """ModelInfo describes one model. Of one that is not loaded it has name and state alone."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -210,6 +215,9 @@ class ModelInfo(google.protobuf.message.Message):
     WARMUP_FIELD_NUMBER: builtins.int
     REPRODUCIBLE_FIELD_NUMBER: builtins.int
     KERNEL_OPTIONS_FIELD_NUMBER: builtins.int
+    CALL_FIELD_NUMBER: builtins.int
+    OUTPUTS_FIELD_NUMBER: builtins.int
+    ACTIVATION_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is what requests call the model."""
     version: builtins.int
@@ -228,6 +236,12 @@ class ModelInfo(google.protobuf.message.Message):
     """chunk_rows is how many rows the device runs at once, at most."""
     reproducible: builtins.bool
     """reproducible says that equal provenance promises equal bytes."""
+    call: builtins.str
+    """call says how the model is called, and what of its answer counts: "(image=images, disease=zeros) → y_prob"."""
+    outputs: builtins.str
+    """outputs says what that is: "logits" or "probabilities"."""
+    activation: builtins.str
+    """activation says how logits become probabilities: "softmax" where classes exclude each other, "sigmoid" where not."""
     @property
     def input(self) -> global___InputInfo:
         """input describes what the model takes."""
@@ -274,9 +288,12 @@ class ModelInfo(google.protobuf.message.Message):
         warmup: collections.abc.Iterable[global___WarmupEntry] | None = ...,
         reproducible: builtins.bool = ...,
         kernel_options: collections.abc.Iterable[builtins.str] | None = ...,
+        call: builtins.str = ...,
+        outputs: builtins.str = ...,
+        activation: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["input", b"input"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["chunk_rows", b"chunk_rows", "class_count", b"class_count", "device", b"device", "digest", b"digest", "input", b"input", "kernel_options", b"kernel_options", "labels", b"labels", "layers", b"layers", "name", b"name", "precision", b"precision", "reproducible", b"reproducible", "scores", b"scores", "state", b"state", "version", b"version", "warmup", b"warmup"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activation", b"activation", "call", b"call", "chunk_rows", b"chunk_rows", "class_count", b"class_count", "device", b"device", "digest", b"digest", "input", b"input", "kernel_options", b"kernel_options", "labels", b"labels", "layers", b"layers", "name", b"name", "outputs", b"outputs", "precision", b"precision", "reproducible", b"reproducible", "scores", b"scores", "state", b"state", "version", b"version", "warmup", b"warmup"]) -> None: ...
 
 global___ModelInfo = ModelInfo
 
@@ -293,6 +310,8 @@ class InputInfo(google.protobuf.message.Message):
     STD_FIELD_NUMBER: builtins.int
     RESIZE_FIELD_NUMBER: builtins.int
     INTERPOLATION_FIELD_NUMBER: builtins.int
+    PIXEL_RANGE_FIELD_NUMBER: builtins.int
+    WINDOW_FIELD_NUMBER: builtins.int
     channels: builtins.int
     """channels is C. 0 where the input size is not fixed: then only floating arrays are taken."""
     height: builtins.int
@@ -305,11 +324,21 @@ class InputInfo(google.protobuf.message.Message):
     """interpolation names the resampling filter: "bilinear", "bicubic"."""
     @property
     def mean(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """mean is subtracted from pixels that were scaled to 0…1, one value for each channel."""
+        """mean is subtracted from pixels that were scaled to pixel_range, one value for each channel."""
 
     @property
     def std(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """std divides after that, one value for each channel."""
+
+    @property
+    def pixel_range(self) -> sidelight.v1.tensor_pb2.Interval:
+        """pixel_range says what pixels 0 and 255 are scaled to before mean and std. Unset means 0 to 1."""
+
+    @property
+    def window(self) -> sidelight.v1.tensor_pb2.Interval:
+        """window says which values of 16-bit and DICOM files become pixels 0 and 255; those between are scaled, those beyond
+        are cut. Unset means as the file says, or all of 16 bits.
+        """
 
     def __init__(
         self,
@@ -321,8 +350,11 @@ class InputInfo(google.protobuf.message.Message):
         std: collections.abc.Iterable[builtins.float] | None = ...,
         resize: builtins.str = ...,
         interpolation: builtins.str = ...,
+        pixel_range: sidelight.v1.tensor_pb2.Interval | None = ...,
+        window: sidelight.v1.tensor_pb2.Interval | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["channels", b"channels", "height", b"height", "interpolation", b"interpolation", "mean", b"mean", "resize", b"resize", "std", b"std", "width", b"width"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["pixel_range", b"pixel_range", "window", b"window"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["channels", b"channels", "height", b"height", "interpolation", b"interpolation", "mean", b"mean", "pixel_range", b"pixel_range", "resize", b"resize", "std", b"std", "width", b"width", "window", b"window"]) -> None: ...
 
 global___InputInfo = InputInfo
 

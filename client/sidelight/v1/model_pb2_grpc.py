@@ -71,8 +71,9 @@ class ModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ReloadModel(self, request, context):
-        """ReloadModel loads a model's source again. Running requests end on the version they began on.
-        PERMISSION_DENIED unless the operator allows it.
+        """ReloadModel loads a model's source again: the new version warms up beside the old one, and takes over. Running
+        requests end on the version they began on. FAILED_PRECONDITION says what is wrong with the new version; then the old
+        one goes on serving. PERMISSION_DENIED unless the operator allows it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -37,8 +37,9 @@ class ModelServiceStub:
         sidelight.v1.model_pb2.ReloadModelRequest,
         sidelight.v1.model_pb2.ReloadModelResponse,
     ]
-    """ReloadModel loads a model's source again. Running requests end on the version they began on.
-    PERMISSION_DENIED unless the operator allows it.
+    """ReloadModel loads a model's source again: the new version warms up beside the old one, and takes over. Running
+    requests end on the version they began on. FAILED_PRECONDITION says what is wrong with the new version; then the old
+    one goes on serving. PERMISSION_DENIED unless the operator allows it.
     """
 
 class ModelServiceAsyncStub:
@@ -60,8 +61,9 @@ class ModelServiceAsyncStub:
         sidelight.v1.model_pb2.ReloadModelRequest,
         sidelight.v1.model_pb2.ReloadModelResponse,
     ]
-    """ReloadModel loads a model's source again. Running requests end on the version they began on.
-    PERMISSION_DENIED unless the operator allows it.
+    """ReloadModel loads a model's source again: the new version warms up beside the old one, and takes over. Running
+    requests end on the version they began on. FAILED_PRECONDITION says what is wrong with the new version; then the old
+    one goes on serving. PERMISSION_DENIED unless the operator allows it.
     """
 
 class ModelServiceServicer(metaclass=abc.ABCMeta):
@@ -89,8 +91,9 @@ class ModelServiceServicer(metaclass=abc.ABCMeta):
         request: sidelight.v1.model_pb2.ReloadModelRequest,
         context: _ServicerContext,
     ) -> typing.Union[sidelight.v1.model_pb2.ReloadModelResponse, collections.abc.Awaitable[sidelight.v1.model_pb2.ReloadModelResponse]]:
-        """ReloadModel loads a model's source again. Running requests end on the version they began on.
-        PERMISSION_DENIED unless the operator allows it.
+        """ReloadModel loads a model's source again: the new version warms up beside the old one, and takes over. Running
+        requests end on the version they began on. FAILED_PRECONDITION says what is wrong with the new version; then the old
+        one goes on serving. PERMISSION_DENIED unless the operator allows it.
         """
 
 def add_ModelServiceServicer_to_server(servicer: ModelServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

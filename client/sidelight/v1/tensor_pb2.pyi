@@ -134,8 +134,9 @@ class EncodedImages(google.protobuf.message.Message):
     FILES_FIELD_NUMBER: builtins.int
     @property
     def files(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
-        """files holds one picture each: PNG, JPEG, WebP, TIFF, BMP or GIF (first frame). An empty list is a batch of no
-        examples. A file that cannot be decoded, or has more pixels than Limits.max_image_pixels, fails its own example alone.
+        """files holds one picture each: PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM (first frame). An empty list is a batch of no
+        examples. A file that cannot be decoded, or has more pixels than Limits.max_image_pixels, fails its own example alone;
+        so does DICOM on a server that is not set up to read it, with FAILED_PRECONDITION.
         """
 
     def __init__(
@@ -151,7 +152,9 @@ global___EncodedImages = EncodedImages
 class Images(google.protobuf.message.Message):
     """Images is a batch of N examples.
 
-    Arrays of uint8 are pixels, [N, H, W, C] or one [H, W, C], and go through the model's preprocessing.
+    Arrays of uint8 are pixels, [N, H, W, C] or one [H, W, C], and go through the model's preprocessing: resized, grey
+    (C = 1) repeated for a model of three channels, RGB and RGBA (C = 3, 4) made grey for a model of one, alpha laid over
+    white for either. Other numbers of channels than the model's are INVALID_ARGUMENT.
     Floating arrays are the model's own input, [N, C, H, W] or one [C, H, W], and are taken as they are.
     N may be 0; C, H and W may not. A NaN or infinite element fails its own example alone.
     """
@@ -217,6 +220,28 @@ class Box(google.protobuf.message.Message):
 global___Box = Box
 
 @typing.final
+class Interval(google.protobuf.message.Message):
+    """Interval is a range of numbers."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    LOW_FIELD_NUMBER: builtins.int
+    HIGH_FIELD_NUMBER: builtins.int
+    low: builtins.float
+    """low is the lower end."""
+    high: builtins.float
+    """high is the upper end, above low."""
+    def __init__(
+        self,
+        *,
+        low: builtins.float = ...,
+        high: builtins.float = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["high", b"high", "low", b"low"]) -> None: ...
+
+global___Interval = Interval
+
+@typing.final
 class Geometry(google.protobuf.message.Message):
     """Geometry tells how a picture became the model's input, so that a map can be laid over the picture.
 
@@ -230,6 +255,7 @@ class Geometry(google.protobuf.message.Message):
     SCALED_HEIGHT_FIELD_NUMBER: builtins.int
     SCALED_WIDTH_FIELD_NUMBER: builtins.int
     CROP_FIELD_NUMBER: builtins.int
+    WINDOW_FIELD_NUMBER: builtins.int
     original_height: builtins.int
     """original_height is the picture's height in pixels."""
     original_width: builtins.int
@@ -242,6 +268,10 @@ class Geometry(google.protobuf.message.Message):
     def crop(self) -> global___Box:
         """crop is the part of the resized picture that the model saw; the map covers it exactly."""
 
+    @property
+    def window(self) -> global___Interval:
+        """window is the model's: which values of a 16-bit or DICOM file became black and white. Unset where it has none."""
+
     def __init__(
         self,
         *,
@@ -250,8 +280,9 @@ class Geometry(google.protobuf.message.Message):
         scaled_height: builtins.int = ...,
         scaled_width: builtins.int = ...,
         crop: global___Box | None = ...,
+        window: global___Interval | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["crop", b"crop"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["crop", b"crop", "original_height", b"original_height", "original_width", b"original_width", "scaled_height", b"scaled_height", "scaled_width", b"scaled_width"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["crop", b"crop", "window", b"window"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["crop", b"crop", "original_height", b"original_height", "original_width", b"original_width", "scaled_height", b"scaled_height", "scaled_width", b"scaled_width", "window", b"window"]) -> None: ...
 
 global___Geometry = Geometry

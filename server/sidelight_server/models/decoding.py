@@ -1,4 +1,4 @@
-"""A file becomes pixels: the first thing that happens to an image that came as PNG, JPEG, WebP, TIFF, BMP or GIF."""
+"""A file becomes pixels: the first thing that happens to an image that came as PNG, JPEG, another format, or DICOM."""
 
 import io
 import warnings
@@ -17,6 +17,8 @@ from PIL.TiffImagePlugin import TILELENGTH, TILEWIDTH, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from ..errors import InvalidArgument
+from . import dicom
+from .pixels import lay_over_white, windowed
 
 # Two choices for the whole process, made once, because `warnings.catch_warnings` is not thread-safe before Python 3.14.
 # Pillow's own limit warns, or raises, at sizes of its choosing, and in some formats before the size can be read here;
@@ -72,20 +74,23 @@ _UPRIGHT: Mapping[int, Callable[[Pixels], Pixels]] = MappingProxyType(
 )
 
 
-def decode(file: bytes, *, channels: int, max_pixels: int) -> Pixels:
+def decode(file: bytes, *, channels: int, max_pixels: int, window: tuple[float, float] | None = None) -> Pixels:
     """Return a file's first frame as a model with 1, 3 or 4 channels takes it: uint8 `[H, W, C]`, writable.
 
-    Turned upright by its EXIF orientation; alpha laid over white, or kept for 4 channels; 16-bit grey scaled to 8.
-    Colour profiles are not applied. Raises InvalidArgument, and nothing else, for whatever is wrong with the file.
+    Turned upright by its EXIF orientation; alpha laid over white, or kept for 4 channels; 16-bit grey scaled to 8, all
+    of it or the values of `window`. Colour profiles are not applied. Raises InvalidArgument, and nothing else, for
+    whatever is wrong with the file; FailedPrecondition where it is DICOM and the package that reads that is not there.
     """
     if channels not in _MODES:
         raise InvalidArgument(f"image file: files give 1, 3 or 4 channels, the model wants {channels}; send arrays")
+    if dicom.is_dicom(file):
+        return _of_image(Image.fromarray(dicom.read(file, max_pixels=max_pixels, window=window)), channels)
     name, plugin = _recognise(file)
     try:
         with plugin(io.BytesIO(file)) as image:
             _check_size(image, max_pixels)
             image.load()
-            pixels = _to_pixels(image, channels)  # [H, W, C]
+            pixels = _to_pixels(image, channels, window)  # [H, W, C]
             upright = _UPRIGHT.get(_orientation(image), _leave)
     except InvalidArgument:
         raise
@@ -99,7 +104,7 @@ def _recognise(file: bytes) -> tuple[str, type[ImageFile]]:
     for name, begins, plugin in _FORMATS:
         if begins(file):
             return name, plugin
-    raise InvalidArgument(f"image file: {len(file):,} bytes are no PNG, JPEG, WebP, TIFF, BMP or GIF")
+    raise InvalidArgument(f"image file: {len(file):,} bytes are no PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM")
 
 
 def _check_size(image: ImageFile, max_pixels: int) -> None:
@@ -122,40 +127,43 @@ def _orientation(image: ImageFile) -> int:
     return orientation
 
 
-def _to_pixels(image: Image.Image, channels: int) -> Pixels:
-    mode = _MODES[channels]
+def _to_pixels(image: Image.Image, channels: int, window: tuple[float, float] | None) -> Pixels:
     if image.mode == "F":
         raise InvalidArgument("image file: float pixels have no range that 8 bits could stand for; send a float array")
     if image.mode.startswith("I"):
-        image = _scale_to_8_bits(image)
+        image = _scale_to_8_bits(image, window)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        if mode != "RGBA":
-            image = _lay_over_white(image)
+        if channels != 4:
+            image = Image.fromarray(lay_over_white(np.asarray(image)))
     elif image.mode not in ("1", "L", "RGB"):
         image = image.convert("RGB")
-    if image.mode != mode:
-        image = image.convert(mode)
+    return _of_image(image, channels)
+
+
+def _of_image(image: Image.Image, channels: int) -> Pixels:
+    if image.mode != _MODES[channels]:
+        image = image.convert(_MODES[channels])
     return np.array(image).reshape(image.height, image.width, channels)  # [H, W, C]
 
 
-def _scale_to_8_bits(image: Image.Image) -> Image.Image:
+def _scale_to_8_bits(image: Image.Image, window: tuple[float, float] | None) -> Image.Image:
     values = np.asarray(image).astype(np.int32)  # [H, W]
+    if window is not None:
+        return _with_transparency(image, values, windowed(values, *window))
     if values.min() < 0 or values.max() > 0xFFFF:
         found = f"values from {values.min():,} to {values.max():,}"
         raise InvalidArgument(f"image file: {found}, expected 8 or 16 unsigned bits; send arrays")
     # 65535 = 257 · 255 and 257 is odd, so this is value · 255 / 65535 rounded, without a tie.
-    grey = Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    return _with_transparency(image, values, ((values + 128) // 257).astype(np.uint8))
+
+
+def _with_transparency(image: Image.Image, values: npt.NDArray[np.int32], pixels: Pixels) -> Image.Image:
+    grey = Image.fromarray(pixels)
     if "transparency" not in image.info:
         return grey
     opaque = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
     return Image.merge("LA", (grey, opaque))
-
-
-def _lay_over_white(image: Image.Image) -> Image.Image:
-    rgba = np.asarray(image).astype(np.uint16)  # [H, W, 4]
-    colour, alpha = rgba[..., :3], rgba[..., 3:]
-    return Image.fromarray(((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8))
 
 
 def _describe(error: Exception) -> str:

@@ -3,8 +3,9 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -12,12 +13,16 @@ from torch import Tensor
 
 from ..attribution import PREDICTED, Choice, Score
 from ..calibration import DEFAULT_CHUNK_ROWS, Trial
+from ..config import ModelSettings
 from ..errors import ConfigurationError, InvalidArgument, NotFound, near
 from ..kernel import Kernel
+from ..methods.method import Shape
 from ..probes import chosen_layer
-from ..replica import weights_dtype
+from ..replica import replicate, weights_dtype
 from ..scores import Head
 from ..staging import normalise
+from .adapter import Adapter
+from .detection import detect
 from .preprocessing import Preprocessing
 from .spec import ModelSpec
 from .weights import Weights
@@ -26,56 +31,105 @@ log = logging.getLogger("sidelight")
 
 DEFAULT_NAME = "model"
 
+_Value = TypeVar("_Value")
+
+
+class InTurn(Protocol):
+    """Runs a function on a device when it is its turn, and returns what that returns."""
+
+    def __call__(self, errand: Callable[[], _Value]) -> _Value:
+        """Run it."""
+
+
+def at_once(errand: Callable[[], _Value]) -> _Value:
+    """Run a function here and now: for a device that nobody else uses."""
+    return errand()
+
 
 class Model:
     """One version of one model on one device.
 
-    It is made from a whole specification, and tried once: `ConfigurationError` says what does not fit.
+    It is made from a whole specification, and tried once: `ConfigurationError` says what does not fit. What it runs on
+    the device, then and while it is calibrated, it runs `in_turn`: as an errand of the thread that owns the device,
+    where that answers others already.
     """
 
-    def __init__(self, spec: ModelSpec, *, device: torch.device, version: int = 1) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        *,
+        device: torch.device,
+        settings: ModelSettings | None = None,
+        version: int = 1,
+        in_turn: InTurn = at_once,
+    ) -> None:
         self._module = spec.module
+        self.settings = settings or ModelSettings()
+        self.in_turn = in_turn
         self.name = spec.name or DEFAULT_NAME
         self.version = version
-        self.head = Head(spec.outputs or "logits", spec.activation or "softmax")
         self.labels = tuple(spec.labels or ())
         self.preprocessing = _preprocessing(spec)
-        self.class_count = len(self.labels)  # without labels and input size, unknown until the first rows ran: 0
+        self.trial_shape = _trial_shape(spec)
+        self.class_count = len(self.labels)  # without labels, and not tried, unknown until the first rows ran: 0
         self.output_shape: tuple[int, ...] = ()  # K, or K, h, w; as with the classes
-        self.chunk_rows = DEFAULT_CHUNK_ROWS
         self.padded_rows = 0  # how many rows a chunk is filled up to, for the same bytes in every company
         self.warm_up: tuple[Trial, ...] = ()
         self.rows_touch = False  # whether one row's outputs depend on its neighbours: then it runs alone
-        self.probed: dict[str, tuple[int, int]] = {}  # layers that can be probed, if the input size is fixed
+        self.probed: dict[str, tuple[int, int]] = {}  # layers that can be probed, if it was tried
         self._names = [name for name, _ in spec.module.named_modules() if name]
+        trial = None
+        if self.trial_shape is not None:
+            most = spec.batch[1] if spec.batch else 0
+            trial = _noise(self.trial_shape, 1 if most == 1 else 2).to(device, weights_dtype(spec.module))
+        self.adapter, self.head = self._detected(spec, trial, device)
+        self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
         with self._refusing("cannot be replicated and moved to the device"):
-            facts = {
-                "preprocessing": self.preprocessing and asdict(self.preprocessing),
-                "outputs": self.head.outputs,
-                "activation": self.head.activation,
-                "labels": self.labels,
-            }
-            self._weights = Weights(spec.module, facts=json.dumps(facts, sort_keys=True))
-            trial = None if self.preprocessing is None else _noise(self.preprocessing, 2)
-            self.kernel = Kernel(
-                spec.module,
-                device=device,
-                head=self.head,
-                options=spec.options,
-                trial=None if trial is None else trial.to(device, weights_dtype(spec.module)),
+            self._weights = Weights(spec.module, facts=json.dumps(self._facts(), sort_keys=True))
+            self.kernel = in_turn(
+                lambda: Kernel(
+                    spec.module,
+                    device=device,
+                    adapter=self.adapter,
+                    head=self.head,
+                    options=spec.options,
+                    trial=trial,
+                )
             )
         if self.kernel.options.fold:
             log.info('event=folded model="%s" norms=%d', self.name, self.kernel.n_folded)
         # Pixels are normalised, and floats staged, in no less than float32; a half-precision model rounds after that.
         self._exact = torch.float64 if self.kernel.dtype == torch.float64 else torch.float32
         self.black: Tensor | None = None  # [C, 1, 1], what pixel 0 becomes
-        if self.preprocessing is not None:
+        if self.is_tried:
             self._try()
+        if self.preprocessing is not None:
             self._mean, self._std = (
-                torch.tensor(each, dtype=torch.float64)[:, None, None].mul(255).to(device, self._exact)
-                for each in (self.preprocessing.mean, self.preprocessing.std)
+                torch.tensor(each, dtype=torch.float64)[:, None, None].to(device, self._exact)
+                for each in (self.preprocessing.mean_in_pixels, self.preprocessing.std_in_pixels)
             )
             self.black = (-self._mean / self._std).to(self.kernel.dtype)
+
+    def _detected(self, spec: ModelSpec, trial: Tensor | None, device: torch.device) -> tuple[Adapter, Head]:
+        with self._refusing("cannot be replicated and moved to the device"):
+            replica = replicate(spec.module).to(device)
+        with self._refusing("" if trial is None else f"failed on an input of {list(trial.shape)}"):
+            detected = self.in_turn(lambda: detect(replica, spec, trial))
+        return detected.adapter, detected.head
+
+    def _facts(self) -> dict[str, object]:
+        """Return all but the weights that a map depends on."""
+        return {
+            "preprocessing": self.preprocessing and asdict(self.preprocessing),
+            "adapter": asdict(self.adapter),
+            "outputs": self.head.outputs,
+            "activation": self.head.activation,
+            "labels": self.labels,
+        }
+
+    def at_most(self, rows: int) -> int:
+        """Return so many rows, or as many as the module takes at once."""
+        return min(rows, self.adapter.most or rows)
 
     @property
     def digest(self) -> str:
@@ -106,8 +160,20 @@ class Model:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The names that can be probed, in the order of the module tree; all names, if the input size is not fixed."""
-        return tuple(name for name in self._names if not self.preprocessing or name in self.probed)
+        """The names that can be probed, in the order of the module tree; all names, if the model was not tried."""
+        return tuple(name for name in self._names if not self.is_tried or name in self.probed)
+
+    @property
+    def is_tried(self) -> bool:
+        """Whether the model ran when it was loaded: on its input size, or on one to try it with."""
+        return self.trial_shape is not None
+
+    @property
+    def shapes(self) -> object:
+        """What two versions have in common if they are the same network, and cost the same."""
+        state = self._module.state_dict().items()
+        weights = [(name, each.shape, each.dtype) for name, each in state if isinstance(each, Tensor)]
+        return self.trial_shape, self.kernel.options, self.adapter, weights
 
     @property
     def reproducible(self) -> bool:
@@ -116,7 +182,7 @@ class Model:
 
     def layer(self, name: str) -> str:
         """Return the layer that a name means. `NotFound` with the near names."""
-        if self.preprocessing is not None or (name and name not in self._names):
+        if self.is_tried or (name and name not in self._names):
             return chosen_layer(name, self.probed, self._names)
         return name
 
@@ -151,26 +217,26 @@ class Model:
         return named[0]
 
     def inputs_like(self, n: int, *, seed: int = 0) -> Tensor:
-        """Return n random inputs, [n, C, H, W], of the fixed size, for trials."""
-        assert self.preprocessing is not None  # noqa: S101
-        return _noise(self.preprocessing, n, seed=seed).to(self.kernel.device, self.kernel.dtype)
+        """Return n random inputs, [n, C, H, W], for trials."""
+        assert self.trial_shape is not None  # noqa: S101
+        return _noise(self.trial_shape, n, seed=seed).to(self.kernel.device, self.kernel.dtype)
 
     def exact_kernel(self) -> Kernel:
         """Return a kernel of the same module without any option, to compare with."""
-        return Kernel(self._module, device=self.kernel.device, head=self.head)
+        return Kernel(self._module, device=self.kernel.device, adapter=self.adapter, head=self.head)
 
     def _try(self) -> None:
-        inputs = self.inputs_like(2)
+        inputs = self.inputs_like(self.at_most(2))
         failed = "failed" if self.kernel.options.is_exact else f"failed as {self.kernel.told}"
         with self._refusing(f"{failed} on an input of {[1, *inputs.shape[1:]]}"):
-            answer = self.kernel.run(inputs[:1], [PREDICTED], [self.scores[0]])
+            answer = self.in_turn(lambda: self.kernel.run(inputs[:1], [PREDICTED], [self.scores[0]]))
         n_classes = answer.output_shape[0]
         if self.labels and len(self.labels) != n_classes:
             raise ConfigurationError(f'labels: got {len(self.labels)}, model "{self.name}" has {n_classes} classes')
         self.learn_output(answer.output_shape)
         with self._refusing(f"{failed} on an input of {list(inputs.shape)}"):
-            self.rows_touch = self.kernel.rows_touch(inputs)
-            self.probed = self.kernel.layers(inputs[:1])
+            self.rows_touch = len(inputs) > 1 and self.in_turn(lambda: self.kernel.rows_touch(inputs))
+            self.probed = self.in_turn(lambda: self.kernel.layers(inputs[:1]))
         if self.rows_touch:
             self.chunk_rows = 1
             log.warning('event=rows_touch model="%s" message="examples touch each other: each runs alone"', self.name)
@@ -186,14 +252,30 @@ class Model:
             raise ConfigurationError(f'model "{self.name}": {what}: {type(error).__name__}: {why}') from error
 
 
-def _noise(preprocessing: Preprocessing, n: int, *, seed: int = 0) -> Tensor:
-    shape = (n, preprocessing.channels, preprocessing.height, preprocessing.width)
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+def _noise(shape: Shape, n: int, *, seed: int = 0) -> Tensor:
+    return torch.rand((n, *shape), generator=torch.Generator().manual_seed(seed))
+
+
+def _trial_shape(spec: ModelSpec) -> Shape | None:
+    """Return C, H, W that a model is tried with: its input size, or what is to stand for all sizes."""
+    if spec.input_size is not None and spec.trial_size is not None:
+        raise ConfigurationError("trial_size: is set, and so is input_size, which is the size to try; leave it unset")
+    wanted = spec.trial_size if spec.input_size is None else spec.input_size
+    if wanted is None:
+        return None
+    try:
+        channels, height, width = wanted
+        if min(channels, height, width) < 1:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"trial_size: got {wanted!r}, expected C, H, W, each at least 1") from None
+    return channels, height, width
 
 
 def _preprocessing(spec: ModelSpec) -> Preprocessing | None:
     if spec.input_size is None:
-        given = [name for name in ("mean", "std", "resize", "interpolation") if getattr(spec, name) is not None]
+        names = ("mean", "std", "pixel_range", "resize", "interpolation", "window")
+        given = [name for name in names if getattr(spec, name) is not None]
         if given:
             raise ConfigurationError(f"{given[0]}: is set, but input_size is not; set input_size to C, H, W")
         return None
@@ -210,6 +292,8 @@ def _preprocessing(spec: ModelSpec) -> Preprocessing | None:
             std=_numbers("std", spec.std, channels, default=1.0),
             resize=spec.resize if spec.resize is not None else max(height, width),
             interpolation=spec.interpolation or "bilinear",
+            pixel_range=_range("pixel_range", spec.pixel_range) or (0.0, 1.0),
+            window=_range("window", spec.window),
         )
     except ValueError as error:
         raise ConfigurationError(str(error)) from error
@@ -222,3 +306,13 @@ def _numbers(name: str, values: Sequence[float] | None, channels: int, *, defaul
         return tuple(float(each) for each in values)
     except (TypeError, ValueError):
         raise ConfigurationError(f"{name}: got {values!r}, expected one number for each channel") from None
+
+
+def _range(name: str, values: Sequence[float] | None) -> tuple[float, float] | None:
+    if values is None:
+        return None
+    try:
+        low, high = values
+        return float(low), float(high)
+    except (TypeError, ValueError):
+        raise ConfigurationError(f"{name}: got {values!r}, expected two numbers, the lower one first") from None

@@ -9,6 +9,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..errors import InvalidArgument
+from .pixels import can_become, in_channels
 
 Pixels = npt.NDArray[np.uint8]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
@@ -22,7 +23,10 @@ _WIDEST_SUPPORT = 3  # source pixels to each side that Lanczos, the widest of th
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Where the model's input lies in the original picture, in pixels: original → resized to scaled → crop cut out."""
+    """Where the model's input lies in the original picture, in pixels: original → resized to scaled → crop cut out.
+
+    `window` has the values that became black and white, where the picture came in 16 bits or as DICOM.
+    """
 
     original_height: int
     original_width: int
@@ -32,14 +36,16 @@ class Geometry:
     crop_left: int
     crop_height: int
     crop_width: int
+    window: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How a picture is brought to a model: resized, its centre cut out; on the device then (pixel / 255 − mean) / std.
+    """How a picture is brought to a model: resized, its centre cut out; on the device then (scaled − mean) / std.
 
     `resize` is the length that the short side gets (more where the crop would not fit), the aspect kept; or "exact",
-    straight to height × width; or "none". `mean` and `std` have one number for each channel, in units of 0 … 1.
+    straight to height × width; or "none". Pixels 0 … 255 are scaled to `pixel_range`; `mean` and `std` have one number
+    for each channel, in its units. `window` has the values of 16-bit and DICOM files that become pixels 0 and 255.
     """
 
     channels: int
@@ -49,6 +55,8 @@ class Preprocessing:
     std: tuple[float, ...]
     resize: int | Literal["exact", "none"]
     interpolation: Interpolation
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+    window: tuple[float, float] | None = None  # None: as a file says, or all of its 16 bits
 
     def __post_init__(self) -> None:
         for field in ("channels", "height", "width"):
@@ -65,13 +73,31 @@ class Preprocessing:
         if self.interpolation not in get_args(Interpolation):
             known = ", ".join(get_args(Interpolation))
             raise ValueError(f"interpolation: got {self.interpolation!r}, expected one of {known}")
+        if not _is_range(self.pixel_range):
+            raise ValueError(f"pixel_range: got {self.pixel_range!r}, expected two finite numbers, the lower one first")
+        if self.window is not None and not _is_range(self.window):
+            raise ValueError(f"window: got {self.window!r}, expected two finite numbers, the lower one first")
+
+    @property
+    def mean_in_pixels(self) -> tuple[float, ...]:
+        """What is subtracted from pixels 0 … 255 as they are, one number for each channel."""
+        low, high = self.pixel_range
+        return tuple((each - low) * (255 / (high - low)) for each in self.mean)
+
+    @property
+    def std_in_pixels(self) -> tuple[float, ...]:
+        """What divides after that."""
+        low, high = self.pixel_range
+        return tuple(each * (255 / (high - low)) for each in self.std)
 
     def fit(self, pixels: Pixels) -> tuple[Pixels, Geometry]:
         """Return uint8 `[H, W, C]` as uint8 `[height, width, C]`, and where that lies in the picture.
 
-        What needs no resizing is not copied: it is the array itself, or a view into it.
+        Grey becomes RGB, and the other way round, and alpha is laid over white, all as in files. What needs neither
+        that nor resizing is not copied: it is the array itself, or a view into it.
         """
         self._check(pixels)
+        pixels = in_channels(pixels, self.channels)
         original_height, original_width = pixels.shape[:2]
         scaled_height, scaled_width = self._scale(original_height, original_width)
         geometry = Geometry(
@@ -83,6 +109,7 @@ class Preprocessing:
             crop_left=round((scaled_width - self.width) / 2),
             crop_height=self.height,
             crop_width=self.width,
+            window=self.window,
         )
         resample = Image.Resampling[self.interpolation.upper()]
         if scaled_height * scaled_width > max(MAX_SCALED_PIXELS, self.height * self.width):
@@ -91,16 +118,16 @@ class Preprocessing:
             pixels = _resize(pixels, scaled_height, scaled_width, resample)
         return _crop(pixels, geometry), geometry
 
-    def leaves(self, height: int, width: int) -> bool:
+    def leaves(self, height: int, width: int, channels: int) -> bool:
         """Say whether a picture of this size is taken as it is."""
-        return (height, width) == (self.height, self.width) == self._scale(height, width)
+        return channels == self.channels and (height, width) == (self.height, self.width) == self._scale(height, width)
 
     def _check(self, pixels: Pixels) -> None:
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or 0 in pixels.shape:
             raise InvalidArgument(
                 f"image: {pixels.dtype} {list(pixels.shape)}, expected uint8 [H, W, C], none of them 0"
             )
-        if pixels.shape[2] != self.channels:
+        if not can_become(pixels.shape[2], self.channels):
             raise InvalidArgument(
                 f"image: {pixels.shape[2]} channels, the model wants {self.channels}; got {list(pixels.shape)}, and "
                 "uint8 is [H, W, C]"
@@ -129,6 +156,10 @@ def _is_count(value: object) -> bool:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _is_range(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_finite, value)) and value[0] < value[1]
 
 
 def _crop(pixels: Pixels, geometry: Geometry) -> Pixels:

@@ -12,26 +12,35 @@ from ..scores import Activation, Outputs
 from .preprocessing import Interpolation
 
 Resize = int | Literal["exact", "none"]
+Constant = bool | int | float | str
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A module and what is known about it; what is None here comes from the settings.
 
-    Pixels are scaled to 0…1, then `mean` is subtracted and `std` divides. Without an input size a model takes floating
-    arrays of any shape, and neither files nor pixels.
+    Pixels are scaled to `pixel_range`, then `mean` is subtracted and `std` divides. Without an input size a model takes
+    floating arrays of any shape, and neither files nor pixels.
     """
 
     module: nn.Module
     input_size: tuple[int, int, int] | None = None  # C, H, W
+    trial_size: tuple[int, int, int] | None = None  # C, H, W that a model is tried with; None: the input size
     mean: Sequence[float] | None = None  # one for each channel; None: 0
     std: Sequence[float] | None = None  # one for each channel; None: 1
+    pixel_range: tuple[float, float] | None = None  # what pixels 0 and 255 are scaled to, before the mean; None: 0, 1
     resize: Resize | None = (
         None  # an int is the short side in pixels before the centre crop; None: just covers the input
     )
     interpolation: Interpolation | None = None  # None: bilinear
-    outputs: Outputs | None = None  # what the module returns, [N, K] or [N, K, h, w]; None: logits
-    activation: Activation | None = None  # whether classes exclude each other; None: softmax, they do
+    window: tuple[float, float] | None = None  # values of 16-bit files that become black and white; None: the file's
+    input: str | None = None  # the keyword that takes the images; None: found out
+    arguments: Mapping[str, Constant] | None = None  # constants for other keywords
+    label: str | None = None  # a keyword that demands labels, and gets zeros; None: found out
+    output: int | str | None = None  # place, key or attribute in what the module returns; None: found out
+    batch: tuple[int, int] | None = None  # least and most examples that the module takes at once; fewer are filled up
+    outputs: Outputs | None = None  # what that is, [N, K] or [N, K, h, w]; None: found out
+    activation: Activation | None = None  # whether classes exclude each other; None: found out
     labels: Sequence[str] | None = None  # the names of the K classes, in order
     name: str | None = None  # what requests call the model
     precision: Precision | None = None  # that the module computes in; None: its own

@@ -1,0 +1,256 @@
+"""The registry: which version of which model serves, and how it comes: at start, when first asked for, or again."""
+
+import asyncio
+import contextlib
+import enum
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from .config import SOURCES, ModelSettings, Settings
+from .errors import ConfigurationError, FailedPrecondition, NotFound, SidelightError, Unavailable, near
+from .models import source as sources
+from .models.model import InTurn, Model, at_once
+from .models.spec import ModelSpec
+from .station import Station
+from .warmup import limit, warm_up
+
+log = logging.getLogger("sidelight")
+
+RETRY_S = 10.0  # after which a model that could not be loaded is tried again, if somebody asks for it
+
+
+Fingerprint = tuple[tuple[Path, int, int], ...]  # files, their size and time of change in ns; −1 where there is none
+
+
+class State(enum.Enum):
+    """Whether a model answers."""
+
+    UNLOADED = "unloaded"
+    LOADING = "loading"
+    SERVING = "serving"
+    FAILED = "failed"
+
+
+class Entry:
+    """One model by its name: the version that serves, on each device, and where the next comes from.
+
+    `models` is replaced whole, by the one thread that loads; requests keep the version that they began with.
+    """
+
+    def __init__(self, name: str, settings: ModelSettings, spec: ModelSpec | None = None) -> None:
+        self.name = name
+        self.settings = settings
+        self.models: tuple[Model, ...] = ()  # one for each station; empty: not loaded
+        self.loaded_from: Fingerprint = ()  # the files as they were before they were read the last time
+        self.failure = ""  # why the last attempt to load it came to nothing
+        self._failed_s = 0.0
+        self._spec = spec  # of a module that was handed over
+        self._loading: Future[None] | None = None  # for the first time
+
+    @property
+    def state(self) -> State:
+        """Whether the model answers."""
+        if self.models:
+            return State.SERVING
+        if self._loading:
+            return State.LOADING
+        return State.FAILED if self.failure else State.UNLOADED
+
+    @property
+    def has_source(self) -> bool:
+        """Whether the model can be loaded again."""
+        return self._spec is None
+
+    def files(self) -> tuple[Path, ...]:
+        """Return the files whose change calls for another version."""
+        if not self.has_source:
+            return ()
+        labels = (self.settings.labels,) if self.settings.labels else ()
+        return (*sources.files(self.settings.model, self.settings.weights), *labels)
+
+    def fingerprint(self) -> Fingerprint:
+        """Return what tells one state of the files from another."""
+        return tuple((path, *_stat(path)) for path in self.files())
+
+    def spec(self) -> ModelSpec:
+        """Return the whole specification, loaded anew if there is a source. `ConfigurationError` says what is wrong."""
+        spec = self._spec or sources.load(self.settings.model, self.settings.weights)
+        return spec.completed(self.settings.traits())
+
+
+class Registry:
+    """The models of an engine. Loading has a thread of its own; what it runs on a device waits for its turn there."""
+
+    def __init__(
+        self, offered: Sequence[ModelSpec | ModelSettings], settings: Settings, stations: Sequence[Station]
+    ) -> None:
+        self._stations = stations
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="sidelight-load")
+        self._lock = threading.Lock()  # over who begins to load
+        self._is_closed = False
+        self.entries: dict[str, Entry] = {}
+        for each in offered:
+            entry = _entry(each, settings)
+            if entry.settings.load == "eager" or not entry.has_source:
+                entry.models = self._versions(entry, 1, turns=[at_once] * len(stations))
+                entry.name = entry.models[0].name
+            if entry.name in self.entries:
+                raise ConfigurationError(f'name: two models are called "{entry.name}"')
+            self.entries[entry.name] = entry
+
+    def find(self, name: str) -> Entry:
+        """Return an entry by the model's name; empty means the first. `NotFound` with the near names."""
+        try:
+            return self.entries[name or next(iter(self.entries))]
+        except KeyError:
+            raise NotFound(f'model: there is no "{name}"; {near(name, self.entries)}') from None
+
+    def serving(self, name: str) -> tuple[Model, ...]:
+        """Return the version that serves, on each station. `Unavailable` where it is not loaded: see `ready`."""
+        entry = self.find(name)
+        if not entry.models:
+            raise Unavailable(f'model "{entry.name}" is not loaded yet')
+        return entry.models
+
+    async def ready(self, name: str) -> None:
+        """Wait until a model serves, and load it if nobody has. `FailedPrecondition` where that is of no use."""
+        entry = self.find(name)
+        if not entry.models:
+            # Shielded: others may wait for the same, and the model comes to stay.
+            await asyncio.shield(asyncio.wrap_future(self._begin(entry)))
+
+    async def reload(self, name: str) -> Entry:
+        """Load a model again from its source, beside the one that serves, and let it take over.
+
+        `FailedPrecondition` says what is wrong with the new one; the old one goes on serving.
+        """
+        entry = self.find(name)
+        if not entry.has_source:
+            raise FailedPrecondition(f'model "{entry.name}" was handed over as a module: there is no source to load')
+        await asyncio.shield(asyncio.wrap_future(self._submit(lambda: self._load(entry))))
+        return entry
+
+    async def reload_all(self) -> None:
+        """Load again what serves and has a source. What fails is in the log, and its old version serves on."""
+        for entry in list(self.entries.values()):
+            if entry.models and entry.has_source:
+                with contextlib.suppress(SidelightError):
+                    await self.reload(entry.name)
+
+    def warm_up(self, station: Station) -> list[Model]:
+        """Warm up what was loaded at start, on one station. On the thread that owns the device."""
+        loaded = [entry for entry in self.entries.values() if entry.models]
+        for entry in loaded:
+            warm_up(entry.models[station.index])
+        return [entry.models[station.index] for entry in loaded]
+
+    def close(self) -> None:
+        """Load nothing more."""
+        self._is_closed = True
+        self._loader.shutdown(wait=False, cancel_futures=True)
+
+    def _begin(self, entry: Entry) -> "Future[None]":
+        """Return the loading of a model that is not loaded: the one that runs, or a new one."""
+        with self._lock:
+            if entry._loading is None:
+                if entry.failure and time.monotonic() - entry._failed_s < RETRY_S:
+                    raise _failed(entry)
+                entry._loading = self._submit(lambda: self._load_first(entry))
+            return entry._loading
+
+    def _submit(self, load: Callable[[], None]) -> "Future[None]":
+        try:
+            return self._loader.submit(load)
+        except RuntimeError as error:  # it takes nothing more
+            raise Unavailable("the server is shutting down") from error
+
+    def _load_first(self, entry: Entry) -> None:
+        try:
+            if not entry.models:
+                self._load(entry)
+        except FailedPrecondition:
+            raise _failed(entry) from None
+        finally:
+            with self._lock:
+                entry._loading = None
+
+    def _load(self, entry: Entry) -> None:
+        """Load a version and let it take over. On the loader's thread."""
+        began, before = time.monotonic(), entry.models
+        try:
+            entry.models = self._loaded(entry, before)
+        except Exception as error:  # whatever a source and a model may raise that is not foreseen
+            if self._is_closed:
+                raise Unavailable("the server is shutting down") from None
+            said = str(error) if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {error}"
+            entry.failure, entry._failed_s = " ".join(said.split()), time.monotonic()
+            log.error('event=load_failed model="%s" message="%s"', entry.name, entry.failure)
+            raise FailedPrecondition(f'model "{entry.name}": {entry.failure}') from None
+        entry.failure = ""
+        log.info("%s seconds=%.1f", told(entry.models[0]), time.monotonic() - began)
+
+    def _loaded(self, entry: Entry, before: tuple[Model, ...]) -> tuple[Model, ...]:
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(
+            1
+        )  # workers of this thread's own would slow down those of the device's: see `server.load`
+        try:
+            version = before[0].version + 1 if before else 1
+            models = self._versions(entry, version, turns=[station.in_turn for station in self._stations])
+            for station, model in zip(self._stations, models, strict=True):
+                warm_up(model, before=before[station.index] if before else None)
+                model.in_turn = at_once
+        finally:
+            torch.set_num_threads(n_threads)  # of threads that begin later
+        return models
+
+    def _versions(self, entry: Entry, version: int, *, turns: Sequence[InTurn]) -> tuple[Model, ...]:
+        entry.loaded_from = entry.fingerprint()
+        spec = entry.spec()
+        models = tuple(
+            Model(spec, device=station.device, settings=entry.settings, version=version, in_turn=turn)
+            for station, turn in zip(self._stations, turns, strict=True)
+        )
+        for model in models:
+            limit(model)
+        _ = models[0].digest  # computed here, not when the first answer tells it
+        return models
+
+
+def told(model: Model) -> str:
+    """Say of a model that was loaded what was found out about it, as the log has it."""
+    return (
+        f'event=loaded model="{model.name}" version={model.version} digest={model.digest[:12]} '
+        f'call="{model.adapter.told}" outputs={model.head.outputs} activation={model.head.activation} '
+        f"classes={model.class_count or 'unknown'} chunk_rows={model.chunk_rows}"
+    )
+
+
+def _stat(path: Path) -> tuple[int, int]:
+    try:
+        found = path.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def _entry(offered: ModelSpec | ModelSettings, settings: Settings) -> Entry:
+    if isinstance(offered, ModelSpec):
+        return Entry(offered.name or "", settings.of_model(offered.name or ""), offered)
+    if not offered.model:
+        where = f"models.{offered.name}.model" if offered.name in settings.models else "model"
+        raise ConfigurationError(f"{where}: not set; say --model python:mine:resnet, or another of {SOURCES}")
+    if offered.load == "lazy" and not offered.name:
+        raise ConfigurationError("load: lazy, but the model has no name that requests could ask for; set name")
+    return Entry(offered.name or "", offered)
+
+
+def _failed(entry: Entry) -> FailedPrecondition:
+    # Not why: a caller who may ask for maps need not learn the operator's paths.
+    return FailedPrecondition(f'model "{entry.name}" could not be loaded; the server\'s log has the cause')

@@ -1,0 +1,74 @@
+"""Warm-up: what a model's settings promise is checked, and what they leave open is measured."""
+
+import logging
+
+from .calibration import choose_chunk_rows, compare_exact, same_bytes
+from .errors import ConfigurationError
+from .models.model import Model
+
+log = logging.getLogger("sidelight")
+
+
+def limit(model: Model) -> None:
+    """Set what the settings say of a model's chunks. What they leave open is for `warm_up`."""
+    settings = model.settings
+    if settings.reproducible:
+        most = model.adapter.most
+        if most and settings.reproducible_rows > most:
+            raise ConfigurationError(
+                f'reproducible_rows: got {settings.reproducible_rows}, but model "{model.name}" takes {most} at once'
+            )
+        model.padded_rows = model.chunk_rows = settings.reproducible_rows
+    elif settings.max_chunk_rows and not model.rows_touch:
+        model.chunk_rows = model.at_most(settings.max_chunk_rows)
+
+
+def warm_up(model: Model, *, before: Model | None = None) -> None:
+    """Find a model's size of chunk, and check what was promised of it. Runs in the model's turns on the device.
+
+    A model with weights of the same shapes as the version `before` keeps that one's size: a measurement beside running
+    requests would say less, and hold them up. `ConfigurationError` where the settings ask for what it cannot give.
+    """
+    settings = model.settings
+    if settings.reproducible:
+        _check_promise(model, settings.reproducible_rows)
+    elif model.is_tried and not settings.max_chunk_rows and not model.rows_touch:
+        if before is not None and before.shapes == model.shapes and not before.rows_touch:
+            model.chunk_rows, model.warm_up = before.chunk_rows, before.warm_up
+        else:
+            model.chunk_rows, model.warm_up = choose_chunk_rows(
+                model, max_chunk_s=settings.max_chunk_s, device_memory_limit=settings.device_memory_limit
+            )
+        if not same_bytes(model, 1):
+            model.chunk_rows = 1
+            log.warning('event=runs_differ model="%s" message="each run gives other bytes: rows run alone"', model.name)
+    if model.is_tried and not model.kernel.options.is_exact and before is None:
+        _compare(model)
+
+
+def _compare(model: Model) -> None:
+    """Measure what the operator's options bring, and tell the log everything that was tried."""
+    trials, likeness = compare_exact(model)
+    model.warm_up = (*trials, *model.warm_up)
+    for trial in model.warm_up:
+        log.info(
+            'event=tried model="%s" configuration=%s rows=%d rows_per_s=%.1f chosen=%s',
+            model.name, trial.configuration, trial.rows, trial.rows_per_second, str(trial.chosen).lower(),
+        )  # fmt: skip
+    log.info(
+        'event=compared model="%s" configuration=%s rank_correlation=%.4f', model.name, model.kernel.told, likeness
+    )
+
+
+def _check_promise(model: Model, rows: int) -> None:
+    """Refuse with `ConfigurationError` a model that does not give the same bytes in chunks of exactly so many rows."""
+    if rows > 1 and (not model.is_tried or model.rows_touch):
+        why = "lets its rows touch each other" if model.rows_touch else "has no input size to check it with"
+        raise ConfigurationError(f'reproducible_rows: got {rows}, but model "{model.name}" {why}; set it to 1')
+    if model.is_tried and not same_bytes(model, rows):
+        raise ConfigurationError(
+            f'reproducible_rows: got {rows}, but model "{model.name}" gives an example other bytes in another place '
+            "or company; set it to 1"
+            if rows > 1
+            else f'reproducible: model "{model.name}" gives other bytes each time it runs on the same input'
+        )

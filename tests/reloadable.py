@@ -1,0 +1,28 @@
+"""Sources for the tests of what is loaded, and loaded again: `python:reloadable:net`."""
+
+import weakref
+from pathlib import Path
+
+import safetensors.torch
+from models import small_cnn
+from sidelight_server import ModelSpec
+from torch import nn
+
+SOURCE = "python:reloadable:net"
+SIZE = (3, 32, 32)
+
+alive: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # every network that a factory made and that is still there
+
+
+def net() -> ModelSpec:
+    """A network whose weights come from a file."""
+    module = small_cnn()
+    alive.add(module)
+    return ModelSpec(module, input_size=SIZE)
+
+
+def write_weights(path: Path, *, seed: int) -> None:
+    """Put the weights of a network into a file: whole, as whoever deploys does."""
+    beside = path.with_suffix(".new")
+    safetensors.torch.save_file(small_cnn(seed=seed).state_dict(), beside)
+    beside.replace(path)

@@ -1,0 +1,403 @@
+"""Modules of every shape of call and answer: what is found out of them at load, and that their maps are autograd's."""
+
+import collections
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from captum.attr import Saliency
+from engines import ask
+from sidelight_server import Channels, ConfigurationError, Engine, ModelSpec, Score, Settings
+from torch import Tensor, nn
+from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetConfig, ResNetForImageClassification
+
+SIZE = (3, 8, 8)
+K = 4
+SETTINGS = Settings(device="cpu", threads=1)
+
+
+class Net(nn.Module):
+    """Logits, [N, K], or [N, K, 8, 8] of a dense one."""
+
+    def __init__(self, n_classes: int = K, *, dense: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv = nn.Conv2d(3, 6, 3, padding=1)
+        self.head = nn.Conv2d(6, n_classes, 1) if dense else nn.Linear(6 * 64, n_classes)
+        self.dense = dense
+
+    def logits(self, x: Tensor) -> Tensor:
+        features = self.conv(x).relu()
+        return self.head(features if self.dense else features.flatten(1))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.logits(x)
+
+
+Point = collections.namedtuple("Point", ["features", "logits"])
+
+
+class Answer:
+    """An object of somebody's own making."""
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        self.name = "net"
+
+
+class Softmaxed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x).softmax(dim=1)
+
+
+class LogSoftmaxed(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x).log_softmax(dim=1)
+
+
+class Sigmoid(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x).sigmoid()
+
+
+class OneSide(Net):
+    """Binary, without the dimension of classes."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x).sigmoid().squeeze(-1)
+
+
+class Keyword(Net):
+    def forward(self, *, pixel_values: Tensor) -> Tensor:  # type: ignore[override]
+        return self.logits(pixel_values)
+
+
+class Configured(Net):
+    def forward(self, x: Tensor, scale: float, *, flip: bool) -> Tensor:  # type: ignore[override]
+        return self.logits(-x if flip else x) * scale
+
+
+class Labelled(Net):
+    """A model that computes its loss in every pass, in the manner of its kind of label."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(1 if kind == "binary" else K)
+        self.kind = kind
+
+    def forward(self, image: Tensor, disease: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        logits = self.logits(image)
+        if self.kind == "multiclass":
+            loss = nn.functional.cross_entropy(logits, disease)
+            return {"loss": loss, "y_prob": logits.softmax(dim=1), "y_true": disease}
+        loss = nn.functional.binary_cross_entropy_with_logits(logits, disease)
+        return {"loss": loss, "y_prob": logits.sigmoid(), "y_true": disease}
+
+
+class AnyKeyword(Labelled):
+    """As PyHealth's models are: its keywords are known by its dataset alone."""
+
+    feature_keys = ["scan"]  # noqa: RUF012
+    label_keys = ["finding"]  # noqa: RUF012
+
+    def forward(self, **data: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+        return super().forward(data["scan"], data["finding"])
+
+
+class Returning(Net):
+    def __init__(self, of: Callable[[Tensor], Any], n_classes: int = K, *, dense: bool = False) -> None:
+        super().__init__(n_classes, dense=dense)
+        self.of = of
+
+    def forward(self, x: Tensor) -> Any:
+        return self.of(self.logits(x))
+
+
+def found(module: nn.Module, **spec: Any) -> tuple[str, str, str]:
+    """What is found out of a module: how it is called, what it returns, and how that is read."""
+    with Engine([ModelSpec(module, **{"input_size": SIZE} | spec)], SETTINGS) as engine:
+        model = engine.model("")
+        return model.adapter.told, model.head.outputs, model.head.activation
+
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, str, str]]] = {
+    "tensor": (Net, {}, ("(images)", "logits", "softmax")),
+    "softmax": (Softmaxed, {}, ("(images)", "probabilities", "softmax")),
+    "log-softmax": (LogSoftmaxed, {}, ("(images)", "logits", "softmax")),
+    "multilabel probabilities": (Sigmoid, {}, ("(images)", "probabilities", "sigmoid")),
+    "multilabel logits": (Net, {"activation": "sigmoid"}, ("(images)", "logits", "sigmoid")),
+    "binary [N, 1]": (lambda: Net(1), {}, ("(images)", "logits", "softmax")),
+    "binary [N]": (OneSide, {}, ("(images)", "probabilities", "sigmoid")),
+    "dense": (lambda: Net(dense=True), {}, ("(images)", "logits", "softmax")),
+    "keyword": (Keyword, {}, ("(pixel_values=images)", "logits", "softmax")),
+    "named keyword": (Net, {"input": "x"}, ("(x=images)", "logits", "softmax")),
+    "arguments": (
+        Configured,
+        {"arguments": {"scale": 2.0, "flip": True}},
+        ("(images, scale=2.0, flip=True)", "logits", "softmax"),
+    ),
+    "labels": (
+        lambda: Labelled("multiclass"),
+        {},
+        ("(images, disease=zeros) → y_prob", "probabilities", "softmax"),
+    ),
+    "binary labels": (lambda: Labelled("binary"), {}, ("(images, disease=zeros) → y_prob", "probabilities", "sigmoid")),
+    "many labels": (
+        lambda: Labelled("multilabel"),
+        {},
+        ("(images, disease=zeros) → y_prob", "probabilities", "sigmoid"),
+    ),
+    "any keyword": (
+        lambda: AnyKeyword("multiclass"),
+        {},
+        ("(scan=images, finding=zeros) → y_prob", "probabilities", "softmax"),
+    ),
+    "any keyword, named": (
+        lambda: AnyKeyword("binary"),
+        {"input": "scan", "label": "finding", "output": "y_prob"},
+        ("(scan=images, finding=zeros) → y_prob", "probabilities", "sigmoid"),
+    ),
+    "dict of logits": (lambda: Returning(lambda y: {"logit": y}), {}, ("(images) → logit", "logits", "softmax")),
+    "dict of both": (
+        lambda: Returning(lambda y: {"y_prob": y.softmax(dim=1), "logit": y}),
+        {},
+        ("(images) → logit", "logits", "softmax"),
+    ),
+    "dict of both, multilabel": (
+        lambda: Returning(lambda y: {"y_prob": y.sigmoid(), "logit": y}),
+        {},
+        ("(images) → logit", "logits", "sigmoid"),
+    ),
+    "dict of another name": (
+        lambda: Returning(lambda y: {"loss": y.sum(), "disease": y}),
+        {},
+        ("(images) → disease", "logits", "softmax"),
+    ),
+    "tuple": (lambda: Returning(lambda y: (y, {"auxiliary": y})), {}, ("(images) → 0", "logits", "softmax")),
+    "place": (lambda: Returning(lambda y: [y, 2 * y]), {"output": "1"}, ("(images) → 1", "logits", "softmax")),
+    "named tuple": (lambda: Returning(lambda y: Point(y.sum(), y)), {}, ("(images) → logits", "logits", "softmax")),
+    "object": (lambda: Returning(Answer), {}, ("(images) → logits", "logits", "softmax")),
+}
+
+
+@pytest.mark.parametrize(("make", "spec", "expected"), KINDS.values(), ids=KINDS)
+def test_how_a_module_is_called_and_what_it_returns_is_found_out(
+    make: Callable[[], nn.Module], spec: dict[str, Any], expected: tuple[str, str, str]
+) -> None:
+    assert found(make(), **spec) == expected
+
+
+def outputs_of(module: nn.Module, spec: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """The probabilities of a module by its own code, [N, K]; of a binary one both sides."""
+
+    def forward(x: Tensor) -> Tensor:
+        arguments = dict(spec.get("arguments", {}))
+        match module:
+            case AnyKeyword():
+                returned = module(scan=x, finding=zeros(module, x))
+            case Labelled():
+                returned = module(x, zeros(module, x))
+            case Keyword():
+                returned = module(pixel_values=x)
+            case _:
+                returned = module(x, **arguments)
+        return returned
+
+    return forward
+
+
+def zeros(module: Labelled, x: Tensor) -> Tensor:
+    if module.kind == "multiclass":
+        return torch.zeros(len(x), dtype=torch.int64)
+    return torch.zeros(len(x), module.head.out_features)
+
+
+PLAIN = {
+    "softmax": lambda y: y,
+    "multilabel probabilities": lambda y: y,
+    "keyword": lambda y: y.softmax(dim=1),
+    "arguments": lambda y: y.softmax(dim=1),
+    "labels": lambda y: y["y_prob"],
+    "many labels": lambda y: y["y_prob"],
+    "any keyword": lambda y: y["y_prob"],
+    "dict of logits": lambda y: y["logit"].softmax(dim=1),
+    "tuple": lambda y: y[0].softmax(dim=1),
+    "object": lambda y: y.logits.softmax(dim=1),
+}
+
+
+@pytest.mark.parametrize("kind", PLAIN)
+def test_maps_are_captums_of_the_module_called_by_hand(kind: str) -> None:
+    torch.set_num_threads(1)  # as the engine has it: shares of several threads end elsewhere, and round otherwise
+    make, spec, _ = KINDS[kind]
+    module, read = make().eval(), PLAIN[kind]
+    call = outputs_of(module, spec)
+    x = torch.randn(5, *SIZE, generator=torch.Generator().manual_seed(1))
+    with Engine([ModelSpec(module, input_size=SIZE, **spec)], SETTINGS) as engine:
+        answer = ask(engine, x, score=Score.PROBABILITY, channels=Channels.MAX_ABS)
+    target = read(call(x)).argmax(dim=1)
+    expected = Saliency(lambda x: read(call(x))).attribute(x.clone().requires_grad_(), target).amax(dim=1)
+    assert [each.predicted for each in answer.explanations] == target.tolist()
+    # One chunk for both, so bit-equal.
+    np.testing.assert_array_equal(answer.maps, expected.detach().numpy())
+
+
+@pytest.mark.parametrize("kind", ["binary [N, 1]", "binary [N]", "binary labels"])
+def test_a_single_output_explains_the_side_that_is_predicted(kind: str) -> None:
+    make, spec, _ = KINDS[kind]
+    module = make().eval()
+    call = outputs_of(module, spec)
+
+    def probability(x: Tensor) -> Tensor:
+        returned = call(x)
+        values = returned["y_prob"] if isinstance(returned, dict) else returned
+        return (values.sigmoid() if kind == "binary [N, 1]" else values).reshape(len(x))
+
+    x = 3 * torch.randn(8, *SIZE, generator=torch.Generator().manual_seed(1))
+    with Engine([ModelSpec(module, input_size=SIZE, **spec)], SETTINGS) as engine:
+        answer = ask(engine, x, score=Score.PROBABILITY)
+    predicted = (probability(x) >= 0.5).long()
+    assert set(predicted.tolist()) == {0, 1}
+    leaf = x.clone().requires_grad_()
+    sides = torch.where(predicted.bool(), probability(leaf), 1 - probability(leaf))
+    (expected,) = torch.autograd.grad(sides.sum(), leaf)
+    assert [each.predicted for each in answer.explanations] == predicted.tolist()
+    # 1 − p and p by another operation: the last bit of float32.
+    np.testing.assert_allclose(answer.maps, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_a_transformers_model_needs_no_word() -> None:
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, num_channels=3)
+    module = ResNetForImageClassification(config)
+    assert found(module, input_size=(3, 32, 32)) == ("(images) → logits", "logits", "softmax")
+
+
+def test_a_transformers_model_that_returns_a_tuple_takes_arguments() -> None:
+    torch.manual_seed(0)
+    config = ConvNextConfig(hidden_sizes=[8, 8], depths=[1, 1], num_stages=2, num_labels=3)
+    module = ConvNextForImageClassification(config).eval()
+    spec = {"input": "pixel_values", "arguments": {"return_dict": False}}
+    assert found(module, input_size=(3, 32, 32), **spec) == (
+        "(pixel_values=images, return_dict=False) → 0",
+        "logits",
+        "softmax",
+    )
+
+
+class Static(Net):
+    """As an exported program is: it takes no other batch."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__()
+        self.batch = batch
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != self.batch:
+            raise RuntimeError(f"a batch of {len(x)}")
+        return self.logits(x)
+
+
+@pytest.mark.parametrize("batch", [1, 3, 16])
+@pytest.mark.parametrize("n", [0, 1, 3, 7])
+def test_a_static_batch_is_filled_up(batch: int, n: int) -> None:
+    x = torch.randn(n, *SIZE, generator=torch.Generator().manual_seed(1))
+    with Engine([ModelSpec(Static(batch), input_size=SIZE, batch=(batch, batch))], SETTINGS) as engine:
+        answer = ask(engine, x)
+    with Engine([ModelSpec(Net(), input_size=SIZE)], SETTINGS) as engine:
+        plain = ask(engine, x)
+    assert not answer.failures
+    # Chunks of other sizes: matrix products add in another order.
+    np.testing.assert_allclose(answer.maps, plain.maps, rtol=0, atol=1e-6 * np.abs(plain.maps).max(initial=1e-9))
+
+
+def test_a_batch_that_is_bounded_bounds_the_chunks() -> None:
+    import asyncio
+
+    for batch, expected in (((1, 3), 3), ((5, 5), 5), ((1, 1), 1)):
+        with Engine([ModelSpec(Net(), input_size=SIZE, batch=batch)], SETTINGS) as engine:
+            asyncio.run(engine.warm_up())
+            assert engine.model("").chunk_rows <= batch[1]
+            assert engine.model("").chunk_rows == expected
+
+
+WRONG: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
+    "input": (Net, {"input": "image"}, r'input: the module takes no "image"; it takes x'),
+    "arguments": (Net, {"arguments": {"scale": 2}}, r'arguments: the module takes no "scale"; it takes x'),
+    "label": (Net, {"label": "disease"}, r'label: the module takes no "disease"; it takes x'),
+    "output of a tensor": (
+        Net,
+        {"output": "logits"},
+        r"output: got \"logits\", but the model returned a tensor, \[2, 4\]",
+    ),
+    "output": (
+        lambda: Returning(lambda y: {"logit": y}),
+        {"output": "y_prob"},
+        r'output: got "y_prob", but the model returned dict of logit \[2, 4\]',
+    ),
+    "output of another shape": (
+        lambda: Returning(lambda y: {"logit": y, "loss": y.sum()}),
+        {"output": "loss"},
+        r"returned dict of logit \[2, 4\], loss \[\] for 2 examples, expected \[n, K\]",
+    ),
+    "several outputs": (
+        lambda: Returning(lambda y: {"near": y, "far": y}),
+        {},
+        r"output: the model returned dict of near \[2, 4\], far \[2, 4\]; set output",
+    ),
+    "nothing": (lambda: Returning(lambda y: None), {}, "returned NoneType"),
+    "probabilities": (
+        Net,
+        {"outputs": "probabilities"},
+        r'outputs: got "probabilities", but the model returned \[2, 4\] from',
+    ),
+    "logits": (Softmaxed, {"outputs": "logits"}, "its last step is a softmax"),
+    "two that are missing": (Configured, {}, "arguments: the module also requires scale, flip"),
+    "classes": (lambda: Returning(lambda y: y.argmax(dim=1)), {}, r"cannot be differentiated|returned int64 \[2\]"),
+    "no gradient": (lambda: Returning(lambda y: y.detach()), {}, "cannot be differentiated"),
+    "labels": (Net, {"labels": ("a", "b")}, "labels: got 2, model .* has 4 classes"),
+}
+
+
+@pytest.mark.parametrize(("make", "spec", "message"), WRONG.values(), ids=WRONG)
+def test_wrong_settings_fail_at_load_and_say_what_the_model_returned(
+    make: Callable[[], nn.Module], spec: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        Engine([ModelSpec(make(), input_size=SIZE, **spec)], SETTINGS)
+
+
+def test_a_model_of_any_size_is_found_out_on_a_size_to_try() -> None:
+    module = Returning(lambda y: {"y_prob": y.softmax(dim=1).mean(dim=(2, 3))}, dense=True)
+    with Engine([ModelSpec(module, trial_size=(3, 16, 16))], SETTINGS) as engine:
+        assert engine.model("").adapter.output == "y_prob"
+        answer = ask(engine, torch.randn(2, 3, 5, 9), score=Score.PROBABILITY)
+    assert answer.maps.shape == (2, 3, 5, 9)
+    assert not answer.failures
+
+
+def test_without_a_size_to_try_the_first_answer_says_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+    module = Returning(lambda y: {"logit": y})
+    with caplog.at_level(logging.ERROR, logger="sidelight"), Engine([ModelSpec(module)], SETTINGS) as engine:
+        answer = ask(engine, torch.randn(1, *SIZE))
+    assert answer.failures[0].message.startswith('model "model" failed')
+    assert "trial_size" in caplog.text
+
+
+def test_trial_size_and_input_size_exclude_each_other() -> None:
+    with pytest.raises(ConfigurationError, match="trial_size: is set, and so is input_size"):
+        Engine([ModelSpec(Net(), input_size=SIZE, trial_size=SIZE)], SETTINGS)
+
+
+def test_a_module_is_left_as_it_was_by_detection() -> None:
+    module = Labelled("multiclass").train()
+    flags = [each.requires_grad for each in module.parameters()]
+    found(module)
+    assert module.training
+    assert [each.requires_grad for each in module.parameters()] == flags
+    assert all(each.grad is None for each in module.parameters())

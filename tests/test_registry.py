@@ -1,0 +1,427 @@
+"""Many models in one server; models that are loaded when first asked for; models that are loaded again."""
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reloadable
+import sidelight
+import sidelight_server
+import torch
+from gate import Gate, Gated
+from models import LABELS, small_cnn
+from reloadable import SIZE, SOURCE, write_weights
+from sidelight_server import Engine, ModelSpec, Settings
+from sidelight_server.config import ModelSettings
+from sidelight_server.watch import Watch
+
+FLOATS = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(5)).numpy()
+TOLERANCE = 4e-6  # of the largest: what company may do to a map
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    path = tmp_path / "net.safetensors"
+    write_weights(path, seed=1)
+    return path
+
+
+@contextlib.contextmanager
+def serving(**settings: object) -> Iterator[sidelight.Client]:
+    with (
+        sidelight_server.serve(device="cpu", threads=1, **settings) as address,
+        sidelight.connect(address, connect_timeout=20) as client,
+    ):
+        yield client
+
+
+def maps_of(seed: int) -> np.ndarray:
+    with serving_module(seed) as client:
+        return client.attribute(FLOATS).maps
+
+
+@contextlib.contextmanager
+def serving_module(seed: int) -> Iterator[sidelight.Client]:
+    spec = ModelSpec(small_cnn(seed=seed), input_size=SIZE)
+    with sidelight_server.serve(spec, device="cpu", threads=1) as address, sidelight.connect(address) as client:
+        yield client
+
+
+def assert_close(maps: np.ndarray, expected: np.ndarray) -> None:
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+
+
+# Many
+
+
+def test_each_model_of_a_server_answers_for_itself(tmp_path: Path) -> None:
+    paths = {seed: tmp_path / f"{seed}.safetensors" for seed in (1, 2)}
+    for seed, path in paths.items():
+        write_weights(path, seed=seed)
+    models = {
+        "first": {"model": SOURCE, "weights": paths[1]},
+        "second": {"weights": paths[2], "precision": "bfloat16", "max_example_rows": 5},
+    }
+    with serving(models=models, model=SOURCE) as client:
+        info = client.info()
+        assert [each.name for each in info.models] == ["first", "second"]
+        assert [each.precision for each in info.models] == ["float32", "bfloat16"]
+        assert len({each.digest for each in info.models}) == 2
+        assert_close(client.attribute(FLOATS).maps, maps_of(1))  # the first is the default
+        assert client.attribute(FLOATS, "second").provenance.precision == "bfloat16"
+        with pytest.raises(sidelight.InvalidArgument, match="max_example_rows is 5"):
+            client.attribute(FLOATS, "second", method=sidelight.SmoothGrad(samples=6))
+        client.attribute(FLOATS, "first", method=sidelight.SmoothGrad(samples=6))
+        with pytest.raises(sidelight.NotFound, match='did you mean "second"'):
+            client.attribute(FLOATS, "secnd")
+
+
+def test_models_side_by_side_do_not_mix() -> None:
+    specs = [ModelSpec(small_cnn(seed=seed), input_size=SIZE, name=f"net{seed}") for seed in (1, 2)]
+    expected = {f"net{seed}": maps_of(seed) for seed in (1, 2)}
+    with Engine(specs, Settings(device="cpu", threads=1)) as engine:
+
+        async def ask_all() -> list[sidelight_server.Answer]:
+            names = ["net1", "net2"] * 8
+            return await asyncio.gather(*(engine.attribute(sidelight_server.Request(FLOATS, model=n)) for n in names))
+
+        for answer in asyncio.run(ask_all()):
+            assert_close(answer.maps, expected[answer.provenance.model])
+
+
+def test_a_model_s_own_limit_leaves_the_others_alone(gate: Gate) -> None:
+    specs = [
+        ModelSpec(Gated(gate), input_size=SIZE, name="slow"),
+        ModelSpec(small_cnn(), input_size=SIZE, name="free"),
+    ]
+    settings = Settings(device="cpu,cpu", threads=1, models={"slow": {"max_model_in_flight": 1}})
+    with _server(Engine(specs, settings)) as address, sidelight.connect(address, retry=False) as client:
+        gate.shut()
+        with ThreadPoolExecutor(1) as pool:
+            held = pool.submit(client.attribute, FLOATS, "slow")
+            assert gate.reached.wait(20)
+            with pytest.raises(sidelight.ResourceExhausted, match="max_model_in_flight"):
+                client.attribute(FLOATS, "slow")
+            assert not client.attribute(FLOATS, "free").failures
+            gate.open()
+            assert not held.result().failures
+        assert not client.attribute(FLOATS, "slow").failures
+
+
+@contextlib.contextmanager
+def _server(engine: Engine) -> Iterator[str]:
+    from sidelight_server.embedded import _Thread
+    from sidelight_server.server import Server
+
+    server = Server(engine, listen=["127.0.0.1:0"])
+    with _Thread(server, drain_s=5):
+        yield server.addresses[0]
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ({"a": {"weights": "w.pt"}}, "models.a.model: not set"),
+        ({"a": {"model": SOURCE, "name": "b"}}, "name"),
+        ({"a": {"modle": SOURCE}}, "models.a.modle: there is no such setting in .*; did you mean model"),
+        ({"": {"model": SOURCE}}, "models"),
+        ({"a": {"model": SOURCE, "input_size": (1, 2)}}, "models.a.input_size"),
+    ],
+)
+def test_tables_of_models_that_are_wrong_are_refused(models: dict[str, object], message: str) -> None:
+    with pytest.raises(sidelight_server.ConfigurationError, match=message), serving(models=models):
+        pytest.fail("it has started")
+
+
+# Lazy
+
+
+def test_a_lazy_model_is_loaded_by_its_first_request(weights: Path) -> None:
+    gc.collect()
+    before = len(reloadable.alive)
+    models = {"now": {"load": "eager"}, "later": {}}
+    with serving(model=SOURCE, weights=weights, load="lazy", models=models) as client:
+        assert len(reloadable.alive) == before + 1
+        assert [(each.name, each.state) for each in client.info().models] == [("now", "serving"), ("later", "unloaded")]
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: client.attribute(FLOATS, "later"), range(8)))
+        assert {answer.provenance.model_version for answer in answers} == {1}  # loaded once for all who waited
+        for answer in answers:
+            assert_close(answer.maps, maps_of(1))
+        assert client.model("later").state == "serving"
+        assert client.model("later").warmup
+
+
+def test_a_lazy_model_that_cannot_be_loaded_fails_its_callers_alone(
+    weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = {"good": {}, "bad": {"load": "lazy", "weights": tmp_path / "missing.safetensors"}}
+    with caplog.at_level(logging.ERROR), serving(model=SOURCE, weights=weights, models=models) as client:
+        for _ in range(2):
+            with pytest.raises(sidelight.FailedPrecondition, match="could not be loaded") as caught:
+                client.attribute(FLOATS, "bad")
+            assert str(tmp_path) not in str(caught.value)  # the operator's path is nobody else's to know
+        assert caplog.text.count("missing.safetensors is not there") == 1  # tried once, not by every caller
+        assert client.model("bad").state == "failed"
+        assert not client.attribute(FLOATS, "good").failures
+        (answer,) = client.stream([FLOATS], "good")
+        assert not answer.failures
+
+
+def test_waiting_for_a_lazy_model_is_within_the_batch_s_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    loading, go = threading.Event(), threading.Event()
+
+    def slow() -> ModelSpec:
+        loading.set()
+        assert go.wait(30)
+        return reloadable.net()
+
+    monkeypatch.setattr(reloadable, "slow", slow, raising=False)
+    with serving(models={"slow": {"model": "python:reloadable:slow", "load": "lazy"}}) as client:
+        with pytest.raises(sidelight.DeadlineExceeded):
+            client.attribute(FLOATS, timeout=0.3)
+        assert loading.wait(20)
+        go.set()
+        assert not client.attribute(FLOATS).failures  # the load that nobody waited for was not thrown away
+
+
+def test_a_lazy_model_needs_a_name() -> None:
+    with (
+        pytest.raises(sidelight_server.ConfigurationError, match=r"load: lazy, .* set name"),
+        serving(model=SOURCE, load="lazy"),
+    ):
+        pytest.fail("it has started")
+
+
+# Again
+
+
+def test_a_reloaded_model_is_another_version_with_other_maps(weights: Path) -> None:
+    with serving(model=SOURCE, weights=weights, allow_reload=True) as client:
+        first = client.attribute(FLOATS)
+        write_weights(weights, seed=2)
+        loaded = client.reload()
+        second = client.attribute(FLOATS)
+        assert (first.provenance.model_version, second.provenance.model_version) == (1, 2) == (1, loaded.version)
+        assert second.provenance.model_digest == loaded.digest != first.provenance.model_digest
+        assert_close(first.maps, maps_of(1))
+        assert_close(second.maps, maps_of(2))
+        assert client.reload().digest == loaded.digest  # of the same weights
+
+
+def test_no_request_is_lost_or_mixed_while_models_are_reloaded(weights: Path) -> None:
+    expected = {1: maps_of(1), 0: maps_of(2)}  # by the version's parity: odd ones have the first weights
+    with serving(model=SOURCE, weights=weights, allow_reload=True) as client:
+        over = threading.Event()
+
+        def endless() -> Iterator[np.ndarray]:
+            while not over.is_set():
+                yield FLOATS
+
+        def stream() -> list[sidelight.Attribution]:
+            return list(client.stream(endless(), allow_model_change=True))
+
+        def call() -> list[sidelight.Attribution]:
+            answers = []
+            while not over.is_set():
+                answers.append(client.attribute(FLOATS))
+            return answers
+
+        with ThreadPoolExecutor(3) as pool:
+            running = [pool.submit(stream), pool.submit(call), pool.submit(call)]
+            try:
+                for version in range(2, 6):
+                    write_weights(weights, seed=2 - version % 2)
+                    assert client.reload().version == version
+            finally:
+                over.set()
+            answers = [answer for each in running for answer in each.result()]
+    assert {answer.provenance.model_version for answer in answers} >= {1, 2, 3, 4}
+    for answer in answers:
+        assert not answer.failures
+        assert_close(answer.maps, expected[answer.provenance.model_version % 2])
+
+
+def test_a_running_request_ends_on_the_version_it_began_on(weights: Path) -> None:
+    method = sidelight.IntegratedGradients(steps=2000)
+    with (
+        serving(model=SOURCE, weights=weights, allow_reload=True, max_chunk_rows=1) as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        running = pool.submit(client.attribute, FLOATS, method=method, score="logit")
+        assert not client.attribute(FLOATS[:1]).failures
+        write_weights(weights, seed=2)
+        client.reload()
+        assert not running.done()
+        assert client.attribute(FLOATS).provenance.model_version == 2
+        answer = running.result()
+    assert answer.provenance.model_version == 1
+    assert not answer.failures
+    # Completeness: the sum of the map is the rise of the score, which only one network's gradients give.
+    assert all(each.relative_completeness_error < 1e-2 for each in answer.convergence)
+
+
+def broken(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def of_another_network(path: Path) -> None:
+    import safetensors.torch
+
+    safetensors.torch.save_file(small_cnn(1).state_dict(), path)
+
+
+@pytest.mark.parametrize("spoil", [broken, missing, of_another_network])
+def test_a_failed_reload_keeps_the_old_version_and_nothing_of_the_new(weights: Path, spoil: object) -> None:
+    with serving(model=SOURCE, weights=weights, allow_reload=True) as client:
+        gc.collect()
+        before = len(reloadable.alive)
+        spoil(weights)
+        with pytest.raises(sidelight.FailedPrecondition, match=r"weights: .*net.safetensors") as caught:
+            client.reload()
+        assert "\n" not in str(caught.value)
+        del caught
+        assert client.attribute(FLOATS).provenance.model_version == 1
+        gc.collect()
+        assert len(reloadable.alive) == before
+        write_weights(weights, seed=2)
+        assert client.reload().version == 2
+        client.attribute(FLOATS)
+        gc.collect()
+        assert len(reloadable.alive) == before  # the new one alone: the old one has gone
+
+
+def test_reloading_wants_leave_a_source_and_a_name(weights: Path) -> None:
+    with serving(model=SOURCE, weights=weights) as client:
+        with pytest.raises(sidelight.PermissionDenied, match="allow_reload"):
+            client.reload()
+        assert client.model().version == 1
+    with (
+        sidelight_server.serve(ModelSpec(small_cnn(), input_size=SIZE), device="cpu", allow_reload=True) as address,
+        sidelight.connect(address) as client,
+    ):
+        with pytest.raises(sidelight.FailedPrecondition, match="handed over as a module"):
+            client.reload()
+        with pytest.raises(sidelight.NotFound, match='there is no "nett"'):
+            client.reload("nett")
+
+
+def test_a_reload_by_the_asynchronous_client(weights: Path) -> None:
+    async def reload(address: str) -> int:
+        async with sidelight.aio.connect(address) as client:
+            return (await client.reload()).version
+
+    with sidelight_server.serve(SOURCE, weights=weights, device="cpu", allow_reload=True) as address:
+        assert asyncio.run(reload(address)) == 2
+
+
+def test_labels_are_read_again(weights: Path, tmp_path: Path) -> None:
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join(LABELS))
+    with serving(model=SOURCE, weights=weights, labels=labels, allow_reload=True) as client:
+        labels.write_text("\n".join(f"{each}!" for each in LABELS))
+        assert client.attribute(FLOATS).predictions[0].label in LABELS
+        client.reload()
+        assert client.attribute(FLOATS).predictions[0].label.endswith("!")
+        labels.write_text("one")
+        with pytest.raises(sidelight.FailedPrecondition, match="labels: got 1"):
+            client.reload()
+
+
+# Watched
+
+
+def test_a_changed_file_is_loaded_once_it_rests(weights: Path) -> None:
+    settings = Settings(model=SOURCE, weights=weights, device="cpu", threads=1)
+    with Engine(list(settings.of_models().values()), settings) as engine:
+        watch = Watch(engine.registry, every_s=1)
+
+        def version_after_a_look() -> int:
+            asyncio.run(watch.look())
+            return engine.model("").version
+
+        assert [version_after_a_look() for _ in range(2)] == [1, 1]
+        write_weights(weights, seed=2)
+        assert version_after_a_look() == 1
+        write_weights(weights, seed=3)  # it is still being written
+        assert version_after_a_look() == 1
+        assert version_after_a_look() == 2
+        assert version_after_a_look() == 2
+        broken(weights)
+        assert [version_after_a_look() for _ in range(4)] == [2] * 4
+        assert engine.registry.find("").failure
+        write_weights(weights, seed=1)
+        assert [version_after_a_look() for _ in range(2)] == [2, 3]
+
+
+def test_a_server_that_watches_loads_what_changes(weights: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), serving(model=SOURCE, weights=weights, watch_s=0.05) as client:
+        write_weights(weights, seed=2)
+        for _ in range(2000):
+            answer = client.attribute(FLOATS)
+            if answer.provenance.model_version == 2:
+                break
+        assert_close(answer.maps, maps_of(2))
+
+
+def test_sighup_loads_again_and_the_process_lives(tmp_path: Path, weights: Path) -> None:
+    command = [sys.executable, "-m", "sidelight_server", "--model", SOURCE, "--weights", str(weights)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen(
+        [*command, "--listen", f"unix:{tmp_path}/socket", "--threads", "1"],
+        cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
+    ) as process:  # fmt: skip
+        try:
+            lines = []
+            while not lines or "event=serving" not in lines[-1]:
+                lines.append(process.stderr.readline())
+                assert lines[-1], lines
+            with sidelight.connect(f"unix:{tmp_path}/socket", connect_timeout=20) as client:
+                for version, spoil in ((2, lambda path: write_weights(path, seed=2)), (2, broken)):
+                    spoil(weights)
+                    process.send_signal(signal.SIGHUP)
+                    line = process.stderr.readline()
+                    assert ("event=loaded" if spoil is not broken else "event=load_failed") in line
+                    assert client.attribute(FLOATS).provenance.model_version == version
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
+
+
+# The doors of the engine
+
+
+def test_an_engine_takes_modules_and_sources_together(weights: Path) -> None:
+    offered = [
+        ModelSpec(small_cnn(), input_size=SIZE, name="handed"),
+        ModelSettings(model=SOURCE, weights=weights, name="loaded"),
+    ]
+    with Engine(offered, Settings(device="cpu")) as engine:
+        assert list(engine.models) == ["handed", "loaded"]
+    with pytest.raises(sidelight_server.ConfigurationError, match='two models are called "handed"'):
+        Engine([offered[0], offered[0]], Settings(device="cpu"))
+
+
+def test_a_closed_engine_loads_nothing(weights: Path) -> None:
+    settings = Settings(model=SOURCE, weights=weights, device="cpu", name="late", load="lazy")
+    engine = Engine(list(settings.of_models().values()), settings)
+    engine.start()
+    engine.close()
+    with pytest.raises(sidelight_server.SidelightError, match="shutting down"):
+        asyncio.run(engine.attribute(sidelight_server.Request(FLOATS)))
