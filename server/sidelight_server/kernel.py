@@ -139,16 +139,6 @@ class Kernel:
         with torch.no_grad():
             return layers_of(self._hooked, lambda: self._adapter.call(self._hooked, self._arranged(inputs.clone())))
 
-    def rows_touch(self, inputs: Tensor) -> bool:
-        """Say whether one row's outputs depend on another row, for inputs of two rows, [2, C, H, W]."""
-        inputs = inputs.detach().requires_grad_()
-        with torch.enable_grad():
-            outputs = self.outputs_of(inputs).flatten(1)  # [2, K]
-            # Unequal weights: probabilities, all added, would be 1 whatever they depend on.
-            weights = torch.linspace(1, 2, outputs.shape[1], dtype=outputs.dtype, device=outputs.device)
-            (gradients,) = torch.autograd.grad((outputs[0] * weights).sum(), inputs)
-        return bool((gradients[1] != 0).any())
-
     def outputs_of(self, inputs: Tensor, *, module: nn.Module | None = None) -> Tensor:
         """Return the module's outputs, [n, K] or [n, K, h, w]."""
         return self._widened(self._call(inputs, module or self._replica.module))

@@ -5,12 +5,13 @@ What the specification says is not guessed, but tried all the same: a wrong word
 
 import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
+from ..probes import layers_of
 from ..scores import Activation, Head, Outputs
 from .adapter import Adapter, Labels, items, told
 from .spec import ModelSpec
@@ -25,10 +26,12 @@ SUM_TOLERANCE = 1e-3  # of probabilities that exclude each other, in half precis
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """How a module is called, and how its outputs are read."""
+    """How a module is called, and how its outputs are read; and what else its one run shows."""
 
     adapter: Adapter
     head: Head
+    layers: dict[str, tuple[int, int]] = field(default_factory=dict)  # that can be probed: their h and w
+    rows_touch: bool = False  # whether one row's outputs depend on another row
 
 
 def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected:
@@ -43,11 +46,13 @@ def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected
         return Detected(replace(calls[0], output=spec.output), head)
     inputs = trial.detach().clone().requires_grad_()
     with torch.enable_grad():
-        adapter, returned = _first_that_runs(module, calls, inputs)
+        adapter, returned, layers = _first_that_runs(module, calls, inputs)
         adapter = replace(adapter, output=_output(returned, spec.output, n=max(len(trial), adapter.least)))
         outputs = adapter.outputs(returned, n=len(trial))
-        _check_gradient(outputs, inputs)
-    return Detected(adapter, _head(spec, adapter, returned, outputs))
+        gradients = _gradients_of_first(outputs, inputs)
+    return Detected(
+        adapter, _head(spec, adapter, returned, outputs), layers, rows_touch=bool((gradients[1:] != 0).any())
+    )
 
 
 def _calls(module: nn.Module, spec: ModelSpec) -> Iterator[Adapter]:
@@ -136,11 +141,19 @@ class _Signature:
             raise ConfigurationError(f'{setting}: the module takes no "{name}"; it takes {", ".join(self.names)}')
 
 
-def _first_that_runs(module: nn.Module, calls: list[Adapter], inputs: Tensor) -> tuple[Adapter, object]:
+def _first_that_runs(
+    module: nn.Module, calls: list[Adapter], inputs: Tensor
+) -> tuple[Adapter, object, dict[str, tuple[int, int]]]:
     failed: Exception | None = None
     for call in calls:
+        returned: list[object] = []
+
+        def run(call: Adapter = call, returned: list[object] = returned) -> None:
+            returned.append(call.call(module, inputs * 1))  # a copy: it may begin with an operation in place
+
         try:
-            return call, call.call(module, inputs * 1)  # a copy: it may begin with an operation in place
+            layers = layers_of(module, run)
+            return call, returned[0], layers
         except Exception as error:
             failed = failed or error
     assert failed is not None  # noqa: S101
@@ -179,14 +192,21 @@ def _fits(returned: object, n: int) -> bool:
     )
 
 
-def _check_gradient(outputs: Tensor, inputs: Tensor) -> None:
-    why = ""
+def _gradients_of_first(outputs: Tensor, inputs: Tensor) -> Tensor:
+    """Return the gradients of the first row's outputs for all inputs, [n, C, H, W]."""
     if not outputs.requires_grad:
-        why = "they do not depend on its input by operations that have a gradient"
-    elif torch.autograd.grad(outputs.sum(), inputs, allow_unused=True, retain_graph=True)[0] is None:
-        why = "they do not depend on its input"
-    if why:
-        raise ConfigurationError(f"it cannot be differentiated: of its outputs, {told(outputs)}, {why}")
+        raise _not_differentiable(outputs, "they do not depend on its input by operations that have a gradient")
+    first = outputs[0].flatten()
+    # Unequal weights: probabilities, all added, would be 1 whatever they depend on.
+    weights = torch.linspace(1, 2, len(first), dtype=first.dtype, device=first.device)
+    (gradients,) = torch.autograd.grad((first * weights).sum(), inputs, allow_unused=True)
+    if gradients is None:
+        raise _not_differentiable(outputs, "they do not depend on its input")
+    return gradients
+
+
+def _not_differentiable(outputs: Tensor, why: str) -> ConfigurationError:
+    return ConfigurationError(f"it cannot be differentiated: of its outputs, {told(outputs)}, {why}")
 
 
 def _head(spec: ModelSpec, adapter: Adapter, returned: object, outputs: Tensor) -> Head:

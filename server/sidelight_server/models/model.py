@@ -19,10 +19,8 @@ from ..kernel import Kernel
 from ..methods.method import Shape
 from ..probes import chosen_layer
 from ..replica import replicate, weights_dtype
-from ..scores import Head
 from ..staging import normalise
-from .adapter import Adapter
-from .detection import detect
+from .detection import Detected, detect
 from .preprocessing import Preprocessing
 from .spec import ModelSpec
 from .weights import Weights
@@ -75,14 +73,15 @@ class Model:
         self.output_shape: tuple[int, ...] = ()  # K, or K, h, w; as with the classes
         self.padded_rows = 0  # how many rows a chunk is filled up to, for the same bytes in every company
         self.warm_up: tuple[Trial, ...] = ()
-        self.rows_touch = False  # whether one row's outputs depend on its neighbours: then it runs alone
-        self.probed: dict[str, tuple[int, int]] = {}  # layers that can be probed, if it was tried
         self._names = [name for name, _ in spec.module.named_modules() if name]
         trial = None
         if self.trial_shape is not None:
             most = spec.batch[1] if spec.batch else 0
             trial = _noise(self.trial_shape, 1 if most == 1 else 2).to(device, weights_dtype(spec.module))
-        self.adapter, self.head = self._detected(spec, trial, device)
+        detected = self._detected(spec, trial, device)
+        self.adapter, self.head = detected.adapter, detected.head
+        self.probed = detected.layers  # those that can be probed, if it was tried
+        self.rows_touch = detected.rows_touch  # whether one row's outputs depend on its neighbours: then it runs alone
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
         with self._refusing("cannot be replicated and moved to the device"):
             self._weights = Weights(spec.module, facts=json.dumps(self._facts(), sort_keys=True))
@@ -110,12 +109,11 @@ class Model:
             )
             self.black = (-self._mean / self._std).to(self.kernel.dtype)
 
-    def _detected(self, spec: ModelSpec, trial: Tensor | None, device: torch.device) -> tuple[Adapter, Head]:
+    def _detected(self, spec: ModelSpec, trial: Tensor | None, device: torch.device) -> Detected:
         with self._refusing("cannot be replicated and moved to the device"):
             replica = replicate(spec.module).to(device)
         with self._refusing("" if trial is None else f"failed on an input of {list(trial.shape)}"):
-            detected = self.in_turn(lambda: detect(replica, spec, trial))
-        return detected.adapter, detected.head
+            return self.in_turn(lambda: detect(replica, spec, trial))
 
     def _facts(self) -> dict[str, object]:
         """Return all but the weights that a map depends on."""
@@ -226,17 +224,14 @@ class Model:
         return Kernel(self._module, device=self.kernel.device, adapter=self.adapter, head=self.head)
 
     def _try(self) -> None:
-        inputs = self.inputs_like(self.at_most(2))
+        inputs = self.inputs_like(1)
         failed = "failed" if self.kernel.options.is_exact else f"failed as {self.kernel.told}"
-        with self._refusing(f"{failed} on an input of {[1, *inputs.shape[1:]]}"):
-            answer = self.in_turn(lambda: self.kernel.run(inputs[:1], [PREDICTED], [self.scores[0]]))
+        with self._refusing(f"{failed} on an input of {list(inputs.shape)}"):
+            answer = self.in_turn(lambda: self.kernel.run(inputs, [PREDICTED], [self.scores[0]]))
         n_classes = answer.output_shape[0]
         if self.labels and len(self.labels) != n_classes:
             raise ConfigurationError(f'labels: got {len(self.labels)}, model "{self.name}" has {n_classes} classes')
         self.learn_output(answer.output_shape)
-        with self._refusing(f"{failed} on an input of {list(inputs.shape)}"):
-            self.rows_touch = len(inputs) > 1 and self.in_turn(lambda: self.kernel.rows_touch(inputs))
-            self.probed = self.in_turn(lambda: self.kernel.layers(inputs[:1]))
         if self.rows_touch:
             self.chunk_rows = 1
             log.warning('event=rows_touch model="%s" message="examples touch each other: each runs alone"', self.name)
