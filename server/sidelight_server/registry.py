@@ -14,7 +14,7 @@ import torch
 
 from .config import SOURCES, ModelSettings, Settings
 from .errors import ConfigurationError, FailedPrecondition, NotFound, SidelightError, Unavailable, near
-from .models import source as sources
+from .models import sources
 from .models.model import InTurn, Model, at_once
 from .models.spec import ModelSpec
 from .station import Station

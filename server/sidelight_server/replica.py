@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -22,7 +23,7 @@ def replicate(module: nn.Module) -> nn.Module:
     memo: dict[int, object] = {id(each): nn.Parameter(each.data, requires_grad=False) for each in module.parameters()}
     memo |= {id(each): each for each in module.buffers()}
     memo |= {id(each): each for each in _datasets(module)}
-    replica: nn.Module = copy.deepcopy(module, memo)
+    replica = _copied(module, memo)
     theirs = {id(each) for each in module.parameters()}
     for each in replica.parameters():  # those that deepcopy made anew all the same, as it does for TorchScript
         if each.requires_grad and id(each) not in theirs:
@@ -109,4 +110,9 @@ class Replica:
 
 def _owning(module: nn.Module) -> nn.Module:
     """Return a replica with weights of its own, to be written to."""
-    return copy.deepcopy(module).requires_grad_(False)
+    return _copied(module, {}).requires_grad_(False)
+
+
+def _copied(module: nn.Module, memo: dict[int, object]) -> nn.Module:
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's at itself, of exported programs
+        return copy.deepcopy(module, memo)

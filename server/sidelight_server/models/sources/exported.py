@@ -1,0 +1,129 @@
+"""Exported: `export:FILE.pt2`, a program that `torch.export` made. Nothing in the file is run to load it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
+
+from ...errors import ConfigurationError
+from ..spec import Constant, ModelSpec
+from .archive import read
+from .refusal import refuse_weights, refusing, require_file
+
+FORM = "export:FILE.pt2"
+
+# torch lets a program that was made for 2 or more run 1: it tells sizes of 1 from others only where they were static.
+_RELAXED = 2
+
+
+def load(place: str, weights: Path | None) -> ModelSpec:
+    """Return the program in a file as a module, and what it says of its inputs."""
+    path = Path(place)
+    refuse_weights("export:", weights)
+    require_file("model", path)
+    with refusing("model", path):
+        program = read(path.read_bytes())
+        inputs = _inputs(program)
+        return ModelSpec(
+            # Its guards are text that would be run; sizes are checked by the ranges that it states.
+            program.module(check_guards=False),
+            input_size=_size(inputs.images),
+            input=inputs.keyword,
+            arguments=inputs.arguments or None,
+            label=inputs.label,
+            batch=_batch(program, inputs.images.shape[0]),
+            name=path.stem,
+        )
+
+
+def files(place: str, weights: Path | None) -> tuple[Path, ...]:
+    """Return the file."""
+    return (Path(place),)
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """How a program is called: images by position or keyword, constants, and labels."""
+
+    images: Tensor  # as the program was made for, without values
+    keyword: str | None
+    arguments: Mapping[str, Constant]
+    label: str | None
+
+
+def _inputs(program: ExportedProgram) -> _Inputs:
+    positional, named = _leaves(program)
+    if len(positional) > 1:
+        raise ConfigurationError(
+            f"the program takes {len(positional)} inputs by position, expected the images alone, and others by keyword"
+        )
+    tensors = {name: each for name, each in named.items() if isinstance(each, Tensor)}
+    arguments = {name: each for name, each in named.items() if isinstance(each, bool | int | float | str)}
+    for name in named.keys() - tensors.keys() - arguments.keys():
+        raise ConfigurationError(f'the program demands "{name}", {named[name]!r}; export it without that')
+    pictures = [name for name, each in tensors.items() if _is_picture(each)]
+    images: object = positional[0] if positional else tensors.pop(pictures[0]) if pictures else None
+    if not isinstance(images, Tensor) or not _is_picture(images):
+        taken = {"the first": positional[0]} if positional else tensors
+        raise ConfigurationError(f"the program takes {_told(taken)}; expected floating images, [N, C, H, W]")
+    if len(tensors) > 1 or any(map(_is_picture, tensors.values())):
+        raise ConfigurationError(f"the program also takes {_told(tensors)}; expected labels at most")
+    keyword = None if positional else pictures[0]
+    return _Inputs(images, keyword, arguments, next(iter(tensors), None))
+
+
+def _leaves(program: ExportedProgram) -> tuple[list[object], dict[str, object]]:
+    """Return what a program takes by position, and by keyword: an example tensor, or the constant that it demands."""
+    specs = [each for each in program.graph_signature.input_specs if each.kind == InputKind.USER_INPUT]
+    values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
+    leaves = [_value(each, values) for each in specs]
+    in_spec = program.call_spec.in_spec
+    if in_spec is None or len(in_spec.children()) != 2 or in_spec.num_leaves != len(leaves):
+        raise ConfigurationError("the program does not say how it is called")
+    by_position, by_keyword = in_spec.children()
+    if any(not each.is_leaf() for each in (*by_position.children(), *by_keyword.children())):
+        raise ConfigurationError("the program takes inputs within others, expected tensors")
+    n = by_position.num_leaves
+    return leaves[:n], dict(zip(by_keyword.context or (), leaves[n:], strict=True))
+
+
+def _value(spec: InputSpec, values: Mapping[str, object]) -> object:
+    return spec.arg.value if isinstance(spec.arg, ConstantArgument) else values.get(spec.arg.name)
+
+
+def _is_picture(value: object) -> bool:
+    return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
+
+
+def _told(inputs: Mapping[str, object]) -> str:
+    return ", ".join(
+        f"{name} {str(each.dtype).removeprefix('torch.')} {[str(length) for length in each.shape]}".replace("'", "")
+        if isinstance(each, Tensor)
+        else f"{name} {each!r}"
+        for name, each in inputs.items()
+    )
+
+
+def _size(images: Tensor) -> tuple[int, int, int] | None:
+    channels, height, width = images.shape[1:]
+    if isinstance(channels, int) and isinstance(height, int) and isinstance(width, int):
+        return channels, height, width
+    return None
+
+
+def _batch(program: ExportedProgram, length: int | torch.SymInt) -> tuple[int, int] | None:
+    """Return the least and the most examples that a program takes at once; None: as many as there are."""
+    if isinstance(length, int):
+        return length, length
+    expression = length.node.expr
+    ranges = program.range_constraints.get(expression)
+    if ranges is None or not expression.is_Symbol:
+        raise ConfigurationError(f"the program takes {expression} examples at once, expected any number of them")
+    least = int(ranges.lower) if ranges.lower > _RELAXED else 1
+    # Unbounded ranges end in a symbol of torch's own.
+    most = int(ranges.upper) if ranges.upper.is_Integer else 0
+    return None if (least, most) == (1, 0) else (least, most)

@@ -1,0 +1,127 @@
+"""Hugging Face: `hf:DIR`, a folder that `save_pretrained` of transformers wrote, for image classification.
+
+Nothing is asked of a network, and no code of a folder is run: weights are safetensors, or read weights-only.
+"""
+
+import contextlib
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ...errors import ConfigurationError
+from ..spec import ModelSpec
+from . import image_processor
+from .refusal import refuse_weights, refusing
+
+FORM = "hf:DIR"
+CONFIG = "config.json"
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def load(place: str, weights: Path | None) -> ModelSpec:
+    """Return the classifier in a folder, its preprocessing and its labels."""
+    folder = Path(place)
+    refuse_weights("hf:", weights)
+    if not folder.is_dir():  # transformers would take it for a name on its hub
+        raise ConfigurationError(
+            f"model: {folder} is " + ("a file, expected a folder" if folder.exists() else "not there")
+        )
+    config = _read(folder / CONFIG)
+    if config.get("auto_map"):
+        raise ConfigurationError(f"model: {folder / CONFIG}: auto_map: wants code of its own, which is never run")
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise ConfigurationError(f"model: {folder}: holds no weights, expected {WEIGHTS[0]}")
+    processor = folder / image_processor.FILE
+    preprocessing = (
+        image_processor.preprocessing(processor, _read(processor), channels=_channels(config))
+        if processor.is_file()
+        else {"input_size": _size(config)}
+    )
+    return ModelSpec(
+        _module(folder),
+        input="pixel_values",
+        output="logits",
+        outputs="logits",
+        activation="sigmoid" if config.get("problem_type") == "multi_label_classification" else "softmax",
+        labels=_labels(folder, config),
+        name=folder.resolve().name,
+        **preprocessing,
+    )
+
+
+def files(place: str, weights: Path | None) -> tuple[Path, ...]:
+    """Return every file of the folder."""
+    folder = Path(place)
+    return tuple(sorted(each for each in folder.rglob("*") if each.is_file())) or (folder / CONFIG,)
+
+
+def _module(folder: Path) -> nn.Module:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ConfigurationError("hf: needs the extra: pip install 'sidelight[hf]'") from error
+    with refusing("model", folder), _quiet():
+        module, found = transformers.AutoModelForImageClassification.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, weights_only=True, output_loading_info=True
+        )
+        # It would put random numbers where there is no weight, and say so in its log.
+        missing = sorted({*found["missing_keys"], *(str(each) for each in found["mismatched_keys"])})
+        if missing:
+            raise ValueError(f"its weights lack {', '.join(missing[:4])}" + (", …" if len(missing) > 4 else ""))
+        assert isinstance(module, nn.Module)  # noqa: S101
+        return module.eval()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what transformers says of a load, in warnings, its log and a bar, out of ours: what matters is refused."""
+    from transformers.utils import logging as theirs
+
+    level, had_bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity(logging.CRITICAL)
+    # transformers annotates neither of these.
+    theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        theirs.set_verbosity(level)
+        if had_bar:
+            theirs.enable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    with refusing("model", path):
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(held, dict):
+            raise ValueError(f"holds {type(held).__name__}, expected an object")
+    return held
+
+
+def _channels(config: Mapping[str, Any]) -> int:
+    return int(config.get("num_channels", 3))
+
+
+def _size(config: Mapping[str, Any]) -> tuple[int, int, int] | None:
+    match config.get("image_size"):
+        case int(length):
+            return _channels(config), length, length
+        case [int(height), int(width)]:
+            return _channels(config), height, width
+    return None
+
+
+def _labels(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...] | None:
+    named = config.get("id2label")
+    if not named:
+        return None
+    with refusing("model", folder / CONFIG):
+        by_class = {int(index): str(name) for index, name in named.items()}
+        if sorted(by_class) != list(range(len(by_class))):
+            raise ValueError(f"id2label: names the classes {sorted(by_class)[:8]}, expected 0 and up without a gap")
+    return tuple(by_class[index] for index in range(len(by_class)))

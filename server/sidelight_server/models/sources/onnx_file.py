@@ -1,0 +1,104 @@
+"""ONNX: `onnx:FILE`, a network that onnx2torch writes anew as a module. An optional extra."""
+
+import importlib
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ...errors import ConfigurationError
+from ..spec import ModelSpec
+from .refusal import refuse_weights, refusing, require_file
+
+FORM = "onnx:FILE"
+FLOATING = (1, 10, 11)  # TensorProto.FLOAT, FLOAT16, DOUBLE
+
+# onnx2torch imports torchvision for two operators. Its wheel from the package index does not fit a CPU build of torch:
+# its compiled operators are missing, and with them two names that its own modules look up. No classifier needs either.
+_names: torch.library.Library | None = None
+_MISSING = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+
+def load(place: str, weights: Path | None) -> ModelSpec:
+    """Return the network in a file as a module, and what its graph says of its input."""
+    path = Path(place)
+    refuse_weights("onnx:", weights)
+    require_file("model", path)
+    onnx, onnx2torch = _imported("onnx"), _imported("onnx2torch")
+    with refusing("model", path), warnings.catch_warnings(action="ignore"):
+        network = onnx.load(str(path), load_external_data=False)
+        onnx.checker.check_model(network, full_check=False)
+        _load_external(onnx, network, path.parent)
+        known = _input(network)
+        _settle(network)
+        return ModelSpec(onnx2torch.convert(network).eval(), name=path.stem, **known)
+
+
+def files(place: str, weights: Path | None) -> tuple[Path, ...]:
+    """Return the file, and those that lie beside it with its name: where large weights are."""
+    path = Path(place)
+    return (path, *sorted(each for each in path.parent.glob(f"{path.name}*") if each != path and each.is_file()))
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigurationError("onnx: needs the extra: pip install 'sidelight[onnx]'") from error
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise ConfigurationError(f"onnx: cannot import {name}: {' '.join(str(error).split())}") from error
+        _define_names()
+        return importlib.import_module(name)
+
+
+def _define_names() -> None:
+    global _names
+    if _names is None:
+        # torch annotates neither of these.
+        _names = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        for schema in _MISSING:
+            _names.define(schema)  # type: ignore[no-untyped-call]
+
+
+def _load_external(onnx: ModuleType, network: Any, folder: Path) -> None:
+    """Read weights out of other files of the folder, and of no other place."""
+    inside = folder.resolve()
+    for tensor in onnx.external_data_helper._get_all_tensors(network):
+        for entry in tensor.external_data:
+            if entry.key == "location" and not (folder / entry.value).resolve().is_relative_to(inside):
+                raise ConfigurationError(f'has weights in "{entry.value}", expected a file in the same folder')
+    onnx.load_external_data_for_model(network, str(folder))
+
+
+def _settle(network: Any) -> None:
+    """Make initializers of weights that are written as constant operations, where onnx2torch looks for none."""
+    for node in list(network.graph.node):
+        values = [each.t for each in node.attribute if each.name == "value"]
+        if node.op_type == "Constant" and values:
+            tensor = network.graph.initializer.add()
+            tensor.CopyFrom(values[0])
+            tensor.name = node.output[0]
+            network.graph.node.remove(node)
+
+
+def _input(network: Any) -> dict[str, Any]:
+    """Return the input's size and how many examples it takes at once, as far as the graph fixes them."""
+    weights = {each.name for each in network.graph.initializer}
+    inputs = [each for each in network.graph.input if each.name not in weights]
+    shapes = [_shape(each) for each in inputs]
+    if len(shapes) != 1 or len(shapes[0]) != 4 or inputs[0].type.tensor_type.elem_type not in FLOATING:
+        told = ", ".join(f"{each.name} {shape}" for each, shape in zip(inputs, shapes, strict=True))
+        raise ConfigurationError(f"takes {told or 'nothing'}, expected one floating input [N, C, H, W]")
+    n, *size = shapes[0]
+    return {"batch": (n, n) if n else None, "input_size": tuple(size) if all(size) else None}
+
+
+def _shape(value: Any) -> list[int]:
+    """Return a shape; 0 for a length that is not fixed, for which some write −1."""
+    return [max(0, each.dim_value) for each in value.type.tensor_type.shape.dim]

@@ -1,0 +1,30 @@
+"""State: weights of a module out of a file. Safetensors, or a `.pt` read weights-only: neither can carry code."""
+
+import warnings
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from .refusal import refusing
+
+PICKLED = (".pt", ".pth", ".bin")
+
+
+def load_into(module: nn.Module, path: Path) -> None:
+    """Load the weights in a file into a module. `ConfigurationError` says what does not fit."""
+    with refusing("weights", path):
+        module.load_state_dict(_read(path))
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    if path.suffix not in PICKLED:
+        raise ValueError(f'got "{path.suffix}", expected .safetensors, or a weights-only .pt, .pth or .bin')
+    with warnings.catch_warnings(action="ignore"):  # about the pickle protocol: what matters is whether it loads
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict):
+        raise ValueError(f"holds {type(state).__name__}, expected a state dict")
+    return state

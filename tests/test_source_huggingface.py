@@ -1,0 +1,265 @@
+"""Sources: `hf:DIR`. Folders as transformers writes them, and their pictures against transformers' own processors."""
+
+import json
+import pickle
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import torch
+from PIL import Image
+from sidelight_server.config import ModelSettings
+from sidelight_server.models import sources
+from sidelight_server.models.model import Model
+from sourced import assert_serves, examples, expected_maps, refusal, served_maps
+from transformers import (
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    PreTrainedModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+PHOTOGRAPH = Path(skimage.__file__).parent / "data" / "chelsea.png"  # 300 × 451
+LABELS = {0: "cat", 1: "dog", 2: "elk", 3: "fox"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _silent() -> Iterator[None]:
+    """A bar of transformers' is none of the tests'."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
+def vit(**config: object) -> PreTrainedModel:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    settings |= {"image_size": 48, "patch_size": 8, "id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
+    return ViTForImageClassification(ViTConfig(**settings | config)).eval()
+
+
+def convnext() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4, num_labels=4)).eval()
+
+
+def resnet() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, num_labels=4)
+    return ResNetForImageClassification(config).eval()
+
+
+FOLDERS: Mapping[str, Callable[[], tuple[PreTrainedModel, object]]] = {
+    "vit": lambda: (vit(), ViTImageProcessorPil(size={"height": 48, "width": 48})),
+    "vit of another shape": lambda: (vit(image_size=[32, 48]), ViTImageProcessorPil(size={"height": 32, "width": 48})),
+    "vit, pixels from 0 to 255": lambda: (
+        vit(),
+        ViTImageProcessorPil(
+            size={"height": 48, "width": 48}, do_rescale=False, image_mean=[120.0] * 3, image_std=[60.0] * 3
+        ),
+    ),
+    "vit, pixels from 0 to 2, unnormalised": lambda: (
+        vit(),
+        ViTImageProcessorPil(size={"height": 48, "width": 48}, rescale_factor=2 / 255, do_normalize=False, resample=3),
+    ),
+    "vit by CLIP's crop": lambda: (
+        vit(),
+        CLIPImageProcessorPil(size={"shortest_edge": 60}, crop_size={"height": 48, "width": 48}),
+    ),
+    "convnext": lambda: (convnext(), ConvNextImageProcessorPil(size={"shortest_edge": 64}, crop_pct=0.8)),
+    "convnext, warped": lambda: (convnext(), ConvNextImageProcessorPil(size={"shortest_edge": 384})),
+    "resnet": lambda: (resnet(), ConvNextImageProcessorPil(size={"shortest_edge": 224}, crop_pct=0.875)),
+}
+
+
+def write(folder: Path, module: PreTrainedModel, processor: object = None) -> Path:
+    module.save_pretrained(folder)
+    if processor is not None:
+        processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("made", FOLDERS.values(), ids=FOLDERS)
+def test_a_photograph_becomes_what_transformers_makes_of_it(
+    made: Callable[[], tuple[PreTrainedModel, object]], tmp_path: Path
+) -> None:
+    module, processor = made()
+    spec = sources.load(f"hf:{write(tmp_path / 'net', module, processor)}")
+    model = Model(spec.completed(ModelSettings().traits()), device=torch.device("cpu"))
+    picture = Image.open(PHOTOGRAPH)
+    expected = np.stack(processor(picture)["pixel_values"])  # [1, C, H, W]
+    pixels, _ = model.preprocessing.fit(np.asarray(picture))
+    got = model.inputs(torch.from_numpy(np.ascontiguousarray(pixels))[None]).numpy()
+    assert got.shape == expected.shape
+    step = 1 / np.asarray(model.preprocessing.std_in_pixels)[:, None, None]  # what one of 255 pixel values makes
+    assert (np.abs(got - expected) / step).max() <= 1 + 1e-3
+    assert expected.std() > 0.1  # a picture
+
+
+def test_a_folder_is_served_with_its_labels(tmp_path: Path) -> None:
+    module = vit()
+    folder = write(tmp_path / "net", module, ViTImageProcessorPil(size={"height": 48, "width": 48}))
+    spec = sources.load(f"hf:{folder}")
+    assert (spec.name, spec.labels, spec.activation) == ("net", tuple(LABELS.values()), "softmax")
+    assert (spec.input, spec.output, spec.outputs) == ("pixel_values", "logits", "logits")
+    assert_serves(f"hf:{folder}", lambda x: module(pixel_values=x).logits, examples(3, (3, 48, 48)))
+
+
+@pytest.mark.parametrize("made", [convnext, resnet], ids=["convnext", "resnet"])
+def test_a_folder_without_a_processor_takes_arrays(made: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    module = made()
+    source = f"hf:{write(tmp_path, module)}"
+    assert sources.load(source).mean is None
+    shape = sources.load(source).input_size or (3, 64, 64)
+    assert_serves(source, lambda x: module(x).logits, examples(2, shape))
+
+
+def test_classes_that_do_not_exclude_each_other_are_read_by_a_sigmoid(tmp_path: Path) -> None:
+    module = vit(problem_type="multi_label_classification")
+    source = f"hf:{write(tmp_path, module)}"
+    assert sources.load(source).activation == "sigmoid"
+    x = examples(2, (3, 48, 48)).requires_grad_()
+    scores = module(x).logits.sigmoid().amax(1)
+    expected = torch.autograd.grad(scores.sum(), x)[0].abs().amax(1).numpy()
+    np.testing.assert_allclose(served_maps(source, x.detach()), expected, rtol=0, atol=1e-5 * expected.max())
+    assert np.abs(expected - expected_maps(lambda x: module(x).logits, x.detach())).max() > 0.01 * expected.max()
+
+
+def test_weights_only_pickles_are_read_where_there_is_no_safetensors(tmp_path: Path) -> None:
+    module = vit()
+    write(tmp_path, module)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
+    x = examples(2, (3, 48, 48))
+    loaded = sources.load(f"hf:{tmp_path}").module
+    assert torch.equal(loaded(pixel_values=x).logits, module(x).logits)
+
+
+def test_every_file_of_a_folder_is_watched(tmp_path: Path) -> None:
+    folder = write(tmp_path / "net", vit(), ViTImageProcessorPil())
+    names = {each.name for each in sources.files(f"hf:{folder}")}
+    assert {"config.json", "model.safetensors", "preprocessor_config.json"} <= names
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(
+        tmp_path_factory.mktemp("good") / "net", vit(), ViTImageProcessorPil(size={"height": 48, "width": 48})
+    )
+
+
+@pytest.fixture
+def folder(good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(good, tmp_path / "net"))
+
+
+def change(name: str, **changes: object) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        held = json.loads((folder / name).read_text()) | changes
+        (folder / name).write_text(json.dumps(held))
+
+    return make
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:50])
+
+
+class Malicious:
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return Path.touch, (Path("mark"),)
+
+
+def malicious(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"classifier.bias": Malicious()}, folder / "pytorch_model.bin")
+
+
+def malicious_pickle(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious()))
+
+
+def code(folder: Path) -> None:
+    (folder / "own.py").write_text("open('mark', 'w')\n")
+    change("config.json", auto_map={"AutoModelForImageClassification": "own.Net"})(folder)
+
+
+def drop(*names: str) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        for name in names:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return make
+
+
+def of_another_shape(folder: Path) -> None:
+    change("config.json", hidden_size=24)(folder)
+
+
+def processor(**changes: object) -> Callable[[Path], None]:
+    return change("preprocessor_config.json", **changes)
+
+
+REFUSALS: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "no folder": (lambda folder: shutil.rmtree(folder), ("model: net is not there",)),
+    "a file": (
+        lambda folder: (shutil.rmtree(folder), folder.write_text("")),
+        ("model: net is a file, expected a folder",),
+    ),
+    "no config": (drop("config.json"), ("model: net/config.json is not there",)),
+    "no weights": (drop("model.safetensors"), ("model: net: holds no weights, expected model.safetensors",)),
+    "half of the config": (cut("config.json"), ("model: net/config.json: ",)),
+    "half of the weights": (cut("model.safetensors"), ("model: net: ", "header")),
+    "a list": (lambda folder: (folder / "config.json").write_text("[]"), ("net/config.json: holds list",)),
+    "no kind of model": (change("config.json", model_type="nothing"), ("model: net: ", "nothing")),
+    "a model of texts": (change("config.json", model_type="bert"), ("model: net: ", "BertConfig")),
+    "weights of another shape": (of_another_shape, ("model: net: ", "its weights")),
+    "weights that are missing": (change("config.json", num_hidden_layers=3), ("model: net: its weights lack vit.",)),
+    "code of its own": (code, ("net/config.json: auto_map: wants code of its own, which is never run",)),
+    "code in weights": (malicious, ("model: net: ", "code in a file is never run")),
+    "code in a pickle": (malicious_pickle, ("model: net: ",)),
+    "classes with a gap": (change("config.json", id2label={"0": "a", "2": "b"}), ("net/config.json: id2label: ",)),
+    "half of the processor": (cut("preprocessor_config.json"), ("net/preprocessor_config.json: ",)),
+    "another processor": (
+        processor(image_processor_type="LevitImageProcessor"),
+        ('net/preprocessor_config.json: image_processor_type: got "LevitImageProcessor"', "ViTImageProcessor"),
+    ),
+    "a processor that pads": (processor(do_pad=True), ("net/preprocessor_config.json: do_pad: got True",)),
+    "turned channels": (processor(do_flip_channel_order=True), ("do_flip_channel_order: got True",)),
+    "pictures of any size": (processor(do_resize=False), ("preprocessor_config.json: do_resize: got False",)),
+    "a short side only": (processor(size={"shortest_edge": 48}), ("preprocessor_config.json: size: got ",)),
+    "the longest side": (processor(size={"longest_edge": 48}), ("preprocessor_config.json: size: got ",)),
+    "a crop of the warped": (
+        processor(do_center_crop=True, crop_size={"height": 32, "width": 32}),
+        ("preprocessor_config.json: crop_size: got ",),
+    ),
+    "an unknown filter": (processor(resample=9), ("preprocessor_config.json: 9 is not a valid Resampling",)),
+    "means of two channels": (processor(image_mean=[0.5, 0.5]), ("image_mean: got [0.5, 0.5], expected 3 numbers",)),
+    "a mean that is a text": (processor(image_mean="grey"), ("preprocessor_config.json: ",)),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), REFUSALS.values(), ids=REFUSALS)
+def test_a_folder_that_cannot_be_served_is_refused(
+    make: Callable[[Path], None], words: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    make(folder)
+    said = refusal("hf:net")
+    assert said.startswith("model: net")
+    for word in words:
+        assert word in said
+    assert not (tmp_path / "mark").exists()
