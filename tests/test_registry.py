@@ -272,6 +272,19 @@ def test_a_running_request_ends_on_the_version_it_began_on(weights: Path) -> Non
     assert all(each.relative_completeness_error < 1e-2 for each in answer.convergence)
 
 
+def test_a_request_is_answered_by_the_version_that_served_when_it_came(weights: Path) -> None:
+    """Its permit, and its place in shared memory, were reckoned for that one."""
+    settings = Settings(model=SOURCE, weights=weights, device="cpu", threads=1)
+    with Engine(list(settings.of_models().values()), settings) as engine:
+        came = engine.registry.serving("")
+        write_weights(weights, seed=2)
+        asyncio.run(engine.registry.reload(""))
+        answer = asyncio.run(engine.attribute(sidelight_server.Request(FLOATS), version=came))
+        assert answer.provenance.model_version == 1
+        assert_close(answer.maps, maps_of(1))
+        assert asyncio.run(engine.attribute(sidelight_server.Request(FLOATS))).provenance.model_version == 2
+
+
 def broken(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
@@ -298,12 +311,12 @@ def test_a_failed_reload_keeps_the_old_version_and_nothing_of_the_new(weights: P
         del caught
         assert client.attribute(FLOATS).provenance.model_version == 1
         gc.collect()
-        assert len(reloadable.alive) == before
+        assert len(reloadable.alive) <= before
         write_weights(weights, seed=2)
         assert client.reload().version == 2
         client.attribute(FLOATS)
         gc.collect()
-        assert len(reloadable.alive) == before  # the new one alone: the old one has gone
+        assert len(reloadable.alive) <= before  # the new one alone: the old one has gone
 
 
 def test_reloading_wants_leave_a_source_and_a_name(weights: Path) -> None:
@@ -416,6 +429,24 @@ def test_an_engine_takes_modules_and_sources_together(weights: Path) -> None:
         assert list(engine.models) == ["handed", "loaded"]
     with pytest.raises(sidelight_server.ConfigurationError, match='two models are called "handed"'):
         Engine([offered[0], offered[0]], Settings(device="cpu"))
+
+
+def test_a_factory_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
+    (tmp_path / "hanging.py").write_text("import threading\n\ndef net():\n    threading.Event().wait()\n")
+    lazy = '[models.good]\nmodel = "python:reloadable:net"\n[models.bad]\nmodel = "python:hanging:net"\nload = "lazy"\n'
+    (tmp_path / "sidelight.toml").write_text(lazy)
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-m", "sidelight_server", "--listen", f"unix:{tmp_path}/socket", "--drain-s", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process:
+        try:
+            with sidelight.connect(f"unix:{tmp_path}/socket", connect_timeout=30) as client:
+                with pytest.raises(sidelight.DeadlineExceeded, match="being loaded"):
+                    client.attribute(FLOATS, "bad", timeout=1)
+                assert not client.attribute(FLOATS, "good").failures
+            process.terminate()
+            assert process.wait(20) == 0
+        finally:
+            process.kill()
 
 
 def test_a_closed_engine_loads_nothing(weights: Path) -> None:

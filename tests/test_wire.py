@@ -281,14 +281,14 @@ def test_a_scale_is_refused(small: Service) -> None:
         (floats(1, 3, 16, 32), ("[3, 16, 32]", "[3, 32, 32]", "uint8 pixels")),
         (floats(1, 32, 32, 3), ("[32, 32, 3]", "[C, H, W] = [3, 32, 32]")),
         (floats(0, 1, 32, 32), ("[1, 32, 32]", "[3, 32, 32]")),
-        (pixels(1, 32, 32, 4), ("4 channels", "wants 3")),
+        (pixels(1, 32, 32, 5), ("5 channels", "wants 3")),
         (pixels(2, 3, 32, 32), ("32 channels", "wants 3")),
     ],
     ids=[
         "floats of another height",
         "floats channels last",
         "no floats of one channel",
-        "rgba",
+        "pixels of five channels",
         "pixels channels first",
     ],
 )

@@ -26,7 +26,7 @@ from .methods.method import Shape
 from .models.model import Model
 from .models.spec import ModelSpec
 from .preparation import Prepared, input_shape, maps_shape, needs_decoding, needs_no_work, prepare, settled
-from .registry import Registry
+from .registry import Registry, Version
 from .station import Station, least_busy
 from .stops import StopTimes
 from .work import Work
@@ -144,32 +144,30 @@ class Engine:
         """Return the version of a model that serves; empty means the default. `NotFound` with the near names."""
         return self.registry.serving(name)[0]
 
-    async def ready(self, request: Request) -> None:
-        """Wait until a request's model serves, where it is loaded when it is first asked for."""
-        if not self.registry.find(request.model).models:
-            await self.registry.ready(request.model)
-
-    def held_bytes(self, request: Request) -> tuple[int, int]:
+    def held_bytes(self, request: Request, version: Version) -> tuple[int, int]:
         """Return how many bytes the maps of the answer will take, and its examples while they are in progress."""
-        model = self.model(request.model)
+        model = version[0]
         shape = maps_shape(model, request)
         n = 0 if request.method.is_one_row else min(shape[0], EXAMPLES_IN_PROGRESS * model.chunk_rows)
         tensor_bytes = math.prod(input_shape(model, request.images)) * model.kernel.dtype.itemsize
         return math.prod(shape) * BYTES_OF_FLOAT32, n * TENSORS_IN_PROGRESS * tensor_bytes
 
-    async def attribute(self, request: Request, progress: Progress | None = None) -> Answer:
+    async def attribute(
+        self, request: Request, progress: Progress | None = None, version: Version | None = None
+    ) -> Answer:
         """Return the maps of one batch. Cancelling the call drops its rows that have not run.
 
         A wrong request raises a `SidelightError`; an example that fails alone is in `Answer.failures`. With a
-        `progress`, maps that are not final can be had from it meanwhile.
+        `progress`, maps that are not final can be had from it meanwhile. The answer is by the model's `version` that
+        serves when none is given, whatever is loaded meanwhile.
         """
-        return await self._attribute(request, progress)
+        return await self._attribute(request, progress, version or await self.registry.ready(request.model))
 
-    async def _attribute(self, request: Request, progress: Progress | None, at: Station | None = None) -> Answer:
+    async def _attribute(
+        self, request: Request, progress: Progress | None, version: Version, at: Station | None = None
+    ) -> Answer:
         arrived_s = time.monotonic()
-        await self.ready(request)
-        versions = self.registry.serving(request.model)  # to the end, whatever is loaded meanwhile
-        model = versions[0]
+        model = version[0]
         method = settled(model, request)
         if method is not request.method:
             request = replace(request, method=method)
@@ -180,7 +178,7 @@ class Engine:
         station = at or least_busy(self._stations)
         work = Work(
             request,
-            versions[station.index],
+            version[station.index],
             prepared,
             on_done=lambda: _call_from_thread(answered, _set_done),
             on_improved=_from_thread(loop, progress.improved.set) if progress else None,
@@ -226,7 +224,7 @@ class Engine:
         c, h, w = shape
         for n in sorted({1, model.chunk_rows}):
             zeros = np.zeros((n, h, w, c), np.uint8) if model.preprocessing else np.zeros((n, c, h, w), np.float32)
-            answer = await self._attribute(Request(zeros, model=model.name), None, at=station)
+            answer = await self._attribute(Request(zeros), None, self.registry.serving(model.name), at=station)
             if answer.failures:
                 log.warning('event=warm_up_failed model="%s" message=%r', model.name, answer.failures[0].message)
 

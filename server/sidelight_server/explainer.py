@@ -18,6 +18,7 @@ from .engine import BYTES_OF_FLOAT32, Engine, Progress
 from .errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, SidelightError
 from .frames import encode_answer
 from .regions import Regions, Span, span, undisturbed
+from .registry import Version
 from .tensors import encoded, layout_of, map_itemsize
 
 log = logging.getLogger("sidelight")
@@ -33,7 +34,7 @@ class Inquiry:
 
     message: pb.AttributeRequest
     request: Request
-    model: str  # its name
+    version: Version  # of its model: that which served when it came
     n_bytes: int
     deadline_s: float | None  # on the event loop's clock
     source: Span | None  # where the images are, if not in the message
@@ -73,8 +74,8 @@ class Explainer:
             timeout_s = wire.timeout_s(message)
             request = wire.parse(message, data)
             deadline_s = None if timeout_s is None else arrived_s + timeout_s
-            model = await self._ready(request.model, deadline_s)
-            answer_bytes, state_bytes = self._engine.held_bytes(request)
+            version = await self._ready(request.model, deadline_s)
+            answer_bytes, state_bytes = self._engine.held_bytes(request, version)
             maps_bytes = answer_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32
             source = _source(message.images, regions)
             sink = _sink(message.output, maps_bytes, regions)
@@ -83,7 +84,7 @@ class Explainer:
         return Inquiry(
             message=message,
             request=request,
-            model=model,
+            version=version,
             n_bytes=n_bytes + (source.n_bytes if source else 0) + answer_bytes + state_bytes,
             deadline_s=deadline_s,
             source=source,
@@ -108,7 +109,7 @@ class Explainer:
 
     def _admissions(self, inquiry: Inquiry) -> Iterator[Admission]:
         """Yield those whose permits a request needs; the model's own first, for who waits there must hold nothing."""
-        if own := self._of_models.get(inquiry.model):
+        if own := self._of_models.get(inquiry.version[0].name):
             yield own
         yield self.admission
 
@@ -119,16 +120,17 @@ class Explainer:
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed while the server was full") from None
 
-    async def _ready(self, name: str, deadline_s: float | None) -> str:
-        """Wait until a model serves, if it is loaded when it is first asked for. Return its name."""
-        entry = self._engine.registry.find(name)
-        if not entry.models:
-            try:
-                async with asyncio.timeout_at(deadline_s):
-                    await self._engine.registry.ready(name)
-            except TimeoutError:
-                raise DeadlineExceeded(f'timeout: it passed while model "{entry.name}" was being loaded') from None
-        return entry.name
+    async def _ready(self, name: str, deadline_s: float | None) -> Version:
+        """Return the version of a model that serves, after waiting for it where it is loaded when first asked for."""
+        registry = self._engine.registry
+        entry = registry.find(name)
+        if entry.models:
+            return entry.models
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                return await registry.ready(name)
+        except TimeoutError:
+            raise DeadlineExceeded(f'timeout: it passed while model "{entry.name}" was being loaded') from None
 
     async def explain(self, inquiry: Inquiry, progress: Progress | None = None) -> bytes:
         """Return the answer's message. Nothing but a `SidelightError` says why there is none."""
@@ -142,10 +144,10 @@ class Explainer:
 
     async def _answer(self, inquiry: Inquiry, progress: Progress | None) -> Answer:
         if inquiry.deadline_s is None:
-            return await self._engine.attribute(await _fetched(inquiry), progress)
+            return await self._engine.attribute(await _fetched(inquiry), progress, inquiry.version)
         try:
             async with asyncio.timeout_at(inquiry.deadline_s):
-                return await self._engine.attribute(await _fetched(inquiry), progress)
+                return await self._engine.attribute(await _fetched(inquiry), progress, inquiry.version)
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
 

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ log = logging.getLogger("sidelight")
 RETRY_S = 10.0  # after which a model that could not be loaded is tried again, if somebody asks for it
 
 
+Version = tuple[Model, ...]  # of one model, one for each station
 Fingerprint = tuple[tuple[Path, int, int], ...]  # files, their size and time of change in ns; −1 where there is none
 
 
@@ -46,7 +47,7 @@ class Entry:
     def __init__(self, name: str, settings: ModelSettings, spec: ModelSpec | None = None) -> None:
         self.name = name
         self.settings = settings
-        self.models: tuple[Model, ...] = ()  # one for each station; empty: not loaded
+        self.models: Version = ()  # one for each station; empty: not loaded
         self.loaded_from: Fingerprint = ()  # the files as they were before they were read the last time
         self.failure = ""  # why the last attempt to load it came to nothing
         self._failed_s = 0.0
@@ -85,13 +86,13 @@ class Entry:
 
 
 class Registry:
-    """The models of an engine. Loading has a thread of its own; what it runs on a device waits for its turn there."""
+    """The models of an engine. Each is loaded in a thread; what that runs on a device waits for its turn there."""
 
     def __init__(
         self, offered: Sequence[ModelSpec | ModelSettings], settings: Settings, stations: Sequence[Station]
     ) -> None:
         self._stations = stations
-        self._loader = ThreadPoolExecutor(1, thread_name_prefix="sidelight-load")
+        self._turn = threading.Lock()  # models are loaded one after the other
         self._lock = threading.Lock()  # over who begins to load
         self._is_closed = False
         self.entries: dict[str, Entry] = {}
@@ -111,19 +112,20 @@ class Registry:
         except KeyError:
             raise NotFound(f'model: there is no "{name}"; {near(name, self.entries)}') from None
 
-    def serving(self, name: str) -> tuple[Model, ...]:
-        """Return the version that serves, on each station. `Unavailable` where it is not loaded: see `ready`."""
+    def serving(self, name: str) -> Version:
+        """Return the version that serves. `Unavailable` where none is loaded: see `ready`."""
         entry = self.find(name)
         if not entry.models:
             raise Unavailable(f'model "{entry.name}" is not loaded yet')
         return entry.models
 
-    async def ready(self, name: str) -> None:
-        """Wait until a model serves, and load it if nobody has. `FailedPrecondition` where that is of no use."""
+    async def ready(self, name: str) -> Version:
+        """Return the version that serves; load one if nobody has. `FailedPrecondition` where that is of no use."""
         entry = self.find(name)
         if not entry.models:
             # Shielded: others may wait for the same, and the model comes to stay.
             await asyncio.shield(asyncio.wrap_future(self._begin(entry)))
+        return entry.models
 
     async def reload(self, name: str) -> Entry:
         """Load a model again from its source, beside the one that serves, and let it take over.
@@ -153,7 +155,6 @@ class Registry:
     def close(self) -> None:
         """Load nothing more."""
         self._is_closed = True
-        self._loader.shutdown(wait=False, cancel_futures=True)
 
     def _begin(self, entry: Entry) -> "Future[None]":
         """Return the loading of a model that is not loaded: the one that runs, or a new one."""
@@ -165,10 +166,21 @@ class Registry:
             return entry._loading
 
     def _submit(self, load: Callable[[], None]) -> "Future[None]":
-        try:
-            return self._loader.submit(load)
-        except RuntimeError as error:  # it takes nothing more
-            raise Unavailable("the server is shutting down") from error
+        """Load in a thread: a daemon, for a factory that hangs must not keep the process from ending."""
+        future: Future[None] = Future()
+
+        def run() -> None:
+            with self._turn:
+                try:
+                    if self._is_closed:
+                        raise Unavailable("the server is shutting down")
+                    load()
+                    future.set_result(None)
+                except BaseException as error:
+                    future.set_exception(error)
+
+        threading.Thread(target=run, name="sidelight-load", daemon=True).start()
+        return future
 
     def _load_first(self, entry: Entry) -> None:
         try:
@@ -183,19 +195,23 @@ class Registry:
     def _load(self, entry: Entry) -> None:
         """Load a version and let it take over. On the loader's thread."""
         began, before = time.monotonic(), entry.models
+        failure = None
         try:
             entry.models = self._loaded(entry, before)
         except Exception as error:  # whatever a source and a model may raise that is not foreseen
+            failure = str(error) if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {error}"
+        # Past the except clause, where the traceback no longer keeps the half of a model alive.
+        if failure is not None:
             if self._is_closed:
-                raise Unavailable("the server is shutting down") from None
-            said = str(error) if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {error}"
-            entry.failure, entry._failed_s = " ".join(said.split()), time.monotonic()
+                raise Unavailable("the server is shutting down")
+            said = " ".join(failure.split()).removeprefix(f'model "{entry.name}": ')
+            entry.failure, entry._failed_s = said, time.monotonic()
             log.error('event=load_failed model="%s" message="%s"', entry.name, entry.failure)
-            raise FailedPrecondition(f'model "{entry.name}": {entry.failure}') from None
+            raise FailedPrecondition(f'model "{entry.name}": {entry.failure}')
         entry.failure = ""
         log.info("%s seconds=%.1f", told(entry.models[0]), time.monotonic() - began)
 
-    def _loaded(self, entry: Entry, before: tuple[Model, ...]) -> tuple[Model, ...]:
+    def _loaded(self, entry: Entry, before: Version) -> Version:
         n_threads = torch.get_num_threads()
         torch.set_num_threads(
             1
@@ -210,7 +226,7 @@ class Registry:
             torch.set_num_threads(n_threads)  # of threads that begin later
         return models
 
-    def _versions(self, entry: Entry, version: int, *, turns: Sequence[InTurn]) -> tuple[Model, ...]:
+    def _versions(self, entry: Entry, version: int, *, turns: Sequence[InTurn]) -> Version:
         entry.loaded_from = entry.fingerprint()
         spec = entry.spec()
         models = tuple(

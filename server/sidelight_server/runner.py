@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -44,7 +44,7 @@ class Runner:
         self._on_end = on_end
         self._staging = Staging(device)
         self._ring: Ring[Taken] = Ring()
-        self._errands: deque[Callable[[], None]] = deque()
+        self._errands: deque[tuple[Callable[[], None], Future[Any]]] = deque()
         self._flying: deque[_Flight] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -87,7 +87,7 @@ class Runner:
 
         with self._changed:
             self._refuse_if_ended()
-            self._errands.append(run)
+            self._errands.append((run, future))
             self._changed.notify()
         return future
 
@@ -115,6 +115,8 @@ class Runner:
         finally:
             with self._changed:
                 self._closed = True
+            for _, future in self._errands:  # whoever waits for one would wait for ever
+                future.set_exception(Unavailable("the server is shutting down"))
             self._on_end()
 
     def _step(self) -> bool:
@@ -140,7 +142,7 @@ class Runner:
             if errand is None and isinstance(head, Work):
                 return self._ring.take_chunk(head.model.chunk_rows)
         if errand is not None:
-            errand()
+            errand[0]()
         return []
 
     def _launch(self, rows: Sequence[Taken]) -> Chunk | SidelightError:
