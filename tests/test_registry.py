@@ -134,6 +134,7 @@ def _server(engine: Engine) -> Iterator[str]:
     [
         ({"a": {"weights": "w.pt"}}, "models.a.model: not set"),
         ({"a": {"model": SOURCE, "name": "b"}}, "name"),
+        ({"a": {"model": SOURCE}, "b": {"model": SOURCE, "weights": "no.pt"}}, "models.b: weights: no.pt is not there"),
         ({"a": {"modle": SOURCE}}, "models.a.modle: there is no such setting in .*; did you mean model"),
         ({"": {"model": SOURCE}}, "models"),
         ({"a": {"model": SOURCE, "input_size": (1, 2)}}, "models.a.input_size"),
@@ -352,7 +353,7 @@ def test_labels_are_read_again(weights: Path, tmp_path: Path) -> None:
         client.reload()
         assert client.attribute(FLOATS).predictions[0].label.endswith("!")
         labels.write_text("one")
-        with pytest.raises(sidelight.FailedPrecondition, match="labels: got 1"):
+        with pytest.raises(sidelight.FailedPrecondition, match=r"labels: .*labels.txt: got 1"):
             client.reload()
 
 

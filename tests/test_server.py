@@ -186,7 +186,7 @@ REFUSALS = {
     "weights that are a folder": (weights("."), ("weights: .: ",)),
     "fewer labels than classes": (
         [*NET, "--labels", "two.txt"],
-        ('labels: got 2, model "net" has 5 classes',),
+        ('labels: two.txt: got 2, model "net" has 5 classes',),
     ),
     "missing labels": ([*NET, "--labels", "gone.txt"], ("labels: gone.txt: ", "No such file")),
     "unknown device": ([*NET[:-1], "tpu"], ('device: got "tpu"', "cpu, cuda:N or mps")),

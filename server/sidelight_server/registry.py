@@ -6,7 +6,7 @@ import enum
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -99,7 +99,8 @@ class Registry:
         for each in offered:
             entry = _entry(each, settings)
             if entry.settings.load == "eager" or not entry.has_source:
-                entry.models = self._versions(entry, 1, turns=[at_once] * len(stations))
+                with _naming(entry.name if entry.name in settings.models else ""):
+                    entry.models = self._versions(entry, 1, turns=[at_once] * len(stations))
                 entry.name = entry.models[0].name
             if entry.name in self.entries:
                 raise ConfigurationError(f'name: two models are called "{entry.name}"')
@@ -246,6 +247,15 @@ def told(model: Model) -> str:
         f'call="{model.adapter.told}" outputs={model.head.outputs} activation={model.head.activation} '
         f"classes={model.class_count or 'unknown'} chunk_rows={model.chunk_rows}"
     )
+
+
+@contextlib.contextmanager
+def _naming(table: str) -> Iterator[None]:
+    """Let what is wrong with a model say in which table it stands."""
+    try:
+        yield
+    except ConfigurationError as error:
+        raise ConfigurationError(f"models.{table}: {error}" if table else str(error)) from None
 
 
 def _stat(path: Path) -> tuple[int, int]:

@@ -230,7 +230,10 @@ class Model:
             answer = self.in_turn(lambda: self.kernel.run(inputs, [PREDICTED], [self.scores[0]]))
         n_classes = answer.output_shape[0]
         if self.labels and len(self.labels) != n_classes:
-            raise ConfigurationError(f'labels: got {len(self.labels)}, model "{self.name}" has {n_classes} classes')
+            file = f"{self.settings.labels}: " if self.settings.labels else ""
+            raise ConfigurationError(
+                f'labels: {file}got {len(self.labels)}, model "{self.name}" has {n_classes} classes'
+            )
         self.learn_output(answer.output_shape)
         if self.rows_touch:
             self.chunk_rows = 1
