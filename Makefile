@@ -9,6 +9,9 @@ IMAGE ?= sidelight:latest
 
 setup: .venv/.ready .venv-floor/.ready
 
+# The tests of ONNX find these beside the environment: in it, torchvision would change what transformers imports.
+ONNX := ml_dtypes onnx onnx2torch rapidocr-onnxruntime torchvision
+
 # torch first and alone: left to a dependency's choice, pip may bring another build of it.
 .venv/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -16,6 +19,7 @@ setup: .venv/.ready .venv-floor/.ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]' --group dev
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python pyhealth==2.1.0
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/onnx $(ONNX)
 	touch $@
 
 # The oldest grpcio and protobuf that pyproject.toml allows, and the generator of the stubs, which is their age.

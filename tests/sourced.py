@@ -1,4 +1,4 @@
-"""For the tests of sources: a small real network, its maps as torch computes them, and those of a server on a source."""
+"""For the tests of sources: a small network, its maps as torch computes them, and those of a server on a source."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -3,6 +3,9 @@
 import json
 import pickle
 import shutil
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -146,6 +149,23 @@ def test_weights_only_pickles_are_read_where_there_is_no_safetensors(tmp_path: P
     assert torch.equal(loaded(pixel_values=x).logits, module(x).logits)
 
 
+def test_without_the_extra_a_line_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not there
+    assert refusal("hf:net") == "hf: needs the extra: pip install 'sidelight[hf]'"
+
+
+def test_an_exported_classifier_is_served_where_nobody_has_imported_transformers(tmp_path: Path) -> None:
+    module, x = vit(), examples(3, (3, 48, 48))
+    with warnings.catch_warnings(action="ignore"):
+        program = torch.export.export(module, (x,), dynamic_shapes={"pixel_values": {0: torch.export.Dim.AUTO}})
+        torch.export.save(program, tmp_path / "vit.pt2")
+    source = f"export:{tmp_path}/vit.pt2"
+    code = f"from sidelight_server.models import sources; print(sources.load({source!r}).input_size)"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout == "(3, 48, 48)\n"
+    assert_serves(source, lambda x: module(x).logits, x)
+
+
 def test_every_file_of_a_folder_is_watched(tmp_path: Path) -> None:
     folder = write(tmp_path / "net", vit(), ViTImageProcessorPil())
     names = {each.name for each in sources.files(f"hf:{folder}")}
@@ -154,9 +174,7 @@ def test_every_file_of_a_folder_is_watched(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(
-        tmp_path_factory.mktemp("good") / "net", vit(), ViTImageProcessorPil(size={"height": 48, "width": 48})
-    )
+    return write(tmp_path_factory.mktemp("good") / "net", vit(), ViTImageProcessorPil(size={"height": 48, "width": 48}))
 
 
 @pytest.fixture
@@ -206,10 +224,6 @@ def drop(*names: str) -> Callable[[Path], None]:
     return make
 
 
-def of_another_shape(folder: Path) -> None:
-    change("config.json", hidden_size=24)(folder)
-
-
 def processor(**changes: object) -> Callable[[Path], None]:
     return change("preprocessor_config.json", **changes)
 
@@ -227,7 +241,14 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "a list": (lambda folder: (folder / "config.json").write_text("[]"), ("net/config.json: holds list",)),
     "no kind of model": (change("config.json", model_type="nothing"), ("model: net: ", "nothing")),
     "a model of texts": (change("config.json", model_type="bert"), ("model: net: ", "BertConfig")),
-    "weights of another shape": (of_another_shape, ("model: net: ", "its weights")),
+    "weights of another shape": (
+        change("config.json", hidden_size=24),
+        ("model: net: its weights have ", "its config.json expects "),
+    ),
+    "an adapter": (
+        lambda folder: (folder / "adapter_config.json").write_text("{}"),
+        ("net/adapter_config.json: changes a model that is elsewhere",),
+    ),
     "weights that are missing": (change("config.json", num_hidden_layers=3), ("model: net: its weights lack vit.",)),
     "code of its own": (code, ("net/config.json: auto_map: wants code of its own, which is never run",)),
     "code in weights": (malicious, ("model: net: ", "code in a file is never run")),
@@ -236,7 +257,7 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "half of the processor": (cut("preprocessor_config.json"), ("net/preprocessor_config.json: ",)),
     "another processor": (
         processor(image_processor_type="LevitImageProcessor"),
-        ('net/preprocessor_config.json: image_processor_type: got "LevitImageProcessor"', "ViTImageProcessor"),
+        ("net/preprocessor_config.json: image_processor_type: got 'LevitImageProcessor'", "ViTImageProcessor"),
     ),
     "a processor that pads": (processor(do_pad=True), ("net/preprocessor_config.json: do_pad: got True",)),
     "turned channels": (processor(do_flip_channel_order=True), ("do_flip_channel_order: got True",)),
@@ -247,7 +268,7 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         processor(do_center_crop=True, crop_size={"height": 32, "width": 32}),
         ("preprocessor_config.json: crop_size: got ",),
     ),
-    "an unknown filter": (processor(resample=9), ("preprocessor_config.json: 9 is not a valid Resampling",)),
+    "an unknown filter": (processor(resample=9), ("preprocessor_config.json: resample: got 9, expected one of 0, 1",)),
     "means of two channels": (processor(image_mean=[0.5, 0.5]), ("image_mean: got [0.5, 0.5], expected 3 numbers",)),
     "a mean that is a text": (processor(image_mean="grey"), ("preprocessor_config.json: ",)),
 }

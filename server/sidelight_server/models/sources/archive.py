@@ -6,18 +6,23 @@ source. A file is refused here unless each of these holds what `torch.export.sav
 """
 
 import ast
+import contextlib
+import importlib
 import io
 import json
 import re
 import zipfile
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.pt2_archive import PT2ArchiveReader
 
 from ...errors import ConfigurationError
+
+if TYPE_CHECKING:  # older torch has none
+    from torch.export.pt2_archive import PT2ArchiveReader
 
 # What torch writes beside weights and program; compiled code ("data/aotinductor/…") is not among it.
 _MEMBERS = re.compile(
@@ -34,7 +39,7 @@ _OPERATORS = re.compile(
     r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|pos|eq|ne|lt|le|gt|ge|and_|or_|not_|lshift|rshift)"
     r"|math\.(ceil|floor|trunc|sqrt)"
 )
-_NAME = re.compile(r"[\w.:+<>\- ]*")  # nothing in it is Python beyond an expression without a call
+_NAME = re.compile(r"[\w.+\- ]*")  # in Python source it is a name, or nothing that compiles
 _SIZES = (
     ast.Expression,
     ast.Name,
@@ -66,11 +71,23 @@ def read(data: bytes) -> ExportedProgram:
     if not zipfile.is_zipfile(io.BytesIO(data)):
         raise ConfigurationError("is no archive, or broken; expected what torch.export.save makes")
     _check(data)
+    _register_outputs(data)
     # Not the file again: it could have changed.
     return torch.export.load(io.BytesIO(data))
 
 
+def _register_outputs(data: bytes) -> None:
+    """Make the outputs of transformers' models known to torch, which takes them for nothing before that is imported."""
+    if b"transformers.modeling_outputs." in data:
+        with contextlib.suppress(ImportError):
+            importlib.import_module("transformers.modeling_outputs")
+
+
 def _check(data: bytes) -> None:
+    try:
+        from torch.export.pt2_archive import PT2ArchiveReader
+    except ImportError:
+        raise ConfigurationError(f"needs torch 2.8 or newer, this is {torch.__version__}") from None
     with zipfile.ZipFile(io.BytesIO(data)) as archive:  # with which torch looks for the older form, and unpickles it
         names = archive.namelist()
         if "version" in names or "serialized_exported_program.json" in names:
@@ -92,7 +109,7 @@ def _check(data: bytes) -> None:
         _check_program(json.loads(archive.read_bytes(_PROGRAM)))
 
 
-def _check_payloads(archive: PT2ArchiveReader, kind: str) -> None:
+def _check_payloads(archive: "PT2ArchiveReader", kind: str) -> None:
     config = json.loads(archive.read_bytes(f"data/{kind}/model_{kind}_config.json"))["config"]
     for payload in config.values():
         name = str(payload["path_name"])
@@ -102,7 +119,7 @@ def _check_payloads(archive: PT2ArchiveReader, kind: str) -> None:
             raise ConfigurationError(f'"{name}" is no tensor')
 
 
-def _check_pickle(archive: PT2ArchiveReader, name: str) -> object:
+def _check_pickle(archive: "PT2ArchiveReader", name: str) -> object:
     """Read a pickle as torch will, but weights-only. Raises `UnpicklingError` for what is more than tensors."""
     if not (pickled := archive.read_bytes(name)):
         return None

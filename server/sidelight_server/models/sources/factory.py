@@ -9,6 +9,7 @@ from torch import nn
 from ...errors import ConfigurationError
 from ..spec import ModelSpec
 from . import state
+from .refusal import cause
 
 FORM = "python:package.module:factory"
 
@@ -35,7 +36,7 @@ def _call(source: str, module_name: str, factory_name: str) -> object:
         module = importlib.import_module(module_name)
     except (Exception, SystemExit) as error:  # a script without a main guard exits
         raise ConfigurationError(
-            f'model: cannot import "{module_name}" for {source}: {type(error).__name__}: {error}'
+            f'model: cannot import "{module_name}" for {source}: {type(error).__name__}: {cause(error)}'
         ) from error
     factory = getattr(module, factory_name, None)
     if not callable(factory):
@@ -43,7 +44,7 @@ def _call(source: str, module_name: str, factory_name: str) -> object:
     try:
         return factory()
     except (Exception, SystemExit) as error:
-        raise ConfigurationError(f"model: {source} raised {type(error).__name__}: {error}") from error
+        raise ConfigurationError(f"model: {source} raised {type(error).__name__}: {cause(error)}") from error
 
 
 def files(place: str, weights: Path | None) -> tuple[Path, ...]:

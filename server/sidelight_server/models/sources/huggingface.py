@@ -20,6 +20,7 @@ from .refusal import refuse_weights, refusing
 
 FORM = "hf:DIR"
 CONFIG = "config.json"
+ADAPTER = "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -34,6 +35,8 @@ def load(place: str, weights: Path | None) -> ModelSpec:
     config = _read(folder / CONFIG)
     if config.get("auto_map"):
         raise ConfigurationError(f"model: {folder / CONFIG}: auto_map: wants code of its own, which is never run")
+    if (folder / ADAPTER).exists():
+        raise ConfigurationError(f"model: {folder / ADAPTER}: changes a model that is elsewhere; expected a whole one")
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ConfigurationError(f"model: {folder}: holds no weights, expected {WEIGHTS[0]}")
     processor = folder / image_processor.FILE
@@ -42,13 +45,14 @@ def load(place: str, weights: Path | None) -> ModelSpec:
         if processor.is_file()
         else {"input_size": _size(config)}
     )
+    labels = _labels(folder, config)
     return ModelSpec(
         _module(folder),
         input="pixel_values",
         output="logits",
         outputs="logits",
         activation="sigmoid" if config.get("problem_type") == "multi_label_classification" else "softmax",
-        labels=_labels(folder, config),
+        labels=labels,
         name=folder.resolve().name,
         **preprocessing,
     )
@@ -67,11 +71,17 @@ def _module(folder: Path) -> nn.Module:
         raise ConfigurationError("hf: needs the extra: pip install 'sidelight[hf]'") from error
     with refusing("model", folder), _quiet():
         module, found = transformers.AutoModelForImageClassification.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, weights_only=True, output_loading_info=True
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            weights_only=True,
+            ignore_mismatched_sizes=True,  # they are refused here, by name
+            output_loading_info=True,
         )
         # It would put random numbers where there is no weight, and say so in its log.
-        missing = sorted({*found["missing_keys"], *(str(each) for each in found["mismatched_keys"])})
-        if missing:
+        for name, got, expected in found["mismatched_keys"]:
+            raise ValueError(f"its weights have {name} {list(got)}, its {CONFIG} expects {list(expected)}")
+        if missing := sorted(found["missing_keys"]):
             raise ValueError(f"its weights lack {', '.join(missing[:4])}" + (", …" if len(missing) > 4 else ""))
         assert isinstance(module, nn.Module)  # noqa: S101
         return module.eval()

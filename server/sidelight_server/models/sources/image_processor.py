@@ -5,11 +5,12 @@ It is read by hand, for its class may want torchvision. What cannot be said by a
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from PIL import Image
 
 from ...errors import ConfigurationError
+from ..preprocessing import Interpolation
 from .refusal import refusing
 
 FILE = "preprocessor_config.json"
@@ -73,7 +74,7 @@ def preprocessing(path: Path, said: Mapping[str, Any], *, channels: int) -> dict
         return {
             "input_size": (channels, height, width),
             "resize": resize,
-            "interpolation": Image.Resampling(wanted["resample"]).name.lower(),
+            "interpolation": _interpolation(wanted["resample"]),
             "pixel_range": _pixel_range(wanted),
             "mean": _numbers(wanted, "image_mean", channels),
             "std": _numbers(wanted, "image_std", channels),
@@ -133,6 +134,13 @@ def _square(wanted: Mapping[str, Any], key: str) -> tuple[int, int]:
         case {"height": int(height), "width": int(width), **others} if not any(others.values()):
             return height, width
     raise _refused(key, value, "height and width")
+
+
+def _interpolation(resample: object) -> str:
+    known: dict[int, str] = {int(Image.Resampling[each.upper()]): each for each in get_args(Interpolation)}
+    if not isinstance(resample, int) or resample not in known:
+        raise _refused("resample", resample, f"one of {', '.join(map(str, sorted(known)))}")
+    return known[resample]
 
 
 def _pixel_range(wanted: Mapping[str, Any]) -> tuple[float, float] | None:

@@ -1,5 +1,6 @@
 """ONNX: `onnx:FILE`, a network that onnx2torch writes anew as a module. An optional extra."""
 
+import functools
 import importlib
 import warnings
 from pathlib import Path
@@ -32,17 +33,37 @@ def load(place: str, weights: Path | None) -> ModelSpec:
     onnx, onnx2torch = _imported("onnx"), _imported("onnx2torch")
     with refusing("model", path), warnings.catch_warnings(action="ignore"):
         network = onnx.load(str(path), load_external_data=False)
-        onnx.checker.check_model(network, full_check=False)
         _load_external(onnx, network, path.parent)
+        onnx.checker.check_model(network)
         known = _input(network)
         _settle(network)
         return ModelSpec(onnx2torch.convert(network).eval(), name=path.stem, **known)
 
 
 def files(place: str, weights: Path | None) -> tuple[Path, ...]:
-    """Return the file, and those that lie beside it with its name: where large weights are."""
+    """Return the file, and those in which it keeps its weights."""
     path = Path(place)
-    return (path, *sorted(each for each in path.parent.glob(f"{path.name}*") if each != path and each.is_file()))
+    try:
+        state = path.stat()
+    except OSError:
+        return (path,)
+    return (path, *_beside(path, state.st_size, state.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=64)
+def _beside(path: Path, size: int, changed_ns: int) -> tuple[Path, ...]:
+    """Return the files in which another, as it is since it changed, keeps its weights. They are asked for often."""
+    try:
+        onnx = _imported("onnx")
+        return tuple(path.parent / each for each in sorted(_locations(onnx, onnx.load(path, load_external_data=False))))
+    except Exception:  # loading it will say what is wrong
+        return ()
+
+
+def _locations(onnx: ModuleType, network: Any) -> set[str]:
+    """Return the names of other files in which weights are, from the file's folder."""
+    tensors = onnx.external_data_helper._get_all_tensors(network)
+    return {entry.value for each in tensors for entry in each.external_data if entry.key == "location"}
 
 
 def _imported(name: str) -> ModuleType:
@@ -69,10 +90,9 @@ def _define_names() -> None:
 def _load_external(onnx: ModuleType, network: Any, folder: Path) -> None:
     """Read weights out of other files of the folder, and of no other place."""
     inside = folder.resolve()
-    for tensor in onnx.external_data_helper._get_all_tensors(network):
-        for entry in tensor.external_data:
-            if entry.key == "location" and not (folder / entry.value).resolve().is_relative_to(inside):
-                raise ConfigurationError(f'has weights in "{entry.value}", expected a file in the same folder')
+    for location in _locations(onnx, network):
+        if not (folder / location).resolve().is_relative_to(inside):
+            raise ConfigurationError(f'has weights in "{location}", expected a file in the same folder')
     onnx.load_external_data_for_model(network, str(folder))
 
 

@@ -21,20 +21,25 @@ def refusing(setting: str, path: Path | str) -> Iterator[None]:
     except FileNotFoundError:
         raise ConfigurationError(f"{setting}: {path} is not there") from None
     except pickle.UnpicklingError as error:  # torch's own message advises to run the code
+        expected = "; expected what torch.save makes of a state_dict()" if setting == "weights" else ""
         raise ConfigurationError(
-            f"{setting}: {path}: is broken, or holds more than tensors, and code in a file is never run; "
-            "expected what torch.save makes of a state_dict()"
+            f"{setting}: {path}: is broken, or holds more than tensors, and code in a file is never run{expected}"
         ) from error
     except (Exception, SystemExit) as error:
-        raise ConfigurationError(f"{setting}: {path}: {cause(error)}") from error
+        raise ConfigurationError(f"{setting}: {path}: {_named(error)}") from error
 
 
 def cause(error: BaseException) -> str:
     """Return what an error says, in one line."""
     said = " ".join(str(error).split())
-    if not said or isinstance(error, KeyError):  # which says no more than what was looked for
-        said = f"{type(error).__name__} {said}".strip()
     return said if len(said) <= MAX_CAUSE else said[:MAX_CAUSE] + "…"
+
+
+def _named(error: BaseException) -> str:
+    said = cause(error)
+    if not said or isinstance(error, KeyError):  # which says no more than what was looked for
+        return f"{type(error).__name__} {said}".strip()
+    return said
 
 
 def require_file(setting: str, path: Path) -> None:

@@ -26,6 +26,8 @@ def load(place: str, weights: Path | None) -> ModelSpec:
         with warnings.catch_warnings(action="ignore"):
             # torch annotates neither this function nor its replacement.
             module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
+        for each in module.parameters():
+            each.requires_grad_(False)  # it is nobody else's, and copies of a script's weights cannot be frozen
         return ModelSpec(module.eval(), name=path.stem, label=_label(module))
 
 

@@ -1,0 +1,82 @@
+"""Sources: `onnx:FILE`. In a process of its own, for onnx2torch and what it brings are in no tests' environment."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sourced import refusal
+
+# What the extra brings, beside the environment: torchvision among it, which would change what others import.
+EXTRA = Path(sys.prefix) / "onnx"
+CASES = Path(__file__).with_name("onnx_cases.py")
+needs_extra = pytest.mark.skipif(not (EXTRA / "onnx2torch").is_dir(), reason=f"onnx2torch is not in {EXTRA.name}/")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What the cases found out, each by its name."""
+    path = os.pathsep.join([str(EXTRA), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    ran = subprocess.run(
+        [sys.executable, CASES],
+        cwd=tmp_path_factory.mktemp("onnx"),
+        env=os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    return dict(json.loads(ran.stdout.splitlines()[-1]))
+
+
+@needs_extra
+def test_a_network_is_served_as_torch_computes_it(found: dict[str, object]) -> None:
+    assert found["served"] < 1e-5  # the largest difference, as a share of the largest value
+
+
+@needs_extra
+def test_a_network_of_a_static_batch_says_so(found: dict[str, object]) -> None:
+    assert found["static"] == [[2, 2], [3, 16, 16]]
+    assert found["dynamic"] == [None, [3, 16, 16]]
+    assert found["served static"] < 1e-5
+
+
+@needs_extra
+def test_a_packaged_classifier_answers_as_the_reference_does(found: dict[str, object]) -> None:
+    assert found["packaged outputs"] < 1e-4
+    assert found["packaged gradient"] > 0
+
+
+@needs_extra
+def test_weights_beside_the_file_are_read_and_watched(found: dict[str, object]) -> None:
+    assert found["external"] < 1e-6
+    assert found["watched"] == ["beside.onnx", "weights.bin"]
+
+
+REFUSALS = {
+    "weights in another folder": 'model: outside.onnx: has weights in "../secret.bin", expected a file in the same',
+    "weights anywhere": 'model: anywhere.onnx: has weights in "/',
+    "missing": "model: gone.onnx is not there",
+    "folder": "model: folder.onnx: is a folder, expected a file",
+    "half": "model: half.onnx: ",
+    "text": "model: text.onnx: ",
+    "empty": "model: empty.onnx: ",
+    "two inputs": "model: two.onnx: takes x [2, 3, 16, 16], y [2, 3, 16, 16], expected one floating input",
+    "an operator that has no equal": "model: strange.onnx: ",
+}
+
+
+@needs_extra
+@pytest.mark.parametrize(("case", "words"), REFUSALS.items(), ids=REFUSALS)
+def test_a_file_that_cannot_be_served_is_refused(case: str, words: str, found: dict[str, object]) -> None:
+    said = str(found[case])
+    assert said.startswith(words)
+    assert len(said.splitlines()) == 1
+
+
+def test_without_the_extra_a_line_says_what_to_install(tmp_path: Path) -> None:
+    (tmp_path / "net.onnx").write_bytes(b"\0")
+    assert refusal(f"onnx:{tmp_path}/net.onnx") == "onnx: needs the extra: pip install 'sidelight[onnx]'"
