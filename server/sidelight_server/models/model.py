@@ -246,8 +246,12 @@ class Model:
         except ConfigurationError as error:
             raise ConfigurationError(f'model "{self.name}": {error}') from error
         except Exception as error:
-            why = str(error).partition("\n\n")[0]  # torch's compiler goes on with advice
-            raise ConfigurationError(f'model "{self.name}": {what}: {type(error).__name__}: {why}') from error
+            said = str(error).strip()
+            # A script's interpreter tells the cause last; torch's compiler goes on with advice.
+            why = said.splitlines()[-1] if "TorchScript interpreter" in said else said.partition("\n\n")[0]
+            kind = type(error).__name__
+            why = why.removeprefix(f"{kind}: ")
+            raise ConfigurationError(f'model "{self.name}": {what}: {kind}: {why}') from error
 
 
 def _noise(shape: Shape, n: int, *, seed: int = 0) -> Tensor:
