@@ -1,4 +1,4 @@
-"""Models coming and going: what loading costs, what preprocessing costs, and what callers feel of a reload."""
+"""Models of any kind: PyHealth's class and ours, what loading and preprocessing cost, what callers feel of a reload."""
 
 import contextlib
 import statistics
@@ -13,6 +13,7 @@ import numpy as np
 import safetensors.torch
 import sidelight
 import torch
+from sidelight.pyhealth import BasicGradientSaliencyMaps
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.device import cpu_quota
 from sidelight_server.kernel import Kernel
@@ -21,6 +22,7 @@ from sidelight_server.models.preprocessing import Preprocessing
 from .kernel import maps
 from .measure import Line, in_turns, ratio, server
 from .nets import SIZE, resnet18
+from .original import PyHealthModel, original_class
 
 SOURCE = "python:benchmarks.nets:resnet18"
 LOADING_GOAL = 1.5
@@ -33,12 +35,31 @@ QUIET_S = 20.0
 
 
 def run() -> list[Line]:
-    """Measure all three on a ResNet-18."""
+    """Measure all of it on a ResNet-18."""
     torch.set_num_threads(cpu_quota())
     with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
         weights = Path(folder) / "resnet18.safetensors"
         safetensors.torch.save_file(resnet18().module.state_dict(), weights)
-        return [_loading(weights), _preprocessing(), *_reloads(weights)]
+        return [_drop_in(), _loading(weights), _preprocessing(), *_reloads(weights)]
+
+
+def _drop_in() -> Line:
+    """Compare the two classes of one name on a batch of 8, in this process."""
+    model, images = PyHealthModel(resnet18().module).eval(), torch.rand(8, 3, SIZE, SIZE)
+    with BasicGradientSaliencyMaps(model) as ours:
+        theirs = original_class()(model)
+        are_equal = torch.equal(ours.attribute(image=images)["image"], theirs.attribute(image=images)["image"])
+        rivals = {"theirs": lambda: theirs.attribute(image=images), "ours": lambda: ours.attribute(image=images)}
+        seconds = in_turns(rivals)
+    times = ratio(seconds["theirs"], seconds["ours"])
+    return Line(
+        what="sidelight.pyhealth's class over PyHealth's own, in one process, ResNet-18, batch 8",
+        figure=times,
+        unit="×",
+        goal="> 1, bit-equal",
+        met=times > 1 and are_equal,
+        detail="bit-equal" if are_equal else "not equal",
+    )
 
 
 def _loading(weights: Path) -> Line:

@@ -46,3 +46,30 @@ def test_a_picture_is_explained_by_every_method(address: str, tmp_path: Path) ->
     assert len(printed.splitlines()) == 12
     with Image.open(tmp_path / "methods.png") as picture:
         assert picture.height > picture.width
+
+
+def test_a_synthetic_radiograph_is_explained_by_its_spot(tmp_path: Path) -> None:
+    printed = run("chest_xray/explain.py", tmp_path)
+    assert "synthetic" in printed
+    sick = [line for line in printed.splitlines() if "truly COVID, predicted COVID" in line]
+    assert len(sick) == 2
+    for line in sick:  # on 1 % of the picture
+        assert int(line.partition("%")[0].rpartition(" ")[2]) > 10
+    assert {path.name for path in tmp_path.iterdir()} == {"gallery.png", "saliency.png", "synthetic.safetensors"}
+
+
+def test_a_hugging_face_folder_is_served(tmp_path: Path) -> None:
+    printed = run("hugging_face.py", tmp_path / "why.png")
+    assert "random" in printed
+    assert "3 classes: cat, dog, rocket" in printed
+    assert "grad_cam: " in printed
+    with Image.open(tmp_path / "why.png") as picture:
+        assert picture.width > 600
+
+
+def test_two_models_stand_side_by_side(tmp_path: Path) -> None:
+    printed = run("two_models.py", tmp_path / "why.png")
+    assert "exact: version 1, float32, " in printed
+    assert "fast: version 1, bfloat16+fold+channels_last, " in printed
+    assert printed.splitlines()[-1] == "fast: version 2 serves now"
+    assert (tmp_path / "why.png").exists()
