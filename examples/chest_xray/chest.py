@@ -3,6 +3,8 @@
 A radiograph here is two dark lungs, ribs and noise; "COVID" is a blurred bright spot in one of the lungs.
 """
 
+import itertools
+
 import numpy as np
 import torch
 from sidelight_server import ModelSpec
@@ -21,7 +23,7 @@ class Net(nn.Module):
         channels = (1, 8, 16, 32)
         blocks = [
             nn.Sequential(nn.Conv2d(n, m, 5, stride=2, padding=2), nn.BatchNorm2d(m), nn.ReLU())
-            for n, m in zip(channels, channels[1:], strict=False)
+            for n, m in itertools.pairwise(channels)
         ]
         self.features = nn.Sequential(*blocks)
         self.head = nn.Linear(2 * channels[-1], len(LABELS))
