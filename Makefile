@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo test lint proto proto-check bench peers pyhealth soak image clean
+.PHONY: setup demo test lint proto proto-check bench peers pyhealth soak fuzz image clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -92,10 +92,17 @@ pyhealth: .venv/.ready .venv-pyhealth/.ready
 	touch $@
 
 soak: .venv/.ready
+	$(BIN)/python -m benchmarks.faults
 	$(BIN)/python -m benchmarks.memory --requests 5000
 	$(BIN)/python -m benchmarks.storm --requests 10000
 	$(BIN)/python -m benchmarks.kills
 	$(BIN)/python -m benchmarks.messages --messages 100000
+
+# Bytes found by coverage, a minute for each target. The newest release for each Python; 3.0.0 is the last for 3.11.
+fuzz: .venv/.ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps 'atheris>=3.0,<4'
+	$(BIN)/python -m benchmarks.fuzz wire --seconds 60
+	$(BIN)/python -m benchmarks.fuzz files --seconds 60
 
 image:
 	buildah build --tag $(IMAGE) . || docker build --tag $(IMAGE) .

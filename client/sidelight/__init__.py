@@ -10,6 +10,7 @@ from ._aio import AsyncClient
 from ._attribution import Attribution
 from ._baselines import Blurred
 from ._client import Client, connect
+from ._credentials import TLS
 from ._errors import (
     Aborted,
     AlreadyExists,
@@ -53,6 +54,7 @@ from ._types import Convergence, Explained, Failure, Geometry, Prediction, Prove
 __version__ = "0.1.0"
 
 __all__ = [
+    "TLS",
     "Aborted",
     "AlreadyExists",
     "AsyncClient",

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-import logging
+import os
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Self
@@ -28,19 +28,18 @@ from ._client import (
     question_of_stream,
     telling,
 )
-from ._connection import Connection
-from ._errors import Cancelled, SidelightError, Unavailable
+from ._connection import DIAGNOSE_EVERY_S, Connection
+from ._credentials import TLS, Token
+from ._errors import Cancelled, SidelightError
 from ._images import Batch, Images
 from ._inbox import End
 from ._info import ModelInfo, ServerInfo
 from ._methods import Gradient, Method
 from ._order import Order
 from ._question import FOR_EVER_S, Question
-from ._servers import SILENT_WAIT_S, absent
+from ._servers import SILENT_WAIT_S
 from ._targets import Target
 from ._words import Channels, MapDtype, Score
-
-log = logging.getLogger("sidelight")
 
 _END = object()
 
@@ -52,6 +51,8 @@ def connect(
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     shared_memory: bool | str = False,
     retry: bool = True,
+    tls: bool | str | os.PathLike[str] | TLS | None = None,
+    token: Token | None = None,
 ) -> "AsyncClient":
     """Return a client of one server, or of several of the same model. It takes what `sidelight.connect` takes."""
     return AsyncClient(
@@ -60,6 +61,8 @@ def connect(
         max_message_bytes=max_message_bytes,
         shared_memory=shared_memory,
         retry=retry,
+        tls=tls,
+        token=token,
     )
 
 
@@ -78,6 +81,8 @@ class AsyncClient:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         shared_memory: bool | str = False,
         retry: bool = True,
+        tls: bool | str | os.PathLike[str] | TLS | None = None,
+        token: Token | None = None,
     ) -> None:
         self._client = Client(
             address,
@@ -85,6 +90,8 @@ class AsyncClient:
             max_message_bytes=max_message_bytes,
             shared_memory=shared_memory,
             retry=retry,
+            tls=tls,
+            token=token,
         )
         self._connect_timeout_s = connect_timeout
 
@@ -236,25 +243,25 @@ class AsyncClient:
         servers = self._client._servers
         if found := servers.ready_now():
             return found
+        servers.begin()
         changed = asyncio.Event()
         wake = _from_thread(changed.set)
-        telling_of_it = asyncio.get_running_loop().call_later(
-            SILENT_WAIT_S, log.warning, "waiting for a server at %s", servers.names
-        )
+        telling_of_it = asyncio.get_running_loop().call_later(SILENT_WAIT_S, servers.tell_waiting)
         for connection in servers.connections:
             connection.listen(wake)
         try:
             async with asyncio.timeout(timeout_s):
                 while not (found := servers.ready_now()):
-                    if any(each.is_closed for each in servers.connections):
-                        raise Unavailable("the client is closed")
                     changed.clear()
+                    servers.check()
                     for connection in servers.connections:
                         connection.seek()
-                    await changed.wait()
+                    with contextlib.suppress(TimeoutError):  # to look again why there is none
+                        async with asyncio.timeout(DIAGNOSE_EVERY_S):
+                            await changed.wait()
             return found
         except TimeoutError:
-            raise absent(servers.names, timeout_s) from None
+            raise servers.absent(timeout_s) from None
         finally:
             telling_of_it.cancel()
             for connection in servers.connections:

@@ -25,11 +25,12 @@ class Attempts:
         """Return how long to wait before the next attempt, in seconds; raise the error where there is none."""
         if not self._retry:
             raise error
-        if isinstance(error, Unavailable):
+        if isinstance(error, Unavailable) and error.retry_delay_s is None:
             self._n_away += 1
             delay_s = AWAY_DELAY_S if self._n_away < DEATHS else None
         else:
-            delay_s = error.retry_delay_s if isinstance(error, ResourceExhausted) else None
+            # A server that is full, or is loading its models yet, says so.
+            delay_s = error.retry_delay_s if isinstance(error, ResourceExhausted | Unavailable) else None
         if delay_s is None or delay_s >= self.left_s:
             raise error
         return delay_s

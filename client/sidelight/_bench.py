@@ -32,10 +32,11 @@ class Plan:
     seed: int = 0
     shared_memory: bool = False
     connect_timeout_s: float = CONNECT_TIMEOUT_S
+    reach: Callable[..., Client] = field(default=connect, repr=False)  # which knows TLS and token too
 
     def connect(self) -> Client:
         """Return a client of the server, as each load has one of its own."""
-        return connect(
+        return self.reach(
             self.address,
             connect_timeout=self.connect_timeout_s,
             shared_memory=self.shared_memory,

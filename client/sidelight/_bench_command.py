@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from . import __version__
+from ._access import Authority, Certificate, Encrypted, Key, Patience, TokenFile, reaching
 from ._arrivals import Arrivals
 from ._bench import N_OUTSTANDING, Bench, Plan
 from ._bench_plot import check_plot, plot
@@ -66,9 +67,12 @@ def bench(
     score: Annotated[Score, typer.Option(help="The number whose gradient is taken.")] = "probability",
     map_dtype: Annotated[MapDtype, typer.Option(help="How the maps travel; the shorter ones are rounded.")] = "float32",
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = TIMEOUT_S,
-    connect_timeout: Annotated[
-        float, typer.Option(help="Seconds to wait for a server that is not there yet.")
-    ] = CONNECT_TIMEOUT_S,
+    connect_timeout: Patience = CONNECT_TIMEOUT_S,
+    tls: Encrypted = False,
+    ca: Authority = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token_file: TokenFile = None,
     shared_memory: Annotated[
         bool, typer.Option("--shared-memory", help="Send arrays through memory that the server shares.")
     ] = False,
@@ -110,6 +114,7 @@ def bench(
         seed=seed,
         shared_memory=shared_memory,
         connect_timeout_s=connect_timeout,
+        reach=reaching(tls=tls, ca=ca, certificate=certificate, key=key, token_file=token_file),
     )
     how, what, size = _method(method), _target(target), _shape(shape)
     with plan.connect() as client:

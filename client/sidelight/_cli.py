@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
+from ._access import Address, Authority, Certificate, Encrypted, Key, Patience, TokenFile, reaching
 from ._bench_command import bench
-from ._client import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, RELOAD_TIMEOUT_S, TIMEOUT_S, connect
+from ._client import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, RELOAD_TIMEOUT_S, TIMEOUT_S
 from ._errors import InvalidArgument, SidelightError
 from ._masking import Occlusion
 from ._method_text import METHODS, parse_method
@@ -32,11 +33,6 @@ METHOD_HELP = f"How: {', '.join(METHODS)}; with options as in 'integrated_gradie
 app = typer.Typer(
     help="Which pixels decided each prediction.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
 )
-
-ADDRESS_HELP = 'The server: "host:port" or "unix:/path"; of several, with commas between them.'
-
-Address = Annotated[str, typer.Option(help=ADDRESS_HELP, envvar="SIDELIGHT_ADDRESS")]
-Patience = Annotated[float, typer.Option(help="Seconds to wait for a server that is not there yet.")]
 
 
 @app.command()
@@ -63,11 +59,17 @@ def attribute(
     map_dtype: Annotated[MapDtype, typer.Option(help="How the maps travel; the shorter ones are rounded.")] = "float32",
     timeout: Annotated[float, typer.Option(help="Seconds that one picture may take.")] = TIMEOUT_S,
     connect_timeout: Patience = CONNECT_TIMEOUT_S,
+    tls: Encrypted = False,
+    ca: Authority = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Explain pictures: print class, probability and time of each, and write overlays."""
     how = _method(method, signed=signed, times_input=times_input)
     what = _target(target, against=against, region=region, top_k=top_k)
-    with _errors_in_a_line(), connect(address, connect_timeout=connect_timeout) as client:
+    reach = reaching(tls=tls, ca=ca, certificate=certificate, key=key, token_file=token_file)
+    with _errors_in_a_line(), reach(address, connect_timeout=connect_timeout) as client:
         answers = client.stream(
             images,
             model,
@@ -94,12 +96,18 @@ def replay(
     address: Address = DEFAULT_ADDRESS,
     timeout: Annotated[float, typer.Option(help="Seconds that it may take.")] = TIMEOUT_S,
     connect_timeout: Patience = CONNECT_TIMEOUT_S,
+    tls: Encrypted = False,
+    ca: Authority = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Compute a saved answer again and compare: ends with 0 where it comes out as promised, else with 1.
 
     Promised are equal bytes where the model is served as reproducible, else maps that are equal within a tolerance.
     """
-    with _errors_in_a_line(), connect(address, connect_timeout=connect_timeout) as client:
+    reach = reaching(tls=tls, ca=ca, certificate=certificate, key=key, token_file=token_file)
+    with _errors_in_a_line(), reach(address, connect_timeout=connect_timeout) as client:
         replayed = compute_again(client, answer, image, baseline=baseline, timeout=timeout)
     report_replay(Console(), image, replayed)
     if not replayed.kept:
@@ -107,9 +115,19 @@ def replay(
 
 
 @app.command()
-def info(*, address: Address = DEFAULT_ADDRESS, connect_timeout: Patience = CONNECT_TIMEOUT_S) -> None:
+def info(
+    *,
+    address: Address = DEFAULT_ADDRESS,
+    connect_timeout: Patience = CONNECT_TIMEOUT_S,
+    tls: Encrypted = False,
+    ca: Authority = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token_file: TokenFile = None,
+) -> None:
     """Print a server's version, limits, methods and models."""
-    with _errors_in_a_line(), connect(address, connect_timeout=connect_timeout) as client:
+    reach = reaching(tls=tls, ca=ca, certificate=certificate, key=key, token_file=token_file)
+    with _errors_in_a_line(), reach(address, connect_timeout=connect_timeout) as client:
         server = client.info()
     report_server(Console(soft_wrap=True, highlight=False), server, address=address)
 
@@ -121,9 +139,15 @@ def reload(
     address: Address = DEFAULT_ADDRESS,
     timeout: Annotated[float, typer.Option(help="Seconds that loading may take.")] = RELOAD_TIMEOUT_S,
     connect_timeout: Patience = CONNECT_TIMEOUT_S,
+    tls: Encrypted = False,
+    ca: Authority = None,
+    certificate: Certificate = None,
+    key: Key = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Have a model loaded again from its source; the server must be started with --allow-reload."""
-    with _errors_in_a_line(), connect(address, connect_timeout=connect_timeout) as client:
+    reach = reaching(tls=tls, ca=ca, certificate=certificate, key=key, token_file=token_file)
+    with _errors_in_a_line(), reach(address, connect_timeout=connect_timeout) as client:
         loaded = client.reload(model, timeout=timeout)
     Console(soft_wrap=True, highlight=False).print(f"model {loaded.name}, version {loaded.version}, {loaded.digest}")
 

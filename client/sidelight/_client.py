@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
@@ -17,7 +18,8 @@ from ._attempts import Attempts
 from ._attribution import Attribution
 from ._baselines import given_array
 from ._connection import Connection
-from ._errors import InvalidArgument, PartialFailure, SidelightError, from_rpc
+from ._credentials import TLS, Access, Token
+from ._errors import InvalidArgument, PartialFailure, SidelightError, Unavailable, from_rpc
 from ._images import Batch, Images
 from ._inbox import End
 from ._info import ModelInfo, ServerInfo
@@ -51,6 +53,8 @@ def connect(
     max_message_bytes: int = MAX_MESSAGE_BYTES,
     shared_memory: bool | str = False,
     retry: bool = True,
+    tls: bool | str | os.PathLike[str] | TLS | None = None,
+    token: Token | None = None,
 ) -> "Client":
     """Return a client of the server at an address, "host:port" or "unix:/path". It returns at once.
 
@@ -64,6 +68,11 @@ def connect(
 
     A call that a full server refuses is made again after the delay that it names, and one whose server goes away once
     more, within its own time; without `retry` it fails at once.
+
+    With `tls` connections over TCP are encrypted, and the server must show a certificate of an authority that is
+    trusted: True for the public ones, a path for those of a PEM file, `TLS` for more. `token` is what each call brings
+    as a bearer token: text, the path of a file whose first line it is, or what returns it; the latter two are asked
+    for every call. `ValueError` where it would travel to another machine without TLS. UNIX sockets need none.
     """
     return Client(
         address,
@@ -71,6 +80,8 @@ def connect(
         max_message_bytes=max_message_bytes,
         shared_memory=shared_memory,
         retry=retry,
+        tls=tls,
+        token=token,
     )
 
 
@@ -88,8 +99,10 @@ class Client:
         max_message_bytes: int = MAX_MESSAGE_BYTES,
         shared_memory: bool | str = False,
         retry: bool = True,
+        tls: bool | str | os.PathLike[str] | TLS | None = None,
+        token: Token | None = None,
     ) -> None:
-        self._servers = Servers(address, max_message_bytes=max_message_bytes)
+        self._servers = Servers(address, max_message_bytes=max_message_bytes, access=Access.of(tls, token))
         self.max_message_bytes = max_message_bytes
         self._connect_timeout_s = connect_timeout
         self._shared_memory = shared_memory
@@ -215,10 +228,17 @@ class Client:
         return ModelInfo.of(self._ask("models", "ReloadModel", request, timeout_s=timeout).model)
 
     def _ask(self, stub: str, name: str, request: object, *, timeout_s: float = INFO_TIMEOUT_S) -> Any:
-        """Return a server's answer to a small question."""
-        connection = self._servers.ready(self._connect_timeout_s)
-        with telling(self.max_message_bytes):
-            return getattr(getattr(connection, stub), name)(request, timeout=timeout_s)
+        """Return a server's answer to a small question, after waiting for one that is starting."""
+        attempts = Attempts(self._connect_timeout_s, retry=True)
+        while True:
+            connection = self._servers.ready(self._connect_timeout_s)
+            try:
+                with telling(self.max_message_bytes):
+                    return getattr(getattr(connection, stub), name)(request, timeout=timeout_s)
+            except Unavailable as error:
+                if error.retry_delay_s is None:
+                    raise
+                self._closed.wait(attempts.delay_after(error))
 
     def _explain(self, request: pb.AttributeRequest, batch: Batch, *, timeout_s: float) -> Attribution:
         """Return the answer to a request for a batch."""

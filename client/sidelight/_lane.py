@@ -12,7 +12,7 @@ from typing import Protocol
 import grpc
 
 from ._connection import Connection
-from ._errors import Cancelled, SidelightError, Unavailable, from_rpc
+from ._errors import Cancelled, ResourceExhausted, SidelightError, Unavailable, from_rpc
 from ._frames import Incoming, Outgoing
 from ._shared_memory import Regions
 
@@ -141,6 +141,8 @@ class Lane:
         cause = from_rpc(error, max_message_bytes=self._max_message_bytes)
         trailers = error.trailing_metadata() or ()
         is_orderly = error.code() is _STALLED or any(each.key == END_TRAILER for each in trailers)
+        # This host has too many streams open. One of them may be this one's last call, which the server still counts.
+        is_orderly |= isinstance(cause, ResourceExhausted) and cause.retry_delay_s is not None
         if not is_orderly and error.code() not in _CUT and not any(each in cause.message for each in _CUT_WORDS):
             self._desk.end(cause)
         return cause, not is_orderly

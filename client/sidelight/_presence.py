@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Hashable, Sequence
 
-from ._errors import SidelightError, Unavailable
+from ._errors import ResourceExhausted, SidelightError, Unavailable
 
 log = logging.getLogger("sidelight")
 
@@ -18,7 +18,7 @@ class Presence:
         self._live: set[Hashable] = set()
         self._since_s = now_s  # since when there is none
         self._has_told = False
-        self._because = ""
+        self._cause: SidelightError | None = None  # of the last call's end
 
     def __contains__(self, lane: Hashable) -> bool:
         return lane in self._live
@@ -36,7 +36,7 @@ class Presence:
         if self._live == {lane}:
             self._since_s = now_s
         self._live.discard(lane)
-        self._because = f" (the last call ended with: {cause})"
+        self._cause = cause
 
     def tell(self, now_s: float) -> float | None:
         """Say in the log, once, that there has been no server for a while. Returns when to ask again, if ever."""
@@ -52,6 +52,8 @@ class Presence:
         """Return when there will have been none for so long; None while there is one."""
         return None if self._live else self._since_s + patience_s
 
-    def absence(self, what: str) -> Unavailable:
-        """Return what to say of it."""
-        return Unavailable(f"{what} no server answered at {self._names}{self._because}")
+    def absence(self, what: str) -> SidelightError:
+        """Return what to say of it: `Unavailable`, or `ResourceExhausted` where the server took no more streams."""
+        because = f" (the last call ended with: {self._cause})" if self._cause else ""
+        kind = ResourceExhausted if isinstance(self._cause, ResourceExhausted) else Unavailable
+        return kind(f"{what} no server answered at {self._names}{because}")

@@ -6,7 +6,8 @@ import threading
 import time
 from collections.abc import Sequence
 
-from ._connection import Connection
+from ._connection import DIAGNOSE_EVERY_S, Connection
+from ._credentials import Access
 from ._errors import InvalidArgument, Unavailable
 
 log = logging.getLogger("sidelight")
@@ -17,7 +18,13 @@ SILENT_WAIT_S = 1.0
 class Servers:
     """One connection for each address."""
 
-    def __init__(self, addresses: str | Sequence[str], *, max_message_bytes: int) -> None:
+    def __init__(
+        self,
+        addresses: str | Sequence[str],
+        *,
+        max_message_bytes: int,
+        access: Access = Access(),  # noqa: B008
+    ) -> None:
         given = addresses.split(",") if isinstance(addresses, str) else addresses
         if not isinstance(given, list | tuple) or not given:
             raise InvalidArgument(
@@ -25,7 +32,7 @@ class Servers:
             )
         if len(set(given)) < len(given):
             raise InvalidArgument(f"address: got {list(given)}, expected each once")
-        self.connections = [Connection(each, max_message_bytes=max_message_bytes) for each in given]
+        self.connections = [Connection(each, max_message_bytes=max_message_bytes, access=access) for each in given]
         self._turn = itertools.count()
         self._changed = threading.Condition()
         for connection in self.connections:
@@ -40,19 +47,46 @@ class Servers:
         """Return the next server that is there, after waiting for one. `Unavailable` when none has come in time."""
         if found := self.ready_now():
             return found
+        self.begin()
         deadline_s = time.monotonic() + timeout_s
         if found := self._wait(min(timeout_s, SILENT_WAIT_S)):
             return found
-        log.warning("waiting for a server at %s", self.names)
+        self.tell_waiting()
         if found := self._wait(deadline_s - time.monotonic()):
             return found
-        raise absent(self.names, timeout_s)
+        raise self.absent(timeout_s)
 
     def ready_now(self) -> Connection | None:
         """Return the next server that is there; None where there is none."""
         first = next(self._turn)
         n = len(self.connections)
         return next((each for i in range(n) if (each := self.connections[(first + i) % n]).is_ready), None)
+
+    def begin(self) -> None:
+        """Begin to wait, without regard to what was wrong before."""
+        for connection in self.connections:
+            connection.forget()
+
+    def check(self) -> None:
+        """Raise `Unavailable` where it is of no use to wait: TLS fails with every server, or the client is closed."""
+        if any(each.is_closed for each in self.connections):
+            raise Unavailable("the client is closed")
+        faults = [each.diagnosis for each in self.connections]
+        if all(fault and fault.is_lasting for fault in faults):
+            raise Unavailable(f"no connection to {self.names}: {self._reasons()}")
+
+    def tell_waiting(self) -> None:
+        """Say in the log that nobody answers yet, and why."""
+        reasons = self._reasons()
+        log.warning("waiting for a server at %s%s", self.names, f" ({reasons})" if reasons else "")
+
+    def absent(self, timeout_s: float) -> Unavailable:
+        """Return what to say where nobody answered."""
+        reasons = self._reasons()
+        return Unavailable(
+            f"no server answers at {self.names} after {timeout_s:g} s; is sidelight-server running there?"
+            + (f" The last try: {reasons}" if reasons else "")
+        )
 
     def close(self) -> None:
         """End all connections. Those who wait are let go."""
@@ -62,26 +96,25 @@ class Servers:
     def _wait(self, timeout_s: float) -> Connection | None:
         deadline_s = time.monotonic() + timeout_s
         while True:
-            if any(each.is_closed for each in self.connections):
-                raise Unavailable("the client is closed")
             if found := self.ready_now():
                 return found
+            self.check()
             seen = self._states()
             for connection in self.connections:
                 connection.seek()
             with self._changed:
                 left_s = min(max(0.0, deadline_s - time.monotonic()), threading.TIMEOUT_MAX)
-                if not self._changed.wait_for(lambda: self._states() != seen, left_s):  # noqa: B023
-                    return None
+                until_look_s = min(left_s, DIAGNOSE_EVERY_S)
+                changed = self._changed.wait_for(lambda: self._states() != seen, until_look_s)  # noqa: B023
+            if not changed and left_s <= until_look_s:
+                return None
 
     def _states(self) -> list[object]:
-        return [each.state for each in self.connections]
+        return [(each.state, each.diagnosis) for each in self.connections]
+
+    def _reasons(self) -> str:
+        return "; ".join(dict.fromkeys(each.diagnosis.text for each in self.connections if each.diagnosis))
 
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
-
-
-def absent(names: str, timeout_s: float) -> Unavailable:
-    """Return what to say where nobody answers."""
-    return Unavailable(f"no server answers at {names} after {timeout_s:g} s; is sidelight-server running there?")

@@ -2,11 +2,11 @@
 
 import asyncio
 import logging
+import os
 import sys
 
-from .config import misspelt_variables, read_settings
 from .errors import ConfigurationError
-from .server import load, serve_until_signal
+from .probe import is_probe, probe
 
 INTERRUPTED = 128 + 2  # as a shell says it
 
@@ -14,7 +14,16 @@ log = logging.getLogger("sidelight")
 
 
 def main() -> int:
-    """Serve until a signal. Returns 0, or 2 where the server cannot start, with one line that says why."""
+    """Serve until a signal. Returns 0, or 2 where the server cannot start, with one line that says why.
+
+    With `--check` it asks a server for its health instead: see `probe`.
+    """
+    if is_probe(sys.argv[1:]):
+        return probe(sys.argv[1:])
+    # Not before: they bring torch, which takes a probe's second.
+    from .config import misspelt_variables, read_settings
+    from .server import load, serve_until_signal
+
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="time=%(asctime)s level=%(levelname)s %(message)s"
     )
@@ -23,8 +32,10 @@ def main() -> int:
         settings = read_settings(sys.argv[1:])
         for warning in misspelt_variables():
             log.warning('event=setting_ignored message="%s"', warning)
-        engine = load(settings)  # outside the loop, where Ctrl-C still ends a factory that takes its time
-        asyncio.run(serve_until_signal(engine))
+        if not asyncio.run(serve_until_signal(load(settings))):
+            logging.shutdown()
+            sys.stderr.flush()
+            os._exit(0)  # the interpreter's own end would meet a thread that is in the middle of native code
     except ConfigurationError as error:
         line = " ".join(str(error).split())  # what a factory or torch says may have many
         print(f"sidelight-server: {line}", file=sys.stderr)

@@ -1,28 +1,54 @@
 """Addresses: where a server listens, "host:port" or "unix:/path", and what stands in the way."""
 
 import ipaddress
+import os
 import socket
 from pathlib import Path
 
 import grpc
 
+from .credentials import Certificates
 from .errors import ConfigurationError
 
 
-def bind(server: grpc.aio.Server, address: str, *, plaintext: bool) -> str:
+def bind(
+    server: grpc.aio.Server,
+    address: str,
+    *,
+    plaintext: bool,
+    certificates: Certificates | None = None,
+    socket_mode: str | None = None,
+) -> str:
     """Let a server listen on an address; return it with the port that was chosen where it asks for port 0.
 
-    `ConfigurationError` names the cause: one that is not loopback wants `plaintext`, for nothing is encrypted.
+    With `certificates` a port speaks TLS. `ConfigurationError` names the cause: a port that is not loopback wants them,
+    or `plaintext`, for nothing is encrypted. A UNIX socket is plain, and has the mode that is given.
     """
-    if address.startswith("unix:"):
-        _clear_socket(Path(address.removeprefix("unix:")))
-    else:
-        _check_host(address, plaintext=plaintext)
     try:
-        port = server.add_insecure_port(address)
+        if address.startswith("unix:"):
+            _bind_socket(server, Path(address.removeprefix("unix:")), mode=socket_mode)
+            return address
+        _check_host(address, plaintext=plaintext or certificates is not None)
+        if certificates:
+            port = server.add_secure_port(address, certificates.credentials())
+        else:
+            port = server.add_insecure_port(address)
     except RuntimeError as error:
         raise ConfigurationError(f"listen: cannot bind {address}: {error}") from error
-    return address if address.startswith("unix:") else f"{address.rpartition(':')[0]}:{port}"
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+def _bind_socket(server: grpc.aio.Server, path: Path, *, mode: str | None) -> None:
+    _clear_socket(path)
+    if mode is None:
+        server.add_insecure_port(f"unix:{path}")
+        return
+    # It is never open to more than it is to be: from its first moment on callers could connect.
+    before = os.umask(0o777 & ~int(mode, 8))
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    finally:
+        os.umask(before)
 
 
 def _check_host(address: str, *, plaintext: bool) -> None:
@@ -32,7 +58,8 @@ def _check_host(address: str, *, plaintext: bool) -> None:
     host = host.strip("[]")
     if not plaintext and not _is_loopback(host):
         raise ConfigurationError(
-            f"listen: {address} is not loopback, and nothing would be encrypted; say --plaintext if that is meant"
+            f"listen: {address} is not loopback, and nothing would be encrypted; give it --tls-certificate and "
+            "--tls-key, or say --plaintext if that is meant"
         )
     # gRPC prints the cause of a failure and raises without it, so it is found out before.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET

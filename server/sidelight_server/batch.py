@@ -41,7 +41,7 @@ class Batch:
         self._on_answer = on_answer
         self._has_slot = False
         self._permit: contextlib.ExitStack | None = None
-        self._is_taken_back = False
+        self._refusal: SidelightError | None = None  # why it is dropped, if it is
         self._explaining: asyncio.Task[object] | None = None  # what a cancel ends: this task, or one within it
 
     async def run(self, group: asyncio.TaskGroup) -> None:
@@ -55,8 +55,12 @@ class Batch:
 
     def take_back(self) -> None:
         """Drop what has not run. The answer is CANCELLED, unless there is another already."""
-        if not self._is_taken_back:
-            self._is_taken_back = True
+        self.drop(Cancelled("the caller took the batch back"))
+
+    def drop(self, error: SidelightError) -> None:
+        """Drop what has not run. The answer is this failure, unless there is another already."""
+        if not self._refusal:
+            self._refusal = error
             if self._explaining:
                 self._explaining.cancel()
 
@@ -64,8 +68,8 @@ class Batch:
         self._explaining = this = asyncio.current_task()
         try:
             try:
-                if self._is_taken_back:  # before this task had begun
-                    raise _taken_back()
+                if self._refusal:  # before this task had begun
+                    raise self._refusal
                 await self._take()
             finally:
                 self._on_admitted()
@@ -73,11 +77,11 @@ class Batch:
         except SidelightError as error:
             return failed(self._inquiry.message.id, error)
         except asyncio.CancelledError:
-            if this and self._is_taken_back and self._explaining is this:
+            if this and self._refusal and self._explaining is this:
                 this.uncancel()
-            if not self._is_taken_back or (this and this.cancelling()):  # the whole stream ends
+            if not self._refusal or (this and this.cancelling()):  # the whole stream ends
                 raise
-            return failed(self._inquiry.message.id, _taken_back())
+            return failed(self._inquiry.message.id, self._refusal)
 
     async def _take(self) -> None:
         """Take a slot and a permit, within the batch's own time."""
@@ -132,7 +136,3 @@ class Batch:
 def failed(id_: str, error: SidelightError) -> bytes:
     """Return the message that says of one batch why it failed."""
     return pb.AttributeStreamResponse(id=id_, failure=replies.failure(error)).SerializeToString()
-
-
-def _taken_back() -> Cancelled:
-    return Cancelled("the caller took the batch back")

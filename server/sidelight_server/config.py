@@ -147,7 +147,25 @@ class Settings(ModelSettings):
         ("127.0.0.1:50051",), min_length=1, description='addresses: "host:port" (port 0: a free one) or "unix:/path"'
     )
     plaintext: bool = Field(False, description="allow addresses that are not loopback, although nothing is encrypted")
+    socket_mode: str | None = Field(
+        None, pattern="^0?[0-7]{3}$", description='mode of UNIX sockets, as "660"; unset: what the umask leaves'
+    )
+    tls_certificate: Path | None = Field(
+        None, description="PEM file of the certificates that ports show; unset: no TLS"
+    )
+    tls_key: Path | None = Field(None, description="PEM file of the certificate's key, without a password")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM file of authorities, one of which must have signed a caller's certificate; unset: none"
+    )
+    tokens: Path | None = Field(None, description="file of bearer tokens, one a line, that calls need; unset: none")
+    admin_tokens: Path | None = Field(
+        None, description="file of tokens that may also have models loaded again; unset: nobody may if tokens are set"
+    )
     drain_s: float = Field(30.0, ge=0, description="seconds that running work may take after SIGTERM; 0: none")
+
+    stuck_s: float = Field(
+        60.0, ge=0, description="seconds without progress after which a device counts as stuck in health; 0: never"
+    )
 
     device: str = Field("auto", description="auto, cpu, cuda:N or mps; several with commas share the work")
     threads: int = Field(0, ge=0, description="CPU threads of one operation; 0: the CPUs that this process may use")
@@ -156,6 +174,9 @@ class Settings(ModelSettings):
     max_in_flight: int = Field(256, ge=1, description="batches at work at once, over all callers")
     max_in_flight_bytes: int = Field(1024 * MEBIBYTE, ge=4096, description="bytes of those batches and their answers")
     max_stream_in_flight: int = Field(32, ge=1, description="unanswered batches of one stream; reading pauses there")
+    max_peer_streams: int = Field(
+        0, ge=0, description="streams of one host at once; callers over UNIX sockets count as one; 0: no limit"
+    )
     max_stream_age_s: float = Field(
         3600.0, ge=0, description="seconds after which a stream is answered and ended with OK; 0: without end"
     )
@@ -228,7 +249,8 @@ def read_settings(arguments: Sequence[str]) -> Settings:
             prog="sidelight-server",
             description="Serves attributions of a PyTorch image model over gRPC.",
             epilog=f"Every setting can also be a variable ({PREFIX}MAX_CHUNK_ROWS) or a key of {FILE} in the working "
-            "folder (max_chunk_rows); a flag wins over a variable, a variable over the file. --listen may be repeated.",
+            "folder (max_chunk_rows); a flag wins over a variable, a variable over the file. --listen may be repeated. "
+            "sidelight-server --check ADDRESS asks a running server for its health (--check --help).",
             allow_abbrev=False,
         ),
         cli_parse_args=list(arguments),

@@ -69,9 +69,12 @@ class Engine:
     `with`) begins to answer, `close` ends after the running chunk. `ConfigurationError` where a model cannot be served.
     """
 
-    def __init__(self, offered: Sequence[ModelSpec | ModelSettings], settings: Settings | None = None) -> None:
+    def __init__(
+        self, offered: Sequence[ModelSpec | ModelSettings], settings: Settings | None = None, *, load: bool = True
+    ) -> None:
         settings = settings or Settings()
         self.settings = settings
+        self.on_change: Callable[[], None] = lambda: None  # a model was loaded, or a device lost; from any thread
         devices = choose_devices(settings.device)
         self.device = ",".join(map(str, devices))
         self.threads = settings.threads or max(1, cpu_quota() // max(1, [each.type for each in devices].count("cpu")))
@@ -79,10 +82,12 @@ class Engine:
             for device in devices:
                 make_deterministic(device)
         self._stations = [
-            Station(device, index=index, threads=self.threads, on_end=self._abandon)
+            Station(device, index=index, threads=self.threads, stuck_s=settings.stuck_s, on_end=self._abandon)
             for index, device in enumerate(devices)
         ]
-        self.registry = Registry(offered, settings, self._stations)
+        self.registry = Registry(offered, settings, self._stations, on_change=lambda: self.on_change())
+        if load:  # else the caller does, before `start`
+            self.registry.load()
         self._closing = threading.Event()
         # Decoding has threads of its own: what needs none must not wait behind another caller's forty large files.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="sidelight-prepare")
@@ -107,14 +112,17 @@ class Engine:
         for station in self._stations:
             station.runner.start()
 
-    def close(self) -> None:
-        """End after the running chunk. What is unanswered is `Unavailable`."""
+    def close(self, within_s: float | None = None) -> bool:
+        """End after the running chunk; False where that has not ended in time. What is unanswered is `Unavailable`."""
         self._closing.set()
         self.registry.close()
         for executor in (self._preparing, self._decoding):
             executor.shutdown(wait=False, cancel_futures=True)
+        until_s = None if within_s is None else time.monotonic() + within_s
+        has_ended = True
         for station in self._stations:
-            station.runner.close()
+            has_ended &= station.runner.close(None if until_s is None else max(0.0, until_s - time.monotonic()))
+        return has_ended
 
     def _abandon(self, station: Station) -> None:
         """Fail what is unanswered at a station: the thread that would answer it has ended."""
@@ -124,6 +132,12 @@ class Engine:
         for work, answered in unanswered:
             work.cancel()
             _call_from_thread(answered, lambda each: each.set_exception(Unavailable("the server is shutting down")))
+        self.on_change()
+
+    @property
+    def stations(self) -> Sequence[Station]:
+        """The devices, each with the thread that owns it."""
+        return self._stations
 
     @property
     def stops(self) -> StopTimes:

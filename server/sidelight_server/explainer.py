@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import math
 from collections.abc import Iterator
@@ -49,9 +50,13 @@ class Explainer:
         self._engine = engine
         self._limit_bytes = settings.max_message_bytes
         self.admission = Admission(max_requests=settings.max_in_flight, max_bytes=settings.max_in_flight_bytes)
-        self._of_models = {
+
+    @functools.cached_property
+    def _of_models(self) -> dict[str, Admission]:
+        """The permits of models with a limit of their own. Not before the models have their names."""
+        return {
             name: Admission(max_requests=entry.settings.max_model_in_flight, max_bytes=math.inf, model=name)
-            for name, entry in engine.registry.entries.items()
+            for name, entry in self._engine.registry.entries.items()
             if entry.settings.max_model_in_flight
         }
 

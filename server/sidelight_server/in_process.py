@@ -129,11 +129,12 @@ def _engine(spec: ModelSpec, settings: Settings) -> Engine:
 class _Engine(Engine):
     """An engine of which no thread is left once it is closed."""
 
-    def close(self) -> None:
+    def close(self, within_s: float | None = None) -> bool:
         """End after the running chunk, and after whatever is being prepared."""
-        super().close()
+        has_ended = super().close(within_s)
         for executor in (self._preparing, self._decoding):
             executor.shutdown(wait=True)
+        return has_ended
 
 
 def _end(engine: Engine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

@@ -89,22 +89,40 @@ class Registry:
     """The models of an engine. Each is loaded in a thread; what that runs on a device waits for its turn there."""
 
     def __init__(
-        self, offered: Sequence[ModelSpec | ModelSettings], settings: Settings, stations: Sequence[Station]
+        self,
+        offered: Sequence[ModelSpec | ModelSettings],
+        settings: Settings,
+        stations: Sequence[Station],
+        *,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
+        self._settings = settings
         self._stations = stations
+        self._on_change = on_change  # another version serves; called on the loader's thread
         self._turn = threading.Lock()  # models are loaded one after the other
         self._lock = threading.Lock()  # over who begins to load
         self._is_closed = False
-        self.entries: dict[str, Entry] = {}
-        for each in offered:
-            entry = _entry(each, settings)
+        self._offered = [_entry(each, settings) for each in offered]
+        self.is_loaded = False  # whether `load` has come to its end
+        self.entries: dict[str, Entry] = {entry.name: entry for entry in self._offered if entry.name}
+
+    def load(self) -> None:
+        """Load what is not lazy, each in turn. Before the threads of the devices begin. `ConfigurationError`."""
+        entries: dict[str, Entry] = {}
+        for entry in self._offered:
             if entry.settings.load == "eager" or not entry.has_source:
-                with _naming(entry.name if entry.name in settings.models else ""):
-                    entry.models = self._versions(entry, 1, turns=[at_once] * len(stations))
+                with _naming(entry.name if entry.name in self._settings.models else ""):
+                    entry.models = self._versions(entry, 1, turns=[at_once] * len(self._stations))
                 entry.name = entry.models[0].name
-            if entry.name in self.entries:
+            if entry.name in entries:
                 raise ConfigurationError(f'name: two models are called "{entry.name}"')
-            self.entries[entry.name] = entry
+            entries[entry.name] = entry
+        self.entries, self.is_loaded = entries, True
+
+    async def loaded(self) -> None:
+        """Load in a thread what `load` loads, unless that was done."""
+        if not self.is_loaded:
+            await asyncio.shield(asyncio.wrap_future(self._submit(self.load)))
 
     def find(self, name: str) -> Entry:
         """Return an entry by the model's name; empty means the first. `NotFound` with the near names."""
@@ -211,6 +229,7 @@ class Registry:
             raise FailedPrecondition(f'model "{entry.name}": {entry.failure}')
         entry.failure = ""
         log.info("%s seconds=%.1f", told(entry.models[0]), time.monotonic() - began)
+        self._on_change()
 
     def _loaded(self, entry: Entry, before: Version) -> Version:
         n_threads = torch.get_num_threads()

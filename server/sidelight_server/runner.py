@@ -14,6 +14,7 @@ from .chunk import Chunk, to_host
 from .errors import Internal, ResourceExhausted, SidelightError, Unavailable
 from .job import Job, Result, Row
 from .methods.method import Reading
+from .pulse import Pulse
 from .scheduler import Ring
 from .staging import Staging, is_finite
 from .stops import Stops
@@ -35,7 +36,13 @@ class Runner:
     """
 
     def __init__(
-        self, device: torch.device, *, threads: int, depth: int = 0, on_end: Callable[[], None] = lambda: None
+        self,
+        device: torch.device,
+        *,
+        threads: int,
+        depth: int = 0,
+        stuck_s: float = 0.0,
+        on_end: Callable[[], None] = lambda: None,
     ) -> None:
         self._device = device
         self._threads = threads
@@ -50,6 +57,7 @@ class Runner:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"sidelight-{device}", daemon=True)
         self.stops = Stops()
+        self.pulse = Pulse(stuck_s=stuck_s)
 
     def start(self) -> None:
         """Begin to run chunks."""
@@ -91,13 +99,14 @@ class Runner:
             self._changed.notify()
         return future
 
-    def close(self) -> None:
-        """End after the running chunk. Rows that have not run are never answered."""
+    def close(self, within_s: float | None = None) -> bool:
+        """End after the running chunk; False where that has not ended in time. Rows that have not run never will."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(within_s)
+        return not self._thread.is_alive()
 
     def _refuse_if_ended(self) -> None:
         if not self.is_alive:
@@ -134,6 +143,8 @@ class Runner:
     def _take_chunk(self) -> list[Taken] | None:
         """Return the next rows, after waiting for some unless others fly; None once closed."""
         with self._changed:
+            if not (self._flying or self._errands or len(self._ring)):
+                self.pulse.rest()
             self._changed.wait_for(lambda: self._closed or self._flying or self._errands or len(self._ring))
             if self._closed:
                 return None
@@ -142,10 +153,13 @@ class Runner:
             if errand is None and isinstance(head, Work):
                 return self._ring.take_chunk(head.model.chunk_rows)
         if errand is not None:
+            self.pulse.beat()
             errand[0]()
+            self.pulse.rest(counts=False)  # a measurement is many chunks, or a compiler at work
         return []
 
     def _launch(self, rows: Sequence[Taken]) -> Chunk | SidelightError:
+        self.pulse.beat()
         try:
             return Chunk(rows, self._staging)
         # Even SystemExit: a model must not end the thread that all others wait for.

@@ -1,6 +1,7 @@
 """The server: its life cycle. start, serve until a signal, drain, stop."""
 
 import asyncio
+import contextlib
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Sequence
@@ -8,31 +9,34 @@ from typing import Any
 
 import grpc
 import torch
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from sidelight.v1 import attribution_pb2 as pb
-from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
+from sidelight.v1 import attribution_pb2_grpc, model_pb2_grpc
 
 from .addresses import bind
+from .authorization import Authorization
 from .config import Settings
+from .credentials import Certificates
 from .engine import Engine
 from .explainer import Explainer
+from .health import SERVICES, Health, Porch, statuses
 from .memory import keep_freed
 from .regions import SharedMemory
 from .registry import told
 from .service import AttributionService, Framing, ModelService
 from .watch import Watch
+from .watchdog import Watchdog
 
 log = logging.getLogger("sidelight")
+
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 # Callers may ping every 10 s. Pings arrive early by a jitter, and the third one that does would end the connection.
 MIN_PING_INTERVAL_MS = 5_000
 KEEPALIVE_TIMEOUT_S = 10.0  # for an answer to a ping
 
-SERVICES = (
-    pb.DESCRIPTOR.services_by_name["AttributionService"].full_name,
-    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
-)
+TELLING_S = 1.0  # of `drain_s`, and at most a tenth of it, for telling callers that it has passed
+CHUNK_S = 5.0  # that the running chunk may take once all callers are gone
 
 
 class Server:
@@ -42,14 +46,33 @@ class Server:
         self._engine = engine
         self._listen = listen
         self._plaintext = plaintext
-        self._health = health.aio.HealthServicer()
+        self._health = Health()
+        self._porch = Porch()
+        self._is_stopping = False
         self._shared: SharedMemory | None = None
-        self._watching: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self.explainer = Explainer(engine)
         self.addresses: list[str] = []
 
     async def start(self) -> None:
-        """Bind, warm up, and begin to answer. `addresses` then says where."""
+        """Bind, and answer for health; load, warm up, and begin to answer. `addresses` then says where."""
+        await self._open()
+        try:
+            await self._engine.registry.loaded()
+            self._engine.start()
+            await self._engine.warm_up()
+        except BaseException:
+            await self._server.stop(0)
+            raise
+        self._porch.is_open = True
+        self._tell()
+        settings = self._engine.settings
+        if settings.watch_s:
+            self._watch(Watch(self._engine.registry, every_s=settings.watch_s).run())
+        if settings.stuck_s:
+            self._watch(Watchdog(self._engine, on_look=self._tell).run())
+
+    async def _open(self) -> None:
         settings = self._engine.settings
         if settings.shared_memory:
             self._shared = SharedMemory(
@@ -57,42 +80,73 @@ class Server:
                 max_region_bytes=settings.max_region_bytes,
                 max_stream_regions=settings.max_stream_regions,
             )
-        self._server = grpc.aio.server(interceptors=[Framing()], options=_options(settings))
+        self._server = grpc.aio.server(
+            interceptors=[Authorization(settings), self._porch, Framing()], options=_options(settings)
+        )
         self._service = AttributionService(self._engine, self.explainer, self._shared)
         attribution_pb2_grpc.add_AttributionServiceServicer_to_server(self._service, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._engine), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*SERVICES, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
-        self.addresses = [bind(self._server, address, plaintext=self._plaintext) for address in self._listen]
-        self._engine.start()
-        await self._engine.warm_up()
+        reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), self._server)
+        certificates = Certificates.of(settings)
+        self.addresses = [
+            bind(
+                self._server,
+                address,
+                plaintext=self._plaintext,
+                certificates=certificates,
+                socket_mode=settings.socket_mode,
+            )
+            for address in self._listen
+        ]
+        loop = asyncio.get_running_loop()
+        self._engine.on_change = lambda: _call_soon(loop, self._tell)
+        self._tell()
         await self._server.start()
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        if settings.watch_s:
-            self._watching = asyncio.create_task(Watch(self._engine.registry, every_s=settings.watch_s).run())
 
-    async def stop(self, *, drain_s: float) -> None:
-        """Take nothing new in, let running work end within `drain_s`, and stop."""
-        if self._watching:
-            self._watching.cancel()
-        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+    async def stop(self, *, drain_s: float) -> bool:
+        """Take nothing new in, let running work end within `drain_s`, and stop. False where a device is left stuck."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + drain_s
+        for task in self._watching:
+            task.cancel()
+        self._is_stopping = True
+        self._tell()
+        self._health.close()
+        self._engine.registry.close()
         self._service.drain()
+        # What is not answered then is told so, instead of being cut off.
+        telling_s = min(TELLING_S, drain_s / 10)
+        giving_up = loop.call_at(until_s - telling_s, self._service.give_up)
         await self._server.stop(drain_s)
-        await asyncio.to_thread(self._close)  # the engine waits for the running chunk
+        giving_up.cancel()
+        is_stuck = any(station.runner.pulse.is_stuck for station in self._engine.stations)
+        within_s = 0.0 if is_stuck else max(CHUNK_S, until_s - loop.time())
+        return await asyncio.to_thread(self._close, within_s)
 
     def abandon(self) -> None:
         """End what a start that failed has begun."""
         self._close()
 
-    def _close(self) -> None:
-        self._engine.close()
+    def _close(self, within_s: float | None = None) -> bool:
+        has_ended = self._engine.close(within_s)
         if self._shared:
             self._shared.close()
             self._shared = None
+        if not has_ended:
+            log.error("event=device_abandoned device=%s", self._engine.device)
+        return has_ended
 
-    async def _set_health(self, status: Any) -> None:
-        for service in ("", *SERVICES):
-            await self._health.set(service, status)
+    def _tell(self) -> None:
+        self._health.set(statuses(self._engine, serves=self._porch.is_open and not self._is_stopping))
+
+    def _watch(self, watching: Coroutine[Any, Any, None]) -> None:
+        self._watching.append(asyncio.create_task(watching))
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, told: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop has ended
+        loop.call_soon_threadsafe(told)
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:
@@ -119,30 +173,43 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
 
 
 def load(settings: Settings) -> Engine:
-    """Load the model that the settings name, in a process that is this server's own."""
+    """Return an engine on the models that the settings name, not loaded, in a process that is this server's own."""
     keep_freed()
     # Loading must not start OpenMP workers of its own: once a process has more of them than CPUs, GNU's OpenMP sleeps
     # at every barrier instead of spinning, and the thread that owns the device was seen to lose 15 % by it.
     torch.set_num_threads(1)
     # torch lets a GPU's convolutions round float32 to 10 bits of mantissa; a map would be off by a thousandth.
     torch.backends.cudnn.allow_tf32 = False
-    return Engine(list(settings.of_models().values()), settings)
+    return Engine(list(settings.of_models().values()), settings, load=False)
 
 
-async def serve_until_signal(engine: Engine) -> None:
-    """Serve an engine until SIGTERM or SIGINT. A second signal ends at once. SIGHUP has the models loaded again."""
+async def serve_until_signal(engine: Engine) -> bool:
+    """Serve an engine until SIGTERM or SIGINT. A second signal ends at once. SIGHUP has the models loaded again.
+
+    False where something does not end by itself: a device that is stuck, a factory that takes its time.
+    """
     settings = engine.settings
     server = Server(engine, listen=settings.listen, plaintext=settings.plaintext)
-    await server.start()
+    signalled = asyncio.create_task(_signalled(on_hangup=engine.registry.reload_all))
+    starting = asyncio.create_task(server.start())
+    await asyncio.wait([signalled, starting], return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.wait([starting])
+        log.info("event=stopping signal=%s unanswered=0 drain_s=0", signalled.result())
+        return False
+    if starting.exception():
+        signalled.cancel()
+    starting.result()
     for model in engine.models.values():
         log.info(told(model))
     log.info(
         'event=serving addresses=%s models="%s" device=%s threads=%d',
         ",".join(server.addresses), ",".join(engine.registry.entries), engine.device, engine.threads,
     )  # fmt: skip
-    name = await _signalled(on_hangup=engine.registry.reload_all)
+    name = await signalled
     log.info("event=stopping signal=%s unanswered=%d drain_s=%g", name, engine.n_unanswered, settings.drain_s)
-    await server.stop(drain_s=settings.drain_s)
+    return await server.stop(drain_s=settings.drain_s)
 
 
 async def _signalled(*, on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> str:

@@ -1,19 +1,22 @@
 """The service: the calls of `sidelight.v1`. Here errors become statuses."""
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
+from google.protobuf.message import DecodeError
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 
 from . import replies
 from .engine import Engine
-from .errors import PermissionDenied, SidelightError
+from .errors import InvalidArgument, PermissionDenied, ResourceExhausted, SidelightError, Unavailable
 from .explainer import Explainer
 from .frames import Decoded, decode_request, decode_stream_request, encode
 from .method_messages import SERVED_METHODS
+from .peers import Peers
 from .regions import Regions, SharedMemory
 from .stream import Stream
 from .wire import MAX_EXAMPLES
@@ -35,7 +38,10 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         self._explainer = explainer
         self._shared = shared
         self._streams: set[Stream] = set()
+        self._peers = Peers(max_streams=engine.settings.max_peer_streams)
+        self._calls: set[asyncio.Task[Any]] = set()
         self._is_draining = False
+        self._is_given_up = False
 
     def drain(self) -> None:
         """Let no stream take anything new in."""
@@ -43,11 +49,22 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         for stream in self._streams:
             stream.end("shutdown")
 
+    def give_up(self) -> None:
+        """Fail as `Unavailable` what is not answered yet: the time to drain has passed."""
+        self._is_given_up = True
+        for stream in list(self._streams):
+            stream.give_up()
+        for call in list(self._calls):
+            call.cancel()
+
     # The generated stub knows messages alone, neither what is decoded around them nor bytes that are encoded already.
     async def Attribute(  # type: ignore[override]  # noqa: N802
         self, received: Decoded[pb.AttributeRequest], context: Context
     ) -> bytes:
         """Explain one batch."""
+        call = asyncio.current_task()
+        assert call  # noqa: S101
+        self._calls.add(call)
         try:
             if isinstance(received, SidelightError):
                 raise received
@@ -58,6 +75,13 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
             return await self._explainer.explain(inquiry)
         except SidelightError as error:
             await abort(context, error)
+        except asyncio.CancelledError:
+            if not self._is_given_up or context.cancelled():
+                raise
+            call.uncancel()
+            await abort(context, Unavailable("the server is shutting down, and its drain_s has passed"))
+        finally:
+            self._calls.discard(call)
 
     # As above; and it knows only handlers that yield: one that writes lets answers overtake each other.
     async def AttributeStream(  # type: ignore[override]  # noqa: N802
@@ -75,9 +99,12 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         )
         if self._is_draining:
             stream.end("shutdown")
-        self._streams.add(stream)
         try:
-            await stream.run()
+            with self._peers.stream(context.peer()):
+                self._streams.add(stream)
+                await stream.run()
+        except ResourceExhausted as error:
+            await abort(context, error)
         finally:
             self._streams.discard(stream)
 
@@ -152,8 +179,10 @@ class Framing(grpc.aio.ServerInterceptor):
     ) -> "Handler | None":
         """Return the call's handler, its messages framed."""
         handler = await continuation(handler_call_details)
-        if handler is None or handler.request_deserializer not in _DECODERS:
+        if handler is None or handler.request_deserializer is None:
             return handler
+        if handler.request_deserializer not in _DECODERS:
+            return _guarded(handler)
         made = grpc.stream_stream_rpc_method_handler if handler.stream_stream else grpc.unary_unary_rpc_method_handler
         behaviour: Any = handler.stream_stream or handler.unary_unary
         return made(
@@ -167,6 +196,38 @@ _DECODERS: dict[Any, Callable[[bytes], Any]] = {
     pb.AttributeRequest.FromString: decode_request,
     pb.AttributeStreamRequest.FromString: decode_stream_request,
 }
+
+
+def _guarded(handler: "Handler") -> "Handler":
+    """Return a handler that refuses what cannot be read. gRPC would answer UNKNOWN, and log a traceback each time."""
+    read: Any = handler.request_deserializer
+    behaviour: Any = handler.unary_unary or handler.unary_stream
+    talk: Any = handler.stream_stream
+
+    def decode(content: bytes) -> Any:
+        try:
+            return read(content)
+        except DecodeError as error:
+            # Reflection, the one stream here, itself refuses a question that asks for nothing.
+            return InvalidArgument(f"the message cannot be read: {error}") if behaviour else read(b"")
+
+    async def answer(request: Any, context: Context) -> Any:
+        if isinstance(request, SidelightError):
+            await abort(context, request)
+        return await behaviour(request, context)
+
+    async def tell(request: Any, context: Context) -> AsyncIterator[Any]:
+        if isinstance(request, SidelightError):
+            await abort(context, request)
+        async for each in behaviour(request, context):
+            yield each
+
+    coders = {"request_deserializer": decode, "response_serializer": handler.response_serializer}
+    if handler.unary_unary:
+        return grpc.unary_unary_rpc_method_handler(answer, **coders)
+    if handler.unary_stream:
+        return grpc.unary_stream_rpc_method_handler(tell, **coders)
+    return grpc.stream_stream_rpc_method_handler(talk, **coders)
 
 
 async def abort(context: Context, error: SidelightError) -> NoReturn:

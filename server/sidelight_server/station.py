@@ -27,12 +27,18 @@ class Station:
         *,
         index: int = 0,
         threads: int,
+        stuck_s: float = 0.0,
         on_end: "Callable[[Station], None]" = lambda _: None,
     ) -> None:
         self.device = device
         self.index = index
-        self.runner = Runner(device, threads=threads, on_end=lambda: on_end(self))
+        self.runner = Runner(device, threads=threads, stuck_s=stuck_s, on_end=lambda: on_end(self))
         self.n_rows = 0  # that the requests here may take, at most
+
+    @property
+    def moves(self) -> bool:
+        """Whether requests here can expect an answer: the thread runs, and is not stuck."""
+        return self.runner.is_alive and not self.runner.pulse.is_stuck
 
     @contextlib.contextmanager
     def holds(self, work: Work) -> Iterator[None]:
@@ -63,5 +69,5 @@ class Station:
 
 
 def least_busy(stations: Sequence[Station]) -> Station:
-    """Return the station whose requests may take the fewest rows, of those whose thread runs."""
-    return min(stations, key=lambda station: (not station.runner.is_alive, station.n_rows))
+    """Return the station whose requests may take the fewest rows, of those that move; else one whose thread runs."""
+    return min(stations, key=lambda station: (not station.moves, not station.runner.is_alive, station.n_rows))

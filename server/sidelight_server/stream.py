@@ -7,8 +7,8 @@ import grpc
 from sidelight.v1 import attribution_pb2 as pb
 
 from .batch import Batch, failed
-from .errors import InvalidArgument, SidelightError
-from .explainer import Explainer
+from .errors import InvalidArgument, SidelightError, Unavailable
+from .explainer import Explainer, Inquiry
 from .frames import Decoded, Received
 from .outlet import Outlet, StalledError
 from .regions import Regions
@@ -48,6 +48,8 @@ class Stream:
         self._unanswered: dict[str, Batch] = {}
         self._reader: asyncio.Task[None] | None = None  # while it waits for a message
         self._end: Cause | None = None
+        self._beginning: asyncio.Timeout | None = None  # of the batch that is read and not checked yet
+        self._is_given_up = False
 
     async def run(self) -> None:
         """Serve until the caller has sent all, or `end` is called, and every batch that was read is answered."""
@@ -72,6 +74,14 @@ class Stream:
         if self._reader:
             self._reader.cancel()
             self._reader = None
+
+    def give_up(self) -> None:
+        """Fail as `Unavailable` what was read and is not answered: the server's time to drain has passed."""
+        self._is_given_up = True
+        for batch in list(self._unanswered.values()):
+            batch.drop(_given_up())
+        if self._beginning:
+            self._beginning.reschedule(asyncio.get_running_loop().time())
 
     async def _say_why(self) -> None:
         """End the call: with OK where the caller has sent all, or may send the rest on another stream."""
@@ -128,10 +138,7 @@ class Stream:
         await self._admitting.acquire()
         request = received.message.attribute
         try:
-            self._check_id(request.id)
-            inquiry = await self._explainer.inquire(
-                request, n_bytes=received.n_bytes, data=received.data, regions=self._regions, arrived_s=arrived_s
-            )
+            inquiry = await self._inquire(request, received, arrived_s)
         except SidelightError as error:
             self._admitting.release()
             await self._fail(request.id, error)
@@ -145,6 +152,23 @@ class Stream:
             on_answer=lambda: self._forget(request.id),
         )
         group.create_task(batch.run(group))
+
+    async def _inquire(
+        self, request: pb.AttributeRequest, received: Received[pb.AttributeStreamRequest], arrived_s: float
+    ) -> Inquiry:
+        """Check a batch, which may wait for its model. `Unavailable` once the stream is given up."""
+        self._check_id(request.id)
+        if self._is_given_up:
+            raise _given_up()
+        try:
+            async with asyncio.timeout(None) as self._beginning:
+                return await self._explainer.inquire(
+                    request, n_bytes=received.n_bytes, data=received.data, regions=self._regions, arrived_s=arrived_s
+                )
+        except TimeoutError:
+            raise _given_up() from None
+        finally:
+            self._beginning = None
 
     def _check_id(self, id_: str) -> None:
         if not id_:
@@ -169,3 +193,7 @@ class Stream:
 
     async def _fail(self, id_: str, error: SidelightError) -> None:
         await self._outlet.write(failed(id_, error))
+
+
+def _given_up() -> Unavailable:
+    return Unavailable("the server is shutting down, and its drain_s has passed; send the batch elsewhere")

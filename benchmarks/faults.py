@@ -1,0 +1,326 @@
+"""Faults: malformed inputs and failing models beside good requests; a drain, deaths. `python -m benchmarks.faults`.
+
+The figures of `docs/reliability.md`.
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import random
+import resource
+import signal
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import grpc
+import numpy as np
+import psutil
+import sidelight
+import sidelight_server
+import torch
+from sidelight.v1 import attribution_pb2_grpc
+from torch import Tensor, nn
+
+from .fairness import request
+from .measure import Line, server, settle
+
+SECONDS = 60.0
+SIZE = 16
+N_CONNECTIONS = 1000
+GROWTH_GOAL = 0.05
+SHARE = 4e-6  # of a map's maximum: the contract for an example in other company
+NOTICE_GOAL_S = {signal.SIGKILL: 5.0, signal.SIGSTOP: 45.0}
+DRAIN_S = 5.0
+FAULTS = ("raises", "is not finite", "has no memory", "exits", "gives another shape")
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
+
+
+class Moody(nn.Module):
+    """A small CNN that fails on inputs that begin with 1001, 1002, …: one number for each of `FAULTS`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.inner(x)
+        first = x.detach().flatten(1)[:, 0]
+        moods = set(first.tolist())
+        if 1001.0 in moods:
+            raise RuntimeError("in a bad mood")
+        if 1003.0 in moods:
+            raise MemoryError
+        if 1004.0 in moods:
+            raise SystemExit(3)
+        if 1005.0 in moods:
+            return out[:, None, None, None]
+        return out * torch.where(first == 1002.0, torch.nan, 1.0)[:, None]
+
+
+def moody() -> sidelight_server.ModelSpec:
+    """Return it, for `python:benchmarks.faults:moody`."""
+    return sidelight_server.ModelSpec(Moody(), input_size=(3, SIZE, SIZE), name="moody")
+
+
+def run(seconds: float = SECONDS) -> Iterator[Line]:
+    """Run all of it: `seconds` and a third of them, and about a minute and a half."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536) if hard > 0 else 65536, hard))
+    try:
+        yield from _storm(seconds)
+        yield _drain()
+        yield _deaths(signal.SIGKILL)
+        yield _deaths(signal.SIGSTOP)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def images(n: int, seed: int = 0) -> np.ndarray:
+    """Return n model-ready examples."""
+    return np.random.default_rng(seed).standard_normal((n, 3, SIZE, SIZE)).astype(np.float32)
+
+
+class Storm:
+    """Counts of what was tried, and how it went."""
+
+    def __init__(self, address: str, port: int, expected: np.ndarray) -> None:
+        self.address = address
+        self.port = port
+        self.expected = expected
+        self.done = threading.Event()
+        self.lock = threading.Lock()
+        self.counts: Counter[str] = Counter()
+
+    def count(self, what: str, n: int = 1) -> None:
+        with self.lock:
+            self.counts[what] += n
+
+    def good(self) -> None:
+        """Ask good questions, one call and one stream after the other; check every map."""
+        with sidelight.connect(self.address) as client:
+            while not self.done.is_set():
+                try:
+                    answers = [client.attribute(images(2)), *client.stream(images(2) for _ in range(20))]
+                    near = [np.allclose(each.maps, self.expected, rtol=0, atol=self._atol()) for each in answers]
+                    self.count("served", sum(near))
+                    self.count("wrong", len(near) - sum(near))
+                except sidelight.SidelightError as error:
+                    self.count("lost")
+                    print(f"lost: {error!r}")
+
+    def failing(self) -> None:
+        """Ask for examples on which the model fails, between two on which it does not."""
+        with sidelight.connect(self.address) as client:
+            for fault in itertools.cycle(range(len(FAULTS))):
+                if self.done.wait(0.02):
+                    return
+                batch = np.concatenate([images(1), images(1), images(1)])
+                batch[1, 0, 0, 0] = 1001 + fault
+                answer = client.attribute(batch, on_error="return")
+                self.count("faults")
+                maps = answer.maps
+                right = [failure.example for failure in answer.failures] == [1] and all(
+                    np.allclose(maps[i], self.expected[0], rtol=0, atol=self._atol()) for i in (0, 2)
+                )
+                self.count("wrong", not right)
+
+    def malformed(self, seed: int) -> None:
+        """Send what is no good request, of every kind in turn."""
+        rng = random.Random(seed)
+        with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
+            kinds: tuple[Callable[[], None], ...] = (
+                lambda: self._message(channel, rng),
+                lambda: self._message(channel, rng),
+                lambda: self._headers(channel),
+                lambda: self._hasty(channel, rng),
+                lambda: self._bytes(rng.randbytes(400)),
+                lambda: self._bytes(PREFACE + rng.randbytes(400)),
+                lambda: self._bytes(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"),
+                lambda: self._bytes(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + rng.randbytes(200)),
+            )
+            for kind in itertools.cycle(kinds):
+                if self.done.is_set():
+                    return
+                kind()
+                self.count("malformed")
+
+    def slow(self) -> None:
+        """Hold connections on which a byte comes now and then."""
+        while not self.done.is_set():
+            with contextlib.ExitStack() as stack:
+                held = [stack.enter_context(socket.create_connection(("127.0.0.1", self.port))) for _ in range(20)]
+                for byte in PREFACE:
+                    for each in held:
+                        with contextlib.suppress(OSError):
+                            each.sendall(bytes([byte]))
+                    if self.done.wait(0.2):
+                        return
+                self.count("malformed", len(held))
+
+    def _atol(self) -> float:
+        return SHARE * float(self.expected.max())
+
+    def _message(self, channel: grpc.Channel, rng: random.Random) -> None:
+        content = bytearray(request(images(1), sidelight.Gradient()).SerializeToString())
+        for _ in range(rng.randrange(1, 6)):
+            content[rng.randrange(min(len(content), 200))] = rng.randrange(256)
+        if rng.random() < 0.3:
+            content = content[: rng.randrange(len(content))]
+        name = rng.choice(["Attribute", "AttributeStream", "GetServerInfo", "Nothing"])
+        call = channel.stream_stream(f"/sidelight.v1.AttributionService/{name}")
+        with contextlib.suppress(grpc.RpcError):
+            for _ in call(iter([bytes(content)]), timeout=20):
+                pass
+
+    def _headers(self, channel: grpc.Channel) -> None:
+        stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+        with contextlib.suppress(grpc.RpcError):
+            stub.Attribute(request(images(1), sidelight.Gradient()), timeout=20, metadata=[("x", "y" * 50_000)])
+
+    def _hasty(self, channel: grpc.Channel, rng: random.Random) -> None:
+        stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+        with contextlib.suppress(grpc.RpcError):
+            stub.Attribute(request(images(4), sidelight.SmoothGrad()), timeout=rng.choice([0, -1, 0.001, 0.005]))
+
+    def _bytes(self, sent: bytes) -> None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+            connection.sendall(sent)
+
+
+def _storm(seconds: float) -> list[Line]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    address = f"127.0.0.1:{port}"
+    with server("python:benchmarks.faults:moody", address=address) as (_, pid):
+        process = psutil.Process(pid)
+        with sidelight.connect(address) as client:
+            expected = client.attribute(images(2)).maps
+        n_files = process.num_fds()
+        _for(seconds / 3, Storm(address, port, expected))  # what the first ones make for good is made
+        settle(process, n_files)
+        before = process.memory_info().rss, process.num_fds(), process.num_threads()
+        storm = Storm(address, port, expected)
+        n_connected = _crowd(address, port)
+        _for(seconds, storm)
+        settle(process, before[1])
+        after = process.memory_info().rss, process.num_fds(), process.num_threads()
+    counts = storm.counts
+    growth = after[0] / before[0] - 1
+    lost = counts["lost"] + counts["wrong"]
+    return [
+        Line(
+            what="good requests lost or answered wrongly beside malformed inputs and faults",
+            figure=lost,
+            unit="",
+            goal="0",
+            met=not lost and counts["served"] > 0,
+            detail=f"{counts['served']} served, {counts['malformed']} malformed inputs tried, "
+            f"{counts['faults']} faults injected in {seconds:g} s; {n_connected} connections held at once",
+        ),
+        Line(
+            what="growth of resident memory meanwhile",
+            figure=100 * growth,
+            unit="%",
+            goal=f"< {100 * GROWTH_GOAL:g}",
+            met=growth < GROWTH_GOAL and after[1] <= before[1],
+            detail=f"{before[0] / 2**20:.1f} → {after[0] / 2**20:.1f} MiB, "
+            f"descriptors {before[1]} → {after[1]}, threads {before[2]} → {after[2]}",
+        ),
+    ]
+
+
+def _for(seconds: float, storm: Storm) -> None:
+    tasks = [storm.good, storm.failing, storm.slow, *(lambda seed=seed: storm.malformed(seed) for seed in (1, 2))]
+    threads = [threading.Thread(target=task) for task in tasks]
+    for thread in threads:
+        thread.start()
+    time.sleep(seconds)
+    storm.done.set()
+    for thread in threads:
+        thread.join()
+
+
+def _crowd(address: str, port: int) -> int:
+    """Hold many connections, and ask a good question over one more. Returns how many there were."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(N_CONNECTIONS):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)).sendall(PREFACE)
+        with sidelight.connect(address) as client:
+            assert not client.attribute(images(2)).failures
+    return N_CONNECTIONS
+
+
+def _drain() -> Line:
+    """Stop a server that has work in hand, and say how long it took to end with 0."""
+    with server("python:benchmarks.faults:moody", "--drain-s", str(DRAIN_S)) as (address, pid):
+        process = psutil.Process(pid)
+        n_answered = 0
+        with sidelight.connect(address) as client:
+            stream = client.stream(itertools.repeat(images(8)), method=sidelight.SmoothGrad(samples=25), timeout=60)
+            for _ in itertools.islice(stream, 10):
+                n_answered += 1
+            began = time.perf_counter()
+            process.terminate()
+            code = process.wait(60)
+            took_s = time.perf_counter() - began
+    return Line(
+        what="drain of a server under a stream, from SIGTERM to its end",
+        figure=took_s,
+        unit="s",
+        goal=f"≤ {DRAIN_S:g}",
+        met=took_s <= DRAIN_S + 0.5 and not code,
+        detail=f"exit code {code}, {n_answered} batches answered before",
+    )
+
+
+def _deaths(number: signal.Signals) -> Line:
+    """Kill or stop one of two servers under a stream, and see when all that it had was answered by the other."""
+    model = "python:benchmarks.faults:moody"
+    with server(model) as (first, pid), server(model) as (second, _), sidelight.connect([first, second]) as client:
+        list(client.stream(images(2) for _ in range(50)))
+        n_read, killed_s, waits, n_before = 0, 0.0, 0.0, 0
+        places: list[int] = []
+
+        def batches() -> Iterator[np.ndarray]:
+            nonlocal n_read
+            until_s = time.monotonic() + NOTICE_GOAL_S[number] + 20
+            while time.monotonic() < until_s and not (killed_s and waits):
+                n_read += 1
+                yield images(2)
+
+        for answer in client.stream(batches(), method=sidelight.SmoothGrad(samples=20), timeout=120):
+            places.append(answer.index)
+            if len(places) == 50:
+                os.kill(pid, number)
+                killed_s, n_before = time.monotonic(), n_read
+                missing = set(range(n_before)) - set(places)
+            elif killed_s and not waits:
+                missing.discard(answer.index)
+                if not missing:
+                    waits = time.monotonic() - killed_s
+        if number is signal.SIGSTOP:
+            os.kill(pid, signal.SIGCONT)
+    once = sorted(places) == list(range(n_read))
+    return Line(
+        what=f"time until what a server had was answered by the other, after {number.name}",
+        figure=waits,
+        unit="s",
+        goal=f"≤ {NOTICE_GOAL_S[number]:g}",
+        met=once and 0 < waits <= NOTICE_GOAL_S[number],
+        detail=f"{n_read} batches, each answered once: {once}",
+    )
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=SECONDS)
+    for line in run(parser.parse_args().seconds):
+        met = "met" if line.met else "NOT MET"
+        print(f"{line.what}: {line.figure:.2f} {line.unit} (goal {line.goal}, {met}); {line.detail}", flush=True)

@@ -1,0 +1,93 @@
+"""Fuzz: bytes that atheris finds by coverage, into what reads messages and files. `make fuzz`.
+
+`python -m benchmarks.fuzz wire --seconds 60`, or `files`. It ends at the first exception that is not foreseen, and
+writes the bytes that caused it beside itself.
+"""
+
+import argparse
+import contextlib
+import io
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import atheris
+import numpy as np
+from PIL import Image
+
+with atheris.instrument_imports(include=["sidelight_server", "sidelight", "PIL"]):
+    from sidelight.v1 import attribution_pb2 as pb
+    from sidelight_server import wire
+    from sidelight_server.errors import SidelightError
+    from sidelight_server.frames import decode_request, decode_stream_request
+    from sidelight_server.models.decoding import decode
+
+import sidelight
+
+from .fairness import request
+
+MAX_PIXELS = 1_000_000
+METHODS = (
+    sidelight.Gradient(),
+    sidelight.SmoothGrad(),
+    sidelight.IntegratedGradients(),
+    sidelight.GradCam(),
+    sidelight.Occlusion(window=4),
+)
+
+
+def messages(content: bytes) -> None:
+    """Read bytes as a request, and as one of a stream, and validate it."""
+    for read in (decode_request, decode_stream_request):
+        received = read(content)
+        if isinstance(received, SidelightError):
+            continue
+        message = received.message
+        if isinstance(message, pb.AttributeStreamRequest):
+            message = message.attribute
+        with contextlib.suppress(SidelightError):
+            wire.timeout_s(message)
+            wire.parse(message, received.data)
+
+
+def files(content: bytes) -> None:
+    """Read bytes as a picture."""
+    for channels in (1, 3):
+        with contextlib.suppress(SidelightError):
+            decode(content, channels=channels, max_pixels=MAX_PIXELS)
+
+
+def seeds(target: str) -> list[bytes]:
+    """Return good inputs to begin with."""
+    if target == "wire":
+        image = np.zeros((1, 3, 2, 2), np.float32)
+        return [request(image, method).SerializeToString() for method in METHODS]
+    made = []
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"):
+        file = io.BytesIO()
+        Image.new("RGB", (7, 5), (200, 100, 50)).save(file, kind)
+        made.append(file.getvalue())
+    return made
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {"wire": messages, "files": files}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("--seconds", type=int, default=60)
+    chosen = parser.parse_args()
+    warnings.simplefilter("ignore")  # Pillow's, of files that are nearly right
+    with tempfile.TemporaryDirectory(prefix="sidelight-") as corpus:
+        for number, seed in enumerate(seeds(chosen.target)):
+            (Path(corpus) / str(number)).write_bytes(seed)
+        flags = [f"-max_total_time={chosen.seconds}", "-max_len=4096", "-timeout=20", "-rss_limit_mb=4096"]
+        atheris.Setup([sys.argv[0], *flags, corpus], TARGETS[chosen.target])
+        atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
