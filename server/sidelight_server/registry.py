@@ -26,7 +26,9 @@ RETRY_S = 10.0  # after which a model that could not be loaded is tried again, i
 
 
 Version = tuple[Model, ...]  # of one model, one for each station
-Fingerprint = tuple[tuple[Path, int, int], ...]  # files, their size and time of change in ns; −1 where there is none
+# Files, their number on the disk, size and time of change in ns: −1 where there is none. The time alone would be the
+# same after two writes within one tick of the file system's clock.
+Fingerprint = tuple[tuple[Path, int, int, int], ...]
 
 
 class State(enum.Enum):
@@ -277,12 +279,12 @@ def _naming(table: str) -> Iterator[None]:
         raise ConfigurationError(f"models.{table}: {error}" if table else str(error)) from None
 
 
-def _stat(path: Path) -> tuple[int, int]:
+def _stat(path: Path) -> tuple[int, int, int]:
     try:
         found = path.stat()
     except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
+        return -1, -1, -1
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _entry(offered: ModelSpec | ModelSettings, settings: Settings) -> Entry:

@@ -8,7 +8,7 @@ from .registry import Fingerprint, Registry
 
 
 class Watch:
-    """Looks at the files of every model that serves: at their size and time alone, which any file system tells."""
+    """Looks at the files of every model that serves: at number, size and time alone, which any file system tells."""
 
     def __init__(self, registry: Registry, *, every_s: float) -> None:
         self._registry = registry
