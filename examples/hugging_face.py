@@ -1,6 +1,6 @@
 """Serve a Hugging Face folder and explain a picture with it. Without a folder one with RANDOM weights is made first.
 
-python examples/hugging_face.py why.png [FOLDER [PICTURE]]
+python examples/hugging_face.py [why.png [FOLDER [PICTURE]]]
 """
 
 import json
@@ -13,12 +13,13 @@ import sidelight_server
 import skimage
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification
+from transformers.utils.logging import disable_progress_bar
 
 LABELS = ("cat", "dog", "rocket")
 CHELSEA = Path(skimage.__file__).parent / "data" / "chelsea.png"
 
 
-def main(out: str, folder: str = "", picture: str = str(CHELSEA)) -> None:
+def main(out: str = "why.png", folder: str = "", picture: str = str(CHELSEA)) -> None:
     with tempfile.TemporaryDirectory() as made:
         if not folder:
             print("the weights are random: the maps show a network that was never trained")
@@ -40,6 +41,7 @@ def main(out: str, folder: str = "", picture: str = str(CHELSEA)) -> None:
 def make(folder: Path) -> None:
     """Write a folder as `save_pretrained` does: config with labels, safetensors, preprocessor."""
     torch.manual_seed(0)
+    disable_progress_bar()
     config = ResNetConfig(
         embedding_size=16, hidden_sizes=[32, 64], depths=[2, 2], layer_type="basic", id2label=dict(enumerate(LABELS))
     )

@@ -1,6 +1,6 @@
 """Two models in one server, the same network exact and fast: compare their maps, then load one of them again.
 
-python examples/two_models.py why.png          (needs sidelight[demo])
+python examples/two_models.py [why.png]          (needs sidelight[demo])
 """
 
 import sys
@@ -29,7 +29,7 @@ SETTINGS = {
 CHELSEA = Path(skimage.__file__).parent / "data" / "chelsea.png"
 
 
-def main(out: str) -> None:
+def main(out: str = "why.png") -> None:
     with sidelight_server.serve(**SETTINGS) as address, sidelight.connect(address) as client:
         for model in client.info().models:
             rows_per_second = max(each.rows_per_second for each in model.warmup if each.chosen)
