@@ -21,6 +21,14 @@ def net() -> ModelSpec:
     return ModelSpec(module, input_size=SIZE)
 
 
+def cached() -> ModelSpec:
+    """The same network every time, as a factory that remembers it returns."""
+    return ModelSpec(_CACHED, input_size=SIZE)
+
+
+_CACHED = small_cnn()
+
+
 def write_weights(path: Path, *, seed: int) -> None:
     """Put the weights of a network into a file: whole, as whoever deploys does."""
     beside = path.with_suffix(".new")

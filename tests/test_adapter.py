@@ -2,6 +2,7 @@
 
 import collections
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,6 +36,18 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.logits(x)
+
+
+class Aged(Net):
+    """A model with another input, which is no label."""
+
+    def forward(self, image: Tensor, age: Tensor) -> Tensor:  # type: ignore[override]
+        return self.logits(image) * (1 + age[:, None])
+
+
+class Broken(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(x) * float("nan")
 
 
 Point = collections.namedtuple("Point", ["features", "logits"])
@@ -359,6 +372,8 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "logits": (Softmaxed, {"outputs": "logits"}, "its last step is a softmax"),
     "two that are missing": (Configured, {}, "arguments: the module also requires scale, flip"),
     "classes": (lambda: Returning(lambda y: y.argmax(dim=1)), {}, r"cannot be differentiated|returned int64 \[2\]"),
+    "an input that is no label": (Aged, {}, 'label: the outputs depend on "age", so zeros would be wrong'),
+    "NaN": (Broken, {}, "are not numbers"),
     "no gradient": (lambda: Returning(lambda y: y.detach()), {}, "cannot be differentiated"),
     "labels": (Net, {"labels": ("a", "b")}, "labels: got 2, model .* has 4 classes"),
 }
@@ -401,3 +416,12 @@ def test_a_module_is_left_as_it_was_by_detection() -> None:
     assert module.training
     assert [each.requires_grad for each in module.parameters()] == flags
     assert all(each.grad is None for each in module.parameters())
+
+
+def test_a_script_that_can_still_be_trained_is_explained() -> None:
+    with warnings.catch_warnings(action="ignore"):  # torch would rather see exports
+        script = torch.jit.script(Sigmoid())
+    with Engine([ModelSpec(script, input_size=SIZE)], SETTINGS) as engine:
+        answer = ask(engine, torch.randn(2, *SIZE), score=Score.PROBABILITY)
+    assert not answer.failures
+    assert all(each.requires_grad and each.grad is None for each in script.parameters())

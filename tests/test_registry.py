@@ -137,11 +137,22 @@ def _server(engine: Engine) -> Iterator[str]:
         ({"a": {"model": SOURCE}, "b": {"model": SOURCE, "weights": "no.pt"}}, "models.b: weights: no.pt is not there"),
         ({"a": {"modle": SOURCE}}, "models.a.modle: there is no such setting in .*; did you mean model"),
         ({"": {"model": SOURCE}}, "models"),
+        ({"a": {"model": "nope:x", "load": "lazy"}}, 'models.a: model: got "nope:x"'),
+        ({"a": {"model": "export:no.pt2", "load": "lazy"}}, "models.a: no.pt2 is not there"),
+        ({"a": {"model": SOURCE, "input_size": (3, 32)}}, "models.a.input_size: .*: too few numbers"),
         ({"a": {"model": SOURCE, "input_size": (1, 2)}}, "models.a.input_size"),
     ],
 )
 def test_tables_of_models_that_are_wrong_are_refused(models: dict[str, object], message: str) -> None:
     with pytest.raises(sidelight_server.ConfigurationError, match=message), serving(models=models):
+        pytest.fail("it has started")
+
+
+def test_a_model_beside_tables_that_say_their_own_is_refused() -> None:
+    refused = pytest.raises(
+        sidelight_server.ConfigurationError, match=r"model: got .* but the tables a all say their own"
+    )
+    with refused, serving(model=SOURCE, models={"a": {"model": SOURCE}}):
         pytest.fail("it has started")
 
 
@@ -167,13 +178,15 @@ def test_a_lazy_model_is_loaded_by_its_first_request(weights: Path) -> None:
 def test_a_lazy_model_that_cannot_be_loaded_fails_its_callers_alone(
     weights: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    models = {"good": {}, "bad": {"load": "lazy", "weights": tmp_path / "missing.safetensors"}}
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"nothing")
+    models = {"good": {}, "bad": {"load": "lazy", "weights": bad}}
     with caplog.at_level(logging.ERROR), serving(model=SOURCE, weights=weights, models=models) as client:
         for _ in range(2):
             with pytest.raises(sidelight.FailedPrecondition, match="could not be loaded") as caught:
                 client.attribute(FLOATS, "bad")
             assert str(tmp_path) not in str(caught.value)  # the operator's path is nobody else's to know
-        assert caplog.text.count("missing.safetensors is not there") == 1  # tried once, not by every caller
+        assert caplog.text.count("bad.safetensors") == 1  # tried once, not by every caller
         assert client.model("bad").state == "failed"
         assert not client.attribute(FLOATS, "good").failures
         (answer,) = client.stream([FLOATS], "good")
@@ -318,6 +331,24 @@ def test_a_failed_reload_keeps_the_old_version_and_nothing_of_the_new(weights: P
         client.attribute(FLOATS)
         gc.collect()
         assert len(reloadable.alive) <= before  # the new one alone: the old one has gone
+
+
+@pytest.mark.parametrize("spoil", [broken, of_another_network, None])
+def test_a_factory_that_returns_the_module_that_serves_changes_no_map_of_it(weights: Path, spoil: object) -> None:
+    with serving(model="python:reloadable:cached", weights=weights, allow_reload=True) as client:
+        first = client.attribute(FLOATS)
+        if spoil:
+            spoil(weights)
+            with pytest.raises(sidelight.FailedPrecondition):
+                client.reload()
+            again = client.attribute(FLOATS)
+            assert again.provenance == first.provenance
+            np.testing.assert_array_equal(again.maps, first.maps)
+        else:
+            write_weights(weights, seed=2)
+            client.reload()
+            assert_close(client.attribute(FLOATS).maps, maps_of(2))
+        assert_close(first.maps, maps_of(1))
 
 
 def test_reloading_wants_leave_a_source_and_a_name(weights: Path) -> None:

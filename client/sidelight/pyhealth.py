@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import _saliency_figure as figure
-from ._client import TIMEOUT_S, Client, connect
+from ._client import CONNECT_TIMEOUT_S, TIMEOUT_S, Client, connect
 from ._explainers import Classes, Explainer, Local, Remote
 from ._fields import whole
 
@@ -175,7 +175,8 @@ def _explainer(
     if isinstance(model, Client):
         return Remote(model, served_model, owned=False, timeout_s=timeout_s)
     if isinstance(model, str):
-        return Remote(connect(model), served_model, owned=True, timeout_s=timeout_s)
+        client = connect(model, connect_timeout=min(timeout_s, CONNECT_TIMEOUT_S))
+        return Remote(client, served_model, owned=True, timeout_s=timeout_s)
     if not isinstance(model, nn.Module):
         raise ValueError(
             f"model: got {type(model).__name__}, expected a sidelight.Client, an address or a torch.nn.Module"

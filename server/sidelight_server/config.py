@@ -195,6 +195,10 @@ class Settings(ModelSettings):
         """Return the settings of every model by its name, in order; without tables of the one that stands here."""
         if not self.models:
             return {self.name or "": self.of_model("")}
+        if self.model and all(table.model for table in self.models.values()):
+            raise ConfigurationError(
+                f'model: got "{self.model}", but the tables {", ".join(self.models)} all say their own; leave it out'
+            )
         return {name: self.of_model(name) for name in self.models}
 
     def of_model(self, name: str) -> ModelSettings:
@@ -282,7 +286,8 @@ def first_fault(error: ValidationError, *, where: str) -> str:
         known = ModelSettings.model_fields if is_of_model else Settings.model_fields
         close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
         return f"{name}: there is no such setting in {where}" + (f"; did you mean {close[0]}?" if close else "")
-    return f"{name}: got {wrong['input']!r}: {wrong['msg']}"
+    why = "too few numbers" if wrong["type"] == "missing" and len(path) > 1 else wrong["msg"]
+    return f"{name}: got {wrong['input']!r}: {why}"
 
 
 def _read_labels(path: Path | None) -> tuple[str, ...] | None:

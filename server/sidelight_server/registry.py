@@ -55,6 +55,7 @@ class Entry:
         self._failed_s = 0.0
         self._spec = spec  # of a module that was handed over
         self._loading: Future[None] | None = None  # for the first time
+        self.turn = threading.Lock()  # versions are loaded one after the other; a factory that hangs holds up no other
 
     @property
     def state(self) -> State:
@@ -101,7 +102,7 @@ class Registry:
         self._settings = settings
         self._stations = stations
         self._on_change = on_change  # another version serves; called on the loader's thread
-        self._turn = threading.Lock()  # models are loaded one after the other
+        self._n_threads = torch.get_num_threads()
         self._lock = threading.Lock()  # over who begins to load
         self._is_closed = False
         self._offered = [_entry(each, settings) for each in offered]
@@ -124,7 +125,7 @@ class Registry:
     async def loaded(self) -> None:
         """Load in a thread what `load` loads, unless that was done."""
         if not self.is_loaded:
-            await asyncio.shield(asyncio.wrap_future(self._submit(self.load)))
+            await asyncio.shield(asyncio.wrap_future(self._submit(self.load, threading.Lock())))
 
     def find(self, name: str) -> Entry:
         """Return an entry by the model's name; empty means the first. `NotFound` with the near names."""
@@ -156,7 +157,7 @@ class Registry:
         entry = self.find(name)
         if not entry.has_source:
             raise FailedPrecondition(f'model "{entry.name}" was handed over as a module: there is no source to load')
-        await asyncio.shield(asyncio.wrap_future(self._submit(lambda: self._load(entry))))
+        await asyncio.shield(asyncio.wrap_future(self._submit(lambda: self._load(entry), entry.turn)))
         return entry
 
     async def reload_all(self) -> None:
@@ -183,15 +184,15 @@ class Registry:
             if entry._loading is None:
                 if entry.failure and time.monotonic() - entry._failed_s < RETRY_S:
                     raise _failed(entry)
-                entry._loading = self._submit(lambda: self._load_first(entry))
+                entry._loading = self._submit(lambda: self._load_first(entry), entry.turn)
             return entry._loading
 
-    def _submit(self, load: Callable[[], None]) -> "Future[None]":
+    def _submit(self, load: Callable[[], None], turn: threading.Lock) -> "Future[None]":
         """Load in a thread: a daemon, for a factory that hangs must not keep the process from ending."""
         future: Future[None] = Future()
 
         def run() -> None:
-            with self._turn:
+            with turn:
                 try:
                     if self._is_closed:
                         raise Unavailable("the server is shutting down")
@@ -219,7 +220,7 @@ class Registry:
         failure = None
         try:
             entry.models = self._loaded(entry, before)
-        except Exception as error:  # whatever a source and a model may raise that is not foreseen
+        except BaseException as error:  # whatever a source and a model may raise that is not foreseen
             failure = str(error) if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {error}"
         # Past the except clause, where the traceback no longer keeps the half of a model alive.
         if failure is not None:
@@ -234,7 +235,6 @@ class Registry:
         self._on_change()
 
     def _loaded(self, entry: Entry, before: Version) -> Version:
-        n_threads = torch.get_num_threads()
         torch.set_num_threads(
             1
         )  # workers of this thread's own would slow down those of the device's: see `server.load`
@@ -245,7 +245,7 @@ class Registry:
                 warm_up(model, before=before[station.index] if before else None)
                 model.in_turn = at_once
         finally:
-            torch.set_num_threads(n_threads)  # of threads that begin later
+            torch.set_num_threads(self._n_threads)  # of threads that begin later
         return models
 
     def _versions(self, entry: Entry, version: int, *, turns: Sequence[InTurn]) -> Version:
@@ -293,9 +293,16 @@ def _entry(offered: ModelSpec | ModelSettings, settings: Settings) -> Entry:
     if not offered.model:
         where = f"models.{offered.name}.model" if offered.name in settings.models else "model"
         raise ConfigurationError(f"{where}: not set; say --model python:mine:resnet, or another of {SOURCES}")
-    if offered.load == "lazy" and not offered.name:
-        raise ConfigurationError("load: lazy, but the model has no name that requests could ask for; set name")
-    return Entry(offered.name or "", offered)
+    entry = Entry(offered.name or "", offered)
+    if offered.load == "lazy":
+        if not offered.name:
+            raise ConfigurationError("load: lazy, but the model has no name that requests could ask for; set name")
+        # What can be seen now to be wrong need not wait for the first caller.
+        with _naming(entry.name if entry.name in settings.models else ""):
+            for path in entry.files():
+                if not path.exists():
+                    raise ConfigurationError(f"{path} is not there")
+    return entry
 
 
 def _failed(entry: Entry) -> FailedPrecondition:

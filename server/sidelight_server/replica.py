@@ -27,7 +27,7 @@ def replicate(module: nn.Module) -> nn.Module:
     theirs = {id(each) for each in module.parameters()}
     for each in replica.parameters():  # those that deepcopy made anew all the same, as it does for TorchScript
         if each.requires_grad and id(each) not in theirs:
-            each.requires_grad_(False)
+            each.detach_()  # which needs no leaf
     with contextlib.suppress(NotImplementedError):  # an exported program is in one mode for ever
         replica.eval()
     return replica

@@ -20,11 +20,11 @@ class Labels:
     form: LabelForm = "classes"
     width: int = 1  # K of a row
 
-    def zeros(self, like: Tensor) -> Tensor:
-        """Return well-formed zeros for such inputs, [n, C, H, W]."""
+    def filled(self, like: Tensor, value: int = 0) -> Tensor:
+        """Return well-formed labels for such inputs, [n, C, H, W]: zeros, or another value."""
         if self.form == "classes":
-            return torch.zeros(len(like), dtype=torch.int64, device=like.device)
-        return torch.zeros(len(like), self.width, dtype=like.dtype, device=like.device)
+            return torch.full((len(like),), value, dtype=torch.int64, device=like.device)
+        return torch.full((len(like), self.width), value, dtype=like.dtype, device=like.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,13 @@ class Adapter:
             raise ValueError(f"the model returned {told(returned)} for {n} examples, expected [n, K] or [n, K, h, w]")
         return outputs
 
-    def call(self, module: nn.Module, inputs: Tensor) -> object:
+    def call(self, module: nn.Module, inputs: Tensor, *, label: int = 0) -> object:
         """Return all that the module returns, the rows that it was filled up with too."""
         if missing := max(0, self.least - len(inputs)):
             inputs = torch.cat([inputs, inputs.new_zeros(missing, *inputs.shape[1:])])
         named: dict[str, object] = dict(self.arguments)
         if self.labels:
-            named[self.labels.keyword] = self.labels.zeros(inputs)
+            named[self.labels.keyword] = self.labels.filled(inputs, label)
         return module(**{self.input: inputs}, **named) if self.input else module(inputs, **named)
 
     @property

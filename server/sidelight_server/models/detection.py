@@ -49,9 +49,13 @@ def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected
         adapter, returned, layers = _first_that_runs(module, calls, inputs)
         adapter = replace(adapter, output=_output(returned, spec.output, n=max(len(trial), adapter.least)))
         outputs = adapter.outputs(returned, n=len(trial))
+        _check_labels(module, adapter, inputs, outputs)
         gradients = _gradients_of_first(outputs, inputs)
     return Detected(
-        adapter, _head(spec, adapter, returned, outputs), layers, rows_touch=bool((gradients[1:] != 0).any())
+        adapter,
+        _head(spec, adapter, returned, outputs),
+        layers,
+        rows_touch=bool((gradients[1:].nan_to_num() != 0).any()),
     )
 
 
@@ -192,8 +196,26 @@ def _fits(returned: object, n: int) -> bool:
     )
 
 
+def _check_labels(module: nn.Module, adapter: Adapter, inputs: Tensor, outputs: Tensor) -> None:
+    """Refuse labels that are none: another input, which zeros would be wrong for."""
+    if adapter.labels is None:
+        return
+    try:
+        with torch.no_grad():
+            others = adapter.outputs(adapter.call(module, inputs * 1, label=1), n=len(inputs))
+    except Exception:  # there may be no class 1
+        return
+    if not torch.allclose(others, outputs.detach(), equal_nan=True):
+        name = adapter.labels.keyword
+        raise ConfigurationError(
+            f'label: the outputs depend on "{name}", so zeros would be wrong there; if it is a constant, set arguments'
+        )
+
+
 def _gradients_of_first(outputs: Tensor, inputs: Tensor) -> Tensor:
     """Return the gradients of the first row's outputs for all inputs, [n, C, H, W]."""
+    if outputs.isnan().any():
+        raise ConfigurationError(f"its outputs, {told(outputs)}, are not numbers (NaN) for noise between 0 and 1")
     if not outputs.requires_grad:
         raise _not_differentiable(outputs, "they do not depend on its input by operations that have a gradient")
     first = outputs[0].flatten()

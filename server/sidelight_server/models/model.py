@@ -112,8 +112,11 @@ class Model:
     def _detected(self, spec: ModelSpec, trial: Tensor | None, device: torch.device) -> Detected:
         with self._refusing("cannot be replicated and moved to the device"):
             replica = replicate(spec.module).to(device)
-        with self._refusing("" if trial is None else f"failed on an input of {list(trial.shape)}"):
+        with self._refusing("" if trial is None else f"failed on an input of {list(trial.shape)}{self._by(spec)}"):
             return self.in_turn(lambda: detect(replica, spec, trial))
+
+    def _by(self, spec: ModelSpec) -> str:
+        return ", as input_size says" if spec.input_size is not None else ", as trial_size says"
 
     def _facts(self) -> dict[str, object]:
         """Return all but the weights that a map depends on."""

@@ -13,9 +13,20 @@ PICKLED = (".pt", ".pth", ".bin")
 
 
 def load_into(module: nn.Module, path: Path) -> None:
-    """Load the weights in a file into a module. `ConfigurationError` says what does not fit."""
+    """Give a module the weights in a file. `ConfigurationError` says what does not fit.
+
+    Its tensors are replaced, not written to: a factory may return the module that serves already. Copied they are all
+    the same, for safetensors maps its file, and what is mapped ends the process if somebody cuts the file short.
+    """
     with refusing("weights", path):
-        module.load_state_dict(_read(path))
+        own, state = module.state_dict(), _read(path)
+        module.load_state_dict({name: _like(each, own.get(name)) for name, each in state.items()}, assign=True)
+
+
+def _like(value: Tensor, own: Tensor | None) -> Tensor:
+    if isinstance(value, Tensor) and isinstance(own, Tensor):
+        return value.to(own.device, own.dtype, copy=True)
+    return value
 
 
 def _read(path: Path) -> dict[str, Tensor]:
