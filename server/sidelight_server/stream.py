@@ -13,7 +13,7 @@ from .frames import Decoded, Received
 from .outlet import Outlet, StalledError
 from .regions import Regions
 
-END_TRAILER = "sidelight-end"
+BEGIN_HEADER, END_TRAILER = "sidelight-begin", "sidelight-end"
 
 Cause = Literal["age", "shutdown", "stalled"]
 Context = grpc.aio.ServicerContext[Any, Any]
@@ -53,8 +53,9 @@ class Stream:
 
     async def run(self) -> None:
         """Serve until the caller has sent all, or `end` is called, and every batch that was read is answered."""
-        # Said at once, so that a caller knows that somebody is there before it hands a batch over.
-        await self._context.send_initial_metadata(())
+        # Said at once, so that a caller knows that somebody is there before it hands a batch over; and in a word of our
+        # own, for a proxy without a server begins a call too, to say so.
+        await self._context.send_initial_metadata(((BEGIN_HEADER, "1"),))
         ageing = asyncio.get_running_loop().call_later(self._max_age_s, self.end, "age") if self._max_age_s else None
         try:
             async with asyncio.TaskGroup() as group:
