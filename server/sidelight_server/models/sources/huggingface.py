@@ -18,6 +18,8 @@ from ..spec import ModelSpec
 from . import image_processor
 from .refusal import refuse_weights, refusing
 
+log = logging.getLogger("sidelight")
+
 FORM = "hf:DIR"
 CONFIG = "config.json"
 ADAPTER = "adapter_config.json"
@@ -45,6 +47,11 @@ def load(place: str, weights: Path | None) -> ModelSpec:
         if processor.is_file()
         else {"input_size": _size(config)}
     )
+    if not processor.is_file():
+        log.warning(
+            'event=no_preprocessor folder="%s" message="pixels get no mean and no std; %s would say them, or settings"',
+            folder, image_processor.FILE,
+        )  # fmt: skip
     labels = _labels(folder, config)
     return ModelSpec(
         _module(folder),
