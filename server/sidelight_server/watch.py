@@ -29,7 +29,10 @@ class Watch:
         for entry in list(self._registry.entries.values()):
             if not entry.models or not entry.has_source:
                 continue
-            now = await asyncio.to_thread(entry.fingerprint)
+            try:
+                now = await asyncio.to_thread(entry.fingerprint)
+            except OSError:  # a folder that is being replaced: the next look finds it whole
+                continue
             if now == entry.loaded_from:
                 self._changed.pop(entry.name, None)
             elif self._changed.get(entry.name) == now:
