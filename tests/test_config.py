@@ -75,6 +75,8 @@ FLAGS = {
     "tokens": (["--tokens", "tokens"], Path("tokens")),
     "admin_tokens": (["--admin-tokens", "admins"], Path("admins")),
     "max_peer_streams": (["--max-peer-streams", "4"], 4),
+    "metrics_listen": (["--metrics-listen", "127.0.0.1:9000"], "127.0.0.1:9000"),
+    "log_format": (["--log-format", "json"], "json"),
     "stuck_s": (["--stuck-s", "5"], 5.0),
     "device": (["--device=cpu"], "cpu"),
     "threads": (["--threads", "3"], 3),

@@ -403,7 +403,7 @@ def test_what_fails_in_the_server_is_logged_and_not_told(
         server.until_all_permits_are_back()
     assert caught.value.code() is Status.INTERNAL
     assert caught.value.details() == "the server failed; its log has the cause"
-    assert "event=unexpected id='a\\nb'" in caplog.text
+    assert 'event=unexpected id="a\\nb"' in caplog.text
 
 
 def test_bytes_that_are_no_message_are_refused_and_end_no_stream(address: str) -> None:

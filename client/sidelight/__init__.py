@@ -35,6 +35,7 @@ from ._errors import (
     Unknown,
 )
 from ._gallery import Panel, gallery
+from ._images import Served
 from ._info import Limits, ModelInfo, Preprocessing, ServerInfo, SharedMemory, Stops, WarmupEntry
 from ._masking import Occlusion, Rise
 from ._methods import (
@@ -98,6 +99,7 @@ __all__ = [
     "Replayed",
     "ResourceExhausted",
     "Rise",
+    "Served",
     "ServerDied",
     "ServerInfo",
     "SharedMemory",

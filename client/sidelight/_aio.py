@@ -31,14 +31,14 @@ from ._client import (
 from ._connection import DIAGNOSE_EVERY_S, Connection
 from ._credentials import TLS, Token
 from ._errors import Cancelled, SidelightError
-from ._images import Batch, Images
+from ._images import Batch, Images, Served
 from ._inbox import End
 from ._info import ModelInfo, ServerInfo
 from ._methods import Gradient, Method
 from ._order import Order
 from ._question import FOR_EVER_S, Question
 from ._servers import SILENT_WAIT_S
-from ._targets import Target
+from ._targets import Choice, Target
 from ._words import Channels, MapDtype, Score
 
 _END = object()
@@ -123,6 +123,7 @@ class AsyncClient:
         channels: Channels = "max_abs",
         probabilities: bool = False,
         map_dtype: MapDtype = "float32",
+        served: Sequence[Choice] | None = None,
         timeout: float = TIMEOUT_S,  # noqa: ASYNC109  (it is the server's to keep)
         on_error: OnError = "raise",
     ) -> Attribution:
@@ -130,7 +131,9 @@ class AsyncClient:
         check_on_error(on_error)
         question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
         question.template()
-        batch = await asyncio.to_thread(Batch, images)  # it may read files
+        batch = await asyncio.to_thread(
+            Batch, images if served is None else Served(images, served)
+        )  # it may read files
         if self._client._shared_memory:
             async with contextlib.aclosing(self._answers([batch], question, on_error=on_error)) as answers:
                 return await anext(answers)
@@ -138,7 +141,7 @@ class AsyncClient:
 
     def stream(
         self,
-        batches: Iterable[Images] | AsyncIterable[Images],
+        batches: Iterable[Images | Served] | AsyncIterable[Images | Served],
         model: str | None = None,
         *,
         ordered: bool = False,
@@ -202,7 +205,7 @@ class AsyncClient:
 
     async def _answers(
         self,
-        batches: Iterable[Images | Batch] | AsyncIterable[Images],
+        batches: Iterable[Images | Served | Batch] | AsyncIterable[Images | Served],
         question: Question,
         *,
         on_error: OnError,
@@ -271,17 +274,17 @@ class AsyncClient:
 class _Source:
     """A caller's batches for the threads of a stream: an asynchronous iterable is read in the loop of the caller."""
 
-    def __init__(self, batches: Iterable[Images | Batch] | AsyncIterable[Images]) -> None:
+    def __init__(self, batches: Iterable[Images | Served | Batch] | AsyncIterable[Images | Served]) -> None:
         self._loop = asyncio.get_running_loop()
         self._is_asynchronous = isinstance(batches, AsyncIterable)
         self._batches: Any = aiter(batches) if isinstance(batches, AsyncIterable) else iter(batches)
         self._reading: Any = None
         self._is_closed = False
 
-    def __iter__(self) -> Iterator[Images | Batch]:
+    def __iter__(self) -> Iterator[Images | Served | Batch]:
         return self
 
-    def __next__(self) -> Images | Batch:
+    def __next__(self) -> Images | Served | Batch:
         if not self._is_asynchronous:
             batch: Images | Batch = next(self._batches)
             return batch

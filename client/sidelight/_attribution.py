@@ -143,7 +143,7 @@ def read(
         maps=_maps(
             message.maps, array_of(message.maps) if maps is None else maps, [each is not None for each in examples]
         ),
-        predictions=tuple(each and Prediction.of(each.prediction) for each in examples),
+        predictions=tuple(each and Prediction.of(each) for each in examples),
         explained=tuple(each and _explained(each.explained, top_k=top_k) for each in examples),
         geometry=tuple(Geometry.of(each.geometry) if each and each.HasField("geometry") else None for each in examples),
         convergence=tuple(

@@ -20,7 +20,7 @@ from ._baselines import given_array
 from ._connection import Connection
 from ._credentials import TLS, Access, Token
 from ._errors import InvalidArgument, PartialFailure, SidelightError, Unavailable, from_rpc
-from ._images import Batch, Images
+from ._images import Batch, Images, Served
 from ._inbox import End
 from ._info import ModelInfo, ServerInfo
 from ._ledger import Ledger
@@ -32,7 +32,7 @@ from ._question import FOR_EVER_S, Question
 from ._servers import Servers
 from ._shared_memory import Regions, directory_of
 from ._stream import Stream
-from ._targets import Target
+from ._targets import Choice, Target
 from ._words import Channels, MapDtype, Score
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -137,6 +137,7 @@ class Client:
         channels: Channels = "max_abs",
         probabilities: bool = False,
         map_dtype: MapDtype = "float32",
+        served: Sequence[Choice] | None = None,
         timeout: float = TIMEOUT_S,
         on_error: OnError = "raise",
     ) -> Attribution:
@@ -145,15 +146,16 @@ class Client:
         `images`: a path, encoded bytes, a PIL image, uint8 pixels [H, W, C] or [N, H, W, C], model-ready floats
         [C, H, W] or [N, C, H, W], or a list of them. `target`: None for the predicted class, a class index, a label, a
         list with one of these for each example, or `TopK`, `Contrast`, `Dense`. `map_dtype` is how the maps travel:
-        "float16" and "uint8" are shorter and rounded, "uint8" for maps without negative values alone. `timeout` is in
-        seconds.
+        "float16" and "uint8" are shorter and rounded, "uint8" for maps without negative values alone. `served` are the
+        classes, by index or label, that your model server gave these examples: `predictions[i].differs` says where
+        another is predicted here. `timeout` is in seconds.
 
         Where some examples failed, `on_error="raise"` raises `PartialFailure`, which carries the answer, and "return"
         returns the answer, whose `failures` are set. A batch that failed whole raises its error.
         """
         check_on_error(on_error)
         question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
-        batch = Batch(images)
+        batch = Batch(images if served is None else Served(images, served))
         if self._shared_memory:  # a region belongs to a stream: this is one of one batch
             question.template()
             (answer,) = self._answers([batch], question, on_error=on_error)
@@ -162,7 +164,7 @@ class Client:
 
     def stream(
         self,
-        batches: Iterable[Images],
+        batches: Iterable[Images | Served],
         model: str | None = None,
         *,
         ordered: bool = False,
@@ -180,7 +182,8 @@ class Client:
     ) -> Iterator[Attribution]:
         """Yield the maps of many batches as they are ready; `answer.index` is the batch's position in `batches`.
 
-        The options are those of `attribute`, asked of every batch; `timeout` is each batch's own. `ordered` yields in
+        The options are those of `attribute`, asked of every batch; `timeout` is each batch's own. A batch whose
+        predictions are known is a `Served`. `ordered` yields in
         the batches' order. `window` bounds the unanswered examples, and is always at least two batches (default: twice
         the server's chunk for methods of one row; two batches for others, whose every example fills chunks, and whose
         timeouts would otherwise run while they wait for each other); nothing of `batches` is read beyond it, and it is
@@ -257,7 +260,7 @@ class Client:
 
     def _opened(
         self,
-        batches: Iterator[Images | Batch],
+        batches: Iterator[Images | Served | Batch],
         question: Question,
         *,
         window: int | None,
@@ -303,7 +306,7 @@ class Client:
 
     def _answers(
         self,
-        batches: Iterable[Images | Batch],
+        batches: Iterable[Images | Served | Batch],
         question: Question,
         *,
         on_error: OnError,

@@ -7,24 +7,39 @@ model's own input, [C, H, W] or [N, C, H, W]. A torch tensor counts as an array;
 import io
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
+from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
 from . import _dicom
 from ._errors import InvalidArgument
 from ._picture import grey_of, picture_of
+from ._targets import Choice, choice_message
 from ._tensor import DTYPES, Array, TorchTensor, host_array, tensor_message
 
 # Modes that no file holds, and those that hold the same.
 _CONVERTED = {"HSV": "RGB", "I;16L": "I", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
+_FRAME_BYTES = 8  # that a message inside another takes beside its own, and more
 _KINDS = "a path, encoded bytes, a PIL image, an array, a tensor, or a list of them"
 
 
 Picture = str | os.PathLike[str] | bytes | Image.Image
 Images = Picture | Array | TorchTensor | Sequence[Picture | Array | TorchTensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Served:
+    """A batch, and the class that a model server gave each of its examples, by index or label.
+
+    Where another is predicted by the server that explains, `Prediction.differs` says so.
+    """
+
+    images: Images
+    classes: Sequence[Choice]
 
 
 class Batch:
@@ -33,12 +48,13 @@ class Batch:
     Raises `InvalidArgument` for what cannot be sent, and `OSError` for a file that cannot be read.
     """
 
-    def __init__(self, images: Images) -> None:
-        given = _as_list(images)
+    def __init__(self, images: Images | Served) -> None:
+        given = _as_list(images.images if isinstance(images, Served) else images)
         # What was sent, not what the caller holds: that may be a buffer with the next batch in it by now.
         self._examples: Array | tuple[bytes, ...] = (
             tuple(map(_file, given)) if isinstance(given, list) else np.array(given, order="C")
         )
+        self._served = _choices(images.classes, len(self)) if isinstance(images, Served) else ()
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -55,19 +71,29 @@ class Batch:
             return tensor_pb2.Images(tensor=tensor_message(self._examples))
         return tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=self._examples))
 
+    @property
+    def served(self) -> pb.ServedPredictions | None:
+        """The classes that were served, inside a message; None where nobody told them."""
+        return pb.ServedPredictions(classes=self._served) if self._served else None
+
     def part(self, span: range) -> "Batch":
         """Return some examples as a batch of their own. Nothing is copied."""
         if len(span) == len(self):
             return self
         part = object.__new__(Batch)
         part._examples = self._examples[span.start : span.stop]
+        part._served = self._served[span.start : span.stop]
         return part
 
     def sizes(self) -> list[int]:
         """Return how many bytes each example takes in a message, its own overhead left out."""
         if isinstance(self._examples, np.ndarray):
-            return [self._examples[:1].nbytes] * len(self)
-        return [len(file) for file in self._examples]
+            sizes = [self._examples[:1].nbytes] * len(self)
+        else:
+            sizes = [len(file) for file in self._examples]
+        if self._served:
+            sizes = [size + _FRAME_BYTES + each.ByteSize() for size, each in zip(sizes, self._served, strict=True)]
+        return sizes
 
     def map_elements(self, input_size: tuple[int, int, int] | None, *, keeps_channels: bool) -> int:
         """Return how many elements N maps will have, for a model of this C, H, W; 0 where that is not known."""
@@ -92,6 +118,15 @@ class Batch:
         if _dicom.is_dicom(given):
             return _dicom.picture(given, window)
         return _upright(Image.open(io.BytesIO(given)), window or (0, 0xFFFF))
+
+
+def _choices(classes: object, n_examples: int) -> tuple[pb.ClassChoice, ...]:
+    if to_list := getattr(classes, "tolist", None):  # an array or a tensor
+        classes = to_list()
+    if isinstance(classes, str) or not isinstance(classes, Sequence) or len(classes) != n_examples:
+        count = f"{len(classes)} classes" if isinstance(classes, list | tuple) else type(classes).__name__
+        raise InvalidArgument(f"served: got {count} for {n_examples} examples, expected a list with one for each")
+    return tuple(choice_message(each, "served", place=" in the list") for each in classes)
 
 
 def _as_list(images: Images) -> list[Picture | Array] | Array:

@@ -18,7 +18,7 @@ _Item = TypeVar("_Item")
 def join(entry: Entry) -> Attribution:
     """Return the answer of a batch whose every part is answered. The first part that failed fails it whole.
 
-    Times of preparing and computing are added; for queue and total the longest counts.
+    Times of preparing and computing are added; for admission, queue and total the longest counts.
     """
     starts = sorted(entry.answers)
     parts = [entry.answers[start] for start in starts]
@@ -72,4 +72,5 @@ def _timing(parts: list[Timing]) -> Timing:
         queue_s=max(part.queue_s for part in parts),
         compute_s=sum(part.compute_s for part in parts),
         total_s=max(part.total_s for part in parts),
+        admission_s=max(part.admission_s for part in parts),
     )

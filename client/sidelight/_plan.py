@@ -51,6 +51,8 @@ class Plan:
         apart = array is not None and is_large(array) and not request.images.HasField("shared")
         if not apart and not request.images.HasField("shared"):
             request.images.CopyFrom(part.batch.message)
+        if served := part.batch.served:
+            request.served.CopyFrom(served)
         if request.target.WhichOneof("target") == "per_example" and not part.is_whole:
             classes = request.target.per_example.classes
             del classes[part.start + len(part.batch) :], classes[: part.start]

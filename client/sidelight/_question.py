@@ -33,6 +33,8 @@ class Question:
         """Return the message that asks it of a batch. Every default is filled in."""
         request = self.template()
         request.images.CopyFrom(batch.message)
+        if served := batch.served:
+            request.served.CopyFrom(served)
         return request
 
     def template(self) -> pb.AttributeRequest:

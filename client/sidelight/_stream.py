@@ -27,7 +27,7 @@ from ._errors import (
     from_code,
 )
 from ._frames import Incoming, Outgoing
-from ._images import Batch, Images
+from ._images import Batch, Images, Served
 from ._inbox import End, Inbox
 from ._join import join
 from ._lane import Lane
@@ -54,7 +54,7 @@ class Stream:
     def __init__(
         self,
         connections: Sequence[Connection],
-        batches: Iterator[Images | Batch],
+        batches: Iterator[Images | Served | Batch],
         *,
         plan: Plan,
         ledger: Ledger,

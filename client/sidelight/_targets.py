@@ -35,9 +35,9 @@ class Contrast:
 
     def message(self) -> pb.Target:
         """Return what goes over the wire."""
-        positive = _choice_message(self.positive, "target.positive")
+        positive = choice_message(self.positive, "target.positive")
         return pb.Target(
-            contrast=pb.ContrastTarget(positive=positive, negative=_choice_message(self.negative, "target.negative"))
+            contrast=pb.ContrastTarget(positive=positive, negative=choice_message(self.negative, "target.negative"))
         )
 
 
@@ -54,7 +54,7 @@ class Dense:
 
     def message(self) -> pb.Target:
         """Return what goes over the wire."""
-        choice = None if self.choice is None else _choice_message(self.choice, "target.choice")
+        choice = None if self.choice is None else choice_message(self.choice, "target.choice")
         return pb.Target(dense=pb.DenseTarget(choice=choice, region=None if self.region is None else _box(self.region)))
 
 
@@ -74,7 +74,7 @@ def target_message(target: Target) -> pb.Target:
     if isinstance(target, int | np.integer):
         return pb.Target(index=whole(target, "target", bits=64))
     if isinstance(target, Sequence):
-        classes = [_choice_message(each, "target", place=" in the list") for each in target]
+        classes = [choice_message(each, "target", place=" in the list") for each in target]
         return pb.Target(per_example=pb.PerExampleTarget(classes=classes))
     raise InvalidArgument(
         f"target: got {type(target).__name__}, expected None, a class index, a label or a list of them, TopK, Contrast "
@@ -103,7 +103,8 @@ def target_text(target: pb.Target) -> str:
             return other or ""
 
 
-def _choice_message(choice: object, field: str, *, place: str = "") -> pb.ClassChoice:
+def choice_message(choice: object, field: str, *, place: str = "") -> pb.ClassChoice:
+    """Return the message of a class, by index or label."""
     if isinstance(choice, str):
         return pb.ClassChoice(label=text(choice, field))
     if isinstance(choice, int | np.integer):

@@ -24,11 +24,14 @@ class Prediction:
     index: int
     label: str  # empty where the model has no labels
     probability: float
+    differs: bool | None = None  # from the class that was said to be served; None where none was
 
     @classmethod
-    def of(cls, message: pb.Prediction) -> "Prediction":
+    def of(cls, message: pb.Example) -> "Prediction":
         """Return what a message says."""
-        return cls(message.index, message.label, message.probability)
+        differs = message.prediction_differs if message.HasField("prediction_differs") else None
+        predicted = message.prediction
+        return cls(predicted.index, predicted.label, predicted.probability, differs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +121,12 @@ class Timing:
     queue_s: float  # waiting for the device
     compute_s: float  # from the first row's start to the last row's end
     total_s: float  # from arrival to answer
+    admission_s: float = 0.0  # from arrival until it was let in: waiting for its model, a slot and the permits
 
     @classmethod
     def of(cls, message: pb.Timing) -> "Timing":
         """Return what a message says."""
-        return cls(*map(seconds, (message.prepare, message.queue, message.compute, message.total)))
+        return cls(*map(seconds, _spans(message)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,6 +169,10 @@ class Provenance:
             baseline_digest=message.baseline_digest,
             kernel_options=tuple(message.kernel_options),
         )
+
+
+def _spans(message: pb.Timing) -> tuple[Duration, ...]:
+    return message.prepare, message.queue, message.compute, message.total, message.admission
 
 
 def seconds(span: Duration) -> float:

@@ -6,6 +6,7 @@ import os
 import sys
 
 from .errors import ConfigurationError
+from .logs import Event, configure
 from .probe import is_probe, probe
 
 INTERRUPTED = 128 + 2  # as a shell says it
@@ -24,14 +25,13 @@ def main() -> int:
     from .config import misspelt_variables, read_settings
     from .server import load, serve_until_signal
 
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="time=%(asctime)s level=%(levelname)s %(message)s"
-    )
+    configure()
     sys.path.insert(0, "")  # `python -m` finds the operator's own factories in the working folder, and so does this
     try:
         settings = read_settings(sys.argv[1:])
+        configure(settings.log_format)
         for warning in misspelt_variables():
-            log.warning('event=setting_ignored message="%s"', warning)
+            log.warning(Event("setting_ignored", message=warning))
         if not asyncio.run(serve_until_signal(load(settings))):
             logging.shutdown()
             sys.stderr.flush()

@@ -52,11 +52,8 @@ def _bind_socket(server: grpc.aio.Server, path: Path, *, mode: str | None) -> No
 
 
 def _check_host(address: str, *, plaintext: bool) -> None:
-    host, colon, port = address.rpartition(":")
-    if not colon or not port.isdigit():
-        raise ConfigurationError(f'listen: got "{address}", expected "host:port" or "unix:/path"')
-    host = host.strip("[]")
-    if not plaintext and not _is_loopback(host):
+    host, port = host_and_port(address, expected='"host:port" or "unix:/path"')
+    if not plaintext and not is_loopback(host):
         raise ConfigurationError(
             f"listen: {address} is not loopback, and nothing would be encrypted; give it --tls-certificate and "
             "--tls-key, or say --plaintext if that is meant"
@@ -66,13 +63,22 @@ def _check_host(address: str, *, plaintext: bool) -> None:
     try:
         with socket.socket(family, socket.SOCK_STREAM) as trial:
             trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            trial.bind((host, int(port)))
+            trial.bind((host, port))
     except (OSError, OverflowError) as error:
         cause = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise ConfigurationError(f"listen: cannot bind {address}: {cause}") from error
 
 
-def _is_loopback(host: str) -> bool:
+def host_and_port(address: str, *, setting: str = "listen", expected: str = '"host:port"') -> tuple[str, int]:
+    """Return the two, an IPv6 address without its brackets. `ConfigurationError` where it is none."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        raise ConfigurationError(f'{setting}: got "{address}", expected {expected}')
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

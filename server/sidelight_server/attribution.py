@@ -119,6 +119,7 @@ class Request:
     channels: Channels = Channels.MAX_ABS
     probabilities: bool = False
     exact: bool = False  # maps in float64, where the model computes in that
+    served: tuple[Choice, ...] = ()  # the classes that the caller's model server gave, one for each example, if told
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +170,7 @@ class Timing:
     queue_s: float
     compute_s: float
     total_s: float
+    admission_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,3 +206,17 @@ class Answer:
     failures: tuple[ExampleFailure, ...] = ()
     probabilities: NDArray[np.float32] | None = field(default=None)  # [N, K]
     final: bool = True
+
+    @property
+    def differs(self) -> tuple[bool | None, ...]:
+        """Whether each example's prediction is another class than was served; None where that is not known."""
+        served = self.request.served or (None,) * len(self.explanations)
+        return tuple(
+            None if choice is None or explanation is None else not self._is(explanation.predicted, choice)
+            for explanation, choice in zip(self.explanations, served, strict=True)
+        )
+
+    def _is(self, predicted: int, choice: Choice) -> bool:
+        if isinstance(choice, int):
+            return predicted == choice
+        return predicted < len(self.labels) and self.labels[predicted] == choice

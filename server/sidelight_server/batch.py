@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 
 from sidelight.v1 import attribution_pb2 as pb
@@ -10,7 +11,9 @@ from . import replies
 from .engine import Progress
 from .errors import Cancelled, DeadlineExceeded, SidelightError
 from .explainer import Explainer, Inquiry
-from .outlet import Outlet
+from .outlet import Outlet, StalledError
+
+ABORTED = 10
 
 _Explaining = asyncio.Task[bytes | SidelightError]
 _NO_WAIT = contextlib.nullcontext()
@@ -49,9 +52,14 @@ class Batch:
         try:
             response = await self._respond(group)
             self._on_answer()
+            self._inquiry.passage.writing_s = time.monotonic()
             await self._outlet.write(response)
+        except StalledError:
+            self._inquiry.passage.code = ABORTED
+            raise
         finally:
             self._give_back()
+            self._explainer.passages.end(self._inquiry.passage)
 
     def take_back(self) -> None:
         """Drop what has not run. The answer is CANCELLED, unless there is another already."""
@@ -75,13 +83,17 @@ class Batch:
                 self._on_admitted()
             return await self._explain(group)
         except SidelightError as error:
-            return failed(self._inquiry.message.id, error)
+            return self._failed(error)
         except asyncio.CancelledError:
             if this and self._refusal and self._explaining is this:
                 this.uncancel()
             if not self._refusal or (this and this.cancelling()):  # the whole stream ends
                 raise
-            return failed(self._inquiry.message.id, self._refusal)
+            return self._failed(self._refusal)
+
+    def _failed(self, error: SidelightError) -> bytes:
+        self._explainer.passages.failed(self._inquiry.passage, error)
+        return failed(self._inquiry.message.id, error)
 
     async def _take(self) -> None:
         """Take a slot and a permit, within the batch's own time."""

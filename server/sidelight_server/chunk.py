@@ -1,5 +1,6 @@
 """A chunk: rows that run together. It is launched, and read once the device has come so far."""
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,7 @@ class Chunk:
     """Rows of one key at the device. Raises whatever the model raises, here or in `read`."""
 
     def __init__(self, rows: Sequence[tuple[Work, Row]], staging: Staging) -> None:
+        self.began_s = time.monotonic()
         work, first = rows[0]
         model = work.model
         padding = max(0, model.padded_rows - len(rows))

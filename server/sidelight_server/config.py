@@ -24,6 +24,7 @@ from pydantic_settings import (
 )
 
 from .errors import ConfigurationError
+from .logs import LogFormat
 from .models.preprocessing import Interpolation
 from .models.spec import ModelSpec
 from .options import Precision
@@ -166,6 +167,11 @@ class Settings(ModelSettings):
     stuck_s: float = Field(
         60.0, ge=0, description="seconds without progress after which a device counts as stuck in health; 0: never"
     )
+
+    metrics_listen: str | None = Field(
+        None, description="host:port of metrics over HTTP; empty: none; unset: 127.0.0.1:9464, if that is free"
+    )
+    log_format: LogFormat = Field("text", description="lines of the log as text, key=value, or as json")
 
     device: str = Field("auto", description="auto, cpu, cuda:N or mps; several with commas share the work")
     threads: int = Field(0, ge=0, description="CPU threads of one operation; 0: the CPUs that this process may use")

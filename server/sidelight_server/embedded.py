@@ -34,7 +34,7 @@ def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> 
     engine = Engine(_offered(model, chosen), chosen)
     with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
         listen = chosen.listen if "listen" in settings else (f"unix:{folder}/socket",)
-        server = Server(engine, listen=listen, plaintext=chosen.plaintext)
+        server = Server(engine, listen=listen, plaintext=chosen.plaintext, metrics_listen=chosen.metrics_listen or "")
         with _Thread(server, drain_s=chosen.drain_s):
             yield server.addresses[0]
 

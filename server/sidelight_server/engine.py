@@ -22,9 +22,11 @@ from .attribution import Answer, Provenance, Request, Timing
 from .config import ModelSettings, Settings
 from .device import choose_devices, cpu_quota, make_deterministic
 from .errors import Unavailable
+from .logs import Event
 from .methods.method import Shape
 from .models.model import Model
 from .models.spec import ModelSpec
+from .passage import Passage
 from .preparation import Prepared, input_shape, maps_shape, needs_decoding, needs_no_work, prepare, settled
 from .registry import Registry, Version
 from .station import Station, least_busy
@@ -56,9 +58,10 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """When a request came, and when it was prepared."""
+    """When a request came, when it was let in, and when it was prepared."""
 
     arrived_s: float
+    admitted_s: float
     prepared_s: float
 
 
@@ -128,7 +131,7 @@ class Engine:
         """Fail what is unanswered at a station: the thread that would answer it has ended."""
         unanswered = [(work, answered) for work, (answered, at) in list(self._unanswered.items()) if at is station]
         if not self._closing.is_set():
-            log.critical("event=device_thread_ended device=%s unanswered=%d", station.device, len(unanswered))
+            log.critical(Event("device_thread_ended", device=station.device, unanswered=len(unanswered)))
         for work, answered in unanswered:
             work.cancel()
             _call_from_thread(answered, lambda each: each.set_exception(Unavailable("the server is shutting down")))
@@ -167,27 +170,40 @@ class Engine:
         return math.prod(shape) * BYTES_OF_FLOAT32, n * TENSORS_IN_PROGRESS * tensor_bytes
 
     async def attribute(
-        self, request: Request, progress: Progress | None = None, version: Version | None = None
+        self,
+        request: Request,
+        progress: Progress | None = None,
+        version: Version | None = None,
+        passage: Passage | None = None,
     ) -> Answer:
         """Return the maps of one batch. Cancelling the call drops its rows that have not run.
 
         A wrong request raises a `SidelightError`; an example that fails alone is in `Answer.failures`. With a
         `progress`, maps that are not final can be had from it meanwhile. The answer is by the model's `version` that
-        serves when none is given, whatever is loaded meanwhile.
+        serves when none is given, whatever is loaded meanwhile. A `passage` is told the times.
         """
-        return await self._attribute(request, progress, version or await self.registry.ready(request.model))
+        version = version or await self.registry.ready(request.model)
+        return await self._attribute(request, progress, version, passage=passage)
 
     async def _attribute(
-        self, request: Request, progress: Progress | None, version: Version, at: Station | None = None
+        self,
+        request: Request,
+        progress: Progress | None,
+        version: Version,
+        *,
+        at: Station | None = None,
+        passage: Passage | None = None,
     ) -> Answer:
-        arrived_s = time.monotonic()
+        admitted_s = time.monotonic()
+        passage = passage or Passage("", admitted_s)
         model = version[0]
         method = settled(model, request)
         if method is not request.method:
             request = replace(request, method=method)
         loop = asyncio.get_running_loop()
         prepared = await self._prepare(model, request)
-        clock = _Clock(arrived_s, time.monotonic())
+        clock = _Clock(passage.arrived_s, admitted_s, time.monotonic())
+        passage.examples, passage.prepared_s = len(prepared.examples), clock.prepared_s
         answered: asyncio.Future[None] = loop.create_future()
         station = at or least_busy(self._stations)
         work = Work(
@@ -196,6 +212,7 @@ class Engine:
             prepared,
             on_done=lambda: _call_from_thread(answered, _set_done),
             on_improved=_from_thread(loop, progress.improved.set) if progress else None,
+            chunks=passage.chunks,
         )
         if progress:
             progress.snapshot = functools.partial(self._answer, work, clock, final=False)
@@ -206,6 +223,7 @@ class Engine:
                     await answered
             finally:
                 del self._unanswered[work]
+                passage.started_s, passage.rows = work.started_s, work.n_taken
         return self._answer(work, clock)
 
     async def _prepare(self, model: Model, request: Request) -> Prepared:
@@ -240,7 +258,7 @@ class Engine:
             zeros = np.zeros((n, h, w, c), np.uint8) if model.preprocessing else np.zeros((n, c, h, w), np.float32)
             answer = await self._attribute(Request(zeros), None, self.registry.serving(model.name), at=station)
             if answer.failures:
-                log.warning('event=warm_up_failed model="%s" message=%r', model.name, answer.failures[0].message)
+                log.warning(Event("warm_up_failed", model=model.name, message=answer.failures[0].message))
 
     def _answer(self, work: Work, clock: _Clock, *, final: bool = True) -> Answer:
         model, now_s = work.model, time.monotonic()
@@ -263,7 +281,8 @@ class Engine:
                 software=self._software,
             ),
             timing=Timing(
-                prepare_s=clock.prepared_s - clock.arrived_s,
+                admission_s=clock.admitted_s - clock.arrived_s,
+                prepare_s=clock.prepared_s - clock.admitted_s,
                 queue_s=max(0.0, started_s - clock.prepared_s),
                 compute_s=max(0.0, (work.ended_s if final else now_s) - started_s),
                 total_s=now_s - clock.arrived_s,

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import logging
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -18,6 +19,9 @@ from .attribution import Answer, Files, Request
 from .engine import BYTES_OF_FLOAT32, Engine, Progress
 from .errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, SidelightError
 from .frames import encode_answer
+from .logs import Event
+from .passage import Passage
+from .passages import Passages
 from .regions import Regions, Span, span, undisturbed
 from .registry import Version
 from .tensors import encoded, layout_of, map_itemsize
@@ -40,14 +44,22 @@ class Inquiry:
     deadline_s: float | None  # on the event loop's clock
     source: Span | None  # where the images are, if not in the message
     sink: Span | None  # where the maps go, if not into the answer
+    passage: Passage
+
+    @property
+    def transport(self) -> pb.Transport.ValueType:
+        """How the tensors of the final answer and its images travel."""
+        all_shared = self.sink is not None and self.source is not None
+        return pb.TRANSPORT_SHARED_MEMORY if all_shared else pb.TRANSPORT_INLINE
 
 
 class Explainer:
     """Explains messages on an engine, within the permits of `admission`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, passages: Passages | None = None) -> None:
         settings = engine.settings
         self._engine = engine
+        self.passages = passages or Passages()
         self._limit_bytes = settings.max_message_bytes
         self.admission = Admission(max_requests=settings.max_in_flight, max_bytes=settings.max_in_flight_bytes)
 
@@ -65,28 +77,28 @@ class Explainer:
         message: pb.AttributeRequest,
         *,
         n_bytes: int,
+        passage: Passage,
         data: memoryview | None = None,
         regions: Regions | None = None,
-        arrived_s: float | None = None,
     ) -> Inquiry:
         """Check a message that took so many bytes; its tensor's data may stand beside it. Its model may be loaded yet.
 
         A `SidelightError` says what is wrong with it. `regions` are those of its stream.
         """
-        if arrived_s is None:
-            arrived_s = asyncio.get_running_loop().time()
         with _telling(message.id):
             timeout_s = wire.timeout_s(message)
             request = wire.parse(message, data)
-            deadline_s = None if timeout_s is None else arrived_s + timeout_s
+            # The loop's clock is the monotonic one.
+            deadline_s = None if timeout_s is None else passage.arrived_s + timeout_s
             version = await self._ready(request.model, deadline_s)
+            passage.model, passage.method = version[0].name, request.method.name
             answer_bytes, state_bytes = self._engine.held_bytes(request, version)
             maps_bytes = answer_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32
             source = _source(message.images, regions)
             sink = _sink(message.output, maps_bytes, regions)
         if sink is None:
             self._refuse_long_answer(maps_bytes)
-        return Inquiry(
+        inquiry = Inquiry(
             message=message,
             request=request,
             version=version,
@@ -94,7 +106,11 @@ class Explainer:
             deadline_s=deadline_s,
             source=source,
             sink=sink,
+            passage=passage,
         )
+        if inquiry.transport == pb.TRANSPORT_SHARED_MEMORY:
+            passage.transport = "shared_memory"
+        return inquiry
 
     def enter(self, inquiry: Inquiry) -> contextlib.ExitStack:
         """Take a permit, which is given back when it is closed. `ResourceExhausted` where there is none now."""
@@ -140,7 +156,10 @@ class Explainer:
     async def explain(self, inquiry: Inquiry, progress: Progress | None = None) -> bytes:
         """Return the answer's message. Nothing but a `SidelightError` says why there is none."""
         with _telling(inquiry.message.id):
-            return await self._reply(await self._answer(inquiry, progress), inquiry)
+            answer = await self._answer(inquiry, progress)
+            reply = await self._reply(answer, inquiry)
+        self.passages.answered(inquiry.passage, answer)
+        return reply
 
     async def reply(self, answer: Answer, inquiry: Inquiry) -> bytes:
         """Return the message of an answer, which may not be final. `SidelightError` where it cannot be sent."""
@@ -149,12 +168,17 @@ class Explainer:
 
     async def _answer(self, inquiry: Inquiry, progress: Progress | None) -> Answer:
         if inquiry.deadline_s is None:
-            return await self._engine.attribute(await _fetched(inquiry), progress, inquiry.version)
+            return await self._explained(inquiry, progress)
         try:
             async with asyncio.timeout_at(inquiry.deadline_s):
-                return await self._engine.attribute(await _fetched(inquiry), progress, inquiry.version)
+                return await self._explained(inquiry, progress)
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
+
+    async def _explained(self, inquiry: Inquiry, progress: Progress | None) -> Answer:
+        passage = inquiry.passage
+        passage.admitted_s = time.monotonic()
+        return await self._engine.attribute(await _fetched(inquiry), progress, inquiry.version, passage)
 
     async def _reply(self, answer: Answer, inquiry: Inquiry) -> bytes:
         blocks = answer.maps.nbytes > MANY_BYTES or (answer.final and inquiry.sink is not None)
@@ -204,9 +228,7 @@ def _encode(answer: Answer, inquiry: Inquiry) -> bytes:
     sink = inquiry.sink if answer.final else None
     if sink:
         sink.write(maps.data)
-    all_shared = sink is not None and inquiry.source is not None
-    transport = pb.TRANSPORT_SHARED_MEMORY if all_shared else pb.TRANSPORT_INLINE
-    result = replies.result(answer, transport=transport)
+    result = replies.result(answer, transport=inquiry.transport if answer.final else pb.TRANSPORT_INLINE)
     return encode_answer(message.id, result, replies.provenance(answer, message), maps, is_inline=sink is None)
 
 
@@ -221,5 +243,5 @@ class _telling:  # noqa: N801  (as contextlib has them; its own generators take 
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if isinstance(error, Exception) and not isinstance(error, SidelightError):
-            log.error("event=unexpected id=%r", self._id, exc_info=error)
+            log.error(Event("unexpected", id=self._id), exc_info=error)
             raise Internal("the server failed; its log has the cause") from error

@@ -14,6 +14,7 @@ import torch
 
 from .config import SOURCES, ModelSettings, Settings
 from .errors import ConfigurationError, FailedPrecondition, NotFound, SidelightError, Unavailable, near
+from .logs import Event
 from .models import sources
 from .models.model import InTurn, Model, at_once
 from .models.spec import ModelSpec
@@ -52,6 +53,7 @@ class Entry:
         self.models: Version = ()  # one for each station; empty: not loaded
         self.loaded_from: Fingerprint = ()  # the files as they were before they were read the last time
         self.failure = ""  # why the last attempt to load it came to nothing
+        self.n_failed = 0  # attempts
         self._failed_s = 0.0
         self._spec = spec  # of a module that was handed over
         self._loading: Future[None] | None = None  # for the first time
@@ -228,10 +230,11 @@ class Registry:
                 raise Unavailable("the server is shutting down")
             said = " ".join(failure.split()).removeprefix(f'model "{entry.name}": ')
             entry.failure, entry._failed_s = said, time.monotonic()
-            log.error('event=load_failed model="%s" message="%s"', entry.name, entry.failure)
+            entry.n_failed += 1
+            log.error(Event("load_failed", model=entry.name, message=entry.failure))
             raise FailedPrecondition(f'model "{entry.name}": {entry.failure}')
         entry.failure = ""
-        log.info("%s seconds=%.1f", told(entry.models[0]), time.monotonic() - began)
+        log.info(told(entry.models[0], seconds=round(time.monotonic() - began, 1)))
         self._on_change()
 
     def _loaded(self, entry: Entry, before: Version) -> Version:
@@ -261,12 +264,19 @@ class Registry:
         return models
 
 
-def told(model: Model) -> str:
+def told(model: Model, **more: object) -> Event:
     """Say of a model that was loaded what was found out about it, as the log has it."""
-    return (
-        f'event=loaded model="{model.name}" version={model.version} digest={model.digest[:12]} '
-        f'call="{model.adapter.told}" outputs={model.head.outputs} activation={model.head.activation} '
-        f"classes={model.class_count or 'unknown'} chunk_rows={model.chunk_rows}"
+    return Event(
+        "loaded",
+        model=model.name,
+        version=model.version,
+        digest=model.digest[:12],
+        call=model.adapter.told,
+        outputs=model.head.outputs,
+        activation=model.head.activation,
+        classes=model.class_count or "unknown",
+        chunk_rows=model.chunk_rows,
+        **more,
     )
 
 

@@ -22,7 +22,10 @@ from .wire import CHANNELS, SCORES
 def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attribution:
     """Return the message of an answer without its maps and its provenance: `frames` adds them."""
     return pb.Attribution(
-        examples=[_example(each, answer.labels) for each in answer.explanations],
+        examples=[
+            _example(each, answer.labels, differs=differs)
+            for each, differs in zip(answer.explanations, answer.differs, strict=True)
+        ],
         failures=[
             pb.ExampleFailure(example=each.example, code=each.code, message=each.message) for each in answer.failures
         ],
@@ -32,6 +35,7 @@ def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attributi
             queue=duration(answer.timing.queue_s),
             compute=duration(answer.timing.compute_s),
             total=duration(answer.timing.total_s),
+            admission=duration(answer.timing.admission_s),
         ),
         transport=transport,
         final=answer.final,
@@ -126,7 +130,7 @@ def _interval(ends: tuple[float, float]) -> tensor_pb2.Interval:
     return tensor_pb2.Interval(low=ends[0], high=ends[1])
 
 
-def _example(explanation: Explanation | None, labels: tuple[str, ...]) -> pb.Example:
+def _example(explanation: Explanation | None, labels: tuple[str, ...], *, differs: bool | None) -> pb.Example:
     if explanation is None:
         return pb.Example()
     return pb.Example(
@@ -138,6 +142,7 @@ def _example(explanation: Explanation | None, labels: tuple[str, ...]) -> pb.Exa
         explained=[_explained(each, labels) for each in explanation.explained],
         geometry=_geometry(explanation.geometry) if explanation.geometry else None,
         convergence=_convergence(explanation.convergence) if explanation.convergence else None,
+        prediction_differs=differs,
     )
 
 

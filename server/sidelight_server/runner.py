@@ -12,8 +12,11 @@ import torch
 
 from .chunk import Chunk, to_host
 from .errors import Internal, ResourceExhausted, SidelightError, Unavailable
+from .histogram import Histogram
 from .job import Job, Result, Row
+from .logs import Event
 from .methods.method import Reading
+from .passage import MAX_CHUNKS, ChunkTimes
 from .pulse import Pulse
 from .scheduler import Ring
 from .staging import Staging, is_finite
@@ -21,6 +24,8 @@ from .stops import Stops
 from .work import Work
 
 log = logging.getLogger("sidelight")
+
+CHUNK_ROWS = tuple(2**power for power in range(13))  # bounds of a histogram
 
 Taken = tuple[Work, Row]
 _Flight = tuple[list[Taken], Chunk | SidelightError]
@@ -57,6 +62,8 @@ class Runner:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"sidelight-{device}", daemon=True)
         self.stops = Stops()
+        self.chunk_rows = Histogram(CHUNK_ROWS)
+        self.n_out_of_memory = 0  # chunks
         self.pulse = Pulse(stuck_s=stuck_s)
 
     def start(self) -> None:
@@ -160,6 +167,7 @@ class Runner:
 
     def _launch(self, rows: Sequence[Taken]) -> Chunk | SidelightError:
         self.pulse.beat()
+        self.chunk_rows.add(len(rows))
         try:
             return Chunk(rows, self._staging)
         # Even SystemExit: a model must not end the thread that all others wait for.
@@ -189,6 +197,7 @@ class Runner:
         if isinstance(chunk, Chunk):
             try:
                 readings = chunk.read()
+                _tell(rows, chunk)
             except BaseException as error:
                 failure = self._understand(rows[0][0], rows[0][1].job, error, n_rows=len(rows))
         if failure is None:
@@ -233,10 +242,11 @@ class Runner:
             return error
         name, place = work.model.name, job.place
         if _is_out_of_memory(error):
-            log.warning('event=out_of_memory model="%s" rows=%d', name, n_rows)
+            self.n_out_of_memory += 1
+            log.warning(Event("out_of_memory", model=name, rows=n_rows))
             return ResourceExhausted(f'model "{name}": out of device memory on one example')
         if n_rows == 1:
-            log.error('event=model_failed model="%s" example=%d', name, place, exc_info=error)
+            log.error(Event("model_failed", model=name, example=place), exc_info=error)
         return Internal(f'model "{name}" failed on example {place}; the server\'s log has the cause')
 
     def _split(self, rows: Sequence[Taken], failure: SidelightError) -> None:
@@ -253,6 +263,14 @@ class Runner:
             model.chunk_rows = min(model.chunk_rows, half)
         for part in (rows[:half], rows[half:]):
             self._read(part, self._launch(part))
+
+
+def _tell(rows: Sequence[Taken], chunk: Chunk) -> None:
+    """Tell the requests that want to know when their rows ran. Before they are answered: then it is too late."""
+    asking = {id(work.chunks): work.chunks for work, _ in rows if work.chunks is not None}
+    for chunks in asking.values():
+        if len(chunks) < MAX_CHUNKS:
+            chunks.append(ChunkTimes(chunk.began_s, time.monotonic(), len(rows)))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

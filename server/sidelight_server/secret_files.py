@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 from .errors import ConfigurationError
+from .logs import Event
 
 log = logging.getLogger("sidelight")
 
@@ -46,9 +47,10 @@ class SecretFiles(Generic[_Content]):
             try:
                 self._content = self._read()
             except ConfigurationError as error:
-                log.warning('event=%s_kept message="the files have changed, the old ones stay: %s"', self._name, error)
+                said = f"the files have changed, the old ones stay: {error}"
+                log.warning(Event(f"{self._name}_kept", message=said))
                 return None
-            log.info("event=%s_read files=%s", self._name, ",".join(map(str, self._paths)))
+            log.info(Event(f"{self._name}_read", files=",".join(map(str, self._paths))))
             return self._content
 
     def _fingerprint(self) -> tuple[tuple[int, int, int] | None, ...]:
@@ -63,7 +65,8 @@ def read_secret(path: Path, *, setting: str) -> bytes:
     except OSError as error:
         raise ConfigurationError(f"{setting}: cannot read {path}: {error.strerror}") from None
     if mode & (stat.S_IROTH | stat.S_IWOTH):
-        log.warning('event=readable_secret message="%s: %s is open to every user; chmod o= closes it"', setting, path)
+        said = f"{setting}: {path} is open to every user; chmod o= closes it"
+        log.warning(Event("readable_secret", message=said))
     return content
 
 

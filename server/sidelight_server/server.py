@@ -5,7 +5,7 @@ import contextlib
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import torch
@@ -20,14 +20,22 @@ from .credentials import Certificates
 from .engine import Engine
 from .explainer import Explainer
 from .health import SERVICES, Health, Porch, statuses
+from .logs import Event
 from .memory import keep_freed
+from .passages import Passages
 from .regions import SharedMemory
 from .registry import told
 from .service import AttributionService, Framing, ModelService
+from .tracing import Tracing, from_environment
 from .watch import Watch
 from .watchdog import Watchdog
 
+if TYPE_CHECKING:
+    from .metrics import Exposition
+
 log = logging.getLogger("sidelight")
+
+METRICS = "127.0.0.1:9464"  # where a process tells them if nobody says otherwise
 
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
@@ -42,7 +50,15 @@ CHUNK_S = 5.0  # that the running chunk may take once all callers are gone
 class Server:
     """An engine on the network. `ConfigurationError` where an address cannot be had."""
 
-    def __init__(self, engine: Engine, *, listen: Sequence[str], plaintext: bool = False) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        listen: Sequence[str],
+        plaintext: bool = False,
+        metrics_listen: str = "",
+        tracing: Tracing | None = None,
+    ) -> None:
         self._engine = engine
         self._listen = listen
         self._plaintext = plaintext
@@ -51,8 +67,12 @@ class Server:
         self._is_stopping = False
         self._shared: SharedMemory | None = None
         self._watching: list[asyncio.Task[None]] = []
-        self.explainer = Explainer(engine)
+        self._metrics_listen = metrics_listen
+        self._metrics: Exposition | None = None
+        self._tracing = tracing
+        self.explainer = Explainer(engine, Passages(tracing))
         self.addresses: list[str] = []
+        self.metrics = "none"  # where they are told, or why not
 
     async def start(self) -> None:
         """Bind, and answer for health; load, warm up, and begin to answer. `addresses` then says where."""
@@ -99,10 +119,29 @@ class Server:
             )
             for address in self._listen
         ]
+        self._expose()
         loop = asyncio.get_running_loop()
         self._engine.on_change = lambda: _call_soon(loop, self._tell)
         self._tell()
         await self._server.start()
+
+    @property
+    def has_metrics(self) -> bool:
+        """Whether metrics are told."""
+        return self._metrics is not None
+
+    def _expose(self) -> None:
+        """Tell metrics. An address that cannot be had is said, no more: nobody is to go without maps for that."""
+        if not self._metrics_listen:
+            return
+        from .metrics import Exposition, Metrics  # not before: it takes 30 ms, and most tests do without
+
+        metrics = Metrics(self._engine, self.explainer, self._service)
+        try:
+            self._metrics = Exposition(metrics, self._metrics_listen, plaintext=self._plaintext)
+            self.metrics = self._metrics.address
+        except OSError as error:
+            self.metrics = f"none: {self._metrics_listen}: {error.strerror}"
 
     async def stop(self, *, drain_s: float) -> bool:
         """Take nothing new in, let running work end within `drain_s`, and stop. False where a device is left stuck."""
@@ -130,11 +169,16 @@ class Server:
 
     def _close(self, within_s: float | None = None) -> bool:
         has_ended = self._engine.close(within_s)
+        if self._metrics:
+            self._metrics.close()
+            self._metrics = None
+        if self._tracing:
+            self._tracing.close()
         if self._shared:
             self._shared.close()
             self._shared = None
         if not has_ended:
-            log.error("event=device_abandoned device=%s", self._engine.device)
+            log.error(Event("device_abandoned", device=self._engine.device))
         return has_ended
 
     def _tell(self) -> None:
@@ -189,26 +233,36 @@ async def serve_until_signal(engine: Engine) -> bool:
     False where something does not end by itself: a device that is stuck, a factory that takes its time.
     """
     settings = engine.settings
-    server = Server(engine, listen=settings.listen, plaintext=settings.plaintext)
+    server = Server(
+        engine,
+        listen=settings.listen,
+        plaintext=settings.plaintext,
+        metrics_listen=METRICS if settings.metrics_listen is None else settings.metrics_listen,
+        tracing=from_environment(),
+    )
     signalled = asyncio.create_task(_signalled(on_hangup=engine.registry.reload_all))
     starting = asyncio.create_task(server.start())
     await asyncio.wait([signalled, starting], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
         starting.cancel()
         await asyncio.wait([starting])
-        log.info("event=stopping signal=%s unanswered=0 drain_s=0", signalled.result())
+        log.info(Event("stopping", signal=signalled.result(), unanswered=0, drain_s=0))
         return False
     if starting.exception():
         signalled.cancel()
     starting.result()
     for model in engine.models.values():
         log.info(told(model))
-    log.info(
-        'event=serving addresses=%s models="%s" device=%s threads=%d',
-        ",".join(server.addresses), ",".join(engine.registry.entries), engine.device, engine.threads,
-    )  # fmt: skip
+    if (
+        settings.metrics_listen and not server.has_metrics
+    ):  # by default it is no fault: another server may have the port
+        log.warning(Event("metrics_off", message=server.metrics))
+    log.info(Event(
+        "serving", addresses=",".join(server.addresses), models=",".join(engine.registry.entries),
+        device=engine.device, threads=engine.threads, metrics=server.metrics,
+    ))  # fmt: skip
     name = await signalled
-    log.info("event=stopping signal=%s unanswered=%d drain_s=%g", name, engine.n_unanswered, settings.drain_s)
+    log.info(Event("stopping", signal=name, unanswered=engine.n_unanswered, drain_s=settings.drain_s))
     return await server.stop(drain_s=settings.drain_s)
 
 

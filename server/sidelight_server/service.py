@@ -1,6 +1,7 @@
 """The service: the calls of `sidelight.v1`. Here errors become statuses."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -43,6 +44,11 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         self._is_draining = False
         self._is_given_up = False
 
+    @property
+    def n_streams(self) -> int:
+        """How many streams are open."""
+        return len(self._streams)
+
     def drain(self) -> None:
         """Let no stream take anything new in."""
         self._is_draining = True
@@ -65,21 +71,31 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         call = asyncio.current_task()
         assert call  # noqa: S101
         self._calls.add(call)
+        passages = self._explainer.passages
+        passage = passages.begin("Attribute", context.invocation_metadata)
+        context.add_done_callback(lambda _: passages.end(passage))  # type: ignore[arg-type]  # as below
         try:
             if isinstance(received, SidelightError):
                 raise received
-            inquiry = await self._explainer.inquire(received.message, n_bytes=received.n_bytes, data=received.data)
+            inquiry = await self._explainer.inquire(
+                received.message, n_bytes=received.n_bytes, data=received.data, passage=passage
+            )
             permit = self._explainer.enter(inquiry)
             # Once the answer is written, not when it is made. (The stubs know callbacks as a class, not as a protocol.)
             context.add_done_callback(lambda _: permit.close())  # type: ignore[arg-type]
-            return await self._explainer.explain(inquiry)
+            answer = await self._explainer.explain(inquiry)
+            passage.writing_s = time.monotonic()
+            return answer
         except SidelightError as error:
+            passages.failed(passage, error)
             await abort(context, error)
         except asyncio.CancelledError:
             if not self._is_given_up or context.cancelled():
                 raise
             call.uncancel()
-            await abort(context, Unavailable("the server is shutting down, and its drain_s has passed"))
+            given_up = Unavailable("the server is shutting down, and its drain_s has passed")
+            passages.failed(passage, given_up)
+            await abort(context, given_up)
         finally:
             self._calls.discard(call)
 
@@ -104,6 +120,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
                 self._streams.add(stream)
                 await stream.run()
         except ResourceExhausted as error:
+            self._explainer.passages.refuse("AttributeStream", context.invocation_metadata, error)
             await abort(context, error)
         finally:
             self._streams.discard(stream)

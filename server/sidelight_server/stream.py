@@ -11,8 +11,10 @@ from .errors import InvalidArgument, SidelightError, Unavailable
 from .explainer import Explainer, Inquiry
 from .frames import Decoded, Received
 from .outlet import Outlet, StalledError
+from .passage import Passage
 from .regions import Regions
 
+CALL = "AttributeStream"
 BEGIN_HEADER, END_TRAILER = "sidelight-begin", "sidelight-end"
 
 Cause = Literal["age", "shutdown", "stalled"]
@@ -121,7 +123,7 @@ class Stream:
 
     async def _receive(self, received: Decoded[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
         if isinstance(received, SidelightError):
-            await self._fail("", received)
+            await self._refuse(received)
             return
         match received.message.WhichOneof("request"):
             case "attribute":
@@ -132,18 +134,24 @@ class Stream:
             case "register_region":
                 await self._register(received.message.register_region)
             case _:
-                await self._fail("", InvalidArgument("request: unset; expected attribute, cancel or register_region"))
+                await self._refuse(InvalidArgument("request: unset; expected attribute, cancel or register_region"))
 
     async def _begin(self, received: Received[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
-        arrived_s = asyncio.get_running_loop().time()
+        passages = self._explainer.passages
+        passage = passages.begin(CALL, self._context.invocation_metadata)
         await self._admitting.acquire()
         request = received.message.attribute
         try:
-            inquiry = await self._inquire(request, received, arrived_s)
+            inquiry = await self._inquire(request, received, passage)
         except SidelightError as error:
             self._admitting.release()
+            passages.failed(passage, error)
+            passages.end(passage)
             await self._fail(request.id, error)
             return
+        except asyncio.CancelledError:  # the caller has gone
+            passages.end(passage)
+            raise
         self._unanswered[request.id] = batch = Batch(
             inquiry,
             self._explainer,
@@ -155,7 +163,7 @@ class Stream:
         group.create_task(batch.run(group))
 
     async def _inquire(
-        self, request: pb.AttributeRequest, received: Received[pb.AttributeStreamRequest], arrived_s: float
+        self, request: pb.AttributeRequest, received: Received[pb.AttributeStreamRequest], passage: Passage
     ) -> Inquiry:
         """Check a batch, which may wait for its model. `Unavailable` once the stream is given up."""
         self._check_id(request.id)
@@ -164,7 +172,7 @@ class Stream:
         try:
             async with asyncio.timeout(None) as self._beginning:
                 return await self._explainer.inquire(
-                    request, n_bytes=received.n_bytes, data=received.data, regions=self._regions, arrived_s=arrived_s
+                    request, n_bytes=received.n_bytes, data=received.data, regions=self._regions, passage=passage
                 )
         except TimeoutError:
             raise _given_up() from None
@@ -191,6 +199,11 @@ class Stream:
         registered = pb.RegionRegistered(region=request.region)
         response = pb.AttributeStreamResponse(id=request.id, region_registered=registered)
         await self._outlet.write(response.SerializeToString())
+
+    async def _refuse(self, error: SidelightError) -> None:
+        """Answer what is no request that could be matched with its answer."""
+        self._explainer.passages.refuse(CALL, self._context.invocation_metadata, error)
+        await self._fail("", error)
 
     async def _fail(self, id_: str, error: SidelightError) -> None:
         await self._outlet.write(failed(id_, error))

@@ -4,6 +4,7 @@ import logging
 
 from .calibration import choose_chunk_rows, compare_exact, same_bytes
 from .errors import ConfigurationError
+from .logs import Event
 from .models.model import Model
 
 log = logging.getLogger("sidelight")
@@ -41,7 +42,8 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
             )
         if not same_bytes(model, 1):
             model.chunk_rows = 1
-            log.warning('event=runs_differ model="%s" message="each run gives other bytes: rows run alone"', model.name)
+            said = "each run gives other bytes: rows run alone"
+            log.warning(Event("runs_differ", model=model.name, message=said))
     if model.is_tried and not model.kernel.options.is_exact and before is None:
         _compare(model)
 
@@ -51,12 +53,12 @@ def _compare(model: Model) -> None:
     trials, likeness = compare_exact(model)
     model.warm_up = (*trials, *model.warm_up)
     for trial in model.warm_up:
-        log.info(
-            'event=tried model="%s" configuration=%s rows=%d rows_per_s=%.1f chosen=%s',
-            model.name, trial.configuration, trial.rows, trial.rows_per_second, str(trial.chosen).lower(),
-        )  # fmt: skip
+        log.info(Event(
+            "tried", model=model.name, configuration=trial.configuration, rows=trial.rows,
+            rows_per_s=round(trial.rows_per_second, 1), chosen=trial.chosen,
+        ))  # fmt: skip
     log.info(
-        'event=compared model="%s" configuration=%s rank_correlation=%.4f', model.name, model.kernel.told, likeness
+        Event("compared", model=model.name, configuration=model.kernel.told, rank_correlation=round(float(likeness), 4))
     )
 
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable
 
 from .engine import Engine
+from .logs import Event
 from .station import Station
 
 log = logging.getLogger("sidelight")
@@ -34,12 +35,12 @@ class Watchdog:
             pulse = station.runner.pulse
             if pulse.is_stuck and station not in self._stuck:
                 self._stuck.add(station)
-                log.error(
-                    "event=device_stuck device=%s seconds=%.1f longest_s=%.3f unanswered=%d",
-                    station.device, pulse.at_work_s, pulse.longest_s, self._engine.n_unanswered,
-                )  # fmt: skip
+                log.error(Event(
+                    "device_stuck", device=station.device, seconds=round(pulse.at_work_s, 1),
+                    longest_s=round(pulse.longest_s, 3), unanswered=self._engine.n_unanswered,
+                ))  # fmt: skip
             elif station in self._stuck and not pulse.is_stuck:
                 self._stuck.discard(station)
                 if station.runner.is_alive:
-                    log.warning("event=device_moves device=%s", station.device)
+                    log.warning(Event("device_moves", device=station.device))
         self._on_look()

@@ -59,6 +59,7 @@ def parse(message: pb.AttributeRequest, data: memoryview | None = None) -> Reque
         score=meaning(message.score, SCORES, "score", model_pb2.Score, unset=Score.PROBABILITY),
         channels=meaning(message.channels, CHANNELS, "channels", pb.ChannelReduction, unset=Channels.MAX_ABS),
         probabilities=message.output.probabilities,
+        served=_served(message.served, n_examples) if message.HasField("served") else (),
     )
     _check_output(message.output, request)
     return request
@@ -139,14 +140,20 @@ def _region(box: tensor_pb2.Box) -> Region:
     return Region(box.top, box.left, box.height, box.width)
 
 
-def _choice(choice: pb.ClassChoice) -> Choice:
+def _choice(choice: pb.ClassChoice, *, field: str = "target") -> Choice:
     match choice.WhichOneof("choice"):
         case "index":
             return choice.index
         case "label":
             return choice.label
         case _:
-            raise InvalidArgument("target: a class choice is unset, expected index or label")
+            raise InvalidArgument(f"{field}: a class choice is unset, expected index or label")
+
+
+def _served(served: pb.ServedPredictions, n_examples: int) -> tuple[Choice, ...]:
+    if len(served.classes) != n_examples:  # before any of them is looked at
+        raise InvalidArgument(f"served: {len(served.classes)} classes for {n_examples} examples, expected one for each")
+    return tuple(_choice(each, field="served") for each in served.classes)
 
 
 def _check_output(output: pb.Output, request: Request) -> None:

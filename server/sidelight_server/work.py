@@ -13,6 +13,7 @@ from .attribution import Array, ExampleFailure, Explanation, Request
 from .errors import SidelightError
 from .job import Job, Result, Row
 from .models.model import Model
+from .passage import ChunkTimes
 from .preparation import Prepared
 
 Told = Callable[[], None]
@@ -34,10 +35,13 @@ class Work:
         *,
         on_done: Told = lambda: None,
         on_improved: Told | None = None,
+        chunks: list[ChunkTimes] | None = None,
     ) -> None:
         self.request = request
         self.model = model
         self.prepared = prepared
+        self.chunks = chunks  # where it is told which chunks its rows were in; None: nobody wants to know
+        self.n_taken = 0  # rows that were taken to the device
         self.n_running = 0  # rows that were taken and not given back, under the runner's lock
         self.cancelled_s: float | None = None  # None also where all was answered before
         self.started_s: float | None = None  # when the first row was taken
@@ -96,6 +100,7 @@ class Work:
         if self.started_s is None:
             self.started_s = time.monotonic()
         self.n_running += 1
+        self.n_taken += 1
         return self, self._next().take()
 
     def settle(self, job: Job, maps: Array, result: Result, probabilities: Array | None) -> None:

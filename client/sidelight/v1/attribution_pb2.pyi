@@ -163,6 +163,7 @@ class AttributeRequest(google.protobuf.message.Message):
     CHANNELS_FIELD_NUMBER: builtins.int
     OUTPUT_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
+    SERVED_FIELD_NUMBER: builtins.int
     id: builtins.str
     """id is the caller's name for the batch, echoed in the answer. At most 128 bytes.
     Optional in unary calls; on a stream required, and unique among its unanswered batches.
@@ -193,6 +194,12 @@ class AttributeRequest(google.protobuf.message.Message):
     def timeout(self) -> google.protobuf.duration_pb2.Duration:
         """timeout runs from the request's arrival. Positive. Optional: unset means no limit but the call's own deadline."""
 
+    @property
+    def served(self) -> global___ServedPredictions:
+        """served are the classes that the caller's model server gave its own clients for these examples. Where another is
+        predicted here, Example.prediction_differs says so, and the server counts it. Optional.
+        """
+
     def __init__(
         self,
         *,
@@ -205,11 +212,34 @@ class AttributeRequest(google.protobuf.message.Message):
         channels: global___ChannelReduction.ValueType = ...,
         output: global___Output | None = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
+        served: global___ServedPredictions | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["images", b"images", "method", b"method", "output", b"output", "target", b"target", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["channels", b"channels", "id", b"id", "images", b"images", "method", b"method", "model", b"model", "output", b"output", "score", b"score", "target", b"target", "timeout", b"timeout"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["images", b"images", "method", b"method", "output", b"output", "served", b"served", "target", b"target", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["channels", b"channels", "id", b"id", "images", b"images", "method", b"method", "model", b"model", "output", b"output", "score", b"score", "served", b"served", "target", b"target", "timeout", b"timeout"]) -> None: ...
 
 global___AttributeRequest = AttributeRequest
+
+@typing.final
+class ServedPredictions(google.protobuf.message.Message):
+    """ServedPredictions are the classes that another server predicted for a batch's examples."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    CLASSES_FIELD_NUMBER: builtins.int
+    @property
+    def classes(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ClassChoice]:
+        """classes holds N choices, one for each example in order. Required. A class that the model does not have is no error:
+        it differs.
+        """
+
+    def __init__(
+        self,
+        *,
+        classes: collections.abc.Iterable[global___ClassChoice] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["classes", b"classes"]) -> None: ...
+
+global___ServedPredictions = ServedPredictions
 
 @typing.final
 class AttributeResponse(google.protobuf.message.Message):
@@ -1335,8 +1365,11 @@ class Example(google.protobuf.message.Message):
     GEOMETRY_FIELD_NUMBER: builtins.int
     CONVERGENCE_FIELD_NUMBER: builtins.int
     RENDERED_FIELD_NUMBER: builtins.int
+    PREDICTION_DIFFERS_FIELD_NUMBER: builtins.int
     rendered: builtins.bytes
     """rendered is a PNG of the map, where it was asked for."""
+    prediction_differs: builtins.bool
+    """prediction_differs says that the prediction is not the class of AttributeRequest.served. Unset where none was told."""
     @property
     def prediction(self) -> global___Prediction:
         """prediction is the class with the largest output."""
@@ -1361,9 +1394,11 @@ class Example(google.protobuf.message.Message):
         geometry: sidelight.v1.tensor_pb2.Geometry | None = ...,
         convergence: global___Convergence | None = ...,
         rendered: builtins.bytes = ...,
+        prediction_differs: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["convergence", b"convergence", "geometry", b"geometry", "prediction", b"prediction"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["convergence", b"convergence", "explained", b"explained", "geometry", b"geometry", "prediction", b"prediction", "rendered", b"rendered"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_prediction_differs", b"_prediction_differs", "convergence", b"convergence", "geometry", b"geometry", "prediction", b"prediction", "prediction_differs", b"prediction_differs"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_prediction_differs", b"_prediction_differs", "convergence", b"convergence", "explained", b"explained", "geometry", b"geometry", "prediction", b"prediction", "prediction_differs", b"prediction_differs", "rendered", b"rendered"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_prediction_differs", b"_prediction_differs"]) -> typing.Literal["prediction_differs"] | None: ...
 
 global___Example = Example
 
@@ -1611,6 +1646,7 @@ class Timing(google.protobuf.message.Message):
     QUEUE_FIELD_NUMBER: builtins.int
     COMPUTE_FIELD_NUMBER: builtins.int
     TOTAL_FIELD_NUMBER: builtins.int
+    ADMISSION_FIELD_NUMBER: builtins.int
     @property
     def prepare(self) -> google.protobuf.duration_pb2.Duration:
         """prepare is decoding and resizing."""
@@ -1627,6 +1663,12 @@ class Timing(google.protobuf.message.Message):
     def total(self) -> google.protobuf.duration_pb2.Duration:
         """total is from the request's arrival to the answer."""
 
+    @property
+    def admission(self) -> google.protobuf.duration_pb2.Duration:
+        """admission is from the request's arrival until it was let in: waiting for its model, for a slot of its stream and for
+        the permits.
+        """
+
     def __init__(
         self,
         *,
@@ -1634,8 +1676,9 @@ class Timing(google.protobuf.message.Message):
         queue: google.protobuf.duration_pb2.Duration | None = ...,
         compute: google.protobuf.duration_pb2.Duration | None = ...,
         total: google.protobuf.duration_pb2.Duration | None = ...,
+        admission: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["compute", b"compute", "prepare", b"prepare", "queue", b"queue", "total", b"total"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["compute", b"compute", "prepare", b"prepare", "queue", b"queue", "total", b"total"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["admission", b"admission", "compute", b"compute", "prepare", b"prepare", "queue", b"queue", "total", b"total"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["admission", b"admission", "compute", b"compute", "prepare", b"prepare", "queue", b"queue", "total", b"total"]) -> None: ...
 
 global___Timing = Timing

@@ -16,6 +16,7 @@ from ..calibration import DEFAULT_CHUNK_ROWS, Trial
 from ..config import ModelSettings
 from ..errors import ConfigurationError, InvalidArgument, NotFound, near
 from ..kernel import Kernel
+from ..logs import Event
 from ..methods.method import Shape
 from ..probes import chosen_layer
 from ..replica import replicate, weights_dtype
@@ -96,7 +97,7 @@ class Model:
                 )
             )
         if self.kernel.options.fold:
-            log.info('event=folded model="%s" norms=%d', self.name, self.kernel.n_folded)
+            log.info(Event("folded", model=self.name, norms=self.kernel.n_folded))
         # Pixels are normalised, and floats staged, in no less than float32; a half-precision model rounds after that.
         self._exact = torch.float64 if self.kernel.dtype == torch.float64 else torch.float32
         self.black: Tensor | None = None  # [C, 1, 1], what pixel 0 becomes
@@ -240,7 +241,8 @@ class Model:
         self.learn_output(answer.output_shape)
         if self.rows_touch:
             self.chunk_rows = 1
-            log.warning('event=rows_touch model="%s" message="examples touch each other: each runs alone"', self.name)
+            said = "examples touch each other: each runs alone"
+            log.warning(Event("rows_touch", model=self.name, message=said))
 
     @contextlib.contextmanager
     def _refusing(self, what: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ...errors import ConfigurationError
+from ...logs import Event
 from ..spec import ModelSpec
 from . import image_processor
 from .refusal import refuse_weights, refusing
@@ -49,9 +50,12 @@ def load(place: str, weights: Path | None) -> ModelSpec:
     )
     if not processor.is_file():
         log.warning(
-            'event=no_preprocessor folder="%s" message="pixels get no mean and no std; %s would say them, or settings"',
-            folder, image_processor.FILE,
-        )  # fmt: skip
+            Event(
+                "no_preprocessor",
+                folder=folder,
+                message=f"pixels get no mean and no std; {image_processor.FILE} would say them, or settings",
+            )
+        )
     labels = _labels(folder, config)
     return ModelSpec(
         _module(folder),

@@ -1,0 +1,71 @@
+"""The counts: what happened to batches, as plain numbers. `metrics` tells them; whoever counts is never held up by it.
+
+Each count has one thread that adds to it. Others may read it meanwhile: a number may be a moment old, none is torn.
+"""
+
+from collections import Counter, defaultdict
+
+from .attribution import Answer
+from .errors import ResourceExhausted, SidelightError
+from .histogram import Histogram
+from .passage import Passage
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+SPANS = ("admission", "prepare", "queue", "compute", "total")
+REASONS = ("overloaded", "dropped", "cancelled", "deadline", "invalid", "oom", "internal")
+
+CANCELLED, OUT_OF_MEMORY = 1, ResourceExhausted.code
+_REASONS = {1: "cancelled", 2: "internal", 4: "deadline", 10: "cancelled", 13: "internal", 14: "dropped"}
+
+
+class Counts:
+    """What became of the batches of one server. The event loop's."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[str, str, str, int]] = Counter()  # call, model, method, status code
+        self.failures: Counter[tuple[str, str, str]] = Counter()  # what failed (batch, example), model, reason
+        self.transports: Counter[str] = Counter()
+        self.compared: Counter[str] = Counter()  # by model: predictions that the caller told the served class of
+        self.differing: Counter[str] = Counter()  # by model: those that were another class
+        self.spans: defaultdict[str, dict[str, Histogram]] = defaultdict(_histograms)  # by model, then by name
+
+    def answered(self, passage: Passage, answer: Answer) -> None:
+        """Count an answer that is final."""
+        timing, model = answer.timing, passage.model
+        self.transports[passage.transport] += 1
+        spans = self.spans[model]
+        spans["admission"].add(timing.admission_s)
+        spans["prepare"].add(timing.prepare_s)
+        spans["queue"].add(timing.queue_s)
+        spans["compute"].add(timing.compute_s)
+        spans["total"].add(timing.total_s)
+        for failure in answer.failures:
+            # The one thing that an example alone can be short of is memory.
+            self.failures["example", model, "oom" if failure.code == OUT_OF_MEMORY else reason_of(failure.code)] += 1
+        if answer.request.served:
+            known = [each for each in answer.differs if each is not None]
+            self.compared[model] += len(known)
+            self.differing[model] += sum(known)
+
+    def ended(self, passage: Passage) -> None:
+        """Count a batch whose answer, or failure, is written."""
+        code = CANCELLED if passage.code is None else passage.code
+        self.requests[passage.call, passage.model, passage.method, code] += 1
+        if code:
+            self.failures["batch", passage.model, passage.reason or reason_of(code)] += 1
+
+
+def reason_of(code: int) -> str:
+    """Return the reason that a status code stands for, one of `REASONS`."""
+    return _REASONS.get(code, "invalid")
+
+
+def reason_of_error(error: SidelightError) -> str:
+    """Return the reason for which a whole batch failed, one of `REASONS`."""
+    if isinstance(error, ResourceExhausted) and error.retry_delay_s is not None:
+        return "overloaded"  # without a delay it is too large, whenever it is sent
+    return reason_of(error.code)
+
+
+def _histograms() -> dict[str, Histogram]:
+    return {name: Histogram(SECONDS) for name in SPANS}

@@ -1,0 +1,39 @@
+"""The passage: one batch on its way through the server, and when it came past each place.
+
+Counts and spans are made of it once it has ended. Times are on the monotonic clock, in seconds; None: never got there.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+MAX_CHUNKS = 128  # of one batch that are told one by one
+
+
+class ChunkTimes(NamedTuple):
+    """When a chunk with rows of the batch was launched, and read."""
+
+    began_s: float
+    ended_s: float
+    rows: int  # in the chunk, of whatever batch
+
+
+@dataclass(slots=True, eq=False)
+class Passage:
+    """What a batch is, when it was where, and how it ended. The event loop's, but for `chunks`: see `Work`."""
+
+    call: str
+    arrived_s: float
+    model: str = ""  # the server's own name of it; empty until it is found
+    method: str = ""
+    transport: str = "inline"
+    examples: int = 0
+    rows: int = 0  # that were taken to the device
+    admitted_s: float | None = None
+    prepared_s: float | None = None
+    started_s: float | None = None  # the first row was taken
+    writing_s: float | None = None
+    code: int | None = None  # of the status; None: there is no answer, for nobody waits for one
+    reason: str = ""  # of a failure, where the code does not say it
+    span: Any = field(default=None, repr=False)  # where it is traced
+    zero_ns: int = 0  # of the monotonic clock, since 1970, where it is traced
+    chunks: list[ChunkTimes] | None = None  # None: nobody wants to know

@@ -1,0 +1,425 @@
+"""Metrics: what is counted, what is told over HTTP, and that neither is in anybody's way."""
+
+import asyncio
+import contextlib
+import json
+import re
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+import sidelight
+import sidelight_server
+import torch
+from google.protobuf.duration_pb2 import Duration
+from models import Linear
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight_server import ConfigurationError, Engine, ModelSpec, Settings
+from sidelight_server.attribution import Answer, Explanation, Provenance, Request, Timing
+from sidelight_server.counts import REASONS
+from sidelight_server.errors import Cancelled, Internal, ResourceExhausted, Unavailable
+from sidelight_server.metrics import Exposition, Metrics
+from sidelight_server.passages import Passages
+from sidelight_server.server import Server
+from test_service import TIMEOUT_S, Running, ask, floats, gated, running
+from test_stream import Conversation, attribute, cancel
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
+
+
+class Told:
+    """What a server tells, by name and labels."""
+
+    def __init__(self, text: str) -> None:
+        self.names: set[str] = set()
+        self._values: dict[str, list[tuple[dict[str, str], float]]] = {}
+        for family in text_string_to_metric_families(text):
+            for sample in family.samples:
+                self._values.setdefault(sample.name, []).append((sample.labels, sample.value))
+                self.names.add(sample.name)
+
+    def sum(self, name: str, **labels: str) -> float:
+        """Return the sum of what has these labels, whatever its others are."""
+        return sum(value for each, value in self._values.get(name, ()) if labels.items() <= each.items())
+
+    def labels(self, name: str) -> list[dict[str, str]]:
+        return [labels for labels, _ in self._values[name]]
+
+
+def scrape(address: str) -> Told:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT_S) as answer:
+        return Told(answer.read().decode())
+
+
+@contextlib.contextmanager
+def exposed(server: Running) -> Iterator[str]:
+    """Tell the metrics of a server that runs, and give the address."""
+    metrics = Metrics(server.engine, server.server.explainer, server.server._service)
+    exposition = Exposition(metrics, "127.0.0.1:0", plaintext=False)
+    try:
+        yield exposition.address
+    finally:
+        exposition.close()
+
+
+def told(server: Running) -> Told:
+    server.until_all_permits_are_back()
+    with exposed(server) as address:
+        return scrape(address)
+
+
+# What is counted
+
+
+def test_a_request_is_counted_by_call_model_method_and_code(tmp_path: Path) -> None:
+    with running(Linear(), tmp_path, device="cpu") as server:
+        server.stub.Attribute(ask(floats(2)), timeout=TIMEOUT_S)
+        with Conversation(server.channel) as stream:
+            stream.send(attribute("a", floats(1)), attribute("b", floats(3)))
+            stream.finish()
+        with pytest.raises(grpc.RpcError):
+            server.stub.Attribute(ask(floats(1), method=pb.Method()), timeout=TIMEOUT_S)
+        counted = told(server)
+    name = "sidelight_requests_total"
+    assert counted.sum(name, call="Attribute", model="model", method="gradient", code="OK") == 1
+    assert counted.sum(name, call="AttributeStream", model="model", method="gradient", code="OK") == 2
+    assert counted.sum(name, call="Attribute", model="", method="", code="INVALID_ARGUMENT") == 1
+    assert counted.sum(name) == 4
+    assert counted.sum("sidelight_failures_total") == counted.sum("sidelight_failures_total", reason="invalid") == 1
+    assert counted.sum("sidelight_answers_total", transport="inline") == 3
+    assert counted.sum("sidelight_chunk_rows_sum") == 6
+
+
+def test_every_answer_is_in_the_histograms_once(tmp_path: Path) -> None:
+    with running(Linear(), tmp_path, device="cpu") as server:
+        timings = [server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S).result.timing for _ in range(3)]
+        counted = told(server)
+    for span in ("admission", "prepare", "queue", "compute", "total"):
+        name = f"sidelight_{span}_seconds"
+        assert counted.sum(f"{name}_count", model="model") == counted.sum(f"{name}_bucket", le="+Inf") == 3
+        seconds = sum(getattr(each, span).ToNanoseconds() for each in timings) / 1e9
+        assert counted.sum(f"{name}_sum") == pytest.approx(seconds, abs=1e-8)  # the answers' are whole nanoseconds
+    parts = sum(counted.sum(f"sidelight_{each}_seconds_sum") for each in ("admission", "prepare", "queue", "compute"))
+    assert parts <= counted.sum("sidelight_total_seconds_sum")
+
+
+def test_what_is_in_flight_is_told_while_it_is(tmp_path: Path) -> None:
+    with gated(tmp_path, device="cpu") as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("a", floats(3)))
+        assert gate.reached.wait(TIMEOUT_S)
+        with exposed(server) as address:
+            during = scrape(address)
+            gate.open.set()
+            stream.finish()
+            server.until_all_permits_are_back()
+            after = scrape(address)
+    assert during.sum("sidelight_batches_in_flight") == during.sum("sidelight_streams_open") == 1
+    assert during.sum("sidelight_rows_in_flight", device="cpu") == 3
+    assert during.sum("sidelight_in_flight_bytes") >= 3 * 3 * 4 * 5 * 4
+    for name in ("batches_in_flight", "streams_open", "rows_in_flight", "in_flight_bytes"):
+        assert after.sum(f"sidelight_{name}") == 0
+
+
+def test_time_in_line_is_told_as_admission(tmp_path: Path) -> None:
+    with (
+        gated(tmp_path, device="cpu", max_stream_in_flight=1) as (gate, server),
+        Conversation(server.channel) as stream,
+    ):
+        stream.send(attribute("first", floats(1)))
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(attribute("second", floats(1)), cancel("none"))
+        while not server.run(_waits(server)):  # a turn of the loop each
+            pass
+        seen = time.monotonic()
+        waiting = server.run(_since(server))
+        gate.open.set()
+        answers = {each.id: each.result.timing for each in stream.finish()}
+    second = answers["second"]
+    assert second.admission.ToNanoseconds() / 1e9 >= seen - waiting  # it was let in later than it was seen to wait
+    spans = (second.admission, second.prepare, second.queue, second.compute)
+    assert sum(each.ToNanoseconds() for each in spans) <= second.total.ToNanoseconds() + 4
+
+
+async def _waits(server: Running) -> bool:
+    (stream,) = server.server._service._streams
+    return len(stream._unanswered) == 2
+
+
+def test_each_way_to_fail_has_its_reason(tmp_path: Path) -> None:
+    brief = Duration(nanos=50_000_000)
+    with gated(tmp_path, device="cpu", max_in_flight=2) as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("runs", floats(1)), attribute("late", floats(1), timeout=brief))
+        assert stream.receive().failure.code == grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(attribute("taken", floats(1)))
+        while not server.run(_is_full(server)):
+            pass
+        with pytest.raises(grpc.RpcError):
+            server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)  # overloaded
+        stream.send(cancel("taken"))
+        assert stream.receive().failure.code == grpc.StatusCode.CANCELLED.value[0]
+        call = server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S)  # whose caller goes
+        while not server.run(_is_full(server)):
+            pass
+        call.cancel()
+        gate.open.set()
+        stream.finish()
+        counted = told(server)
+    name = "sidelight_failures_total"
+    assert counted.sum(name, of="batch", reason="deadline") == 1
+    assert counted.sum(name, of="batch", reason="overloaded") == 1
+    assert counted.sum(name, of="batch", reason="cancelled") == 2
+    assert counted.sum("sidelight_requests_total", code="CANCELLED") == 2
+    assert counted.sum("sidelight_requests_total", code="RESOURCE_EXHAUSTED") == 1
+
+
+async def _since(server: Running) -> float:
+    """Return when the batch that waits came."""
+    (stream,) = server.server._service._streams
+    return stream._unanswered["second"]._inquiry.passage.arrived_s
+
+
+async def _is_full(server: Running) -> bool:
+    return server.server.explainer.admission.n_requests == 2
+
+
+class Faulty(nn.Module):
+    """Linear but for examples that begin with 1, 2 or 3: it raises, has no memory, or gives no number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = Linear()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        marks = set(x[:, 0, 0, 0].tolist())
+        if 1.0 in marks:
+            raise RuntimeError("broken")
+        if 2.0 in marks:
+            raise MemoryError
+        return self.linear(x) / (0.0 if 3.0 in marks else 1.0)
+
+
+def test_an_example_that_fails_alone_is_counted_by_reason(tmp_path: Path) -> None:
+    images = floats(4)
+    images[:, 0, 0, 0] = (1, 2, 3, 0)
+    with running(Faulty(), tmp_path, device="cpu") as server:
+        answer = server.stub.Attribute(ask(images), timeout=TIMEOUT_S)
+        counted = told(server)
+    assert {each.example for each in answer.result.failures} >= {0, 1, 2}
+    name = "sidelight_failures_total"
+    assert counted.sum(name, of="example", reason="oom") == 1
+    assert counted.sum(name, of="example", reason="internal") == len(answer.result.failures) - 1
+    assert counted.sum(name, of="batch") == 0
+    assert counted.sum("sidelight_out_of_memory_total", device="cpu") >= 1
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (ResourceExhausted("full", retry_delay_s=0.1), "overloaded"),
+        (ResourceExhausted("too large"), "invalid"),
+        (Unavailable("going away"), "dropped"),
+        (Cancelled("taken back"), "cancelled"),
+        (Internal("failed"), "internal"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+def test_errors_have_reasons(error: sidelight_server.errors.SidelightError, reason: str) -> None:
+    passages = Passages()
+    passages.refuse("Attribute", tuple, error)
+    assert reason in REASONS
+    assert dict(passages.counts.failures) == {("batch", "", reason): 1}
+
+
+def test_a_device_and_the_versions_of_models_are_told(tmp_path: Path) -> None:
+    with running(Linear(), tmp_path, device="cpu") as server:
+        digest = server.engine.model("").digest
+        counted = told(server)
+    assert counted.labels("sidelight_model_info") == [
+        {"model": "model", "version": "1", "digest": digest, "precision": "float32"}
+    ]
+    assert counted.sum("sidelight_model_serving", model="model") == 1
+    assert counted.sum("sidelight_device_memory_bytes", device="cpu") > 2**20
+    assert counted.sum("sidelight_device_moves", device="cpu") == 1
+    assert counted.sum("process_open_fds") > 3
+
+
+def test_loads_that_fail_are_counted(tmp_path: Path) -> None:
+    weights = tmp_path / "w.safetensors"
+    weights.write_bytes(b"cut")
+    settings = Settings(
+        models={"bad": {"model": "python:reloadable:net", "weights": weights, "load": "lazy"}}, device="cpu"
+    )
+    with Engine(list(settings.of_models().values()), settings) as engine:
+        with pytest.raises(sidelight_server.errors.SidelightError):
+            asyncio.run(engine.registry.ready("bad"))
+        assert engine.registry.find("bad").n_failed == 1
+
+
+def test_two_devices_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    with running(Linear(), tmp_path, device="cpu,cpu") as server:
+        counted = told(server)
+    assert [each["device"] for each in counted.labels("sidelight_device_moves")] == ["cpu", "cpu#1"]
+
+
+# Predictions that differ
+
+
+@pytest.mark.parametrize("is_streamed", [False, True], ids=["unary", "stream"])
+def test_a_prediction_that_is_not_the_served_one_is_flagged_and_counted(
+    tmp_path: Path, spec: ModelSpec, floats: torch.Tensor, is_streamed: bool
+) -> None:
+    engine = Engine([spec], Settings(device="cpu"))
+    server = Server(engine, listen=[f"unix:{tmp_path}/s"], metrics_listen="127.0.0.1:0")
+    with _in_thread(server), sidelight.connect(server.addresses[0]) as client:
+        plain = client.attribute(floats)
+        assert [each.differs for each in plain.predictions] == [None] * 5
+        found = [each.index for each in plain.predictions]
+        served = [found[0], plain.predictions[1].label, found[2] + 1, "no class of this model", 10**6]
+        if is_streamed:
+            (answer,) = client.stream([sidelight.Served(floats, served)])
+        else:
+            answer = client.attribute(floats, served=served)
+        assert [each.differs for each in answer.predictions] == [False, False, True, True, True]
+        np.testing.assert_array_equal(answer.maps, plain.maps)
+        counted = scrape(server.metrics)
+        for wrong in ([0], "cat", 3, [0] * 6):
+            with pytest.raises(sidelight.InvalidArgument, match="served: got"):
+                client.attribute(floats, served=wrong)
+    assert counted.sum("sidelight_predictions_compared_total", model="small") == 5
+    assert counted.sum("sidelight_prediction_mismatches_total", model="small") == 3
+
+
+def test_served_classes_follow_their_examples_into_parts(spec: ModelSpec, floats: torch.Tensor) -> None:
+    one = floats[:1].numpy().nbytes
+    with (
+        sidelight_server.serve(spec, device="cpu", max_message_bytes=3 * one) as address,
+        sidelight.connect(address) as client,
+    ):
+        found = [client.attribute(each).predictions[0].index for each in floats]
+        served = [found[0], found[1] + 1, found[2], found[3], found[4] + 1]
+        (answer,) = client.stream([sidelight.Served(floats, torch.tensor(served))])
+    assert [each.differs for each in answer.predictions] == [False, True, False, False, True]
+
+
+def test_a_wrong_number_of_served_classes_is_refused(tmp_path: Path) -> None:
+    served = pb.ServedPredictions(classes=[pb.ClassChoice(index=0)])
+    unset = pb.ServedPredictions(classes=[pb.ClassChoice()] * 2)
+    with running(Linear(), tmp_path, device="cpu") as server:
+        for wrong, words in ((served, "served: 1 classes for 2 examples"), (unset, "served: a class choice is unset")):
+            with pytest.raises(grpc.RpcError) as caught:
+                server.stub.Attribute(ask(floats(2), served=wrong), timeout=TIMEOUT_S)
+            assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+            assert words in caught.value.details()
+
+
+@contextlib.contextmanager
+def _in_thread(server: Server) -> Iterator[None]:
+    with sidelight_server.embedded._Thread(server, drain_s=5):
+        yield
+
+
+# Over HTTP
+
+
+def test_several_servers_in_one_process_tell_their_own(spec: ModelSpec, tmp_path: Path) -> None:
+    told = []
+    with contextlib.ExitStack() as stack:
+        for n in (1, 2):
+            server = Server(
+                Engine([spec], Settings(device="cpu")), listen=[f"unix:{tmp_path}/{n}"], metrics_listen="127.0.0.1:0"
+            )
+            stack.enter_context(_in_thread(server))
+            with sidelight.connect(server.addresses[0]) as client:
+                for _ in range(n):
+                    client.attribute(np.zeros((1, 3, 32, 32), np.float32))
+            told.append(scrape(server.metrics))
+    assert [each.sum("sidelight_total_seconds_count") for each in told] == [1, 2]
+
+
+def test_a_port_that_is_taken_stops_no_start(spec: ModelSpec, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        server = Server(Engine([spec], Settings(device="cpu")), listen=[f"unix:{tmp_path}/s"], metrics_listen=address)
+        with _in_thread(server), sidelight.connect(server.addresses[0]) as client:
+            assert not client.attribute(np.zeros((1, 3, 32, 32), np.float32)).failures
+    assert server.metrics == f"none: {address}: Address already in use"
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:0", "9464", "localhost", "127.0.0.1:99999"])
+def test_an_address_that_is_wrong_or_open_to_others_is_refused(spec: ModelSpec, address: str) -> None:
+    with (
+        pytest.raises(ConfigurationError, match="metrics_listen: "),
+        sidelight_server.serve(spec, device="cpu", metrics_listen=address),
+    ):
+        pass
+
+
+def test_nothing_of_it_is_left_once_it_is_closed() -> None:
+    exposition = Exposition(CollectorRegistry(), "127.0.0.1:0", plaintext=False)
+    host, port = exposition.address.split(":")
+    with socket.create_connection((host, int(port)), timeout=TIMEOUT_S):  # one who asks nothing holds nobody up
+        assert scrape(exposition.address).sum("process_open_fds") > 3
+        exposition.close()
+    assert not exposition._thread.is_alive()
+    with pytest.raises((urllib.error.URLError, ConnectionError)):
+        scrape(exposition.address)
+
+
+# The dashboard and the page
+
+
+def _names(tmp_path: Path) -> set[str]:
+    """Every name that a server tells, once it has something to tell of each."""
+    with running(Linear(), tmp_path, device="cpu") as server:
+        served = pb.ServedPredictions(classes=[pb.ClassChoice(index=0)])
+        server.stub.Attribute(ask(floats(1), served=served), timeout=TIMEOUT_S)
+        with pytest.raises(grpc.RpcError):
+            server.stub.Attribute(ask(floats(1), method=pb.Method()), timeout=TIMEOUT_S)
+        families = Metrics(server.engine, server.server.explainer, server.server._service).collect()
+        empty = {f"{each.name}_total" if each.type == "counter" else each.name for each in families}
+        return told(server).names | empty
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> None:
+    board = json.loads((ROOT / "deploy" / "grafana" / "sidelight.json").read_text(encoding="utf-8"))
+    asked = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    used = set(re.findall(r"\b(?:sidelight|process)_[a-z_]+", " ".join(asked)))
+    assert len(used) > 15
+    assert used <= _names(tmp_path)
+
+
+def test_the_page_names_every_metric(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+    own = {name for name in _names(tmp_path) if name.startswith("sidelight_")}
+    missing = {re.sub(r"_(bucket|count|sum)$", "", name) for name in own if not name.endswith("_created")}
+    assert {name for name in missing if f"`{name}`" not in page} == set()
+
+
+# What it costs
+
+
+def test_a_model_that_nobody_asks_for_is_not_counted() -> None:
+    passages = Passages()
+    passage = passages.begin("Attribute", tuple)
+    passages.answered(passage, _answer())
+    passages.end(passage)
+    assert list(passages.counts.spans) == [""]
+    assert not passages.counts.compared
+
+
+def _answer() -> Answer:
+    provenance = Provenance("", 1, "", "float32", (), "cpu", 1, 1, False, "", ())
+    explanation = Explanation(0, 0.5, (), None, None)
+    timing = Timing(0.1, 0.2, 0.3, 0.7, 0.1)
+    return Answer(Request(np.empty(0)), np.zeros((1, 2, 2), np.float32), (explanation,), (), provenance, timing)
