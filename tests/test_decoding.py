@@ -3,14 +3,13 @@
 import io
 import re
 import struct
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from apart import counts_memory, refused_apart
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
@@ -546,31 +545,12 @@ def test_a_bomb_is_refused_by_its_header(file: bytes) -> None:
     assert refusal(file, max_pixels=limit) == message
 
 
-MEASURE = """
-import resource, sys, warnings
-from sidelight_server.errors import InvalidArgument
-from sidelight_server.models.decoding import decode
-warnings.simplefilter("error")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-for file in sys.stdin.read().split():
-    try:
-        decode(bytes.fromhex(file), channels=3, max_pixels=50_000_000)
-    except InvalidArgument as error:
-        print(error.message)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="counts resident memory in KiB, as Linux does")
+@counts_memory
 def test_bombs_take_no_memory() -> None:
-    given_bombs = " ".join(file.hex() for file in BOMBS.values())
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE], input=given_bombs, capture_output=True, text=True, check=True
-    )
-    *messages, grown_kib = done.stdout.splitlines()
+    messages, grown_kib = refused_apart(BOMBS.values())
     assert len(messages) == len(BOMBS)
     # What any of them claims is 3.6 GB; the small change is Python's own.
-    assert int(grown_kib) < 50_000
+    assert grown_kib < 50_000
 
 
 def test_the_limit_is_the_last_size_that_passes() -> None:

@@ -1,6 +1,5 @@
 """Faults: whatever comes in, and whatever a model does, the next good request is answered right and nothing is left."""
 
-import asyncio
 import contextlib
 import functools
 import os
@@ -24,12 +23,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from models import Linear
+from running import TIMEOUT_S, Running, serving
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Settings
-from sidelight_server.server import Server
 from test_server import FACTORIES, LOCAL, started
-from test_service import TIMEOUT_S, Running, ask, floats, linear_maps, maps_of
+from test_service import ask, floats, linear_maps, maps_of
 from test_stream import DOCUMENTED, REQUESTS, anything, attribute, code_of
 from torch import Tensor, nn
 
@@ -69,26 +68,15 @@ class Moody(nn.Module):
         return out * torch.where(first == NOT_A_NUMBER, torch.nan, 1.0)[:, None]
 
 
-@contextlib.contextmanager
-def serving(**settings: object) -> Iterator[Running]:
-    engine = Engine([ModelSpec(Moody(), name="moody")], Settings(device="cpu", threads=1, **settings))
-    server, loop = Server(engine, listen=["127.0.0.1:0"]), asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        asyncio.run_coroutine_threadsafe(server.start(), loop).result(TIMEOUT_S)
-        with grpc.insecure_channel(server.addresses[0]) as channel:
-            yield Running(server, engine, loop, channel)
-    finally:
-        asyncio.run_coroutine_threadsafe(server.stop(drain_s=0), loop).result(TIMEOUT_S)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+def moody(**settings: object) -> contextlib.AbstractContextManager[Running]:
+    return serving(
+        Engine([ModelSpec(Moody(), name="moody")], Settings(device="cpu", threads=1, **settings)), "127.0.0.1:0"
+    )
 
 
 @pytest.fixture(scope="module")
 def shared() -> Iterator[Running]:
-    with serving() as server:
+    with moody() as server:
         assert_answers(server)
         yield server
 
@@ -268,7 +256,7 @@ TALK: dict[str, bytes] = {
 
 @pytest.mark.parametrize("sent", TALK.values(), ids=TALK)
 def test_what_is_no_grpc_at_the_port_disturbs_nobody(sent: bytes) -> None:
-    with serving() as server, leaving_nothing(server), contextlib.ExitStack() as stack:
+    with moody() as server, leaving_nothing(server), contextlib.ExitStack() as stack:
         for _ in range(5):
             connection = stack.enter_context(socket.create_connection(at(server), timeout=TIMEOUT_S))
             with contextlib.suppress(OSError):  # the server may have hung up meanwhile
@@ -285,7 +273,7 @@ def test_any_bytes_at_the_port_disturb_nobody(shared: Running, sent: bytes, with
 
 
 def test_callers_who_send_a_byte_now_and_then_keep_nobody_waiting() -> None:
-    with serving() as server, leaving_nothing(server), contextlib.ExitStack() as stack:
+    with moody() as server, leaving_nothing(server), contextlib.ExitStack() as stack:
         slow = [stack.enter_context(socket.create_connection(at(server), timeout=TIMEOUT_S)) for _ in range(20)]
         for place, byte in enumerate(PREFACE + SETTINGS_FRAME):
             for connection in slow:
@@ -296,7 +284,7 @@ def test_callers_who_send_a_byte_now_and_then_keep_nobody_waiting() -> None:
 
 def test_many_connections_at_once_are_all_answered() -> None:
     images = floats(1)
-    with serving() as server, leaving_nothing(server):
+    with moody() as server, leaving_nothing(server):
         own = [("grpc.use_local_subchannel_pool", 1)]  # or they would share a connection
         channels = [grpc.insecure_channel(server.server.addresses[0], options=own) for _ in range(N_CONNECTIONS)]
         stubs = [attribution_pb2_grpc.AttributionServiceStub(channel) for channel in channels]
@@ -311,7 +299,7 @@ def test_many_connections_at_once_are_all_answered() -> None:
 
 
 def test_headers_that_are_too_large_are_refused() -> None:
-    with serving() as server, leaving_nothing(server):
+    with moody() as server, leaving_nothing(server):
         for metadata in ([("x-large", "y" * 100_000)], [(f"x-{n}", "y" * 500) for n in range(200)]):
             with pytest.raises(grpc.RpcError) as caught:
                 server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=metadata)
@@ -319,7 +307,7 @@ def test_headers_that_are_too_large_are_refused() -> None:
 
 
 def test_a_deadline_that_has_passed_is_kept() -> None:
-    with serving() as server, leaving_nothing(server):
+    with moody() as server, leaving_nothing(server):
         for _ in range(20):
             with pytest.raises(grpc.RpcError) as caught:
                 server.stub.Attribute(ask(floats(1)), timeout=-1)
@@ -376,7 +364,7 @@ def test_a_model_that_fails_on_an_example_fails_that_alone(mark: float, code: in
     images = floats(5)
     images[2, 0, 0, 0] = mark
     good = [0, 1, 3, 4]
-    with serving() as server, leaving_nothing(server):
+    with moody() as server, leaving_nothing(server):
         for _ in range(3):
             answer = server.stub.Attribute(ask(images), timeout=TIMEOUT_S)
             assert [(each.example, each.code) for each in answer.result.failures] == [(2, code)]

@@ -1,7 +1,6 @@
 """Health: who is told SERVING and when, stuck devices, and the end of a server with work in hand."""
 
 import asyncio
-import contextlib
 import logging
 import os
 import queue
@@ -9,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -20,6 +18,7 @@ from gate import Gate, Gated
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from models import Linear
 from reloadable import SIZE, SOURCE, write_weights
+from running import TIMEOUT_S, serving
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Request, Settings
@@ -31,7 +30,7 @@ from sidelight_server.server import Server
 from sidelight_server.station import least_busy
 from sidelight_server.watchdog import Watchdog
 from test_server import FACTORIES, LOCAL, start, started
-from test_service import TIMEOUT_S, Running, ask, floats
+from test_service import ask, floats
 from test_stream import Conversation, attribute
 
 Status = health_pb2.HealthCheckResponse
@@ -39,26 +38,6 @@ SERVING, NOT_SERVING, SERVICE_UNKNOWN = Status.SERVING, Status.NOT_SERVING, Stat
 UNAVAILABLE = 14
 STUCK_S = 0.5
 PICTURES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
-
-
-@contextlib.contextmanager
-def serving(engine: Engine, folder: Path, *, started: bool = True) -> Iterator[Running]:
-    """A server in a thread; with `started` False it is told to start and may take its time."""
-    server, loop = Server(engine, listen=[f"unix:{folder}/socket"]), asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    starting = asyncio.run_coroutine_threadsafe(server.start(), loop)
-    try:
-        if started:
-            starting.result(TIMEOUT_S)
-        with grpc.insecure_channel(f"unix:{folder}/socket") as channel:
-            yield Running(server, engine, loop, channel)
-    finally:
-        starting.result(TIMEOUT_S)
-        asyncio.run_coroutine_threadsafe(server.stop(drain_s=0), loop).result(TIMEOUT_S)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 class Watching:
@@ -99,7 +78,7 @@ def gated(gate: Gate, **settings: object) -> Engine:
 
 
 def test_the_server_its_services_and_its_models_have_a_name_each(tmp_path: Path) -> None:
-    with serving(linear(), tmp_path) as server:
+    with serving(linear(), f"unix:{tmp_path}/socket") as server:
         for name in ("", *SERVICES, "model/linear"):
             assert check(server.channel, name) == SERVING, name
 
@@ -108,7 +87,7 @@ def test_the_server_its_services_and_its_models_have_a_name_each(tmp_path: Path)
     "name", ["linear", "model/", "model/other", "sidelight.v1", "grpc.health.v1.Health", "é" * 900]
 )
 def test_another_name_is_unknown(name: str, tmp_path: Path) -> None:
-    with serving(linear(), tmp_path) as server:
+    with serving(linear(), f"unix:{tmp_path}/socket") as server:
         with pytest.raises(grpc.RpcError) as caught:
             check(server.channel, name)
         assert caught.value.code() is grpc.StatusCode.NOT_FOUND
@@ -128,7 +107,7 @@ def test_the_port_tells_health_while_models_load_and_refuses_what_it_cannot_do_y
     settings = Settings(device="cpu", threads=1, stuck_s=STUCK_S)
     engine = Engine([ModelSettings(model="python:waiting_factory:net", name="slow")], settings, load=False)
     try:
-        with serving(engine, tmp_path, started=False) as server:
+        with serving(engine, f"unix:{tmp_path}/socket", started=False) as server:
             names = ("", "model/slow")
             watches = [Watching(server.channel, name) for name in names]
             assert [each.next() for each in watches] == [NOT_SERVING, NOT_SERVING]
@@ -166,7 +145,7 @@ NET = """    import torch
 def test_nothing_serves_before_the_warm_up_has_ended(tmp_path: Path, gate: Gate) -> None:
     engine = gated(gate)
     gate.shut()
-    with serving(engine, tmp_path, started=False) as server:
+    with serving(engine, f"unix:{tmp_path}/socket", started=False) as server:
         watching = Watching(server.channel, "model/gated")
         assert watching.next() == NOT_SERVING
         assert gate.reached.wait(TIMEOUT_S)
@@ -180,7 +159,7 @@ def test_a_lazy_model_serves_once_it_was_asked_for_and_the_server_before(tmp_pat
     weights = tmp_path / "net.safetensors"
     write_weights(weights, seed=1)
     offered = ModelSettings(model=SOURCE, weights=weights, name="lazy", load="lazy")
-    with serving(Engine([offered], Settings(device="cpu", threads=1)), tmp_path) as server:
+    with serving(Engine([offered], Settings(device="cpu", threads=1)), f"unix:{tmp_path}/socket") as server:
         assert check(server.channel) == SERVING
         watching = Watching(server.channel, "model/lazy")
         assert watching.next() == NOT_SERVING
@@ -196,7 +175,10 @@ def test_a_lazy_model_serves_once_it_was_asked_for_and_the_server_before(tmp_pat
 def test_a_stuck_device_is_told_and_so_is_that_it_moves_again(
     tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with serving(gated(gate, stuck_s=STUCK_S), tmp_path) as server, caplog.at_level(logging.INFO, "sidelight"):
+    with (
+        serving(gated(gate, stuck_s=STUCK_S), f"unix:{tmp_path}/socket") as server,
+        caplog.at_level(logging.INFO, "sidelight"),
+    ):
         gate.shut()
         watches = [Watching(server.channel, name) for name in ("", SERVICES[0], "model/gated")]
         assert [each.next() for each in watches] == [SERVING] * 3
@@ -220,7 +202,7 @@ def test_one_device_of_two_keeps_the_server_serving_and_gets_all_that_is_new(
     tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = gated(gate, device="cpu,cpu", stuck_s=STUCK_S)
-    with serving(engine, tmp_path) as server:
+    with serving(engine, f"unix:{tmp_path}/socket") as server:
         here, there = engine.stations
         gate.shut()
         held = server.stub.Attribute.future(ask(PICTURES), timeout=TIMEOUT_S)
@@ -242,7 +224,7 @@ def test_one_device_of_two_keeps_the_server_serving_and_gets_all_that_is_new(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_device_thread_that_died_serves_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine = linear()
-    with serving(engine, tmp_path) as server:
+    with serving(engine, f"unix:{tmp_path}/socket") as server:
         watching = Watching(server.channel)
         assert watching.next() == SERVING
 
@@ -319,7 +301,7 @@ def test_what_was_stuck_and_what_was_an_errand_does_not_make_the_limit_longer(cl
 
 
 def test_running_work_is_answered_while_the_server_drains_and_nothing_new_is_let_in(tmp_path: Path, gate: Gate) -> None:
-    with serving(gated(gate), tmp_path) as server, Conversation(server.channel) as stream:
+    with serving(gated(gate), f"unix:{tmp_path}/socket") as server, Conversation(server.channel) as stream:
         watching = Watching(server.channel)
         assert watching.next() == SERVING
         gate.shut()
@@ -337,7 +319,7 @@ def test_running_work_is_answered_while_the_server_drains_and_nothing_new_is_let
 
 def test_what_is_not_answered_in_time_is_told_so_by_its_id(tmp_path: Path, gate: Gate) -> None:
     engine = gated(gate, max_stream_in_flight=2)
-    with serving(engine, tmp_path) as server, Conversation(server.channel) as stream:
+    with serving(engine, f"unix:{tmp_path}/socket") as server, Conversation(server.channel) as stream:
         gate.shut()
         stream.send(*(attribute(f"{n}", PICTURES) for n in range(3)))  # one more than there are slots
         unary = server.stub.Attribute.future(ask(PICTURES), timeout=TIMEOUT_S)
@@ -364,7 +346,7 @@ def test_a_reload_is_refused_while_the_server_drains(tmp_path: Path) -> None:
     weights = tmp_path / "net.safetensors"
     write_weights(weights, seed=1)
     engine = Engine([ModelSettings(model=SOURCE, weights=weights, name="net")], Settings(device="cpu", threads=1))
-    with serving(engine, tmp_path) as server:
+    with serving(engine, f"unix:{tmp_path}/socket") as server:
         server.run(server.server.stop(drain_s=0))
         with pytest.raises(Unavailable, match="shutting down"):
             server.run(engine.registry.reload("net"))
@@ -481,7 +463,7 @@ def probe(*arguments: str, **environment: str) -> tuple[int, str]:
 
 def test_the_probe_says_how_a_server_is(tmp_path: Path, gate: Gate) -> None:
     address = f"unix:{tmp_path}/socket"
-    with serving(gated(gate), tmp_path) as server:
+    with serving(gated(gate), f"unix:{tmp_path}/socket") as server:
         assert probe("--check", address) == (0, "SERVING")
         assert probe(f"--check={address}", "--service", "model/gated") == (0, "SERVING")
         assert probe("--check", SIDELIGHT_LISTEN=f"{address},127.0.0.1:1") == (0, "SERVING")

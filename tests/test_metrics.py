@@ -21,6 +21,7 @@ from google.protobuf.duration_pb2 import Duration
 from models import Linear
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
+from running import TIMEOUT_S, Running
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight_server import ConfigurationError, Engine, ModelSpec, Settings
 from sidelight_server.attribution import Answer, Explanation, Provenance, Request, Timing
@@ -29,7 +30,7 @@ from sidelight_server.errors import Cancelled, Internal, ResourceExhausted, Unav
 from sidelight_server.metrics import Exposition, Metrics
 from sidelight_server.passages import Passages
 from sidelight_server.server import Server
-from test_service import TIMEOUT_S, Running, ask, floats, gated, running
+from test_service import ask, floats, gated, running
 from test_stream import Conversation, attribute, cancel
 from torch import nn
 

@@ -13,12 +13,13 @@ import grpc
 import numpy as np
 import pytest
 from models import Linear, small_cnn
+from running import TIMEOUT_S, Running
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server import ModelSpec, serve
 from sidelight_server.errors import ConfigurationError, PermissionDenied
 from sidelight_server.regions import SharedMemory, undisturbed
-from test_service import TIMEOUT_S, Running, floats, gated, linear_maps, running
+from test_service import floats, gated, linear_maps, running
 from test_stream import (
     INVALID_ARGUMENT,
     NOT_FOUND,

@@ -1,15 +1,12 @@
 """The service: the calls of `sidelight.v1` beside reflection and health, the permits, and callers who go away."""
 
-import asyncio
 import concurrent.futures
 import contextlib
 import logging
 import threading
-from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import grpc
 import numpy as np
@@ -19,16 +16,16 @@ from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from models import LABELS, N_CLASSES, Linear
+from running import TIMEOUT_S, Running, serving
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc, tensor_pb2
 from sidelight_server import Engine, ModelSpec, Settings, serve
-from sidelight_server.server import SERVICES, Server
+from sidelight_server.server import SERVICES
 from sidelight_server.wire import MAX_EXAMPLES
 from torch import Tensor, nn
 
 Status = grpc.StatusCode
 
-TIMEOUT_S = 20.0
 BRIEF = Duration(nanos=100_000_000)
 
 
@@ -62,48 +59,10 @@ class Gated(nn.Module):
         return self.linear(x)
 
 
-@dataclass(frozen=True)
-class Running:
-    """A server in a thread of its own, with its inside in reach."""
-
-    server: Server
-    engine: Engine
-    loop: asyncio.AbstractEventLoop
-    channel: grpc.Channel
-
-    @property
-    def stub(self) -> attribution_pb2_grpc.AttributionServiceStub:
-        return attribution_pb2_grpc.AttributionServiceStub(self.channel)
-
-    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(TIMEOUT_S)
-
-    def until_all_permits_are_back(self) -> None:
-        """Take all the bytes there are, which waits until no request holds any, and give them back."""
-        admission, n_bytes = self.server.explainer.admission, self.engine.settings.max_in_flight_bytes
-        self.run(admission.acquire(n_bytes))
-        assert admission.n_requests == 1
-        self.loop.call_soon_threadsafe(admission.release, n_bytes)
-        assert self.engine.n_unanswered == 0
-
-
 @contextlib.contextmanager
 def running(module: nn.Module, folder: Path, **settings: object) -> Iterator[Running]:
-    chosen = Settings(**settings)
-    engine = Engine([ModelSpec(module)], chosen)
-    server = Server(engine, listen=[f"unix:{folder}/socket"])
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    try:
-        asyncio.run_coroutine_threadsafe(server.start(), loop).result(TIMEOUT_S)
-        with grpc.insecure_channel(server.addresses[0]) as channel:
-            yield Running(server, engine, loop, channel)
-    finally:
-        asyncio.run_coroutine_threadsafe(server.stop(drain_s=0), loop).result(TIMEOUT_S)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+    with serving(Engine([ModelSpec(module)], Settings(**settings)), f"unix:{folder}/socket") as server:
+        yield server
 
 
 @contextlib.contextmanager

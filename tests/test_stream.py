@@ -22,10 +22,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import LABELS, Linear, small_cnn
 from PIL import Image
+from running import TIMEOUT_S, Running
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
 from sidelight_server.stream import END_TRAILER
-from test_service import BRIEF, TIMEOUT_S, Running, ask, floats, gated, linear_maps, running
+from test_service import BRIEF, ask, floats, gated, linear_maps, running
 
 CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND = 1, 3, 4, 5
 RESOURCE_EXHAUSTED, FAILED_PRECONDITION, UNIMPLEMENTED = 8, 9, 12

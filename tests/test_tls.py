@@ -19,9 +19,12 @@ import sidelight_server
 from authority import DAY, Authority, Pair
 from gate import Gate, Gated
 from models import small_cnn
+from PIL import Image
 from sidelight import TLS
-from sidelight_server import ConfigurationError
+from sidelight._cli import app
+from sidelight_server import ConfigurationError, ModelSpec
 from sidelight_server.credentials import Certificates
+from typer.testing import CliRunner, Result
 
 PATIENCE_S = 20.0  # far more than anything here takes: who waits it out has found nothing out
 IMAGE = np.zeros((1, 3, 32, 32), np.float32)
@@ -404,3 +407,24 @@ def test_half_open_connections_neither_block_others_nor_remain(address: str, aut
     while n_connections(int(port)) > before:
         handshake(address, authority)
         assert next(tries) < 999
+
+
+# The command line
+
+
+def test_the_commands_speak_it(spec: ModelSpec, authority: Authority, other: Authority, tmp_path: Path) -> None:
+    picture = tmp_path / "grey.png"
+    Image.new("RGB", (32, 32), "grey").save(picture)
+    mine = authority.pair()
+
+    def run(*arguments: object, ca: Path = authority.path) -> Result:
+        access = ("--address", address, "--ca", ca, "--certificate", mine.certificate, "--key", mine.key)
+        return CliRunner().invoke(app, [str(each) for each in (*arguments, *access)])
+
+    with serving(authority.pair(), module=spec, tls_client_ca=authority.path) as address:
+        for command in (("info",), ("attribute", picture), ("bench", "--duration", "0.3", "--concurrency", "1")):
+            result = run(*command)
+            assert result.exit_code == 0, result.output
+        refused = run("info", ca=other.path)
+    assert refused.exit_code == 1
+    assert "not signed by an authority" in refused.output

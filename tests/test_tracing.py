@@ -16,11 +16,12 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
 from opentelemetry.trace import SpanKind, StatusCode
+from running import TIMEOUT_S, Running
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight_server import ConfigurationError
 from sidelight_server.passages import Passages
 from sidelight_server.tracing import Tracing, from_environment
-from test_service import TIMEOUT_S, Running, ask, floats, gated, running
+from test_service import ask, floats, gated, running
 from test_stream import attribute
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"

@@ -1,46 +1,64 @@
-"""The options by which every command reaches its server: address, patience, TLS and token."""
+"""The options by which every command reaches its server: patience, TLS and token."""
 
+import functools
+import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ._client import Client, connect
+from ._client import CONNECT_TIMEOUT_S, Client, connect
 from ._credentials import TLS, Token
 
 ADDRESS_HELP = 'The server: "host:port" or "unix:/path"; of several, with commas between them.'
 TOKEN_VARIABLE = "SIDELIGHT_TOKEN"  # noqa: S105  (it is the name of a variable)
+TOKEN_HELP = f"A file whose first line is the token; unset: ${TOKEN_VARIABLE}, if any."
 
 Address = Annotated[str, typer.Option(help=ADDRESS_HELP, envvar="SIDELIGHT_ADDRESS")]
-Patience = Annotated[float, typer.Option(help="Seconds to wait for a server that is not there yet.")]
-Encrypted = Annotated[bool, typer.Option("--tls", help="Speak TLS, and trust public authorities.")]
-Authority = Annotated[Path | None, typer.Option(help="Speak TLS, and trust the authorities in this PEM file.")]
-Certificate = Annotated[Path | None, typer.Option(help="With TLS: a PEM file of this client's own certificate.")]
-Key = Annotated[Path | None, typer.Option(help="The PEM file of that certificate's key.")]
-TokenFile = Annotated[
-    Path | None, typer.Option(help=f"A file whose first line is the token; unset: ${TOKEN_VARIABLE}, if any.")
-]
+Reach = Callable[..., Client]
 
 
-def reaching(
+def with_access(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command these options. Its argument `reach` is `connect` with what they say, and takes an address."""
+    asked = inspect.signature(_reaching).parameters
+    own = inspect.signature(command)
+    parameters = [*(each for name, each in own.parameters.items() if name != "reach"), *asked.values()]
+
+    @functools.wraps(command)
+    def with_options(**given: Any) -> None:
+        options = {name: given.pop(name) for name in asked}
+        command(**given, reach=_reaching(**options))
+
+    # What typer makes options of.
+    with_options.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {each.name: each.annotation for each in parameters}
+    return with_options
+
+
+def _reaching(
     *,
-    tls: bool,
-    ca: Path | None,
-    certificate: Path | None,
-    key: Path | None,
-    token_file: Path | None,
-) -> Callable[..., Client]:
+    connect_timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for a server that is not there yet.")
+    ] = CONNECT_TIMEOUT_S,
+    tls: Annotated[bool, typer.Option("--tls", help="Speak TLS, and trust public authorities.")] = False,
+    ca: Annotated[Path | None, typer.Option(help="Speak TLS, and trust the authorities in this PEM file.")] = None,
+    certificate: Annotated[
+        Path | None, typer.Option(help="With TLS: a PEM file of this client's own certificate.")
+    ] = None,
+    key: Annotated[Path | None, typer.Option(help="The PEM file of that certificate's key.")] = None,
+    token_file: Annotated[Path | None, typer.Option(help=TOKEN_HELP)] = None,
+) -> Reach:
     """Return `connect` with what the options say. A wrong option is a usage error."""
     speaks = tls or any((ca, certificate, key))
     access = TLS(ca=ca, certificate=certificate, key=key) if speaks else None
     token: Token | None = token_file or os.environ.get(TOKEN_VARIABLE) or None
 
-    def open_client(address: str, **options: object) -> Client:
+    def reach(address: str, **options: Any) -> Client:
         try:
-            return connect(address, tls=access, token=token, **options)  # type: ignore[arg-type]
+            return connect(address, connect_timeout=connect_timeout, tls=access, token=token, **options)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 
-    return open_client
+    return reach

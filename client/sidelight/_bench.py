@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ._arrivals import Arrivals, arrivals
-from ._client import CONNECT_TIMEOUT_S, Client, connect
+from ._client import Client, connect
 from ._figures import STABLE_WINDOWS, Figures, Histogram, histogram, is_stable
 from ._load import Load
 from ._recorder import Recorder, Window
@@ -31,17 +31,11 @@ class Plan:
     stable_percentile: int = 95
     seed: int = 0
     shared_memory: bool = False
-    connect_timeout_s: float = CONNECT_TIMEOUT_S
-    reach: Callable[..., Client] = field(default=connect, repr=False)  # which knows TLS and token too
+    reach: Callable[..., Client] = field(default=connect, repr=False)  # which knows patience, TLS and token
 
     def connect(self) -> Client:
         """Return a client of the server, as each load has one of its own."""
-        return self.reach(
-            self.address,
-            connect_timeout=self.connect_timeout_s,
-            shared_memory=self.shared_memory,
-            retry=False,  # a refusal is a figure here
-        )
+        return self.reach(self.address, shared_memory=self.shared_memory, retry=False)  # a refusal is a figure here
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,12 +10,12 @@ import typer
 from rich.console import Console
 
 from . import __version__
-from ._access import Authority, Certificate, Encrypted, Key, Patience, TokenFile, reaching
+from ._access import Reach
 from ._arrivals import Arrivals
 from ._bench import N_OUTSTANDING, Bench, Plan
 from ._bench_plot import check_plot, plot
 from ._bench_report import bench_facts, progress, question, report_bench
-from ._client import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, TIMEOUT_S
+from ._client import DEFAULT_ADDRESS, TIMEOUT_S
 from ._errors import InvalidArgument, SidelightError
 from ._figures import PERCENTILES, STABLE_WINDOWS
 from ._info import ModelInfo
@@ -67,18 +67,13 @@ def bench(
     score: Annotated[Score, typer.Option(help="The number whose gradient is taken.")] = "probability",
     map_dtype: Annotated[MapDtype, typer.Option(help="How the maps travel; the shorter ones are rounded.")] = "float32",
     timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = TIMEOUT_S,
-    connect_timeout: Patience = CONNECT_TIMEOUT_S,
-    tls: Encrypted = False,
-    ca: Authority = None,
-    certificate: Certificate = None,
-    key: Key = None,
-    token_file: TokenFile = None,
     shared_memory: Annotated[
         bool, typer.Option("--shared-memory", help="Send arrays through memory that the server shares.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of the noise and of random arrivals.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="A file for all figures.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="A file for a picture, as figures.png.")] = None,
+    reach: Reach,
 ) -> None:
     """Measure a server under load: rate, latency, and where the time goes.
 
@@ -113,8 +108,7 @@ def bench(
         stable_percentile=stable_percentile,
         seed=seed,
         shared_memory=shared_memory,
-        connect_timeout_s=connect_timeout,
-        reach=reaching(tls=tls, ca=ca, certificate=certificate, key=key, token_file=token_file),
+        reach=reach,
     )
     how, what, size = _method(method), _target(target), _shape(shape)
     with plan.connect() as client:

@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from . import __version__
-from ._access import Address, Authority, Certificate, Encrypted, Key, Patience, TokenFile, reaching
+from ._access import Address, Reach, with_access
 from ._bench_command import bench
-from ._client import CONNECT_TIMEOUT_S, DEFAULT_ADDRESS, RELOAD_TIMEOUT_S, TIMEOUT_S
+from ._client import DEFAULT_ADDRESS, RELOAD_TIMEOUT_S, TIMEOUT_S
 from ._errors import InvalidArgument, SidelightError
 from ._masking import Occlusion
 from ._method_text import METHODS, parse_method
@@ -36,6 +36,7 @@ app = typer.Typer(
 
 
 @app.command()
+@with_access
 def attribute(
     images: Annotated[list[Path], typer.Argument(help="Picture files.", show_default=False)],
     *,
@@ -58,18 +59,12 @@ def attribute(
     times_input: Annotated[bool, typer.Option("--times-input", help="gradient(times_input=True), for short.")] = False,
     map_dtype: Annotated[MapDtype, typer.Option(help="How the maps travel; the shorter ones are rounded.")] = "float32",
     timeout: Annotated[float, typer.Option(help="Seconds that one picture may take.")] = TIMEOUT_S,
-    connect_timeout: Patience = CONNECT_TIMEOUT_S,
-    tls: Encrypted = False,
-    ca: Authority = None,
-    certificate: Certificate = None,
-    key: Key = None,
-    token_file: TokenFile = None,
+    reach: Reach,
 ) -> None:
     """Explain pictures: print class, probability and time of each, and write overlays."""
     how = _method(method, signed=signed, times_input=times_input)
     what = _target(target, against=against, region=region, top_k=top_k)
-    reach = reaching(tls=tls, ca=ca, certificate=certificate, key=key, token_file=token_file)
-    with _errors_in_a_line(), reach(address, connect_timeout=connect_timeout) as client:
+    with _errors_in_a_line(), reach(address) as client:
         answers = client.stream(
             images,
             model,
@@ -88,6 +83,7 @@ def attribute(
 
 
 @app.command()
+@with_access
 def replay(
     answer: Annotated[Path, typer.Argument(help="An answer.json, or the folder it lies in.", show_default=False)],
     *,
@@ -95,19 +91,13 @@ def replay(
     baseline: Annotated[Path | None, typer.Option(help="The array given as a baseline; unset: the saved one.")] = None,
     address: Address = DEFAULT_ADDRESS,
     timeout: Annotated[float, typer.Option(help="Seconds that it may take.")] = TIMEOUT_S,
-    connect_timeout: Patience = CONNECT_TIMEOUT_S,
-    tls: Encrypted = False,
-    ca: Authority = None,
-    certificate: Certificate = None,
-    key: Key = None,
-    token_file: TokenFile = None,
+    reach: Reach,
 ) -> None:
     """Compute a saved answer again and compare: ends with 0 where it comes out as promised, else with 1.
 
     Promised are equal bytes where the model is served as reproducible, else maps that are equal within a tolerance.
     """
-    reach = reaching(tls=tls, ca=ca, certificate=certificate, key=key, token_file=token_file)
-    with _errors_in_a_line(), reach(address, connect_timeout=connect_timeout) as client:
+    with _errors_in_a_line(), reach(address) as client:
         replayed = compute_again(client, answer, image, baseline=baseline, timeout=timeout)
     report_replay(Console(), image, replayed)
     if not replayed.kept:
@@ -115,39 +105,29 @@ def replay(
 
 
 @app.command()
+@with_access
 def info(
     *,
     address: Address = DEFAULT_ADDRESS,
-    connect_timeout: Patience = CONNECT_TIMEOUT_S,
-    tls: Encrypted = False,
-    ca: Authority = None,
-    certificate: Certificate = None,
-    key: Key = None,
-    token_file: TokenFile = None,
+    reach: Reach,
 ) -> None:
     """Print a server's version, limits, methods and models."""
-    reach = reaching(tls=tls, ca=ca, certificate=certificate, key=key, token_file=token_file)
-    with _errors_in_a_line(), reach(address, connect_timeout=connect_timeout) as client:
+    with _errors_in_a_line(), reach(address) as client:
         server = client.info()
     report_server(Console(soft_wrap=True, highlight=False), server, address=address)
 
 
 @app.command()
+@with_access
 def reload(
     model: Annotated[str | None, typer.Argument(help="Unset: the default model.", show_default=False)] = None,
     *,
     address: Address = DEFAULT_ADDRESS,
     timeout: Annotated[float, typer.Option(help="Seconds that loading may take.")] = RELOAD_TIMEOUT_S,
-    connect_timeout: Patience = CONNECT_TIMEOUT_S,
-    tls: Encrypted = False,
-    ca: Authority = None,
-    certificate: Certificate = None,
-    key: Key = None,
-    token_file: TokenFile = None,
+    reach: Reach,
 ) -> None:
     """Have a model loaded again from its source; the server must be started with --allow-reload."""
-    reach = reaching(tls=tls, ca=ca, certificate=certificate, key=key, token_file=token_file)
-    with _errors_in_a_line(), reach(address, connect_timeout=connect_timeout) as client:
+    with _errors_in_a_line(), reach(address) as client:
         loaded = client.reload(model, timeout=timeout)
     Console(soft_wrap=True, highlight=False).print(f"model {loaded.name}, version {loaded.version}, {loaded.digest}")
 
@@ -177,7 +157,7 @@ def _errors_in_a_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-app.command()(_errors_in_a_line()(bench))
+app.command()(with_access(_errors_in_a_line()(bench)))
 
 
 def _method(text: str, *, signed: bool, times_input: bool) -> Method:
