@@ -36,6 +36,7 @@ SHARE = 4e-6  # of a map's maximum: the contract for an example in other company
 NOTICE_GOAL_S = {signal.SIGKILL: 5.0, signal.SIGSTOP: 45.0}
 DRAIN_S = 5.0
 FAULTS = ("raises", "is not finite", "has no memory", "exits", "gives another shape")
+SETTINGS = b"\4"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
 
 
@@ -222,7 +223,7 @@ def _storm(seconds: float) -> list[Line]:
             goal="0",
             met=not lost and counts["served"] > 0,
             detail=f"{counts['served']} served, {counts['malformed']} malformed inputs tried, "
-            f"{counts['faults']} faults injected in {seconds:g} s; {n_connected} connections held at once",
+            f"{counts['faults']} faults injected in {seconds:g} s; {n_connected} HTTP/2 connections held at once",
         ),
         Line(
             what="growth of resident memory meanwhile",
@@ -248,13 +249,17 @@ def _for(seconds: float, storm: Storm) -> None:
 
 
 def _crowd(address: str, port: int) -> int:
-    """Hold many connections, and ask a good question over one more. Returns how many there were."""
+    """Hold many HTTP/2 connections, and ask a good question over one more. Returns how many the server greeted."""
     with contextlib.ExitStack() as stack:
-        for _ in range(N_CONNECTIONS):
-            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)).sendall(PREFACE)
+        held = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(N_CONNECTIONS)
+        ]
+        for each in held:
+            each.sendall(PREFACE)
+        n_connected = sum(each.recv(9)[3:4] == SETTINGS for each in held)  # the first frame of a server's
         with sidelight.connect(address) as client:
             assert not client.attribute(images(2)).failures
-    return N_CONNECTIONS
+    return n_connected
 
 
 def _drain() -> Line:

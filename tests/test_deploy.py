@@ -106,15 +106,27 @@ def test_no_container_has_more_rights_than_it_needs(path: Path) -> None:
             assert rights["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_the_sidecar_opens_no_port_and_shares_memory_and_socket_with_its_neighbour() -> None:
+def test_the_sidecar_opens_no_port_for_calls_and_shares_memory_and_socket_with_its_neighbour() -> None:
     ((pod, container, settings),) = sidelights(ROOT / "deploy" / "kubernetes" / "sidecar.yaml")
     assert all(each.startswith("unix:") for each in settings.listen)
-    assert "ports" not in container
+    assert [each["name"] for each in container["ports"]] == ["metrics"]
     in_memory = {each["name"] for each in pod["volumes"] if each.get("emptyDir", {}).get("medium") == "Memory"}
     (neighbour,) = pod["containers"]
     for each in (container, neighbour):
         folders = {mount["mountPath"] for mount in each["volumeMounts"] if mount["name"] in in_memory}
         assert {str(settings.shared_memory), str(Path(settings.listen[0].removeprefix("unix:")).parent)} == folders
+
+
+@every_manifest
+def test_prometheus_is_sent_where_the_server_tells_metrics(path: Path) -> None:
+    annotated = [each["metadata"] for each in of_kind(path, "Pod")]
+    annotated += [each["spec"]["template"]["metadata"] for each in of_kind(path, "Deployment")]
+    (port,) = {each["annotations"]["prometheus.io/port"] for each in annotated if "annotations" in each}
+    ((_, container, settings),) = sidelights(path)
+    assert settings.metrics_listen == f"0.0.0.0:{port}"
+    assert {"name": "metrics", "containerPort": int(port)} in container["ports"]
+    allowed = [each["ports"] for policy in of_kind(path, "NetworkPolicy") for each in policy["spec"]["ingress"]]
+    assert not allowed or [{"port": int(port)}] in allowed
 
 
 def test_envoy_looks_for_the_replicas_where_their_service_is() -> None:
