@@ -15,13 +15,39 @@ from rich.console import Console
 from rich.table import Table
 from sidelight_server.device import cpu_quota
 
-from . import captum, fairness, fidelity, kernel, memory, messages, models, peers, service, tolerance, transport
+from . import (
+    captum,
+    counting,
+    fairness,
+    fidelity,
+    kernel,
+    memory,
+    messages,
+    models,
+    peers,
+    service,
+    tolerance,
+    transport,
+)
 from .measure import Line
 
 RESULTS = Path(__file__).parent / "results"
 MODULES = {
     module.__name__.rpartition(".")[2]: module
-    for module in (kernel, service, transport, models, peers, captum, fairness, tolerance, fidelity, memory, messages)
+    for module in (
+        kernel,
+        service,
+        transport,
+        counting,
+        models,
+        peers,
+        captum,
+        fairness,
+        tolerance,
+        fidelity,
+        memory,
+        messages,
+    )
 }
 
 

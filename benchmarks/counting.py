@@ -1,0 +1,54 @@
+"""Counting: what the metrics cost the event loop for each batch, over one call of a model that is quick."""
+
+import asyncio
+import statistics
+
+import numpy as np
+import sidelight
+from sidelight_server import Engine, Request, Settings
+from sidelight_server.attribution import Answer
+from sidelight_server.passages import Passages
+
+from .measure import Line, in_turns, ratio, server
+from .memory import SIZE, small
+
+N_CALLS = 500
+N_COUNTED = 20_000
+GOAL = 0.01
+
+
+def run() -> list[Line]:
+    """Compare the two, from one run."""
+    image = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+    answer, passages = _answer(image), Passages()
+
+    def counted() -> None:
+        for _ in range(N_COUNTED):
+            passage = passages.begin("Attribute", tuple)
+            passages.answered(passage, answer)
+            passages.end(passage)
+
+    with server("python:benchmarks.memory:small") as (address, _), sidelight.connect(address) as client:
+
+        def called() -> None:
+            for _ in range(N_CALLS):
+                client.attribute(image)
+
+        seconds = in_turns({"counted": counted, "called": called})
+    share = ratio(seconds["counted"], seconds["called"]) * N_CALLS / N_COUNTED
+    one_s = statistics.median(seconds["counted"]) / N_COUNTED
+    return [
+        Line(
+            what="counting a batch for the metrics, over one unary call of a small CNN at 64²",
+            figure=100 * share,
+            unit="%",
+            goal=f"< {100 * GOAL:g}",
+            met=share < GOAL,
+            detail=f"{1e6 * one_s:.1f} µs; a call takes {1e3 * statistics.median(seconds['called']) / N_CALLS:.1f} ms",
+        )
+    ]
+
+
+def _answer(image: np.ndarray) -> Answer:
+    with Engine([small()], Settings(device="cpu")) as engine:
+        return asyncio.run(engine.attribute(Request(image)))
