@@ -286,6 +286,36 @@ def test_a_running_request_ends_on_the_version_it_began_on(weights: Path) -> Non
     assert all(each.relative_completeness_error < 1e-2 for each in answer.convergence)
 
 
+def test_reloads_that_wait_for_one_that_runs_are_one(
+    weights: Path, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(model=SOURCE, weights=weights, device="cpu", threads=1)
+    with Engine(list(settings.of_models().values()), settings) as engine:
+        load, registry = sidelight_server.registry.sources.load, engine.registry
+
+        def gated(*source: object) -> ModelSpec:
+            spec = load(*source)  # of the weights as they are now
+            gate.wait(1)
+            return spec
+
+        async def reload_often() -> None:
+            began = asyncio.create_task(registry.reload(""))
+            assert await asyncio.to_thread(gate.reached.wait, 20)
+            write_weights(weights, seed=2)
+            later = [asyncio.create_task(registry.reload("")) for _ in range(20)]
+            await asyncio.sleep(0.1)
+            assert sum(thread.name == "sidelight-load" for thread in threading.enumerate()) == 2
+            later.pop().cancel()  # whoever loses patience takes it from nobody else
+            gate.open()
+            await asyncio.gather(began, *later)
+
+        monkeypatch.setattr(sidelight_server.registry.sources, "load", gated)
+        gate.shut()
+        asyncio.run(reload_often())
+        assert (registry.serving("")[0].version, gate.n_rows) == (3, 2)
+        assert_close(asyncio.run(engine.attribute(sidelight_server.Request(FLOATS))).maps, maps_of(2))
+
+
 def test_a_request_is_answered_by_the_version_that_served_when_it_came(weights: Path) -> None:
     """Its permit, and its place in shared memory, were reckoned for that one."""
     settings = Settings(model=SOURCE, weights=weights, device="cpu", threads=1)

@@ -12,7 +12,8 @@ def report_server(console: Console, server: ServerInfo, *, address: str) -> None
     _print(console, _server_facts(server))
     for model in server.models:
         version = f", version {model.version}" if model.state == "serving" else f": {model.state}"
-        console.print(f"\nmodel {escape(model.name)}{version}")
+        cause = "; the server's log has the cause" if model.state == "failed" else ""
+        console.print(f"\nmodel {escape(model.name)}{version}{cause}")
         if model.state != "serving":
             continue
         _print(console, _model_facts(model))

@@ -54,9 +54,10 @@ class Entry:
         self.loaded_from: Fingerprint = ()  # the files as they were before they were read the last time
         self.failure = ""  # why the last attempt to load it came to nothing
         self.n_failed = 0  # attempts
-        self._failed_s = 0.0
+        self.failed_s = 0.0  # when that was
+        self.loading: Future[None] | None = None  # for the first time
+        self.waiting: Future[None] | None = None  # a reload that has not begun, for all who ask for one meanwhile
         self._spec = spec  # of a module that was handed over
-        self._loading: Future[None] | None = None  # for the first time
         self.turn = threading.Lock()  # versions are loaded one after the other; a factory that hangs holds up no other
 
     @property
@@ -64,7 +65,7 @@ class Entry:
         """Whether the model answers."""
         if self.models:
             return State.SERVING
-        if self._loading:
+        if self.loading:
             return State.LOADING
         return State.FAILED if self.failure else State.UNLOADED
 
@@ -159,7 +160,7 @@ class Registry:
         entry = self.find(name)
         if not entry.has_source:
             raise FailedPrecondition(f'model "{entry.name}" was handed over as a module: there is no source to load')
-        await asyncio.shield(asyncio.wrap_future(self._submit(lambda: self._load(entry), entry.turn)))
+        await asyncio.shield(asyncio.wrap_future(self._begin_again(entry)))
         return entry
 
     async def reload_all(self) -> None:
@@ -183,11 +184,24 @@ class Registry:
     def _begin(self, entry: Entry) -> "Future[None]":
         """Return the loading of a model that is not loaded: the one that runs, or a new one."""
         with self._lock:
-            if entry._loading is None:
-                if entry.failure and time.monotonic() - entry._failed_s < RETRY_S:
+            if entry.loading is None:
+                if entry.failure and time.monotonic() - entry.failed_s < RETRY_S:
                     raise _failed(entry)
-                entry._loading = self._submit(lambda: self._load_first(entry), entry.turn)
-            return entry._loading
+                entry.loading = self._submit(lambda: self._load_first(entry), entry.turn)
+            return entry.loading
+
+    def _begin_again(self, entry: Entry) -> "Future[None]":
+        """Return the reload that has not begun yet, which will read what is there then, or a new one."""
+
+        def load() -> None:
+            with self._lock:
+                entry.waiting = None
+            self._load(entry)
+
+        with self._lock:
+            if entry.waiting is None:
+                entry.waiting = self._submit(load, entry.turn)
+            return entry.waiting
 
     def _submit(self, load: Callable[[], None], turn: threading.Lock) -> "Future[None]":
         """Load in a thread: a daemon, for a factory that hangs must not keep the process from ending."""
@@ -214,7 +228,7 @@ class Registry:
             raise _failed(entry) from None
         finally:
             with self._lock:
-                entry._loading = None
+                entry.loading = None
 
     def _load(self, entry: Entry) -> None:
         """Load a version and let it take over. On the loader's thread."""
@@ -229,7 +243,7 @@ class Registry:
             if self._is_closed:
                 raise Unavailable("the server is shutting down")
             said = " ".join(failure.split()).removeprefix(f'model "{entry.name}": ')
-            entry.failure, entry._failed_s = said, time.monotonic()
+            entry.failure, entry.failed_s = said, time.monotonic()
             entry.n_failed += 1
             log.error(Event("load_failed", model=entry.name, message=entry.failure))
             raise FailedPrecondition(f'model "{entry.name}": {entry.failure}')
@@ -238,9 +252,8 @@ class Registry:
         self._on_change()
 
     def _loaded(self, entry: Entry, before: Version) -> Version:
-        torch.set_num_threads(
-            1
-        )  # workers of this thread's own would slow down those of the device's: see `server.load`
+        # Workers of this thread's own would slow down those of the device's: see `server.load`.
+        torch.set_num_threads(1)
         try:
             version = before[0].version + 1 if before else 1
             models = self._versions(entry, version, turns=[station.in_turn for station in self._stations])
