@@ -32,7 +32,7 @@ RUN mkdir -p client/sidelight server/sidelight_server \
     && find "${site}/sympy" "${site}/networkx" "${site}/numpy" -type d -name tests -prune -exec rm -rf {} + \
     && rm -rf "${site}"/pip* /opt/sidelight/bin/pip* \
     && python -c "import grpc.aio, grpc_health.v1.health_pb2_grpc, grpc_reflection.v1alpha.reflection, PIL.Image, \
-    google.protobuf.json_format, pydantic_settings, safetensors.torch, torch.export; PIL.Image.init()"
+    google.protobuf.json_format, prometheus_client, pydantic_settings, safetensors.torch, torch.export; PIL.Image.init()"
 
 FROM ${BASE} AS package
 WORKDIR /source
@@ -58,7 +58,7 @@ COPY --from=package /opt/package /opt/sidelight
 ENV PATH=/opt/sidelight/bin:${PATH} PYTHONPATH=/models PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
 USER 10001:10001
 WORKDIR /models
-EXPOSE 50051
+EXPOSE 50051 9464
 # Asks the first address of SIDELIGHT_LISTEN, or 127.0.0.1:50051.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s --retries=3 CMD ["sidelight-server", "--check"]
 ENTRYPOINT ["sidelight-server"]

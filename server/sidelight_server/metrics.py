@@ -9,6 +9,7 @@ import socket
 import socketserver
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from prometheus_client import CollectorRegistry, Metric, ProcessCollector
@@ -17,7 +18,7 @@ from prometheus_client.exposition import MetricsHandler
 from prometheus_client.registry import Collector
 
 from .addresses import host_and_port, is_loopback
-from .counts import SPANS, Counts
+from .counts import REASONS, SPANS, Counts
 from .engine import Engine
 from .errors import ConfigurationError
 from .explainer import Explainer
@@ -27,6 +28,7 @@ from .service import STATUSES, AttributionService
 from .station import Station
 
 CALLER_S = 10.0  # that one who asks may take, to send the question and to take the answer
+N_CALLERS = 16  # who may ask at once; others are turned away: each has a thread
 
 _SPANS = {
     "admission": "from a batch's arrival until it was let in: for its model, a slot of its stream and the permits",
@@ -48,7 +50,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics, as they are now."""
         counts = self._explainer.passages.counts
-        yield from _batches(counts)
+        yield from _batches(counts, list(self._engine.registry.entries))
         yield from _times(counts)
         yield from self._work()
         yield from self._models()
@@ -116,27 +118,29 @@ class Metrics(Collector):
 _INFO = ("model", "version", "digest", "precision")
 
 
-def _batches(counts: Counts) -> Iterator[Metric]:
+def _batches(counts: Counts, models: list[str]) -> Iterator[Metric]:
     requests = CounterMetricFamily(
         "sidelight_requests", "batches that were answered, by how", labels=("call", "model", "method", "code")
     )
     for (call, model, method, code), n in counts.requests.copy().items():
         requests.add_metric([call, model, method, STATUSES[code].name], n)
     yield requests
-    yield _labelled(
-        "sidelight_failures", "what failed and why", ("of", "model", "reason"), counts.failures.copy().items()
+    # From zero on: of a counter that begins with its first failure, Prometheus sees no rise.
+    failures = (
+        dict.fromkeys(itertools.product(("batch", "example"), ("", *models), REASONS), 0) | counts.failures.copy()
     )
+    yield _labelled("sidelight_failures", "what failed and why", ("of", "model", "reason"), failures.items())
     yield _labelled(
         "sidelight_answers", "answers by how images and maps travelled", ("transport",),
         (((transport,), n) for transport, n in counts.transports.copy().items()),
     )  # fmt: skip
     yield _labelled(
         "sidelight_predictions_compared", "predictions whose served class was told", ("model",),
-        (((model,), n) for model, n in counts.compared.copy().items()),
+        (((model,), n) for model, n in (dict.fromkeys(models, 0) | counts.compared.copy()).items()),
     )  # fmt: skip
     yield _labelled(
         "sidelight_prediction_mismatches", "those that were another class than was served", ("model",),
-        (((model,), n) for model, n in counts.differing.copy().items()),
+        (((model,), n) for model, n in (dict.fromkeys(models, 0) | counts.differing.copy()).items()),
     )  # fmt: skip
 
 
@@ -205,6 +209,7 @@ class Exposition(socketserver.ThreadingMixIn, socketserver.TCPServer):
         handler.timeout = CALLER_S  # type: ignore[attr-defined]
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._is_closing = False
+        self._room = threading.Semaphore(N_CALLERS)
         try:
             super().__init__((host, port), handler)
         except OverflowError as error:
@@ -220,6 +225,17 @@ class Exposition(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for callers
         self._thread.join(CALLER_S)
         self.server_close()
+
+    def verify_request(self, request: object, client_address: object) -> bool:
+        """Take who asks, unless there are too many."""
+        return self._room.acquire(blocking=False)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Answer, on a thread of its own."""
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing: who asked has gone, or asks too slowly."""
