@@ -51,58 +51,23 @@ if TYPE_CHECKING:
     from .methods.smoothgrad import Statistic
     from .models.spec import ModelSpec
 
-# Where each name stands. They are imported when they are asked for: a probe needs none of them, and not torch either.
-_HOMES = {
-    "Answer": "attribution",
-    "Black": "methods.baseline",
-    "Blurred": "methods.baseline",
-    "Channels": "methods.channels",
-    "ConfigurationError": "errors",
-    "Constant": "methods.baseline",
-    "Contrast": "attribution",
-    "Convergence": "attribution",
-    "Dense": "attribution",
-    "Engine": "engine",
-    "ExampleFailure": "attribution",
-    "ExpectedGradients": "methods",
-    "Explained": "attribution",
-    "Explanation": "attribution",
-    "Files": "attribution",
-    "Given": "methods.baseline",
-    "GradCam": "methods",
-    "Gradient": "methods",
-    "GuidedBackpropagation": "methods",
-    "IntegratedGradients": "methods",
-    "LayerGradientTimesActivation": "methods",
-    "Magnitude": "methods.channels",
-    "MeanColour": "methods.baseline",
-    "ModelSpec": "models.spec",
-    "Occlusion": "methods",
-    "PerExample": "attribution",
-    "Predicted": "attribution",
-    "Provenance": "attribution",
-    "Region": "attribution",
-    "Request": "attribution",
-    "Rise": "methods",
-    "Rule": "methods.path",
-    "Score": "attribution",
-    "Settings": "config",
-    "SidelightError": "errors",
-    "SmoothGrad": "methods",
-    "Statistic": "methods.smoothgrad",
-    "Timing": "attribution",
-    "TopK": "attribution",
-    "serve": "embedded",
-}
+# Where the names of `__all__` stand, the light modules first. They are imported when a name is asked for: a probe needs
+# none of them, and not torch either.
+_HOMES = (
+    "errors", "config", "attribution", "methods", "methods.baseline", "methods.channels", "methods.path",
+    "methods.smoothgrad", "models.spec", "engine", "embedded",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
     """Return a public name from the module that it stands in."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    found = getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = found
-    return found
+    if name in __all__:
+        for home in _HOMES:
+            module = importlib.import_module(f".{home}", __name__)
+            if hasattr(module, name):
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
