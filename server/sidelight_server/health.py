@@ -15,7 +15,7 @@ from sidelight.v1 import attribution_pb2, model_pb2
 
 from .engine import Engine
 from .errors import Unavailable
-from .service import Context, abort
+from .status import Context, abort
 
 SERVICES = (
     attribution_pb2.DESCRIPTOR.services_by_name["AttributionService"].full_name,

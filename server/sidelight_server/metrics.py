@@ -24,8 +24,9 @@ from .errors import ConfigurationError
 from .explainer import Explainer
 from .histogram import Histogram
 from .memory import resident_bytes
-from .service import STATUSES, AttributionService
+from .service import AttributionService
 from .station import Station
+from .status import STATUSES
 
 CALLER_S = 10.0  # that one who asks may take, to send the question and to take the answer
 N_CALLERS = 16  # who may ask at once; others are turned away: each has a thread

@@ -19,13 +19,14 @@ from .config import Settings
 from .credentials import Certificates
 from .engine import Engine
 from .explainer import Explainer
+from .framing import Framing
 from .health import SERVICES, Health, Porch, statuses
 from .logs import Event
 from .memory import keep_freed
 from .passages import Passages
 from .regions import SharedMemory
 from .registry import told
-from .service import AttributionService, Framing, ModelService
+from .service import AttributionService, ModelService
 from .tracing import Tracing, from_environment
 from .watch import Watch
 from .watchdog import Watchdog
@@ -253,9 +254,8 @@ async def serve_until_signal(engine: Engine) -> bool:
     starting.result()
     for model in engine.models.values():
         log.info(told(model))
-    if (
-        settings.metrics_listen and not server.has_metrics
-    ):  # by default it is no fault: another server may have the port
+    # By default it is no fault: another server may have the port.
+    if settings.metrics_listen and not server.has_metrics:
         log.warning(Event("metrics_off", message=server.metrics))
     log.info(Event(
         "serving", addresses=",".join(server.addresses), models=",".join(engine.registry.entries),

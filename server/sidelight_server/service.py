@@ -1,34 +1,24 @@
-"""The service: the calls of `sidelight.v1`. Here errors become statuses."""
+"""The service: the calls of `sidelight.v1`."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
 from importlib import metadata
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
-import grpc
-from google.protobuf.message import DecodeError
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 
 from . import replies
 from .engine import Engine
-from .errors import InvalidArgument, PermissionDenied, ResourceExhausted, SidelightError, Unavailable
+from .errors import PermissionDenied, ResourceExhausted, SidelightError, Unavailable
 from .explainer import Explainer
-from .frames import Decoded, decode_request, decode_stream_request, encode
+from .frames import Decoded
 from .method_messages import SERVED_METHODS
 from .peers import Peers
 from .regions import Regions, SharedMemory
+from .status import Context, abort
 from .stream import Stream
 from .wire import MAX_EXAMPLES
-
-RETRY_TRAILER = "retry-after-ms"
-
-STATUSES: dict[int, grpc.StatusCode] = {status.value[0]: status for status in grpc.StatusCode}
-
-Context = grpc.aio.ServicerContext[Any, Any]
-if TYPE_CHECKING:
-    Handler = grpc.RpcMethodHandler[Any, Any]
 
 
 class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
@@ -184,74 +174,6 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         except SidelightError as error:
             await abort(context, error)
         return model_pb2.ReloadModelResponse(model=replies.model_info(self._engine, entry, whole=True))
-
-
-class Framing(grpc.aio.ServerInterceptor):
-    """Decodes and encodes the messages that hold tensors as `frames` does, instead of the generated code."""
-
-    async def intercept_service(
-        self,
-        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> "Handler | None":
-        """Return the call's handler, its messages framed."""
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.request_deserializer is None:
-            return handler
-        if handler.request_deserializer not in _DECODERS:
-            return _guarded(handler)
-        made = grpc.stream_stream_rpc_method_handler if handler.stream_stream else grpc.unary_unary_rpc_method_handler
-        behaviour: Any = handler.stream_stream or handler.unary_unary
-        return made(
-            behaviour,
-            request_deserializer=_DECODERS[handler.request_deserializer],
-            response_serializer=encode,
-        )
-
-
-_DECODERS: dict[Any, Callable[[bytes], Any]] = {
-    pb.AttributeRequest.FromString: decode_request,
-    pb.AttributeStreamRequest.FromString: decode_stream_request,
-}
-
-
-def _guarded(handler: "Handler") -> "Handler":
-    """Return a handler that refuses what cannot be read. gRPC would answer UNKNOWN, and log a traceback each time."""
-    read: Any = handler.request_deserializer
-    behaviour: Any = handler.unary_unary or handler.unary_stream
-    talk: Any = handler.stream_stream
-
-    def decode(content: bytes) -> Any:
-        try:
-            return read(content)
-        except DecodeError as error:
-            # Reflection, the one stream here, itself refuses a question that asks for nothing.
-            return InvalidArgument(f"the message cannot be read: {error}") if behaviour else read(b"")
-
-    async def answer(request: Any, context: Context) -> Any:
-        if isinstance(request, SidelightError):
-            await abort(context, request)
-        return await behaviour(request, context)
-
-    async def tell(request: Any, context: Context) -> AsyncIterator[Any]:
-        if isinstance(request, SidelightError):
-            await abort(context, request)
-        async for each in behaviour(request, context):
-            yield each
-
-    coders = {"request_deserializer": decode, "response_serializer": handler.response_serializer}
-    if handler.unary_unary:
-        return grpc.unary_unary_rpc_method_handler(answer, **coders)
-    if handler.unary_stream:
-        return grpc.unary_stream_rpc_method_handler(tell, **coders)
-    return grpc.stream_stream_rpc_method_handler(talk, **coders)
-
-
-async def abort(context: Context, error: SidelightError) -> NoReturn:
-    """End a call with an error's status, and in the trailers how long to wait before asking again."""
-    trailers = () if error.retry_delay_s is None else ((RETRY_TRAILER, str(round(error.retry_delay_s * 1000))),)
-    await context.abort(STATUSES[error.code], error.message, trailers)
-    raise AssertionError("abort always raises")
 
 
 def _models(engine: Engine) -> list[model_pb2.ModelInfo]:
