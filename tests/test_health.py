@@ -483,6 +483,23 @@ async def _told(server: Server) -> None:
     server._tell()
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "words"),
+    [
+        (("--certificate", "c.pem"), 2, "--certificate and --key go together"),
+        (("--key", "k.pem"), 2, "--certificate and --key go together"),
+        (("--server-name", "there"), 2, "expected --ca beside it"),
+        (("--ca", "absent.pem"), 1, "No such file or directory: 'absent.pem'"),
+        (("--ca", __file__), 1, "holds no PEM certificate"),
+        (("--certificate", __file__, "--key", __file__), 1, "are no pair of a PEM certificate and its key"),
+    ],
+)
+def test_a_probe_that_is_asked_wrongly_says_so(flags: tuple[str, ...], code: int, words: str) -> None:
+    ended, told = probe("--check", "127.0.0.1:1", *flags)
+    assert ended == code
+    assert words in told.splitlines()[-1]
+
+
 def test_the_probe_brings_no_torch() -> None:
     code = (
         "import sys; sys.argv[1:] = ['--check', '127.0.0.1:1'];"

@@ -152,6 +152,18 @@ def test_two_lines_frame_the_process_and_each_fault_has_one(tmp_path: Path, log_
     assert events[1]["metrics"].startswith("127.0.0.1:")
 
 
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_process_that_cannot_start_ends_with_one_line(tmp_path: Path, log_format: LogFormat) -> None:
+    with process(tmp_path, "--log-format", log_format, "--weights", "absent.pt") as server:
+        assert server.wait(TIMEOUT_S) == 2
+        (line,) = server.stderr.read().splitlines()
+    if log_format == "json":
+        event = json.loads(line)
+        assert event["event"] == "cannot_start"
+        line = event["message"]
+    assert line.removeprefix("sidelight-server: ") == "weights: absent.pt is not there"
+
+
 def test_metrics_are_told_by_a_process_that_was_not_told_to(tmp_path: Path) -> None:
     with process(tmp_path) as server:
         server.stderr.readline()

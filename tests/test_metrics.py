@@ -213,6 +213,31 @@ class Faulty(nn.Module):
         return self.linear(x) / (0.0 if 3.0 in marks else 1.0)
 
 
+def test_a_caller_whose_deadline_passes_has_not_gone(tmp_path: Path) -> None:
+    with gated(tmp_path, device="cpu") as (gate, server):
+        grpc.channel_ready_future(server.channel).result(TIMEOUT_S)
+        for timeout_s in (0.3, 0.4, 0.5):
+            with pytest.raises(grpc.RpcError) as caught:
+                server.stub.Attribute(ask(floats(1)), timeout=timeout_s)
+            assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        gate.open.set()
+        counted = told(server)
+    assert counted.sum("sidelight_requests_total", code="DEADLINE_EXCEEDED") == 3
+    assert counted.sum("sidelight_failures_total", reason="deadline") == 3
+
+
+def test_a_model_on_a_stuck_device_does_not_serve(tmp_path: Path) -> None:
+    with gated(tmp_path, device="cpu", stuck_s=0.2) as (gate, server), exposed(server) as address:
+        assert scrape(address).sum("sidelight_model_serving") == 1
+        call = server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S)
+        until_s = time.monotonic() + TIMEOUT_S
+        while scrape(address).sum("sidelight_model_serving"):
+            assert time.monotonic() < until_s
+        gate.open.set()
+        assert not call.result().result.failures
+        assert scrape(address).sum("sidelight_model_serving") == 1
+
+
 def test_an_example_that_fails_alone_is_counted_by_reason(tmp_path: Path) -> None:
     images = floats(4)
     images[:, 0, 0, 0] = (1, 2, 3, 0)
@@ -380,21 +405,24 @@ def test_nothing_of_it_is_left_once_it_is_closed() -> None:
         scrape(exposition.address)
 
 
-def test_too_many_who_ask_at_once_are_turned_away_and_the_next_is_not() -> None:
+def test_those_who_ask_nothing_keep_nobody_out() -> None:
     exposition = Exposition(CollectorRegistry(), "127.0.0.1:0", plaintext=False)
     host, port = exposition.address.split(":")
     with contextlib.closing(exposition), contextlib.ExitStack() as stack:
         before = threading.active_count()
         idle = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(200)]
-        with pytest.raises((urllib.error.URLError, ConnectionError)):
-            scrape(exposition.address)
+        assert scrape(exposition.address).sum("process_open_fds") > 3
+        until_s = time.monotonic() + TIMEOUT_S
+        while threading.active_count() > before + N_CALLERS and time.monotonic() < until_s:
+            time.sleep(0.01)
         assert threading.active_count() <= before + N_CALLERS
         for each in idle:
             each.close()
         until_s = time.monotonic() + TIMEOUT_S
         while threading.active_count() > before and time.monotonic() < until_s:
             time.sleep(0.01)
-        assert scrape(exposition.address).sum("process_open_fds") > 3
+        assert threading.active_count() == before
+        assert not exposition._callers
 
 
 # The dashboard and the page

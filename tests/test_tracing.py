@@ -167,8 +167,10 @@ def test_without_a_word_nothing_is_traced_and_nothing_imported() -> None:
         ({"OTEL_TRACES_EXPORTER": "zipkin"}, 'OTEL_TRACES_EXPORTER: got "zipkin", expected "otlp" or "none"'),
         ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "carrier"}, 'got "carrier", expected "grpc"'),
         ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"}, "is not installed"),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_TIMEOUT": "soon"}, r"^OTEL_\* variables: .*'soon'"),
+        ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_BSP_MAX_QUEUE_SIZE": "-3"}, r"^OTEL_\* variables: .*max_queue_size"),
     ],
-    ids=["exporter", "protocol", "not installed"],
+    ids=["exporter", "protocol", "not installed", "no time", "no size"],
 )
 def test_what_cannot_be_had_is_said_at_start(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
@@ -178,6 +180,11 @@ def test_what_cannot_be_had_is_said_at_start(
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
     with pytest.raises(ConfigurationError, match=words):
         from_environment()
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "")
+    assert from_environment() is None
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):

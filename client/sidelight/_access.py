@@ -48,11 +48,14 @@ def _reaching(
         Path | None, typer.Option(help="With TLS: a PEM file of this client's own certificate.")
     ] = None,
     key: Annotated[Path | None, typer.Option(help="The PEM file of that certificate's key.")] = None,
+    server_name: Annotated[
+        str | None, typer.Option(help="With TLS: the name in the server's certificate, where the address has another.")
+    ] = None,
     token_file: Annotated[Path | None, typer.Option(help=TOKEN_HELP)] = None,
 ) -> Reach:
     """Return `connect` with what the options say. A wrong option is a usage error."""
-    speaks = tls or any((ca, certificate, key))
-    access = TLS(ca=ca, certificate=certificate, key=key) if speaks else None
+    speaks = tls or any((ca, certificate, key, server_name))
+    access = TLS(ca=ca, certificate=certificate, key=key, server_name=server_name) if speaks else None
     token: Token | None = token_file or os.environ.get(TOKEN_VARIABLE) or None
 
     def reach(address: str, **options: Any) -> Client:

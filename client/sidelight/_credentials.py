@@ -129,6 +129,8 @@ def _text(token: Token) -> str:
         text = token()
     elif isinstance(token, str):
         text = token
+        if os.sep in text and Path(text).is_file():
+            raise ValueError("token: it is the path of a file; say pathlib.Path(…), and the token is what it holds")
     else:
         text = next(_tokens(Path(token).read_text(encoding="utf-8")), "")
     if not isinstance(text, str) or not text or not all("!" <= letter <= "~" for letter in text):

@@ -26,6 +26,7 @@ def main() -> int:
     from .server import load, serve_until_signal
 
     configure()
+    settings = None
     sys.path.insert(0, "")  # `python -m` finds the operator's own factories in the working folder, and so does this
     try:
         settings = read_settings(sys.argv[1:])
@@ -38,7 +39,10 @@ def main() -> int:
             os._exit(0)  # the interpreter's own end would meet a thread that is in the middle of native code
     except ConfigurationError as error:
         line = " ".join(str(error).split())  # what a factory or torch says may have many
-        print(f"sidelight-server: {line}", file=sys.stderr)
+        if settings and settings.log_format == "json":
+            log.critical(Event("cannot_start", message=line))
+        else:
+            print(f"sidelight-server: {line}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -33,6 +33,7 @@ from .scores import Activation, Outputs
 FILE = Path("sidelight.toml")
 SOURCES = "python:package.module:factory, export:FILE.pt2, torchscript:FILE, hf:DIR or onnx:FILE"
 PREFIX = "SIDELIGHT_"
+OF_CLIENTS = ("SIDELIGHT_ADDRESS", "SIDELIGHT_TOKEN")  # the command line's
 MEBIBYTE = 1024 * 1024
 
 
@@ -277,7 +278,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
 def misspelt_variables() -> list[str]:
     """Return warnings about variables that are nearly a setting. (Others may well be: `SIDELIGHT_SERVICE_HOST`.)"""
     known = [PREFIX + name.upper() for name in Settings.model_fields]
-    unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in known]
+    unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in (*known, *OF_CLIENTS)]
     nearly = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.9) for name in unknown}
     return [f"{name} is no setting; did you mean {close[0]}?" for name, close in nearly.items() if close]
 

@@ -14,7 +14,7 @@ SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.
 SPANS = ("admission", "prepare", "queue", "compute", "total")
 REASONS = ("overloaded", "dropped", "cancelled", "deadline", "invalid", "oom", "internal")
 
-CANCELLED, OUT_OF_MEMORY = 1, ResourceExhausted.code
+OUT_OF_MEMORY = ResourceExhausted.code
 _REASONS = {1: "cancelled", 2: "internal", 4: "deadline", 10: "cancelled", 13: "internal", 14: "dropped"}
 
 
@@ -49,7 +49,7 @@ class Counts:
 
     def ended(self, passage: Passage) -> None:
         """Count a batch whose answer, or failure, is written."""
-        code = CANCELLED if passage.code is None else passage.code
+        code = passage.status
         self.requests[passage.call, passage.model, passage.method, code] += 1
         if code:
             self.failures["batch", passage.model, passage.reason or reason_of(code)] += 1

@@ -1,6 +1,7 @@
 """Credentials: the certificate that TLS shows, and the authority that callers' certificates must be signed by."""
 
-import ssl
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import grpc
 
 from .config import Settings
 from .errors import ConfigurationError
+from .pem import check_authority, check_pair
 from .secret_files import SecretFiles, read_secret
 
 
@@ -50,10 +52,10 @@ class Certificates:
         """Return what the files hold. gRPC would find out what is wrong with them at the first handshake."""
         certificate = _pem(self.certificate, setting="tls_certificate")
         key = read_secret(self.key, setting="tls_key")
-        _check_pair(self.certificate, self.key)
         authority = _pem(self.client_ca, setting="tls_client_ca") if self.client_ca else None
+        _check("tls_certificate", lambda: check_pair(self.certificate, self.key))
         if self.client_ca:
-            _check_authority(self.client_ca)
+            _check("tls_client_ca", functools.partial(check_authority, self.client_ca))
         return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=authority)
 
 
@@ -65,23 +67,8 @@ def _pem(path: Path, *, setting: str) -> bytes:
         raise ConfigurationError(f"{setting}: cannot read {path}: {error.strerror}") from None
 
 
-def _check_pair(certificate: Path, key: Path) -> None:
+def _check(setting: str, check: Callable[[], None]) -> None:
     try:
-        # Without a password, OpenSSL would ask the terminal for one.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
-    except (ssl.SSLError, OSError) as error:
-        raise ConfigurationError(
-            f"tls_certificate: {certificate} and tls_key {key} are no pair of a PEM certificate and its key without a "
-            f"password ({_reason(error)})"
-        ) from None
-
-
-def _check_authority(path: Path) -> None:
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
-    except (ssl.SSLError, OSError) as error:
-        raise ConfigurationError(f"tls_client_ca: {path} holds no PEM certificate ({_reason(error)})") from None
-
-
-def _reason(error: OSError) -> str:
-    return (getattr(error, "reason", None) or error.strerror or "unreadable").lower().replace("_", " ")
+        check()
+    except OSError as error:
+        raise ConfigurationError(f"{setting}: {error}") from None

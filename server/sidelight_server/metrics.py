@@ -22,14 +22,15 @@ from .counts import REASONS, SPANS, Counts
 from .engine import Engine
 from .errors import ConfigurationError
 from .explainer import Explainer
+from .health import MODEL, statuses
 from .histogram import Histogram
 from .memory import resident_bytes
 from .service import AttributionService
 from .station import Station
 from .status import STATUSES
 
-CALLER_S = 10.0  # that one who asks may take, to send the question and to take the answer
-N_CALLERS = 16  # who may ask at once; others are turned away: each has a thread
+CALLER_S = 10.0  # that one who asks may pause, in the question and before the answer
+N_CALLERS = 16  # who may ask at once, each on a thread; for one more, the one who has been there longest is cut off
 
 _SPANS = {
     "admission": "from a batch's arrival until it was let in: for its model, a slot of its stream and the permits",
@@ -82,10 +83,11 @@ class Metrics(Collector):
         info = GaugeMetricFamily("sidelight_model_info", "1 for the version that serves", labels=_INFO)
         serving = GaugeMetricFamily("sidelight_model_serving", "1 where the model answers, else 0", labels=("model",))
         failed = CounterMetricFamily("sidelight_model_load_failures", "loads that failed", labels=("model",))
+        serves = statuses(self._engine, serves=True)  # as health has it
         for entry in entries:
             if version := entry.models:
                 info.add_metric([entry.name, str(version[0].version), version[0].digest, version[0].precision], 1)
-            serving.add_metric([entry.name], int(bool(version)))
+            serving.add_metric([entry.name], int(serves.get(MODEL + entry.name, False)))
             failed.add_metric([entry.name], entry.n_failed)
         yield from (info, serving, failed)
 
@@ -135,14 +137,12 @@ def _batches(counts: Counts, models: list[str]) -> Iterator[Metric]:
         "sidelight_answers", "answers by how images and maps travelled", ("transport",),
         (((transport,), n) for transport, n in counts.transports.copy().items()),
     )  # fmt: skip
-    yield _labelled(
-        "sidelight_predictions_compared", "predictions whose served class was told", ("model",),
-        (((model,), n) for model, n in (dict.fromkeys(models, 0) | counts.compared.copy()).items()),
-    )  # fmt: skip
-    yield _labelled(
-        "sidelight_prediction_mismatches", "those that were another class than was served", ("model",),
-        (((model,), n) for model, n in (dict.fromkeys(models, 0) | counts.differing.copy()).items()),
-    )  # fmt: skip
+    for name, told, counted in (
+        ("sidelight_predictions_compared", "predictions whose served class was told", counts.compared),
+        ("sidelight_prediction_mismatches", "those that were another class than was served", counts.differing),
+    ):
+        of_models = dict.fromkeys(models, 0) | counted.copy()
+        yield _labelled(name, told, ("model",), (((model,), n) for model, n in of_models.items()))
 
 
 def _times(counts: Counts) -> Iterator[Metric]:
@@ -186,6 +186,11 @@ def _add(family: HistogramMetricFamily, labels: list[str], histogram: Histogram)
     family.add_metric(labels, list(zip(bounds, sums, strict=True)), sum_value=histogram.total)
 
 
+class _Handler(MetricsHandler):
+    timeout = CALLER_S
+    server_version, sys_version = "sidelight", ""  # not Python's, for whoever looks for old ones
+
+
 class Exposition(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Tells metrics over HTTP at an address, `http://host:port/metrics`. Closed, nothing of it is left.
 
@@ -195,6 +200,7 @@ class Exposition(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     allow_reuse_address = True
     daemon_threads = True
+    request_queue_size = 128  # of connections that are not taken yet; five by default
 
     def __init__(self, metrics: Collector, address: str, *, plaintext: bool) -> None:
         host, port = host_and_port(address, setting="metrics_listen")
@@ -206,11 +212,11 @@ class Exposition(socketserver.ThreadingMixIn, socketserver.TCPServer):
         registry = CollectorRegistry()
         registry.register(metrics)
         ProcessCollector(registry=registry)
-        handler = MetricsHandler.factory(registry)
-        handler.timeout = CALLER_S  # type: ignore[attr-defined]
+        handler = _Handler.factory(registry)
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._is_closing = False
-        self._room = threading.Semaphore(N_CALLERS)
+        self._lock = threading.Lock()
+        self._callers: dict[socket.socket, None] = {}  # in the order in which they came
         try:
             super().__init__((host, port), handler)
         except OverflowError as error:
@@ -227,16 +233,24 @@ class Exposition(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._thread.join(CALLER_S)
         self.server_close()
 
-    def verify_request(self, request: object, client_address: object) -> bool:
-        """Take who asks, unless there are too many."""
-        return self._room.acquire(blocking=False)
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Take who asks. Who is slow, or says nothing, cannot keep the others out."""
+        with self._lock:
+            if len(self._callers) >= N_CALLERS:
+                longest = next(iter(self._callers))
+                del self._callers[longest]
+                with contextlib.suppress(OSError):
+                    longest.shutdown(socket.SHUT_RDWR)  # its thread closes it
+            self._callers[request] = None
+        return True
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
         """Answer, on a thread of its own."""
         try:
             super().process_request_thread(request, client_address)
         finally:
-            self._room.release()
+            with self._lock:
+                self._callers.pop(request, None)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing: who asked has gone, or asks too slowly."""

@@ -6,6 +6,7 @@ Counts and spans are made of it once it has ended. Times are on the monotonic cl
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+CANCELLED = 1
 MAX_CHUNKS = 128  # of one batch that are told one by one
 
 
@@ -37,3 +38,8 @@ class Passage:
     span: Any = field(default=None, repr=False)  # where it is traced
     zero_ns: int = 0  # of the monotonic clock, since 1970, where it is traced
     chunks: list[ChunkTimes] | None = None  # None: nobody wants to know
+
+    @property
+    def status(self) -> int:
+        """The status code that it ended with."""
+        return CANCELLED if self.code is None else self.code

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .pem import check_authority, check_pair
+
 if TYPE_CHECKING:
     import grpc
 
@@ -36,6 +38,10 @@ def probe(arguments: Sequence[str]) -> int:
     parser.add_argument("--server-name", help="the name in the server's certificate, where it is not the address's")
     parser.add_argument("--timeout-s", type=float, default=2.0, help="seconds that the answer may take")
     chosen = parser.parse_args(arguments)
+    if bool(chosen.certificate) != bool(chosen.key):
+        parser.error("--certificate and --key go together")
+    if chosen.server_name and not (chosen.ca or chosen.certificate):
+        parser.error("--server-name is for TLS: expected --ca beside it")
     address = chosen.check or os.environ.get("SIDELIGHT_LISTEN", "").strip('[]" ').split(",")[0].strip('" ')
     status, detail = _ask(address or DEFAULT_ADDRESS, chosen)
     print(status + (f": {detail}" if detail else ""), file=sys.stderr)
@@ -49,7 +55,7 @@ def _ask(address: str, chosen: argparse.Namespace) -> tuple[str, str]:
     request = health_pb2.HealthCheckRequest(service=chosen.service)
     try:
         channel = _channel(address, chosen)
-    except OSError as error:
+    except OSError as error:  # of a file that is not there, or holds no PEM
         return "UNKNOWN", str(error)
     with channel:
         try:
@@ -65,5 +71,9 @@ def _channel(address: str, chosen: argparse.Namespace) -> "grpc.Channel":
     if not (chosen.ca or chosen.certificate):
         return grpc.insecure_channel(address)
     ca, certificate, key = (path.read_bytes() if path else None for path in (chosen.ca, chosen.certificate, chosen.key))
+    if chosen.ca:
+        check_authority(chosen.ca)
+    if chosen.certificate:
+        check_pair(chosen.certificate, chosen.key)
     options = [("grpc.ssl_target_name_override", chosen.server_name)] if chosen.server_name else []
     return grpc.secure_channel(address, grpc.ssl_channel_credentials(ca, key, certificate), options)

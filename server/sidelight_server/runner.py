@@ -231,16 +231,18 @@ class Runner:
         maps = to_host([result for _, result in said.values()], self._staging)
         for (job, (work, result)), map_ in zip(said.items(), maps, strict=True):
             if not is_finite(map_):
-                work.fail(job, job.not_finite())
+                work.fail(job, self._understand(work, job, job.not_finite()))
                 continue
             probabilities = result.probabilities.float().cpu().numpy() if work.request.probabilities else None
             work.settle(job, map_, result, probabilities)
 
     def _understand(self, work: Work, job: Job, error: BaseException, *, n_rows: int = 1) -> SidelightError:
         """Return what to tell a caller, and tell the log why."""
-        if isinstance(error, SidelightError):
-            return error
         name, place = work.model.name, job.place
+        if isinstance(error, SidelightError):
+            if isinstance(error, Internal) and n_rows == 1:
+                log.error(Event("model_failed", model=name, example=place, message=error.message))
+            return error
         if _is_out_of_memory(error):
             self.n_out_of_memory += 1
             log.warning(Event("out_of_memory", model=name, rows=n_rows))

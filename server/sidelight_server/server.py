@@ -162,7 +162,10 @@ class Server:
         giving_up.cancel()
         is_stuck = any(station.runner.pulse.is_stuck for station in self._engine.stations)
         within_s = 0.0 if is_stuck else max(CHUNK_S, until_s - loop.time())
-        return await asyncio.to_thread(self._close, within_s)
+        has_ended = await asyncio.to_thread(self._close, within_s)
+        if self._tracing:
+            await asyncio.to_thread(self._tracing.close, max(TELLING_S / 2, until_s - loop.time()))
+        return has_ended
 
     def abandon(self) -> None:
         """End what a start that failed has begun."""
@@ -173,8 +176,6 @@ class Server:
         if self._metrics:
             self._metrics.close()
             self._metrics = None
-        if self._tracing:
-            self._tracing.close()
         if self._shared:
             self._shared.close()
             self._shared = None

@@ -10,7 +10,7 @@ from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 
 from . import replies
 from .engine import Engine
-from .errors import PermissionDenied, ResourceExhausted, SidelightError, Unavailable
+from .errors import DeadlineExceeded, PermissionDenied, ResourceExhausted, SidelightError, Unavailable
 from .explainer import Explainer
 from .frames import Decoded
 from .method_messages import SERVED_METHODS
@@ -19,6 +19,8 @@ from .regions import Regions, SharedMemory
 from .status import Context, abort
 from .stream import Stream
 from .wire import MAX_EXAMPLES
+
+DEADLINE_SLACK_S = 0.1
 
 
 class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
@@ -81,6 +83,8 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
             await abort(context, error)
         except asyncio.CancelledError:
             if not self._is_given_up or context.cancelled():
+                if _is_late(context):  # else the caller has gone, which the passage takes for granted
+                    passages.failed(passage, DeadlineExceeded("the call's deadline passed"))
                 raise
             call.uncancel()
             given_up = Unavailable("the server is shutting down, and its drain_s has passed")
@@ -174,6 +178,12 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         except SidelightError as error:
             await abort(context, error)
         return model_pb2.ReloadModelResponse(model=replies.model_info(self._engine, entry, whole=True))
+
+
+def _is_late(context: Context) -> bool:
+    """Whether a call that was cancelled was at its deadline. Its caller's clock began, and ends, a moment earlier."""
+    left_s = context.time_remaining()
+    return left_s is not None and left_s < DEADLINE_SLACK_S
 
 
 def _models(engine: Engine) -> list[model_pb2.ModelInfo]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigurationError
 from .logs import Event
 from .passage import MAX_CHUNKS, Passage
+from .status import STATUSES
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -25,15 +26,8 @@ log = logging.getLogger("sidelight")
 SERVICE = "sidelight.v1.AttributionService"
 END_S = 2.0  # for the last spans to leave, when the server ends
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-# By convention these alone are a server's own errors: cancelled, deadline, unimplemented and so on are the caller's.
-_ERRORS = {
-    2: "UNKNOWN",
-    4: "DEADLINE_EXCEEDED",
-    12: "UNIMPLEMENTED",
-    13: "INTERNAL",
-    14: "UNAVAILABLE",
-    15: "DATA_LOSS",
-}
+# By convention these alone are a server's own errors; the others are the caller's.
+_ERRORS = {code: STATUSES[code].name for code in (2, 4, 12, 13, 14, 15)}
 
 
 class Tracing:
@@ -64,7 +58,7 @@ class Tracing:
     def end(self, passage: Passage) -> None:
         """End a batch's span, and tell of its parts."""
         span: Span = passage.span
-        code = 1 if passage.code is None else passage.code
+        code = passage.status
         span.set_attributes(
             {
                 "rpc.grpc.status_code": code,
@@ -83,13 +77,13 @@ class Tracing:
         self._parts(passage, ended_s)
         span.end(passage.zero_ns + _ns(ended_s))
 
-    def close(self) -> None:
+    def close(self, within_s: float = END_S) -> None:
         """Send what is left, for a little while: a collector that does not answer keeps no server from ending."""
         shutdown = getattr(self._provider, "shutdown", None)
         if shutdown is not None:
             ending = threading.Thread(target=shutdown, name="sidelight-spans", daemon=True)
             ending.start()
-            ending.join(END_S)
+            ending.join(min(within_s, END_S))
 
     def _parts(self, passage: Passage, ended_s: float) -> None:
         within, zero_ns = self._trace.set_span_in_context(passage.span), passage.zero_ns
@@ -115,7 +109,8 @@ def from_environment() -> Tracing | None:
 
     `ConfigurationError` where they ask for what is not installed, or not known here.
     """
-    wanted = os.environ.get("OTEL_TRACES_EXPORTER", "otlp" if any(map(os.environ.get, _ENDPOINTS)) else "none")
+    # A variable that is empty counts as unset, as OpenTelemetry has it.
+    wanted = os.environ.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(os.environ.get, _ENDPOINTS)) else "none")
     if wanted == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
     if wanted != "otlp":
@@ -125,17 +120,19 @@ def from_environment() -> Tracing | None:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
-        exporter = _exporter()
+        resource = Resource.create()
+        processor = BatchSpanProcessor(_exporter())
+    except ValueError as error:  # without the variable's name, more often than not
+        raise ConfigurationError(f"OTEL_* variables: {error}") from None
     except ImportError as error:
         raise ConfigurationError(
             f"OTEL_* variables ask for tracing, but {error.name} is not installed; pip install 'sidelight[otel]', or "
             "set OTEL_SDK_DISABLED=true"
         ) from None
-    resource = Resource.create()
     if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # the operator gave it no name
         resource = resource.merge(Resource({SERVICE_NAME: "sidelight"}))
-    provider = TracerProvider(resource=resource)
-    provider.add_span_processor(BatchSpanProcessor(exporter))
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # `close` does, and does not wait for ever
+    provider.add_span_processor(processor)
     log.info(Event("tracing", exporter=wanted))
     return Tracing(provider)
 

@@ -1,0 +1,29 @@
+"""PEM files, looked at before gRPC gets them: it would find out at the first handshake, or end the process.
+
+Standard library only: a probe must be quick.
+"""
+
+import ssl
+from pathlib import Path
+
+
+def check_pair(certificate: Path, key: Path) -> None:
+    """Raise `OSError` where the files cannot be read, or are not a certificate and its key."""
+    try:
+        # Without a password, OpenSSL would ask the terminal for one.
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+    except ssl.SSLError as error:
+        what = "no pair of a PEM certificate and its key without a password"
+        raise OSError(f"{certificate} and {key} are {what} ({_reason(error)})") from None
+
+
+def check_authority(path: Path) -> None:
+    """Raise `OSError` where the file cannot be read, or holds no certificate."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
+    except ssl.SSLError as error:
+        raise OSError(f"{path} holds no PEM certificate ({_reason(error)})") from None
+
+
+def _reason(error: ssl.SSLError) -> str:
+    return (error.reason or "unreadable").lower().replace("_", " ")
