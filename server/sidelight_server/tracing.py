@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from .errors import ConfigurationError
 from .logs import Event
 from .passage import MAX_CHUNKS, Passage
-from .status import STATUSES
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -27,7 +26,14 @@ SERVICE = "sidelight.v1.AttributionService"
 END_S = 2.0  # for the last spans to leave, when the server ends
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 # By convention these alone are a server's own errors; the others are the caller's.
-_ERRORS = {code: STATUSES[code].name for code in (2, 4, 12, 13, 14, 15)}
+_ERRORS = {
+    2: "UNKNOWN",
+    4: "DEADLINE_EXCEEDED",
+    12: "UNIMPLEMENTED",
+    13: "INTERNAL",
+    14: "UNAVAILABLE",
+    15: "DATA_LOSS",
+}
 
 
 class Tracing:
