@@ -15,11 +15,15 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import sidelight
 from hypothesis import given
 from hypothesis import strategies as st
+from sidelight import Gradient
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
 from sidelight_server.logs import Event, Formatter, Handler, LogFormat
 
 TIMEOUT_S = 60.0
@@ -31,7 +35,7 @@ class Net(torch.nn.Module):
     def forward(self, x):
         if x.flatten()[0] > 100:
             raise RuntimeError('no "such"\\nnumber')
-        return x.mean((2, 3))
+        return x.mean((2, 3)) * (1 if x.flatten()[0] > -100 else float("nan"))
 
 def spec():
     return ModelSpec(Net(), name='n"e t')
@@ -140,15 +144,30 @@ def test_two_lines_frame_the_process_and_each_fault_has_one(tmp_path: Path, log_
             client.attribute(images(0))
             answer = client.attribute(images(101), on_error="return")
             assert answer.failures
+            with grpc.insecure_channel(f"unix:{tmp_path}/s") as channel:
+                request = pb.AttributeRequest(
+                    id='a "b"\nevent=ours',
+                    target=pb.Target(predicted=pb.PredictedTarget()),
+                    method=Gradient().message(),
+                )
+                request.images.tensor.CopyFrom(
+                    tensor_pb2.Tensor(
+                        dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[1, 3, 4, 4], data=images(-101).tobytes()
+                    )
+                )
+                stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+                assert stub.Attribute(request, timeout=TIMEOUT_S).result.failures
         server.send_signal(signal.SIGTERM)
         assert server.wait(TIMEOUT_S) == 0
         lines = server.stderr.read().splitlines()
     read = parsed if log_format == "text" else json.loads
     events = [read(each) for each in lines]
-    assert [each["event"] for each in events] == ["loaded", "serving", "model_failed", "stopping"]
+    assert [each["event"] for each in events] == ["loaded", "serving", "model_failed", "model_failed", "stopping"]
     assert events[0]["model"] == 'n"e t'
     assert events[2]["error"] == 'RuntimeError: no "such"\nnumber'
     assert "raise RuntimeError" in events[2]["traceback"]
+    assert events[3]["id"] == 'a "b"\nevent=ours'
+    assert events[3]["message"] == 'model "n"e t": output or gradient is not finite for example 0'
     assert events[1]["metrics"].startswith("127.0.0.1:")
 
 

@@ -17,6 +17,7 @@ TOKEN_VARIABLE = "SIDELIGHT_TOKEN"  # noqa: S105  (it is the name of a variable)
 TOKEN_HELP = f"A file whose first line is the token; unset: ${TOKEN_VARIABLE}, if any."
 
 Address = Annotated[str, typer.Option(help=ADDRESS_HELP, envvar="SIDELIGHT_ADDRESS")]
+_file = functools.partial(typer.Option, exists=True, dir_okay=False)
 Reach = Callable[..., Client]
 
 
@@ -43,15 +44,13 @@ def _reaching(
         float, typer.Option(help="Seconds to wait for a server that is not there yet.")
     ] = CONNECT_TIMEOUT_S,
     tls: Annotated[bool, typer.Option("--tls", help="Speak TLS, and trust public authorities.")] = False,
-    ca: Annotated[Path | None, typer.Option(help="Speak TLS, and trust the authorities in this PEM file.")] = None,
-    certificate: Annotated[
-        Path | None, typer.Option(help="With TLS: a PEM file of this client's own certificate.")
-    ] = None,
-    key: Annotated[Path | None, typer.Option(help="The PEM file of that certificate's key.")] = None,
+    ca: Annotated[Path | None, _file(help="Speak TLS, and trust the authorities in this PEM file.")] = None,
+    certificate: Annotated[Path | None, _file(help="With TLS: a PEM file of this client's own certificate.")] = None,
+    key: Annotated[Path | None, _file(help="The PEM file of that certificate's key.")] = None,
     server_name: Annotated[
         str | None, typer.Option(help="With TLS: the name in the server's certificate, where the address has another.")
     ] = None,
-    token_file: Annotated[Path | None, typer.Option(help=TOKEN_HELP)] = None,
+    token_file: Annotated[Path | None, _file(help=TOKEN_HELP)] = None,
 ) -> Reach:
     """Return `connect` with what the options say. A wrong option is a usage error."""
     speaks = tls or any((ca, certificate, key, server_name))

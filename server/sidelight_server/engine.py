@@ -212,6 +212,7 @@ class Engine:
             prepared,
             on_done=lambda: _call_from_thread(answered, _set_done),
             on_improved=_from_thread(loop, progress.improved.set) if progress else None,
+            id_=passage.id,
             chunks=passage.chunks,
         )
         if progress:

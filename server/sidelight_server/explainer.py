@@ -88,6 +88,7 @@ class Explainer:
         with _telling(message.id):
             timeout_s = wire.timeout_s(message)
             request = wire.parse(message, data)
+            passage.id = message.id
             # The loop's clock is the monotonic one.
             deadline_s = None if timeout_s is None else passage.arrived_s + timeout_s
             version = await self._ready(request.model, deadline_s)

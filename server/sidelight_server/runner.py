@@ -241,14 +241,14 @@ class Runner:
         name, place = work.model.name, job.place
         if isinstance(error, SidelightError):
             if isinstance(error, Internal) and n_rows == 1:
-                log.error(Event("model_failed", model=name, example=place, message=error.message))
+                log.error(Event("model_failed", model=name, id=work.id, example=place, message=error.message))
             return error
         if _is_out_of_memory(error):
             self.n_out_of_memory += 1
             log.warning(Event("out_of_memory", model=name, rows=n_rows))
             return ResourceExhausted(f'model "{name}": out of device memory on one example')
         if n_rows == 1:
-            log.error(Event("model_failed", model=name, example=place), exc_info=error)
+            log.error(Event("model_failed", model=name, id=work.id, example=place), exc_info=error)
         return Internal(f'model "{name}" failed on example {place}; the server\'s log has the cause')
 
     def _split(self, rows: Sequence[Taken], failure: SidelightError) -> None:
