@@ -62,7 +62,11 @@ def _ask(address: str, chosen: argparse.Namespace) -> tuple[str, str]:
             answer = health_pb2_grpc.HealthStub(channel).Check(request, timeout=chosen.timeout_s)
         except grpc.RpcError as error:
             is_plain = not (chosen.ca or chosen.certificate)
-            hint = "; if the server speaks TLS, say --ca" if is_plain and "Socket closed" in error.details() else ""
+            hint = (
+                "; if the server speaks TLS, say --ca"
+                if is_plain and "Socket closed" in (error.details() or "")
+                else ""
+            )
             return error.code().name, f"{address}: {error.details()}{hint}"
     return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status), ""
 
