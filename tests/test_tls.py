@@ -86,6 +86,23 @@ def test_a_name_that_the_certificate_has_can_be_said(authority: Authority) -> No
             assert client.info().models
 
 
+@pytest.mark.parametrize("how", ["file", "folder", "gRPC's own"])
+def test_whom_the_system_trusts_is_trusted(
+    address: str, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.delenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", raising=False)
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.path if how == "file" else tmp_path / "none"))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
+    if how == "folder":  # OpenSSL's own name for it is of no matter here
+        (tmp_path / "0a1b2c3d.0").symlink_to(authority.path)
+    with sidelight.connect(address, tls=True, connect_timeout=PATIENCE_S) as client:
+        if how == "gRPC's own":
+            with pytest.raises(sidelight.Unavailable, match="not signed by an authority"):
+                client.info()
+        else:
+            assert client.info().models
+
+
 def test_the_asynchronous_client_speaks_it_too(address: str, authority: Authority) -> None:
     async def explain() -> tuple[int, ...]:
         async with sidelight.aio.connect(address, tls=authority.path, connect_timeout=PATIENCE_S) as client:

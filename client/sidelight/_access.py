@@ -43,7 +43,7 @@ def _reaching(
     connect_timeout: Annotated[
         float, typer.Option(help="Seconds to wait for a server that is not there yet.")
     ] = CONNECT_TIMEOUT_S,
-    tls: Annotated[bool, typer.Option("--tls", help="Speak TLS, and trust public authorities.")] = False,
+    tls: Annotated[bool, typer.Option("--tls", help="Speak TLS, and trust whom the system trusts.")] = False,
     ca: Annotated[Path | None, _file(help="Speak TLS, and trust the authorities in this PEM file.")] = None,
     certificate: Annotated[Path | None, _file(help="With TLS: a PEM file of this client's own certificate.")] = None,
     key: Annotated[Path | None, _file(help="The PEM file of that certificate's key.")] = None,

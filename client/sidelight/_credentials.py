@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 AUTHORIZATION = "authorization"
+GRPC_ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"  # which gRPC reads by itself
 
 Token = str | os.PathLike[str] | Callable[[], str]
 
@@ -20,10 +21,10 @@ Token = str | os.PathLike[str] | Callable[[], str]
 class TLS:
     """How a client speaks TLS.
 
-    `ca`: a PEM file of the authorities that it trusts; None for those that gRPC brings, which are public ones (or
-    the file that GRPC_DEFAULT_SSL_ROOTS_FILE_PATH names). `certificate` and `key`: PEM files, for a server that wants
-    to see who calls. `server_name`: the name in the server's certificate, where that is not the address's host. The
-    files are read when a client is made.
+    `ca`: a PEM file of the authorities that it trusts; None for those that the system trusts, as OpenSSL finds them
+    (SSL_CERT_FILE and SSL_CERT_DIR name others), and where it tells of none, those that gRPC brings. `certificate`
+    and `key`: PEM files, for a server that wants to see who calls. `server_name`: the name in the server's certificate,
+    where that is not the address's host. The files are read when a client is made.
     """
 
     ca: str | os.PathLike[str] | None = None
@@ -37,6 +38,7 @@ class TLS:
             raise ValueError("tls: got one of certificate and key, expected both or none")
         ca, key, certificate = (None if each is None else Path(each) for each in (self.ca, self.key, self.certificate))
         read = [None if each is None else each.read_bytes() for each in (ca, key, certificate)]
+        read[0] = read[0] or _system_roots()
         # gRPC would take anything, and find no server.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
@@ -52,6 +54,18 @@ class TLS:
                 f"tls: {certificate} and {key} are no pair of a PEM certificate and its key without a password"
             ) from None
         return grpc.ssl_channel_credentials(*read)
+
+
+def _system_roots() -> bytes | None:
+    """Return the PEM certificates that the system trusts. None where gRPC is to choose: it brings public ones."""
+    if GRPC_ROOTS in os.environ:
+        return None
+    paths = ssl.get_default_verify_paths()
+    if paths.cafile:
+        return Path(paths.cafile).read_bytes() or None
+    # Named by a hash of whom they are of, as OpenSSL looks for them.
+    files = sorted(Path(paths.capath).glob("*.[0-9]")) if paths.capath else []
+    return b"\n".join(each.read_bytes() for each in files if each.is_file()) or None
 
 
 @dataclass(frozen=True, slots=True)
