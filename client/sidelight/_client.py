@@ -72,7 +72,8 @@ def connect(
     With `tls` connections over TCP are encrypted, and the server must show a certificate of an authority that is
     trusted: True for those that the system trusts, a path for those of a PEM file, `TLS` for more. `token` is what
     each call brings as a bearer token: text, the path of a file whose first line it is, or what returns it; the latter
-    two are asked for every call. `ValueError` where it would travel to another machine without TLS. UNIX sockets need none.
+    two are asked for every call. `ValueError` where it would travel to another machine without TLS. UNIX sockets
+    need none.
     """
     return Client(
         address,
