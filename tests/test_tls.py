@@ -2,12 +2,14 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import queue
 import socket
 import ssl
 import threading
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from authority import DAY, Authority, Pair
 from gate import Gate, Gated
 from models import small_cnn
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from sidelight import TLS
 from sidelight._cli import app
 from sidelight_server import ConfigurationError, ModelSpec
@@ -307,6 +310,33 @@ def test_a_broken_new_pair_leaves_the_old_one_and_says_so_once(
         assert key.decode().splitlines()[1] not in caplog.text
         pair.replace(new)
         assert handshake(address, authority) == der(new)
+
+
+def test_files_that_are_not_good_are_told_as_stale_until_they_are(authority: Authority, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        metrics = f"127.0.0.1:{free.getsockname()[1]}"
+    pair, new, tokens = authority.pair(), authority.pair(), tmp_path / "tokens"
+    tokens.write_text("secret")
+
+    def stale() -> dict[str, float]:
+        with urllib.request.urlopen(f"http://{metrics}/metrics", timeout=PATIENCE_S) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        (family,) = [each for each in families if each.name == "sidelight_secret_files_stale"]
+        return {each.labels["files"]: each.value for each in family.samples}
+
+    with serving(pair, metrics_listen=metrics, tokens=tokens) as address:
+        connect = functools.partial(sidelight.connect, address, tls=authority.path, token="secret")
+        assert stale() == {"certificates": 0, "tokens": 0}
+        pair.certificate.write_text("junk")
+        tokens.write_text("two words")
+        with connect(connect_timeout=PATIENCE_S) as client:
+            client.info()
+        assert stale() == {"certificates": 1, "tokens": 1}
+        pair.replace(new)
+        tokens.write_text("secret")
+        with connect(connect_timeout=PATIENCE_S) as client:
+            client.info()
+        assert stale() == {"certificates": 0, "tokens": 0}
 
 
 def test_certificates_that_a_server_cannot_start_with_are_refused(authority: Authority, tmp_path: Path) -> None:

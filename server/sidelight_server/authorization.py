@@ -31,12 +31,12 @@ class Tokens:
     def __init__(self, path: Path, *, setting: str) -> None:
         self._path = path
         self._setting = setting
-        self._files = SecretFiles([path], self._read, name=setting)
+        self.files = SecretFiles([path], self._read, name=setting)
 
     def __contains__(self, token: str) -> bool:
         digest = _digest(token.encode())
         found = False
-        for known in self._files.content:
+        for known in self.files.content:
             found |= hmac.compare_digest(known, digest)
         return found
 
@@ -64,6 +64,11 @@ class Authorization(grpc.aio.ServerInterceptor):
         """Read the files. `ConfigurationError` where that fails."""
         self._users = Tokens(settings.tokens, setting="tokens") if settings.tokens else None
         self._admins = Tokens(settings.admin_tokens, setting="admin_tokens") if settings.admin_tokens else None
+
+    @property
+    def files(self) -> list[SecretFiles[Any]]:
+        """The files of tokens."""
+        return [each.files for each in (self._users, self._admins) if each]
 
     async def intercept_service(
         self,

@@ -2,8 +2,9 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -20,6 +21,7 @@ class Certificates:
     certificate: Path
     key: Path
     client_ca: Path | None = None
+    files: list[SecretFiles[Any]] = field(default_factory=list, compare=False)  # of the credentials that were given
 
     @classmethod
     def of(cls, settings: Settings) -> "Certificates | None":
@@ -41,6 +43,7 @@ class Certificates:
         """
         paths = [path for path in (self.certificate, self.key, self.client_ca) if path]
         files = SecretFiles(paths, self._read, name="certificates")
+        self.files.append(files)
         return grpc.dynamic_ssl_server_credentials(
             files.content,
             # None says that nothing has changed; the stubs do not know it.

@@ -25,6 +25,7 @@ from .explainer import Explainer
 from .health import MODEL, statuses
 from .histogram import Histogram
 from .memory import resident_bytes
+from .secret_files import SecretFiles
 from .service import AttributionService
 from .station import Station
 from .status import STATUSES
@@ -44,8 +45,15 @@ _SPANS = {
 class Metrics(Collector):
     """What there is to tell of one server."""
 
-    def __init__(self, engine: Engine, explainer: Explainer, service: AttributionService) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        explainer: Explainer,
+        service: AttributionService,
+        files: Sequence[SecretFiles[Any]] = (),
+    ) -> None:
         self._engine = engine
+        self._files = files
         self._explainer = explainer
         self._service = service
 
@@ -57,6 +65,7 @@ class Metrics(Collector):
         yield from self._work()
         yield from self._models()
         yield from self._devices()
+        yield self._stale()
 
     def _work(self) -> Iterator[Metric]:
         stations, admission = self._engine.stations, self._explainer.admission
@@ -90,6 +99,17 @@ class Metrics(Collector):
             serving.add_metric([entry.name], int(serves.get(MODEL + entry.name, False)))
             failed.add_metric([entry.name], entry.n_failed)
         yield from (info, serving, failed)
+
+    def _stale(self) -> Metric:
+        stale = GaugeMetricFamily(
+            "sidelight_secret_files_stale",
+            "1 where changed files were not good and the old ones stay",
+            labels=("files",),
+        )
+        # Each address has certificates of its own, from the same files.
+        for name, files in itertools.groupby(self._files, lambda each: each.name):
+            stale.add_metric([name], int(any(each.is_stale for each in files)))
+        return stale
 
     def _devices(self) -> Iterator[Metric]:
         memory = GaugeMetricFamily(

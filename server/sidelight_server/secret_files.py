@@ -24,9 +24,10 @@ class SecretFiles(Generic[_Content]):
 
     def __init__(self, paths: Sequence[Path], read: Callable[[], _Content], *, name: str) -> None:
         """Read them. `ConfigurationError` is `read`'s, which raises nothing else."""
+        self.name = name
+        self.is_stale = False  # whether they have changed, and what was before stays for want of anything good
         self._paths = paths
         self._read = read
-        self._name = name
         self._lock = threading.Lock()
         self._seen = self._fingerprint()
         self._content = read()
@@ -47,10 +48,12 @@ class SecretFiles(Generic[_Content]):
             try:
                 self._content = self._read()
             except ConfigurationError as error:
+                self.is_stale = True
                 said = f"the files have changed, the old ones stay: {error}"
-                log.warning(Event(f"{self._name}_kept", message=said))
+                log.warning(Event(f"{self.name}_kept", message=said))
                 return None
-            log.info(Event(f"{self._name}_read", files=",".join(map(str, self._paths))))
+            self.is_stale = False
+            log.info(Event(f"{self.name}_read", files=",".join(map(str, self._paths))))
             return self._content
 
     def _fingerprint(self) -> tuple[tuple[int, int, int] | None, ...]:

@@ -33,6 +33,7 @@ from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     from .metrics import Exposition
+    from .secret_files import SecretFiles
 
 log = logging.getLogger("sidelight")
 
@@ -101,9 +102,8 @@ class Server:
                 max_region_bytes=settings.max_region_bytes,
                 max_stream_regions=settings.max_stream_regions,
             )
-        self._server = grpc.aio.server(
-            interceptors=[Authorization(settings), self._porch, Framing()], options=_options(settings)
-        )
+        authorization = Authorization(settings)
+        self._server = grpc.aio.server(interceptors=[authorization, self._porch, Framing()], options=_options(settings))
         self._service = AttributionService(self._engine, self.explainer, self._shared)
         attribution_pb2_grpc.add_AttributionServiceServicer_to_server(self._service, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._engine), self._server)
@@ -120,7 +120,7 @@ class Server:
             )
             for address in self._listen
         ]
-        self._expose()
+        self._expose([*authorization.files, *(certificates.files if certificates else ())])
         loop = asyncio.get_running_loop()
         self._engine.on_change = lambda: _call_soon(loop, self._tell)
         self._tell()
@@ -131,13 +131,13 @@ class Server:
         """Whether metrics are told."""
         return self._metrics is not None
 
-    def _expose(self) -> None:
+    def _expose(self, files: "Sequence[SecretFiles[Any]]") -> None:
         """Tell metrics. An address that cannot be had is said, no more: nobody is to go without maps for that."""
         if not self._metrics_listen:
             return
         from .metrics import Exposition, Metrics  # not before: it takes 30 ms, and most tests do without
 
-        metrics = Metrics(self._engine, self.explainer, self._service)
+        metrics = Metrics(self._engine, self.explainer, self._service, files)
         try:
             self._metrics = Exposition(metrics, self._metrics_listen, plaintext=self._plaintext)
             self.metrics = self._metrics.address
