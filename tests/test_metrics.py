@@ -28,7 +28,8 @@ from sidelight_server import ConfigurationError, Engine, ModelSpec, Settings
 from sidelight_server.attribution import Answer, Explanation, Provenance, Request, Timing
 from sidelight_server.counts import REASONS
 from sidelight_server.errors import Cancelled, Internal, ResourceExhausted, Unavailable
-from sidelight_server.metrics import N_CALLERS, Exposition, Metrics
+from sidelight_server.exposition import N_CALLERS, Exposition
+from sidelight_server.metrics import Metrics
 from sidelight_server.passages import Passages
 from sidelight_server.server import Server
 from test_service import ask, floats, gated, running
@@ -176,6 +177,8 @@ def test_each_way_to_fail_has_its_reason(tmp_path: Path) -> None:
         while not server.run(_is_full(server)):
             pass
         call.cancel()
+        while server.run(_is_full(server)):  # else it could be answered before the server hears of it
+            pass
         gate.open.set()
         stream.finish()
         counted = told(server)
