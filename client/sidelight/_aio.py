@@ -131,9 +131,7 @@ class AsyncClient:
         check_on_error(on_error)
         question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
         question.template()
-        batch = await asyncio.to_thread(
-            Batch, images if served is None else Served(images, served)
-        )  # it may read files
+        batch = await asyncio.to_thread(Batch.of, images, served)  # it may read files
         if self._client._shared_memory:
             async with contextlib.aclosing(self._answers([batch], question, on_error=on_error)) as answers:
                 return await anext(answers)

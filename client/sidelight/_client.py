@@ -156,7 +156,7 @@ class Client:
         """
         check_on_error(on_error)
         question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
-        batch = Batch(images if served is None else Served(images, served))
+        batch = Batch.of(images, served)
         if self._shared_memory:  # a region belongs to a stream: this is one of one batch
             question.template()
             (answer,) = self._answers([batch], question, on_error=on_error)

@@ -48,6 +48,11 @@ class Batch:
     Raises `InvalidArgument` for what cannot be sent, and `OSError` for a file that cannot be read.
     """
 
+    @classmethod
+    def of(cls, images: Images, served: Sequence[Choice] | None) -> "Batch":
+        """Return a batch, with the classes that were served where they are told."""
+        return cls(images if served is None else Served(images, served))
+
     def __init__(self, images: Images | Served) -> None:
         given = _as_list(images.images if isinstance(images, Served) else images)
         # What was sent, not what the caller holds: that may be a buffer with the next batch in it by now.

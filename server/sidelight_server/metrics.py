@@ -1,26 +1,19 @@
-"""The metrics: the counts as Prometheus reads them, over HTTP, made on a thread of their own when they are asked for.
+"""The metrics: the counts as Prometheus reads them, made when they are asked for; `exposition` tells them.
 
 What is counted is counted elsewhere, as plain numbers; see `counts`. Each server has a registry of its own.
 """
 
-import contextlib
 import itertools
-import socket
-import socketserver
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from prometheus_client import CollectorRegistry, Metric, ProcessCollector
+from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
-from prometheus_client.exposition import MetricsHandler
 from prometheus_client.registry import Collector
 
-from .addresses import host_and_port, is_loopback
 from .counts import REASONS, SPANS, Counts
 from .engine import Engine
-from .errors import ConfigurationError
 from .explainer import Explainer
 from .health import MODEL, statuses
 from .histogram import Histogram
@@ -29,9 +22,6 @@ from .secret_files import SecretFiles
 from .service import AttributionService
 from .station import Station
 from .status import STATUSES
-
-CALLER_S = 10.0  # that one who asks may pause, in the question and before the answer
-N_CALLERS = 16  # who may ask at once, each on a thread; for one more, the one who has been there longest is cut off
 
 _SPANS = {
     "admission": "from a batch's arrival until it was let in: for its model, a slot of its stream and the permits",
@@ -69,19 +59,21 @@ class Metrics(Collector):
 
     def _work(self) -> Iterator[Metric]:
         stations, admission = self._engine.stations, self._explainer.admission
-        rows = _counted("sidelight_chunk_rows", "rows that ran at once", ("device",))
+        rows = HistogramMetricFamily("sidelight_chunk_rows", "rows that ran at once", labels=("device",))
         for name, station in _named(stations):
             _add(rows, [name], station.runner.chunk_rows)
         yield rows
-        yield _gauge("sidelight_batches_in_flight", "batches that hold a permit", admission.n_requests)
-        yield _gauge("sidelight_in_flight_bytes", "bytes of those batches and their answers", admission.n_bytes)
+        yield GaugeMetricFamily("sidelight_batches_in_flight", "batches that hold a permit", value=admission.n_requests)
+        yield GaugeMetricFamily(
+            "sidelight_in_flight_bytes", "bytes of those batches and their answers", value=admission.n_bytes
+        )
         in_flight = GaugeMetricFamily(
             "sidelight_rows_in_flight", "rows that batches at a device may take at most", labels=("device",)
         )
         for name, station in _named(stations):
             in_flight.add_metric([name], station.n_rows)
         yield in_flight
-        yield _gauge("sidelight_streams_open", "streams that are open", self._service.n_streams)
+        yield GaugeMetricFamily("sidelight_streams_open", "streams that are open", value=self._service.n_streams)
         stops = self._engine.stops
         yield CounterMetricFamily(
             "sidelight_stopped_batches", "batches that were cancelled while a row of theirs ran", value=stops.count
@@ -168,7 +160,7 @@ def _batches(counts: Counts, models: list[str]) -> Iterator[Metric]:
 def _times(counts: Counts) -> Iterator[Metric]:
     of_models = counts.spans.copy()
     for name in SPANS:
-        family = _counted(f"sidelight_{name}_seconds", _SPANS[name], ("model",))
+        family = HistogramMetricFamily(f"sidelight_{name}_seconds", _SPANS[name], labels=("model",))
         for model, histograms in of_models.items():
             _add(family, [model], histograms[name])
         yield family
@@ -183,10 +175,6 @@ def _named(stations: Sequence[Station]) -> Iterator[tuple[str, Station]]:
         seen.add(name)
 
 
-def _gauge(name: str, told: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, told, value=value)
-
-
 def _labelled(
     name: str, told: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], int]]
 ) -> CounterMetricFamily:
@@ -196,85 +184,7 @@ def _labelled(
     return family
 
 
-def _counted(name: str, told: str, labels: tuple[str, ...]) -> HistogramMetricFamily:
-    return HistogramMetricFamily(name, told, labels=labels)
-
-
 def _add(family: HistogramMetricFamily, labels: list[str], histogram: Histogram) -> None:
     sums = list(itertools.accumulate(histogram.counts.copy()))
     bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
     family.add_metric(labels, list(zip(bounds, sums, strict=True)), sum_value=histogram.total)
-
-
-class _Handler(MetricsHandler):
-    timeout = CALLER_S
-    server_version, sys_version = "sidelight", ""  # not Python's, for whoever looks for old ones
-
-
-class Exposition(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Tells metrics over HTTP at an address, `http://host:port/metrics`. Closed, nothing of it is left.
-
-    `ConfigurationError` where the address is none, or is not loopback and `plaintext` is not set; `OSError` where it
-    cannot be had.
-    """
-
-    allow_reuse_address = True
-    daemon_threads = True
-    request_queue_size = 128  # of connections that are not taken yet; five by default
-
-    def __init__(self, metrics: Collector, address: str, *, plaintext: bool) -> None:
-        host, port = host_and_port(address, setting="metrics_listen")
-        if not plaintext and not is_loopback(host):
-            raise ConfigurationError(
-                f"metrics_listen: {address} is not loopback, and nothing would be encrypted; "
-                "say --plaintext if that is meant"
-            )
-        registry = CollectorRegistry()
-        registry.register(metrics)
-        ProcessCollector(registry=registry)
-        handler = _Handler.factory(registry)
-        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._is_closing = False
-        self._lock = threading.Lock()
-        self._callers: dict[socket.socket, None] = {}  # in the order in which they came
-        try:
-            super().__init__((host, port), handler)
-        except OverflowError as error:
-            raise ConfigurationError(f"metrics_listen: cannot bind {address}: {error}") from None
-        self.address = f"{address.rpartition(':')[0]}:{self.server_address[1]}"
-        self._thread = threading.Thread(target=self._run, name="sidelight-metrics", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """End it."""
-        self._is_closing = True
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for callers
-        self._thread.join(CALLER_S)
-        self.server_close()
-
-    def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Take who asks. Who is slow, or says nothing, cannot keep the others out."""
-        with self._lock:
-            if len(self._callers) >= N_CALLERS:
-                longest = next(iter(self._callers))
-                del self._callers[longest]
-                with contextlib.suppress(OSError):
-                    longest.shutdown(socket.SHUT_RDWR)  # its thread closes it
-            self._callers[request] = None
-        return True
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, on a thread of its own."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            with self._lock:
-                self._callers.pop(request, None)
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing: who asked has gone, or asks too slowly."""
-
-    def _run(self) -> None:
-        while not self._is_closing:
-            self.handle_request()

@@ -32,7 +32,7 @@ from .watch import Watch
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
-    from .metrics import Exposition
+    from .exposition import Exposition
     from .secret_files import SecretFiles
 
 log = logging.getLogger("sidelight")
@@ -135,7 +135,9 @@ class Server:
         """Tell metrics. An address that cannot be had is said, no more: nobody is to go without maps for that."""
         if not self._metrics_listen:
             return
-        from .metrics import Exposition, Metrics  # not before: it takes 30 ms, and most tests do without
+        # Not before: they take 30 ms, and most tests do without.
+        from .exposition import Exposition
+        from .metrics import Metrics
 
         metrics = Metrics(self._engine, self.explainer, self._service, files)
         try:
