@@ -412,20 +412,23 @@ def test_those_who_ask_nothing_keep_nobody_out() -> None:
     exposition = Exposition(CollectorRegistry(), "127.0.0.1:0", plaintext=False)
     host, port = exposition.address.split(":")
     with contextlib.closing(exposition), contextlib.ExitStack() as stack:
-        before = threading.active_count()
         idle = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(200)]
         assert scrape(exposition.address).sum("process_open_fds") > 3
-        until_s = time.monotonic() + TIMEOUT_S
-        while threading.active_count() > before + N_CALLERS and time.monotonic() < until_s:
-            time.sleep(0.01)
-        assert threading.active_count() <= before + N_CALLERS
+        assert _n_answering(at_most=N_CALLERS) <= N_CALLERS
         for each in idle:
             each.close()
-        until_s = time.monotonic() + TIMEOUT_S
-        while threading.active_count() > before and time.monotonic() < until_s:
-            time.sleep(0.01)
-        assert threading.active_count() == before
+        assert _n_answering(at_most=0) == 0
         assert not exposition._callers
+
+
+def _n_answering(*, at_most: int) -> int:
+    """Wait until no more threads than that answer who asks for metrics, and return how many do."""
+    until_s = time.monotonic() + TIMEOUT_S
+    while (n := sum("process_request_thread" in each.name for each in threading.enumerate())) > at_most:
+        if time.monotonic() > until_s:
+            break
+        time.sleep(0.01)
+    return n
 
 
 # The dashboard and the page

@@ -7,7 +7,7 @@ import io
 import queue
 import socket
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 
 import grpc
@@ -18,6 +18,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import DecodeError, Message
 from google.protobuf.message_factory import GetMessageClass
+from grpc._cython import cygrpc
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import LABELS, Linear, small_cnn
@@ -25,7 +26,7 @@ from PIL import Image
 from running import TIMEOUT_S, Running
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
-from sidelight_server.stream import END_TRAILER
+from sidelight_server.stream import END_TRAILER, Context, Stream
 from test_service import BRIEF, ask, floats, gated, linear_maps, running
 
 CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND = 1, 3, 4, 5
@@ -443,6 +444,44 @@ def test_callers_who_go_away_at_any_moment_leave_nothing_behind(
             stream.send(*(attribute(str(n), floats(2)) for n in range(10)))
             assert len(stream.finish()) == 10
     assert not caplog.records  # it is no fault
+
+
+async def _has_gone(context: Context) -> None:
+    """Fail as a write does in the moment in which the caller goes, which no test can meet at will."""
+    raise cygrpc.ExecuteBatchError('Failed "execute_batch": (SendInitialMetadataOperation,)')
+
+
+async def _is_misused(context: Context) -> None:
+    """Write twice at once, which gRPC refuses."""
+    first = asyncio.create_task(context.write(b""))
+    await asyncio.sleep(0)
+    try:
+        await context.write(b"")
+    finally:
+        await first
+
+
+@pytest.mark.parametrize(("end", "n_lines"), [(_has_gone, 0), (_is_misused, 1)])
+def test_a_caller_who_goes_makes_no_line_and_a_fault_makes_one(
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    end: Callable[[Context], Awaitable[None]],
+    n_lines: int,
+) -> None:
+    ended = threading.Event()
+
+    async def run(stream: Stream) -> None:
+        try:
+            await end(stream._context)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(Stream, "run", run)
+    with running(Linear(), tmp_path, device="cpu") as server, Conversation(server.channel):
+        assert ended.wait(TIMEOUT_S)
+        server.run(asyncio.sleep(0))  # gRPC has its turn
+        assert [record.name for record in caplog.records] == ["grpc._cython.cygrpc"] * n_lines
 
 
 def test_a_caller_who_sends_no_more_still_gets_all_answers(tmp_path: Path, device: str) -> None:

@@ -17,6 +17,7 @@ from .addresses import bind
 from .authorization import Authorization
 from .config import Settings
 from .credentials import Certificates
+from .departures import unlogged
 from .engine import Engine
 from .explainer import Explainer
 from .framing import Framing
@@ -102,6 +103,7 @@ class Server:
                 max_region_bytes=settings.max_region_bytes,
                 max_stream_regions=settings.max_stream_regions,
             )
+        unlogged()
         authorization = Authorization(settings)
         self._server = grpc.aio.server(interceptors=[authorization, self._porch, Framing()], options=_options(settings))
         self._service = AttributionService(self._engine, self.explainer, self._shared)

@@ -1,0 +1,26 @@
+"""Departures: callers who go while they are answered. That is no fault, and makes no line in the log.
+
+gRPC means the same: it says nothing where it knows already that the caller has gone. Where a write fails a moment
+before it knows, it logs an error with a traceback, and there is no other way to tell it not to.
+"""
+
+import logging
+
+import grpc
+
+
+class _Departures(logging.Filter):
+    """Takes out that something could not be sent. That it was not taken to be sent, which is our fault, stays in."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Return whether a record is worth a line."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not (isinstance(error, grpc.aio.InternalError) and str(error).startswith('Failed "execute_batch"'))
+
+
+_departures = _Departures()
+
+
+def unlogged() -> None:
+    """Log no departures, of any gRPC server in this process."""
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_departures)  # once, however often it is added
