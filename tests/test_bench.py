@@ -388,7 +388,7 @@ def test_ctrl_c_ends_with_what_was_measured_so_far(run: Run, monkeypatch: pytest
 
     monkeypatch.setattr(_bench_command, "progress", interrupting)
     done = run("--concurrency", "1,2,3", "--interval", 0.05, "--max-windows", 3, "--json", "out.json")
-    assert done.exit_code == 130
+    assert done.exit_code == 130, done.output
     assert "interrupted" in done.stdout
     facts = json.loads(Path("out.json").read_text())
     assert facts["interrupted"] is True

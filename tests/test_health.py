@@ -18,7 +18,7 @@ from gate import Gate, Gated
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from models import Linear
 from reloadable import SIZE, SOURCE, write_weights
-from running import TIMEOUT_S, serving
+from running import TIMEOUT_S, Running, serving
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Request, Settings
@@ -324,7 +324,7 @@ def test_what_is_not_answered_in_time_is_told_so_by_its_id(tmp_path: Path, gate:
         stream.send(*(attribute(f"{n}", PICTURES) for n in range(3)))  # one more than there are slots
         unary = server.stub.Attribute.future(ask(PICTURES), timeout=TIMEOUT_S)
         assert gate.reached.wait(TIMEOUT_S)
-        server.run(_until(lambda: engine.n_unanswered == 3))
+        server.run(_until(lambda: engine.n_unanswered == 3 and _n_read(server) == 3))
         stopping = asyncio.run_coroutine_threadsafe(server.server.stop(drain_s=0.5), server.loop)
         answers, status, cause = stream.end()
         assert sorted(answer.id for answer in answers) == ["0", "1", "2"]
@@ -335,6 +335,12 @@ def test_what_is_not_answered_in_time_is_told_so_by_its_id(tmp_path: Path, gate:
         assert "drain_s" in unary.details()
         gate.open()
         assert stopping.result(TIMEOUT_S)
+
+
+def _n_read(server: Running) -> int:
+    """Return how many batches a server's only stream has read and not answered."""
+    (stream,) = server.server._service._streams
+    return len(stream._unanswered)
 
 
 async def _until(reached: object) -> None:

@@ -184,11 +184,10 @@ class Client:
         """Yield the maps of many batches as they are ready; `answer.index` is the batch's position in `batches`.
 
         The options are those of `attribute`, asked of every batch; `timeout` is each batch's own. A batch whose
-        predictions are known is a `Served`. `ordered` yields in
-        the batches' order. `window` bounds the unanswered examples, and is always at least two batches (default: twice
-        the server's chunk for methods of one row; two batches for others, whose every example fills chunks, and whose
-        timeouts would otherwise run while they wait for each other); nothing of `batches` is read beyond it, and it is
-        read in a thread of its own.
+        predictions are known is a `Served`. `ordered` yields in the batches' order. `window` bounds the unanswered
+        examples, and is always at least two batches (default: twice the server's chunk for methods of one row; two
+        batches for others, whose every example fills chunks, and whose timeouts would otherwise run while they wait for
+        each other); nothing of `batches` is read beyond it, and it is read in a thread of its own.
 
         With `partial`, a method that refines yields a batch several times, with `final` unset until the last; a caller
         who is slow gets fewer of these, and with `ordered` only the batch whose turn it is has them.
