@@ -1,6 +1,7 @@
 """The load generator: its schedules, its arithmetic, and what `sidelight bench` says of a real server."""
 
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -377,7 +378,9 @@ def test_a_load_without_an_answer_ends_with_one_and_says_why(run: Run, tmp_path:
     assert Path("out.png").exists()  # with nothing in it
 
 
-def test_ctrl_c_ends_with_what_was_measured_so_far(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_ends_with_what_was_measured_so_far(
+    run: Run, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     @contextlib.contextmanager
     def interrupting(console: object, bench: Bench) -> Iterator[Callable[[Step, Sequence[Figures]], None]]:
         def watch(step: Step, windows: Sequence[Figures]) -> None:
@@ -387,6 +390,8 @@ def test_ctrl_c_ends_with_what_was_measured_so_far(run: Run, monkeypatch: pytest
         yield watch
 
     monkeypatch.setattr(_bench_command, "progress", interrupting)
+    request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
     done = run("--concurrency", "1,2,3", "--interval", 0.05, "--max-windows", 3, "--json", "out.json")
     assert done.exit_code == 130, done.output
     assert "interrupted" in done.stdout
