@@ -122,6 +122,8 @@ def test_the_port_tells_health_while_models_load_and_refuses_what_it_cannot_do_y
                     call()
                 assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
                 assert dict(caught.value.trailing_metadata())["retry-after-ms"] == "1000"
+            refused = server.server.explainer.passages.counts.unread
+            assert refused == {grpc.StatusCode.UNAVAILABLE.value[0]: 4}
             with sidelight.connect(f"unix:{tmp_path}/socket", connect_timeout=TIMEOUT_S) as client:
                 answers: queue.SimpleQueue[sidelight.Attribution] = queue.SimpleQueue()
                 asking = threading.Thread(target=lambda: answers.put(client.attribute(floats(1))))

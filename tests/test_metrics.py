@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 from running import TIMEOUT_S, Running
 from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import model_pb2, model_pb2_grpc
 from sidelight_server import ConfigurationError, Engine, ModelSpec, Settings
 from sidelight_server.attribution import Answer, Explanation, Provenance, Request, Timing
 from sidelight_server.counts import REASONS
@@ -101,6 +102,37 @@ def test_a_request_is_counted_by_call_model_method_and_code(tmp_path: Path) -> N
     assert counted.sum("sidelight_failures_total") == counted.sum("sidelight_failures_total", reason="invalid") == 1
     assert counted.sum("sidelight_answers_total", transport="inline") == 3
     assert counted.sum("sidelight_chunk_rows_sum") == 6
+
+
+def test_a_call_that_is_refused_unread_is_counted_by_its_code_alone(tmp_path: Path) -> None:
+    users, admins = tmp_path / "users", tmp_path / "admins"
+    for path in (users, admins):
+        path.touch(mode=0o600)
+        path.write_text(f"{path.name}-token")
+    name = "sidelight_refused_calls_total"
+    with running(Linear(), tmp_path, device="cpu", tokens=users, admin_tokens=admins) as server:
+        assert {each["code"] for each in told(server).labels(name)} == {
+            "UNAUTHENTICATED", "PERMISSION_DENIED", "UNAVAILABLE"
+        }  # fmt: skip
+        user = [("authorization", "Bearer users-token")]
+        server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=user)
+        with Conversation(server.channel) as stream:
+            assert stream.end()[1] is grpc.StatusCode.UNAUTHENTICATED
+        unknown = server.channel.unary_unary("/never/heard.of.it")
+        reload = model_pb2_grpc.ModelServiceStub(server.channel).ReloadModel
+        for call in (
+            lambda: server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S),
+            lambda: unknown(b"", timeout=TIMEOUT_S),
+            lambda: reload(model_pb2.ReloadModelRequest(), timeout=TIMEOUT_S, metadata=user),
+        ):
+            with pytest.raises(grpc.RpcError):
+                call()
+        counted = told(server)
+    assert counted.sum(name, code="UNAUTHENTICATED") == 3
+    assert counted.sum(name, code="PERMISSION_DENIED") == 1
+    assert counted.sum(name, code="UNAVAILABLE") == 0
+    assert counted.sum("sidelight_requests_total") == 1
+    assert counted.sum("sidelight_failures_total") == 0
 
 
 def test_every_answer_is_in_the_histograms_once(tmp_path: Path) -> None:

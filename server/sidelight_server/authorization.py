@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import grpc
 
 from .config import Settings
-from .errors import ConfigurationError
+from .counts import Counts
+from .errors import ConfigurationError, PermissionDenied, SidelightError, Unauthenticated
 from .secret_files import SecretFiles, read_secret
+from .status import refusing
 
 # What probes call, which have no token; nothing but "serving" or "not" is told. Everything else needs one.
 OPEN = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
@@ -19,7 +21,7 @@ ADMIN = frozenset({"/sidelight.v1.ModelService/ReloadModel"})
 _SCHEME = "bearer "
 
 if TYPE_CHECKING:
-    Handler = grpc.RpcMethodHandler[Any, Any]
+    from .status import Handler
 
 
 class Tokens:
@@ -60,8 +62,9 @@ class Tokens:
 class Authorization(grpc.aio.ServerInterceptor):
     """Turns away calls whose token does not allow them. With neither file set, it allows what the settings allow."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, counts: Counts) -> None:
         """Read the files. `ConfigurationError` where that fails."""
+        self._counts = counts
         self._users = Tokens(settings.tokens, setting="tokens") if settings.tokens else None
         self._admins = Tokens(settings.admin_tokens, setting="admin_tokens") if settings.admin_tokens else None
 
@@ -77,26 +80,23 @@ class Authorization(grpc.aio.ServerInterceptor):
     ) -> "Handler | None":
         """Return the call's handler, or one that refuses it unread."""
         if refusal := self._refusal(handler_call_details):
-            return _refusing(*refusal)
+            return refusing(refusal, self._counts)
         return await continuation(handler_call_details)
 
-    def _refusal(self, details: grpc.HandlerCallDetails) -> tuple[grpc.StatusCode, str] | None:
+    def _refusal(self, details: grpc.HandlerCallDetails) -> SidelightError | None:
         is_admin_call = details.method in ADMIN
         if details.method in OPEN or not (self._users or (self._admins and is_admin_call)):
             return None
         token = _token(details)
         if token is None:
-            return grpc.StatusCode.UNAUTHENTICATED, 'authorization: none; this server wants "Bearer" and a token'
+            return Unauthenticated('authorization: none; this server wants "Bearer" and a token')
         is_admin = self._admins is not None and token in self._admins
         is_user = self._users is not None and token in self._users
         if is_admin or (is_user and not is_admin_call):
             return None
         if is_user:
-            return (
-                grpc.StatusCode.PERMISSION_DENIED,
-                "authorization: this call wants a token of the operator's (admin_tokens)",
-            )
-        return grpc.StatusCode.UNAUTHENTICATED, "authorization: the token is none of this server's"
+            return PermissionDenied("authorization: this call wants a token of the operator's (admin_tokens)")
+        return Unauthenticated("authorization: the token is none of this server's")
 
 
 def _token(details: grpc.HandlerCallDetails) -> str | None:
@@ -105,14 +105,6 @@ def _token(details: grpc.HandlerCallDetails) -> str | None:
     if len(headers) != 1 or not isinstance(headers[0], str) or not headers[0].lower().startswith(_SCHEME):
         return None
     return headers[0][len(_SCHEME) :].strip() or None
-
-
-def _refusing(code: grpc.StatusCode, why: str) -> "Handler":
-    async def refuse(_: object, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-        await context.abort(code, why)
-
-    # Whatever the call is: gRPC reads the message of any other kind before it asks the handler.
-    return grpc.stream_stream_rpc_method_handler(refuse)
 
 
 def _digest(token: bytes) -> bytes:

@@ -6,23 +6,25 @@ Each count has one thread that adds to it. Others may read it meanwhile: a numbe
 from collections import Counter, defaultdict
 
 from .attribution import Answer
-from .errors import ResourceExhausted, SidelightError
+from .errors import PermissionDenied, ResourceExhausted, SidelightError, Unauthenticated, Unavailable
 from .histogram import Histogram
 from .passage import Passage
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SPANS = ("admission", "prepare", "queue", "compute", "total")
 REASONS = ("overloaded", "dropped", "cancelled", "deadline", "invalid", "oom", "internal")
+UNREAD = (Unauthenticated.code, PermissionDenied.code, Unavailable.code)  # what a call may be refused with
 
 OUT_OF_MEMORY = ResourceExhausted.code
 _REASONS = {1: "cancelled", 2: "internal", 4: "deadline", 10: "cancelled", 13: "internal", 14: "dropped"}
 
 
 class Counts:
-    """What became of the batches of one server. The event loop's."""
+    """What became of the batches, and of the calls, of one server. The event loop's."""
 
     def __init__(self) -> None:
         self.requests: Counter[tuple[str, str, str, int]] = Counter()  # call, model, method, status code
+        self.unread: Counter[int] = Counter()  # calls that were refused before anything was read, by status code
         self.failures: Counter[tuple[str, str, str]] = Counter()  # what failed (batch, example), model, reason
         self.transports: Counter[str] = Counter()
         self.compared: Counter[str] = Counter()  # by model: predictions that the caller told the served class of

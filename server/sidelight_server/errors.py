@@ -2,8 +2,9 @@
 
     SidelightError
     ├── InvalidArgument      a field of the request is wrong
+    ├── Unauthenticated      no token, or none of this server's
+    ├── PermissionDenied     a call of the operator's alone, or a region that the server's user may not open
     ├── NotFound             a model, label, layer or region that is not there
-    ├── PermissionDenied     a region that the server's user may not open
     ├── FailedPrecondition   right in itself, but not for this model, or not as the operator set this server
     ├── Unimplemented        in the schema, not served by this version
     ├── ResourceExhausted    over the permits, the memory or the message limit
@@ -65,7 +66,7 @@ class NotFound(SidelightError):
 
 
 class PermissionDenied(SidelightError):
-    """A file that the server's user may not open."""
+    """A call that is the operator's alone, or a file that the server's user may not open."""
 
     code = 7
 
@@ -104,6 +105,12 @@ class DataLoss(SidelightError):
     """Shared memory does not hold what it was said to hold: its file was cut short."""
 
     code = 15
+
+
+class Unauthenticated(SidelightError):
+    """A call without a token, or with one that is none of this server's."""
+
+    code = 16
 
 
 class ConfigurationError(Exception):

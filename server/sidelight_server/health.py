@@ -6,16 +6,17 @@ and a version of it is loaded: a lazy one not before somebody has asked for it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sidelight.v1 import attribution_pb2, model_pb2
 
+from .counts import Counts
 from .engine import Engine
 from .errors import Unavailable
-from .status import Context, abort
+from .status import Context, refusing
 
 SERVICES = (
     attribution_pb2.DESCRIPTOR.services_by_name["AttributionService"].full_name,
@@ -27,7 +28,7 @@ RETRY_DELAY_S = 1.0
 
 _Status = health_pb2.HealthCheckResponse
 if TYPE_CHECKING:
-    Handler = grpc.RpcMethodHandler[Any, Any]
+    from .status import Handler
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its package has no types
@@ -94,8 +95,9 @@ def statuses(engine: Engine, *, serves: bool) -> dict[str, bool]:
 class Porch(grpc.aio.ServerInterceptor):
     """Refuses calls until the server is ready, so that the port can be open, and tell its health, while models load."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: Counts) -> None:
         self.is_open = False
+        self._counts = counts
 
     async def intercept_service(
         self,
@@ -105,10 +107,5 @@ class Porch(grpc.aio.ServerInterceptor):
         """Return the call's handler, or one that refuses it."""
         if self.is_open or handler_call_details.method.startswith(OPEN):
             return await continuation(handler_call_details)
-        # Whatever the call's form is: this one answers before it has read anything.
-        return grpc.stream_stream_rpc_method_handler(_refuse)
-
-
-async def _refuse(_: Iterable[bytes], context: Context) -> None:
-    error = Unavailable("the server is starting: its models are not loaded yet", retry_delay_s=RETRY_DELAY_S)
-    await abort(context, error)
+        starting = Unavailable("the server is starting: its models are not loaded yet", retry_delay_s=RETRY_DELAY_S)
+        return refusing(starting, self._counts)

@@ -12,7 +12,7 @@ from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from .counts import REASONS, SPANS, Counts
+from .counts import REASONS, SPANS, UNREAD, Counts
 from .engine import Engine
 from .explainer import Explainer
 from .health import MODEL, statuses
@@ -140,6 +140,11 @@ def _batches(counts: Counts, models: list[str]) -> Iterator[Metric]:
     for (call, model, method, code), n in counts.requests.copy().items():
         requests.add_metric([call, model, method, STATUSES[code].name], n)
     yield requests
+    unread = dict.fromkeys(UNREAD, 0) | counts.unread.copy()
+    yield _labelled(
+        "sidelight_refused_calls", "calls that were refused before anything was read", ("code",),
+        (((STATUSES[code].name,), n) for code, n in unread.items()),
+    )  # fmt: skip
     # From zero on: of a counter that begins with its first failure, Prometheus sees no rise.
     failures = (
         dict.fromkeys(itertools.product(("batch", "example"), ("", *models), REASONS), 0) | counts.failures.copy()

@@ -66,7 +66,6 @@ class Server:
         self._listen = listen
         self._plaintext = plaintext
         self._health = Health()
-        self._porch = Porch()
         self._is_stopping = False
         self._shared: SharedMemory | None = None
         self._watching: list[asyncio.Task[None]] = []
@@ -74,6 +73,7 @@ class Server:
         self._metrics: Exposition | None = None
         self._tracing = tracing
         self.explainer = Explainer(engine, Passages(tracing))
+        self._porch = Porch(self.explainer.passages.counts)
         self.addresses: list[str] = []
         self.metrics = "none"  # where they are told, or why not
 
@@ -104,7 +104,7 @@ class Server:
                 max_stream_regions=settings.max_stream_regions,
             )
         unlogged()
-        authorization = Authorization(settings)
+        authorization = Authorization(settings, self.explainer.passages.counts)
         self._server = grpc.aio.server(interceptors=[authorization, self._porch, Framing()], options=_options(settings))
         self._service = AttributionService(self._engine, self.explainer, self._shared)
         attribution_pb2_grpc.add_AttributionServiceServicer_to_server(self._service, self._server)
