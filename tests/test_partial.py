@@ -247,4 +247,4 @@ def test_closing_while_a_batch_improves_ends_the_receiver() -> None:
     with contextlib.closing(stream(script, 1, ordered=True)) as answers:
         assert not next(answers).final
         closing.set()
-    assert set(threading.enumerate()) == before
+    assert set(threading.enumerate()) <= before
