@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import logging
 import os
 import random
 import signal
@@ -21,7 +22,7 @@ import torch
 from sidelight_server import Engine, Settings
 from sidelight_server.server import Server
 
-from .measure import Line, server
+from .measure import Line, report, server
 from .memory import SIZE, small
 
 N_SERVER_KILLS, N_BATCHES = 20, 2000
@@ -40,6 +41,7 @@ with sidelight.connect(sys.argv[1], shared_memory=sys.argv[2] == "shared") as cl
 
 def run(n_server_kills: int = N_SERVER_KILLS, n_caller_kills: int = N_CALLER_KILLS) -> list[Line]:
     """Kill servers under one stream, then callers of one server."""
+    logging.getLogger("sidelight").setLevel(logging.ERROR)  # the client says that it waits, after each kill
     return [_servers(n_server_kills), asyncio.run(_callers(n_caller_kills))]
 
 
@@ -179,5 +181,4 @@ if __name__ == "__main__":
     parser.add_argument("--servers", type=int, default=N_SERVER_KILLS)
     parser.add_argument("--callers", type=int, default=N_CALLER_KILLS)
     chosen = parser.parse_args()
-    for line in run(chosen.servers, chosen.callers):
-        print(f"{line.what}: {line.figure:.0f} {line.unit} (goal {line.goal}); {line.detail}")
+    sys.exit(report(run(chosen.servers, chosen.callers)))

@@ -9,12 +9,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
-
-import psutil
 
 ROUNDS = 7
 
@@ -29,6 +27,16 @@ class Line:
     goal: str
     met: bool
     detail: str
+
+
+def report(lines: Iterable[Line]) -> int:
+    """Print each line as it comes. Returns what a process should exit with: 1 if a goal was not met."""
+    n_missed = 0
+    for line in lines:
+        met = "met" if line.met else "NOT MET"
+        print(f"{line.what}: {line.figure:.2f} {line.unit} (goal {line.goal}, {met}); {line.detail}", flush=True)
+        n_missed += not line.met
+    return 1 if n_missed else 0
 
 
 def in_turns(
@@ -48,13 +56,6 @@ def in_turns(
 def ratio(slow: list[float], fast: list[float]) -> float:
     """Return how many times as fast: the median over the rounds of each round's own ratio."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
-
-
-def settle(process: psutil.Process, n_files: int, *, within_s: float = 10.0) -> None:
-    """Wait until a process has no more descriptors than that: it hears of a caller's end a moment later."""
-    until_s = time.monotonic() + within_s
-    while process.num_fds() > n_files and time.monotonic() < until_s:
-        time.sleep(0.05)
 
 
 def _drain(pipe: IO[str]) -> None:

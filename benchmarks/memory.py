@@ -1,6 +1,7 @@
 """Memory: the server's resident bytes over thousands of requests. `python -m benchmarks.memory --requests 5000`."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +11,8 @@ import sidelight_server
 import torch
 from torch import nn
 
-from .measure import Line, server
+from .held import growth, settled, without_reserve
+from .measure import Line, report, server
 
 SIZE = 64
 WARM_UP = 500
@@ -24,27 +26,21 @@ def small() -> sidelight_server.ModelSpec:
     return sidelight_server.ModelSpec(module, input_size=(3, SIZE, SIZE))
 
 
+def trimmed() -> sidelight_server.ModelSpec:
+    """Return it, in a server whose resident memory is what it uses."""
+    without_reserve()
+    return small()
+
+
 def run(n_requests: int = 5000) -> list[Line]:
     """Send requests of every kind, half of them on streams, one in twenty of them bad, and compare resident memory."""
-    with server("python:benchmarks.memory:small") as (address, pid), sidelight.connect(address) as client:
+    with server("python:benchmarks.memory:trimmed") as (address, pid), sidelight.connect(address) as client:
         process = psutil.Process(pid)
         _send(client, WARM_UP)
-        before, files, threads = process.memory_info().rss, process.num_fds(), process.num_threads()
+        before = settled(process)
         _send(client, n_requests)
-        after = process.memory_info().rss
-        same = (process.num_fds(), process.num_threads()) == (files, threads)
-    growth = after / before - 1
-    return [
-        Line(
-            what=f"growth of resident memory over {n_requests} requests",
-            figure=100 * growth,
-            unit="%",
-            goal=f"< {100 * GOAL:g}",
-            met=growth < GOAL and same,
-            detail=f"{before / 2**20:.1f} → {after / 2**20:.1f} MiB; descriptors and threads "
-            + ("as before" if same else "GREW"),
-        )
-    ]
+        after = settled(process, before)
+    return [growth(f"over {n_requests} requests", before, after, goal=GOAL)]
 
 
 def _send(client: sidelight.Client, n_requests: int) -> None:
@@ -65,5 +61,4 @@ def _send(client: sidelight.Client, n_requests: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=5000)
-    for line in run(parser.parse_args().requests):
-        print(f"{line.what}: {line.figure:.2f} {line.unit} (goal {line.goal}); {line.detail}")
+    sys.exit(report(run(parser.parse_args().requests)))

@@ -6,6 +6,7 @@
 import argparse
 import asyncio
 import collections
+import sys
 
 import grpc
 import numpy as np
@@ -15,7 +16,8 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
 
 from .fairness import request
-from .measure import Line, server, settle
+from .held import growth, settled
+from .measure import Line, report, server
 from .memory import SIZE
 
 N_MESSAGES, N_STREAMS, WINDOW = 100_000, 4, 16
@@ -25,26 +27,15 @@ GROWTH_GOAL = 0.02
 
 def run(n_messages: int = N_MESSAGES) -> list[Line]:
     """Send them over four streams at once, and compare what the server held after the first fifth and at the end."""
-    with server("python:benchmarks.memory:small", "--threads", "1") as (address, pid):
+    with server("python:benchmarks.memory:trimmed", "--threads", "1") as (address, pid):
         process = psutil.Process(pid)
         asyncio.run(_send(address, n_messages // WARM_UP_SHARE))
-        before = process.memory_info().rss, process.num_fds(), process.num_threads()
+        before = settled(process)
         counts = asyncio.run(_send(address, n_messages))
-        settle(process, before[1])
-        after = process.memory_info().rss, process.num_fds(), process.num_threads()
-    growth, same = after[0] / before[0] - 1, before[1:] == after[1:]
+        after = settled(process, before)
     told = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
-    return [
-        Line(
-            what=f"growth of resident memory over {n_messages:,} messages, 10 % of them cancelled, 5 % bad",
-            figure=100 * growth,
-            unit="%",
-            goal=f"< {100 * GROWTH_GOAL:g}",
-            met=growth < GROWTH_GOAL and same,
-            detail=f"{before[0] / 2**20:.0f} → {after[0] / 2**20:.0f} MiB; {told}; descriptors and threads "
-            + ("as before" if same else f"{before[1:]} → {after[1:]}"),
-        )
-    ]
+    during = f"over {n_messages:,} messages, 10 % of them cancelled, 5 % bad"
+    return [growth(during, before, after, goal=GROWTH_GOAL, detail=told)]
 
 
 async def _send(address: str, n_messages: int) -> collections.Counter[str]:
@@ -91,5 +82,4 @@ def grpc_name(code: int) -> str:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--messages", type=int, default=N_MESSAGES)
-    for line in run(parser.parse_args().messages):
-        print(f"{line.what}: {line.figure:.2f} {line.unit} (goal {line.goal}); {line.detail}")
+    sys.exit(report(run(parser.parse_args().messages)))

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import random
+import sys
 import time
 
 import grpc
@@ -12,7 +13,8 @@ import sidelight
 from sidelight.v1 import attribution_pb2_grpc
 
 from .fairness import request
-from .measure import Line, server, settle
+from .held import growth, settled
+from .measure import Line, report, server
 from .memory import SIZE
 
 N_REQUESTS, AT_ONCE = 10_000, 64
@@ -30,32 +32,28 @@ METHODS = (
 
 def run(n_requests: int = N_REQUESTS) -> list[Line]:
     """Send the storm twice, and compare what the server holds after each. The next call must be served at once."""
-    with server("python:benchmarks.memory:small") as (address, pid), sidelight.connect(address) as client:
+    with server("python:benchmarks.memory:trimmed") as (address, pid), sidelight.connect(address) as client:
         process = psutil.Process(pid)
         client.attribute(_images(1))
         asyncio.run(_storm(address, n_requests // 2))
-        before = process.memory_info().rss, process.num_fds(), process.num_threads()
+        before = settled(process)
         counts = asyncio.run(_storm(address, n_requests))
         began = time.perf_counter()
         client.attribute(_images(1))
         next_s = time.perf_counter() - began
-        settle(process, before[1])
-        after = process.memory_info().rss, process.num_fds(), process.num_threads()
+        after = settled(process, before)
         info = client.info()
         stops = info.stops
         chunk = next(entry for entry in info.models[0].warmup if entry.chosen)
         chunk_s = chunk.rows / chunk.rows_per_second
-    growth, same = after[0] / before[0] - 1, before[1:] == after[1:]
     cancelled, answered = counts
     return [
-        Line(
-            what=f"growth of resident memory over {n_requests} requests, half of them cancelled",
-            figure=100 * growth,
-            unit="%",
-            goal=f"< {100 * GROWTH_GOAL:g}",
-            met=growth < GROWTH_GOAL and same,
-            detail=f"{cancelled} cancelled, {answered} answered; descriptors and threads "
-            + ("as before" if same else f"{before[1:]} → {after[1:]}"),
+        growth(
+            f"over {n_requests} requests, half of them cancelled",
+            before,
+            after,
+            goal=GROWTH_GOAL,
+            detail=f"{cancelled} cancelled, {answered} answered",
         ),
         Line(
             what="stop of cancelled work, the mean",
@@ -102,5 +100,4 @@ def _images(n: int) -> np.ndarray:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=N_REQUESTS)
-    for line in run(parser.parse_args().requests):
-        print(f"{line.what}: {line.figure:.2f} {line.unit} (goal {line.goal}); {line.detail}")
+    sys.exit(report(run(parser.parse_args().requests)))

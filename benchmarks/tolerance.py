@@ -5,12 +5,13 @@
 
 import argparse
 import statistics
+import sys
 
 import numpy as np
 import sidelight
 from sidelight._demo import photographs
 
-from .measure import Line, server
+from .measure import Line, report, server
 
 TOLERANCE = 0.05
 REFERENCE_NODES = 1025
@@ -62,5 +63,4 @@ def run(n_photographs: int = PHOTOGRAPHS) -> list[Line]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--photographs", type=int, default=PHOTOGRAPHS)
-    for line in run(parser.parse_args().photographs):
-        print(f"{line.what}: {line.figure:.3f} {line.unit} (goal {line.goal}); {line.detail}")
+    sys.exit(report(run(parser.parse_args().photographs)))

@@ -24,7 +24,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from torch import Tensor, nn
 
-from .measure import Line, in_turns, ratio, server
+from .measure import Line, in_turns, ratio, report, server
 
 STREAM = "/sidelight.v1.AttributionService/AttributeStream"
 ECHO = "/bare/Echo"
@@ -339,5 +339,4 @@ if __name__ == "__main__":
     if chosen.echo:
         asyncio.run(_serve_echo(chosen.echo))
     else:
-        for line in run():
-            print(f"{line.what}: {line.figure:.2f} {line.unit} (goal {line.goal}); {line.detail}")
+        sys.exit(report(run()))

@@ -1,0 +1,99 @@
+"""What a process holds, before something is done to it and after: memory, descriptors and threads."""
+
+import contextlib
+import ctypes
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from .measure import Line
+
+IDLE_S = 30.0  # gRPC ends a thread that it needed for a while after 20 idle seconds
+POOL = "event_engine"  # what gRPC calls the threads of its pool
+REST_S = 0.5
+TRIM_S = 0.25
+
+
+def without_reserve() -> None:
+    """Let this process, a server under measurement, give freed memory back to the system all the time.
+
+    A server keeps it for the next chunk. How much that is after a storm is chance, 300 to 450 MiB of resident memory
+    for the same load: a leak of a few would not be seen in it.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which keeps none
+        trim = ctypes.CDLL("libc.so.6").malloc_trim
+        threading.Thread(target=_trim, args=(trim,), daemon=True).start()
+
+
+def _trim(trim: Callable[[int], int]) -> None:
+    while True:
+        time.sleep(TRIM_S)
+        trim(0)
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Counts of one moment; `memory` is what is resident, in bytes.
+
+    gRPC starts and ends the threads of its pool as it sees fit, four to six of them on two cores; they are told, and
+    not judged.
+    """
+
+    memory: int
+    descriptors: int
+    threads: int
+    pool: int
+
+    @classmethod
+    def by(cls, process: psutil.Process) -> Self:
+        """Look at a process."""
+        names = [_name(thread) for thread in Path(f"/proc/{process.pid}/task").iterdir()]
+        n_pool = names.count(POOL)
+        return cls(process.memory_info().rss, process.num_fds(), len(names) - n_pool, n_pool)
+
+    def returned(self, before: Self) -> bool:
+        """Return whether descriptors and threads are no more than before."""
+        return self.descriptors <= before.descriptors and self.threads <= before.threads
+
+
+def _name(thread: Path) -> str:
+    try:
+        return (thread / "comm").read_text().strip()
+    except OSError:  # it has just ended
+        return ""
+
+
+def settled(process: psutil.Process, before: Held | None = None, *, within_s: float = IDLE_S) -> Held:
+    """Look at a process once it is at rest: nothing changes any more, and it has let go of what it did not hold before.
+
+    It hears of a caller's end a moment later, and lets go after that: a look while it is at work is no measure.
+    """
+    until_s = time.monotonic() + within_s
+    held = Held.by(process)
+    while time.monotonic() < until_s:
+        time.sleep(REST_S)
+        last, held = held, Held.by(process)
+        if held == last and (before is None or held.returned(before)):
+            break
+    return held
+
+
+def growth(during: str, before: Held, after: Held, *, goal: float, detail: str = "") -> Line:
+    """Return the line of the table: memory may grow by less than the share `goal`, the rest not at all."""
+    share = after.memory / before.memory - 1
+    counts = f"descriptors {before.descriptors} → {after.descriptors}, threads {before.threads} → {after.threads}"
+    pools = f"gRPC's pool {before.pool} → {after.pool}"
+    memory = f"{before.memory / 2**20:.1f} → {after.memory / 2**20:.1f} MiB"
+    return Line(
+        what=f"growth of resident memory {during}",
+        figure=100 * share,
+        unit="%",
+        goal=f"< {100 * goal:g}, descriptors and threads as before",
+        met=share < goal and after.returned(before),
+        detail="; ".join(filter(None, (f"{memory}, {counts}, {pools}", detail))),
+    )
