@@ -88,10 +88,17 @@ def test_a_chunk_out_of_memory_is_halved_and_the_ceiling_remembered(images: np.n
     np.testing.assert_allclose(again.maps, first.maps, rtol=0, atol=2e-6 * first.maps.max())
 
 
-def test_an_example_that_does_not_fit_alone_is_resource_exhausted(images: np.ndarray, device: str) -> None:
-    answer = explain(Moody("good", fits=0), images[:2], device=device)
+def test_an_example_that_does_not_fit_alone_is_resource_exhausted(
+    images: np.ndarray, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="sidelight"):
+        answer = explain(Moody("good", fits=0), images[:2], device=device)
     assert [failure.code for failure in answer.failures] == [8, 8]
     assert "out of device memory" in answer.failures[0].message
+    told = [line for line in caplog.messages if line.startswith("event=out_of_memory")]
+    # The log can be held against the answer: the chunk of both names nobody, and each row that was alone its example.
+    assert ["example=" in line for line in told] == [False, True, True]
+    assert [int(line.rpartition("example=")[2]) for line in told[1:]] == [0, 1]
 
 
 def test_a_target_beyond_the_classes_of_a_model_of_any_size_fails(device: str, floats: Tensor) -> None:

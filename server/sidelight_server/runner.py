@@ -245,7 +245,8 @@ class Runner:
             return error
         if _is_out_of_memory(error):
             self.n_out_of_memory += 1
-            log.warning(Event("out_of_memory", model=name, rows=n_rows))
+            whose = {"id": work.id, "example": place} if n_rows == 1 else {}  # a chunk of several is tried again
+            log.warning(Event("out_of_memory", model=name, rows=n_rows, **whose))
             return ResourceExhausted(f'model "{name}": out of device memory on one example')
         if n_rows == 1:
             log.error(Event("model_failed", model=name, id=work.id, example=place), exc_info=error)
