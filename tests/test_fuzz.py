@@ -6,8 +6,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -375,26 +373,3 @@ def test_a_model_that_fails_on_an_example_fails_that_alone(mark: float, code: in
             assert code_of(answer) == code
         else:
             assert [each.code for each in answer.result.failures] == [code]
-
-
-# Logs
-
-
-def test_a_full_disk_for_logs_stops_nothing(tmp_path: Path) -> None:
-    (tmp_path / "factories.py").write_text(FACTORIES)
-    command = [sys.executable, "-m", "sidelight_server", "--model", "python:factories:spec", "--device", "cpu"]
-    with (
-        open("/dev/full", "w") as full,  # every write to it fails as on a full disk
-        subprocess.Popen([*command, "--listen", "unix:s"], cwd=tmp_path, stderr=full) as process,
-        grpc.insecure_channel(f"unix:{tmp_path}/s") as channel,
-    ):
-        watching = health_pb2_grpc.HealthStub(channel).Watch(
-            health_pb2.HealthCheckRequest(), timeout=3 * TIMEOUT_S, wait_for_ready=True
-        )
-        while next(watching).status != health_pb2.HealthCheckResponse.SERVING:
-            pass
-        stub = attribution_pb2_grpc.AttributionServiceStub(channel)
-        pixels = np.zeros((1, 4, 4, 3), np.uint8)
-        assert not stub.Attribute(ask(pixels), timeout=TIMEOUT_S).result.failures
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(TIMEOUT_S) == 0
