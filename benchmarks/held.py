@@ -16,6 +16,7 @@ from .measure import Line
 IDLE_S = 30.0  # gRPC ends a thread that it needed for a while after 20 idle seconds
 POOL = "event_engine"  # what gRPC calls the threads of its pool
 REST_S = 0.5
+GROWTH_GOAL = 0.02  # of what was resident before
 TRIM_S = 0.25
 
 
@@ -68,12 +69,12 @@ def _name(thread: Path) -> str:
         return ""
 
 
-def settled(process: psutil.Process, before: Held | None = None, *, within_s: float = IDLE_S) -> Held:
+def settled(process: psutil.Process, before: Held | None = None) -> Held:
     """Look at a process once it is at rest: nothing changes any more, and it has let go of what it did not hold before.
 
     It hears of a caller's end a moment later, and lets go after that: a look while it is at work is no measure.
     """
-    until_s = time.monotonic() + within_s
+    until_s = time.monotonic() + IDLE_S
     held = Held.by(process)
     while time.monotonic() < until_s:
         time.sleep(REST_S)
@@ -83,8 +84,8 @@ def settled(process: psutil.Process, before: Held | None = None, *, within_s: fl
     return held
 
 
-def growth(during: str, before: Held, after: Held, *, goal: float, detail: str = "") -> Line:
-    """Return the line of the table: memory may grow by less than the share `goal`, the rest not at all."""
+def growth(during: str, before: Held, after: Held, *, detail: str = "") -> Line:
+    """Return the line of the table: memory may grow by less than `GROWTH_GOAL`, the rest not at all."""
     share = after.memory / before.memory - 1
     counts = f"descriptors {before.descriptors} → {after.descriptors}, threads {before.threads} → {after.threads}"
     pools = f"gRPC's pool {before.pool} → {after.pool}"
@@ -93,7 +94,7 @@ def growth(during: str, before: Held, after: Held, *, goal: float, detail: str =
         what=f"growth of resident memory {during}",
         figure=100 * share,
         unit="%",
-        goal=f"< {100 * goal:g}, descriptors and threads as before",
-        met=share < goal and after.returned(before),
+        goal=f"< {100 * GROWTH_GOAL:g}, descriptors and threads as before",
+        met=share < GROWTH_GOAL and after.returned(before),
         detail="; ".join(filter(None, (f"{memory}, {counts}, {pools}", detail))),
     )

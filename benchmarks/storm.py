@@ -18,7 +18,6 @@ from .measure import Line, report, server
 from .memory import SIZE
 
 N_REQUESTS, AT_ONCE = 10_000, 64
-GROWTH_GOAL = 0.02
 
 METHODS = (
     sidelight.Gradient(),
@@ -52,7 +51,6 @@ def run(n_requests: int = N_REQUESTS) -> list[Line]:
             f"over {n_requests} requests, half of them cancelled",
             before,
             after,
-            goal=GROWTH_GOAL,
             detail=f"{cancelled} cancelled, {answered} answered",
         ),
         Line(
