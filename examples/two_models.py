@@ -36,7 +36,9 @@ def main(out: str = "why.png") -> None:
             ran = "+".join((model.precision, *model.kernel_options))
             print(f"{model.name}: version {model.version}, {ran}, {rows_per_second:.0f} rows/s, {model.digest[:12]}")
         method = sidelight.SmoothGrad(samples=8)
-        exact, fast = (client.attribute(CHELSEA, name, method=method, score="logit") for name in ("exact", "fast"))
+        exact, fast = (
+            client.attribute(CHELSEA, model=name, method=method, score="logit") for name in ("exact", "fast")
+        )
         print(f"their maps' rank correlation is {rank_correlation(exact.map(0), fast.map(0)):.2f}")
         panels = [
             sidelight.Panel(answer.picture(0), answer.map(0), answer.provenance.model, answer.predictions[0].label)

@@ -261,8 +261,8 @@ def test_an_unknown_model_is_not_found_and_the_near_one_named(
 ) -> None:
     calls = {
         "model": lambda: client.model("smal"),
-        "attribute": lambda: client.attribute(floats, "smal"),
-        "stream": lambda: list(client.stream([floats], "smal")),
+        "attribute": lambda: client.attribute(floats, model="smal"),
+        "stream": lambda: list(client.stream([floats], model="smal")),
     }
     with pytest.raises(sidelight.NotFound, match='model: there is no "smal"; did you mean "small"'):
         calls[ask]()

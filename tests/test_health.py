@@ -166,7 +166,7 @@ def test_a_lazy_model_serves_once_it_was_asked_for_and_the_server_before(tmp_pat
         watching = Watching(server.channel, "model/lazy")
         assert watching.next() == NOT_SERVING
         with sidelight.connect(f"unix:{tmp_path}/socket") as client:
-            client.attribute(PICTURES, "lazy")
+            client.attribute(PICTURES, model="lazy")
         assert watching.next() == SERVING
         watching.leave()
 

@@ -79,12 +79,12 @@ def test_each_model_of_a_server_answers_for_itself(tmp_path: Path) -> None:
         assert [each.precision for each in info.models] == ["float32", "bfloat16"]
         assert len({each.digest for each in info.models}) == 2
         assert_close(client.attribute(FLOATS).maps, maps_of(1))  # the first is the default
-        assert client.attribute(FLOATS, "second").provenance.precision == "bfloat16"
+        assert client.attribute(FLOATS, model="second").provenance.precision == "bfloat16"
         with pytest.raises(sidelight.InvalidArgument, match="max_example_rows is 5"):
-            client.attribute(FLOATS, "second", method=sidelight.SmoothGrad(samples=6))
-        client.attribute(FLOATS, "first", method=sidelight.SmoothGrad(samples=6))
+            client.attribute(FLOATS, model="second", method=sidelight.SmoothGrad(samples=6))
+        client.attribute(FLOATS, model="first", method=sidelight.SmoothGrad(samples=6))
         with pytest.raises(sidelight.NotFound, match='did you mean "second"'):
-            client.attribute(FLOATS, "secnd")
+            client.attribute(FLOATS, model="secnd")
 
 
 def test_models_side_by_side_do_not_mix() -> None:
@@ -109,14 +109,14 @@ def test_a_model_s_own_limit_leaves_the_others_alone(gate: Gate) -> None:
     with _server(Engine(specs, settings)) as address, sidelight.connect(address, retry=False) as client:
         gate.shut()
         with ThreadPoolExecutor(1) as pool:
-            held = pool.submit(client.attribute, FLOATS, "slow")
+            held = pool.submit(client.attribute, FLOATS, model="slow")
             assert gate.reached.wait(20)
             with pytest.raises(sidelight.ResourceExhausted, match="max_model_in_flight"):
-                client.attribute(FLOATS, "slow")
-            assert not client.attribute(FLOATS, "free").failures
+                client.attribute(FLOATS, model="slow")
+            assert not client.attribute(FLOATS, model="free").failures
             gate.open()
             assert not held.result().failures
-        assert not client.attribute(FLOATS, "slow").failures
+        assert not client.attribute(FLOATS, model="slow").failures
 
 
 @contextlib.contextmanager
@@ -167,7 +167,7 @@ def test_a_lazy_model_is_loaded_by_its_first_request(weights: Path) -> None:
         assert len(reloadable.alive) == before + 1
         assert [(each.name, each.state) for each in client.info().models] == [("now", "serving"), ("later", "unloaded")]
         with ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda _: client.attribute(FLOATS, "later"), range(8)))
+            answers = list(pool.map(lambda _: client.attribute(FLOATS, model="later"), range(8)))
         assert {answer.provenance.model_version for answer in answers} == {1}  # loaded once for all who waited
         for answer in answers:
             assert_close(answer.maps, maps_of(1))
@@ -184,12 +184,12 @@ def test_a_lazy_model_that_cannot_be_loaded_fails_its_callers_alone(
     with caplog.at_level(logging.ERROR), serving(model=SOURCE, weights=weights, models=models) as client:
         for _ in range(2):
             with pytest.raises(sidelight.FailedPrecondition, match="could not be loaded") as caught:
-                client.attribute(FLOATS, "bad")
+                client.attribute(FLOATS, model="bad")
             assert str(tmp_path) not in str(caught.value)  # the operator's path is nobody else's to know
         assert caplog.text.count("bad.safetensors") == 1  # tried once, not by every caller
         assert client.model("bad").state == "failed"
-        assert not client.attribute(FLOATS, "good").failures
-        (answer,) = client.stream([FLOATS], "good")
+        assert not client.attribute(FLOATS, model="good").failures
+        (answer,) = client.stream([FLOATS], model="good")
         assert not answer.failures
 
 
@@ -503,8 +503,8 @@ def test_a_factory_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Pa
         try:
             with sidelight.connect(f"unix:{tmp_path}/socket", connect_timeout=30) as client:
                 with pytest.raises(sidelight.DeadlineExceeded):
-                    client.attribute(FLOATS, "bad", timeout=1)
-                assert not client.attribute(FLOATS, "good").failures
+                    client.attribute(FLOATS, model="bad", timeout=1)
+                assert not client.attribute(FLOATS, model="good").failures
             process.terminate()
             assert process.wait(20) == 0
         finally:

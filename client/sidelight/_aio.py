@@ -115,8 +115,8 @@ class AsyncClient:
     async def attribute(
         self,
         images: Images,
-        model: str | None = None,
         *,
+        model: str | None = None,
         target: Target = None,
         method: Method = Gradient(),  # noqa: B008
         score: Score = "probability",
@@ -140,8 +140,8 @@ class AsyncClient:
     def stream(
         self,
         batches: Iterable[Images | Served] | AsyncIterable[Images | Served],
-        model: str | None = None,
         *,
+        model: str | None = None,
         ordered: bool = False,
         target: Target = None,
         method: Method = Gradient(),  # noqa: B008
@@ -164,7 +164,7 @@ class AsyncClient:
         question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
         return self._answers(
             batches,
-            question_of_stream(batches, on_error, question),
+            question_of_stream(batches, on_error, question, window=window),
             on_error=on_error,
             ordered=ordered,
             window=window,

@@ -67,7 +67,7 @@ def attribute(
     with _errors_in_a_line(), reach(address) as client:
         answers = client.stream(
             images,
-            model,
+            model=model,
             target=what,
             method=how if baseline is None else _from_baseline(how, load_array(baseline)),
             score=score,

@@ -20,6 +20,7 @@ from ._baselines import given_array
 from ._connection import Connection
 from ._credentials import TLS, Access, Token
 from ._errors import InvalidArgument, PartialFailure, SidelightError, Unavailable, from_rpc
+from ._fields import counted, span, whole
 from ._images import Batch, Images, Served
 from ._inbox import End
 from ._info import ModelInfo, ServerInfo
@@ -28,7 +29,7 @@ from ._limits import map_bytes, refuse_large, spans
 from ._methods import Gradient, Method, is_one_row
 from ._order import Order
 from ._plan import Plan
-from ._question import FOR_EVER_S, Question
+from ._question import FOR_EVER_S, Question, model_name
 from ._servers import Servers
 from ._shared_memory import Regions, directory_of
 from ._stream import Stream
@@ -72,7 +73,7 @@ def connect(
     With `tls` connections over TCP are encrypted, and the server must show a certificate of an authority that is
     trusted: True for those that the system trusts, a path for those of a PEM file, `TLS` for more. `token` is what
     each call brings as a bearer token: text, the path of a file whose first line it is, or what returns it; the latter
-    two are asked for every call. `ValueError` where it would travel to another machine without TLS. UNIX sockets
+    two are asked for every call. `InvalidArgument` where it would travel to another machine without TLS. UNIX sockets
     need none.
     """
     return Client(
@@ -103,9 +104,9 @@ class Client:
         tls: bool | str | os.PathLike[str] | TLS | None = None,
         token: Token | None = None,
     ) -> None:
+        self.max_message_bytes = counted(max_message_bytes, "max_message_bytes")
+        self._connect_timeout_s = span(connect_timeout, "connect_timeout", is_zero_allowed=True)
         self._servers = Servers(address, max_message_bytes=max_message_bytes, access=Access.of(tls, token))
-        self.max_message_bytes = max_message_bytes
-        self._connect_timeout_s = connect_timeout
         self._shared_memory = shared_memory
         self._retry = retry
         self._closed = threading.Event()
@@ -130,8 +131,8 @@ class Client:
     def attribute(
         self,
         images: Images,
-        model: str | None = None,
         *,
+        model: str | None = None,
         target: Target = None,
         method: Method = Gradient(),  # noqa: B008
         score: Score = "probability",
@@ -166,8 +167,8 @@ class Client:
     def stream(
         self,
         batches: Iterable[Images | Served],
-        model: str | None = None,
         *,
+        model: str | None = None,
         ordered: bool = False,
         target: Target = None,
         method: Method = Gradient(),  # noqa: B008
@@ -203,7 +204,7 @@ class Client:
         question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
         return self._answers(
             batches,
-            question_of_stream(batches, on_error, question),
+            question_of_stream(batches, on_error, question, window=window),
             ordered=ordered,
             on_error=on_error,
             window=window,
@@ -217,7 +218,7 @@ class Client:
 
     def model(self, name: str | None = None) -> ModelInfo:
         """Return one model with its labels and layers; None is the default model."""
-        response = self._ask("models", "GetModel", model_pb2.GetModelRequest(name=name or ""))
+        response = self._ask("models", "GetModel", model_pb2.GetModelRequest(name=model_name(name)))
         return ModelInfo.of(response.model)
 
     def reload(self, name: str | None = None, *, timeout: float = RELOAD_TIMEOUT_S) -> ModelInfo:
@@ -227,8 +228,9 @@ class Client:
         `FailedPrecondition` says what is wrong with the new version, and the old one goes on serving. Of several
         servers, the next one's: connect to each by itself.
         """
-        request = model_pb2.ReloadModelRequest(name=name or "")
-        return ModelInfo.of(self._ask("models", "ReloadModel", request, timeout_s=timeout).model)
+        request = model_pb2.ReloadModelRequest(name=model_name(name))
+        timeout_s = span(timeout, "timeout")
+        return ModelInfo.of(self._ask("models", "ReloadModel", request, timeout_s=timeout_s).model)
 
     def _ask(self, stub: str, name: str, request: object, *, timeout_s: float = INFO_TIMEOUT_S) -> Any:
         """Return a server's answer to a small question, after waiting for one that is starting."""
@@ -342,11 +344,13 @@ class Client:
         refuse_large(request, batch, ours=self.max_message_bytes, theirs=theirs, input_size=input_size)
 
 
-def question_of_stream(batches: object, on_error: str, question: Question) -> Question:
+def question_of_stream(batches: object, on_error: str, question: Question, *, window: int | None) -> Question:
     """Return the question, after saying what is wrong with it here instead of by every batch."""
     check_on_error(on_error)
     if isinstance(batches, str | bytes):
         raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")
+    if window is not None and whole(window, "window") < 1:
+        raise InvalidArgument(f"window: got {window}, expected at least 1 example")
     question.template()
     return question
 

@@ -11,6 +11,8 @@ from typing import Any
 
 import grpc
 
+from ._errors import InvalidArgument
+
 AUTHORIZATION = "authorization"
 GRPC_ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"  # which gRPC reads by itself
 
@@ -33,9 +35,9 @@ class TLS:
     server_name: str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Return gRPC's credentials. `ValueError` where the files are not what they should be."""
+        """Return gRPC's credentials. `InvalidArgument` where the files are not what they should be."""
         if (self.certificate is None) != (self.key is None):
-            raise ValueError("tls: got one of certificate and key, expected both or none")
+            raise InvalidArgument("tls: got one of certificate and key, expected both or none")
         ca, key, certificate = (None if each is None else Path(each) for each in (self.ca, self.key, self.certificate))
         read = [None if each is None else each.read_bytes() for each in (ca, key, certificate)]
         read[0] = read[0] or _system_roots()
@@ -45,12 +47,12 @@ class TLS:
             if ca:
                 context.load_verify_locations(ca)
         except ssl.SSLError:
-            raise ValueError(f"tls: {ca} holds no PEM certificate of an authority") from None
+            raise InvalidArgument(f"tls: {ca} holds no PEM certificate of an authority") from None
         try:
             if certificate:
                 context.load_cert_chain(certificate, key, password="")
         except ssl.SSLError:
-            raise ValueError(
+            raise InvalidArgument(
                 f"tls: {certificate} and {key} are no pair of a PEM certificate and its key without a password"
             ) from None
         return grpc.ssl_channel_credentials(*read)
@@ -77,15 +79,17 @@ class Access:
 
     @classmethod
     def of(cls, tls: "bool | str | os.PathLike[str] | TLS | None", token: Token | None) -> "Access":
-        """Return what `connect` was told. `ValueError` where that is no TLS, or no token."""
+        """Return what `connect` was told. `InvalidArgument` where that is no TLS, or no token."""
         if isinstance(tls, str | os.PathLike):
             tls = TLS(ca=tls)
         elif isinstance(tls, bool):
             tls = TLS() if tls else None
         if not isinstance(tls, TLS | None):
-            raise ValueError(f"tls: got {type(tls).__name__}, expected True, the path of a CA's file, or sidelight.TLS")
+            raise InvalidArgument(
+                f"tls: got {type(tls).__name__}, expected True, the path of a CA's file, or sidelight.TLS"
+            )
         if not (token is None or callable(token) or isinstance(token, str | os.PathLike)):
-            raise ValueError(f"token: got {type(token).__name__}, expected text, a path, or what returns the text")
+            raise InvalidArgument(f"token: got {type(token).__name__}, expected text, a path, or what returns the text")
         if not callable(token) and token is not None:
             _text(token)
         return cls(tls, token)
@@ -95,13 +99,13 @@ class Access:
         return self.tls is not None and not address.startswith("unix:")
 
     def channel(self, address: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
-        """Return a channel to an address. `ValueError` where a token would be sent for others to read."""
+        """Return a channel to an address. `InvalidArgument` where a token would be sent for others to read."""
         if self.is_encrypted(address):
             assert self.tls is not None  # noqa: S101
             named = [("grpc.ssl_target_name_override", self.tls.server_name)] if self.tls.server_name else []
             return grpc.secure_channel(address, self.tls.credentials(), options=[*options, *named])
         if self.token is not None and not _stays_here(address):
-            raise ValueError(
+            raise InvalidArgument(
                 f"token: {address} is another machine, and without TLS others could read the token; say tls="
             )
         return grpc.insecure_channel(address, options=options)
@@ -138,17 +142,19 @@ class _Details(
 
 
 def _text(token: Token) -> str:
-    """Return a token's text. `ValueError`, without it, where no header may carry it."""
+    """Return a token's text. `InvalidArgument`, without it, where no header may carry it."""
     if callable(token):
         text = token()
     elif isinstance(token, str):
         text = token
         if os.sep in text and Path(text).is_file():
-            raise ValueError("token: it is the path of a file; say pathlib.Path(…), and the token is what it holds")
+            raise InvalidArgument(
+                "token: it is the path of a file; say pathlib.Path(…), and the token is what it holds"
+            )
     else:
         text = next(_tokens(Path(token).read_text(encoding="utf-8")), "")
     if not isinstance(text, str) or not text or not all("!" <= letter <= "~" for letter in text):
-        raise ValueError("token: expected ASCII text without spaces, and not none")
+        raise InvalidArgument("token: expected ASCII text without spaces, and not none")
     return text
 
 

@@ -8,6 +8,7 @@ import io
 import numpy as np
 from PIL import Image
 
+from ._errors import InvalidArgument
 from ._picture import grey_of
 
 
@@ -19,14 +20,14 @@ def is_dicom(file: bytes) -> bool:
 def picture(file: bytes, window: tuple[float, float] | None = None) -> Image.Image:
     """Return a file's first frame as an RGB picture: by `window`, else by its own, stretched to be seen.
 
-    `ValueError` where pydicom is not installed, or cannot read it.
+    `InvalidArgument` where pydicom is not installed, or cannot read it.
     """
     try:
         import pydicom
         from pydicom.pixels import processing
         from pydicom.pixels.utils import pixel_array
     except ImportError:
-        raise ValueError("images: DICOM, which is drawn with pydicom; install sidelight[dicom]") from None
+        raise InvalidArgument("images: DICOM, which is drawn with pydicom; install sidelight[dicom]") from None
     try:
         dataset = pydicom.dcmread(io.BytesIO(file))
         frame = pixel_array(dataset, index=0)
@@ -37,7 +38,7 @@ def picture(file: bytes, window: tuple[float, float] | None = None) -> Image.Ima
             frame = processing.apply_modality_lut(frame, dataset)
             frame = processing.apply_voi_lut(frame, dataset) if window is None else grey_of(frame, *window)
     except Exception as error:  # pydicom promises no set of exceptions
-        raise ValueError(f"images: DICOM that pydicom does not read: {error}") from error
+        raise InvalidArgument(f"images: DICOM that pydicom does not read: {error}") from error
     if frame.dtype != np.uint8 or (frame.ndim == 2 and window is None):
         low, high = float(frame.min()), float(frame.max())
         frame = grey_of(frame, low, high if high > low else low + 1)

@@ -1,7 +1,7 @@
 """What can go wrong: one exception for each gRPC status, and a few that the client itself knows.
 
 SidelightError
-├── InvalidArgument        a field of the request is wrong
+├── InvalidArgument        an argument or a field of the request is wrong; also a ValueError
 ├── NotFound               no such model, label, layer or region
 ├── FailedPrecondition     right in itself, but not for this model
 ├── OutOfRange
@@ -60,8 +60,8 @@ class Unknown(SidelightError):
     code = 2
 
 
-class InvalidArgument(SidelightError):
-    """A field of the request is wrong. Raised by the client itself for images that it cannot send."""
+class InvalidArgument(SidelightError, ValueError):
+    """An argument or a field of the request is wrong; the client itself raises it for what it cannot send."""
 
     code = 3
 

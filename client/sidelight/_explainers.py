@@ -35,11 +35,16 @@ class Remote:
     def explain(self, images: NDArray[Any], classes: Classes) -> tuple[NDArray[Any], list[int]]:
         """Return maps, [N, H, W], and the predicted classes of images, [N, C, H, W]."""
         target = Dense(None) if classes is None else classes
-        options: dict[str, Any] = {"target": target, "timeout": self._timeout_s, "on_error": "return"}
+        options: dict[str, Any] = {
+            "model": self._model,
+            "target": target,
+            "timeout": self._timeout_s,
+            "on_error": "return",
+        }
         try:
-            answer = self._client.attribute(images, self._model, **options)
+            answer = self._client.attribute(images, **options)
         except MessageTooLarge:  # a stream sends it in parts
-            (answer,) = self._client.stream([images], self._model, **options)
+            (answer,) = self._client.stream([images], **options)
         if answer.error is not None:
             raise answer.error
         _raise_first(answer.failures)

@@ -31,6 +31,14 @@ def real(value: object, field: str) -> float:
         raise InvalidArgument(f"{field}: got a whole number beyond every double, expected a smaller one") from None
 
 
+def span(value: object, field: str, *, is_zero_allowed: bool = False) -> float:
+    """Return a time in seconds, which must be positive; `math.inf` is for ever."""
+    seconds = real(value, field)
+    if not (seconds > 0 or (is_zero_allowed and seconds == 0)):
+        raise InvalidArgument(f"{field}: got {value} s, expected a positive time")
+    return seconds
+
+
 def flag(value: object, field: str) -> bool:
     """Return a truth value."""
     if not isinstance(value, bool | np.bool_):

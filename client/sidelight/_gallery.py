@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ._errors import InvalidArgument
 from ._picture import PERCENTILE, Map, colour_bar, colourise, is_signed, overlay
 
 TILE = 224  # pixels of a picture's longer side
@@ -41,12 +42,12 @@ class Panel:
 def gallery(panels: Sequence[Panel], *, heading: str | None = None, columns: int = COLUMNS) -> Image.Image:
     """Draw a sheet of panels, each picture, map and overlay side by side, and the colours' meaning below.
 
-    Fewer panels than `columns` make a narrower sheet. `ValueError` for no panels or no columns.
+    Fewer panels than `columns` make a narrower sheet. `InvalidArgument` for no panels or no columns.
     """
     if not panels:
-        raise ValueError("panels: none, expected at least one")
+        raise InvalidArgument("panels: none, expected at least one")
     if columns < 1:
-        raise ValueError(f"columns: got {columns}, expected 1 or more")
+        raise InvalidArgument(f"columns: got {columns}, expected 1 or more")
     columns = min(columns, len(panels))
     tallest = max(_shown_size(panel)[1] for panel in panels)
     step_x, step_y = CELL_WIDTH + MARGIN, PADDING + tallest + CAPTION_HEIGHT + MARGIN

@@ -115,7 +115,7 @@ class Batch:
         """Return one example as an RGB picture, upright, its alpha laid over white; floats are scaled to be seen.
 
         `window` has the values of 16-bit and DICOM files that are black and white; unset: as the file says.
-        `ValueError` for DICOM where the package that reads it is not installed.
+        `InvalidArgument` for DICOM where the package that reads it is not installed.
         """
         given = self._examples[example]
         if isinstance(given, np.ndarray):

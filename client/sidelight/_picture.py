@@ -6,6 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
+from ._errors import InvalidArgument
+
 Map = npt.NDArray[np.floating[Any]]
 Pixels = npt.NDArray[np.uint8]
 
@@ -72,7 +74,7 @@ def overlay(
     """
     values = _checked(map_)  # [H, W]
     if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: got {alpha}, expected 0 to 1")
+        raise InvalidArgument(f"alpha: got {alpha}, expected 0 to 1")
     smoothed = _smooth(values, min(values.shape) * OVERLAY_SMOOTHING if smoothing_px is None else smoothing_px)
     base = overlay_base(picture, (values.shape[1], values.shape[0]))
     return Image.fromarray(_laid(base, smoothed, alpha=alpha, scale=scale, signed=is_signed(values)))
@@ -122,7 +124,7 @@ def picture_of(array: npt.NDArray[Any]) -> Image.Image:
     if array.ndim == 3 and np.issubdtype(array.dtype, np.floating) and array.shape[0] > 0:
         shown = array[:3] if array.shape[0] >= 3 else array[:1]
         return _picture_of_pixels(np.moveaxis(_stretched(shown), 0, -1))
-    raise ValueError(
+    raise InvalidArgument(
         f"array: {array.dtype} of shape {list(array.shape)}, "
         "expected uint8 [H, W, C] with 1, 3 or 4 channels, or float [C, H, W]"
     )
@@ -177,14 +179,14 @@ def _coloured(values: Map, scale: float | None, *, signed: bool) -> Pixels:
 def _share_of_scale(values: Map, scale: float | None) -> Map:
     scale = colour_scale(values) if scale is None else scale
     if not 0 <= scale < np.inf:
-        raise ValueError(f"scale: got {scale}, expected a finite number of 0 or more")
+        raise InvalidArgument(f"scale: got {scale}, expected a finite number of 0 or more")
     clipped = np.clip(values, -scale, scale)  # before the division, which a tiny scale would overflow
     return clipped / scale if scale else clipped
 
 
 def _smooth(values: Map, sigma_px: float) -> Map:
     if not 0 <= sigma_px < np.inf:
-        raise ValueError(f"smoothing_px: got {sigma_px}, expected a finite number of pixels, 0 or more")
+        raise InvalidArgument(f"smoothing_px: got {sigma_px}, expected a finite number of pixels, 0 or more")
     if sigma_px == 0:
         return values
     known = np.isfinite(values)
@@ -229,7 +231,7 @@ def _picture_of_pixels(pixels: Pixels) -> Image.Image:
 
 def _checked(map_: Map) -> Map:
     if map_.ndim != 2 or 0 in map_.shape:
-        raise ValueError(f"map_: shape {list(map_.shape)}, expected [H, W] with at least one pixel")
+        raise InvalidArgument(f"map_: shape {list(map_.shape)}, expected [H, W] with at least one pixel")
     return map_.astype(np.float64)
 
 

@@ -7,6 +7,7 @@ from google.protobuf.duration_pb2 import Duration
 from sidelight.v1 import attribution_pb2 as pb
 
 from ._errors import InvalidArgument
+from ._fields import flag, span, text
 from ._images import Batch
 from ._methods import Method
 from ._targets import Target, target_message
@@ -42,21 +43,26 @@ class Question:
         if not isinstance(self.method, Method):
             raise InvalidArgument(f"method: got {self.method!r}, expected a method, such as sidelight.Gradient()")
         return pb.AttributeRequest(
-            model=self.model or "",
+            model=model_name(self.model),
             target=target_message(self.target),
             method=self.method.message(),
             score=score_number(self.score),
             channels=channels_number(self.channels),
             output=pb.Output(
-                map_dtype=map_dtype_number(self.map_dtype), probabilities=self.probabilities, partial=self.partial
+                map_dtype=map_dtype_number(self.map_dtype),
+                probabilities=flag(self.probabilities, "probabilities"),
+                partial=flag(self.partial, "partial"),
             ),
             timeout=duration(self.timeout),
         )
 
 
+def model_name(model: str | None) -> str:
+    """Return a model's name as messages have it: empty is the server's default."""
+    return "" if model is None else text(model, "model")
+
+
 def duration(timeout: float) -> Duration:
     """Return the message of a time in seconds, which must be positive."""
-    if not timeout > 0:
-        raise InvalidArgument(f"timeout: got {timeout} s, expected a positive time")
-    span_s = min(timeout, FOR_EVER_S)
+    span_s = min(span(timeout, "timeout"), FOR_EVER_S)
     return Duration(seconds=int(span_s), nanos=int(span_s % 1 * 1e9))

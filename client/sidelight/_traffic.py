@@ -50,7 +50,7 @@ class Traffic:
         """Ask about one batch, and raise what failed whole."""
         return client.attribute(
             batch,
-            self.model,
+            model=self.model,
             target=self.target,
             method=self.method,
             score=self.score,
@@ -64,7 +64,7 @@ class Traffic:
         """Ask about batches on one stream, and yield their answers, failed ones too, as they come."""
         return client.stream(
             batches,
-            self.model,
+            model=self.model,
             target=self.target,
             method=self.method,
             score=self.score,

@@ -1,0 +1,132 @@
+"""The same mistake raises the same type at every door: a call, a stream, `connect`, async code, the command line."""
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import sidelight
+import sidelight_server
+from models import small_cnn
+
+IMAGES = np.zeros((1, 3, 32, 32), np.float32)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with sidelight_server.serve(sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32))) as address:
+        yield address
+
+
+def call(address: str, images: Any, **options: Any) -> None:
+    with sidelight.connect(address, connect_timeout=10) as client:
+        client.attribute(images, **options)
+
+
+def stream(address: str, images: Any, **options: Any) -> None:
+    with sidelight.connect(address, connect_timeout=10) as client:
+        for _ in client.stream([images], **options):
+            pass
+
+
+def call_async(address: str, images: Any, **options: Any) -> None:
+    async def run() -> None:
+        async with sidelight.aio.connect(address, connect_timeout=10) as client:
+            await client.attribute(images, **options)
+
+    asyncio.run(run())
+
+
+def stream_async(address: str, images: Any, **options: Any) -> None:
+    async def batches() -> AsyncIterator[Any]:
+        yield images
+
+    async def run() -> None:
+        async with sidelight.aio.connect(address, connect_timeout=10) as client:
+            async for _ in client.stream(batches(), **options):
+                pass
+
+    asyncio.run(run())
+
+
+DOORS = pytest.mark.parametrize("ask", [call, stream, call_async, stream_async], ids=lambda ask: ask.__name__)
+
+WRONG: dict[str, list[object]] = {
+    "timeout": ["60", None, 0, -1.0, math.nan, True],
+    "model": [3, b"small"],
+    "target": [object(), 1.5],
+    "method": ["gradient", sidelight.Gradient],
+    "score": ["logits", 1],
+    "channels": ["max", None],
+    "map_dtype": ["float64", np.float32],
+    "probabilities": ["no", 1],
+    "on_error": ["ignore", None],
+}
+
+
+@DOORS
+@pytest.mark.parametrize("option", WRONG)
+def test_a_wrong_option_is_an_invalid_argument_that_names_it(
+    address: str, ask: Callable[..., None], option: str
+) -> None:
+    for value in WRONG[option]:
+        with pytest.raises(sidelight.InvalidArgument, match=f"^{option}: got "):
+            ask(address, IMAGES, **{option: value})
+
+
+@DOORS
+def test_images_that_are_none_are_an_invalid_argument(address: str, ask: Callable[..., None]) -> None:
+    for images in (None, 5, np.zeros((2, 2), np.float32), [object()], np.zeros((3, 4, 4), complex)):
+        with pytest.raises(sidelight.InvalidArgument, match=r"^images: got "):
+            ask(address, images)
+
+
+@pytest.mark.parametrize("connect", [sidelight.connect, sidelight.aio.connect])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"connect_timeout": "10"},
+        {"connect_timeout": -1},
+        {"connect_timeout": None},
+        {"max_message_bytes": 1e6},
+        {"max_message_bytes": 0},
+        {"tls": 5},
+        {"tls": sidelight.TLS(key="only.pem"), "address": "localhost:1"},
+        {"token": 5},
+        {"token": "with spaces"},
+        {"token": "secret", "address": "example.org:1"},
+        {"address": "nowhere"},
+        {"address": 50051},
+        {"address": []},
+    ],
+    ids=repr,
+)
+def test_what_connect_cannot_take_is_an_invalid_argument(connect: Callable[..., Any], options: dict[str, Any]) -> None:
+    with pytest.raises(sidelight.InvalidArgument, match=r"^(connect_timeout|max_message_bytes|tls|token|address): "):
+        connect(**({"address": "unix:/nowhere/absent"} | options))
+
+
+@pytest.mark.parametrize("timeout", ["600", 0, None])
+def test_a_reload_takes_a_positive_time(address: str, timeout: Any) -> None:
+    with sidelight.connect(address, connect_timeout=10) as client, pytest.raises(ValueError, match="timeout: got "):
+        client.reload(timeout=timeout)
+
+
+def test_the_images_alone_are_positional() -> None:
+    with sidelight.connect("unix:/nowhere/absent") as client:
+        for method in (client.attribute, client.stream):
+            with pytest.raises(TypeError, match=rf"{method.__name__}\(\) takes 2 positional arguments"):
+                method(IMAGES, "small")  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("window", [0, -3, 1.5, "8"])
+def test_a_window_counts_examples(address: str, window: Any) -> None:
+    with pytest.raises(sidelight.InvalidArgument, match="window: got "):
+        stream(address, IMAGES, window=window)
+
+
+def test_an_invalid_argument_is_also_a_value_error() -> None:
+    assert issubclass(sidelight.InvalidArgument, ValueError)
+    assert issubclass(sidelight.InvalidArgument, sidelight.SidelightError)
