@@ -10,12 +10,18 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.hooks import RemovableHandle
 
 from .errors import ConfigurationError
 from .models.adapter import PLAIN, Adapter
 
+# torch's own hooks that compute a weight before each pass: part of the network, not a visitor's.
+COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # Of the largest output: in float64 a right fold moves them by 1e-12 at the most, a wrong one by far more.
@@ -105,7 +111,28 @@ def _is_fixed(norm: nn.Module) -> bool:
     return norm.running_mean is not None and norm.running_var is not None
 
 
+def _settle(module: nn.Module) -> None:
+    """Make the weight and the bias, where something computes them before each pass, what they are now."""
+    if parametrize.is_parametrized(module):
+        # Not `remove_parametrizations`: it changes the class, which copies share with the caller's module.
+        computed = {name: getattr(module, name) for name in dict(module.parametrizations.named_children())}  # type: ignore[union-attr]
+        del module.parametrizations
+        module.__class__ = type(module).__bases__[0]
+        for name, value in computed.items():
+            module.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))
+    hooks = module._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, COMPUTING)]:
+        hooks.pop(key)(module, ())
+    for name in ("weight", "bias"):
+        value = getattr(module, name)
+        if isinstance(value, Tensor) and name not in module._parameters:
+            delattr(module, name)
+            module.register_parameter(name, nn.Parameter(value.detach(), requires_grad=False))
+
+
 def _fold_into(first: nn.Module, norm: nn.Module) -> None:
+    for each in (first, norm):
+        _settle(each)
     fuse = fuse_linear_bn_weights if isinstance(first, nn.Linear) else fuse_conv_bn_weights
     weight, bias = fuse(first.weight, first.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)  # type: ignore[arg-type]
     first.weight = nn.Parameter(weight.detach(), requires_grad=False)

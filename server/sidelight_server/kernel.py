@@ -16,9 +16,10 @@ from .errors import FailedPrecondition
 from .graphs import Recordings, recorder
 from .methods.method import Layer, Probe, Rectifiers
 from .models.adapter import PLAIN, Adapter
+from .models.weights import Watch
 from .options import KernelOptions
 from .probes import Guided, capture, chosen_layer, layers_of
-from .replica import Replica, replicate, weights_dtype
+from .replica import SHARED, Isolation, Replica, replicate, weights_dtype
 from .scores import Head
 
 LEAST_EXPONENT = -125  # of a power of two whose inverse float32 holds too
@@ -56,13 +57,17 @@ class Kernel:
         head: Head | None = None,
         options: KernelOptions | None = None,
         trial: Tensor | None = None,
+        isolation: Isolation = SHARED,
     ) -> None:
         self.options = options or KernelOptions()
         self.dtype = torch.float32 if self.options.precision else weights_dtype(module)
         self.device = device
         self.head = head or Head()
         self._adapter = adapter
-        self._replica = Replica(module, device=device, options=self.options, adapter=self._adapter, trial=trial)
+        self.watch = Watch(module)
+        self._replica = Replica(
+            self.watch, device=device, options=self.options, adapter=adapter, trial=trial, isolation=isolation
+        )
         self._hooked_replica: nn.Module | None = None
         self._recordings: Recordings | None = None
         self._copies_inputs: bool | None = None  # not known before the first call
@@ -124,8 +129,9 @@ class Kernel:
             case Layer(name):
                 return self._at_layer(inputs, aims, wanted, name)
             case Rectifiers.GUIDED:
-                with Guided() as guided:
-                    read = self._at_input(inputs, aims, wanted, module=self._replica.plain)
+                plain = self._replica.plain
+                with Guided() as guided:  # which a compiled module does not see: its own module runs instead
+                    read = self._at_input(inputs, aims, wanted, module=getattr(plain, "_orig_mod", plain))
                 if not guided.n_rectifiers:
                     raise FailedPrecondition("method.guided_backpropagation: the model has no rectifier to guide")
                 return read
@@ -141,7 +147,8 @@ class Kernel:
 
     def outputs_of(self, inputs: Tensor, *, module: nn.Module | None = None) -> Tensor:
         """Return the module's outputs, [n, K] or [n, K, h, w]."""
-        return self._widened(self._call(inputs, module or self._replica.module))
+        # Not `module or …`: a compiled one's truth is its length, which it has none of.
+        return self._widened(self._call(inputs, self._replica.module if module is None else module))
 
     def _at_input(
         self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], *, module: nn.Module | None = None

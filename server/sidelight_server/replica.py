@@ -3,39 +3,107 @@
 import contextlib
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .errors import ConfigurationError
-from .folding import fold
+from .folding import COMPUTING, fold
 from .models.adapter import Adapter
+from .models.weights import Watch, address
 from .options import DTYPES, KernelOptions
 
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# What transformers, timm, torchvision's and Swin's authors call the switch. Gradients are the same without; with it a
+# pass runs twice, or `torch.autograd.grad` refuses.
+_CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "use_checkpointing", "with_cp")
 
-def replicate(module: nn.Module) -> nn.Module:
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """What a replica does not share with the caller's module."""
+
+    owned: frozenset[str] | None = frozenset()  # tensors that a pass writes to, by name; None: every buffer
+    keeps_hooks: bool = True  # those of the forward pass, which may be part of what is computed
+
+
+SHARED = Isolation()
+
+
+def replicate(module: nn.Module, isolation: Isolation = SHARED) -> nn.Module:
     """Return a frozen copy of a module in eval mode that shares its parameters' and buffers' storage.
 
-    The module itself is neither frozen, moved nor switched; training it further shows in the replica.
+    The module itself is neither frozen, moved nor switched; training it further shows in the replica. What a pass may
+    write to, and whose hooks run, `isolation` says. Hooks of the backward pass and of the state are left out: they say
+    nothing about the outputs. Tensors with a graph, in attributes, become constants; gradient checkpointing is off.
     """
-    memo: dict[int, object] = {id(each): nn.Parameter(each.data, requires_grad=False) for each in module.parameters()}
-    memo |= {id(each): each for each in module.buffers()}
-    memo |= {id(each): each for each in _datasets(module)}
+    memo: dict[int, object] = {}
+    for name, parameter in module.named_parameters():
+        values = parameter.data.clone() if name in (isolation.owned or ()) else parameter.data
+        memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
+    for name, buffer in module.named_buffers():
+        is_owned = isolation.owned is None or name in isolation.owned
+        memo[id(buffer)] = buffer.detach().clone() if is_owned else buffer
+    for each in _eager(module):
+        memo |= {id(held): held for held in vars(each).values() if isinstance(held, Dataset)}
+        memo |= {id(hooks): kept for hooks, kept in _hooks(each, isolation)}
+        memo |= {id(held): held.detach().clone() for held in _with_graph(vars(each).values()) if id(held) not in memo}
     replica = _copied(module, memo)
     theirs = {id(each) for each in module.parameters()}
-    for each in replica.parameters():  # those that deepcopy made anew all the same, as it does for TorchScript
-        if each.requires_grad and id(each) not in theirs:
-            each.detach_()  # which needs no leaf
+    for parameter in replica.parameters():  # those that deepcopy made anew all the same, as it does for TorchScript
+        if parameter.requires_grad and id(parameter) not in theirs:
+            parameter.detach_()  # which needs no leaf
+    for each in _eager(replica):
+        for switch in _CHECKPOINTING:
+            if vars(each).get(switch) is True:
+                setattr(each, switch, False)
     with contextlib.suppress(NotImplementedError):  # an exported program is in one mode for ever
         replica.eval()
     return replica
 
 
-def _datasets(module: nn.Module) -> Iterator[object]:
-    """Yield the data sets that modules keep, as PyHealth's do: gigabytes that no pass needs a copy of."""
-    return (held for each in module.modules() for held in vars(each).values() if isinstance(held, Dataset))
+def n_hooks(module: nn.Module) -> int:
+    """Return how many hooks of the caller's, or of the model's author, run with a pass of a module."""
+    kinds = (*_FORWARD_HOOKS, *_BACKWARD_HOOKS)
+    hooks = (hook for each in _eager(module) for kind in kinds for hook in vars(each).get(kind, {}).values())
+    return sum(not isinstance(hook, COMPUTING) for hook in hooks)
+
+
+def _eager(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that are written in Python: a script has no attributes to look at."""
+    return (each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule))
+
+
+def _hooks(module: nn.Module, isolation: Isolation) -> Iterator[tuple[object, object]]:
+    """Yield a module's tables of hooks that are not copied as they are, and what the replica has instead."""
+    # Not copied and then removed: a hook may hold on to whatever its owner has.
+    for kind in (*_BACKWARD_HOOKS, *_STATE_HOOKS, *(() if isolation.keeps_hooks else _FORWARD_HOOKS)):
+        hooks = vars(module).get(kind)
+        if hooks:
+            yield hooks, type(hooks)((key, hook) for key, hook in hooks.items() if isinstance(hook, COMPUTING))
+
+
+def _with_graph(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors that belong to a graph, also of lists and dictionaries: deepcopy refuses them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.grad_fn is not None:
+                yield value
+        elif isinstance(value, Mapping):
+            yield from _with_graph(value.values())
+        elif isinstance(value, list | tuple | set):
+            yield from _with_graph(value)
 
 
 def weights_dtype(module: nn.Module) -> torch.dtype:
@@ -47,45 +115,48 @@ def weights_dtype(module: nn.Module) -> torch.dtype:
 class Replica:
     """A module's replica on a device, prepared as the operator chose.
 
-    Without options, and on the module's own device, no weight is copied. Otherwise the copies are made again once the
-    caller has written to the weights, so that a map is of the weights whose digest its answer tells.
+    Without options, and on the module's own device, no weight is copied. Where the caller has replaced a tensor since,
+    or has written to one that was copied, the replica is made again, so that a map is of the module's weights.
     """
 
     def __init__(
         self,
-        module: nn.Module,
+        watch: Watch,
         *,
         device: torch.device,
         options: KernelOptions,
         adapter: Adapter,
         trial: Tensor | None,
+        isolation: Isolation,
     ) -> None:
         if options.cuda_graphs and device.type != "cuda":
             raise ConfigurationError(f"cuda_graphs: needs a CUDA device, the server runs on {device}")
-        self._source = module
+        self._watch = watch
         self._device = device
         self._options = options
         self._adapter = adapter
         self._trial = trial
-        self._tensors = [*module.parameters(), *module.buffers()]
-        self._versions: list[int] = []
-        self._holds_copies = not options.is_exact or any(each.device != device for each in self._tensors)
-        self.dtype = DTYPES[options.precision] if options.precision else weights_dtype(module)
+        self._isolation = isolation
+        self._holds_copies = False
+        self._seen = watch.look()
+        self.dtype = DTYPES[options.precision] if options.precision else weights_dtype(watch.module)
         self.n_folded = 0
         self._make()
 
     @property
     def is_stale(self) -> bool:
-        """Whether the caller has written to the weights since the copies were made."""
-        return self._holds_copies and self._versions != self._now()
+        """Whether the module's weights are others than those that the replica shares, or has copied."""
+        now = self._watch.look()
+        return now.replaced != self._seen.replaced or (self._holds_copies and now.written != self._seen.written)
 
     def refresh(self) -> None:
-        """Make the copies again."""
+        """Make the replica again."""
         self._make()
 
     def _make(self) -> None:
-        versions = self._now()
-        module, options = replicate(self._source).to(self._device), self._options
+        seen = self._watch.look()
+        source, options = self._watch.module, self._options
+        module = replicate(source, self._isolation).to(self._device)
         for name in ("fold", "compile", "cuda_graphs"):
             if getattr(options, name) and self._trial is None:
                 raise ConfigurationError(
@@ -102,10 +173,12 @@ class Replica:
         self.plain: nn.Module = module  # for hooks and modes, which a compiled one would not see
         # Sizes of chunks vary: one compilation for all of them, and one more for a row alone.
         self.module: nn.Module = torch.compile(module, dynamic=True) if options.compile else module  # type: ignore[assignment]
-        self._versions = versions  # not before: copies that could not be made again must stay stale
+        self._holds_copies = not options.is_exact or _addresses(module) != _addresses(source)
+        self._seen = seen  # not before: copies that could not be made again must stay stale
 
-    def _now(self) -> list[int]:
-        return [0 if each.is_inference() else each._version for each in self._tensors]
+
+def _addresses(module: nn.Module) -> list[int]:
+    return [address(each) for each in (*module.parameters(), *module.buffers())]
 
 
 def _owning(module: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..attribution import PREDICTED, Choice, Score
 from ..calibration import DEFAULT_CHUNK_ROWS, Trial
@@ -19,7 +19,7 @@ from ..kernel import Kernel
 from ..logs import Event
 from ..methods.method import Shape
 from ..probes import chosen_layer
-from ..replica import replicate, weights_dtype
+from ..replica import Isolation, n_hooks, replicate, weights_dtype
 from ..staging import normalise
 from .detection import Detected, detect
 from .preprocessing import Preprocessing
@@ -79,6 +79,7 @@ class Model:
         if self.trial_shape is not None:
             most = spec.batch[1] if spec.batch else 0
             trial = _noise(self.trial_shape, 1 if most == 1 else 2).to(device, weights_dtype(spec.module))
+        self._isolation = Isolation(owned=None)
         detected = self._detected(spec, trial, device)
         self.adapter, self.head = detected.adapter, detected.head
         self.probed = detected.layers  # those that can be probed, if it was tried
@@ -94,6 +95,7 @@ class Model:
                     head=self.head,
                     options=spec.options,
                     trial=trial,
+                    isolation=self._isolation,
                 )
             )
         if self.kernel.options.fold:
@@ -111,10 +113,51 @@ class Model:
             self.black = (-self._mean / self._std).to(self.kernel.dtype)
 
     def _detected(self, spec: ModelSpec, trial: Tensor | None, device: torch.device) -> Detected:
+        """Return what one run says, on a replica that shares no buffer: a pass may write to them."""
+        hooks = n_hooks(spec.module)
+        if hooks and trial is not None:
+            with contextlib.suppress(Exception):  # a network whose hooks compute may need them to run at all
+                return self._detected_without_hooks(spec, trial, device, n=hooks)
+        if hooks:
+            said = "hooks of the module's forward pass run with each pass here: "
+            said += "outputs depend on them" if trial is not None else "set trial_size to have them tried and left out"
+            log.warning(Event("hooks_kept", model=self.name, hooks=hooks, message=said))
+        return self._tried(spec, trial, device)[1]
+
+    def _detected_without_hooks(self, spec: ModelSpec, trial: Tensor, device: torch.device, *, n: int) -> Detected:
+        """Detect with the caller's hooks left out. `ConfigurationError` where the outputs are others then."""
+        without, detected = self._tried(spec, trial, device, keeps_hooks=False)
+        with_hooks = replicate(spec.module, Isolation(owned=None)).to(device)
+
+        def differ() -> bool:
+            with torch.no_grad():
+                ours, theirs = (detected.adapter(each, trial.clone()) for each in (without, with_hooks))
+            return not torch.equal(ours, theirs)
+
+        if self.in_turn(differ):
+            self._isolation = Isolation(owned=None)
+            raise ConfigurationError("the outputs depend on hooks")
+        log.info(Event("hooks_dropped", model=self.name, hooks=n, message="the module's hooks do not run here"))
+        return detected
+
+    def _tried(
+        self, spec: ModelSpec, trial: Tensor | None, device: torch.device, *, keeps_hooks: bool = True
+    ) -> tuple[nn.Module, Detected]:
+        """Run the detection; return the replica that it ran on, and take note of the buffers that it wrote to."""
         with self._refusing("cannot be replicated and moved to the device"):
-            replica = replicate(spec.module).to(device)
+            replica = replicate(spec.module, Isolation(owned=None, keeps_hooks=keeps_hooks)).to(device)
+        versions = {name: each._version for name, each in _state(replica)}
         with self._refusing("" if trial is None else f"failed on an input of {list(trial.shape)}{self._by(spec)}"):
-            return self.in_turn(lambda: detect(replica, spec, trial))
+            detected = self.in_turn(lambda: detect(replica, spec, trial))
+        if trial is not None:
+            written = {name for name, each in _state(replica) if versions.get(name) != each._version}
+            # By value too: torch does not count what a BatchNorm in train mode writes to its statistics.
+            theirs = dict(spec.module.named_buffers())
+            written |= {
+                name for name, each in replica.named_buffers() if not torch.equal(each, theirs[name].to(device))
+            }
+            self._isolation = Isolation(frozenset(written), keeps_hooks=keeps_hooks)
+        return replica, detected
 
     def _by(self, spec: ModelSpec) -> str:
         return ", as input_size says" if spec.input_size is not None else ", as trial_size says"
@@ -225,7 +268,13 @@ class Model:
 
     def exact_kernel(self) -> Kernel:
         """Return a kernel of the same module without any option, to compare with."""
-        return Kernel(self._module, device=self.kernel.device, adapter=self.adapter, head=self.head)
+        return Kernel(
+            self._module,
+            device=self.kernel.device,
+            adapter=self.adapter,
+            head=self.head,
+            isolation=self._isolation,
+        )
 
     def _try(self) -> None:
         inputs = self.inputs_like(1)
@@ -257,6 +306,13 @@ class Model:
             kind = type(error).__name__
             why = why.removeprefix(f"{kind}: ")
             raise ConfigurationError(f'model "{self.name}": {what}: {kind}: {why}') from error
+
+
+def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return a module's tensors by name, those alone whose writes torch counts."""
+    return [
+        (name, each) for name, each in (*module.named_parameters(), *module.named_buffers()) if not each.is_inference()
+    ]
 
 
 def _noise(shape: Shape, n: int, *, seed: int = 0) -> Tensor:
