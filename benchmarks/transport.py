@@ -76,11 +76,14 @@ def run() -> list[Line]:
     flags = ("--threads", "1", "--max-chunk-rows", str(CHUNK_ROWS))
     with (
         tempfile.TemporaryDirectory(prefix="sidelight-", dir=_memory()) as folder,
-        server("python:benchmarks.transport:costless", *flags, "--shared-memory", folder) as (address, pid),
+        server("python:benchmarks.transport:costless", *flags, "--shared-memory", folder) as (address, _),
         _echo() as echo,
     ):
         lines = [line for case in CASES for line in _inline(case, address, echo)]
-        return [*lines, _shared(CASES[-1], address, Path(folder)), _idle(address, pid)]
+        lines.append(_shared(CASES[-1], address, Path(folder)))
+    # A server of its own: after a load, memory that was freed is reused or given back, and the figure would be chance.
+    with server("python:benchmarks.transport:costless", *flags) as (address, pid):
+        return [*lines, _idle(address, pid)]
 
 
 def _inline(case: Case, address: str, echo: str) -> list[Line]:
@@ -165,8 +168,8 @@ def _idle(address: str, pid: int) -> Line:
         what=f"memory of {N_IDLE} idle streams",
         figure=grown_mb,
         unit="MB",
-        goal=f"< {IDLE_GOAL_MB}",
-        met=grown_mb < IDLE_GOAL_MB,
+        goal=f"0 to {IDLE_GOAL_MB}",
+        met=0 < grown_mb < IDLE_GOAL_MB,  # nothing, or less, is no measurement
         detail=f"resident, {1000 * grown_mb / N_IDLE:.0f} kB each, on {N_IDLE_CHANNELS} connections",
     )
 
