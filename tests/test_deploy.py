@@ -1,22 +1,38 @@
 """What deploy/ and the Dockerfile say: of Kubernetes' own schema, of settings that there are, and of each other."""
 
+import os
 import re
 import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import yaml
 from sidelight_server.config import Settings, read_settings
 from sidelight_server.probe import is_probe
+from torch import nn
 
 ROOT = Path(__file__).parent.parent
 MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
 ENVOY = yaml.safe_load((ROOT / "deploy" / "envoy" / "envoy.yaml").read_text())
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PAGE = (ROOT / "deploy" / "README.md").read_text()
+PATIENCE_S = 60
+MINE = """
+from sidelight_server import ModelSpec
+from torch import nn
+
+def factory():
+    return ModelSpec(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)), input_size=(3, 2, 2))
+"""
 STOPPING_S = 10  # that a drained server takes to end, at most: its last chunk
 
 every_manifest = pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.stem)
@@ -91,6 +107,63 @@ def test_probes_ask_where_the_server_listens(path: Path) -> None:
         startup, _, liveness = probes
         assert startup["failureThreshold"] * startup["periodSeconds"] >= 300  # a large model loads
         assert liveness["failureThreshold"] * liveness["periodSeconds"] > settings.stuck_s
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def check(probe: dict[str, Any], moved: Callable[[str], str]) -> subprocess.CompletedProcess[str]:
+    """Ask as the kubelet does: run the command, or call grpc.health.v1 on the port."""
+    if "exec" in probe:
+        _, *arguments = map(moved, probe["exec"]["command"])
+    else:
+        asked = probe["grpc"]
+        arguments = ["--check", moved(f"0.0.0.0:{asked['port']}"), "--service", asked.get("service", "")]
+    command = [sys.executable, "-m", "sidelight_server", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+
+
+@every_manifest
+def test_a_server_with_the_settings_of_a_manifest_passes_its_probes(path: Path, tmp_path: Path) -> None:
+    ((_, container, settings),) = sidelights(path)
+    folders = {each["mountPath"]: tmp_path / each["name"] for each in container["volumeMounts"]}
+    ports = {f"0.0.0.0:{each['containerPort']}": f"127.0.0.1:{free_port()}" for each in container["ports"]}
+    for folder in folders.values():
+        folder.mkdir()
+
+    def moved(text: str) -> str:
+        """Put folders and ports of this machine where a text has the pod's."""
+        for old, new in sorted({**{key: str(each) for key, each in folders.items()}, **ports}.items(), reverse=True):
+            text = text.replace(old, new)
+        return text
+
+    here = folders[container["workingDir"]]
+    (text,) = (
+        each["data"]["sidelight.toml"] for each in of_kind(path, "ConfigMap") if "sidelight.toml" in each["data"]
+    )
+    (here / "sidelight.toml").write_text(moved(text))
+    (here / "mine.py").write_text(MINE)
+    assert settings.weights
+    safetensors.torch.save_file(nn.Linear(12, 3).state_dict(prefix="1."), moved(str(settings.weights)))
+    environment = os.environ | {"SIDELIGHT_THREADS": "1"}
+    environment |= {each["name"]: each["value"] for each in container.get("env", [])}
+    with subprocess.Popen([sys.executable, "-m", "sidelight_server"], cwd=here, env=environment) as server:
+        try:
+            until_s = time.monotonic() + PATIENCE_S
+            while check(container["startupProbe"], moved).returncode:
+                assert server.poll() is None
+                assert time.monotonic() < until_s
+            for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+                told = check(container[probe], moved)
+                assert told.returncode == 0, (probe, told.stdout, told.stderr)
+            unknown = {"exec": {"command": ["", "--check", moved(settings.listen[0]), "--service", "model/other"]}}
+            assert check(unknown, moved).returncode != 0
+        finally:
+            server.send_signal(signal.SIGTERM)
+        assert server.wait(PATIENCE_S) == 0
 
 
 @every_manifest

@@ -55,9 +55,9 @@ def test_a_factory_is_served_with_weights_of_a_file(here: Path) -> None:
         assert_serves("python:given_factories:net", other, examples(3), weights=Path(weights))
 
 
-def test_a_factory_keeps_the_name_of_its_specification() -> None:
+def test_a_factory_keeps_the_name_of_its_specification_and_else_has_its_modules() -> None:
     assert sources.load("python:given_factories:spec").name == "specified"
-    assert sources.load("python:given_factories:net").name == "net"
+    assert sources.load("python:given_factories:net").name == "given_factories"
 
 
 def test_a_script_is_served() -> None:

@@ -55,7 +55,9 @@ class ModelSettings(BaseModel):
 
     model: str = Field("", description=f"where the model comes from: {SOURCES}")
     weights: Path | None = Field(None, description="weights for it: .safetensors, or a weights-only .pt")
-    name: str | None = Field(None, description="what requests call the model; the factory's or file's name if unset")
+    name: str | None = Field(
+        None, description="what requests call the model; if unset, the name of its file, folder or module"
+    )
     load: Literal["eager", "lazy"] = Field("eager", description="load at start, or when the first request comes")
     input_size: Annotated[tuple[int, int, int] | None, *_Listed] = Field(
         None, description="C,H,W of the model's input; unset: floating arrays of any shape, neither files nor pixels"

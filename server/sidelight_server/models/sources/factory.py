@@ -28,7 +28,7 @@ def load(place: str, weights: Path | None) -> ModelSpec:
         )
     if weights is not None:
         state.load_into(spec.module, weights)
-    return spec if spec.name else replace(spec, name=factory_name)
+    return spec if spec.name else replace(spec, name=module_name.rpartition(".")[2])
 
 
 def _call(source: str, module_name: str, factory_name: str) -> object:
