@@ -34,6 +34,8 @@ def test_a_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
     }
     for name in ("sidelight/py.typed", "sidelight/v1/attribution_pb2_grpc.pyi", "sidelight_server/models/spec.py"):
         assert name in names
+    for proto in (ROOT / "proto" / "sidelight" / "v1").iterdir():
+        assert f"sidelight/v1/{proto.name}" in names
 
 
 def test_the_versions_agree() -> None:

@@ -241,6 +241,22 @@ def test_reflection_lists_the_services(channel: grpc.Channel) -> None:
     }
 
 
+def test_reflection_answers_in_v1_what_it_answers_in_v1alpha(channel: grpc.Channel) -> None:
+    asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol="sidelight.v1.AttributionService")
+    answers = [
+        list(
+            channel.stream_stream(
+                f"/grpc.reflection.{version}.ServerReflection/ServerReflectionInfo",
+                request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+                response_deserializer=reflection_pb2.ServerReflectionResponse.FromString,
+            )(iter([asked]), timeout=TIMEOUT_S)
+        )
+        for version in ("v1", "v1alpha")
+    ]
+    assert answers[0] == answers[1]
+    assert answers[0][0].file_descriptor_response.file_descriptor_proto
+
+
 @pytest.mark.parametrize("service", ["", *SERVICES], ids=lambda name: name or "the server")
 def test_health_says_serving(service: str, channel: grpc.Channel) -> None:
     stub = health_pb2_grpc.HealthStub(channel)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 import grpc
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_reflection.v1alpha import reflection
 from sidelight.v1 import attribution_pb2_grpc, model_pb2_grpc
 
 from .addresses import bind
@@ -25,6 +24,7 @@ from .health import SERVICES, Health, Porch, statuses
 from .logs import Event
 from .memory import keep_freed
 from .passages import Passages
+from .reflection import enable_reflection
 from .regions import SharedMemory
 from .registry import told
 from .service import AttributionService, ModelService
@@ -110,7 +110,7 @@ class Server:
         attribution_pb2_grpc.add_AttributionServiceServicer_to_server(self._service, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._engine), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((*SERVICES, HEALTH, reflection.SERVICE_NAME), self._server)
+        enable_reflection(self._server, (*SERVICES, HEALTH))
         certificates = Certificates.of(settings)
         self.addresses = [
             bind(

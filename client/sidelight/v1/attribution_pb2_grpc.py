@@ -30,6 +30,10 @@ class AttributionServiceStub(object):
 
     Message faults (a wrong shape, an unknown model) fail the whole batch. Example faults (an undecodable file, a NaN)
     give that example a map of NaN and an entry in Attribution.failures, beside the good maps.
+
+    gRPC's own default lets a client receive 4 MiB in one message, in every language; a batch of 8 × 3 × 224 × 224 float32
+    has 4.8 MB. Raise the client's limit (`grpc.max_receive_message_length`, `MaxCallRecvMsgSize`, `maxInboundMessageSize`)
+    to Limits.max_message_bytes.
     """
 
     def __init__(self, channel):
@@ -60,6 +64,10 @@ class AttributionServiceServicer(object):
 
     Message faults (a wrong shape, an unknown model) fail the whole batch. Example faults (an undecodable file, a NaN)
     give that example a map of NaN and an entry in Attribution.failures, beside the good maps.
+
+    gRPC's own default lets a client receive 4 MiB in one message, in every language; a batch of 8 × 3 × 224 × 224 float32
+    has 4.8 MB. Raise the client's limit (`grpc.max_receive_message_length`, `MaxCallRecvMsgSize`, `maxInboundMessageSize`)
+    to Limits.max_message_bytes.
     """
 
     def Attribute(self, request, context):
@@ -119,6 +127,10 @@ class AttributionService(object):
 
     Message faults (a wrong shape, an unknown model) fail the whole batch. Example faults (an undecodable file, a NaN)
     give that example a map of NaN and an entry in Attribution.failures, beside the good maps.
+
+    gRPC's own default lets a client receive 4 MiB in one message, in every language; a batch of 8 × 3 × 224 × 224 float32
+    has 4.8 MB. Raise the client's limit (`grpc.max_receive_message_length`, `MaxCallRecvMsgSize`, `maxInboundMessageSize`)
+    to Limits.max_message_bytes.
     """
 
     @staticmethod

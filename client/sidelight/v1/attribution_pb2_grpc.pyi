@@ -22,6 +22,10 @@ class AttributionServiceStub:
 
     Message faults (a wrong shape, an unknown model) fail the whole batch. Example faults (an undecodable file, a NaN)
     give that example a map of NaN and an entry in Attribution.failures, beside the good maps.
+
+    gRPC's own default lets a client receive 4 MiB in one message, in every language; a batch of 8 × 3 × 224 × 224 float32
+    has 4.8 MB. Raise the client's limit (`grpc.max_receive_message_length`, `MaxCallRecvMsgSize`, `maxInboundMessageSize`)
+    to Limits.max_message_bytes.
     """
 
     def __init__(self, channel: typing.Union[grpc.Channel, grpc.aio.Channel]) -> None: ...
@@ -54,6 +58,10 @@ class AttributionServiceAsyncStub:
 
     Message faults (a wrong shape, an unknown model) fail the whole batch. Example faults (an undecodable file, a NaN)
     give that example a map of NaN and an entry in Attribution.failures, beside the good maps.
+
+    gRPC's own default lets a client receive 4 MiB in one message, in every language; a batch of 8 × 3 × 224 × 224 float32
+    has 4.8 MB. Raise the client's limit (`grpc.max_receive_message_length`, `MaxCallRecvMsgSize`, `maxInboundMessageSize`)
+    to Limits.max_message_bytes.
     """
 
     Attribute: grpc.aio.UnaryUnaryMultiCallable[
@@ -85,6 +93,10 @@ class AttributionServiceServicer(metaclass=abc.ABCMeta):
 
     Message faults (a wrong shape, an unknown model) fail the whole batch. Example faults (an undecodable file, a NaN)
     give that example a map of NaN and an entry in Attribution.failures, beside the good maps.
+
+    gRPC's own default lets a client receive 4 MiB in one message, in every language; a batch of 8 × 3 × 224 × 224 float32
+    has 4.8 MB. Raise the client's limit (`grpc.max_receive_message_length`, `MaxCallRecvMsgSize`, `maxInboundMessageSize`)
+    to Limits.max_message_bytes.
     """
 
     @abc.abstractmethod
