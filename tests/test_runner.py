@@ -1,14 +1,19 @@
 """The runner: a chunk that fails is split until the bad example is alone; one that does not fit is halved."""
 
 import asyncio
+import contextlib
 import logging
+import threading
 import weakref
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
+from gate import Gate, Gated
 from models import small_cnn
-from sidelight_server import Engine, Files, ModelSpec, Request, Settings
+from sidelight_server import Engine, Files, IntegratedGradients, ModelSpec, Request, Settings
+from sidelight_server.runner import Runner
 from torch import Tensor, nn
 
 BAD = 255
@@ -194,3 +199,92 @@ def test_decoding_ends_with_its_caller(device: str) -> None:
     with pytest.raises(Cancelled):
         prepare(model, Request(Files((b"no picture",) * 9)), is_gone=is_gone)
     assert n_asked == 3
+
+
+# Functions that the device's thread runs between two chunks: warm-up, lazy loads and reloads.
+
+
+@contextlib.contextmanager
+def busy(engine: Engine, images: np.ndarray, **question: object) -> Iterator[asyncio.Future[object]]:
+    """A request that is being answered, from another thread."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    asked = asyncio.run_coroutine_threadsafe(engine.attribute(Request(images, **question)), loop)
+    try:
+        yield asked
+    finally:
+        asked.cancel()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def test_a_function_that_is_cancelled_before_its_turn_does_not_run_and_ends_nothing(
+    device: str, gate: Gate, floats: Tensor
+) -> None:
+    ran: list[str] = []
+    with Engine([ModelSpec(Gated(gate))], Settings(device=device)) as engine:
+        runner = engine.stations[0].runner
+        gate.shut()
+        with busy(engine, floats.numpy()) as asked:
+            assert gate.reached.wait(30)
+            cancelled, kept = (runner.call(lambda name=name: ran.append(name)) for name in ("cancelled", "kept"))
+            assert cancelled.cancel()
+            gate.open()
+            kept.result(30)
+            assert not asked.result(30).failures
+        assert ran == ["kept"]
+        assert not asyncio.run(engine.attribute(Request(floats.numpy()))).failures
+
+
+def test_a_warm_up_that_is_given_up_leaves_a_device_that_answers(device: str, gate: Gate, floats: Tensor) -> None:
+    """As SIGTERM does while the models warm up."""
+    with Engine([ModelSpec(Gated(gate), input_size=(3, 32, 32))], Settings(device=device)) as engine:
+
+        async def given_up() -> None:
+            gate.shut()
+            warming = [asyncio.create_task(engine.warm_up()) for _ in range(2)]  # the second waits for its turn
+            await asyncio.to_thread(gate.reached.wait, 30)
+            for each in warming:
+                each.cancel()
+            await asyncio.wait(warming)
+            gate.open()
+
+        asyncio.run(given_up())
+        assert not asyncio.run(engine.attribute(Request(floats.numpy()))).failures
+
+
+def test_a_closed_runner_tells_of_its_end_though_a_function_was_cancelled(device: str, gate: Gate) -> None:
+    ended = threading.Event()
+    runner = Runner(torch.device(device), threads=1, on_end=ended.set)
+    runner.start()
+    gate.shut()
+    running = runner.call(lambda: gate.wait(0))
+    assert gate.reached.wait(30)
+    waiting = [runner.call(lambda: None) for _ in range(2)]
+    assert waiting[0].cancel()
+    closing = threading.Thread(target=runner.close)
+    closing.start()
+    gate.open()
+    running.result(30)
+    closing.join(30)
+    assert ended.wait(30)
+    assert waiting[1].done()
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_a_function_waits_for_the_chunks_at_the_device_and_for_no_others(
+    depth: int, device: str, gate: Gate, floats: Tensor
+) -> None:
+    engine = Engine([ModelSpec(Gated(gate))], Settings(device=device, max_chunk_rows=1))
+    station = engine.stations[0]
+    station.runner = runner = Runner(torch.device(device), threads=1, depth=depth)
+    with engine:
+        gate.shut()
+        with busy(engine, floats.numpy(), method=IntegratedGradients(steps=100)):
+            assert gate.reached.wait(30)
+            counted = runner.call(lambda: gate.n_rows)
+            assert gate.n_rows == 1
+            gate.open()
+            assert counted.result(30) <= depth

@@ -206,6 +206,7 @@ class Registry:
     def _submit(self, load: Callable[[], None], turn: threading.Lock) -> "Future[None]":
         """Load in a thread: a daemon, for a factory that hangs must not keep the process from ending."""
         future: Future[None] = Future()
+        future.set_running_or_notify_cancel()  # others may wait for the same: from here on nobody can cancel it
 
         def run() -> None:
             with turn:

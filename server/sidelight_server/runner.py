@@ -91,10 +91,16 @@ class Runner:
                 work.release()
 
     def call(self, errand: Callable[[], _Value]) -> "Future[_Value]":
-        """Run a function on the thread that owns the device, between two chunks. `Unavailable` as for `submit`."""
+        """Run a function on the thread that owns the device, between two chunks. `Unavailable` as for `submit`.
+
+        It waits for the chunks that are at the device, and no other is begun before it. A future that is cancelled
+        before its turn does not run.
+        """
         future: Future[_Value] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
                 future.set_result(errand())
             except BaseException as error:
@@ -132,7 +138,8 @@ class Runner:
             with self._changed:
                 self._closed = True
             for _, future in self._errands:  # whoever waits for one would wait for ever
-                future.set_exception(Unavailable("the server is shutting down"))
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(Unavailable("the server is shutting down"))
             self._on_end()
 
     def _step(self) -> bool:
@@ -148,14 +155,19 @@ class Runner:
         return True
 
     def _take_chunk(self) -> list[Taken] | None:
-        """Return the next rows, after waiting for some unless others fly; None once closed."""
+        """Return the next rows, after waiting for some unless others fly; None once closed.
+
+        Also none while a function waits for those that fly: with new ones beside them it might wait for ever.
+        """
         with self._changed:
             if not (self._flying or self._errands or len(self._ring)):
                 self.pulse.rest()
             self._changed.wait_for(lambda: self._closed or self._flying or self._errands or len(self._ring))
             if self._closed:
                 return None
-            errand = self._errands.popleft() if self._errands and not self._flying else None
+            if self._errands and self._flying:
+                return []
+            errand = self._errands.popleft() if self._errands else None
             head = self._ring.head()
             if errand is None and isinstance(head, Work):
                 return self._ring.take_chunk(head.model.chunk_rows)
