@@ -1,9 +1,12 @@
 """Several devices: each has a thread and replicas of its own, and a request goes where the fewest rows wait."""
 
 import asyncio
+import logging
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import sidelight
@@ -11,13 +14,18 @@ import sidelight_server
 import torch
 from engines import ask
 from gate import Gate, Gated
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from models import small_cnn
+from running import TIMEOUT_S, serving
 from sidelight_server import Answer, ConfigurationError, Engine, IntegratedGradients, ModelSpec, Request, Settings
 from sidelight_server.device import choose_devices
 from sidelight_server.errors import Unavailable
 from sidelight_server.stops import StopTimes
+from test_service import ask as asking
+from torch import nn
 
 TWO = Settings(device="cpu,cpu", threads=1)
+INTERNAL = 13
 PICTURE = np.zeros((1, 32, 32, 3), np.uint8)
 
 
@@ -113,3 +121,133 @@ def test_a_device_that_is_none_is_refused(wanted: str) -> None:
 
 def test_stops_of_all_devices_are_told_together() -> None:
     assert StopTimes(2, 0.3, 0.2) + StopTimes(1, 0.5, 0.5) == StopTimes(3, 0.8, 0.5)
+
+
+# A device that is lost: after some errors CUDA refuses everything, for as long as the process lives.
+
+ILLEGAL = "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported later"
+ERRORS = [torch.AcceleratorError, RuntimeError]
+
+
+class Breaking(nn.Module):
+    """A model that raises what CUDA does, on every device where it was told to."""
+
+    def __init__(self, error: type[Exception]) -> None:
+        super().__init__()
+        self.inner = small_cnn()
+        self.error = error
+        self.broken: set[threading.Thread] = set()
+        self.armed = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.armed:
+            self.broken.add(threading.current_thread())
+        self.check()
+        return self.inner(x)
+
+    def check(self, device: torch.device | None = None) -> None:
+        if threading.current_thread() in self.broken:
+            raise self.error(ILLEGAL)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Breaking":
+        return self
+
+
+@pytest.fixture(params=ERRORS, ids=lambda each: each.__name__)
+def breaking(request: pytest.FixtureRequest) -> Breaking:
+    return Breaking(request.param)
+
+
+def breakable(breaking: Breaking, **settings: object) -> Engine:
+    engine = Engine([ModelSpec(breaking, input_size=(3, 32, 32))], TWO.model_copy(update=settings))
+    for station in engine.stations:
+        station.runner.check = breaking.check
+    return engine
+
+
+def test_a_lost_device_is_told_once_and_others_answer(breaking: Breaking, caplog: pytest.LogCaptureFixture) -> None:
+    engine = breakable(breaking)
+    changed = threading.Event()
+    engine.on_change = changed.set
+    with engine, caplog.at_level(logging.INFO, "sidelight"):
+        breaking.armed = True
+        with pytest.raises(Unavailable, match="cpu has failed"):
+            asyncio.run(engine.attribute(Request(np.concatenate([PICTURE] * 5))))
+        assert changed.wait(30)
+        breaking.armed = False
+        assert [station.moves for station in engine.stations] == [False, True]
+        for _ in range(3):
+            assert not asyncio.run(engine.attribute(Request(PICTURE))).failures
+        with pytest.raises(Unavailable, match="cpu has failed"):
+            engine.stations[0].runner.call(lambda: None)
+    (told,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert told.levelno == logging.CRITICAL
+    said = told.getMessage()
+    assert said.startswith("event=device_lost")
+    assert "illegal memory access" in said
+    assert "reported later" not in said
+    assert not engine.stations[0].runner.pulse.at_work_s  # the watchdog has nothing to add
+
+
+def test_what_waits_at_a_lost_device_is_unavailable(breaking: Breaking) -> None:
+    with breakable(breaking, device="cpu") as engine:
+
+        async def scenario() -> list[BaseException | Answer]:
+            held, release = threading.Event(), threading.Event()
+            holding = engine.stations[0].runner.call(lambda: (held.set(), release.wait(30)))
+            await asyncio.to_thread(held.wait, 30)
+            asked = [asyncio.create_task(engine.attribute(Request(PICTURE))) for _ in range(20)]
+            await until(lambda: engine.n_unanswered == 20)
+            breaking.armed = True
+            release.set()
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+            holding.result(30)
+            return answers
+
+        assert [type(each) for each in asyncio.run(scenario())] == [Unavailable] * 20
+
+
+def test_a_server_whose_only_device_is_lost_says_so(breaking: Breaking, tmp_path: Path) -> None:
+    with serving(breakable(breaking, device="cpu"), f"unix:{tmp_path}/socket") as server:
+        health = health_pb2_grpc.HealthStub(server.channel)
+        watching = health.Watch(health_pb2.HealthCheckRequest(service="model/model"), timeout=TIMEOUT_S)
+        assert next(watching).status == health_pb2.HealthCheckResponse.SERVING
+        breaking.armed = True
+        for _ in range(2):
+            with pytest.raises(grpc.RpcError, match="cpu has failed") as caught:
+                server.stub.Attribute(asking(PICTURE), timeout=TIMEOUT_S)
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert next(watching).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        watching.cancel()
+
+
+def test_a_device_that_is_found_lost_while_a_model_is_loaded_takes_no_request(breaking: Breaking) -> None:
+    with breakable(breaking) as engine:
+        here = engine.stations[0]
+        ended = threading.Event()
+        engine.on_change = ended.set
+        with pytest.raises(breaking.error):
+            here.in_turn(lambda: breaking.broken.add(threading.current_thread()) or breaking.check())
+        assert ended.wait(30)
+        assert not here.moves
+        assert not asyncio.run(engine.attribute(Request(PICTURE))).failures
+
+
+def test_a_device_that_works_after_an_error_is_kept(breaking: Breaking) -> None:
+    n_checks = 0
+
+    def check(device: torch.device) -> None:
+        nonlocal n_checks
+        n_checks += 1
+        if n_checks == 1:  # CUDA tells of some errors twice
+            raise breaking.error(ILLEGAL)
+
+    engine = breakable(breaking, device="cpu")
+    with engine:
+        engine.stations[0].runner.check = check
+        breaking.armed = True
+        assert [each.code for each in asyncio.run(engine.attribute(Request(PICTURE))).failures] == [INTERNAL]
+        breaking.armed = False
+        breaking.broken.clear()
+        assert not asyncio.run(engine.attribute(Request(PICTURE))).failures
+    assert n_checks == 2

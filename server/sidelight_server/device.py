@@ -55,6 +55,13 @@ def make_deterministic(device: torch.device) -> None:
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
+def check_works(device: torch.device) -> None:
+    """Compute something tiny on a device, and wait for it. Raises what torch raises where that cannot be done."""
+    torch.zeros(1, device=device).add_(1).cpu()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def cpu_quota() -> int:
     """Return how many CPUs this process may keep busy: its affinity, and within that its cgroup's quota."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

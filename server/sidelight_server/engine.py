@@ -21,7 +21,7 @@ import torch
 from .attribution import Answer, Provenance, Request, Timing
 from .config import ModelSettings, Settings
 from .device import choose_devices, cpu_quota, make_deterministic
-from .errors import Unavailable
+from .errors import SidelightError, Unavailable
 from .logs import Event
 from .methods.method import Shape
 from .models.model import Model
@@ -130,11 +130,12 @@ class Engine:
     def _abandon(self, station: Station) -> None:
         """Fail what is unanswered at a station: the thread that would answer it has ended."""
         unanswered = [(work, answered) for work, (answered, at) in list(self._unanswered.items()) if at is station]
-        if not self._closing.is_set():
+        if not (self._closing.is_set() or station.runner.loss):  # of a lost device the log has the cause
             log.critical(Event("device_thread_ended", device=station.device, unanswered=len(unanswered)))
         for work, answered in unanswered:
             work.cancel()
-            _call_from_thread(answered, lambda each: each.set_exception(Unavailable("the server is shutting down")))
+            failure = station.runner.unavailable("the server is shutting down")
+            _call_from_thread(answered, functools.partial(_set_failed, error=failure))
         self.on_change()
 
     @property
@@ -304,6 +305,10 @@ def _from_thread(loop: asyncio.AbstractEventLoop, told: Callable[[], None]) -> C
 
 def _set_done(answered: asyncio.Future[None]) -> None:
     answered.set_result(None)
+
+
+def _set_failed(answered: asyncio.Future[None], *, error: SidelightError) -> None:
+    answered.set_exception(error)
 
 
 def _call_from_thread(answered: asyncio.Future[None], settle: Callable[[asyncio.Future[None]], None]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from .chunk import Chunk, to_host
+from .device import check_works
 from .errors import Internal, ResourceExhausted, SidelightError, Unavailable
 from .histogram import Histogram
 from .job import Job, Result, Row
@@ -25,6 +26,9 @@ from .work import Work
 
 log = logging.getLogger("sidelight")
 
+# What is said by those that have no exception of their own: the CPU's allocator, CUDA itself, and its libraries.
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
 CHUNK_ROWS = tuple(2**power for power in range(13))  # bounds of a histogram
 
 Taken = tuple[Work, Row]
@@ -32,12 +36,17 @@ _Flight = tuple[list[Taken], Chunk | SidelightError]
 _Value = TypeVar("_Value")
 
 
+class DeviceLostError(Exception):
+    """The device does nothing more for this process, as CUDA has it after an illegal access to memory."""
+
+
 class Runner:
     """The owner of a device, of its ring and of its staging.
 
     At most `depth` chunks are at the device. A failing chunk is split until the bad example is alone, and only that one
-    fails. A chunk that does not fit into the device's memory is halved, and no larger one is tried again. `on_end` is
-    called when the thread has ended, for whatever reason: what is unanswered then will stay so.
+    fails. A chunk that does not fit into the device's memory is halved, and no larger one is tried again. After an
+    error that is not foreseen the device is checked, by `check`; if it fails, the device is lost, and the thread ends.
+    `on_end` is called when the thread has ended, for whatever reason: what is unanswered then will stay so.
     """
 
     def __init__(
@@ -48,7 +57,12 @@ class Runner:
         depth: int = 0,
         stuck_s: float = 0.0,
         on_end: Callable[[], None] = lambda: None,
+        check: Callable[[torch.device], None] = check_works,
     ) -> None:
+        self.check = check
+        # Why the device is lost, if it is. Its traceback keeps the tensors of the failed pass alive: to give memory
+        # back to a device in that state may abort the process.
+        self.loss: DeviceLostError | None = None
         self._device = device
         self._threads = threads
         # A GPU computes one chunk while the host reads the one before; a CPU would only have taken its rows too early.
@@ -105,6 +119,7 @@ class Runner:
                 future.set_result(errand())
             except BaseException as error:
                 future.set_exception(error)
+                self._check_device(error)
 
         with self._changed:
             self._refuse_if_ended()
@@ -123,7 +138,11 @@ class Runner:
 
     def _refuse_if_ended(self) -> None:
         if not self.is_alive:
-            raise Unavailable("the server is not running, or is shutting down")
+            raise self.unavailable("the server is not running, or is shutting down")
+
+    def unavailable(self, otherwise: str) -> Unavailable:
+        """Return what to tell a caller once the thread has ended: that the device is lost, or something else."""
+        return Unavailable(f"the server's device {self._device} has failed" if self.loss else otherwise)
 
     def _run(self) -> None:
         # OpenMP keeps the number for each thread, but torch hands it on to threads that begin later: only if need be.
@@ -134,12 +153,16 @@ class Runner:
         try:
             while self._step():
                 pass
+        except DeviceLostError as lost:
+            self.loss = lost
+            log.critical(Event("device_lost", device=self._device, message=str(lost)), exc_info=lost.__cause__)
         finally:
+            self.pulse.rest(counts=False)  # it has ended, and is not stuck
             with self._changed:
                 self._closed = True
             for _, future in self._errands:  # whoever waits for one would wait for ever
                 if future.set_running_or_notify_cancel():
-                    future.set_exception(Unavailable("the server is shutting down"))
+                    future.set_exception(self.unavailable("the server is shutting down"))
             self._on_end()
 
     def _step(self) -> bool:
@@ -249,7 +272,7 @@ class Runner:
             work.settle(job, map_, result, probabilities)
 
     def _understand(self, work: Work, job: Job, error: BaseException, *, n_rows: int = 1) -> SidelightError:
-        """Return what to tell a caller, and tell the log why."""
+        """Return what to tell a caller, and tell the log why. `DeviceLostError` where the device is lost."""
         name, place = work.model.name, job.place
         if isinstance(error, SidelightError):
             if isinstance(error, Internal) and n_rows == 1:
@@ -260,9 +283,22 @@ class Runner:
             whose = {"id": work.id, "example": place} if n_rows == 1 else {}  # a chunk of several is tried again
             log.warning(Event("out_of_memory", model=name, rows=n_rows, **whose))
             return ResourceExhausted(f'model "{name}": out of device memory on one example')
+        self._check_device(error)
         if n_rows == 1:
             log.error(Event("model_failed", model=name, id=work.id, example=place), exc_info=error)
         return Internal(f'model "{name}" failed on example {place}; the server\'s log has the cause')
+
+    def _check_device(self, error: BaseException) -> None:
+        """Raise `DeviceLostError` where the device does nothing more, after an error that nobody foresaw."""
+        for is_last in (False, True):  # the first check may be told of the same error again, and the device go on
+            try:
+                self.check(self._device)
+                return
+            except BaseException as failure:
+                if _is_out_of_memory(failure):
+                    return
+                if is_last:
+                    raise DeviceLostError(str(failure).partition("\n")[0]) from error
 
     def _split(self, rows: Sequence[Taken], failure: SidelightError) -> None:
         """Fail a row that is alone; else try both halves, and after a lack of memory never more than that."""
@@ -289,5 +325,6 @@ def _tell(rows: Sequence[Taken], chunk: Chunk) -> None:
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    # The CPU's allocator has no exception of its own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(each in str(error) for each in _OUT_OF_MEMORY)
