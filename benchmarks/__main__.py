@@ -17,6 +17,7 @@ from sidelight_server.device import cpu_quota
 
 from . import (
     captum,
+    contention,
     counting,
     fairness,
     fidelity,
@@ -36,6 +37,7 @@ MODULES = {
     module.__name__.rpartition(".")[2]: module
     for module in (
         kernel,
+        contention,
         service,
         transport,
         counting,

@@ -80,6 +80,7 @@ FLAGS = {
     "stuck_s": (["--stuck-s", "5"], 5.0),
     "device": (["--device=cpu"], "cpu"),
     "threads": (["--threads", "3"], 3),
+    "dedicated_cpus": (["--dedicated-cpus"], True),
     "max_chunk_rows": (["--max-chunk-rows", "16"], 16),
     "max_chunk_s": (["--max-chunk-s", "0.1"], 0.1),
     "device_memory_limit": (["--device-memory-limit", "1000000"], 1_000_000),

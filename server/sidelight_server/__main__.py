@@ -7,6 +7,7 @@ import sys
 
 from .errors import ConfigurationError
 from .logs import Event, configure
+from .openmp import sleep_soon
 from .probe import is_probe, probe
 
 INTERRUPTED = 128 + 2  # as a shell says it
@@ -21,9 +22,7 @@ def main() -> int:
     """
     if is_probe(sys.argv[1:]):
         return probe(sys.argv[1:])
-    # Not before: they bring torch, which takes a probe's second.
-    from .config import misspelt_variables, read_settings
-    from .server import load, serve_until_signal
+    from .config import misspelt_variables, read_settings  # not before: a probe needs none of it, and has little time
 
     configure()
     settings = None
@@ -31,6 +30,10 @@ def main() -> int:
     try:
         settings = read_settings(sys.argv[1:])
         configure(settings.log_format)
+        if not settings.dedicated_cpus:
+            sleep_soon()
+        from .server import load, serve_until_signal  # torch, and with it OpenMP, which reads its variables only now
+
         for warning in misspelt_variables():
             log.warning(Event("setting_ignored", message=warning))
         if not asyncio.run(serve_until_signal(load(settings))):

@@ -27,8 +27,7 @@ from .errors import ConfigurationError
 from .logs import LogFormat
 from .models.preprocessing import Interpolation
 from .models.spec import ModelSpec
-from .options import Precision
-from .scores import Activation, Outputs
+from .options import Activation, Outputs, Precision
 
 FILE = Path("sidelight.toml")
 SOURCES = "python:package.module:factory, export:FILE.pt2, torchscript:FILE, hf:DIR or onnx:FILE"
@@ -178,6 +177,9 @@ class Settings(ModelSettings):
 
     device: str = Field("auto", description="auto, cpu, cuda:N or mps; several with commas share the work")
     threads: int = Field(0, ge=0, description="CPU threads of one operation; 0: the CPUs that this process may use")
+    dedicated_cpus: bool = Field(
+        False, description="no other process needs these CPUs: OpenMP's threads keep spinning while they wait for work"
+    )
 
     max_message_bytes: int = Field(64 * MEBIBYTE, ge=4096, le=2**31 - 1, description="bytes of a message, each way")
     max_in_flight: int = Field(256, ge=1, description="batches at work at once, over all callers")

@@ -26,6 +26,9 @@ def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> 
     `model` is a module, a `ModelSpec` or a source; several are given as `models={name: {"model": source, …}}` instead.
     `settings` are those of `Settings`. Neither variables nor a file are read. The module is neither frozen, moved nor
     switched.
+
+    OpenMP is the process's own: where other processes use the same cores, set `GOMP_SPINCOUNT=1000` in the environment
+    before torch is imported, as `sidelight-server` does; `dedicated_cpus` has no effect here.
     """
     try:
         chosen = Settings(**settings)

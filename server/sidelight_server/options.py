@@ -1,17 +1,14 @@
-"""Options of the kernel: what an operator may choose to be faster, at the cost of a map's last digits."""
+"""What an operator may say of a model: how its outputs are read, and what makes its kernel faster but less exact.
+
+The settings are made of these before torch is loaded, so nothing here may import it.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
-Precision = Literal["float32", "bfloat16", "float16"]
-
-DTYPES: dict[Precision, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+Outputs = Literal["logits", "probabilities"]  # what a model returns
+Activation = Literal["softmax", "sigmoid"]  # classes that exclude each other, or do not
+Precision = Literal["float32", "bfloat16", "float16"]  # names of torch's types
 
 
 @dataclass(frozen=True, slots=True)

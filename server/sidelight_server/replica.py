@@ -15,7 +15,7 @@ from .errors import ConfigurationError
 from .folding import COMPUTING, fold
 from .models.adapter import Adapter
 from .models.weights import Watch, address
-from .options import DTYPES, KernelOptions
+from .options import KernelOptions
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
@@ -139,7 +139,7 @@ class Replica:
         self._isolation = isolation
         self._holds_copies = False
         self._seen = watch.look()
-        self.dtype = DTYPES[options.precision] if options.precision else weights_dtype(watch.module)
+        self.dtype = getattr(torch, options.precision) if options.precision else weights_dtype(watch.module)
         self.n_folded = 0
         self._make()
 

@@ -2,16 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from .attribution import Aim, Score
 from .errors import FailedPrecondition, InvalidArgument
-
-Outputs = Literal["logits", "probabilities"]  # what a model returns
-Activation = Literal["softmax", "sigmoid"]  # classes that exclude each other, or do not
+from .options import Activation, Outputs
 
 # A probability's gradient carries the factor p (1 − p). Where that is below this, float32 has lost most of it.
 SATURATION = 1e-6

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
+from ..options import Activation, Outputs
 from ..probes import layers_of
-from ..scores import Activation, Head, Outputs
+from ..scores import Head
 from .adapter import Adapter, Labels, items, told
 from .spec import ModelSpec
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ..errors import ConfigurationError
-from ..options import DTYPES, KernelOptions, Precision
-from ..scores import Activation, Outputs
+from ..options import Activation, KernelOptions, Outputs, Precision
 from .preprocessing import Interpolation
+
+if TYPE_CHECKING:
+    from torch import nn
 
 Resize = int | Literal["exact", "none"]
 Constant = bool | int | float | str
@@ -23,7 +23,7 @@ class ModelSpec:
     floating arrays of any shape, and neither files nor pixels.
     """
 
-    module: nn.Module
+    module: "nn.Module"
     input_size: tuple[int, int, int] | None = None  # C, H, W
     trial_size: tuple[int, int, int] | None = None  # C, H, W that a model is tried with; None: the input size
     mean: Sequence[float] | None = None  # one for each channel; None: 0
@@ -75,6 +75,8 @@ class ModelSpec:
 
     def _check(self) -> None:
         """Refuse what is no value of its field: a factory is the operator's own code, and seldom checked by types."""
+        from torch import nn
+
         if not isinstance(self.module, nn.Module):
             raise ConfigurationError(f"module: got {type(self.module).__name__}, expected a torch.nn.Module")
         if self.name is not None and not isinstance(self.name, str):
@@ -83,8 +85,9 @@ class ModelSpec:
             raise ConfigurationError(f'outputs: got {self.outputs!r}, expected "logits" or "probabilities"')
         if self.activation not in (None, "softmax", "sigmoid"):
             raise ConfigurationError(f'activation: got {self.activation!r}, expected "softmax" or "sigmoid"')
-        if self.precision not in (None, *DTYPES):
-            raise ConfigurationError(f"precision: got {self.precision!r}, expected one of {', '.join(DTYPES)}")
+        precisions = get_args(Precision)
+        if self.precision not in (None, *precisions):
+            raise ConfigurationError(f"precision: got {self.precision!r}, expected one of {', '.join(precisions)}")
         if isinstance(self.labels, str) or not all(isinstance(label, str) for label in self.labels or ()):
             raise ConfigurationError("labels: expected a list of texts, one for each class")
 

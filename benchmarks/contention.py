@@ -1,0 +1,127 @@
+"""A kernel that shares its cores: how long OpenMP's threads should spin, alone and beside one and three busy processes.
+
+OpenMP reads its variables once, so each policy has a process of its own. They take turns, so that each meets the same
+neighbors. A neighbor is a torch process that never rests, under OpenMP's own policy.
+"""
+
+import contextlib
+import functools
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+from sidelight_server.openmp import SPIN_COUNT, VARIABLES
+
+from .measure import Line, in_turns, ratio
+
+POLICIES: dict[str, dict[str, str]] = {
+    "OpenMP's own": {"GOMP_SPINCOUNT": "300000"},  # said, since `benchmarks` would put in another where nothing is said
+    "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "100 spins": {"GOMP_SPINCOUNT": "100"},
+    "1,000 spins": {"GOMP_SPINCOUNT": "1000"},
+    "10,000 spins": {"GOMP_SPINCOUNT": "10000"},
+}
+OURS = f"{SPIN_COUNT:,} spins"
+CHUNKS = {"ResNet-18": 4, "a small CNN": 50}  # a turn of each policy, some tenths of a second to seconds
+NEIGHBORS = (0, 1, 3)
+ROUNDS = 9
+ALONE_GOAL = 0.97
+BESIDE_ONE_GOAL = 1.5
+
+
+def run(rounds: int = ROUNDS) -> list[Line]:
+    """Measure every policy with every network and number of neighbors; judge ours against OpenMP's own."""
+    return [line for network in CHUNKS for n in NEIGHBORS for line in _compared(network, n, rounds)]
+
+
+def _compared(network: str, n_neighbors: int, rounds: int) -> list[Line]:
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(_process("work", network, POLICIES[name])) for name in POLICIES}
+        for _ in range(n_neighbors):
+            stack.enter_context(_process("disturb", network, POLICIES["OpenMP's own"]))
+        rivals = {name: functools.partial(_turn, worker) for name, worker in workers.items()}
+        seconds = in_turns(rivals, rounds=rounds)
+    own = seconds["OpenMP's own"]
+    where = {0: "alone", 1: "beside one busy process"}.get(n_neighbors, f"beside {n_neighbors} busy processes")
+    goal = {0: ALONE_GOAL, 1: BESIDE_ONE_GOAL}.get(n_neighbors) if network == "ResNet-18" else None
+    return [
+        Line(
+            what=f"kernel of {network}, {where}: {name} over OpenMP's own policy",
+            figure=(times := ratio(own, taken)),
+            unit="×",
+            goal=f"≥ {goal:g}" if goal and name == OURS else "told",
+            met=not goal or name != OURS or times >= goal,
+            detail=f"{statistics.median(taken):.2f} s a turn, {statistics.median(own):.2f} s with OpenMP's own",
+        )
+        for name, taken in seconds.items()
+        if taken is not own
+    ]
+
+
+@contextlib.contextmanager
+def _process(role: str, network: str, policy: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
+    """Run this module as a process under a policy, and wait until it is warm."""
+    command = [sys.executable, "-c", f"from benchmarks import contention; contention.{role}({network!r})"]
+    environment = {name: each for name, each in os.environ.items() if name not in VARIABLES} | policy
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def _turn(worker: "subprocess.Popen[str]") -> None:
+    assert worker.stdin
+    assert worker.stdout
+    worker.stdin.write("\n")
+    worker.stdin.flush()
+    assert worker.stdout.readline() == "done\n"
+
+
+def work(network: str) -> None:
+    """Run the same number of chunks for each line that comes in."""
+    chunk = _chunk(network)
+    for _ in range(CHUNKS[network]):
+        chunk()
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        for _ in range(CHUNKS[network]):
+            chunk()
+        print("done", flush=True)
+
+
+def disturb(network: str) -> None:
+    """Compute without end."""
+    chunk = _chunk(network)
+    chunk()
+    print("ready", flush=True)
+    while True:
+        chunk()
+
+
+def _chunk(network: str) -> Callable[[], object]:
+    import torch
+    from sidelight_server.attribution import PREDICTED, Score
+    from sidelight_server.device import cpu_quota
+    from sidelight_server.kernel import Kernel
+    from torch import nn
+
+    from .nets import SIZE, resnet18
+
+    torch.set_num_threads(cpu_quota())
+    if network == "ResNet-18":
+        module, size = resnet18().module, SIZE
+    else:
+        module, size = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+        ), 32  # fmt: skip
+    images = torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+    kernel = Kernel(module, device=torch.device("cpu"))
+    return functools.partial(kernel.run, images, [PREDICTED] * 8, [Score.PROBABILITY] * 8)

@@ -1,0 +1,48 @@
+"""OpenMP's threads in the server's process sleep soon, unless somebody says otherwise. The library itself tells."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from sidelight_server.openmp import SPIN_COUNT, VARIABLES
+
+TIMEOUT_S = 60
+
+
+def spin_count(*flags: str, **variables: str) -> int:
+    """Start a server that finds no model, with OpenMP told to print its settings when it is loaded."""
+    environment = {name: each for name, each in os.environ.items() if name not in VARIABLES}
+    command = [sys.executable, "-m", "sidelight_server", "--model", "python:no_such_module:factory", *flags]
+    ended = subprocess.run(
+        command,
+        env=environment | variables | {"OMP_DISPLAY_ENV": "VERBOSE"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert "no_such_module" in ended.stderr
+    told = re.search(r"GOMP_SPINCOUNT = '(\d+)'", ended.stderr)
+    if told is None:
+        pytest.skip("torch does not use GNU's OpenMP here")
+    return int(told[1])
+
+
+def test_threads_spin_briefly_by_default() -> None:
+    assert spin_count() == SPIN_COUNT
+
+
+def test_dedicated_cpus_keep_openmps_own_policy() -> None:
+    assert spin_count("--dedicated-cpus") > 100 * SPIN_COUNT
+
+
+def test_the_environments_own_choice_stays() -> None:
+    assert spin_count(OMP_WAIT_POLICY="PASSIVE") == 0
+    assert spin_count(GOMP_SPINCOUNT="77") == 77
+
+
+def test_settings_are_read_without_torch() -> None:
+    program = "import sys, sidelight_server.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False, timeout=TIMEOUT_S).returncode == 0
