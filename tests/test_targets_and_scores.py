@@ -215,28 +215,3 @@ def test_probabilities_have_no_logits(score: Score, x: Tensor) -> None:
         pytest.raises(FailedPrecondition, match=rf"no {score.value}; it has probability, log_probability"),
     ):
         ask(engine, x, score=score)
-
-
-class Certain(nn.Module):
-    """Three classes, the first of them ahead by as much as the first pixel says."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
-
-    def forward(self, x: Tensor) -> Tensor:
-        ahead = x[:, 0, 0, 0] * self.scale
-        return torch.stack([ahead, torch.zeros_like(ahead), -ahead], dim=1)
-
-
-@pytest.mark.parametrize("score", Score, ids=lambda score: score.value)
-def test_only_a_probability_that_is_all_but_0_or_1_is_saturated(score: Score) -> None:
-    ahead = torch.tensor([0.0, 2.0, 8.0, 17.0, 40.0, 200.0])  # e^−17 is 4e-8
-    with explaining(Certain()) as explain:
-        first = explain(ahead.view(-1, 1, 1, 1), Gradient(), target=0, score=score)
-        last = explain(ahead.view(-1, 1, 1, 1), Gradient(), target=2, score=score)
-    expected = [score is Score.PROBABILITY and each > 15 for each in ahead.tolist()]
-    assert [each.explained[0].saturated for each in first.explanations] == expected
-    # The last class's probability is e^−2·ahead of the first's: it is dead at 8 already.
-    expected = [score is Score.PROBABILITY and each > 7 for each in ahead.tolist()]
-    assert [each.explained[0].saturated for each in last.explanations] == expected

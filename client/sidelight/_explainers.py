@@ -74,7 +74,7 @@ class Local:
         server = self._server
         target = server.Dense(None) if classes is None else classes
         target = server.PerExample(tuple(target)) if isinstance(target, list) else target
-        request = server.Request(images, target=target, exact=True)
+        request = server.Request(images, target=target, exact=True, plain_head=True)
         try:
             with self._lock:
                 answer = self._ready(images.shape[1:]).attribute(request)

@@ -12,8 +12,8 @@ from ._targets import target_text
 from ._words import word
 
 SATURATED = (
-    "the probability is so near to 0 or 1 that its gradient is numerically dead, and the map mostly noise: "
-    'ask for score="logit"'
+    "the score is so flat here that its gradient is numerically dead, and the map mostly rounding: "
+    'ask for score="logit"; a model that returns probabilities is better served with its logits'
 )
 
 
@@ -41,7 +41,7 @@ class Explained:
     index: int
     label: str  # empty where the model has no labels
     score: float
-    saturated: bool  # the score is a probability so near to 0 or 1 that its gradient is numerically dead
+    saturated: bool  # the score's gradient is numerically dead wherever the method took it: the map is rounding
     against: int | None = None  # the other class of a contrast
 
     @classmethod
@@ -148,6 +148,7 @@ class Provenance:
     reproducible: bool  # equal provenance promises equal bytes
     baseline_digest: str  # SHA-256 of a baseline that was given as an array, else empty
     kernel_options: tuple[str, ...] = ()  # what the operator chose to be faster: "fold", "channels_last", "compile"
+    head_precision: str = ""  # of the score and its gradient at the model's outputs; empty from an older server
 
     @classmethod
     def of(cls, message: pb.Provenance) -> "Provenance":
@@ -168,6 +169,7 @@ class Provenance:
             reproducible=message.reproducible,
             baseline_digest=message.baseline_digest,
             kernel_options=tuple(message.kernel_options),
+            head_precision=message.head_precision,
         )
 
 

@@ -119,6 +119,7 @@ class Request:
     channels: Channels = Channels.MAX_ABS
     probabilities: bool = False
     exact: bool = False  # maps in float64, where the model computes in that
+    plain_head: bool = False  # scores in the type of the outputs, to be bit for bit what torch's autograd gives
     served: tuple[Choice, ...] = ()  # the classes that the caller's model server gave, one for each example, if told
 
 
@@ -128,7 +129,7 @@ class Explained:
 
     index: int
     score: float
-    saturated: bool
+    saturated: bool  # the gradient of the score is numerically dead wherever the map's method took it
     against: int | None = None
 
 
@@ -181,6 +182,7 @@ class Provenance:
     model_version: int
     model_digest: str
     precision: str
+    head_precision: str
     kernel_options: tuple[str, ...]
     device: str
     threads: int

@@ -32,6 +32,7 @@ class Chunk:
             [work.request.score for work, _ in rows] + [work.request.score] * padding,
             probe=work.request.method.probe,
             gradient=first.sweep.gradient,
+            plain_head=work.request.plain_head,
         )
         model.learn_output(self._answer.output_shape)
         self._facts = staging.leave(_facts(self._answer))
@@ -46,7 +47,7 @@ class Chunk:
         """Return what each row gave."""
         answer, rows = self._answer, range(len(self._mapped))
         maps = self._maps.wait() if self._maps else None
-        predicted, explained, scores, probable = self._facts.wait().tolist()
+        predicted, explained, scores, probable, is_dead = self._facts.wait().tolist()
         return [
             Reading(
                 input=self._inputs[i],
@@ -54,6 +55,7 @@ class Chunk:
                 probability=probable[i],
                 explained=int(explained[i]),
                 score=scores[i],
+                is_dead=bool(is_dead[i]),
                 probabilities=answer.probabilities[i],
                 gradient=None if answer.gradients is None else answer.gradients[i],
                 activation=None if answer.activations is None else answer.activations[i],
@@ -98,10 +100,11 @@ def _staged(rows: Sequence[Row], model: Model, staging: Staging) -> Tensor:
 
 
 def _facts(answer: Gradients) -> Tensor:
-    """Return what the host must know of each row, [4, n]: one small tensor crosses the bus instead of four."""
+    """Return what the host must know of each row, [5, n]: one small tensor crosses the bus instead of five."""
     probability = answer.probabilities.gather(1, answer.predicted[:, None])[:, 0]  # [n]
     wide = torch.float64 if answer.scores.dtype == torch.float64 else torch.float32  # holds every class number exactly
-    return torch.stack([each.to(wide) for each in (answer.predicted, answer.explained, answer.scores, probability)])
+    facts = answer.predicted, answer.explained, answer.scores, probability, answer.is_dead
+    return torch.stack([each.to(wide) for each in facts])
 
 
 def to_host(results: Sequence[Result], staging: Staging) -> list[Array]:

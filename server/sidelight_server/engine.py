@@ -274,6 +274,7 @@ class Engine:
                 model_version=model.version,
                 model_digest=model.digest,
                 precision=model.precision,
+                head_precision=model.kernel.head_precision(work.request.score, plain_head=work.request.plain_head),
                 kernel_options=model.kernel.options.names,
                 device=str(model.kernel.device),
                 threads=self.threads,

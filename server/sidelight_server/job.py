@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .attribution import Aim, Array, Convergence, Dense, Explained, Request, Score, Target
+from .attribution import Aim, Array, Convergence, Dense, Explained, Request, Target
 from .errors import Internal, InvalidArgument
 from .methods.method import Example, Improved, Outcome, Reading, Sweep, read
 from .models.model import Model
 from .preparation import Prepared, not_dense
-from .scores import SATURATION
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +56,7 @@ class Job:
         self._prepared = prepared
         self._is_watched = is_watched and not prepared.top_k
         self._n_rows = 0
+        self._n_gradients = self._n_dead = 0  # rows that were differentiated for the class in progress
         self._n_taken = self._n_folded = 0
         self._steps = self._explain()
         self._sweep: Sweep | None = None
@@ -90,6 +90,8 @@ class Job:
         if not (math.isfinite(reading.score) and math.isfinite(reading.probability)):
             raise self.not_finite()
         self._n_rows += 1
+        self._n_gradients += row.sweep.gradient
+        self._n_dead += row.sweep.gradient and reading.is_dead
         row.sweep.fold(row.index, reading)
         self._n_folded += 1
         if self._n_folded == row.sweep.count:
@@ -120,10 +122,12 @@ class Job:
         explained: list[Explained] = []
         for aim in self._aims(first, top_k):
             self.aim = aim
+            if top_k:
+                self._n_gradients = self._n_dead = 0
             start = (yield from read(first.input, gradient=method.begins_with_gradient)) if top_k else first
-            explained.append(self._explained(start))
             steps = method.run(Example(first.input, self.place, self._model.black, start, self._is_watched))
-            outcome = self._finished((yield from self._watched(steps, first, tuple(explained))))
+            outcome = self._finished((yield from self._watched(steps, first)))
+            explained.append(self._explained(start))
             # Of many maps none keeps the memory of the chunk that it is a view of.
             finished.append(replace(outcome, attribution=outcome.attribution.clone()) if top_k else outcome)
         self.result = self._result(first, tuple(explained), finished)
@@ -133,14 +137,14 @@ class Job:
         return [replace(self.aim, positive=each) for each in classes]
 
     def _watched(
-        self, steps: Generator[Sweep | Improved, None, Outcome], first: Reading, explained: tuple[Explained, ...]
+        self, steps: Generator[Sweep | Improved, None, Outcome], first: Reading
     ) -> Generator[Sweep, None, Outcome]:
         """Pass a method's sweeps on, and take what has improved as a result that is not final."""
         try:
             while True:
                 step = next(steps)
                 if isinstance(step, Improved):
-                    so_far = self._result(first, explained, [self._finished(step.outcome)])
+                    so_far = self._result(first, (self._explained(first),), [self._finished(step.outcome)])
                     self.result = replace(so_far, is_final=False)
                 else:
                     yield step
@@ -165,10 +169,9 @@ class Job:
         )
 
     def _explained(self, reading: Reading) -> Explained:
-        # Neither a difference nor a dense output's sum is a probability.
-        is_one = self.aim.negative is None and len(self._model.output_shape) == 1
-        dead = self._request.score is Score.PROBABILITY and is_one and reading.score * (1 - reading.score) < SATURATION
-        return Explained(reading.explained, reading.score, dead, self.aim.negative)
+        # Where one gradient is alive, as it is somewhere on a path from another class, it is what the map is made of.
+        is_saturated = 0 < self._n_gradients == self._n_dead
+        return Explained(reading.explained, reading.score, is_saturated, self.aim.negative)
 
     def _convergence(self, outcomes: list[Outcome]) -> Convergence:
         """Return how good the worst of the maps is."""

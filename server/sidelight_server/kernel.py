@@ -22,6 +22,8 @@ from .probes import Guided, capture, chosen_layer, layers_of
 from .replica import SHARED, Isolation, Replica, replicate, weights_dtype
 from .scores import Head
 
+_Read = Callable[[Tensor], "tuple[Gradients, Tensor | None]"]  # outputs, to what they say and gradients at them
+
 LEAST_EXPONENT = -125  # of a power of two whose inverse float32 holds too
 
 
@@ -30,11 +32,13 @@ class Gradients:
     """What one run of the kernel gives, on the device."""
 
     explained: Tensor  # [n], class indices
-    scores: Tensor  # [n]
+    scores: Tensor  # [n], as a rule float64
+    is_dead: Tensor  # bool, [n]: whether the gradient that was sent back is numerically nothing
     predicted: Tensor  # [n], class indices
     probabilities: Tensor  # [n, K]
     output_shape: tuple[int, ...]  # K, or K, h, w
-    gradients: Tensor | None = None  # [n, C, H, W], or [n, c, h, w] of a layer; None where none was wanted
+    # In no less than float32: [n, C, H, W], or [n, c, h, w] of a layer; None where none was wanted
+    gradients: Tensor | None = None
     activations: Tensor | None = None  # [n, c, h, w] of a layer
 
 
@@ -112,102 +116,108 @@ class Kernel:
         *,
         probe: Probe = None,
         gradient: bool = True,
+        plain_head: bool = False,
     ) -> Gradients:
         """Return what each row, [C, H, W] of inputs, says of its own score of its own aim, and its gradient.
 
-        A class beyond K is clamped: the caller, who learns K from the answer, refuses that row.
+        A class beyond K is clamped: the caller, who learns K from the answer, refuses that row. With a plain head every
+        score is computed in the type of the outputs, as `torch.autograd` by itself does; see `Head.read`.
         """
         if self._replica.is_stale:
             self._replica.refresh()
             self._hooked_replica = self._recordings = None
         inputs = inputs.detach()
+
+        def read(outputs: Tensor) -> tuple[Gradients, Tensor | None]:
+            return self._read(outputs, aims, wanted, gradient=gradient, plain_head=plain_head)
+
         if not gradient:
             with torch.no_grad():
                 outputs = self._recorded.of(inputs).outputs(inputs) if self._records else self.outputs_of(inputs)
-                return self._read(outputs, aims, wanted)[0]
+                return read(outputs)[0]
         match probe:
             case Layer(name):
-                return self._at_layer(inputs, aims, wanted, name)
+                return self._at_layer(inputs, read, name)
             case Rectifiers.GUIDED:
                 plain = self._replica.plain
                 with Guided() as guided:  # which a compiled module does not see: its own module runs instead
-                    read = self._at_input(inputs, aims, wanted, module=getattr(plain, "_orig_mod", plain))
+                    answer = self._at_input(inputs, read, module=getattr(plain, "_orig_mod", plain))
                 if not guided.n_rectifiers:
                     raise FailedPrecondition("method.guided_backpropagation: the model has no rectifier to guide")
-                return read
+                return answer
             case None if self._records:
-                return self._replayed(inputs, aims, wanted)
+                return self._replayed(inputs, read)
             case None:
-                return self._at_input(inputs, aims, wanted)
+                return self._at_input(inputs, read)
 
     def layers(self, inputs: Tensor) -> dict[str, tuple[int, int]]:
         """Return the layers that can be probed with such inputs, in the order in which they end: their h and w."""
         with torch.no_grad():
             return layers_of(self._hooked, lambda: self._adapter.call(self._hooked, self._arranged(inputs.clone())))
 
+    def head_precision(self, score: Score, *, plain_head: bool) -> str:
+        """Return the type that a score and its gradient at the outputs are computed in, as provenance tells it."""
+        outputs = self.dtype if plain_head else torch.promote_types(self.dtype, torch.float32)
+        return self.head.precision(score, outputs=outputs, device=self.device, is_plain=plain_head)
+
     def outputs_of(self, inputs: Tensor, *, module: nn.Module | None = None) -> Tensor:
         """Return the module's outputs, [n, K] or [n, K, h, w]."""
         # Not `module or …`: a compiled one's truth is its length, which it has none of.
         return self._widened(self._call(inputs, self._replica.module if module is None else module))
 
-    def _at_input(
-        self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], *, module: nn.Module | None = None
-    ) -> Gradients:
+    def _at_input(self, inputs: Tensor, read: _Read, *, module: nn.Module | None = None) -> Gradients:
         inputs.requires_grad_()
         with torch.enable_grad():
             outputs = self.outputs_of(inputs, module=module)
-            read, selected = self._read(outputs, aims, wanted)
-            gradients = self._gradients(selected, outputs, inputs)
-        return replace(read, gradients=gradients)
+        answer, sent = read(outputs)
+        return replace(answer, gradients=self._gradients(sent, outputs, inputs))
 
-    def _gradients(self, selected: Tensor, outputs: Tensor, leaf: Tensor) -> Tensor:
-        """Return the gradient of each row's score at a leaf of the graph, in the type of points."""
-        if self.compute_dtype != torch.float16:
-            (gradients,) = torch.autograd.grad(selected.sum(), leaf)
-            return gradients.to(self.dtype)
-        return self._sent_back(selected, outputs, lambda sent: torch.autograd.grad(outputs, leaf, grad_outputs=sent)[0])
+    def _gradients(self, sent: Tensor | None, outputs: Tensor, leaf: Tensor) -> Tensor:
+        """Return the gradients of scores at a leaf of the graph, given those at the outputs."""
+        return self._sent_back(sent, lambda each: torch.autograd.grad(outputs, leaf, each.to(outputs.dtype))[0])
 
-    def _replayed(self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score]) -> Gradients:
+    def _replayed(self, inputs: Tensor, read: _Read) -> Gradients:
         """Return what `_at_input` does, from recordings of the passes on both sides of the head."""
         recording = self._recorded.of(inputs)
-        with torch.enable_grad():
-            outputs = recording.outputs(inputs).requires_grad_()
-            read, selected = self._read(outputs, aims, wanted)
-            gradients = self._sent_back(selected, outputs, recording.gradients)
-        return replace(read, gradients=gradients)
+        answer, sent = read(recording.outputs(inputs))
+        return replace(answer, gradients=self._sent_back(sent, recording.gradients))
 
-    def _sent_back(self, selected: Tensor, outputs: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the gradients of scores where `back` takes those at the outputs to."""
-        (sent,) = torch.autograd.grad(selected.sum(), outputs)
-        if self.compute_dtype != torch.float16:
-            return back(sent).to(self.dtype)
+    def _sent_back(self, sent: Tensor | None, back: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the gradients of scores where `back` takes those at the outputs to, in no less than float32."""
+        assert sent is not None  # noqa: S101
+        if self.compute_dtype != torch.float16 or sent.dtype == torch.float16:
+            return _at_least_float32(back(sent))
         # A sure probability's gradient is less than float16 holds. So what goes back through the module is each row's
         # own, scaled by a power of two to about 1, and what comes out is scaled back, without another rounding.
         largest = sent.flatten(1).abs().amax(dim=1)  # [n]
         exponent = torch.frexp(largest).exponent.clamp(min=LEAST_EXPONENT)
         scale = torch.ldexp(torch.ones_like(largest), -exponent)
-        return _row_by_row(back(_row_by_row(sent, scale)).to(self.dtype), 1 / scale)
+        return _row_by_row(_at_least_float32(back(_row_by_row(sent, scale))), 1 / scale)
 
-    def _at_layer(self, inputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], name: str) -> Gradients:
+    def _at_layer(self, inputs: Tensor, read: _Read, name: str) -> Gradients:
         if not name:  # the last with spatial extent, which is not known beforehand if the model takes any size
             name = chosen_layer(name, self.layers(inputs[:1]), [])
         # The graph begins at the layer: what lies before it is run without one.
         with torch.enable_grad(), capture(self._hooked, name) as captured:
             outputs = self._widened(self._adapter(self._hooked, self._arranged(inputs.clone())))
-            read, selected = self._read(outputs, aims, wanted)
-            gradients = self._gradients(selected, outputs, captured.leaf[0])
-        return replace(read, gradients=gradients, activations=captured.leaf[0].detach().to(self.dtype))
+        leaf = captured.leaf[0]
+        answer, sent = read(outputs)
+        gradients = self._gradients(sent, outputs, leaf)
+        return replace(answer, gradients=gradients, activations=leaf.detach().to(self.dtype))
 
-    def _read(self, outputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score]) -> tuple[Gradients, Tensor]:
-        """Return what outputs say, and the scores, [n], with their graph."""
+    def _read(
+        self, outputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], *, gradient: bool, plain_head: bool
+    ) -> tuple[Gradients, Tensor | None]:
+        """Return what outputs say, and the gradients of the scores at them."""
+        values = outputs.detach() if plain_head else _at_least_float32(outputs.detach())
         with torch.no_grad():
-            detached = outputs.detach()
-            probabilities = self.head.probabilities(detached)  # [n, K]
-            predicted = self.head.predicted(detached, probabilities)
+            probabilities = self.head.probabilities(values)  # [n, K]
+            predicted = self.head.predicted(values, probabilities)
             explained = _classes(aims, predicted, probabilities.shape[1])
-        selected = self.head.select(outputs, explained, aims, wanted)
+        step = torch.finfo(self.compute_dtype).eps
+        said = self.head.read(values, explained, aims, wanted, gradient=gradient, is_plain=plain_head, step=step)
         shape = (probabilities.shape[1], *outputs.shape[2:])
-        return Gradients(explained, selected.detach(), predicted, probabilities, shape), selected
+        return Gradients(explained, said.scores, said.is_dead, predicted, probabilities, shape), said.sent
 
     def _arranged(self, inputs: Tensor) -> Tensor:
         """Return inputs in the type and the layout that the module computes in: themselves, unless that is chosen."""
@@ -238,6 +248,10 @@ class Kernel:
         outputs = self._adapter(module, copied)
         self._copies_inputs = copied._version != before
         return outputs
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _row_by_row(rows: Tensor, factors: Tensor) -> Tensor:

@@ -192,6 +192,7 @@ def _facts(facts: Provenance) -> bytes:
         model_version=facts.model_version,
         model_digest=facts.model_digest,
         precision=facts.precision,
+        head_precision=facts.head_precision,
         device=facts.device,
         threads=facts.threads,
         chunk_rows=facts.chunk_rows,

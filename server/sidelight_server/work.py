@@ -68,13 +68,14 @@ class Work:
 
     @property
     def key(self) -> Hashable:
-        """What rows must share to run in one chunk: model version, shape, whether a gradient is wanted, and its probe.
+        """What rows must share to run in one chunk: model version, shape, head, whether a gradient is wanted, where.
 
         The type is the model's own: pixels and floats are the same once they are staged.
         """
         gradient = self._next().wants_gradient
         probe = self.request.method.probe if gradient else None
-        return self.model.name, self.model.version, self.prepared.shape, gradient, probe
+        request = self.request
+        return self.model.name, self.model.version, self.prepared.shape, request.plain_head, gradient, probe
 
     @property
     def cancelled(self) -> bool:

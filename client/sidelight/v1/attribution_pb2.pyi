@@ -1446,7 +1446,10 @@ class Explained(google.protobuf.message.Message):
     score: builtins.float
     """score is the number that was differentiated."""
     saturated: builtins.bool
-    """saturated says that the score is a probability so near to 0 or 1 that its gradient is numerically dead."""
+    """saturated says that the score's gradient at the model's outputs is numerically dead wherever the method took it, so
+    that the map is mostly rounding: a probability or its logarithm at log-odds beyond 66; where a model returns
+    probabilities, beyond 14 in float32, for it computed 1 − p itself. Never set for methods that take no gradient.
+    """
     against: builtins.int
     """against is the other class of a contrast."""
     def __init__(
@@ -1550,6 +1553,7 @@ class Provenance(google.protobuf.message.Message):
     REPRODUCIBLE_FIELD_NUMBER: builtins.int
     BASELINE_DIGEST_FIELD_NUMBER: builtins.int
     KERNEL_OPTIONS_FIELD_NUMBER: builtins.int
+    HEAD_PRECISION_FIELD_NUMBER: builtins.int
     model: builtins.str
     """model is the model's name."""
     model_version: builtins.int
@@ -1573,6 +1577,11 @@ class Provenance(google.protobuf.message.Message):
     baseline_digest: builtins.str
     """baseline_digest is the SHA-256 of a baseline that was given as a tensor, in hexadecimal; `method` holds it without
     its data.
+    """
+    head_precision: builtins.str
+    """head_precision is the type in which the score and its gradient at the model's outputs were computed: "float64";
+    "float32, float64 near saturation" for a probability, which beyond log-odds of 4 is computed in float64; or
+    "float32", as torch computes by itself.
     """
     @property
     def method(self) -> global___Method:
@@ -1608,9 +1617,10 @@ class Provenance(google.protobuf.message.Message):
         reproducible: builtins.bool = ...,
         baseline_digest: builtins.str = ...,
         kernel_options: collections.abc.Iterable[builtins.str] | None = ...,
+        head_precision: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["method", b"method", "target", b"target"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["baseline_digest", b"baseline_digest", "channels", b"channels", "chunk_rows", b"chunk_rows", "device", b"device", "kernel_options", b"kernel_options", "method", b"method", "model", b"model", "model_digest", b"model_digest", "model_version", b"model_version", "precision", b"precision", "reproducible", b"reproducible", "score", b"score", "software", b"software", "target", b"target", "threads", b"threads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["baseline_digest", b"baseline_digest", "channels", b"channels", "chunk_rows", b"chunk_rows", "device", b"device", "head_precision", b"head_precision", "kernel_options", b"kernel_options", "method", b"method", "model", b"model", "model_digest", b"model_digest", "model_version", b"model_version", "precision", b"precision", "reproducible", b"reproducible", "score", b"score", "software", b"software", "target", b"target", "threads", b"threads"]) -> None: ...
 
 global___Provenance = Provenance
 

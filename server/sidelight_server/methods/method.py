@@ -49,6 +49,7 @@ class Reading:
     probabilities: Tensor  # [K]
     gradient: Tensor | None = None  # [C, H, W], or [c, h, w] of a layer; None where it was not wanted
     activation: Tensor | None = None  # [c, h, w] of a layer
+    is_dead: bool = False  # whether the gradient of the score is numerically nothing
     map: Tensor | None = None  # float32 [H, W] on the host, where the largest absolute gradient is all that is wanted
 
     def kept(self) -> "Reading":
