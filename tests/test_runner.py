@@ -13,7 +13,10 @@ import torch
 from gate import Gate, Gated
 from models import small_cnn
 from sidelight_server import Engine, Files, IntegratedGradients, ModelSpec, Request, Settings
+from sidelight_server.ceiling import GOOD_CHUNKS, MOST_GOOD_CHUNKS, Ceiling
+from sidelight_server.models.model import Model
 from sidelight_server.runner import Runner
+from sidelight_server.warmup import warm_up
 from torch import Tensor, nn
 
 BAD = 255
@@ -91,6 +94,74 @@ def test_a_chunk_out_of_memory_is_halved_and_the_ceiling_remembered(images: np.n
     assert not first.failures
     assert max(module.sizes[tried:]) == 2
     np.testing.assert_allclose(again.maps, first.maps, rtol=0, atol=2e-6 * first.maps.max())
+
+
+def test_the_ceiling_rises_again_once_memory_is_there(images: np.ndarray, device: str) -> None:
+    module = Moody("good", fits=1)
+    engine = Engine([ModelSpec(module, input_size=(3, 32, 32))], Settings(device=device))
+    model = engine.model("")
+    module.armed = True
+    with engine:
+        answers = [asyncio.run(engine.attribute(Request(images)))]
+        assert model.chunk_rows == 1
+        module.fits = 100
+        while model.chunk_rows < 8 and len(module.sizes) < 200:
+            answers.append(asyncio.run(engine.attribute(Request(images))))
+    assert not any(answer.failures for answer in answers)
+    # Each size serves for a while before the next is tried.
+    assert [module.sizes[1:].count(n) >= GOOD_CHUNKS for n in (1, 2, 4)] == [True] * 3
+    assert model.chunk_rows == 8
+
+
+def test_a_size_that_never_fits_is_tried_ever_more_rarely() -> None:
+    ceiling, most, fits = Ceiling(), 8, 2
+    tried: list[int] = []
+    for n_chunks in range(10_000):
+        rows = ceiling.of(most)
+        if rows <= fits:
+            ceiling.passed(rows, most=most)
+            continue
+        tried.append(n_chunks)
+        while rows > fits:
+            rows //= 2
+            ceiling.lower(rows)
+        for _ in range(most // rows):  # the halves of the chunk
+            ceiling.passed(rows, most=most)
+    waits = np.diff(tried)
+    assert (waits[1:6] >= 1.5 * waits[:5]).all()
+    assert waits.max() <= MOST_GOOD_CHUNKS  # and yet never given up
+    assert len(tried) < 20
+
+
+def test_another_version_of_a_network_keeps_the_size_that_was_measured_not_the_lowered_one(device: str) -> None:
+    models = [Model(ModelSpec(small_cnn(), input_size=(3, 32, 32)), device=torch.device(device)) for _ in range(2)]
+    models[0].chunk_rows = 16
+    models[0].lacks_memory(above=4)
+    assert models[0].chunk_rows == 4
+    warm_up(models[1], before=models[0])
+    assert models[1].chunk_rows == 16
+
+
+def test_a_chunk_that_is_filled_up_fails_at_once_and_is_taken_again_when_memory_is_there(
+    images: np.ndarray, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With fewer rows it would be filled up to as many; without, the promise of equal bytes would be broken."""
+    module = Moody("good", fits=3)
+    settings = Settings(device=device, reproducible=True, reproducible_rows=4)
+    engine = Engine([ModelSpec(module, input_size=(3, 32, 32))], settings)
+    module.armed = True
+    with engine, caplog.at_level(logging.WARNING, "sidelight"):
+        answer = asyncio.run(engine.attribute(Request(images)))
+        assert module.sizes == [4, 4]
+        assert engine.model("").chunk_rows == 4
+        module.fits = 4
+        again = asyncio.run(engine.attribute(Request(images)))
+    assert [failure.code for failure in answer.failures] == [8] * 8
+    assert "out of device memory on 4 rows" in answer.failures[0].message
+    assert "reproducible_rows" in answer.failures[0].message
+    assert not again.failures
+    assert again.provenance.chunk_rows == 4
+    assert [message for message in caplog.messages if "event=out_of_memory" in message]
 
 
 def test_an_example_that_does_not_fit_alone_is_resource_exhausted(

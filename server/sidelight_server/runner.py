@@ -44,8 +44,9 @@ class Runner:
     """The owner of a device, of its ring and of its staging.
 
     At most `depth` chunks are at the device. A failing chunk is split until the bad example is alone, and only that one
-    fails. A chunk that does not fit into the device's memory is halved, and no larger one is tried again. After an
-    error that is not foreseen the device is checked, by `check`; if it fails, the device is lost, and the thread ends.
+    fails. A chunk that does not fit into the device's memory is halved, and no larger one is tried for a while: see
+    `Ceiling`. One that is filled up to a number of rows, for the same bytes in every company, fails. After an error
+    that is not foreseen the device is checked, by `check`; if it fails, the device is lost, and the thread ends.
     `on_end` is called when the thread has ended, for whatever reason: what is unanswered then will stay so.
     """
 
@@ -236,6 +237,7 @@ class Runner:
             except BaseException as error:
                 failure = self._understand(rows[0][0], rows[0][1].job, error, n_rows=len(rows))
         if failure is None:
+            rows[0][0].model.has_fitted(len(rows))
             self._fold(rows, readings)
             return
         # Past the except clause, where the traceback no longer keeps the failed pass's tensors alive.
@@ -280,9 +282,11 @@ class Runner:
             return error
         if _is_out_of_memory(error):
             self.n_out_of_memory += 1
+            filled = work.model.padded_rows
             whose = {"id": work.id, "example": place} if n_rows == 1 else {}  # a chunk of several is tried again
-            log.warning(Event("out_of_memory", model=name, rows=n_rows, **whose))
-            return ResourceExhausted(f'model "{name}": out of device memory on one example')
+            log.warning(Event("out_of_memory", model=name, rows=max(n_rows, filled), **whose))
+            what = f"{filled} rows, which it always runs at once (reproducible_rows)" if filled > 1 else "one example"
+            return ResourceExhausted(f'model "{name}": out of device memory on {what}')
         self._check_device(error)
         if n_rows == 1:
             log.error(Event("model_failed", model=name, id=work.id, example=place), exc_info=error)
@@ -301,17 +305,18 @@ class Runner:
                     raise DeviceLostError(str(failure).partition("\n")[0]) from error
 
     def _split(self, rows: Sequence[Taken], failure: SidelightError) -> None:
-        """Fail a row that is alone; else try both halves, and after a lack of memory never more than that."""
-        if isinstance(failure, ResourceExhausted) and self._device.type == "cuda":
+        """Fail a row that is alone; else try both halves, which for a while is the most where memory lacks."""
+        lacks_memory = isinstance(failure, ResourceExhausted)
+        if lacks_memory and self._device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(rows) == 1:
-            work, row = rows[0]
-            work.fail(row.job, failure)
+        model = rows[0][0].model
+        if len(rows) == 1 or (lacks_memory and model.padded_rows):  # a half would be filled up to as many rows again
+            for work, row in rows:
+                work.fail(row.job, failure)
             return
         half = len(rows) // 2
-        if isinstance(failure, ResourceExhausted):
-            model = rows[0][0].model
-            model.chunk_rows = min(model.chunk_rows, half)
+        if lacks_memory:
+            model.lacks_memory(above=half)
         for part in (rows[:half], rows[half:]):
             self._read(part, self._launch(part))
 

@@ -35,7 +35,7 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
         _check_promise(model, settings.reproducible_rows)
     elif model.is_tried and not settings.max_chunk_rows and not model.rows_touch:
         if before is not None and before.shapes == model.shapes and not before.rows_touch:
-            model.chunk_rows, model.warm_up = before.chunk_rows, before.warm_up
+            model.chunk_rows, model.warm_up = before.set_chunk_rows, before.warm_up
         else:
             model.chunk_rows, model.warm_up = choose_chunk_rows(
                 model, max_chunk_s=settings.max_chunk_s, device_memory_limit=settings.device_memory_limit

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..attribution import PREDICTED, Choice, Score
 from ..calibration import DEFAULT_CHUNK_ROWS, Trial
+from ..ceiling import Ceiling
 from ..config import ModelSettings
 from ..errors import ConfigurationError, InvalidArgument, NotFound, near
 from ..kernel import Kernel
@@ -84,6 +85,7 @@ class Model:
         self.adapter, self.head = detected.adapter, detected.head
         self.probed = detected.layers  # those that can be probed, if it was tried
         self.rows_touch = detected.rows_touch  # whether one row's outputs depend on its neighbours: then it runs alone
+        self._ceiling = Ceiling()
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
         with self._refusing("cannot be replicated and moved to the device"):
             self._weights = Weights(spec.module, facts=json.dumps(self._facts(), sort_keys=True))
@@ -175,6 +177,28 @@ class Model:
     def at_most(self, rows: int) -> int:
         """Return so many rows, or as many as the module takes at once."""
         return min(rows, self.adapter.most or rows)
+
+    @property
+    def chunk_rows(self) -> int:
+        """How many rows run at once at most: what was set, or fewer while memory lacks."""
+        return self._ceiling.of(self._chunk_rows)
+
+    @chunk_rows.setter
+    def chunk_rows(self, rows: int) -> None:
+        self._chunk_rows = rows
+
+    @property
+    def set_chunk_rows(self) -> int:
+        """How many rows run at once where memory allows it."""
+        return self._chunk_rows
+
+    def has_fitted(self, rows: int) -> None:
+        """Take note that so many rows ran at once. On the thread that owns the device, as `lacks_memory`."""
+        self._ceiling.passed(rows, most=self._chunk_rows)
+
+    def lacks_memory(self, *, above: int) -> None:
+        """Take note that more rows did not fit into memory: for a while they are not tried again."""
+        self._ceiling.lower(above)
 
     @property
     def digest(self) -> str:
