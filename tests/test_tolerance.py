@@ -1,5 +1,6 @@
 """Methods that stop when they are good enough: what they report is what can be computed from outside. In float64."""
 
+import dataclasses
 from collections.abc import Iterator
 
 import numpy as np
@@ -15,6 +16,7 @@ CLASS, SEED = 3, 2
 SHAPE = (2, 12, 12)
 LEAST = 8  # intervals, before which a change of the map says little
 BLOCK = 8  # draws between two looks at the standard error
+LEAST_DRAWS = 16  # before which a standard error says little
 # What is compared is the change of a float32 map: 6e-8 of the map, over a change of at least a thousandth of it.
 CHANGE = 2e-4
 
@@ -129,7 +131,8 @@ def test_noise_is_drawn_until_the_standard_error_is_no_more_than_the_tolerance(
         assert_close(answer.maps[place], gradients.mean(dim=0))
         assert each.convergence.error == pytest.approx(standard_error(gradients), rel=1e-9)
         assert n == 299 or (n % BLOCK == 0 and each.convergence.error <= tolerance)
-        if n > BLOCK:
+        assert n >= LEAST_DRAWS
+        if n > LEAST_DRAWS:
             last = (n - 1) // BLOCK * BLOCK
             assert standard_error(gradients[:last]) > tolerance  # eight draws fewer would not have been enough
 
@@ -170,3 +173,48 @@ def test_more_draws_bring_a_map_nearer_to_that_of_many(explain: Explain, x: Tens
 
 def test_a_method_of_one_row_has_nothing_to_report(explain: Explain, x: Tensor) -> None:
     assert {each.convergence for each in explain(x, Gradient()).explanations} == {None}
+
+
+class Kink(nn.Module):
+    """A logit that rises by `height` within a short part of a path, between two nodes of a coarse grid."""
+
+    def __init__(self, *, place: float, width: float, height: float) -> None:
+        super().__init__()
+        self.place, self.width, self.height = place, width, height
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = x.mean(dim=(1, 2, 3))
+        step = ((t - self.place).clamp(0, self.width) / self.width) * self.height
+        return torch.stack([step + 0.1 * t, torch.zeros_like(t)], dim=1)
+
+
+@pytest.mark.parametrize("width", [0.004, 0.2])
+@pytest.mark.parametrize("place", [0.05, 0.23, 0.52, 0.8])
+def test_a_kink_that_is_narrower_than_the_grid_is_found_or_told(place: float, width: float) -> None:
+    kink = Kink(place=place, width=width, height=1.0)
+    ones = torch.ones(1, 1, 4, 4)
+    with explaining(kink, input_size=(1, 4, 4)) as explain:
+        answer = explain(ones, IntegratedGradients(0, Rule.TRAPEZOID, tolerance=0.05), target=0, score=Score.LOGIT)
+    (explanation,) = answer.explanations
+    # The integral in closed form: the rise of the logit, in equal parts.
+    missing = abs(answer.maps.sum() - 1.1) / 1.1
+    assert missing <= 0.05 or explanation.convergence.is_met is False
+    assert explanation.convergence.is_met or explanation.convergence.rows == 257
+    assert explanation.convergence.is_met is (width == 0.2)  # which 257 nodes resolve
+    assert explanation.convergence.tolerance == 0.05
+
+
+@pytest.mark.parametrize("method", [refined(0.05), smoothed(0.4)], ids=lambda method: method.name)
+def test_an_answer_says_whether_its_tolerance_was_met(
+    method: IntegratedGradients | SmoothGrad, explain: Explain, x: Tensor
+) -> None:
+    met = [each.convergence for each in explain(x[:2], method, target=CLASS, score=Score.PROBABILITY).explanations]
+    assert all(each.is_met and each.error <= each.tolerance == method.tolerance for each in met)
+    short = dataclasses.replace(method, tolerance=1e-9, max_rows=17)
+    for each in explain(x[:2], short, target=CLASS, score=Score.PROBABILITY).explanations:
+        assert each.convergence.is_met is False
+
+
+def test_without_a_tolerance_none_is_met_or_missed(explain: Explain, x: Tensor) -> None:
+    (each,) = explain(x[:1], SmoothGrad(8)).explanations
+    assert (each.convergence.tolerance, each.convergence.is_met) == (None, None)

@@ -1,6 +1,7 @@
 """The wire, inwards: whatever a caller sends is answered, or refused by the name of the field that is wrong."""
 
 import io
+import math
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import sidelight_server
 import torch
+from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from models import Linear, small_cnn
 from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
@@ -464,6 +467,78 @@ def test_every_target_of_the_schema_is_served(name: str, small: Service) -> None
     assert not result.failures
     assert list(result.maps.shape) == ([1, 2, 32, 32] if name == "top_k" else [1, 32, 32])
     assert result.provenance.target == request.target
+
+
+def numbers_of(message: Message, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldDescriptor]]:
+    """Yield where a message that is set in all its parts has single numbers, and what they are."""
+    for field in message.DESCRIPTOR.fields:
+        if field.is_repeated:
+            continue
+        if field.type == field.TYPE_MESSAGE:
+            if message.HasField(field.name):
+                yield from numbers_of(getattr(message, field.name), (*path, field.name))
+        elif field.cpp_type in EXTREMES:
+            yield (*path, field.name), field
+
+
+EXTREMES = {
+    FieldDescriptor.CPPTYPE_INT32: (-(2**31), -1, 0, 2**31 - 1),
+    FieldDescriptor.CPPTYPE_INT64: (-(2**63), -1, 0, 2**31, 2**63 - 1),
+    FieldDescriptor.CPPTYPE_DOUBLE: (-math.inf, -1.7e308, -1.0, 0.0, 5e-324, 3.5e38, 1.7e308, math.inf, math.nan),
+}
+# What a caller's own numbers may end in: a word about the request, or about its size.
+REFUSED = {
+    each.value[0]
+    for each in (
+        Status.INVALID_ARGUMENT,
+        Status.FAILED_PRECONDITION,
+        Status.NOT_FOUND,
+        Status.RESOURCE_EXHAUSTED,
+        Status.DEADLINE_EXCEEDED,
+    )
+}
+WITH_NUMBERS = {
+    **{f"target.{name}": {"target": pb.Target(**{name: each})} for name, each in TARGETS.items()},
+    "target.dense": {"target": pb.Target(dense=pb.DenseTarget(region=tensor_pb2.Box(height=1, width=1)))},
+    **{f"method.{name}": {"method": pb.Method(**{name: each})} for name, each in METHODS.items()},
+    **{
+        f"method.{name}.blurred": {
+            "method": pb.Method(
+                **{name: type(METHODS[name])(baseline=pb.Baseline(blurred=pb.BlurredBaseline(sigma=1)))}
+            )
+        }
+        for name in ("integrated_gradients", "occlusion")
+    },
+    "output": {"output": pb.Output(region=tensor_pb2.SharedTensor(region="r"))},
+    "timeout": {"timeout": Duration(seconds=20)},
+}
+
+
+@pytest.mark.parametrize("name", WITH_NUMBERS)
+def test_no_number_of_a_request_ends_in_an_internal_error(name: str, small: Service) -> None:
+    whole = ask(pixels(1, 32, 32, 3), **WITH_NUMBERS[name])
+    (part,) = WITH_NUMBERS[name]
+    for path, field in numbers_of(getattr(whole, part)):
+        for extreme in EXTREMES[field.cpp_type]:
+            request = pb.AttributeRequest()
+            request.CopyFrom(whole)
+            holder = getattr(request, part)
+            for step in path[:-1]:
+                holder = getattr(holder, step)
+            setattr(holder, path[-1], extreme)
+            try:
+                codes = {failure.code for failure in small.answer(request).result.failures}
+            except grpc.RpcError as error:
+                codes = {error.code().value[0]}
+                assert_no_internals(error.details())
+            assert codes <= REFUSED, (path, extreme, codes)
+    assert_close(maps_of(small.answer(small.good)), small.maps)
+
+
+@pytest.mark.parametrize("k", [-(2**31), -3, 0])
+def test_top_k_counts_from_one(k: int, small: Service) -> None:
+    request = ask(pixels(1, 32, 32, 3), target=pb.Target(top_k=pb.TopKTarget(k=k)))
+    assert f"target.top_k.k: got {k}" in small.refuse(request, Status.INVALID_ARGUMENT)
 
 
 def nested(depth: int) -> pb.Method:

@@ -165,6 +165,9 @@ def _class(index: int, label: str) -> str:
     return label or f"class {index}"
 
 
+_MET = {None: "", True: " (met)", False: " (missed)"}
+
+
 def _converged(convergence: Convergence | None) -> tuple[str, str, str]:
     if convergence is None:
         return "", "", ""
@@ -173,7 +176,7 @@ def _converged(convergence: Convergence | None) -> tuple[str, str, str]:
     share = "" if relative is None else f" ({relative:.1%})"
     return (
         str(convergence.rows),
-        "" if error is None else f"{error:.2g}",
+        "" if error is None else f"{error:.2g}{_MET[convergence.is_met]}",
         "" if completeness is None else f"{completeness:.2g}{share}",
     )
 

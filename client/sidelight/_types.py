@@ -64,6 +64,8 @@ class Convergence:
     error: float | None  # what a tolerance is compared with: a share of the map's L2 norm
     completeness_error: float | None  # |sum of the map − (score of the example − score of the baseline)|
     relative_completeness_error: float | None  # that over |score of the example − score of the baseline|
+    tolerance: float | None = None  # the method's; None where it has none
+    is_met: bool | None = None  # whether the tolerance was met before `max_rows`; with top-k, for every map
 
     @classmethod
     def of(cls, message: pb.Convergence) -> "Convergence":
@@ -73,6 +75,8 @@ class Convergence:
             message.error if message.HasField("error") else None,
             message.completeness_error if message.HasField("completeness_error") else None,
             message.relative_completeness_error if message.HasField("relative_completeness_error") else None,
+            message.tolerance if message.HasField("tolerance") else None,
+            message.is_met if message.HasField("is_met") else None,
         )
 
 

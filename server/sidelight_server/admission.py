@@ -85,6 +85,8 @@ class Admission:
         return self.n_requests < self._max_requests and self.n_bytes + n_bytes <= self._max_bytes
 
     def _refuse_impossible(self, n_bytes: int) -> None:
+        if n_bytes < 1:  # a negative one would give room to others
+            raise ValueError(f"a permit of {n_bytes} bytes")
         if n_bytes > self._max_bytes:
             raise ResourceExhausted(
                 f"the request and its answer take {n_bytes} bytes, the server's max_in_flight_bytes is "

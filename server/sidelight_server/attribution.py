@@ -141,6 +141,8 @@ class Convergence:
     error: float | None
     completeness_error: float | None
     relative_completeness_error: float | None
+    tolerance: float | None = None
+    is_met: bool | None = None  # None without a tolerance
 
 
 @dataclass(frozen=True, slots=True)

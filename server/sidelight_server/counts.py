@@ -29,6 +29,7 @@ class Counts:
         self.transports: Counter[str] = Counter()
         self.compared: Counter[str] = Counter()  # by model: predictions that the caller told the served class of
         self.differing: Counter[str] = Counter()  # by model: those that were another class
+        self.refined: Counter[tuple[str, str]] = Counter()  # by model and "met" or "missed": examples with a tolerance
         self.spans: defaultdict[str, dict[str, Histogram]] = defaultdict(_histograms)  # by model, then by name
 
     def answered(self, passage: Passage, answer: Answer) -> None:
@@ -44,6 +45,9 @@ class Counts:
         for failure in answer.failures:
             # The one thing that an example alone can be short of is memory.
             self.failures["example", model, "oom" if failure.code == OUT_OF_MEMORY else reason_of(failure.code)] += 1
+        for each in answer.explanations:
+            if each is not None and each.convergence is not None and each.convergence.is_met is not None:
+                self.refined[model, "met" if each.convergence.is_met else "missed"] += 1
         if answer.request.served:
             known = [each for each in answer.differs if each is not None]
             self.compared[model] += len(known)

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from .attribution import Aim, Array, Convergence, Dense, Explained, Request, Target
-from .errors import Internal, InvalidArgument
+from .errors import Internal, InvalidArgument, SidelightError
 from .methods.method import Example, Improved, Outcome, Reading, Sweep, read
 from .models.model import Model
 from .preparation import Prepared, not_dense
+
+# Of an input that is a model's own fault if its output is not finite: float32 holds the square of this.
+LARGEST_INPUT = 1e18
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ class Job:
         if self.is_over:
             return
         if not (math.isfinite(reading.score) and math.isfinite(reading.probability)):
-            raise self.not_finite()
+            raise self.not_finite(reading.input)
         self._n_rows += 1
         self._n_gradients += row.sweep.gradient
         self._n_dead += row.sweep.gradient and reading.is_dead
@@ -97,8 +100,18 @@ class Job:
         if self._n_folded == row.sweep.count:
             self._advance()
 
-    def not_finite(self) -> Internal:
-        """Return what to say where a number is not finite."""
+    def not_finite(self, point: Tensor | None = None) -> SidelightError:
+        """Return what to say where a number is not finite, at a point, [C, H, W], or somewhere in the map.
+
+        It is the caller's where the example, its noise or its baseline leave what a model computes with.
+        """
+        at = torch.as_tensor(self.example) if point is None else point
+        largest = float(at.abs().max())  # NaN where the point is
+        if not largest <= LARGEST_INPUT:
+            return InvalidArgument(
+                f"images: with the method's noise and baseline, example {self.place} reaches {largest:g}, where the "
+                "model's output or gradient is not finite"
+            )
         return Internal(f'model "{self._model.name}": output or gradient is not finite for example {self.place}')
 
     def close(self) -> None:
@@ -175,11 +188,14 @@ class Job:
 
     def _convergence(self, outcomes: list[Outcome]) -> Convergence:
         """Return how good the worst of the maps is."""
+        met = [outcome.is_met for outcome in outcomes if outcome.is_met is not None]
         return Convergence(
             self._n_rows,
             _largest(outcome.error for outcome in outcomes),
             _largest(outcome.completeness_error for outcome in outcomes),
             _largest(outcome.relative_completeness_error for outcome in outcomes),
+            tolerance=self._request.method.tolerance,
+            is_met=all(met) if met else None,
         )
 
 

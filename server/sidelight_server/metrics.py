@@ -154,6 +154,13 @@ def _batches(counts: Counts, models: list[str]) -> Iterator[Metric]:
         "sidelight_answers", "answers by how images and maps travelled", ("transport",),
         (((transport,), n) for transport, n in counts.transports.copy().items()),
     )  # fmt: skip
+    refined = dict.fromkeys(itertools.product(models, ("met", "missed")), 0) | counts.refined.copy()
+    yield _labelled(
+        "sidelight_tolerances",
+        "examples with a tolerance: was it met",
+        ("model", "outcome"),
+        refined.items(),
+    )
     for name, told, counted in (
         ("sidelight_predictions_compared", "predictions whose served class was told", counts.compared),
         ("sidelight_prediction_mismatches", "those that were another class than was served", counts.differing),

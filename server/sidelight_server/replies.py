@@ -162,6 +162,8 @@ def _convergence(convergence: Convergence) -> pb.Convergence:
         error=convergence.error,
         completeness_error=convergence.completeness_error,
         relative_completeness_error=convergence.relative_completeness_error,
+        tolerance=convergence.tolerance,
+        is_met=convergence.is_met,
     )
 
 

@@ -120,6 +120,8 @@ def _target(target: pb.Target, n_examples: int) -> Target:
                 )
             return PerExample(tuple(map(_choice, classes)))
         case "top_k":
+            if target.top_k.k < 1:
+                raise InvalidArgument(f"target.top_k.k: got {target.top_k.k}, expected at least 1")
             return TopK(target.top_k.k)
         case "contrast":
             return Contrast(_choice(target.contrast.positive), _choice(target.contrast.negative))

@@ -904,7 +904,9 @@ class SmoothGradMethod(google.protobuf.message.Message):
         STATISTIC_MEAN_SQUARE: SmoothGradMethod._Statistic.ValueType  # 2
         """STATISTIC_MEAN_SQUARE is SmoothGrad²: Hooker and others, 2019, "A Benchmark for Interpretability Methods"."""
         STATISTIC_VARIANCE: SmoothGradMethod._Statistic.ValueType  # 3
-        """STATISTIC_VARIANCE is VarGrad: Adebayo and others, 2018, "Local Explanation Methods"."""
+        """STATISTIC_VARIANCE is VarGrad, the sum of squared deviations over n, not n − 1: Adebayo and others, 2018, "Local
+        Explanation Methods".
+        """
 
     class Statistic(_Statistic, metaclass=_StatisticEnumTypeWrapper):
         """Statistic says how the gradients are folded."""
@@ -916,7 +918,9 @@ class SmoothGradMethod(google.protobuf.message.Message):
     STATISTIC_MEAN_SQUARE: SmoothGradMethod.Statistic.ValueType  # 2
     """STATISTIC_MEAN_SQUARE is SmoothGrad²: Hooker and others, 2019, "A Benchmark for Interpretability Methods"."""
     STATISTIC_VARIANCE: SmoothGradMethod.Statistic.ValueType  # 3
-    """STATISTIC_VARIANCE is VarGrad: Adebayo and others, 2018, "Local Explanation Methods"."""
+    """STATISTIC_VARIANCE is VarGrad, the sum of squared deviations over n, not n − 1: Adebayo and others, 2018, "Local
+    Explanation Methods".
+    """
 
     SAMPLES_FIELD_NUMBER: builtins.int
     NOISE_FIELD_NUMBER: builtins.int
@@ -937,7 +941,9 @@ class SmoothGradMethod(google.protobuf.message.Message):
     statistic: global___SmoothGradMethod.Statistic.ValueType
     """statistic says how gradients are folded. Optional: unset means STATISTIC_MEAN."""
     tolerance: builtins.float
-    """tolerance stops an example once the standard error's L2 norm over the mean's is at most this. In (0, 1). Optional."""
+    """tolerance stops an example once the standard error's L2 norm over the mean's is at most this, after 16 draws at the
+    least. It is an estimate of the root mean square error, not a bound. In (0, 1). Optional.
+    """
     max_rows: builtins.int
     """max_rows bounds the rows of one example. Optional: unset means 300."""
     @property
@@ -1067,7 +1073,9 @@ class IntegratedGradientsMethod(google.protobuf.message.Message):
     rule: global___PathRule.ValueType
     """rule names the quadrature. Optional."""
     tolerance: builtins.float
-    """tolerance stops an example once halving the step changes the map by at most this share in L2. In (0, 1). Optional."""
+    """tolerance stops an example once halving the step changes the map by at most this share in L2, and what the map misses
+    of the difference of the scores is at most this share of the map's L1 norm. In (0, 1). Optional.
+    """
     max_rows: builtins.int
     """max_rows bounds the rows of one example. Optional: unset means 300."""
     @property
@@ -1219,7 +1227,7 @@ class RiseMethod(google.protobuf.message.Message):
     cells: builtins.int
     """cells counts the grid's cells along each side. At least 1. Required."""
     keep_probability: builtins.float
-    """keep_probability is the chance that a cell is shown. In (0, 1). Required."""
+    """keep_probability is the chance that a cell is shown. From 1e-6 to below 1. Required."""
     seed: builtins.int
     """seed begins the draws. Optional: unset is 0."""
     def __init__(
@@ -1503,6 +1511,8 @@ class Convergence(google.protobuf.message.Message):
     ERROR_FIELD_NUMBER: builtins.int
     COMPLETENESS_ERROR_FIELD_NUMBER: builtins.int
     RELATIVE_COMPLETENESS_ERROR_FIELD_NUMBER: builtins.int
+    TOLERANCE_FIELD_NUMBER: builtins.int
+    IS_MET_FIELD_NUMBER: builtins.int
     rows: builtins.int
     """rows counts the rows that were run, those without a gradient too."""
     error: builtins.float
@@ -1513,6 +1523,12 @@ class Convergence(google.protobuf.message.Message):
     """completeness_error is |sum of the map − (score of the example − score of the baseline)|. Path methods only."""
     relative_completeness_error: builtins.float
     """relative_completeness_error is that over |score of the example − score of the baseline|. Path methods only."""
+    tolerance: builtins.float
+    """tolerance is the method's. Unset where it has none."""
+    is_met: builtins.bool
+    """is_met says whether the tolerance was met before max_rows was reached; of k maps, whether all of them met it. Unset
+    where the method has no tolerance.
+    """
     def __init__(
         self,
         *,
@@ -1520,15 +1536,21 @@ class Convergence(google.protobuf.message.Message):
         error: builtins.float | None = ...,
         completeness_error: builtins.float | None = ...,
         relative_completeness_error: builtins.float | None = ...,
+        tolerance: builtins.float | None = ...,
+        is_met: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_completeness_error", b"_completeness_error", "_error", b"_error", "_relative_completeness_error", b"_relative_completeness_error", "completeness_error", b"completeness_error", "error", b"error", "relative_completeness_error", b"relative_completeness_error"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_completeness_error", b"_completeness_error", "_error", b"_error", "_relative_completeness_error", b"_relative_completeness_error", "completeness_error", b"completeness_error", "error", b"error", "relative_completeness_error", b"relative_completeness_error", "rows", b"rows"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_completeness_error", b"_completeness_error", "_error", b"_error", "_is_met", b"_is_met", "_relative_completeness_error", b"_relative_completeness_error", "_tolerance", b"_tolerance", "completeness_error", b"completeness_error", "error", b"error", "is_met", b"is_met", "relative_completeness_error", b"relative_completeness_error", "tolerance", b"tolerance"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_completeness_error", b"_completeness_error", "_error", b"_error", "_is_met", b"_is_met", "_relative_completeness_error", b"_relative_completeness_error", "_tolerance", b"_tolerance", "completeness_error", b"completeness_error", "error", b"error", "is_met", b"is_met", "relative_completeness_error", b"relative_completeness_error", "rows", b"rows", "tolerance", b"tolerance"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_completeness_error", b"_completeness_error"]) -> typing.Literal["completeness_error"] | None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_error", b"_error"]) -> typing.Literal["error"] | None: ...
     @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_is_met", b"_is_met"]) -> typing.Literal["is_met"] | None: ...
+    @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_relative_completeness_error", b"_relative_completeness_error"]) -> typing.Literal["relative_completeness_error"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_tolerance", b"_tolerance"]) -> typing.Literal["tolerance"] | None: ...
 
 global___Convergence = Convergence
 

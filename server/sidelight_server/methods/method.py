@@ -84,6 +84,7 @@ class Outcome:
     error: float | None = None  # what a tolerance is compared with
     completeness_error: float | None = None  # |sum of the attribution − difference of the scores|
     relative_completeness_error: float | None = None
+    is_met: bool | None = None  # whether a tolerance was met; None where there is none
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +150,11 @@ class Method(abc.ABC):
     @property
     def magnitude(self) -> Magnitude | None:
         """What becomes of a gradient's sign; None where the attribution is not a bare gradient."""
+        return None
+
+    @property
+    def tolerance(self) -> float | None:
+        """At which error an example ends; None where a method takes a fixed number of rows."""
         return None
 
     @property

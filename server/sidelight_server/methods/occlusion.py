@@ -16,6 +16,8 @@ from .channels import Channels
 from .method import Example, Method, Outcome, Reading, Shape, Steps, Sweep, at_least, in_open_unit
 from .moments import accumulator
 
+LEAST_PROBABILITY = 1e-6  # maps are divided by it
+
 
 @dataclass(frozen=True, slots=True)
 class Occlusion(Method):
@@ -122,6 +124,7 @@ class Rise(Method):
         at_least(f"{self.name}.masks", self.masks, 1)
         at_least(f"{self.name}.cells", self.cells, 1)
         in_open_unit(f"{self.name}.keep_probability", self.keep_probability)
+        at_least(f"{self.name}.keep_probability", self.keep_probability, LEAST_PROBABILITY)
 
     def check(self, shape: Shape, n_examples: int) -> None:
         """Check that a cell has a pixel."""

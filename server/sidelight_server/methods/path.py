@@ -18,6 +18,7 @@ from .method import (
     Improved,
     Method,
     Outcome,
+    Reading,
     Shape,
     Steps,
     Sweep,
@@ -27,6 +28,8 @@ from .method import (
 )
 from .moments import accumulator
 
+SINGLE = float(np.finfo(np.float32).eps)
+ROUNDING = 16 * SINGLE  # of both scores: what float32 leaves of their difference is no measure of the map
 MIN_INTERVALS = 8  # a refinement of fewer may change little by chance: both ends of a path are often flat
 MAX_GAUSS_NODES = 2000  # whose places are found in less time than one of them takes
 NEWTON_STEPS = 6  # each doubles the digits, and the first guess has some four
@@ -57,8 +60,9 @@ class IntegratedGradients(Method):
     """The integral of the gradient along the straight path from a baseline, times their difference.
 
     Sundararajan, Taly and Yan, 2017, "Axiomatic Attribution for Deep Networks". With a tolerance a trapezoid is refined
-    by halving its step until that changes the attribution by no more than this share, in L2. That the attribution adds
-    up to the difference of the scores is reported and never trusted alone: it can come out by chance.
+    by halving its step until that changes the attribution by no more than this share, in L2, and what the attribution
+    misses of the difference of the scores is no more than this share of its L1 norm. Both are needed: nodes beside a
+    narrow kink agree with each other, and the sum alone can come out by chance.
     """
 
     name: ClassVar[str] = "integrated_gradients"
@@ -122,7 +126,7 @@ class IntegratedGradients(Method):
         start = yield from read(path.start, gradient=False)
         nodes, weights = self.rule.nodes(self.steps)
         mean = yield from path.sum(nodes, weights)
-        return path.outcome(mean, rise=end.score - start.score)
+        return path.outcome(mean, rise=_Rise.of(start, end))
 
     def _trapezoid(self, example: Example, path: "_Path") -> Steps:
         nodes, weights = self.rule.nodes(self.steps)
@@ -133,15 +137,17 @@ class IntegratedGradients(Method):
     def _refine(self, example: Example, path: "_Path", tolerance: float) -> Steps:
         mean, rise = yield from path.ends(example)
         n, error = 1, float("inf")
-        while 2 * n + 1 <= self.max_rows and not (n >= MIN_INTERVALS and error <= tolerance):
+        is_met = False
+        while 2 * n + 1 <= self.max_rows and not is_met:
             # The new nodes lie half-way between the old ones, whose gradients are in the mean and need not be kept.
             nodes = [(k + 0.5) / n for k in range(n)]
             refined = (yield from path.sum(nodes, [0.5 / n] * n)).add_(mean, alpha=0.5)
             error = path.distance(refined, mean)
             mean, n = refined, 2 * n
+            is_met = n >= MIN_INTERVALS and error <= tolerance and path.missing_share(mean, rise) <= tolerance
             if example.is_watched:
-                yield Improved(path.outcome(mean, rise=rise, error=error))
-        return path.outcome(mean, rise=rise, error=error)
+                yield Improved(path.outcome(mean, rise=rise, error=error, is_met=is_met))
+        return path.outcome(mean, rise=rise, error=error, is_met=is_met)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +174,14 @@ class _Path:
             )
         return total
 
-    def ends(self, example: Example) -> Generator[Sweep, None, tuple[Tensor, float]]:
+    def ends(self, example: Example) -> Generator[Sweep, None, "tuple[Tensor, _Rise]"]:
         """Return the mean of both ends' gradients, and how much the score rises between them."""
         end = yield from example.read(gradient=True)
         start = yield from read(self.start, gradient=True)
         mean = accumulator(self.end)
         for reading in (start, end):
             _add(mean, reading.gradient, 0.5)
-        return mean, end.score - start.score
+        return mean, _Rise.of(start, end)
 
     def distance(self, refined: Tensor, mean: Tensor) -> float:
         """Return by which share of its L2 norm the attribution changed."""
@@ -184,11 +190,32 @@ class _Path:
         size = float(torch.linalg.vector_norm(refined * difference, dtype=torch.float64))
         return change / size if size else (0.0 if not change else float("inf"))
 
-    def outcome(self, mean: Tensor, *, rise: float, error: float | None = None) -> Outcome:
+    def missing_share(self, mean: Tensor, rise: "_Rise") -> float:
+        """Return what the attribution misses of the score's rise, beyond rounding, as a share of its L1 norm."""
+        attribution = mean * self.difference
+        missing = abs(float(attribution.sum(dtype=torch.float64)) - rise.of_score) - rise.rounding
+        size = float(torch.linalg.vector_norm(attribution, ord=1, dtype=torch.float64))
+        return missing / size if size and missing > 0 else (0.0 if missing <= 0 else float("inf"))
+
+    def outcome(
+        self, mean: Tensor, *, rise: "_Rise", error: float | None = None, is_met: bool | None = None
+    ) -> Outcome:
         """Return the attribution of the path's mean gradient, and how far it is from adding up to the score's rise."""
         attribution = mean * self.difference
-        missing = abs(float(attribution.sum(dtype=torch.float64)) - rise)
-        return Outcome(attribution, error, missing, missing / abs(rise) if rise else None)
+        missing = abs(float(attribution.sum(dtype=torch.float64)) - rise.of_score)
+        return Outcome(attribution, error, missing, missing / abs(rise.of_score) if rise.of_score else None, is_met)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rise:
+    """How much the score rises along a path, and how much of that may be rounding."""
+
+    of_score: float
+    rounding: float
+
+    @classmethod
+    def of(cls, start: Reading, end: Reading) -> "_Rise":
+        return cls(end.score - start.score, ROUNDING * (abs(start.score) + abs(end.score)))
 
 
 @functools.lru_cache(maxsize=32)

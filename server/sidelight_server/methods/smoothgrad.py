@@ -27,6 +27,8 @@ from .method import (
 from .moments import BLOCK, Moments
 from .path import IntegratedGradients
 
+MIN_DRAWS = 2 * BLOCK  # with a tolerance: fewer may agree by chance, all in one linear piece of the model
+
 
 class Statistic(enum.Enum):
     """How the draws are folded."""
@@ -52,7 +54,7 @@ class SmoothGrad(Method):
     absolute_noise: bool = False
     seed: int = 0
     statistic: Statistic = Statistic.MEAN
-    tolerance: float | None = None  # stop once the standard error's L2 norm over the mean's is at most this
+    tolerance: float | None = None  # stop once the standard error's L2 norm over the mean's is this: an RMS error
     max_rows: int = 300  # with a tolerance, of one example, the look at it included
     base: Gradient | IntegratedGradients = GRADIENT
 
@@ -105,11 +107,20 @@ class SmoothGrad(Method):
         block = BLOCK if self.tolerance or example.is_watched else limit
         while moments.n < limit:
             yield from self._draw(example, spread, moments, min(block, limit - moments.n))
-            if self.tolerance and (error := moments.error()) is not None and error <= self.tolerance:
+            if self._is_met(moments):
                 break
             if example.is_watched and moments.n < limit:
-                yield Improved(Outcome(self._folded(moments), moments.error()))
-        return Outcome(self._folded(moments), moments.error())
+                yield Improved(self._outcome(moments))
+        return self._outcome(moments)
+
+    def _is_met(self, moments: "Moments") -> bool | None:
+        if self.tolerance is None:
+            return None
+        error = moments.error()
+        return moments.n >= MIN_DRAWS and error is not None and error <= self.tolerance
+
+    def _outcome(self, moments: "Moments") -> Outcome:
+        return Outcome(self._folded(moments), moments.error(), is_met=self._is_met(moments))
 
     def _draw(self, example: Example, spread: float | Tensor, moments: "Moments", count: int) -> Steps:
         begin = moments.n
