@@ -95,7 +95,7 @@ def test_each_batch_is_answered_once_with_its_index_and_the_maps_of_a_call(
     client: sidelight.Client, ordered: bool, no_thread_stays: None
 ) -> None:
     batches = [tiny(1 + i % 4, seed=i) for i in range(20)]
-    answers = list(client.stream(batches, ordered=ordered, target=3, channels="l2", score="logit"))
+    answers = list(client.stream(batches, ordered=ordered, target=3, channels="l2", score="logit", keep_images=True))
     places = [answer.index for answer in answers]
     assert (places if ordered else sorted(places)) == list(range(20))
     for answer in answers:

@@ -31,6 +31,7 @@ from ._client import (
 from ._connection import DIAGNOSE_EVERY_S, Connection
 from ._credentials import TLS, Token
 from ._errors import Cancelled, SidelightError
+from ._fields import flag
 from ._images import Batch, Images, Served
 from ._inbox import End
 from ._info import ModelInfo, ServerInfo
@@ -154,6 +155,7 @@ class AsyncClient:
         partial: bool = False,
         window: int | None = None,
         allow_model_change: bool = False,
+        keep_images: bool = False,
     ) -> AsyncGenerator[Attribution]:
         """Yield the maps of many batches as they are ready, as `Client.stream` does.
 
@@ -169,6 +171,7 @@ class AsyncClient:
             ordered=ordered,
             window=window,
             allow_model_change=allow_model_change,
+            keep_images=flag(keep_images, "keep_images"),
         )
 
     async def info(self) -> ServerInfo:
@@ -210,6 +213,7 @@ class AsyncClient:
         ordered: bool = False,
         window: int | None = None,
         allow_model_change: bool = False,
+        keep_images: bool = True,
     ) -> AsyncGenerator[Attribution]:
         await self._ready(self._connect_timeout_s)
         await asyncio.to_thread(self._client._server)  # so that it is known already
@@ -232,7 +236,8 @@ class AsyncClient:
                 for entry, answer in order.admit(*answered):
                     if answer.final:
                         stream.taken(entry)
-                    yield passed(answer, on_error)
+                    answer = passed(answer, on_error)
+                    yield answer if keep_images else _attribution.lent(answer, entry.batch)
             if answered.error is not None:
                 raise answered.error
         finally:

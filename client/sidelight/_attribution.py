@@ -12,8 +12,8 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
 from . import _record
-from ._errors import SidelightError, from_code
-from ._images import Batch
+from ._errors import FailedPrecondition, SidelightError, from_code
+from ._images import Batch, Lent
 from ._picture import overlay, overlay_part
 from ._tensor import Array, array_of
 from ._types import Convergence, Explained, Failure, Geometry, Prediction, Provenance, Timing
@@ -45,7 +45,8 @@ class Attribution:
     final: bool = True
     index: int = 0  # the batch's position in a stream
     error: SidelightError | None = None
-    _batch: Batch | None = dataclasses.field(default=None, repr=False)
+    names: tuple[str | None, ...] = ()  # the path of each example that came from a file
+    _batch: Batch | Lent | None = dataclasses.field(default=None, repr=False)
     _provenance: pb.Provenance | None = dataclasses.field(default=None, repr=False)
     _baseline: Array | None = dataclasses.field(default=None, repr=False)  # that was given with the method
 
@@ -106,12 +107,16 @@ class Attribution:
         return _record.facts(self)
 
     def _original(self, i: int) -> Image.Image:
-        if self._batch is None or self.error is not None:
-            raise self.error or ValueError("the answer does not hold its images")
+        batch = self._batch.batch if isinstance(self._batch, Lent) else self._batch
+        if batch is None or self.error is not None:
+            raise self.error or FailedPrecondition(
+                "the answer no longer holds its images: an answer of a stream has them until the next one is taken; "
+                "draw it before, or say keep_images=True"
+            )
         if error := next((each for each in self.failures if each.example == range(len(self))[i]), None):
             raise from_code(error.code, error.message)
         geometry = self.geometry[i]
-        return self._batch.picture(i, window=geometry.window if geometry else None)
+        return batch.picture(i, window=geometry.window if geometry else None)
 
     def _save_overlays(self, folder: Path, i: int, *, original: bool) -> None:
         if not self.is_top_k:
@@ -157,10 +162,16 @@ def read(
         transport=word(pb.Transport, message.transport),
         final=message.final,
         index=index,
+        names=batch.names,
         _batch=batch,
         _provenance=message.provenance,
         _baseline=baseline,
     )
+
+
+def lent(answer: Attribution, batch: Batch) -> Attribution:
+    """Return an answer that draws on its images only while somebody else holds them."""
+    return answer if answer._batch is None else dataclasses.replace(answer, _batch=Lent(batch))
 
 
 def failed(error: SidelightError, *, index: int) -> Attribution:

@@ -20,7 +20,7 @@ from ._baselines import given_array
 from ._connection import Connection
 from ._credentials import TLS, Access, Token
 from ._errors import InvalidArgument, PartialFailure, SidelightError, Unavailable, from_rpc
-from ._fields import counted, span, whole
+from ._fields import counted, flag, span, whole
 from ._images import Batch, Images, Served
 from ._inbox import End
 from ._info import ModelInfo, ServerInfo
@@ -181,6 +181,7 @@ class Client:
         partial: bool = False,
         window: int | None = None,
         allow_model_change: bool = False,
+        keep_images: bool = False,
     ) -> Iterator[Attribution]:
         """Yield the maps of many batches as they are ready; `answer.index` is the batch's position in `batches`.
 
@@ -198,6 +199,9 @@ class Client:
         alone at work when its server died, twice, fails with `ServerDied`. A server that comes back with another model
         ends the stream with `ModelChanged`, unless `allow_model_change` lets it be.
 
+        An answer has its images, which `overlay` and `save` draw on, until the next answer is taken, so that a list of
+        answers does not hold every batch in memory; with `keep_images` it keeps them.
+
         With `on_error="return"` a batch that failed is yielded too, with `error` or `failures` set; with "raise" the
         first failure ends the stream. Closing the iterator cancels what is unanswered.
         """
@@ -209,6 +213,7 @@ class Client:
             on_error=on_error,
             window=window,
             allow_model_change=allow_model_change,
+            keep_images=flag(keep_images, "keep_images"),
         )
 
     def info(self) -> ServerInfo:
@@ -315,6 +320,7 @@ class Client:
         ordered: bool = False,
         window: int | None = None,
         allow_model_change: bool = False,
+        keep_images: bool = True,
     ) -> Iterator[Attribution]:
         self._servers.ready(self._connect_timeout_s)
         stream = self._opened(iter(batches), question, window=window, allow_model_change=allow_model_change)
@@ -325,7 +331,8 @@ class Client:
                 for entry, answer in order.admit(*answered):
                     if answer.final:
                         stream.taken(entry)
-                    yield passed(answer, on_error)
+                    answer = passed(answer, on_error)
+                    yield answer if keep_images else _attribution.lent(answer, entry.batch)
             if answered.error is not None:
                 raise answered.error
         finally:

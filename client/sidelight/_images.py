@@ -6,7 +6,8 @@ model's own input, [C, H, W] or [N, C, H, W]. A torch tensor counts as an array;
 
 import io
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,11 +56,13 @@ class Batch:
 
     def __init__(self, images: Images | Served) -> None:
         given = _as_list(images.images if isinstance(images, Served) else images)
+        self.names: tuple[str | None, ...]  # the path of each example that came from a file
         # What was sent, not what the caller holds: that may be a buffer with the next batch in it by now.
         self._examples: Array | tuple[bytes, ...] = (
             tuple(map(_file, given)) if isinstance(given, list) else np.array(given, order="C")
         )
         self._served = _choices(images.classes, len(self)) if isinstance(images, Served) else ()
+        self.names = tuple(map(_name, given)) if isinstance(given, list) else (None,) * len(self)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -88,6 +91,7 @@ class Batch:
         part = object.__new__(Batch)
         part._examples = self._examples[span.start : span.stop]
         part._served = self._served[span.start : span.stop]
+        part.names = self.names[span.start : span.stop]
         return part
 
     def sizes(self) -> list[int]:
@@ -123,6 +127,21 @@ class Batch:
         if _dicom.is_dicom(given):
             return _dicom.picture(given, window)
         return _upright(Image.open(io.BytesIO(given)), window or (0, 0xFFFF))
+
+
+class Lent:
+    """A batch that an answer may draw on for as long as somebody else holds it."""
+
+    def __init__(self, batch: Batch | None) -> None:
+        self._find: Callable[[], Batch | None] = (lambda: None) if batch is None else weakref.ref(batch)
+
+    @property
+    def batch(self) -> Batch | None:
+        """The batch, or None once it is let go of."""
+        return self._find()
+
+    def __reduce__(self) -> "tuple[type[Lent], tuple[None]]":
+        return Lent, (None,)
 
 
 def _choices(classes: object, n_examples: int) -> tuple[pb.ClassChoice, ...]:
@@ -169,6 +188,11 @@ def _batched(array: Array) -> Array:
         letters = "[H, W, C] or [N, H, W, C]" if array.dtype == np.uint8 else "[C, H, W] or [N, C, H, W]"
         raise InvalidArgument(f"images: got {array.dtype} of {list(array.shape)}, expected {letters}")
     return array if array.ndim == 4 else array[None]
+
+
+def _name(image: object) -> str | None:
+    """Return the path that an example came from, as it was given; None where it came from none."""
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else None
 
 
 def _file(image: object) -> bytes:

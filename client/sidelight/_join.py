@@ -47,6 +47,7 @@ def join(entry: Entry) -> Attribution:
         provenance=Provenance.of(provenance),
         timing=_timing([part.timing for part in parts if part.timing is not None]),
         transport=first.transport if len({part.transport for part in parts}) == 1 else "inline",
+        names=entry.batch.names,
         _batch=entry.batch,
         _provenance=provenance,
     )
