@@ -15,6 +15,12 @@ CGROUP_MEMORY_NOW = Path("/sys/fs/cgroup/memory.current")
 MEMINFO = Path("/proc/meminfo")
 SHARE_OF_FREE_MEMORY = 0.5
 
+# What is said by those that have no exception of their own: the CPU's allocator, CUDA, its libraries, and Python where
+# there is none for a thread.
+_OUT_OF_MEMORY = (
+    "can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "can't start new thread",
+)  # fmt: skip
+
 
 def choose_devices(wanted: str) -> tuple[torch.device, ...]:
     """Return the devices that a list with commas names, as `choose_device` does each. A GPU may be named once."""
@@ -60,6 +66,13 @@ def check_works(device: torch.device) -> None:
     torch.zeros(1, device=device).add_(1).cpu()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory lacks, the device's or the host's."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return any(each in str(error) for each in _OUT_OF_MEMORY)
 
 
 def cpu_quota() -> int:

@@ -16,6 +16,7 @@ from sidelight.v1 import tensor_pb2
 from . import replies, wire
 from .admission import Admission
 from .attribution import Answer, Files, Request
+from .device import is_out_of_memory
 from .engine import BYTES_OF_FLOAT32, Engine, Progress
 from .errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, SidelightError
 from .frames import encode_answer
@@ -243,6 +244,12 @@ class _telling:  # noqa: N801  (as contextlib has them; its own generators take 
         pass
 
     def __exit__(self, _: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if isinstance(error, Exception) and not isinstance(error, SidelightError):
-            log.error(Event("unexpected", id=self._id), exc_info=error)
-            raise Internal("the server failed; its log has the cause") from error
+        if not isinstance(error, Exception) or isinstance(error, SidelightError):
+            return
+        if is_out_of_memory(error):
+            log.warning(Event("out_of_host_memory", id=self._id))
+            raise ResourceExhausted(
+                "the server has no memory for the batch now; send it later, or fewer examples"
+            ) from error
+        log.error(Event("unexpected", id=self._id), exc_info=error)
+        raise Internal("the server failed; its log has the cause") from error

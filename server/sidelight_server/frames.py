@@ -12,7 +12,7 @@ from sidelight._envelope import LARGE_BYTES, cut, field
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
-from .errors import InvalidArgument, SidelightError
+from .errors import InvalidArgument, ResourceExhausted, SidelightError
 from .tensors import Encoded
 
 M = TypeVar("M", bound=Message)
@@ -42,10 +42,18 @@ def decoder(message: type[M], path: Sequence[int]) -> Decode[M]:
             if len(raw) >= LARGE_BYTES and (parts := cut(memoryview(raw), path)):
                 return Received(message.FromString(b"".join(parts.rest)), len(raw), parts.data)
             return Received(message.FromString(raw), len(raw))
-        except DecodeError:
-            return InvalidArgument(f"message: {len(raw)} bytes that cannot be decoded")
+        except (DecodeError, MemoryError) as error:
+            return unreadable(raw, error)
 
     return decode
+
+
+def unreadable(raw: bytes, error: DecodeError | MemoryError) -> SidelightError:
+    """Return what to tell the caller whose bytes became no message."""
+    # protobuf has no exception of its own for a lack of memory.
+    if isinstance(error, MemoryError) or "alloc failed" in str(error):
+        return ResourceExhausted(f"message: the server has no memory for its {len(raw)} bytes")
+    return InvalidArgument(f"message: {len(raw)} bytes that cannot be decoded")
 
 
 _TO_DATA = (

@@ -7,8 +7,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from sidelight.v1 import attribution_pb2 as pb
 
-from .errors import InvalidArgument, SidelightError
-from .frames import decode_request, decode_stream_request, encode
+from .errors import SidelightError
+from .frames import decode_request, decode_stream_request, encode, unreadable
 from .status import Context, abort
 
 if TYPE_CHECKING:
@@ -53,9 +53,9 @@ def _guarded(handler: "Handler") -> "Handler":
     def decode(content: bytes) -> Any:
         try:
             return read(content)
-        except DecodeError as error:
+        except (DecodeError, MemoryError) as error:
             # Reflection, the one stream here, itself refuses a question that asks for nothing.
-            return InvalidArgument(f"the message cannot be read: {error}") if behaviour else read(b"")
+            return unreadable(content, error) if behaviour else read(b"")
 
     async def answer(request: Any, context: Context) -> Any:
         if isinstance(request, SidelightError):

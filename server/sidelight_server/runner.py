@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from .chunk import Chunk, to_host
-from .device import check_works
+from .device import check_works, is_out_of_memory
 from .errors import Internal, ResourceExhausted, SidelightError, Unavailable
 from .histogram import Histogram
 from .job import Job, Result, Row
@@ -25,9 +25,6 @@ from .stops import Stops
 from .work import Work
 
 log = logging.getLogger("sidelight")
-
-# What is said by those that have no exception of their own: the CPU's allocator, CUDA itself, and its libraries.
-_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
 
 CHUNK_ROWS = tuple(2**power for power in range(13))  # bounds of a histogram
 
@@ -280,7 +277,7 @@ class Runner:
             if isinstance(error, Internal) and n_rows == 1:
                 log.error(Event("model_failed", model=name, id=work.id, example=place, message=error.message))
             return error
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             self.n_out_of_memory += 1
             filled = work.model.padded_rows
             whose = {"id": work.id, "example": place} if n_rows == 1 else {}  # a chunk of several is tried again
@@ -299,7 +296,7 @@ class Runner:
                 self.check(self._device)
                 return
             except BaseException as failure:
-                if _is_out_of_memory(failure):
+                if is_out_of_memory(failure):
                     return
                 if is_last:
                     raise DeviceLostError(str(failure).partition("\n")[0]) from error
@@ -327,9 +324,3 @@ def _tell(rows: Sequence[Taken], chunk: Chunk) -> None:
     for chunks in asking.values():
         if len(chunks) < MAX_CHUNKS:
             chunks.append(ChunkTimes(chunk.began_s, time.monotonic(), len(rows)))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return any(each in str(error) for each in _OUT_OF_MEMORY)

@@ -139,7 +139,8 @@ class Work:
         with self._lock:
             self._failures.append(ExampleFailure(job.place, error.code, error.message))
             self._explanations[job.place] = None
-            self._reserve()[job.place] = np.nan
+            if self._maps is not None:  # memory may be what lacks, so this takes none
+                self._maps[job.place] = np.nan
         self._end(job)
 
     def snapshot(self) -> dict[str, Any]:
@@ -174,10 +175,10 @@ class Work:
         return job
 
     def _reserve(self) -> NDArray[np.float32 | np.float64]:
-        """Return the maps. Those of examples that were not prepared are NaN; what is still to come is anything."""
+        """Return the maps. Those of examples that have failed are NaN; what is still to come is anything."""
         if self._maps is None:  # not before the first came: a request that waits holds no memory for its answer
             self._maps = np.empty(self.prepared.maps_shape, self._dtype)
-            self._maps[[isinstance(each, SidelightError) for each in self.prepared.examples]] = np.nan
+            self._maps[[failure.example for failure in self._failures]] = np.nan
         return self._maps
 
     def _known_probabilities(self) -> NDArray[np.float32] | None:
