@@ -709,6 +709,19 @@ def test_maps_may_travel_in_a_shorter_type(
     assert len(np.unique(answer.maps)) < len(np.unique(whole))
 
 
+@pytest.mark.parametrize(("map_dtype", "step"), [("float16", 2**-11), ("uint8", 1 / 255 / 2)])
+def test_a_weak_example_keeps_its_map_beside_a_strong_one(
+    client: sidelight.Client, floats: torch.Tensor, map_dtype: str, step: float
+) -> None:
+    method = sidelight.Gradient(times_input=True)
+    unequal = floats[:2] * torch.tensor([1e3, 1e-3])[:, None, None, None]
+    whole = client.attribute(unequal, score="logit", method=method).maps
+    assert whole[1].max() < 1e-4 * whole[0].max()
+    shorter = client.attribute(unequal, score="logit", method=method, map_dtype=map_dtype).maps
+    for exact, map_ in zip(whole, shorter, strict=True):
+        np.testing.assert_allclose(map_, exact, rtol=0, atol=1.01 * step * exact.max())
+
+
 def test_a_failed_example_of_bytes_is_nan_too(client: sidelight.Client, floats: torch.Tensor) -> None:
     broken = floats.clone()
     broken[1] = math.nan

@@ -35,7 +35,7 @@ def test_maps_are_those_that_protobuf_would_have_read(n: int) -> None:
     maps = np.random.default_rng(0).normal(size=(n, 1, 1)).astype(np.float32)
     whole = pb.AttributeStreamResponse(id="7")
     whole.result.maps.CopyFrom(tensor_message(maps))
-    whole.result.maps.scale = 0.5
+    whole.result.maps.scales.append(0.5)
     whole.result.final = True
     raw = whole.SerializeToString()
     seen = decode(raw)

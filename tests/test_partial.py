@@ -21,7 +21,8 @@ PREDICTED = pb.Target(predicted=pb.PredictedTarget())
 
 def tensor(values: np.ndarray, *, scale: float = 0.0) -> tensor_pb2.Tensor:
     dtype = tensor_pb2.DataType.Value(f"DATA_TYPE_{values.dtype.name.upper()}")
-    return tensor_pb2.Tensor(dtype=dtype, shape=values.shape, data=values.tobytes(), scale=scale)
+    scales = [scale] * len(values) if scale else []
+    return tensor_pb2.Tensor(dtype=dtype, shape=values.shape, data=values.tobytes(), scales=scales)
 
 
 def example(*classes: int, **more: object) -> pb.Example:

@@ -171,7 +171,7 @@ def test_maps_are_written_as_they_are_wanted(dtype: int, server: Running, folder
         stream.send(attribute("shared", images, output=into(offset=100, map_dtype=dtype)))
         answers = {answer.id: answer.result.maps for answer in stream.finish()}
     inline, shared = answers["inline"], answers["shared"]
-    assert (shared.dtype, list(shared.shape), shared.scale) == (dtype, list(inline.shape), inline.scale)
+    assert (shared.dtype, list(shared.shape), list(shared.scales)) == (dtype, list(inline.shape), list(inline.scales))
     assert path.read_bytes()[100 : 100 + len(inline.data)] == inline.data
 
 

@@ -16,12 +16,16 @@ import torch
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from models import Linear, small_cnn
 from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc, tensor_pb2
 from sidelight_server import wire
 from sidelight_server.errors import InvalidArgument
+from sidelight_server.tensors import encoded
 from torch import nn
 
 Status = grpc.StatusCode
@@ -272,10 +276,10 @@ def test_a_dtype_that_is_none_is_refused_with_the_known_ones(number: int, small:
     assert number == 0 or f"unknown number {number}" in why
 
 
-def test_a_scale_is_refused(small: Service) -> None:
+def test_scales_are_refused(small: Service) -> None:
     images = images_of(pixels(1, 32, 32, 3))
-    images.tensor.scale = 0.5
-    assert "images.scale: 0.5" in small.refuse(ask([], images=images), Status.INVALID_ARGUMENT)
+    images.tensor.scales.append(0.5)
+    assert "images.scales: 1 of them" in small.refuse(ask([], images=images), Status.INVALID_ARGUMENT)
 
 
 @pytest.mark.parametrize(
@@ -789,3 +793,22 @@ def test_finite_pixels_whose_sum_overflows_are_no_fault(bare: Service) -> None:
     result = bare.answer(ask(np.full((1, 3, 4, 5), 3e37, np.float32))).result
     assert not result.failures
     assert np.isfinite(np.frombuffer(result.maps.data, "<f4")).all()
+
+
+@settings(deadline=None)
+@given(
+    maps=arrays(np.float32, (3, 2, 4), elements=st.floats(0, float(np.finfo(np.float32).max), width=32)),
+    signed=st.booleans(),
+)
+def test_each_example_keeps_its_digits_whatever_its_neighbors_are(maps: np.ndarray, signed: bool) -> None:
+    """From what is less than a normal number to the largest there is."""
+    if signed:
+        maps[:, 0] *= -1
+    for dtype, step in ((tensor_pb2.DATA_TYPE_FLOAT16, 2**-11), (tensor_pb2.DATA_TYPE_UINT8, 1 / 510)):
+        if signed and dtype == tensor_pb2.DATA_TYPE_UINT8:
+            continue
+        sent = encoded(maps, dtype)
+        assert np.isfinite(sent.elements).all()
+        for map_, elements, scale in zip(maps, sent.elements, sent.scales, strict=True):
+            exact = map_.astype(np.float64)
+            assert np.abs(elements * np.float64(scale) - exact).max() <= step * np.abs(exact).max()

@@ -196,7 +196,9 @@ def _box(picture: Image.Image, geometry: Geometry) -> tuple[float, float, float,
 def _maps(tensor: tensor_pb2.Tensor, array: Array, are_there: list[bool]) -> NDArray[np.float32]:
     if array.dtype == np.float32:
         return array  # a view on the message: read only, and not copied
-    maps = array.astype(np.float32) * np.float32(tensor.scale or 1)
+    maps = array.astype(np.float32)
+    for i, scale in enumerate(tensor.scales):
+        maps[i] = array[i] * np.float64(scale)  # a scale may be smaller than float32 holds
     if tensor.dtype == tensor_pb2.DATA_TYPE_UINT8:  # it has no NaN: a map that is not there came as 0
         maps[~np.array(are_there, bool)] = np.nan
     return maps

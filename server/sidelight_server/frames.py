@@ -70,9 +70,9 @@ decode_stream_request = decoder(
 def encode_answer(id_: str, result: pb.Attribution, provenance: bytes, maps: Encoded, *, is_inline: bool) -> bytes:
     """Return the bytes of an answer, of a unary call or on a stream: both have the same fields.
 
-    `result` is without its maps and its provenance. Maps that travel otherwise keep type, shape and scale.
+    `result` is without its maps and its provenance. Maps that travel otherwise keep type, shape and scales.
     """
-    head = tensor_pb2.Tensor(dtype=maps.dtype, shape=maps.elements.shape, scale=maps.scale).SerializeToString()
+    head = tensor_pb2.Tensor(dtype=maps.dtype, shape=maps.elements.shape, scales=maps.scales).SerializeToString()
     data = maps.data if is_inline else b""
     tensor = [head, *(field(tensor_pb2.Tensor.DATA_FIELD_NUMBER, [data]) if len(data) else ())]
     attribution = [

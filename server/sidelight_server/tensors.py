@@ -15,7 +15,6 @@ from .errors import InvalidArgument
 
 MAX_ELEMENTS = 2**40  # far beyond any message, and below what numpy refuses as the shape of even an empty array
 MAX_SIZE = 2**10  # of a dimension: four of them are that many elements
-SMALLEST_NORMAL = float(np.finfo(np.float32).tiny)
 
 DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[np.generic]] = {
     tensor_pb2.DATA_TYPE_UINT8: np.dtype("u1"),
@@ -82,8 +81,8 @@ def array_of(tensor: tensor_pb2.Tensor, *, field: str, data: memoryview | None =
     """
     data = memoryview(tensor.data) if data is None else data  # once: each look at `tensor.data` is a copy
     layout = layout_of(tensor, field=field)
-    if tensor.scale:
-        raise InvalidArgument(f"{field}.scale: {tensor.scale}, expected it unset in a request")
+    if tensor.scales:
+        raise InvalidArgument(f"{field}.scales: {len(tensor.scales)} of them, expected none in a request")
     n_bytes = layout.n_bytes
     if n_bytes != len(data):
         kind = tensor_pb2.DataType.Name(tensor.dtype).removeprefix("DATA_TYPE_").lower()
@@ -109,16 +108,16 @@ def map_itemsize(output: pb.Output) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """An array as it travels: its elements, in the wanted type, and what one of them stands for."""
+    """An array as it travels: its elements, in the wanted type, and what one of each example's stands for."""
 
     dtype: tensor_pb2.DataType.ValueType
     elements: Array
-    scale: float = 0.0
+    scales: tuple[float, ...] = ()  # one for each entry of the first dimension; none: 1
 
     def tensor(self) -> tensor_pb2.Tensor:
         """Return the message."""
         data = self.elements.tobytes()
-        return tensor_pb2.Tensor(dtype=self.dtype, shape=self.elements.shape, data=data, scale=self.scale)
+        return tensor_pb2.Tensor(dtype=self.dtype, shape=self.elements.shape, data=data, scales=self.scales)
 
     @property
     def data(self) -> memoryview:
@@ -138,25 +137,30 @@ def encoded(
 
 
 def _quantised(array: NDArray[np.float32 | np.float64]) -> Encoded:
-    """Return an array without sign in bytes, the largest element as 255."""
+    """Return an array without sign in bytes, each example's largest element as 255."""
     finite = np.nan_to_num(array, nan=0.0)
-    scale = _largest(finite) / 255 or 1.0
-    return Encoded(tensor_pb2.DATA_TYPE_UINT8, np.rint(finite / np.float64(scale)).astype(np.uint8), scale)
+    scales = _largest(finite) / 255  # [N]
+    scales[scales == 0] = 1.0
+    return Encoded(tensor_pb2.DATA_TYPE_UINT8, np.rint(finite / _along(scales, array)).astype(np.uint8), tuple(scales))
 
 
 def _halved(array: NDArray[np.float32 | np.float64]) -> Encoded:
-    """Return an array in float16, the largest element near 1: gradients may be less than float16 can hold.
+    """Return an array in float16, each example's largest element below 1: gradients may be less than float16 can hold.
 
     The scale is a power of two, so that nothing is lost by it.
     """
-    scale = 2.0 ** math.frexp(_largest(np.nan_to_num(np.abs(array), nan=0.0)))[1]
-    return Encoded(tensor_pb2.DATA_TYPE_FLOAT16, (array / np.float64(scale)).astype("<f2"), scale)
+    scales = np.ldexp(1.0, np.frexp(_largest(np.nan_to_num(np.abs(array), nan=0.0)))[1])  # [N]
+    return Encoded(tensor_pb2.DATA_TYPE_FLOAT16, (array / _along(scales, array)).astype("<f2"), tuple(scales))
 
 
-def _largest(array: NDArray[np.float32 | np.float64]) -> float:
-    """Return the largest element; 0 where that is less than a normal number, for it has hardly a digit left."""
-    largest = float(array.max(initial=0))
-    return largest if largest >= SMALLEST_NORMAL else 0.0
+def _largest(array: NDArray[np.float32 | np.float64]) -> NDArray[np.float64]:
+    """Return each example's largest element, [N], for elements of 0 or more."""
+    largest: NDArray[np.float64] = array.max(axis=tuple(range(1, array.ndim)), initial=0).astype(np.float64)
+    return largest
+
+
+def _along(scales: NDArray[np.float64], array: Array) -> NDArray[np.float64]:
+    return scales.reshape(-1, *[1] * (array.ndim - 1))
 
 
 def letters(dtype: np.dtype[np.generic]) -> str:

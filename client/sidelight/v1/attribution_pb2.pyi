@@ -1268,9 +1268,8 @@ class Output(google.protobuf.message.Message):
     PARTIAL_FIELD_NUMBER: builtins.int
     REGION_FIELD_NUMBER: builtins.int
     map_dtype: sidelight.v1.tensor_pb2.DataType.ValueType
-    """map_dtype is the type of the maps: FLOAT32, or FLOAT16 or UINT8 with Tensor.scale, one for the batch. UINT8 has no
-    sign: a map that may be negative is INVALID_ARGUMENT, and a failed example is 0. Optional: unset means
-    FLOAT32.
+    """map_dtype is the type of the maps: FLOAT32, or FLOAT16 or UINT8 with Tensor.scales, one for each example. UINT8 has no
+    sign: a map that may be negative is INVALID_ARGUMENT, and a failed example is 0. Optional: unset means FLOAT32.
     """
     rendered: builtins.bool
     """rendered asks for a picture of each map, as a PNG file. Optional."""

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sidelight/v1/tensor.proto\x12\x0csidelight.v1\"[\n\x06Tensor\x12%\n\x05\x64type\x18\x01 \x01(\x0e\x32\x16.sidelight.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\r\n\x05scale\x18\x04 \x01(\x01\"j\n\x0cSharedTensor\x12\x0e\n\x06region\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x03\x12%\n\x05\x64type\x18\x03 \x01(\x0e\x32\x16.sidelight.v1.DataType\x12\r\n\x05shape\x18\x04 \x03(\x03\"\x1e\n\rEncodedImages\x12\r\n\x05\x66iles\x18\x01 \x03(\x0c\"\x98\x01\n\x06Images\x12&\n\x06tensor\x18\x01 \x01(\x0b\x32\x14.sidelight.v1.TensorH\x00\x12,\n\x06shared\x18\x02 \x01(\x0b\x32\x1a.sidelight.v1.SharedTensorH\x00\x12.\n\x07\x65ncoded\x18\x03 \x01(\x0b\x32\x1b.sidelight.v1.EncodedImagesH\x00\x42\x08\n\x06source\"?\n\x03\x42ox\x12\x0b\n\x03top\x18\x01 \x01(\x05\x12\x0c\n\x04left\x18\x02 \x01(\x05\x12\x0e\n\x06height\x18\x03 \x01(\x05\x12\r\n\x05width\x18\x04 \x01(\x05\"%\n\x08Interval\x12\x0b\n\x03low\x18\x01 \x01(\x01\x12\x0c\n\x04high\x18\x02 \x01(\x01\"\xb1\x01\n\x08Geometry\x12\x17\n\x0foriginal_height\x18\x01 \x01(\x05\x12\x16\n\x0eoriginal_width\x18\x02 \x01(\x05\x12\x15\n\rscaled_height\x18\x03 \x01(\x05\x12\x14\n\x0cscaled_width\x18\x04 \x01(\x05\x12\x1f\n\x04\x63rop\x18\x05 \x01(\x0b\x32\x11.sidelight.v1.Box\x12&\n\x06window\x18\x06 \x01(\x0b\x32\x16.sidelight.v1.Interval*\x97\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x04\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x05\x42*\n\x0csidelight.v1P\x01Z\x18sidelight/v1;sidelightv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sidelight/v1/tensor.proto\x12\x0csidelight.v1\"\\\n\x06Tensor\x12%\n\x05\x64type\x18\x01 \x01(\x0e\x32\x16.sidelight.v1.DataType\x12\r\n\x05shape\x18\x02 \x03(\x03\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x12\x0e\n\x06scales\x18\x04 \x03(\x01\"j\n\x0cSharedTensor\x12\x0e\n\x06region\x18\x01 \x01(\t\x12\x14\n\x0coffset_bytes\x18\x02 \x01(\x03\x12%\n\x05\x64type\x18\x03 \x01(\x0e\x32\x16.sidelight.v1.DataType\x12\r\n\x05shape\x18\x04 \x03(\x03\"\x1e\n\rEncodedImages\x12\r\n\x05\x66iles\x18\x01 \x03(\x0c\"\x98\x01\n\x06Images\x12&\n\x06tensor\x18\x01 \x01(\x0b\x32\x14.sidelight.v1.TensorH\x00\x12,\n\x06shared\x18\x02 \x01(\x0b\x32\x1a.sidelight.v1.SharedTensorH\x00\x12.\n\x07\x65ncoded\x18\x03 \x01(\x0b\x32\x1b.sidelight.v1.EncodedImagesH\x00\x42\x08\n\x06source\"?\n\x03\x42ox\x12\x0b\n\x03top\x18\x01 \x01(\x05\x12\x0c\n\x04left\x18\x02 \x01(\x05\x12\x0e\n\x06height\x18\x03 \x01(\x05\x12\r\n\x05width\x18\x04 \x01(\x05\"%\n\x08Interval\x12\x0b\n\x03low\x18\x01 \x01(\x01\x12\x0c\n\x04high\x18\x02 \x01(\x01\"\xb1\x01\n\x08Geometry\x12\x17\n\x0foriginal_height\x18\x01 \x01(\x05\x12\x16\n\x0eoriginal_width\x18\x02 \x01(\x05\x12\x15\n\rscaled_height\x18\x03 \x01(\x05\x12\x14\n\x0cscaled_width\x18\x04 \x01(\x05\x12\x1f\n\x04\x63rop\x18\x05 \x01(\x0b\x32\x11.sidelight.v1.Box\x12&\n\x06window\x18\x06 \x01(\x0b\x32\x16.sidelight.v1.Interval*\x97\x01\n\x08\x44\x61taType\x12\x19\n\x15\x44\x41TA_TYPE_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44\x41TA_TYPE_UINT8\x10\x01\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT16\x10\x02\x12\x16\n\x12\x44\x41TA_TYPE_BFLOAT16\x10\x03\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT32\x10\x04\x12\x15\n\x11\x44\x41TA_TYPE_FLOAT64\x10\x05\x42*\n\x0csidelight.v1P\x01Z\x18sidelight/v1;sidelightv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,20 +32,20 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sidelight.v1.tensor_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\014sidelight.v1P\001Z\030sidelight/v1;sidelightv1'
-  _globals['_DATATYPE']._serialized_start=716
-  _globals['_DATATYPE']._serialized_end=867
+  _globals['_DATATYPE']._serialized_start=717
+  _globals['_DATATYPE']._serialized_end=868
   _globals['_TENSOR']._serialized_start=43
-  _globals['_TENSOR']._serialized_end=134
-  _globals['_SHAREDTENSOR']._serialized_start=136
-  _globals['_SHAREDTENSOR']._serialized_end=242
-  _globals['_ENCODEDIMAGES']._serialized_start=244
-  _globals['_ENCODEDIMAGES']._serialized_end=274
-  _globals['_IMAGES']._serialized_start=277
-  _globals['_IMAGES']._serialized_end=429
-  _globals['_BOX']._serialized_start=431
-  _globals['_BOX']._serialized_end=494
-  _globals['_INTERVAL']._serialized_start=496
-  _globals['_INTERVAL']._serialized_end=533
-  _globals['_GEOMETRY']._serialized_start=536
-  _globals['_GEOMETRY']._serialized_end=713
+  _globals['_TENSOR']._serialized_end=135
+  _globals['_SHAREDTENSOR']._serialized_start=137
+  _globals['_SHAREDTENSOR']._serialized_end=243
+  _globals['_ENCODEDIMAGES']._serialized_start=245
+  _globals['_ENCODEDIMAGES']._serialized_end=275
+  _globals['_IMAGES']._serialized_start=278
+  _globals['_IMAGES']._serialized_end=430
+  _globals['_BOX']._serialized_start=432
+  _globals['_BOX']._serialized_end=495
+  _globals['_INTERVAL']._serialized_start=497
+  _globals['_INTERVAL']._serialized_end=534
+  _globals['_GEOMETRY']._serialized_start=537
+  _globals['_GEOMETRY']._serialized_end=714
 # @@protoc_insertion_point(module_scope)

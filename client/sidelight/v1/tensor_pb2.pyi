@@ -68,18 +68,21 @@ class Tensor(google.protobuf.message.Message):
     DTYPE_FIELD_NUMBER: builtins.int
     SHAPE_FIELD_NUMBER: builtins.int
     DATA_FIELD_NUMBER: builtins.int
-    SCALE_FIELD_NUMBER: builtins.int
+    SCALES_FIELD_NUMBER: builtins.int
     dtype: global___DataType.ValueType
     """dtype is the element type. Required."""
     data: builtins.bytes
     """data holds the elements. Required unless a dimension is 0."""
-    scale: builtins.float
-    """scale is what an element is multiplied by to give its value: 255 stands for 255 × scale. Positive.
-    Optional: 0 means 1. Set only on uint8 and float16 maps in an answer; a request that sets it is INVALID_ARGUMENT.
-    """
     @property
     def shape(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """shape lists the dimensions, outermost first. Required; each is at least 0."""
+
+    @property
+    def scales(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """scales are what elements are multiplied by to give their values, one for each entry of the first dimension: 255 in
+        entry i stands for 255 × scales[i]. Each is positive.
+        Optional: none means 1. Set only on uint8 and float16 maps in an answer; a request that sets them is INVALID_ARGUMENT.
+        """
 
     def __init__(
         self,
@@ -87,9 +90,9 @@ class Tensor(google.protobuf.message.Message):
         dtype: global___DataType.ValueType = ...,
         shape: collections.abc.Iterable[builtins.int] | None = ...,
         data: builtins.bytes = ...,
-        scale: builtins.float = ...,
+        scales: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["data", b"data", "dtype", b"dtype", "scale", b"scale", "shape", b"shape"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["data", b"data", "dtype", b"dtype", "scales", b"scales", "shape", b"shape"]) -> None: ...
 
 global___Tensor = Tensor
 
