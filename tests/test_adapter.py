@@ -374,7 +374,7 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "classes": (lambda: Returning(lambda y: y.argmax(dim=1)), {}, r"cannot be differentiated|returned int64 \[2\]"),
     "an input that is no label": (Aged, {}, 'label: the outputs depend on "age", so zeros would be wrong'),
     "NaN": (Broken, {}, "are not numbers"),
-    "no gradient": (lambda: Returning(lambda y: y.detach()), {}, "cannot be differentiated"),
+    "no input": (lambda: Returning(lambda y: torch.ones_like(y)), {}, "cannot be differentiated"),
     "labels": (Net, {"labels": ("a", "b")}, "labels: got 2, model .* has 4 classes"),
 }
 

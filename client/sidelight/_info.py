@@ -109,6 +109,7 @@ class ModelInfo:
     outputs: str = ""  # what that is: "logits" or "probabilities"
     activation: str = ""  # "softmax" where classes exclude each other, "sigmoid" where they do not
     preprocessing: Preprocessing | None = None  # None where the input size is not fixed
+    methods: tuple[str, ...] = ()  # that the model serves, as the schema calls them
 
     @classmethod
     def of(cls, message: model_pb2.ModelInfo) -> "ModelInfo":
@@ -134,6 +135,7 @@ class ModelInfo:
             call=message.call,
             outputs=message.outputs,
             activation=message.activation,
+            methods=tuple(message.methods),
         )
 
 

@@ -45,6 +45,7 @@ def _model_facts(model: ModelInfo) -> dict[str, str]:
         "call": f"{model.call}, {model.outputs} ({model.activation})",
         "classes": str(model.class_count or "not known yet"),
         "scores": ", ".join(model.scores),
+        "methods": ", ".join(model.methods),
         "runs on": f"{model.device} in {configuration}, {model.chunk_rows} rows at once at most",
         "promises": "equal bytes for equal provenance" if model.reproducible else "equal maps within a tolerance",
         "digest": model.digest,

@@ -109,6 +109,10 @@ class ModelSettings(BaseModel):
     channels_last: bool = Field(False, description="lay pictures out by pixel: faster on most CPUs and GPUs")
     compile: bool = Field(False, description="compile the model with torch.compile; needs a C compiler, and minutes")
     cuda_graphs: bool = Field(False, description="on a GPU: replay recorded kernels for a ladder of chunk sizes")
+    accept_partial_gradient: bool = Field(
+        False,
+        description="serve gradients that miss a part of what the outputs do, as a check at load says",
+    )
     reproducible: bool = Field(False, description="the same bytes whatever the load, the place and the company")
     reproducible_rows: int = Field(
         1, ge=1, le=4096, description="rows of a reproducible chunk; more than 1 only where a check at load shows it"

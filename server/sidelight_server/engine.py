@@ -251,7 +251,7 @@ class Engine:
         for station in self._stations:
             errand = functools.partial(self.registry.warm_up, station)
             for model in await asyncio.wrap_future(station.runner.call(errand)):
-                if model.trial_shape is not None:
+                if model.trial_shape is not None and model.serves_gradients:
                     await self._run_zeros(model, model.trial_shape, station)
 
     async def _run_zeros(self, model: Model, shape: Shape, station: Station) -> None:

@@ -174,7 +174,16 @@ class Kernel:
 
     def _gradients(self, sent: Tensor | None, outputs: Tensor, leaf: Tensor) -> Tensor:
         """Return the gradients of scores at a leaf of the graph, given those at the outputs."""
-        return self._sent_back(sent, lambda each: torch.autograd.grad(outputs, leaf, each.to(outputs.dtype))[0])
+
+        def back(each: Tensor) -> Tensor:
+            given = (each.to(outputs.dtype),)
+            has_graph = outputs.requires_grad
+            (slope,) = torch.autograd.grad(outputs, leaf, given, allow_unused=True) if has_graph else (None,)
+            if slope is None:
+                raise FailedPrecondition("method: the model's outputs have no gradient; ask for occlusion or rise")
+            return slope
+
+        return self._sent_back(sent, back)
 
     def _replayed(self, inputs: Tensor, read: _Read) -> Gradients:
         """Return what `_at_input` does, from recordings of the passes on both sides of the head."""

@@ -75,8 +75,16 @@ def prepare(model: Model, request: Request, *, is_gone: Callable[[], bool]) -> P
 
 
 def settled(model: Model, request: Request) -> Method:
-    """Return a method with its layer's name filled in. `InvalidArgument` where it takes more rows than are allowed."""
+    """Return a method with its layer's name filled in. `InvalidArgument` where it takes more rows than are allowed.
+
+    `FailedPrecondition` where the model has no gradient that it needs.
+    """
     method = request.method
+    if method.needs_gradient and not model.serves_gradients:
+        raise FailedPrecondition(
+            f'method.{method.name}: model "{model.name}" cannot be explained by gradients: {model.gradient_fault}; ask '
+            "for occlusion or rise, which need none"
+        )
     rows = method.rows(input_shape(model, request.images)) * max(1, _top_k(request.target))
     if rows > model.settings.max_example_rows:
         raise InvalidArgument(

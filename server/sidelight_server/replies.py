@@ -106,6 +106,7 @@ def model_info(engine: Engine, entry: Entry, *, whole: bool) -> model_pb2.ModelI
         call=model.adapter.told,
         outputs=model.head.outputs,
         activation=model.head.activation,
+        methods=model.methods,
     )
 
 

@@ -44,7 +44,9 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
             model.chunk_rows = 1
             said = "each run gives other bytes: rows run alone"
             log.warning(Event("runs_differ", model=model.name, message=said))
-    if model.is_tried and not model.kernel.options.is_exact and before is None:
+    if model.is_tried and not settings.reproducible and not model.rows_touch and model.chunk_rows > 1:
+        model.check_company()
+    if model.is_tried and model.serves_gradients and not model.kernel.options.is_exact and before is None:
         _compare(model)
 
 

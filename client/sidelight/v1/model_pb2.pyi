@@ -218,6 +218,7 @@ class ModelInfo(google.protobuf.message.Message):
     CALL_FIELD_NUMBER: builtins.int
     OUTPUTS_FIELD_NUMBER: builtins.int
     ACTIVATION_FIELD_NUMBER: builtins.int
+    METHODS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is what requests call the model."""
     version: builtins.int
@@ -270,6 +271,12 @@ class ModelInfo(google.protobuf.message.Message):
         convolutions), "channels_last", "compile", "cuda_graphs". Empty: none.
         """
 
+    @property
+    def methods(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """methods are the names of those that the model serves, as the fields of Method.method are called. Of a model whose
+        gradient is found to be zero or to miss a part when it is loaded, those that need no gradient.
+        """
+
     def __init__(
         self,
         *,
@@ -291,9 +298,10 @@ class ModelInfo(google.protobuf.message.Message):
         call: builtins.str = ...,
         outputs: builtins.str = ...,
         activation: builtins.str = ...,
+        methods: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["input", b"input"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["activation", b"activation", "call", b"call", "chunk_rows", b"chunk_rows", "class_count", b"class_count", "device", b"device", "digest", b"digest", "input", b"input", "kernel_options", b"kernel_options", "labels", b"labels", "layers", b"layers", "name", b"name", "outputs", b"outputs", "precision", b"precision", "reproducible", b"reproducible", "scores", b"scores", "state", b"state", "version", b"version", "warmup", b"warmup"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activation", b"activation", "call", b"call", "chunk_rows", b"chunk_rows", "class_count", b"class_count", "device", b"device", "digest", b"digest", "input", b"input", "kernel_options", b"kernel_options", "labels", b"labels", "layers", b"layers", "methods", b"methods", "name", b"name", "outputs", b"outputs", "precision", b"precision", "reproducible", b"reproducible", "scores", b"scores", "state", b"state", "version", b"version", "warmup", b"warmup"]) -> None: ...
 
 global___ModelInfo = ModelInfo
 

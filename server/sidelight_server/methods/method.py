@@ -131,6 +131,7 @@ class Method(abc.ABC):
     __slots__ = ()
 
     name: ClassVar[str]
+    needs_gradient: ClassVar[bool] = True  # False: outputs are all that it looks at
 
     @property
     def begins_with_gradient(self) -> bool:

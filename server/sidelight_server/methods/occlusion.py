@@ -27,6 +27,7 @@ class Occlusion(Method):
     """
 
     name: ClassVar[str] = "occlusion"
+    needs_gradient: ClassVar[bool] = False
     window: tuple[int, int] = (16, 16)  # rows, columns
     stride: tuple[int, int] | None = None  # None: the window's own size
     baseline: Baseline = ZERO
@@ -114,6 +115,7 @@ class Rise(Method):
     """
 
     name: ClassVar[str] = "rise"
+    needs_gradient: ClassVar[bool] = False
     masks: int = 1000
     cells: int = 7  # along each side of the grid
     keep_probability: float = 0.5  # the chance that a cell is shown

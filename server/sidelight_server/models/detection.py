@@ -214,22 +214,18 @@ def _check_labels(module: nn.Module, adapter: Adapter, inputs: Tensor, outputs: 
 
 
 def _gradients_of_first(outputs: Tensor, inputs: Tensor) -> Tensor:
-    """Return the gradients of the first row's outputs for all inputs, [n, C, H, W]."""
+    """Return the gradients of the first row's outputs for all inputs, [n, C, H, W]; zeros where there are none."""
     if outputs.isnan().any():
         raise ConfigurationError(f"its outputs, {told(outputs)}, are not numbers (NaN) for noise between 0 and 1")
+    if not outputs.is_floating_point():
+        raise ConfigurationError(f"it cannot be differentiated: its outputs, {told(outputs)}, are no real numbers")
     if not outputs.requires_grad:
-        raise _not_differentiable(outputs, "they do not depend on its input by operations that have a gradient")
+        return torch.zeros_like(inputs)
     first = outputs[0].flatten()
     # Unequal weights: probabilities, all added, would be 1 whatever they depend on.
     weights = torch.linspace(1, 2, len(first), dtype=first.dtype, device=first.device)
     (gradients,) = torch.autograd.grad((first * weights).sum(), inputs, allow_unused=True)
-    if gradients is None:
-        raise _not_differentiable(outputs, "they do not depend on its input")
-    return gradients
-
-
-def _not_differentiable(outputs: Tensor, why: str) -> ConfigurationError:
-    return ConfigurationError(f"it cannot be differentiated: of its outputs, {told(outputs)}, {why}")
+    return torch.zeros_like(inputs) if gradients is None else gradients
 
 
 def _head(spec: ModelSpec, adapter: Adapter, returned: object, outputs: Tensor) -> Head:

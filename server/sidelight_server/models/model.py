@@ -18,10 +18,12 @@ from ..config import ModelSettings
 from ..errors import ConfigurationError, InvalidArgument, NotFound, near
 from ..kernel import Kernel
 from ..logs import Event
+from ..methods import METHODS
 from ..methods.method import Shape
 from ..probes import chosen_layer
 from ..replica import Isolation, n_hooks, replicate, weights_dtype
 from ..staging import normalise
+from .checks import gradient_fault, rows_touch
 from .detection import Detected, detect
 from .preprocessing import Preprocessing
 from .spec import ModelSpec
@@ -30,6 +32,7 @@ from .weights import Weights
 log = logging.getLogger("sidelight")
 
 DEFAULT_NAME = "model"
+TOUCHING = "examples touch each other: each runs alone"
 
 _Value = TypeVar("_Value")
 
@@ -81,6 +84,7 @@ class Model:
             most = spec.batch[1] if spec.batch else 0
             trial = _noise(self.trial_shape, 1 if most == 1 else 2).to(device, weights_dtype(spec.module))
         self._isolation = Isolation(owned=None)
+        self.gradient_fault = ""  # why no map of gradients can be had; found out where the model is tried
         detected = self._detected(spec, trial, device)
         self.adapter, self.head = detected.adapter, detected.head
         self.probed = detected.layers  # those that can be probed, if it was tried
@@ -159,7 +163,18 @@ class Model:
                 name for name, each in replica.named_buffers() if not torch.equal(each, theirs[name].to(device))
             }
             self._isolation = Isolation(frozenset(written), keeps_hooks=keeps_hooks)
+            with self._refusing(f"failed on inputs like {list(trial.shape)}"):
+                self._check_gradient(replica, detected, trial[:1])
         return replica, detected
+
+    def _check_gradient(self, module: nn.Module, detected: Detected, example: Tensor) -> None:
+        """Look whether the gradient is that of the outputs."""
+        adapter, rows = detected.adapter, 1 if detected.rows_touch or detected.adapter.most == 1 else 2
+
+        def run(inputs: Tensor) -> Tensor:
+            return adapter(module, inputs * 1)  # a copy: it may begin with an operation in place
+
+        self.gradient_fault = gradient_fault(run, example, in_turn=self.in_turn, most=rows)
 
     def _by(self, spec: ModelSpec) -> str:
         return ", as input_size says" if spec.input_size is not None else ", as trial_size says"
@@ -226,6 +241,16 @@ class Model:
     def scores(self) -> tuple[Score, ...]:
         """The scores that the model can give."""
         return self.head.scores
+
+    @property
+    def serves_gradients(self) -> bool:
+        """Whether methods that need a gradient can be asked for."""
+        return not self.gradient_fault or self.settings.accept_partial_gradient
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The names of the methods that can be asked for."""
+        return tuple(each.name for each in METHODS if self.serves_gradients or not each.needs_gradient)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -304,7 +329,9 @@ class Model:
         inputs = self.inputs_like(1)
         failed = "failed" if self.kernel.options.is_exact else f"failed as {self.kernel.told}"
         with self._refusing(f"{failed} on an input of {list(inputs.shape)}"):
-            answer = self.in_turn(lambda: self.kernel.run(inputs, [PREDICTED], [self.scores[0]]))
+            answer = self.in_turn(
+                lambda: self.kernel.run(inputs, [PREDICTED], [self.scores[0]], gradient=self.serves_gradients)
+            )
         n_classes = answer.output_shape[0]
         if self.labels and len(self.labels) != n_classes:
             file = f"{self.settings.labels}: " if self.settings.labels else ""
@@ -312,10 +339,33 @@ class Model:
                 f'labels: {file}got {len(self.labels)}, model "{self.name}" has {n_classes} classes'
             )
         self.learn_output(answer.output_shape)
+        if self.gradient_fault:
+            served = "all the same, as accept_partial_gradient says" if self.serves_gradients else "not"
+            said = f"{self.gradient_fault}; methods of gradients are {served} served, {', '.join(self.methods)} are"
+            log.warning(Event("gradient_fault", model=self.name, message=said))
         if self.rows_touch:
             self.chunk_rows = 1
-            said = "examples touch each other: each runs alone"
-            log.warning(Event("rows_touch", model=self.name, message=said))
+            log.warning(Event("rows_touch", model=self.name, message=TOUCHING))
+
+    def check_company(self) -> None:
+        """Run rows alone from now on if an example's outputs depend on those that it shares a chunk with.
+
+        What autograd recorded when the model was tried has not told that of statistics that are detached.
+        """
+        try:
+            touches = rows_touch(
+                self.kernel.outputs_of,
+                self.inputs_like(1),
+                in_turn=self.in_turn,
+                most=self.chunk_rows,
+                dtype=self.kernel.compute_dtype,
+            )
+        except Exception as error:  # the model's own: it takes no such batch
+            log.warning(Event("company_failed", model=self.name, message=f"{type(error).__name__}: {error}"))
+            touches = True
+        if touches:
+            self.rows_touch, self.chunk_rows = True, 1
+            log.warning(Event("rows_touch", model=self.name, message=TOUCHING))
 
     @contextlib.contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
