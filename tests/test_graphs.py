@@ -3,13 +3,15 @@
 `pytest --device cuda tests/test_graphs.py` records and replays.
 """
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from models import small_cnn
 from sidelight_server.attribution import PREDICTED, Aim, Score
-from sidelight_server.graphs import Recordings, Replay, recorder
+from sidelight_server.graphs import MAX_SHAPES, Recording, Recordings, Replay, recorder
 from sidelight_server.kernel import Kernel
 from sidelight_server.methods.method import Layer, Rectifiers
 from sidelight_server.options import KernelOptions
@@ -91,8 +93,48 @@ def test_one_recording_serves_all_chunks_up_to_its_size(device: str) -> None:
         n_made.append(passes)
         return recorder(torch.device(device))(*passes)
 
-    recordings = Recordings(lambda x: x.sum(dim=(2, 3)), counted)
+    recordings = Recordings(lambda x: x.sum(dim=(2, 3)), lambda: counted)
     for n in (5, 8, 6, 7):
         assert recordings.of(examples(n).to(device)) is recordings.of(examples(8).to(device))
     assert recordings.of(examples(4).to(device)) is not recordings.of(examples(8).to(device))
     assert len(n_made) == 2
+
+
+def sized(n: int, size: int, device: str) -> Tensor:
+    return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(size)).to(device)
+
+
+def test_only_the_last_few_shapes_are_kept_and_the_others_leave_nothing(device: str) -> None:
+    recordings = Recordings(lambda x: x.sum(dim=(2, 3)), lambda: recorder(torch.device(device)))
+    kept: list[weakref.ref[Recording]] = []
+    for size in range(8, 8 + 3 * MAX_SHAPES):
+        recordings.of(sized(1, 8, device))  # which is asked for again and again, and stays
+        kept += [weakref.ref(recordings.of(sized(n, size, device))) for n in (1, 4)]
+    gc.collect()
+    alive = [ref() is not None for ref in kept]
+    n_last = 2 * (MAX_SHAPES - 1)
+    assert alive[:2] == [True, True]
+    assert alive[2:-n_last] == [False] * (len(kept) - 2 - n_last)
+    assert alive[-n_last:] == [True] * n_last
+
+
+def test_a_shape_that_was_forgotten_gives_the_same_again(device: str) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    recorded, plain = recording(module, device), Kernel(module, device=torch.device(device))
+    for size in (*range(8, 9 + MAX_SHAPES), 8):
+        x = sized(2, size, device)
+        a, b = (each.run(x, [PREDICTED] * 2, [Score.LOGIT] * 2) for each in (recorded, plain))
+        assert_near(a.gradients, b.gradients)
+
+
+def test_shapes_beyond_the_last_few_take_no_more_memory_of_a_gpu(device: str) -> None:
+    if torch.device(device).type != "cuda":
+        pytest.skip("of a GPU's memory")
+    recordings = Recordings(lambda x: x.sin().exp().sum(dim=(2, 3)), lambda: recorder(torch.device(device)))
+    reserved = []
+    for size in range(256, 256 + 8 * MAX_SHAPES):
+        recordings.of(sized(8, size, device))
+        gc.collect()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved(torch.device(device)))
+    assert reserved[-1] < 1.5 * reserved[MAX_SHAPES]

@@ -2,15 +2,17 @@
 
 A small chunk's hundreds of kernels take the host longer to launch than the GPU to run. A CUDA graph launches them in
 one go, always on the same buffers and for the same number of rows. So there is a ladder of sizes: a chunk takes the
-next one up, and the rows beyond its own say nothing. Between the two passes the head, which differs from chunk to
-chunk, runs as usual.
+next one up, and the rows beyond its own say nothing. The last few shapes of input have a ladder each. Between the two
+passes the head, which differs from chunk to chunk, runs as usual.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+MAX_SHAPES = 4  # whose recordings are kept: of a model that takes any size, callers choose them
 WARM_UPS = 3  # before the recording: libraries choose their algorithms and take their workspaces then
 
 Compute = Callable[[Tensor], Tensor]  # inputs, [n, C, H, W], to outputs
@@ -51,28 +53,48 @@ class Recording:
         (self._gradients,) = torch.autograd.grad(self._outputs, self._inputs, self._sent)
 
 
-class Recordings:
-    """The ladder for each shape of input, recorded as sizes are asked for. Used by the device's thread alone."""
+class _Ladder:
+    """The recordings for one shape of input."""
 
-    def __init__(self, compute: Compute, record: Record) -> None:
+    def __init__(self, record: Record) -> None:
+        self.record = record
+        self.recorded: dict[int, Recording] = {}  # by number of rows
+
+
+class Recordings:
+    """The ladder for each shape of input, recorded as sizes are asked for. Used by the device's thread alone.
+
+    Above `MAX_SHAPES` the shape that was not asked for longest is forgotten, with all memory of its recordings.
+    """
+
+    def __init__(self, compute: Compute, new_record: Callable[[], Record]) -> None:
         self._compute = compute
-        self._record = record
-        self._recorded: dict[tuple[int, ...], Recording] = {}
+        self._new_record = new_record
+        self._ladders: OrderedDict[torch.Size, _Ladder] = OrderedDict()  # the last one asked for at the end
 
     def of(self, inputs: Tensor) -> Recording:
         """Return the recording that such inputs fit: of the next power of two."""
-        n_rows = 1 << (len(inputs) - 1).bit_length()
-        key = (n_rows, *inputs.shape[1:])
-        if key not in self._recorded:
-            self._recorded[key] = Recording(self._compute, inputs, n_rows=n_rows, record=self._record)
-        return self._recorded[key]
+        ladder, n_rows = self._ladder(inputs.shape[1:]), 1 << (len(inputs) - 1).bit_length()
+        if n_rows not in ladder.recorded:
+            ladder.recorded[n_rows] = Recording(self._compute, inputs, n_rows=n_rows, record=ladder.record)
+        return ladder.recorded[n_rows]
+
+    def _ladder(self, shape: torch.Size) -> _Ladder:
+        if shape in self._ladders:
+            self._ladders.move_to_end(shape)
+            return self._ladders[shape]
+        if len(self._ladders) >= MAX_SHAPES:  # first, so that its memory is there for the new one
+            self._ladders.popitem(last=False)
+        ladder = self._ladders[shape] = _Ladder(self._new_record())
+        return ladder
 
 
 def recorder(device: torch.device) -> Record:
-    """Return what records on a device. Without graphs the passes simply run again."""
+    """Return what records on a device, in memory of its own. Without graphs the passes simply run again."""
     if device.type != "cuda":
         return lambda forward, backward: (forward, backward)
-    # One pool for all: they run one after the other on one stream, and what one returns is copied out of it.
+    # One pool for all of a shape: they run one after the other on one stream, and what one returns is copied out of it.
+    # torch gives a pool's memory back only once all of its graphs are gone, so two shapes share none.
     pool = torch.cuda.graph_pool_handle()
 
     def record(forward: Replay, backward: Replay) -> tuple[Replay, Replay]:

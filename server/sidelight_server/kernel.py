@@ -5,6 +5,7 @@ alone: no parameter gets a gradient, and nothing of the caller's module is writt
 a shared module crash the process once two threads do it.)
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -105,7 +106,7 @@ class Kernel:
     @property
     def _recorded(self) -> Recordings:
         if self._recordings is None:
-            self._recordings = Recordings(self.outputs_of, recorder(self.device))
+            self._recordings = Recordings(self.outputs_of, functools.partial(recorder, self.device))
         return self._recordings
 
     def run(
