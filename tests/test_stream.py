@@ -7,6 +7,7 @@ import io
 import queue
 import socket
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -512,6 +513,27 @@ def test_a_cancel_is_read_behind_a_batch_that_waits(tmp_path: Path, device: str)
         assert_explains(answer, floats(1))
         assert gate.n_rows == 2
         server.until_all_permits_are_back()
+
+
+def test_batches_whose_caller_goes_while_they_wait_are_all_counted(tmp_path: Path, device: str) -> None:
+    """One runs, one waits for its slot, and one is read behind that."""
+    one_slot = gated(tmp_path, device=device, max_chunk_rows=1, max_stream_in_flight=1)
+    with one_slot as (gate, server), Conversation(server.channel) as stream:
+        passages, have_come = server.server.explainer.passages, queue.SimpleQueue()
+        begin = passages.begin
+        passages.begin = lambda *of: have_come.put(passage := begin(*of)) or passage
+        stream.send(attribute("running", floats(1)))
+        assert gate.reached.wait(TIMEOUT_S)
+        stream.send(attribute("waiting", floats(1)), attribute("behind", floats(1)))
+        for _ in range(3):
+            have_come.get(timeout=TIMEOUT_S)
+        stream.leave()
+        gate.open.set()
+        server.until_all_permits_are_back()
+        until_s = time.monotonic() + TIMEOUT_S
+        while passages.counts.requests.total() < 3 and time.monotonic() < until_s:
+            server.run(asyncio.sleep(0))
+        assert passages.counts.requests.total() == 3
 
 
 LARGE = floats(512)  # whose maps, all channels of them, take 120 kB

@@ -59,7 +59,6 @@ class Batch:
             raise
         finally:
             self._give_back()
-            self._explainer.passages.end(self._inquiry.passage)
 
     def take_back(self) -> None:
         """Drop what has not run. The answer is CANCELLED, unless there is another already."""

@@ -139,8 +139,12 @@ class Stream:
     async def _begin(self, received: Received[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
         passages = self._explainer.passages
         passage = passages.begin(CALL, self._context.invocation_metadata)
-        await self._admitting.acquire()
         request = received.message.attribute
+        try:
+            await self._admitting.acquire()
+        except asyncio.CancelledError:  # the caller has gone
+            passages.end(passage)
+            raise
         try:
             inquiry = await self._inquire(request, received, passage)
         except SidelightError as error:
@@ -160,7 +164,8 @@ class Stream:
             on_admitted=self._admitting.release,
             on_answer=lambda: self._forget(request.id),
         )
-        group.create_task(batch.run(group))
+        # Not in the task itself: one that is cancelled before its first step runs nothing at all.
+        group.create_task(batch.run(group)).add_done_callback(lambda _: passages.end(passage))
 
     async def _inquire(
         self, request: pb.AttributeRequest, received: Received[pb.AttributeStreamRequest], passage: Passage
