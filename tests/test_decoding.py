@@ -3,6 +3,8 @@
 import io
 import re
 import struct
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 from sidelight_server.errors import InvalidArgument
-from sidelight_server.models.decoding import decode
+from sidelight_server.models.decoding import decode, lift_pillows_limit
 
 HEIGHT, WIDTH = 13, 21  # odd and unlike, so that no turn or padding goes unseen
 
@@ -539,10 +541,39 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("file", BOMBS.values(), ids=BOMBS.keys())
-def test_a_bomb_is_refused_by_its_header(file: bytes) -> None:
+def test_a_bomb_is_refused_by_its_header(file: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    lift_pillows_limit()  # as in the server's own process
     limit = 50_000_000
     message = "image file: 60,000 × 60,000 are 3,600,000,000 pixels, max_image_pixels is 50,000,000"
     assert refusal(file, max_pixels=limit) == message
+
+
+@pytest.mark.parametrize("file", BOMBS.values(), ids=BOMBS.keys())
+def test_a_bomb_is_refused_in_a_callers_own_process_too(file: bytes) -> None:
+    """Where Pillow's limit is the caller's, and may come first."""
+    said = refusal(file, max_pixels=50_000_000).replace(",", "")
+    assert "3600000000 pixels" in said
+    assert "max_image_pixels is 50000000" in said
+
+
+def test_pillows_limit_is_left_alone_in_a_callers_own_process_and_lifted_in_the_servers() -> None:
+    code = """if True:
+        from PIL import Image
+        before = Image.MAX_IMAGE_PIXELS
+        import io, torch, sidelight, sidelight_server
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, "PNG")
+        module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+        spec = sidelight_server.ModelSpec(module, input_size=(3, 8, 8))
+        with sidelight_server.serve(spec, device="cpu") as address, sidelight.connect(address) as client:
+            client.attribute([file.getvalue()])
+        assert Image.MAX_IMAGE_PIXELS == before > 0
+        from sidelight_server.server import load
+        load(sidelight_server.Settings(device="cpu", model="python:a:b"))
+        assert Image.MAX_IMAGE_PIXELS is None
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 
 
 @counts_memory
@@ -561,7 +592,9 @@ def test_the_limit_is_the_last_size_that_passes() -> None:
     )
 
 
-def test_an_operator_may_allow_more_than_pillow_does() -> None:
+def test_an_operator_may_allow_more_than_pillow_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+    lift_pillows_limit()
     # 100 and 200 million: where Pillow alone would warn, and where it would raise. The data is cut short on purpose.
     for side in (10_000, 14_200):
         assert refusal(png_bomb(side, side), max_pixels=10**9).startswith("image file: truncated PNG")

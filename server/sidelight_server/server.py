@@ -23,6 +23,7 @@ from .framing import Framing
 from .health import SERVICES, Health, Porch, statuses
 from .logs import Event
 from .memory import keep_freed
+from .models.decoding import lift_pillows_limit
 from .passages import Passages
 from .reflection import enable_reflection
 from .regions import SharedMemory
@@ -225,6 +226,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
 def load(settings: Settings) -> Engine:
     """Return an engine on the models that the settings name, not loaded, in a process that is this server's own."""
     keep_freed()
+    lift_pillows_limit()
     # Loading must not start OpenMP workers of its own: once a process has more of them than CPUs, GNU's OpenMP sleeps
     # at every barrier instead of spinning, and the thread that owns the device was seen to lose 15 % by it.
     torch.set_num_threads(1)

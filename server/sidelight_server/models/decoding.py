@@ -20,10 +20,8 @@ from ..errors import InvalidArgument
 from . import dicom
 from .pixels import lay_over_white, windowed
 
-# Two choices for the whole process, made once, because `warnings.catch_warnings` is not thread-safe before Python 3.14.
-# Pillow's own limit warns, or raises, at sizes of its choosing, and in some formats before the size can be read here;
-# `max_pixels` takes its place. Its other warnings quote the file: each new text would be logged and kept for ever.
-Image.MAX_IMAGE_PIXELS = None
+# A choice for the whole process, made once, because `warnings.catch_warnings` is not thread-safe before Python 3.14.
+# Pillow's warnings quote the file: each new text would be logged and kept for ever.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 Pixels = npt.NDArray[np.uint8]
@@ -55,6 +53,14 @@ _FORMATS: tuple[tuple[str, Callable[[bytes], bool], type[ImageFile]], ...] = (
     ("BMP", lambda file: file.startswith(b"BM"), BmpImageFile),
     ("GIF", lambda file: file.startswith((b"GIF87a", b"GIF89a")), _FirstFrame),
 )
+
+
+def lift_pillows_limit() -> None:
+    """Let `max_pixels` be the only limit of a picture's size, in a process that is the server's own.
+
+    Pillow's own limit warns, or raises, at sizes of its choosing, in some formats before the size can be read here.
+    """
+    Image.MAX_IMAGE_PIXELS = None
 
 
 def _leave(pixels: Pixels) -> Pixels:
@@ -94,6 +100,12 @@ def decode(file: bytes, *, channels: int, max_pixels: int, window: tuple[float, 
             upright = _UPRIGHT.get(_orientation(image), _leave)
     except InvalidArgument:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # in a caller's own process
+        found = str(error).partition(", could")[0]
+        raise InvalidArgument(
+            f"image file: {found}, which is Pillow's own in this process (PIL.Image.MAX_IMAGE_PIXELS); "
+            f"max_image_pixels is {max_pixels:,}"
+        ) from error
     # Pillow promises no set of exceptions: OSError, SyntaxError, struct.error, zlib.error, MemoryError, … are all seen.
     except Exception as error:
         raise InvalidArgument(f"image file: {_describe(error)} {name} after {len(file):,} bytes") from error
