@@ -508,6 +508,21 @@ def test_a_probe_that_is_asked_wrongly_says_so(flags: tuple[str, ...], code: int
     assert words in told.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("listen", "first"),
+    [
+        ("[::]:1", "[::]:1"),
+        ("[::1]:1,127.0.0.1:2", "[::1]:1"),
+        ('["[::1]:1", "127.0.0.1:2"]', "[::1]:1"),
+        (" 127.0.0.1:1 , [::1]:2", "127.0.0.1:1"),
+    ],
+)
+def test_the_probe_asks_the_first_address_that_the_server_listens_on(listen: str, first: str) -> None:
+    code, told = probe("--check", SIDELIGHT_LISTEN=listen)
+    assert code == 1
+    assert told.startswith(f"UNAVAILABLE: {first}: ")
+
+
 def test_the_probe_brings_no_torch() -> None:
     code = (
         "import sys; sys.argv[1:] = ['--check', '127.0.0.1:1'];"

@@ -4,6 +4,8 @@ It must be quick, so nothing here imports torch, nor what does.
 """
 
 import argparse
+import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -42,10 +44,17 @@ def probe(arguments: Sequence[str]) -> int:
         parser.error("--certificate and --key go together")
     if chosen.server_name and not (chosen.ca or chosen.certificate):
         parser.error("--server-name is for TLS: expected --ca beside it")
-    address = chosen.check or os.environ.get("SIDELIGHT_LISTEN", "").strip('[]" ').split(",")[0].strip('" ')
-    status, detail = _ask(address or DEFAULT_ADDRESS, chosen)
+    status, detail = _ask(chosen.check or _first(os.environ.get("SIDELIGHT_LISTEN", "")) or DEFAULT_ADDRESS, chosen)
     print(status + (f": {detail}" if detail else ""), file=sys.stderr)
     return 0 if status == "SERVING" else 1
+
+
+def _first(addresses: str) -> str:
+    """Return the first of a list as a variable holds it, with commas or as JSON; see `config`, which brings torch."""
+    if addresses.startswith("[") and addresses.endswith("]"):  # unlike "[::]:50051"
+        with contextlib.suppress(ValueError, LookupError):
+            return str(json.loads(addresses)[0])
+    return addresses.partition(",")[0].strip()
 
 
 def _ask(address: str, chosen: argparse.Namespace) -> tuple[str, str]:
