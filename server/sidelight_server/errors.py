@@ -25,6 +25,7 @@ from typing import ClassVar
 
 # A message may quote what a caller sent. In a call's trailers it must stay within 8 KiB, or gRPC hides it; there a
 # character may take 12 bytes.
+MANY_NAMES = 2000
 MAX_MESSAGE = 500
 
 
@@ -120,7 +121,9 @@ class ConfigurationError(Exception):
 def near(name: str, known: Iterable[str]) -> str:
     """Return words that suggest the names nearest to an unknown one, or list a few when none is near."""
     names = list(known)
-    close = difflib.get_close_matches(name[:MAX_MESSAGE], names, n=3, cutoff=0.5)
+    # Comparing takes 10 µs a name: of very many, those that begin alike.
+    alike = names if len(names) <= MANY_NAMES else [each for each in names if each[:2] == name[:2]]
+    close = difflib.get_close_matches(name[:MAX_MESSAGE], alike[:MANY_NAMES], n=3, cutoff=0.5)
     if close:
         return "did you mean " + " or ".join(f'"{each}"' for each in close) + "?"
     if not names:

@@ -1045,7 +1045,9 @@ class BlurredBaseline(google.protobuf.message.Message):
 
     SIGMA_FIELD_NUMBER: builtins.int
     sigma: builtins.float
-    """sigma is the blur's standard deviation in pixels. Positive. Required."""
+    """sigma is the blur's standard deviation in pixels. Positive, at most 4 times the longer side of the model's input.
+    Required.
+    """
     def __init__(
         self,
         *,

@@ -12,7 +12,7 @@ from ..errors import FailedPrecondition, InvalidArgument
 from .method import Example, Shape
 
 TRUNCATE = 4.0  # standard deviations at which the blur's kernel ends
-WIDEST = 1e6  # pixels at which it ends at the latest: no picture is so wide that it would show
+MAX_SIGMAS = 4.0  # a blur's sigma over the longer side of the picture: beyond, it changes little and only costs time
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,9 @@ class Constant:
         """The absolute value."""
         return abs(self.value)
 
+    def check(self, shape: Shape, n_examples: int) -> None:
+        """Fit any shape."""
+
     def of(self, example: Example) -> Tensor:
         """Return the baseline, [C, H, W]."""
         return torch.full_like(example.x, self.value)
@@ -47,6 +50,9 @@ class _OfExample:
     def largest(self) -> float:
         """Nothing that was not there before."""
         return 0.0
+
+    def check(self, shape: Shape, n_examples: int) -> None:
+        """Fit any shape, unless a baseline says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +86,14 @@ class Blurred(_OfExample):
         if not 0 < self.sigma < math.inf:
             raise InvalidArgument(f"method.baseline.blurred.sigma: got {self.sigma:g}, expected a positive number")
 
+    def check(self, shape: Shape, n_examples: int) -> None:
+        """Refuse a sigma whose kernel would take more work than the picture."""
+        if self.sigma > (most := MAX_SIGMAS * max(shape[1:])):
+            raise InvalidArgument(
+                f"method.baseline.blurred.sigma: got {self.sigma:g}, expected at most {most:g}, "
+                f"{MAX_SIGMAS:g} times the longer side of the model's input"
+            )
+
     def of(self, example: Example) -> Tensor:
         """Return the baseline, [C, H, W]."""
         blurred = example.x[:, None]  # [C, 1, H, W]
@@ -88,7 +102,7 @@ class Blurred(_OfExample):
         return blurred[:, 0]
 
     def _along(self, x: Tensor, axis: int) -> Tensor:
-        radius = int(min(TRUNCATE * self.sigma + 0.5, WIDEST))
+        radius = int(TRUNCATE * self.sigma + 0.5)
         places = torch.arange(-radius, radius + 1, dtype=torch.float64)
         weights = torch.exp(-0.5 * (places / self.sigma) ** 2)
         if (beyond := radius - x.shape[axis]) > 0:  # so far out the kernel meets a repeated edge alone

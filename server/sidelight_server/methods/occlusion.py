@@ -62,8 +62,7 @@ class Occlusion(Method):
         for name, size, length in zip(("height", "width"), self.window, shape[1:], strict=True):
             if size > length:
                 raise InvalidArgument(f"method.{self.name}.window_{name}: got {size}, expected at most {length}")
-        if isinstance(self.baseline, Given):
-            self.baseline.check(shape, n_examples)
+        self.baseline.check(shape, n_examples)
 
     def rows(self, shape: Shape) -> int:
         """Return the windows, and the example itself."""

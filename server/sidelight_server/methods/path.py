@@ -106,8 +106,7 @@ class IntegratedGradients(Method):
 
     def check(self, shape: Shape, n_examples: int) -> None:
         """Check a given baseline's shape."""
-        if isinstance(self.baseline, Given):
-            self.baseline.check(shape, n_examples)
+        self.baseline.check(shape, n_examples)
 
     def rows(self, shape: Shape) -> int:
         """Return the nodes, and where no node is there, both ends."""

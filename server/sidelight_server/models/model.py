@@ -1,6 +1,7 @@
 """A model that serves: its kernel, its preprocessing, its labels, and its digest."""
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -301,9 +302,17 @@ class Model:
             raise ValueError(f"the model returned {shape[0]} classes, {self.output_shape[0]} before")
         self.output_shape, self.class_count = shape, shape[0]
 
+    @functools.cached_property
+    def _classes(self) -> dict[str, list[int]]:
+        """The numbers of the classes that bear each label."""
+        classes: dict[str, list[int]] = {}
+        for index, label in enumerate(self.labels):
+            classes.setdefault(label, []).append(index)
+        return classes
+
     def _labelled(self, label: str) -> int:
-        named = [index for index, each in enumerate(self.labels) if each == label]
-        if not named:
+        named = self._classes.get(label)
+        if named is None:
             raise NotFound(f'target: model "{self.name}" has no label "{label}"; {near(label, self.labels)}')
         if len(named) > 1:
             classes = ", ".join(map(str, named))
