@@ -23,7 +23,7 @@ COPY pyproject.toml README.md LICENSE ./
 # Empty packages stand in for Sidelight's own, so that pip learns from pyproject.toml what they need. Then goes what a
 # server never opens: tests, headers, the installer. pip would write the bytecode of all modules; the import, of those
 # that are used.
-RUN mkdir -p client/sidelight server/sidelight_server \
+RUN mkdir -p client/sidelight server/sidelight_server proto/sidelight/v1 \
     && touch client/sidelight/__init__.py server/sidelight_server/__init__.py \
     && python -m pip install --no-cache-dir --no-compile --constraint constraints.txt ".[${EXTRAS}]" \
     && python -m pip uninstall --yes sidelight \
@@ -41,6 +41,7 @@ RUN python -m venv /opt/sidelight
 COPY pyproject.toml README.md LICENSE ./
 COPY client client
 COPY server server
+COPY proto proto
 RUN /opt/sidelight/bin/python -m pip install --no-cache-dir --no-deps --prefix /opt/package .
 
 FROM ${BASE}

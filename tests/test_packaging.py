@@ -18,15 +18,20 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 needs_floor = pytest.mark.skipif(not FLOOR.exists(), reason="make setup makes the environment of the oldest versions")
 
 
-def test_a_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
+def wheel_of(source: Path, folder: Path) -> list[str]:
+    """Build a wheel, and return the names of the files in it."""
     subprocess.run(
-        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", tmp_path],
+        [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", folder],
         check=True,
-        cwd=ROOT,
+        cwd=source,
         capture_output=True,
     )
-    (wheel,) = tmp_path.iterdir()
-    names = zipfile.ZipFile(wheel).namelist()
+    (wheel,) = folder.iterdir()
+    return zipfile.ZipFile(wheel).namelist()
+
+
+def test_a_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
+    names = wheel_of(ROOT, tmp_path)
     assert {name.split("/")[0] for name in names} == {
         "sidelight",
         "sidelight_server",
@@ -36,6 +41,28 @@ def test_a_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
         assert name in names
     for proto in (ROOT / "proto" / "sidelight" / "v1").iterdir():
         assert f"sidelight/v1/{proto.name}" in names
+
+
+@pytest.mark.parametrize("stage", ["dependencies", "package"])
+def test_a_stage_of_the_image_that_builds_a_wheel_has_all_that_it_is_made_of(stage: str, tmp_path: Path) -> None:
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    (text,) = re.findall(rf"^FROM \S+ AS {stage}$(.*?)^FROM ", dockerfile, re.MULTILINE | re.DOTALL)
+    source = tmp_path / "source"
+    source.mkdir()
+    for copied in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
+        assert set(copied.split()) <= _sent_to_the_builder()
+        subprocess.run(["cp", "-r", *copied.split(), source], check=True, cwd=ROOT)
+    for made in re.findall(r"^RUN (mkdir .*?&& touch .*?) \\\n *&&", text, re.MULTILINE | re.DOTALL):
+        subprocess.run(made, shell=True, check=True, cwd=source)
+    names = wheel_of(source, tmp_path / "wheel")
+    if stage == "package":
+        assert sorted(names) == sorted(wheel_of(ROOT, tmp_path / "whole"))
+
+
+def _sent_to_the_builder() -> set[str]:
+    """Return the files and folders that .dockerignore, which begins with `*`, lets through."""
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    return {line.removeprefix("!") for line in lines if line.startswith("!")}
 
 
 def test_the_versions_agree() -> None:
