@@ -103,9 +103,9 @@ class ModelSettings(BaseModel):
         0, ge=0, description="bytes that a chunk may take, where its rows are measured; 0: half of what is free"
     )
     precision: Precision | None = Field(
-        None, description="the type that the model computes in; unset: that of its weights"
+        None, description="type that the model computes in; unset: that of its weights; half precision: rougher maps"
     )
-    fold: bool = Field(False, description="fold BatchNorm into convolutions: faster, other last digits")
+    fold: bool = Field(False, description="fold BatchNorm into convolutions: faster, other rounding")
     channels_last: bool = Field(False, description="lay pictures out by pixel: faster on most CPUs and GPUs")
     compile: bool = Field(False, description="compile the model with torch.compile; needs a C compiler, and minutes")
     cuda_graphs: bool = Field(False, description="on a GPU: replay recorded kernels for a ladder of chunk sizes")

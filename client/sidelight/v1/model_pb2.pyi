@@ -267,8 +267,8 @@ class ModelInfo(google.protobuf.message.Message):
 
     @property
     def kernel_options(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
-        """kernel_options are what the operator chose to be faster at the cost of the last digits: "fold" (BatchNorm folded into
-        convolutions), "channels_last", "compile", "cuda_graphs". Empty: none.
+        """kernel_options are what the operator chose to be faster at some cost in fidelity: "fold" (BatchNorm folded into
+        convolutions), "channels_last", "compile", "cuda_graphs". Empty: none. The type that is computed in is `precision`.
         """
 
     @property
