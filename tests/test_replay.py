@@ -82,6 +82,44 @@ def options(pictures: list[Path]) -> list[object]:
     return [each for path in pictures for each in ("--image", path)]
 
 
+def _forget_digests(folder: Path) -> None:
+    record = json.loads((folder / "answer.json").read_text())
+    del record["provenance_message"]["example_digests"]
+    (folder / "answer.json").write_text(json.dumps(record))
+
+
+def test_another_picture_is_told_by_the_name_on_record_before_anything_is_computed(
+    exact: sidelight.Client, pictures: list[Path], saved: Path
+) -> None:
+    first, second = pictures
+    with pytest.raises(sidelight.InvalidArgument) as caught:
+        sidelight.replay(exact, saved, [first, first])
+    was, is_ = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (second, first))
+    assert caught.value.message == (
+        f'images: example 1 is another picture than the one "{second}" that the answer explains: its SHA-256 is {is_}, '
+        f"the record has {was}"
+    )
+    ended = run(exact, saved, *options([second, second]))
+    assert ended.exit_code == 1
+    assert "example 0 is another picture" in ended.output
+    assert str(first) in ended.output
+    with (
+        sidelight.connect("unix:/nowhere/absent", connect_timeout=0) as absent,
+        pytest.raises(sidelight.InvalidArgument, match="another picture"),
+    ):
+        sidelight.replay(absent, saved, [first, first])
+
+
+def test_the_record_has_each_example_s_name_and_digest(
+    exact: sidelight.Client, pictures: list[Path], saved: Path
+) -> None:
+    record = json.loads((saved / "answer.json").read_text())
+    assert [each["name"] for each in record["examples"]] == list(map(str, pictures))
+    expected = [hashlib.sha256(path.read_bytes()).hexdigest() for path in pictures]
+    assert record["provenance"]["example_digests"] == expected
+    assert record["provenance_message"]["example_digests"] == expected
+
+
 def digest(map_: np.ndarray) -> str:
     return hashlib.sha256(map_.tobytes()).hexdigest()
 
@@ -120,6 +158,11 @@ def test_an_answer_about_arrays_is_replayed_from_arrays(
     assert sidelight.replay(exact, tmp_path, floats.numpy()).equal
     changed = floats.clone()
     changed[3, 0, 0, 0] += 1
+    with pytest.raises(sidelight.InvalidArgument, match="images: example 3 is another picture than the one that"):
+        sidelight.replay(exact, tmp_path, changed)
+    with pytest.raises(sidelight.InvalidArgument, match="images: example 0 is another picture"):
+        sidelight.replay(exact, tmp_path, floats.double())
+    _forget_digests(tmp_path)  # as an older server had it: the maps alone tell
     replayed = sidelight.replay(exact, tmp_path, changed)
     assert [each.equal for each in replayed.examples] == [True, True, True, False, True]
     assert not replayed.kept
@@ -168,6 +211,7 @@ def test_an_answer_with_failures_fails_again_and_is_equal(
     broken[1] = torch.nan
     exact.attribute(broken, on_error="return").save(tmp_path)
     assert sidelight.replay(exact, tmp_path, broken).equal
+    _forget_digests(tmp_path)
     replayed = sidelight.replay(exact, tmp_path, floats)
     assert [(each.equal, each.difference) for each in replayed.examples][:2] == [(True, 0.0), (False, None)]
 
@@ -177,6 +221,7 @@ def test_without_its_maps_an_answer_is_compared_by_their_digests(
 ) -> None:
     (saved / "maps.npy").unlink()
     assert sidelight.replay(exact, saved, pictures).equal
+    _forget_digests(saved)
     replayed = sidelight.replay(exact, saved, pictures[::-1])
     assert [(each.equal, each.difference) for each in replayed.examples] == [(False, None)] * 2
     assert not replayed.within_tolerance

@@ -17,6 +17,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
 from . import _dicom
+from ._digest import digest_of_array, digest_of_file
 from ._errors import InvalidArgument
 from ._picture import grey_of, picture_of
 from ._targets import Choice, choice_message
@@ -93,6 +94,12 @@ class Batch:
         part._served = self._served[span.start : span.stop]
         part.names = self.names[span.start : span.stop]
         return part
+
+    def digests(self) -> tuple[str, ...]:
+        """Return the SHA-256 of each example, as the server puts it into provenance."""
+        if isinstance(self._examples, np.ndarray):
+            return tuple(map(digest_of_array, self._examples))
+        return tuple(map(digest_of_file, self._examples))
 
     def sizes(self) -> list[int]:
         """Return how many bytes each example takes in a message, its own overhead left out."""

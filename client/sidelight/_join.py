@@ -58,9 +58,11 @@ def _chained(parts: Iterable[tuple[_Item, ...]]) -> tuple[_Item, ...]:
 
 
 def _provenance(parts: list[pb.Provenance]) -> pb.Provenance:
-    """Return the first part's, with the classes of all parts where each example has its own."""
+    """Return the first part's, with the digests of all parts, and the classes where each example has its own."""
     whole = pb.Provenance()
     whole.CopyFrom(parts[0])
+    for part in parts[1:]:
+        whole.example_digests.extend(part.example_digests)
     if whole.target.WhichOneof("target") == "per_example":
         for part in parts[1:]:
             whole.target.per_example.classes.extend(part.target.per_example.classes)

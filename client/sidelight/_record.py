@@ -35,15 +35,17 @@ class Record:
     provenance: pb.Provenance
     map_dtype: str
     digests: tuple[str | None, ...]  # of each example's map; None where it failed
+    names: tuple[str | None, ...]  # the path of each example that came from a file
     maps: NDArray[np.float32] | None  # None where the file is not there
 
 
 def facts(answer: "Attribution") -> dict[str, object]:
     """Return everything but the maps, as JSON can hold it."""
     entries = zip(
-        answer.predictions, answer.explained, answer.geometry, answer.convergence, digests(answer), strict=True
-    )
-    names = ("prediction", "explained", "geometry", "convergence", "map_sha256")
+        answer.names or (None,) * len(answer), answer.predictions, answer.explained, answer.geometry,
+        answer.convergence, digests(answer), strict=True,
+    )  # fmt: skip
+    names = ("name", "prediction", "explained", "geometry", "convergence", "map_sha256")
     return {
         "example_count": len(answer),
         "examples": [dict(zip(names, map(_plain, entry), strict=True)) for entry in entries],
@@ -88,13 +90,14 @@ def load(path: Path) -> Record:
         saved = json.loads(text)
         provenance = json_format.ParseDict(saved["provenance_message"], pb.Provenance())
         expected = tuple(each["map_sha256"] for each in saved["examples"])
+        names = tuple(each.get("name") for each in saved["examples"])
         map_dtype, is_final = saved["map_dtype"], saved["final"]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, json_format.Error) as error:
         why = str(error).partition("\n")[0]
         raise InvalidArgument(f"{path}: no answer that was saved: {type(error).__name__}: {why}") from None
     if not is_final:
         raise InvalidArgument(f"{path}: the answer was saved before it was final, and cannot be computed again")
-    return Record(path.parent, provenance, map_dtype, expected, _load_maps(path.parent / MAPS, expected))
+    return Record(path.parent, provenance, map_dtype, expected, names, _load_maps(path.parent / MAPS, expected))
 
 
 def load_array(path: Path) -> Array:

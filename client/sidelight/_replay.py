@@ -84,14 +84,16 @@ def replay(
 ) -> Replay:
     """Compute an answer that `Attribution.save` wrote again, and compare.
 
-    `saved` is the folder or the `answer.json` in it; `images` are the batch that it explained, in any form that decodes
-    to the same. `baseline` is the array that the method was given, or its file (None: the saved `baseline.npy`).
-    `timeout` is in seconds. Raises as `Client.attribute` does, `OSError` for a file that cannot be read, and
-    `InvalidArgument` for one that holds something else, or images that are not as many.
+    `saved` is the folder or the `answer.json` in it; `images` are the batch that it explained: the same files, byte for
+    byte, or the same arrays. Others are refused as another picture. `baseline` is the array that the method was given,
+    or its file (None: the saved `baseline.npy`). `timeout` is in seconds. Raises as `Client.attribute` does, `OSError`
+    for a file that cannot be read, and `InvalidArgument` for one that holds something else, or images that are others
+    or not as many.
     """
     record, batch = _record.load(Path(saved)), Batch(images)
     if len(batch) != len(record.digests):
         raise InvalidArgument(f"images: got {len(batch)}, expected {len(record.digests)}, as many as the answer has")
+    _check_examples(record, batch)
     answer = client._explain(_request(record, batch, baseline, timeout), batch, timeout_s=timeout)
     return Replay(
         examples=tuple(_replayed(record, answer, i) for i in range(len(batch))),
@@ -100,6 +102,18 @@ def replay(
         tolerance=TOLERANCE + _STEPS.get(record.map_dtype, 0.0),
         answer=answer,
     )
+
+
+def _check_examples(record: Record, batch: Batch) -> None:
+    """Refuse examples that are not those that were explained, where the record says which these were."""
+    saved = record.provenance.example_digests
+    for i, (then, now) in enumerate(zip(saved, batch.digests(), strict=False)):
+        if then != now:
+            told = f' "{record.names[i]}"' if record.names[i] else ""
+            raise InvalidArgument(
+                f"images: example {i} is another picture than the one{told} that the answer explains: its SHA-256 is "
+                f"{now}, the record has {then}"
+            )
 
 
 def _request(
@@ -160,5 +174,9 @@ def _differences(then: Provenance, now: Provenance | None) -> tuple[Difference, 
 
 
 def _flat(provenance: Provenance) -> dict[str, str]:
-    facts = {name: str(fact) for name, fact in dataclasses.asdict(provenance).items() if name != "software"}
+    facts = {
+        name: str(fact)
+        for name, fact in dataclasses.asdict(provenance).items()
+        if name not in ("software", "example_digests")
+    }
     return facts | provenance.software

@@ -152,6 +152,7 @@ class Provenance:
     reproducible: bool  # equal provenance promises equal bytes
     baseline_digest: str  # SHA-256 of a baseline that was given as an array, else empty
     kernel_options: tuple[str, ...] = ()  # what the operator chose to be faster: "fold", "channels_last", "compile"
+    example_digests: tuple[str, ...] = ()  # SHA-256 of each example as the server received it
     head_precision: str = ""  # of the score and its gradient at the model's outputs; empty from an older server
 
     @classmethod
@@ -173,6 +174,7 @@ class Provenance:
             reproducible=message.reproducible,
             baseline_digest=message.baseline_digest,
             kernel_options=tuple(message.kernel_options),
+            example_digests=tuple(message.example_digests),
             head_precision=message.head_precision,
         )
 

@@ -210,6 +210,7 @@ class Answer:
     failures: tuple[ExampleFailure, ...] = ()
     probabilities: NDArray[np.float32] | None = field(default=None)  # [N, K]
     final: bool = True
+    example_digests: tuple[str, ...] = ()  # of the examples as they were received, where a face has them
 
     @property
     def differs(self) -> tuple[bool | None, ...]:

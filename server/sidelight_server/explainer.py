@@ -17,6 +17,7 @@ from . import replies, wire
 from .admission import Admission
 from .attribution import Answer, Files, Request
 from .device import is_out_of_memory
+from .digests import Hashing
 from .engine import BYTES_OF_FLOAT32, Engine, Progress
 from .errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, SidelightError
 from .frames import encode_answer
@@ -180,7 +181,13 @@ class Explainer:
     async def _explained(self, inquiry: Inquiry, progress: Progress | None) -> Answer:
         passage = inquiry.passage
         passage.admitted_s = time.monotonic()
-        return await self._engine.attribute(await _fetched(inquiry), progress, inquiry.version, passage)
+        request = await _fetched(inquiry)
+        hashing = Hashing(request.images, dtype=_dtype(inquiry.message.images))
+        try:
+            answer = await self._engine.attribute(request, progress, inquiry.version, passage)
+            return replace(answer, example_digests=await hashing.digests())
+        finally:
+            hashing.cancel()
 
     async def _reply(self, answer: Answer, inquiry: Inquiry) -> bytes:
         blocks = answer.maps.nbytes > MANY_BYTES or (answer.final and inquiry.sink is not None)
@@ -211,6 +218,10 @@ def _span(shared: tensor_pb2.SharedTensor, n_bytes: int, regions: Regions | None
     if regions is None:
         raise InvalidArgument(f"{field}: regions of shared memory belong to streams; a unary call has none")
     return span(regions.find(shared.region, field=field), shared.offset_bytes, n_bytes, field=field)
+
+
+def _dtype(images: tensor_pb2.Images) -> tensor_pb2.DataType.ValueType:
+    return images.shared.dtype if images.WhichOneof("source") == "shared" else images.tensor.dtype
 
 
 async def _fetched(inquiry: Inquiry) -> Request:

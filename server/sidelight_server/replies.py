@@ -50,6 +50,7 @@ def provenance(answer: Answer, message: pb.AttributeRequest) -> bytes:
         target=message.target,
         score=number_of(SCORES, request.score),
         channels=number_of(CHANNELS, request.channels),
+        example_digests=answer.example_digests,
     )
     return asked.SerializeToString() + _facts(answer.provenance)
 

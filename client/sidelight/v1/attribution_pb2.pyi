@@ -1576,6 +1576,7 @@ class Provenance(google.protobuf.message.Message):
     REPRODUCIBLE_FIELD_NUMBER: builtins.int
     BASELINE_DIGEST_FIELD_NUMBER: builtins.int
     KERNEL_OPTIONS_FIELD_NUMBER: builtins.int
+    EXAMPLE_DIGESTS_FIELD_NUMBER: builtins.int
     HEAD_PRECISION_FIELD_NUMBER: builtins.int
     model: builtins.str
     """model is the model's name."""
@@ -1622,6 +1623,14 @@ class Provenance(google.protobuf.message.Message):
     def kernel_options(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
         """kernel_options are those of ModelInfo."""
 
+    @property
+    def example_digests(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.str]:
+        """example_digests are the SHA-256 of each of the N examples as it was received, in hexadecimal. Of a file: of its
+        bytes. Of one example of an array: of the ASCII text of its type and its own shape and a line feed, such as
+        "float32 [3, 224, 224]\\n" or "uint8 [480, 640, 3]\\n", and then of its elements, little-endian and without gaps.
+        Empty where Attribution.final is not set.
+        """
+
     def __init__(
         self,
         *,
@@ -1640,10 +1649,11 @@ class Provenance(google.protobuf.message.Message):
         reproducible: builtins.bool = ...,
         baseline_digest: builtins.str = ...,
         kernel_options: collections.abc.Iterable[builtins.str] | None = ...,
+        example_digests: collections.abc.Iterable[builtins.str] | None = ...,
         head_precision: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["method", b"method", "target", b"target"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["baseline_digest", b"baseline_digest", "channels", b"channels", "chunk_rows", b"chunk_rows", "device", b"device", "head_precision", b"head_precision", "kernel_options", b"kernel_options", "method", b"method", "model", b"model", "model_digest", b"model_digest", "model_version", b"model_version", "precision", b"precision", "reproducible", b"reproducible", "score", b"score", "software", b"software", "target", b"target", "threads", b"threads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["baseline_digest", b"baseline_digest", "channels", b"channels", "chunk_rows", b"chunk_rows", "device", b"device", "example_digests", b"example_digests", "head_precision", b"head_precision", "kernel_options", b"kernel_options", "method", b"method", "model", b"model", "model_digest", b"model_digest", "model_version", b"model_version", "precision", b"precision", "reproducible", b"reproducible", "score", b"score", "software", b"software", "target", b"target", "threads", b"threads"]) -> None: ...
 
 global___Provenance = Provenance
 
