@@ -1,6 +1,8 @@
 """An answer: what it keeps of its images, what it is bound to, and how it is written to disk."""
 
 import asyncio
+import errno
+import json
 import pickle
 import tracemalloc
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import sidelight
 from PIL import Image
+from sidelight._images import Batch
 
 N_KEPT = 40
 LARGE = (512, 512, 3)  # 786 kB, whose map of 32 × 32 takes 4 kB
@@ -80,3 +83,80 @@ def test_an_answer_tells_which_file_each_example_came_from(client: sidelight.Cli
     answer = client.attribute([path, path.read_bytes(), str(path)])
     assert answer.names == (str(path), None, str(path))
     assert client.attribute(np.zeros((2, 40, 50, 3), np.uint8)).names == (None, None)
+
+
+def test_an_answer_does_not_overwrite_another_unless_that_is_said(client: sidelight.Client, tmp_path: Path) -> None:
+    folder = tmp_path / "why"
+    first = client.attribute(np.zeros((3, *LARGE), np.uint8), target=sidelight.TopK(2))
+    first.save(folder)
+    written = {each.name: each.read_bytes() for each in folder.iterdir()}
+    (folder / "007.png").write_bytes(b"the caller's own")
+    second = client.attribute(np.ones((2, *LARGE), np.uint8))
+    with pytest.raises(sidelight.AlreadyExists, match="an answer was saved there already"):
+        second.save(folder)
+    assert {each.name: each.read_bytes() for each in folder.iterdir() if each.name != "007.png"} == written
+    second.save(folder, overwrite=True)
+    names = ["000.png", "001.png", "007.png", "answer.json", "maps.npy"]  # none of the first one's, which had k maps
+    assert sorted(each.name for each in folder.iterdir()) == names
+    assert np.load(folder / "maps.npy").tobytes() == second.maps.tobytes()
+
+
+def test_an_answer_is_saved_beside_other_files_and_into_a_folder_that_is_new(
+    client: sidelight.Client, tmp_path: Path
+) -> None:
+    answer = client.attribute(next(large_batches()))
+    (tmp_path / "notes.txt").write_text("mine")
+    for folder in (tmp_path, tmp_path / "made" / "for it"):
+        answer.save(folder)
+        answer.save(folder, overwrite=True)
+        assert {"000.png", "answer.json", "maps.npy"} <= {each.name for each in folder.iterdir()}
+    assert sorted(each.name for each in tmp_path.iterdir()) == [
+        "000.png", "answer.json", "made", "maps.npy", "notes.txt",
+    ]  # fmt: skip
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    assert (tmp_path / "made" / "for it").stat().st_mode == plain.stat().st_mode
+
+
+def test_what_cannot_be_drawn_is_left_out_with_the_reason(
+    client: sidelight.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = client.attribute(np.zeros((2, *LARGE), np.uint8))
+    real, said = Batch.picture, "images: DICOM, which is drawn with pydicom; install sidelight[dicom]"
+
+    def picture(self: Batch, example: int, **options: object) -> Image.Image:
+        if example == 0:
+            raise sidelight.InvalidArgument(said)
+        return real(self, example, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Batch, "picture", picture)
+    answer.save(tmp_path / "why")
+    assert sorted(each.name for each in (tmp_path / "why").iterdir()) == ["001.png", "answer.json", "maps.npy"]
+    examples = json.loads((tmp_path / "why" / "answer.json").read_text())["examples"]
+    assert [each["overlay_missing"] for each in examples] == [said, None]
+    assert [each["overlays"] for each in examples] == [None, ["001.png"]]
+
+
+def test_an_answer_without_its_images_is_saved_without_overlays(client: sidelight.Client, tmp_path: Path) -> None:
+    first, _ = client.stream([np.zeros(LARGE, np.uint8)] * 2, ordered=True)
+    first.save(tmp_path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["answer.json", "maps.npy"]
+    (example,) = json.loads((tmp_path / "answer.json").read_text())["examples"]
+    assert "no longer holds its images" in example["overlay_missing"]
+
+
+def test_what_cannot_be_written_leaves_nothing_behind(
+    client: sidelight.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = client.attribute(np.zeros((2, *LARGE), np.uint8))
+
+    def full(self: Image.Image, path: Path, **_: object) -> None:
+        if "001" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        answer.save(tmp_path / "new")
+    with pytest.raises(OSError, match="No space"):
+        answer.save(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -251,7 +251,19 @@ def test_saved_answers_are_replayed(run: Run) -> None:
         assert f"{path.name}: " in again.stdout
     other = run("replay", "runs/a/answer.json", "--image", paths[1])
     assert other.exit_code == 1
-    assert re.search(r"a\.jpg: differs: at most [\d.]+ of the map's maximum", other.stdout)
+    assert 'example 0 is another picture than the one "x/a.png"' in other.stderr
+
+
+def test_saved_answers_are_overwritten_only_where_that_is_said(run: Run) -> None:
+    path = picture("a.png")
+    assert run("attribute", path, "--save", "runs").exit_code == 0
+    before = Path("runs/a/answer.json").read_bytes()
+    again = run("attribute", path, "--save", "runs", "--target", "3")
+    assert (again.exit_code, again.stdout) == (1, "")
+    assert again.stderr.startswith("sidelight: runs/a: an answer was saved there already")
+    assert Path("runs/a/answer.json").read_bytes() == before
+    assert run("attribute", path, "--save", "runs", "--target", "3", "--overwrite").exit_code == 0
+    assert Path("runs/a/answer.json").read_bytes() != before
 
 
 def test_a_saturated_score_is_advised_upon_once(device: str, run: Run) -> None:

@@ -912,7 +912,8 @@ def test_an_answer_is_saved_with_maps_facts_and_overlays(client: sidelight.Clien
     assert [each["prediction"]["index"] for each in facts["examples"]] == [each.index for each in answer.predictions]
     assert facts["examples"][0]["geometry"] == dataclasses.asdict(answer.geometry[0])
     provenance = dataclasses.asdict(answer.provenance)
-    assert facts["provenance"] == provenance | {"kernel_options": list(provenance["kernel_options"])}
+    lists = {name: list(fact) for name, fact in provenance.items() if isinstance(fact, tuple)}
+    assert facts["provenance"] == provenance | lists
     assert facts["timing"] == dataclasses.asdict(answer.timing)
     assert facts["failures"] == []
 
@@ -929,15 +930,6 @@ def test_an_answer_with_failures_is_saved_without_their_overlays(
     assert facts["example_count"] == 5
     (failure,) = facts["failures"]
     assert (failure["example"], failure["code"]) == (1, 3)
-
-
-def test_saving_again_writes_over_what_was_there(
-    client: sidelight.Client, floats: torch.Tensor, tmp_path: Path
-) -> None:
-    client.attribute(floats).save(tmp_path)
-    answer = client.attribute(floats, target=1)
-    answer.save(tmp_path)
-    np.testing.assert_array_equal(np.load(tmp_path / "maps.npy"), answer.maps)
 
 
 def test_answers_and_errors_cross_processes(client: sidelight.Client, floats: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """The answer: maps, what was predicted and explained, and everything that is needed to trust them."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -86,21 +87,26 @@ class Attribution:
         picture = self._original(i)
         return overlay_part(picture, self.map(i, k=k), _box(picture, geometry))
 
-    def save(self, folder: str | Path, *, original: bool = False) -> None:
+    def save(self, folder: str | Path, *, original: bool = False, overwrite: bool = False) -> None:
         """Write `maps.npy`, `answer.json` and the overlays of the examples into a folder, which is made if need be.
 
         With `original` the overlays are on whole pictures, as `overlay` has them. An array that was given as a baseline
-        is written too, as `baseline.npy`. `sidelight replay` reads all this.
+        is written too, as `baseline.npy`. `sidelight replay` reads all this. An overlay that cannot be drawn is left
+        out, and `overlay_missing` in `answer.json` says why: it is of DICOM and `sidelight[dicom]` is not installed, or
+        the answer no longer holds its images. An answer is written whole or not at all.
+
+        `AlreadyExists` where an answer lies in the folder, unless it is to be overwritten.
         """
         if self.error is not None:
             raise self.error
-        path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
-        _record.write(self, path, provenance=self._provenance, baseline=self._baseline)
-        failed = {failure.example for failure in self.failures}
-        for i in range(len(self)):
-            if i not in failed:
-                self._save_overlays(path, i, original=original)
+        _record.write(
+            self,
+            Path(folder),
+            provenance=self._provenance,
+            baseline=self._baseline,
+            draw=functools.partial(self._overlays, original=original),
+            overwrite=overwrite,
+        )
 
     def facts(self) -> dict[str, object]:
         """Return everything but the maps, as JSON can hold it."""
@@ -118,12 +124,11 @@ class Attribution:
         geometry = self.geometry[i]
         return batch.picture(i, window=geometry.window if geometry else None)
 
-    def _save_overlays(self, folder: Path, i: int, *, original: bool) -> None:
+    def _overlays(self, i: int, *, original: bool) -> dict[str, Image.Image]:
+        """Return an example's overlays, by the names of their files."""
         if not self.is_top_k:
-            self.overlay(i, original=original).save(folder / f"{i:03}.png")
-            return
-        for k in range(self.maps.shape[1]):
-            self.overlay(i, k=k, original=original).save(folder / f"{i:03}-{k}.png")
+            return {f"{i:03}.png": self.overlay(i, original=original)}
+        return {f"{i:03}-{k}.png": self.overlay(i, k=k, original=original) for k in range(self.maps.shape[1])}
 
 
 def read(

@@ -43,6 +43,9 @@ def attribute(
     address: Address = DEFAULT_ADDRESS,
     out: Annotated[Path | None, typer.Option(help="A folder for overlays; without it none are written.")] = None,
     save: Annotated[Path | None, typer.Option(help="A folder for whole answers, as `sidelight replay` reads.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="With --save: answers that lie in the folder already are replaced.")
+    ] = False,
     original: Annotated[
         bool, typer.Option("--original", help="Overlays on the whole pictures, at their size.")
     ] = False,
@@ -77,7 +80,9 @@ def attribute(
             ordered=True,
             on_error="return",
         )
-        n_failed = report(Console(), images, answers, folder=out, save_folder=save, original=original)
+        n_failed = report(
+            Console(), images, answers, folder=out, save_folder=save, original=original, overwrite=overwrite
+        )
     if n_failed:
         raise typer.Exit(1)
 

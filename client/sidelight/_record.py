@@ -8,23 +8,29 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+import re
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from google.protobuf import json_format
 from numpy.typing import NDArray
+from PIL import Image
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from ._errors import InvalidArgument
+from ._errors import AlreadyExists, InvalidArgument
 from ._tensor import Array
 
 if TYPE_CHECKING:
     from ._attribution import Attribution
 
 FACTS, MAPS, BASELINE = "answer.json", "maps.npy", "baseline.npy"
+OVERLAY = r"\d{3,}(-\d+)?\.png"
+
+Draw = Callable[[int], dict[str, Image.Image]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -69,14 +75,80 @@ def digest(map_: NDArray[np.float32]) -> str:
     return hashlib.sha256(map_.astype("<f4").tobytes()).hexdigest()
 
 
-def write(answer: "Attribution", folder: Path, *, provenance: pb.Provenance | None, baseline: Array | None) -> None:
-    """Write an answer into a folder."""
-    np.save(folder / MAPS, answer.maps)
-    if baseline is not None:
-        np.save(folder / BASELINE, baseline)
-    message = json_format.MessageToDict(provenance or pb.Provenance(), preserving_proto_field_name=True)
-    text = json.dumps(facts(answer) | {"provenance_message": message}, indent=2, allow_nan=False)
-    (folder / FACTS).write_text(text + "\n", encoding="utf-8")
+def write(
+    answer: "Attribution",
+    folder: Path,
+    *,
+    provenance: pb.Provenance | None,
+    baseline: Array | None,
+    draw: Draw,
+    overwrite: bool,
+) -> None:
+    """Write an answer into a folder: whole, or not at all. `AlreadyExists` where another lies there.
+
+    `draw` returns an example's overlays by the names of their files. What cannot be drawn is left out, and
+    `overlay_missing` says why: the record does not depend on it.
+    """
+    check_free(folder, overwrite=overwrite)
+    parent = folder if folder.is_dir() else folder.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".sidelight-") as hidden:
+        made = Path(hidden) / "answer"
+        made.mkdir()
+        np.save(made / MAPS, answer.maps)
+        if baseline is not None:
+            np.save(made / BASELINE, baseline)
+        failed = {failure.example for failure in answer.failures}
+        told: dict[str, Any] = facts(answer)
+        for i, example in enumerate(told["examples"]):
+            example.update(_write_overlays(made, i, draw=draw, is_failed=i in failed))
+        told["provenance_message"] = json_format.MessageToDict(
+            provenance or pb.Provenance(), preserving_proto_field_name=True
+        )
+        (made / FACTS).write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        _publish(made, folder)
+
+
+def check_free(folder: Path, *, overwrite: bool) -> None:
+    """Raise `AlreadyExists` for a folder in which an answer lies, unless that may be overwritten."""
+    if not overwrite and (folder / FACTS).exists():
+        raise AlreadyExists(
+            f"{folder}: an answer was saved there already; give each a folder of its own, or allow to overwrite it"
+        )
+
+
+def _write_overlays(folder: Path, i: int, *, draw: Draw, is_failed: bool) -> dict[str, object]:
+    """Write an example's overlays, and return what the record says of them."""
+    if is_failed:
+        return {"overlays": None, "overlay_missing": None}
+    try:
+        overlays = draw(i)
+    except Exception as error:  # Pillow and pydicom promise no set of exceptions
+        return {"overlays": None, "overlay_missing": str(error) or type(error).__name__}
+    for name, overlay in overlays.items():
+        overlay.save(folder / name)
+    return {"overlays": list(overlays), "overlay_missing": None}
+
+
+def _publish(made: Path, folder: Path) -> None:
+    """Put a finished answer where it belongs: the facts last, so that whoever finds them finds the rest."""
+    if not folder.exists():
+        made.rename(folder)
+        return
+    for old in _files_of(folder):
+        (folder / old).unlink(missing_ok=True)
+    for file in sorted(made.iterdir(), key=lambda each: each.name == FACTS):
+        file.replace(folder / file.name)
+
+
+def _files_of(folder: Path) -> list[str]:
+    """Return the files of the answer that lies in a folder, the facts first."""
+    try:
+        examples = json.loads((folder / FACTS).read_bytes())["examples"]
+        overlays = [name for each in examples for name in each["overlays"] or () if re.fullmatch(OVERLAY, name)]
+    except (OSError, ValueError, LookupError, TypeError):
+        overlays = []
+    return [FACTS, MAPS, BASELINE, *overlays]
 
 
 def load(path: Path) -> Record:

@@ -11,6 +11,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ._attribution import Attribution
+from ._record import check_free
 from ._replay import Replay, Replayed
 from ._types import Convergence, Explained
 
@@ -26,13 +27,14 @@ def report(
     folder: Path | None,
     save_folder: Path | None = None,
     original: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """Print class, probability and time of each picture, and return how many failed.
 
     `answers` hold one example each; they may come in any order. Overlays are written into `folder`; `save_folder` gets
-    a folder for each picture with all that `Attribution.save` writes. `original` as in `Attribution.overlay`.
+    a folder for each picture with all that `Attribution.save` writes. `original` and `overwrite` are those of `save`.
     """
-    write = _writer(paths, folder, save_folder, original=original)
+    write = _writer(paths, folder, save_folder, original=original, overwrite=overwrite)
     sheet = _Sheet()
     try:
         for answer in track(answers, "explaining", total=len(paths), console=console, transient=True):
@@ -81,7 +83,7 @@ def overlay_names(paths: Sequence[Path], folder: Path) -> list[str]:
 
 
 def _writer(
-    paths: Sequence[Path], folder: Path | None, save_folder: Path | None, *, original: bool
+    paths: Sequence[Path], folder: Path | None, save_folder: Path | None, *, original: bool, overwrite: bool
 ) -> Callable[[Attribution], None]:
     """Make the folders, and return what writes an answer into them."""
     if folder is not None:
@@ -89,12 +91,16 @@ def _writer(
     if save_folder is not None:
         make_folder(save_folder, option="--save", content="answers")
     names, save_names = (overlay_names(paths, each or Path()) for each in (folder, save_folder))
+    folders = [(save_folder or Path()) / name.removesuffix(".png") for name in save_names]
+    if save_folder is not None:
+        for each in folders:  # before anything is asked
+            check_free(each, overwrite=overwrite)
 
     def write(answer: Attribution) -> None:
         if folder is not None:
             _overlays(answer, original=original).save(folder / names[answer.index])
         if save_folder is not None:
-            answer.save(save_folder / save_names[answer.index].removesuffix(".png"), original=original)
+            answer.save(folders[answer.index], original=original, overwrite=overwrite)
 
     return write
 
