@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,9 +18,29 @@ from gate import Gate, Gated
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from models import small_cnn
 from running import TIMEOUT_S, serving
-from sidelight_server import Answer, ConfigurationError, Engine, IntegratedGradients, ModelSpec, Request, Settings
+from sidelight_server import (
+    Answer,
+    ConfigurationError,
+    Engine,
+    ExpectedGradients,
+    GradCam,
+    Gradient,
+    GuidedBackpropagation,
+    IntegratedGradients,
+    LayerGradientTimesActivation,
+    ModelSpec,
+    Occlusion,
+    Request,
+    Rise,
+    Settings,
+    SmoothGrad,
+    TopK,
+)  # fmt: skip
 from sidelight_server.device import choose_devices
 from sidelight_server.errors import Unavailable
+from sidelight_server.methods.method import Method
+from sidelight_server.methods.path import Rule
+from sidelight_server.passage import Passage
 from sidelight_server.stops import StopTimes
 from test_service import ask as asking
 from torch import nn
@@ -79,6 +100,57 @@ def test_a_request_goes_where_the_fewest_rows_wait(gated: Engine, gate: Gate) ->
 
     asyncio.run(asyncio.wait_for(scenario(), 30))
     assert (here.n_rows, there.n_rows) == (0, 0)
+
+
+def test_each_class_of_a_top_k_counts(gated: Engine, gate: Gate) -> None:
+    here, there = gated.stations
+    twelve = np.concatenate([PICTURE] * 12)
+
+    async def scenario() -> None:
+        gate.shut()
+        many = asyncio.create_task(gated.attribute(Request(PICTURE, method=SmoothGrad(samples=10), target=TopK(9))))
+        await until(lambda: here.n_rows > 0)
+        twelve_rows = asyncio.create_task(gated.attribute(Request(twelve)))
+        await until(lambda: there.n_rows == 12)
+        # Fewer rows wait there than beside the nine classes' ninety.
+        one_more = asyncio.create_task(gated.attribute(Request(PICTURE)))
+        await until(lambda: there.n_rows == 13)
+        gate.open()
+        await asyncio.gather(many, twelve_rows, one_more)
+
+    asyncio.run(asyncio.wait_for(scenario(), 30))
+
+
+TO_TOLERANCE = IntegratedGradients(rule=Rule.TRAPEZOID, steps=0, tolerance=0.01)
+METHODS = [
+    Gradient(), SmoothGrad(samples=3), IntegratedGradients(steps=4), TO_TOLERANCE,
+    ExpectedGradients(samples=3), GradCam(), GuidedBackpropagation(), LayerGradientTimesActivation(), Occlusion(),
+    Rise(masks=5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("target", [None, TopK(3)], ids=["predicted", "top 3"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda each: each.name)
+def test_no_request_takes_more_rows_than_are_counted_for_it(method: Method, target: TopK | None, gate: Gate) -> None:
+    pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    with Engine([ModelSpec(Gated(gate), input_size=(3, 32, 32))], Settings(device="cpu", threads=1)) as engine:
+        (station,) = engine.stations
+        passage = Passage("Attribute", time.monotonic())
+
+        async def scenario() -> int:
+            gate.shut()
+            request = Request(pictures, **{"method": method} | ({"target": target} if target else {}))
+            asked = asyncio.create_task(engine.attribute(request, passage=passage))
+            await until(lambda: station.n_rows > 0)
+            counted = station.n_rows
+            gate.open()
+            assert not (await asked).failures
+            return counted
+
+        counted = asyncio.run(asyncio.wait_for(scenario(), 30))
+    assert 0 < passage.rows <= counted
+    if getattr(method, "tolerance", None) is None:
+        assert counted <= 2 * passage.rows
 
 
 def test_a_device_whose_thread_has_ended_gets_nothing_more(gated: Engine) -> None:

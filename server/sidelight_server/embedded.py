@@ -16,8 +16,6 @@ from .errors import ConfigurationError
 from .models.spec import ModelSpec
 from .server import Server
 
-START_TIMEOUT_S = 60.0
-
 
 @contextlib.contextmanager
 def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> Iterator[str]:
@@ -62,7 +60,8 @@ class _Thread:
     def __enter__(self) -> None:
         self._thread.start()
         try:
-            asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result(START_TIMEOUT_S)
+            # Without a limit: a compiler, or a large model, takes its time, and Ctrl-C ends the waiting.
+            asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result()
         except BaseException:
             self._server.abandon()
             self._end()

@@ -43,7 +43,7 @@ class Station:
     @contextlib.contextmanager
     def holds(self, work: Work) -> Iterator[None]:
         """Submit a request; when the context ends, drop what it has not run. `Unavailable` unless the runner runs."""
-        n_rows = len(work.prepared.examples) * work.request.method.rows(work.prepared.shape)
+        n_rows = work.most_rows
         self.n_rows += n_rows
         try:
             self.runner.submit(work)

@@ -88,6 +88,13 @@ class Work:
         return len(self._to_come) + sum(job.pending for job in self._open)
 
     @property
+    def most_rows(self) -> int:
+        """How many rows the request takes at most."""
+        rows, top_k = self.request.method.rows(self.prepared.shape), self.prepared.top_k
+        # Which classes are explained is found by one look more.
+        return len(self.prepared.examples) * (1 + top_k * rows if top_k else rows)
+
+    @property
     def is_done(self) -> bool:
         """Whether every example has been answered."""
         return not self._n_unanswered
