@@ -454,6 +454,75 @@ def test_a_server_that_watches_loads_what_changes(weights: Path, caplog: pytest.
         assert_close(answer.maps, maps_of(2))
 
 
+def _hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> Settings:
+    """Two models, of which the first hangs while the gate is shut."""
+    monkeypatch.setattr("sidelight_server.registry.PATIENCE_S", 0.05)
+    paths = {name: tmp_path / f"{name}.safetensors" for name in ("hanging", "other")}
+    for path in paths.values():
+        write_weights(path, seed=1)
+
+    def waiting() -> ModelSpec:
+        gate.wait(0)
+        return reloadable.net()
+
+    monkeypatch.setattr(reloadable, "waiting", waiting, raising=False)
+    sources = {"hanging": "python:reloadable:waiting", "other": SOURCE}
+    models = {name: {"model": sources[name], "weights": path} for name, path in paths.items()}
+    return Settings(models=models, device="cpu", threads=1)
+
+
+def _n_loading() -> int:
+    return sum(thread.name.startswith(("sidelight-load", "sidelight-watch")) for thread in threading.enumerate())
+
+
+def test_a_reload_that_hangs_holds_up_the_watch_for_no_other_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    settings = _hanging(tmp_path, monkeypatch, gate)
+    with Engine(list(settings.of_models().values()), settings) as engine:
+
+        def versions() -> tuple[int, int]:
+            return engine.model("hanging").version, engine.model("other").version
+
+        async def reached(expected: tuple[int, int]) -> None:
+            while versions() != expected:
+                assert _n_loading() <= 4
+                await asyncio.sleep(0.001)
+
+        async def scenario() -> None:
+            watching = asyncio.create_task(Watch(engine.registry, every_s=0.01).run())
+            gate.shut()
+            for name in ("hanging", "other"):
+                write_weights(tmp_path / f"{name}.safetensors", seed=2)
+            await reached((1, 2))
+            write_weights(tmp_path / "other.safetensors", seed=3)
+            await reached((1, 3))
+            gate.open()
+            await reached((2, 3))
+            watching.cancel()
+
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
+def test_a_reload_that_hangs_holds_up_no_other_at_a_signal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    settings = _hanging(tmp_path, monkeypatch, gate)
+    with Engine(list(settings.of_models().values()), settings) as engine:
+
+        async def scenario() -> None:
+            gate.shut()
+            reloading = asyncio.create_task(engine.registry.reload_all())
+            while engine.model("other").version == 1:  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+            assert engine.model("hanging").version == 1
+            gate.open()
+            await reloading
+            assert engine.model("hanging").version == 2
+
+        asyncio.run(asyncio.wait_for(scenario(), 60))
+
+
 def test_sighup_loads_again_and_the_process_lives(tmp_path: Path, weights: Path) -> None:
     command = [sys.executable, "-m", "sidelight_server", "--model", SOURCE, "--weights", str(weights)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from .config import SOURCES, ModelSettings, Settings
-from .errors import ConfigurationError, FailedPrecondition, NotFound, SidelightError, Unavailable, near
+from .errors import ConfigurationError, FailedPrecondition, NotFound, Unavailable, near
 from .logs import Event
 from .models import sources
 from .models.model import InTurn, Model, at_once
@@ -23,8 +24,11 @@ from .warmup import limit, warm_up
 
 log = logging.getLogger("sidelight")
 
+PATIENCE_S = 60.0  # that reloads which nobody waits for wait for each other
 RETRY_S = 10.0  # after which a model that could not be loaded is tried again, if somebody asks for it
 
+
+_Value = TypeVar("_Value")
 
 Version = tuple[Model, ...]  # of one model, one for each station
 # Files, their number on the disk, size and time of change in ns: −1 where there is none. The time alone would be the
@@ -107,6 +111,7 @@ class Registry:
         self._on_change = on_change  # another version serves; called on the loader's thread
         self._n_threads = torch.get_num_threads()
         self._lock = threading.Lock()  # over who begins to load
+        self._reloading = asyncio.Lock()  # by one who looks at the files, or at a signal
         self._is_closed = False
         self._offered = [_entry(each, settings) for each in offered]
         self.is_loaded = False  # whether `load` has come to its end
@@ -165,10 +170,22 @@ class Registry:
 
     async def reload_all(self) -> None:
         """Load again what serves and has a source. What fails is in the log, and its old version serves on."""
-        for entry in list(self.entries.values()):
-            if entry.models and entry.has_source:
-                with contextlib.suppress(SidelightError):
-                    await self.reload(entry.name)
+        loaded = [entry.name for entry in self.entries.values() if entry.models and entry.has_source]
+        await asyncio.gather(*map(self.reload_in_turn, loaded), return_exceptions=True)
+
+    async def reload_in_turn(self, name: str) -> None:
+        """As `reload`, but beside no other that is asked for so: two new versions may take more memory than there is.
+
+        One that takes longer than `PATIENCE_S` may hang, and no longer holds up the others.
+        """
+        async with self._reloading:
+            reload = asyncio.create_task(self.reload(name))
+            try:
+                await asyncio.wait([reload], timeout=PATIENCE_S)
+            except asyncio.CancelledError:
+                reload.cancel()
+                raise
+        await reload
 
     def warm_up(self, station: Station) -> list[Model]:
         """Warm up what was loaded at start, on one station. On the thread that owns the device."""
@@ -204,22 +221,13 @@ class Registry:
             return entry.waiting
 
     def _submit(self, load: Callable[[], None], turn: threading.Lock) -> "Future[None]":
-        """Load in a thread: a daemon, for a factory that hangs must not keep the process from ending."""
-        future: Future[None] = Future()
-        future.set_running_or_notify_cancel()  # others may wait for the same: from here on nobody can cancel it
-
         def run() -> None:
             with turn:
-                try:
-                    if self._is_closed:
-                        raise Unavailable("the server is shutting down")
-                    load()
-                    future.set_result(None)
-                except BaseException as error:
-                    future.set_exception(error)
+                if self._is_closed:
+                    raise Unavailable("the server is shutting down")
+                load()
 
-        threading.Thread(target=run, name="sidelight-load", daemon=True).start()
-        return future
+        return in_thread(run, name="sidelight-load")
 
     def _load_first(self, entry: Entry) -> None:
         try:
@@ -276,6 +284,21 @@ class Registry:
             limit(model)
         _ = models[0].digest  # computed here, not when the first answer tells it
         return models
+
+
+def in_thread(run: Callable[[], _Value], *, name: str) -> "Future[_Value]":
+    """Run a function in a thread of its own: a daemon, for one that hangs must not keep the process from ending."""
+    future: Future[_Value] = Future()
+    future.set_running_or_notify_cancel()  # several may wait for it: from here on nobody can cancel it
+
+    def settle() -> None:
+        try:
+            future.set_result(run())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=settle, name=name, daemon=True).start()
+    return future
 
 
 def told(model: Model, **more: object) -> Event:
