@@ -10,11 +10,12 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 
 from sidelight_server.openmp import SPIN_COUNT, VARIABLES
 
-from .measure import Line, in_turns, ratio
+from .measure import Line, ratio
 
 POLICIES: dict[str, dict[str, str]] = {
     "OpenMP's own": {"GOMP_SPINCOUNT": "300000"},  # said, since `benchmarks` would put in another where nothing is said
@@ -24,16 +25,18 @@ POLICIES: dict[str, dict[str, str]] = {
     "10,000 spins": {"GOMP_SPINCOUNT": "10000"},
 }
 OURS = f"{SPIN_COUNT:,} spins"
-CHUNKS = {"ResNet-18": 4, "a small CNN": 50}  # a turn of each policy, some tenths of a second to seconds
+NETWORKS = ("ResNet-18", "a small CNN")
 NEIGHBORS = (0, 1, 3)
 ROUNDS = 9
+TURN_S = 1.0  # of one policy, and its last chunk to the end: OpenMP's own may take ten seconds for one
+ROWS = 8
 ALONE_GOAL = 0.97
 BESIDE_ONE_GOAL = 1.5
 
 
 def run(rounds: int = ROUNDS) -> list[Line]:
     """Measure every policy with every network and number of neighbors; judge ours against OpenMP's own."""
-    return [line for network in CHUNKS for n in NEIGHBORS for line in _compared(network, n, rounds)]
+    return [line for network in NETWORKS for n in NEIGHBORS for line in _compared(network, n, rounds)]
 
 
 def _compared(network: str, n_neighbors: int, rounds: int) -> list[Line]:
@@ -41,8 +44,10 @@ def _compared(network: str, n_neighbors: int, rounds: int) -> list[Line]:
         workers = {name: stack.enter_context(_process("work", network, POLICIES[name])) for name in POLICIES}
         for _ in range(n_neighbors):
             stack.enter_context(_process("disturb", network, POLICIES["OpenMP's own"]))
-        rivals = {name: functools.partial(_turn, worker) for name, worker in workers.items()}
-        seconds = in_turns(rivals, rounds=rounds)
+        seconds: dict[str, list[float]] = {name: [] for name in workers}
+        for _ in range(rounds):
+            for name, worker in workers.items():
+                seconds[name].append(_turn(worker))
     own = seconds["OpenMP's own"]
     where = {0: "alone", 1: "beside one busy process"}.get(n_neighbors, f"beside {n_neighbors} busy processes")
     goal = {0: ALONE_GOAL, 1: BESIDE_ONE_GOAL}.get(n_neighbors) if network == "ResNet-18" else None
@@ -53,11 +58,15 @@ def _compared(network: str, n_neighbors: int, rounds: int) -> list[Line]:
             unit="×",
             goal=f"≥ {goal:g}" if goal and name == OURS else "told",
             met=not goal or name != OURS or times >= goal,
-            detail=f"{statistics.median(taken):.2f} s a turn, {statistics.median(own):.2f} s with OpenMP's own",
+            detail=f"{_rate(taken):.1f} images/s, {_rate(own):.1f} with OpenMP's own",
         )
         for name, taken in seconds.items()
         if taken is not own
     ]
+
+
+def _rate(seconds: list[float]) -> float:
+    return ROWS / statistics.median(seconds)
 
 
 @contextlib.contextmanager
@@ -76,32 +85,36 @@ def _process(role: str, network: str, policy: dict[str, str]) -> Iterator["subpr
             process.kill()
 
 
-def _turn(worker: "subprocess.Popen[str]") -> None:
+def _turn(worker: "subprocess.Popen[str]") -> float:
+    """Let a worker run for a moment, and return the seconds that a chunk took."""
     assert worker.stdin
     assert worker.stdout
     worker.stdin.write("\n")
     worker.stdin.flush()
-    assert worker.stdout.readline() == "done\n"
+    return float(worker.stdout.readline())
 
 
 def work(network: str) -> None:
-    """Run the same number of chunks for each line that comes in."""
+    """Run chunks for a moment for each line that comes in, and say how many seconds one took."""
     chunk = _chunk(network)
-    for _ in range(CHUNKS[network]):
+    for _ in range(3):
         chunk()
     print("ready", flush=True)
     for _ in sys.stdin:
-        for _ in range(CHUNKS[network]):
+        n, began = 0, time.perf_counter()
+        while time.perf_counter() - began < TURN_S:
             chunk()
-        print("done", flush=True)
+            n += 1
+        print((time.perf_counter() - began) / n, flush=True)
 
 
 def disturb(network: str) -> None:
-    """Compute without end."""
+    """Compute without a pause, for as long as the benchmark lives."""
+    parent = os.getppid()
     chunk = _chunk(network)
     chunk()
     print("ready", flush=True)
-    while True:
+    while os.getppid() == parent:
         chunk()
 
 
@@ -122,6 +135,6 @@ def _chunk(network: str) -> Callable[[], object]:
             nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1), nn.ReLU(),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
         ), 32  # fmt: skip
-    images = torch.rand(8, 3, size, size, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(ROWS, 3, size, size, generator=torch.Generator().manual_seed(0))
     kernel = Kernel(module, device=torch.device("cpu"))
-    return functools.partial(kernel.run, images, [PREDICTED] * 8, [Score.PROBABILITY] * 8)
+    return functools.partial(kernel.run, images, [PREDICTED] * ROWS, [Score.PROBABILITY] * ROWS)
