@@ -2,12 +2,19 @@
 
 import asyncio
 import contextlib
+import itertools
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import reloadable
+import sidelight
+import sidelight_server
 import torch
 from models import small_cnn
-from sidelight_server import Engine, ModelSpec, Settings, calibration
+from sidelight_server import Engine, ModelSpec, Settings, calibration, remeasuring
+from sidelight_server.remeasuring import Remeasuring
 from torch import Tensor, nn
 
 SIZE = (3, 32, 32)
@@ -20,12 +27,13 @@ class Paced(nn.Module):
         super().__init__()
         self.inner = small_cnn()
         self.seconds = seconds
+        self.disturbed: dict[int, Iterator[float]] = {}  # by what the next runs take longer
         self.now = 0.0
         self.largest = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.largest = max(self.largest, len(x))
-        self.now += self.seconds.get(len(x), 0.0)
+        self.now += self.seconds.get(len(x), 0.0) * next(self.disturbed.get(len(x), iter(())), 1.0)
         return self.inner(x)
 
     def __deepcopy__(self, memo: dict[int, object]) -> "Paced":
@@ -101,6 +109,145 @@ def test_a_model_of_any_size_is_not_measured() -> None:
     with Engine([ModelSpec(small_cnn())], Settings(device="cpu")) as engine:
         asyncio.run(engine.warm_up())
         assert engine.model("").chunk_rows == calibration.DEFAULT_CHUNK_ROWS
+
+
+# Beside other processes
+
+LOADED = {n: 0.6 * n for n in range(1, 33)}  # a single row takes more than max_chunk_s
+QUIET = {n: 0.1 + 0.02 * n for n in range(1, 33)}  # 16 rows take 0.42 s, 32 take 0.74 s
+HALF_LOADED = {n: 2 * seconds for n, seconds in QUIET.items()}  # 8 rows take 0.52 s, 4 take 0.36 s
+
+
+def test_runs_that_were_disturbed_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Paced({1: 1.0, 8: 4.0, 16: 4.0, 32: 4.0})
+    module.disturbed = {32: itertools.chain([9.0, 9.0, 7.0, 8.0], itertools.repeat(1.0))}
+    with calibrated(module, monkeypatch, max_chunk_s=1000) as engine:
+        assert engine.model("").chunk_rows == 32
+
+
+def test_runs_that_never_agree_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Paced({1: 1.0, 8: 4.0, 16: 4.0, 32: 4.0})
+    module.disturbed = {8: (2.0**n for n in itertools.count())}
+    with calibrated(module, monkeypatch, max_chunk_s=1000) as engine:
+        assert engine.model("").chunk_rows == 32
+
+
+def measure_again(engine: Engine, module: Paced, seconds: dict[int, float]) -> int:
+    module.seconds = seconds
+    asyncio.run(engine.registry.measure_again())
+    return engine.model("").chunk_rows
+
+
+def test_a_size_that_was_measured_under_load_grows_and_never_shrinks(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Paced(LOADED)
+    with calibrated(module, monkeypatch) as engine:
+        model = engine.model("")
+        assert model.chunk_rows == 1
+        assert measure_again(engine, module, HALF_LOADED) == 4
+        assert measure_again(engine, module, LOADED) == 4
+        assert measure_again(engine, module, QUIET) == 16
+        assert measure_again(engine, module, LOADED) == 16
+        assert [trial.rows for trial in model.warm_up if trial.chosen] == [16]
+        fastest = {trial.rows: trial.rows / trial.rows_per_second for trial in model.warm_up}
+    # 2 and 4 were not measured again: what they gave under load is the best that is known of them.
+    for rows, seconds in fastest.items():
+        assert seconds == pytest.approx((HALF_LOADED if rows in (2, 4) else QUIET)[rows])
+
+
+def test_another_version_may_grow_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    reloadable.write_weights(tmp_path / "net.safetensors", seed=1)
+    settings = Settings(device="cpu", model=reloadable.SOURCE, weights=tmp_path / "net.safetensors")
+    with Engine(list(settings.of_models().values()), settings) as engine:
+        asyncio.run(engine.warm_up())
+        asyncio.run(engine.registry.reload(""))
+        assert engine.model("").version == 2
+        assert engine.model("").is_measured
+
+
+UNMEASURED = {
+    "set": {"max_chunk_rows": 2},
+    "reproducible": {"reproducible": True},
+    "several rows, reproducible": {"reproducible": True, "reproducible_rows": 2},
+}
+
+
+@pytest.mark.parametrize("settings", UNMEASURED.values(), ids=UNMEASURED)
+def test_what_was_not_measured_is_not_measured_again(
+    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = Paced(dict.fromkeys(range(1, 300), 0.001))
+    with calibrated(module, monkeypatch, **settings) as engine:
+        before, ran_s = engine.model("").chunk_rows, module.now
+        assert measure_again(engine, module, QUIET) == before
+        assert module.now == ran_s
+
+
+def test_a_measurement_that_fails_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = Paced(LOADED)
+    with calibrated(module, monkeypatch) as engine:
+        module.disturbed = {1: iter([1.0, "no number"])}
+        assert measure_again(engine, module, QUIET) == 1
+        assert "event=measuring_failed" in caplog.text
+        module.disturbed = {}
+        assert measure_again(engine, module, QUIET) == 16
+
+
+class Enough(Exception):
+    """The test has seen what it wanted to see."""
+
+
+class Registry:
+    """It counts how often chunks are to be measured."""
+
+    def __init__(self) -> None:
+        self.n_measured = 0
+
+    async def measure_again(self) -> None:
+        self.n_measured += 1
+
+
+def waits(*, n_rows: Iterator[int], until: int) -> list[float]:
+    """Return how long is waited before chunks are measured for the last of so many times."""
+    registry, slept = Registry(), []
+
+    class Station:
+        @property
+        def n_rows(self) -> int:
+            return next(n_rows)
+
+    async def sleep(seconds: float) -> None:
+        if registry.n_measured == until:
+            raise Enough
+        slept.append(seconds)
+
+    with pytest.raises(Enough):
+        asyncio.run(Remeasuring(registry, [Station()], sleep=sleep).run())
+    return slept
+
+
+def test_each_measurement_comes_after_twice_the_time() -> None:
+    assert waits(n_rows=itertools.repeat(0), until=4) == [60, 120, 240, 480]
+
+
+def test_a_measurement_waits_for_a_moment_without_requests_but_not_for_ever() -> None:
+    assert waits(n_rows=itertools.chain([5, 5, 5], itertools.repeat(0)), until=2) == [60, 1, 1, 1, 120]
+    assert waits(n_rows=itertools.repeat(5), until=1) == [60] + [1] * 60
+
+
+def test_a_server_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = Paced(LOADED)
+    monkeypatch.setattr(calibration.time, "perf_counter", lambda: module.now)
+    monkeypatch.setattr(remeasuring, "FIRST_S", 0.01)
+    with (
+        sidelight_server.serve(ModelSpec(module, input_size=SIZE), device="cpu", threads=1) as address,
+        sidelight.connect(address) as client,
+    ):
+        module.seconds = QUIET
+        until_s = time.monotonic() + 30
+        while client.info().models[0].chunk_rows < 16:
+            assert time.monotonic() < until_s
 
 
 def test_free_memory_is_what_the_machine_has_at_most() -> None:

@@ -1,7 +1,9 @@
-"""Calibration: how many rows a chunk should have. Measured at load, each run in its turn on the device."""
+"""Calibration: how many rows a chunk should have. Measured at load and later, each run in its turn on the device."""
 
+import bisect
 import functools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,9 @@ DEFAULT_CHUNK_ROWS = 8  # where nothing can be measured
 MAX_MEASURED_ROWS = {"cuda": 256, "cpu": 32, "mps": 32}
 SHARE_OF_BEST = 0.95
 PAST_ITS_BEST = 0.9
-RUNS = 2
+RUNS = 2  # whose times must agree
+AGREEMENT = 1.1
+MAX_RUNS = 6  # where they do not, because something else needs the device
 CHECKED_EXAMPLES = 3
 
 
@@ -34,26 +38,37 @@ class Trial:
     chosen: bool = False
 
 
-def choose_chunk_rows(model: "Model", *, max_chunk_s: float, device_memory_limit: int) -> tuple[int, tuple[Trial, ...]]:
+def choose_chunk_rows(
+    model: "Model", *, max_chunk_s: float, device_memory_limit: int, known: Sequence[Trial] = ()
+) -> tuple[int, tuple[Trial, ...]]:
     """Return the size of chunk to serve with, and what was measured.
 
     It is the smallest power of two from 8 up that reaches 95 % of the best measured rate; fewer only where 8 rows take
     longer than `max_chunk_s`, or more bytes than the limit by what runs of 1 and 2 rows took: the limit is never
     searched for by running into it, for a model server lives on the same device.
+
+    `known` are an earlier call's measurements of the same model. The better rate of a size counts, since other work on
+    the device can only slow a run down, and the size that was chosen then is the least that is chosen now.
     """
-    least, most = model.adapter.least, model.adapter.most
-    if least > 1 or 0 < most <= DEFAULT_CHUNK_ROWS:  # fewer rows would be filled up, or there is no choice
-        only = _trial(model, model.at_most(max(least, DEFAULT_CHUNK_ROWS)))
+    if not _has_choice(model):
+        only = _trial(model, model.at_most(max(model.adapter.least, DEFAULT_CHUNK_ROWS)))
         return only.rows, (replace(only, chosen=True),)
     room = model.at_most(_rows_of_memory(model, device_memory_limit or free_memory(model.kernel.device)))
     sizes = [1 << n for n in range(MAX_MEASURED_ROWS[model.kernel.device.type].bit_length())]
-    trials = [_trial(model, 1)]
+    fastest = {trial.rows: trial for trial in known}
+
+    def tried(rows: int) -> Trial:
+        new = _trial(model, rows)
+        fastest[rows] = max(fastest.get(rows, new), new, key=lambda trial: trial.rows_per_second)
+        return fastest[rows]
+
+    trials = [tried(1)]
 
     def measured(rows: int) -> bool:
         """Try a size, unless it must be expected to be too much; a row alone is slower than in company."""
         if rows > room or rows / trials[-1].rows_per_second > 2 * max_chunk_s:
             return False
-        trials.append(_trial(model, rows))
+        trials.append(tried(rows))
         return trials[-1].rows_per_second >= PAST_ITS_BEST * max(trial.rows_per_second for trial in trials)
 
     for rows in sizes[sizes.index(DEFAULT_CHUNK_ROWS) :]:
@@ -67,8 +82,19 @@ def choose_chunk_rows(model: "Model", *, max_chunk_s: float, device_memory_limit
         fitting = [max((each for each in less if _fits(each, max_chunk_s)), key=_rows, default=trials[0])]
     best = max(trial.rows_per_second for trial in fitting)
     chosen = next(trial.rows for trial in fitting if trial.rows_per_second >= SHARE_OF_BEST * best)
-    trials.sort(key=_rows)
-    return chosen, tuple(replace(each, chosen=each.rows == chosen) for each in trials)
+    chosen = max([chosen, *(trial.rows for trial in known if trial.chosen)])
+    return chosen, tuple(replace(each, chosen=each.rows == chosen) for each in sorted(fastest.values(), key=_rows))
+
+
+def can_grow(model: "Model") -> bool:
+    """Say whether a model's size of chunk was measured, and larger ones can be."""
+    most = model.at_most(MAX_MEASURED_ROWS[model.kernel.device.type])
+    return model.is_measured and _has_choice(model) and model.set_chunk_rows < most
+
+
+def _has_choice(model: "Model") -> bool:
+    """Say whether a chunk may have other sizes: that fewer rows are not filled up, and that more can run at once."""
+    return model.adapter.least <= 1 and not 0 < model.adapter.most <= DEFAULT_CHUNK_ROWS
 
 
 def compare_exact(model: "Model") -> tuple[tuple[Trial, ...], float]:
@@ -151,9 +177,17 @@ def _bytes(model: "Model", rows: int) -> int:
 
 
 def _seconds(model: "Model", rows: int, *, kernel: Kernel | None = None) -> float:
+    """Return what the fastest run takes, of as many as are needed for two to agree; the first, a cold one, aside."""
     inputs = model.inputs_like(rows)
-    _, *times = (model.in_turn(lambda: _timed(model, inputs, kernel=kernel)) for _ in range(1 + RUNS))
-    return min(times)
+
+    def run() -> float:
+        return model.in_turn(lambda: _timed(model, inputs, kernel=kernel))
+
+    run()
+    times = sorted(run() for _ in range(RUNS))
+    while times[RUNS - 1] > AGREEMENT * times[0] and len(times) < MAX_RUNS:
+        bisect.insort(times, run())
+    return times[0]
 
 
 def _run(model: "Model", inputs: Tensor, *, kernel: Kernel | None = None) -> Gradients:

@@ -96,7 +96,7 @@ class ModelSettings(BaseModel):
     labels: Path | None = Field(None, description="a text file of class names, one a line, in the classes' order")
 
     max_chunk_rows: int = Field(
-        0, ge=0, le=4096, description="rows that the device runs at once, at most; 0: measured when a model is loaded"
+        0, ge=0, le=4096, description="rows that the device runs at once, at most; 0: measured at load, and later again"
     )
     max_chunk_s: float = Field(0.5, gt=0, description="seconds that a chunk may take, where its rows are measured")
     device_memory_limit: int = Field(

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import enum
+import functools
 import logging
 import threading
 import time
@@ -13,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from .calibration import can_grow
 from .config import SOURCES, ModelSettings, Settings
 from .errors import ConfigurationError, FailedPrecondition, NotFound, Unavailable, near
 from .logs import Event
@@ -20,7 +22,7 @@ from .models import sources
 from .models.model import InTurn, Model, at_once
 from .models.spec import ModelSpec
 from .station import Station
-from .warmup import limit, warm_up
+from .warmup import limit, measure_again, warm_up
 
 log = logging.getLogger("sidelight")
 
@@ -194,6 +196,14 @@ class Registry:
             warm_up(entry.models[station.index])
         return [entry.models[station.index] for entry in loaded]
 
+    async def measure_again(self) -> None:
+        """Measure again how many rows a chunk of each model should have, in turn with what callers ask for."""
+        for entry in list(self.entries.values()):
+            if any(map(can_grow, entry.models)):
+                measuring = self._submit(functools.partial(self._measure_again, entry), entry.turn)
+                with contextlib.suppress(Unavailable):  # the server is shutting down, or a device was lost
+                    await asyncio.shield(asyncio.wrap_future(measuring))
+
     def close(self) -> None:
         """Load nothing more."""
         self._is_closed = True
@@ -261,17 +271,36 @@ class Registry:
         self._on_change()
 
     def _loaded(self, entry: Entry, before: Version) -> Version:
-        # Workers of this thread's own would slow down those of the device's: see `server.load`.
-        torch.set_num_threads(1)
-        try:
+        with self._one_thread():
             version = before[0].version + 1 if before else 1
             models = self._versions(entry, version, turns=[station.in_turn for station in self._stations])
             for station, model in zip(self._stations, models, strict=True):
                 warm_up(model, before=before[station.index] if before else None)
                 model.in_turn = at_once
+        return models
+
+    def _measure_again(self, entry: Entry) -> None:
+        """Measure on each device. On a thread like the loader's."""
+        with self._one_thread():
+            for station, model in zip(self._stations, entry.models, strict=True):
+                model.in_turn = station.in_turn
+                try:
+                    measure_again(model)
+                except Unavailable:
+                    raise
+                except Exception as error:  # memory that was there at load, perhaps; the size stays
+                    log.warning(Event("measuring_failed", model=entry.name), exc_info=error)
+                finally:
+                    model.in_turn = at_once
+
+    @contextlib.contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """Let torch start no workers for this thread: they would slow down those of the device's, see `server.load`."""
+        torch.set_num_threads(1)
+        try:
+            yield
         finally:
             torch.set_num_threads(self._n_threads)  # of threads that begin later
-        return models
 
     def _versions(self, entry: Entry, version: int, *, turns: Sequence[InTurn]) -> Version:
         entry.loaded_from = entry.fingerprint()

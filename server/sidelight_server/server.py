@@ -28,6 +28,7 @@ from .passages import Passages
 from .reflection import enable_reflection
 from .regions import SharedMemory
 from .registry import told
+from .remeasuring import Remeasuring
 from .service import AttributionService, ModelService
 from .tracing import Tracing, from_environment
 from .watch import Watch
@@ -91,6 +92,7 @@ class Server:
         self._porch.is_open = True
         self._tell()
         settings = self._engine.settings
+        self._watch(Remeasuring(self._engine.registry, self._engine.stations).run())
         if settings.watch_s:
             self._watch(Watch(self._engine.registry, every_s=settings.watch_s).run())
         if settings.stuck_s:

@@ -2,7 +2,7 @@
 
 import logging
 
-from .calibration import choose_chunk_rows, compare_exact, same_bytes
+from .calibration import can_grow, choose_chunk_rows, compare_exact, same_bytes
 from .errors import ConfigurationError
 from .logs import Event
 from .models.model import Model
@@ -36,18 +36,38 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
     elif model.is_tried and not settings.max_chunk_rows and not model.rows_touch:
         if before is not None and before.shapes == model.shapes and not before.rows_touch:
             model.chunk_rows, model.warm_up = before.set_chunk_rows, before.warm_up
+            model.is_measured = before.is_measured
         else:
             model.chunk_rows, model.warm_up = choose_chunk_rows(
                 model, max_chunk_s=settings.max_chunk_s, device_memory_limit=settings.device_memory_limit
             )
+            model.is_measured = True
         if not same_bytes(model, 1):
-            model.chunk_rows = 1
+            model.chunk_rows, model.is_measured = 1, False
             said = "each run gives other bytes: rows run alone"
             log.warning(Event("runs_differ", model=model.name, message=said))
     if model.is_tried and not settings.reproducible and not model.rows_touch and model.chunk_rows > 1:
         model.check_company()
     if model.is_tried and model.serves_gradients and not model.kernel.options.is_exact and before is None:
         _compare(model)
+
+
+def measure_again(model: Model) -> None:
+    """Measure a model's size of chunk once more, where it was measured. It may grow, and never shrinks.
+
+    What was measured at load was perhaps measured beside other processes, which were gone a moment later.
+    """
+    if not can_grow(model):
+        return
+    settings, before = model.settings, model.set_chunk_rows
+    known = [trial for trial in model.warm_up if trial.configuration == model.kernel.told]
+    others = [trial for trial in model.warm_up if trial not in known]
+    rows, trials = choose_chunk_rows(
+        model, max_chunk_s=settings.max_chunk_s, device_memory_limit=settings.device_memory_limit, known=known
+    )
+    model.chunk_rows, model.warm_up = rows, (*others, *trials)
+    if rows != before:
+        log.info(Event("chunk_rows_grown", model=model.name, before=before, chunk_rows=rows))
 
 
 def _compare(model: Model) -> None:
