@@ -165,7 +165,7 @@ def test_a_model_without_the_whole_gradient_serves_what_needs_none(name: str, ca
     x = np.random.default_rng(0).random((2, *SIZE), np.float32)
     with (
         caplog.at_level(logging.WARNING),
-        sidelight_server.serve(ModelSpec(module, input_size=SIZE), device="cpu") as address,
+        sidelight_server.serve(ModelSpec(module, input_size=SIZE), device="cpu", max_chunk_rows=8) as address,
         sidelight.connect(address) as client,
     ):
         assert set(client.model().methods) == {"occlusion", "rise"}

@@ -26,7 +26,7 @@ def batch(n: int = 2) -> np.ndarray:
 @contextmanager
 def served(module: nn.Module, **traits: object) -> Iterator[sidelight.Client]:
     spec = ModelSpec(module, **{"input_size": SIZE, **traits})
-    with sidelight_server.serve(spec, device="cpu") as address, sidelight.connect(address) as client:
+    with sidelight_server.serve(spec, device="cpu", max_chunk_rows=8) as address, sidelight.connect(address) as client:
         yield client
 
 

@@ -109,6 +109,7 @@ class ModelInfo:
     outputs: str = ""  # what that is: "logits" or "probabilities"
     activation: str = ""  # "softmax" where classes exclude each other, "sigmoid" where they do not
     preprocessing: Preprocessing | None = None  # None where the input size is not fixed
+    canary: str = ""  # "3×224×224:" and the digest of what the model makes of a fixed input of that size
     methods: tuple[str, ...] = ()  # that the model serves, as the schema calls them
 
     @classmethod
@@ -135,6 +136,7 @@ class ModelInfo:
             call=message.call,
             outputs=message.outputs,
             activation=message.activation,
+            canary=message.canary,
             methods=tuple(message.methods),
         )
 

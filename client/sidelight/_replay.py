@@ -170,7 +170,12 @@ def _differences(then: Provenance, now: Provenance | None) -> tuple[Difference, 
     before, after = _flat(then), {} if now is None else _flat(now)
     names = [*before, *(name for name in after if name not in before)]
     pairs = ((name, before.get(name, ""), after.get(name, "")) for name in names)
-    return tuple(Difference(*each) for each in pairs if each[1] != each[2])
+    return tuple(Difference(*each) for each in pairs if each[1] != each[2] and not _says_nothing(*each))
+
+
+def _says_nothing(name: str, then: str, now: str) -> bool:
+    """Say whether two canaries cannot be compared: one is not known, or they are of inputs of other sizes."""
+    return name == "model_canary" and (not then or not now or then.partition(":")[0] != now.partition(":")[0])
 
 
 def _flat(provenance: Provenance) -> dict[str, str]:

@@ -153,6 +153,7 @@ class Provenance:
     baseline_digest: str  # SHA-256 of a baseline that was given as an array, else empty
     kernel_options: tuple[str, ...] = ()  # what the operator chose to be faster: "fold", "channels_last", "compile"
     example_digests: tuple[str, ...] = ()  # SHA-256 of each example as the server received it
+    model_canary: str = ""  # digest of what the model makes of a fixed input; empty where that is not known
     head_precision: str = ""  # of the score and its gradient at the model's outputs; empty from an older server
 
     @classmethod
@@ -175,6 +176,7 @@ class Provenance:
             baseline_digest=message.baseline_digest,
             kernel_options=tuple(message.kernel_options),
             example_digests=tuple(message.example_digests),
+            model_canary=message.model_canary,
             head_precision=message.head_precision,
         )
 

@@ -192,6 +192,7 @@ class Provenance:
     reproducible: bool
     baseline_digest: str  # of baselines that were given as an array
     software: tuple[tuple[str, str], ...]
+    model_canary: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from .job import Result, Row
 from .kernel import Gradients
 from .methods.method import Reading
 from .models.model import Model
+from .models.weights import Identity
 from .reduction import largest_absolute
 from .staging import Staging
 from .work import Work
@@ -24,6 +25,7 @@ class Chunk:
         self.began_s = time.monotonic()
         work, first = rows[0]
         model = work.model
+        self._model, self._identity = model, model.identify()
         padding = max(0, model.padded_rows - len(rows))
         self._inputs = _inputs([row for _, row in rows], work, staging, padding=padding)
         self._answer = model.kernel.run(
@@ -42,6 +44,11 @@ class Chunk:
         self._maps = None
         if gradients is not None and any(self._mapped):
             self._maps = staging.leave(largest_absolute(gradients[: len(rows)]))
+
+    @property
+    def identity(self) -> Identity:
+        """What has computed it, once it is read."""
+        return self._identity if self._model.is_identified else Identity()
 
     def read(self) -> list[Reading]:
         """Return what each row gave."""

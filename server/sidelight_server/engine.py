@@ -263,7 +263,7 @@ class Engine:
                 log.warning(Event("warm_up_failed", model=model.name, message=answer.failures[0].message))
 
     def _answer(self, work: Work, clock: _Clock, *, final: bool = True) -> Answer:
-        model, now_s = work.model, time.monotonic()
+        model, identity, now_s = work.model, work.identity, time.monotonic()
         started_s = work.started_s or now_s
         return Answer(
             request=replace(work.request, images=np.empty(0, np.uint8), model=model.name),
@@ -272,7 +272,8 @@ class Engine:
             provenance=Provenance(
                 model=model.name,
                 model_version=model.version,
-                model_digest=model.digest,
+                model_digest=identity.digest,
+                model_canary=identity.canary,
                 precision=model.precision,
                 head_precision=model.kernel.head_precision(work.request.score, plain_head=work.request.plain_head),
                 kernel_options=model.kernel.options.names,

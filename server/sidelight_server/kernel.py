@@ -6,6 +6,7 @@ a shared module crash the process once two threads do it.)
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -63,13 +64,14 @@ class Kernel:
         options: KernelOptions | None = None,
         trial: Tensor | None = None,
         isolation: Isolation = SHARED,
+        is_shared: bool = False,
     ) -> None:
         self.options = options or KernelOptions()
         self.dtype = torch.float32 if self.options.precision else weights_dtype(module)
         self.device = device
         self.head = head or Head()
         self._adapter = adapter
-        self.watch = Watch(module)
+        self.watch = Watch(module, is_shared=is_shared)
         self._replica = Replica(
             self.watch, device=device, options=self.options, adapter=adapter, trial=trial, isolation=isolation
         )
@@ -124,9 +126,7 @@ class Kernel:
         A class beyond K is clamped: the caller, who learns K from the answer, refuses that row. With a plain head every
         score is computed in the type of the outputs, as `torch.autograd` by itself does; see `Head.read`.
         """
-        if self._replica.is_stale:
-            self._replica.refresh()
-            self._hooked_replica = self._recordings = None
+        self._refresh()
         inputs = inputs.detach()
 
         def read(outputs: Tensor) -> tuple[Gradients, Tensor | None]:
@@ -150,6 +150,31 @@ class Kernel:
                 return self._replayed(inputs, read)
             case None:
                 return self._at_input(inputs, read)
+
+    def _refresh(self) -> None:
+        if self._replica.is_stale:
+            self._replica.refresh()
+            self._hooked_replica = self._recordings = None
+
+    def fingerprint(self, inputs: Tensor) -> str:
+        """Return the SHA-256 of the module's outputs, and of the gradient of their weighted sum, at such inputs.
+
+        In hexadecimal, over types, shapes and bytes. The weights are 1 to 2, from the first output to the last: with
+        equal ones a sum of probabilities would be 1 whatever it depends on. Without a gradient it is of outputs alone.
+        """
+        self._refresh()
+        leaf = inputs.detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = self.outputs_of(leaf)
+            weights = torch.linspace(1, 2, outputs[0].numel(), dtype=outputs.dtype, device=outputs.device)
+            total = (outputs.flatten(1) * weights).sum()
+            slope = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
+        digest = hashlib.sha256()
+        for each in (outputs.detach(), slope):
+            if each is not None:
+                digest.update(f"{each.dtype} {list(each.shape)}\n".encode())
+                digest.update(each.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
 
     def layers(self, inputs: Tensor) -> dict[str, tuple[int, int]]:
         """Return the layers that can be probed with such inputs, in the order in which they end: their h and w."""

@@ -306,7 +306,14 @@ class Registry:
         entry.loaded_from = entry.fingerprint()
         spec = entry.spec()
         models = tuple(
-            Model(spec, device=station.device, settings=entry.settings, version=version, in_turn=turn)
+            Model(
+                spec,
+                device=station.device,
+                settings=entry.settings,
+                version=version,
+                in_turn=turn,
+                is_shared=not entry.has_source,
+            )
             for station, turn in zip(self._stations, turns, strict=True)
         )
         for model in models:

@@ -108,6 +108,7 @@ def model_info(engine: Engine, entry: Entry, *, whole: bool) -> model_pb2.ModelI
         outputs=model.head.outputs,
         activation=model.head.activation,
         methods=model.methods,
+        canary=model.canary,
     )
 
 
@@ -195,6 +196,7 @@ def _facts(facts: Provenance) -> bytes:
         model=facts.model,
         model_version=facts.model_version,
         model_digest=facts.model_digest,
+        model_canary=facts.model_canary,
         precision=facts.precision,
         head_precision=facts.head_precision,
         device=facts.device,

@@ -231,6 +231,8 @@ class Runner:
             try:
                 readings = chunk.read()
                 _tell(rows, chunk)
+                for work in {work for work, _ in rows}:
+                    work.is_computed_by(chunk.identity)
             except BaseException as error:
                 failure = self._understand(rows[0][0], rows[0][1].job, error, n_rows=len(rows))
         if failure is None:

@@ -13,6 +13,7 @@ from .attribution import Array, ExampleFailure, Explanation, Request
 from .errors import SidelightError
 from .job import Job, Result, Row
 from .models.model import Model
+from .models.weights import Identity
 from .passage import ChunkTimes
 from .preparation import Prepared
 
@@ -65,6 +66,7 @@ class Work:
             else:
                 self._to_come.append(place)
         self._n_unanswered = len(self._to_come)
+        self._identity: Identity | None = None
 
     @property
     def key(self) -> Hashable:
@@ -112,6 +114,15 @@ class Work:
         self.n_running += 1
         self.n_taken += 1
         return self, self._next().take()
+
+    @property
+    def identity(self) -> Identity:
+        """What has computed the answer so far: empty where the weights were written to between its rows."""
+        return self._identity or Identity(self.model.digest, self.model.canary)
+
+    def is_computed_by(self, identity: Identity) -> None:
+        """Take note of what has computed some rows."""
+        self._identity = identity if self._identity in (None, identity) else Identity()
 
     def settle(self, job: Job, maps: Array, result: Result, probabilities: Array | None) -> None:
         """Take a job's newest result in: maps, [k, …], and probabilities, [K], on the host."""

@@ -1578,12 +1578,15 @@ class Provenance(google.protobuf.message.Message):
     KERNEL_OPTIONS_FIELD_NUMBER: builtins.int
     EXAMPLE_DIGESTS_FIELD_NUMBER: builtins.int
     HEAD_PRECISION_FIELD_NUMBER: builtins.int
+    MODEL_CANARY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """model is the model's name."""
     model_version: builtins.int
     """model_version is ModelInfo.version."""
     model_digest: builtins.str
-    """model_digest is ModelInfo.digest."""
+    """model_digest is ModelInfo.digest of the weights that computed this answer. Empty where they were written to meanwhile:
+    then the answer is of no one state.
+    """
     score: sidelight.v1.model_pb2.Score.ValueType
     """score is the score with its default filled in."""
     channels: global___ChannelReduction.ValueType
@@ -1607,6 +1610,8 @@ class Provenance(google.protobuf.message.Message):
     "float32, float64 near saturation" for a probability, which beyond log-odds of 4 is computed in float64; or
     "float32", as torch computes by itself.
     """
+    model_canary: builtins.str
+    """model_canary is ModelInfo.canary of the model that computed this answer. Empty where model_digest is."""
     @property
     def method(self) -> global___Method:
         """method is the method with every default filled in, and with the layer that was chosen."""
@@ -1651,9 +1656,10 @@ class Provenance(google.protobuf.message.Message):
         kernel_options: collections.abc.Iterable[builtins.str] | None = ...,
         example_digests: collections.abc.Iterable[builtins.str] | None = ...,
         head_precision: builtins.str = ...,
+        model_canary: builtins.str = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["method", b"method", "target", b"target"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["baseline_digest", b"baseline_digest", "channels", b"channels", "chunk_rows", b"chunk_rows", "device", b"device", "example_digests", b"example_digests", "head_precision", b"head_precision", "kernel_options", b"kernel_options", "method", b"method", "model", b"model", "model_digest", b"model_digest", "model_version", b"model_version", "precision", b"precision", "reproducible", b"reproducible", "score", b"score", "software", b"software", "target", b"target", "threads", b"threads"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["baseline_digest", b"baseline_digest", "channels", b"channels", "chunk_rows", b"chunk_rows", "device", b"device", "example_digests", b"example_digests", "head_precision", b"head_precision", "kernel_options", b"kernel_options", "method", b"method", "model", b"model", "model_canary", b"model_canary", "model_digest", b"model_digest", "model_version", b"model_version", "precision", b"precision", "reproducible", b"reproducible", "score", b"score", "software", b"software", "target", b"target", "threads", b"threads"]) -> None: ...
 
 global___Provenance = Provenance
 

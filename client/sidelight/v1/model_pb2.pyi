@@ -218,6 +218,7 @@ class ModelInfo(google.protobuf.message.Message):
     CALL_FIELD_NUMBER: builtins.int
     OUTPUTS_FIELD_NUMBER: builtins.int
     ACTIVATION_FIELD_NUMBER: builtins.int
+    CANARY_FIELD_NUMBER: builtins.int
     METHODS_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is what requests call the model."""
@@ -243,6 +244,13 @@ class ModelInfo(google.protobuf.message.Message):
     """outputs says what that is: "logits" or "probabilities"."""
     activation: builtins.str
     """activation says how logits become probabilities: "softmax" where classes exclude each other, "sigmoid" where not."""
+    canary: builtins.str
+    """canary tells models with equal weights apart that compute something else, by another activation or another attribute
+    in Python: the SHA-256, in hexadecimal, of the outputs, and of the gradient of their weighted sum, at a fixed random
+    input. That has the input size, or the size that the model was tried with, which stands before the digest:
+    "3×224×224:". It is taken when the model first runs and when its weights have changed. Comparable on one machine, with
+    equal software, device and threads. Empty before, where there is no such size, and where two runs differ.
+    """
     @property
     def input(self) -> global___InputInfo:
         """input describes what the model takes."""
@@ -298,10 +306,11 @@ class ModelInfo(google.protobuf.message.Message):
         call: builtins.str = ...,
         outputs: builtins.str = ...,
         activation: builtins.str = ...,
+        canary: builtins.str = ...,
         methods: collections.abc.Iterable[builtins.str] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["input", b"input"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["activation", b"activation", "call", b"call", "chunk_rows", b"chunk_rows", "class_count", b"class_count", "device", b"device", "digest", b"digest", "input", b"input", "kernel_options", b"kernel_options", "labels", b"labels", "layers", b"layers", "methods", b"methods", "name", b"name", "outputs", b"outputs", "precision", b"precision", "reproducible", b"reproducible", "scores", b"scores", "state", b"state", "version", b"version", "warmup", b"warmup"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["activation", b"activation", "call", b"call", "canary", b"canary", "chunk_rows", b"chunk_rows", "class_count", b"class_count", "device", b"device", "digest", b"digest", "input", b"input", "kernel_options", b"kernel_options", "labels", b"labels", "layers", b"layers", "methods", b"methods", "name", b"name", "outputs", b"outputs", "precision", b"precision", "reproducible", b"reproducible", "scores", b"scores", "state", b"state", "version", b"version", "warmup", b"warmup"]) -> None: ...
 
 global___ModelInfo = ModelInfo
 

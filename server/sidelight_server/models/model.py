@@ -28,7 +28,7 @@ from .checks import gradient_fault, rows_touch
 from .detection import Detected, detect
 from .preprocessing import Preprocessing
 from .spec import ModelSpec
-from .weights import Weights
+from .weights import Identity, Seen, Weights
 
 log = logging.getLogger("sidelight")
 
@@ -55,7 +55,7 @@ class Model:
 
     It is made from a whole specification, and tried once: `ConfigurationError` says what does not fit. What it runs on
     the device, then and while it is calibrated, it runs `in_turn`: as an errand of the thread that owns the device,
-    where that answers others already.
+    where that answers others already. A module is shared where others hold it too, and may write to its weights.
     """
 
     def __init__(
@@ -66,6 +66,7 @@ class Model:
         settings: ModelSettings | None = None,
         version: int = 1,
         in_turn: InTurn = at_once,
+        is_shared: bool = False,
     ) -> None:
         self._module = spec.module
         self.settings = settings or ModelSettings()
@@ -94,7 +95,6 @@ class Model:
         self._ceiling = Ceiling()
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
         with self._refusing("cannot be replicated and moved to the device"):
-            self._weights = Weights(spec.module, facts=json.dumps(self._facts(), sort_keys=True))
             self.kernel = in_turn(
                 lambda: Kernel(
                     spec.module,
@@ -104,8 +104,12 @@ class Model:
                     options=spec.options,
                     trial=trial,
                     isolation=self._isolation,
+                    is_shared=is_shared,
                 )
             )
+            self._weights = Weights(self.kernel.watch, facts=json.dumps(self._facts(), sort_keys=True))
+            self._seen: Seen | None = None  # of the state that the identity is of
+            self._identity = Identity()
         if self.kernel.options.fold:
             log.info(Event("folded", model=self.name, norms=self.kernel.n_folded))
         # Pixels are normalised, and floats staged, in no less than float32; a half-precision model rounds after that.
@@ -221,6 +225,41 @@ class Model:
     def digest(self) -> str:
         """The SHA-256 of weights, preprocessing, outputs and labels, in hexadecimal, as they are now."""
         return self._weights.digest
+
+    def identify(self) -> Identity:
+        """Return what the next chunk is computed by. On the thread that owns the device.
+
+        Weights that others have written to are noticed, and the replica and the digest are made anew. So is the canary:
+        the SHA-256 of what the replica makes of a fixed random input of the model's input or trial size, as
+        "C×H×W:digest". It tells two networks apart that have the same weights. It is empty where two runs differ, or
+        fail, or the model has no such size.
+        """
+        seen = self.kernel.watch.look(at_values=True)
+        if seen != self._seen:
+            self._identity = Identity(self.digest, self._canary())
+            self._seen = seen
+        return self._identity
+
+    @property
+    def is_identified(self) -> bool:
+        """Whether the weights have not been written to since `identify`, as far as torch counts."""
+        return self._seen is None or self.kernel.watch.look() == self._seen
+
+    @property
+    def canary(self) -> str:
+        """That of `identify`; empty before the first chunk."""
+        return self._identity.canary
+
+    def _canary(self) -> str:
+        if self.trial_shape is None:
+            return ""
+        inputs = self.inputs_like(1)
+        try:
+            first, second = (self.kernel.fingerprint(inputs) for _ in range(2))
+        except Exception as error:  # the chunk that follows says what is wrong, to who asks
+            log.warning(Event("canary_failed", model=self.name, message=f"{type(error).__name__}: {error}"))
+            return ""
+        return f"{'×'.join(map(str, self.trial_shape))}:{first}" if first == second else ""
 
     @property
     def precision(self) -> str:
