@@ -31,9 +31,14 @@ def nobody(requests: Iterator[pb.AttributeStreamRequest]) -> Iterable[pb.Attribu
 class Scripted(attribution_pb2_grpc.AttributionServiceServicer):
     """Answers the first call by the first script, and so on; every later one by the last."""
 
-    def __init__(self, scripts: tuple[Script, ...], limits: pb.Limits) -> None:
+    def __init__(self, scripts: tuple[Script, ...], limits: pb.Limits, chunk_rows: int) -> None:
         self._scripts = itertools.chain(scripts[:-1], itertools.repeat(scripts[-1]))
         self._limits = limits
+        self._model = model_pb2.ModelInfo(
+            name="m",
+            chunk_rows=chunk_rows,
+            state=model_pb2.MODEL_STATE_SERVING if chunk_rows else model_pb2.MODEL_STATE_UNLOADED,
+        )
 
     def AttributeStream(  # noqa: N802
         self, request_iterator: Iterator[pb.AttributeStreamRequest], context: grpc.ServicerContext
@@ -52,16 +57,18 @@ class Scripted(attribution_pb2_grpc.AttributionServiceServicer):
     def GetServerInfo(  # noqa: N802
         self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
     ) -> pb.GetServerInfoResponse:
-        return pb.GetServerInfoResponse(limits=self._limits, models=[model_pb2.ModelInfo(name="m", chunk_rows=8)])
+        return pb.GetServerInfoResponse(limits=self._limits, models=[self._model])
 
 
 @contextlib.contextmanager
-def scripted(*scripts: Script, max_message_bytes: int = 2**22, max_batch_examples: int = 0) -> Iterator[str]:
-    """Run a server, and give its address."""
+def scripted(
+    *scripts: Script, max_message_bytes: int = 2**22, max_batch_examples: int = 0, chunk_rows: int = 8
+) -> Iterator[str]:
+    """Run a server, and give its address. With chunks of 0 rows its model is not loaded yet."""
     limits = pb.Limits(max_message_bytes=max_message_bytes, max_batch_examples=max_batch_examples)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(8) as threads:
         server = grpc.server(threads)
-        attribution_pb2_grpc.add_AttributionServiceServicer_to_server(Scripted(scripts, limits), server)
+        attribution_pb2_grpc.add_AttributionServiceServicer_to_server(Scripted(scripts, limits, chunk_rows), server)
         address = f"unix:{folder}/socket"
         server.add_insecure_port(address)
         server.start()

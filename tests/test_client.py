@@ -368,38 +368,51 @@ def test_a_call_that_a_full_server_refused_is_made_again_within_its_time(
         assert len(first.result()) == len(second.result()) == 5
 
 
-def test_a_request_over_the_clients_limit_is_refused_before_it_is_sent(address: str, floats: torch.Tensor) -> None:
-    with sidelight.connect(address, connect_timeout=10, max_message_bytes=50_000) as client:
-        with pytest.raises(sidelight.MessageTooLarge) as caught:
-            client.attribute(floats)
-        assert len(client.attribute(floats[:1])) == 1
-    assert "the request takes 61" in caught.value.message
-    assert "max_message_bytes of this client's connect() is 50000" in caught.value.message
-
-
-def test_a_request_over_the_servers_limit_is_refused_before_it_is_sent(
-    spec: sidelight_server.ModelSpec, device: str, floats: torch.Tensor
+def test_a_batch_over_the_clients_limit_goes_in_parts_and_an_example_over_it_is_refused(
+    client: sidelight.Client, address: str, floats: torch.Tensor
 ) -> None:
-    with (
-        sidelight_server.serve(spec, device=device, max_message_bytes=50_000) as address,
-        sidelight.connect(address, connect_timeout=10) as client,
-    ):
+    whole = client.attribute(floats)
+    with sidelight.connect(address, connect_timeout=10, max_message_bytes=50_000) as narrow:
+        answer = narrow.attribute(floats, target=[0, 1, 2, 3, 4])
+        assert_same(answer.maps, client.attribute(floats, target=[0, 1, 2, 3, 4]).maps)
+        assert_same(narrow.attribute(floats).maps, whole.maps)
+        with pytest.raises(sidelight.InvalidArgument, match="target: 4 classes for 5 examples"):
+            narrow.attribute(floats, target=[0, 1, 2, 3])
+    with sidelight.connect(address, connect_timeout=10, max_message_bytes=10_000) as narrow:
         with pytest.raises(sidelight.MessageTooLarge) as caught:
-            client.attribute(floats)
-        assert len(client.attribute(floats[:1])) == 1
-    assert "max_message_bytes of the server is 50000" in caught.value.message
+            narrow.attribute(floats[:1])
+        assert "the request takes 12" in caught.value.message
+        assert "max_message_bytes of this client's connect() is 10000" in caught.value.message
+
+
+def test_a_batch_over_the_servers_limit_goes_in_parts_and_an_example_over_it_is_refused(
+    spec: sidelight_server.ModelSpec, client: sidelight.Client, device: str, floats: torch.Tensor
+) -> None:
+    for limit in (50_000, 10_000):
+        with (
+            sidelight_server.serve(spec, device=device, max_message_bytes=limit) as address,
+            sidelight.connect(address, connect_timeout=10) as narrow,
+        ):
+            if limit == 50_000:
+                assert_same(narrow.attribute(floats).maps, client.attribute(floats).maps)
+                continue
+            with pytest.raises(sidelight.MessageTooLarge) as caught:
+                narrow.attribute(floats[:1])
+    assert "max_message_bytes of the server is 10000" in caught.value.message
     assert "--max-message-bytes" in caught.value.message
 
 
-def test_an_answer_over_the_clients_limit_names_side_limit_and_setting(address: str, tmp_path: Path) -> None:
+def test_an_answer_over_the_clients_limit_comes_in_parts(address: str, tmp_path: Path) -> None:
     path = tmp_path / "white.png"  # a small file: five of them make a small request, and 20 kB of maps
     Image.new("RGB", (32, 32), "white").save(path)
     with sidelight.connect(address, connect_timeout=10, max_message_bytes=10_000) as client:
-        with pytest.raises(sidelight.MessageTooLarge) as caught:
-            client.attribute([path] * 5)
-        assert len(client.attribute(path)) == 1
-    assert "the answer's maps take 20480 bytes" in caught.value.message
-    assert "max_message_bytes of this client's connect() is 10000" in caught.value.message
+        assert client.attribute([path] * 5).maps.shape == (5, 32, 32)
+
+
+def test_an_answer_in_parts_is_replayed(address: str, floats: torch.Tensor, tmp_path: Path) -> None:
+    with sidelight.connect(address, connect_timeout=10, max_message_bytes=50_000) as narrow:
+        narrow.attribute(floats, target=[4, 3, 2, 1, 0]).save(tmp_path / "whole")
+        assert sidelight.replay(narrow, tmp_path / "whole", floats).kept
 
 
 def test_an_answer_is_as_large_as_its_maps_are_many_and_wide(address: str, tmp_path: Path) -> None:

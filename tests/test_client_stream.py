@@ -36,7 +36,8 @@ def gated(gate: Gate, device: str) -> Iterator[sidelight.Client]:
 
 def client_threads() -> set[threading.Thread]:
     """Return the threads that run, but those that the server under test keeps for the next request."""
-    return {thread for thread in threading.enumerate() if not thread.name.startswith("sidelight-prepare")}
+    kept = ("sidelight-prepare", "asyncio_")
+    return {thread for thread in threading.enumerate() if not thread.name.startswith(kept)}
 
 
 def assert_ended(threads: Iterable[threading.Thread]) -> None:

@@ -3,7 +3,9 @@
 What a real server can be made to do is done to a real one, in a process of its own; the rest by a script.
 """
 
+import asyncio
 import contextlib
+import contextvars
 import itertools
 import os
 import signal
@@ -292,7 +294,7 @@ def test_large_batches_stream_in_parts_and_give_the_maps_of_smaller_ones(
         sidelight_server.serve(spec, device=device, max_message_bytes=server_limit) as address,
         sidelight.connect(address, connect_timeout=10, max_message_bytes=client_limit) as client,
     ):
-        (whole,) = client.stream([pixels], probabilities=True, channels="none")
+        (whole,) = client.stream([pixels], probabilities=True, channels="none", keep_images=True)
         single = [client.attribute(each, probabilities=True, channels="none") for each in pixels[::13]]
     assert whole.maps.shape == (40, 3, 32, 32)
     assert whole.probabilities.shape == (40, 10)
@@ -516,3 +518,92 @@ def test_a_client_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
         while observed.num_fds() > n_descriptors and time.monotonic() < until_s:  # a connection ends a moment later
             time.sleep(0.05)
         assert observed.num_fds() <= n_descriptors
+
+
+def test_without_retry_a_stream_sends_nothing_again() -> None:
+    def dying(requests: Requests) -> Responses:
+        yield answer(next(requests))
+        next(requests)
+        raise Ended(grpc.StatusCode.UNAVAILABLE, "gone")
+
+    def living(requests: Requests) -> Responses:
+        yield from map(answer, requests)
+
+    def refusing(requests: Requests) -> Responses:
+        for request in requests:
+            yield failure(request, grpc.StatusCode.RESOURCE_EXHAUSTED.value[0], delay_s=0.01)
+
+    for script in (dying, refusing):
+        with scripted(script, living) as address, sidelight.connect(address, retry=False) as client:
+            answers = client.stream([ONE] * 4, on_error="return", window=1)
+            errors = [each.error for each in answers]
+        assert any(isinstance(each, sidelight.Unavailable | sidelight.ResourceExhausted) for each in errors)
+        assert len(errors) == 4
+
+
+def test_a_target_for_each_example_fits_a_shorter_last_batch() -> None:
+    asked: list[list[int]] = []
+
+    def noting(requests: Requests) -> Responses:
+        for request in requests:
+            asked.append([each.index for each in request.attribute.target.per_example.classes])
+            yield answer(request)
+
+    with scripted(noting) as address, sidelight.connect(address) as client:
+        list(client.stream([np.concatenate([ONE] * 3), np.concatenate([ONE] * 2)], target=[5, 6, 7]))
+    assert sorted(asked) == [[5, 6], [5, 6, 7]]
+
+
+@pytest.mark.parametrize("way", ["attribute", "stream", "aio"])
+def test_a_call_waits_for_a_server_no_longer_than_its_timeout(way: str, tmp_path: Path) -> None:
+    address = f"unix:{tmp_path}/nobody"
+
+    async def asynchronous() -> None:
+        async with sidelight.aio.connect(address, connect_timeout=600) as client:
+            await client.attribute(ONE, timeout=0.3)
+
+    with sidelight.connect(address, connect_timeout=600) as client:
+        calls = {
+            "attribute": lambda: client.attribute(ONE, timeout=0.3),
+            "stream": lambda: list(client.stream([ONE], timeout=0.3)),
+            "aio": lambda: asyncio.run(asynchronous()),
+        }
+        with pytest.raises(sidelight.Unavailable, match=r"no server answers at .* after 0\.3 s"):
+            calls[way]()
+
+
+def test_a_streams_call_is_made_in_the_callers_context_and_brings_its_metadata() -> None:
+    """Tracing finds the caller's span in the context."""
+    span: contextvars.ContextVar[str] = contextvars.ContextVar("span", default="none")
+    seen: list[tuple[str, object]] = []
+
+    def living(requests: Requests) -> Responses:
+        yield from map(answer, requests)
+
+    with scripted(living) as address, sidelight.connect(address) as client:
+        (connection,) = client._servers.connections
+        opened = connection.open_stream
+
+        def opening(*arguments: object, **options: object) -> object:
+            seen.append((span.get(), options["metadata"]))
+            return opened(*arguments, **options)
+
+        connection.open_stream = opening
+        span.set("the caller's")
+        assert len(list(client.stream([ONE], metadata=[("traceparent", "00-1-2-01")]))) == 1
+    assert seen == [("the caller's", (("traceparent", "00-1-2-01"),))]
+
+
+def test_a_model_that_is_not_loaded_yet_gets_as_many_batches_as_a_loaded_one() -> None:
+    """What the server says of it is asked for again, and until then it is taken for an ordinary one."""
+    n_waiting: list[int] = []
+
+    def patient(requests: Requests) -> Responses:
+        held = list(itertools.islice(requests, 10))  # with a window of two batches, an eleventh would be waited for
+        n_waiting.append(len(held))
+        yield from map(answer, held)
+        yield from map(answer, requests)
+
+    with scripted(patient, chunk_rows=0) as address:
+        assert_all_answered(stream(address, [ONE] * 10), 10)
+    assert n_waiting == [10]

@@ -24,19 +24,22 @@ from ._client import (
     Client,
     OnError,
     check_on_error,
+    one_batch,
     passed,
     question_of_stream,
+    requested,
     telling,
 )
 from ._connection import DIAGNOSE_EVERY_S, Connection
 from ._credentials import TLS, Token
 from ._errors import Cancelled, SidelightError
-from ._fields import flag
+from ._fields import flag, span
 from ._images import Batch, Images, Served
 from ._inbox import End
 from ._info import ModelInfo, ServerInfo
-from ._methods import Gradient, Method
+from ._methods import Gradient, Method, is_one_row
 from ._order import Order
+from ._plan import Metadata
 from ._question import FOR_EVER_S, Question
 from ._servers import SILENT_WAIT_S
 from ._targets import Choice, Target
@@ -127,16 +130,15 @@ class AsyncClient:
         served: Sequence[Choice] | None = None,
         timeout: float = TIMEOUT_S,  # noqa: ASYNC109  (it is the server's to keep)
         on_error: OnError = "raise",
+        metadata: Metadata = (),
     ) -> Attribution:
         """Return the maps of one batch, as `Client.attribute` does."""
         check_on_error(on_error)
         question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
         question.template()
         batch = await asyncio.to_thread(Batch.of, images, served)  # it may read files
-        if self._client._shared_memory:
-            async with contextlib.aclosing(self._answers([batch], question, on_error=on_error)) as answers:
-                return await anext(answers)
-        return passed(await self._explain(question.request(batch), batch, timeout_s=timeout), on_error)
+        template = question.template_for(batch)
+        return passed(await self._explain(template, batch, timeout_s=timeout, metadata=metadata), on_error)
 
     def stream(
         self,
@@ -156,6 +158,7 @@ class AsyncClient:
         window: int | None = None,
         allow_model_change: bool = False,
         keep_images: bool = False,
+        metadata: Metadata = (),
     ) -> AsyncGenerator[Attribution]:
         """Yield the maps of many batches as they are ready, as `Client.stream` does.
 
@@ -167,6 +170,9 @@ class AsyncClient:
         return self._answers(
             batches,
             question_of_stream(batches, on_error, question, window=window),
+            timeout_s=timeout,
+            is_one_row=is_one_row(method),
+            metadata=metadata,
             on_error=on_error,
             ordered=ordered,
             window=window,
@@ -174,53 +180,87 @@ class AsyncClient:
             keep_images=flag(keep_images, "keep_images"),
         )
 
-    async def info(self) -> ServerInfo:
+    async def info(self, *, metadata: Metadata = ()) -> ServerInfo:
         """Return the server's version, limits, methods and models; of several servers, the next one's."""
         await self._ready(self._connect_timeout_s)
-        return await asyncio.to_thread(self._client.info)
+        return await asyncio.to_thread(self._client.info, metadata=metadata)
 
-    async def model(self, name: str | None = None) -> ModelInfo:
+    async def model(self, name: str | None = None, *, metadata: Metadata = ()) -> ModelInfo:
         """Return one model with its labels and layers; None is the default model."""
         await self._ready(self._connect_timeout_s)
-        return await asyncio.to_thread(self._client.model, name)
+        return await asyncio.to_thread(self._client.model, name, metadata=metadata)
 
-    async def reload(self, name: str | None = None, *, timeout: float = RELOAD_TIMEOUT_S) -> ModelInfo:  # noqa: ASYNC109
+    async def reload(
+        self,
+        name: str | None = None,
+        *,
+        timeout: float = RELOAD_TIMEOUT_S,  # noqa: ASYNC109
+        metadata: Metadata = (),
+    ) -> ModelInfo:
         """Have a model loaded again from its source, as `Client.reload` does."""
-        await self._ready(self._connect_timeout_s)
-        return await asyncio.to_thread(self._client.reload, name, timeout=timeout)
+        await self._ready(min(self._connect_timeout_s, span(timeout, "timeout")))
+        return await asyncio.to_thread(self._client.reload, name, timeout=timeout, metadata=metadata)
 
-    async def _explain(self, request: pb.AttributeRequest, batch: Batch, *, timeout_s: float) -> Attribution:
-        connection = await self._ready(self._connect_timeout_s)
-        await asyncio.to_thread(self._client._refuse_large, request, batch)
-        attempts = Attempts(timeout_s, retry=self._client._retry)
+    async def _explain(
+        self, template: pb.AttributeRequest, batch: Batch, *, timeout_s: float, metadata: Metadata
+    ) -> Attribution:
+        client, attempts = self._client, Attempts(timeout_s, retry=self._client._retry)
+        wait_s = min(self._connect_timeout_s, timeout_s)
+        await self._ready(wait_s)
+        if not client._shared_memory:
+            request = requested(template, batch)
+            if await asyncio.to_thread(client._fits, request, batch, wait_s=wait_s):
+                return await self._explain_at_once(request, batch, attempts=attempts, metadata=metadata)
+        answers = self._answers([batch], one_batch(template), timeout_s=timeout_s, on_error="return", metadata=metadata)
+        async with contextlib.aclosing(answers):
+            answer = await anext(answers)
+        if answer.error is not None:
+            raise answer.error
+        return answer
+
+    async def _explain_at_once(
+        self, request: pb.AttributeRequest, batch: Batch, *, attempts: Attempts, metadata: Metadata
+    ) -> Attribution:
         while True:
+            connection = await self._ready(max(0.0, min(self._connect_timeout_s, attempts.left_s)))
             try:
                 with telling(self._client.max_message_bytes):
-                    response = await _awaited(
-                        connection.attribution.Attribute.future(request, timeout=min(attempts.left_s, FOR_EVER_S))
-                    )
+                    left_s = max(0.0, min(attempts.left_s, FOR_EVER_S))
+                    call = connection.attribution.Attribute.future(request, timeout=left_s, metadata=tuple(metadata))
+                    response = await _awaited(call)
                 return _attribution.read(response.result, batch, baseline=given_array(request.method))
             except SidelightError as error:
                 await asyncio.sleep(attempts.delay_after(error))
-            connection = await self._ready(min(self._connect_timeout_s, attempts.left_s))
 
     async def _answers(
         self,
         batches: Iterable[Images | Served | Batch] | AsyncIterable[Images | Served],
-        question: Question,
+        template: pb.AttributeRequest,
         *,
+        timeout_s: float,
         on_error: OnError,
+        is_one_row: bool = False,
         ordered: bool = False,
         window: int | None = None,
         allow_model_change: bool = False,
         keep_images: bool = True,
+        metadata: Metadata = (),
     ) -> AsyncGenerator[Attribution]:
-        await self._ready(self._connect_timeout_s)
-        await asyncio.to_thread(self._client._server)  # so that it is known already
+        wait_s = min(self._connect_timeout_s, timeout_s)
+        await self._ready(wait_s)
+        # So that all that is asked of the server is known already.
+        await asyncio.to_thread(self._client._known, template.model, wait_s=wait_s)
         changed = asyncio.Event()
         source = _Source(batches)
         stream = self._client._opened(
-            source, question, window=window, allow_model_change=allow_model_change, on_change=_from_thread(changed.set)
+            source,
+            template,
+            timeout_s=timeout_s,
+            is_one_row=is_one_row,
+            window=window,
+            allow_model_change=allow_model_change,
+            metadata=metadata,
+            on_change=_from_thread(changed.set),
         )
         order = Order(ordered=ordered)
         stream.start()

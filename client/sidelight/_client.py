@@ -19,7 +19,7 @@ from ._attribution import Attribution
 from ._baselines import given_array
 from ._connection import Connection
 from ._credentials import TLS, Access, Token
-from ._errors import InvalidArgument, PartialFailure, SidelightError, Unavailable, from_rpc
+from ._errors import InvalidArgument, MessageTooLarge, PartialFailure, SidelightError, Unavailable, from_rpc
 from ._fields import counted, flag, span, whole
 from ._images import Batch, Images, Served
 from ._inbox import End
@@ -28,7 +28,7 @@ from ._ledger import Ledger
 from ._limits import map_bytes, refuse_large, spans
 from ._methods import Gradient, Method, is_one_row
 from ._order import Order
-from ._plan import Plan
+from ._plan import Metadata, Plan
 from ._question import FOR_EVER_S, Question, model_name
 from ._servers import Servers
 from ._shared_memory import Regions, directory_of
@@ -42,6 +42,7 @@ TIMEOUT_S = 60.0
 INFO_TIMEOUT_S = 10.0
 RELOAD_TIMEOUT_S = 600.0
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+CHUNK_ROWS = 32  # of a model that is not loaded yet, and has not said its own
 N_SLOTS = 8  # batches that a region of shared memory has room for, of the size of the one that it is made for
 
 OnError = Literal["raise", "return"]
@@ -68,7 +69,7 @@ def connect(
     not at all; a folder's name says where that is, if this process sees it by another name than the server.
 
     A call that a full server refuses is made again after the delay that it names, and one whose server goes away once
-    more, within its own time; without `retry` it fails at once.
+    more, within its own time; without `retry` it fails at once, and so does a stream's batch.
 
     With `tls` connections over TCP are encrypted, and the server must show a certificate of an authority that is
     trusted: True for those that the system trusts, a path for those of a PEM file, `TLS` for more. `token` is what
@@ -142,6 +143,7 @@ class Client:
         served: Sequence[Choice] | None = None,
         timeout: float = TIMEOUT_S,
         on_error: OnError = "raise",
+        metadata: Metadata = (),
     ) -> Attribution:
         """Return the maps of one batch.
 
@@ -150,7 +152,8 @@ class Client:
         list with one of these for each example, or `TopK`, `Contrast`, `Dense`. `map_dtype` is how the maps travel:
         "float16" and "uint8" are shorter and rounded, "uint8" for maps without negative values alone. `served` are the
         classes, by index or label, that your model server gave these examples: `predictions[i].differs` says where
-        another is predicted here. `timeout` is in seconds.
+        another is predicted here. `timeout` is in seconds, and includes waiting for a server. `metadata` are pairs that
+        the call brings, such as a trace's headers. A batch that is too large for a message is sent in parts.
 
         Where some examples failed, `on_error="raise"` raises `PartialFailure`, which carries the answer, and "return"
         returns the answer, whose `failures` are set. A batch that failed whole raises its error.
@@ -158,11 +161,8 @@ class Client:
         check_on_error(on_error)
         question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
         batch = Batch.of(images, served)
-        if self._shared_memory:  # a region belongs to a stream: this is one of one batch
-            question.template()
-            (answer,) = self._answers([batch], question, on_error=on_error)
-            return answer
-        return passed(self._explain(question.request(batch), batch, timeout_s=timeout), on_error)
+        template = question.template_for(batch)
+        return passed(self._explain(template, batch, timeout_s=timeout, metadata=metadata), on_error)
 
     def stream(
         self,
@@ -182,14 +182,16 @@ class Client:
         window: int | None = None,
         allow_model_change: bool = False,
         keep_images: bool = False,
+        metadata: Metadata = (),
     ) -> Iterator[Attribution]:
         """Yield the maps of many batches as they are ready; `answer.index` is the batch's position in `batches`.
 
-        The options are those of `attribute`, asked of every batch; `timeout` is each batch's own. A batch whose
-        predictions are known is a `Served`. `ordered` yields in the batches' order. `window` bounds the unanswered
-        examples, and is always at least two batches (default: twice the server's chunk for methods of one row; two
-        batches for others, whose every example fills chunks, and whose timeouts would otherwise run while they wait for
-        each other); nothing of `batches` is read beyond it, and it is read in a thread of its own.
+        The options are those of `attribute`, asked of every batch; `timeout` is each batch's own. Of a `target` with a
+        class for each example a shorter batch takes the first. A batch whose predictions are known is a `Served`.
+        `ordered` yields in the batches' order. `window` bounds the unanswered examples, and is always at least two
+        batches (default: twice the server's chunk for methods of one row; two batches for others, whose every example
+        fills chunks, and whose timeouts would otherwise run while they wait for each other); nothing of `batches` is
+        read beyond it, and it is read in a thread of its own.
 
         With `partial`, a method that refines yields a batch several times, with `final` unset until the last; a caller
         who is slow gets fewer of these, and with `ordered` only the batch whose turn it is has them.
@@ -209,24 +211,29 @@ class Client:
         return self._answers(
             batches,
             question_of_stream(batches, on_error, question, window=window),
+            timeout_s=timeout,
+            is_one_row=is_one_row(method),
             ordered=ordered,
             on_error=on_error,
             window=window,
             allow_model_change=allow_model_change,
             keep_images=flag(keep_images, "keep_images"),
+            metadata=metadata,
         )
 
-    def info(self) -> ServerInfo:
+    def info(self, *, metadata: Metadata = ()) -> ServerInfo:
         """Return the server's version, limits, methods and models; of several servers, the next one's."""
-        self._info = ServerInfo.of(self._ask("attribution", "GetServerInfo", pb.GetServerInfoRequest()))
+        self._info = self._asked_info(metadata=metadata)
         return self._info
 
-    def model(self, name: str | None = None) -> ModelInfo:
+    def model(self, name: str | None = None, *, metadata: Metadata = ()) -> ModelInfo:
         """Return one model with its labels and layers; None is the default model."""
-        response = self._ask("models", "GetModel", model_pb2.GetModelRequest(name=model_name(name)))
+        response = self._ask("models", "GetModel", model_pb2.GetModelRequest(name=model_name(name)), metadata=metadata)
         return ModelInfo.of(response.model)
 
-    def reload(self, name: str | None = None, *, timeout: float = RELOAD_TIMEOUT_S) -> ModelInfo:
+    def reload(
+        self, name: str | None = None, *, timeout: float = RELOAD_TIMEOUT_S, metadata: Metadata = ()
+    ) -> ModelInfo:
         """Have a model loaded again from its source, and return the version that serves then; None is the default.
 
         Running requests end on the version that they began on. `PermissionDenied` where the operator does not allow it;
@@ -235,48 +242,83 @@ class Client:
         """
         request = model_pb2.ReloadModelRequest(name=model_name(name))
         timeout_s = span(timeout, "timeout")
-        return ModelInfo.of(self._ask("models", "ReloadModel", request, timeout_s=timeout_s).model)
+        wait_s = min(self._connect_timeout_s, timeout_s)
+        response = self._ask("models", "ReloadModel", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
+        return ModelInfo.of(response.model)
 
-    def _ask(self, stub: str, name: str, request: object, *, timeout_s: float = INFO_TIMEOUT_S) -> Any:
-        """Return a server's answer to a small question, after waiting for one that is starting."""
-        attempts = Attempts(self._connect_timeout_s, retry=True)
+    def _ask(
+        self,
+        stub: str,
+        name: str,
+        request: object,
+        *,
+        timeout_s: float = INFO_TIMEOUT_S,
+        wait_s: float | None = None,
+        metadata: Metadata = (),
+    ) -> Any:
+        """Return a server's answer to a small question, after waiting up to `wait_s` for one that is starting."""
+        wait_s = self._connect_timeout_s if wait_s is None else wait_s
+        attempts = Attempts(wait_s, retry=True)
         while True:
-            connection = self._servers.ready(self._connect_timeout_s)
+            connection = self._servers.ready(wait_s)
             try:
                 with telling(self.max_message_bytes):
-                    return getattr(getattr(connection, stub), name)(request, timeout=timeout_s)
+                    call = getattr(getattr(connection, stub), name)
+                    return call(request, timeout=timeout_s, metadata=tuple(metadata))
             except Unavailable as error:
                 if error.retry_delay_s is None:
                     raise
                 self._closed.wait(attempts.delay_after(error))
 
-    def _explain(self, request: pb.AttributeRequest, batch: Batch, *, timeout_s: float) -> Attribution:
-        """Return the answer to a request for a batch."""
-        self._refuse_large(request, batch)
+    def _explain(
+        self, template: pb.AttributeRequest, batch: Batch, *, timeout_s: float, metadata: Metadata = ()
+    ) -> Attribution:
+        """Return the answer to a request for a batch, which is sent in parts where it is too large for one message."""
         attempts = Attempts(timeout_s, retry=self._retry)
-        patience_s = self._connect_timeout_s
+        wait_s = min(self._connect_timeout_s, timeout_s)
+        if not self._shared_memory:
+            request = requested(template, batch)
+            if self._fits(request, batch, wait_s=wait_s):
+                return self._explain_at_once(request, batch, attempts=attempts, wait_s=wait_s, metadata=metadata)
+        (answer,) = self._answers(
+            [batch], one_batch(template), timeout_s=timeout_s, on_error="return", metadata=metadata
+        )
+        if answer.error is not None:
+            raise answer.error
+        return answer
+
+    def _explain_at_once(
+        self, request: pb.AttributeRequest, batch: Batch, *, attempts: Attempts, wait_s: float, metadata: Metadata
+    ) -> Attribution:
         while True:
-            connection = self._servers.ready(patience_s)
+            connection = self._servers.ready(wait_s)
             try:
                 with telling(self.max_message_bytes):
-                    response = connection.attribution.Attribute(request, timeout=min(attempts.left_s, FOR_EVER_S))
+                    response = connection.attribution.Attribute(
+                        request, timeout=max(0.0, min(attempts.left_s, FOR_EVER_S)), metadata=tuple(metadata)
+                    )
                 return _attribution.read(response.result, batch, baseline=given_array(request.method))
             except SidelightError as error:
                 self._closed.wait(attempts.delay_after(error))
-                patience_s = min(self._connect_timeout_s, attempts.left_s)
+                wait_s = min(self._connect_timeout_s, attempts.left_s)
 
     def _opened(
         self,
         batches: Iterator[Images | Served | Batch],
-        question: Question,
+        template: pb.AttributeRequest,
         *,
+        timeout_s: float,
+        is_one_row: bool,
         window: int | None,
         allow_model_change: bool,
+        metadata: Metadata,
         on_change: Callable[[], None] = lambda: None,
     ) -> Stream:
         """Return a stream to all servers, not started."""
-        server, model = self._server(), self._known(question.model)
-        template, connections = question.template(), self._servers.connections
+        wait_s = min(self._connect_timeout_s, timeout_s)
+        model = self._known(template.model, wait_s=wait_s)
+        server, connections = self._server(wait_s), self._servers.connections
+        input_size = model.input_size if model else None
         plan = Plan(
             template=template,
             spans=functools.partial(
@@ -284,19 +326,21 @@ class Client:
                 template,
                 ours=self.max_message_bytes,
                 server=server,
-                input_size=model.input_size,
+                input_size=input_size,
                 is_shared=bool(self._shared_memory),
             ),
-            timeout_s=question.timeout,
+            timeout_s=timeout_s,
             patience_s=self._connect_timeout_s,
             max_message_bytes=self.max_message_bytes,
             allow_model_change=allow_model_change,
             baseline=given_array(template.method),
-            map_bytes=functools.partial(map_bytes, template, input_size=model.input_size),
+            retry=self._retry,
+            metadata=metadata,
+            map_bytes=functools.partial(map_bytes, template, input_size=input_size),
             share=functools.partial(self._regions, n_slots=N_SLOTS) if self._shared_memory else None,
         )
         # A method of many rows fills chunks with every example; and a timeout would run while batches wait in a row.
-        per_lane = 2 * model.chunk_rows if is_one_row(question.method) else 1
+        per_lane = 2 * ((model.chunk_rows if model else 0) or CHUNK_ROWS) if is_one_row else 1
         if window:  # an equal share for each, so that one that stalls does not hold it all
             per_lane = max(1, window // len(connections))
         ledger = Ledger(window=per_lane, in_all=window, n_lanes=len(connections))
@@ -314,16 +358,27 @@ class Client:
     def _answers(
         self,
         batches: Iterable[Images | Served | Batch],
-        question: Question,
+        template: pb.AttributeRequest,
         *,
+        timeout_s: float,
         on_error: OnError,
+        is_one_row: bool = False,
         ordered: bool = False,
         window: int | None = None,
         allow_model_change: bool = False,
         keep_images: bool = True,
+        metadata: Metadata = (),
     ) -> Iterator[Attribution]:
-        self._servers.ready(self._connect_timeout_s)
-        stream = self._opened(iter(batches), question, window=window, allow_model_change=allow_model_change)
+        self._servers.ready(min(self._connect_timeout_s, timeout_s))
+        stream = self._opened(
+            iter(batches),
+            template,
+            timeout_s=timeout_s,
+            is_one_row=is_one_row,
+            window=window,
+            allow_model_change=allow_model_change,
+            metadata=metadata,
+        )
         order = Order(ordered=ordered)
         stream.start()
         try:
@@ -338,28 +393,77 @@ class Client:
         finally:
             stream.close()
 
-    def _server(self) -> ServerInfo:
-        return self._info or self.info()
+    def _server(self, wait_s: float) -> ServerInfo:
+        if self._info is None:
+            self._info = self._asked_info(wait_s=wait_s)
+        return self._info
 
-    def _known(self, name: str | None) -> ModelInfo:
-        """Return what the server said of a model, or of its default where it has no such name: it will say so."""
-        models = self._server().models
-        return next((model for model in models if model.name == name), models[0])
+    def _asked_info(self, *, wait_s: float | None = None, metadata: Metadata = ()) -> ServerInfo:
+        request = pb.GetServerInfoRequest()
+        return ServerInfo.of(self._ask("attribution", "GetServerInfo", request, wait_s=wait_s, metadata=metadata))
 
-    def _refuse_large(self, request: pb.AttributeRequest, batch: Batch) -> None:
-        input_size, theirs = self._known(request.model).input_size, self._server().limits.max_message_bytes
-        refuse_large(request, batch, ours=self.max_message_bytes, theirs=theirs, input_size=input_size)
+    def _known(self, name: str, *, wait_s: float) -> ModelInfo | None:
+        """Return what the server says of a model; empty is its default. None where it has none of that name.
+
+        One that is not loaded says nothing of itself, and may be loaded since: the server is asked again.
+        """
+        model = _found(self._server(wait_s), name)
+        if model is None or model.state != "serving":
+            self._info = None
+            model = _found(self._server(wait_s), name)
+        return model
+
+    def _fits(self, request: pb.AttributeRequest, batch: Batch, *, wait_s: float) -> bool:
+        """Say whether a batch fits into one message. `MessageTooLarge` where a single example does not."""
+        model = self._known(request.model, wait_s=wait_s)
+        limits = self._server(wait_s).limits
+        try:
+            refuse_large(
+                request,
+                batch,
+                ours=self.max_message_bytes,
+                theirs=limits.max_message_bytes,
+                input_size=model.input_size if model else None,
+            )
+        except MessageTooLarge:
+            if len(batch) < 2:
+                raise
+            return False
+        return len(batch) <= (limits.max_batch_examples or len(batch))
 
 
-def question_of_stream(batches: object, on_error: str, question: Question, *, window: int | None) -> Question:
-    """Return the question, after saying what is wrong with it here instead of by every batch."""
+def _found(server: ServerInfo, name: str) -> ModelInfo | None:
+    return next((model for model in server.models if name in ("", model.name)), None)
+
+
+def requested(template: pb.AttributeRequest, batch: Batch) -> pb.AttributeRequest:
+    """Return the message of a unary call."""
+    request = pb.AttributeRequest()
+    request.CopyFrom(template)
+    request.images.CopyFrom(batch.message)
+    if served := batch.served:
+        request.served.CopyFrom(served)
+    return request
+
+
+def one_batch(template: pb.AttributeRequest) -> pb.AttributeRequest:
+    """Return the template of a stream: without what belongs to one batch."""
+    bare = pb.AttributeRequest()
+    bare.CopyFrom(template)
+    bare.ClearField("images")
+    return bare
+
+
+def question_of_stream(
+    batches: object, on_error: str, question: Question, *, window: int | None
+) -> pb.AttributeRequest:
+    """Return what is asked of every batch, after saying what is wrong with it here instead of by every batch."""
     check_on_error(on_error)
     if isinstance(batches, str | bytes):
         raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")
     if window is not None and whole(window, "window") < 1:
         raise InvalidArgument(f"window: got {window}, expected at least 1 example")
-    question.template()
-    return question
+    return question.template()
 
 
 def passed(answer: Attribution, on_error: OnError) -> Attribution:

@@ -3,10 +3,11 @@
 Two threads work for it: its own, which receives, and gRPC's, which asks the desk for the next message to send.
 """
 
+import contextvars
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import grpc
@@ -58,11 +59,15 @@ class Lane:
         *,
         max_message_bytes: int,
         share: Callable[[Connection], Regions] | None = None,
+        metadata: Sequence[tuple[str, str | bytes]] = (),
     ) -> None:
         self.connection = connection
         self.call: object | None = None  # the one that the desk may give messages to
         self.regions: Regions | None = None  # of that call
         self._share = share
+        self._metadata = metadata
+        # Tracing reads the caller's span from it; the thread below would begin with an empty one.
+        self._context = contextvars.copy_context()
         self._desk = desk
         self._max_message_bytes = max_message_bytes
         self._rpc: grpc.Call | None = None
@@ -106,7 +111,7 @@ class Lane:
                 self._desk.lost(self, error, died=False)
                 return False
         call = self.call = object()
-        rpc = self.connection.open_stream(self._requests(call))
+        rpc = self._context.run(self.connection.open_stream, self._requests(call), metadata=tuple(self._metadata))
         self._rpc = rpc
         try:
             # It comes at once from a server that is there.

@@ -154,6 +154,13 @@ class Ledger:
             self._wait(Part(part.entry, part.start + span.start, part.batch.part(span), is_suspect=part.is_suspect))
         part.entry.n_open += 1
 
+    def take_back(self, lane: Hashable) -> list[Part]:
+        """Take out what a lane held when its call ended, to be given up whole."""
+        held = self._held_by(lane)
+        for part in held:
+            del self._flying[part.id]
+        return held
+
     def lost(self, lane: Hashable, *, died: bool) -> list[Part]:
         """Take back what a lane held when its call ended. Returns the parts that are given up."""
         held = self._held_by(lane)

@@ -18,6 +18,8 @@ from ._shared_memory import Regions
 from ._tensor import Array, array_of
 from ._types import seconds
 
+Metadata = Sequence[tuple[str, str | bytes]]
+
 _SHORTEST_S = 0.001  # a time of 0 would be refused
 
 
@@ -33,6 +35,8 @@ class Plan:
     max_message_bytes: int
     allow_model_change: bool
     baseline: Array | None  # that was given with the method
+    retry: bool = True  # whether what was not answered is sent again
+    metadata: Metadata = ()  # that each call brings
     share: Callable[[Connection], Regions] | None = None  # makes a call's regions of shared memory
 
     def shared_bytes(self, batch: Batch) -> int:
@@ -53,7 +57,7 @@ class Plan:
             request.images.CopyFrom(part.batch.message)
         if served := part.batch.served:
             request.served.CopyFrom(served)
-        if request.target.WhichOneof("target") == "per_example" and not part.is_whole:
+        if request.target.WhichOneof("target") == "per_example":  # a stream's last batch may be shorter than the list
             classes = request.target.per_example.classes
             del classes[part.start + len(part.batch) :], classes[: part.start]
         request.timeout.CopyFrom(duration(max(_SHORTEST_S, part.entry.deadline_s - time.monotonic())))

@@ -30,13 +30,13 @@ class Question:
     map_dtype: MapDtype = "float32"
     partial: bool = False
 
-    def request(self, batch: Batch) -> pb.AttributeRequest:
-        """Return the message that asks it of a batch. Every default is filled in."""
-        request = self.template()
-        request.images.CopyFrom(batch.message)
-        if served := batch.served:
-            request.served.CopyFrom(served)
-        return request
+    def template_for(self, batch: Batch) -> pb.AttributeRequest:
+        """Return the message for one batch without its images. `InvalidArgument` for another number of classes."""
+        template = self.template()
+        classes = template.target.per_example.classes
+        if template.target.WhichOneof("target") == "per_example" and len(classes) != len(batch):
+            raise InvalidArgument(f"target: {len(classes)} classes for {len(batch)} examples, expected one for each")
+        return template
 
     def template(self) -> pb.AttributeRequest:
         """Return the message without images, which says what is wrong with the question."""

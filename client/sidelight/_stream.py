@@ -68,7 +68,8 @@ class Stream:
         self._changed = threading.Condition(self._lock)
         self._keep = threading.Condition(self._lock)  # what wakes the keeper: few things, and rarely
         self._lanes = [
-            Lane(each, self, max_message_bytes=plan.max_message_bytes, share=plan.share) for each in connections
+            Lane(each, self, max_message_bytes=plan.max_message_bytes, share=plan.share, metadata=plan.metadata)
+            for each in connections
         ]
         self._presence = Presence([each.address for each in connections], time.monotonic())
         self._digest = ""
@@ -179,6 +180,9 @@ class Stream:
             if self._is_over:
                 return
             self._presence.went(lane, cause, time.monotonic())
+            if not self._plan.retry:
+                for part in self._ledger.take_back(lane):
+                    self._fail(part, cause)
             for part in self._ledger.lost(lane, died=died):
                 self._fail(part, ServerDied(
                     f"{_told(part)}: it was alone at work when its server ended, twice ({cause}); it is not sent again"
@@ -218,6 +222,8 @@ class Stream:
         if failure.code == ResourceExhausted.code and delay_s is None and len(part.batch) > 1:
             self._ledger.halve(part)
             return True
+        if not self._plan.retry:
+            return False
         if failure.code == Unavailable.code:
             delay_s = delay_s or UNAVAILABLE_DELAY_S
         elif failure.code != ResourceExhausted.code:
