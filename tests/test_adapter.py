@@ -1,7 +1,6 @@
 """Modules of every shape of call and answer: what is found out of them at load, and that their maps are autograd's."""
 
 import collections
-import logging
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from captum.attr import Saliency
 from engines import ask
 from sidelight_server import Channels, ConfigurationError, Engine, ModelSpec, Score, Settings
+from sidelight_server.errors import FailedPrecondition
 from torch import Tensor, nn
 from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetConfig, ResNetForImageClassification
 
@@ -396,12 +396,13 @@ def test_a_model_of_any_size_is_found_out_on_a_size_to_try() -> None:
     assert not answer.failures
 
 
-def test_without_a_size_to_try_the_first_answer_says_what_is_missing(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_size_to_try_the_first_answer_says_what_is_missing() -> None:
     module = Returning(lambda y: {"logit": y})
-    with caplog.at_level(logging.ERROR, logger="sidelight"), Engine([ModelSpec(module)], SETTINGS) as engine:
+    with Engine([ModelSpec(module)], SETTINGS) as engine:
         answer = ask(engine, torch.randn(1, *SIZE))
-    assert answer.failures[0].message.startswith('model "model" failed')
-    assert "trial_size" in caplog.text
+    assert answer.failures[0].code == FailedPrecondition.code
+    assert "the model returned dict of logit" in answer.failures[0].message
+    assert "trial_size" in answer.failures[0].message
 
 
 def test_trial_size_and_input_size_exclude_each_other() -> None:

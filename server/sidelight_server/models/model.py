@@ -16,7 +16,7 @@ from ..attribution import PREDICTED, Choice, Score
 from ..calibration import DEFAULT_CHUNK_ROWS, Trial
 from ..ceiling import Ceiling
 from ..config import ModelSettings
-from ..errors import ConfigurationError, InvalidArgument, NotFound, near
+from ..errors import ConfigurationError, FailedPrecondition, InvalidArgument, NotFound, SidelightError, near
 from ..kernel import Kernel
 from ..logs import Event
 from ..methods import METHODS
@@ -337,9 +337,9 @@ class Model:
         return choice
 
     def learn_output(self, shape: tuple[int, ...]) -> None:
-        """Take note of what the model returned: K, or K, h, w. `ValueError` if K changes."""
+        """Take note of what the model returned: K, or K, h, w. `FailedPrecondition` if K changes."""
         if self.output_shape and self.output_shape[0] != shape[0]:
-            raise ValueError(f"the model returned {shape[0]} classes, {self.output_shape[0]} before")
+            raise FailedPrecondition(f"the model returned {shape[0]} classes, {self.output_shape[0]} before")
         self.output_shape, self.class_count = shape, shape[0]
 
     @functools.cached_property
@@ -422,6 +422,8 @@ class Model:
             yield
         except ConfigurationError as error:
             raise ConfigurationError(f'model "{self.name}": {error}') from error
+        except SidelightError as error:
+            raise ConfigurationError(f'model "{self.name}": {what}: {error.message}') from error
         except Exception as error:
             said = str(error).strip()
             # A script's interpreter tells the cause last; torch's compiler goes on with advice.
