@@ -226,7 +226,7 @@ def test_each_way_to_fail_has_its_reason(tmp_path: Path) -> None:
 async def _since(server: Running) -> float:
     """Return when the batch that waits came."""
     (stream,) = server.server._service._streams
-    return stream._unanswered["second"]._inquiry.passage.arrived_s
+    return stream._unanswered["second"]._passage.arrived_s
 
 
 async def _is_full(server: Running) -> bool:

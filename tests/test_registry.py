@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 import reloadable
@@ -20,11 +21,16 @@ import sidelight
 import sidelight_server
 import torch
 from gate import Gate, Gated
+from google.protobuf.duration_pb2 import Duration
 from models import LABELS, small_cnn
 from reloadable import SIZE, SOURCE, write_weights
+from running import Running
+from running import serving as running_server
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.config import ModelSettings
 from sidelight_server.watch import Watch
+from test_service import BRIEF
+from test_stream import Conversation, attribute, cancel
 
 FLOATS = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(5)).numpy()
 TOLERANCE = 4e-6  # of the largest: what company may do to a map
@@ -208,6 +214,78 @@ def test_waiting_for_a_lazy_model_is_within_the_batch_s_time(monkeypatch: pytest
         assert loading.wait(20)
         go.set()
         assert not client.attribute(FLOATS).failures  # the load that nobody waited for was not thrown away
+
+
+@contextlib.contextmanager
+def _conversing(
+    monkeypatch: pytest.MonkeyPatch, gate: Gate, **settings: object
+) -> Iterator[tuple[Running, Conversation]]:
+    """A stream to a server with a model that is there, and another whose factory waits at the gate."""
+
+    def slow() -> ModelSpec:
+        gate.wait(0)
+        return reloadable.net()
+
+    monkeypatch.setattr(reloadable, "slow", slow, raising=False)
+    models = {"there": {"model": SOURCE}, "slow": {"model": "python:reloadable:slow", "load": "lazy"}}
+    chosen = Settings(models=models, device="cpu", threads=1, **settings)
+    engine = Engine(list(chosen.of_models().values()), chosen)
+    with running_server(engine, "127.0.0.1:0") as server, Conversation(server.channel) as stream:
+        gate.shut()
+        yield server, stream
+
+
+def test_a_model_that_is_loaded_holds_up_neither_its_streams_other_batches_nor_a_cancel(
+    monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    with _conversing(monkeypatch, gate) as (server, stream):
+        stream.send(*(attribute(f"slow {n}", FLOATS, model="slow") for n in range(3)))
+        assert gate.reached.wait(20)
+        stream.send(attribute("there", FLOATS, model="there"))
+        assert stream.receive().id == "there"
+        stream.send(cancel("slow 1"))
+        answer = stream.receive()
+        assert (answer.id, answer.failure.code) == ("slow 1", grpc.StatusCode.CANCELLED.value[0])
+        stream.send(attribute("slow 2", FLOATS, model="slow"))  # which is not answered yet
+        answer = stream.receive()
+        assert (answer.id, answer.failure.code) == ("slow 2", grpc.StatusCode.INVALID_ARGUMENT.value[0])
+        gate.open()
+        answers = stream.finish()
+        assert sorted(answer.id for answer in answers) == ["slow 0", "slow 2"]
+        assert [answer.WhichOneof("outcome") for answer in answers] == ["result"] * 2
+        server.until_all_permits_are_back()
+
+
+def test_batches_that_wait_for_their_model_take_their_streams_slots(
+    monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    """So what a caller may have the server hold stays bounded."""
+    with _conversing(monkeypatch, gate, max_stream_in_flight=2) as (_, stream):
+        stream.send(*(attribute(f"slow {n}", FLOATS, model="slow") for n in range(2)))
+        assert gate.reached.wait(20)
+        stream.send(attribute("there", FLOATS, model="there"), cancel("slow 1"))
+        assert stream.receive().id == "slow 1"
+        assert stream.receive().id == "there"  # in the slot that was given back
+        gate.open()
+        assert [answer.id for answer in stream.finish()] == ["slow 0"]
+
+
+def test_what_is_wrong_with_a_batch_is_told_though_its_model_must_be_loaded(
+    monkeypatch: pytest.MonkeyPatch, gate: Gate
+) -> None:
+    with _conversing(monkeypatch, gate) as (_, stream):
+        stream.send(
+            attribute("wrong", FLOATS, model="slow", timeout=Duration(seconds=-1)),
+            attribute("late", FLOATS, model="slow", timeout=BRIEF),
+        )
+        answers = {answer.id: answer.failure.code for answer in (stream.receive(), stream.receive())}
+        assert answers == {
+            "wrong": grpc.StatusCode.INVALID_ARGUMENT.value[0],
+            "late": grpc.StatusCode.DEADLINE_EXCEEDED.value[0],
+        }
+        gate.open()
+        stream.send(attribute("in time", FLOATS, model="slow"))
+        assert [answer.WhichOneof("outcome") for answer in stream.finish()] == ["result"]
 
 
 def test_a_lazy_model_needs_a_name() -> None:

@@ -19,7 +19,7 @@ from .attribution import Answer, Files, Request
 from .device import is_out_of_memory
 from .digests import Hashing
 from .engine import BYTES_OF_FLOAT32, Engine, Progress
-from .errors import DeadlineExceeded, Internal, InvalidArgument, ResourceExhausted, SidelightError
+from .errors import DeadlineExceeded, Internal, InvalidArgument, NotFound, ResourceExhausted, SidelightError
 from .frames import encode_answer
 from .logs import Event
 from .passage import Passage
@@ -74,6 +74,12 @@ class Explainer:
             if entry.settings.max_model_in_flight
         }
 
+    def must_load(self, message: pb.AttributeRequest) -> bool:
+        """Whether the model of a message is not loaded yet, so that `inquire` would wait for it."""
+        with contextlib.suppress(NotFound):  # which `inquire` tells
+            return not self._engine.registry.find(message.model).models
+        return False
+
     async def inquire(
         self,
         message: pb.AttributeRequest,
@@ -88,11 +94,9 @@ class Explainer:
         A `SidelightError` says what is wrong with it. `regions` are those of its stream.
         """
         with _telling(message.id):
-            timeout_s = wire.timeout_s(message)
+            deadline_s = deadline_of(message, passage)
             request = wire.parse(message, data)
             passage.id = message.id
-            # The loop's clock is the monotonic one.
-            deadline_s = None if timeout_s is None else passage.arrived_s + timeout_s
             version = await self._ready(request.model, deadline_s)
             passage.model, passage.method = version[0].name, request.method.name
             answer_bytes, state_bytes = self._engine.held_bytes(request, version)
@@ -201,6 +205,13 @@ class Explainer:
                 f"the answer takes {n_bytes} bytes, the server's max_message_bytes is {self._limit_bytes}: "
                 "send fewer examples"
             )
+
+
+def deadline_of(message: pb.AttributeRequest, passage: Passage) -> float | None:
+    """Return when a message's own time is over, on the event loop's clock. `InvalidArgument` where it says nonsense."""
+    timeout_s = wire.timeout_s(message)
+    # The loop's clock is the monotonic one.
+    return None if timeout_s is None else passage.arrived_s + timeout_s
 
 
 def _source(images: tensor_pb2.Images, regions: Regions | None) -> Span | None:

@@ -1,12 +1,13 @@
 """The stream: many batches in flight on one connection. Nothing about one batch ends it."""
 
 import asyncio
+import functools
 from typing import Any, Literal
 
 import grpc
 from sidelight.v1 import attribution_pb2 as pb
 
-from .batch import Batch, failed
+from .batch import Batch, Inquire, failed
 from .errors import InvalidArgument, SidelightError, Unavailable
 from .explainer import Explainer, Inquiry
 from .frames import Decoded, Received
@@ -50,7 +51,6 @@ class Stream:
         self._unanswered: dict[str, Batch] = {}
         self._reader: asyncio.Task[None] | None = None  # while it waits for a message
         self._end: Cause | None = None
-        self._beginning: asyncio.Timeout | None = None  # of the batch that is read and not checked yet
         self._is_given_up = False
 
     async def run(self) -> None:
@@ -83,8 +83,6 @@ class Stream:
         self._is_given_up = True
         for batch in list(self._unanswered.values()):
             batch.drop(_given_up())
-        if self._beginning:
-            self._beginning.reschedule(asyncio.get_running_loop().time())
 
     async def _say_why(self) -> None:
         """End the call: with OK where the caller has sent all, or may send the rest on another stream."""
@@ -146,7 +144,7 @@ class Stream:
             passages.end(passage)
             raise
         try:
-            inquiry = await self._inquire(request, received, passage)
+            inquiry = await self._inquire(received, passage)
         except SidelightError as error:
             self._admitting.release()
             passages.failed(passage, error)
@@ -161,28 +159,29 @@ class Stream:
             self._explainer,
             self._outlet,
             self._slots,
+            message=request,
+            passage=passage,
             on_admitted=self._admitting.release,
             on_answer=lambda: self._forget(request.id),
         )
         # Not in the task itself: one that is cancelled before its first step runs nothing at all.
         group.create_task(batch.run(group)).add_done_callback(lambda _: passages.end(passage))
 
-    async def _inquire(
-        self, request: pb.AttributeRequest, received: Received[pb.AttributeStreamRequest], passage: Passage
-    ) -> Inquiry:
-        """Check a batch, which may wait for its model. `Unavailable` once the stream is given up."""
+    async def _inquire(self, received: Received[pb.AttributeStreamRequest], passage: Passage) -> Inquiry | Inquire:
+        """Check a batch, or return what will check it once its model is loaded. `Unavailable` once all is given up."""
+        request = received.message.attribute
         self._check_id(request.id)
         if self._is_given_up:
             raise _given_up()
-        try:
-            async with asyncio.timeout(None) as self._beginning:
-                return await self._explainer.inquire(
-                    request, n_bytes=received.n_bytes, data=received.data, regions=self._regions, passage=passage
-                )
-        except TimeoutError:
-            raise _given_up() from None
-        finally:
-            self._beginning = None
+        inquire = functools.partial(
+            self._explainer.inquire,
+            request,
+            n_bytes=received.n_bytes,
+            data=received.data,
+            regions=self._regions,
+            passage=passage,
+        )
+        return inquire if self._explainer.must_load(request) else await inquire()
 
     def _check_id(self, id_: str) -> None:
         if not id_:
