@@ -119,14 +119,14 @@ HALF_LOADED = {n: 2 * seconds for n, seconds in QUIET.items()}  # 8 rows take 0.
 
 
 def test_runs_that_were_disturbed_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Paced({1: 1.0, 8: 4.0, 16: 4.0, 32: 4.0})
+    module = Paced({1: 0.01, 8: 0.04, 16: 0.04, 32: 0.04})
     module.disturbed = {32: itertools.chain([9.0, 9.0, 7.0, 8.0], itertools.repeat(1.0))}
     with calibrated(module, monkeypatch, max_chunk_s=1000) as engine:
         assert engine.model("").chunk_rows == 32
 
 
 def test_runs_that_never_agree_come_to_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = Paced({1: 1.0, 8: 4.0, 16: 4.0, 32: 4.0})
+    module = Paced({1: 0.01, 8: 0.04, 16: 0.04, 32: 0.04})
     module.disturbed = {8: (2.0**n for n in itertools.count())}
     with calibrated(module, monkeypatch, max_chunk_s=1000) as engine:
         assert engine.model("").chunk_rows == 32

@@ -19,6 +19,7 @@ def efficientnet_lite0() -> ModelSpec:
         module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     return ModelSpec(
         module,
+        name="efficientnet_lite0",
         input_size=(3, 224, 224),
         resize=256,
         interpolation="bicubic",
