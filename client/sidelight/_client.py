@@ -91,6 +91,8 @@ def connect(
 class Client:
     """Connections to one server, or to several of the same model. Thread-safe; close it, or use `with`.
 
+    It belongs to the process that made it: in one that was forked from that, calls raise `FailedPrecondition`.
+
     Every failed call raises a `SidelightError` with the status's own type; a file that cannot be read, its `OSError`.
     """
 
@@ -126,8 +128,9 @@ class Client:
 
     def close(self) -> None:
         """End the connection. Running calls and streams end with `Cancelled`."""
-        self._closed.set()
-        self._servers.close()
+        if self._servers.are_here:
+            self._closed.set()
+            self._servers.close()
 
     def attribute(
         self,
@@ -382,7 +385,7 @@ class Client:
         order = Order(ordered=ordered)
         stream.start()
         try:
-            while not isinstance(answered := stream.inbox.wait(), End):
+            while not isinstance(answered := stream.wait(), End):
                 for entry, answer in order.admit(*answered):
                     if answer.final:
                         stream.taken(entry)

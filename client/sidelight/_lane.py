@@ -71,6 +71,7 @@ class Lane:
         self._desk = desk
         self._max_message_bytes = max_message_bytes
         self._rpc: grpc.Call | None = None
+        self._is_stopped = False
         self._thread = threading.Thread(target=self._run, name="sidelight-receive", daemon=True)
 
     def start(self) -> None:
@@ -82,6 +83,11 @@ class Lane:
         rpc = self._rpc
         if rpc is not None:
             rpc.cancel()
+
+    def stop(self) -> None:
+        """End the running call, and one that is just being made."""
+        self._is_stopped = True
+        self.cut()
 
     def join(self) -> None:
         """Wait for the thread's end."""
@@ -113,6 +119,8 @@ class Lane:
         call = self.call = object()
         rpc = self._context.run(self.connection.open_stream, self._requests(call), metadata=tuple(self._metadata))
         self._rpc = rpc
+        if self._is_stopped:
+            rpc.cancel()
         try:
             # It comes at once from a server that is there.
             if any(key == BEGIN_HEADER for key, _ in rpc.initial_metadata() or ()):

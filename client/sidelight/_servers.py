@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ._connection import DIAGNOSE_EVERY_S, Connection
 from ._credentials import Access
 from ._errors import InvalidArgument, Unavailable
+from ._process import Origin
 
 log = logging.getLogger("sidelight")
 
@@ -33,10 +34,16 @@ class Servers:
         if len(set(given)) < len(given):
             raise InvalidArgument(f"address: got {list(given)}, expected each once")
         self.connections = [Connection(each, max_message_bytes=max_message_bytes, access=access) for each in given]
+        self._origin = Origin()
         self._turn = itertools.count()
         self._changed = threading.Condition()
         for connection in self.connections:
             connection.listen(self._wake)
+
+    @property
+    def are_here(self) -> bool:
+        """Whether the connections are this process's, and not those of one that it was forked from."""
+        return self._origin.is_here
 
     @property
     def names(self) -> str:
@@ -57,7 +64,8 @@ class Servers:
         raise self.absent(timeout_s)
 
     def ready_now(self) -> Connection | None:
-        """Return the next server that is there; None where there is none."""
+        """Return the next server that is there; None where there is none. `FailedPrecondition` after a fork."""
+        self._origin.check()
         first = next(self._turn)
         n = len(self.connections)
         return next((each for i in range(n) if (each := self.connections[(first + i) % n]).is_ready), None)

@@ -28,12 +28,13 @@ from ._errors import (
 )
 from ._frames import Incoming, Outgoing
 from ._images import Batch, Images, Served
-from ._inbox import End, Inbox
+from ._inbox import Answered, End, Inbox
 from ._join import join
 from ._lane import Lane
 from ._ledger import Entry, Ledger, Part
 from ._plan import Plan
 from ._presence import Presence
+from ._process import Origin, close_at_exit
 from ._shared_memory import Regions
 from ._types import seconds
 
@@ -76,27 +77,39 @@ class Stream:
         self._n_read = 0
         self._is_reading = False
         self._is_over = False
+        self._is_closed = False
+        self._origin = Origin()
         self._keeper = threading.Thread(target=self._watch, name="sidelight-keep", daemon=True)
 
     def start(self) -> None:
         """Begin to read, send and receive."""
+        close_at_exit(self)
         for lane in self._lanes:
             lane.connection.listen(self._wake)
             lane.start()
         self._keeper.start()
 
     def close(self) -> None:
-        """End it, cancel what is unanswered, and wait for its threads."""
+        """End it, cancel what is unanswered, and wait for its threads. After a fork it is the other process's."""
+        if self._is_closed or not self._origin.is_here:
+            return
         self.end(None)
         for lane in self._lanes:
-            lane.cut()
+            lane.stop()
         for lane in self._lanes:
             lane.join()
             lane.connection.unlisten(self._wake)
         self._keeper.join()
+        self._is_closed = True
+
+    def wait(self) -> Answered | End:
+        """Wait for an answer, or when all are taken the end. `FailedPrecondition` after a fork."""
+        self._origin.check()
+        return self.inbox.wait()
 
     def taken(self, entry: Entry) -> None:
         """Free the room of an answer that the caller has taken."""
+        self._origin.check()
         with self._lock:
             self._ledger.taken(entry)
             self._changed.notify_all()
