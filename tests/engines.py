@@ -23,6 +23,13 @@ def ask(engine: Engine, images: Tensor | np.ndarray, **question: object) -> Answ
     return asyncio.run(engine.attribute(Request(array, **plain)))
 
 
+def tried(engine: Engine, like: Tensor) -> Engine:
+    """Let the models of an engine that has not begun find out what they return, which takes rows of its own."""
+    for model in engine.models.values():
+        model.find_out(like[:1].to(model.kernel.device, model.kernel.dtype))
+    return engine
+
+
 @contextlib.contextmanager
 def explaining(module: nn.Module, *, settings: Settings | None = None, **spec: object) -> Iterator[Explain]:
     """Run an engine on a module, and give a function that explains a batch by a method, every example of it."""

@@ -192,6 +192,11 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, str, 
         ("(images) → disease", "logits", "softmax"),
     ),
     "tuple": (lambda: Returning(lambda y: (y, {"auxiliary": y})), {}, ("(images) → 0", "logits", "softmax")),
+    "tuple, features before": (
+        lambda: Returning(lambda y: (y.repeat(1, 3), y)),
+        {"labels": ("a", "b", "c", "d")},
+        ("(images) → 1", "logits", "softmax"),
+    ),
     "place": (lambda: Returning(lambda y: [y, 2 * y]), {"output": "1"}, ("(images) → 1", "logits", "softmax")),
     "named tuple": (lambda: Returning(lambda y: Point(y.sum(), y)), {}, ("(images) → logits", "logits", "softmax")),
     "object": (lambda: Returning(Answer), {}, ("(images) → logits", "logits", "softmax")),
@@ -203,6 +208,88 @@ def test_how_a_module_is_called_and_what_it_returns_is_found_out(
     make: Callable[[], nn.Module], spec: dict[str, Any], expected: tuple[str, str, str]
 ) -> None:
     assert found(make(), **spec) == expected
+
+
+# A sigmoid, and what modules do to it before they return it. It is multilabel, as no row adds up to 1.
+SHAPED: dict[str, Callable[[Tensor], Tensor]] = {
+    "clamp": lambda p: p.clamp(1e-6, 1 - 1e-6),
+    "where": lambda p: torch.where(p > 0.1, p, torch.zeros_like(p)),
+    "stack": lambda p: torch.stack([p, p]).mean(dim=0),
+    "mean": lambda p: p.unflatten(1, (K, 1)).mean(dim=2),
+    "indexing": lambda p: p[:, [2, 0, 1, 3]],
+    "transpose": lambda p: p.T.contiguous().T,
+    "times one": lambda p: p * 1.0,
+    "over one": lambda p: p / 1,
+    "nan_to_num": lambda p: p.nan_to_num(),
+    "slices": lambda p: torch.cat([p[:, :2], p[:, 2:]], dim=1),
+    "cast": lambda p: p.double().float(),
+    "in turn": lambda p: (p[..., None].clamp(0, 1) * 1.0).amax(dim=2).flip(1),
+}
+
+
+@pytest.mark.parametrize("shaped", SHAPED)
+def test_a_last_step_is_known_behind_what_changes_only_its_shape(shaped: str) -> None:
+    assert found(Returning(lambda y: SHAPED[shaped](y.sigmoid())))[1:] == ("probabilities", "sigmoid")
+    if shaped in ("clamp", "where", "in turn"):  # which make anything of logits
+        with pytest.raises(ConfigurationError, match="set outputs"):
+            found(Returning(lambda y: SHAPED[shaped](y)))
+    else:
+        assert found(Returning(lambda y: SHAPED[shaped](y)))[1:] == ("logits", "softmax")
+
+
+@pytest.mark.parametrize("shaped", set(SHAPED) - {"where"})
+def test_a_softmax_is_known_in_the_same_way(shaped: str) -> None:
+    assert found(Returning(lambda y: SHAPED[shaped](y.softmax(dim=1))))[1:] == ("probabilities", "softmax")
+
+
+UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "a tanh": lambda y: (y.tanh() + 1) / 2,
+    "a hard sigmoid": nn.functional.hardsigmoid,
+    "the other side": lambda y: 1 - y.sigmoid(),
+    "an average": lambda y: (y.sigmoid() + (2 * y).sigmoid()) / 2,
+    "half of it": lambda y: y.sigmoid() * 0.5,
+    "clamped logits": lambda y: y.clamp(0, 1),
+    "classes added up": lambda y: y.sigmoid() @ torch.full((K, 2), 0.2),
+    "a gate": lambda y: y.sigmoid() * (y * 2).sigmoid(),
+}
+
+
+@pytest.mark.parametrize("unknown", UNKNOWN)
+def test_numbers_that_may_be_probabilities_are_refused_until_somebody_says_so(unknown: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"outputs: the model returned \[2, .\] from 0.* set outputs to"):
+        found(Returning(UNKNOWN[unknown]))
+    for outputs in ("probabilities", "logits"):
+        assert found(Returning(UNKNOWN[unknown]), outputs=outputs)[1] == outputs
+
+
+@pytest.mark.parametrize("of", [nn.functional.logsigmoid, lambda y: {"y_prob": 9 * y}], ids=["logarithm", "name"])
+def test_what_is_neither_probabilities_nor_logits_is_refused(of: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(ConfigurationError, match="neither probabilities nor logits"):
+        found(Returning(of))
+
+
+# What no net of logits may be refused for: here all of them happen to lie in 0 … 1.
+SMALL: dict[str, Callable[[Tensor], Tensor]] = {
+    "linear": lambda y: y,
+    "scaled": lambda y: y * 0.5 / 2,
+    "shifted": lambda y: y + 0.01,
+    "pooled": lambda y: y[..., None, None].expand(-1, -1, 4, 4).mean(dim=(2, 3)),
+    "rectified": torch.relu,
+    "two heads": lambda y: (y + 2 * y) / 3,
+    "normalized": lambda y: nn.functional.batch_norm(y, torch.zeros(K), torch.ones(K)),
+    "a parameter": lambda y: y * torch.full((K,), 0.5),
+}
+
+
+@pytest.mark.parametrize("small", SMALL)
+def test_logits_that_lie_in_0_to_1_are_known_by_the_step_that_they_come_of(small: str) -> None:
+    module = Returning(SMALL[small])
+    with torch.no_grad():
+        module.head.weight.mul_(0.01)
+        module.head.bias.fill_(0.3)
+    outputs = module(torch.rand(2, *SIZE))
+    assert outputs.min() > 0 and outputs.max() < 1  # noqa: PT018
+    assert found(module)[1:] == ("logits", "softmax")
 
 
 def outputs_of(module: nn.Module, spec: dict[str, Any]) -> Callable[[Tensor], Tensor]:
@@ -358,6 +445,16 @@ WRONG: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
         {"output": "loss"},
         r"returned dict of logit \[2, 4\], loss \[\] for 2 examples, expected \[n, K\]",
     ),
+    "features and logits": (
+        lambda: Returning(lambda y: (y.repeat(1, 3), y)),
+        {},
+        r"output: the model returned tuple of 0 \[2, 12\], 1 \[2, 4\]; set output to the one .* or labels",
+    ),
+    "two of that many classes": (
+        lambda: Returning(lambda y: (y, 2 * y)),
+        {"labels": ("a", "b", "c", "d")},
+        r"output: the model returned tuple of 0 \[2, 4\], 1 \[2, 4\]; set output",
+    ),
     "several outputs": (
         lambda: Returning(lambda y: {"near": y, "far": y}),
         {},
@@ -396,13 +493,79 @@ def test_a_model_of_any_size_is_found_out_on_a_size_to_try() -> None:
     assert not answer.failures
 
 
-def test_without_a_size_to_try_the_first_answer_says_what_is_missing() -> None:
-    module = Returning(lambda y: {"logit": y})
+# Without a size to try, the first rows show it.
+
+FIRST: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Tensor]]] = {
+    "softmax": (Softmaxed, lambda y: y),
+    "sigmoid": (Sigmoid, lambda y: y),
+    "one side": (OneSide, lambda p: torch.stack([1 - p, p], dim=1)),
+    "dictionary": (lambda: Returning(lambda y: {"logit": y}), lambda y: y["logit"].softmax(dim=1)),
+    "logits": (Net, lambda y: y.softmax(dim=1)),
+}
+
+
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("first", FIRST)
+def test_without_a_size_to_try_the_first_rows_show_what_the_outputs_are(first: str, n: int) -> None:
+    make, read = FIRST[first]
+    torch.set_num_threads(1)
+    module = make().eval()
+    x = torch.randn(n, *SIZE, generator=torch.Generator().manual_seed(1))
     with Engine([ModelSpec(module)], SETTINGS) as engine:
-        answer = ask(engine, torch.randn(1, *SIZE))
-    assert answer.failures[0].code == FailedPrecondition.code
-    assert "the model returned dict of logit" in answer.failures[0].message
-    assert "trial_size" in answer.failures[0].message
+        digest = engine.model("").digest
+        answers = [ask(engine, x, score=Score.PROBABILITY, channels=Channels.MAX_ABS) for _ in range(2)]
+        assert engine.model("").digest == digest == answers[0].provenance.model_digest
+    target = read(module(x)).argmax(dim=1)
+    expected = Saliency(lambda x: read(module(x))).attribute(x.clone().requires_grad_(), target).amax(dim=1).detach()
+    for answer in answers:
+        assert not answer.failures
+        # Of a single output the other side is 1 − p by another operation: the last bit of float32.
+        np.testing.assert_allclose(
+            answer.maps, expected, rtol=0, atol=float(expected.max()) * 1e-6 * (first == "one side")
+        )
+
+
+@pytest.mark.parametrize(
+    ("of", "score", "message"),
+    [
+        (lambda y: (y.tanh() + 1) / 2, Score.PROBABILITY, "set outputs to"),
+        (lambda y: (y.repeat(1, 3), y), Score.PROBABILITY, "set output to"),
+        (lambda y: y.sigmoid(), Score.LOGIT, "so it has no logit; it has probability, log_probability"),
+    ],
+    ids=["unknown", "several", "no such score"],
+)
+def test_what_the_first_rows_show_to_be_wrong_is_told_to_the_caller(
+    of: Callable[[Tensor], Any], score: Score, message: str
+) -> None:
+    with Engine([ModelSpec(Returning(of))], SETTINGS) as engine:
+        for _ in range(2):
+            try:
+                (failure,) = ask(engine, torch.randn(1, *SIZE), score=score).failures
+            except FailedPrecondition as error:
+                failure = error
+            assert failure.code == FailedPrecondition.code
+            assert message in failure.message
+
+
+def test_a_first_input_that_the_module_cannot_take_spoils_nothing() -> None:
+    with Engine([ModelSpec(Softmaxed())], SETTINGS) as engine:
+        assert ask(engine, torch.randn(1, 3, 5, 5), score=Score.PROBABILITY).failures
+        assert not ask(engine, torch.randn(1, *SIZE), score=Score.PROBABILITY).failures
+        assert engine.model("").head.outputs == "probabilities"
+
+
+def test_rows_that_touch_are_known_by_the_first_ones() -> None:
+    class Touching(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.logits(x - x.mean(dim=0))
+
+    x = torch.randn(4, *SIZE, generator=torch.Generator().manual_seed(1))
+    with Engine([ModelSpec(Touching())], SETTINGS) as engine:
+        together = ask(engine, x)
+        assert engine.model("").chunk_rows == 1
+    with Engine([ModelSpec(Touching())], SETTINGS) as engine:
+        alone = [ask(engine, each[None]).maps[0] for each in x]
+    np.testing.assert_array_equal(together.maps, alone)
 
 
 def test_trial_size_and_input_size_exclude_each_other() -> None:

@@ -35,7 +35,7 @@ class Net(torch.nn.Module):
     def forward(self, x):
         if x.flatten()[0] > 100:
             raise RuntimeError('no "such"\\nnumber')
-        return x.mean((2, 3)) * (1 if x.flatten()[0] > -100 else float("nan"))
+        return 2 + x.mean((2, 3)) * (1 if x.flatten()[0] > -100 else float("nan"))
 
 def spec():
     return ModelSpec(Net(), name='n"e t')
@@ -162,12 +162,19 @@ def test_two_lines_frame_the_process_and_each_fault_has_one(tmp_path: Path, log_
         lines = server.stderr.read().splitlines()
     read = parsed if log_format == "text" else json.loads
     events = [read(each) for each in lines]
-    assert [each["event"] for each in events] == ["loaded", "serving", "model_failed", "model_failed", "stopping"]
+    assert [each["event"] for each in events] == [
+        "loaded",
+        "serving",
+        "found_out",
+        "model_failed",
+        "model_failed",
+        "stopping",
+    ]
     assert events[0]["model"] == 'n"e t'
-    assert events[2]["error"] == 'RuntimeError: no "such"\nnumber'
-    assert "raise RuntimeError" in events[2]["traceback"]
-    assert events[3]["id"] == 'a "b"\nevent=ours'
-    assert events[3]["message"] == 'model "n"e t": output or gradient is not finite for example 0'
+    assert events[3]["error"] == 'RuntimeError: no "such"\nnumber'
+    assert "raise RuntimeError" in events[3]["traceback"]
+    assert events[4]["id"] == 'a "b"\nevent=ours'
+    assert events[4]["message"] == 'model "n"e t": output or gradient is not finite for example 0'
     assert events[1]["metrics"].startswith("127.0.0.1:")
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from engines import tried
 from gate import Gate, Gated
 from models import small_cnn
 from sidelight_server import (
@@ -103,7 +104,8 @@ def test_a_call_of_one_row_overtakes_integrals_of_three_hundred(device: str, flo
 
 def test_chunks_are_full_of_rows_of_many_requests(device: str, floats: Tensor) -> None:
     module = Ordered()
-    engine = Engine([ModelSpec(module)], Settings(device=device, max_chunk_rows=8))
+    engine = tried(Engine([ModelSpec(module)], Settings(device=device, max_chunk_rows=8)), floats)
+    module.chunks.clear()
     few = Request(floats[:1].numpy(), method=IntegratedGradients(steps=16))
     together(engine, *[lambda engine: engine.attribute(few)] * 8)
     # 8 × (16 + 2) rows, some chunks at the beginning and at the end less than full.
@@ -141,7 +143,7 @@ def test_cancelled_work_ends_within_a_chunk_and_leaves_nothing(
     method: object, device: str, floats: Tensor, gate: Gate
 ) -> None:
     before = n_states()
-    engine = Engine([ModelSpec(Gated(gate))], Settings(device=device, max_chunk_rows=4))
+    engine = tried(Engine([ModelSpec(Gated(gate))], Settings(device=device, max_chunk_rows=4)), floats)
 
     async def run() -> None:
         gate.shut()
@@ -294,7 +296,8 @@ def test_maps_that_improve_come_nearer_to_the_final_one(method: object, device: 
 def test_nobody_who_does_not_watch_pays_for_maps_that_are_not_final(device: str, floats: Tensor) -> None:
     """SmoothGrad of a fixed number of draws runs them as one sweep, unless somebody watches."""
     module = Ordered()
-    engine = Engine([ModelSpec(module)], Settings(device=device, max_chunk_rows=64))
+    engine = tried(Engine([ModelSpec(module)], Settings(device=device, max_chunk_rows=64)), floats)
+    module.chunks.clear()
     with engine:
         asyncio.run(engine.attribute(Request(floats[:1].numpy(), method=SmoothGrad(samples=40))))
     assert module.chunks == [1, 40]

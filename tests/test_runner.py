@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from engines import tried
 from gate import Gate, Gated
 from models import small_cnn
 from sidelight_server import Engine, Files, IntegratedGradients, ModelSpec, Request, Settings
@@ -349,7 +350,7 @@ def test_a_closed_runner_tells_of_its_end_though_a_function_was_cancelled(device
 def test_a_function_waits_for_the_chunks_at_the_device_and_for_no_others(
     depth: int, device: str, gate: Gate, floats: Tensor
 ) -> None:
-    engine = Engine([ModelSpec(Gated(gate))], Settings(device=device, max_chunk_rows=1))
+    engine = tried(Engine([ModelSpec(Gated(gate))], Settings(device=device, max_chunk_rows=1)), floats)
     station = engine.stations[0]
     station.runner = runner = Runner(torch.device(device), threads=1, depth=depth)
     with engine:

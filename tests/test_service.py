@@ -12,6 +12,7 @@ import grpc
 import numpy as np
 import pytest
 import torch
+from engines import tried
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -68,11 +69,17 @@ def running(module: nn.Module, folder: Path, **settings: object) -> Iterator[Run
 @contextlib.contextmanager
 def gated(folder: Path, **settings: object) -> Iterator[tuple[Gate, Running]]:
     module = Gated()
-    with running(module, folder, **settings) as server:
+    gate = module.gate
+    gate.open.set()
+    engine = tried(Engine([ModelSpec(module)], Settings(**settings)), torch.zeros(1, 3, 4, 5))
+    gate.open.clear()
+    gate.reached.clear()
+    gate.n_rows = 0
+    with serving(engine, f"unix:{folder}/socket") as server:
         try:
-            yield module.gate, server
+            yield gate, server
         finally:
-            module.gate.open.set()
+            gate.open.set()
 
 
 def ask(images: np.ndarray, /, **fields: object) -> pb.AttributeRequest:

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from sidelight_server import ConfigurationError
 from sidelight_server.models import sources
-from sourced import N_CLASSES, SHAPE, assert_serves, examples, net, refusal
+from sourced import N_CLASSES, SHAPE, assert_serves, examples, net, refusal, served_maps
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -51,6 +52,22 @@ def export(
         program = torch.export.export(module.eval(), inputs, named or None, dynamic_shapes=sizes, strict=strict)
         torch.export.save(program, to)
     return f"export:{to}"
+
+
+def test_a_program_of_train_mode_is_refused_for_it_stays_in_it() -> None:
+    with warnings.catch_warnings(action="ignore"):
+        program = torch.export.export(net().train(), (examples(2),))
+        torch.export.save(program, "training.pt2")
+        torch.export.save(program.run_decompositions(), "decomposed.pt2")
+    for name in ("training", "decomposed"):
+        with pytest.raises(ConfigurationError, match="exported in train mode"):
+            served_maps(f"export:{name}.pt2", examples(2))
+
+
+def test_a_norm_that_has_no_other_statistics_is_no_sign_of_train_mode() -> None:
+    module = nn.Sequential(nn.Conv2d(SHAPE[0], 2, 12), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten())
+    source = export(module, examples(1))
+    assert_serves(source, module.eval(), examples(1))
 
 
 def test_a_static_export_is_served_in_batches_of_any_size() -> None:

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from sidelight_server import ConfigurationError
 from sidelight_server.models import sources
-from sourced import N_CLASSES, SHAPE, assert_serves, examples, net, refusal
+from sourced import SHAPE, assert_serves, examples, net, refusal, served_maps
 from torch import Tensor, nn
 
 FACTORY = """
@@ -66,13 +67,19 @@ def test_a_script_is_served() -> None:
     assert_serves(source, net(), examples(5))
 
 
-def test_a_traced_script_is_served_in_eval_mode() -> None:
-    module = net().train()
+def test_a_script_is_served_in_eval_mode() -> None:
+    assert_serves(script(net().train()), net(), examples(5))
+
+
+@pytest.mark.parametrize("sized", [True, False], ids=["a size", "any size"])
+def test_a_trace_of_train_mode_is_refused_for_it_stays_in_it(*, sized: bool) -> None:
     with warnings.catch_warnings(action="ignore"):
-        torch.jit.save(torch.jit.trace(module, examples(2), check_trace=False), "traced.ts")
-    loaded = sources.load("torchscript:traced.ts").module
-    assert not any(each.training for each in loaded.modules())
-    assert loaded(examples(2)).shape == (2, N_CLASSES)
+        for module in (net().train(), net().eval()):
+            torch.jit.save(torch.jit.trace(module, examples(2), check_trace=False), f"{module.training}.ts")
+    size = {"input_size": SHAPE} if sized else {}
+    with pytest.raises(ConfigurationError, match="exported in train mode"):
+        served_maps("torchscript:True.ts", examples(2), **size)
+    assert_serves("torchscript:False.ts", net(), examples(5), **size)
 
 
 class Labelled(nn.Module):

@@ -106,7 +106,7 @@ class ModelInfo:
     kernel_options: tuple[str, ...] = ()  # what the operator chose to be faster: "fold", "channels_last", "compile"
     state: str = "serving"  # or "unloaded" until the first request for it, "loading", "failed": then the rest is empty
     call: str = ""  # how the model is called, and what of its answer counts
-    outputs: str = ""  # what that is: "logits" or "probabilities"
+    outputs: str = ""  # what that is: "logits" or "probabilities"; empty where no rows have shown it yet
     activation: str = ""  # "softmax" where classes exclude each other, "sigmoid" where they do not
     preprocessing: Preprocessing | None = None  # None where the input size is not fixed
     canary: str = ""  # "3×224×224:" and the digest of what the model makes of a fixed input of that size

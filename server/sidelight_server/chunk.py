@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .attribution import PREDICTED, Array
+from .errors import Internal
 from .job import Result, Row
 from .kernel import Gradients
 from .methods.method import Reading
@@ -28,6 +29,11 @@ class Chunk:
         self._model, self._identity = model, model.identify()
         padding = max(0, model.padded_rows - len(rows))
         self._inputs = _inputs([row for _, row in rows], work, staging, padding=padding)
+        model.find_out(self._inputs)
+        if (
+            model.rows_touch and len(rows) > model.chunk_rows
+        ):  # as these rows showed: they are split until each is alone
+            raise Internal("rows touch each other")
         self._answer = model.kernel.run(
             self._inputs,
             [row.job.aim for _, row in rows] + [PREDICTED] * padding,

@@ -181,6 +181,10 @@ class Kernel:
         with torch.no_grad():
             return layers_of(self._hooked, lambda: self._adapter.call(self._hooked, self._arranged(inputs.clone())))
 
+    def adopt(self, *, adapter: Adapter, head: Head) -> None:
+        """Call the module, and read its outputs, as was found out later than the kernel was made."""
+        self._adapter, self.head = adapter, head
+
     def head_precision(self, score: Score, *, plain_head: bool) -> str:
         """Return the type that a score and its gradient at the outputs are computed in, as provenance tells it."""
         outputs = self.dtype if plain_head else torch.promote_types(self.dtype, torch.float32)

@@ -114,6 +114,11 @@ class Head:
         done for probabilities that are not near 0 or 1 alone. `step` is the relative step of the type that the model
         computed in.
         """
+        for score in set(scores) - set(self.scores):  # as nobody knew before the model ran
+            has = ", ".join(each.value for each in self.scores)
+            raise FailedPrecondition(
+                f"score: the model returns {self.outputs}, so it has no {score.value}; it has {has}"
+            )
         plain = self._plain_rows(values, classes, aims, scores)  # bool, [n]
         # Elsewhere than on a CPU the answer would have to be waited for.
         if is_plain or (values.device.type == "cpu" and bool(plain.all())):

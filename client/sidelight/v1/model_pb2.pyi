@@ -241,9 +241,13 @@ class ModelInfo(google.protobuf.message.Message):
     call: builtins.str
     """call says how the model is called, and what of its answer counts: "(image=images, disease=zeros) → y_prob"."""
     outputs: builtins.str
-    """outputs says what that is: "logits" or "probabilities"."""
+    """outputs says what that is: "logits" or "probabilities". Empty until the first rows of a model without an input size
+    have shown it.
+    """
     activation: builtins.str
-    """activation says how logits become probabilities: "softmax" where classes exclude each other, "sigmoid" where not."""
+    """activation says how logits become probabilities: "softmax" where classes exclude each other, "sigmoid" where not.
+    Empty as `outputs` is.
+    """
     canary: builtins.str
     """canary tells models with equal weights apart that compute something else, by another activation or another attribute
     in Python: the SHA-256, in hexadecimal, of the outputs, and of the gradient of their weighted sum, at a fixed random

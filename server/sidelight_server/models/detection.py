@@ -1,20 +1,25 @@
-"""Detection: finds out, when a model is loaded, how its module is called and what its outputs are. By one trial run.
+"""Detection: finds out how a module is called and what its outputs are, by one trial run.
 
-What the specification says is not guessed, but tried all the same: a wrong word fails here, not at the first request.
+That is at load where an input size is known, else on the first rows that come. What the specification says is not
+guessed, but tried all the same: a wrong word fails here. What neither says nor shows itself is refused, not guessed.
 """
 
 import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from ..errors import ConfigurationError
 from ..options import Activation, Outputs
 from ..probes import layers_of
 from ..scores import Head
 from .adapter import Adapter, Labels, items, told
+from .mode import check_mode
 from .spec import ModelSpec
 
 # In the order of preference: of logits more scores can be had than of probabilities.
@@ -23,6 +28,10 @@ PROBABILITIES = ("y_prob", "probabilities", "probs", "prob")
 OTHERS = ("out", "output", "outputs")
 INPUTS = ("image", "pixel_values", "x", "images", "input")  # what those call it that take any keyword
 SUM_TOLERANCE = 1e-3  # of probabilities that exclude each other, in half precision too
+
+
+class NotNumbersError(ConfigurationError):
+    """The module returned NaN for its trial."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +47,10 @@ class Detected:
 def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected:
     """Return what is known of a frozen module in eval mode, by its signature and by what it returns for a trial.
 
-    `trial` is two inputs, [2, C, H, W]; without one nothing is run, and outputs are taken for what most are.
+    `trial` is two inputs, [2, C, H, W]; without one nothing is run, and what is returned is a guess to begin with.
     `ConfigurationError` says what does not fit, and what the module returned; a module may raise whatever it likes.
     """
+    check_mode(module)
     calls = list(_calls(module, spec))
     if trial is None:
         head = Head(spec.outputs or "logits", spec.activation or "softmax")
@@ -48,13 +58,14 @@ def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected
     inputs = trial.detach().clone().requires_grad_()
     with torch.enable_grad():
         adapter, returned, layers = _first_that_runs(module, calls, inputs)
-        adapter = replace(adapter, output=_output(returned, spec.output, n=max(len(trial), adapter.least)))
+        adapter = replace(adapter, output=_output(returned, spec, n=max(len(trial), adapter.least)))
         outputs = adapter.outputs(returned, n=len(trial))
         _check_labels(module, adapter, inputs, outputs)
+        last = _last_step(outputs)  # as long as there is the graph
         gradients = _gradients_of_first(outputs, inputs)
     return Detected(
         adapter,
-        _head(spec, adapter, returned, outputs),
+        _head(spec, adapter, returned, outputs, last),
         layers,
         rows_touch=bool((gradients[1:].nan_to_num() != 0).any()),
     )
@@ -165,8 +176,9 @@ def _first_that_runs(
     raise failed
 
 
-def _output(returned: object, wanted: int | str | None, *, n: int) -> int | str | None:
+def _output(returned: object, spec: ModelSpec, *, n: int) -> int | str | None:
     """Return where the outputs lie in what a module returned for n examples."""
+    wanted = spec.output
     if isinstance(returned, Tensor):
         if wanted is not None:
             raise ConfigurationError(f'output: got "{wanted}", but the model returned a tensor, {told(returned)}')
@@ -179,12 +191,23 @@ def _output(returned: object, wanted: int | str | None, *, n: int) -> int | str 
         return place
     fitting = [key for key, each in within.items() if _fits(each, n)]
     known = [key for key in (*LOGITS, *PROBABILITIES, *OTHERS) if key in fitting]
-    places = [key for key in fitting if isinstance(key, int)]
-    if known or places or len(fitting) == 1:
-        return (known or places or fitting)[0]
+    if known:
+        return known[0]
+    places = [key for key in fitting if isinstance(key, int)] or fitting  # a named tuple has all of them twice
+    if len(places) > 1 and spec.labels:
+        places = [key for key in places if _n_classes(within[key]) == len(spec.labels)] or places
+    if len(places) == 1:
+        return places[0]
     raise ConfigurationError(
         f"output: the model returned {told(returned)}; set output to the one that is [n, K] or [n, K, h, w]"
+        + (", or labels of its K classes" if len(places) > 1 and not spec.labels else "")
     )
+
+
+def _n_classes(outputs: object) -> int:
+    """Return K; of a single output 2."""
+    length = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else 1
+    return max(2, length)
 
 
 def _fits(returned: object, n: int) -> bool:
@@ -216,7 +239,7 @@ def _check_labels(module: nn.Module, adapter: Adapter, inputs: Tensor, outputs: 
 def _gradients_of_first(outputs: Tensor, inputs: Tensor) -> Tensor:
     """Return the gradients of the first row's outputs for all inputs, [n, C, H, W]; zeros where there are none."""
     if outputs.isnan().any():
-        raise ConfigurationError(f"its outputs, {told(outputs)}, are not numbers (NaN) for noise between 0 and 1")
+        raise NotNumbersError(f"its outputs, {told(outputs)}, are not numbers (NaN)")
     if not outputs.is_floating_point():
         raise ConfigurationError(f"it cannot be differentiated: its outputs, {told(outputs)}, are no real numbers")
     if not outputs.requires_grad:
@@ -228,44 +251,133 @@ def _gradients_of_first(outputs: Tensor, inputs: Tensor) -> Tensor:
     return torch.zeros_like(inputs) if gradients is None else gradients
 
 
-def _head(spec: ModelSpec, adapter: Adapter, returned: object, outputs: Tensor) -> Head:
-    """Return how outputs, [n, K] or [n, K, h, w], are read."""
-    found, activation = _kind(adapter, returned, outputs)
+def _head(spec: ModelSpec, adapter: Adapter, returned: object, outputs: Tensor, last: "_Step") -> Head:
+    """Return how outputs, [n, K] or [n, K, h, w], are read. `ConfigurationError` where nothing shows it."""
+    if spec.outputs is None:
+        found, activation = _kind(adapter, returned, outputs, last)
+        return Head(found, spec.activation or activation)
     values = outputs.detach()
-    if spec.outputs == "probabilities" and (values.min() < 0 or values.max() > 1):
+    if spec.outputs == "probabilities" and not _in_unit(values):
         raise ConfigurationError(
             f'outputs: got "probabilities", but the model returned {told(outputs)} from {values.min():.3g} to '
             f'{values.max():.3g}; set outputs to "logits"'
         )
-    if spec.outputs == "logits" and found == "probabilities" and _last_step(outputs) is not None:
+    if spec.outputs == "logits" and last in ("softmax", "sigmoid") and adapter.output not in LOGITS:
         raise ConfigurationError(
             f'outputs: got "logits", but the model returned probabilities, {told(outputs)}: its last step is a '
-            f'{_last_step(outputs)}; set outputs to "probabilities"'
+            f'{last}; set outputs to "probabilities"'
         )
-    return Head(spec.outputs or found, spec.activation or activation)
+    if spec.activation:
+        return Head(spec.outputs, spec.activation)
+    if spec.outputs == "probabilities":
+        return Head(spec.outputs, "softmax" if _sums_to_one(outputs) else "sigmoid")
+    return Head(spec.outputs, _activation_of(returned, outputs) if adapter.output in LOGITS else "softmax")
 
 
-def _kind(adapter: Adapter, returned: object, outputs: Tensor) -> tuple[Outputs, Activation]:
-    last, exclusive = _last_step(outputs), _sums_to_one(outputs)
+def _kind(adapter: Adapter, returned: object, outputs: Tensor, last: "_Step") -> tuple[Outputs, Activation]:
+    """Return what outputs are: by their name, by the graph that autograd recorded, and last by their values."""
     if adapter.output in LOGITS:
         return "logits", _activation_of(returned, outputs)
-    if adapter.output in PROBABILITIES or last or exclusive:
-        return "probabilities", "softmax" if exclusive else "sigmoid"
+    if _sums_to_one(outputs):
+        return "probabilities", "softmax"
+    values, in_unit = outputs.detach(), _in_unit(outputs.detach())
+    named = adapter.output in PROBABILITIES
+    if in_unit and (named or last in ("softmax", "sigmoid")):
+        return "probabilities", "sigmoid"
+    spread = f"{told(outputs)} from {values.min():.3g} to {values.max():.3g}"
+    if named or last in ("softmax", "sigmoid", "logarithm"):
+        step = f'is called "{adapter.output}"' if named else f"ends in a {last}"
+        raise ConfigurationError(
+            f"outputs: what the model returned {step}, but these, {spread}, are neither probabilities nor logits; "
+            'leave the last step out, or set outputs to "logits" or "probabilities"'
+        )
+    is_constant = not outputs.requires_grad and bool((values == values[:1]).all())  # which has a check of its own
+    if in_unit and last != "linear" and not is_constant:
+        raise ConfigurationError(
+            f"outputs: the model returned {spread}, and its last step, {_told_step(outputs)}, does not show what they "
+            'are; set outputs to "logits" or "probabilities"'
+        )
     return "logits", "softmax"
 
 
-def _last_step(outputs: Tensor) -> Activation | None:
-    """Return the activation that a module ends with, by what autograd recorded: exact, where values only hint."""
-    step = outputs.grad_fn
-    while step is not None and step.name() in _RESHAPING:
-        step = step.next_functions[0][0]
-    name = "" if step is None else step.name()
-    return "softmax" if name == "SoftmaxBackward0" else "sigmoid" if name == "SigmoidBackward0" else None
+def _in_unit(values: Tensor) -> bool:
+    return bool(values.min() >= 0 and values.max() <= 1)
 
 
-_RESHAPING = frozenset(
-    {"SqueezeBackward1", "SqueezeBackward0", "UnsqueezeBackward0", "ViewBackward0", "SliceBackward0", "ToCopyBackward0"}
-)
+_Step = Literal["softmax", "sigmoid", "logarithm", "linear", "unknown"]
+
+_STEPS: dict[str, _Step] = {"Softmax": "softmax", "Sigmoid": "sigmoid", "LogSigmoid": "logarithm"}
+_PRODUCTS = frozenset((
+    "Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Addmv", "Linear", "Convolution", "ConvolutionOverrideable",
+    "MkldnnLinear", "MkldnnConvolution",
+))  # fmt: skip
+# Nothing keeps what these return below 1. A log-softmax is as good as what it is of: another softmax gives the same.
+_UNBOUNDED = _PRODUCTS | {
+    "LogSoftmax", "Relu", "LeakyRelu", "PreluKernel", "Elu", "Gelu", "Silu", "Softplus", "NativeBatchNorm",
+    "CudnnBatchNorm", "MiopenBatchNorm", "NativeLayerNorm", "NativeGroupNorm",
+}  # fmt: skip
+
+# What changes the shape alone, or keeps every value between the least and the largest one.
+_LOOKED_THROUGH = frozenset((
+    "Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "Expand", "Permute", "Transpose", "T", "Unfold",
+    "Slice", "Select", "Index", "IndexSelect", "Gather", "TakeAlongDim", "AsStrided", "Unbind", "Split", "UnsafeSplit",
+    "SplitWithSizes", "Cat", "Stack", "Repeat", "Flip", "Roll", "Sort", "Topk", "Clone", "Alias", "ToCopy", "Mean",
+    "Amax", "Amin", "Max", "Min", "Maximum", "Minimum", "Median", "Where", "MaskedFill", "NanToNum", "Clamp",
+    "ClampMin", "ClampMax", "AvgPool2D", "AdaptiveAvgPool2D", "MkldnnAdaptiveAvgPool2D", "MaxPool2DWithIndices",
+    "AdaptiveMaxPool2D", "UpsampleNearest2D", "UpsampleBilinear2D", "NativeDropout",
+))  # fmt: skip
+_BOUNDING = frozenset(("Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum", "Where", "MaskedFill"))
+MOST_STEPS = 200  # that are looked at behind the outputs
+
+
+def _last_step(outputs: Tensor) -> _Step:
+    """Return what a module ends with, by what autograd recorded: exact, where values only hint."""
+    return _Walk().step(outputs.grad_fn)
+
+
+class _Walk:
+    """A walk back from the outputs, of a bounded length."""
+
+    def __init__(self) -> None:
+        self._left = MOST_STEPS
+
+    def step(self, node: Node | None, *, behind_product: bool = False) -> _Step:
+        """Return what a tensor with this node comes of; "linear" is whatever cannot be meant for probabilities."""
+        self._left -= 1
+        if node is None or self._left < 0:
+            return "unknown"
+        name = _name(node)
+        before = [each for each, _ in node.next_functions if each is not None]
+        if name in _STEPS:
+            return _STEPS[name]
+        if name in _UNBOUNDED:
+            # Probabilities that are added up by a constant matrix are still what they were.
+            sums = name in _PRODUCTS and not behind_product and before and all(map(self._is_probable, before))
+            return "unknown" if sums else "linear"
+        found = {self.step(each, behind_product=behind_product) for each in before}
+        if name in _LOOKED_THROUGH:
+            return "unknown" if len(found) != 1 or ("linear" in found and name in _BOUNDING) else found.pop()
+        if name in ("Mul", "Div", "Neg") and len(before) == 1:
+            (step,) = found
+            return step if step == "linear" or _is_by_one(node) else "unknown"
+        return "linear" if name in ("Add", "Sub", "Rsub") and "linear" in found else "unknown"
+
+    def _is_probable(self, node: Node) -> bool:
+        return self.step(node, behind_product=True) in ("softmax", "sigmoid")
+
+
+def _name(node: Node) -> str:
+    return re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
+
+
+def _is_by_one(node: Node) -> bool:
+    """Say whether a product or quotient is by the number 1."""
+    other = getattr(node, "_saved_other", None)
+    return isinstance(other, Tensor) and other.numel() == 1 and bool(other == 1)
+
+
+def _told_step(outputs: Tensor) -> str:
+    return "an unknown one" if outputs.grad_fn is None else _name(outputs.grad_fn).lower()
 
 
 def _sums_to_one(outputs: Tensor) -> bool:

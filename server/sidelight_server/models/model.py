@@ -25,7 +25,7 @@ from ..probes import chosen_layer
 from ..replica import Isolation, n_hooks, replicate, weights_dtype
 from ..staging import normalise
 from .checks import gradient_fault, rows_touch
-from .detection import Detected, detect
+from .detection import Detected, NotNumbersError, detect
 from .preprocessing import Preprocessing
 from .spec import ModelSpec
 from .weights import Identity, Seen, Weights
@@ -88,6 +88,7 @@ class Model:
             trial = _noise(self.trial_shape, 1 if most == 1 else 2).to(device, weights_dtype(spec.module))
         self._isolation = Isolation(owned=None)
         self.gradient_fault = ""  # why no map of gradients can be had; found out where the model is tried
+        self._to_find_out = spec if trial is None else None  # on the first rows: there is nothing to try before
         detected = self._detected(spec, trial, device)
         self.adapter, self.head = detected.adapter, detected.head
         self.probed = detected.layers  # those that can be probed, if it was tried
@@ -190,8 +191,9 @@ class Model:
         return {
             "preprocessing": self.preprocessing and asdict(self.preprocessing),
             "adapter": asdict(self.adapter),
-            "outputs": self.head.outputs,
-            "activation": self.head.activation,
+            # Of a model that was not tried what is said of it: its digest stays when more is found out.
+            "outputs": self._to_find_out.outputs if self._to_find_out else self.head.outputs,
+            "activation": self._to_find_out.activation if self._to_find_out else self.head.activation,
             "labels": self.labels,
         }
 
@@ -350,6 +352,44 @@ class Model:
             classes.setdefault(label, []).append(index)
         return classes
 
+    @property
+    def is_known(self) -> bool:
+        """Whether it was found out how the module is called and what its outputs are."""
+        return self._to_find_out is None
+
+    def find_out(self, inputs: Tensor) -> None:
+        """Find out on the first rows, [n, C, H, W], what the trial at load shows where an input size is known.
+
+        On the thread that owns the device. `FailedPrecondition` where the model cannot be served as it is; whatever the
+        module raises itself is about these rows, and the next ones are tried again.
+        """
+        spec = self._to_find_out
+        if spec is None:
+            return
+        rows = inputs.detach()[:1]
+        trial = rows if self.adapter.most == 1 else rows.repeat(2, 1, 1, 1)
+        replica = replicate(self._module, self._isolation).to(self.kernel.device)
+        try:
+            detected = detect(replica, spec, trial)
+        except NotNumbersError:
+            return  # of this example, which fails for it
+        except ConfigurationError as error:
+            raise FailedPrecondition(f'model "{self.name}": {error}') from error
+        self.adapter, self.head, self.rows_touch = detected.adapter, detected.head, detected.rows_touch
+        self.kernel.adopt(adapter=detected.adapter, head=detected.head)
+        self._to_find_out = None
+        log.info(Event(
+            "found_out", model=self.name, call=self.adapter.told, outputs=self.head.outputs,
+            activation=self.head.activation,
+        ))  # fmt: skip
+        self._keep_apart()
+
+    def _keep_apart(self) -> None:
+        """Let rows that touch each other run alone."""
+        if self.rows_touch:
+            self.chunk_rows = 1
+            log.warning(Event("rows_touch", model=self.name, message=TOUCHING))
+
     def _labelled(self, label: str) -> int:
         named = self._classes.get(label)
         if named is None:
@@ -392,9 +432,7 @@ class Model:
             served = "all the same, as accept_partial_gradient says" if self.serves_gradients else "not"
             said = f"{self.gradient_fault}; methods of gradients are {served} served, {', '.join(self.methods)} are"
             log.warning(Event("gradient_fault", model=self.name, message=said))
-        if self.rows_touch:
-            self.chunk_rows = 1
-            log.warning(Event("rows_touch", model=self.name, message=TOUCHING))
+        self._keep_apart()
 
     def check_company(self) -> None:
         """Run rows alone from now on if an example's outputs depend on those that it shares a chunk with.
@@ -413,8 +451,8 @@ class Model:
             log.warning(Event("company_failed", model=self.name, message=f"{type(error).__name__}: {error}"))
             touches = True
         if touches:
-            self.rows_touch, self.chunk_rows = True, 1
-            log.warning(Event("rows_touch", model=self.name, message=TOUCHING))
+            self.rows_touch = True
+            self._keep_apart()
 
     @contextlib.contextmanager
     def _refusing(self, what: str) -> Iterator[None]:
