@@ -111,7 +111,7 @@ class _Sheet:
     def __init__(self) -> None:
         self.n_failed = 0
         self._lines: list[tuple[str, ...]] = []
-        self._advice = ""
+        self._advice: dict[str, str] = {}  # by the word for what is wrong
 
     def add(self, path: Path, answer: Attribution) -> bool:
         """Add a picture's line, and return whether it was explained."""
@@ -119,7 +119,9 @@ class _Sheet:
         if answer.error or answer.failures:
             self.n_failed += 1
             return False
-        self._advice = self._advice or next((each.advice for each in _explained(answer) if each.advice), "")
+        for each in _explained(answer):
+            if each.advice:
+                self._advice.setdefault("saturated" if each.saturated else "negligible", each.advice)
         return True
 
     def print(self, console: Console) -> None:
@@ -133,8 +135,8 @@ class _Sheet:
         for line in self._lines:
             table.add_row(*(line[i] for i in kept))
         console.print(table)
-        if self._advice:
-            console.print(f"saturated: {escape(self._advice)}", soft_wrap=True, highlight=False)
+        for word, advice in self._advice.items():
+            console.print(f"{word}: {escape(advice)}", soft_wrap=True, highlight=False)
 
 
 def _cells(path: Path, answer: Attribution) -> tuple[str, ...]:

@@ -16,6 +16,11 @@ SATURATED = (
     'ask for score="logit"; a model that returns probabilities is better served with its logits'
 )
 
+NEGLIGIBLE = (
+    "the map is zero everywhere, or no more than rounding: the score does not depend on what this method looked at; "
+    "ask for another layer, method or target"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
@@ -43,17 +48,18 @@ class Explained:
     score: float
     saturated: bool  # the score's gradient is numerically dead wherever the method took it: the map is rounding
     against: int | None = None  # the other class of a contrast
+    negligible: bool = False  # the map is zero everywhere, or rounding alone
 
     @classmethod
     def of(cls, message: pb.Explained) -> "Explained":
         """Return what a message says."""
         against = message.against if message.HasField("against") else None
-        return cls(message.index, message.label, message.score, message.saturated, against)
+        return cls(message.index, message.label, message.score, message.saturated, against, message.negligible)
 
     @property
     def advice(self) -> str:
-        """What to ask for instead where the score is saturated; empty where all is well."""
-        return SATURATED if self.saturated else ""
+        """What to ask for instead where the score is saturated or the map is nothing; empty where all is well."""
+        return SATURATED if self.saturated else NEGLIGIBLE if self.negligible else ""
 
 
 @dataclass(frozen=True, slots=True)

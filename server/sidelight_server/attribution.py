@@ -131,6 +131,7 @@ class Explained:
     score: float
     saturated: bool  # the gradient of the score is numerically dead wherever the map's method took it
     against: int | None = None
+    negligible: bool = False  # the map is zero everywhere, or no more than rounding makes of what it is the sum of
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,8 @@ class Row:
 class Result:
     """What a job has to say, its maps still on the device."""
 
+    # Whether each map is known to be rounding alone, or not to be; None: it is nothing where it is zero everywhere.
+    is_negligible: tuple[bool | None, ...]
     maps: tuple[Tensor, ...]  # [H, W], or [C, H, W] without channel reduction; one for each class that is explained
     explained: tuple[Explained, ...]
     predicted: int
@@ -138,7 +140,8 @@ class Job:
             if top_k:
                 self._n_gradients = self._n_dead = 0
             start = (yield from read(first.input, gradient=method.begins_with_gradient)) if top_k else first
-            steps = method.run(Example(first.input, self.place, self._model.black, start, self._is_watched))
+            step = torch.finfo(self._model.kernel.compute_dtype).eps
+            steps = method.run(Example(first.input, self.place, self._model.black, start, self._is_watched, step))
             outcome = self._finished((yield from self._watched(steps, first)))
             explained.append(self._explained(start))
             # Of many maps none keeps the memory of the chunk that it is a view of.
@@ -172,6 +175,7 @@ class Job:
 
     def _result(self, first: Reading, explained: tuple[Explained, ...], finished: list[Outcome]) -> Result:
         return Result(
+            is_negligible=tuple(each.is_negligible for each in finished),
             maps=tuple(each.attribution for each in finished),
             explained=explained,
             predicted=first.predicted,

@@ -156,6 +156,7 @@ def _explained(explained: Explained, labels: tuple[str, ...]) -> pb.Explained:
         score=explained.score,
         saturated=explained.saturated,
         against=explained.against,
+        negligible=explained.negligible,
     )
 
 

@@ -4,12 +4,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .attribution import Array, ExampleFailure, Explanation, Request
+from .attribution import Array, ExampleFailure, Explained, Explanation, Request
 from .errors import SidelightError
 from .job import Job, Result, Row
 from .models.model import Model
@@ -129,7 +130,7 @@ class Work:
         explanation = Explanation(
             result.predicted,
             result.probability,
-            result.explained,
+            tuple(map(_judged, result.explained, result.is_negligible, maps)),
             self.prepared.geometries[job.place],
             result.convergence,
         )
@@ -213,3 +214,11 @@ class Work:
         if self.is_done:
             self.ended_s = time.monotonic()
             self._on_done()
+
+
+def _judged(explained: Explained, is_negligible: bool | None, map_: Array) -> Explained:
+    """Return what is explained with its map judged: one below what its type holds with all digits is nothing."""
+    if is_negligible is None:
+        least = np.finfo(np.float64 if map_.dtype == np.float64 else np.float32).tiny
+        is_negligible = bool(max(map_.max(initial=0), -map_.min(initial=0)) < least)
+    return replace(explained, negligible=True) if is_negligible else explained

@@ -1448,6 +1448,7 @@ class Explained(google.protobuf.message.Message):
     SCORE_FIELD_NUMBER: builtins.int
     SATURATED_FIELD_NUMBER: builtins.int
     AGAINST_FIELD_NUMBER: builtins.int
+    NEGLIGIBLE_FIELD_NUMBER: builtins.int
     index: builtins.int
     """index is the class's number."""
     label: builtins.str
@@ -1461,6 +1462,10 @@ class Explained(google.protobuf.message.Message):
     """
     against: builtins.int
     """against is the other class of a contrast."""
+    negligible: builtins.bool
+    """negligible says that the map is numerically nothing: zero everywhere, or no more than what rounding makes of the
+    terms that it is the sum of, as where a layer's gradients cancel by symmetry. A map that is small, but right, is not.
+    """
     def __init__(
         self,
         *,
@@ -1469,9 +1474,10 @@ class Explained(google.protobuf.message.Message):
         score: builtins.float = ...,
         saturated: builtins.bool = ...,
         against: builtins.int | None = ...,
+        negligible: builtins.bool = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_against", b"_against", "against", b"against"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_against", b"_against", "against", b"against", "index", b"index", "label", b"label", "saturated", b"saturated", "score", b"score"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_against", b"_against", "against", b"against", "index", b"index", "label", b"label", "negligible", b"negligible", "saturated", b"saturated", "score", b"score"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_against", b"_against"]) -> typing.Literal["against"] | None: ...
 
 global___Explained = Explained

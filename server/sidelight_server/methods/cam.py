@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from .channels import Channels, reduce
-from .method import Example, Layer, Method, Outcome, Probe, Shape, Steps
+from .method import ROUNDING_STEPS, Example, Layer, Method, Outcome, Probe, Shape, Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,10 @@ class GradCam(LayerMethod):
         assert reading.activation is not None  # noqa: S101
         weights = reading.gradient.mean(dim=(1, 2), keepdim=True)  # [c, 1, 1]
         added = (weights * reading.activation).sum(dim=0)  # [h, w]
-        return Outcome(_sized(added if self.keep_negative else added.relu(), example.x))
+        terms = reading.gradient.abs().mean(dim=(1, 2), keepdim=True) * reading.activation.abs()  # [c, h, w]
+        is_negligible = added.abs().amax() <= ROUNDING_STEPS * example.step * terms.sum(dim=0).amax()
+        map_ = _sized(added if self.keep_negative else added.relu(), example.x)
+        return Outcome(map_, is_negligible=bool(is_negligible))
 
     def may_be_negative(self, channels: Channels) -> bool:
         """Say whether what speaks against is kept."""

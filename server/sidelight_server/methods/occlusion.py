@@ -13,7 +13,7 @@ from ..errors import InvalidArgument
 from . import draws
 from .baseline import ZERO, Baseline, Given
 from .channels import Channels
-from .method import Example, Method, Outcome, Reading, Shape, Steps, Sweep, at_least, in_open_unit
+from .method import ROUNDING_STEPS, Example, Method, Outcome, Reading, Shape, Steps, Sweep, at_least, in_open_unit
 from .moments import accumulator
 
 LEAST_PROBABILITY = 1e-6  # maps are divided by it
@@ -74,6 +74,7 @@ class Occlusion(Method):
         baseline = self.baseline.of(example)
         height, width = example.x.shape[1:]
         fall, cover = (accumulator(example.x[0]) for _ in range(2))  # [H, W]
+        scores = [whole.score]
         n_rows, n_columns = self._counts((height, width))
 
         def window(k: int) -> tuple[slice, slice]:
@@ -87,11 +88,12 @@ class Occlusion(Method):
             return copy
 
         def fold(k: int, reading: Reading) -> None:
+            scores.append(reading.score)
             fall[window(k)] += whole.score - reading.score
             cover[window(k)] += 1
 
         yield Sweep(n_rows * n_columns, hidden, fold, gradient=False)
-        return Outcome(fall / cover)
+        return Outcome(fall / cover, is_negligible=_are_one(scores, step=example.step))
 
     def may_be_negative(self, channels: Channels) -> bool:
         """The score may rise."""
@@ -139,15 +141,18 @@ class Rise(Method):
     def run(self, example: Example) -> Steps:
         """Add the masks, each times its score."""
         total = accumulator(example.x[0])  # [H, W]
+        scores: list[float] = []
 
         def fold(k: int, reading: Reading) -> None:
+            scores.append(reading.score)
             total.add_(self.mask(k, total), alpha=reading.score)
 
         def shown(k: int) -> Tensor:
             return example.x * self.mask(k, total).to(example.x.dtype)
 
         yield Sweep(self.masks, shown, fold, gradient=False)
-        return Outcome(total / (self.masks * self.keep_probability))
+        are_one = len(scores) > 1 and _are_one(scores, step=example.step)
+        return Outcome(total / (self.masks * self.keep_probability), is_negligible=are_one)
 
     def mask(self, k: int, like: Tensor) -> Tensor:
         """Return the k-th mask, [H, W] in 0…1: a random grid, enlarged by a cell, smoothed, and cut at random."""
@@ -166,3 +171,12 @@ class Rise(Method):
     def may_be_negative(self, channels: Channels) -> bool:
         """A logit may be negative."""
         return True
+
+
+def _are_one(scores: list[float], *, step: float) -> bool:
+    """Say whether scores differ by no more than rounding makes of them.
+
+    Which score they are of is not known here. A probability near 1 has the digits of its distance from there.
+    """
+    largest = max(min(abs(score), abs(1 - score)) for score in scores)
+    return max(scores) - min(scores) <= ROUNDING_STEPS * step * largest
