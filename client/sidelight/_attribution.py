@@ -175,8 +175,10 @@ def read(
 
 
 def lent(answer: Attribution, batch: Batch) -> Attribution:
-    """Return an answer that draws on its images only while somebody else holds them."""
-    return answer if answer._batch is None else dataclasses.replace(answer, _batch=Lent(batch))
+    """Return an answer that draws on arrays only while somebody else holds them. Files are small, and kept."""
+    if answer._batch is None or batch.array is None:
+        return answer
+    return dataclasses.replace(answer, _batch=Lent(batch))
 
 
 def failed(error: SidelightError, *, index: int) -> Attribution:

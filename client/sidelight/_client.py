@@ -204,8 +204,8 @@ class Client:
         alone at work when its server died, twice, fails with `ServerDied`. A server that comes back with another model
         ends the stream with `ModelChanged`, unless `allow_model_change` lets it be.
 
-        An answer has its images, which `overlay` and `save` draw on, until the next answer is taken, so that a list of
-        answers does not hold every batch in memory; with `keep_images` it keeps them.
+        `overlay` and `save` draw on the images. An answer keeps those that were files, and arrays until the next answer
+        is taken, so that a list of answers does not hold every batch in memory; with `keep_images` it keeps both.
 
         With `on_error="return"` a batch that failed is yielded too, with `error` or `failures` set; with "raise" the
         first failure ends the stream. Closing the iterator cancels what is unanswered.
