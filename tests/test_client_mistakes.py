@@ -3,8 +3,11 @@
 import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import sidelight
@@ -130,3 +133,21 @@ def test_a_window_counts_examples(address: str, window: Any) -> None:
 def test_an_invalid_argument_is_also_a_value_error() -> None:
     assert issubclass(sidelight.InvalidArgument, ValueError)
     assert issubclass(sidelight.InvalidArgument, sidelight.SidelightError)
+
+
+@DOORS
+def test_another_grpc_server_is_asked_about(ask: Callable[..., None], tmp_path: Path) -> None:
+    server = grpc.server(ThreadPoolExecutor(2))  # of somebody else's: it has no call at all
+    server.add_insecure_port(f"unix:{tmp_path}/other")
+    server.start()
+    try:
+        with pytest.raises(sidelight.Unimplemented, match="is it a Sidelight server"):
+            ask(f"unix:{tmp_path}/other", IMAGES)
+        for question in (sidelight.Client.info, sidelight.Client.model, sidelight.Client.reload):
+            with (
+                sidelight.connect(f"unix:{tmp_path}/other", connect_timeout=10) as client,
+                pytest.raises(sidelight.Unimplemented, match="is it a Sidelight server"),
+            ):
+                question(client)
+    finally:
+        server.stop(0).wait()

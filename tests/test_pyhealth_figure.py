@@ -160,7 +160,7 @@ def test_an_index_that_is_none_of_the_batch_is_refused(index: Any) -> None:
 def test_without_a_batch_there_is_nothing_to_draw() -> None:
     with BasicGradientSaliencyMaps(Bright()) as saliency:
         saliency.attribute(save_to_batch=True, image=pictures())
-        with pytest.raises(ValueError, match="input_batch"):
+        with pytest.raises(ValueError, match="no input_batch"):
             saliency.visualize_saliency_map(plt, image_index=0)
 
 

@@ -352,10 +352,12 @@ class Failing(nn.Module):
         raise RuntimeError("the password is swordfish")
 
 
-def test_what_fails_in_a_model_is_logged_and_not_told(device: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_fails_in_a_model_is_logged_and_not_told(
+    device: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     with (
         caplog.at_level(logging.ERROR, logger="sidelight"),
-        serve(Failing(), device=device, name="frail") as address,
+        serve(Failing(), device=device, name="frail", listen=(f"unix:{tmp_path}/for-others",)) as address,
         grpc.insecure_channel(address) as channel,
     ):
         stub = attribution_pb2_grpc.AttributionServiceStub(channel)

@@ -196,6 +196,8 @@ def from_rpc(error: grpc.RpcError, *, max_message_bytes: int) -> SidelightError:
     message = error.details() or status.name
     if status is grpc.StatusCode.RESOURCE_EXHAUSTED and "larger than max" in message:
         return _too_large(message, max_message_bytes)
+    if status is grpc.StatusCode.UNIMPLEMENTED:
+        message = f"{message}: the server does not have this call; is it a Sidelight server, and as new as this client?"
     return from_code(status.value[0], message, retry_delay_s=_retry_delay_s(error))
 
 

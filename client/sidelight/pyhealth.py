@@ -125,7 +125,7 @@ class BasicGradientSaliencyMaps:
         """
         shown = self._input
         if shown is None:
-            raise ValueError("input_batch: there is none, so there is nothing to draw; give it to the constructor")
+            raise ValueError("there is no input_batch, so there is nothing to draw: give one to the constructor")
         place = _place(image_index, len(shown.image))
         return figure.draw(
             plt,

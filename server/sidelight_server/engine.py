@@ -115,6 +115,11 @@ class Engine:
         for station in self._stations:
             station.runner.start()
 
+    def tell_causes(self) -> None:
+        """Tell callers what a model raised, and not the log alone: they are of this process."""
+        for station in self._stations:
+            station.runner.tells_causes = True
+
     def close(self, within_s: float | None = None) -> bool:
         """End after the running chunk; False where that has not ended in time. What is unanswered is `Unavailable`."""
         self._closing.set()

@@ -6,6 +6,7 @@
     ├── PermissionDenied     a call of the operator's alone, or a region that the server's user may not open
     ├── NotFound             a model, label, layer or region that is not there
     ├── FailedPrecondition   right in itself, but not for this model, or not as the operator set this server
+    │   └── OutputsError     the model returned what cannot be read as outputs
     ├── Unimplemented        in the schema, not served by this version
     ├── ResourceExhausted    over the permits, the memory or the message limit
     ├── Unavailable          the server is going away
@@ -82,6 +83,10 @@ class FailedPrecondition(SidelightError):
     """Right in itself, but not for this model, or not as the operator set this server."""
 
     code = 9
+
+
+class OutputsError(FailedPrecondition):
+    """A model returned what cannot be read as outputs. The message says what that was: types, names and shapes."""
 
 
 class Unimplemented(SidelightError):

@@ -12,7 +12,7 @@ import torch
 
 from .chunk import Chunk, to_host
 from .device import check_works, is_out_of_memory
-from .errors import Internal, ResourceExhausted, SidelightError, Unavailable
+from .errors import FailedPrecondition, Internal, OutputsError, ResourceExhausted, SidelightError, Unavailable
 from .histogram import Histogram
 from .job import Job, Result, Row
 from .logs import Event
@@ -77,6 +77,7 @@ class Runner:
         self.chunk_rows = Histogram(CHUNK_ROWS)
         self.n_out_of_memory = 0  # chunks
         self.pulse = Pulse(stuck_s=stuck_s)
+        self.tells_causes = False  # of what a model raised, to callers: else the log alone has them
 
     def start(self) -> None:
         """Begin to run chunks."""
@@ -276,9 +277,9 @@ class Runner:
         """Return what to tell a caller, and tell the log why. `DeviceLostError` where the device is lost."""
         name, place = work.model.name, job.place
         if isinstance(error, SidelightError):
-            if isinstance(error, Internal) and n_rows == 1:
+            if isinstance(error, Internal | OutputsError) and n_rows == 1:
                 log.error(Event("model_failed", model=name, id=work.id, example=place, message=error.message))
-            return error
+            return FailedPrecondition(f'model "{name}": {error.message}') if isinstance(error, OutputsError) else error
         if is_out_of_memory(error):
             self.n_out_of_memory += 1
             filled = work.model.padded_rows
@@ -289,6 +290,8 @@ class Runner:
         self._check_device(error)
         if n_rows == 1:
             log.error(Event("model_failed", model=name, id=work.id, example=place), exc_info=error)
+        if self.tells_causes:
+            return Internal(f'model "{name}" failed on example {place}: {type(error).__name__}: {error}')
         return Internal(f'model "{name}" failed on example {place}; the server\'s log has the cause')
 
     def _check_device(self, error: BaseException) -> None:

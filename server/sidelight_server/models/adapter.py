@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..errors import FailedPrecondition
+from ..errors import OutputsError
 from .spec import Constant
 
 LabelForm = Literal["classes", "column", "row"]  # int64 [n], or floating [n, 1] or [n, K]
@@ -42,7 +42,7 @@ class Adapter:
     def __call__(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Return the module's outputs for inputs, [n, C, H, W]: [n, K] or [n, K, h, w].
 
-        Raises whatever the module raises, and `FailedPrecondition` that says what it returned instead.
+        Raises whatever the module raises, and `OutputsError`, which says what it returned instead.
         """
         return self.outputs(self.call(module, inputs), n=len(inputs))
 
@@ -51,15 +51,13 @@ class Adapter:
         outputs = returned if self.output is None else _found(returned, self.output)
         if not isinstance(outputs, Tensor):
             hint = "; set output, or trial_size to have it found out" if self.output is None and items(returned) else ""
-            raise FailedPrecondition(
-                f"the model returned {told(returned)}, expected a tensor [n, K] or [n, K, h, w]{hint}"
-            )
+            raise OutputsError(f"the model returned {told(returned)}, expected a tensor [n, K] or [n, K, h, w]{hint}")
+        if outputs.is_complex():
+            raise OutputsError(f"the model returned {outputs.dtype}, expected real numbers".replace("torch.", ""))
         outputs = outputs[:n] if n < self.least else outputs
         outputs = outputs[:, None] if outputs.ndim == 1 else outputs
         if outputs.ndim not in (2, 4) or len(outputs) != n or 0 in outputs.shape:
-            raise FailedPrecondition(
-                f"the model returned {told(returned)} for {n} examples, expected [n, K] or [n, K, h, w]"
-            )
+            raise OutputsError(f"the model returned {told(returned)} for {n} examples, expected [n, K] or [n, K, h, w]")
         return outputs
 
     def call(self, module: nn.Module, inputs: Tensor, *, label: int = 0) -> object:
@@ -109,6 +107,4 @@ def _found(returned: object, output: int | str) -> object:
     try:
         return items(returned)[output]
     except KeyError:
-        raise FailedPrecondition(
-            f'the model returned {told(returned)}, in which there is no output "{output}"'
-        ) from None
+        raise OutputsError(f'the model returned {told(returned)}, in which there is no output "{output}"') from None

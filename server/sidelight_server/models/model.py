@@ -16,7 +16,14 @@ from ..attribution import PREDICTED, Choice, Score
 from ..calibration import DEFAULT_CHUNK_ROWS, Trial
 from ..ceiling import Ceiling
 from ..config import ModelSettings
-from ..errors import ConfigurationError, FailedPrecondition, InvalidArgument, NotFound, SidelightError, near
+from ..errors import (
+    ConfigurationError,
+    InvalidArgument,
+    NotFound,
+    OutputsError,
+    SidelightError,
+    near,
+)
 from ..kernel import Kernel
 from ..logs import Event
 from ..methods import METHODS
@@ -339,9 +346,9 @@ class Model:
         return choice
 
     def learn_output(self, shape: tuple[int, ...]) -> None:
-        """Take note of what the model returned: K, or K, h, w. `FailedPrecondition` if K changes."""
+        """Take note of what the model returned: K, or K, h, w. `OutputsError` if K changes."""
         if self.output_shape and self.output_shape[0] != shape[0]:
-            raise FailedPrecondition(f"the model returned {shape[0]} classes, {self.output_shape[0]} before")
+            raise OutputsError(f"the model returned {shape[0]} classes, {self.output_shape[0]} before")
         self.output_shape, self.class_count = shape, shape[0]
 
     @functools.cached_property
@@ -360,7 +367,7 @@ class Model:
     def find_out(self, inputs: Tensor) -> None:
         """Find out on the first rows, [n, C, H, W], what the trial at load shows where an input size is known.
 
-        On the thread that owns the device. `FailedPrecondition` where the model cannot be served as it is; whatever the
+        On the thread that owns the device. `OutputsError` where the model cannot be served as it is; whatever the
         module raises itself is about these rows, and the next ones are tried again.
         """
         spec = self._to_find_out
@@ -374,7 +381,7 @@ class Model:
         except NotNumbersError:
             return  # of this example, which fails for it
         except ConfigurationError as error:
-            raise FailedPrecondition(f'model "{self.name}": {error}') from error
+            raise OutputsError(str(error)) from error
         self.adapter, self.head, self.rows_touch = detected.adapter, detected.head, detected.rows_touch
         self.kernel.adopt(adapter=detected.adapter, head=detected.head)
         self._to_find_out = None
