@@ -26,7 +26,9 @@ def main(out: str = "why.png", folder: str = "", picture: str = str(CHELSEA)) ->
             make(Path(made))
         with sidelight_server.serve(f"hf:{folder or made}") as address, sidelight.connect(address) as client:
             model = client.model()
-            print(f"{model.call}, {model.outputs}; {model.class_count} classes: {', '.join(model.labels[:3])}, …")
+            print(
+                f"{model.call}, {model.outputs}; {model.class_count} classes: {', '.join((model.labels or ())[:3])}, …"
+            )
             panels = []
             for method in (sidelight.Gradient(), sidelight.GradCam()):
                 answer = client.attribute(picture, method=method, score="logit")

@@ -240,7 +240,7 @@ def test_info_tells_version_limits_methods_and_models(client: sidelight.Client) 
     (model,) = info.models
     assert (model.name, model.version, model.input_size, model.class_count) == ("small", 1, (3, 32, 32), N_CLASSES)
     assert model.scores == ("probability", "logit", "log_probability", "margin")
-    assert model.labels == model.layers == ()  # those are told of one model alone
+    assert model.labels is model.layers is None  # those are told of one model alone
     assert not model.reproducible
     (chosen,) = (each for each in model.warmup if each.chosen)
     assert (chosen.configuration, chosen.rows) == ("float32", model.chunk_rows)
@@ -252,7 +252,7 @@ def test_a_model_is_told_with_its_labels_and_layers(client: sidelight.Client, na
     model = client.model(name)
     assert model.labels == LABELS
     assert model.layers == tuple(map(str, range(7)))  # up to where the features are flattened
-    assert dataclasses.replace(model, labels=(), layers=()) == client.info().models[0]
+    assert dataclasses.replace(model, labels=None, layers=None) == client.info().models[0]
 
 
 @pytest.mark.parametrize("ask", ["model", "attribute", "stream"])
@@ -873,13 +873,17 @@ def test_a_batch_that_failed_whole_raises_whatever_is_asked_for(client: sideligh
 
 
 def test_a_failing_model_is_internal_and_its_secrets_stay_with_the_server(
-    device: str, floats: torch.Tensor, caplog: pytest.LogCaptureFixture
+    device: str, floats: torch.Tensor, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     class Failing(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             raise RuntimeError("a secret path")
 
-    with sidelight_server.serve(Failing(), device=device) as address, sidelight.connect(address) as client:
+    listen = (f"unix:{tmp_path}/for-others",)  # on a socket of its own, serve() tells what a model raised
+    with (
+        sidelight_server.serve(Failing(), device=device, listen=listen) as address,
+        sidelight.connect(address) as client,
+    ):
         answer = client.attribute(floats[:2], on_error="return")
     assert [(each.code, "secret" in each.message) for each in answer.failures] == [(sidelight.Internal.code, False)] * 2
     assert "a secret path" in caplog.text

@@ -2,6 +2,7 @@
 
 import asyncio
 import math
+import pickle
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -151,3 +152,84 @@ def test_another_grpc_server_is_asked_about(ask: Callable[..., None], tmp_path: 
                 question(client)
     finally:
         server.stop(0).wait()
+
+
+def check_unreadable(ask: Callable[[], object], path: object, *, field: str) -> None:
+    """An unreadable file is one type everywhere, and still what Python calls it."""
+    with pytest.raises(sidelight.UnreadableFile, match=f"^{field}: cannot read ") as caught:
+        ask()
+    error = caught.value
+    assert isinstance(error, sidelight.InvalidArgument)
+    assert isinstance(error, IsADirectoryError if Path(str(path)).is_dir() else FileNotFoundError)
+    assert (str(error.filename), str(path) in str(error), error.message) == (str(path), True, str(error))
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), str(again), again.filename, again.errno) == (
+        type(error),
+        str(error),
+        error.filename,
+        error.errno,
+    )
+
+
+@DOORS
+@pytest.mark.parametrize("form", [str, Path])
+def test_a_picture_that_cannot_be_read_is_one_type_at_every_door(
+    address: str, ask: Callable[..., None], form: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    for path in (tmp_path / "absent.png", tmp_path):
+        check_unreadable(lambda path=path: ask(address, [form(path)]), form(path), field="images")
+    with pytest.raises(sidelight.InvalidArgument, match=r"^images: got .*expected a path"):
+        ask(address, "a\0b.png")
+
+
+@pytest.mark.parametrize("connect", [sidelight.connect, sidelight.aio.connect])
+def test_files_of_connect_that_cannot_be_read_are_the_same_type(connect: Callable[..., Any], tmp_path: Path) -> None:
+    for path in (tmp_path / "absent.pem", tmp_path):
+        check_unreadable(lambda path=path: connect("localhost:1", tls=path), path, field="tls")
+        check_unreadable(lambda path=path: connect("localhost:1", token=path), path, field="token")
+    (tmp_path / "token").write_bytes(b"\xff\xfe")
+    with pytest.raises(sidelight.InvalidArgument, match=r"^token: .* holds no text in UTF-8"):
+        connect("localhost:1", token=tmp_path / "token")
+
+
+def test_what_a_replay_cannot_read_is_the_same_type(address: str, tmp_path: Path) -> None:
+    with sidelight.connect(address, connect_timeout=10) as client:
+        client.attribute(IMAGES).save(tmp_path / "saved")
+        absent = tmp_path / "absent"
+        check_unreadable(lambda: sidelight.replay(client, absent, IMAGES), absent, field="saved")
+        method = sidelight.IntegratedGradients(steps=2, baseline=IMAGES[0])
+        client.attribute(IMAGES, method=method).save(tmp_path / "given")
+        check_unreadable(
+            lambda: sidelight.replay(client, tmp_path / "given", IMAGES, baseline=absent), absent, field="array"
+        )
+
+
+TOKEN_FILES = ["token.txt", "sub/token", "./token", "../token", "~/token", "/tmp/token", "my-token.key", "tls.pem"]
+TOKENS = ["secret", "a1b2c3", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.sig/na+ture==", "/3kk+q/8yZw==", "x" * 5000]
+
+
+@pytest.mark.parametrize("text", TOKEN_FILES)
+def test_text_that_is_the_path_of_a_token_s_file_is_refused(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There or not, where it looks like a path; and without any look of it, where it is there."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "token").write_text("secret")
+    with pytest.raises(sidelight.InvalidArgument, match=r"the text is a file.s path; say pathlib\.Path") as caught:
+        sidelight.connect("unix:/nowhere/absent", token=text)
+    assert text not in str(caught.value)
+
+
+def test_the_name_of_a_file_that_is_there_is_no_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sidelight.connect("unix:/nowhere/absent", token="token").close()
+    (tmp_path / "token").write_text("secret")
+    with pytest.raises(sidelight.InvalidArgument, match="token: the text is a file's path"):
+        sidelight.connect("unix:/nowhere/absent", token="token")
+    sidelight.connect("unix:/nowhere/absent", token=tmp_path / "token").close()
+
+
+@pytest.mark.parametrize("text", TOKENS, ids=lambda text: text[:20])
+def test_a_token_that_is_none_of_these_is_taken_as_it_is(text: str) -> None:
+    sidelight.connect("unix:/nowhere/absent", token=text).close()

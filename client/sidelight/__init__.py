@@ -33,6 +33,7 @@ from ._errors import (
     Unavailable,
     Unimplemented,
     Unknown,
+    UnreadableFile,
 )
 from ._gallery import Panel, gallery
 from ._images import Served
@@ -112,6 +113,7 @@ __all__ = [
     "Unavailable",
     "Unimplemented",
     "Unknown",
+    "UnreadableFile",
     "WarmupEntry",
     "aio",
     "connect",

@@ -73,9 +73,11 @@ def connect(
 
     With `tls` connections over TCP are encrypted, and the server must show a certificate of an authority that is
     trusted: True for those that the system trusts, a path for those of a PEM file, `TLS` for more. `token` is what
-    each call brings as a bearer token: text, the path of a file whose first line it is, or what returns it; the latter
-    two are asked for every call. `InvalidArgument` where it would travel to another machine without TLS. UNIX sockets
-    need none.
+    each call brings as a bearer token: its text; a `pathlib.Path` of the file whose first line it is; or a function
+    that returns it. The latter two are asked for every call; text that is a file's path is refused. So is a token that
+    would travel to another machine without TLS. UNIX sockets need none.
+
+    `InvalidArgument` says what is wrong with any of these, `UnreadableFile` which file cannot be read.
     """
     return Client(
         address,
@@ -93,7 +95,7 @@ class Client:
 
     It belongs to the process that made it: in one that was forked from that, calls raise `FailedPrecondition`.
 
-    Every failed call raises a `SidelightError` with the status's own type; a file that cannot be read, its `OSError`.
+    Every failed call raises a `SidelightError` of the status's own type; a file that cannot be read, `UnreadableFile`.
     """
 
     def __init__(
@@ -232,7 +234,7 @@ class Client:
     def model(self, name: str | None = None, *, metadata: Metadata = ()) -> ModelInfo:
         """Return one model with its labels and layers; None is the default model."""
         response = self._ask("models", "GetModel", model_pb2.GetModelRequest(name=model_name(name)), metadata=metadata)
-        return ModelInfo.of(response.model)
+        return ModelInfo.of(response.model, is_whole=True)
 
     def reload(
         self, name: str | None = None, *, timeout: float = RELOAD_TIMEOUT_S, metadata: Metadata = ()
@@ -247,7 +249,7 @@ class Client:
         timeout_s = span(timeout, "timeout")
         wait_s = min(self._connect_timeout_s, timeout_s)
         response = self._ask("models", "ReloadModel", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
-        return ModelInfo.of(response.model)
+        return ModelInfo.of(response.model, is_whole=True)
 
     def _ask(
         self,

@@ -1,8 +1,10 @@
 """Credentials: what a client trusts, and what it shows of itself: TLS, and a bearer token in each call's metadata."""
 
 import collections
+import contextlib
 import ipaddress
 import os
+import re
 import ssl
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from ._errors import InvalidArgument
+from ._errors import InvalidArgument, UnreadableFile
 
 AUTHORIZATION = "authorization"
 GRPC_ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"  # which gRPC reads by itself
@@ -39,7 +41,10 @@ class TLS:
         if (self.certificate is None) != (self.key is None):
             raise InvalidArgument("tls: got one of certificate and key, expected both or none")
         ca, key, certificate = (None if each is None else Path(each) for each in (self.ca, self.key, self.certificate))
-        read = [None if each is None else each.read_bytes() for each in (ca, key, certificate)]
+        try:
+            read = [None if each is None else each.read_bytes() for each in (ca, key, certificate)]
+        except OSError as error:
+            raise UnreadableFile.of(error, "tls") from None
         read[0] = read[0] or _system_roots()
         # gRPC would take anything, and find no server.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -90,6 +95,10 @@ class Access:
             )
         if not (token is None or callable(token) or isinstance(token, str | os.PathLike)):
             raise InvalidArgument(f"token: got {type(token).__name__}, expected text, a path, or what returns the text")
+        if isinstance(token, str) and _is_path(token):
+            raise InvalidArgument(
+                "token: the text is a file's path; say pathlib.Path(…), and the token is what it holds"
+            )
         if not callable(token) and token is not None:
             _text(token)
         return cls(tls, token)
@@ -147,15 +156,26 @@ def _text(token: Token) -> str:
         text = token()
     elif isinstance(token, str):
         text = token
-        if os.sep in text and Path(text).is_file():
-            raise InvalidArgument(
-                "token: it is the path of a file; say pathlib.Path(…), and the token is what it holds"
-            )
     else:
-        text = next(_tokens(Path(token).read_text(encoding="utf-8")), "")
+        try:
+            text = next(_tokens(Path(token).read_text(encoding="utf-8")), "")
+        except OSError as error:
+            raise UnreadableFile.of(error, "token", token) from None
+        except UnicodeDecodeError:
+            raise InvalidArgument(f"token: {token} holds no text in UTF-8") from None
     if not isinstance(text, str) or not text or not all("!" <= letter <= "~" for letter in text):
         raise InvalidArgument("token: expected ASCII text without spaces, and not none")
     return text
+
+
+def _is_path(text: str) -> bool:
+    """Say whether a text is the path of a file, or looks like one: as a token it would only be refused, and be sent."""
+    with contextlib.suppress(OSError, ValueError):  # longer than any path, or with a zero byte
+        if Path(text).is_file():
+            return True
+        if text.startswith("/"):  # as a token in base64 may: a path begins with a folder that is there
+            return len(parts := Path(text).parts) > 2 and Path(*parts[:2]).is_dir()
+    return re.match(r"\.{1,2}/|~/", text) is not None or re.fullmatch(r"[\w/-]+\.(txt|token|key|pem)", text) is not None
 
 
 def _tokens(text: str) -> Iterator[str]:

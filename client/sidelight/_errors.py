@@ -2,6 +2,7 @@
 
 SidelightError
 ├── InvalidArgument        an argument or a field of the request is wrong; also a ValueError
+│   └── UnreadableFile     a file that the client cannot read; also an OSError
 ├── NotFound               no such model, label, layer or region
 ├── FailedPrecondition     right in itself, but not for this model
 ├── OutOfRange
@@ -23,6 +24,7 @@ SidelightError
 └── PartialFailure         some examples of a batch failed: `answer` holds the others
 """
 
+import errno
 from typing import TYPE_CHECKING, ClassVar
 
 import grpc
@@ -64,6 +66,38 @@ class InvalidArgument(SidelightError, ValueError):
     """An argument or a field of the request is wrong; the client itself raises it for what it cannot send."""
 
     code = 3
+
+
+class UnreadableFile(InvalidArgument, OSError):
+    """A file that the client cannot read. `filename` and `errno` are set; of one that is not there, or that is a
+    folder, it is also a `FileNotFoundError` or an `IsADirectoryError`.
+    """
+
+    @classmethod
+    def of(cls, error: OSError, field: str, path: object = None) -> "UnreadableFile":
+        """Return the exception for a failed read of what a field names."""
+        name = path if error.filename is None else error.filename
+        kind: type[UnreadableFile] = _OF_ERRNO.get(error.errno or 0, cls)
+        unreadable = kind(f"{field}: cannot read {name}: {error.strerror or error}")
+        unreadable.errno, unreadable.strerror, unreadable.filename = error.errno, error.strerror, name
+        return unreadable
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.message,), {name: getattr(self, name) for name in ("errno", "strerror", "filename")}
+
+
+class _MissingFile(UnreadableFile, FileNotFoundError):
+    """A file that is not there."""
+
+
+class _FolderForFile(UnreadableFile, IsADirectoryError):
+    """A folder where a file was expected."""
+
+
+_OF_ERRNO = {errno.ENOENT: _MissingFile, errno.EISDIR: _FolderForFile}
 
 
 class DeadlineExceeded(SidelightError):

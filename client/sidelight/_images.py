@@ -18,7 +18,7 @@ from sidelight.v1 import tensor_pb2
 
 from . import _dicom
 from ._digest import digest_of_array, digest_of_file
-from ._errors import InvalidArgument
+from ._errors import InvalidArgument, UnreadableFile
 from ._picture import grey_of, picture_of
 from ._targets import Choice, choice_message
 from ._tensor import DTYPES, Array, TorchTensor, host_array, tensor_message
@@ -47,7 +47,7 @@ class Served:
 class Batch:
     """N examples: their message, and for each a picture to draw on.
 
-    Raises `InvalidArgument` for what cannot be sent, and `OSError` for a file that cannot be read.
+    Raises `InvalidArgument` for what cannot be sent, and `UnreadableFile` for a file that cannot be read.
     """
 
     @classmethod
@@ -209,8 +209,13 @@ def _file(image: object) -> bytes:
         case bytearray() | memoryview():
             return bytes(image)
         case str() | os.PathLike():
-            with open(image, "rb") as file:
-                return file.read()
+            try:
+                with open(image, "rb") as file:
+                    return file.read()
+            except OSError as error:
+                raise UnreadableFile.of(error, "images", image) from None
+            except ValueError as error:  # a path with a zero byte
+                raise InvalidArgument(f"images: got {image!r}, expected a path: {error}") from None
         case Image.Image():
             return _encoded(image)
         case np.ndarray() if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3, 4) and image.size:

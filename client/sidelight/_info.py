@@ -95,9 +95,9 @@ class ModelInfo:
     digest: str
     input_size: tuple[int, int, int] | None  # C, H, W; None where it is not fixed
     class_count: int  # 0 until the first request of a model without a fixed input size
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | None  # None among ServerInfo.models: `client.model(name)` tells them
     scores: tuple[str, ...]
-    layers: tuple[str, ...]
+    layers: tuple[str, ...] | None  # as labels
     precision: str
     device: str
     chunk_rows: int
@@ -113,8 +113,8 @@ class ModelInfo:
     methods: tuple[str, ...] = ()  # that the model serves, as the schema calls them
 
     @classmethod
-    def of(cls, message: model_pb2.ModelInfo) -> "ModelInfo":
-        """Return what a message says."""
+    def of(cls, message: model_pb2.ModelInfo, *, is_whole: bool = False) -> "ModelInfo":
+        """Return what a message says. Only one that is whole has labels and layers."""
         size = message.input
         return cls(
             name=message.name,
@@ -122,9 +122,9 @@ class ModelInfo:
             digest=message.digest,
             input_size=(size.channels, size.height, size.width) if message.HasField("input") else None,
             class_count=message.class_count,
-            labels=tuple(message.labels),
+            labels=tuple(message.labels) if is_whole else None,
             scores=tuple(map(partial(word, model_pb2.Score), message.scores)),
-            layers=tuple(message.layers),
+            layers=tuple(message.layers) if is_whole else None,
             precision=message.precision,
             device=message.device,
             chunk_rows=message.chunk_rows,

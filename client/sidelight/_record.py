@@ -21,7 +21,7 @@ from PIL import Image
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from ._errors import AlreadyExists, InvalidArgument
+from ._errors import AlreadyExists, InvalidArgument, UnreadableFile
 from ._tensor import Array
 
 if TYPE_CHECKING:
@@ -154,10 +154,13 @@ def _files_of(folder: Path) -> list[str]:
 def load(path: Path) -> Record:
     """Return what `write` wrote into a folder, or beside an `answer.json`.
 
-    `OSError` for a file that cannot be read, `InvalidArgument` for one that is something else.
+    `UnreadableFile` for a file that cannot be read, `InvalidArgument` for one that is something else.
     """
     path = path / FACTS if path.is_dir() else path
-    text = path.read_bytes()
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UnreadableFile.of(error, "saved", path) from None
     try:
         saved = json.loads(text)
         provenance = json_format.ParseDict(saved["provenance_message"], pb.Provenance())
@@ -173,9 +176,11 @@ def load(path: Path) -> Record:
 
 
 def load_array(path: Path) -> Array:
-    """Return the array in a file. `OSError` for one that cannot be read, `InvalidArgument` for one that holds none."""
+    """Return the array in a file. `UnreadableFile` or, where it holds none, `InvalidArgument`."""
     try:
         array = np.load(path, allow_pickle=False)
+    except OSError as error:
+        raise UnreadableFile.of(error, "array", path) from None
     except (ValueError, EOFError) as error:
         raise InvalidArgument(f"{path}: no array: {error}") from None
     if not isinstance(array, np.ndarray):

@@ -86,9 +86,9 @@ def replay(
 
     `saved` is the folder or the `answer.json` in it; `images` are the batch that it explained: the same files, byte for
     byte, or the same arrays. Others are refused as another picture. `baseline` is the array that the method was given,
-    or its file (None: the saved `baseline.npy`). `timeout` is in seconds. Raises as `Client.attribute` does, `OSError`
-    for a file that cannot be read, and `InvalidArgument` for one that holds something else, or images that are others
-    or not as many.
+    or its file (None: the saved `baseline.npy`). `timeout` is in seconds. Raises as `Client.attribute` does;
+    `UnreadableFile` for a file that cannot be read, and `InvalidArgument` for one that holds something else, or images
+    that are others or not as many.
     """
     record, batch = _record.load(Path(saved)), Batch(images)
     if len(batch) != len(record.digests):
