@@ -197,7 +197,9 @@ def test_the_table_tells_rows_and_errors_of_the_methods_that_have_them(run: Run,
     _, _, n_rows, error, completeness, _ = table["good.png"]
     method = sidelight.IntegratedGradients(tolerance=0.2, baseline="blurred")
     (told,) = client.attribute(good, method=method).convergence
-    assert (int(n_rows), float(error)) == (told.rows, pytest.approx(told.error, rel=0.1))
+    number, word = error.split()
+    assert (int(n_rows), float(number)) == (told.rows, pytest.approx(told.error, rel=0.1))
+    assert (told.is_met, word) == (True, "(met)")
     assert re.fullmatch(r"[\d.e-]+ \([\d.]+%\)", completeness)
     smooth = rows(run("attribute", good, "--method", "smoothgrad(samples=4)").stdout)
     assert smooth["picture"] == ["class", "probability", "rows", "error", "device time"]
@@ -288,7 +290,7 @@ def test_a_picture_that_fails_is_named_and_the_others_are_explained(run: Run) ->
     table = rows(done.stdout)
     assert len(table["good.png"]) == len(table["more.png"]) == 3
     assert "10 bytes are no PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM" in table["bad.png"][0]
-    assert "No such file or directory: 'missing.png'" in table["missing.png"][0]
+    assert "cannot read missing.png: No such file or directory" in table["missing.png"][0]
     assert "2 overlays in out" in done.stdout
     assert sorted(each.name for each in Path("out").iterdir()) == ["good.png", "more.png"]
     assert isinstance(done.exception, SystemExit)
@@ -298,7 +300,7 @@ def test_a_folder_is_no_picture(run: Run) -> None:
     Path("folder").mkdir()
     done = run("attribute", "folder")
     assert done.exit_code == 1
-    assert "Is a directory: 'folder'" in rows(done.stdout)["folder"][0]
+    assert "cannot read folder: Is a directory" in rows(done.stdout)["folder"][0]
 
 
 def test_names_and_labels_are_no_markup(device: str, run: Run) -> None:

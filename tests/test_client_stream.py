@@ -319,9 +319,9 @@ print(len(next(answers)))
 BAD: dict[str, tuple[object, type[sidelight.SidelightError], str]] = {
     "None": (None, sidelight.InvalidArgument, "images: got NoneType"),
     "wrong-dtype": (np.zeros((3, 32, 32), int), sidelight.InvalidArgument, "images: got int64"),
-    "missing-file": ("missing.png", sidelight.InvalidArgument, "missing.png"),
-    "missing-file-in-a-list": ([b"", "missing.png"], sidelight.InvalidArgument, "missing.png"),
-    "folder": (os.curdir, sidelight.InvalidArgument, "images: "),
+    "missing-file": ("missing.png", sidelight.UnreadableFile, "missing.png"),
+    "missing-file-in-a-list": ([b"", "missing.png"], sidelight.UnreadableFile, "missing.png"),
+    "folder": (os.curdir, sidelight.UnreadableFile, "images: "),
     "wrong-size": (np.zeros((3, 31, 32), np.float32), sidelight.InvalidArgument, "[C, H, W] = [3, 32, 32]"),
     "dimension-of-zero": (np.zeros((1, 3, 0, 32), np.float32), sidelight.InvalidArgument, "has a dimension of 0"),
 }
@@ -347,7 +347,7 @@ def test_a_bad_batch_is_answered_with_its_error_and_the_others_with_their_maps(
             assert answer.error is None
             assert_same(answer.maps, expected)
         else:
-            assert type(answer.error) is kind
+            assert isinstance(answer.error, kind)
             assert message in answer.error.message
             assert len(answer) == 0
 

@@ -52,6 +52,7 @@ FLAGS = {
     "window": (["--window", "0,4095"], (0.0, 4095.0)),
     "input": (["--input", "pixel_values"], "pixel_values"),
     "arguments": (["--arguments", '{"return_dict": true}'], {"return_dict": True}),
+    "accept_partial_gradient": (["--accept-partial-gradient"], True),
     "label": (["--label", "disease"], "disease"),
     "output": (["--output", "y_prob"], "y_prob"),
     "max_model_in_flight": (["--max-model-in-flight", "3"], 3),
