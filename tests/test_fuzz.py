@@ -31,7 +31,7 @@ from test_stream import DOCUMENTED, REQUESTS, anything, attribute, code_of
 from torch import Tensor, nn
 
 N_CONNECTIONS = 200
-INTERNAL, RESOURCE_EXHAUSTED = 13, 8
+INTERNAL, RESOURCE_EXHAUSTED, FAILED_PRECONDITION = 13, 8, 9
 FUZZ = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
@@ -348,8 +348,8 @@ def test_a_wall_clock_that_is_set_all_the_time_changes_nothing(tmp_path: Path) -
 FAULTS = {
     "raises": (RAISES, INTERNAL),
     "gives what is no number": (NOT_A_NUMBER, INTERNAL),
-    "gives another shape": (OTHER_SHAPE, INTERNAL),
-    "gives no tensor": (NO_TENSOR, INTERNAL),
+    "gives another shape": (OTHER_SHAPE, FAILED_PRECONDITION),
+    "gives no tensor": (NO_TENSOR, FAILED_PRECONDITION),
     "has no memory": (NO_MEMORY, RESOURCE_EXHAUSTED),
     "has no memory, as torch says it": (NO_MEMORY_OF_TORCH, RESOURCE_EXHAUSTED),
     "exits": (EXITS, INTERNAL),
