@@ -56,7 +56,7 @@ class Constantly(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.bias = nn.Parameter(torch.tensor([0.0, 1.0]))
+        self.bias = nn.Parameter(torch.tensor([-1.0, 1.0]))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.bias + 0 * x.flatten(1).mean(1, keepdim=True)

@@ -649,6 +649,7 @@ def test_a_factory_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Pa
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process:
         try:
             with sidelight.connect(f"unix:{tmp_path}/socket", connect_timeout=30) as client:
+                client.info()
                 with pytest.raises(sidelight.DeadlineExceeded):
                     client.attribute(FLOATS, model="bad", timeout=1)
                 assert not client.attribute(FLOATS, model="good").failures

@@ -163,7 +163,7 @@ REFUSALS = {
     ),
     "model of another input": (
         ["--model", "python:factories:other_size", "--input-size", "3,4,4"],
-        ('model "other_size": failed on an input of [2, 3, 4, 4]', "RuntimeError"),
+        ('model "factories": failed on an input of [2, 3, 4, 4]', "RuntimeError"),
     ),
     "settings that contradict the specification": (
         ["--model", "python:factories:spec", "--input-size", "3,8,8"],
@@ -190,7 +190,7 @@ REFUSALS = {
     "weights that are a folder": (weights("."), ("weights: .: ",)),
     "fewer labels than classes": (
         [*NET, "--labels", "two.txt"],
-        ('labels: two.txt: got 2, model "net" has 5 classes',),
+        ('labels: two.txt: got 2, model "factories" has 5 classes',),
     ),
     "missing labels": ([*NET, "--labels", "gone.txt"], ("labels: gone.txt: ", "No such file")),
     "unknown device": ([*NET[:-1], "tpu"], ('device: got "tpu"', "cpu, cuda:N or mps")),
