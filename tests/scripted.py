@@ -28,12 +28,18 @@ def nobody(requests: Iterator[pb.AttributeStreamRequest]) -> Iterable[pb.Attribu
     raise NotImplementedError
 
 
+def mute(requests: Iterator[pb.AttributeStreamRequest]) -> Iterable[pb.AttributeStreamResponse]:
+    """Stand for a server that has too much to do to say that it has the call."""
+    raise NotImplementedError
+
+
 class Scripted(attribution_pb2_grpc.AttributionServiceServicer):
     """Answers the first call by the first script, and so on; every later one by the last."""
 
-    def __init__(self, scripts: tuple[Script, ...], limits: pb.Limits, chunk_rows: int) -> None:
+    def __init__(self, scripts: tuple[Script, ...], limits: pb.Limits, chunk_rows: int, refused: bool) -> None:
         self._scripts = itertools.chain(scripts[:-1], itertools.repeat(scripts[-1]))
         self._limits = limits
+        self._refused = refused
         self._model = model_pb2.ModelInfo(
             name="m",
             chunk_rows=chunk_rows,
@@ -46,13 +52,25 @@ class Scripted(attribution_pb2_grpc.AttributionServiceServicer):
         script = next(self._scripts)
         if script is nobody:
             context.abort(grpc.StatusCode.UNAVAILABLE, "no healthy upstream")
-        context.send_initial_metadata(((BEGIN_HEADER, "1"),))
+        if script is mute:
+            list(request_iterator)
+            return
+        if not self._refused:
+            context.send_initial_metadata(((BEGIN_HEADER, "1"),))
         try:
             yield from script(request_iterator)
         except Ended as ended:
             context.set_trailing_metadata(ended.trailers)
             if ended.status is not grpc.StatusCode.OK:
                 context.abort(ended.status, ended.words)
+
+    def Attribute(self, request: pb.AttributeRequest, context: grpc.ServicerContext) -> pb.AttributeResponse:  # noqa: N802
+        try:
+            response = next(iter(next(self._scripts)(iter([pb.AttributeStreamRequest(attribute=request)]))))
+        except Ended as ended:
+            context.set_trailing_metadata(ended.trailers)
+            context.abort(ended.status, ended.words)
+        return pb.AttributeResponse(result=response.result)
 
     def GetServerInfo(  # noqa: N802
         self, request: pb.GetServerInfoRequest, context: grpc.ServicerContext
@@ -62,13 +80,22 @@ class Scripted(attribution_pb2_grpc.AttributionServiceServicer):
 
 @contextlib.contextmanager
 def scripted(
-    *scripts: Script, max_message_bytes: int = 2**22, max_batch_examples: int = 0, chunk_rows: int = 8
+    *scripts: Script,
+    max_message_bytes: int = 2**22,
+    max_batch_examples: int = 0,
+    chunk_rows: int = 8,
+    refused: bool = False,
 ) -> Iterator[str]:
-    """Run a server, and give its address. With chunks of 0 rows its model is not loaded yet."""
+    """Run a server, and give its address. With chunks of 0 rows its model is not loaded yet.
+
+    `refused` streams end before they have begun.
+    """
     limits = pb.Limits(max_message_bytes=max_message_bytes, max_batch_examples=max_batch_examples)
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(8) as threads:
         server = grpc.server(threads)
-        attribution_pb2_grpc.add_AttributionServiceServicer_to_server(Scripted(scripts, limits, chunk_rows), server)
+        attribution_pb2_grpc.add_AttributionServiceServicer_to_server(
+            Scripted(scripts, limits, chunk_rows, refused), server
+        )
         address = f"unix:{folder}/socket"
         server.add_insecure_port(address)
         server.start()

@@ -67,6 +67,7 @@ WRONG: dict[str, list[object]] = {
     "map_dtype": ["float64", np.float32],
     "probabilities": ["no", 1],
     "on_error": ["ignore", None],
+    "metadata": [5, "ab", {"a": "b"}, ["ab"], [("A", "b")], [("a b", "c")], [("a", 1)], [("a-bin", "c")], [("a", "ü")]],
 }
 
 

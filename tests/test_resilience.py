@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -23,7 +24,7 @@ import pytest
 import sidelight
 import sidelight_server
 from proxy import proxy
-from scripted import Ended, Script, answer, failure, nobody, scripted
+from scripted import Ended, Script, answer, failure, mute, nobody, scripted
 from sidelight.v1 import attribution_pb2 as pb
 
 ROOT = Path(__file__).parent.parent
@@ -607,3 +608,130 @@ def test_a_model_that_is_not_loaded_yet_gets_as_many_batches_as_a_loaded_one() -
     with scripted(patient, chunk_rows=0) as address:
         assert_all_answered(stream(address, [ONE] * 10), 10)
     assert n_waiting == [10]
+
+
+# Calls that are cut or refused, and what is tried again.
+
+FULL = (("retry-after-ms", "50"),)
+
+
+@pytest.mark.parametrize("way", ["attribute", "aio"])
+def test_a_call_that_its_caller_did_not_cancel_is_made_again(way: str) -> None:
+    n_calls = itertools.count(1)
+
+    def cancelling(requests: Requests) -> Responses:
+        next(n_calls)
+        raise Ended(grpc.StatusCode.CANCELLED, "too many resets")
+        yield
+
+    async def asynchronous(address: str, **options: Any) -> sidelight.Attribution:
+        async with sidelight.aio.connect(address, connect_timeout=10, **options) as client:
+            return await client.attribute(ONE)
+
+    def synchronous(address: str, **options: Any) -> sidelight.Attribution:
+        with sidelight.connect(address, connect_timeout=10, **options) as client:
+            return client.attribute(ONE)
+
+    def ask(address: str, **options: Any) -> sidelight.Attribution:
+        return asyncio.run(asynchronous(address, **options)) if way == "aio" else synchronous(address, **options)
+
+    with scripted(*[cancelling] * 4, echo) as address:
+        assert len(ask(address)) == 1
+        assert next(n_calls) == 5
+    with scripted(cancelling) as address, pytest.raises(sidelight.Cancelled, match="too many resets"):
+        ask(address, retry=False)
+
+
+def test_a_server_that_cancels_streams_is_not_taken_for_one_that_died() -> None:
+    def cancelling(requests: Requests) -> Responses:
+        next(requests)
+        raise Ended(grpc.StatusCode.CANCELLED, "too many resets")
+        yield
+
+    with scripted(*[cancelling] * 4, echo) as address:
+        assert_all_answered(stream(address, [ONE]), 1)
+
+
+@pytest.mark.parametrize("status", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN], ids=str)
+def test_a_call_that_is_reset_is_known_by_its_status_whatever_the_words(status: grpc.StatusCode) -> None:
+    def reset(requests: Requests) -> Responses:
+        next(requests)
+        raise Ended(status, "in no words that anybody knows")
+        yield
+
+    with scripted(reset, echo) as address:
+        assert_all_answered(stream(address, [ONE] * 3), 3)
+
+
+def test_without_retry_what_a_server_at_its_greatest_age_has_not_read_is_still_sent() -> None:
+    def aged(requests: Requests) -> Responses:
+        yield answer(next(requests))
+        next(requests)
+        raise Ended(grpc.StatusCode.OK, trailers=(("sidelight-end", "age"),))
+
+    with scripted(aged, echo) as address, sidelight.connect(address, retry=False) as client:
+        assert_all_answered(list(client.stream([ONE] * 4, on_error="return", ordered=True)), 4)
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_a_full_server_is_told_as_full_in_the_calls_own_time(retry: bool) -> None:
+    """A batch that is too large for one message goes through a stream, which the server does not take."""
+
+    def full(requests: Requests) -> Responses:
+        raise Ended(grpc.StatusCode.RESOURCE_EXHAUSTED, "as many streams as may be", FULL)
+        yield
+
+    large = np.zeros((8, 3, 32, 32), np.float32)
+    with (
+        scripted(full, max_message_bytes=50_000, refused=True) as address,
+        sidelight.connect(address, connect_timeout=600, retry=retry) as client,
+        pytest.raises(sidelight.ResourceExhausted, match="as many streams as may be"),
+    ):
+        client.attribute(large, timeout=0.5 if retry else 600)
+
+
+def test_what_the_client_cut_itself_is_not_told_as_cancelled_by_the_application(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sidelight._ledger.GRACE_S", 0.1)
+
+    def silent(requests: Requests) -> Responses:
+        list(requests)
+        yield from ()
+
+    with scripted(silent, mute) as address, sidelight.connect(address, connect_timeout=0.5) as client:
+        answers = client.stream(itertools.repeat(ONE), on_error="return", timeout=0.3)
+        assert type(next(answers).error) is sidelight.DeadlineExceeded
+        with pytest.raises(sidelight.Unavailable) as caught:
+            list(answers)
+    assert "kept silent" in caught.value.message
+    assert "Locally cancelled" not in caught.value.message
+
+
+def test_what_is_asked_before_a_call_takes_none_of_more_than_its_time(address: str) -> None:
+    with proxy(address) as network, sidelight.connect(network.address, connect_timeout=10) as client:
+        client.info()
+        network.stall()
+        began_s = time.monotonic()
+        with pytest.raises(sidelight.DeadlineExceeded):
+            client.attribute(ONE, model="which is asked for", timeout=0.3)
+        assert time.monotonic() - began_s < 5  # the question alone may take 10 s
+        network.flow()
+
+
+def test_a_batch_whose_parts_two_models_answered_fails() -> None:
+    def changing(requests: Requests) -> Responses:
+        for i, request in enumerate(requests):
+            yield answer(request, digest=f"model {i}")
+
+    two = np.concatenate([ONE] * 2)
+    with scripted(changing, max_batch_examples=1) as address:
+        (failed,) = stream(address, [two], allow_model_change=True)
+    assert type(failed.error) is sidelight.ModelChanged
+
+
+def test_a_list_of_classes_that_is_longer_than_the_first_batch_is_refused() -> None:
+    with scripted(echo) as address:
+        first, *_ = stream(address, [ONE, ONE], target=[5, 6, 7])
+    assert isinstance(first.error, sidelight.InvalidArgument)
+    assert "3 classes for 1 examples" in first.error.message

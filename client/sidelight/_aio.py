@@ -39,8 +39,7 @@ from ._inbox import End
 from ._info import ModelInfo, ServerInfo
 from ._methods import Gradient, Method, is_one_row
 from ._order import Order
-from ._plan import Metadata
-from ._question import FOR_EVER_S, Question
+from ._question import FOR_EVER_S, Headers, Metadata, Question, checked_metadata
 from ._servers import SILENT_WAIT_S
 from ._targets import Choice, Target
 from ._words import Channels, MapDtype, Score
@@ -138,7 +137,9 @@ class AsyncClient:
         question.template()
         batch = await asyncio.to_thread(Batch.of, images, served)  # it may read files
         template = question.template_for(batch)
-        return passed(await self._explain(template, batch, timeout_s=timeout, metadata=metadata), on_error)
+        return passed(
+            await self._explain(template, batch, timeout_s=timeout, metadata=checked_metadata(metadata)), on_error
+        )
 
     def stream(
         self,
@@ -172,7 +173,7 @@ class AsyncClient:
             question_of_stream(batches, on_error, question, window=window),
             timeout_s=timeout,
             is_one_row=is_one_row(method),
-            metadata=metadata,
+            metadata=checked_metadata(metadata),
             on_error=on_error,
             ordered=ordered,
             window=window,
@@ -202,16 +203,22 @@ class AsyncClient:
         return await asyncio.to_thread(self._client.reload, name, timeout=timeout, metadata=metadata)
 
     async def _explain(
-        self, template: pb.AttributeRequest, batch: Batch, *, timeout_s: float, metadata: Metadata
+        self, template: pb.AttributeRequest, batch: Batch, *, timeout_s: float, metadata: Headers
     ) -> Attribution:
         client, attempts = self._client, Attempts(timeout_s, retry=self._client._retry)
-        wait_s = min(self._connect_timeout_s, timeout_s)
-        await self._ready(wait_s)
+        await self._ready(min(self._connect_timeout_s, timeout_s))
         if not client._shared_memory:
             request = requested(template, batch)
-            if await asyncio.to_thread(client._fits, request, batch, wait_s=wait_s):
+            if await asyncio.to_thread(client._fits, request, batch, within_s=timeout_s):
                 return await self._explain_at_once(request, batch, attempts=attempts, metadata=metadata)
-        answers = self._answers([batch], one_batch(template), timeout_s=timeout_s, on_error="return", metadata=metadata)
+        answers = self._answers(
+            [batch],
+            one_batch(template),
+            timeout_s=attempts.left_s,
+            patience_s=min(self._connect_timeout_s, attempts.left_s),
+            on_error="return",
+            metadata=metadata,
+        )
         async with contextlib.aclosing(answers):
             answer = await anext(answers)
         if answer.error is not None:
@@ -219,17 +226,19 @@ class AsyncClient:
         return answer
 
     async def _explain_at_once(
-        self, request: pb.AttributeRequest, batch: Batch, *, attempts: Attempts, metadata: Metadata
+        self, request: pb.AttributeRequest, batch: Batch, *, attempts: Attempts, metadata: Headers
     ) -> Attribution:
         while True:
             connection = await self._ready(max(0.0, min(self._connect_timeout_s, attempts.left_s)))
             try:
                 with telling(self._client.max_message_bytes):
                     left_s = max(0.0, min(attempts.left_s, FOR_EVER_S))
-                    call = connection.attribution.Attribute.future(request, timeout=left_s, metadata=tuple(metadata))
+                    call = connection.attribution.Attribute.future(request, timeout=left_s, metadata=metadata)
                     response = await _awaited(call)
                 return _attribution.read(response.result, batch, baseline=given_array(request.method))
             except SidelightError as error:
+                if self._client._closed.is_set():
+                    raise
                 await asyncio.sleep(attempts.delay_after(error))
 
     async def _answers(
@@ -239,23 +248,24 @@ class AsyncClient:
         *,
         timeout_s: float,
         on_error: OnError,
+        patience_s: float | None = None,
         is_one_row: bool = False,
         ordered: bool = False,
         window: int | None = None,
         allow_model_change: bool = False,
         keep_images: bool = True,
-        metadata: Metadata = (),
+        metadata: Headers = (),
     ) -> AsyncGenerator[Attribution]:
-        wait_s = min(self._connect_timeout_s, timeout_s)
-        await self._ready(wait_s)
-        # So that all that is asked of the server is known already.
-        await asyncio.to_thread(self._client._known, template.model, wait_s=wait_s)
+        await self._ready(min(self._connect_timeout_s, timeout_s))
+        facts = await asyncio.to_thread(self._client._facts, template.model, within_s=timeout_s)
         changed = asyncio.Event()
         source = _Source(batches)
         stream = self._client._opened(
             source,
             template,
+            facts=facts,
             timeout_s=timeout_s,
+            patience_s=self._connect_timeout_s if patience_s is None else patience_s,
             is_one_row=is_one_row,
             window=window,
             allow_model_change=allow_model_change,

@@ -2,10 +2,12 @@
 
 import time
 
-from ._errors import ResourceExhausted, SidelightError, Unavailable
+from ._errors import Cancelled, ResourceExhausted, SidelightError, Unavailable
 
 DEATHS = 2  # servers that may go away under one call: it may be the cause
 AWAY_DELAY_S = 0.05  # until the channel has seen that its server is gone
+# A call that its caller did not cancel was cancelled by a server, or by what stands before it, for another's sake.
+FIRST_CANCELLED_DELAY_S, LONGEST_CANCELLED_DELAY_S = 0.05, 2.0
 
 
 class Attempts:
@@ -15,6 +17,7 @@ class Attempts:
         self._deadline_s = time.monotonic() + timeout_s
         self._retry = retry
         self._n_away = 0
+        self._n_cancelled = 0
 
     @property
     def left_s(self) -> float:
@@ -25,7 +28,11 @@ class Attempts:
         """Return how long to wait before the next attempt, in seconds; raise the error where there is none."""
         if not self._retry:
             raise error
-        if isinstance(error, Unavailable) and error.retry_delay_s is None:
+        delay_s: float | None
+        if isinstance(error, Cancelled):
+            delay_s = min(FIRST_CANCELLED_DELAY_S * 2 ** min(self._n_cancelled, 8), LONGEST_CANCELLED_DELAY_S)
+            self._n_cancelled += 1
+        elif isinstance(error, Unavailable) and error.retry_delay_s is None:
             self._n_away += 1
             delay_s = AWAY_DELAY_S if self._n_away < DEATHS else None
         else:

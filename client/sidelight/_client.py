@@ -2,9 +2,11 @@
 
 import contextlib
 import functools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
 
@@ -28,8 +30,8 @@ from ._ledger import Ledger
 from ._limits import map_bytes, refuse_large, spans
 from ._methods import Gradient, Method, is_one_row
 from ._order import Order
-from ._plan import Metadata, Plan
-from ._question import FOR_EVER_S, Question, model_name
+from ._plan import Plan
+from ._question import FOR_EVER_S, Headers, Metadata, Question, checked_metadata, model_name
 from ._servers import Servers
 from ._shared_memory import Regions, directory_of
 from ._stream import Stream
@@ -88,6 +90,24 @@ def connect(
         tls=tls,
         token=token,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a server has said of itself, and of one model; None where it has none of that name."""
+
+    server: ServerInfo
+    model: ModelInfo | None
+
+    @classmethod
+    def of(cls, server: ServerInfo, name: str) -> Self:
+        """Return them for a model; empty is the server's default."""
+        return cls(server, next((model for model in server.models if name in ("", model.name)), None))
+
+    @property
+    def input_size(self) -> tuple[int, int, int] | None:
+        """The model's C, H, W; None where it is not fixed, or not known."""
+        return self.model.input_size if self.model else None
 
 
 class Client:
@@ -157,8 +177,9 @@ class Client:
         list with one of these for each example, or `TopK`, `Contrast`, `Dense`. `map_dtype` is how the maps travel:
         "float16" and "uint8" are shorter and rounded, "uint8" for maps without negative values alone. `served` are the
         classes, by index or label, that your model server gave these examples: `predictions[i].differs` says where
-        another is predicted here. `timeout` is in seconds, and includes waiting for a server. `metadata` are pairs that
-        the call brings, such as a trace's headers. A batch that is too large for a message is sent in parts.
+        another is predicted here. `timeout` is in seconds, and includes waiting for a server, which takes at most
+        `connect_timeout` of it. `metadata` are pairs that the call brings, such as a trace's headers. A batch that is
+        too large for a message is sent in parts.
 
         Where some examples failed, `on_error="raise"` raises `PartialFailure`, which carries the answer, and "return"
         returns the answer, whose `failures` are set. A batch that failed whole raises its error.
@@ -167,7 +188,7 @@ class Client:
         question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
         batch = Batch.of(images, served)
         template = question.template_for(batch)
-        return passed(self._explain(template, batch, timeout_s=timeout, metadata=metadata), on_error)
+        return passed(self._explain(template, batch, timeout_s=timeout, metadata=checked_metadata(metadata)), on_error)
 
     def stream(
         self,
@@ -191,8 +212,9 @@ class Client:
     ) -> Iterator[Attribution]:
         """Yield the maps of many batches as they are ready; `answer.index` is the batch's position in `batches`.
 
-        The options are those of `attribute`, asked of every batch; `timeout` is each batch's own. Of a `target` with a
-        class for each example a shorter batch takes the first. A batch whose predictions are known is a `Served`.
+        The options are those of `attribute`, asked of every batch; `timeout` is each batch's own. A `target`
+        with a class for each example is as long as the first batch; a later one may be shorter, and takes the first of
+        them. A batch whose predictions are known is a `Served`.
         `ordered` yields in the batches' order. `window` bounds the unanswered examples, and is always at least two
         batches (default: twice the server's chunk for methods of one row; two batches for others, whose every example
         fills chunks, and whose timeouts would otherwise run while they wait for each other); nothing of `batches` is
@@ -223,13 +245,13 @@ class Client:
             window=window,
             allow_model_change=allow_model_change,
             keep_images=flag(keep_images, "keep_images"),
-            metadata=metadata,
+            metadata=checked_metadata(metadata),
         )
 
     def info(self, *, metadata: Metadata = ()) -> ServerInfo:
         """Return the server's version, limits, methods and models; of several servers, the next one's."""
-        self._info = self._asked_info(metadata=metadata)
-        return self._info
+        self._info = info = self._asked_info(metadata=metadata)
+        return info
 
     def model(self, name: str | None = None, *, metadata: Metadata = ()) -> ModelInfo:
         """Return one model with its labels and layers; None is the default model."""
@@ -262,6 +284,7 @@ class Client:
         metadata: Metadata = (),
     ) -> Any:
         """Return a server's answer to a small question, after waiting up to `wait_s` for one that is starting."""
+        metadata = checked_metadata(metadata)
         wait_s = self._connect_timeout_s if wait_s is None else wait_s
         attempts = Attempts(wait_s, retry=True)
         while True:
@@ -269,73 +292,77 @@ class Client:
             try:
                 with telling(self.max_message_bytes):
                     call = getattr(getattr(connection, stub), name)
-                    return call(request, timeout=timeout_s, metadata=tuple(metadata))
+                    return call(request, timeout=timeout_s, metadata=metadata)
             except Unavailable as error:
                 if error.retry_delay_s is None:
                     raise
                 self._closed.wait(attempts.delay_after(error))
 
     def _explain(
-        self, template: pb.AttributeRequest, batch: Batch, *, timeout_s: float, metadata: Metadata = ()
+        self, template: pb.AttributeRequest, batch: Batch, *, timeout_s: float, metadata: Headers = ()
     ) -> Attribution:
         """Return the answer to a request for a batch, which is sent in parts where it is too large for one message."""
         attempts = Attempts(timeout_s, retry=self._retry)
-        wait_s = min(self._connect_timeout_s, timeout_s)
         if not self._shared_memory:
             request = requested(template, batch)
-            if self._fits(request, batch, wait_s=wait_s):
-                return self._explain_at_once(request, batch, attempts=attempts, wait_s=wait_s, metadata=metadata)
+            if self._fits(request, batch, within_s=timeout_s):
+                return self._explain_at_once(request, batch, attempts=attempts, metadata=metadata)
         (answer,) = self._answers(
-            [batch], one_batch(template), timeout_s=timeout_s, on_error="return", metadata=metadata
+            [batch],
+            one_batch(template),
+            timeout_s=attempts.left_s,
+            patience_s=min(self._connect_timeout_s, attempts.left_s),
+            on_error="return",
+            metadata=metadata,
         )
         if answer.error is not None:
             raise answer.error
         return answer
 
     def _explain_at_once(
-        self, request: pb.AttributeRequest, batch: Batch, *, attempts: Attempts, wait_s: float, metadata: Metadata
+        self, request: pb.AttributeRequest, batch: Batch, *, attempts: Attempts, metadata: Headers
     ) -> Attribution:
         while True:
-            connection = self._servers.ready(wait_s)
+            connection = self._servers.ready(max(0.0, min(self._connect_timeout_s, attempts.left_s)))
             try:
                 with telling(self.max_message_bytes):
                     response = connection.attribution.Attribute(
-                        request, timeout=max(0.0, min(attempts.left_s, FOR_EVER_S)), metadata=tuple(metadata)
+                        request, timeout=max(0.0, min(attempts.left_s, FOR_EVER_S)), metadata=metadata
                     )
                 return _attribution.read(response.result, batch, baseline=given_array(request.method))
             except SidelightError as error:
+                if self._closed.is_set():
+                    raise
                 self._closed.wait(attempts.delay_after(error))
-                wait_s = min(self._connect_timeout_s, attempts.left_s)
 
     def _opened(
         self,
         batches: Iterator[Images | Served | Batch],
         template: pb.AttributeRequest,
         *,
+        facts: Facts,
         timeout_s: float,
+        patience_s: float,
         is_one_row: bool,
         window: int | None,
         allow_model_change: bool,
-        metadata: Metadata,
+        metadata: Headers,
         on_change: Callable[[], None] = lambda: None,
     ) -> Stream:
         """Return a stream to all servers, not started."""
-        wait_s = min(self._connect_timeout_s, timeout_s)
-        model = self._known(template.model, wait_s=wait_s)
-        server, connections = self._server(wait_s), self._servers.connections
-        input_size = model.input_size if model else None
+        connections, input_size = self._servers.connections, facts.input_size
         plan = Plan(
             template=template,
             spans=functools.partial(
                 spans,
                 template,
                 ours=self.max_message_bytes,
-                server=server,
+                server=facts.server,
                 input_size=input_size,
                 is_shared=bool(self._shared_memory),
             ),
             timeout_s=timeout_s,
-            patience_s=self._connect_timeout_s,
+            patience_s=patience_s,
             max_message_bytes=self.max_message_bytes,
             allow_model_change=allow_model_change,
             baseline=given_array(template.method),
@@ -345,7 +372,7 @@ class Client:
             share=functools.partial(self._regions, n_slots=N_SLOTS) if self._shared_memory else None,
         )
         # A method of many rows fills chunks with every example; and a timeout would run while batches wait in a row.
-        per_lane = 2 * ((model.chunk_rows if model else 0) or CHUNK_ROWS) if is_one_row else 1
+        per_lane = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if is_one_row else 1
         if window:  # an equal share for each, so that one that stalls does not hold it all
             per_lane = max(1, window // len(connections))
         ledger = Ledger(window=per_lane, in_all=window, n_lanes=len(connections))
@@ -367,18 +394,21 @@ class Client:
         *,
         timeout_s: float,
         on_error: OnError,
+        patience_s: float | None = None,
         is_one_row: bool = False,
         ordered: bool = False,
         window: int | None = None,
         allow_model_change: bool = False,
         keep_images: bool = True,
-        metadata: Metadata = (),
+        metadata: Headers = (),
     ) -> Iterator[Attribution]:
         self._servers.ready(min(self._connect_timeout_s, timeout_s))
         stream = self._opened(
             iter(batches),
             template,
+            facts=self._facts(template.model, within_s=timeout_s),
             timeout_s=timeout_s,
+            patience_s=self._connect_timeout_s if patience_s is None else patience_s,
             is_one_row=is_one_row,
             window=window,
             allow_model_change=allow_model_change,
@@ -398,47 +428,41 @@ class Client:
         finally:
             stream.close()
 
-    def _server(self, wait_s: float) -> ServerInfo:
-        if self._info is None:
-            self._info = self._asked_info(wait_s=wait_s)
-        return self._info
+    def _asked_info(self, *, within_s: float = math.inf, metadata: Metadata = ()) -> ServerInfo:
+        request, timeout_s = pb.GetServerInfoRequest(), min(INFO_TIMEOUT_S, within_s)
+        wait_s = min(self._connect_timeout_s, within_s)
+        info = self._ask("attribution", "GetServerInfo", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
+        return ServerInfo.of(info)
 
-    def _asked_info(self, *, wait_s: float | None = None, metadata: Metadata = ()) -> ServerInfo:
-        request = pb.GetServerInfoRequest()
-        return ServerInfo.of(self._ask("attribution", "GetServerInfo", request, wait_s=wait_s, metadata=metadata))
+    def _facts(self, name: str, *, within_s: float) -> Facts:
+        """Return what a server says of itself and of a model; empty is its default.
 
-    def _known(self, name: str, *, wait_s: float) -> ModelInfo | None:
-        """Return what the server says of a model; empty is its default. None where it has none of that name.
-
-        One that is not loaded says nothing of itself, and may be loaded since: the server is asked again.
+        A model that is not loaded says nothing of itself, and may be loaded since: the server is asked again.
         """
-        model = _found(self._server(wait_s), name)
-        if model is None or model.state != "serving":
-            self._info = None
-            model = _found(self._server(wait_s), name)
-        return model
+        known = self._info
+        facts = Facts.of(known, name) if known else None
+        if facts is None or facts.model is None or facts.model.state != "serving":
+            self._info = known = self._asked_info(within_s=within_s)
+            facts = Facts.of(known, name)
+        return facts
 
-    def _fits(self, request: pb.AttributeRequest, batch: Batch, *, wait_s: float) -> bool:
+    def _fits(self, request: pb.AttributeRequest, batch: Batch, *, within_s: float) -> bool:
         """Say whether a batch fits into one message. `MessageTooLarge` where a single example does not."""
-        model = self._known(request.model, wait_s=wait_s)
-        limits = self._server(wait_s).limits
+        facts = self._facts(request.model, within_s=within_s)
+        limits = facts.server.limits
         try:
             refuse_large(
                 request,
                 batch,
                 ours=self.max_message_bytes,
                 theirs=limits.max_message_bytes,
-                input_size=model.input_size if model else None,
+                input_size=facts.input_size,
             )
         except MessageTooLarge:
             if len(batch) < 2:
                 raise
             return False
         return len(batch) <= (limits.max_batch_examples or len(batch))
-
-
-def _found(server: ServerInfo, name: str) -> ModelInfo | None:
-    return next((model for model in server.models if name in ("", model.name)), None)
 
 
 def requested(template: pb.AttributeRequest, batch: Batch) -> pb.AttributeRequest:

@@ -8,7 +8,8 @@ import numpy as np
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from ._attribution import Attribution
+from ._attribution import Attribution, failed
+from ._errors import ModelChanged
 from ._ledger import Entry
 from ._types import Provenance, Timing
 
@@ -22,12 +23,17 @@ def join(entry: Entry) -> Attribution:
     """
     starts = sorted(entry.answers)
     parts = [entry.answers[start] for start in starts]
-    if failed := next((part for part in parts if part.error is not None), None):
-        return failed
+    if faulty := next((part for part in parts if part.error is not None), None):
+        return faulty
     first = parts[0]
     if len(parts) == 1:
         return first
-    provenance = _provenance([part._provenance for part in parts if part._provenance is not None])
+    provenances = [part._provenance for part in parts if part._provenance is not None]
+    if len(models := {each.model_digest for each in provenances}) > 1:
+        return failed(ModelChanged(
+            f"batch {entry.index}: its parts were answered by {len(models)} models, one after another; send it again"
+        ), index=entry.index)  # fmt: skip
+    provenance = _provenance(provenances)
     failures = (
         dataclasses.replace(failure, example=start + failure.example)
         for start, part in zip(starts, parts, strict=True)
@@ -58,15 +64,28 @@ def _chained(parts: Iterable[tuple[_Item, ...]]) -> tuple[_Item, ...]:
 
 
 def _provenance(parts: list[pb.Provenance]) -> pb.Provenance:
-    """Return the first part's, with the digests of all parts, and the classes where each example has its own."""
+    """Return the first part's, with the digests of all parts, and the classes where each example has its own.
+
+    Parts that were computed on unlike servers have no one provenance that would promise equal bytes.
+    """
     whole = pb.Provenance()
     whole.CopyFrom(parts[0])
+    whole.reproducible = all(_shared(part) == _shared(parts[0]) and part.reproducible for part in parts)
     for part in parts[1:]:
         whole.example_digests.extend(part.example_digests)
     if whole.target.WhichOneof("target") == "per_example":
         for part in parts[1:]:
             whole.target.per_example.classes.extend(part.target.per_example.classes)
     return whole
+
+
+def _shared(part: pb.Provenance) -> pb.Provenance:
+    """Return what is not of single examples."""
+    shared = pb.Provenance()
+    shared.CopyFrom(part)
+    shared.ClearField("example_digests")
+    shared.target.ClearField("per_example")
+    return shared
 
 
 def _timing(parts: list[Timing]) -> Timing:

@@ -7,7 +7,7 @@ import contextvars
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import grpc
@@ -15,16 +15,22 @@ import grpc
 from ._connection import Connection
 from ._errors import Cancelled, ResourceExhausted, SidelightError, Unavailable, from_rpc
 from ._frames import Incoming, Outgoing
+from ._question import Headers
 from ._shared_memory import Regions
 
 BEGIN_HEADER = "sidelight-begin"  # with which a server says that it has the call; a proxy without one does not
 END_TRAILER = "sidelight-end"  # with which a server says that it ended the stream itself, all that it read answered
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 2.0
-# A call that ended so was cut: by the end of the server's process, or by something between. Another may go well.
-_CUT = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+# A call that ended so was cut: by the end of the server's process, or by something between, whose reset gRPC tells in
+# one of these ways. Another call may go well. A server ends no stream so by itself without its trailer.
+_CUT = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
 # A server says so of a caller that did not take its answers, as one does not that was stopped for a while.
 _STALLED = grpc.StatusCode.ABORTED
-_CUT_WORDS = ("RST_STREAM", "Stream removed", "GOAWAY")
 
 
 class Desk(Protocol):
@@ -42,8 +48,8 @@ class Desk(Protocol):
     def received(self, lane: "Lane", incoming: Incoming) -> None:
         """Take an answer in."""
 
-    def lost(self, lane: "Lane", cause: SidelightError, *, died: bool) -> None:
-        """Say that the call has ended, and whether the server may have died of what it held."""
+    def lost(self, lane: "Lane", cause: SidelightError, *, failed: bool, died: bool) -> None:
+        """Say that the call has ended, whether it failed, and whether the server may have died of what it held."""
 
     def end(self, error: BaseException | None) -> None:
         """End the stream."""
@@ -59,7 +65,7 @@ class Lane:
         *,
         max_message_bytes: int,
         share: Callable[[Connection], Regions] | None = None,
-        metadata: Sequence[tuple[str, str | bytes]] = (),
+        metadata: Headers = (),
     ) -> None:
         self.connection = connection
         self.call: object | None = None  # the one that the desk may give messages to
@@ -72,14 +78,16 @@ class Lane:
         self._max_message_bytes = max_message_bytes
         self._rpc: grpc.Call | None = None
         self._is_stopped = False
+        self._why_cut: SidelightError | None = None
         self._thread = threading.Thread(target=self._run, name="sidelight-receive", daemon=True)
 
     def start(self) -> None:
         """Begin to look for the server."""
         self._thread.start()
 
-    def cut(self) -> None:
-        """End the running call, if any."""
+    def cut(self, why: SidelightError | None = None) -> None:
+        """End the running call, if any, and say why."""
+        self._why_cut = why
         rpc = self._rpc
         if rpc is not None:
             rpc.cancel()
@@ -109,15 +117,16 @@ class Lane:
         """Make one call of the stream. Returns whether anything was answered."""
         answered = False
         cause: SidelightError = Unavailable("the server ended the stream")
-        died = False
+        failed = died = False
         if self._share:
             try:
                 self.regions = self._share(self.connection)
             except Unavailable as error:
-                self._desk.lost(self, error, died=False)
+                self._desk.lost(self, error, failed=True, died=False)
                 return False
+        self._why_cut = None
         call = self.call = object()
-        rpc = self._context.run(self.connection.open_stream, self._requests(call), metadata=tuple(self._metadata))
+        rpc = self._context.run(self.connection.open_stream, self._requests(call), metadata=self._metadata)
         self._rpc = rpc
         if self._is_stopped:
             rpc.cancel()
@@ -129,11 +138,11 @@ class Lane:
                 answered = True
                 self._desk.received(self, incoming)
         except grpc.RpcError as error:
-            cause, died = self._understand(error)
+            failed, (cause, died) = True, self._understand(error)
         finally:
             self.call = None
             rpc.cancel()
-            self._desk.lost(self, cause, died=died)
+            self._desk.lost(self, cause, failed=failed, died=died)
             if self.regions:
                 self.regions.close()
         return answered
@@ -153,11 +162,14 @@ class Lane:
             cause: SidelightError = Cancelled("the client was closed")
             self._desk.end(cause)
             return cause, False
+        if self._why_cut:
+            return self._why_cut, True
         cause = from_rpc(error, max_message_bytes=self._max_message_bytes)
         trailers = error.trailing_metadata() or ()
         is_orderly = error.code() is _STALLED or any(each.key == END_TRAILER for each in trailers)
         # This host has too many streams open. One of them may be this one's last call, which the server still counts.
         is_orderly |= isinstance(cause, ResourceExhausted) and cause.retry_delay_s is not None
-        if not is_orderly and error.code() not in _CUT and not any(each in cause.message for each in _CUT_WORDS):
+        if not is_orderly and error.code() not in _CUT:
             self._desk.end(cause)
-        return cause, not is_orderly
+        # Who cancels a call is alive: a server, or what stands before it, that has too much to do.
+        return cause, not is_orderly and error.code() is not grpc.StatusCode.CANCELLED

@@ -13,12 +13,10 @@ from ._errors import from_code
 from ._frames import Incoming, Outgoing, is_large
 from ._images import Batch
 from ._ledger import Part
-from ._question import duration
+from ._question import Headers, duration
 from ._shared_memory import Regions
 from ._tensor import Array, array_of
 from ._types import seconds
-
-Metadata = Sequence[tuple[str, str | bytes]]
 
 _SHORTEST_S = 0.001  # a time of 0 would be refused
 
@@ -36,7 +34,7 @@ class Plan:
     allow_model_change: bool
     baseline: Array | None  # that was given with the method
     retry: bool = True  # whether what was not answered is sent again
-    metadata: Metadata = ()  # that each call brings
+    metadata: Headers = ()  # that each call brings
     share: Callable[[Connection], Regions] | None = None  # makes a call's regions of shared memory
 
     def shared_bytes(self, batch: Batch) -> int:

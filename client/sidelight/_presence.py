@@ -55,5 +55,6 @@ class Presence:
     def absence(self, what: str) -> SidelightError:
         """Return what to say of it: `Unavailable`, or `ResourceExhausted` where the server took no more streams."""
         because = f" (the last call ended with: {self._cause})" if self._cause else ""
-        kind = ResourceExhausted if isinstance(self._cause, ResourceExhausted) else Unavailable
-        return kind(f"{what} no server answered at {self._names}{because}")
+        if isinstance(self._cause, ResourceExhausted):
+            return ResourceExhausted(f"{what} the server was full at {self._names}{because}")
+        return Unavailable(f"{what} no server answered at {self._names}{because}")

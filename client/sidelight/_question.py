@@ -1,5 +1,7 @@
 """The question: what a caller asks of every batch, and the request that asks it of one."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from google.protobuf.duration_pb2 import Duration
@@ -13,6 +15,10 @@ from ._methods import Method
 from ._targets import Target, target_message
 from ._words import Channels, MapDtype, Score, channels_number, map_dtype_number, score_number
 
+Metadata = Sequence[tuple[str, str | bytes]]
+Headers = tuple[tuple[str, str | bytes], ...]  # metadata that has been checked
+
+_NAME = re.compile(r"[0-9a-z_.-]+")
 FOR_EVER_S = 1e9  # math.inf is for ever, and so is thirty years
 
 
@@ -33,9 +39,7 @@ class Question:
     def template_for(self, batch: Batch) -> pb.AttributeRequest:
         """Return the message for one batch without its images. `InvalidArgument` for another number of classes."""
         template = self.template()
-        classes = template.target.per_example.classes
-        if template.target.WhichOneof("target") == "per_example" and len(classes) != len(batch):
-            raise InvalidArgument(f"target: {len(classes)} classes for {len(batch)} examples, expected one for each")
+        check_classes(template, batch)
         return template
 
     def template(self) -> pb.AttributeRequest:
@@ -55,6 +59,38 @@ class Question:
             ),
             timeout=duration(self.timeout),
         )
+
+
+def check_classes(template: pb.AttributeRequest, batch: Batch) -> None:
+    """Refuse a list of classes that is not as long as its batch."""
+    classes = template.target.per_example.classes
+    if template.target.WhichOneof("target") == "per_example" and len(classes) != len(batch):
+        raise InvalidArgument(f"target: {len(classes)} classes for {len(batch)} examples, expected one for each")
+
+
+def checked_metadata(metadata: Metadata) -> Headers:
+    """Return the pairs that a call brings. `InvalidArgument` for what no header may carry."""
+    pairs = tuple(metadata) if isinstance(metadata, Sequence) and not isinstance(metadata, str | bytes) else None
+    if pairs is None or not all(isinstance(each, tuple | list) and len(each) == 2 for each in pairs):
+        raise InvalidArgument(
+            f"metadata: got {type(metadata).__name__}, expected a sequence of pairs of a name and a value"
+        )
+    for name, value in pairs:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.startswith("grpc-"):
+            raise InvalidArgument(
+                f"metadata: got the name {name!a}, expected lower case letters, digits, '-', '_' and '.', not grpc-…"
+            )
+        is_right = isinstance(value, bytes) if name.endswith("-bin") else isinstance(value, str) and _is_text(value)
+        if not is_right:
+            raise InvalidArgument(
+                f"metadata: got {type(value).__name__} as the value of {name}, expected printable ASCII text, "
+                "or for a name that ends in -bin bytes"
+            )
+    return tuple((name, value) for name, value in pairs)
+
+
+def _is_text(value: str) -> bool:
+    return all(" " <= letter <= "~" for letter in value)
 
 
 def model_name(model: str | None) -> str:

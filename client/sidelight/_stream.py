@@ -35,6 +35,7 @@ from ._ledger import Entry, Ledger, Part
 from ._plan import Plan
 from ._presence import Presence
 from ._process import Origin, close_at_exit
+from ._question import check_classes
 from ._shared_memory import Regions
 from ._types import seconds
 
@@ -73,6 +74,7 @@ class Stream:
             for each in connections
         ]
         self._presence = Presence([each.address for each in connections], time.monotonic())
+        self._refused: set[Lane] = set()  # those whose last call was never taken
         self._digest = ""
         self._n_read = 0
         self._is_reading = False
@@ -144,6 +146,7 @@ class Stream:
         """Say that the server has taken the call."""
         with self._lock:
             self._presence.came(lane)
+            self._refused.discard(lane)
             self._changed.notify_all()
 
     def next_request(self, lane: Lane, call: object) -> Outgoing | None:
@@ -187,15 +190,19 @@ class Stream:
                 self._settle(part, answer)
                 self._changed.notify_all()
 
-    def lost(self, lane: Lane, cause: SidelightError, *, died: bool) -> None:
-        """Say that the call has ended, and whether the server may have died of what it held."""
+    def lost(self, lane: Lane, cause: SidelightError, *, failed: bool, died: bool) -> None:
+        """Say that the call has ended, whether it failed, and whether the server may have died of what it held."""
         with self._lock:
             if self._is_over:
                 return
+            if lane not in self._presence:
+                self._refused.add(lane)
             self._presence.went(lane, cause, time.monotonic())
-            if not self._plan.retry:
+            if failed and not self._plan.retry:
                 for part in self._ledger.take_back(lane):
                     self._fail(part, cause)
+                if len(self._refused) == len(self._lanes):
+                    self._end(cause)
             for part in self._ledger.lost(lane, died=died):
                 self._fail(part, ServerDied(
                     f"{_told(part)}: it was alone at work when its server ended, twice ({cause}); it is not sent again"
@@ -305,6 +312,8 @@ class Stream:
         batch, spans, refused = Batch([]), [], None
         try:
             batch = images if isinstance(images, Batch) else Batch(images)
+            if not self._n_read:  # a later one may be shorter, as the last of a data set is
+                check_classes(self._plan.template, batch)
             spans = list(self._plan.spans(batch))
         except (SidelightError, OSError) as error:
             refused = error if isinstance(error, SidelightError) else InvalidArgument(f"images: {error}")
@@ -345,7 +354,7 @@ class Stream:
             self._fail(part, self._lateness(part))
         for lane in self._lanes:
             if lane in silent:
-                lane.cut()
+                lane.cut(Unavailable("the server kept silent past a batch's time"))
         if late:
             self._changed.notify_all()
         dues_s = [self._ledger.next_deadline_s(), self._presence.tell(now_s)]
