@@ -16,7 +16,7 @@ import torch
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from models import Linear, small_cnn
@@ -795,7 +795,7 @@ def test_finite_pixels_whose_sum_overflows_are_no_fault(bare: Service) -> None:
     assert np.isfinite(np.frombuffer(result.maps.data, "<f4")).all()
 
 
-@settings(deadline=None)
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine is shared
 @given(
     maps=arrays(np.float32, (3, 2, 4), elements=st.floats(0, float(np.finfo(np.float32).max), width=32)),
     signed=st.booleans(),
