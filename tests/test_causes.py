@@ -81,12 +81,14 @@ def raising(_: Tensor) -> object:
 
 def test_what_a_model_raises_is_told_in_ones_own_process_alone(tmp_path: Path) -> None:
     said = {}
+    module = Strange(lambda y: y if float(y.detach().sum()) >= 0 else raising(y))
     for is_own, settings in ((True, {}), (False, listening(tmp_path))):
         with (
-            sidelight_server.serve(Strange(raising), device="cpu", **settings) as address,
+            sidelight_server.serve(ModelSpec(module, outputs="logits"), device="cpu", **settings) as address,
             sidelight.connect(address, connect_timeout=10) as client,
         ):
-            said[is_own] = client.attribute(IMAGES, on_error="return").failures[0]
+            client.attribute(np.ones_like(IMAGES))
+            said[is_own] = client.attribute(-np.ones_like(IMAGES), on_error="return").failures[0]
     assert {each.code for each in said.values()} == {sidelight.Internal.code}
     assert said[True].message == 'model "model" failed on example 0: ZeroDivisionError: the secret of /etc/weights'
     assert said[False].message == 'model "model" failed on example 0; the server\'s log has the cause'

@@ -349,7 +349,9 @@ def test_a_unary_caller_who_goes_away_frees_rows_and_permit(how: str, tmp_path: 
 
 class Failing(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        raise RuntimeError("the password is swordfish")
+        if x.sum() == 0:
+            raise RuntimeError("the password is swordfish")
+        return x.flatten(1)[:, :2]
 
 
 def test_what_fails_in_a_model_is_logged_and_not_told(
@@ -361,11 +363,26 @@ def test_what_fails_in_a_model_is_logged_and_not_told(
         grpc.insecure_channel(address) as channel,
     ):
         stub = attribution_pb2_grpc.AttributionServiceStub(channel)
-        (failure,) = stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S).result.failures
+        assert not stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S).result.failures
+        (failure,) = stub.Attribute(ask(np.zeros_like(floats(1))), timeout=TIMEOUT_S).result.failures
     assert failure.code == Status.INTERNAL.value[0]
     assert 'model "frail" failed on example 0' in failure.message
     assert "swordfish" not in failure.message
     assert "swordfish" in caplog.text
+
+
+def test_why_a_model_has_never_run_is_logged(device: str, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    """Whether the shape or the model is wrong nobody knows then."""
+    with (
+        caplog.at_level(logging.WARNING, logger="sidelight"),
+        serve(Failing(), device=device, name="frail", listen=(f"unix:{tmp_path}/for-others",)) as address,
+        grpc.insecure_channel(address) as channel,
+    ):
+        stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+        (failure,) = stub.Attribute(ask(np.zeros_like(floats(1))), timeout=TIMEOUT_S).result.failures
+    assert failure.code == Status.INVALID_ARGUMENT.value[0]
+    assert "swordfish" not in failure.message
+    assert "Traceback" in caplog.text
 
 
 def test_what_fails_in_the_server_is_logged_and_not_told(

@@ -136,7 +136,8 @@ def _fit(model: Model, images: Files | Array, *, is_gone: Callable[[], bool]) ->
 def _staged(images: Array, dtype: np.dtype[np.generic]) -> Array:
     if images.dtype == dtype:
         return images
-    with np.errstate(over="ignore"):  # what the model's type cannot hold becomes infinite, and is refused as that
+    # What the model's type cannot hold becomes infinite, and is refused as that; a NaN may be one that signals.
+    with np.errstate(over="ignore", invalid="ignore"):
         return images.astype(dtype)
 
 

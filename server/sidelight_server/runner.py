@@ -12,7 +12,15 @@ import torch
 
 from .chunk import Chunk, to_host
 from .device import check_works, is_out_of_memory
-from .errors import FailedPrecondition, Internal, OutputsError, ResourceExhausted, SidelightError, Unavailable
+from .errors import (
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    OutputsError,
+    ResourceExhausted,
+    SidelightError,
+    Unavailable,
+)
 from .histogram import Histogram
 from .job import Job, Result, Row
 from .logs import Event
@@ -237,7 +245,8 @@ class Runner:
             except BaseException as error:
                 failure = self._understand(rows[0][0], rows[0][1].job, error, n_rows=len(rows))
         if failure is None:
-            rows[0][0].model.has_fitted(len(rows))
+            work = rows[0][0]
+            work.model.has_fitted(len(rows), work.prepared.shape)
             self._fold(rows, readings)
             return
         # Past the except clause, where the traceback no longer keeps the failed pass's tensors alive.
@@ -288,10 +297,20 @@ class Runner:
             what = f"{filled} rows, which it always runs at once (reproducible_rows)" if filled > 1 else "one example"
             return ResourceExhausted(f'model "{name}": out of device memory on {what}')
         self._check_device(error)
+        shape, said = work.prepared.shape, f"{type(error).__name__}: {error}"
+        if not work.model.takes(shape):
+            if n_rows == 1:
+                said = said.partition("\n")[0]
+                cause = None if work.model.has_run else error  # which may be the model's
+                log.warning(Event("shape_failed", model=name, id=work.id, shape=shape, message=said), exc_info=cause)
+            return InvalidArgument(
+                f'images: model "{name}", which has no fixed input size, fails on [C, H, W] = {list(shape)}, '
+                "and has run on no example of that shape" + (f": {said}" if self.tells_causes else "")
+            )
         if n_rows == 1:
             log.error(Event("model_failed", model=name, id=work.id, example=place), exc_info=error)
         if self.tells_causes:
-            return Internal(f'model "{name}" failed on example {place}: {type(error).__name__}: {error}')
+            return Internal(f'model "{name}" failed on example {place}: {said}')
         return Internal(f'model "{name}" failed on example {place}; the server\'s log has the cause')
 
     def _check_device(self, error: BaseException) -> None:

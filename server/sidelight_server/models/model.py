@@ -40,6 +40,7 @@ from .weights import Identity, Seen, Weights
 log = logging.getLogger("sidelight")
 
 DEFAULT_NAME = "model"
+MAX_SHAPES = 1024  # that are kept in mind, of a model without an input size
 TOUCHING = "examples touch each other: each runs alone"
 
 _Value = TypeVar("_Value")
@@ -101,6 +102,7 @@ class Model:
         self.probed = detected.layers  # those that can be probed, if it was tried
         self.rows_touch = detected.rows_touch  # whether one row's outputs depend on its neighbours: then it runs alone
         self._ceiling = Ceiling()
+        self._shapes: dict[Shape, None] = {}  # the last that rows ran on, the newest last
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
         with self._refusing("cannot be replicated and moved to the device"):
             self.kernel = in_turn(
@@ -222,9 +224,22 @@ class Model:
         """How many rows run at once where memory allows it."""
         return self._chunk_rows
 
-    def has_fitted(self, rows: int) -> None:
-        """Take note that so many rows ran at once. On the thread that owns the device, as `lacks_memory`."""
+    def has_fitted(self, rows: int, shape: Shape) -> None:
+        """Take note that so many rows of a shape ran at once. On the thread that owns the device, as `lacks_memory`."""
         self._ceiling.passed(rows, most=self._chunk_rows)
+        self._shapes.pop(shape, None)
+        self._shapes[shape] = None
+        if len(self._shapes) > MAX_SHAPES:
+            del self._shapes[next(iter(self._shapes))]
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the model has run on any example."""
+        return bool(self._shapes)
+
+    def takes(self, shape: Shape) -> bool:
+        """Whether the model is known to run on inputs of a shape, [C, H, W]: if not, a failure may be the caller's."""
+        return self.preprocessing is not None or shape in self._shapes
 
     def lacks_memory(self, *, above: int) -> None:
         """Take note that more rows did not fit into memory: for a while they are not tried again."""

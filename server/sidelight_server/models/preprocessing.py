@@ -18,6 +18,8 @@ Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lan
 # comes near this bound (50 MB of RGB). Beyond it the order of work changes, and a byte may differ by 1.
 MAX_SCALED_PIXELS = 1 << 24
 
+MAX_SIDE = 2**31 - 1  # pixels that an answer can tell of: of the original picture, and of the resized one
+
 _WIDEST_SUPPORT = 3  # source pixels to each side that Lanczos, the widest of the filters, looks at
 
 
@@ -100,6 +102,11 @@ class Preprocessing:
         pixels = in_channels(pixels, self.channels)
         original_height, original_width = pixels.shape[:2]
         scaled_height, scaled_width = self._scale(original_height, original_width)
+        if max(original_height, original_width, scaled_height, scaled_width) > MAX_SIDE:
+            raise InvalidArgument(
+                f"image: {original_height:,} × {original_width:,} pixels become {scaled_height:,} × {scaled_width:,} "
+                f"once they are resized, expected at most {MAX_SIDE:,} along each side"
+            )
         geometry = Geometry(
             original_height=original_height,
             original_width=original_width,
