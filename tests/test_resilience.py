@@ -577,6 +577,7 @@ def test_a_streams_call_is_made_in_the_callers_context_and_brings_its_metadata()
     """Tracing finds the caller's span in the context."""
     span: contextvars.ContextVar[str] = contextvars.ContextVar("span", default="none")
     seen: list[tuple[str, object]] = []
+    seen_in: list[str] = []  # the span while a batch is read
 
     def living(requests: Requests) -> Responses:
         yield from map(answer, requests)
@@ -591,7 +592,9 @@ def test_a_streams_call_is_made_in_the_callers_context_and_brings_its_metadata()
 
         connection.open_stream = opening
         span.set("the caller's")
-        assert len(list(client.stream([ONE], metadata=[("traceparent", "00-1-2-01")]))) == 1
+        batches = (seen_in.append(span.get()) or ONE for _ in range(2))
+        assert len(list(client.stream(batches, metadata=[("traceparent", "00-1-2-01")]))) == 2
+    assert seen_in == ["the caller's"] * 2
     assert seen == [("the caller's", (("traceparent", "00-1-2-01"),))]
 
 

@@ -23,6 +23,7 @@ DIAGNOSE_EVERY_S = 1.0  # while there is no server: gRPC tells of the first fail
 KEEPALIVE_S, KEEPALIVE_TIMEOUT_S = 20.0, 10.0
 
 _ADDRESS = re.compile(r"unix:.+|(?!\w+://).+:\d+")
+_subscribing = threading.Lock()  # one at a time, so that each sees its own thread
 _READY, _IDLE, _FAILED, _SHUTDOWN = (
     grpc.ChannelConnectivity.READY,
     grpc.ChannelConnectivity.IDLE,
@@ -64,6 +65,7 @@ class Connection:
         self._lock = threading.Lock()
         self._state: grpc.ChannelConnectivity | None = None
         self._is_followed = False
+        self._followers: list[threading.Thread] = []  # that gRPC follows the channel's state with
         self._diagnosis: Diagnosis | None = None
         self._diagnosed_s = -DIAGNOSE_EVERY_S  # when that was asked for last
         self._listeners: list[Callable[[], None]] = []
@@ -110,7 +112,11 @@ class Connection:
             state, first = self._state, not self._is_followed
             self._is_followed = True
         if first:
-            self._channel.subscribe(self._follow, try_to_connect=True)
+            with _subscribing:
+                before = set(threading.enumerate())
+                self._channel.subscribe(self._follow, try_to_connect=True)
+                begun = set(threading.enumerate()) - before
+                self._followers = [thread for thread in begun if thread.daemon]
         elif state is _FAILED:
             self._diagnose()
         elif state is _IDLE:
@@ -122,7 +128,7 @@ class Connection:
         """End it, and whatever runs on it."""
         self._channel.unsubscribe(self._follow)
         self._follow(_SHUTDOWN)
-        _let_go(self._channel)
+        self._let_go()
         self._channel.close()
 
     def _follow(self, state: grpc.ChannelConnectivity) -> None:
@@ -161,13 +167,13 @@ class Connection:
             self._diagnosis = diagnose(call.details() or "", is_encrypted=self._is_encrypted)
         self._tell()
 
+    def _let_go(self) -> None:
+        """Wait until gRPC's thread that follows the channel's state has seen that nobody listens any more, and ended.
 
-def _let_go(channel: grpc.Channel) -> None:
-    """Wait until gRPC's thread that follows a channel's state has seen that nobody listens any more, and ended.
-
-    It looks every 0.2 s, and raises into the process's hook for threads where the channel is closed between two looks.
-    """
-    following = getattr(channel, "_connectivity_state", None)
-    until_s = time.monotonic() + LET_GO_S
-    while getattr(following, "polling", False) and time.monotonic() < until_s:
-        time.sleep(0.005)
+        It looks every 0.2 s, and raises into the process's hook for threads where the channel is closed between two
+        looks. A thread that others started at the same moment may be among them: so there is a limit.
+        """
+        until_s = time.monotonic() + LET_GO_S
+        for thread in self._followers:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until_s - time.monotonic()))

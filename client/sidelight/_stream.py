@@ -5,6 +5,7 @@ lane, whose thread takes answers in; a keeper sees to it that no batch waits lon
 answers out. What they share is the ledger, under one lock, and the inbox.
 """
 
+import contextvars
 import enum
 import functools
 import threading
@@ -77,6 +78,7 @@ class Stream:
         self._refused: set[Lane] = set()  # those whose last call was never taken
         self._digest = ""
         self._n_read = 0
+        self._context = contextvars.copy_context()  # the caller's: its batches are read in threads of gRPC's
         self._is_reading = False
         self._is_over = False
         self._is_closed = False
@@ -302,7 +304,7 @@ class Stream:
     def _read(self) -> None:
         """Read the caller's next batch into the ledger. One that cannot be sent is answered with its error at once."""
         try:
-            images = next(self._batches)
+            images = self._context.run(next, self._batches)
         except StopIteration:
             self._exhausted()
             return
