@@ -879,13 +879,16 @@ def test_a_failing_model_is_internal_and_its_secrets_stay_with_the_server(
 ) -> None:
     class Failing(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            raise RuntimeError("a secret path")
+            if (x != 0).any():
+                raise RuntimeError("a secret path")
+            return x.flatten(1)[:, :3] - 1  # logits: no probability is negative
 
     listen = (f"unix:{tmp_path}/for-others",)  # on a socket of its own, serve() tells what a model raised
     with (
         sidelight_server.serve(Failing(), device=device, listen=listen) as address,
         sidelight.connect(address) as client,
     ):
+        client.attribute(0 * floats[:1], score="logit")  # so that the shape is known to be one that the model takes
         answer = client.attribute(floats[:2], on_error="return")
     assert [(each.code, "secret" in each.message) for each in answer.failures] == [(sidelight.Internal.code, False)] * 2
     assert "a secret path" in caplog.text
