@@ -17,7 +17,7 @@ import torch
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from models import Linear, small_cnn
@@ -811,10 +811,10 @@ def test_a_bad_file_fails_alone(small: Service) -> None:
     assert np.isnan(maps[list(failures)]).all()
     assert_close(maps[[1, 4]], maps_of(alone))
     assert all(result.examples[place] == pb.Example() for place in failures)
-    for place, example in zip((1, 4), alone.result.examples, strict=True):
-        assert result.examples[place].prediction.index == example.prediction.index
-        assert result.examples[place].geometry == example.geometry
-        assert example.geometry.original_width == 50
+    for place, each in zip((1, 4), alone.result.examples, strict=True):
+        assert result.examples[place].prediction.index == each.prediction.index
+        assert result.examples[place].geometry == each.geometry
+        assert each.geometry.original_width == 50
     probabilities = np.frombuffer(result.probabilities.data, "<f4").reshape(6, 10)
     assert np.isnan(probabilities[list(failures)]).all()
     np.testing.assert_allclose(probabilities[[1, 4]].sum(axis=1), 1, rtol=1e-5)
@@ -911,6 +911,7 @@ def test_finite_pixels_whose_sum_overflows_are_no_fault(bare: Service) -> None:
     maps=arrays(np.float32, (3, 2, 4), elements=st.floats(0, float(np.finfo(np.float32).max), width=32)),
     signed=st.booleans(),
 )
+@example(maps=np.full((3, 2, 4), np.finfo(np.float32).max), signed=True)
 def test_each_example_keeps_its_digits_whatever_its_neighbors_are(maps: np.ndarray, signed: bool) -> None:
     """From what is less than a normal number to the largest there is."""
     if signed:
@@ -922,4 +923,5 @@ def test_each_example_keeps_its_digits_whatever_its_neighbors_are(maps: np.ndarr
         assert np.isfinite(sent.elements).all()
         for map_, elements, scale in zip(maps, sent.elements, sent.scales, strict=True):
             exact = map_.astype(np.float64)
+            assert np.isfinite((elements * np.float64(scale)).astype(np.float32)).all()
             assert np.abs(elements * np.float64(scale) - exact).max() <= step * np.abs(exact).max()

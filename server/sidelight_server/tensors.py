@@ -14,6 +14,7 @@ from .enums import named
 from .errors import InvalidArgument
 
 MAX_ELEMENTS = 2**40  # far beyond any message, and below what numpy refuses as the shape of even an empty array
+LARGEST_HALF_BELOW_1 = 1 - 2**-11
 MAX_SIZE = 2**10  # of a dimension: four of them are that many elements
 
 DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[np.generic]] = {
@@ -150,7 +151,9 @@ def _halved(array: NDArray[np.float32 | np.float64]) -> Encoded:
     The scale is a power of two, so that nothing is lost by it.
     """
     scales = np.ldexp(1.0, np.frexp(_largest(np.nan_to_num(np.abs(array), nan=0.0)))[1])  # [N]
-    return Encoded(tensor_pb2.DATA_TYPE_FLOAT16, (array / _along(scales, array)).astype("<f2"), tuple(scales))
+    # Below 1 also once it is rounded: 2¹²⁸ is more than a caller's float32 holds.
+    shares = np.clip(array / _along(scales, array), -LARGEST_HALF_BELOW_1, LARGEST_HALF_BELOW_1)
+    return Encoded(tensor_pb2.DATA_TYPE_FLOAT16, shares.astype("<f2"), tuple(scales))
 
 
 def _largest(array: NDArray[np.float32 | np.float64]) -> NDArray[np.float64]:
