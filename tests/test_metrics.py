@@ -278,6 +278,7 @@ def test_an_example_that_fails_alone_is_counted_by_reason(tmp_path: Path) -> Non
     images = floats(4)
     images[:, 0, 0, 0] = (1, 2, 3, 0)
     with running(Faulty(), tmp_path, device="cpu") as server:
+        server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)  # from here on it is known to take this shape
         answer = server.stub.Attribute(ask(images), timeout=TIMEOUT_S)
         counted = told(server)
     assert {each.example for each in answer.result.failures} >= {0, 1, 2}
