@@ -140,7 +140,7 @@ class Lane:
         except grpc.RpcError as error:
             failed, (cause, died) = True, self._understand(error)
         finally:
-            self.call = None
+            self.call = self._rpc = None
             rpc.cancel()
             self._desk.lost(self, cause, failed=failed, died=died)
             if self.regions:

@@ -1,6 +1,7 @@
 """The process: what its end, and a fork of it, mean to clients and streams."""
 
 import atexit
+import gc
 import os
 import weakref
 from typing import Protocol
@@ -45,5 +46,10 @@ def close_at_exit(each: _Closing) -> None:
 
 @atexit.register
 def _close_all() -> None:
-    for each in list(_open):
+    closing = list(_open)
+    for each in closing:
         each.close()
+    if closing:
+        # A call that failed is an exception whose traceback holds the call. Collected at the interpreter's end, it
+        # would wait for a lock that a thread of gRPC's was stopped with.
+        gc.collect()
