@@ -24,7 +24,6 @@ from ._client import (
     Client,
     OnError,
     check_on_error,
-    one_batch,
     passed,
     question_of_stream,
     requested,
@@ -39,7 +38,7 @@ from ._inbox import End
 from ._info import ModelInfo, ServerInfo
 from ._methods import Gradient, Method, is_one_row
 from ._order import Order
-from ._question import FOR_EVER_S, Headers, Metadata, Question, checked_metadata
+from ._question import FOR_EVER_S, Headers, Metadata, Question, check_classes, checked_metadata
 from ._servers import SILENT_WAIT_S
 from ._targets import Choice, Target
 from ._words import Channels, MapDtype, Score
@@ -134,9 +133,9 @@ class AsyncClient:
         """Return the maps of one batch, as `Client.attribute` does."""
         check_on_error(on_error)
         question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
-        question.template()
+        template = question.template()
         batch = await asyncio.to_thread(Batch.of, images, served)  # it may read files
-        template = question.template_for(batch)
+        check_classes(template, batch)
         return passed(
             await self._explain(template, batch, timeout_s=timeout, metadata=checked_metadata(metadata)), on_error
         )
@@ -213,7 +212,7 @@ class AsyncClient:
                 return await self._explain_at_once(request, batch, attempts=attempts, metadata=metadata)
         answers = self._answers(
             [batch],
-            one_batch(template),
+            template,
             timeout_s=attempts.left_s,
             patience_s=min(self._connect_timeout_s, attempts.left_s),
             on_error="return",
@@ -229,10 +228,10 @@ class AsyncClient:
         self, request: pb.AttributeRequest, batch: Batch, *, attempts: Attempts, metadata: Headers
     ) -> Attribution:
         while True:
-            connection = await self._ready(max(0.0, min(self._connect_timeout_s, attempts.left_s)))
+            connection = await self._ready(min(self._connect_timeout_s, attempts.left_s))
             try:
                 with telling(self._client.max_message_bytes):
-                    left_s = max(0.0, min(attempts.left_s, FOR_EVER_S))
+                    left_s = min(attempts.left_s, FOR_EVER_S)
                     call = connection.attribution.Attribute.future(request, timeout=left_s, metadata=metadata)
                     response = await _awaited(call)
                 return _attribution.read(response.result, batch, baseline=given_array(request.method))

@@ -21,8 +21,8 @@ class Attempts:
 
     @property
     def left_s(self) -> float:
-        """How much of its time is left, in seconds."""
-        return self._deadline_s - time.monotonic()
+        """How much of its time is left, in seconds; 0 where it is over."""
+        return max(0.0, self._deadline_s - time.monotonic())
 
     def delay_after(self, error: SidelightError) -> float:
         """Return how long to wait before the next attempt, in seconds; raise the error where there is none."""

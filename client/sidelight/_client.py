@@ -31,7 +31,7 @@ from ._limits import map_bytes, refuse_large, spans
 from ._methods import Gradient, Method, is_one_row
 from ._order import Order
 from ._plan import Plan
-from ._question import FOR_EVER_S, Headers, Metadata, Question, checked_metadata, model_name
+from ._question import FOR_EVER_S, Headers, Metadata, Question, check_classes, checked_metadata, model_name
 from ._servers import Servers
 from ._shared_memory import Regions, directory_of
 from ._stream import Stream
@@ -187,7 +187,8 @@ class Client:
         check_on_error(on_error)
         question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
         batch = Batch.of(images, served)
-        template = question.template_for(batch)
+        template = question.template()
+        check_classes(template, batch)
         return passed(self._explain(template, batch, timeout_s=timeout, metadata=checked_metadata(metadata)), on_error)
 
     def stream(
@@ -309,7 +310,7 @@ class Client:
                 return self._explain_at_once(request, batch, attempts=attempts, metadata=metadata)
         (answer,) = self._answers(
             [batch],
-            one_batch(template),
+            template,
             timeout_s=attempts.left_s,
             patience_s=min(self._connect_timeout_s, attempts.left_s),
             on_error="return",
@@ -323,11 +324,11 @@ class Client:
         self, request: pb.AttributeRequest, batch: Batch, *, attempts: Attempts, metadata: Headers
     ) -> Attribution:
         while True:
-            connection = self._servers.ready(max(0.0, min(self._connect_timeout_s, attempts.left_s)))
+            connection = self._servers.ready(min(self._connect_timeout_s, attempts.left_s))
             try:
                 with telling(self.max_message_bytes):
                     response = connection.attribution.Attribute(
-                        request, timeout=max(0.0, min(attempts.left_s, FOR_EVER_S)), metadata=metadata
+                        request, timeout=min(attempts.left_s, FOR_EVER_S), metadata=metadata
                     )
                 return _attribution.read(response.result, batch, baseline=given_array(request.method))
             except SidelightError as error:
@@ -473,14 +474,6 @@ def requested(template: pb.AttributeRequest, batch: Batch) -> pb.AttributeReques
     if served := batch.served:
         request.served.CopyFrom(served)
     return request
-
-
-def one_batch(template: pb.AttributeRequest) -> pb.AttributeRequest:
-    """Return the template of a stream: without what belongs to one batch."""
-    bare = pb.AttributeRequest()
-    bare.CopyFrom(template)
-    bare.ClearField("images")
-    return bare
 
 
 def question_of_stream(

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from ._client import Client
-from ._errors import MessageTooLarge, from_code
+from ._errors import from_code
 from ._targets import Dense
 
 Classes = int | list[int] | None  # for all, for each, or what was predicted
@@ -41,12 +41,7 @@ class Remote:
             "timeout": self._timeout_s,
             "on_error": "return",
         }
-        try:
-            answer = self._client.attribute(images, **options)
-        except MessageTooLarge:  # a stream sends it in parts
-            (answer,) = self._client.stream([images], **options)
-        if answer.error is not None:
-            raise answer.error
+        answer = self._client.attribute(images, **options)
         _raise_first(answer.failures)
         return answer.maps, [each.index for each in answer.predictions if each]
 

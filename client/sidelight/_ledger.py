@@ -163,9 +163,8 @@ class Ledger:
 
     def lost(self, lane: Hashable, *, died: bool) -> list[Part]:
         """Take back what a lane held when its call ended. Returns the parts that are given up."""
-        held = self._held_by(lane)
+        held = self.take_back(lane)
         for part in held:
-            del self._flying[part.id]
             if died:
                 part.is_suspect = True
                 part.n_deaths += len(held) == 1

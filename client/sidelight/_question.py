@@ -36,12 +36,6 @@ class Question:
     map_dtype: MapDtype = "float32"
     partial: bool = False
 
-    def template_for(self, batch: Batch) -> pb.AttributeRequest:
-        """Return the message for one batch without its images. `InvalidArgument` for another number of classes."""
-        template = self.template()
-        check_classes(template, batch)
-        return template
-
     def template(self) -> pb.AttributeRequest:
         """Return the message without images, which says what is wrong with the question."""
         if not isinstance(self.method, Method):

@@ -94,7 +94,7 @@ def replay(
     if len(batch) != len(record.digests):
         raise InvalidArgument(f"images: got {len(batch)}, expected {len(record.digests)}, as many as the answer has")
     _check_examples(record, batch)
-    answer = client._explain(_request(record, batch, baseline, timeout), batch, timeout_s=timeout)
+    answer = client._explain(_request(record, baseline, timeout), batch, timeout_s=timeout)
     return Replay(
         examples=tuple(_replayed(record, answer, i) for i in range(len(batch))),
         differences=_differences(Provenance.of(record.provenance), answer.provenance),
@@ -116,13 +116,11 @@ def _check_examples(record: Record, batch: Batch) -> None:
             )
 
 
-def _request(
-    record: Record, batch: Batch, baseline: str | os.PathLike[str] | Array | None, timeout: float
-) -> pb.AttributeRequest:
+def _request(record: Record, baseline: str | os.PathLike[str] | Array | None, timeout: float) -> pb.AttributeRequest:
+    """Return the message that asked for the answer, without its images."""
     saved = record.provenance
     return pb.AttributeRequest(
         model=saved.model,
-        images=batch.message,
         target=saved.target,
         method=_method(record, baseline),
         score=saved.score,
