@@ -26,8 +26,8 @@ from typing import ClassVar
 
 # A message may quote what a caller sent. In a call's trailers it must stay within 8 KiB, or gRPC hides it; there a
 # character may take 12 bytes.
-MANY_NAMES = 2000
 MAX_MESSAGE = 500
+MANY_NAMES = 2000  # of which some are compared with a name that there is not
 
 
 class SidelightError(Exception):

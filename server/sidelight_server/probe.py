@@ -50,7 +50,7 @@ def probe(arguments: Sequence[str]) -> int:
 
 
 def _first(addresses: str) -> str:
-    """Return the first of a list as a variable holds it, with commas or as JSON; see `config`, which brings torch."""
+    """Return the first of a list as a variable holds it, with commas or as JSON: `config` reads all, and slowly."""
     if addresses.startswith("[") and addresses.endswith("]"):  # unlike "[::]:50051"
         with contextlib.suppress(ValueError, LookupError):
             return str(json.loads(addresses)[0])

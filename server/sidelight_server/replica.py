@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from .errors import ConfigurationError
 from .folding import COMPUTING, fold
 from .models.adapter import Adapter
-from .models.weights import Watch, address
+from .models.weights import Watch, address, tensors_of
 from .options import KernelOptions
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -178,7 +178,7 @@ class Replica:
 
 
 def _addresses(module: nn.Module) -> list[int]:
-    return [address(each) for each in (*module.parameters(), *module.buffers())]
+    return [address(each) for each in tensors_of(module)]
 
 
 def _owning(module: nn.Module) -> nn.Module:

@@ -240,8 +240,9 @@ class Runner:
             try:
                 readings = chunk.read()
                 _tell(rows, chunk)
+                identity = chunk.identity  # once: it looks through the module
                 for work in {work for work, _ in rows}:
-                    work.is_computed_by(chunk.identity)
+                    work.is_computed_by(identity)
             except BaseException as error:
                 failure = self._understand(rows[0][0], rows[0][1].job, error, n_rows=len(rows))
         if failure is None:

@@ -119,9 +119,9 @@ class Head:
             raise FailedPrecondition(
                 f"score: the model returns {self.outputs}, so it has no {score.value}; it has {has}"
             )
-        plain = self._plain_rows(values, classes, aims, scores)  # bool, [n]
+        plain = None if is_plain else self._plain_rows(values, classes, aims, scores)  # bool, [n]
         # Elsewhere than on a CPU the answer would have to be waited for.
-        if is_plain or (values.device.type == "cpu" and bool(plain.all())):
+        if plain is None or (values.device.type == "cpu" and bool(plain.all())):
             scored, sent = _differentiated(self.select, values, classes, aims, scores, gradient=gradient)
         else:
             wide = values.to(_wide(values.device))
@@ -157,10 +157,7 @@ class Head:
                 log_probability = nn.functional.logsigmoid(_log_odds(outputs, index, is_exclusive=is_exclusive))
                 return log_probability if score is Score.LOG_PROBABILITY else log_probability.exp()
 
-            sides = self.sides(values)
-            picked = _added(of, sides, values, classes, aims)
-            others, counts = _negatives(aims, sides)
-            return picked if counts is None else picked - _added(of, sides, values, others, aims) * counts
+            return _of_both(of, self.sides(values), values, classes, aims, sign=-1)
 
         return _each_score(exact, values, classes, aims, scores)
 
@@ -176,12 +173,7 @@ class Head:
             odds = _log_odds(outputs, index, is_exclusive=is_exclusive)
             return 1 - ((odds >= LEAST_LOG_ODDS) & (odds <= MOST_LOG_ODDS)).to(outputs.dtype)  # also for no number
 
-        sides = self.sides(values)
-        n_beyond = _added(beyond, sides, values, classes, aims)
-        others, counts = _negatives(aims, sides)
-        if counts is not None:
-            n_beyond = n_beyond + _added(beyond, sides, values, others, aims) * counts
-        return may_be & (n_beyond == 0)
+        return may_be & (_of_both(beyond, self.sides(values), values, classes, aims, sign=1) == 0)
 
     @torch.no_grad()
     def _dead(
@@ -198,12 +190,7 @@ class Head:
             p = outputs[:, 1:] if is_single else outputs.gather(1, index)
             return ((p > DEAD) & (1 - p > LOST_STEPS * step)).to(outputs.dtype)
 
-        sides = self.sides(values)
-        n_alive = _added(alive, sides, values, classes, aims)
-        others, counts = _negatives(aims, sides)
-        if counts is not None:
-            n_alive = n_alive + _added(alive, sides, values, others, aims) * counts
-        return n_alive == 0
+        return _of_both(alive, self.sides(values), values, classes, aims, sign=1) == 0
 
     def _may_be_plain(self, score: Score) -> bool:
         return score is Score.PROBABILITY and self.outputs == "logits"
@@ -286,6 +273,21 @@ def _added(
         )
         rows.append(of(row, _cut(whole, aim)[None]).sum())
     return torch.stack(rows)
+
+
+def _of_both(
+    of: Callable[[Tensor, Tensor], Tensor],
+    sides: Tensor,
+    values: Tensor,
+    classes: Tensor,
+    aims: Sequence[Aim],
+    *,
+    sign: int,
+) -> Tensor:
+    """Return the sums, [n], of each row's own class, and of the class that it is contrasted with times a sign."""
+    positive = _added(of, sides, values, classes, aims)
+    others, counts = _negatives(aims, sides)
+    return positive if counts is None else positive + sign * _added(of, sides, values, others, aims) * counts
 
 
 def _largest(values: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from .enums import named
 from .errors import InvalidArgument
 
 MAX_ELEMENTS = 2**40  # far beyond any message, and below what numpy refuses as the shape of even an empty array
-LARGEST_HALF_BELOW_1 = 1 - 2**-11
 MAX_SIZE = 2**10  # of a dimension: four of them are that many elements
+LARGEST_HALF_BELOW_1 = 1 - 2**-11  # in float16
 
 DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[np.generic]] = {
     tensor_pb2.DATA_TYPE_UINT8: np.dtype("u1"),

@@ -105,7 +105,7 @@ class IntegratedGradients(Method):
         return self.baseline.largest
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Check a given baseline's shape."""
+        """Check the baseline."""
         self.baseline.check(shape, n_examples)
 
     def rows(self, shape: Shape) -> int:
@@ -192,7 +192,7 @@ class _Path:
     def missing_share(self, mean: Tensor, rise: "_Rise") -> float:
         """Return what the attribution misses of the score's rise, beyond rounding, as a share of its L1 norm."""
         attribution = mean * self.difference
-        missing = abs(float(attribution.sum(dtype=torch.float64)) - rise.of_score) - rise.rounding
+        missing = rise.missing(attribution) - rise.rounding
         size = float(torch.linalg.vector_norm(attribution, ord=1, dtype=torch.float64))
         return missing / size if size and missing > 0 else (0.0 if missing <= 0 else float("inf"))
 
@@ -201,7 +201,7 @@ class _Path:
     ) -> Outcome:
         """Return the attribution of the path's mean gradient, and how far it is from adding up to the score's rise."""
         attribution = mean * self.difference
-        missing = abs(float(attribution.sum(dtype=torch.float64)) - rise.of_score)
+        missing = rise.missing(attribution)
         return Outcome(attribution, error, missing, missing / abs(rise.of_score) if rise.of_score else None, is_met)
 
 
@@ -215,6 +215,10 @@ class _Rise:
     @classmethod
     def of(cls, start: Reading, end: Reading) -> "_Rise":
         return cls(end.score - start.score, ROUNDING * (abs(start.score) + abs(end.score)))
+
+    def missing(self, attribution: Tensor) -> float:
+        """Return how far an attribution is from adding up to it."""
+        return abs(float(attribution.sum(dtype=torch.float64)) - self.of_score)
 
 
 @functools.lru_cache(maxsize=32)

@@ -105,22 +105,17 @@ class SmoothGrad(Method):
         moments = Moments(example.x)
         limit = self.samples or (self.max_rows - 1) // self._base_rows(example)
         block = BLOCK if self.tolerance or example.is_watched else limit
-        while moments.n < limit:
+        while True:
             yield from self._draw(example, spread, moments, min(block, limit - moments.n))
-            if self._is_met(moments):
+            error = moments.error()
+            is_met = None
+            if self.tolerance is not None:
+                is_met = moments.n >= MIN_DRAWS and error is not None and error <= self.tolerance
+            if is_met or moments.n >= limit:
                 break
-            if example.is_watched and moments.n < limit:
-                yield Improved(self._outcome(moments))
-        return self._outcome(moments)
-
-    def _is_met(self, moments: "Moments") -> bool | None:
-        if self.tolerance is None:
-            return None
-        error = moments.error()
-        return moments.n >= MIN_DRAWS and error is not None and error <= self.tolerance
-
-    def _outcome(self, moments: "Moments") -> Outcome:
-        return Outcome(self._folded(moments), moments.error(), is_met=self._is_met(moments))
+            if example.is_watched:
+                yield Improved(Outcome(self._folded(moments), error, is_met=is_met))
+        return Outcome(self._folded(moments), error, is_met=is_met)
 
     def _draw(self, example: Example, spread: float | Tensor, moments: "Moments", count: int) -> Steps:
         begin = moments.n

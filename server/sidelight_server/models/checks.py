@@ -5,7 +5,7 @@ outputs are compared with outputs.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -54,7 +54,7 @@ def rows_touch(run: Run, example: Tensor, *, in_turn: "InTurn", most: int, dtype
     tolerance = float(torch.finfo(dtype).eps ** (2 / 3) * alone.abs().max())
     for others, place in _COMPANY:
         if others < most:
-            company = _noise(example, others + 1, seed=others)
+            company = noise(example.shape[1:], others + 1, seed=others).to(example)
             company *= torch.linspace(0.5, 2, others + 1).to(company).view(-1, 1, 1, 1)
             company[place] = example[0]
             beside = in_turn(lambda company=company: _forward(run, company))[place]  # type: ignore[misc]
@@ -76,7 +76,8 @@ def gradient_fault(run: Run, example: Tensor, *, in_turn: "InTurn", most: int = 
     """
     ratio, said = _judged(run, example, seed=0, in_turn=in_turn, most=most)
     if ratio > DOUBT:
-        again, _ = _judged(run, _noise(example, 1, seed=100), seed=1, in_turn=in_turn, most=most)
+        another = noise(example.shape[1:], 1, seed=100).to(example)
+        again, _ = _judged(run, another, seed=1, in_turn=in_turn, most=most)
         ratio = (ratio + again) / 2
     return said if ratio > RATIO else ""
 
@@ -149,5 +150,6 @@ def _directions(example: Tensor, *, seed: int) -> Tensor:
     return (0.5 * torch.randn(shape, generator=generator) + smooth).to(example)
 
 
-def _noise(like: Tensor, n: int, *, seed: int) -> Tensor:
-    return torch.rand((n, *like.shape[1:]), generator=torch.Generator().manual_seed(seed)).to(like)
+def noise(shape: Sequence[int], n: int, *, seed: int = 0) -> Tensor:
+    """Return n random inputs of a shape, [n, C, H, W], between 0 and 1."""
+    return torch.rand((n, *shape), generator=torch.Generator().manual_seed(seed))

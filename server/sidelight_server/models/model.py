@@ -31,7 +31,7 @@ from ..methods.method import Shape
 from ..probes import chosen_layer
 from ..replica import Isolation, n_hooks, replicate, weights_dtype
 from ..staging import normalise
-from .checks import gradient_fault, rows_touch
+from .checks import gradient_fault, noise, rows_touch
 from .detection import Detected, NotNumbersError, detect
 from .preprocessing import Preprocessing
 from .spec import ModelSpec
@@ -93,7 +93,7 @@ class Model:
         trial = None
         if self.trial_shape is not None:
             most = spec.batch[1] if spec.batch else 0
-            trial = _noise(self.trial_shape, 1 if most == 1 else 2).to(device, weights_dtype(spec.module))
+            trial = noise(self.trial_shape, 1 if most == 1 else 2).to(device, weights_dtype(spec.module))
         self._isolation = Isolation(owned=None)
         self.gradient_fault = ""  # why no map of gradients can be had; found out where the model is tried
         self._to_find_out = spec if trial is None else None  # on the first rows: there is nothing to try before
@@ -424,7 +424,7 @@ class Model:
     def inputs_like(self, n: int, *, seed: int = 0) -> Tensor:
         """Return n random inputs, [n, C, H, W], for trials."""
         assert self.trial_shape is not None  # noqa: S101
-        return _noise(self.trial_shape, n, seed=seed).to(self.kernel.device, self.kernel.dtype)
+        return noise(self.trial_shape, n, seed=seed).to(self.kernel.device, self.kernel.dtype)
 
     def exact_kernel(self) -> Kernel:
         """Return a kernel of the same module without any option, to compare with."""
@@ -498,10 +498,6 @@ def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [
         (name, each) for name, each in (*module.named_parameters(), *module.named_buffers()) if not each.is_inference()
     ]
-
-
-def _noise(shape: Shape, n: int, *, seed: int = 0) -> Tensor:
-    return torch.rand((n, *shape), generator=torch.Generator().manual_seed(seed))
 
 
 def _trial_shape(spec: ModelSpec) -> Shape | None:

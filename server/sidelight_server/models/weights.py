@@ -32,7 +32,7 @@ class Watch:
         self._is_shared = is_shared
         self._lock = threading.Lock()
         # Held: a tensor that is gone could give its address to the next.
-        self._tensors = _tensors(module)
+        self._tensors = tensors_of(module)
         self._addresses = [address(each) for each in self._tensors]
         self._versions = [_version(each) for each in self._tensors]
         self._words = _words(self._tensors) if is_shared else []
@@ -42,7 +42,7 @@ class Watch:
     def look(self, *, at_values: bool = False) -> Seen:
         """Return the state that the tensors are in now; with their values read, where they are to be."""
         with self._lock:
-            tensors = _tensors(self.module) if self._is_shared else self._tensors
+            tensors = tensors_of(self.module) if self._is_shared else self._tensors
             addresses = [address(each) for each in tensors]
             versions = [_version(each) for each in tensors]
             is_replaced = addresses != self._addresses or any(
@@ -84,7 +84,8 @@ def address(tensor: Tensor) -> int:
         return 0
 
 
-def _tensors(module: nn.Module) -> list[Tensor]:
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Return a module's parameters and buffers."""
     return [*module.parameters(), *module.buffers()]
 
 
