@@ -148,6 +148,65 @@ def test_a_norm_that_also_does_something_else_is_left_alone() -> None:
     assert fold(module, inputs(2)) == 0
 
 
+class NormAct(nn.BatchNorm2d):
+    """As timm's `BatchNormAct2d` has it: a norm, a dropout and an activation in one module."""
+
+    def __init__(self, channels: int, *, reads_first: bool = False) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Dropout(0.5), nn.SiLU()
+        self.reads_first = reads_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.reads_first:
+            x = self.act(x)
+        return self.act(self.drop(super().forward(x)))
+
+
+def with_norm(norm: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    norm.running_mean.uniform_(-0.5, 0.5)
+    norm.running_var.uniform_(0.5, 1.5)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), norm, nn.Flatten(), nn.Linear(8 * 900, 10)).eval()
+
+
+def test_a_norm_with_an_activation_keeps_the_activation() -> None:
+    module = with_norm(NormAct(8)).double()
+    folded, x = copy.deepcopy(module), inputs(2).double()
+    assert fold(folded, x) == 1
+    assert not isinstance(folded[1], nn.BatchNorm2d)
+    torch.testing.assert_close(folded(x), module(x), rtol=0, atol=1e-12)
+
+
+def test_a_norm_that_only_looks_like_one_with_an_activation_is_found_out() -> None:
+    with pytest.raises(ConfigurationError, match=r"fold: .*leave fold unset"):
+        fold(with_norm(NormAct(8, reads_first=True)), inputs(2))
+
+
+def test_a_parametrized_norm_is_folded() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    module = with_norm(nn.BatchNorm2d(8)).double()
+    nn.utils.parametrize.register_parametrization(module[1], "weight", Doubled())
+    folded, x = copy.deepcopy(module), inputs(2).double()
+    assert fold(folded, x) == 1
+    torch.testing.assert_close(folded(x), module(x), rtol=0, atol=1e-12)
+
+
+def test_a_model_that_reads_a_folded_norm_is_refused() -> None:
+    class Reads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution, self.norm, self.last = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.norm(self.convolution(x)).mean((2, 3)) * self.norm.num_features)
+
+    with pytest.raises(ConfigurationError, match=r"fold: .*num_features.*leave fold unset"):
+        fold(Reads().eval(), inputs(2))
+
+
 def test_networks_in_use_are_folded_whole() -> None:
     from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -288,6 +347,14 @@ def test_the_log_says_how_many_norms_were_folded(spec: ModelSpec, caplog: pytest
     caplog.set_level("INFO", "sidelight")
     with Engine([spec], settings("fold")):
         assert 'event=folded model="small" norms=1' in caplog.text
+
+
+def test_where_nothing_is_folded_the_log_warns_and_answers_do_not_name_it(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 900, 10)).eval()
+    with Engine([ModelSpec(module, input_size=(3, 32, 32), name="plain")], settings("fold")) as engine:
+        assert 'event=not_folded model="plain"' in caplog.text
+        assert ask(engine, inputs(2)).provenance.kernel_options == ()
 
 
 @pytest.mark.parametrize("option", ["fold", "compile"])

@@ -44,9 +44,10 @@ def fold(module: nn.Module, inputs: Tensor, *, adapter: Adapter = PLAIN) -> int:
 
 def _replace(module: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
     for first, norm in pairs:
-        _fold_into(module.get_submodule(first), module.get_submodule(norm))
+        folded = module.get_submodule(norm)
+        _fold_into(module.get_submodule(first), folded)
         parent, _, name = norm.rpartition(".")
-        setattr(module.get_submodule(parent), name, nn.Identity())
+        setattr(module.get_submodule(parent), name, _after(folded) or nn.Identity())
 
 
 def _try(module: nn.Module, inputs: Tensor, pairs: Sequence[tuple[str, str]], adapter: Adapter) -> None:
@@ -60,7 +61,12 @@ def _try(module: nn.Module, inputs: Tensor, pairs: Sequence[tuple[str, str]], ad
                 raise
             continue
         _replace(trial, pairs)
-        after = _outputs(trial, converted, adapter)
+        try:
+            after = _outputs(trial, converted, adapter)
+        except AttributeError as error:
+            raise ConfigurationError(
+                f"fold: the model reads an attribute of a BatchNorm that would be folded ({error}); leave fold unset"
+            ) from error
         # In float32 a ReLU at a tie may open: a gradient's few elements move then, and outputs hardly do.
         compared = zip(("outputs", "gradients"), before, after, strict=True)
         for what, was, is_now in list(compared)[: 2 if dtype == torch.float64 else 1]:
@@ -83,7 +89,7 @@ def _pairs(module: nn.Module, inputs: Tensor, adapter: Adapter) -> Iterator[tupl
     def watch(name: str, each: nn.Module) -> None:
         def came(_module: nn.Module, arguments: tuple[object, ...]) -> None:
             calls[name] += 1
-            if arguments and isinstance(arguments[0], Tensor) and type(each) in _NORMS:
+            if arguments and isinstance(arguments[0], Tensor) and _after(each):
                 received.append((name, arguments[0]))
 
         def went(_module: nn.Module, _arguments: object, output: object) -> None:
@@ -93,8 +99,7 @@ def _pairs(module: nn.Module, inputs: Tensor, adapter: Adapter) -> Iterator[tupl
         hooks.extend((each.register_forward_pre_hook(came), each.register_forward_hook(went)))
 
     for name, each in module.named_modules():
-        # A subclass of a norm may do more than normalise; one of a convolution may pad.
-        if type(each) in _NORMS or isinstance(each, (*_CONVOLUTIONS, nn.Linear)):
+        if _after(each) or isinstance(each, (*_CONVOLUTIONS, nn.Linear)):  # one of a convolution's subclass may pad
             watch(name, each)
     try:
         adapter.call(module, inputs.clone())
@@ -105,6 +110,21 @@ def _pairs(module: nn.Module, inputs: Tensor, adapter: Adapter) -> Iterator[tupl
         before = [name for name, other in returned if other is tensor]
         if len(before) == 1 and calls[norm] == calls[before[0]] == 1 and _is_fixed(module.get_submodule(norm)):
             yield before[0], norm
+
+
+def _after(norm: nn.Module) -> nn.Module | None:
+    """Return what a BatchNorm does after it has normalised; None for what is no BatchNorm, or one of an unknown kind.
+
+    A subclass may do anything. The one that is known is timm's `BatchNormAct2d`, a norm, a dropout and an activation:
+    it is recognised by these two attributes, and the trial shows whether it was.
+    """
+    kind = type(norm).__bases__[0] if parametrize.is_parametrized(norm) else type(norm)
+    if kind in _NORMS:
+        return nn.Identity()
+    drop, activation = getattr(norm, "drop", None), getattr(norm, "act", None)
+    if isinstance(norm, _NORMS) and isinstance(drop, nn.Module) and isinstance(activation, nn.Module):
+        return nn.Sequential(drop, activation)
+    return None
 
 
 def _is_fixed(norm: nn.Module) -> bool:

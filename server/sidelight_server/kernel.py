@@ -75,6 +75,8 @@ class Kernel:
         self._replica = Replica(
             self.watch, device=device, options=self.options, adapter=adapter, trial=trial, isolation=isolation
         )
+        if self.options.fold and not self.n_folded:  # an answer must not say what was not done
+            self.options = replace(self.options, fold=False)
         self._hooked_replica: nn.Module | None = None
         self._recordings: Recordings | None = None
         self._copies_inputs: bool | None = None  # not known before the first call

@@ -122,6 +122,9 @@ class Model:
             self._identity = Identity()
         if self.kernel.options.fold:
             log.info(Event("folded", model=self.name, norms=self.kernel.n_folded))
+        elif spec.options.fold:
+            message = "no BatchNorm directly follows a convolution or a linear layer; leave fold unset"
+            log.warning(Event("not_folded", model=self.name, message=message))
         # Pixels are normalised, and floats staged, in no less than float32; a half-precision model rounds after that.
         self._exact = torch.float64 if self.kernel.dtype == torch.float64 else torch.float32
         self.black: Tensor | None = None  # [C, 1, 1], what pixel 0 becomes
