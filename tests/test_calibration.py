@@ -252,3 +252,51 @@ def test_a_server_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_free_memory_is_what_the_machine_has_at_most() -> None:
     assert 0 < calibration.free_memory(torch.device("cpu")) < 1 << 50
+
+
+# What neighbors do to a map.
+
+
+class SteeperInCompany(nn.Module):
+    """Its outputs do not depend on neighbors. Its gradient is larger by a thousandth where there are any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = small_cnn()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x + 1e-3 * (x - x.detach()) if len(x) > 1 else x)
+
+
+def test_what_neighbors_do_to_a_map_is_measured_and_told(device: str, caplog: pytest.LogCaptureFixture) -> None:
+    spec = ModelSpec(SteeperInCompany(), input_size=(3, 32, 32), name="steeper")
+    with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
+        assert client.model().neighbor_difference == pytest.approx(1e-3, rel=0.05)
+    assert 'event=neighbors_differ model="steeper"' in caplog.text
+
+
+def test_rounding_alone_is_no_warning(spec: ModelSpec, device: str, caplog: pytest.LogCaptureFixture) -> None:
+    with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
+        assert client.model().neighbor_difference < 4e-6
+    assert "neighbors_differ" not in caplog.text
+
+
+def test_a_reproducible_model_has_no_neighbors(device: str) -> None:
+    spec = ModelSpec(SteeperInCompany(), input_size=(3, 32, 32))
+    with (
+        sidelight_server.serve(spec, device=device, reproducible=True) as address,
+        sidelight.connect(address) as client,
+    ):
+        assert client.model().neighbor_difference == 0
+
+
+def test_without_an_input_size_it_is_not_measured(device: str) -> None:
+    with sidelight_server.serve(small_cnn(), device=device) as address, sidelight.connect(address) as client:
+        assert client.model().neighbor_difference is None
+
+
+def test_a_server_in_ones_own_process_takes_as_many_threads_as_torch(floats: torch.Tensor) -> None:
+    for threads in (1, 3):
+        torch.set_num_threads(threads)  # the fixture of all tests puts it back
+        with sidelight_server.serve(small_cnn(), device="cpu") as address, sidelight.connect(address) as client:
+            assert client.attribute(floats).provenance.threads == threads

@@ -111,6 +111,7 @@ class ModelInfo:
     preprocessing: Preprocessing | None = None  # None where the input size is not fixed
     canary: str = ""  # "3×224×224:" and the digest of what the model makes of a fixed input of that size
     methods: tuple[str, ...] = ()  # that the model serves, as the schema calls them
+    neighbor_difference: float | None = None  # how far neighbors in a chunk moved a gradient, of its largest element
 
     @classmethod
     def of(cls, message: model_pb2.ModelInfo, *, is_whole: bool = False) -> "ModelInfo":
@@ -138,6 +139,7 @@ class ModelInfo:
             activation=message.activation,
             canary=message.canary,
             methods=tuple(message.methods),
+            neighbor_difference=message.neighbor_difference if message.HasField("neighbor_difference") else None,
         )
 
 

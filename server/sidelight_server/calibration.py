@@ -152,6 +152,25 @@ def same_bytes(model: "Model", rows: int) -> bool:
     return True
 
 
+def neighbor_difference(model: "Model") -> float:
+    """Return how far an example's gradient moves in a full chunk, as a share of its largest element.
+
+    The most of a few random examples. Sums in another order round otherwise, about 1e-6; a rectifier whose input is
+    that near to zero switches, and then a part of the gradient comes or goes.
+    """
+    rows = model.chunk_rows
+    inputs = model.inputs_like(rows)
+    together = model.in_turn(functools.partial(_run, model, inputs)).gradients
+    assert together is not None  # noqa: S101
+    worst = 0.0
+    for place in range(0, rows, max(1, rows // CHECKED_EXAMPLES)):
+        alone = model.in_turn(functools.partial(_run, model, inputs[place : place + 1])).gradients
+        assert alone is not None  # noqa: S101
+        moved, largest = (each.abs().max().double() for each in (together[place] - alone[0], alone[0]))
+        worst = max(worst, float(moved / largest.clamp_min(1e-300)))
+    return worst
+
+
 def _rows_of_memory(model: "Model", limit: int) -> int:
     one, two = (model.in_turn(functools.partial(_bytes, model, rows)) for rows in (1, 2))
     a_row = max(1, two - one)

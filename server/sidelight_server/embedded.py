@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 from torch import nn
 
@@ -23,7 +24,8 @@ def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> 
 
     `model` is a module, a `ModelSpec` or a source; several are given as `models={name: {"model": source, …}}` instead.
     `settings` are those of `Settings`. Neither variables nor a file are read. The module is neither frozen, moved nor
-    switched.
+    switched. Where `threads` is not given, one operation uses as many as torch does in the caller's thread
+    (`torch.get_num_threads()`).
 
     OpenMP is the process's own: where other processes use the same cores, set `GOMP_SPINCOUNT=1000` in the environment
     before torch is imported, as `sidelight-server` does; `dedicated_cpus` has no effect here.
@@ -32,6 +34,8 @@ def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> 
         chosen = Settings(**settings)
     except ValidationError as error:
         raise ConfigurationError(first_fault(error, where="serve()")) from None
+    if not chosen.threads:
+        chosen = chosen.model_copy(update={"threads": torch.get_num_threads()})
     engine = Engine(_offered(model, chosen), chosen)
     if "listen" not in settings:  # the socket lies in a folder of this user's alone
         engine.tell_causes()

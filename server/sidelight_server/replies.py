@@ -109,6 +109,7 @@ def model_info(engine: Engine, entry: Entry, *, whole: bool) -> model_pb2.ModelI
         activation=model.head.activation if model.is_known else "",
         methods=model.methods,
         canary=model.canary,
+        neighbor_difference=model.neighbor_difference,
     )
 
 

@@ -2,12 +2,15 @@
 
 import logging
 
-from .calibration import can_grow, choose_chunk_rows, compare_exact, same_bytes
+from .calibration import can_grow, choose_chunk_rows, compare_exact, neighbor_difference, same_bytes
 from .errors import ConfigurationError
 from .logs import Event
 from .models.model import Model
 
 log = logging.getLogger("sidelight")
+
+# Rounding alone moves a map by at most 4e-6 of its maximum.
+LARGE_DIFFERENCE = 1e-4
 
 
 def limit(model: Model) -> None:
@@ -48,6 +51,7 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
             log.warning(Event("runs_differ", model=model.name, message=said))
     if model.is_tried and not settings.reproducible and not model.rows_touch and model.chunk_rows > 1:
         model.check_company()
+    _measure_neighbors(model)
     if model.is_tried and model.serves_gradients and not model.kernel.options.is_exact and before is None:
         _compare(model)
 
@@ -67,7 +71,21 @@ def measure_again(model: Model) -> None:
     )
     model.chunk_rows, model.warm_up = rows, (*others, *trials)
     if rows != before:
+        _measure_neighbors(model)
         log.info(Event("chunk_rows_grown", model=model.name, before=before, chunk_rows=rows))
+
+
+def _measure_neighbors(model: Model) -> None:
+    """Measure how far neighbors in a chunk move a map, and warn where that is more than rounding."""
+    if not (model.is_tried and model.serves_gradients):
+        return
+    alone = model.settings.reproducible or model.rows_touch or model.chunk_rows == 1
+    model.neighbor_difference = 0.0 if alone else neighbor_difference(model)
+    if model.neighbor_difference > LARGE_DIFFERENCE:
+        message = "maps differ by this share of their maximum with the neighbors in a chunk; reproducible prevents it"
+        log.warning(Event(
+            "neighbors_differ", model=model.name, difference=float(f"{model.neighbor_difference:.1e}"), message=message
+        ))  # fmt: skip
 
 
 def _compare(model: Model) -> None:

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from sidelight.v1 import tensor_pb2 as sidelight_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sidelight/v1/model.proto\x12\x0csidelight.v1\x1a\x19sidelight/v1/tensor.proto\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.sidelight.v1.ModelInfo\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x10GetModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.sidelight.v1.ModelInfo\"\"\n\x12ReloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x13ReloadModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.sidelight.v1.ModelInfo\"\xc9\x03\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.sidelight.v1.ModelState\x12&\n\x05input\x18\x05 \x01(\x0b\x32\x17.sidelight.v1.InputInfo\x12\x13\n\x0b\x63lass_count\x18\x06 \x01(\x03\x12\x0e\n\x06labels\x18\x07 \x03(\t\x12#\n\x06scores\x18\x08 \x03(\x0e\x32\x13.sidelight.v1.Score\x12\x0e\n\x06layers\x18\t \x03(\t\x12\x11\n\tprecision\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x12\n\nchunk_rows\x18\x0c \x01(\x05\x12)\n\x06warmup\x18\r \x03(\x0b\x32\x19.sidelight.v1.WarmupEntry\x12\x14\n\x0creproducible\x18\x0e \x01(\x08\x12\x16\n\x0ekernel_options\x18\x0f \x03(\t\x12\x0c\n\x04\x63\x61ll\x18\x10 \x01(\t\x12\x0f\n\x07outputs\x18\x11 \x01(\t\x12\x12\n\nactivation\x18\x12 \x01(\t\x12\x0e\n\x06\x63\x61nary\x18\x13 \x01(\t\x12\x0f\n\x07methods\x18\x14 \x03(\t\"\xd3\x01\n\tInputInfo\x12\x10\n\x08\x63hannels\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0c\n\x04mean\x18\x04 \x03(\x01\x12\x0b\n\x03std\x18\x05 \x03(\x01\x12\x0e\n\x06resize\x18\x06 \x01(\t\x12\x15\n\rinterpolation\x18\x07 \x01(\t\x12+\n\x0bpixel_range\x18\x08 \x01(\x0b\x32\x16.sidelight.v1.Interval\x12&\n\x06window\x18\t \x01(\x0b\x32\x16.sidelight.v1.Interval\"[\n\x0bWarmupEntry\x12\x15\n\rconfiguration\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x05\x12\x17\n\x0frows_per_second\x18\x03 \x01(\x01\x12\x0e\n\x06\x63hosen\x18\x04 \x01(\x08*s\n\x05Score\x12\x15\n\x11SCORE_UNSPECIFIED\x10\x00\x12\x15\n\x11SCORE_PROBABILITY\x10\x01\x12\x0f\n\x0bSCORE_LOGIT\x10\x02\x12\x19\n\x15SCORE_LOG_PROBABILITY\x10\x03\x12\x10\n\x0cSCORE_MARGIN\x10\x04*\x8d\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x17\n\x13MODEL_STATE_SERVING\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x04\x32\xfe\x01\n\x0cModelService\x12O\n\nListModels\x12\x1f.sidelight.v1.ListModelsRequest\x1a .sidelight.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.sidelight.v1.GetModelRequest\x1a\x1e.sidelight.v1.GetModelResponse\x12R\n\x0bReloadModel\x12 .sidelight.v1.ReloadModelRequest\x1a!.sidelight.v1.ReloadModelResponseB*\n\x0csidelight.v1P\x01Z\x18sidelight/v1;sidelightv1b\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18sidelight/v1/model.proto\x12\x0csidelight.v1\x1a\x19sidelight/v1/tensor.proto\"\x13\n\x11ListModelsRequest\"=\n\x12ListModelsResponse\x12\'\n\x06models\x18\x01 \x03(\x0b\x32\x17.sidelight.v1.ModelInfo\"\x1f\n\x0fGetModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\":\n\x10GetModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.sidelight.v1.ModelInfo\"\"\n\x12ReloadModelRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"=\n\x13ReloadModelResponse\x12&\n\x05model\x18\x01 \x01(\x0b\x32\x17.sidelight.v1.ModelInfo\"\x83\x04\n\tModelInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\'\n\x05state\x18\x04 \x01(\x0e\x32\x18.sidelight.v1.ModelState\x12&\n\x05input\x18\x05 \x01(\x0b\x32\x17.sidelight.v1.InputInfo\x12\x13\n\x0b\x63lass_count\x18\x06 \x01(\x03\x12\x0e\n\x06labels\x18\x07 \x03(\t\x12#\n\x06scores\x18\x08 \x03(\x0e\x32\x13.sidelight.v1.Score\x12\x0e\n\x06layers\x18\t \x03(\t\x12\x11\n\tprecision\x18\n \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x0b \x01(\t\x12\x12\n\nchunk_rows\x18\x0c \x01(\x05\x12)\n\x06warmup\x18\r \x03(\x0b\x32\x19.sidelight.v1.WarmupEntry\x12\x14\n\x0creproducible\x18\x0e \x01(\x08\x12\x16\n\x0ekernel_options\x18\x0f \x03(\t\x12\x0c\n\x04\x63\x61ll\x18\x10 \x01(\t\x12\x0f\n\x07outputs\x18\x11 \x01(\t\x12\x12\n\nactivation\x18\x12 \x01(\t\x12\x0e\n\x06\x63\x61nary\x18\x13 \x01(\t\x12\x0f\n\x07methods\x18\x14 \x03(\t\x12 \n\x13neighbor_difference\x18\x15 \x01(\x01H\x00\x88\x01\x01\x42\x16\n\x14_neighbor_difference\"\xd3\x01\n\tInputInfo\x12\x10\n\x08\x63hannels\x18\x01 \x01(\x05\x12\x0e\n\x06height\x18\x02 \x01(\x05\x12\r\n\x05width\x18\x03 \x01(\x05\x12\x0c\n\x04mean\x18\x04 \x03(\x01\x12\x0b\n\x03std\x18\x05 \x03(\x01\x12\x0e\n\x06resize\x18\x06 \x01(\t\x12\x15\n\rinterpolation\x18\x07 \x01(\t\x12+\n\x0bpixel_range\x18\x08 \x01(\x0b\x32\x16.sidelight.v1.Interval\x12&\n\x06window\x18\t \x01(\x0b\x32\x16.sidelight.v1.Interval\"[\n\x0bWarmupEntry\x12\x15\n\rconfiguration\x18\x01 \x01(\t\x12\x0c\n\x04rows\x18\x02 \x01(\x05\x12\x17\n\x0frows_per_second\x18\x03 \x01(\x01\x12\x0e\n\x06\x63hosen\x18\x04 \x01(\x08*s\n\x05Score\x12\x15\n\x11SCORE_UNSPECIFIED\x10\x00\x12\x15\n\x11SCORE_PROBABILITY\x10\x01\x12\x0f\n\x0bSCORE_LOGIT\x10\x02\x12\x19\n\x15SCORE_LOG_PROBABILITY\x10\x03\x12\x10\n\x0cSCORE_MARGIN\x10\x04*\x8d\x01\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x17\n\x13MODEL_STATE_SERVING\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03\x12\x18\n\x14MODEL_STATE_UNLOADED\x10\x04\x32\xfe\x01\n\x0cModelService\x12O\n\nListModels\x12\x1f.sidelight.v1.ListModelsRequest\x1a .sidelight.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.sidelight.v1.GetModelRequest\x1a\x1e.sidelight.v1.GetModelResponse\x12R\n\x0bReloadModel\x12 .sidelight.v1.ReloadModelRequest\x1a!.sidelight.v1.ReloadModelResponseB*\n\x0csidelight.v1P\x01Z\x18sidelight/v1;sidelightv1b\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,10 +33,10 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'sidelight.v1.model_pb2', _g
 if not _descriptor._USE_C_DESCRIPTORS:
   _globals['DESCRIPTOR']._loaded_options = None
   _globals['DESCRIPTOR']._serialized_options = b'\n\014sidelight.v1P\001Z\030sidelight/v1;sidelightv1'
-  _globals['_SCORE']._serialized_start=1112
-  _globals['_SCORE']._serialized_end=1227
-  _globals['_MODELSTATE']._serialized_start=1230
-  _globals['_MODELSTATE']._serialized_end=1371
+  _globals['_SCORE']._serialized_start=1170
+  _globals['_SCORE']._serialized_end=1285
+  _globals['_MODELSTATE']._serialized_start=1288
+  _globals['_MODELSTATE']._serialized_end=1429
   _globals['_LISTMODELSREQUEST']._serialized_start=69
   _globals['_LISTMODELSREQUEST']._serialized_end=88
   _globals['_LISTMODELSRESPONSE']._serialized_start=90
@@ -50,11 +50,11 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_RELOADMODELRESPONSE']._serialized_start=282
   _globals['_RELOADMODELRESPONSE']._serialized_end=343
   _globals['_MODELINFO']._serialized_start=346
-  _globals['_MODELINFO']._serialized_end=803
-  _globals['_INPUTINFO']._serialized_start=806
-  _globals['_INPUTINFO']._serialized_end=1017
-  _globals['_WARMUPENTRY']._serialized_start=1019
-  _globals['_WARMUPENTRY']._serialized_end=1110
-  _globals['_MODELSERVICE']._serialized_start=1374
-  _globals['_MODELSERVICE']._serialized_end=1628
+  _globals['_MODELINFO']._serialized_end=861
+  _globals['_INPUTINFO']._serialized_start=864
+  _globals['_INPUTINFO']._serialized_end=1075
+  _globals['_WARMUPENTRY']._serialized_start=1077
+  _globals['_WARMUPENTRY']._serialized_end=1168
+  _globals['_MODELSERVICE']._serialized_start=1432
+  _globals['_MODELSERVICE']._serialized_end=1686
 # @@protoc_insertion_point(module_scope)

@@ -220,6 +220,7 @@ class ModelInfo(google.protobuf.message.Message):
     ACTIVATION_FIELD_NUMBER: builtins.int
     CANARY_FIELD_NUMBER: builtins.int
     METHODS_FIELD_NUMBER: builtins.int
+    NEIGHBOR_DIFFERENCE_FIELD_NUMBER: builtins.int
     name: builtins.str
     """name is what requests call the model."""
     version: builtins.int
@@ -254,6 +255,12 @@ class ModelInfo(google.protobuf.message.Message):
     input. That has the input size, or the size that the model was tried with, which stands before the digest:
     "3×224×224:". It is taken when the model first runs and when its weights have changed. Comparable on one machine, with
     equal software, device and threads. Empty before, where there is no such size, and where two runs differ.
+    """
+    neighbor_difference: builtins.float
+    """neighbor_difference is how far an example's gradient moved, as a share of its largest element, when it shared a chunk
+    with others: the most of a few random inputs, measured when the model was loaded or its chunks grew. About 1e-6 as a
+    rule; more where a rectifier's input is so near to zero that another rounding switches it. 0 where the model is
+    reproducible or rows run alone. Unset where it was not measured.
     """
     @property
     def input(self) -> global___InputInfo:
@@ -312,9 +319,11 @@ class ModelInfo(google.protobuf.message.Message):
         activation: builtins.str = ...,
         canary: builtins.str = ...,
         methods: collections.abc.Iterable[builtins.str] | None = ...,
+        neighbor_difference: builtins.float | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["input", b"input"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["activation", b"activation", "call", b"call", "canary", b"canary", "chunk_rows", b"chunk_rows", "class_count", b"class_count", "device", b"device", "digest", b"digest", "input", b"input", "kernel_options", b"kernel_options", "labels", b"labels", "layers", b"layers", "methods", b"methods", "name", b"name", "outputs", b"outputs", "precision", b"precision", "reproducible", b"reproducible", "scores", b"scores", "state", b"state", "version", b"version", "warmup", b"warmup"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_neighbor_difference", b"_neighbor_difference", "input", b"input", "neighbor_difference", b"neighbor_difference"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_neighbor_difference", b"_neighbor_difference", "activation", b"activation", "call", b"call", "canary", b"canary", "chunk_rows", b"chunk_rows", "class_count", b"class_count", "device", b"device", "digest", b"digest", "input", b"input", "kernel_options", b"kernel_options", "labels", b"labels", "layers", b"layers", "methods", b"methods", "name", b"name", "neighbor_difference", b"neighbor_difference", "outputs", b"outputs", "precision", b"precision", "reproducible", b"reproducible", "scores", b"scores", "state", b"state", "version", b"version", "warmup", b"warmup"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_neighbor_difference", b"_neighbor_difference"]) -> typing.Literal["neighbor_difference"] | None: ...
 
 global___ModelInfo = ModelInfo
 

@@ -89,6 +89,7 @@ class Model:
         self.padded_rows = 0  # how many rows a chunk is filled up to, for the same bytes in every company
         self.warm_up: tuple[Trial, ...] = ()
         self.is_measured = False  # whether the size of its chunks was measured, and may grow when it is measured again
+        self.neighbor_difference: float | None = None  # see `calibration`; None: not measured
         self._names = [name for name, _ in spec.module.named_modules() if name]
         trial = None
         if self.trial_shape is not None:
