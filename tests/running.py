@@ -34,9 +34,9 @@ class Running:
     def until_all_permits_are_back(self) -> None:
         """Take all the bytes there are, which waits until no request holds any, and give them back."""
         admission, n_bytes = self.server.explainer.admission, self.engine.settings.max_in_flight_bytes
-        self.run(admission.acquire(n_bytes))
+        permit = self.run(admission.acquire(n_bytes))
         assert admission.n_requests == 1
-        self.loop.call_soon_threadsafe(admission.release, n_bytes)
+        self.loop.call_soon_threadsafe(admission.release, permit)
         assert self.engine.n_unanswered == 0
 
 

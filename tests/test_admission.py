@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sidelight_server.admission import Admission
+from sidelight_server.admission import Admission, Permit
 from sidelight_server.errors import ResourceExhausted
 
 
@@ -32,9 +32,9 @@ def held(admission: Admission) -> tuple[int, int]:
 
 def test_a_permit_is_held_inside_and_given_back_outside() -> None:
     admission = Admission(max_requests=2, max_bytes=100)
-    with admission.enter(60):
+    with admission.enter(60, "a"):
         assert held(admission) == (1, 60)
-        with admission.enter(40):
+        with admission.enter(40, "b"):
             assert held(admission) == (2, 100)
         assert held(admission) == (1, 60)
     assert held(admission) == (0, 0)
@@ -79,67 +79,150 @@ async def test_what_can_never_fit_is_refused_at_once() -> None:
 @on_a_loop
 async def test_all_there_is_can_be_had_by_one() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
-    await admission.acquire(100)
+    permit = await admission.acquire(100)
     assert held(admission) == (1, 100)
-    admission.release(100)
+    admission.release(permit)
     assert held(admission) == (0, 0)
 
 
 @on_a_loop
 async def test_those_who_wait_are_served_in_order() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
-    await admission.acquire(1)
-    came: list[int] = []
+    permits = [await admission.acquire(1)]
 
-    async def wait(n: int) -> None:
-        await admission.acquire(1)
-        came.append(n)
+    async def wait() -> None:
+        permits.append(await admission.acquire(1))
 
-    waiting = [asyncio.create_task(wait(n)) for n in range(4)]
+    waiting = [asyncio.create_task(wait()) for _ in range(4)]
     await settle()
-    assert came == []
+    assert len(permits) == 1
     for n in range(4):
-        admission.release(1)
+        admission.release(permits[n])
         await settle()
-        assert came == list(range(n + 1))
+        assert [each.done() for each in waiting] == [place <= n for place in range(4)]
         assert held(admission) == (1, 1)
-    await asyncio.gather(*waiting)
-    admission.release(1)
+    admission.release(permits[4])
     assert held(admission) == (0, 0)
 
 
 @on_a_loop
-async def test_a_small_one_does_not_overtake_a_large_one_that_waits() -> None:
-    """Or else a stream of small batches would starve a large one."""
+async def test_what_is_not_small_does_not_overtake_a_large_one_that_waits() -> None:
+    """Or else a stream of smaller batches would starve a large one."""
     admission = Admission(max_requests=10, max_bytes=100)
-    await admission.acquire(60)
-    large = asyncio.create_task(admission.acquire(80))
+    permit = await admission.acquire(60, "a")
+    large = asyncio.create_task(admission.acquire(80, "b"))
     await settle()
-    small = asyncio.create_task(admission.acquire(10))
+    smaller = asyncio.create_task(admission.acquire(10, "c"))
     await settle()
-    assert not small.done()
-    with pytest.raises(ResourceExhausted), admission.enter(10):
+    assert not smaller.done()
+    with pytest.raises(ResourceExhausted), admission.enter(10, "d"):
         pytest.fail("it went before those who wait")
-    admission.release(60)
+    admission.release(permit)
     await settle()
     assert large.done()
-    assert small.done()
+    assert smaller.done()
     assert held(admission) == (2, 90)
+
+
+@on_a_loop
+async def test_small_ones_pass_a_large_one_that_waits_and_do_not_hold_it_up() -> None:
+    admission = Admission(max_requests=100, max_bytes=6400)  # small: 100; kept for those: 400
+    permit = await admission.acquire(5000, "a")
+    large = asyncio.create_task(admission.acquire(6400, "b"))
+    await settle()
+    passing = [await admission.acquire(100, caller) for caller in "cdef"]
+    with pytest.raises(ResourceExhausted), admission.enter(1, "g"):
+        pytest.fail("the reserve is full")
+    assert held(admission) == (5, 5400)
+    admission.release(permit)
+    await large
+    assert held(admission) == (5, 6800)
+    for each in (*passing, large.result()):
+        admission.release(each)
+    assert held(admission) == (0, 0)
 
 
 @on_a_loop
 async def test_one_release_may_serve_many() -> None:
     admission = Admission(max_requests=10, max_bytes=100)
-    await admission.acquire(100)
-    waiting = [asyncio.create_task(admission.acquire(30)) for _ in range(4)]
+    permit = await admission.acquire(100, "a")
+    waiting = [asyncio.create_task(admission.acquire(30, caller)) for caller in "bcde"]
     await settle()
-    admission.release(100)
+    admission.release(permit)
     await settle()
     assert [each.done() for each in waiting] == [True, True, True, False]
     assert held(admission) == (3, 90)
-    admission.release(30)
+    admission.release(waiting[0].result())
     await waiting[3]
     assert held(admission) == (3, 90)
+
+
+@pytest.mark.parametrize("max_requests", range(1, 40))
+def test_a_caller_alone_leaves_room_for_others(max_requests: int) -> None:
+    """At most about three quarters, and all where there are only one or two."""
+    admission = Admission(max_requests=max_requests, max_bytes=10**6)
+    n = 0
+    while admission.take(1, "flood"):
+        n += 1
+    assert n // 3 <= max_requests - n
+    assert (n + 1) // 3 > max_requests - n - 1
+    others = range(max_requests - n)
+    assert all(admission.take(1, f"other {each}") for each in others)
+
+
+def test_bytes_are_shared_out_as_permits_are() -> None:
+    admission = Admission(max_requests=1000, max_bytes=1000)
+    while admission.take(20, "flood"):
+        pass
+    assert admission.n_bytes == 740  # and 20 more would leave less than a third of them
+    assert admission.take(200, "other")
+
+
+def test_rows_of_one_caller_are_bounded_but_for_its_first_request() -> None:
+    admission = Admission(max_requests=10, max_bytes=100, max_caller_rows=100)
+    with admission.enter(1, "a", n_rows=1000):
+        with pytest.raises(ResourceExhausted, match="max_caller_rows 100") as caught, admission.enter(1, "a", n_rows=1):
+            pytest.fail("there were rows enough")
+        assert caught.value.retry_delay_s
+        with admission.enter(1, "b", n_rows=60), admission.enter(1, "b", n_rows=40):
+            assert admission.take(1, "b", n_rows=1) is None
+    with admission.enter(1, "a", n_rows=100):
+        assert admission.n_requests == 1
+
+
+@on_a_loop
+async def test_callers_wait_in_turn_however_many_requests_one_has() -> None:
+    admission = Admission(max_requests=1, max_bytes=100)
+    permit = await admission.acquire(1, "first")
+    came: list[str] = []
+
+    async def wait(caller: str) -> None:
+        permit = await admission.acquire(1, caller)
+        came.append(caller)
+        await asyncio.sleep(0)
+        admission.release(permit)
+
+    flood = [asyncio.create_task(wait("flood")) for _ in range(50)]
+    await settle()
+    good = [asyncio.create_task(wait("good")) for _ in range(2)]
+    await settle()
+    admission.release(permit)
+    await asyncio.gather(*flood, *good)
+    assert came[:5] == ["flood", "good", "flood", "good", "flood"]
+    assert held(admission) == (0, 0)
+
+
+@on_a_loop
+async def test_one_who_waits_for_its_own_share_holds_up_nobody() -> None:
+    admission = Admission(max_requests=8, max_bytes=100)
+    permits = [await admission.acquire(1, "flood") for _ in range(6)]
+    waiting = asyncio.create_task(admission.acquire(1, "flood"))
+    await settle()
+    assert not waiting.done()
+    with admission.enter(1, "other"), admission.enter(1, "another"):
+        assert not waiting.done()
+    admission.release(permits[0])
+    await waiting
 
 
 @on_a_loop
@@ -155,14 +238,14 @@ async def test_one_who_leaves_before_waiting_takes_nothing() -> None:
 @on_a_loop
 async def test_one_who_leaves_while_waiting_takes_nothing() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
-    await admission.acquire(1)
+    permit = await admission.acquire(1)
     leaving, staying = (asyncio.create_task(admission.acquire(1)) for _ in range(2))
     await settle()
     leaving.cancel()
     await settle()
     assert leaving.cancelled()
     assert held(admission) == (1, 1)
-    admission.release(1)
+    admission.release(permit)
     await staying
     assert held(admission) == (1, 1)
 
@@ -171,10 +254,10 @@ async def test_one_who_leaves_while_waiting_takes_nothing() -> None:
 async def test_one_who_leaves_in_the_moment_of_the_turn_passes_it_on() -> None:
     """The permit was taken, and the task that was to get it is cancelled before it runs."""
     admission = Admission(max_requests=1, max_bytes=100)
-    await admission.acquire(1)
+    permit = await admission.acquire(1)
     leaving, staying = (asyncio.create_task(admission.acquire(1)) for _ in range(2))
     await settle()
-    admission.release(1)
+    admission.release(permit)
     leaving.cancel()
     await settle()
     assert leaving.cancelled()
@@ -186,11 +269,11 @@ async def test_one_who_leaves_in_the_moment_of_the_turn_passes_it_on() -> None:
 async def test_one_who_leaves_just_before_the_turn_passes_it_on() -> None:
     """The waiting task is cancelled, and the permit comes free before it has noticed."""
     admission = Admission(max_requests=1, max_bytes=100)
-    await admission.acquire(1)
+    permit = await admission.acquire(1)
     leaving, staying = (asyncio.create_task(admission.acquire(1)) for _ in range(2))
     await settle()
     leaving.cancel()
-    admission.release(1)
+    admission.release(permit)
     await settle()
     assert leaving.cancelled()
     assert staying.done()
@@ -200,10 +283,10 @@ async def test_one_who_leaves_just_before_the_turn_passes_it_on() -> None:
 @on_a_loop
 async def test_a_large_one_who_leaves_makes_way_for_small_ones() -> None:
     admission = Admission(max_requests=10, max_bytes=100)
-    await admission.acquire(60)
-    large = asyncio.create_task(admission.acquire(80))
+    await admission.acquire(60, "a")
+    large = asyncio.create_task(admission.acquire(80, "b"))
     await settle()
-    small = asyncio.create_task(admission.acquire(40))
+    small = asyncio.create_task(admission.acquire(40, "c"))
     await settle()
     large.cancel()
     await settle()
@@ -222,37 +305,46 @@ async def test_a_time_limit_on_waiting_takes_nothing() -> None:
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["acquire", "acquire", "release", "cancel", "settle"]), st.integers(1, 10)), max_size=40
+    st.tuples(
+        st.sampled_from(["acquire", "acquire", "take", "release", "cancel", "settle"]),
+        st.integers(1, 120),
+        st.sampled_from("abc"),
+    ),
+    max_size=40,
 )
 
 
 @settings(deadline=None)
 @given(steps=STEPS)
-def test_no_permit_is_lost_or_given_twice(steps: list[tuple[str, int]]) -> None:
+def test_no_permit_is_lost_or_given_twice(steps: list[tuple[str, int, str]]) -> None:
     async def play() -> None:
-        admission = Admission(max_requests=3, max_bytes=12)
-        waiting: list[tuple[int, asyncio.Task[None]]] = []
-        for step, size in steps:
+        admission = Admission(max_requests=5, max_bytes=128)  # small: 2; kept for those: 8
+        waiting: list[asyncio.Task[Permit]] = []
+        permits: list[Permit] = []
+        for step, size, caller in steps:
             match step:
                 case "acquire":
-                    waiting.append((size, asyncio.create_task(admission.acquire(size))))
-                case "release":
-                    holder = next((each for each in waiting if each[1].done() and not each[1].cancelled()), None)
-                    if holder is not None:
-                        waiting.remove(holder)
-                        admission.release(holder[0])
+                    waiting.append(asyncio.create_task(admission.acquire(max(1, size // 10), caller)))
+                case "take":
+                    if permit := admission.take(size, caller):
+                        permits.append(permit)
+                case "release" if permits:
+                    admission.release(permits.pop(size % len(permits)))
                 case "cancel" if waiting:
-                    waiting[size % len(waiting)][1].cancel()
+                    waiting[size % len(waiting)].cancel()
                 case "settle":
                     await settle()
-            assert 0 <= admission.n_requests <= 3
-            assert 0 <= admission.n_bytes <= 12
-        await settle()
-        for size, task in waiting:  # in order: each release serves those who came next
+            permits += [each.result() for each in waiting if each.done() and not each.cancelled()]
+            waiting = [each for each in waiting if not each.done()]
+            assert 0 <= admission.n_requests <= 5
+            assert 0 <= admission.n_bytes <= 128 + 8
+        while permits or waiting:
             await settle()
-            assert task.done(), "someone waits though there is room"
-            if not task.cancelled():
-                admission.release(size)
+            permits += [each.result() for each in waiting if each.done() and not each.cancelled()]
+            waiting = [each for each in waiting if not each.done()]
+            assert permits or not waiting, "someone waits though there is room"
+            if permits:
+                admission.release(permits.pop())
         assert held(admission) == (0, 0)
 
     asyncio.run(play())

@@ -377,12 +377,12 @@ def test_a_peer_is_a_host(peer: str) -> None:
 
 
 def test_each_host_has_streams_of_its_own() -> None:
-    peers = Peers(max_streams=1)
-    with peers.stream("ipv4:10.0.0.1:1"), peers.stream("ipv4:10.0.0.2:1"):
-        with pytest.raises(sidelight_server.SidelightError) as caught, peers.stream("ipv4:10.0.0.1:2"):
+    peers = Peers("streams", each=1)
+    with peers.opens("ipv4:10.0.0.1:1"), peers.opens("ipv4:10.0.0.2:1"):
+        with pytest.raises(sidelight_server.SidelightError) as caught, peers.opens("ipv4:10.0.0.1:2"):
             pass
         assert caught.value.code == Status.RESOURCE_EXHAUSTED.value[0]
-    with peers.stream("ipv4:10.0.0.1:3"):
+    with peers.opens("ipv4:10.0.0.1:3"):
         pass
 
 

@@ -97,6 +97,7 @@ FLAGS = {
     "max_image_pixels": (["--max-image-pixels", "100"], 100),
     "max_in_flight": (["--max-in-flight", "7"], 7),
     "max_in_flight_bytes": (["--max-in-flight-bytes", "5000"], 5000),
+    "max_caller_rows": (["--max-caller-rows", "500"], 500),
     "max_stream_in_flight": (["--max-stream-in-flight", "2"], 2),
     "max_stream_age_s": (["--max-stream-age-s", "60"], 60.0),
     "stalled_write_s": (["--stalled-write-s", "5"], 5.0),

@@ -522,7 +522,7 @@ def test_batches_whose_caller_goes_while_they_wait_are_all_counted(tmp_path: Pat
     with one_slot as (gate, server), Conversation(server.channel) as stream:
         passages, have_come = server.server.explainer.passages, queue.SimpleQueue()
         begin = passages.begin
-        passages.begin = lambda *of: have_come.put(passage := begin(*of)) or passage
+        passages.begin = lambda *of, **by: have_come.put(passage := begin(*of, **by)) or passage
         stream.send(attribute("running", floats(1)))
         assert gate.reached.wait(TIMEOUT_S)
         stream.send(attribute("waiting", floats(1)), attribute("behind", floats(1)))

@@ -2,7 +2,7 @@
 
 import hashlib
 import hmac
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +11,9 @@ import grpc
 from .config import Settings
 from .counts import Counts
 from .errors import ConfigurationError, PermissionDenied, SidelightError, Unauthenticated
+from .peers import host_of
 from .secret_files import SecretFiles, read_secret
-from .status import refusing
+from .status import Context, refusing
 
 # What probes call, which have no token; nothing but "serving" or "not" is told. Everything else needs one.
 OPEN = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
@@ -87,7 +88,7 @@ class Authorization(grpc.aio.ServerInterceptor):
         is_admin_call = details.method in ADMIN
         if details.method in OPEN or not (self._users or (self._admins and is_admin_call)):
             return None
-        token = _token(details)
+        token = _token(details.invocation_metadata)
         if token is None:
             return Unauthenticated('authorization: none; this server wants "Bearer" and a token')
         is_admin = self._admins is not None and token in self._admins
@@ -99,9 +100,29 @@ class Authorization(grpc.aio.ServerInterceptor):
         return Unauthenticated("authorization: the token is none of this server's")
 
 
-def _token(details: grpc.HandlerCallDetails) -> str | None:
+class Callers:
+    """Names those whose shares are counted apart: by token, else by certificate, else by host.
+
+    What anybody can make up is no name: a token counts only where calls need one, a certificate where an authority has
+    signed it. Callers over UNIX sockets who show neither are one.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._by_token = settings.tokens is not None
+        self._by_certificate = settings.tls_client_ca is not None
+
+    def of(self, context: Context) -> str:
+        """Return the name of who makes a call."""
+        if self._by_token and (token := _token(context.invocation_metadata())):
+            return "token:" + _digest(token.encode()).hex()
+        if self._by_certificate and (subject := context.auth_context().get("x509_subject")):
+            return "certificate:" + b",".join(subject).decode(errors="replace")
+        return host_of(context.peer())
+
+
+def _token(metadata: Iterable[tuple[str, Any]] | None) -> str | None:
     """Return the token that a call brought; None where it brought none, or two."""
-    headers = [value for key, value in details.invocation_metadata or () if key == "authorization"]
+    headers = [value for key, value in metadata or () if key == "authorization"]
     if len(headers) != 1 or not isinstance(headers[0], str) or not headers[0].lower().startswith(_SCHEME):
         return None
     return headers[0][len(_SCHEME) :].strip() or None

@@ -188,6 +188,11 @@ class Settings(ModelSettings):
     max_message_bytes: int = Field(64 * MEBIBYTE, ge=4096, le=2**31 - 1, description="bytes of a message, each way")
     max_in_flight: int = Field(256, ge=1, description="batches at work at once, over all callers")
     max_in_flight_bytes: int = Field(1024 * MEBIBYTE, ge=4096, description="bytes of those batches and their answers")
+    max_caller_rows: int = Field(
+        1_000_000,
+        ge=0,
+        description="rows that several batches of one caller at work may take together; 0: no limit",
+    )
     max_stream_in_flight: int = Field(32, ge=1, description="unanswered batches of one stream; reading pauses there")
     max_peer_streams: int = Field(
         0, ge=0, description="streams of one host at once; callers over UNIX sockets count as one; 0: no limit"

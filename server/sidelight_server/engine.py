@@ -18,7 +18,7 @@ from typing import Self
 import numpy as np
 import torch
 
-from .attribution import Answer, Provenance, Request, Timing
+from .attribution import Answer, Provenance, Request, Timing, TopK
 from .config import ModelSettings, Settings
 from .device import choose_devices, cpu_quota, make_deterministic
 from .errors import SidelightError, Unavailable
@@ -174,6 +174,12 @@ class Engine:
         n = 0 if request.method.is_one_row else min(shape[0], EXAMPLES_IN_PROGRESS * model.chunk_rows)
         tensor_bytes = math.prod(input_shape(model, request.images)) * model.kernel.dtype.itemsize
         return math.prod(shape) * BYTES_OF_FLOAT32, n * TENSORS_IN_PROGRESS * tensor_bytes
+
+    def most_rows(self, request: Request, version: Version) -> int:
+        """Return how many rows a request may take."""
+        model, target = version[0], request.target
+        rows = request.method.rows(input_shape(model, request.images))
+        return maps_shape(model, request)[0] * rows * (target.k if isinstance(target, TopK) else 1)
 
     async def attribute(
         self,

@@ -14,7 +14,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
 from . import replies, wire
-from .admission import Admission
+from .admission import Admission, Permit
 from .attribution import Answer, Files, Request
 from .device import is_out_of_memory
 from .digests import Hashing
@@ -43,6 +43,7 @@ class Inquiry:
     request: Request
     version: Version  # of its model: that which served when it came
     n_bytes: int
+    n_rows: int  # that it may take, at most
     deadline_s: float | None  # on the event loop's clock
     source: Span | None  # where the images are, if not in the message
     sink: Span | None  # where the maps go, if not into the answer
@@ -63,7 +64,11 @@ class Explainer:
         self._engine = engine
         self.passages = passages or Passages()
         self._limit_bytes = settings.max_message_bytes
-        self.admission = Admission(max_requests=settings.max_in_flight, max_bytes=settings.max_in_flight_bytes)
+        self.admission = Admission(
+            max_requests=settings.max_in_flight,
+            max_bytes=settings.max_in_flight_bytes,
+            max_caller_rows=settings.max_caller_rows,
+        )
 
     @functools.cached_property
     def _of_models(self) -> dict[str, Admission]:
@@ -100,6 +105,7 @@ class Explainer:
             version = await self._ready(request.model, deadline_s)
             passage.model, passage.method = version[0].name, request.method.name
             answer_bytes, state_bytes = self._engine.held_bytes(request, version)
+            n_rows = self._engine.most_rows(request, version)
             maps_bytes = answer_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32
             source = _source(message.images, regions)
             sink = _sink(message.output, maps_bytes, regions)
@@ -110,6 +116,7 @@ class Explainer:
             request=request,
             version=version,
             n_bytes=n_bytes + (source.n_bytes if source else 0) + answer_bytes + state_bytes,
+            n_rows=n_rows,
             deadline_s=deadline_s,
             source=source,
             sink=sink,
@@ -123,16 +130,15 @@ class Explainer:
         """Take a permit, which is given back when it is closed. `ResourceExhausted` where there is none now."""
         with contextlib.ExitStack() as permit:
             for admission in self._admissions(inquiry):
-                permit.enter_context(admission.enter(inquiry.n_bytes))
+                permit.enter_context(admission.enter(inquiry.n_bytes, inquiry.passage.caller, n_rows=inquiry.n_rows))
             return permit.pop_all()
 
     async def admit(self, inquiry: Inquiry) -> contextlib.ExitStack:
         """Wait for a permit and take it. It is given back when it is closed."""
         with contextlib.ExitStack() as permit:
             for admission in self._admissions(inquiry):
-                if not admission.take(inquiry.n_bytes):
-                    await self._waited(admission, inquiry)
-                permit.callback(admission.release, inquiry.n_bytes)
+                taken = admission.take(inquiry.n_bytes, inquiry.passage.caller, n_rows=inquiry.n_rows)
+                permit.callback(admission.release, taken or await self._waited(admission, inquiry))
             return permit.pop_all()
 
     def _admissions(self, inquiry: Inquiry) -> Iterator[Admission]:
@@ -141,10 +147,10 @@ class Explainer:
             yield own
         yield self.admission
 
-    async def _waited(self, admission: Admission, inquiry: Inquiry) -> None:
+    async def _waited(self, admission: Admission, inquiry: Inquiry) -> Permit:
         try:
             async with asyncio.timeout_at(inquiry.deadline_s):
-                await admission.acquire(inquiry.n_bytes)
+                return await admission.acquire(inquiry.n_bytes, inquiry.passage.caller, n_rows=inquiry.n_rows)
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed while the server was full") from None
 

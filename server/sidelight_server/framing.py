@@ -1,6 +1,6 @@
 """The framing: calls whose messages are read and written as `frames` does, and a word for those that cannot be read."""
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -62,15 +62,9 @@ def _guarded(handler: "Handler") -> "Handler":
             await abort(context, request)
         return await behaviour(request, context)
 
-    async def tell(request: Any, context: Context) -> AsyncIterator[Any]:
-        if isinstance(request, SidelightError):
-            await abort(context, request)
-        async for each in behaviour(request, context):
-            yield each
-
     coders = {"request_deserializer": decode, "response_serializer": handler.response_serializer}
     if handler.unary_unary:
         return grpc.unary_unary_rpc_method_handler(answer, **coders)
     if handler.unary_stream:
-        return grpc.unary_stream_rpc_method_handler(tell, **coders)
+        return grpc.unary_stream_rpc_method_handler(answer, **coders)
     return grpc.stream_stream_rpc_method_handler(talk, **coders)

@@ -6,7 +6,7 @@ and a version of it is loaded: a lazy one not before somebody has asked for it.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,8 +15,9 @@ from sidelight.v1 import attribution_pb2, model_pb2
 
 from .counts import Counts
 from .engine import Engine
-from .errors import Unavailable
-from .status import Context, refusing
+from .errors import ResourceExhausted, Unavailable
+from .peers import Peers
+from .status import Context, abort, refusing
 
 SERVICES = (
     attribution_pb2.DESCRIPTOR.services_by_name["AttributionService"].full_name,
@@ -25,6 +26,8 @@ SERVICES = (
 MODEL = "model/"  # before a model's name: it could be that of a service
 OPEN = ("/grpc.health.v1.", "/grpc.reflection.")  # calls that are answered before the server is ready
 RETRY_DELAY_S = 1.0
+MAX_PEER_WATCHES = 64  # open at once, of one host
+MAX_WATCHES = 1024
 
 _Status = health_pb2.HealthCheckResponse
 if TYPE_CHECKING:
@@ -40,6 +43,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its packa
     def __init__(self) -> None:
         self._statuses: dict[str, int] = {}
         self._watchers: set[asyncio.Event] = set()
+        self._peers = Peers("Watches", each=MAX_PEER_WATCHES, all_=MAX_WATCHES)
         self._is_closed = False
 
     def set(self, statuses: Mapping[str, bool]) -> None:
@@ -61,18 +65,26 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its packa
             await context.abort(grpc.StatusCode.NOT_FOUND, 'service: unknown; expected "", a service, or model/NAME')
         return _Status(status=status)
 
-    async def Watch(self, request: Any, context: Context) -> AsyncIterator[Any]:  # noqa: N802
-        """Yield the status of a name, and again whenever it has changed."""
+    # The generated stub knows only handlers that yield: of one that writes, `finally` runs as soon as the caller goes.
+    async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802
+        """Write the status of a name, and again whenever it has changed."""
+        try:
+            with self._peers.opens(context.peer()):
+                await self._watch(request.service, context)
+        except ResourceExhausted as error:
+            await abort(context, error)
+
+    async def _watch(self, name: str, context: Context) -> None:
         told: int | None = None
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
             while True:
                 changed.clear()
-                status = self._statuses.get(request.service, _Status.SERVICE_UNKNOWN)
+                status = self._statuses.get(name, _Status.SERVICE_UNKNOWN)
                 if status != told:
                     told = status
-                    yield _Status(status=status)
+                    await context.write(_Status(status=status))
                 elif self._is_closed:
                     return
                 else:

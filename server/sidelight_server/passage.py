@@ -24,6 +24,7 @@ class Passage:
 
     call: str
     arrived_s: float
+    caller: str = ""  # with whom its share is counted: see `Callers`
     id: str = ""  # the caller's name for it, at most 128 bytes
     model: str = ""  # the server's own name of it; empty until it is found
     method: str = ""

@@ -22,9 +22,9 @@ class Passages:
         self.counts = Counts()
         self._tracing = tracing
 
-    def begin(self, call: str, headers: Headers) -> Passage:
+    def begin(self, call: str, headers: Headers, *, caller: str = "") -> Passage:
         """Return the passage of a batch that has come. The call's headers say of which trace it is a part."""
-        passage = Passage(call, time.monotonic())
+        passage = Passage(call, time.monotonic(), caller)
         if self._tracing:
             self._tracing.begin(passage, headers() or ())
         return passage

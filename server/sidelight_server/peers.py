@@ -1,4 +1,4 @@
-"""Peers: how many streams each has open. A peer is the host that calls; callers over UNIX sockets are one together."""
+"""Peers: how much each has open. A peer is the host that calls; callers over UNIX sockets are one together."""
 
 import contextlib
 from collections import Counter
@@ -10,29 +10,36 @@ RETRY_DELAY_S = 1.0
 
 
 class Peers:
-    """The streams of each peer, bounded. It belongs to one event loop."""
+    """Calls of one kind that each peer has open, bounded. It belongs to one event loop.
 
-    def __init__(self, *, max_streams: int) -> None:
-        """Without `max_streams`, 0, there is no bound."""
-        self._max_streams = max_streams
-        self._n_streams: Counter[str] = Counter()
+    `what` says what they are, and by which setting they are bounded.
+    """
+
+    def __init__(self, what: str, *, each: int, all_: int = 0) -> None:
+        """Bound those of `each` peer, and of `all_` together; 0: without a bound."""
+        self._what = what
+        self._each = each
+        self._all = all_
+        self._open: Counter[str] = Counter()
 
     @contextlib.contextmanager
-    def stream(self, peer: str) -> Iterator[None]:
-        """Count a stream of a peer, as gRPC names it, while it is open. `ResourceExhausted` for one too many."""
+    def opens(self, peer: str) -> Iterator[None]:
+        """Count a call of a peer, as gRPC names it, while it is open. `ResourceExhausted` for one too many."""
         host = host_of(peer)
-        if self._max_streams and self._n_streams[host] >= self._max_streams:
-            raise ResourceExhausted(
-                f"{self._max_streams} streams of this peer are open already (the server's max_peer_streams)",
-                retry_delay_s=RETRY_DELAY_S,
-            )
-        self._n_streams[host] += 1
+        if self._each and self._open[host] >= self._each:
+            raise self._too_many(f"{self._each} {self._what} of this peer")
+        if self._all and self._open.total() >= self._all:
+            raise self._too_many(f"{self._all} {self._what} of all peers")
+        self._open[host] += 1
         try:
             yield
         finally:
-            self._n_streams[host] -= 1
-            if not self._n_streams[host]:
-                del self._n_streams[host]
+            self._open[host] -= 1
+            if not self._open[host]:
+                del self._open[host]
+
+    def _too_many(self, who: str) -> ResourceExhausted:
+        return ResourceExhausted(f"{who} are open already; close one, or try later", retry_delay_s=RETRY_DELAY_S)
 
 
 def host_of(peer: str) -> str:

@@ -48,6 +48,10 @@ HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 MIN_PING_INTERVAL_MS = 5_000
 KEEPALIVE_TIMEOUT_S = 10.0  # for an answer to a ping
 
+# Calls of one connection at once; a caller's further ones wait with the caller. It also bounds what a connection costs
+# whose calls are begun and reset as fast as can be.
+MAX_CONNECTION_CALLS = 100
+
 TELLING_S = 1.0  # of `drain_s`, and at most a tenth of it, for telling callers that it has passed
 CHUNK_S = 5.0  # that the running chunk may take once all callers are gone
 
@@ -209,6 +213,7 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         ("grpc.max_send_message_length", settings.max_message_bytes),
         # Two servers on one port would each get a share of the calls, and nobody would know.
         ("grpc.so_reuseport", 0),
+        ("grpc.max_concurrent_streams", MAX_CONNECTION_CALLS),
         # With or without a call, to find out whether this server is there.
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         ("grpc.keepalive_permit_without_calls", 1),

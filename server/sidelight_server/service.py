@@ -9,6 +9,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 
 from . import replies
+from .authorization import Callers
 from .engine import Engine
 from .errors import DeadlineExceeded, PermissionDenied, ResourceExhausted, SidelightError, Unavailable
 from .explainer import Explainer
@@ -31,7 +32,8 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         self._explainer = explainer
         self._shared = shared
         self._streams: set[Stream] = set()
-        self._peers = Peers(max_streams=engine.settings.max_peer_streams)
+        self._callers = Callers(engine.settings)
+        self._peers = Peers("streams (the server's max_peer_streams)", each=engine.settings.max_peer_streams)
         self._calls: set[asyncio.Task[Any]] = set()
         self._is_draining = False
         self._is_given_up = False
@@ -64,7 +66,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         assert call  # noqa: S101
         self._calls.add(call)
         passages = self._explainer.passages
-        passage = passages.begin("Attribute", context.invocation_metadata)
+        passage = passages.begin("Attribute", context.invocation_metadata, caller=self._callers.of(context))
         context.add_done_callback(lambda _: passages.end(passage))  # type: ignore[arg-type]  # as below
         try:
             if isinstance(received, SidelightError):
@@ -103,6 +105,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
             context,
             self._explainer,
             Regions(self._shared),
+            caller=self._callers.of(context),
             max_in_flight=settings.max_stream_in_flight,
             max_age_s=settings.max_stream_age_s,
             stalled_write_s=settings.stalled_write_s,
@@ -110,7 +113,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         if self._is_draining:
             stream.end("shutdown")
         try:
-            with self._peers.stream(context.peer()):
+            with self._peers.opens(context.peer()):
                 self._streams.add(stream)
                 await stream.run()
         except ResourceExhausted as error:

@@ -36,6 +36,7 @@ class Stream:
         explainer: Explainer,
         regions: Regions,
         *,
+        caller: str,
         max_in_flight: int,
         max_age_s: float,
         stalled_write_s: float,
@@ -43,6 +44,7 @@ class Stream:
         self._context = context
         self._explainer = explainer
         self._regions = regions
+        self._caller = caller
         self._max_age_s = max_age_s
         self._stalled_write_s = stalled_write_s
         self._outlet = Outlet(context, stalled_write_s=stalled_write_s)
@@ -136,7 +138,7 @@ class Stream:
 
     async def _begin(self, received: Received[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
         passages = self._explainer.passages
-        passage = passages.begin(CALL, self._context.invocation_metadata)
+        passage = passages.begin(CALL, self._context.invocation_metadata, caller=self._caller)
         request = received.message.attribute
         try:
             await self._admitting.acquire()

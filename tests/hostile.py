@@ -1,0 +1,203 @@
+"""A caller who speaks HTTP/2 frame by frame, and so does what gRPC's own clients do not."""
+
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Self
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.settings
+
+TIMEOUT_S = 20.0
+ATTRIBUTE = "/sidelight.v1.AttributionService/Attribute"
+STREAM = "/sidelight.v1.AttributionService/AttributeStream"
+CHECK = "/grpc.health.v1.Health/Check"
+WATCH = "/grpc.health.v1.Health/Watch"
+LARGEST_WINDOW = 2**31 - 1
+FRAME = 16_384
+
+
+@dataclass
+class Call:
+    """What came of a call so far."""
+
+    data: bytearray = field(default_factory=bytearray)
+    has_begun: bool = False
+    trailers: dict[str, str] = field(default_factory=dict)
+    reset: int | None = None  # with which code
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self.trailers) or self.reset is not None
+
+    @property
+    def status(self) -> int | None:
+        """The status of gRPC's; None where the call was reset, or is not over."""
+        return int(self.trailers["grpc-status"]) if self.trailers else None
+
+
+class Caller:
+    """One connection. `window`: how many bytes of each answer the server may send before more are asked for."""
+
+    def __init__(self, address: str, *, window: int = LARGEST_WINDOW) -> None:
+        if address.startswith("unix:"):
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.connect(address.removeprefix("unix:"))
+        else:
+            host, _, port = address.rpartition(":")
+            self._socket = socket.create_connection((host, int(port)))
+        self._h2 = h2.connection.H2Connection(
+            h2.config.H2Configuration(client_side=True, validate_outbound_headers=False)
+        )
+        self._h2.local_settings = h2.settings.Settings(
+            client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
+        )
+        self._h2.initiate_connection()
+        self._h2.increment_flow_control_window(LARGEST_WINDOW - 65_535)  # of the whole connection
+        self.calls: dict[int, Call] = {}
+        self.is_closed = False
+        self._is_settled = False
+        self._flush()
+        self.until(lambda: self._is_settled)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    @property
+    def room(self) -> int:
+        """How many calls more the server lets this connection have."""
+        return self._h2.remote_settings.max_concurrent_streams - self._h2.open_outbound_streams
+
+    def begin(self, path: str, *metadata: tuple[str, str]) -> int:
+        """Begin a call, of which nothing is sent but its headers."""
+        call = self._begin(path, *metadata)
+        self._flush()
+        return call
+
+    def begin_and_reset(self, path: str, message: bytes, n_calls: int) -> None:
+        """Make calls and cancel each in the same moment, all in one piece."""
+        for _ in range(n_calls):
+            call = self._begin(path)
+            self._h2.send_data(call, framed(message), end_stream=True)
+            self._h2.reset_stream(call, 8)
+        self._flush()
+
+    def _begin(self, path: str, *metadata: tuple[str, str]) -> int:
+        call = self._h2.get_next_available_stream_id()
+        headers = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "localhost")]
+        self._h2.send_headers(call, [*headers, ("te", "trailers"), ("content-type", "application/grpc"), *metadata])
+        self.calls[call] = Call()
+        return call
+
+    def ask(self, path: str, message: bytes, *metadata: tuple[str, str]) -> int:
+        """Make a call of one message, as is usual."""
+        call = self.begin(path, *metadata)
+        assert self.send(call, framed(message)) == len(message) + 5
+        self.end(call)
+        return call
+
+    def send(self, call: int, content: bytes, *, patience_s: float = TIMEOUT_S) -> int:
+        """Send bytes of a call as far as the server lets them come within a time; return how many."""
+        n_sent, until_s = 0, time.monotonic() + patience_s
+        while n_sent < len(content) and not self.calls[call].is_over and not self.is_closed:
+            room = min(self._h2.local_flow_control_window(call), FRAME, len(content) - n_sent)
+            if room:
+                self._h2.send_data(call, content[n_sent : n_sent + room])
+                n_sent += room
+                self._flush()
+            elif not self._receive(until_s - time.monotonic()):
+                break
+        return n_sent
+
+    def end(self, call: int) -> None:
+        """Say that no more comes."""
+        self._h2.end_stream(call)
+        self._flush()
+
+    def reset(self, call: int) -> None:
+        """Cancel a call."""
+        self._h2.reset_stream(call, 8)
+        self._flush()
+
+    def take(self, call: int, n_bytes: int) -> None:
+        """Let the server send so many bytes more of an answer."""
+        self._h2.increment_flow_control_window(n_bytes, call)
+        self._flush()
+
+    def look(self) -> None:
+        """Take in what has come, without waiting."""
+        self._receive(0.001)
+
+    def until(self, reached: Callable[[], bool], *, patience_s: float = TIMEOUT_S) -> None:
+        """Receive until something is so."""
+        until_s = time.monotonic() + patience_s
+        while not reached():
+            assert self._receive(until_s - time.monotonic()), "it has not come to that in time"
+
+    def result(self, call: int) -> Call:
+        """Return what became of a call, once it is over."""
+        self.until(lambda: self.calls[call].is_over)
+        return self.calls[call]
+
+    def _receive(self, within_s: float) -> bool:
+        """Take in what has come, after waiting for it; False where nothing comes in time, or ever again."""
+        if within_s <= 0 or self.is_closed:
+            return False
+        self._socket.settimeout(within_s)
+        try:
+            received = self._socket.recv(2**20)
+        except TimeoutError:
+            return False
+        except ConnectionError:
+            received = b""
+        if not received:
+            self.is_closed = True
+            return False
+        for event in self._h2.receive_data(received):
+            self._take_note(event)
+        self._flush()
+        return True
+
+    def _take_note(self, event: h2.events.Event) -> None:
+        match event:
+            case h2.events.RemoteSettingsChanged():
+                self._is_settled = True
+            case h2.events.ResponseReceived():
+                self.calls[event.stream_id].has_begun = True
+                self._note_trailers(event)
+            case h2.events.TrailersReceived():
+                self._note_trailers(event)
+            case h2.events.DataReceived():
+                self.calls[event.stream_id].data += event.data
+                self._h2.increment_flow_control_window(event.flow_controlled_length)  # of the connection alone
+            case h2.events.StreamReset():
+                self.calls[event.stream_id].reset = int(event.error_code)
+            case h2.events.ConnectionTerminated():
+                self.is_closed = True
+
+    def _note_trailers(self, event: h2.events.ResponseReceived | h2.events.TrailersReceived) -> None:
+        headers = {_text(name): _text(value) for name, value in event.headers}
+        if "grpc-status" in headers:
+            self.calls[event.stream_id].trailers = headers
+
+    def _flush(self) -> None:
+        self._socket.settimeout(TIMEOUT_S)
+        try:
+            self._socket.sendall(self._h2.data_to_send())
+        except ConnectionError:
+            self.is_closed = True
+
+
+def framed(message: bytes, *, n_bytes: int | None = None) -> bytes:
+    """Return a message as gRPC frames it; `n_bytes`: as one of so many, of which these are the first."""
+    return b"\0" + (len(message) if n_bytes is None else n_bytes).to_bytes(4, "big") + message
+
+
+def _text(value: bytes | str) -> str:
+    return value if isinstance(value, str) else value.decode()

@@ -1,0 +1,152 @@
+"""Callers who mean harm: what they can take is bounded, and a good caller beside them is served."""
+
+import asyncio
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2
+from hostile import ATTRIBUTE, WATCH, Caller
+from models import Linear
+from running import TIMEOUT_S, Running
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight_server.health import MAX_PEER_WATCHES
+from sidelight_server.server import MAX_CONNECTION_CALLS
+from test_authorization import secret
+from test_fuzz import Counts
+from test_service import ask, floats, gated, running
+from test_stream import Conversation, attribute
+
+RESOURCE_EXHAUSTED = 8
+MEBIBYTE = 2**20
+FLOOD, GOOD = (("authorization", "Bearer flood"),), (("authorization", "Bearer good"),)
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    return secret(tmp_path / "tokens", "flood\ngood\n")
+
+
+def until(server: Running, reached: Callable[[], bool]) -> None:
+    """Let the server go on until something is so."""
+
+    until_s = time.monotonic() + TIMEOUT_S
+    while not reached():
+        assert time.monotonic() < until_s, "it has not come to that in time"
+        server.run(asyncio.sleep(0.005))
+
+
+@contextlib.contextmanager
+def leaving_nothing(server: Running) -> Iterator[None]:
+    """Check that a good request is answered afterwards, and that all counts come back to where they were."""
+    server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+    before = Counts.of(server)
+    yield
+    server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+    until(server, lambda: not Counts.of(server).exceeds(before))
+
+
+def address(server: Running) -> str:
+    return server.server.addresses[0]
+
+
+def n_held(server: Running) -> int:
+    return server.server.explainer.admission.n_requests
+
+
+def test_a_connection_has_so_many_calls_and_no_more(tmp_path: Path, device: str) -> None:
+    with running(Linear(), tmp_path, device=device) as server, Caller(address(server)) as caller:
+        assert caller.room == MAX_CONNECTION_CALLS
+
+
+def test_calls_that_are_reset_at_once_cancel_nobody_elses(tmp_path: Path, device: str) -> None:
+    message, is_over = ask(floats(1)).SerializeToString(), threading.Event()
+
+    def flood(to: str) -> None:
+        while not is_over.is_set():
+            with Caller(to) as caller:
+                while not (caller.is_closed or is_over.is_set()):
+                    caller.begin_and_reset(ATTRIBUTE, message, 50)
+                    caller.look()
+
+    with running(Linear(), tmp_path, device=device) as server, leaving_nothing(server):
+        flooding = threading.Thread(target=flood, args=(address(server),))
+        flooding.start()
+        try:
+            answers = [server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S) for _ in range(30)]
+        finally:
+            is_over.set()
+            flooding.join()
+        assert all(len(answer.result.examples) == 1 for answer in answers)
+
+
+def test_watches_of_one_host_are_bounded_over_all_its_connections(tmp_path: Path, device: str) -> None:
+    message = health_pb2.HealthCheckRequest().SerializeToString()
+    with running(Linear(), tmp_path, device=device) as server, leaving_nothing(server):  # noqa: SIM117
+        with Caller(address(server)) as first, Caller(address(server)) as second:
+            half = [first.ask(WATCH, message) for _ in range(MAX_PEER_WATCHES // 2)]
+            first.until(lambda: all(first.calls[call].data for call in half))
+            more = [second.ask(WATCH, message) for _ in range(MAX_PEER_WATCHES)]
+            refused = more[MAX_PEER_WATCHES // 2 :]
+            second.until(lambda: all(call.is_over or call.data for call in second.calls.values()))
+            assert [call for call in more if second.calls[call].status == RESOURCE_EXHAUSTED] == refused
+            first.reset(half[0])
+            until(server, lambda: len(server.server._health._watchers) == MAX_PEER_WATCHES - 1)
+            again = second.ask(WATCH, message)
+            second.until(lambda: bool(second.calls[again].data))
+
+
+def test_small_calls_pass_a_large_batch_that_waits(tmp_path: Path, device: str) -> None:
+    """Of the same caller, who has most of the bytes."""
+    large = floats(2000)
+    with (
+        gated(tmp_path, device=device, max_in_flight_bytes=MEBIBYTE) as (gate, server),
+        Conversation(server.channel) as stream,
+    ):
+        stream.send(attribute("runs", large), attribute("waits", large))
+        assert gate.reached.wait(TIMEOUT_S)
+        until(server, lambda: bool(server.server.explainer.admission._waiting))
+        small = [server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S) for _ in range(10)]
+        until(server, lambda: n_held(server) == 1 + len(small))
+        gate.open.set()
+        assert all(len(each.result().result.examples) == 1 for each in small)
+        assert len(stream.finish()) == 2
+        server.until_all_permits_are_back()
+
+
+def test_permits_are_left_for_a_caller_beside_one_who_takes_all_it_can(
+    tmp_path: Path, device: str, tokens: Path
+) -> None:
+    message = ask(floats(1)).SerializeToString()
+    with gated(tmp_path, device=device, max_in_flight=32, tokens=tokens) as (gate, server):
+        with Caller(address(server)) as caller:
+            calls = [caller.ask(ATTRIBUTE, message, *FLOOD) for _ in range(MAX_CONNECTION_CALLS)]
+            caller.until(lambda: sum(caller.calls[call].is_over for call in calls) == len(calls) - 24)
+            assert {call.status for call in caller.calls.values() if call.is_over} == {RESOURCE_EXHAUSTED}
+            good = [server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S, metadata=GOOD) for _ in range(6)]
+            until(server, lambda: n_held(server) == 24 + 6)
+            gate.open.set()
+            assert all(len(each.result().result.examples) == 1 for each in good)
+            caller.until(lambda: all(call.is_over for call in caller.calls.values()))
+        server.until_all_permits_are_back()
+
+
+def test_rows_of_one_caller_are_bounded(tmp_path: Path, device: str, tokens: Path) -> None:
+    many = pb.Method(smoothgrad=pb.SmoothGradMethod(samples=99))
+    with gated(tmp_path, device=device, max_caller_rows=500, tokens=tokens) as (gate, server):
+        calls = [
+            server.stub.Attribute.future(ask(floats(1), method=many), timeout=TIMEOUT_S, metadata=FLOOD)
+            for _ in range(5)
+        ]
+        until(server, lambda: n_held(server) == 5)
+        with pytest.raises(grpc.RpcError, match="max_caller_rows 500") as caught:
+            server.stub.Attribute(ask(floats(1), method=many), timeout=TIMEOUT_S, metadata=FLOOD)
+        assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        good = server.stub.Attribute.future(ask(floats(5), method=many), timeout=TIMEOUT_S, metadata=GOOD)
+        until(server, lambda: n_held(server) == 6)
+        gate.open.set()
+        assert all(each.result() for each in (*calls, good))
