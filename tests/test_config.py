@@ -95,6 +95,7 @@ FLAGS = {
     "max_example_rows": (["--max-example-rows", "9"], 9),
     "max_message_bytes": (["--max-message-bytes", "5000"], 5000),
     "max_image_pixels": (["--max-image-pixels", "100"], 100),
+    "max_decode_s": (["--max-decode-s", "0.5"], 0.5),
     "max_in_flight": (["--max-in-flight", "7"], 7),
     "max_in_flight_bytes": (["--max-in-flight-bytes", "5000"], 5000),
     "max_caller_rows": (["--max-caller-rows", "500"], 500),

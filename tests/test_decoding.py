@@ -557,7 +557,7 @@ def test_a_bomb_is_refused_in_a_callers_own_process_too(file: bytes) -> None:
     assert "max_image_pixels is 50000000" in said
 
 
-def test_pillows_limit_is_left_alone_in_a_callers_own_process_and_lifted_in_the_servers() -> None:
+def test_pillows_limit_is_left_alone_in_a_callers_own_process() -> None:
     code = """if True:
         from PIL import Image
         before = Image.MAX_IMAGE_PIXELS
@@ -569,9 +569,6 @@ def test_pillows_limit_is_left_alone_in_a_callers_own_process_and_lifted_in_the_
         with sidelight_server.serve(spec, device="cpu") as address, sidelight.connect(address) as client:
             client.attribute([file.getvalue()])
         assert Image.MAX_IMAGE_PIXELS == before > 0
-        from sidelight_server.server import load
-        load(sidelight_server.Settings(device="cpu", model="python:a:b"))
-        assert Image.MAX_IMAGE_PIXELS is None
     """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=100)
 

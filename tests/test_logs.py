@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,18 @@ from hypothesis import strategies as st
 from sidelight import Gradient
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
-from sidelight_server.logs import Event, Formatter, Handler, LogFormat
+from sidelight_server.logs import (
+    EVERY_S,
+    MAX_KINDS,
+    MAX_TEXT,
+    MAX_TRACEBACK,
+    TRACEBACK_EVERY_S,
+    Event,
+    Formatter,
+    Handler,
+    LogFormat,
+    Throttle,
+)
 
 TIMEOUT_S = 60.0
 FACTORY = """
@@ -231,6 +243,61 @@ def test_a_full_disk_or_a_reader_who_has_gone_fail_no_request(tmp_path: Path, lo
             assert server.wait(TIMEOUT_S) == 0
 
 
+def raised(text: str) -> ValueError:
+    try:
+        raise ValueError(text)
+    except ValueError as error:
+        return error
+
+
+def test_a_kind_has_a_line_a_second_and_a_traceback_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    now_s = 0.0
+    throttle = Throttle(lambda: now_s)
+
+    def log(event: str = "a", error: Exception | None = None, **fields: object) -> dict[str, object] | None:
+        caplog.clear()
+        throttle.log(logging.ERROR, Event(event, **fields), error)
+        return {**caplog.records[0].msg.fields, "traced": bool(caplog.records[0].exc_info)} if caplog.records else None
+
+    assert log(error=raised("x")) == {"event": "a", "traced": True}
+    assert log(error=raised("x")) is None
+    assert log(error=raised("y")) is None
+    # Another event, another model, another type of error, one example: each is a kind of its own.
+    for other in ({"event": "b"}, {"model": "m"}, {"error": KeyError("x")}, {"example": 0}):
+        assert log(**other) is not None
+        assert log(**other) is None
+    now_s = EVERY_S
+    said = log(error=raised("z"))
+    assert said == {"event": "a", "left_out": 2, "error": "ValueError: z", "traced": False}
+    now_s = TRACEBACK_EVERY_S + EVERY_S
+    assert log(error=raised("z")) == {"event": "a", "traced": True}
+    assert all(log(event=f"kind {n}") for n in range(2 * MAX_KINDS))
+    assert len(throttle._kinds) <= MAX_KINDS
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_a_line_of_a_huge_error_is_of_bounded_length(log_format: LogFormat) -> None:
+    written = line(log_format, Event("unexpected"), error=raised("x" * 10_000_000))
+    assert len(written) < 2 * (MAX_TEXT + MAX_TRACEBACK)
+
+
+def test_faults_of_thousands_of_examples_are_few_lines(tmp_path: Path) -> None:
+    n = 4_000
+    failing = np.full((n, 3, 4, 4), 101, np.float32)
+    with process(tmp_path, "--metrics-listen", "") as server:
+        with sidelight.connect(f"unix:{tmp_path}/s", connect_timeout=TIMEOUT_S) as client:
+            client.attribute(images(0))  # the model is known to take the shape
+            began_s = time.monotonic()
+            answer = client.attribute(failing, on_error="return", timeout=110)
+            took_s = time.monotonic() - began_s
+        assert len(answer.failures) == n
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(TIMEOUT_S) == 0
+        lines = [each for each in server.stderr.read().splitlines() if "event=model_failed" in each]
+    assert 1 <= len(lines) <= 1 + took_s / EVERY_S
+    assert sum(map(len, lines)) < (1 + took_s / TRACEBACK_EVERY_S) * 2 * MAX_TRACEBACK + len(lines) * 1_000
+
+
 def test_the_page_has_every_event() -> None:
     root = Path(__file__).parent.parent
     page = (root / "docs" / "observability.md").read_text(encoding="utf-8")
@@ -238,4 +305,4 @@ def test_the_page_has_every_event() -> None:
     events = set(re.findall(r'Event\(\s*"(\w+)"', source))
     assert len(events) > 15
     assert {event for event in events if f"`{event}`" not in page} == set()
-    assert not re.search(r"log\.(info|warning|error|critical)\((?!Event|told)", re.sub(r"\(\s+", "(", source))
+    assert not re.search(r"\blog\.(info|warning|error|critical)\((?!Event|told)", re.sub(r"\(\s+", "(", source))

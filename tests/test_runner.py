@@ -13,7 +13,7 @@ import torch
 from engines import tried
 from gate import Gate, Gated
 from models import small_cnn
-from sidelight_server import Engine, Files, IntegratedGradients, ModelSpec, Request, Settings
+from sidelight_server import Engine, IntegratedGradients, ModelSpec, Request, Settings
 from sidelight_server.ceiling import GOOD_CHUNKS, MOST_GOOD_CHUNKS, Ceiling
 from sidelight_server.models.model import Model
 from sidelight_server.runner import Runner
@@ -174,9 +174,9 @@ def test_an_example_that_does_not_fit_alone_is_resource_exhausted(
     assert [failure.code for failure in answer.failures] == [8, 8]
     assert "out of device memory" in answer.failures[0].message
     told = [line for line in caplog.messages if line.startswith("event=out_of_memory")]
-    # The log can be held against the answer: the chunk of both names nobody, and each row that was alone its example.
-    assert ["example=" in line for line in told] == [False, True, True]
-    assert [int(line.rpartition("example=")[2]) for line in told[1:]] == [0, 1]
+    # The chunk of both names nobody, and a row that was alone its example; the other one's line would come too soon.
+    assert ["example=" in line for line in told] == [False, True]
+    assert told[1].endswith("example=0")
 
 
 def test_a_target_beyond_the_classes_of_a_model_of_any_size_fails(device: str, floats: Tensor) -> None:
@@ -257,7 +257,7 @@ def test_a_failed_pass_keeps_no_tensor_alive_while_its_halves_run(device: str, i
     assert max(alive) == 0
 
 
-def test_decoding_ends_with_its_caller(device: str) -> None:
+def test_resizing_ends_with_its_caller(device: str) -> None:
     from sidelight_server.errors import Cancelled
     from sidelight_server.preparation import prepare
 
@@ -270,7 +270,7 @@ def test_decoding_ends_with_its_caller(device: str) -> None:
 
     model = Engine([ModelSpec(small_cnn(), input_size=(3, 32, 32))], Settings(device=device)).model("")
     with pytest.raises(Cancelled):
-        prepare(model, Request(Files((b"no picture",) * 9)), is_gone=is_gone)
+        prepare(model, Request(np.zeros((9, 48, 48, 3), np.uint8)), is_gone=is_gone)
     assert n_asked == 3
 
 

@@ -781,8 +781,8 @@ def test_a_batch_over_all_the_bytes_in_flight_is_refused_for_good(device: str) -
         ) as at,
         grpc.insecure_channel(at) as channel,
     ):
-        service = Service.at(channel, ask(pixels(2, 8, 8, 3)))
-        why = service.refuse(ask(pixels(4, 8, 8, 3)), Status.RESOURCE_EXHAUSTED)
+        service = Service.at(channel, ask(pixels(1, 8, 8, 3)))
+        why = service.refuse(ask(pixels(2, 8, 8, 3)), Status.RESOURCE_EXHAUSTED)  # its maps, and the pixels resized
         assert f"max_in_flight_bytes is {SMALL_LIMIT}" in why
 
 

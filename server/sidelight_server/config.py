@@ -118,6 +118,9 @@ class ModelSettings(BaseModel):
         1, ge=1, le=4096, description="rows of a reproducible chunk; more than 1 only where a check at load shows it"
     )
     max_image_pixels: int = Field(50_000_000, ge=1, description="height × width of an encoded picture")
+    max_decode_s: float = Field(
+        5.0, gt=0, description="seconds of CPU time that one encoded picture may take, decoded and resized"
+    )
     max_example_rows: int = Field(10_000, ge=1, description="rows that a method may ask for one example")
     max_model_in_flight: int = Field(0, ge=0, description="batches at work at once for one model; 0: no more limit")
 

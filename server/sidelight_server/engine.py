@@ -18,8 +18,9 @@ from typing import Self
 import numpy as np
 import torch
 
-from .attribution import Answer, Provenance, Request, Timing, TopK
+from .attribution import Answer, Files, Provenance, Request, Timing, TopK
 from .config import ModelSettings, Settings
+from .decoders import Decoders, Fitted
 from .device import choose_devices, cpu_quota, make_deterministic
 from .errors import SidelightError, Unavailable
 from .logs import Event
@@ -27,7 +28,18 @@ from .methods.method import Shape
 from .models.model import Model
 from .models.spec import ModelSpec
 from .passage import Passage
-from .preparation import Prepared, input_shape, maps_shape, needs_decoding, needs_no_work, prepare, settled
+from .preparation import (
+    Prepared,
+    check,
+    input_shape,
+    is_taken_as_it_is,
+    maps_shape,
+    needs_no_work,
+    needs_resizing,
+    order,
+    prepare,
+    settled,
+)
 from .registry import Registry, Version
 from .station import Station, least_busy
 from .stops import StopTimes
@@ -92,9 +104,10 @@ class Engine:
         if load:  # else the caller does, before `start`
             self.registry.load()
         self._closing = threading.Event()
-        # Decoding has threads of its own: what needs none must not wait behind another caller's forty large files.
+        # Each kind of work has threads of its own: what needs little must not wait behind another caller's much.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="sidelight-prepare")
-        self._decoding = ThreadPoolExecutor(self.threads, thread_name_prefix="sidelight-decode")
+        self._resizing = ThreadPoolExecutor(self.threads, thread_name_prefix="sidelight-resize")
+        self._decoders = Decoders(self.threads)
         self._unanswered: dict[Work, tuple[asyncio.Future[None], Station]] = {}
         self._software = (
             ("sidelight", metadata.version("sidelight")),
@@ -120,11 +133,17 @@ class Engine:
         for station in self._stations:
             station.runner.tells_causes = True
 
+    def start_decoders(self) -> None:
+        """Start the processes that decode files, where a model takes some; else each starts with the first file."""
+        if any(model.preprocessing for model in self.models.values()):
+            self._decoders.start()
+
     def close(self, within_s: float | None = None) -> bool:
         """End after the running chunk; False where that has not ended in time. What is unanswered is `Unavailable`."""
         self._closing.set()
         self.registry.close()
-        for executor in (self._preparing, self._decoding):
+        self._decoders.close()
+        for executor in (self._preparing, self._resizing):
             executor.shutdown(wait=False, cancel_futures=True)
         until_s = None if within_s is None else time.monotonic() + within_s
         has_ended = True
@@ -168,12 +187,17 @@ class Engine:
         return self.registry.serving(name)[0]
 
     def held_bytes(self, request: Request, version: Version) -> tuple[int, int]:
-        """Return how many bytes the maps of the answer will take, and its examples while they are in progress."""
+        """Return how many bytes the maps of the answer will take, and its examples while they are in progress.
+
+        The latter with the pixels that files and pictures become, which are held until the answer is there.
+        """
         model = version[0]
         shape = maps_shape(model, request)
         n = 0 if request.method.is_one_row else min(shape[0], EXAMPLES_IN_PROGRESS * model.chunk_rows)
-        tensor_bytes = math.prod(input_shape(model, request.images)) * model.kernel.dtype.itemsize
-        return math.prod(shape) * BYTES_OF_FLOAT32, n * TENSORS_IN_PROGRESS * tensor_bytes
+        n_elements = math.prod(input_shape(model, request.images))
+        tensors_bytes = n * TENSORS_IN_PROGRESS * n_elements * model.kernel.dtype.itemsize
+        pixels_bytes = 0 if is_taken_as_it_is(model, request.images) else shape[0] * n_elements
+        return math.prod(shape) * BYTES_OF_FLOAT32, tensors_bytes + pixels_bytes
 
     def most_rows(self, request: Request, version: Version) -> int:
         """Return how many rows a request may take."""
@@ -242,9 +266,17 @@ class Engine:
     async def _prepare(self, model: Model, request: Request) -> Prepared:
         if needs_no_work(model, request):
             return prepare(model, request, is_gone=self._closing.is_set)
+        decoded: Sequence[Fitted] = ()
+        if isinstance(request.images, Files):
+            check(model, request)  # before any file is decoded
+            decoded = await self._decoders.fit(request.images.files, order(model))
+            if request.method.given is None:
+                return prepare(model, request, is_gone=self._closing.is_set, decoded=decoded)
         left = threading.Event()
-        preparing = functools.partial(prepare, model, request, is_gone=lambda: left.is_set() or self._closing.is_set())
-        executor = self._decoding if needs_decoding(request.images) else self._preparing
+        preparing = functools.partial(
+            prepare, model, request, is_gone=lambda: left.is_set() or self._closing.is_set(), decoded=decoded
+        )
+        executor = self._resizing if needs_resizing(request.images) else self._preparing
         try:
             return await asyncio.get_running_loop().run_in_executor(executor, preparing)
         except RuntimeError as error:  # the pool takes nothing more

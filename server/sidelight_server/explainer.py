@@ -21,7 +21,7 @@ from .digests import Hashing
 from .engine import BYTES_OF_FLOAT32, Engine, Progress
 from .errors import DeadlineExceeded, Internal, InvalidArgument, NotFound, ResourceExhausted, SidelightError
 from .frames import encode_answer
-from .logs import Event
+from .logs import Event, Throttle
 from .passage import Passage
 from .passages import Passages
 from .regions import Regions, Span, span, undisturbed
@@ -63,6 +63,7 @@ class Explainer:
         settings = engine.settings
         self._engine = engine
         self.passages = passages or Passages()
+        self._faults = Throttle()
         self._limit_bytes = settings.max_message_bytes
         self.admission = Admission(
             max_requests=settings.max_in_flight,
@@ -98,7 +99,7 @@ class Explainer:
 
         A `SidelightError` says what is wrong with it. `regions` are those of its stream.
         """
-        with _telling(message.id):
+        with _telling(message.id, self._faults):
             deadline_s = deadline_of(message, passage)
             request = wire.parse(message, data)
             passage.id = message.id
@@ -168,7 +169,7 @@ class Explainer:
 
     async def explain(self, inquiry: Inquiry, progress: Progress | None = None) -> bytes:
         """Return the answer's message. Nothing but a `SidelightError` says why there is none."""
-        with _telling(inquiry.message.id):
+        with _telling(inquiry.message.id, self._faults):
             answer = await self._answer(inquiry, progress)
             reply = await self._reply(answer, inquiry)
         self.passages.answered(inquiry.passage, answer)
@@ -176,7 +177,7 @@ class Explainer:
 
     async def reply(self, answer: Answer, inquiry: Inquiry) -> bytes:
         """Return the message of an answer, which may not be final. `SidelightError` where it cannot be sent."""
-        with _telling(inquiry.message.id):
+        with _telling(inquiry.message.id, self._faults):
             return await self._reply(answer, inquiry)
 
     async def _answer(self, inquiry: Inquiry, progress: Progress | None) -> Answer:
@@ -265,8 +266,9 @@ def _encode(answer: Answer, inquiry: Inquiry) -> bytes:
 class _telling:  # noqa: N801  (as contextlib has them; its own generators take longer than all that is done here)
     """Let nothing but a `SidelightError` out. Of anything else the log has the cause, and the caller no details."""
 
-    def __init__(self, id_: str) -> None:
+    def __init__(self, id_: str, faults: Throttle) -> None:
         self._id = id_
+        self._faults = faults
 
     def __enter__(self) -> None:
         pass
@@ -275,9 +277,9 @@ class _telling:  # noqa: N801  (as contextlib has them; its own generators take 
         if not isinstance(error, Exception) or isinstance(error, SidelightError):
             return
         if is_out_of_memory(error):
-            log.warning(Event("out_of_host_memory", id=self._id))
+            self._faults.log(logging.WARNING, Event("out_of_host_memory", id=self._id))
             raise ResourceExhausted(
                 "the server has no memory for the batch now; send it later, or fewer examples"
             ) from error
-        log.error(Event("unexpected", id=self._id), exc_info=error)
+        self._faults.log(logging.ERROR, Event("unexpected", id=self._id), error)
         raise Internal("the server failed; its log has the cause") from error

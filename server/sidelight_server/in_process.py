@@ -133,7 +133,7 @@ class _Engine(Engine):
     def close(self, within_s: float | None = None) -> bool:
         """End after the running chunk, and after whatever is being prepared."""
         has_ended = super().close(within_s)
-        for executor in (self._preparing, self._decoding):
+        for executor in (self._preparing, self._resizing):
             executor.shutdown(wait=True)
         return has_ended
 

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import math
 import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
@@ -14,6 +16,12 @@ LogFormat = Literal["text", "json"]
 # What others chose stands between quotes whatever it is, so that a line looks alike for all of them.
 QUOTED = {"model", "models", "message", "call", "id", "error", "traceback"}
 _MARKS = frozenset(' "=\\')
+
+# What one line may hold of a text. What a model raises may quote its tensors, or come of a recursion.
+MAX_TEXT, MAX_TRACEBACK = 4_000, 16_000
+
+EVERY_S, TRACEBACK_EVERY_S = 1.0, 60.0  # lines of one kind that callers can cause, and their tracebacks
+MAX_KINDS = 256
 
 log = logging.getLogger("sidelight")
 
@@ -38,6 +46,50 @@ def in_words(fields: dict[str, object]) -> str:
 def in_json(fields: dict[str, object]) -> str:
     """Return fields as a JSON object on one line, of ASCII alone: whatever a caller sent, any reader can take it."""
     return json.dumps({name: _plain(value) for name, value in fields.items()})
+
+
+class Throttle:
+    """Logs what callers can cause any number of times: one line of a kind each second, a traceback each minute.
+
+    A kind is an event of a model, or of one example of it, with one type of error. The next line of a kind says in
+    `left_out` how many were not written before it. Thread-safe.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kinds: dict[tuple[object, ...], _Kind] = {}
+
+    def log(self, level: int, event: Event, error: BaseException | None = None) -> None:
+        """Write a line, with the error where there is one, unless one of its kind was just written."""
+        now_s = self._clock()
+        name = (event.fields["event"], event.fields.get("model"), "example" in event.fields, type(error).__name__)
+        with self._lock:
+            if name not in self._kinds and len(self._kinds) >= MAX_KINDS:
+                self._kinds.clear()
+            kind = self._kinds.setdefault(name, _Kind())
+            if now_s - kind.written_s < EVERY_S:
+                kind.left_out += 1
+                return
+            left_out, kind.left_out, kind.written_s = kind.left_out, 0, now_s
+            has_traceback = now_s - kind.traced_s >= TRACEBACK_EVERY_S
+            if has_traceback:
+                kind.traced_s = now_s
+        if left_out:
+            event.fields["left_out"] = left_out
+        if error is not None and not has_traceback:
+            event.fields["error"] = _cut(_last_line(error), MAX_TEXT)
+        log.log(level, event, exc_info=error if has_traceback else None)
+
+
+class _Kind:
+    """When a line of a kind was written, when a traceback was, and how many lines were left out since."""
+
+    __slots__ = ("left_out", "traced_s", "written_s")
+
+    def __init__(self) -> None:
+        self.left_out = 0
+        self.written_s = self.traced_s = -math.inf
 
 
 class Formatter(logging.Formatter):
@@ -92,8 +144,17 @@ def _failure(record: logging.LogRecord) -> dict[str, object]:
     if not record.exc_info or record.exc_info[1] is None:
         return {}
     error = record.exc_info[1]
-    said = "".join(traceback.format_exception_only(error)).strip()
-    return {"error": said, "traceback": "".join(traceback.format_exception(*record.exc_info))}
+    text = "".join(traceback.format_exception(*record.exc_info))
+    return {"error": _cut(_last_line(error), MAX_TEXT), "traceback": _cut(text, MAX_TRACEBACK)}
+
+
+def _last_line(error: BaseException) -> str:
+    return "".join(traceback.format_exception_only(error)).strip()
+
+
+def _cut(text: str, limit: int) -> str:
+    """Return a text without its middle where it is too long: the cause of an error stands at the end."""
+    return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
 
 
 def _plain(value: object) -> object:

@@ -19,20 +19,19 @@ from .attribution import (
     Target,
     TopK,
 )
+from .decoders import Fitted
 from .errors import Cancelled, FailedPrecondition, InvalidArgument, SidelightError
 from .methods import Method
 from .methods.cam import LayerMethod
 from .methods.channels import Channels
 from .methods.method import Shape
-from .models.decoding import decode
+from .models.decode_worker import Order
 from .models.model import Model
-from .models.preprocessing import Geometry, Preprocessing
+from .models.preprocessing import Geometry
 from .staging import is_finite
 
 FEW_BYTES = 1024 * 1024  # which take 0.1 ms to be found finite, as long as it takes to wake a thread
 FLOAT32_MAX = float(np.finfo(np.float32).max)
-
-_Fitted = tuple[Array, Geometry | None] | SidelightError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +47,8 @@ class Prepared:
     baseline_digest: str  # of baselines that came as an array, SHA-256 in hexadecimal
 
 
-def prepare(model: Model, request: Request, *, is_gone: Callable[[], bool]) -> Prepared:
-    """Decode, resize and check a request's examples. A `SidelightError` says what is wrong with all of it.
-
-    `is_gone` is asked before each file, for decoding may take long and its caller may have left: then `Cancelled`.
-    """
+def check(model: Model, request: Request) -> list[Aim]:
+    """Return what each example is explained by. A `SidelightError` says what is wrong with all of the request."""
     n, shape = _n_examples(request.images), input_shape(model, request.images)
     _check_score(model, request)
     request.method.check(shape, n)
@@ -61,8 +57,30 @@ def prepare(model: Model, request: Request, *, is_gone: Callable[[], bool]) -> P
             f"method.{request.method.name}: a baseline of {request.method.largest:g}, the model's type holds "
             f"{model.largest:g} at most"
         )
-    aims = _aims(model, request.target, n)
-    fitted = _fit(model, request.images, is_gone=is_gone)
+    return _aims(model, request.target, n)
+
+
+def order(model: Model) -> Order:
+    """Return what is to be made of files for a model whose input size is known."""
+    assert model.preprocessing is not None  # noqa: S101  (its shape was asked for)
+    settings = model.settings
+    return Order(model.preprocessing, max_pixels=settings.max_image_pixels, max_s=settings.max_decode_s)
+
+
+def prepare(
+    model: Model,
+    request: Request,
+    *,
+    is_gone: Callable[[], bool],
+    decoded: Sequence[Fitted] = (),
+) -> Prepared:
+    """Resize and check a request's examples. A `SidelightError` says what is wrong with all of it.
+
+    `decoded` is what came of its files. `is_gone` is asked before each picture that is resized, which may take long
+    while its caller may have left: then `Cancelled`.
+    """
+    aims, shape = check(model, request), input_shape(model, request.images)
+    fitted = decoded if isinstance(request.images, Files) else _fit(model, request.images, is_gone=is_gone)
     return Prepared(
         examples=[each if isinstance(each, SidelightError) else each[0] for each in fitted],
         geometries=[None if isinstance(each, SidelightError) else each[1] for each in fitted],
@@ -96,17 +114,25 @@ def settled(model: Model, request: Request) -> Method:
 
 def needs_no_work(model: Model, request: Request) -> bool:
     """Say whether examples are taken as they are, and soon looked at: a thread would cost more than save."""
-    fixed, images = model.preprocessing, request.images
+    images = request.images
     if isinstance(images, Files) or request.method.given is not None:
         return False
     if images.dtype != np.uint8:
         return images.nbytes <= FEW_BYTES
-    return fixed is not None and fixed.leaves(*images.shape[1:4])
+    return is_taken_as_it_is(model, images)
 
 
-def needs_decoding(images: Files | Array) -> bool:
-    """Say whether examples may take long: files are decoded, and pixels resized."""
-    return isinstance(images, Files) or images.dtype == np.uint8
+def is_taken_as_it_is(model: Model, images: Files | Array) -> bool:
+    """Say whether examples are neither decoded nor resized."""
+    if isinstance(images, Files):
+        return False
+    fixed = model.preprocessing
+    return images.dtype != np.uint8 or (fixed is not None and fixed.leaves(*images.shape[1:4]))
+
+
+def needs_resizing(images: Files | Array) -> bool:
+    """Say whether examples may take long: pixels are resized."""
+    return not isinstance(images, Files) and images.dtype == np.uint8
 
 
 def maps_shape(model: Model, request: Request) -> tuple[int, ...]:
@@ -122,15 +148,17 @@ def maps_shape(model: Model, request: Request) -> tuple[int, ...]:
     )
 
 
-def _fit(model: Model, images: Files | Array, *, is_gone: Callable[[], bool]) -> list[_Fitted]:
-    if not isinstance(images, Files) and images.dtype != np.uint8:
+def _fit(model: Model, images: Array, *, is_gone: Callable[[], bool]) -> list[Fitted]:
+    if images.dtype != np.uint8:
         return [_checked(each, largest=model.largest) for each in _staged(images, model.staged_dtype)]
     preprocessing = model.preprocessing
     assert preprocessing is not None  # noqa: S101  (its shape was asked for)
-    if isinstance(images, Files):
-        max_pixels = model.settings.max_image_pixels
-        return [_decoded(preprocessing, each, max_pixels=max_pixels, is_gone=is_gone) for each in images.files]
-    return [preprocessing.fit(each) for each in images]
+    fitted: list[Fitted] = []
+    for each in images:
+        if is_gone():
+            raise Cancelled("the caller has gone")
+        fitted.append(preprocessing.fit(each))
+    return fitted
 
 
 def _staged(images: Array, dtype: np.dtype[np.generic]) -> Array:
@@ -141,19 +169,7 @@ def _staged(images: Array, dtype: np.dtype[np.generic]) -> Array:
         return images.astype(dtype)
 
 
-def _decoded(preprocessing: Preprocessing, file: bytes, *, max_pixels: int, is_gone: Callable[[], bool]) -> _Fitted:
-    if is_gone():
-        raise Cancelled("the caller has gone")
-    try:
-        pixels = decode(
-            file, channels=preprocessing.channels, max_pixels=max_pixels, window=preprocessing.window
-        )  # [H, W, C]
-        return preprocessing.fit(pixels)
-    except (InvalidArgument, FailedPrecondition) as error:
-        return error
-
-
-def _checked(example: Array, *, largest: float) -> _Fitted:
+def _checked(example: Array, *, largest: float) -> Fitted:
     if is_finite(example):
         if largest < FLOAT32_MAX and np.abs(example).max() > largest:
             return InvalidArgument(f"images: {np.abs(example).max():g}, the model's type holds {largest:g} at most")

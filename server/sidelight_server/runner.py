@@ -23,7 +23,7 @@ from .errors import (
 )
 from .histogram import Histogram
 from .job import Job, Result, Row
-from .logs import Event
+from .logs import Event, Throttle
 from .methods.method import Reading
 from .passage import MAX_CHUNKS, ChunkTimes
 from .pulse import Pulse
@@ -85,6 +85,7 @@ class Runner:
         self.chunk_rows = Histogram(CHUNK_ROWS)
         self.n_out_of_memory = 0  # chunks
         self.pulse = Pulse(stuck_s=stuck_s)
+        self._faults = Throttle()  # of models: each example of a batch may have one
         self.tells_causes = False  # of what a model raised, to callers: else the log alone has them
 
     def start(self) -> None:
@@ -288,13 +289,16 @@ class Runner:
         name, place = work.model.name, job.place
         if isinstance(error, SidelightError):
             if isinstance(error, Internal | OutputsError) and n_rows == 1:
-                log.error(Event("model_failed", model=name, id=work.id, example=place, message=error.message))
+                self._faults.log(
+                    logging.ERROR,
+                    Event("model_failed", model=name, id=work.id, example=place, message=error.message),
+                )
             return FailedPrecondition(f'model "{name}": {error.message}') if isinstance(error, OutputsError) else error
         if is_out_of_memory(error):
             self.n_out_of_memory += 1
             filled = work.model.padded_rows
             whose = {"id": work.id, "example": place} if n_rows == 1 else {}  # a chunk of several is tried again
-            log.warning(Event("out_of_memory", model=name, rows=max(n_rows, filled), **whose))
+            self._faults.log(logging.WARNING, Event("out_of_memory", model=name, rows=max(n_rows, filled), **whose))
             what = f"{filled} rows, which it always runs at once (reproducible_rows)" if filled > 1 else "one example"
             return ResourceExhausted(f'model "{name}": out of device memory on {what}')
         self._check_device(error)
@@ -303,13 +307,15 @@ class Runner:
             if n_rows == 1:
                 said = said.partition("\n")[0]
                 cause = None if work.model.has_run else error  # which may be the model's
-                log.warning(Event("shape_failed", model=name, id=work.id, shape=shape, message=said), exc_info=cause)
+                self._faults.log(
+                    logging.WARNING, Event("shape_failed", model=name, id=work.id, shape=shape, message=said), cause
+                )
             return InvalidArgument(
                 f'images: model "{name}", which has no fixed input size, fails on [C, H, W] = {list(shape)}, '
                 "and has run on no example of that shape" + (f": {said}" if self.tells_causes else "")
             )
         if n_rows == 1:
-            log.error(Event("model_failed", model=name, id=work.id, example=place), exc_info=error)
+            self._faults.log(logging.ERROR, Event("model_failed", model=name, id=work.id, example=place), error)
         if self.tells_causes:
             return Internal(f'model "{name}" failed on example {place}: {said}')
         return Internal(f'model "{name}" failed on example {place}; the server\'s log has the cause')

@@ -23,7 +23,6 @@ from .framing import Framing
 from .health import SERVICES, Health, Porch, statuses
 from .logs import Event
 from .memory import keep_freed
-from .models.decoding import lift_pillows_limit
 from .passages import Passages
 from .reflection import enable_reflection
 from .regions import SharedMemory
@@ -233,7 +232,6 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
 def load(settings: Settings) -> Engine:
     """Return an engine on the models that the settings name, not loaded, in a process that is this server's own."""
     keep_freed()
-    lift_pillows_limit()
     # Loading must not start OpenMP workers of its own: once a process has more of them than CPUs, GNU's OpenMP sleeps
     # at every barrier instead of spinning, and the thread that owns the device was seen to lose 15 % by it.
     torch.set_num_threads(1)
@@ -266,6 +264,7 @@ async def serve_until_signal(engine: Engine) -> bool:
     if starting.exception():
         signalled.cancel()
     starting.result()
+    engine.start_decoders()
     for model in engine.models.values():
         log.info(told(model))
     # By default it is no fault: another server may have the port.

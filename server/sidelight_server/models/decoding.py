@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -25,6 +25,8 @@ from .pixels import lay_over_white, windowed
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 Pixels = npt.NDArray[np.uint8]
+
+STRIP_PIXELS = 1 << 20
 
 _MODES: Mapping[int, str] = MappingProxyType({1: "L", 3: "RGB", 4: "RGBA"})
 
@@ -85,12 +87,13 @@ def decode(file: bytes, *, channels: int, max_pixels: int, window: tuple[float, 
 
     Turned upright by its EXIF orientation; alpha laid over white, or kept for 4 channels; 16-bit grey scaled to 8, all
     of it or the values of `window`. Colour profiles are not applied. Raises InvalidArgument, and nothing else, for
-    whatever is wrong with the file; FailedPrecondition where it is DICOM and the package that reads that is not there.
+    whatever is wrong with the file; FailedPrecondition where it is DICOM and the package that reads that is not there;
+    MemoryError where there is not enough.
     """
     if channels not in _MODES:
         raise InvalidArgument(f"image file: files give 1, 3 or 4 channels, the model wants {channels}; send arrays")
     if dicom.is_dicom(file):
-        return _of_image(Image.fromarray(dicom.read(file, max_pixels=max_pixels, window=window)), channels)
+        return _to_pixels(Image.fromarray(dicom.read(file, max_pixels=max_pixels, window=window)), channels, None)
     name, plugin = _recognise(file)
     try:
         with plugin(io.BytesIO(file)) as image:
@@ -106,8 +109,12 @@ def decode(file: bytes, *, channels: int, max_pixels: int, window: tuple[float, 
             f"image file: {found}, which is Pillow's own in this process (PIL.Image.MAX_IMAGE_PIXELS); "
             f"max_image_pixels is {max_pixels:,}"
         ) from error
-    # Pillow promises no set of exceptions: OSError, SyntaxError, struct.error, zlib.error, MemoryError, … are all seen.
+    except MemoryError:
+        raise
+    # Pillow promises no set of exceptions: OSError, SyntaxError, struct.error, zlib.error, … are all seen.
     except Exception as error:
+        if "out of memory" in str(error):
+            raise MemoryError(str(error)) from error
         raise InvalidArgument(f"image file: {_describe(error)} {name} after {len(file):,} bytes") from error
     return np.ascontiguousarray(upright(pixels))
 
@@ -142,6 +149,25 @@ def _orientation(image: ImageFile) -> int:
 def _to_pixels(image: Image.Image, channels: int, window: tuple[float, float] | None) -> Pixels:
     if image.mode == "F":
         raise InvalidArgument("image file: float pixels have no range that 8 bits could stand for; send a float array")
+    if image.mode.startswith("I") and window is None:
+        _check_16_bits(image)
+    pixels = np.empty((image.height, image.width, channels), np.uint8)
+    for top, strip in _strips(image):
+        pixels[top : top + strip.height] = _of_strip(strip, channels, window)
+    return pixels
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """Yield a picture in parts, each with its first row: what is made of them on the way takes many bytes a pixel."""
+    n_rows = max(1, STRIP_PIXELS // image.width)
+    if n_rows >= image.height:
+        yield 0, image
+        return
+    for top in range(0, image.height, n_rows):
+        yield top, image.crop((0, top, image.width, min(top + n_rows, image.height)))
+
+
+def _of_strip(image: Image.Image, channels: int, window: tuple[float, float] | None) -> Pixels:
     if image.mode.startswith("I"):
         image = _scale_to_8_bits(image, window)
     if image.has_transparency_data:
@@ -150,22 +176,24 @@ def _to_pixels(image: Image.Image, channels: int, window: tuple[float, float] | 
             image = Image.fromarray(lay_over_white(np.asarray(image)))
     elif image.mode not in ("1", "L", "RGB"):
         image = image.convert("RGB")
-    return _of_image(image, channels)
-
-
-def _of_image(image: Image.Image, channels: int) -> Pixels:
     if image.mode != _MODES[channels]:
         image = image.convert(_MODES[channels])
-    return np.array(image).reshape(image.height, image.width, channels)  # [H, W, C]
+    return np.asarray(image).reshape(image.height, image.width, channels)  # [H, W, C]
+
+
+def _check_16_bits(image: Image.Image) -> None:
+    ranges = [(int(values.min()), int(values.max())) for values in (np.asarray(strip) for _, strip in _strips(image))]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    if low < 0 or high > 0xFFFF:
+        raise InvalidArgument(
+            f"image file: values from {low:,} to {high:,}, expected 8 or 16 unsigned bits; send arrays"
+        )
 
 
 def _scale_to_8_bits(image: Image.Image, window: tuple[float, float] | None) -> Image.Image:
     values = np.asarray(image).astype(np.int32)  # [H, W]
     if window is not None:
         return _with_transparency(image, values, windowed(values, *window))
-    if values.min() < 0 or values.max() > 0xFFFF:
-        found = f"values from {values.min():,} to {values.max():,}"
-        raise InvalidArgument(f"image file: {found}, expected 8 or 16 unsigned bits; send arrays")
     # 65535 = 257 · 255 and 257 is odd, so this is value · 255 / 65535 rounded, without a tie.
     return _with_transparency(image, values, ((values + 128) // 257).astype(np.uint8))
 

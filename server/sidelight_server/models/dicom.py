@@ -8,7 +8,7 @@ import io
 import logging
 import struct
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 Values = npt.NDArray[Any]
 
 TABLE_ENTRIES = 1 << 16  # greys of 16 bits: looked up, so that no frame is ever held in float64
+STRIP_PIXELS = 1 << 20
 RLE_SLACK = 1 << 10  # bytes that a segment may be padded with
 
 _DEFLATED = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.8.1")
@@ -67,7 +68,7 @@ def read(file: bytes, *, max_pixels: int, window: tuple[float, float] | None = N
     try:
         with np.errstate(all="ignore"):
             return _read(file, max_pixels, window)
-    except InvalidArgument:
+    except (InvalidArgument, MemoryError):
         raise
     except Exception as error:  # pydicom promises no set of exceptions
         raise InvalidArgument(f"image file: broken or truncated DICOM after {len(file):,} bytes") from error
@@ -203,13 +204,27 @@ def _looked_up(frame: Values, make: Callable[[Values, Values], Pixels]) -> Pixel
     if frame.dtype.kind in "iu":
         low, high = int(frame.min()), int(frame.max())
         if high - low < TABLE_ENTRIES:
-            # Modulo 2 to the number of bits, as integers of a fixed size are counted.
-            place = (frame - frame.dtype.type(low)).astype(f"u{frame.itemsize}").astype(np.uint16)
             is_there = np.zeros(high - low + 1, bool)
-            is_there[place] = True
-            pixels: Pixels = make(np.arange(low, high + 1), is_there)[place]
+            for rows in _strips(frame):
+                is_there[_places(frame[rows], low)] = True
+            table = make(np.arange(low, high + 1), is_there)
+            pixels = np.empty(frame.shape, np.uint8)
+            for rows in _strips(frame):
+                pixels[rows] = table[_places(frame[rows], low)]
             return pixels
     return make(frame, np.ones(frame.shape, bool))
+
+
+def _strips(frame: Values) -> Iterator[slice]:
+    """Yield the rows of a frame in parts, for a place in a table takes eight bytes."""
+    n_rows = max(1, STRIP_PIXELS // max(1, frame.shape[1]))
+    return (slice(top, top + n_rows) for top in range(0, len(frame), n_rows))
+
+
+def _places(values: Values, low: int) -> Values:
+    # Modulo 2 to the number of bits, as integers of a fixed size are counted.
+    places: Values = (values - values.dtype.type(low)).astype(f"u{values.itemsize}").astype(np.uint16)
+    return places
 
 
 def _grey(values: Values, is_there: Values, dataset: "Dataset", window: tuple[float, float] | None) -> Pixels:

@@ -100,14 +100,24 @@ class Preprocessing:
         """
         self._check(pixels)
         pixels = in_channels(pixels, self.channels)
-        original_height, original_width = pixels.shape[:2]
+        geometry = self.geometry(*pixels.shape[:2])
+        scaled_height, scaled_width = geometry.scaled_height, geometry.scaled_width
+        resample = Image.Resampling[self.interpolation.upper()]
+        if scaled_height * scaled_width > max(MAX_SCALED_PIXELS, self.height * self.width):
+            return _resize_crop(pixels, geometry, resample), geometry
+        if (scaled_height, scaled_width) != pixels.shape[:2]:
+            pixels = _resize(pixels, scaled_height, scaled_width, resample)
+        return _crop(pixels, geometry), geometry
+
+    def geometry(self, original_height: int, original_width: int) -> Geometry:
+        """Return where the model's input lies in a picture of this size. `InvalidArgument` where it does not fit in."""
         scaled_height, scaled_width = self._scale(original_height, original_width)
         if max(original_height, original_width, scaled_height, scaled_width) > MAX_SIDE:
             raise InvalidArgument(
                 f"image: {original_height:,} × {original_width:,} pixels become {scaled_height:,} × {scaled_width:,} "
                 f"once they are resized, expected at most {MAX_SIDE:,} along each side"
             )
-        geometry = Geometry(
+        return Geometry(
             original_height=original_height,
             original_width=original_width,
             scaled_height=scaled_height,
@@ -118,12 +128,6 @@ class Preprocessing:
             crop_width=self.width,
             window=self.window,
         )
-        resample = Image.Resampling[self.interpolation.upper()]
-        if scaled_height * scaled_width > max(MAX_SCALED_PIXELS, self.height * self.width):
-            return _resize_crop(pixels, geometry, resample), geometry
-        if (scaled_height, scaled_width) != (original_height, original_width):
-            pixels = _resize(pixels, scaled_height, scaled_width, resample)
-        return _crop(pixels, geometry), geometry
 
     def leaves(self, height: int, width: int, channels: int) -> bool:
         """Say whether a picture of this size is taken as it is."""

@@ -1,0 +1,168 @@
+"""A process that decodes files for a server, so that a file which takes its decoder down takes nothing else down.
+
+Its standard input is a socket: it reads one order after the other, and replies to each. While it decodes, the system
+ends it once it has used its CPU time, and at once where the server has gone. It gets no memory beyond the bound. What
+it writes to stdout and stderr, as libtiff does, is dropped. It imports neither torch nor the caller's modules.
+"""
+
+import contextlib
+import fcntl
+import gc
+import os
+import pickle
+import resource
+import signal
+import socket
+import struct
+import sys
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import Internal, ResourceExhausted, SidelightError
+from .preprocessing import Preprocessing
+
+READY = b"+"  # the first byte that a worker sends
+HEAD = struct.Struct("!II")  # an order: bytes of the pickled `Order`, then of the file, which follow it
+REPLY = struct.Struct("!B?III")  # a `Reply` without its body: bytes of that last
+
+OK = 0
+MAX_MESSAGE_BYTES = 16 * 1024  # of a reply that is no picture
+
+BYTES_PER_PIXEL = 10  # of memory while decoding: a progressive JPEG has 6 of coefficients beside Pillow's 4
+SPARE_BYTES = 64 * 1024 * 1024  # what decoders take whatever the size, and a resized picture (`MAX_SCALED_PIXELS`)
+MAX_KEPT_BYTES = 16 * 1024 * 1024  # that a worker may keep between files; one that keeps more has leaked, and ends
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What to make of a file, and the bounds of that."""
+
+    preprocessing: Preprocessing
+    max_pixels: int
+    max_s: float  # of CPU time
+
+    @property
+    def max_bytes(self) -> int:
+        """What decoding may take beyond the process and the file."""
+        return BYTES_PER_PIXEL * self.max_pixels + SPARE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came of a file: pixels of the model's input size, or a canonical status code and a message in UTF-8.
+
+    Of Internal the message is a traceback.
+    """
+
+    status: int
+    is_last: bool  # the worker ends after it
+    height: int  # of the picture before it was resized
+    width: int
+    body: bytes | memoryview
+
+
+def main() -> None:
+    """Serve until the server closes its end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # to end is the server's decision, not its group's
+        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGPROF, signal.SIGIO):
+        signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no picture of a caller's on the disk
+    with contextlib.suppress(OSError):  # where memory runs out, a worker goes before the server does
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    from .decoding import lift_pillows_limit  # not before: whoever wants an `Order` alone decodes nothing
+
+    lift_pillows_limit()
+    gc.freeze()
+    with socket.socket(fileno=sys.stdin.fileno()) as server:
+        silence()
+        server.sendall(READY)
+        base_bytes = _address_space()
+        with server.makefile("rb") as orders:
+            while head := orders.read(HEAD.size):
+                n_order, n_file = HEAD.unpack(head)
+                order: Order = pickle.loads(orders.read(n_order))  # noqa: S301  (the server's)
+                _bound_memory(base_bytes, order, n_file)
+                file = orders.read(n_file)
+                with _bounded(server, order.max_s):
+                    reply = _decoded(file, order)
+                del file
+                if reply.status != OK:
+                    gc.collect()  # tracebacks hold pictures
+                is_last = _address_space() > base_bytes + len(reply.body) + MAX_KEPT_BYTES
+                server.sendall(REPLY.pack(reply.status, is_last, reply.height, reply.width, len(reply.body)))
+                server.sendall(reply.body)
+                if is_last:
+                    return
+
+
+def silence() -> None:
+    """Drop what is written to stdout and stderr from here on, by C libraries too."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (1, 2):
+        os.dup2(null, stream)
+    os.close(null)
+
+
+def _decoded(file: bytes, order: Order) -> Reply:
+    from .decoding import decode
+
+    preprocessing = order.preprocessing
+    try:
+        pixels = decode(
+            file, channels=preprocessing.channels, max_pixels=order.max_pixels, window=preprocessing.window
+        )  # [H, W, C]
+        fitted, geometry = preprocessing.fit(pixels)
+        body = np.ascontiguousarray(fitted).reshape(-1).data
+        return Reply(OK, False, geometry.original_height, geometry.original_width, body)
+    except SidelightError as error:
+        return _failure(error.code, error.message)
+    except MemoryError:
+        limit = f"{order.max_bytes / 2**20:,.0f} MiB"
+        return _failure(
+            ResourceExhausted.code,
+            f"image file: it takes more than the {limit} that decoding may take here ({BYTES_PER_PIXEL} bytes for each "
+            "of max_image_pixels, and some); send a smaller picture, or an array",
+        )
+    except Exception:
+        return _failure(Internal.code, traceback.format_exc())
+
+
+def _failure(status: int, message: str) -> Reply:
+    return Reply(status, False, 0, 0, message.encode(errors="replace")[-MAX_MESSAGE_BYTES:])
+
+
+def _address_space() -> int:
+    """Return the bytes of this process's address space; 0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def _bound_memory(base_bytes: int, order: Order, n_file: int) -> None:
+    if base_bytes:
+        limit = base_bytes + n_file + order.max_bytes
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+
+
+@contextlib.contextmanager
+def _bounded(server: socket.socket, max_s: float) -> Iterator[None]:
+    """End this process after so many seconds of CPU time, or when the server's end of the socket is closed.
+
+    Both by signals whose default action ends a process whatever its native code does. SIGIO: Linux alone.
+    """
+    flags = fcntl.fcntl(server, fcntl.F_GETFL)
+    fcntl.fcntl(server, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(server, fcntl.F_SETFL, flags | os.O_ASYNC)
+    signal.setitimer(signal.ITIMER_PROF, max_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        fcntl.fcntl(server, fcntl.F_SETFL, flags)  # the answer's way out would be such a signal too

@@ -1,0 +1,14 @@
+"""Files that take long, or much memory, to decode."""
+
+import io
+
+from PIL import Image
+
+
+def many_scans(side: int, n_scans: int) -> bytes:
+    """Return a progressive JPEG of one grey whose last scan comes again and again: small, and slow to decode."""
+    buffer = io.BytesIO()
+    Image.new("L", (side, side), 128).save(buffer, "JPEG", progressive=True)
+    file = buffer.getvalue()
+    start, end = file.rindex(b"\xff\xc4"), file.rindex(b"\xff\xd9")  # its tables, and the scan
+    return file[:start] + file[start:end] * n_scans + file[end:]

@@ -1,0 +1,415 @@
+"""Files are decoded in processes that end with their call: results, bounds of time and memory, nothing left over."""
+
+import asyncio
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import sidelight
+from apart import counts_memory
+from bombs import many_scans
+from models import small_cnn
+from PIL import Image
+from sidelight_server import Engine, Files, ModelSpec, Request, Settings
+from sidelight_server.decoders import Decoders, Fitted
+from sidelight_server.errors import InvalidArgument, ResourceExhausted, SidelightError, Unavailable
+from sidelight_server.models.decode_worker import BYTES_PER_PIXEL, SPARE_BYTES, Order
+from sidelight_server.models.decoding import decode
+from sidelight_server.models.preprocessing import Preprocessing
+
+ZEROS, ONES = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+PREPROCESSING = Preprocessing(3, 32, 32, ZEROS, ONES, 40, "bilinear")
+ORDER = Order(PREPROCESSING, max_pixels=50_000_000, max_s=60)
+SOON = Order(PREPROCESSING, max_pixels=50_000_000, max_s=0.5)
+SLOW = many_scans(7000, 3000)  # minutes
+UNTIL_S = 60.0  # which decoding such a file would outlast
+
+
+def file_of(pixels: np.ndarray, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def noise(*shape: int, dtype: type = np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, np.iinfo(dtype).max, shape, dtype=dtype)
+
+
+GOOD = file_of(noise(48, 64, 3), "PNG")
+FORMATS = {
+    "png": GOOD,
+    "png-16": file_of(noise(48, 64, dtype=np.uint16), "PNG"),
+    "png-alpha": file_of(noise(48, 64, 4), "PNG"),
+    "jpeg": file_of(noise(48, 64, 3), "JPEG"),
+    "jpeg-progressive": file_of(noise(48, 64, 3), "JPEG", progressive=True),
+    "webp": file_of(noise(48, 64, 3), "WEBP"),
+    "tiff": file_of(noise(48, 64, 3), "TIFF"),
+    "tiff-lzw": file_of(noise(48, 64, 3), "TIFF", compression="tiff_lzw"),
+    "tiff-jpeg": file_of(noise(48, 64, 3), "TIFF", compression="jpeg"),
+    "bmp": file_of(noise(48, 64, 3), "BMP"),
+    "gif": file_of(noise(48, 64), "GIF"),
+}
+
+
+def dicom() -> bytes:
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = SecondaryCaptureImageStorage, ExplicitVRLittleEndian
+    meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["sidelight"])
+    dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = 48, 64, 1
+    dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 0
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit = 15
+    dataset.PixelData = noise(48, 64, dtype=np.uint16).tobytes()
+    buffer = io.BytesIO()
+    dataset.save_as(buffer, enforce_file_format=True)
+    return buffer.getvalue()
+
+
+FORMATS["dicom"] = dicom()
+
+
+def children(pid: int | None = None) -> list[psutil.Process]:
+    """The processes that decode for this one, or for another."""
+    found = []
+    for child in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any("decode_worker" in word for word in child.cmdline()):
+                found.append(child)
+    return found
+
+
+def until(is_so: Callable[[], object]) -> None:
+    end_s = time.monotonic() + UNTIL_S
+    while not is_so():
+        assert time.monotonic() < end_s
+        time.sleep(0.01)
+
+
+async def until_decoding() -> psutil.Process:
+    """Wait until a process of this one's decodes, and return it."""
+    end_s = time.monotonic() + UNTIL_S
+    while time.monotonic() < end_s:
+        for child in children():
+            if child.cpu_times().user > 0.5:  # starting takes less
+                return child
+        await asyncio.sleep(0.01)
+    raise AssertionError("none does")
+
+
+@contextlib.contextmanager
+def decoders(size: int = 1) -> Iterator[Decoders]:
+    pool = Decoders(size)
+    try:
+        yield pool
+    finally:
+        pool.close()
+        assert not children()
+
+
+def fit(pool: Decoders, *files: bytes, order: Order = ORDER) -> list[Fitted]:
+    return asyncio.run(pool.fit(files, order))
+
+
+def assert_fitted(fitted: Fitted, file: bytes, preprocessing: Preprocessing = PREPROCESSING) -> None:
+    """Compare with what decoding in this process gives."""
+    assert not isinstance(fitted, SidelightError), fitted
+    pixels = decode(file, channels=preprocessing.channels, max_pixels=50_000_000, window=preprocessing.window)
+    expected, geometry = preprocessing.fit(pixels)
+    np.testing.assert_array_equal(fitted[0], expected)
+    assert fitted[0].dtype == np.uint8
+    assert fitted[1] == geometry
+
+
+@pytest.mark.parametrize(
+    "preprocessing",
+    [
+        PREPROCESSING,
+        Preprocessing(1, 24, 40, (0.0,), (1.0,), "exact", "bicubic", window=(100.0, 3000.0)),
+        Preprocessing(4, 48, 64, (*ZEROS, 0.0), (*ONES, 1.0), "none", "nearest"),
+    ],
+    ids=["colour", "grey", "alpha"],
+)
+def test_a_worker_gives_the_pixels_that_decoding_here_gives(preprocessing: Preprocessing) -> None:
+    with decoders(2) as pool:
+        fitted = fit(pool, *FORMATS.values(), order=Order(preprocessing, 50_000_000, 60))
+        for each, file in zip(fitted, FORMATS.values(), strict=True):
+            assert_fitted(each, file, preprocessing)
+        assert len(children()) <= 2
+
+
+def test_what_is_wrong_with_a_file_is_said_as_decoding_here_says_it() -> None:
+    files = [b"no picture", GOOD[:90], file_of(noise(300, 200, 3), "PNG")]
+    order = Order(PREPROCESSING, max_pixels=50_000, max_s=60)
+    with decoders() as pool:
+        for failure, file in zip(fit(pool, *files, order=order), files, strict=True):
+            with pytest.raises(InvalidArgument) as here:
+                decode(file, channels=3, max_pixels=50_000)
+            assert type(failure) is InvalidArgument
+            assert failure.message == here.value.message
+
+
+def damaged() -> Iterator[bytes]:
+    """Files of every format, cut short and with bits turned over."""
+    random = np.random.default_rng(1)
+    for file in FORMATS.values():
+        for _ in range(12):
+            yield file[: random.integers(1, len(file))]
+            turned = bytearray(file)
+            for place in random.integers(0, min(len(file), 400), random.integers(1, 6)):
+                turned[place] ^= 1 << random.integers(8)
+            yield bytes(turned)
+
+
+def test_damaged_files_give_pixels_or_a_documented_error_and_write_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    with decoders(2) as pool:
+        for fitted in fit(pool, *damaged()):
+            assert not isinstance(fitted, SidelightError) or type(fitted) in (InvalidArgument, ResourceExhausted)
+        assert_fitted(fit(pool, GOOD)[0], GOOD)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_file_that_takes_long_fails_alone() -> None:
+    with decoders() as pool:
+        first, slow, last = fit(pool, GOOD, SLOW, GOOD, order=SOON)
+        assert_fitted(first, GOOD)
+        assert_fitted(last, GOOD)
+    assert isinstance(slow, InvalidArgument)
+    assert slow.message == "image file: decoding took more than 0.5 s of CPU time (max_decode_s)"
+
+
+def test_requests_of_slow_files_take_turns_with_others() -> None:
+    async def ask() -> None:
+        hostile = [asyncio.create_task(pool.fit([SLOW] * 50, SOON)) for _ in range(2)]
+        await until_decoding()
+        for _ in range(2):
+            assert_fitted((await pool.fit([GOOD], ORDER))[0], GOOD)
+        assert not any(each.done() for each in hostile)
+        for each in hostile:
+            each.cancel()
+        await asyncio.wait(hostile)
+
+    with decoders() as pool:
+        asyncio.run(ask())
+
+
+def test_cancelling_ends_the_decoder() -> None:
+    async def ask() -> None:
+        asked = asyncio.create_task(pool.fit([SLOW], ORDER))
+        decoder = await until_decoding()
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        await asyncio.to_thread(until, lambda: not decoder.is_running())
+        assert_fitted((await pool.fit([GOOD], ORDER))[0], GOOD)
+
+    with decoders() as pool:
+        asyncio.run(ask())
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "message"),
+    [
+        (signal.SIGSEGV, InvalidArgument, "image file: its decoder crashed on it"),
+        (
+            signal.SIGKILL,
+            ResourceExhausted,
+            "image file: the system ended its decoder, as it does if memory is short",
+        ),
+    ],
+)
+def test_a_decoder_that_dies_fails_its_file_alone(number: int, kind: type[SidelightError], message: str) -> None:
+    async def ask() -> tuple[Fitted, ...]:
+        asked = asyncio.create_task(pool.fit([GOOD, SLOW, GOOD], ORDER))
+        (await until_decoding()).send_signal(number)
+        return tuple(await asked)
+
+    with decoders() as pool:
+        first, failure, last = asyncio.run(ask())
+    assert_fitted(first, GOOD)
+    assert_fitted(last, GOOD)
+    assert type(failure) is kind
+    assert failure.message == message
+
+
+def test_a_decoder_that_died_between_two_files_is_replaced() -> None:
+    with decoders() as pool:
+        fit(pool, GOOD)
+        for child in children():
+            child.kill()
+            until(lambda child=child: child.status() == psutil.STATUS_ZOMBIE)
+        assert_fitted(fit(pool, GOOD)[0], GOOD)
+
+
+def test_closing_ends_what_is_being_decoded() -> None:
+    async def ask() -> None:
+        asked = asyncio.create_task(pool.fit([SLOW] * 3, ORDER))
+        await until_decoding()
+        await asyncio.to_thread(pool.close)
+        with pytest.raises(Unavailable):
+            await asked
+
+    with decoders() as pool:
+        asyncio.run(ask())
+        with pytest.raises(Unavailable):
+            fit(pool, GOOD)
+
+
+@counts_memory
+def test_a_picture_of_many_pixels_stays_within_the_bound() -> None:
+    side = 7071
+    rows = np.linspace(0, 65535, side).astype(np.uint16)
+    file = file_of(np.broadcast_to(rows, (side, side)).copy(), "PNG")
+    with decoders() as pool:
+        fit(pool, GOOD)
+        [decoder] = children()
+        before = _peak_bytes(decoder.pid)
+        assert not isinstance(fit(pool, file)[0], SidelightError)
+        grown = _peak_bytes(decoder.pid) - before
+        assert side * side < grown < BYTES_PER_PIXEL * side * side  # it was decoded there, and not here
+        assert psutil.Process(decoder.pid).memory_info().rss < before + SPARE_BYTES  # and given back
+
+
+@counts_memory
+def test_a_picture_that_takes_more_memory_than_it_may_is_told_so_and_the_next_one_is_decoded() -> None:
+    side = 6000
+    file = file_of(np.zeros((side, side, 3), np.uint8), "WEBP", lossless=True, method=0)
+    with decoders() as pool:
+        failure, good = fit(pool, file, GOOD, order=Order(PREPROCESSING, max_pixels=side * side, max_s=60))
+        assert_fitted(good, GOOD)
+    assert isinstance(failure, ResourceExhausted), failure
+    assert "MiB that decoding may take here" in failure.message
+
+
+def _peak_bytes(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def test_a_decoder_imports_neither_torch_nor_the_callers_script(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import io, sys
+        from pathlib import Path
+        print("imported")
+        import psutil, sidelight, sidelight_server, torch
+        from PIL import Image
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, "PNG")
+        module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+        with sidelight_server.serve(sidelight_server.ModelSpec(module, input_size=(3, 8, 8)), device="cpu") as address:
+            with sidelight.connect(address) as client:
+                client.attribute([file.getvalue()])
+            [child] = psutil.Process().children()
+            assert not any("torch" in each.path for each in child.memory_maps())
+        assert not psutil.Process().children()
+    """)
+    )  # without a guard for __main__
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (0, "imported\n"), done.stderr
+
+
+# The engine and the command
+
+
+def sized() -> ModelSpec:
+    return ModelSpec(small_cnn(), input_size=(3, 32, 32), name="small")
+
+
+def engine(**settings: object) -> Engine:
+    return Engine([sized()], Settings(device="cpu", **settings))
+
+
+def test_good_callers_are_answered_beside_one_of_slow_files() -> None:
+    async def ask(engine: Engine) -> None:
+        hostile = asyncio.create_task(engine.attribute(Request(Files((GOOD, SLOW, GOOD)))))
+        good = await asyncio.gather(*(engine.attribute(Request(Files((GOOD,) * 3))) for _ in range(8)))
+        assert not any(each.failures for each in good)
+        failures = (await hostile).failures
+        assert [(each.example, each.code) for each in failures] == [(1, InvalidArgument.code)]
+
+    with engine(threads=2, max_decode_s=0.5) as running:
+        asyncio.run(ask(running))
+    assert not children()
+
+
+def test_pixels_do_not_wait_for_files() -> None:
+    async def ask(engine: Engine) -> None:
+        hostile = asyncio.create_task(engine.attribute(Request(Files((SLOW,) * 4))))
+        await until_decoding()
+        assert not (await engine.attribute(Request(noise(2, 48, 64, 3)))).failures
+        assert not hostile.done()
+        hostile.cancel()
+        await asyncio.wait([hostile])
+
+    with engine(threads=1, max_decode_s=100) as running:
+        asyncio.run(ask(running))
+
+
+def test_an_engine_without_files_starts_no_process() -> None:
+    with engine() as running:
+        asyncio.run(running.attribute(Request(noise(2, 48, 64, 3))))
+        assert not children()
+
+
+def serving(tmp_path: Path, *flags: str) -> tuple[subprocess.Popen[str], str]:
+    address = f"unix:{tmp_path}/socket"
+    command = [sys.executable, "-m", "sidelight_server", "--model", "python:test_decoders:sized", "--listen", address]
+    command += ["--device", "cpu", "--metrics-listen", "", *flags]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr
+    while "event=serving" not in (line := process.stderr.readline()):
+        assert line
+    return process, address
+
+
+@contextlib.contextmanager
+def asked_for(address: str, file: bytes) -> Iterator[None]:
+    """A caller who waits for a file's map."""
+
+    async def ask() -> None:
+        async with sidelight.aio.connect(address, connect_timeout=10) as client:
+            with contextlib.suppress(sidelight.SidelightError):
+                await client.attribute([file], timeout=100)
+
+    with _in_thread(ask()):
+        yield
+
+
+@contextlib.contextmanager
+def _in_thread(coroutine: Coroutine[Any, Any, None]) -> Iterator[None]:
+    thread = threading.Thread(target=asyncio.run, args=(coroutine,))
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_end_of_a_server_is_the_end_of_its_decoders(tmp_path: Path, number: int) -> None:
+    process, address = serving(tmp_path, "--max-decode-s", "1000", "--drain-s", "1", "--threads", "2")
+    with process, asked_for(address, SLOW):
+        assert len(children(process.pid)) == 2  # started with the server
+        until(lambda: any(each.cpu_times().user > 0.5 for each in children(process.pid)))
+        decoders = children(process.pid)
+        process.send_signal(number)
+        assert process.wait(UNTIL_S) == (0 if number == signal.SIGTERM else -number)
+        assert not psutil.wait_procs(decoders, UNTIL_S)[1]
