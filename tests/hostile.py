@@ -67,7 +67,16 @@ class Caller:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Go away without a word."""
         self._socket.close()
+
+    def n_over(self) -> int:
+        """Return how many calls are over, of what has come."""
+        self.look()
+        return sum(call.is_over for call in self.calls.values())
 
     @property
     def room(self) -> int:
@@ -132,7 +141,8 @@ class Caller:
 
     def look(self) -> None:
         """Take in what has come, without waiting."""
-        self._receive(0.001)
+        while self._receive(0.001):
+            pass
 
     def until(self, reached: Callable[[], bool], *, patience_s: float = TIMEOUT_S) -> None:
         """Receive until something is so."""

@@ -9,17 +9,21 @@ from pathlib import Path
 
 import grpc
 import pytest
+import torch
+from engines import tried
 from grpc_health.v1 import health_pb2
 from hostile import ATTRIBUTE, WATCH, Caller
 from models import Linear
-from running import TIMEOUT_S, Running
+from running import TIMEOUT_S, Running, serving
 from sidelight.v1 import attribution_pb2 as pb
+from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.health import MAX_PEER_WATCHES
 from sidelight_server.server import MAX_CONNECTION_CALLS
 from test_authorization import secret
 from test_fuzz import Counts
-from test_service import ask, floats, gated, running
+from test_service import Gate, ask, floats, gated, running
 from test_stream import Conversation, attribute
+from torch import Tensor, nn
 
 RESOURCE_EXHAUSTED = 8
 MEBIBYTE = 2**20
@@ -150,3 +154,57 @@ def test_rows_of_one_caller_are_bounded(tmp_path: Path, device: str, tokens: Pat
         until(server, lambda: n_held(server) == 6)
         gate.open.set()
         assert all(each.result() for each in (*calls, good))
+
+
+class Watched(nn.Module):
+    """A model that notes, while it is gated, in which of its chunks a marked example was."""
+
+    MARK = 100.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = Gate()
+        self.linear = Linear()
+        self.has_mark: list[bool] = []
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "Watched":
+        copied = Watched()
+        copied.gate, copied.has_mark = self.gate, self.has_mark
+        return copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.gate.pass_through(len(x))
+        self.has_mark.append(bool((x[:, 0, 0, 0] == self.MARK).any()))
+        return self.linear(x)
+
+
+def test_a_good_caller_beside_300_calls_of_10_000_rows_waits_for_two_chunks(
+    tmp_path: Path, device: str, tokens: Path
+) -> None:
+    """The one that runs, and perhaps one more of another kind: rows without a gradient."""
+    flood = ask(floats(1), method=pb.Method(smoothgrad=pb.SmoothGradMethod(samples=9_999))).SerializeToString()
+    marked = floats(1)
+    marked[0, 0, 0, 0] = Watched.MARK
+    module = Watched()
+    module.gate.open.set()
+    engine = tried(Engine([ModelSpec(module)], Settings(device=device, tokens=tokens)), torch.zeros(1, 3, 4, 5))
+    with serving(engine, f"unix:{tmp_path}/socket") as server, contextlib.ExitStack() as stack:
+        callers = [stack.enter_context(Caller(address(server))) for _ in range(3)]
+        for caller in callers:
+            for _ in range(MAX_CONNECTION_CALLS):
+                caller.ask(ATTRIBUTE, flood, *FLOOD)
+        until(server, lambda: n_held(server) == 100)  # of a million rows
+        until(server, lambda: sum(caller.n_over() for caller in callers) == 200)
+        for _ in range(5):
+            module.gate.reached.clear()
+            module.gate.open.clear()
+            assert module.gate.reached.wait(TIMEOUT_S)
+            good = server.stub.Attribute.future(ask(marked), timeout=TIMEOUT_S, metadata=GOOD)
+            until(server, lambda: engine.n_unanswered == 101)
+            module.has_mark.clear()
+            module.gate.open.set()
+            assert len(good.result().result.examples) == 1
+            assert module.has_mark.index(True) <= 2
+        for caller in callers:
+            caller.close()
+        until(server, lambda: n_held(server) == 0 and engine.n_unanswered == 0)

@@ -16,6 +16,7 @@ class Asked:
     pending: int
     key: Hashable = "k"
     cancelled: bool = False
+    caller: str = ""
     n_taken: int = field(default=0, init=False)
 
     def take(self) -> str:
@@ -181,6 +182,55 @@ def test_a_call_of_one_row_never_waits_behind_the_rows_of_a_flood(
         bound = -(-(len(ring) + 1) // limit)
         ring.add(Asked(f"call {n}", 1))
         assert clock.until(f"call {n}") <= bound
+
+
+def test_callers_get_a_row_each_in_turn_however_many_requests_they_have() -> None:
+    flood = [Asked(f"flood {i}", 10_000, caller="flood") for i in range(300)]
+    ring = ring_of(*flood, Asked("a", 5, caller="a"), Asked("b", 1, caller="b"), Asked("b'", 1, caller="b"))
+    assert ring.take_chunk(3) == ["flood 0", "a", "b"]
+    assert ring.take_chunk(5) == ["flood 1", "a", "b'", "flood 2", "a"]
+    assert ring.take_chunk(4) == ["flood 3", "a", "flood 4", "a"]
+    assert ring.take_chunk(3) == ["flood 5", "flood 6", "flood 7"]
+
+
+def test_a_caller_with_requests_of_two_keys_has_one_turn() -> None:
+    mine = [Asked("a k", 3, "k", caller="a"), Asked("a l", 3, "l", caller="a")]
+    ring = ring_of(*mine, Asked("b l", 3, "l", caller="b"), Asked("c k", 3, "k", caller="c"))
+    assert ring.take_chunk(2) == ["a k", "c k"]
+    assert ring.take_chunk(2) == ["b l", "a l"]
+    assert ring.take_chunk(4) == ["c k", "a k", "c k", "a k"]
+    assert ring.take_chunk(4) == ["b l", "a l", "b l", "a l"]
+    assert len(ring) == 0
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.sampled_from("kl"), st.sampled_from("abcdef")), max_size=60),
+    st.sampled_from("kl"),
+    st.integers(1, 8),
+)
+def test_a_caller_waits_for_a_round_of_callers_and_not_of_their_requests(
+    made: list[tuple[int, str, str]], key: str, limit: int
+) -> None:
+    ring = ring_of(*(Asked(str(i), n, other, caller=caller) for i, (n, other, caller) in enumerate(made)))
+    ring.add(Asked("new", 1, key, caller="new"))
+    with_key = {each: len({caller for _, other, caller in made if other == each}) for each in "kl"}
+    bound = -(-(with_key.pop(key) + 1) // limit) + sum(-(-n // limit) for n in with_key.values())
+    assert Clock(ring, limit).until("new") <= bound
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.sampled_from("kl"), st.sampled_from("abc"), st.booleans()), max_size=20),
+    st.integers(1, 8),
+)
+def test_every_row_of_every_caller_runs_exactly_once_unless_cancelled(
+    made: list[tuple[int, str, str, bool]], limit: int
+) -> None:
+    asked = [Asked(str(i), n, key, cancelled, caller) for i, (n, key, caller, cancelled) in enumerate(made)]
+    ring = ring_of(*asked)
+    while chunk := ring.take_chunk(limit):
+        assert len({asked[int(name)].key for name in chunk}) == 1
+    assert len(ring) == 0
+    assert [each.n_taken for each in asked] == [0 if cancelled else n for n, _, _, cancelled in made]
 
 
 def test_cancelling_reorders_nobody() -> None:

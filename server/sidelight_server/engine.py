@@ -249,6 +249,7 @@ class Engine:
             on_done=lambda: _call_from_thread(answered, _set_done),
             on_improved=_from_thread(loop, progress.improved.set) if progress else None,
             id_=passage.id,
+            caller=passage.caller,
             chunks=passage.chunks,
         )
         if progress:

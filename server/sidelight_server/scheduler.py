@@ -1,13 +1,14 @@
 """The scheduler: whose rows the device runs next. Standard library only.
 
-Active requests form a ring. A chunk takes one row from each in turn, all of the head's key, and goes round again while
-there is room; newcomers join the tail. So a row waits for the running chunk and ⌈active requests ÷ chunk rows⌉ more,
-plus one for each other key, however many rows its neighbours brought.
+Callers form a ring, and the active requests of each a ring of their own. A chunk takes one row from each caller in
+turn, of that caller's requests in turn, all of the head's key, and goes round again while there is room; newcomers join
+the tail. So the first row of a caller waits for the running chunk and ⌈active callers ÷ chunk rows⌉ more, plus one for
+each other key, however many requests and rows the others brought; and so do a caller's own requests among themselves.
 """
 
 import contextlib
 from collections import deque
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Generic, Protocol, TypeVar
 
 Row = TypeVar("Row")
@@ -16,6 +17,10 @@ Taken = TypeVar("Taken", covariant=True)
 
 class Source(Protocol[Taken]):
     """A request in the ring."""
+
+    @property
+    def caller(self) -> str:
+        """Who made it."""
 
     @property
     def key(self) -> Hashable:
@@ -34,49 +39,69 @@ class Source(Protocol[Taken]):
 
 
 class Ring(Generic[Row]):
-    """The requests that have rows to run, in turn.
+    """The requests that have rows to run, in turn by caller.
 
     It is owned by the runner, under whose lock every call is made.
     """
 
     def __init__(self) -> None:
-        self._requests: deque[Source[Row]] = deque()
+        self._callers: dict[str, deque[Source[Row]]] = {}  # in turn; none is empty
 
     def __len__(self) -> int:
-        return len(self._requests)
+        return sum(map(len, self._callers.values()))
 
     def add(self, request: Source[Row]) -> None:
         """Let a request join the tail. One without rows is passed over: it comes when it has some."""
         if request.pending:
-            self._requests.append(request)
+            self._callers.setdefault(request.caller, deque()).append(request)
 
     def remove(self, request: Source[Row]) -> None:
         """Let a request go, if it is here."""
-        with contextlib.suppress(ValueError):
-            self._requests.remove(request)
+        if (requests := self._callers.get(request.caller)) is not None:
+            with contextlib.suppress(ValueError):
+                requests.remove(request)
+            self._in_order(list(self._callers))
 
     def head(self) -> Source[Row] | None:
         """Return the request whose turn it is; the cancelled before it are dropped."""
-        while self._requests and self._requests[0].cancelled:
-            self._requests.popleft()
-        return self._requests[0] if self._requests else None
+        for requests in self._callers.values():
+            while requests and requests[0].cancelled:
+                requests.popleft()
+        self._in_order(list(self._callers))
+        return next((requests[0] for requests in self._callers.values()), None)
 
     def take_chunk(self, limit: int) -> list[Row]:
         """Take up to `limit` rows that can run together. Empty only if there is nothing to run."""
         chunk: list[Row] = []
-        others: deque[Source[Row]] = deque()  # of another key: they keep their place before those who got a row
         key: Hashable = None
-        while self._requests and len(chunk) < limit:
-            request = self._requests.popleft()
-            if request.cancelled:
+        turns = deque(self._callers)
+        others: dict[str, deque[Source[Row]]] = {caller: deque() for caller in turns}  # a caller's of another key
+        served: dict[str, None] = {}
+        passed: list[str] = []  # who have no more of this key
+        while turns and len(chunk) < limit:
+            caller = turns.popleft()
+            requests = self._callers[caller]
+            while requests and (requests[0].cancelled or (chunk and requests[0].key != key)):
+                if not (request := requests.popleft()).cancelled:
+                    others[caller].append(request)
+            if not requests:
+                passed.append(caller)
                 continue
+            request = requests.popleft()
             if not chunk:
                 key = request.key
-            if request.key != key:
-                others.append(request)
-                continue
             chunk.append(request.take())
+            served[caller] = None
+            turns.append(caller)
             if request.pending:
-                self._requests.append(request)
-        self._requests.extendleft(reversed(others))
+                requests.append(request)
+        # Whoever got no row keeps its place before those who did.
+        for caller, kept in others.items():
+            self._callers[caller].extendleft(reversed(kept))
+        waiting = [caller for caller in passed if caller not in served]
+        self._in_order([*waiting, *turns, *(caller for caller in passed if caller in served)])
         return chunk
+
+    def _in_order(self, callers: Iterable[str]) -> None:
+        """Keep the callers in this order, without those that have no request."""
+        self._callers = {caller: requests for caller in callers if (requests := self._callers[caller])}

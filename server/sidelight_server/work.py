@@ -38,12 +38,14 @@ class Work:
         on_done: Told = lambda: None,
         on_improved: Told | None = None,
         id_: str = "",
+        caller: str = "",
         chunks: list[ChunkTimes] | None = None,
     ) -> None:
         self.request = request
         self.model = model
         self.prepared = prepared
         self.id = id_  # the caller's name for it, for the log
+        self.caller = caller
         self.chunks = chunks  # where it is told which chunks its rows were in; None: nobody wants to know
         self.n_taken = 0  # rows that were taken to the device
         self.n_running = 0  # rows that were taken and not given back, under the runner's lock
