@@ -443,12 +443,13 @@ def test_info_tells_version_limits_methods_and_models(run: Run, address: str, cl
     [
         ({}, "short side 32, bilinear; 0 to 1, mean 0, std 1"),
         ({"resize": "exact", "pixel_range": (-1024, 1024)}, "resize exact, bilinear; -1024 to 1024, mean 0, std 1"),
+        ({"resize": "48x40"}, "resize 48x40, bilinear; 0 to 1, mean 0, std 1"),
         (
             {"resize": 40, "interpolation": "bicubic", "mean": [0.25], "std": [0.5], "window": (0, 4095)},
             "short side 40, bicubic; 0 to 1, mean 0.25, std 0.5; of 16 bits and DICOM 0 to 4095",
         ),
     ],
-    ids=["default", "range", "window"],
+    ids=["default", "range", "sides", "window"],
 )
 def test_info_tells_what_becomes_of_pixels(device: str, run: Run, fields: dict[str, object], told: str) -> None:
     spec = sidelight_server.ModelSpec(small_cnn(1), input_size=(1, 32, 32), **fields)

@@ -99,6 +99,40 @@ def test_a_picture_is_enlarged_until_a_wide_crop_fits(original: tuple[int, int],
     assert (geometry.scaled_height, geometry.scaled_width) == scaled
 
 
+@pytest.mark.parametrize("interpolation", FILTERS)
+@pytest.mark.parametrize(("height", "width"), [(50, 81), (20, 30), (45, 39), (200, 41)])
+def test_a_picture_is_resized_to_two_sides_and_its_centre_cut_out(height: int, width: int, interpolation: str) -> None:
+    pixels = noise(height, width)
+    fitted, geometry = prepare(height=32, width=28, resize="45x39", interpolation=interpolation).fit(pixels)
+    assert geometry == Geometry(
+        original_height=height,
+        original_width=width,
+        scaled_height=45,
+        scaled_width=39,
+        crop_top=6,  # 6.5, rounded to even
+        crop_left=6,  # 5.5, rounded to even
+        crop_height=32,
+        crop_width=28,
+    )
+    image = Image.fromarray(pixels).resize((39, 45), Image.Resampling[interpolation.upper()])
+    np.testing.assert_array_equal(fitted, np.asarray(image)[6:38, 6:34])
+
+
+def test_a_crop_of_a_huge_picture_of_two_sides_is_resized_by_itself() -> None:
+    ramp = np.broadcast_to(np.arange(0, 256, dtype=np.uint8)[None, :, None], (40, 256, 3)).copy()
+    fitted, geometry = prepare(height=32, width=32, resize="100x400000").fit(ramp)
+    assert (geometry.scaled_height, geometry.scaled_width) == (100, 400_000)
+    assert set(np.unique(fitted)) <= {127, 128}  # the middle of the ramp
+
+
+@pytest.mark.parametrize("margin", range(9))
+def test_an_odd_margin_is_halved_as_torchvision_does_or_as_transformers_does(margin: int) -> None:
+    pixels = noise(32 + margin, 32)
+    torchvision, transformers = int(round(margin / 2.0)), margin // 2  # noqa: RUF046  (as it is written there)
+    assert prepare(resize="none").fit(pixels)[1].crop_top == torchvision
+    assert prepare(resize="none", odd_margin="floor").fit(pixels)[1].crop_top == transformers
+
+
 def test_a_short_side_of_one_just_covers_the_input() -> None:
     _, geometry = prepare(height=32, width=48, resize=1).fit(noise(100, 100))
     assert (geometry.scaled_height, geometry.scaled_width) == (48, 48)
@@ -327,9 +361,16 @@ def test_what_is_no_picture_is_refused(pixels: np.ndarray) -> None:
         ("mean", (0.5, 0.5, float("nan")), "a tuple of 3 finite numbers"),
         ("std", (0.5, 0.5, "0.5"), "a tuple of 3 finite numbers"),
         ("std", (0.5, 0.0, 0.5), "numbers above 0"),
-        ("resize", 0, 'an integer from 1 up, "exact" or "none"'),
-        ("resize", "crop", 'an integer from 1 up, "exact" or "none"'),
-        ("resize", None, 'an integer from 1 up, "exact" or "none"'),
+        ("resize", 0, 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'),
+        ("resize", "crop", 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'),
+        ("resize", None, 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'),
+        ("resize", "0x40", 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'),
+        ("resize", "40x040", 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'),
+        ("resize", "40 x 40", 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'),
+        ("resize", "40x40x3", 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'),
+        ("resize", "32x31", "32 × 32 at the least, the input, and 2,147,483,647 at most along each side"),
+        ("resize", "32x2147483648", "32 × 32 at the least, the input, and 2,147,483,647 at most along each side"),
+        ("odd_margin", "ceil", "one of round, floor"),
         ("pixel_range", (1.0, 1.0), "two finite numbers, the lower one first"),
         ("pixel_range", (1.0, -1.0), "two finite numbers, the lower one first"),
         ("pixel_range", (0.0, float("inf")), "two finite numbers, the lower one first"),

@@ -1,5 +1,6 @@
 """Sources: `hf:DIR`. Folders as transformers writes them, and their pictures against transformers' own processors."""
 
+import dataclasses
 import json
 import pickle
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sidelight
+import sidelight_server
 import skimage
 import torch
 from PIL import Image
@@ -21,6 +24,8 @@ from sourced import assert_serves, examples, expected_maps, refusal, served_maps
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
+    MobileViTConfig,
+    MobileViTForImageClassification,
     PreTrainedModel,
     ResNetConfig,
     ResNetForImageClassification,
@@ -29,9 +34,18 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.models.deit.image_processing_pil_deit import DeiTImageProcessorPil
+from transformers.models.efficientnet.image_processing_pil_efficientnet import EfficientNetImageProcessorPil
+from transformers.models.levit.image_processing_pil_levit import LevitImageProcessorPil
+from transformers.models.mobilevit.image_processing_pil_mobilevit import MobileViTImageProcessorPil
+from transformers.models.poolformer.image_processing_pil_poolformer import PoolFormerImageProcessorPil
+from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
+from transformers.models.textnet.image_processing_pil_textnet import TextNetImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 PHOTOGRAPH = Path(skimage.__file__).parent / "data" / "chelsea.png"  # 300 × 451
+# Of a photograph: whole, and parts of other shapes, whose margins are odd in every way once they are resized.
+SIZES = [(300, 451), (299, 211), (200, 203), (57, 91), (61, 44), (300, 100)]
 LABELS = {0: "cat", 1: "dog", 2: "elk", 3: "fox"}
 
 
@@ -55,6 +69,19 @@ def vit(**config: object) -> PreTrainedModel:
 def convnext() -> PreTrainedModel:
     torch.manual_seed(0)
     return ConvNextForImageClassification(ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4, num_labels=4)).eval()
+
+
+def mobilevit() -> PreTrainedModel:
+    torch.manual_seed(0)
+    settings = {"image_size": 64, "hidden_sizes": [8] * 3, "neck_hidden_sizes": [8] * 7, "num_attention_heads": 1}
+    settings |= {"id2label": LABELS, "label2id": {v: k for k, v in LABELS.items()}}
+    module = MobileViTForImageClassification(MobileViTConfig(**settings)).train()
+    for each in module.modules():
+        if isinstance(each, torch.nn.BatchNorm2d):
+            each.momentum = 1.0
+    with torch.no_grad():  # untrained it is so deep that no gradient comes through, unless each layer is normalised
+        module(torch.rand(8, 3, 64, 64))
+    return module.eval()
 
 
 def resnet() -> PreTrainedModel:
@@ -100,14 +127,145 @@ def test_a_photograph_becomes_what_transformers_makes_of_it(
     module, processor = made()
     spec = sources.load(f"hf:{write(tmp_path / 'net', module, processor)}")
     model = Model(spec.completed(ModelSettings().traits()), device=torch.device("cpu"))
-    picture = Image.open(PHOTOGRAPH)
-    expected = np.stack(processor(picture)["pixel_values"])  # [1, C, H, W]
-    pixels, _ = model.preprocessing.fit(np.asarray(picture))
-    got = model.inputs(torch.from_numpy(np.ascontiguousarray(pixels))[None]).numpy()
-    assert got.shape == expected.shape
+    assert_prepares_as(model, processor)
+
+
+# Processors by themselves, in a folder of a network that takes pictures of any size.
+PROCESSORS: Mapping[str, Callable[[], object]] = {
+    "vit, a crop of the warped": lambda: ViTImageProcessorPil(
+        size={"height": 64, "width": 72}, do_center_crop=True, crop_size={"height": 37, "width": 48}
+    ),
+    "deit": DeiTImageProcessorPil,
+    "deit, an odd crop": lambda: DeiTImageProcessorPil(crop_size={"height": 225, "width": 223}),
+    "clip, an odd crop": lambda: CLIPImageProcessorPil(
+        size={"shortest_edge": 60}, crop_size={"height": 47, "width": 49}
+    ),
+    "convnext, odd": lambda: ConvNextImageProcessorPil(size={"shortest_edge": 97}, crop_pct=0.9),
+    "levit": LevitImageProcessorPil,
+    "levit, smaller": lambda: LevitImageProcessorPil(size={"shortest_edge": 99}, crop_size=[100, 97]),
+    "levit, warped": lambda: LevitImageProcessorPil(size={"height": 240, "width": 250}),
+    "poolformer": PoolFormerImageProcessorPil,
+    "poolformer of 95 %": lambda: PoolFormerImageProcessorPil(crop_pct=0.95),
+    "poolformer, a square": lambda: PoolFormerImageProcessorPil(size={"height": 224, "width": 224}),
+    "poolformer, warped": lambda: PoolFormerImageProcessorPil(size={"height": 224, "width": 230}, crop_pct=0.7),
+    "segformer": SegformerImageProcessorPil,
+    "segformer, cropped in vain": lambda: SegformerImageProcessorPil(
+        size={"height": 96, "width": 64}, do_center_crop=True, crop_size={"height": 32, "width": 32}
+    ),
+    "efficientnet": EfficientNetImageProcessorPil,
+    "efficientnet b0": lambda: EfficientNetImageProcessorPil(
+        size={"height": 224, "width": 224},
+        resample=0,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.47853944, 0.4732864, 0.47434163],
+    ),
+    "efficientnet, from −1 to 1": lambda: EfficientNetImageProcessorPil(
+        rescale_factor=1 / 127.5, rescale_offset=True, include_top=False
+    ),
+    "efficientnet, an offset without a scale": lambda: EfficientNetImageProcessorPil(
+        do_rescale=False, rescale_offset=True
+    ),
+    "efficientnet, divided alone": lambda: EfficientNetImageProcessorPil(do_normalize=False, do_center_crop=True),
+    "mobilevit, as it is": lambda: MobileViTImageProcessorPil(
+        size={"shortest_edge": 288}, do_flip_channel_order=False, do_normalize=True
+    ),
+    "textnet, cropped alone": lambda: TextNetImageProcessorPil(
+        do_resize=False, do_center_crop=True, crop_size={"height": 40, "width": 37}
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write(tmp_path_factory.mktemp("bare") / "net", resnet())
+
+
+@pytest.mark.parametrize("made", PROCESSORS.values(), ids=PROCESSORS)
+def test_a_processor_is_what_transformers_makes_of_its_file(
+    made: Callable[[], object], bare: Path, tmp_path: Path
+) -> None:
+    processor = made()
+    processor.save_pretrained(shutil.copytree(bare, tmp_path / "net"))
+    assert_prepares_as(prepared(tmp_path / "net"), processor)
+
+
+# As they lie on the hub: words of older versions, and keys that are left out or null.
+FILES: Mapping[str, tuple[type, Mapping[str, object]]] = {
+    "deit of 2021": (
+        DeiTImageProcessorPil,
+        {"feature_extractor_type": "DeiTFeatureExtractor", "size": 256, "crop_size": 224, "do_center_crop": True},
+    ),
+    "levit of 2022": (LevitImageProcessorPil, {"feature_extractor_type": "LevitFeatureExtractor", "size": 224}),
+    "segformer of 2021": (
+        SegformerImageProcessorPil,
+        {"feature_extractor_type": "SegformerFeatureExtractor", "size": 128, "reduce_labels": True},
+    ),
+    "poolformer, no share": (PoolFormerImageProcessorPil, {"crop_pct": None, "size": {"shortest_edge": 231}}),
+    "clip, no steps": (CLIPImageProcessorPil, {"do_normalize": None, "do_rescale": None, "crop_size": 201}),
+    "efficientnet of the fast kind": (
+        EfficientNetImageProcessorPil,
+        {"image_processor_type": "EfficientNetImageProcessorFast", "do_center_crop": None, "include_top": None},
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "said"), FILES.values(), ids=FILES)
+def test_a_file_of_another_version_is_read_as_transformers_reads_it(
+    kind: type, said: Mapping[str, object], bare: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(bare, tmp_path / "net")
+    named = {"image_processor_type": kind.__name__.removesuffix("Pil")} | dict(said)
+    if "feature_extractor_type" in said:
+        del named["image_processor_type"]
+    (folder / "preprocessor_config.json").write_text(json.dumps(named))
+    assert_prepares_as(prepared(folder), kind.from_pretrained(folder))
+
+
+def loaded(folder: Path) -> Model:
+    return Model(sources.load(f"hf:{folder}").completed(ModelSettings().traits()), device=torch.device("cpu"))
+
+
+def prepared(folder: Path) -> Model:
+    """Return a model with the preprocessing of a folder, and a network that takes no time."""
+    means = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 4))
+    spec = dataclasses.replace(sources.load(f"hf:{folder}"), module=means, input=None, output=None, labels=None)
+    return Model(spec.completed({}), device=torch.device("cpu"))
+
+
+def assert_prepares_as(model: Model, processor: object) -> None:
+    """Pixel for pixel, for both resize by Pillow; what is left is the rounding of float32."""
+    photograph = np.asarray(Image.open(PHOTOGRAPH))
     step = 1 / np.asarray(model.preprocessing.std_in_pixels)[:, None, None]  # what one of 255 pixel values makes
-    assert (np.abs(got - expected) / step).max() <= 1 + 1e-3
-    assert expected.std() > 0.1  # a picture
+    for height, width in SIZES:
+        picture = photograph[40 : 40 + height, 90 : 90 + width] if height < 300 else photograph[:, :width]
+        expected = np.stack(processor(Image.fromarray(picture))["pixel_values"])  # [1, C, H, W]
+        pixels, geometry = model.preprocessing.fit(picture)
+        got = model.inputs(torch.from_numpy(np.ascontiguousarray(pixels))[None]).numpy()
+        assert got.shape == expected.shape
+        assert (np.abs(got - expected) / step).max() <= 1e-3, (height, width, geometry)
+        assert (expected / step).std() > 10  # a picture
+
+
+def test_a_network_of_bgr_is_explained_in_rgb(tmp_path: Path) -> None:
+    module = mobilevit()
+    processor = MobileViTImageProcessorPil(size={"shortest_edge": 72}, crop_size={"height": 64, "width": 64})
+    folder = write(tmp_path / "net", module, processor)
+    pixels = np.array(Image.open(PHOTOGRAPH))[:73, :93]
+    pixels[..., 0] //= 4  # so that red and blue have little in common
+    bgr = torch.from_numpy(np.stack(processor(Image.fromarray(pixels))["pixel_values"])).float().requires_grad_()
+    logits = module(bgr).logits
+    (gradient,) = torch.autograd.grad(logits.amax(1).sum(), bgr)
+    with sidelight_server.serve(f"hf:{folder}", device="cpu") as address, sidelight.connect(address) as client:
+        answer = client.attribute(pixels[None], score="logit", channels="none")
+        layers, digest = client.model().layers, client.model().digest
+    assert answer.predictions[0].index == logits.argmax().item()
+    expected = gradient.flip(1).numpy()
+    np.testing.assert_allclose(answer.maps, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(answer.maps - gradient.numpy()).max() > 0.1 * np.abs(expected).max()
+    assert "mobilevit.conv_stem" in layers  # as transformers names it
+    processor.do_flip_channel_order = False
+    processor.save_pretrained(folder)
+    assert loaded(folder).digest != digest
 
 
 def test_a_folder_is_served_with_its_labels(tmp_path: Path) -> None:
@@ -256,17 +414,30 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "classes with a gap": (change("config.json", id2label={"0": "a", "2": "b"}), ("net/config.json: id2label: ",)),
     "half of the processor": (cut("preprocessor_config.json"), ("net/preprocessor_config.json: ",)),
     "another processor": (
-        processor(image_processor_type="LevitImageProcessor"),
-        ("net/preprocessor_config.json: image_processor_type: got 'LevitImageProcessor'", "ViTImageProcessor"),
+        processor(image_processor_type="OwlViTImageProcessor"),
+        ("net/preprocessor_config.json: image_processor_type: got 'OwlViTImageProcessor'", "LevitImageProcessor"),
     ),
+    "a crop that is filled up": (
+        processor(image_processor_type="MobileViTImageProcessor", size={"shortest_edge": 224}, crop_size=256),
+        ("crop_size: got 256, expected 224 × 224 at most", "filled up; or, without this file, set input_size"),
+    ),
+    "multiples of 32": (
+        processor(image_processor_type="TextNetImageProcessor", size={"shortest_edge": 640}, do_center_crop=True),
+        ("preprocessor_config.json: size_divisor: got 32, expected 1",),
+    ),
+    "BGR of a class that knows none": (
+        processor(image_processor_type="BeitImageProcessor", do_flip_channel_order=True),
+        ("do_flip_channel_order: got True, expected false",),
+    ),
+    "an offset of a class that knows none": (processor(rescale_offset=True), ("rescale_offset: got True",)),
     "a processor that pads": (processor(do_pad=True), ("net/preprocessor_config.json: do_pad: got True",)),
     "turned channels": (processor(do_flip_channel_order=True), ("do_flip_channel_order: got True",)),
     "pictures of any size": (processor(do_resize=False), ("preprocessor_config.json: do_resize: got False",)),
     "a short side only": (processor(size={"shortest_edge": 48}), ("preprocessor_config.json: size: got ",)),
     "the longest side": (processor(size={"longest_edge": 48}), ("preprocessor_config.json: size: got ",)),
-    "a crop of the warped": (
-        processor(do_center_crop=True, crop_size={"height": 32, "width": 32}),
-        ("preprocessor_config.json: crop_size: got ",),
+    "a crop of more than the warped": (
+        processor(do_center_crop=True, crop_size={"height": 32, "width": 64}),
+        ("preprocessor_config.json: crop_size: got ", "48 × 48 at most"),
     ),
     "an unknown filter": (processor(resample=9), ("preprocessor_config.json: resample: got 9, expected one of 0, 1",)),
     "means of two channels": (processor(image_mean=[0.5, 0.5]), ("image_mean: got [0.5, 0.5], expected 3 numbers",)),

@@ -68,7 +68,7 @@ class Preprocessing:
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: str  # the short side in pixels, or "exact", or "none"
+    resize: str  # the short side in pixels, "256"; or height and width, "288x256"; or "exact", or "none"
     interpolation: str
     pixel_range: tuple[float, float] = (0.0, 1.0)
     window: tuple[float, float] | None = None  # of 16-bit and DICOM files; None: as the file says

@@ -25,7 +25,7 @@ from pydantic_settings import (
 
 from .errors import ConfigurationError
 from .logs import LogFormat
-from .models.preprocessing import Interpolation
+from .models.preprocessing import RESIZES, Interpolation, is_resize
 from .models.spec import ModelSpec
 from .options import Activation, Outputs, Precision
 
@@ -42,6 +42,12 @@ def _split(value: object) -> object:
         return value
     is_json = value.startswith("[") and value.endswith("]")  # unlike "[::1]:50051"
     return json.loads(value) if is_json else [each.strip() for each in value.split(",")]
+
+
+def _way_to_resize(value: int | str) -> int | str:
+    if not is_resize(value):
+        raise ValueError(f"expected {RESIZES}")
+    return value
 
 
 _Listed = (NoDecode, BeforeValidator(_split))
@@ -73,9 +79,10 @@ class ModelSettings(BaseModel):
     pixel_range: Annotated[tuple[float, float] | None, *_Listed] = Field(
         None, description="what pixels 0 and 255 are scaled to before the mean is subtracted; unset: 0,1"
     )
-    resize: int | Literal["exact", "none"] | None = Field(
+    resize: Annotated[int | str, Field(union_mode="left_to_right"), AfterValidator(_way_to_resize)] | None = Field(
         None,
-        description='short side in pixels before the centre crop, or "exact", or "none"; unset: just covers the input',
+        description='short side in pixels before the centre crop, or height and width, "256x256"; or "exact", those of '
+        'the input; or "none"; unset: just covers the input',
     )
     interpolation: Interpolation | None = Field(None, description="the filter of resizing; unset: bilinear")
     window: Annotated[tuple[float, float] | None, *_Listed] = Field(

@@ -349,7 +349,9 @@ class InputInfo(google.protobuf.message.Message):
     width: builtins.int
     """width is W in pixels. 0 where the input size is not fixed."""
     resize: builtins.str
-    """resize is the short side in pixels before the centre crop, or "exact", or "none"."""
+    """resize is what is done before the centre crop: the short side gets so many pixels, "256"; or the picture a height and
+    a width, "288x256"; or those of the input, "exact"; or nothing, "none".
+    """
     interpolation: builtins.str
     """interpolation names the resampling filter: "bilinear", "bicubic"."""
     @property

@@ -522,7 +522,7 @@ def _trial_shape(spec: ModelSpec) -> Shape | None:
 
 def _preprocessing(spec: ModelSpec) -> Preprocessing | None:
     if spec.input_size is None:
-        names = ("mean", "std", "pixel_range", "resize", "interpolation", "window")
+        names = ("mean", "std", "pixel_range", "resize", "odd_margin", "interpolation", "window")
         given = [name for name in names if getattr(spec, name) is not None]
         if given:
             raise ConfigurationError(f"{given[0]}: is set, but input_size is not; set input_size to C, H, W")
@@ -539,6 +539,7 @@ def _preprocessing(spec: ModelSpec) -> Preprocessing | None:
             mean=_numbers("mean", spec.mean, channels, default=0.0),
             std=_numbers("std", spec.std, channels, default=1.0),
             resize=spec.resize if spec.resize is not None else max(height, width),
+            odd_margin=spec.odd_margin or "round",
             interpolation=spec.interpolation or "bilinear",
             pixel_range=_range("pixel_range", spec.pixel_range) or (0.0, 1.0),
             window=_range("window", spec.window),

@@ -1,6 +1,7 @@
 """Pixels become the model's input size: between a decoded file, or a uint8 array, and the device that normalises it."""
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,6 +14,10 @@ from .pixels import can_become, in_channels
 
 Pixels = npt.NDArray[np.uint8]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+OddMargin = Literal["round", "floor"]
+
+RESIZES = 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'
+_SIDES = re.compile(r"[1-9]\d*x[1-9]\d*", re.ASCII)
 
 # A picture of 1 × 60,000 whose short side becomes 256 would pass through 12 GB. No picture that a person looks at
 # comes near this bound (50 MB of RGB). Beyond it the order of work changes, and a byte may differ by 1.
@@ -45,9 +50,10 @@ class Geometry:
 class Preprocessing:
     """How a picture is brought to a model: resized, its centre cut out; on the device then (scaled − mean) / std.
 
-    `resize` is the length that the short side gets (more where the crop would not fit), the aspect kept; or "exact",
-    straight to height × width; or "none". Pixels 0 … 255 are scaled to `pixel_range`; `mean` and `std` have one number
-    for each channel, in its units. `window` has the values of 16-bit and DICOM files that become pixels 0 and 255.
+    `resize` is the length that the short side gets (more where the crop would not fit), the aspect kept; or "256x256",
+    straight to a height and a width of which the centre is cut out; or "exact", straight to the input's own; or "none".
+    Pixels 0 … 255 are scaled to `pixel_range`; `mean` and `std` have one number for each channel, in its units.
+    `window` has the values of 16-bit and DICOM files that become pixels 0 and 255.
     """
 
     channels: int
@@ -55,10 +61,11 @@ class Preprocessing:
     width: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    resize: int | Literal["exact", "none"]
+    resize: int | str
     interpolation: Interpolation
     pixel_range: tuple[float, float] = (0.0, 1.0)
     window: tuple[float, float] | None = None  # None: as a file says, or all of its 16 bits
+    odd_margin: OddMargin = "round"  # half of it lies above and on the left: rounded to even, or rounded down
 
     def __post_init__(self) -> None:
         for field in ("channels", "height", "width"):
@@ -70,8 +77,9 @@ class Preprocessing:
                 raise ValueError(f"{field}: got {values!r}, expected a tuple of {self.channels} finite numbers")
         if min(self.std) <= 0:
             raise ValueError(f"std: got {self.std!r}, expected numbers above 0")
-        if self.resize not in ("exact", "none") and not _is_count(self.resize):
-            raise ValueError(f'resize: got {self.resize!r}, expected an integer from 1 up, "exact" or "none"')
+        self._check_resize()
+        if self.odd_margin not in get_args(OddMargin):
+            raise ValueError(f"odd_margin: got {self.odd_margin!r}, expected one of {', '.join(get_args(OddMargin))}")
         if self.interpolation not in get_args(Interpolation):
             known = ", ".join(get_args(Interpolation))
             raise ValueError(f"interpolation: got {self.interpolation!r}, expected one of {known}")
@@ -122,8 +130,8 @@ class Preprocessing:
             original_width=original_width,
             scaled_height=scaled_height,
             scaled_width=scaled_width,
-            crop_top=round((scaled_height - self.height) / 2),
-            crop_left=round((scaled_width - self.width) / 2),
+            crop_top=self._start(scaled_height - self.height),
+            crop_left=self._start(scaled_width - self.width),
             crop_height=self.height,
             crop_width=self.width,
             window=self.window,
@@ -144,10 +152,26 @@ class Preprocessing:
                 "uint8 is [H, W, C]"
             )
 
+    def _check_resize(self) -> None:
+        if not is_resize(self.resize):
+            raise ValueError(f"resize: got {self.resize!r}, expected {RESIZES}")
+        if isinstance(self.resize, int) or self.resize in ("exact", "none"):
+            return
+        height, width = _sides(self.resize)
+        if height < self.height or width < self.width or max(height, width) > MAX_SIDE:
+            wanted = f"{self.height} × {self.width} at the least, the input, and {MAX_SIDE:,} at most along each side"
+            raise ValueError(f"resize: got {self.resize!r}, expected {wanted}")
+
+    def _start(self, margin: int) -> int:
+        """Return how much of a margin, in pixels, lies above a crop, or on its left."""
+        return margin // 2 if self.odd_margin == "floor" else round(margin / 2)
+
     def _scale(self, height: int, width: int) -> tuple[int, int]:
         if self.resize == "exact":
             return self.height, self.width
-        if self.resize == "none":
+        if isinstance(self.resize, str) and self.resize != "none":
+            return _sides(self.resize)
+        if isinstance(self.resize, str):
             if height < self.height or width < self.width:
                 wanted = f"{self.height} × {self.width}"
                 raise InvalidArgument(
@@ -159,6 +183,17 @@ class Preprocessing:
             return short, short * width // height
         short = max(self.resize, self.width, -(-self.height * width // height))
         return short * height // width, short
+
+
+def is_resize(value: object) -> bool:
+    """Say whether a value is a way to resize: one of `RESIZES`."""
+    return _is_count(value) or value in ("exact", "none") or (isinstance(value, str) and bool(_SIDES.fullmatch(value)))
+
+
+def _sides(resize: str) -> tuple[int, int]:
+    """Return the height and the width in "256x256"."""
+    height, _, width = resize.partition("x")
+    return int(height), int(width)
 
 
 def _is_count(value: object) -> bool:

@@ -2,16 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from ..errors import ConfigurationError
 from ..options import Activation, KernelOptions, Outputs, Precision
-from .preprocessing import Interpolation
+from .preprocessing import Interpolation, OddMargin
 
 if TYPE_CHECKING:
     from torch import nn
 
-Resize = int | Literal["exact", "none"]
 Constant = bool | int | float | str
 
 
@@ -29,9 +28,10 @@ class ModelSpec:
     mean: Sequence[float] | None = None  # one for each channel; None: 0
     std: Sequence[float] | None = None  # one for each channel; None: 1
     pixel_range: tuple[float, float] | None = None  # what pixels 0 and 255 are scaled to, before the mean; None: 0, 1
-    resize: Resize | None = (
-        None  # an int is the short side in pixels before the centre crop; None: just covers the input
-    )
+    # The short side in pixels, or "HEIGHTxWIDTH", before the centre crop; "exact": the input's own height and width;
+    # "none": not at all. None: just covers the input.
+    resize: int | str | None = None
+    odd_margin: OddMargin | None = None  # half of it, above and on the left: to even ("round", None), or down ("floor")
     interpolation: Interpolation | None = None  # None: bilinear
     window: tuple[float, float] | None = None  # values of 16-bit files that become black and white; None: the file's
     input: str | None = None  # the keyword that takes the images; None: found out

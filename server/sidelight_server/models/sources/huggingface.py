@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ...errors import ConfigurationError
 from ...logs import Event
@@ -42,13 +43,13 @@ def load(place: str, weights: Path | None) -> ModelSpec:
         raise ConfigurationError(f"model: {folder / ADAPTER}: changes a model that is elsewhere; expected a whole one")
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ConfigurationError(f"model: {folder}: holds no weights, expected {WEIGHTS[0]}")
-    processor = folder / image_processor.FILE
-    preprocessing = (
-        image_processor.preprocessing(processor, _read(processor), channels=_channels(config))
-        if processor.is_file()
-        else {"input_size": _size(config)}
+    path = folder / image_processor.FILE
+    processor = (
+        image_processor.read(path, _read(path), channels=_channels(config))
+        if path.is_file()
+        else image_processor.Processor({"input_size": _size(config)})
     )
-    if not processor.is_file():
+    if not path.is_file():
         log.warning(
             Event(
                 "no_preprocessor",
@@ -57,16 +58,34 @@ def load(place: str, weights: Path | None) -> ModelSpec:
             )
         )
     labels = _labels(folder, config)
+    module = _module(folder)
+    if processor.is_bgr:
+        _take_rgb(module)
+        log.info(Event("channels_flipped", folder=folder, message="the network takes BGR; arrays and maps are RGB"))
     return ModelSpec(
-        _module(folder),
+        module,
         input="pixel_values",
         output="logits",
         outputs="logits",
         activation="sigmoid" if config.get("problem_type") == "multi_label_classification" else "softmax",
         labels=labels,
         name=folder.resolve().name,
-        **preprocessing,
+        **processor.fields,
     )
+
+
+def _take_rgb(module: nn.Module) -> None:
+    """Make a network of BGR one of RGB: what it takes, and its gradient with that.
+
+    The class is another and the module the same: within a wrapper its layers would have other names.
+    """
+    network = type(module)
+
+    def forward(self: nn.Module, pixel_values: Tensor, **named: object) -> object:
+        return network.forward(self, pixel_values.flip(1), **named)
+
+    module.__class__ = type(network.__name__, (network,), {"forward": forward})
+    module.register_buffer("takes_rgb", torch.tensor(True))  # for the digest
 
 
 def files(place: str, weights: Path | None) -> tuple[Path, ...]:

@@ -4,6 +4,7 @@ It is read by hand, for its class may want torchvision. What cannot be said by a
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +17,7 @@ from .refusal import refusing
 FILE = "preprocessor_config.json"
 
 _WARPED_FROM = 384  # pixels from which ConvNext's processor keeps no aspect, and cuts nothing off
+_WAY_OUT = "or, without this file, set input_size, resize, interpolation, pixel_range, mean and std"
 _RANGE_TOLERANCE = 1e-6  # of 255 × rescale_factor: a file says 1/255 in so many digits
 
 _PLAIN: Mapping[str, Any] = {
@@ -41,8 +43,15 @@ _CLIP: Mapping[str, Any] = {
     "image_std": (0.26862954, 0.26130258, 0.27577711),
 }
 _MOBILE: Mapping[str, Any] = {"size": {"shortest_edge": 256}, "default_to_square": False, "do_center_crop": True}
+_SHORT: Mapping[str, Any] = {"size": {"shortest_edge": 224}, "default_to_square": False, "do_center_crop": True}
 _CONVNEXT = "ConvNextImageProcessor"
-# What a class takes where a file is silent. Those that do something of their own to a picture are not here.
+_EFFICIENTNET = "EfficientNetImageProcessor"
+_LEVIT = "LevitImageProcessor"
+_MOBILEVIT = "MobileViTImageProcessor"
+_POOLFORMER = "PoolFormerImageProcessor"
+_SEGFORMER = "SegformerImageProcessor"
+_TEXTNET = "TextNetImageProcessor"
+# What a class takes where a file is silent. What it does of its own to a picture is in the functions below.
 _CLASSES: Mapping[str, Mapping[str, Any]] = {
     "ViTImageProcessor": {},
     "DeiTImageProcessor": {"size": {"height": 256, "width": 256}, "resample": 3, "do_center_crop": True},
@@ -54,31 +63,75 @@ _CLASSES: Mapping[str, Mapping[str, Any]] = {
     "MobileNetV1ImageProcessor": _MOBILE,
     "MobileNetV2ImageProcessor": _MOBILE,
     _CONVNEXT: {"size": {"shortest_edge": 384}, "default_to_square": False, "resample": 3, "crop_pct": 224 / 256},
+    _EFFICIENTNET: {
+        "size": {"height": 346, "width": 346},
+        "crop_size": {"height": 289, "width": 289},
+        "resample": 3,
+        "include_top": True,
+    },
+    _LEVIT: {"resample": 3, **_SHORT, **_IMAGENET},
+    _MOBILEVIT: {
+        "resample": 3,
+        **_SHORT,
+        "crop_size": {"height": 256, "width": 256},
+        "do_flip_channel_order": True,
+    },
+    _POOLFORMER: {"resample": 3, **_SHORT, **_IMAGENET, "crop_pct": 0.9},
+    _SEGFORMER: {"size": {"height": 512, "width": 512}, **_IMAGENET},
+    _TEXTNET: {"size": {"shortest_edge": 640}, "default_to_square": False, **_IMAGENET, "size_divisor": 32},
 }
 # Said of training, or of what files and arrays are brought to here in any case.
 _HARMLESS = ("do_convert_rgb", "do_reduce_labels")
+# Keys that change a picture, and the classes that obey them; another class passes over them, and so they are refused.
+_OBEYED: Mapping[str, tuple[str, ...]] = {
+    "crop_pct": (_CONVNEXT, _POOLFORMER),
+    "rescale_offset": (_EFFICIENTNET,),
+    "include_top": (_EFFICIENTNET,),
+    "do_flip_channel_order": (_MOBILEVIT,),
+}
+# Steps that a class passes over, whatever its file says.
+_IGNORED: Mapping[str, tuple[str, ...]] = {_MOBILEVIT: ("do_normalize",), _SEGFORMER: ("do_center_crop",)}
 
 
-def preprocessing(path: Path, said: Mapping[str, Any], *, channels: int) -> dict[str, Any]:
-    """Return what a file says as fields of a `ModelSpec`. `ConfigurationError` names file and key."""
+@dataclass(frozen=True, slots=True)
+class Processor:
+    """What a file says: fields of a `ModelSpec`, and whether the network takes BGR."""
+
+    fields: Mapping[str, Any]
+    is_bgr: bool = False
+
+
+def read(path: Path, said: Mapping[str, Any], *, channels: int) -> Processor:
+    """Return what a file says. `ConfigurationError` names file and key."""
     with refusing("model", path):
         name = _class(said)
-        wanted = {**_PLAIN, **_CLASSES[name], **{key: value for key, value in said.items() if value is not None}}
+        wanted = {**_PLAIN, **_CLASSES[name], **{key: each for key, each in said.items() if _is_said(key, each, name)}}
+        wanted |= dict.fromkeys(_IGNORED.get(name, ()), False)
         for key, value in wanted.items():
-            if key.startswith("do_") and key not in _PLAIN and key not in _HARMLESS and value:
+            is_known = key in _PLAIN or key in _HARMLESS or name in _OBEYED.get(key, ())
+            if value and not is_known and (key.startswith("do_") or key in _OBEYED):
                 raise _refused(key, value, "false")
-        for key in ("rescale_offset", "crop_pct"):
-            if wanted.get(key) and name != _CONVNEXT:
-                raise _refused(key, wanted[key], "none")
+        is_bgr = bool(wanted.get("do_flip_channel_order"))
+        if is_bgr and channels != 3:
+            raise _refused("do_flip_channel_order", True, f"false, for the model takes {channels} channels")
         height, width, resize = _geometry(wanted, name)
-        return {
+        mean, std = _mean_and_std(wanted, channels)
+        fields = {
             "input_size": (channels, height, width),
             "resize": resize,
+            "odd_margin": "floor",
             "interpolation": _interpolation(wanted["resample"]),
             "pixel_range": _pixel_range(wanted),
-            "mean": _numbers(wanted, "image_mean", channels),
-            "std": _numbers(wanted, "image_std", channels),
+            "mean": mean,
+            "std": std,
         }
+        return Processor(fields, is_bgr)
+
+
+def _is_said(key: str, value: object, name: str) -> bool:
+    """Say whether a file says something of a key: of a step null says no, of most other keys it says nothing."""
+    is_step = key.startswith("do_") or key == "include_top" or (key, name) == ("crop_pct", _POOLFORMER)
+    return is_step or value is not None
 
 
 def _class(said: Mapping[str, Any]) -> str:
@@ -99,28 +152,44 @@ def _geometry(wanted: Mapping[str, Any], name: str) -> tuple[int, int, int | str
         if crop is None:
             raise _refused("do_resize", False, "true, or a crop: the model takes one size")
         return (*crop, "none")
-    size, short = wanted["size"], _short(wanted)
-    if short is None:
-        height, width = _square(wanted, "size")
-        if crop not in (None, (height, width)):
-            raise _refused("crop_size", wanted["crop_size"], f"none, or all of size, {height} × {width}")
-        return height, width, "exact"
-    if name == _CONVNEXT:
+    short = _short(wanted)
+    if name == _CONVNEXT and short is not None:
         if crop not in (None, (short, short)):
             raise _refused("crop_size", wanted["crop_size"], f"none, for {name} cuts out {short} × {short}")
         return short, short, "exact" if short >= _WARPED_FROM else int(short / wanted["crop_pct"])
+    if name == _TEXTNET and wanted["size_divisor"] != 1:
+        raise _refused("size_divisor", wanted["size_divisor"], "1: with others the aspect of each picture changes")
+    scaled = _scaled(wanted, name, short)
     if crop is None:
-        raise _refused("size", size, "height and width, or a crop: the model takes one size")
-    if max(crop) > short:
-        raise _refused("crop_size", wanted["crop_size"], f"{short} at most: what is missing would be filled up")
-    return (*crop, short)
+        if isinstance(scaled, int):
+            raise _refused("size", wanted["size"], "height and width, or a crop: the model takes one size")
+        return (*scaled, "exact")
+    least = (scaled, scaled) if isinstance(scaled, int) else scaled
+    if crop[0] > least[0] or crop[1] > least[1]:
+        told = f"{least[0]} × {least[1]} at most, to which pictures are resized: what is missing would be filled up"
+        raise _refused("crop_size", wanted["crop_size"], told)
+    return (*crop, scaled if isinstance(scaled, int) else "exact" if scaled == crop else "{}x{}".format(*scaled))
+
+
+def _scaled(wanted: Mapping[str, Any], name: str, short: int | None) -> int | tuple[int, int]:
+    """Return what a picture is resized to, as its class computes it: the length of its short side, or both sides."""
+    share = wanted["crop_pct"] if name == _POOLFORMER else None
+    if short is not None:
+        if name == _LEVIT:
+            return int((256 / 224) * short)
+        return short if share is None else int(short / share)
+    height, width = _square(wanted, "size")
+    if share is None:
+        return height, width
+    return int(height / share) if height == width else (int(height / share), int(width / share))
 
 
 def _short(wanted: Mapping[str, Any]) -> int | None:
     """Return the length that the short side gets; None where both sides are given."""
     size = wanted["size"]
     if isinstance(size, Mapping):
-        return int(size["shortest_edge"]) if list(size) == ["shortest_edge"] else None
+        said = [key for key, value in size.items() if value is not None]
+        return int(size["shortest_edge"]) if said == ["shortest_edge"] else None
     return int(size) if isinstance(size, int) and not wanted["default_to_square"] else None
 
 
@@ -146,12 +215,23 @@ def _interpolation(resample: object) -> str:
 def _pixel_range(wanted: Mapping[str, Any]) -> tuple[float, float] | None:
     """Return what pixels 0 and 255 become; None: 0 and 1."""
     high = 255 * float(wanted["rescale_factor"]) if wanted["do_rescale"] else 255.0
-    return None if abs(high - 1) < _RANGE_TOLERANCE else (0.0, high)
+    high = 1.0 if abs(high - 1) < _RANGE_TOLERANCE else high
+    low = -1.0 if wanted["do_rescale"] and wanted.get("rescale_offset") else 0.0
+    return None if (low, high) == (0, 1) else (low, low + high)
 
 
-def _numbers(wanted: Mapping[str, Any], key: str, channels: int) -> tuple[float, ...] | None:
-    if not wanted["do_normalize"]:
-        return None
+def _mean_and_std(
+    wanted: Mapping[str, Any], channels: int
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    mean = _numbers(wanted, "image_mean", channels) if wanted["do_normalize"] else None
+    std = _numbers(wanted, "image_std", channels) if wanted["do_normalize"] else None
+    if wanted.get("include_top"):  # EfficientNet's processor divides once more
+        again = _numbers(wanted, "image_std", channels)
+        std = again if std is None else tuple(first * second for first, second in zip(std, again, strict=True))
+    return mean, std
+
+
+def _numbers(wanted: Mapping[str, Any], key: str, channels: int) -> tuple[float, ...]:
     value = wanted[key]
     numbers = (float(value),) * channels if isinstance(value, int | float) else tuple(float(each) for each in value)
     if len(numbers) != channels:
@@ -160,4 +240,4 @@ def _numbers(wanted: Mapping[str, Any], key: str, channels: int) -> tuple[float,
 
 
 def _refused(key: str, value: object, expected: str) -> ConfigurationError:
-    return ConfigurationError(f"{key}: got {value!r}, expected {expected}")
+    return ConfigurationError(f"{key}: got {value!r}, expected {expected}; {_WAY_OUT}")
