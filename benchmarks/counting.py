@@ -7,6 +7,7 @@ import numpy as np
 import sidelight
 from sidelight_server import Engine, Request, Settings
 from sidelight_server.attribution import Answer
+from sidelight_server.counts import Tally
 from sidelight_server.passages import Passages
 
 from .measure import Line, in_turns, ratio, server
@@ -25,7 +26,7 @@ def run() -> list[Line]:
     def counted() -> None:
         for _ in range(N_COUNTED):
             passage = passages.begin("Attribute", tuple)
-            passages.answered(passage, answer)
+            passages.answered(passage, answer, Tally.of(answer))
             passages.end(passage)
 
     with server("python:benchmarks.memory:small") as (address, _), sidelight.connect(address) as client:

@@ -232,7 +232,7 @@ def test_info_tells_version_limits_methods_and_models(client: sidelight.Client) 
         max_in_flight_bytes=2**30,
         max_stream_in_flight=32,
         max_example_rows=10_000,
-        max_batch_examples=65_536,
+        max_batch_examples=4096,
         max_stream_age_s=3600.0,
     )
     assert info.shared_memory is None

@@ -28,7 +28,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, model_pb2_grpc
 from sidelight_server import ConfigurationError, Engine, ModelSpec, Settings
 from sidelight_server.attribution import Answer, Explanation, Provenance, Request, Timing
-from sidelight_server.counts import REASONS
+from sidelight_server.counts import REASONS, Tally
 from sidelight_server.errors import Cancelled, Internal, ResourceExhausted, Unavailable
 from sidelight_server.exposition import N_CALLERS, Exposition
 from sidelight_server.metrics import Metrics
@@ -501,7 +501,8 @@ def test_the_page_names_every_metric(tmp_path: Path) -> None:
 def test_a_model_that_nobody_asks_for_is_not_counted() -> None:
     passages = Passages()
     passage = passages.begin("Attribute", tuple)
-    passages.answered(passage, _answer())
+    answer = _answer()
+    passages.answered(passage, answer, Tally.of(answer))
     passages.end(passage)
     assert list(passages.counts.spans) == [""]
     assert not passages.counts.compared

@@ -277,7 +277,7 @@ def test_maps_that_improve_come_nearer_to_the_final_one(method: object, device: 
             improving = asyncio.create_task(progress.improved.wait())
             await asyncio.wait([asked, improving], return_when=asyncio.FIRST_COMPLETED)
             if improving.done():
-                partial.append(progress.take())
+                partial.append(await progress.take())
             improving.cancel()
         return await asked
 

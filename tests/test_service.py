@@ -21,6 +21,7 @@ from running import TIMEOUT_S, Running, serving
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc, tensor_pb2
 from sidelight_server import Engine, ModelSpec, Settings, serve
+from sidelight_server.engine import BYTES_OF_EXAMPLE
 from sidelight_server.server import SERVICES
 from sidelight_server.wire import MAX_EXAMPLES
 from torch import Tensor, nn
@@ -290,13 +291,14 @@ def test_over_the_permits_a_unary_call_is_told_when_to_come_again(tmp_path: Path
 
 def test_over_the_bytes_a_unary_call_is_told_when_to_come_again(tmp_path: Path, device: str) -> None:
     batch = floats(100)
-    with gated(tmp_path, max_in_flight_bytes=2 * batch.nbytes, device=device) as (gate, server):
+    room = 2 * (batch.nbytes + 100 * BYTES_OF_EXAMPLE)  # but not for the answers of both
+    with gated(tmp_path, max_in_flight_bytes=room, device=device) as (gate, server):
         first = server.stub.Attribute.future(ask(batch), timeout=TIMEOUT_S)
         assert gate.reached.wait(TIMEOUT_S)
         with pytest.raises(grpc.RpcError) as caught:
             server.stub.Attribute(ask(batch), timeout=TIMEOUT_S)
         assert caught.value.code() is Status.RESOURCE_EXHAUSTED
-        assert f"max_in_flight_bytes {2 * batch.nbytes}" in caught.value.details()
+        assert f"max_in_flight_bytes {room}" in caught.value.details()
         assert "retry-after-ms" in dict(caught.value.trailing_metadata())
         gate.open.set()
         assert len(first.result().result.examples) == 100

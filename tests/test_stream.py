@@ -384,7 +384,7 @@ def test_over_the_permits_reading_pauses(tmp_path: Path, device: str) -> None:
 
 def test_a_batch_that_can_never_fit_fails_and_the_stream_goes_on(tmp_path: Path, device: str) -> None:
     with (
-        running(Linear(), tmp_path, device=device, max_in_flight_bytes=4096) as server,
+        running(Linear(), tmp_path, device=device, max_in_flight_bytes=8192) as server,
         Conversation(server.channel) as stream,
     ):
         stream.send(attribute("large", floats(30)), attribute("small", floats(1)))

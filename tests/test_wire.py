@@ -25,6 +25,7 @@ from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc, tensor_pb2
 from sidelight_server import wire
+from sidelight_server.engine import BYTES_OF_EXAMPLE
 from sidelight_server.errors import InvalidArgument
 from sidelight_server.tensors import encoded
 from torch import nn
@@ -775,15 +776,14 @@ def test_a_request_over_the_message_limit_is_refused(tight: Service) -> None:
 
 
 def test_a_batch_over_all_the_bytes_in_flight_is_refused_for_good(device: str) -> None:
+    room = 2 * (192 + 4 * 32 * 32 + 3 * 32 * 32 + BYTES_OF_EXAMPLE) + 500  # for two, with map and resized pixels
     with (
-        sidelight_server.serve(
-            small_cnn(), input_size=(3, 32, 32), max_in_flight_bytes=SMALL_LIMIT, device=device
-        ) as at,
+        sidelight_server.serve(small_cnn(), input_size=(3, 32, 32), max_in_flight_bytes=room, device=device) as at,
         grpc.insecure_channel(at) as channel,
     ):
-        service = Service.at(channel, ask(pixels(1, 8, 8, 3)))
-        why = service.refuse(ask(pixels(2, 8, 8, 3)), Status.RESOURCE_EXHAUSTED)  # its maps, and the pixels resized
-        assert f"max_in_flight_bytes is {SMALL_LIMIT}" in why
+        service = Service.at(channel, ask(pixels(2, 8, 8, 3)))
+        why = service.refuse(ask(pixels(4, 8, 8, 3)), Status.RESOURCE_EXHAUSTED)
+        assert f"max_in_flight_bytes is {room}" in why
 
 
 def good_files() -> list[bytes]:

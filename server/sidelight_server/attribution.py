@@ -17,6 +17,10 @@ from .models.preprocessing import Geometry
 Array = NDArray[np.generic]
 Choice = int | str  # a class, by its number or its label
 
+# Of more examples than these, all that takes time for each of them runs in a worker thread: in Python it is some 10 µs
+# an example and stage, and the event loop answers everybody.
+MANY_EXAMPLES = 256
+
 
 class Score(enum.Enum):
     """The number whose gradient is taken."""
@@ -121,6 +125,11 @@ class Request:
     exact: bool = False  # maps in float64, where the model computes in that
     plain_head: bool = False  # scores in the type of the outputs, to be bit for bit what torch's autograd gives
     served: tuple[Choice, ...] = ()  # the classes that the caller's model server gave, one for each example, if told
+
+    @property
+    def n_examples(self) -> int:
+        """N."""
+        return len(self.images.files) if isinstance(self.images, Files) else len(self.images)
 
 
 @dataclass(frozen=True, slots=True)

@@ -166,7 +166,7 @@ class Batch:
             async with self._outlet.turn:  # the newest is taken once it can be written, not before
                 if not explaining.done():
                     with contextlib.suppress(SidelightError):  # what is wrong with it the final answer will say
-                        partial = await self._explainer.reply(progress.take(), inquiry)
+                        partial = await self._explainer.reply(await progress.take(), inquiry)
                         await self._outlet.write_now(partial)
 
 

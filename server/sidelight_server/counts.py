@@ -4,8 +4,10 @@ Each count has one thread that adds to it. Others may read it meanwhile: a numbe
 """
 
 from collections import Counter, defaultdict
+from dataclasses import dataclass
+from typing import Self
 
-from .attribution import Answer
+from .attribution import Answer, Timing
 from .errors import PermissionDenied, ResourceExhausted, SidelightError, Unauthenticated, Unavailable
 from .histogram import Histogram
 from .passage import Passage
@@ -17,6 +19,33 @@ UNREAD = (Unauthenticated.code, PermissionDenied.code, Unavailable.code)  # what
 
 OUT_OF_MEMORY = ResourceExhausted.code
 _REASONS = {1: "cancelled", 2: "internal", 4: "deadline", 10: "cancelled", 13: "internal", 14: "dropped"}
+
+
+@dataclass(frozen=True, slots=True)
+class Tally:
+    """What became of an answer's examples, counted apart from `Counts`: of many examples in a worker thread."""
+
+    failures: Counter[str]  # by reason
+    refined: Counter[str]  # "met" or "missed": examples with a tolerance
+    n_compared: int  # predictions that the caller told the served class of
+    n_differing: int  # those that were another class
+
+    @classmethod
+    def of(cls, answer: Answer) -> Self:
+        """Count the examples of an answer."""
+        convergences = [each.convergence for each in answer.explanations if each is not None]
+        known = [each for each in answer.differs if each is not None] if answer.request.served else []
+        return cls(
+            # The one thing that an example alone can be short of is memory.
+            Counter("oom" if each.code == OUT_OF_MEMORY else reason_of(each.code) for each in answer.failures),
+            Counter(
+                "met" if each.is_met else "missed"
+                for each in convergences
+                if each is not None and each.is_met is not None
+            ),
+            len(known),
+            sum(known),
+        )
 
 
 class Counts:
@@ -32,9 +61,9 @@ class Counts:
         self.refined: Counter[tuple[str, str]] = Counter()  # by model and "met" or "missed": examples with a tolerance
         self.spans: defaultdict[str, dict[str, Histogram]] = defaultdict(_histograms)  # by model, then by name
 
-    def answered(self, passage: Passage, answer: Answer) -> None:
+    def answered(self, passage: Passage, timing: Timing, tally: Tally) -> None:
         """Count an answer that is final."""
-        timing, model = answer.timing, passage.model
+        model = passage.model
         self.transports[passage.transport] += 1
         spans = self.spans[model]
         spans["admission"].add(timing.admission_s)
@@ -42,16 +71,13 @@ class Counts:
         spans["queue"].add(timing.queue_s)
         spans["compute"].add(timing.compute_s)
         spans["total"].add(timing.total_s)
-        for failure in answer.failures:
-            # The one thing that an example alone can be short of is memory.
-            self.failures["example", model, "oom" if failure.code == OUT_OF_MEMORY else reason_of(failure.code)] += 1
-        for each in answer.explanations:
-            if each is not None and each.convergence is not None and each.convergence.is_met is not None:
-                self.refined[model, "met" if each.convergence.is_met else "missed"] += 1
-        if answer.request.served:
-            known = [each for each in answer.differs if each is not None]
-            self.compared[model] += len(known)
-            self.differing[model] += sum(known)
+        for reason, n in tally.failures.items():
+            self.failures["example", model, reason] += n
+        for said, n in tally.refined.items():
+            self.refined[model, said] += n
+        if tally.n_compared or tally.n_differing:
+            self.compared[model] += tally.n_compared
+            self.differing[model] += tally.n_differing
 
     def ended(self, passage: Passage) -> None:
         """Count a batch whose answer, or failure, is written."""

@@ -8,17 +8,17 @@ import math
 import platform
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib import metadata
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
 
-from .attribution import Answer, Files, Provenance, Request, Timing, TopK
+from .attribution import MANY_EXAMPLES, Answer, Files, Provenance, Request, Timing, TopK
 from .config import ModelSettings, Settings
 from .decoders import Decoders, Fitted
 from .device import choose_devices, cpu_quota, make_deterministic
@@ -52,6 +52,10 @@ BYTES_OF_FLOAT32 = 4
 # that are in progress at once have rows at the device, or came from there in the last chunk.
 TENSORS_IN_PROGRESS = 5
 EXAMPLES_IN_PROGRESS = 2
+# What an example takes beside its bytes and its maps: it is an array, an aim, an explanation, a digest and a message.
+BYTES_OF_EXAMPLE = 4096
+
+_Value = TypeVar("_Value")
 
 
 class Progress:
@@ -59,13 +63,13 @@ class Progress:
 
     def __init__(self) -> None:
         self.improved = asyncio.Event()  # set when there is something new
-        self.snapshot: Callable[[], Answer] | None = None
+        self.snapshot: Callable[[], Awaitable[Answer]] | None = None
 
-    def take(self) -> Answer:
+    async def take(self) -> Answer:
         """Return the newest there is. Called once `improved` is set."""
         self.improved.clear()
         assert self.snapshot is not None  # noqa: S101
-        return self.snapshot()
+        return await self.snapshot()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +193,8 @@ class Engine:
     def held_bytes(self, request: Request, version: Version) -> tuple[int, int]:
         """Return how many bytes the maps of the answer will take, and its examples while they are in progress.
 
-        The latter with the pixels that files and pictures become, which are held until the answer is there.
+        The latter with the pixels that files and pictures become, which are held until the answer is there, and with
+        what each example takes however few bytes it has.
         """
         model = version[0]
         shape = maps_shape(model, request)
@@ -197,7 +202,7 @@ class Engine:
         n_elements = math.prod(input_shape(model, request.images))
         tensors_bytes = n * TENSORS_IN_PROGRESS * n_elements * model.kernel.dtype.itemsize
         pixels_bytes = 0 if is_taken_as_it_is(model, request.images) else shape[0] * n_elements
-        return math.prod(shape) * BYTES_OF_FLOAT32, tensors_bytes + pixels_bytes
+        return math.prod(shape) * BYTES_OF_FLOAT32, tensors_bytes + pixels_bytes + shape[0] * BYTES_OF_EXAMPLE
 
     def most_rows(self, request: Request, version: Version) -> int:
         """Return how many rows a request may take."""
@@ -242,7 +247,9 @@ class Engine:
         passage.examples, passage.prepared_s = len(prepared.examples), clock.prepared_s
         answered: asyncio.Future[None] = loop.create_future()
         station = at or least_busy(self._stations)
-        work = Work(
+        work = await apart_if_many(
+            request.n_examples,
+            Work,
             request,
             version[station.index],
             prepared,
@@ -253,7 +260,9 @@ class Engine:
             chunks=passage.chunks,
         )
         if progress:
-            progress.snapshot = functools.partial(self._answer, work, clock, final=False)
+            progress.snapshot = functools.partial(
+                apart_if_many, request.n_examples, self._answer, work, clock, final=False
+            )
         if work.pending:
             self._unanswered[work] = answered, station
             try:
@@ -262,17 +271,20 @@ class Engine:
             finally:
                 del self._unanswered[work]
                 passage.started_s, passage.rows = work.started_s, work.n_taken
-        return self._answer(work, clock)
+        return await apart_if_many(request.n_examples, self._answer, work, clock)
 
     async def _prepare(self, model: Model, request: Request) -> Prepared:
         if needs_no_work(model, request):
             return prepare(model, request, is_gone=self._closing.is_set)
         decoded: Sequence[Fitted] = ()
         if isinstance(request.images, Files):
-            check(model, request)  # before any file is decoded
+            await apart_if_many(request.n_examples, check, model, request)  # before any file is decoded
             decoded = await self._decoders.fit(request.images.files, order(model))
             if request.method.given is None:
-                return prepare(model, request, is_gone=self._closing.is_set, decoded=decoded)
+                is_gone = self._closing.is_set
+                return await apart_if_many(
+                    request.n_examples, prepare, model, request, is_gone=is_gone, decoded=decoded
+                )
         left = threading.Event()
         preparing = functools.partial(
             prepare, model, request, is_gone=lambda: left.is_set() or self._closing.is_set(), decoded=decoded
@@ -337,6 +349,15 @@ class Engine:
             ),
             final=final,
         )
+
+
+async def apart_if_many(
+    n_examples: int, function: Callable[..., _Value], *arguments: object, **named: object
+) -> _Value:
+    """Call a function that takes time for each example: in a worker thread where there are many, else here and now."""
+    if n_examples <= MANY_EXAMPLES:
+        return function(*arguments, **named)
+    return await asyncio.to_thread(function, *arguments, **named)
 
 
 def _from_thread(loop: asyncio.AbstractEventLoop, told: Callable[[], None]) -> Callable[[], None]:

@@ -15,10 +15,11 @@ from sidelight.v1 import tensor_pb2
 
 from . import replies, wire
 from .admission import Admission, Permit
-from .attribution import Answer, Files, Request
+from .attribution import MANY_EXAMPLES, Answer, Files, Request
+from .counts import Tally
 from .device import is_out_of_memory
 from .digests import Hashing
-from .engine import BYTES_OF_FLOAT32, Engine, Progress
+from .engine import BYTES_OF_FLOAT32, Engine, Progress, apart_if_many
 from .errors import DeadlineExceeded, Internal, InvalidArgument, NotFound, ResourceExhausted, SidelightError
 from .frames import encode_answer
 from .logs import Event, Throttle
@@ -31,7 +32,7 @@ from .tensors import encoded, layout_of, map_itemsize
 log = logging.getLogger("sidelight")
 
 # Maps of more are encoded in a worker thread. numpy, the join of large parts and the file system let go of the
-# interpreter meanwhile; protobuf never does, so parsing stays on the event loop.
+# interpreter meanwhile; protobuf never does, so bytes become a message on the event loop.
 MANY_BYTES = 1024 * 1024
 
 
@@ -101,7 +102,7 @@ class Explainer:
         """
         with _telling(message.id, self._faults):
             deadline_s = deadline_of(message, passage)
-            request = wire.parse(message, data)
+            request = await _parsed(message, data)
             passage.id = message.id
             version = await self._ready(request.model, deadline_s)
             passage.model, passage.method = version[0].name, request.method.name
@@ -172,7 +173,8 @@ class Explainer:
         with _telling(inquiry.message.id, self._faults):
             answer = await self._answer(inquiry, progress)
             reply = await self._reply(answer, inquiry)
-        self.passages.answered(inquiry.passage, answer)
+            tally = await apart_if_many(len(answer.explanations), Tally.of, answer)
+        self.passages.answered(inquiry.passage, answer, tally)
         return reply
 
     async def reply(self, answer: Answer, inquiry: Inquiry) -> bytes:
@@ -201,7 +203,8 @@ class Explainer:
             hashing.cancel()
 
     async def _reply(self, answer: Answer, inquiry: Inquiry) -> bytes:
-        blocks = answer.maps.nbytes > MANY_BYTES or (answer.final and inquiry.sink is not None)
+        is_large = answer.maps.nbytes > MANY_BYTES or len(answer.explanations) > MANY_EXAMPLES
+        blocks = is_large or (answer.final and inquiry.sink is not None)
         reply = await undisturbed(_encode, answer, inquiry) if blocks else _encode(answer, inquiry)
         self._refuse_long_answer(len(reply))
         return reply
@@ -240,6 +243,10 @@ def _span(shared: tensor_pb2.SharedTensor, n_bytes: int, regions: Regions | None
 
 def _dtype(images: tensor_pb2.Images) -> tensor_pb2.DataType.ValueType:
     return images.shared.dtype if images.WhichOneof("source") == "shared" else images.tensor.dtype
+
+
+async def _parsed(message: pb.AttributeRequest, data: memoryview | None) -> Request:
+    return await asyncio.to_thread(wire.parse, message, data) if wire.takes_long(message) else wire.parse(message, data)
 
 
 async def _fetched(inquiry: Inquiry) -> Request:

@@ -141,9 +141,14 @@ class _Engine(Engine):
 def _end(engine: Engine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     engine.close()
     with contextlib.suppress(RuntimeError):  # it is closed already
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(lambda: loop.create_task(_stop(loop)))
     thread.join()
     loop.close()
+
+
+async def _stop(loop: asyncio.AbstractEventLoop) -> None:
+    await loop.shutdown_default_executor()  # which has threads where a batch had many examples
+    loop.stop()
 
 
 def _end_elsewhere(engine: Engine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:

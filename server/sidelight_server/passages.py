@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .attribution import Answer
-from .counts import Counts, reason_of_error
+from .counts import Counts, Tally, reason_of_error
 from .errors import SidelightError
 from .passage import Passage
 
@@ -29,10 +29,10 @@ class Passages:
             self._tracing.begin(passage, headers() or ())
         return passage
 
-    def answered(self, passage: Passage, answer: Answer) -> None:
-        """Take note of an answer that is final."""
+    def answered(self, passage: Passage, answer: Answer, tally: Tally) -> None:
+        """Take note of an answer that is final, and of what became of its examples."""
         passage.code = 0
-        self.counts.answered(passage, answer)
+        self.counts.answered(passage, answer.timing, tally)
 
     def failed(self, passage: Passage, error: SidelightError) -> None:
         """Take note of why there is no answer."""

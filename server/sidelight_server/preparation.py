@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from .attribution import (
+    MANY_EXAMPLES,
     PREDICTED,
     Aim,
     Array,
@@ -49,7 +50,7 @@ class Prepared:
 
 def check(model: Model, request: Request) -> list[Aim]:
     """Return what each example is explained by. A `SidelightError` says what is wrong with all of the request."""
-    n, shape = _n_examples(request.images), input_shape(model, request.images)
+    n, shape = request.n_examples, input_shape(model, request.images)
     _check_score(model, request)
     request.method.check(shape, n)
     if request.method.largest > model.largest:
@@ -115,7 +116,7 @@ def settled(model: Model, request: Request) -> Method:
 def needs_no_work(model: Model, request: Request) -> bool:
     """Say whether examples are taken as they are, and soon looked at: a thread would cost more than save."""
     images = request.images
-    if isinstance(images, Files) or request.method.given is not None:
+    if isinstance(images, Files) or request.method.given is not None or len(images) > MANY_EXAMPLES:
         return False
     if images.dtype != np.uint8:
         return images.nbytes <= FEW_BYTES
@@ -140,7 +141,7 @@ def maps_shape(model: Model, request: Request) -> tuple[int, ...]:
     c, h, w = input_shape(model, request.images)
     k = _top_k(request.target)
     return (
-        _n_examples(request.images),
+        request.n_examples,
         *((k,) if k else ()),
         *((c,) if request.channels is Channels.NONE else ()),
         h,
@@ -196,10 +197,6 @@ def input_shape(model: Model, images: Files | Array) -> Shape:
             "send uint8 pixels [H, W, C] or files to have them resized"
         )
     return c, h, w
-
-
-def _n_examples(images: Files | Array) -> int:
-    return len(images.files) if isinstance(images, Files) else len(images)
 
 
 def _digest(array: Array | None) -> str:

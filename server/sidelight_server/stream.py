@@ -183,7 +183,12 @@ class Stream:
             regions=self._regions,
             passage=passage,
         )
-        return inquire if self._explainer.must_load(request) else await inquire()
+        if self._explainer.must_load(request):
+            return inquire
+        inquiry = await inquire()
+        if self._is_given_up:  # meanwhile
+            raise _given_up()
+        return inquiry
 
     def _check_id(self, id_: str) -> None:
         if not id_:

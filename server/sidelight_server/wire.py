@@ -4,6 +4,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, tensor_pb2
 
 from .attribution import (
+    MANY_EXAMPLES,
     Array,
     Choice,
     Contrast,
@@ -24,7 +25,7 @@ from .methods.channels import Channels
 from .tensors import MAP_DTYPES, array_of, layout_of, letters
 
 MAX_ID_BYTES = 128
-MAX_EXAMPLES = 65_536  # each takes time and memory of its own, however few bytes it has
+MAX_EXAMPLES = 4096  # each takes time and memory of its own, however few bytes it has
 SCORES: dict[model_pb2.Score.ValueType, Score] = {
     model_pb2.SCORE_PROBABILITY: Score.PROBABILITY,
     model_pb2.SCORE_LOGIT: Score.LOGIT,
@@ -63,6 +64,12 @@ def parse(message: pb.AttributeRequest, data: memoryview | None = None) -> Reque
     )
     _check_output(message.output, request)
     return request
+
+
+def takes_long(message: pb.AttributeRequest) -> bool:
+    """Whether `parse` looks at so many files or classes that it should not run on the event loop."""
+    counts = len(message.images.encoded.files), len(message.target.per_example.classes), len(message.served.classes)
+    return max(counts) > MANY_EXAMPLES
 
 
 def timeout_s(message: pb.AttributeRequest) -> float | None:

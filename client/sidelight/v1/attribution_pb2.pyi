@@ -580,7 +580,7 @@ class Limits(google.protobuf.message.Message):
     max_example_rows: builtins.int
     """max_example_rows bounds the rows that a method may ask for one example."""
     max_batch_examples: builtins.int
-    """max_batch_examples bounds N."""
+    """max_batch_examples bounds N, however few bytes the examples take. Unset means that the server does not say."""
     @property
     def max_stream_age(self) -> google.protobuf.duration_pb2.Duration:
         """max_stream_age is how long a stream takes new batches; then the server answers what it has and ends the stream with
