@@ -63,7 +63,7 @@ FORMATS = {
 }
 
 
-def dicom() -> bytes:
+def dicom(values: np.ndarray) -> bytes:
     from pydicom.dataset import FileDataset, FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage, generate_uid
 
@@ -71,17 +71,20 @@ def dicom() -> bytes:
     meta.MediaStorageSOPClassUID, meta.TransferSyntaxUID = SecondaryCaptureImageStorage, ExplicitVRLittleEndian
     meta.MediaStorageSOPInstanceUID = generate_uid(entropy_srcs=["sidelight"])
     dataset = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
-    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = 48, 64, 1
-    dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 0
-    dataset.BitsAllocated = dataset.BitsStored = 16
-    dataset.HighBit = 15
-    dataset.PixelData = noise(48, 64, dtype=np.uint16).tobytes()
+    dataset.Rows, dataset.Columns = values.shape
+    dataset.PhotometricInterpretation, dataset.SamplesPerPixel = "MONOCHROME2", 1
+    dataset.BitsAllocated = 8 * values.itemsize
+    if values.dtype == np.float32:
+        dataset.FloatPixelData = values.tobytes()
+    else:
+        dataset.PixelRepresentation, dataset.BitsStored, dataset.HighBit = 0, 16, 15
+        dataset.PixelData = values.tobytes()
     buffer = io.BytesIO()
     dataset.save_as(buffer, enforce_file_format=True)
     return buffer.getvalue()
 
 
-FORMATS["dicom"] = dicom()
+FORMATS["dicom"] = dicom(noise(48, 64, dtype=np.uint16))
 
 
 def children(pid: int | None = None) -> list[psutil.Process]:
@@ -247,6 +250,16 @@ def test_a_decoder_that_dies_fails_its_file_alone(number: int, kind: type[Sideli
     assert failure.message == message
 
 
+def test_a_decoder_is_kept_whatever_it_decoded() -> None:
+    with decoders() as pool:
+        fit(pool, GOOD)
+        kept = children()
+        for _ in range(2):
+            for file in (*FORMATS.values(), b"no picture", GOOD[:90]):
+                fit(pool, file)
+                assert children() == kept
+
+
 def test_a_decoder_that_died_between_two_files_is_replaced() -> None:
     with decoders() as pool:
         fit(pool, GOOD)
@@ -287,8 +300,8 @@ def test_a_picture_of_many_pixels_stays_within_the_bound() -> None:
 
 @counts_memory
 def test_a_picture_that_takes_more_memory_than_it_may_is_told_so_and_the_next_one_is_decoded() -> None:
-    side = 6000
-    file = file_of(np.zeros((side, side, 3), np.uint8), "WEBP", lossless=True, method=0)
+    side = 4500  # floats, which take 22 bytes a pixel
+    file = dicom(noise(side, side, dtype=np.uint16).astype(np.float32))
     with decoders() as pool:
         failure, good = fit(pool, file, GOOD, order=Order(PREPROCESSING, max_pixels=side * side, max_s=60))
         assert_fitted(good, GOOD)

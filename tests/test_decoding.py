@@ -589,6 +589,13 @@ def test_the_limit_is_the_last_size_that_passes() -> None:
     )
 
 
+def test_a_webp_which_takes_more_memory_may_have_three_quarters_of_the_pixels() -> None:
+    file = to_file(Image.fromarray(noise(3)), "WEBP")
+    least = -(-HEIGHT * WIDTH * 4 // 3)
+    assert to_pixels(file, max_pixels=least).shape == (HEIGHT, WIDTH, 3)
+    assert f"expected at most {HEIGHT * WIDTH - 1:,} " in refusal(file, max_pixels=least - 1)
+
+
 def test_an_operator_may_allow_more_than_pillow_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
     lift_pillows_limit()

@@ -8,6 +8,7 @@ it writes to stdout and stderr, as libtiff does, is dropped. It imports neither 
 import contextlib
 import fcntl
 import gc
+import importlib
 import os
 import pickle
 import resource
@@ -32,7 +33,7 @@ REPLY = struct.Struct("!B?III")  # a `Reply` without its body: bytes of that las
 OK = 0
 MAX_MESSAGE_BYTES = 16 * 1024  # of a reply that is no picture
 
-BYTES_PER_PIXEL = 10  # of memory while decoding: a progressive JPEG has 6 of coefficients beside Pillow's 4
+BYTES_PER_PIXEL = 12  # of memory while decoding: a progressive CMYK JPEG has 8 of coefficients beside Pillow's 4
 SPARE_BYTES = 64 * 1024 * 1024  # what decoders take whatever the size, and a resized picture (`MAX_SCALED_PIXELS`)
 MAX_KEPT_BYTES = 16 * 1024 * 1024  # that a worker may keep between files; one that keeps more has leaked, and ends
 
@@ -76,19 +77,25 @@ def main() -> None:
     with contextlib.suppress(OSError):  # where memory runs out, a worker goes before the server does
         Path("/proc/self/oom_score_adj").write_text("1000")
     from .decoding import lift_pillows_limit  # not before: whoever wants an `Order` alone decodes nothing
+    from .dicom import is_dicom
 
     lift_pillows_limit()
     gc.freeze()
     with socket.socket(fileno=sys.stdin.fileno()) as server:
         silence()
         server.sendall(READY)
-        base_bytes = _address_space()
+        base_bytes, has_pydicom = _address_space(), False
         with server.makefile("rb") as orders:
             while head := orders.read(HEAD.size):
                 n_order, n_file = HEAD.unpack(head)
                 order: Order = pickle.loads(orders.read(n_order))  # noqa: S301  (the server's)
-                _bound_memory(base_bytes, order, n_file)
                 file = orders.read(n_file)
+                if is_dicom(file) and not has_pydicom:
+                    has_pydicom, before_bytes = True, _address_space()
+                    with contextlib.suppress(ImportError):
+                        importlib.import_module("pydicom.pixels")
+                    base_bytes += _address_space() - before_bytes  # it is not the file that takes these
+                _bound_memory(base_bytes, order, n_file)
                 with _bounded(server, order.max_s):
                     reply = _decoded(file, order)
                 del file

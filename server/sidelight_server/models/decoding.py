@@ -98,6 +98,8 @@ def decode(file: bytes, *, channels: int, max_pixels: int, window: tuple[float, 
     try:
         with plugin(io.BytesIO(file)) as image:
             _check_size(image, max_pixels)
+            if isinstance(image, WebPImageFile):
+                _check_webp(image, max_pixels)
             image.load()
             pixels = _to_pixels(image, channels, window)  # [H, W, C]
             upright = _UPRIGHT.get(_orientation(image), _leave)
@@ -135,6 +137,15 @@ def _check_size(image: ImageFile, max_pixels: int) -> None:
     if height * width > max_pixels:
         raise InvalidArgument(
             f"image file: {height:,} × {width:,} are {height * width:,} pixels, max_image_pixels is {max_pixels:,}"
+        )
+
+
+def _check_webp(image: ImageFile, max_pixels: int) -> None:
+    limit = max_pixels * 3 // 4  # libwebp and Pillow take 16 bytes a pixel, and all others 12 at most
+    if image.height * image.width > limit:
+        raise InvalidArgument(
+            f"image file: a WebP of {image.height:,} × {image.width:,} pixels, which takes more memory than other "
+            f"formats, expected at most {limit:,} (three quarters of max_image_pixels); send it as JPEG or PNG"
         )
 
 
