@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .attribution import PREDICTED, Array
 from .device import free_memory
+from .keeping import Keeping
 from .kernel import Gradients, Kernel
 
 if TYPE_CHECKING:
@@ -185,15 +186,9 @@ def _bytes(model: "Model", rows: int) -> int:
         before = torch.cuda.memory_allocated(inputs.device)
         _run(model, inputs)
         return torch.cuda.max_memory_allocated(inputs.device) - before
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with Keeping() as kept:
         _run(model, inputs)
-    return sum(kept.values()) + 2 * inputs.nbytes
+    return kept.n_bytes + 2 * inputs.nbytes
 
 
 def _seconds(model: "Model", rows: int, *, kernel: Kernel | None = None) -> float:

@@ -30,6 +30,7 @@ class Chunk:
         padding = max(0, model.padded_rows - len(rows))
         self._inputs = _inputs([row for _, row in rows], work, staging, padding=padding)
         model.find_out(self._inputs)
+        model.check_memory(self._inputs)
         if model.rows_touch and len(rows) > model.chunk_rows:
             raise Internal("rows touch each other")  # as these showed: they are split until each is alone
         self._answer = model.kernel.run(

@@ -107,7 +107,9 @@ class ModelSettings(BaseModel):
     )
     max_chunk_s: float = Field(0.5, gt=0, description="seconds that a chunk may take, where its rows are measured")
     device_memory_limit: int = Field(
-        0, ge=0, description="bytes that a chunk may take, where its rows are measured; 0: half of what is free"
+        0,
+        ge=0,
+        description="bytes that a chunk may take, where that is measured; 0: half of what is free",
     )
     precision: Precision | None = Field(
         None, description="type that the model computes in; unset: that of its weights; half precision: rougher maps"

@@ -88,7 +88,8 @@ def cpu_quota() -> int:
 def free_memory(device: torch.device) -> int:
     """Return how many bytes a chunk may take: half of what is free where the device is. Without a way to know, all."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * SHARE_OF_FREE_MEMORY)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+        return int((torch.cuda.mem_get_info(device)[0] + kept) * SHARE_OF_FREE_MEMORY)
     free = [_available()]
     with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
         free.append(int(CGROUP_MEMORY_MAX.read_text()) - int(CGROUP_MEMORY_NOW.read_text()))

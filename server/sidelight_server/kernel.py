@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .attribution import Aim, Score
 from .errors import FailedPrecondition
 from .graphs import Recordings, recorder
+from .keeping import Keeping
 from .methods.method import Layer, Probe, Rectifiers
 from .models.adapter import PLAIN, Adapter
 from .models.weights import Watch
@@ -142,9 +143,8 @@ class Kernel:
             case Layer(name):
                 return self._at_layer(inputs, read, name)
             case Rectifiers.GUIDED:
-                plain = self._replica.plain
                 with Guided() as guided:  # which a compiled module does not see: its own module runs instead
-                    answer = self._at_input(inputs, read, module=getattr(plain, "_orig_mod", plain))
+                    answer = self._at_input(inputs, read, module=self._uncompiled)
                 if not guided.n_rectifiers:
                     raise FailedPrecondition("method.guided_backpropagation: the model has no rectifier to guide")
                 return answer
@@ -152,6 +152,24 @@ class Kernel:
                 return self._replayed(inputs, read)
             case None:
                 return self._at_input(inputs, read)
+
+    def kept(self, inputs: Tensor, *, limit: int) -> Keeping:
+        """Run a forward pass alone; return what it keeps for the way back, or that it ended at the limit in bytes."""
+        self._refresh()
+        module, leaf = self._uncompiled, inputs.detach().clone().requires_grad_()
+        with Keeping(limit=limit, weights=module) as kept, torch.enable_grad():
+            try:
+                self.outputs_of(leaf, module=module)
+            except Exception:
+                if not kept.is_over:
+                    raise
+        return kept
+
+    @property
+    def _uncompiled(self) -> nn.Module:
+        plain = self._replica.plain
+        module: nn.Module = getattr(plain, "_orig_mod", plain)
+        return module
 
     def _refresh(self) -> None:
         if self._replica.is_stale:

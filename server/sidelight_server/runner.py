@@ -23,6 +23,7 @@ from .errors import (
 )
 from .histogram import Histogram
 from .job import Job, Result, Row
+from .keeping import TooLarge
 from .logs import Event, Throttle
 from .methods.method import Reading
 from .passage import MAX_CHUNKS, ChunkTimes
@@ -201,7 +202,7 @@ class Runner:
             errand = self._errands.popleft() if self._errands else None
             head = self._ring.head()
             if errand is None and isinstance(head, Work):
-                return self._ring.take_chunk(head.model.chunk_rows)
+                return self._ring.take_chunk(head.most_at_once)
         if errand is not None:
             self.pulse.beat()
             errand[0]()
@@ -293,6 +294,10 @@ class Runner:
                     logging.ERROR,
                     Event("model_failed", model=name, id=work.id, example=place, message=error.message),
                 )
+            if isinstance(error, TooLarge) and not error.fitting:
+                self._faults.log(
+                    logging.WARNING, Event("too_large", model=name, id=work.id, example=place, message=error.message)
+                )
             return FailedPrecondition(f'model "{name}": {error.message}') if isinstance(error, OutputsError) else error
         if is_out_of_memory(error):
             self.n_out_of_memory += 1
@@ -334,6 +339,9 @@ class Runner:
 
     def _split(self, rows: Sequence[Taken], failure: SidelightError) -> None:
         """Fail a row that is alone; else try both halves, which for a while is the most where memory lacks."""
+        if isinstance(failure, TooLarge):
+            self._split_to_fit(rows, failure)
+            return
         lacks_memory = isinstance(failure, ResourceExhausted)
         if lacks_memory and self._device.type == "cuda":
             torch.cuda.empty_cache()
@@ -346,6 +354,16 @@ class Runner:
         if lacks_memory:
             model.lacks_memory(above=half)
         for part in (rows[:half], rows[half:]):
+            self._read(part, self._launch(part))
+
+    def _split_to_fit(self, rows: Sequence[Taken], failure: TooLarge) -> None:
+        """Run rows in chunks as large as there is memory for; fail them where that is none. All have one shape."""
+        size = failure.fitting
+        if not size:
+            for work, row in rows:
+                work.fail(row.job, failure)
+        for start in range(0, len(rows), size) if size else ():
+            part = rows[start : start + size]
             self._read(part, self._launch(part))
 
 

@@ -93,6 +93,11 @@ class Work:
         return len(self._to_come) + sum(job.pending for job in self._open)
 
     @property
+    def most_at_once(self) -> int:
+        """How many rows a chunk that begins with the next one takes."""
+        return self.model.rows_at_once(self.prepared.shape)
+
+    @property
     def most_rows(self) -> int:
         """How many rows the request takes at most."""
         rows, top_k = self.request.method.rows(self.prepared.shape), self.prepared.top_k

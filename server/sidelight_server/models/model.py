@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Protocol, TypeVar
@@ -16,6 +17,7 @@ from ..attribution import PREDICTED, Choice, Score
 from ..calibration import DEFAULT_CHUNK_ROWS, Trial
 from ..ceiling import Ceiling
 from ..config import ModelSettings
+from ..device import free_memory
 from ..errors import (
     ConfigurationError,
     InvalidArgument,
@@ -24,6 +26,7 @@ from ..errors import (
     SidelightError,
     near,
 )
+from ..keeping import Keeping, TooLarge
 from ..kernel import Kernel
 from ..logs import Event
 from ..methods import METHODS
@@ -41,6 +44,7 @@ log = logging.getLogger("sidelight")
 
 DEFAULT_NAME = "model"
 MAX_SHAPES = 1024  # that are kept in mind, of a model without an input size
+LITTLE_BYTES = 64 * 1024 * 1024  # which a chunk may take without a look at how much memory is free
 TOUCHING = "examples touch each other: each runs alone"
 
 _Value = TypeVar("_Value")
@@ -104,6 +108,7 @@ class Model:
         self.rows_touch = detected.rows_touch  # whether one row's outputs depend on its neighbours: then it runs alone
         self._ceiling = Ceiling()
         self._shapes: dict[Shape, None] = {}  # the last that rows ran on, the newest last
+        self._row_bytes: dict[Shape, int] = {}  # what a row takes, of the last shapes that were measured
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
         with self._refusing("cannot be replicated and moved to the device"):
             self.kernel = in_turn(
@@ -231,10 +236,7 @@ class Model:
     def has_fitted(self, rows: int, shape: Shape) -> None:
         """Take note that so many rows of a shape ran at once. On the thread that owns the device, as `lacks_memory`."""
         self._ceiling.passed(rows, most=self._chunk_rows)
-        self._shapes.pop(shape, None)
-        self._shapes[shape] = None
-        if len(self._shapes) > MAX_SHAPES:
-            del self._shapes[next(iter(self._shapes))]
+        _remember(self._shapes, shape, None)
 
     @property
     def has_run(self) -> bool:
@@ -248,6 +250,66 @@ class Model:
     def lacks_memory(self, *, above: int) -> None:
         """Take note that more rows did not fit into memory: for a while they are not tried again."""
         self._ceiling.lower(above)
+
+    def rows_at_once(self, shape: Shape) -> int:
+        """Return how many rows of a shape a chunk takes: `chunk_rows`, or fewer where callers choose the size of each.
+
+        On the thread that owns the device, as `check_memory`, which has the last word.
+        """
+        rows = self.chunk_rows
+        if self._has_measured_size(shape) or self.padded_rows:
+            return rows
+        # Of a shape that is not known yet no more than its inputs, which are there before it is.
+        a_row = self._row_bytes.get(shape) or 2 * math.prod(shape) * self.kernel.dtype.itemsize
+        return max(1, min(rows, self._room(a_row, rows)))
+
+    def check_memory(self, inputs: Tensor) -> None:
+        """Raise `TooLarge` for rows, [n, C, H, W], of a size that callers chose and that memory lacks for.
+
+        What a row of a shape takes is measured by a forward pass of one, which ends where that is too much already.
+        """
+        n, shape = len(inputs), _shape(inputs)
+        if self._has_measured_size(shape):
+            return
+        if shape not in self._row_bytes:
+            limit = self._memory_limit()
+            kept = self.kernel.kept(inputs[:1], limit=limit)
+            self._learn_row_bytes(kept, inputs[:1], limit=limit, n_rows=max(1, self.adapter.least))
+        fitting = self._room(self._row_bytes[shape], n)
+        if fitting < 1:
+            raise self._too_large(shape, limit=self._memory_limit())
+        if fitting < n:
+            raise TooLarge(
+                f'model "{self.name}": {n} rows of [C, H, W] = {list(shape)} at once, there is memory for {fitting}',
+                fitting=0 if self.padded_rows else fitting,
+            )
+
+    def _has_measured_size(self, shape: Shape) -> bool:
+        return self.preprocessing is not None or shape == self.trial_shape
+
+    def _memory_limit(self) -> int:
+        return self.settings.device_memory_limit or free_memory(self.kernel.device)
+
+    def _room(self, a_row: int, rows: int) -> int:
+        """Return how many rows of so many bytes there is memory for; `rows` where that is little."""
+        return rows if rows * a_row <= self._little else self._memory_limit() // a_row
+
+    @property
+    def _little(self) -> int:
+        return min(LITTLE_BYTES, self.settings.device_memory_limit or LITTLE_BYTES)
+
+    def _learn_row_bytes(self, kept: Keeping, inputs: Tensor, *, limit: int, n_rows: int) -> None:
+        """Take note of what a row takes, of what a pass of some rows kept. `TooLarge` where it was ended."""
+        shape = _shape(inputs)
+        if kept.is_over:
+            raise self._too_large(shape, limit=limit)
+        _remember(self._row_bytes, shape, -(-kept.n_bytes // n_rows) + 2 * inputs[0].nbytes)
+
+    def _too_large(self, shape: Shape, *, limit: int) -> TooLarge:
+        return TooLarge(
+            f'images: an example of [C, H, W] = {list(shape)} takes more memory than there is for model "{self.name}", '
+            f"{limit} bytes (device_memory_limit, or half of what is free); send a smaller one"
+        )
 
     @property
     def digest(self) -> str:
@@ -395,12 +457,20 @@ class Model:
         rows = inputs.detach()[:1]
         trial = rows if self.adapter.most == 1 else rows.repeat(2, 1, 1, 1)
         replica = replicate(self._module, self._isolation).to(self.kernel.device)
-        try:
-            detected = detect(replica, spec, trial)
-        except NotNumbersError:
-            return  # of this example, which fails for it
-        except ConfigurationError as error:
-            raise OutputsError(str(error)) from error
+        limit, detected = self._memory_limit(), None
+        with Keeping(limit=limit, weights=replica) as kept:
+            try:
+                detected = detect(replica, spec, trial)
+            except NotNumbersError:
+                return  # of this example, which fails for it
+            except ConfigurationError as error:
+                if not kept.is_over:
+                    raise OutputsError(str(error)) from error
+            except Exception:
+                if not kept.is_over:
+                    raise
+        self._learn_row_bytes(kept, trial, limit=limit, n_rows=max(len(trial), self.adapter.least))
+        assert detected is not None  # noqa: S101
         self.adapter, self.head, self.rows_touch = detected.adapter, detected.head, detected.rows_touch
         self.kernel.adopt(adapter=detected.adapter, head=detected.head)
         self._to_find_out = None
@@ -495,6 +565,19 @@ class Model:
             kind = type(error).__name__
             why = why.removeprefix(f"{kind}: ")
             raise ConfigurationError(f'model "{self.name}": {what}: {kind}: {why}') from error
+
+
+def _shape(inputs: Tensor) -> Shape:
+    _, channels, height, width = inputs.shape
+    return channels, height, width
+
+
+def _remember(known: dict[Shape, _Value], shape: Shape, value: _Value) -> None:
+    """Keep something of a shape in mind, and forget the one that was longest not spoken of: callers choose them."""
+    known.pop(shape, None)
+    known[shape] = value
+    if len(known) > MAX_SHAPES:
+        del known[next(iter(known))]
 
 
 def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
