@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import io
 import os
 import signal
@@ -206,6 +207,41 @@ def test_requests_of_slow_files_take_turns_with_others() -> None:
         for each in hostile:
             each.cancel()
         await asyncio.wait(hostile)
+
+    with decoders() as pool:
+        asyncio.run(ask())
+
+
+def test_callers_take_turns_however_many_requests_one_brings() -> None:
+    async def ask() -> None:
+        hostile = [asyncio.create_task(pool.fit([SLOW], SOON, "hostile")) for _ in range(8)]
+        await until_decoding()
+        assert_fitted((await pool.fit([GOOD], ORDER, "good"))[0], GOOD)
+        assert sum(each.done() for each in hostile) <= 3  # the one that ran, and those that were until this one asked
+        for each in hostile:
+            each.cancel()
+        await asyncio.wait(hostile)
+
+    with decoders() as pool:
+        asyncio.run(ask())
+
+
+def test_a_file_that_waited_is_let_go_of_when_its_call_is_cancelled() -> None:
+    async def ask() -> None:
+        hostile = asyncio.create_task(pool.fit([SLOW], ORDER))
+        await until_decoding()
+        file = GOOD + b"of its own"
+        before = sys.getrefcount(file)
+        waiting = asyncio.create_task(pool.fit([file], ORDER))
+        await asyncio.sleep(0.1)  # it is in the queue
+        assert sys.getrefcount(file) > before
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        del waiting
+        gc.collect()
+        assert sys.getrefcount(file) == before
+        hostile.cancel()
+        await asyncio.wait([hostile])
 
     with decoders() as pool:
         asyncio.run(ask())

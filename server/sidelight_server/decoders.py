@@ -17,8 +17,9 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -60,12 +61,14 @@ _ENVIRONMENT = {
 class Decoders:
     """A pool of `size` workers at most, each begun when there is a file for it and kept. `close` ends them all.
 
-    Files of all requests take turns, so a request of many large files does not keep out those of others.
+    Callers take turns, file by file, and a caller's requests among themselves: whoever brings many large files keeps
+    nobody out for longer than the bound of one.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._faults = Throttle()
+        self._turns = _Turns()
         self._threads = ThreadPoolExecutor(size, thread_name_prefix="sidelight-decode")  # each waits for one worker
         self._lock = threading.Lock()  # over what follows
         self._is_closed = False
@@ -77,10 +80,11 @@ class Decoders:
         """Begin all workers, without waiting until they are ready."""
         with self._lock:
             missing = 0 if self._is_closed else self._size - len(self._all)
-        for worker in [self._begin() for _ in range(missing)]:
-            self._give_back(worker)
+        with contextlib.suppress(OSError):  # the first file tells
+            for worker in [self._begin() for _ in range(missing)]:
+                self._give_back(worker)
 
-    async def fit(self, files: Sequence[bytes], order: Order) -> list[Fitted]:
+    async def fit(self, files: Sequence[bytes], order: Order, caller: str = "") -> list[Fitted]:
         """Return each file's pixels in the model's input size, or what is wrong with it.
 
         What is left of it ends when this is cancelled. `Unavailable` once closed.
@@ -90,7 +94,7 @@ class Decoders:
 
         async def lane() -> None:
             for place in places:
-                fitted[place] = await self._fit(files[place], order)
+                fitted[place] = await self._fit(files[place], order, caller)
 
         async with asyncio.TaskGroup() as lanes:
             for _ in range(min(self._size, len(files))):
@@ -110,22 +114,25 @@ class Decoders:
         self._threads.shutdown(wait=True)
         self._ended()
 
-    async def _fit(self, file: bytes, order: Order) -> Fitted:
-        loop, call = asyncio.get_running_loop(), _Call()
+    async def _fit(self, file: bytes, order: Order, caller: str) -> Fitted:
+        call = _Call(file)
         try:
-            return await loop.run_in_executor(self._threads, self._run, file, order, call)
+            fitted = self._turns.add(caller, lambda: self._run(call, order))
+            self._threads.submit(self._turns.run_next)
+            return await asyncio.wrap_future(fitted)
         except asyncio.CancelledError:
-            loop.call_later(GRACE_S, call.kill)
+            asyncio.get_running_loop().call_later(GRACE_S, call.kill)
             raise
         except RuntimeError:  # the pool takes nothing more
             if not self._is_closed:
                 raise
             return Unavailable("the server is shutting down")
         finally:
-            call.is_over = True
+            call.end()
 
-    def _run(self, file: bytes, order: Order, call: "_Call") -> Fitted:
-        if self._is_closed or call.is_over:
+    def _run(self, call: "_Call", order: Order) -> Fitted:
+        file = call.file
+        if self._is_closed or file is None:
             return Cancelled("the caller has gone")
         try:
             worker = self._take()
@@ -133,7 +140,7 @@ class Decoders:
             self._faults.log(logging.ERROR, Event("decoder_not_started"), error)
             return ResourceExhausted("image file: the server could not start a process that decodes it; send it later")
         with call.of(worker):
-            fitted = Cancelled("the caller has gone") if call.is_over else worker.fit(file, order)
+            fitted = Cancelled("the caller has gone") if call.file is None else worker.fit(file, order)
         self._give_back(worker)
         return fitted
 
@@ -276,10 +283,10 @@ class Worker:
 
 
 class _Call:
-    """One file on its way: who waits for it, and which worker has it."""
+    """One file on its way, and which worker has it."""
 
-    def __init__(self) -> None:
-        self.is_over = False  # nobody waits for it
+    def __init__(self, file: bytes) -> None:
+        self.file: bytes | None = file  # None: nobody waits for it
         self._lock = threading.Lock()
         self._worker: Worker | None = None
 
@@ -291,10 +298,43 @@ class _Call:
         with self._lock:
             self._worker = None
 
+    def end(self) -> None:
+        """Let go of the file, which may wait for its turn still."""
+        self.file = None
+
     def kill(self) -> None:
         with self._lock:
             if self._worker:
                 self._worker.kill()
+
+
+class _Turns:
+    """Files that wait, each as the function that decodes it: in turn by caller, those of a caller in their order."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callers: dict[str, deque[tuple[Future[Fitted], Callable[[], Fitted]]]] = {}  # in turn; none is empty
+
+    def add(self, caller: str, decode: Callable[[], Fitted]) -> "Future[Fitted]":
+        future: Future[Fitted] = Future()
+        with self._lock:
+            self._callers.setdefault(caller, deque()).append((future, decode))
+        return future
+
+    def run_next(self) -> None:
+        """Decode one file. Called once for each that was added."""
+        with self._lock:
+            caller, waiting = next(iter(self._callers.items()))
+            del self._callers[caller]
+            future, decode = waiting.popleft()
+            if waiting:
+                self._callers[caller] = waiting
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(decode())
+        except BaseException as error:
+            future.set_exception(error)
 
 
 def _status(status: int) -> str:

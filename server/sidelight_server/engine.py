@@ -242,7 +242,7 @@ class Engine:
         if method is not request.method:
             request = replace(request, method=method)
         loop = asyncio.get_running_loop()
-        prepared = await self._prepare(model, request)
+        prepared = await self._prepare(model, request, passage.caller)
         clock = _Clock(passage.arrived_s, admitted_s, time.monotonic())
         passage.examples, passage.prepared_s = len(prepared.examples), clock.prepared_s
         answered: asyncio.Future[None] = loop.create_future()
@@ -273,13 +273,13 @@ class Engine:
                 passage.started_s, passage.rows = work.started_s, work.n_taken
         return await apart_if_many(request.n_examples, self._answer, work, clock)
 
-    async def _prepare(self, model: Model, request: Request) -> Prepared:
+    async def _prepare(self, model: Model, request: Request, caller: str) -> Prepared:
         if needs_no_work(model, request):
             return prepare(model, request, is_gone=self._closing.is_set)
         decoded: Sequence[Fitted] = ()
         if isinstance(request.images, Files):
             await apart_if_many(request.n_examples, check, model, request)  # before any file is decoded
-            decoded = await self._decoders.fit(request.images.files, order(model))
+            decoded = await self._decoders.fit(request.images.files, order(model), caller)
             if request.method.given is None:
                 is_gone = self._closing.is_set
                 return await apart_if_many(
