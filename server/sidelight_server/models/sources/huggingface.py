@@ -19,6 +19,7 @@ from ...logs import Event
 from ..spec import ModelSpec
 from . import image_processor
 from .refusal import refuse_weights, refusing
+from .vision import import_with_torchvision
 
 log = logging.getLogger("sidelight")
 
@@ -99,6 +100,8 @@ def _module(folder: Path) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ConfigurationError("hf: needs the extra: pip install 'sidelight[hf]'") from error
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+        import_with_torchvision("torchvision")  # as transformers does where it is installed, for its image processors
     with refusing("model", folder), _quiet():
         module, found = transformers.AutoModelForImageClassification.from_pretrained(
             folder,

@@ -1,28 +1,18 @@
 """ONNX: `onnx:FILE`, a network that onnx2torch writes anew as a module. An optional extra."""
 
 import functools
-import importlib
 import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
-
 from ...errors import ConfigurationError
 from ..spec import ModelSpec
-from .refusal import refuse_weights, refusing, require_file
+from .refusal import cause, refuse_weights, refusing, require_file
+from .vision import import_with_torchvision
 
 FORM = "onnx:FILE"
 FLOATING = (1, 10, 11)  # TensorProto.FLOAT, FLOAT16, DOUBLE
-
-# onnx2torch imports torchvision for two operators. Its wheel from the package index does not fit a CPU build of torch:
-# its compiled operators are missing, and with them two names that its own modules look up. No classifier needs either.
-_names: torch.library.Library | None = None
-_MISSING = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
 
 
 def load(place: str, weights: Path | None) -> ModelSpec:
@@ -68,23 +58,11 @@ def _locations(onnx: ModuleType, network: Any) -> set[str]:
 
 def _imported(name: str) -> ModuleType:
     try:
-        return importlib.import_module(name)
+        return import_with_torchvision(name)
     except ImportError as error:
         raise ConfigurationError("onnx: needs the extra: pip install 'sidelight[onnx]'") from error
     except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise ConfigurationError(f"onnx: cannot import {name}: {' '.join(str(error).split())}") from error
-        _define_names()
-        return importlib.import_module(name)
-
-
-def _define_names() -> None:
-    global _names
-    if _names is None:
-        # torch annotates neither of these.
-        _names = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-        for schema in _MISSING:
-            _names.define(schema)  # type: ignore[no-untyped-call]
+        raise ConfigurationError(f"onnx: cannot import {name}: {cause(error)}") from error
 
 
 def _load_external(onnx: ModuleType, network: Any, folder: Path) -> None:
