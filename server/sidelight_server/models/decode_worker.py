@@ -35,7 +35,7 @@ MAX_MESSAGE_BYTES = 16 * 1024  # of a reply that is no picture
 
 BYTES_PER_PIXEL = 12  # of memory while decoding: a progressive CMYK JPEG has 8 of coefficients beside Pillow's 4
 SPARE_BYTES = 64 * 1024 * 1024  # what decoders take whatever the size, and a resized picture (`MAX_SCALED_PIXELS`)
-MAX_KEPT_BYTES = 16 * 1024 * 1024  # that a worker may keep between files; one that keeps more has leaked, and ends
+MAX_KEPT_BYTES = 32 * 1024 * 1024  # that a worker may keep between files; one that keeps more has leaked, and ends
 
 
 @dataclass(frozen=True, slots=True)
