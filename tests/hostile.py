@@ -15,6 +15,7 @@ TIMEOUT_S = 20.0
 ATTRIBUTE = "/sidelight.v1.AttributionService/Attribute"
 STREAM = "/sidelight.v1.AttributionService/AttributeStream"
 CHECK = "/grpc.health.v1.Health/Check"
+INFO = "/sidelight.v1.AttributionService/GetServerInfo"
 WATCH = "/grpc.health.v1.Health/Watch"
 LARGEST_WINDOW = 2**31 - 1
 FRAME = 16_384
@@ -24,6 +25,8 @@ FRAME = 16_384
 class Call:
     """What came of a call so far."""
 
+    path: str
+    n_sent: int = 0
     data: bytearray = field(default_factory=bytearray)
     has_begun: bool = False
     trailers: dict[str, str] = field(default_factory=dict)
@@ -90,10 +93,13 @@ class Caller:
         return call
 
     def begin_and_reset(self, path: str, message: bytes, n_calls: int) -> None:
-        """Make calls and cancel each in the same moment, all in one piece."""
+        """Make calls, as far as the server lets their messages come, and cancel each in the same moment."""
+        content = framed(message)
         for _ in range(n_calls):
+            if self._h2.outbound_flow_control_window < len(content):
+                break
             call = self._begin(path)
-            self._h2.send_data(call, framed(message), end_stream=True)
+            self._h2.send_data(call, content, end_stream=True)
             self._h2.reset_stream(call, 8)
         self._flush()
 
@@ -101,7 +107,7 @@ class Caller:
         call = self._h2.get_next_available_stream_id()
         headers = [(":method", "POST"), (":scheme", "http"), (":path", path), (":authority", "localhost")]
         self._h2.send_headers(call, [*headers, ("te", "trailers"), ("content-type", "application/grpc"), *metadata])
-        self.calls[call] = Call()
+        self.calls[call] = Call(path)
         return call
 
     def ask(self, path: str, message: bytes, *metadata: tuple[str, str]) -> int:
@@ -119,6 +125,7 @@ class Caller:
             if room:
                 self._h2.send_data(call, content[n_sent : n_sent + room])
                 n_sent += room
+                self.calls[call].n_sent += room
                 self._flush()
             elif not self._receive(until_s - time.monotonic()):
                 break
@@ -139,9 +146,9 @@ class Caller:
         self._h2.increment_flow_control_window(n_bytes, call)
         self._flush()
 
-    def look(self) -> None:
-        """Take in what has come, without waiting."""
-        while self._receive(0.001):
+    def look(self, within_s: float = 0.001) -> None:
+        """Take in what has come, and what comes in a moment."""
+        while self._receive(within_s):
             pass
 
     def until(self, reached: Callable[[], bool], *, patience_s: float = TIMEOUT_S) -> None:

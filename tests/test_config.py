@@ -102,6 +102,7 @@ FLAGS = {
     "max_stream_in_flight": (["--max-stream-in-flight", "2"], 2),
     "max_stream_age_s": (["--max-stream-age-s", "60"], 60.0),
     "stalled_write_s": (["--stalled-write-s", "5"], 5.0),
+    "max_arrival_s": (["--max-arrival-s", "5"], 5.0),
     "keepalive_s": (["--keepalive-s", "10"], 10.0),
     "shared_memory": (["--shared-memory", "/dev/shm"], Path("/dev/shm")),
     "max_region_bytes": (["--max-region-bytes", "4096"], 4096),

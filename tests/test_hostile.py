@@ -5,27 +5,31 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 import torch
 from engines import tried
 from grpc_health.v1 import health_pb2
-from hostile import ATTRIBUTE, WATCH, Caller
+from hostile import ATTRIBUTE, CHECK, INFO, STREAM, WATCH, Caller, framed
 from models import Linear
 from running import TIMEOUT_S, Running, serving
 from sidelight.v1 import attribution_pb2 as pb
-from sidelight_server import Engine, ModelSpec, Settings
+from sidelight.v1 import attribution_pb2_grpc
+from sidelight_server import Engine, ModelSpec, Settings, arrivals, framing, stream
 from sidelight_server.health import MAX_PEER_WATCHES
 from sidelight_server.server import MAX_CONNECTION_CALLS
 from test_authorization import secret
 from test_fuzz import Counts
+from test_resilience import process
 from test_service import Gate, ask, floats, gated, running
-from test_stream import Conversation, attribute
+from test_stream import LARGE, Conversation, attribute
 from torch import Tensor, nn
 
-RESOURCE_EXHAUSTED = 8
+CANCELLED, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, ABORTED = 1, 4, 8, 10
 MEBIBYTE = 2**20
 FLOOD, GOOD = (("authorization", "Bearer flood"),), (("authorization", "Bearer good"),)
 
@@ -44,14 +48,19 @@ def until(server: Running, reached: Callable[[], bool]) -> None:
         server.run(asyncio.sleep(0.005))
 
 
+def counts(server: Running) -> Counts:
+    """What a server holds, but for threads: some of them begin with the first batch that needs them."""
+    return replace(Counts.of(server), threads=0)
+
+
 @contextlib.contextmanager
 def leaving_nothing(server: Running) -> Iterator[None]:
     """Check that a good request is answered afterwards, and that all counts come back to where they were."""
     server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
-    before = Counts.of(server)
+    before = counts(server)
     yield
     server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
-    until(server, lambda: not Counts.of(server).exceeds(before))
+    until(server, lambda: not counts(server).exceeds(before))
 
 
 def address(server: Running) -> str:
@@ -102,6 +111,113 @@ def test_watches_of_one_host_are_bounded_over_all_its_connections(tmp_path: Path
             until(server, lambda: len(server.server._health._watchers) == MAX_PEER_WATCHES - 1)
             again = second.ask(WATCH, message)
             second.until(lambda: bool(second.calls[again].data))
+
+
+def test_messages_that_are_never_finished_take_little_memory_and_no_time_of_others(tmp_path: Path) -> None:
+    """Twelve of 62 MiB to each call, which would be 1.5 GiB; without a token, where health needs none."""
+    n, size = 12, 62 * MEBIBYTE
+    to = f"unix:{tmp_path}/socket"
+    good = ask(floats(1, shape=(3, 16, 16)))
+    with process("small", to) as served, grpc.insecure_channel(to) as channel, Caller(to) as caller:
+        stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+        stub.Attribute(good, timeout=TIMEOUT_S)
+        before = psutil.Process(served.pid).memory_info().rss
+        piece = bytes(MEBIBYTE)
+        for path in (CHECK, ATTRIBUTE):
+            for _ in range(n):
+                call = caller.begin(path)
+                caller.send(call, framed(b"", n_bytes=size))
+                while caller.calls[call].status is None and caller.calls[call].n_sent < size:
+                    if caller.send(call, piece, patience_s=1) < len(piece):
+                        break
+            assert len(stub.Attribute(good, timeout=TIMEOUT_S).result.examples) == 1
+        # Six of each host may be slow to arrive.
+        assert psutil.Process(served.pid).memory_info().rss - before < 10 * size
+        assert sum(call.status is None for call in caller.calls.values() if call.path == ATTRIBUTE) <= 6
+
+
+def test_of_a_message_that_nobody_reads_yet_64_kib_are_taken(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(framing, "PLACES", 1)
+    monkeypatch.setattr(arrivals, "QUICK_S", 60.0)
+    with running(Linear(), tmp_path, device=device) as server, Caller(address(server)) as caller:
+        first = caller.begin(ATTRIBUTE)
+        assert caller.send(first, framed(b"", n_bytes=4 * MEBIBYTE) + bytes(2 * MEBIBYTE)) > 2 * MEBIBYTE
+        for _ in range(5):
+            waiting = caller.begin(ATTRIBUTE)
+            assert caller.send(waiting, framed(bytes(MEBIBYTE)), patience_s=0.3) <= 65_535
+        assert server.server._framing.n_arriving == 1
+
+
+def test_a_message_has_so_long_to_arrive_and_then_its_place_is_free(tmp_path: Path, device: str) -> None:
+    brief = running(Linear(), tmp_path, device=device, max_arrival_s=0.2)
+    with brief as server, leaving_nothing(server), Caller(address(server)) as caller:
+        calls = [caller.begin(path) for path in (ATTRIBUTE, CHECK, WATCH)]
+        for call in calls:
+            caller.send(call, framed(bytes(10), n_bytes=1000))
+        assert [caller.result(call).status for call in calls] == [DEADLINE_EXCEEDED] * 3
+        until(server, lambda: server.server._framing.n_arriving == 0)
+
+
+@pytest.mark.parametrize("path", [CHECK, WATCH, INFO])
+def test_a_call_of_small_messages_refuses_a_large_one(path: str, tmp_path: Path, device: str) -> None:
+    with running(Linear(), tmp_path, device=device) as server, Caller(address(server)) as caller:
+        refused = caller.result(caller.ask(path, bytes(100_000)))
+        assert refused.status == RESOURCE_EXHAUSTED
+        assert "100000 bytes" in refused.trailers["grpc-message"]
+
+
+def test_answers_that_nobody_reads_give_their_permits_back_and_their_calls_are_reset(
+    tmp_path: Path, device: str, tokens: Path
+) -> None:
+    message = ask(floats(1)).SerializeToString()
+    stalling = running(Linear(), tmp_path, device=device, tokens=tokens, stalled_write_s=0.5)
+    with stalling as server, contextlib.ExitStack() as stack:
+        callers = [stack.enter_context(Caller(address(server), window=0)) for _ in range(3)]
+        server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=GOOD)
+        before = counts(server)
+        calls = [(caller, caller.ask(ATTRIBUTE, message, *FLOOD)) for caller in callers for _ in range(85)]
+        assert server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=GOOD)
+        answered = server.server.explainer.passages.counts.requests
+        until(server, lambda: answered.total() == len(calls) + 2)
+        # gRPC keeps the call that came last until another comes.
+        assert server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=GOOD)
+        for caller, call in calls:
+            ended = caller.result(call)
+            assert ended.status == RESOURCE_EXHAUSTED or (ended.status == CANCELLED and not ended.data)
+        until(server, lambda: n_held(server) == 0 and not counts(server).exceeds(before))
+        assert answered["Attribute", "model", "gradient", ABORTED] > 100
+
+
+def test_a_reader_who_takes_each_answer_slowly_loses_its_stream(tmp_path: Path, device: str) -> None:
+    """Each in less than `stalled_write_s`, but eight of them are there."""
+    requests = [attribute(str(n), LARGE, channels=pb.CHANNEL_REDUCTION_NONE) for n in range(8)]
+    patient = running(Linear(), tmp_path, device=device, max_chunk_rows=512, stalled_write_s=1.5)
+    with patient as server, leaving_nothing(server), Caller(address(server), window=0) as caller:
+        call = caller.begin(STREAM)
+        content = b"".join(framed(each.SerializeToString()) for each in requests)
+        assert caller.send(call, content) == len(content)
+        while not caller.calls[call].is_over:
+            caller.take(call, 2_000)
+            caller.look(0.01)
+        assert (caller.calls[call].status, caller.calls[call].trailers["sidelight-end"]) == (ABORTED, "stalled")
+
+
+def test_a_stream_whose_caller_never_reads_again_is_reset(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stream, "TELLING_S", 0.2)
+    requests = [attribute(str(n), LARGE, channels=pb.CHANNEL_REDUCTION_NONE) for n in range(4)]
+    stalling = running(Linear(), tmp_path, device=device, max_chunk_rows=512, stalled_write_s=0.3)
+    with stalling as server, leaving_nothing(server), Caller(address(server), window=0) as caller:
+        call = caller.begin(STREAM)
+        caller.send(call, b"".join(framed(each.SerializeToString()) for each in requests))
+        until(server, lambda: not server.server._service._streams)
+        # gRPC keeps the call that came last until another comes.
+        server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+        assert caller.result(call).status == CANCELLED
+        assert not caller.calls[call].data
 
 
 def test_small_calls_pass_a_large_batch_that_waits(tmp_path: Path, device: str) -> None:

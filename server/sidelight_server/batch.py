@@ -14,8 +14,6 @@ from .explainer import Explainer, Inquiry, deadline_of
 from .outlet import Outlet, StalledError
 from .passage import Passage
 
-ABORTED = 10
-
 Inquire = Callable[[], Awaitable[Inquiry]]
 
 _Explaining = asyncio.Task[bytes | SidelightError]
@@ -66,7 +64,7 @@ class Batch:
             self._passage.writing_s = time.monotonic()
             await self._outlet.write(response)
         except StalledError:
-            self._passage.code = ABORTED
+            self._passage.cut_off()
             raise
         finally:
             self._give_back()

@@ -213,7 +213,12 @@ class Settings(ModelSettings):
         3600.0, ge=0, description="seconds after which a stream is answered and ended with OK; 0: without end"
     )
     stalled_write_s: float = Field(
-        60.0, ge=0, description="seconds that a caller may take to accept one answer of a stream; 0: without end"
+        60.0,
+        ge=0,
+        description="seconds from an answer until its caller has accepted all of it, or the call ends; 0: without end",
+    )
+    max_arrival_s: float = Field(
+        30.0, ge=0, description="seconds in which the message of a unary call must have arrived; 0: without end"
     )
     keepalive_s: float = Field(30.0, ge=0, description="seconds between pings that find out dead callers; 0: no pings")
 

@@ -1,7 +1,12 @@
-"""The outlet: a stream's way out. One message at a time, each within the time that its caller has to accept it."""
+"""The outlet: a stream's way out. One message at a time, each within the time that its caller has to accept it.
+
+That time begins when the message is there to be written, not when its turn comes: a caller who takes all of them, but
+slowly, would otherwise hold the last one's permit for as many times as long.
+"""
 
 import asyncio
 import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -23,17 +28,29 @@ class Outlet:
         self._stalled_write_s = stalled_write_s or None
         self.turn = asyncio.Lock()
 
+    def let_go(self) -> None:
+        """Keep the call no longer; nothing more can be written."""
+        del self._context
+
     async def write(self, response: bytes) -> None:
-        """Write a message when it is its turn. `StalledError` where the caller does not accept it."""
-        async with self.turn:
-            await self.write_now(response)
+        """Write a message when it is its turn. `StalledError` where the caller has not accepted it in time."""
+        async with self._in_time(), self.turn:
+            await self._write(response)
 
     async def write_now(self, response: bytes) -> None:
         """Write a message by one who has the turn."""
+        async with self._in_time():
+            await self._write(response)
+
+    async def _write(self, response: bytes) -> None:
         # A caller who has gone is no fault, and gRPC is about to cancel this call.
         with contextlib.suppress(grpc.aio.InternalError):
-            try:
-                async with asyncio.timeout(self._stalled_write_s):
-                    await self._context.write(response)
-            except TimeoutError:
-                raise StalledError from None
+            await self._context.write(response)
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(self._stalled_write_s):
+                yield
+        except TimeoutError:
+            raise StalledError from None

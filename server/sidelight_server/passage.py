@@ -6,7 +6,7 @@ Counts and spans are made of it once it has ended. Times are on the monotonic cl
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-CANCELLED = 1
+CANCELLED, ABORTED = 1, 10
 MAX_CHUNKS = 128  # of one batch that are told one by one
 
 
@@ -40,6 +40,10 @@ class Passage:
     span: Any = field(default=None, repr=False)  # where it is traced
     zero_ns: int = 0  # of the monotonic clock, since 1970, where it is traced
     chunks: list[ChunkTimes] | None = None  # None: nobody wants to know
+
+    def cut_off(self) -> None:
+        """Take note that the answer was not accepted."""
+        self.code = ABORTED
 
     @property
     def status(self) -> int:

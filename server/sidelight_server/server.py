@@ -13,10 +13,11 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sidelight.v1 import attribution_pb2_grpc, model_pb2_grpc
 
 from .addresses import bind
-from .authorization import Authorization
+from .authorization import Authorization, Callers
 from .config import Settings
 from .credentials import Certificates
 from .departures import unlogged
+from .endings import Endings
 from .engine import Engine
 from .explainer import Explainer
 from .framing import Framing
@@ -110,9 +111,15 @@ class Server:
                 max_stream_regions=settings.max_stream_regions,
             )
         unlogged()
-        authorization = Authorization(settings, self.explainer.passages.counts)
-        self._server = grpc.aio.server(interceptors=[authorization, self._porch, Framing()], options=_options(settings))
-        self._service = AttributionService(self._engine, self.explainer, self._shared)
+        loop = asyncio.get_running_loop()
+        authorization, callers = Authorization(settings, self.explainer.passages.counts), Callers(settings)
+        endings = Endings(within_s=settings.stalled_write_s)
+        endings.watch(loop)
+        self._framing = Framing(callers, endings, max_arrival_s=settings.max_arrival_s)
+        self._server = grpc.aio.server(
+            interceptors=[authorization, self._porch, self._framing], options=_options(settings)
+        )
+        self._service = AttributionService(self._engine, self.explainer, self._shared, callers=callers, endings=endings)
         attribution_pb2_grpc.add_AttributionServiceServicer_to_server(self._service, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._engine), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -129,7 +136,6 @@ class Server:
             for address in self._listen
         ]
         self._expose([*authorization.files, *(certificates.files if certificates else ())])
-        loop = asyncio.get_running_loop()
         self._engine.on_change = lambda: _call_soon(loop, self._tell)
         self._tell()
         await self._server.start()
@@ -213,6 +219,8 @@ def _options(settings: Settings) -> list[tuple[str, int]]:
         # Two servers on one port would each get a share of the calls, and nobody would know.
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", MAX_CONNECTION_CALLS),
+        # Otherwise the 64 KiB that come of a message nobody reads become as much as the network holds.
+        ("grpc.http2.bdp_probe", 0),
         # With or without a call, to find out whether this server is there.
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         ("grpc.keepalive_permit_without_calls", 1),

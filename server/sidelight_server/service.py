@@ -10,6 +10,7 @@ from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 
 from . import replies
 from .authorization import Callers
+from .endings import Endings
 from .engine import Engine
 from .errors import DeadlineExceeded, PermissionDenied, ResourceExhausted, SidelightError, Unavailable
 from .explainer import Explainer
@@ -27,12 +28,15 @@ DEADLINE_SLACK_S = 0.1
 class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
     """`sidelight.v1.AttributionService` on an engine. Its messages come and go as `Framing` makes them."""
 
-    def __init__(self, engine: Engine, explainer: Explainer, shared: SharedMemory | None) -> None:
+    def __init__(
+        self, engine: Engine, explainer: Explainer, shared: SharedMemory | None, *, callers: Callers, endings: Endings
+    ) -> None:
         self._engine = engine
         self._explainer = explainer
         self._shared = shared
         self._streams: set[Stream] = set()
-        self._callers = Callers(engine.settings)
+        self._callers = callers
+        self._endings = endings
         self._peers = Peers("streams (the server's max_peer_streams)", each=engine.settings.max_peer_streams)
         self._calls: set[asyncio.Task[Any]] = set()
         self._is_draining = False
@@ -67,7 +71,8 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         self._calls.add(call)
         passages = self._explainer.passages
         passage = passages.begin("Attribute", context.invocation_metadata, caller=self._callers.of(context))
-        context.add_done_callback(lambda _: passages.end(passage))  # type: ignore[arg-type]  # as below
+        # Not the context's own callbacks: those keep the context, and so the call, in a circle.
+        call.add_done_callback(lambda _: passages.end(passage))
         try:
             if isinstance(received, SidelightError):
                 raise received
@@ -75,10 +80,11 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
                 received.message, n_bytes=received.n_bytes, data=received.data, passage=passage
             )
             permit = self._explainer.enter(inquiry)
-            # Once the answer is written, not when it is made. (The stubs know callbacks as a class, not as a protocol.)
-            context.add_done_callback(lambda _: permit.close())  # type: ignore[arg-type]
+            # Once the answer is written, not when it is made: then this task, gRPC's own, is done.
+            call.add_done_callback(lambda _: permit.close())
             answer = await self._explainer.explain(inquiry)
             passage.writing_s = time.monotonic()
+            self._endings.expect(passage.cut_off)
             return answer
         except SidelightError as error:
             passages.failed(passage, error)
@@ -108,6 +114,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
             caller=self._callers.of(context),
             max_in_flight=settings.max_stream_in_flight,
             max_age_s=settings.max_stream_age_s,
+            endings=self._endings,
             stalled_write_s=settings.stalled_write_s,
         )
         if self._is_draining:
@@ -121,6 +128,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
             await abort(context, error)
         finally:
             self._streams.discard(stream)
+            stream.let_go()
 
     async def GetServerInfo(  # noqa: N802
         self, request: pb.GetServerInfoRequest, context: Context

@@ -8,6 +8,7 @@ import grpc
 from sidelight.v1 import attribution_pb2 as pb
 
 from .batch import Batch, Inquire, failed
+from .endings import Endings
 from .errors import InvalidArgument, SidelightError, Unavailable
 from .explainer import Explainer, Inquiry
 from .frames import Decoded, Received
@@ -16,6 +17,7 @@ from .passage import Passage
 from .regions import Regions
 
 CALL = "AttributeStream"
+TELLING_S = 10.0  # that a caller who did not accept an answer has to read why the stream ends
 BEGIN_HEADER, END_TRAILER = "sidelight-begin", "sidelight-end"
 
 Cause = Literal["age", "shutdown", "stalled"]
@@ -39,6 +41,7 @@ class Stream:
         caller: str,
         max_in_flight: int,
         max_age_s: float,
+        endings: Endings,
         stalled_write_s: float,
     ) -> None:
         self._context = context
@@ -46,6 +49,7 @@ class Stream:
         self._regions = regions
         self._caller = caller
         self._max_age_s = max_age_s
+        self._endings = endings
         self._stalled_write_s = stalled_write_s
         self._outlet = Outlet(context, stalled_write_s=stalled_write_s)
         self._slots = asyncio.Semaphore(max_in_flight)
@@ -73,6 +77,11 @@ class Stream:
             self._regions.close()
         await self._say_why()
 
+    def let_go(self) -> None:
+        """Keep the call no longer. It ends once it is free, and tasks of batches may be in circles of references."""
+        self._outlet.let_go()
+        del self._context
+
     def end(self, cause: Cause) -> None:
         """Read no more. What was read is answered, then the stream ends."""
         self._end = self._end or cause
@@ -94,13 +103,19 @@ class Stream:
                 unavailable = "the server is shutting down; what has no answer was not begun"
                 await self._context.abort(grpc.StatusCode.UNAVAILABLE, unavailable, trailers)
             case "stalled":
-                # gRPC sends it behind the answer that waits: it comes once the caller reads again. Until then, or until
-                # the caller goes away, this call stays, and that one answer with it; permits and files are given back.
+                # gRPC sends it behind the answer that waits, and permits and files are given back already: so a caller
+                # who reads again soon is told, and any other is cut off.
                 stalled = (
                     f"an answer was not accepted within {self._stalled_write_s:g} s (the server's stalled_write_s): "
                     "read answers while batches are sent"
                 )
-                await self._context.abort(grpc.StatusCode.ABORTED, stalled, trailers)
+                try:
+                    async with asyncio.timeout(TELLING_S):
+                        await self._context.abort(grpc.StatusCode.ABORTED, stalled, trailers)
+                except TimeoutError:
+                    if call := asyncio.current_task():
+                        self._endings.cut_off(call)
+                        await asyncio.sleep(0)  # where the cancel takes effect
             case _:
                 self._context.set_trailing_metadata(trailers)
 
