@@ -48,6 +48,28 @@ def network(n: int | str, *, inputs: Sequence[str] = ("x",), last: str = "Gemm")
     return helper.make_model(graph, opset_imports=domains, ir_version=8)
 
 
+def exported(*, last: str = "Gemm") -> onnx.ModelProto:
+    """As torch.onnx.export writes the network by default: in newer operators, and a batch of any size.
+
+    Its last bias has a second name besides, as the older exporter gives weights that are equal.
+    """
+    held = network("N")
+    graph = held.graph
+    del graph.node[3:5]  # the pool, and what flattens it
+    graph.node.insert(3, helper.make_node("ReduceMean", ["c", "axes"], ["d"], keepdims=0, noop_with_empty_axes=0))
+    graph.node.insert(4, helper.make_node("Reshape", ["d", "flat"], ["e"], allowzero=1))
+    graph.node.insert(5, helper.make_node("Identity", ["linear_bias"], ["another_bias"]))
+    graph.node[-1].input[2] = "another_bias"
+    if last != "Gemm":
+        graph.node[-1].output[0] = "f"
+        graph.node.append(helper.make_node(last, ["f"], ["y0"]))
+    graph.initializer.append(numpy_helper.from_array(np.array([2, 3]), "axes"))
+    graph.initializer.append(numpy_helper.from_array(np.array([-1, 6]), "flat"))
+    held.opset_import[0].version = 20
+    onnx.checker.check_model(held, full_check=True)
+    return held
+
+
 def difference(got: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(got - expected).max() / np.abs(expected).max())
 
@@ -91,6 +113,15 @@ def main() -> None:
     found["served"] = difference(served_maps("onnx:net.onnx", x), expected_maps(net(), x))
     found["served static"] = difference(served_maps("onnx:static.onnx", x), expected_maps(net(), x))
     packaged(found)
+
+    onnx.save(exported(), "exported.onnx")
+    found["exported"] = known("onnx:exported.onnx")
+    found["served exported"] = difference(served_maps("onnx:exported.onnx", x), expected_maps(net(), x))
+    found["outputs exported"] = difference(
+        sources.load("onnx:exported.onnx").module(x).detach().numpy(), net()(x).detach().numpy()
+    )
+    onnx.save(exported(last="Gelu"), "gelu.onnx")
+    found["an operator of a newer set"] = refusal("onnx:gelu.onnx")
 
     source = external("beside.onnx", "weights.bin")
     got = sources.load(source).module(x)

@@ -45,6 +45,13 @@ def test_a_network_of_a_static_batch_says_so(found: dict[str, object]) -> None:
 
 
 @needs_extra
+def test_a_network_as_torch_exports_it_by_default_is_served_as_torch_computes_it(found: dict[str, object]) -> None:
+    assert found["exported"] == [None, [3, 16, 16]]
+    assert found["outputs exported"] < 1e-6
+    assert found["served exported"] < 1e-5
+
+
+@needs_extra
 def test_a_packaged_classifier_answers_as_the_reference_does(found: dict[str, object]) -> None:
     assert found["packaged outputs"] < 1e-4
     assert found["packaged gradient"] > 0
@@ -66,6 +73,7 @@ REFUSALS = {
     "empty": "model: empty.onnx: ",
     "two inputs": "model: two.onnx: takes x [2, 3, 16, 16], y [2, 3, 16, 16], expected one floating input",
     "an operator that has no equal": "model: strange.onnx: ",
+    "an operator of a newer set": "model: gelu.onnx: its operators, of opset 20, cannot be read: ",
 }
 
 
@@ -75,6 +83,12 @@ def test_a_file_that_cannot_be_served_is_refused(case: str, words: str, found: d
     said = str(found[case])
     assert said.startswith(words)
     assert len(said.splitlines()) == 1
+
+
+@needs_extra
+@pytest.mark.parametrize("case", ["an operator that has no equal", "an operator of a newer set"])
+def test_a_refused_operator_comes_with_the_way_out(case: str, found: dict[str, object]) -> None:
+    assert str(found[case]).endswith("; export the model with torch.onnx.export(…, dynamo=False, opset_version=17)")
 
 
 def test_without_the_extra_a_line_says_what_to_install(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 from ...errors import ConfigurationError
 from ..spec import ModelSpec
 from .refusal import cause, refuse_weights, refusing, require_file
@@ -13,6 +15,8 @@ from .vision import import_with_torchvision
 
 FORM = "onnx:FILE"
 FLOATING = (1, 10, 11)  # TensorProto.FLOAT, FLOAT16, DOUBLE
+OPSET = 17  # the newest that onnx2torch reads; torch.onnx.export writes 18 and later unless dynamo is False
+WAY_OUT = f"export the model with torch.onnx.export(…, dynamo=False, opset_version={OPSET})"
 
 
 def load(place: str, weights: Path | None) -> ModelSpec:
@@ -26,8 +30,8 @@ def load(place: str, weights: Path | None) -> ModelSpec:
         _load_external(onnx, network, path.parent)
         onnx.checker.check_model(network)
         known = _input(network)
-        _settle(network)
-        return ModelSpec(onnx2torch.convert(network).eval(), name=path.stem, **known)
+        module = _converted(onnx, onnx2torch, network)
+        return ModelSpec(module.eval(), name=path.stem, **known)
 
 
 def files(place: str, weights: Path | None) -> tuple[Path, ...]:
@@ -74,14 +78,63 @@ def _load_external(onnx: ModuleType, network: Any, folder: Path) -> None:
     onnx.load_external_data_for_model(network, str(folder))
 
 
+def _converted(onnx: ModuleType, onnx2torch: ModuleType, network: Any) -> Any:
+    """Return a network as a module. `ConfigurationError` says how it can be exported otherwise."""
+    opset = max((each.version for each in network.opset_import if each.domain in ("", "ai.onnx")), default=OPSET)
+    try:
+        if opset > OPSET:
+            network = _lowered(onnx, network)
+        _settle(network)
+        module = onnx2torch.convert(network)
+    except Exception as error:
+        if opset <= OPSET and not isinstance(error, NotImplementedError):
+            raise
+        said = f"its operators, of opset {opset}, cannot be read: {cause(error).rpartition('failed: ')[2]}; {WAY_OUT}"
+        raise ConfigurationError(said) from error
+    for each in module.modules():
+        # Where the graph does not infer a length, onnx2torch takes 0 for it; the weights say it too.
+        is_unknown = isinstance(each, nn.LayerNorm) and 0 in each.normalized_shape
+        if is_unknown and len(each.normalized_shape) == each.weight.ndim:
+            each.normalized_shape = tuple(each.weight.shape)
+    return module
+
+
+def _lowered(onnx: ModuleType, network: Any) -> Any:
+    """Return a network in operators of an older set. Raises where one of them has no equal there."""
+    converter = import_with_torchvision("onnx.version_converter")
+    lowered = converter.convert_version(network, OPSET)
+    shapes = {each.name: each for each in lowered.graph.initializer}
+    for node in lowered.graph.node:
+        # What the converter leaves behind: a default that older operators do not have.
+        _drop(node, "noop_with_empty_axes", 0)
+        shape = shapes.get(node.input[1]) if node.op_type == "Reshape" else None
+        # Whether a 0 means a length of 0, of which onnx2torch knows nothing, matters only where there is one.
+        if shape is not None and onnx.numpy_helper.to_array(shape).all():
+            _drop(node, "allowzero", 1)
+    onnx.checker.check_model(lowered)
+    return lowered
+
+
+def _drop(node: Any, name: str, value: int) -> None:
+    for each in [each for each in node.attribute if each.name == name and each.i == value]:
+        node.attribute.remove(each)
+
+
 def _settle(network: Any) -> None:
-    """Make initializers of weights that are written as constant operations, where onnx2torch looks for none."""
+    """Make initializers of weights that are written as operations, where onnx2torch looks for none.
+
+    They are constants, and others under a second name, as the older exporter of torch writes weights that are equal.
+    """
+    held = {each.name: each for each in network.graph.initializer}
     for node in list(network.graph.node):
-        values = [each.t for each in node.attribute if each.name == "value"]
-        if node.op_type == "Constant" and values:
+        values = [each.t for each in node.attribute if each.name == "value"] if node.op_type == "Constant" else []
+        if node.op_type == "Identity" and node.input[0] in held:
+            values = [held[node.input[0]]]
+        if values:
             tensor = network.graph.initializer.add()
             tensor.CopyFrom(values[0])
             tensor.name = node.output[0]
+            held[tensor.name] = tensor
             network.graph.node.remove(node)
 
 
