@@ -162,12 +162,34 @@ def test_a_caller_alone_leaves_room_for_others(max_requests: int) -> None:
     """At most about three quarters, and all where there are only one or two."""
     admission = Admission(max_requests=max_requests, max_bytes=10**6)
     n = 0
-    while admission.take(1, "flood"):
+    while admission.take(1, "flood", n_rows=100):
         n += 1
     assert n // 3 <= max_requests - n
     assert (n + 1) // 3 > max_requests - n - 1
     others = range(max_requests - n)
-    assert all(admission.take(1, f"other {each}") for each in others)
+    assert all(admission.take(1, f"other {each}", n_rows=100) for each in others)
+
+
+def test_beside_many_rows_a_caller_has_room_for_a_few() -> None:
+    admission = Admission(max_requests=256, max_bytes=10**6, max_caller_rows=10**6)
+    while admission.take(10, "caller", n_rows=1_000):
+        pass
+    assert admission.n_requests == 192
+    while admission.take(10, "caller", n_rows=64):
+        pass
+    assert admission.n_requests == 192 + 12
+    with pytest.raises(ResourceExhausted, match="max_in_flight 256"), admission.enter(10, "caller"):
+        pytest.fail("a third of what the caller has is to be free")
+    assert admission.take(10, "other", n_rows=1_000)
+
+
+def test_rows_of_a_caller_leave_room_for_small_requests() -> None:
+    admission = Admission(max_requests=256, max_bytes=10**6, max_caller_rows=10_000)
+    while admission.take(10, "caller", n_rows=1_000):
+        pass
+    assert admission.n_requests == 10
+    assert admission.take(10, "caller", n_rows=64)
+    assert not admission.take(10, "caller", n_rows=65)
 
 
 def test_bytes_are_shared_out_as_permits_are() -> None:
@@ -181,11 +203,11 @@ def test_bytes_are_shared_out_as_permits_are() -> None:
 def test_rows_of_one_caller_are_bounded_but_for_its_first_request() -> None:
     admission = Admission(max_requests=10, max_bytes=100, max_caller_rows=100)
     with admission.enter(1, "a", n_rows=1000):
-        with pytest.raises(ResourceExhausted, match="max_caller_rows 100") as caught, admission.enter(1, "a", n_rows=1):
+        with pytest.raises(ResourceExhausted, match="max_caller_rows 100") as caught, admission.enter(9, "a", n_rows=1):
             pytest.fail("there were rows enough")
         assert caught.value.retry_delay_s
         with admission.enter(1, "b", n_rows=60), admission.enter(1, "b", n_rows=40):
-            assert admission.take(1, "b", n_rows=1) is None
+            assert admission.take(9, "b", n_rows=1) is None
     with admission.enter(1, "a", n_rows=100):
         assert admission.n_requests == 1
 
@@ -318,7 +340,7 @@ STEPS = st.lists(
 @given(steps=STEPS)
 def test_no_permit_is_lost_or_given_twice(steps: list[tuple[str, int, str]]) -> None:
     async def play() -> None:
-        admission = Admission(max_requests=5, max_bytes=128)  # small: 2; kept for those: 8
+        admission = Admission(max_requests=16, max_bytes=128)  # small: 2; kept for those: 1 of 8
         waiting: list[asyncio.Task[Permit]] = []
         permits: list[Permit] = []
         for step, size, caller in steps:
@@ -336,7 +358,7 @@ def test_no_permit_is_lost_or_given_twice(steps: list[tuple[str, int, str]]) -> 
                     await settle()
             permits += [each.result() for each in waiting if each.done() and not each.cancelled()]
             waiting = [each for each in waiting if not each.done()]
-            assert 0 <= admission.n_requests <= 5
+            assert 0 <= admission.n_requests <= 16 + 1
             assert 0 <= admission.n_bytes <= 128 + 8
         while permits or waiting:
             await settle()

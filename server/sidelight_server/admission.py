@@ -10,18 +10,20 @@ from .errors import ResourceExhausted
 
 RETRY_DELAY_S = 0.25
 SHARE = 3  # a caller leaves free at least what it holds divided by this
-SMALL = 64  # a request is small that takes at most the bytes divided by this
-RESERVE = 16  # the bytes divided by this are kept for small requests, beside the others
+SMALL = 64  # a request is small that takes at most the bytes divided by this, and
+SMALL_ROWS = 64  # at most so many rows
+RESERVE = 16  # permits and bytes divided by this are kept for small requests, beside the others
 
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """What a request holds."""
+    """What a request holds: its count, and its bytes, may each be of the reserve."""
 
     caller: str
     n_bytes: int
     n_rows: int
-    is_reserve: bool  # whether its bytes are of the reserve
+    is_extra: bool
+    has_extra_bytes: bool
 
 
 @dataclass(slots=True)
@@ -29,15 +31,19 @@ class _Held:
     """What one caller holds, or all of them."""
 
     n_requests: int = 0
-    n_bytes: int = 0  # but for the reserve
-    n_reserve: int = 0  # bytes
+    n_extra: int = 0  # requests of the reserve
+    n_bytes: int = 0
+    n_extra_bytes: int = 0
     n_rows: int = 0
 
     def add(self, permit: Permit, *, sign: int = 1) -> None:
-        self.n_requests += sign
         self.n_rows += sign * permit.n_rows
-        if permit.is_reserve:
-            self.n_reserve += sign * permit.n_bytes
+        if permit.is_extra:
+            self.n_extra += sign
+        else:
+            self.n_requests += sign
+        if permit.has_extra_bytes:
+            self.n_extra_bytes += sign * permit.n_bytes
         else:
             self.n_bytes += sign * permit.n_bytes
 
@@ -71,12 +77,12 @@ class Admission:
     @property
     def n_requests(self) -> int:
         """How many requests hold a permit."""
-        return self._total.n_requests
+        return self._total.n_requests + self._total.n_extra
 
     @property
     def n_bytes(self) -> int:
         """How many bytes they and their answers take."""
-        return self._total.n_bytes + self._total.n_reserve
+        return self._total.n_bytes + self._total.n_extra_bytes
 
     @contextlib.contextmanager
     def enter(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Iterator[None]:
@@ -118,7 +124,7 @@ class Admission:
         held = self._held[permit.caller]
         held.add(permit, sign=-1)
         self._total.add(permit, sign=-1)
-        if not held.n_requests:
+        if not (held.n_requests or held.n_extra):
             del self._held[permit.caller]
         self._wake()
 
@@ -160,18 +166,22 @@ class Admission:
         return True
 
     def _permit(self, caller: str, n_bytes: int, n_rows: int, *, is_in_turn: bool) -> Permit | None:
-        """Return what a request can have now: of the bytes if it is its turn, else of the reserve if it is small."""
+        """Return what a request can have now; what it cannot have in its turn, a small one can have of the reserve."""
         held, total = self._held.get(caller, _Held()), self._total
-        if held.n_rows and self._max_caller_rows and held.n_rows + n_rows > self._max_caller_rows:
+        is_small = n_bytes <= self._max_bytes / SMALL and n_rows <= SMALL_ROWS
+        n_after = held.n_rows + n_rows
+        if not is_small and self._max_caller_rows and held.n_rows and n_after > self._max_caller_rows:
             return None
-        if not _may_take(1, held.n_requests, self._max_requests - total.n_requests):
+        has_count = _may_take(1, held.n_requests, self._max_requests - total.n_requests)
+        has_bytes = is_in_turn and _may_take(n_bytes, held.n_bytes, self._max_bytes - total.n_bytes)
+        if not is_small and not (has_count and has_bytes):
             return None
-        if is_in_turn and _may_take(n_bytes, held.n_bytes, self._max_bytes - total.n_bytes):
-            return Permit(caller, n_bytes, n_rows, is_reserve=False)
-        is_small = n_bytes <= self._max_bytes / SMALL
-        if is_small and _may_take(n_bytes, held.n_reserve, self._max_bytes / RESERVE - total.n_reserve):
-            return Permit(caller, n_bytes, n_rows, is_reserve=True)
-        return None
+        extra, extra_bytes = self._max_requests // RESERVE, self._max_bytes / RESERVE
+        if not has_count and not _may_take(1, held.n_extra, extra - total.n_extra):
+            return None
+        if not has_bytes and not _may_take(n_bytes, held.n_extra_bytes, extra_bytes - total.n_extra_bytes):
+            return None
+        return Permit(caller, n_bytes, n_rows, is_extra=not has_count, has_extra_bytes=not has_bytes)
 
     def _lacks_bytes(self, caller: str) -> bool:
         """Whether a caller who waits holds no bytes and needs more than are free: others must not take those first."""
@@ -180,17 +190,18 @@ class Admission:
         return first is not None and has_none and first.n_bytes > self._max_bytes - self._total.n_bytes
 
     def _why_not(self, caller: str, n_rows: int) -> str:
-        held, total = self._held.get(caller, _Held()), self._total
+        held = self._held.get(caller, _Held())
         if self._model:
-            return f'model "{self._model}" is at work on {total.n_requests} requests (max_model_in_flight)'
+            return f'model "{self._model}" is at work on {self.n_requests} requests (max_model_in_flight)'
         if self._max_caller_rows and held.n_rows + n_rows > self._max_caller_rows and held.n_rows:
             return (
                 f"this caller's requests at work may take {held.n_rows} rows, and this one {n_rows} more "
                 f"(max_caller_rows {self._max_caller_rows})"
             )
+        n_requests, n_bytes = held.n_requests + held.n_extra, held.n_bytes + held.n_extra_bytes
         return (
-            f"the server is at work on {total.n_requests} requests of {self.n_bytes} bytes, of which this caller has "
-            f"{held.n_requests} of {held.n_bytes + held.n_reserve} (max_in_flight {self._max_requests}, "
+            f"the server is at work on {self.n_requests} requests of {self.n_bytes} bytes, of which this caller has "
+            f"{n_requests} of {n_bytes} (max_in_flight {self._max_requests}, "
             f"max_in_flight_bytes {self._max_bytes}; a caller leaves a third of what it has free)"
         )
 

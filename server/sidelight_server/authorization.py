@@ -11,7 +11,6 @@ import grpc
 from .config import Settings
 from .counts import Counts
 from .errors import ConfigurationError, PermissionDenied, SidelightError, Unauthenticated
-from .peers import host_of
 from .secret_files import SecretFiles, read_secret
 from .status import Context, refusing
 
@@ -101,10 +100,10 @@ class Authorization(grpc.aio.ServerInterceptor):
 
 
 class Callers:
-    """Names those whose shares are counted apart: by token, else by certificate, else by host.
+    """Names those whose shares are counted apart: by token, else by certificate, else by connection.
 
     What anybody can make up is no name: a token counts only where calls need one, a certificate where an authority has
-    signed it. Callers over UNIX sockets who show neither are one.
+    signed it. Callers over UNIX sockets who show neither are one. (By host, those of a sidecar would be one, too.)
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -117,7 +116,7 @@ class Callers:
             return "token:" + _digest(token.encode()).hex()
         if self._by_certificate and (subject := context.auth_context().get("x509_subject")):
             return "certificate:" + b",".join(subject).decode(errors="replace")
-        return host_of(context.peer())
+        return str(context.peer())
 
 
 def _token(metadata: Iterable[tuple[str, Any]] | None) -> str | None:
