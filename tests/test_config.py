@@ -52,6 +52,7 @@ FLAGS = {
     "window": (["--window", "0,4095"], (0.0, 4095.0)),
     "input": (["--input", "pixel_values"], "pixel_values"),
     "arguments": (["--arguments", '{"return_dict": true}'], {"return_dict": True}),
+    "layer_layout": (["--layer-layout", '{"blocks.10": "tokens:1:14x14"}'], {"blocks.10": "tokens:1:14x14"}),
     "accept_partial_gradient": (["--accept-partial-gradient"], True),
     "label": (["--label", "disease"], "disease"),
     "output": (["--output", "y_prob"], "y_prob"),

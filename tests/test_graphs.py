@@ -13,8 +13,11 @@ from models import small_cnn
 from sidelight_server.attribution import PREDICTED, Aim, Score
 from sidelight_server.graphs import MAX_SHAPES, Recording, Recordings, Replay, recorder
 from sidelight_server.kernel import Kernel
+from sidelight_server.layers import Layers, Layout
 from sidelight_server.methods.method import Layer, Rectifiers
+from sidelight_server.models.adapter import PLAIN
 from sidelight_server.options import KernelOptions
+from sidelight_server.scores import Head
 from torch import Tensor, nn
 
 # The same sums, of rows in other company: as `docs/design.md` says of chunks.
@@ -68,6 +71,8 @@ def test_an_answer_outlives_the_next_chunk(device: str) -> None:
 
 def test_other_probes_are_not_recorded(device: str) -> None:
     recorded, plain = kernels(device)
+    for each in (recorded, plain):
+        each.adopt(adapter=PLAIN, head=Head(), layers=Layers({"4": Layout("nchw")}))
     x = examples(2).to(device)
     for probe in (Layer("4"), Rectifiers.GUIDED):
         a, b = (each.run(x, [PREDICTED] * 2, [Score.LOGIT] * 2, probe=probe) for each in (recorded, plain))

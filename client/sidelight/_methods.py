@@ -149,7 +149,7 @@ class GradCam:
     """A layer's channels, weighed by their mean gradient and added; one number with its sign for each pixel.
 
     Selvaraju, Cogswell, Das, Vedantam, Parikh and Batra, 2017, "Grad-CAM: Visual Explanations from Deep Networks via
-    Gradient-based Localization". `layer` is a name of `ModelInfo.layers`; empty is the last with spatial extent.
+    Gradient-based Localization". `layer` is a name of `ModelInfo.layers`; empty is the last that all has passed.
     `keep_negative` leaves out the final ReLU.
     """
 
@@ -168,7 +168,7 @@ class LayerGradientTimesActivation:
     """A layer's gradient times its activation.
 
     Ancona, Ceolini, Öztireli and Gross, 2018, "Towards better understanding of gradient-based attribution methods for
-    Deep Neural Networks". `layer` is a name of `ModelInfo.layers`; empty is the last with spatial extent.
+    Deep Neural Networks". `layer` is a name of `ModelInfo.layers`; empty is the last that all has passed.
     """
 
     layer: str = ""

@@ -100,6 +100,11 @@ class ModelSettings(BaseModel):
     activation: Activation | None = Field(
         None, description="softmax where classes exclude each other, sigmoid where they do not; unset: found out"
     )
+    layer_layout: dict[str, str] | None = Field(
+        None,
+        description='where positions lie in what layers return, "nchw", "nhwc" or "tokens:P:HxW" by layer, as JSON or '
+        "a table of the file; for layers where that cannot be found out",
+    )
     labels: Path | None = Field(None, description="a text file of class names, one a line, in the classes' order")
 
     max_chunk_rows: int = Field(

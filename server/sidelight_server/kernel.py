@@ -17,11 +17,12 @@ from .attribution import Aim, Score
 from .errors import FailedPrecondition
 from .graphs import Recordings, recorder
 from .keeping import Keeping
+from .layers import Layers
 from .methods.method import Layer, Probe, Rectifiers
 from .models.adapter import PLAIN, Adapter
 from .models.weights import Watch
 from .options import KernelOptions
-from .probes import Guided, capture, chosen_layer, layers_of
+from .probes import Guided, capture
 from .replica import SHARED, Isolation, Replica, replicate, weights_dtype
 from .scores import Head
 
@@ -62,6 +63,7 @@ class Kernel:
         device: torch.device,
         adapter: Adapter = PLAIN,
         head: Head | None = None,
+        layers: Layers | None = None,
         options: KernelOptions | None = None,
         trial: Tensor | None = None,
         isolation: Isolation = SHARED,
@@ -72,6 +74,7 @@ class Kernel:
         self.device = device
         self.head = head or Head()
         self._adapter = adapter
+        self._layers = layers or Layers()
         self.watch = Watch(module, is_shared=is_shared)
         self._replica = Replica(
             self.watch, device=device, options=self.options, adapter=adapter, trial=trial, isolation=isolation
@@ -196,14 +199,9 @@ class Kernel:
                 digest.update(each.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
-    def layers(self, inputs: Tensor) -> dict[str, tuple[int, int]]:
-        """Return the layers that can be probed with such inputs, in the order in which they end: their h and w."""
-        with torch.no_grad():
-            return layers_of(self._hooked, lambda: self._adapter.call(self._hooked, self._arranged(inputs.clone())))
-
-    def adopt(self, *, adapter: Adapter, head: Head) -> None:
-        """Call the module, and read its outputs, as was found out later than the kernel was made."""
-        self._adapter, self.head = adapter, head
+    def adopt(self, *, adapter: Adapter, head: Head, layers: Layers) -> None:
+        """Call the module, and read its outputs and layers, as was found out later than the kernel was made."""
+        self._adapter, self.head, self._layers = adapter, head, layers
 
     def head_precision(self, score: Score, *, plain_head: bool) -> str:
         """Return the type that a score and its gradient at the outputs are computed in, as provenance tells it."""
@@ -254,15 +252,15 @@ class Kernel:
         return _row_by_row(_at_least_float32(back(_row_by_row(sent, scale))), 1 / scale)
 
     def _at_layer(self, inputs: Tensor, read: _Read, name: str) -> Gradients:
-        if not name:  # the last with spatial extent, which is not known beforehand if the model takes any size
-            name = chosen_layer(name, self.layers(inputs[:1]), [])
+        name = self._layers.chosen(name, [])  # it is not known beforehand if the model takes any size
         # The graph begins at the layer: what lies before it is run without one.
         with torch.enable_grad(), capture(self._hooked, name) as captured:
             outputs = self._widened(self._adapter(self._hooked, self._arranged(inputs.clone())))
         leaf = captured.leaf[0]
         answer, sent = read(outputs)
-        gradients = self._gradients(sent, outputs, leaf)
-        return replace(answer, gradients=gradients, activations=leaf.detach().to(self.dtype))
+        layout, size = self._layers.layouts[name], (inputs.shape[2], inputs.shape[3])
+        gradients = layout.arranged(self._gradients(sent, outputs, leaf), size)
+        return replace(answer, gradients=gradients, activations=layout.arranged(leaf.detach(), size).to(self.dtype))
 
     def _read(
         self, outputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], *, gradient: bool, plain_head: bool

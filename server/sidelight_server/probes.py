@@ -5,7 +5,7 @@ rows of other requests.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .errors import InvalidArgument, NotFound, near
+from .errors import InvalidArgument
+from .layers import first_tensor, with_first_tensor
 
 
 @dataclass(slots=True)
 class Captured:
-    """What a layer returned, as the leaf of a graph that begins there: [n, c, h, w]."""
+    """What a layer returned, as the leaf of a graph that begins there."""
 
     leaf: list[Tensor] = field(default_factory=list)
 
@@ -28,56 +29,21 @@ def capture(module: nn.Module, layer: str) -> Iterator[Captured]:
     """Cut a module's graph at a layer, for as long as the context lasts."""
     captured = Captured()
 
-    def cut(_module: nn.Module, _inputs: object, output: object) -> Tensor:
-        if not isinstance(output, Tensor) or output.ndim != 4:
-            got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise InvalidArgument(f'method.layer: "{layer}" returns {got}, expected [n, c, h, w]')
+    def cut(_module: nn.Module, _inputs: object, output: Any) -> Any:
+        value = first_tensor(output)
+        if value is None:
+            raise InvalidArgument(f'method.layer: "{layer}" returns {type(output).__name__}, expected a tensor')
         if captured.leaf:
             raise InvalidArgument(f'method.layer: "{layer}" runs more than once in a pass, expected a layer of one run')
-        captured.leaf.append(output.detach().requires_grad_())
-        return captured.leaf[0].clone()  # what comes next may work in place, and must not have the leaf itself
+        captured.leaf.append(value.detach().requires_grad_())
+        copy = captured.leaf[0].clone()  # what comes next may work in place, and must not have the leaf itself
+        return with_first_tensor(output, copy)
 
     handle = module.get_submodule(layer).register_forward_hook(cut)
     try:
         yield captured
     finally:
         handle.remove()
-
-
-def layers_of(module: nn.Module, run: Callable[[], object]) -> dict[str, tuple[int, int]]:
-    """Return the layers that `run` runs exactly once with an output [n, c, h, w], in the order of ending: h and w."""
-    seen: dict[str, list[object]] = {}
-
-    def note(name: str) -> Callable[[nn.Module, Any, object], None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            seen.setdefault(name, []).append(output.shape if isinstance(output, Tensor) else None)
-
-        return hook
-
-    with contextlib.ExitStack() as stack:
-        for name, each in module.named_modules():
-            if name and not isinstance(each, torch.jit.ScriptModule):  # which takes no hooks
-                stack.callback(each.register_forward_hook(note(name)).remove)
-        run()
-    return {
-        name: (shape[2], shape[3])
-        for name, (shape, *more) in seen.items()
-        if not more and isinstance(shape, torch.Size) and len(shape) == 4
-    }
-
-
-def chosen_layer(name: str, layers: dict[str, tuple[int, int]], known: list[str]) -> str:
-    """Return the layer that a name means; empty is the last with spatial extent. `NotFound` with the near names."""
-    if name in layers:
-        return name
-    if name and name in known:
-        raise InvalidArgument(f'method.layer: "{name}" does not return [n, c, h, w] exactly once in a pass')
-    if name:
-        raise NotFound(f'method.layer: there is no "{name}"; {near(name, layers or known)}')
-    spatial = [each for each, (height, width) in layers.items() if height * width > 1]
-    if not spatial:
-        raise NotFound("method.layer: the model has no layer with spatial extent")
-    return spatial[-1]
 
 
 class _Guided(torch.autograd.Function):

@@ -1142,7 +1142,10 @@ class GradCamMethod(google.protobuf.message.Message):
     LAYER_FIELD_NUMBER: builtins.int
     KEEP_NEGATIVE_FIELD_NUMBER: builtins.int
     layer: builtins.str
-    """layer names the probe. Optional: empty means the last layer with spatial extent. An unknown name is NOT_FOUND."""
+    """layer names the probe. Optional: empty means the last layer that everything which reaches the outputs has passed, and
+    whose positions the outputs depend on; NOT_FOUND where there is none. An unknown name is NOT_FOUND, a layer in which no
+    positions of the input are seen INVALID_ARGUMENT.
+    """
     keep_negative: builtins.bool
     """keep_negative leaves out the final ReLU. Optional."""
     def __init__(
@@ -1165,7 +1168,10 @@ class LayerGradientTimesActivationMethod(google.protobuf.message.Message):
 
     LAYER_FIELD_NUMBER: builtins.int
     layer: builtins.str
-    """layer names the probe. Optional: empty means the last layer with spatial extent. An unknown name is NOT_FOUND."""
+    """layer names the probe. Optional: empty means the last layer that everything which reaches the outputs has passed, and
+    whose positions the outputs depend on; NOT_FOUND where there is none. An unknown name is NOT_FOUND, a layer in which no
+    positions of the input are seen INVALID_ARGUMENT.
+    """
     def __init__(
         self,
         *,

@@ -13,7 +13,7 @@ from .method import ROUNDING_STEPS, Example, Layer, Method, Outcome, Probe, Shap
 class LayerMethod(Method):
     """A method that looks at a layer."""
 
-    layer: str = ""  # empty: the last layer with spatial extent
+    layer: str = ""  # empty: the model's default
 
     @property
     def begins_with_gradient(self) -> bool:

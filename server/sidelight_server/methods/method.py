@@ -23,7 +23,7 @@ Shape = tuple[int, int, int]  # C, H, W of the model's input
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer by its name; empty is the last one with spatial extent."""
+    """A layer by its name; empty is the model's default."""
 
     name: str
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 from ..errors import ConfigurationError
+from ..layers import Layers
 from ..options import Activation, Outputs
-from ..probes import layers_of
 from ..scores import Head
 from .adapter import Adapter, Labels, items, told
+from .layer_search import Traces, find, noting_slopes, trace
 from .mode import check_mode
 from .spec import ModelSpec
 
@@ -40,7 +41,7 @@ class Detected:
 
     adapter: Adapter
     head: Head
-    layers: dict[str, tuple[int, int]] = field(default_factory=dict)  # that can be probed: their h and w
+    layers: Layers = field(default_factory=Layers)  # that a map can be made of
     rows_touch: bool = False  # whether one row's outputs depend on another row
 
 
@@ -57,18 +58,25 @@ def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected
         return Detected(replace(calls[0], output=spec.output), head)
     inputs = trial.detach().clone().requires_grad_()
     with torch.enable_grad():
-        adapter, returned, layers = _first_that_runs(module, calls, inputs)
+        adapter, returned, traces = _first_that_runs(module, calls, inputs)
         adapter = replace(adapter, output=_output(returned, spec, n=max(len(trial), adapter.least)))
         outputs = adapter.outputs(returned, n=len(trial))
         _check_labels(module, adapter, inputs, outputs)
         last = _last_step(outputs)  # as long as there is the graph
-        gradients = _gradients_of_first(outputs, inputs)
-    return Detected(
-        adapter,
-        _head(spec, adapter, returned, outputs, last),
-        layers,
-        rows_touch=bool((gradients[1:].nan_to_num() != 0).any()),
+        with noting_slopes(traces):
+            gradients = _gradients_of_first(outputs, inputs)
+    rows_touch = bool((gradients[1:].nan_to_num() != 0).any())
+    layers = find(
+        module,
+        adapter.call,
+        traces,
+        outputs=outputs,
+        inputs=inputs,
+        n=max(len(trial), adapter.least),
+        together=1 if rows_touch else len(trial),
+        given=spec.layer_layout or {},
     )
+    return Detected(adapter, _head(spec, adapter, returned, outputs, last), layers, rows_touch)
 
 
 def _calls(module: nn.Module, spec: ModelSpec) -> Iterator[Adapter]:
@@ -157,9 +165,7 @@ class _Signature:
             raise ConfigurationError(f'{setting}: the module takes no "{name}"; it takes {", ".join(self.names)}')
 
 
-def _first_that_runs(
-    module: nn.Module, calls: list[Adapter], inputs: Tensor
-) -> tuple[Adapter, object, dict[str, tuple[int, int]]]:
+def _first_that_runs(module: nn.Module, calls: list[Adapter], inputs: Tensor) -> tuple[Adapter, object, Traces]:
     failed: Exception | None = None
     for call in calls:
         returned: list[object] = []
@@ -168,8 +174,8 @@ def _first_that_runs(
             returned.append(call.call(module, inputs * 1))  # a copy: it may begin with an operation in place
 
         try:
-            layers = layers_of(module, run)
-            return call, returned[0], layers
+            traces = trace(module, run)
+            return call, returned[0], traces
         except Exception as error:
             failed = failed or error
     assert failed is not None  # noqa: S101
@@ -377,7 +383,10 @@ def _is_by_one(node: Node) -> bool:
 
 
 def _told_step(outputs: Tensor) -> str:
-    return "an unknown one" if outputs.grad_fn is None else _name(outputs.grad_fn).lower()
+    node = outputs.grad_fn
+    while node is not None and _name(node) == "Clone":  # of the trial
+        node = node.next_functions[0][0]
+    return "an unknown one" if node is None else _name(node).lower()
 
 
 def _sums_to_one(outputs: Tensor) -> bool:

@@ -31,7 +31,6 @@ from ..kernel import Kernel
 from ..logs import Event
 from ..methods import METHODS
 from ..methods.method import Shape
-from ..probes import chosen_layer
 from ..replica import Isolation, n_hooks, replicate, weights_dtype
 from ..staging import normalise
 from .checks import gradient_fault, noise, rows_touch
@@ -86,6 +85,7 @@ class Model:
         self.name = spec.name or DEFAULT_NAME
         self.version = version
         self.labels = tuple(spec.labels or ())
+        self._layer_layout = dict(spec.layer_layout or {})
         self.preprocessing = _preprocessing(spec)
         self.trial_shape = _trial_shape(spec)
         self.class_count = len(self.labels)  # without labels, and not tried, unknown until the first rows ran: 0
@@ -104,7 +104,7 @@ class Model:
         self._to_find_out = spec if trial is None else None  # on the first rows: there is nothing to try before
         detected = self._detected(spec, trial, device)
         self.adapter, self.head = detected.adapter, detected.head
-        self.probed = detected.layers  # those that can be probed, if it was tried
+        self.probed = detected.layers  # that a map can be made of, if it was tried
         self.rows_touch = detected.rows_touch  # whether one row's outputs depend on its neighbours: then it runs alone
         self._ceiling = Ceiling()
         self._shapes: dict[Shape, None] = {}  # the last that rows ran on, the newest last
@@ -117,6 +117,7 @@ class Model:
                     device=device,
                     adapter=self.adapter,
                     head=self.head,
+                    layers=self.probed,
                     options=spec.options,
                     trial=trial,
                     isolation=self._isolation,
@@ -213,6 +214,7 @@ class Model:
             "outputs": self._to_find_out.outputs if self._to_find_out else self.head.outputs,
             "activation": self._to_find_out.activation if self._to_find_out else self.head.activation,
             "labels": self.labels,
+            **({"layer_layout": self._layer_layout} if self._layer_layout else {}),
         }
 
     def at_most(self, rows: int) -> int:
@@ -385,8 +387,8 @@ class Model:
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The names that can be probed, in the order of the module tree; all names, if the model was not tried."""
-        return tuple(name for name in self._names if not self.is_tried or name in self.probed)
+        """The names that can be probed, in the order of the module tree; all names, if the model has never run."""
+        return tuple(name for name in self._names if not self.is_known or name in self.probed.layouts)
 
     @property
     def is_tried(self) -> bool:
@@ -407,8 +409,8 @@ class Model:
 
     def layer(self, name: str) -> str:
         """Return the layer that a name means. `NotFound` with the near names."""
-        if self.is_tried or (name and name not in self._names):
-            return chosen_layer(name, self.probed, self._names)
+        if self.is_known or (name and name not in self._names):
+            return self.probed.chosen(name, self._names)
         return name
 
     def inputs(self, staged: Tensor) -> Tensor:
@@ -472,7 +474,8 @@ class Model:
         self._learn_row_bytes(kept, trial, limit=limit, n_rows=max(len(trial), self.adapter.least))
         assert detected is not None  # noqa: S101
         self.adapter, self.head, self.rows_touch = detected.adapter, detected.head, detected.rows_touch
-        self.kernel.adopt(adapter=detected.adapter, head=detected.head)
+        self.probed = detected.layers
+        self.kernel.adopt(adapter=detected.adapter, head=detected.head, layers=detected.layers)
         self._to_find_out = None
         log.info(Event(
             "found_out", model=self.name, call=self.adapter.told, outputs=self.head.outputs,

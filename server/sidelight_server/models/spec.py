@@ -42,6 +42,7 @@ class ModelSpec:
     outputs: Outputs | None = None  # what that is, [N, K] or [N, K, h, w]; None: found out
     activation: Activation | None = None  # whether classes exclude each other; None: found out
     labels: Sequence[str] | None = None  # the names of the K classes, in order
+    layer_layout: Mapping[str, str] | None = None  # "nchw", "nhwc" or "tokens:P:HxW" by layer; others are found out
     name: str | None = None  # what requests call the model
     precision: Precision | None = None  # that the module computes in; None: its own
     fold: bool | None = None  # BatchNorm into the convolutions before it; this and the next ones None: no
