@@ -1,5 +1,6 @@
 """Bad parameters are refused, naming the field, what came and what was expected; unknown layers with the near names."""
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -23,7 +24,7 @@ from sidelight_server import (
     SmoothGrad,
 )
 from sidelight_server.errors import FailedPrecondition, InvalidArgument, NotFound
-from sidelight_server.methods import Method
+from sidelight_server.methods import METHODS, Method
 from torch import Tensor, nn
 
 SHAPE = (2, 12, 12)
@@ -239,10 +240,41 @@ def test_without_a_layer_of_spatial_extent_there_is_no_default(x: Tensor) -> Non
         explain(x, GradCam())
 
 
-def test_a_model_without_rectifiers_cannot_be_guided(x: Tensor) -> None:
-    module = nn.Sequential(nn.Flatten(), nn.Linear(288, 3), nn.Tanh())
-    with Engine([ModelSpec(module, input_size=SHAPE)], Settings(device="cpu")) as engine:
+class Squashed(nn.Module):
+    """Flattened pixels, squashed: nothing to guide, and no shape that could be tried unasked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Flatten(), nn.Linear(288, 3), nn.Tanh())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.network(x)
+
+
+@pytest.mark.parametrize(
+    "method", [GuidedBackpropagation(), SmoothGrad(4, base=GuidedBackpropagation())], ids=["plain", "noise"]
+)
+def test_a_model_without_rectifiers_cannot_be_guided(method: Method, x: Tensor) -> None:
+    with Engine([ModelSpec(Squashed(), input_size=SHAPE)], Settings(device="cpu")) as engine:
+        with pytest.raises(FailedPrecondition, match=r"no rectifier to guide.*ask for gradient"):
+            ask(engine, x, method=method)
+        assert set(engine.model("").methods) == {each.name for each in METHODS} - {"guided_backpropagation"}
+        assert not ask(engine, x, method=Gradient()).failures
+
+
+def test_rectifiers_of_a_model_that_was_not_tried_are_missed_by_its_rows(x: Tensor) -> None:
+    with Engine([ModelSpec(Squashed())], Settings(device="cpu")) as engine:
         failures = ask(engine, x, method=GuidedBackpropagation()).failures
         assert [each.code for each in failures] == [FailedPrecondition.code] * 2
         assert "no rectifier to guide" in failures[0].message
         assert not ask(engine, x, method=Gradient()).failures
+
+
+def test_rectifiers_of_a_script_cannot_be_guided(x: Tensor) -> None:
+    with warnings.catch_warnings(action="ignore"):
+        script = torch.jit.trace(nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(288, 3)), x[:1])
+    with (
+        Engine([ModelSpec(script, input_size=SHAPE)], Settings(device="cpu")) as engine,
+        pytest.raises(FailedPrecondition, match="scripts and exported programs do not show theirs"),
+    ):
+        ask(engine, x, method=GuidedBackpropagation())

@@ -111,9 +111,10 @@ def test_a_server_that_does_not_allow_it_is_not_asked_in_another_way(address: st
         client.attribute(floats(1)) if way == "attribute" else list(client.stream([floats(1)]))
 
 
-def test_a_folder_that_is_not_here_is_named(shared: sidelight.Client) -> None:
+@pytest.mark.parametrize("named", ["/nowhere/shm", Path("/nowhere/shm")], ids=["text", "path"])
+def test_a_folder_that_is_not_here_is_named(shared: sidelight.Client, named: str | Path) -> None:
     with (
-        sidelight.connect(shared.address, connect_timeout=10, shared_memory="/nowhere/shm") as client,
+        sidelight.connect(shared.address, connect_timeout=10, shared_memory=named) as client,
         pytest.raises(sidelight.FailedPrecondition, match="/nowhere/shm"),
     ):
         client.attribute(floats(1))

@@ -29,7 +29,7 @@ from ._tensor import DTYPES, Array, array_of, dtype_of, little_endian
 MAX_FIRST_BYTES = 256 * 1024 * 1024  # a region of more is made only for a batch that needs it
 
 
-def directory_of(server: ServerInfo, wanted: str | bool) -> Path:
+def directory_of(server: ServerInfo, wanted: bool | str | os.PathLike[str]) -> Path:
     """Return the folder for regions; `wanted` may name it, where this process sees it by another name.
 
     `FailedPrecondition` says why there is none: nothing goes another way in silence.
@@ -40,7 +40,7 @@ def directory_of(server: ServerInfo, wanted: str | bool) -> Path:
         raise FailedPrecondition(
             "shared_memory: the server does not allow it; start sidelight-server with --shared-memory DIRECTORY"
         )
-    directory = Path(wanted if isinstance(wanted, str) else server.shared_memory.directory)
+    directory = Path(server.shared_memory.directory if isinstance(wanted, bool) else wanted)
     if not directory.is_dir():
         raise FailedPrecondition(
             f"shared_memory: the server's folder is {server.shared_memory.directory}, and there is no {directory} "

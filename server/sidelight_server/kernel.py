@@ -22,7 +22,7 @@ from .methods.method import Layer, Probe, Rectifiers
 from .models.adapter import PLAIN, Adapter
 from .models.weights import Watch
 from .options import KernelOptions
-from .probes import Guided, capture
+from .probes import NOTHING_TO_GUIDE, Guided, capture
 from .replica import SHARED, Isolation, Replica, replicate, weights_dtype
 from .scores import Head
 
@@ -149,7 +149,7 @@ class Kernel:
                 with Guided() as guided:  # which a compiled module does not see: its own module runs instead
                     answer = self._at_input(inputs, read, module=self._uncompiled)
                 if not guided.n_rectifiers:
-                    raise FailedPrecondition("method.guided_backpropagation: the model has no rectifier to guide")
+                    raise FailedPrecondition(NOTHING_TO_GUIDE)
                 return answer
             case None if self._records:
                 return self._replayed(inputs, read)

@@ -25,10 +25,11 @@ from .errors import Cancelled, FailedPrecondition, InvalidArgument, SidelightErr
 from .methods import Method
 from .methods.cam import LayerMethod
 from .methods.channels import Channels
-from .methods.method import Shape
+from .methods.method import Rectifiers, Shape
 from .models.decode_worker import Order
 from .models.model import Model
 from .models.preprocessing import Geometry
+from .probes import NOTHING_TO_GUIDE
 from .staging import is_finite
 
 FEW_BYTES = 1024 * 1024  # which take 0.1 ms to be found finite, as long as it takes to wake a thread
@@ -96,7 +97,7 @@ def prepare(
 def settled(model: Model, request: Request) -> Method:
     """Return a method with its layer's name filled in. `InvalidArgument` where it takes more rows than are allowed.
 
-    `FailedPrecondition` where the model has no gradient that it needs.
+    `FailedPrecondition` where the model has no gradient that it needs, or no rectifier.
     """
     method = request.method
     if method.needs_gradient and not model.serves_gradients:
@@ -104,6 +105,8 @@ def settled(model: Model, request: Request) -> Method:
             f'method.{method.name}: model "{model.name}" cannot be explained by gradients: {model.gradient_fault}; ask '
             "for occlusion or rise, which need none"
         )
+    if method.probe is Rectifiers.GUIDED and not model.has_rectifiers:
+        raise FailedPrecondition(NOTHING_TO_GUIDE)
     rows = method.rows(input_shape(model, request.images)) * max(1, _top_k(request.target))
     if rows > model.settings.max_example_rows:
         raise InvalidArgument(

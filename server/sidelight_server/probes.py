@@ -46,6 +46,12 @@ def capture(module: nn.Module, layer: str) -> Iterator[Captured]:
         handle.remove()
 
 
+NOTHING_TO_GUIDE = (
+    "method.guided_backpropagation: the model has no rectifier to guide, expected ReLU or ReLU6 in a module (scripts "
+    "and exported programs do not show theirs); ask for gradient, or serve the module itself"
+)
+
+
 class _Guided(torch.autograd.Function):
     """A rectifier whose gradient passes only where it is positive, and where the input was within the bounds."""
 

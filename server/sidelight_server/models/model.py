@@ -29,8 +29,9 @@ from ..errors import (
 from ..keeping import Keeping, TooLarge
 from ..kernel import Kernel
 from ..logs import Event
-from ..methods import METHODS
+from ..methods import METHODS, GuidedBackpropagation
 from ..methods.method import Shape
+from ..probes import Guided
 from ..replica import Isolation, n_hooks, replicate, weights_dtype
 from ..staging import normalise
 from .checks import gradient_fault, noise, rows_touch
@@ -100,6 +101,7 @@ class Model:
             most = spec.batch[1] if spec.batch else 0
             trial = noise(self.trial_shape, 1 if most == 1 else 2).to(device, weights_dtype(spec.module))
         self._isolation = Isolation(owned=None)
+        self.has_rectifiers = True  # as far as is known: it is found out where the model is tried
         self.gradient_fault = ""  # why no map of gradients can be had; found out where the model is tried
         self._to_find_out = spec if trial is None else None  # on the first rows: there is nothing to try before
         detected = self._detected(spec, trial, device)
@@ -191,6 +193,7 @@ class Model:
             self._isolation = Isolation(frozenset(written), keeps_hooks=keeps_hooks)
             with self._refusing(f"failed on inputs like {list(trial.shape)}"):
                 self._check_gradient(replica, detected, trial[:1])
+                self.has_rectifiers = self.in_turn(lambda: _has_rectifiers(replica, detected, trial))
         return replica, detected
 
     def _check_gradient(self, module: nn.Module, detected: Detected, example: Tensor) -> None:
@@ -383,7 +386,8 @@ class Model:
     @property
     def methods(self) -> tuple[str, ...]:
         """The names of the methods that can be asked for."""
-        return tuple(each.name for each in METHODS if self.serves_gradients or not each.needs_gradient)
+        served = [each for each in METHODS if self.serves_gradients or not each.needs_gradient]
+        return tuple(each.name for each in served if self.has_rectifiers or each is not GuidedBackpropagation)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -588,6 +592,13 @@ def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
     return [
         (name, each) for name, each in (*module.named_parameters(), *module.named_buffers()) if not each.is_inference()
     ]
+
+
+def _has_rectifiers(module: nn.Module, detected: Detected, trial: Tensor) -> bool:
+    """Say whether a pass comes through a rectifier that can be guided: those of scripts and programs cannot."""
+    with Guided() as guided, torch.no_grad():
+        detected.adapter(module, trial.clone())
+    return bool(guided.n_rectifiers)
 
 
 def _trial_shape(spec: ModelSpec) -> Shape | None:
