@@ -22,7 +22,7 @@ from models import small_cnn
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import ConfigurationError, ModelSpec
-from sidelight_server.authorization import Tokens
+from sidelight_server.authorization import Callers, Tokens
 from sidelight_server.peers import Peers, host_of
 from test_tls import until_none
 from typer.testing import CliRunner
@@ -420,3 +420,36 @@ def test_a_clients_stream_waits_for_room_and_at_last_says_why_there_is_none(plac
             assert list(first) == []
             waiting.join(PATIENCE_S)
         assert [answer.error for answer in answers] == [None]
+
+
+class Shown:
+    """What a call shows of its caller."""
+
+    def __init__(self, *, token: str = "", subject: str = "", peer: str = "ipv4:10.0.0.1:1") -> None:
+        self._token, self._subject, self._peer = token, subject, peer
+
+    def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
+        return (("authorization", f"Bearer {self._token}"),) if self._token else ()
+
+    def auth_context(self) -> dict[str, list[bytes]]:
+        return {"x509_subject": [self._subject.encode()]} if self._subject else {}
+
+    def peer(self) -> str:
+        return self._peer
+
+
+def test_a_caller_is_a_token_a_certificate_or_a_connection(tokens: Path, tmp_path: Path) -> None:
+    shown = Shown(token="one", subject="CN=a")
+    other_token, other_subject = Shown(token="two", subject="CN=a"), Shown(token="one", subject="CN=b")
+    elsewhere = Shown(token="one", subject="CN=a", peer="ipv4:10.0.0.1:2")
+    certificates = {each: tmp_path / each for each in ("tls_certificate", "tls_key", "tls_client_ca")}
+
+    def alike(settings: sidelight_server.Settings) -> list[bool]:
+        callers = Callers(settings)
+        return [callers.of(shown) == callers.of(each) for each in (other_token, other_subject, elsewhere)]
+
+    assert alike(sidelight_server.Settings(tokens=tokens)) == [False, True, True]
+    assert alike(sidelight_server.Settings(**certificates)) == [True, False, True]
+    # What is not checked is no name: anybody could have as many as they like.
+    assert alike(sidelight_server.Settings()) == [True, True, False]
+    assert "one" not in Callers(sidelight_server.Settings(tokens=tokens)).of(shown)

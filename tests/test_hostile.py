@@ -131,7 +131,7 @@ def test_messages_that_are_never_finished_take_little_memory_and_no_time_of_othe
                     if caller.send(call, piece, patience_s=1) < len(piece):
                         break
             assert len(stub.Attribute(good, timeout=TIMEOUT_S).result.examples) == 1
-        # Six of each host may be slow to arrive.
+        # Of each caller six may be slow to arrive.
         assert psutil.Process(served.pid).memory_info().rss - before < 10 * size
         assert sum(call.status is None for call in caller.calls.values() if call.path == ATTRIBUTE) <= 6
 

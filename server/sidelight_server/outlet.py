@@ -6,7 +6,6 @@ slowly, would otherwise hold the last one's permit for as many times as long.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -34,23 +33,21 @@ class Outlet:
 
     async def write(self, response: bytes) -> None:
         """Write a message when it is its turn. `StalledError` where the caller has not accepted it in time."""
-        async with self._in_time(), self.turn:
-            await self._write(response)
+        try:
+            async with asyncio.timeout(self._stalled_write_s), self.turn:
+                await self._write(response)
+        except TimeoutError:
+            raise StalledError from None
 
     async def write_now(self, response: bytes) -> None:
         """Write a message by one who has the turn."""
-        async with self._in_time():
-            await self._write(response)
+        try:
+            async with asyncio.timeout(self._stalled_write_s):
+                await self._write(response)
+        except TimeoutError:
+            raise StalledError from None
 
     async def _write(self, response: bytes) -> None:
         # A caller who has gone is no fault, and gRPC is about to cancel this call.
         with contextlib.suppress(grpc.aio.InternalError):
             await self._context.write(response)
-
-    @contextlib.asynccontextmanager
-    async def _in_time(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(self._stalled_write_s):
-                yield
-        except TimeoutError:
-            raise StalledError from None
