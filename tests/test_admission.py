@@ -5,11 +5,17 @@ from collections.abc import Callable, Coroutine
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import pytest
+import sidelight_server
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import tensor_pb2
 from sidelight_server.admission import Admission, Permit
 from sidelight_server.errors import ResourceExhausted
+from sidelight_server.explainer import Explainer
+from sidelight_server.passage import Passage
 
 
 def on_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
@@ -370,3 +376,30 @@ def test_no_permit_is_lost_or_given_twice(steps: list[tuple[str, int, str]]) -> 
         assert held(admission) == (0, 0)
 
     asyncio.run(play())
+
+
+def test_a_permit_counts_a_message_its_parsed_copy_its_maps_and_those_as_they_are_sent(
+    spec: sidelight_server.ModelSpec,
+) -> None:
+    images = np.zeros((9, 3, 32, 32), np.float32)
+    tensor = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=images.shape)
+    target = pb.Target(predicted=pb.PredictedTarget())
+    cut = pb.AttributeRequest(images=tensor_pb2.Images(tensor=tensor), target=target)
+    cut.method.gradient.SetInParent()
+    whole = pb.AttributeRequest()
+    whole.CopyFrom(cut)
+    whole.images.tensor.data = images.tobytes()
+
+    async def permits() -> list[int]:
+        with sidelight_server.Engine([spec], sidelight_server.Settings(device="cpu")) as engine:
+            explainer = Explainer(engine)
+            n_bytes = whole.ByteSize()
+            inquiries = [
+                await explainer.inquire(each, n_bytes=n_bytes, data=data, passage=Passage("Attribute", 0.0))
+                for each, data in ((cut, memoryview(images).cast("B")), (whole, None))
+            ]
+            return [each.n_bytes for each in inquiries]
+
+    without_copy, with_copy = asyncio.run(permits())
+    assert with_copy - without_copy == whole.ByteSize()
+    assert without_copy >= whole.ByteSize() + 2 * 9 * 32 * 32 * 4

@@ -14,7 +14,6 @@ import pytest
 import torch
 from engines import tried
 from grpc_health.v1 import health_pb2
-from hostile import ATTRIBUTE, CHECK, INFO, STREAM, WATCH, Caller, framed
 from models import Linear
 from running import TIMEOUT_S, Running, serving
 from sidelight.v1 import attribution_pb2 as pb
@@ -28,6 +27,8 @@ from test_resilience import process
 from test_service import Gate, ask, floats, gated, running
 from test_stream import LARGE, Conversation, attribute
 from torch import Tensor, nn
+
+from benchmarks.hostile import ATTRIBUTE, CHECK, INFO, STREAM, WATCH, Caller, framed
 
 CANCELLED, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, ABORTED = 1, 4, 8, 10
 MEBIBYTE = 2**20

@@ -201,7 +201,8 @@ class Engine:
         n = 0 if request.method.is_one_row else min(shape[0], EXAMPLES_IN_PROGRESS * model.chunk_rows)
         n_elements = math.prod(input_shape(model, request.images))
         tensors_bytes = n * TENSORS_IN_PROGRESS * n_elements * model.kernel.dtype.itemsize
-        pixels_bytes = 0 if is_taken_as_it_is(model, request.images) else shape[0] * n_elements
+        # Each picture's, and once all are there those of the batch.
+        pixels_bytes = 0 if is_taken_as_it_is(model, request.images) else 2 * shape[0] * n_elements
         return math.prod(shape) * BYTES_OF_FLOAT32, tensors_bytes + pixels_bytes + shape[0] * BYTES_OF_EXAMPLE
 
     def most_rows(self, request: Request, version: Version) -> int:

@@ -111,13 +111,20 @@ class Explainer:
             maps_bytes = answer_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32
             source = _source(message.images, regions)
             sink = _sink(message.output, maps_bytes, regions)
-        if sink is None:
-            self._refuse_long_answer(maps_bytes)
+        # What is parsed is a copy of the message, and what is sent one of the maps, if they go that way.
+        parsed_bytes = n_bytes if data is None else 0
+        encoded_bytes = maps_bytes if sink is None else 0
+        self._refuse_long_answer(encoded_bytes)
         inquiry = Inquiry(
             message=message,
             request=request,
             version=version,
-            n_bytes=n_bytes + (source.n_bytes if source else 0) + answer_bytes + state_bytes,
+            n_bytes=n_bytes
+            + parsed_bytes
+            + (source.n_bytes if source else 0)
+            + answer_bytes
+            + encoded_bytes
+            + state_bytes,
             n_rows=n_rows,
             deadline_s=deadline_s,
             source=source,
