@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo test lint proto proto-check bench peers pyhealth soak soak-long fuzz image envoy clean
+.PHONY: setup demo test lint proto proto-check bench peers pyhealth soak soak-long fuzz zoo nightly image envoy clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -103,6 +103,14 @@ fuzz: .venv/.ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps 'atheris>=3.0,<4'
 	$(BIN)/python -m benchmarks.fuzz wire --seconds 60
 	$(BIN)/python -m benchmarks.fuzz files --seconds 60
+
+# Each method of 24 architectures against its oracle, and the table of docs/models.md against what they gave.
+zoo: .venv/.ready
+	$(BIN)/python tests/zoo.py --check
+
+# What takes too long for every change. All of it runs, and what failed is the code that it ends with.
+nightly:
+	@code=0; for each in zoo soak-long fuzz; do $(MAKE) $$each || code=1; done; exit $$code
 
 # IMAGE_BASE is another base than the Dockerfile's, IMAGE_ARGS is whatever else the builder is to be told:
 # make image IMAGE_ARGS="--build-arg TORCH_BUILD=cu130 --build-arg TORCH_INDEX=…"
