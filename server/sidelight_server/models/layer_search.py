@@ -323,7 +323,7 @@ class _Positions:
                 Layout("tokens", prefix, extra - prefix, grid, size): part.reshape(4, *grid)  # [4, h, w]
                 for extra in range(MAX_EXTRA_TOKENS + 1)
                 for grid in grids(tokens.shape[1] - extra, size)
-                for prefix in range(extra + 1)
+                for prefix in sorted({0, max(0, extra - 1), extra})  # all of them, or all but one, on one side
                 for part in [tokens[:, prefix : prefix + math.prod(grid)]]
             }
         judged = {
