@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import grpc
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -326,3 +328,28 @@ def test_a_good_caller_beside_300_calls_of_10_000_rows_waits_for_two_chunks(
         for caller in callers:
             caller.close()
         until(server, lambda: n_held(server) == 0 and engine.n_unanswered == 0)
+
+
+def test_a_refused_call_leaves_no_message_for_the_garbage_collector(tmp_path: Path, device: str) -> None:
+    """A circle would keep each message of 62 MiB until the collector comes, which callers outrun."""
+
+    def n_messages() -> int:
+        return sum(type(each) is pb.AttributeRequest for each in gc.get_objects())
+
+    with running(Linear(), tmp_path, device=device, max_in_flight_bytes=100_000) as server:
+        wrong = ask(floats(1), model="no such model")
+        large = ask(np.zeros((40, 3, 40, 40), np.float32))
+        for message in (wrong, large):
+            with pytest.raises(grpc.RpcError):
+                server.stub.Attribute(message, timeout=TIMEOUT_S)
+        gc.collect()
+        gc.disable()
+        try:
+            before = n_messages()
+            for message in 10 * (wrong, large):
+                with pytest.raises(grpc.RpcError):
+                    server.stub.Attribute(message, timeout=TIMEOUT_S)
+            # gRPC keeps the call that came last until another comes.
+            until(server, lambda: n_messages() <= before + 1)
+        finally:
+            gc.enable()

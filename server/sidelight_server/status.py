@@ -1,5 +1,8 @@
 """The status: how a call ends whose answer is an error."""
 
+import asyncio
+import functools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
@@ -19,8 +22,20 @@ if TYPE_CHECKING:
 async def abort(context: Context, error: SidelightError) -> NoReturn:
     """End a call with an error's status, and in the trailers how long to wait before asking again."""
     trailers = () if error.retry_delay_s is None else ((RETRY_TRAILER, str(round(error.retry_delay_s * 1000))),)
-    await context.abort(STATUSES[error.code], error.message, trailers)
+    try:
+        await context.abort(STATUSES[error.code], error.message, trailers)
+    except grpc.aio.AbortError as aborted:
+        # gRPC keeps it with the call, and its traceback keeps the message: a circle, which memory would fill up with
+        # long before the garbage collector comes.
+        if call := asyncio.current_task():
+            call.add_done_callback(functools.partial(_forget_where, (aborted, error)))
+        raise
     raise AssertionError("abort always raises")
+
+
+def _forget_where(errors: Iterable[BaseException], _call: object) -> None:
+    for error in errors:
+        error.__traceback__ = error.__context__ = None
 
 
 def refusing(error: SidelightError, counts: Counts) -> "Handler":
