@@ -270,6 +270,18 @@ def test_batches_that_wait_for_their_model_take_their_streams_slots(
         assert [answer.id for answer in stream.finish()] == ["slow 0"]
 
 
+def test_messages_that_wait_for_their_model_hold_permits(monkeypatch: pytest.MonkeyPatch, gate: Gate) -> None:
+    with _conversing(monkeypatch, gate, max_in_flight=1) as (server, stream):
+        stream.send(*(attribute(f"slow {n}", FLOATS, model="slow") for n in range(2)))
+        refused = stream.receive()
+        assert (refused.id, refused.failure.code) == ("slow 1", grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+        assert refused.failure.HasField("retry_delay")
+        gate.open()
+        answers = stream.finish()
+        assert [(answer.id, answer.WhichOneof("outcome")) for answer in answers] == [("slow 0", "result")]
+        server.until_all_permits_are_back()
+
+
 def test_what_is_wrong_with_a_batch_is_told_though_its_model_must_be_loaded(
     monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:

@@ -104,7 +104,8 @@ class Explainer:
             deadline_s = deadline_of(message, passage)
             request = await _parsed(message, data)
             passage.id = message.id
-            version = await self._ready(request.model, deadline_s)
+            parsed_bytes = n_bytes if data is None else 0
+            version = await self._ready(request.model, n_bytes + parsed_bytes, deadline_s, passage.caller)
             passage.model, passage.method = version[0].name, request.method.name
             answer_bytes, state_bytes = self._engine.held_bytes(request, version)
             n_rows = self._engine.most_rows(request, version)
@@ -112,7 +113,6 @@ class Explainer:
             source = _source(message.images, regions)
             sink = _sink(message.output, maps_bytes, regions)
         # What is parsed is a copy of the message, and what is sent one of the maps, if they go that way.
-        parsed_bytes = n_bytes if data is None else 0
         encoded_bytes = maps_bytes if sink is None else 0
         self._refuse_long_answer(encoded_bytes)
         inquiry = Inquiry(
@@ -163,15 +163,19 @@ class Explainer:
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed while the server was full") from None
 
-    async def _ready(self, name: str, deadline_s: float | None) -> Version:
-        """Return the version of a model that serves, after waiting for it where it is loaded when first asked for."""
+    async def _ready(self, name: str, n_bytes: int, deadline_s: float | None, caller: str) -> Version:
+        """Return the version of a model that serves, after waiting for it where it is loaded when first asked for.
+
+        What waits holds a permit for so many bytes: loading may take minutes, and many messages may come meanwhile.
+        """
         registry = self._engine.registry
         entry = registry.find(name)
         if entry.models:
             return entry.models
         try:
-            async with asyncio.timeout_at(deadline_s):
-                return await registry.ready(name)
+            with self.admission.enter(n_bytes, caller):
+                async with asyncio.timeout_at(deadline_s):
+                    return await registry.ready(name)
         except TimeoutError:
             raise DeadlineExceeded(f'timeout: it passed while model "{entry.name}" was being loaded') from None
 
