@@ -209,18 +209,25 @@ class Twice(nn.Module):
         return self.head(x.flatten(1))
 
 
-@pytest.mark.parametrize("layer", ["rectifier", "unused", "head"])
-def test_a_layer_that_does_not_return_one_picture_is_refused(layer: str, x: Tensor) -> None:
+REFUSED_LAYERS = {
+    "rectifier": "runs 2 times in a pass, expected once",
+    "unused": "does not run in a pass by itself",
+    "head": "returns [2, 3], expected [n, c, h, w], [n, h, w, c] or tokens [n, T, c]",
+}
+
+
+@pytest.mark.parametrize(("layer", "why"), REFUSED_LAYERS.items(), ids=REFUSED_LAYERS)
+def test_a_layer_that_does_not_return_one_picture_is_refused(layer: str, why: str, x: Tensor) -> None:
     with Engine([ModelSpec(Twice(), input_size=SHAPE)], Settings(device="cpu")) as engine:
         with pytest.raises(InvalidArgument) as refused:
             ask(engine, x, method=GradCam(layer))
-        assert refused.value.message == f'method.layer: "{layer}" does not return [n, c, h, w] exactly once in a pass'
+        assert refused.value.message == f'method.layer: "{layer}" {why}; name one of "first", "second"'
         assert ask(engine, x, method=GradCam()).request.method.layer == "second"  # the default is one that can be read
 
 
 @pytest.mark.parametrize(
     ("layer", "why"),
-    [("rectifier", "runs more than once in a pass"), ("head", "returns [1, 3], expected [n, c, h, w]")],
+    [(layer, REFUSED_LAYERS[layer]) for layer in ("rectifier", "head")],
     ids=["rectifier", "head"],
 )
 def test_where_any_size_is_taken_such_a_layer_fails_the_examples(layer: str, why: str, x: Tensor) -> None:
@@ -235,7 +242,7 @@ def test_without_a_layer_of_spatial_extent_there_is_no_default(x: Tensor) -> Non
     module = nn.Sequential(nn.Flatten(), nn.Linear(288, 3))
     with (
         explaining(module, input_size=SHAPE) as explain,
-        pytest.raises(NotFound, match="the model has no layer with spatial extent"),
+        pytest.raises(NotFound, match="the model has no layer that can be chosen for you"),
     ):
         explain(x, GradCam())
 
