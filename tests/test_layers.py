@@ -8,6 +8,7 @@ import transformers
 from engines import ask, assert_close, explaining
 from sidelight_server import Channels, Engine, GradCam, LayerGradientTimesActivation, ModelSpec, Settings
 from sidelight_server.errors import ConfigurationError, InvalidArgument, NotFound
+from sidelight_server.layers import Layers, Layout
 from torch import Tensor, nn
 
 SIZE = (3, 32, 32)
@@ -295,3 +296,9 @@ def test_a_model_of_any_size_finds_layouts_out_on_the_first_rows_and_keeps_them_
         maps = explain(x(size=size), GradCam(), target=2, channels=Channels.SUM).maps
     grid = tokens(1, size[1] // 8, size[2] // 8)
     assert_close(maps, by_hand(module, "inner.vit.layers.1", x(size=size), grid, 2))
+
+
+def test_where_no_name_is_near_the_last_layers_are_named() -> None:
+    layers = Layers({f"stage.{n}": Layout("nchw") for n in range(20)}, default="stage.19")
+    with pytest.raises(NotFound, match=r'there is no "zzz"; known: "stage.19", "stage.18"'):
+        layers.chosen("zzz", ())

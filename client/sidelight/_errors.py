@@ -89,15 +89,15 @@ class UnreadableFile(InvalidArgument, OSError):
         return type(self), (self.message,), {name: getattr(self, name) for name in ("errno", "strerror", "filename")}
 
 
-class _MissingFile(UnreadableFile, FileNotFoundError):
+class MissingFile(UnreadableFile, FileNotFoundError):
     """A file that is not there."""
 
 
-class _FolderForFile(UnreadableFile, IsADirectoryError):
+class FolderForFile(UnreadableFile, IsADirectoryError):
     """A folder where a file was expected."""
 
 
-_OF_ERRNO = {errno.ENOENT: _MissingFile, errno.EISDIR: _FolderForFile}
+_OF_ERRNO = {errno.ENOENT: MissingFile, errno.EISDIR: FolderForFile}
 
 
 class DeadlineExceeded(SidelightError):

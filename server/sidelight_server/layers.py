@@ -92,7 +92,8 @@ class Layers:
         if name and name in known:
             raise InvalidArgument(f'method.layer: "{name}" does not run in a pass by itself; {self._others()}')
         if name:
-            raise NotFound(f'method.layer: there is no "{name}"; {near(name, self.layouts or known)}')
+            last_first = [*self.layouts][::-1]  # where none is near, the first ones would be of little use
+            raise NotFound(f'method.layer: there is no "{name}"; {near(name, last_first or known)}')
         if not self.default:
             raise NotFound(f"method.layer: the model has no layer that can be chosen for you; {self._others()}")
         return self.default

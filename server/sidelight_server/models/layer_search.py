@@ -1,7 +1,8 @@
 """The search for layers that a map can be made of.
 
-Nothing is read from names. A layer qualifies by what it does: its rows are the examples, it depends on the input, the
-outputs depend on it, and when a half of the input changes, its positions in that half change most.
+A layer qualifies by what it does: its rows are the examples, it depends on the input, the outputs depend on it, and
+when a half of the input changes, its positions in that half change most. One thing is read from names: a layer within a
+class called attention is not chosen as the default.
 """
 
 import contextlib
