@@ -88,12 +88,21 @@ def dicom(values: np.ndarray) -> bytes:
 FORMATS["dicom"] = dicom(noise(48, 64, dtype=np.uint16))
 
 
+BEFORE: set[int] = set()  # decoders of servers that other tests left running
+
+
+@pytest.fixture(autouse=True)
+def _before() -> None:
+    BEFORE.clear()
+    BEFORE.update(child.pid for child in children())
+
+
 def children(pid: int | None = None) -> list[psutil.Process]:
-    """The processes that decode for this one, or for another."""
+    """The processes that decode for this one since the test began, or for another."""
     found = []
     for child in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
-            if any("decode_worker" in word for word in child.cmdline()):
+            if child.pid not in BEFORE and any("decode_worker" in word for word in child.cmdline()):
                 found.append(child)
     return found
 

@@ -89,15 +89,15 @@ class UnreadableFile(InvalidArgument, OSError):
         return type(self), (self.message,), {name: getattr(self, name) for name in ("errno", "strerror", "filename")}
 
 
-class MissingFile(UnreadableFile, FileNotFoundError):
+class _MissingFile(UnreadableFile, FileNotFoundError):
     """A file that is not there."""
 
 
-class FolderForFile(UnreadableFile, IsADirectoryError):
+class _FolderForFile(UnreadableFile, IsADirectoryError):
     """A folder where a file was expected."""
 
 
-_OF_ERRNO = {errno.ENOENT: MissingFile, errno.EISDIR: FolderForFile}
+_OF_ERRNO = {errno.ENOENT: _MissingFile, errno.EISDIR: _FolderForFile}
 
 
 class DeadlineExceeded(SidelightError):
