@@ -222,6 +222,7 @@ def test_gradient_checkpointing_is_off_in_the_replica() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # torch's compiler at itself
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # which also uses what torch deprecates
 def test_guided_backpropagation_runs_on_a_compiled_module() -> None:
     module = small_cnn().eval()
     compiled = torch.compile(module, backend="eager")

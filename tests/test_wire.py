@@ -776,7 +776,7 @@ def test_a_request_over_the_message_limit_is_refused(tight: Service) -> None:
 
 
 def test_a_batch_over_all_the_bytes_in_flight_is_refused_for_good(device: str) -> None:
-    room = 2 * (192 + 4 * 32 * 32 + 3 * 32 * 32 + BYTES_OF_EXAMPLE) + 500  # for two, with map and resized pixels
+    room = 2 * (2 * (192 + 4 * 32 * 32 + 3 * 32 * 32) + BYTES_OF_EXAMPLE) + 500  # for two, with maps and pixels
     with (
         sidelight_server.serve(small_cnn(), input_size=(3, 32, 32), max_in_flight_bytes=room, device=device) as at,
         grpc.insecure_channel(at) as channel,

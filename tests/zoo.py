@@ -5,6 +5,7 @@ cell is what a run gave: "yes" where the maps are those of the oracle, or why th
 """
 
 import argparse
+import re
 import statistics
 import sys
 import time
@@ -316,9 +317,9 @@ def _cell(engine: Engine, module: nn.Module, x: Tensor, animal: Animal, method: 
         channels = Channels.SUM if isinstance(method, GradCam) else Channels.NONE
         answer = ask(engine, x, method=method, target=TARGET, channels=channels)
     except SidelightError as error:
-        return f"no: {error.message.partition(': ')[2].partition(';')[0]}"
+        return f"no: {_reason(error.message)}"
     if answer.failures:
-        return f"no: {answer.failures[0].message.partition(': ')[2].partition(';')[0]}"
+        return f"no: {_reason(answer.failures[0].message)}"
     if isinstance(method, GuidedBackpropagation) and any(isinstance(each, nn.ReLU6) for each in module.modules()):
         return "yes, not compared: Captum's has no rule for ReLU6"
     layer = getattr(answer.request.method, "layer", "")
@@ -329,6 +330,11 @@ def _cell(engine: Engine, module: nn.Module, x: Tensor, animal: Animal, method: 
     if worst > ORACLE:
         return f"no: {worst:.0e} from the oracle's"
     return f"yes: `{layer.removeprefix('inner.')}`" if layer else "yes"
+
+
+def _reason(message: str) -> str:
+    """Return why, without the field before it and what was expected or is to be done after it."""
+    return re.split("; |, expected", message.partition(": ")[2])[0]
 
 
 def line(name: str, cells: dict[str, str]) -> str:
