@@ -82,6 +82,8 @@ def calls_on_the_loop(server: Running, request: pb.AttributeRequest, *, by_strea
     async def profile(function: object) -> None:
         sys.setprofile(function)
 
+    gc.collect()
+    gc.disable()  # it calls whatever other tests left to be called
     server.run(profile(count))
     try:
         if by_stream:
@@ -91,6 +93,7 @@ def calls_on_the_loop(server: Running, request: pb.AttributeRequest, *, by_strea
             answer = server.stub.Attribute(request, timeout=TIMEOUT_S)
     finally:
         server.run(profile(None))
+        gc.enable()
     assert len(answer.result.examples) == len(request.served.classes)
     return most
 
