@@ -1,6 +1,7 @@
 """Batches of many examples: nothing on the event loop takes time for each of them, and each is paid for."""
 
 import asyncio
+import gc
 import io
 import subprocess
 import sys
