@@ -23,7 +23,6 @@ from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import grpc
-import h2.exceptions
 import numpy as np
 import psutil
 import sidelight
@@ -105,7 +104,7 @@ def _resets(address: str, stop: Event) -> None:
     """Calls that are reset as soon as they are made."""
     message = request(_pixels(1), sidelight.Gradient()).SerializeToString()
     while not stop.is_set():
-        with contextlib.suppress(OSError, h2.exceptions.ProtocolError), Caller(address) as caller:
+        with contextlib.suppress(OSError), Caller(address) as caller:
             while not caller.is_closed and not stop.is_set():
                 call = caller.begin(ATTRIBUTE)
                 caller.send(call, framed(message), patience_s=1)

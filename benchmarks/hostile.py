@@ -9,6 +9,7 @@ from typing import Self
 import h2.config
 import h2.connection
 import h2.events
+import h2.exceptions
 import h2.settings
 
 TIMEOUT_S = 20.0
@@ -176,7 +177,12 @@ class Caller:
         if not received:
             self.is_closed = True
             return False
-        for event in self._h2.receive_data(received):
+        try:
+            events = self._h2.receive_data(received)
+        except h2.exceptions.ProtocolError:  # what still comes of a connection that the server has ended
+            self.is_closed = True
+            return False
+        for event in events:
             self._take_note(event)
         self._flush()
         return True
