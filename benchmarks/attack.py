@@ -30,6 +30,7 @@ from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
+from .bombs import many_scans
 from .fairness import request
 from .held import growth, settled, without_reserve
 from .hostile import ATTRIBUTE, CHECK, STREAM, Caller, framed
@@ -124,7 +125,7 @@ def _watches(address: str, stop: Event) -> None:
 
 def _long_scans(address: str, stop: Event) -> None:
     """JPEG files of 3,000 scans."""
-    _repeat(address, stop, [pb.AttributeRequest(images=_files([jpeg_of_scans(3000)] * 2), target=_predicted())])
+    _repeat(address, stop, [pb.AttributeRequest(images=_files([many_scans(6000, 3000)] * 2), target=_predicted())])
 
 
 def _huge_pictures(address: str, stop: Event) -> None:
@@ -208,16 +209,6 @@ def _files(files: list[bytes]) -> tensor_pb2.Images:
 
 def _predicted() -> pb.Target:
     return pb.Target(predicted=pb.PredictedTarget())
-
-
-def jpeg_of_scans(n_scans: int, side: int = 6000) -> bytes:
-    """Return a JPEG file whose last scan comes again and again: each one goes over all of the picture."""
-    content = io.BytesIO()
-    Image.new("L", (side, side), 128).save(content, "JPEG", progressive=True)
-    file = content.getvalue()
-    begins = [at for at in range(len(file) - 1) if file[at : at + 2] == b"\xff\xda"]
-    last = file[begins[-1] : -2]
-    return file[:-2] + last * (n_scans - len(begins)) + file[-2:]
 
 
 def _channel(address: str, number: int = 0) -> grpc.Channel:

@@ -20,7 +20,6 @@ import psutil
 import pytest
 import sidelight
 from apart import counts_memory
-from bombs import many_scans
 from models import small_cnn
 from PIL import Image
 from sidelight_server import Engine, Files, ModelSpec, Request, Settings
@@ -29,6 +28,8 @@ from sidelight_server.errors import InvalidArgument, ResourceExhausted, Sideligh
 from sidelight_server.models.decode_worker import BYTES_PER_PIXEL, SPARE_BYTES, Order
 from sidelight_server.models.decoding import decode
 from sidelight_server.models.preprocessing import Preprocessing
+
+from benchmarks.bombs import many_scans
 
 ZEROS, ONES = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 PREPROCESSING = Preprocessing(3, 32, 32, ZEROS, ONES, 40, "bilinear")
