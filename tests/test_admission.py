@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server.admission import Admission, Permit
+from sidelight_server.arrivals import LARGE_BYTES, REFUSED_BYTES_PER_S, Pace
 from sidelight_server.errors import ResourceExhausted
 from sidelight_server.explainer import Explainer
 from sidelight_server.passage import Passage
@@ -403,3 +404,18 @@ def test_a_permit_counts_a_message_its_parsed_copy_its_maps_and_those_as_they_ar
     without_copy, with_copy = asyncio.run(permits())
     assert with_copy - without_copy == whole.ByteSize()
     assert without_copy >= whole.ByteSize() + 2 * 9 * 32 * 32 * 4
+
+
+@on_a_loop
+async def test_a_caller_pays_for_large_refused_messages_and_catches_up() -> None:
+    pace = Pace()
+    pace.refuse("small", LARGE_BYTES - 1)
+    pace.refuse("large", LARGE_BYTES)
+    async with asyncio.timeout(0):  # which ends whoever waits at all
+        await pace.wait("small")
+        await pace.wait("other")
+    began_s = asyncio.get_running_loop().time()
+    async with pace.turn("large"):
+        assert asyncio.get_running_loop().time() - began_s >= 0.5 * LARGE_BYTES / REFUSED_BYTES_PER_S
+    async with asyncio.timeout(0):
+        await pace.wait("large")

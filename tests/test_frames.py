@@ -11,7 +11,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server import frames
 from sidelight_server.errors import InvalidArgument
-from sidelight_server.frames import Decode, Received, decode_request, decode_stream_request, encode_answer
+from sidelight_server.frames import Decode, Received, Unreadable, decode_request, decode_stream_request, encode_answer
 from sidelight_server.tensors import encoded
 from test_stream import REQUESTS, STREAM_REQUESTS, anything, attribute
 
@@ -45,7 +45,9 @@ def assert_as_protobuf(raw: bytes, decode: Decode[Message], kind: type[Message])
     try:
         expected = kind.FromString(raw)
     except DecodeError:
-        assert isinstance(decoded, InvalidArgument)
+        assert isinstance(decoded, Unreadable)
+        assert isinstance(decoded.error, InvalidArgument)
+        assert decoded.n_bytes == len(raw)
         return
     assert isinstance(decoded, Received)
     assert decoded.n_bytes == len(raw)

@@ -163,6 +163,24 @@ def test_a_message_has_so_long_to_arrive_and_then_its_place_is_free(tmp_path: Pa
         until(server, lambda: server.server._framing.n_arriving == 0)
 
 
+def test_a_caller_whose_large_messages_are_refused_has_the_next_ones_read_at_a_limited_rate(
+    tmp_path: Path, device: str, tokens: Path
+) -> None:
+    refused = pb.AttributeRequest(model="x" * 8 * MEBIBYTE)
+    n_calls = 8
+    with running(Linear(), tmp_path, device=device, tokens=tokens) as server:
+        attribute = server.stub.Attribute
+        with pytest.raises(grpc.RpcError, match="images: none"):
+            attribute(refused, timeout=TIMEOUT_S, metadata=FLOOD)
+        began_s = time.monotonic()
+        calls = [attribute.future(refused, timeout=TIMEOUT_S, metadata=FLOOD) for _ in range(n_calls)]
+        attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=GOOD)
+        assert not all(call.done() for call in calls), "a good caller waits for the refused messages of another one"
+        assert {call.code() for call in calls} == {grpc.StatusCode.INVALID_ARGUMENT}
+        # One may be read while the one before it is refused.
+        assert time.monotonic() - began_s >= (n_calls - 2) * refused.ByteSize() / arrivals.REFUSED_BYTES_PER_S
+
+
 @pytest.mark.parametrize("path", [CHECK, WATCH, INFO])
 def test_a_call_of_small_messages_refuses_a_large_one(path: str, tmp_path: Path, device: str) -> None:
     with running(Linear(), tmp_path, device=device) as server, Caller(address(server)) as caller:

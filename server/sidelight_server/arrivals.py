@@ -2,10 +2,15 @@
 
 gRPC takes 64 KiB of a call whose message nobody reads, and all of it once somebody does. So messages are read in
 places, of which there are as many as may take memory before they can be counted.
+
+gRPC joins the parts of a message on the event loop: 1 ms for each MiB, in which nothing else is answered. So a caller
+whose large messages are refused has the next ones read at a limited rate.
 """
 
 import asyncio
+import contextlib
 import math
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -22,6 +27,8 @@ SLOW_PLACES = 8  # for those that take longer
 SMALL_PLACES = 16  # of calls whose messages are small
 SMALL_S = 1.0
 RETRY_DELAY_S = 1.0
+LARGE_BYTES = 2**20  # a refused message of fewer costs its caller nothing
+REFUSED_BYTES_PER_S = 128 * 2**20  # of refused messages of one caller, which then take an eighth of the event loop
 
 
 class Arrivals:
@@ -79,3 +86,47 @@ class Arrivals:
             "message: it is slow to arrive, and as many slow ones as the server takes at once are on their way",
             retry_delay_s=RETRY_DELAY_S,
         )
+
+
+class Pace:
+    """The rate at which messages of callers whose large messages were refused are read. The event loop's.
+
+    Other callers, and small messages, are not held up. The messages of such a caller are read one after the other.
+    """
+
+    def __init__(self) -> None:
+        self._behind: dict[str, _Behind] = {}
+
+    def refuse(self, caller: str, n_bytes: int) -> None:
+        """Take note that a caller's message was refused, after so many bytes of it had been read."""
+        if n_bytes < LARGE_BYTES:
+            return
+        now_s = asyncio.get_running_loop().time()
+        for name in [name for name, each in self._behind.items() if each.until_s < now_s and not each.turn.locked()]:
+            del self._behind[name]
+        behind = self._behind.setdefault(caller, _Behind())
+        behind.until_s = max(now_s, behind.until_s) + n_bytes / REFUSED_BYTES_PER_S
+
+    async def wait(self, caller: str) -> None:
+        """Wait until a caller's next message may be read."""
+        behind = self._behind.get(caller)
+        if behind and (left_s := behind.until_s - asyncio.get_running_loop().time()) > 0:
+            await asyncio.sleep(left_s)
+
+    @contextlib.asynccontextmanager
+    async def turn(self, caller: str) -> AsyncIterator[None]:
+        """Wait likewise, and until no other message of the caller is being read."""
+        if behind := self._behind.get(caller):
+            async with behind.turn:
+                await self.wait(caller)
+                yield
+        else:
+            yield
+
+
+class _Behind:
+    """A caller whose large messages were refused."""
+
+    def __init__(self) -> None:
+        self.until_s = 0.0  # on the event loop's clock, before which no message of the caller is read
+        self.turn = asyncio.Lock()

@@ -27,7 +27,15 @@ class Received(Generic[M]):
     data: memoryview | None = None
 
 
-Decoded = Received[M] | SidelightError
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """What there is instead of a message, and how many bytes came."""
+
+    error: SidelightError
+    n_bytes: int = 0
+
+
+Decoded = Received[M] | Unreadable
 Decode = Callable[[bytes], Decoded[M]]
 
 
@@ -43,7 +51,7 @@ def decoder(message: type[M], path: Sequence[int]) -> Decode[M]:
                 return Received(message.FromString(b"".join(parts.rest)), len(raw), parts.data)
             return Received(message.FromString(raw), len(raw))
         except (DecodeError, MemoryError) as error:
-            return unreadable(raw, error)
+            return Unreadable(unreadable(raw, error), len(raw))
 
     return decode
 

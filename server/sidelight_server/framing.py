@@ -12,11 +12,11 @@ import grpc
 from google.protobuf.message import DecodeError
 from sidelight.v1 import attribution_pb2 as pb
 
-from .arrivals import PLACES, SLOW_PLACES, SMALL_PLACES, SMALL_S, Arrivals
+from .arrivals import PLACES, SLOW_PLACES, SMALL_PLACES, SMALL_S, Arrivals, Pace
 from .authorization import Callers
 from .endings import Endings
 from .errors import ResourceExhausted, SidelightError
-from .frames import decode_request, decode_stream_request, encode, unreadable
+from .frames import Unreadable, decode_request, decode_stream_request, encode, unreadable
 from .peers import Peers, host_of
 from .status import Context, abort
 
@@ -35,9 +35,10 @@ class Framing(grpc.aio.ServerInterceptor):
     What of a message is read by gRPC before a handler is asked for is nothing in calls that stream. So all do.
     """
 
-    def __init__(self, callers: Callers, endings: Endings, *, max_arrival_s: float) -> None:
+    def __init__(self, callers: Callers, endings: Endings, pace: Pace, *, max_arrival_s: float) -> None:
         self._callers = callers
         self._endings = endings
+        self._pace = pace
         self._large = Arrivals(places=PLACES, slow_places=SLOW_PLACES, within_s=max_arrival_s)
         self._small = Arrivals(places=SMALL_PLACES, within_s=SMALL_S)
         self._reflections = Peers("streams of reflection", each=MAX_PEER_REFLECTIONS, all_=MAX_REFLECTIONS)
@@ -67,7 +68,16 @@ class Framing(grpc.aio.ServerInterceptor):
 
         async def answer(_: object, context: Context) -> Any:
             # Whom the share of places is counted with is known by now: the call has been authorized.
-            return await explain(await self._large.read(context, self._callers.of(context)), context)
+            caller = self._callers.of(context)
+            async with self._pace.turn(caller):
+                received = await self._large.read(context, caller)
+            if isinstance(received, SidelightError):
+                received = Unreadable(received)
+            try:
+                return await explain(received, context)
+            except grpc.aio.AbortError:
+                self._pace.refuse(caller, received.n_bytes)
+                raise
 
         return grpc.stream_unary_rpc_method_handler(
             answer, request_deserializer=decode_request, response_serializer=encode

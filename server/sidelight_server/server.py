@@ -13,6 +13,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sidelight.v1 import attribution_pb2_grpc, model_pb2_grpc
 
 from .addresses import bind
+from .arrivals import Pace
 from .authorization import Authorization, Callers
 from .config import Settings
 from .credentials import Certificates
@@ -115,11 +116,14 @@ class Server:
         authorization, callers = Authorization(settings, self.explainer.passages.counts), Callers(settings)
         endings = Endings(within_s=settings.stalled_write_s)
         endings.watch(loop)
-        self._framing = Framing(callers, endings, max_arrival_s=settings.max_arrival_s)
+        pace = Pace()
+        self._framing = Framing(callers, endings, pace, max_arrival_s=settings.max_arrival_s)
         self._server = grpc.aio.server(
             interceptors=[authorization, self._porch, self._framing], options=_options(settings)
         )
-        self._service = AttributionService(self._engine, self.explainer, self._shared, callers=callers, endings=endings)
+        self._service = AttributionService(
+            self._engine, self.explainer, self._shared, callers=callers, endings=endings, pace=pace
+        )
         attribution_pb2_grpc.add_AttributionServiceServicer_to_server(self._service, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._engine), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

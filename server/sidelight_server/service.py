@@ -9,12 +9,13 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 
 from . import replies
+from .arrivals import Pace
 from .authorization import Callers
 from .endings import Endings
 from .engine import Engine
 from .errors import DeadlineExceeded, PermissionDenied, ResourceExhausted, SidelightError, Unavailable
 from .explainer import Explainer
-from .frames import Decoded
+from .frames import Decoded, Unreadable
 from .method_messages import SERVED_METHODS
 from .peers import Peers
 from .regions import Regions, SharedMemory
@@ -29,7 +30,14 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
     """`sidelight.v1.AttributionService` on an engine. Its messages come and go as `Framing` makes them."""
 
     def __init__(
-        self, engine: Engine, explainer: Explainer, shared: SharedMemory | None, *, callers: Callers, endings: Endings
+        self,
+        engine: Engine,
+        explainer: Explainer,
+        shared: SharedMemory | None,
+        *,
+        callers: Callers,
+        endings: Endings,
+        pace: Pace,
     ) -> None:
         self._engine = engine
         self._explainer = explainer
@@ -37,6 +45,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         self._streams: set[Stream] = set()
         self._callers = callers
         self._endings = endings
+        self._pace = pace
         self._peers = Peers("streams (the server's max_peer_streams)", each=engine.settings.max_peer_streams)
         self._calls: set[asyncio.Task[Any]] = set()
         self._is_draining = False
@@ -74,8 +83,8 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         # Not the context's own callbacks: those keep the context, and so the call, in a circle.
         call.add_done_callback(lambda _: passages.end(passage))
         try:
-            if isinstance(received, SidelightError):
-                raise received
+            if isinstance(received, Unreadable):
+                raise received.error
             inquiry = await self._explainer.inquire(
                 received.message, n_bytes=received.n_bytes, data=received.data, passage=passage
             )
@@ -115,6 +124,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
             max_in_flight=settings.max_stream_in_flight,
             max_age_s=settings.max_stream_age_s,
             endings=self._endings,
+            pace=self._pace,
             stalled_write_s=settings.stalled_write_s,
         )
         if self._is_draining:

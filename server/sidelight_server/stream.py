@@ -7,11 +7,12 @@ from typing import Any, Literal
 import grpc
 from sidelight.v1 import attribution_pb2 as pb
 
+from .arrivals import Pace
 from .batch import Batch, Inquire, failed
 from .endings import Endings
 from .errors import InvalidArgument, SidelightError, Unavailable
 from .explainer import Explainer, Inquiry
-from .frames import Decoded, Received
+from .frames import Decoded, Received, Unreadable
 from .outlet import Outlet, StalledError
 from .passage import Passage
 from .regions import Regions
@@ -42,6 +43,7 @@ class Stream:
         max_in_flight: int,
         max_age_s: float,
         endings: Endings,
+        pace: Pace,
         stalled_write_s: float,
     ) -> None:
         self._context = context
@@ -50,6 +52,7 @@ class Stream:
         self._caller = caller
         self._max_age_s = max_age_s
         self._endings = endings
+        self._pace = pace
         self._stalled_write_s = stalled_write_s
         self._outlet = Outlet(context, stalled_write_s=stalled_write_s)
         self._slots = asyncio.Semaphore(max_in_flight)
@@ -125,6 +128,7 @@ class Stream:
             return None
         self._reader = asyncio.current_task()
         try:
+            await self._pace.wait(self._caller)
             message = await self._context.read()
         except asyncio.CancelledError:
             # `end` is one who cancels; gRPC, where the caller has gone, and a batch that stalled are the others.
@@ -137,8 +141,9 @@ class Stream:
         return None if message is grpc.aio.EOF else message
 
     async def _receive(self, received: Decoded[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
-        if isinstance(received, SidelightError):
-            await self._refuse(received)
+        if isinstance(received, Unreadable):
+            self._pace.refuse(self._caller, received.n_bytes)
+            await self._refuse(received.error)
             return
         match received.message.WhichOneof("request"):
             case "attribute":
@@ -164,6 +169,7 @@ class Stream:
             inquiry = await self._inquire(received, passage)
         except SidelightError as error:
             self._admitting.release()
+            self._pace.refuse(self._caller, received.n_bytes)
             passages.failed(passage, error)
             passages.end(passage)
             await self._fail(request.id, error)
