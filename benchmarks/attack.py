@@ -88,12 +88,12 @@ def _slow_reader(address: str, stop: Event) -> None:
 
 
 def _unfinished_messages(address: str, stop: Event) -> None:
-    """Twenty messages of 62 MiB of which the last byte never comes, some of them to the health service."""
+    """Twenty messages of 62 MiB of which the last byte never comes: on streams, to `Attribute`, to health."""
     while not stop.is_set():
         with contextlib.ExitStack() as stack:
             for number in range(20):
                 caller = stack.enter_context(Caller(address))
-                call = caller.begin(CHECK if number % 4 == 0 else ATTRIBUTE)
+                call = caller.begin((CHECK, ATTRIBUTE, STREAM, STREAM)[number % 4])
                 content = framed(bytes(LARGE - 1), n_bytes=LARGE)
                 if stop.is_set():
                     return
@@ -347,9 +347,9 @@ def _p99(seconds: list[float]) -> float:
 
 
 class Limited:
-    """A control group of at most `MEMORY_LIMIT` bytes, if the system lets one be made."""
+    """A control group of at most so many bytes, if the system lets one be made."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit_bytes: int) -> None:
         self.path: Path | None = None
         for root in MEMORY_GROUPS:
             path = root / f"sidelight-attack-{os.getpid()}"
@@ -357,7 +357,7 @@ class Limited:
                 path.mkdir()
                 for name in ("memory.limit_in_bytes", "memory.max"):
                     with contextlib.suppress(OSError):
-                        (path / name).write_text(str(MEMORY_LIMIT))
+                        (path / name).write_text(str(limit_bytes))
                         self.path = path
                         return
                 path.rmdir()
@@ -383,7 +383,7 @@ class Limited:
 
 def run(seconds: float = SECONDS) -> Iterator[Line]:
     """Run all of it: about as many seconds as are said, and a minute or two for the ends."""
-    group = Limited()
+    group = Limited(MEMORY_LIMIT)
     try:
         yield from _attacks(seconds, group)
     finally:

@@ -212,7 +212,7 @@ class Settings(ModelSettings):
     )
     max_stream_in_flight: int = Field(32, ge=1, description="unanswered batches of one stream; reading pauses there")
     max_peer_streams: int = Field(
-        0, ge=0, description="streams of one host at once; callers over UNIX sockets count as one; 0: no limit"
+        256, ge=0, description="streams of one host at once; callers over UNIX sockets count as one; 0: no limit"
     )
     max_stream_age_s: float = Field(
         3600.0, ge=0, description="seconds after which a stream is answered and ended with OK; 0: without end"

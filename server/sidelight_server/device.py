@@ -1,6 +1,5 @@
 """Devices: which one to use, how many CPU threads this process may keep busy, and how much memory is free."""
 
-import contextlib
 import math
 import os
 from pathlib import Path
@@ -8,11 +7,9 @@ from pathlib import Path
 import torch
 
 from .errors import ConfigurationError
+from .memory import room
 
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-CGROUP_MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
-CGROUP_MEMORY_NOW = Path("/sys/fs/cgroup/memory.current")
-MEMINFO = Path("/proc/meminfo")
 SHARE_OF_FREE_MEMORY = 0.5
 
 # What is said by those that have no exception of their own: the CPU's allocator, CUDA, its libraries, and Python where
@@ -90,15 +87,5 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
         return int((torch.cuda.mem_get_info(device)[0] + kept) * SHARE_OF_FREE_MEMORY)
-    free = [_available()]
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max"
-        free.append(int(CGROUP_MEMORY_MAX.read_text()) - int(CGROUP_MEMORY_NOW.read_text()))
-    return int(min(free) * SHARE_OF_FREE_MEMORY)
-
-
-def _available() -> int:
-    try:
-        lines = MEMINFO.read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 1 << 62
+    left = room()
+    return int((left.left if left else 1 << 62) * SHARE_OF_FREE_MEMORY)

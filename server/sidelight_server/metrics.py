@@ -74,6 +74,11 @@ class Metrics(Collector):
             in_flight.add_metric([name], station.n_rows)
         yield in_flight
         yield GaugeMetricFamily("sidelight_streams_open", "streams that are open", value=self._service.n_streams)
+        yield CounterMetricFamily(
+            "sidelight_shed_streams",
+            "streams that waited for a message and were ended because memory was short",
+            value=self._service.n_shed,
+        )
         stops = self._engine.stops
         yield CounterMetricFamily(
             "sidelight_stopped_batches", "batches that were cancelled while a row of theirs ran", value=stops.count

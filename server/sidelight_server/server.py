@@ -31,6 +31,7 @@ from .regions import SharedMemory
 from .registry import told
 from .remeasuring import Remeasuring
 from .service import AttributionService, ModelService
+from .shedding import Shedding
 from .tracing import Tracing, from_environment
 from .watch import Watch
 from .watchdog import Watchdog
@@ -102,6 +103,8 @@ class Server:
             self._watch(Watch(self._engine.registry, every_s=settings.watch_s).run())
         if settings.stuck_s:
             self._watch(Watchdog(self._engine, on_look=self._tell).run())
+        shedding = Shedding(self._service.end_waiting, max_message_bytes=settings.max_message_bytes)
+        self._watch(shedding.run())
 
     async def _open(self) -> None:
         settings = self._engine.settings

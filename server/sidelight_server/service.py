@@ -43,6 +43,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         self._explainer = explainer
         self._shared = shared
         self._streams: set[Stream] = set()
+        self.n_shed = 0  # of them, ended because memory was short
         self._callers = callers
         self._endings = endings
         self._pace = pace
@@ -55,6 +56,14 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
     def n_streams(self) -> int:
         """How many streams are open."""
         return len(self._streams)
+
+    def end_waiting(self, waited_s: float) -> int:
+        """End the streams that have waited for a message for longer; return how many. Their callers open others."""
+        waiting = [stream for stream in self._streams if stream.waited_s > waited_s]
+        for stream in waiting:
+            stream.end("age")
+        self.n_shed += len(waiting)
+        return len(waiting)
 
     def drain(self) -> None:
         """Let no stream take anything new in."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import time
 from typing import Any, Literal
 
 import grpc
@@ -59,6 +60,7 @@ class Stream:
         self._admitting = asyncio.Lock()  # held for the one batch that waits
         self._unanswered: dict[str, Batch] = {}
         self._reader: asyncio.Task[None] | None = None  # while it waits for a message
+        self._waits_since_s = 0.0
         self._end: Cause | None = None
         self._is_given_up = False
 
@@ -84,6 +86,11 @@ class Stream:
         """Keep the call no longer. It ends once it is free, and tasks of batches may be in circles of references."""
         self._outlet.let_go()
         del self._context
+
+    @property
+    def waited_s(self) -> float:
+        """For how long it has waited for a message until now, or for the rest of one; 0 where it does not wait."""
+        return time.monotonic() - self._waits_since_s if self._reader else 0.0
 
     def end(self, cause: Cause) -> None:
         """Read no more. What was read is answered, then the stream ends."""
@@ -126,7 +133,7 @@ class Stream:
         """Return the next message, or what is wrong with it; None when no more is taken."""
         if self._end:
             return None
-        self._reader = asyncio.current_task()
+        self._reader, self._waits_since_s = asyncio.current_task(), time.monotonic()
         try:
             await self._pace.wait(self._caller)
             message = await self._context.read()

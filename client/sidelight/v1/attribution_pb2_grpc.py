@@ -81,9 +81,10 @@ class AttributionServiceServicer(object):
         """AttributeStream explains many batches over one connection. Answers come as they are ready, in any order, matched
         by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room. Its
         initial metadata has `sidelight-begin` and comes before any message: a proxy that has no server does not say it.
-        Where the server ends it by itself, with OK at the stream's greatest age or with UNAVAILABLE when it shuts down,
-        everything that it read is answered, and the trailer `sidelight-end` names the cause: "age" or "shutdown". A caller
-        who does not accept an answer in time loses the stream: ABORTED, "stalled".
+        Where the server ends it by itself, with OK at the stream's greatest age, or earlier while the server is short of
+        memory and the stream waits for a message, or with UNAVAILABLE when it shuts down, everything that it read is
+        answered, and the trailer `sidelight-end` names the cause: "age", for both, or "shutdown". A caller who does not
+        accept an answer in time loses the stream: ABORTED, "stalled".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

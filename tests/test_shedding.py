@@ -1,0 +1,310 @@
+"""Memory that is short: streams that wait for a message are ended. It frees what has come of it; nothing is lost."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import queue
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import psutil
+import pytest
+import sidelight
+from models import Linear
+from running import TIMEOUT_S, Running
+from sidelight_server import memory
+from sidelight_server.memory import Room
+from sidelight_server.shedding import MESSAGES_LEFT, SHARE_OF_LIMIT, Shedding
+from test_hostile import counts, leaving_nothing, until
+from test_resilience import process
+from test_service import floats, gated, linear_maps, running
+from test_stream import Conversation, assert_explains, attribute
+
+from benchmarks.attack import Limited
+from benchmarks.hostile import STREAM, Caller, framed
+
+MEBIBYTE = 2**20
+NONE = Room(0, 1 << 30)
+
+V1, V2 = "4:memory:/pod/own\n1:cpu:/pod/own\n0::/\n", "0::/pod/own\n"
+MEMINFO = "MemTotal:       4000 kB\nMemFree:         100 kB\nMemAvailable:   3000 kB\nBuffers:    7 kB\n"
+
+
+# How much memory is left.
+
+
+def files(folder: Path, memberships: str, contents: dict[str, str]) -> tuple[Path, Path]:
+    """Write what the system would tell: the groups that a process is in, and files below `proc` and `groups`."""
+    for name, content in ({"proc/self/cgroup": memberships} | contents).items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    return folder / "proc", folder / "groups"
+
+
+def v1(folder: str, limit: int, usage: int, inactive: int = 0) -> dict[str, str]:
+    return {
+        f"groups/memory{folder}/memory.limit_in_bytes": f"{limit}\n",
+        f"groups/memory{folder}/memory.usage_in_bytes": f"{usage}\n",
+        f"groups/memory{folder}/memory.stat": f"cache 5\ninactive_file 3\ntotal_inactive_file {inactive}\n",
+    }
+
+
+def v2(folder: str, limit: object, usage: int, inactive: int = 0) -> dict[str, str]:
+    return {
+        f"groups{folder}/memory.max": f"{limit}\n",
+        f"groups{folder}/memory.current": f"{usage}\n",
+        f"groups{folder}/memory.stat": f"anon 5\ninactive_file {inactive}\nslab 2\n",
+    }
+
+
+UNLIMITED_V1 = (1 << 63) - 4096
+CASES = {
+    "nothing tells": (V2, {}, None),
+    "the machine": (V2, {"proc/meminfo": MEMINFO}, Room(3000 * 1024, 4000 * 1024)),
+    "a machine that does not tell what is available": (V2, {"proc/meminfo": "MemTotal:    4000 kB\n"}, None),
+    "version 2": (V2, v2("/pod/own", 1000, 900, 50), Room(150, 1000)),
+    "version 2 without a limit": (V2, v2("/pod/own", "max", 900), None),
+    "version 2 in a pod that has less": (V2, v2("/pod/own", 1000, 900) | v2("/pod", 950, 920), Room(30, 950)),
+    "version 2 in a container that sees its group as the root": (V2, v2("", 1000, 600), Room(400, 1000)),
+    "version 1": (V1, v1("/pod/own", 1000, 900, 50), Room(150, 1000)),
+    "version 1 without a limit": (V1, v1("/pod/own", UNLIMITED_V1, 900), None),
+    "version 1 in a pod that has less": (V1, v1("/pod/own", UNLIMITED_V1, 9) | v1("/pod", 950, 920), Room(30, 950)),
+    "version 1 in a container that sees its group as the root": (V1, v1("", 1000, 600), Room(400, 1000)),
+    "a machine that has less than the group": (
+        V2,
+        v2("/pod/own", 1 << 30, 0) | {"proc/meminfo": MEMINFO},
+        Room(3000 * 1024, 4000 * 1024),
+    ),
+    "no groups at all": ("", {"proc/meminfo": MEMINFO}, Room(3000 * 1024, 4000 * 1024)),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_what_is_left_is_the_least_of_what_groups_and_machine_have(
+    case: tuple[str, dict[str, str], Room | None], tmp_path: Path
+) -> None:
+    memberships, contents, expected = case
+    assert memory.room(*files(tmp_path, memberships, contents)) == expected
+
+
+def test_a_system_without_these_files_tells_nothing(tmp_path: Path) -> None:
+    assert memory.room(tmp_path / "none", tmp_path / "neither") is None
+
+
+def test_a_use_that_grows_is_seen(tmp_path: Path) -> None:
+    places = files(tmp_path, V2, v2("/pod/own", 1000, 100))
+    assert memory.room(*places) == Room(900, 1000)
+    (tmp_path / "groups/pod/own/memory.current").write_text("990\n")
+    assert memory.room(*places) == Room(10, 1000)
+
+
+def test_this_machine_has_no_more_left_than_there_is() -> None:
+    found = memory.room()
+    if found is None:
+        pytest.skip("this system does not tell")
+    assert found.left <= found.limit <= psutil.virtual_memory().total
+
+
+# When streams are ended.
+
+
+@pytest.mark.parametrize(
+    ("room", "is_short"),
+    [
+        (None, False),
+        (Room(MESSAGES_LEFT * 1000, 1 << 40), False),
+        (Room(MESSAGES_LEFT * 1000 - 1, 1 << 40), True),
+        (Room(int(SHARE_OF_LIMIT * 8000), 8000), False),
+        (Room(int(SHARE_OF_LIMIT * 8000) - 1, 8000), True),
+    ],
+)
+def test_streams_are_ended_only_while_memory_is_short(room: Room | None, *, is_short: bool) -> None:
+    asked: list[float] = []
+
+    def end_waiting(waited_s: float) -> int:
+        asked.append(waited_s)
+        return 0
+
+    assert asyncio.run(Shedding(end_waiting, max_message_bytes=1000, room=lambda: room).look()) is not is_short
+    assert bool(asked) is is_short
+
+
+@pytest.mark.parametrize("n_looks", [1, 2])
+def test_what_freed_memory_gives_is_taken_first(n_looks: int) -> None:
+    """Memory is enough again once the C library has given back what it kept, or once streams have ended."""
+    rooms, ended = itertools.chain([NONE] * n_looks, itertools.repeat(Room(1 << 30, 1 << 30))), []
+    shedding = Shedding(lambda _: ended.append(1) or 3, max_message_bytes=1000, room=lambda: next(rooms))
+    assert asyncio.run(shedding.look())
+    assert len(ended) == n_looks - 1
+
+
+def shed(server: Running, *, n: int) -> None:
+    """Let memory be short until so many streams more have been ended for it."""
+    service = server.server._service
+    shedding = Shedding(service.end_waiting, max_message_bytes=1000, room=lambda: NONE)
+    wanted = service.n_shed + n
+
+    def reached() -> bool:
+        server.run(shedding.look())
+        return service.n_shed >= wanted
+
+    until(server, reached)
+
+
+def test_unfinished_messages_are_freed_and_streams_end_well(
+    tmp_path: Path, device: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(Linear(), tmp_path, device=device) as server, leaving_nothing(server):
+        quiet = counts(server)
+        with Caller(server.server.addresses[0]) as caller, Conversation(server.channel) as good:
+            good.send(attribute("first", floats(2)))
+            assert_explains(good.receive(), floats(2))
+            calls = [caller.begin(STREAM) for _ in range(5)]
+            for call in calls:
+                assert caller.send(call, framed(bytes(MEBIBYTE), n_bytes=8 * MEBIBYTE)) > MEBIBYTE
+            with caplog.at_level(logging.WARNING, "sidelight"):
+                shed(server, n=6)
+            results = [caller.result(call) for call in calls]
+            assert {(each.status, each.trailers["sidelight-end"]) for each in results} == {(0, "age")}
+            assert good.end() == ([], grpc.StatusCode.OK, "age")
+            until(server, lambda: not counts(server).streams > quiet.streams)
+        lines = [str(record.msg) for record in caplog.records if "event=streams_shed" in str(record.msg)]
+        assert lines
+        assert sum(int(line.partition("streams=")[2].split()[0]) for line in lines) == 6
+
+
+def test_what_was_read_is_answered_before_a_stream_ends(tmp_path: Path, device: str) -> None:
+    with gated(tmp_path, device=device) as (gate, server), Conversation(server.channel) as stream:
+        stream.send(attribute("running", floats(2)))
+        assert gate.reached.wait(TIMEOUT_S)
+        shed(server, n=1)
+        stream.send(attribute("late", floats(3)))
+        gate.open.set()
+        answers, code, cause = stream.end()
+        assert (code, cause) == (grpc.StatusCode.OK, "age")
+        assert [each.id for each in answers] == ["running"]
+        assert_explains(answers[0], floats(2))
+        server.until_all_permits_are_back()
+
+
+def test_a_stream_that_is_not_read_is_left_alone(tmp_path: Path, device: str) -> None:
+    """It holds no more than 64 KiB of a message, and its caller is held back, not silent."""
+    with (
+        gated(tmp_path, device=device, max_stream_in_flight=1) as (gate, server),
+        Conversation(server.channel) as stream,
+    ):
+        stream.send(*(attribute(str(i), floats(1, seed=i)) for i in range(4)))
+        assert gate.reached.wait(TIMEOUT_S)
+        service = server.server._service
+        until(server, lambda: all(not each.waited_s for each in service._streams))
+        assert server.run(_end_waiting(server)) == 0
+        gate.open.set()
+        assert [stream.receive().id for _ in range(4)] == list("0123")
+        assert stream.finish() == []
+
+
+async def _end_waiting(server: Running) -> int:
+    return server.server._service.end_waiting(0.0)
+
+
+# Callers whose streams are ended open others once they have something to send.
+
+
+def assert_all(answers: list[sidelight.Attribution], n: int) -> None:
+    assert [each.index for each in answers] == list(range(n))
+    for each in answers:
+        # float32 against the closed form in float64.
+        expected = linear_maps(floats(1 + each.index % 3, seed=each.index))
+        np.testing.assert_allclose(each.maps, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_a_client_whose_idle_stream_is_ended_opens_another(tmp_path: Path, device: str) -> None:
+    answered: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    with running(Linear(), tmp_path, device=device) as server, leaving_nothing(server):
+
+        def batches() -> Iterator[np.ndarray]:
+            for number in range(4):
+                yield floats(1 + number % 3, seed=number)
+                assert answered.get(timeout=TIMEOUT_S) == number
+                shed(server, n=1)
+
+        answers = []
+        with sidelight.connect(server.server.addresses[0]) as client:
+            for answer in client.stream(batches(), ordered=True):
+                answers.append(answer)
+                answered.put(answer.index)
+        assert_all(answers, 4)
+
+
+def test_an_asynchronous_client_whose_idle_stream_is_ended_opens_another(tmp_path: Path, device: str) -> None:
+    with running(Linear(), tmp_path, device=device) as server, leaving_nothing(server):
+
+        async def ask() -> list[sidelight.Attribution]:
+            answered: asyncio.Queue[int] = asyncio.Queue()
+
+            async def batches() -> AsyncIterator[np.ndarray]:
+                for number in range(4):
+                    yield floats(1 + number % 3, seed=number)
+                    assert await answered.get() == number
+                    await asyncio.to_thread(shed, server, n=1)
+
+            answers = []
+            async with sidelight.aio.connect(server.server.addresses[0]) as client:
+                async for answer in client.stream(batches(), ordered=True):
+                    answers.append(answer)
+                    answered.put_nowait(answer.index)
+            return answers
+
+        assert_all(asyncio.run(asyncio.wait_for(ask(), TIMEOUT_S)), 4)
+
+
+def test_a_client_whose_streams_are_ended_all_the_time_gets_every_answer_once(tmp_path: Path, device: str) -> None:
+    n = 60
+    with running(Linear(), tmp_path, device=device) as server, leaving_nothing(server):
+
+        def batches() -> Iterator[np.ndarray]:
+            for number in range(n):
+                if number % 5 == 4:
+                    server.run(_end_waiting(server))
+                yield floats(1 + number % 3, seed=number)
+
+        with sidelight.connect(server.server.addresses[0]) as client:
+            assert_all(list(client.stream(batches(), ordered=True, window=4)), n)
+
+
+# A process that would be killed.
+
+
+@pytest.fixture
+def group() -> Iterator[Limited]:
+    with contextlib.closing(Limited(700 * MEBIBYTE)) as group:
+        if group.path is None:
+            pytest.skip("no control group can be made")
+        yield group
+
+
+@pytest.mark.slow
+def test_unfinished_messages_that_hold_more_than_the_limit_end_no_process(group: Limited, tmp_path: Path) -> None:
+    """Fourteen of 62 MiB of which the last byte never comes: 868 MiB of 700, and a good stream beside them."""
+    n, size, to = 14, 62 * MEBIBYTE, f"unix:{tmp_path}/socket"
+    calls: list[tuple[Caller, int]] = []
+
+    def batches() -> Iterator[np.ndarray]:
+        for number in range(n):
+            caller = stack.enter_context(Caller(to))
+            calls.append((caller, caller.begin(STREAM)))
+            caller.send(calls[-1][1], framed(bytes(size - 1), n_bytes=size))
+            yield np.full((1, 3, 16, 16), number, np.float32)
+
+    with process("small", to) as served, sidelight.connect(to) as client, contextlib.ExitStack() as stack:
+        group.take(served.pid)
+        assert [answer.index for answer in client.stream(batches(), ordered=True)] == list(range(n))
+        ended = [caller.result(call) for caller, call in calls[:3]]
+        assert {(each.status, each.trailers["sidelight-end"]) for each in ended} == {(0, "age")}
+        assert served.poll() is None
+        assert 4 * size < group.peak() < 700 * MEBIBYTE
