@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo test lint proto proto-check bench peers pyhealth soak soak-long fuzz zoo nightly image envoy clean
+.PHONY: setup demo test lint proto proto-check bench peers pyhealth soak soak-long fuzz zoo properties nightly image envoy clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -33,9 +33,16 @@ ONNX := ml_dtypes onnx onnx2torch rapidocr-onnxruntime torchvision
 demo: .venv/.ready
 	$(BIN)/sidelight demo --out demo
 
+# What the tests must find: all that `setup` brings. Other components are in tests/support/components.py.
+REQUIRE ?= floor,kubernetes,onnx,torchvision
+WORKERS ?= logical
+PYTEST = $(BIN)/python -m pytest --require=$(REQUIRE)
+
+# Each worker computes with one thread. What measures time or counts threads runs after the others, alone.
 test: setup
 	-$(MAKE) envoy
-	$(BIN)/python -m pytest
+	@code=0; $(PYTEST) -m 'not serial' --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile || code=1; \
+	$(PYTEST) -m serial || code=1; exit $$code
 
 lint: setup proto-check
 	$(BIN)/ruff check .
@@ -106,11 +113,15 @@ fuzz: .venv/.ready
 
 # Each method of 24 architectures against its oracle, and the table of docs/models.md against what they gave.
 zoo: .venv/.ready
-	$(BIN)/python tests/zoo.py --check
+	PYTHONPATH=tests $(BIN)/python -m support.models.zoo --check
+
+# Ten times the examples of each property, and others every night.
+properties: setup
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile nightly --timeout 1200 --numprocesses $(WORKERS) --dist loadfile
 
 # What takes too long for every change. All of it runs, and what failed is the code that it ends with.
 nightly:
-	@code=0; for each in zoo soak-long fuzz; do $(MAKE) $$each || code=1; done; exit $$code
+	@code=0; for each in zoo properties soak-long fuzz; do $(MAKE) $$each || code=1; done; exit $$code
 
 # IMAGE_BASE is another base than the Dockerfile's, IMAGE_ARGS is whatever else the builder is to be told:
 # make image IMAGE_ARGS="--build-arg TORCH_BUILD=cu130 --build-arg TORCH_INDEX=…"

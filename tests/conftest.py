@@ -1,21 +1,74 @@
-"""What the tests share: the device they run on, and servers on small models.
+"""What the tests share: the options of a run, the device, and servers on small models.
 
-`pytest --device cuda` runs the same tests on a GPU.
+`pytest --device cuda` runs the same tests on a GPU. With `--require=envoy,onnx` a test whose component is missing fails
+instead of being skipped: see `support.components`. Hypothesis has two profiles: see `support.profiles`.
 """
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import sidelight
 import sidelight_server
+import support.profiles  # noqa: F401  (it loads a profile)
 import torch
-from gate import Gate
-from models import LABELS, small_cnn
+from support import TESTS
+from support.components import COMPONENTS
+from support.gate import Gate
+from support.models import LABELS, small_cnn
 from torch import nn
+
+# A folder of tests/ is a marker: `pytest -m unit`.
+KINDS = {
+    "unit": "one part, without a server",
+    "oracle": "against other people's code",
+    "service": "a real server, by its messages",
+    "client": "the client, with a real server",
+    "process": "commands, as an operator starts them",
+    "faults": "what breaks, and what goes on",
+    "interop": "beside foreign programs",
+    "packaging": "what is built and shipped",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", default="cpu", help="where the server under test computes: cpu, cuda, cuda:N, mps")
+    parser.addoption(
+        "--require",
+        default="",
+        metavar="NAMES",
+        help=f"components without which their tests fail instead of being skipped: {','.join(COMPONENTS)}",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if unknown := _required(config) - COMPONENTS.keys():
+        raise pytest.UsageError(f"--require: got {','.join(sorted(unknown))}, expected some of {','.join(COMPONENTS)}")
+    for kind, meaning in KINDS.items():
+        config.addinivalue_line("markers", f"{kind}: {meaning} (set by the folder)")
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
+        torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        kind = item.path.relative_to(TESTS).parts[0]
+        if kind in KINDS:
+            item.add_marker(kind)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("requires"):
+        for name in mark.args:
+            if not COMPONENTS[name].is_there():
+                end = pytest.fail if name in _required(item.config) else pytest.skip
+                end(f"{name} is not here: {COMPONENTS[name].hint}")
+
+
+def _required(config: pytest.Config) -> set[str]:
+    return set(filter(None, config.getoption("--require").split(",")))
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import Saliency
-from engines import ask
 from sidelight_server import Channels, ConfigurationError, Engine, ModelSpec, Score, Settings
 from sidelight_server.errors import FailedPrecondition
+from support.engines import ask
 from torch import Tensor, nn
 from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetConfig, ResNetForImageClassification
 
@@ -237,7 +237,7 @@ def test_a_last_step_is_known_behind_what_changes_only_its_shape(shaped: str) ->
         assert found(Returning(lambda y: SHAPED[shaped](y)))[1:] == ("logits", "softmax")
 
 
-@pytest.mark.parametrize("shaped", set(SHAPED) - {"where"})
+@pytest.mark.parametrize("shaped", [each for each in SHAPED if each != "where"])
 def test_a_softmax_is_known_in_the_same_way(shaped: str) -> None:
     assert found(Returning(lambda y: SHAPED[shaped](y.softmax(dim=1))))[1:] == ("probabilities", "softmax")
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import sidelight_server
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
@@ -343,7 +343,6 @@ STEPS = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(steps=STEPS)
 def test_no_permit_is_lost_or_given_twice(steps: list[tuple[str, int, str]]) -> None:
     async def play() -> None:

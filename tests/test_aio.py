@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import sidelight
 import sidelight_server
-from gate import Gate, Gated
-from scripted import Ended, answer, scripted
 from sidelight.v1 import attribution_pb2 as pb
+from support.gate import Gate, Gated
+from support.scripted_server import Ended, answer, scripted
 
 WAIT_S = 30
 

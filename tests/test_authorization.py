@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 import sidelight
 import sidelight_server
-from authority import swap
-from gate import Gate, Gated
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from models import small_cnn
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import ConfigurationError, ModelSpec
 from sidelight_server.authorization import Callers, Tokens
 from sidelight_server.peers import Peers, host_of
-from test_tls import until_none
+from support.certificates import secret, swap
+from support.gate import Gate, Gated
+from support.models import small_cnn
+from support.waiting import until_none
 from typer.testing import CliRunner
 
 Status = grpc.StatusCode
@@ -32,12 +32,6 @@ Status = grpc.StatusCode
 PATIENCE_S = 20.0
 IMAGE = np.zeros((1, 3, 32, 32), np.float32)
 USER, NEXT, ADMIN = "user-5f2a", "next-77c1", "admin-90d3"
-
-
-def secret(path: Path, text: str) -> Path:
-    path.touch(mode=0o600)
-    path.write_text(text)
-    return path
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from engines import Explain, ask, assert_close, explaining
 from scipy.ndimage import gaussian_filter
 from sidelight_server import (
     Black,
@@ -23,6 +22,7 @@ from sidelight_server import (
 )
 from sidelight_server.errors import FailedPrecondition, InvalidArgument
 from sidelight_server.methods import draws
+from support.engines import Explain, ask, assert_close, explaining
 from torch import Tensor, nn
 
 SHAPE = (3, 7, 10)

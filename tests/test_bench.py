@@ -18,10 +18,8 @@ import pytest
 import sidelight
 import sidelight_server
 from click.testing import Result
-from gate import Gate, Gated
 from hypothesis import given
 from hypothesis import strategies as st
-from models import small_cnn
 from PIL import Image
 from sidelight import _bench_command
 from sidelight._arrivals import arrivals
@@ -32,6 +30,8 @@ from sidelight._load import Load
 from sidelight._recorder import Fault, Recorder, Window
 from sidelight._sample import Sample, percentile
 from sidelight._traffic import Traffic, batches_of_files, random_batches
+from support.gate import Gate, Gated
+from support.models import small_cnn
 from typer.testing import CliRunner
 
 Run = Callable[..., Result]

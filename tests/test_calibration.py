@@ -8,13 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import reloadable
 import sidelight
 import sidelight_server
 import torch
-from models import small_cnn
 from sidelight_server import Engine, ModelSpec, Settings, calibration, remeasuring
 from sidelight_server.remeasuring import Remeasuring
+from support.models import reloadable, small_cnn
 from torch import Tensor, nn
 
 SIZE = (3, 32, 32)

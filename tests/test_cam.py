@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import LayerAttribution, LayerGradCam, LayerGradientXActivation
-from engines import Explain, assert_close, explaining
-from models import small_cnn
 from sidelight_server import Channels, GradCam, GuidedBackpropagation, LayerGradientTimesActivation, Score
+from support.engines import Explain, assert_close, explaining
+from support.models import small_cnn
 from torch import Tensor, nn
 
 CLASS = 2

@@ -11,11 +11,12 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from engines import ask
-from models import small_cnn
+import transformers
 from sidelight_server import Engine, ModelSpec, Occlusion, Settings
 from sidelight_server.models.checks import gradient_fault, rows_touch
 from sidelight_server.models.model import at_once
+from support.engines import ask
+from support.models import small_cnn
 from torch import Tensor, nn
 
 SIZE = (3, 32, 32)
@@ -48,7 +49,6 @@ def convolutional(*between: Callable[[], nn.Module], seed: int = 0) -> nn.Module
 
 
 def transformer(kind: str, **given: object) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(num_labels=10, **given)
 

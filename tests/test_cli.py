@@ -13,11 +13,11 @@ import sidelight
 import sidelight_server
 import torch
 from click.testing import Result
-from models import small_cnn
 from PIL import Image
 from sidelight._cli import app
 from sidelight._method_text import METHODS
 from sidelight._report import overlay_names
+from support.models import small_cnn
 from torch import nn
 from typer.testing import CliRunner
 

@@ -15,9 +15,9 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from gate import Gate, Gated
-from models import small_cnn
 from PIL import Image
+from support.gate import Gate, Gated
+from support.models import small_cnn
 
 SHARE = 1e-6  # of a map's maximum: the contract for an example in other company
 

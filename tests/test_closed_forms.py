@@ -5,8 +5,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from engines import Explain, assert_close, explaining
-from models import Linear
 from scipy.integrate import quad_vec
 from sidelight_server import (
     Constant,
@@ -20,6 +18,8 @@ from sidelight_server import (
     Statistic,
 )
 from sidelight_server.methods import draws
+from support.engines import Explain, assert_close, explaining
+from support.models import Linear
 from torch import Tensor
 
 CLASS, SEED = 4, 3

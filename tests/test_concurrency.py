@@ -9,7 +9,7 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from models import small_cnn
+from support.models import small_cnn
 
 N_THREADS, N_CALLS = 8, 200
 # An example's place and neighbours in a chunk may choose another summation order: about 1e-6 of a map's maximum on the

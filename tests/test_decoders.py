@@ -19,19 +19,21 @@ import numpy as np
 import psutil
 import pytest
 import sidelight
-from apart import counts_memory
-from models import small_cnn
 from PIL import Image
-from sidelight_server import Engine, Files, ModelSpec, Request, Settings
+from sidelight_server import Engine, Files, Request, Settings
 from sidelight_server.decoders import Decoders, Fitted
 from sidelight_server.errors import InvalidArgument, ResourceExhausted, SidelightError, Unavailable
 from sidelight_server.models.decode_worker import BYTES_PER_PIXEL, SPARE_BYTES, Order
 from sidelight_server.models.decoding import decode
 from sidelight_server.models.preprocessing import Preprocessing
+from support import TESTS
+from support.models import sized_cnn
+from support.processes import counts_memory
 
 from benchmarks.bombs import many_scans
 
 ZEROS, ONES = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+SIZED = "python:support.models:sized_cnn"
 PREPROCESSING = Preprocessing(3, 32, 32, ZEROS, ONES, 40, "bilinear")
 ORDER = Order(PREPROCESSING, max_pixels=50_000_000, max_s=60)
 SOON = Order(PREPROCESSING, max_pixels=50_000_000, max_s=0.5)
@@ -387,12 +389,8 @@ def test_a_decoder_imports_neither_torch_nor_the_callers_script(tmp_path: Path) 
 # The engine and the command
 
 
-def sized() -> ModelSpec:
-    return ModelSpec(small_cnn(), input_size=(3, 32, 32), name="small")
-
-
 def engine(**settings: object) -> Engine:
-    return Engine([sized()], Settings(device="cpu", **settings))
+    return Engine([sized_cnn()], Settings(device="cpu", **settings))
 
 
 def test_good_callers_are_answered_beside_one_of_slow_files() -> None:
@@ -438,9 +436,9 @@ def test_an_engine_without_files_starts_no_process() -> None:
 
 def serving(tmp_path: Path, *flags: str) -> tuple[subprocess.Popen[str], str]:
     address = f"unix:{tmp_path}/socket"
-    command = [sys.executable, "-m", "sidelight_server", "--model", "python:test_decoders:sized", "--listen", address]
+    command = [sys.executable, "-m", "sidelight_server", "--model", SIZED, "--listen", address]
     command += ["--device", "cpu", "--metrics-listen", "", *flags]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr
     while "event=serving" not in (line := process.stderr.readline()):

@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from apart import counts_memory, refused_apart
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 from sidelight_server.errors import InvalidArgument
 from sidelight_server.models.decoding import decode, lift_pillows_limit
+from support.processes import counts_memory, refused_apart
+from support.profiles import n_examples
 
 HEIGHT, WIDTH = 13, 21  # odd and unlike, so that no turn or padding goes unseen
 
@@ -444,7 +445,7 @@ def test_a_cut_file_is_told_its_length() -> None:
 BEGINNINGS = [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\0\1\0\0WEBP", b"II*\0", b"MM\0+", b"BM", b"GIF89a"]
 
 
-@settings(derandomize=True, deadline=None, max_examples=400)
+@settings(max_examples=n_examples(400))
 @given(st.sampled_from(BEGINNINGS), st.binary(max_size=300), st.sampled_from([1, 3, 4]))
 @example(b"GIF89a", b"", 3)
 def test_random_bytes_raise_nothing_but_invalid_argument(beginning: bytes, rest: bytes, channels: int) -> None:
@@ -466,7 +467,7 @@ VALID += [to_file(Image.fromarray(noise(3)), "GIF"), to_file(Image.fromarray(noi
 VALID += [to_file(picture("LA"), "PNG"), to_file(picture("RGBA"), "TIFF"), to_file(palette_picture()[0], "PNG")]
 
 
-@settings(derandomize=True, deadline=None, max_examples=400)
+@settings(max_examples=n_examples(400))
 @given(
     st.sampled_from(VALID), st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(min_size=1, max_size=4)), max_size=5)
 )

@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from engines import Explain, ask, assert_close, explaining
-from models import small_cnn
 from sidelight_server import (
     Answer,
     Contrast,
@@ -26,6 +24,8 @@ from sidelight_server import (
 from sidelight_server.attribution import PREDICTED, Aim
 from sidelight_server.errors import FailedPrecondition, InvalidArgument, SidelightError
 from sidelight_server.scores import Head
+from support.engines import Explain, ask, assert_close, explaining
+from support.models import small_cnn
 from torch import Tensor, nn
 
 SHAPE, OUTPUT = (2, 12, 15), (6, 5)

@@ -13,11 +13,7 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from engines import ask
-from gate import Gate, Gated
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from models import small_cnn
-from running import TIMEOUT_S, serving
 from sidelight_server import (
     Answer,
     ConfigurationError,
@@ -42,7 +38,11 @@ from sidelight_server.methods.method import Method
 from sidelight_server.methods.path import Rule
 from sidelight_server.passage import Passage
 from sidelight_server.stops import StopTimes
-from test_service import ask as asking
+from support.engines import ask
+from support.gate import Gate, Gated
+from support.messages import ask as asking
+from support.models import small_cnn
+from support.servers import TIMEOUT_S, serving
 from torch import nn
 
 TWO = Settings(device="cpu,cpu", threads=1)

@@ -13,10 +13,8 @@ import pydicom
 import pytest
 import sidelight
 import sidelight_server
-from apart import counts_memory, refused_apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import small_cnn
 from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.encaps import encapsulate
@@ -34,6 +32,9 @@ from sidelight import _dicom
 from sidelight_server.errors import FailedPrecondition, InvalidArgument
 from sidelight_server.models import dicom
 from sidelight_server.models.decoding import decode
+from support.models import small_cnn
+from support.processes import counts_memory, refused_apart
+from support.profiles import n_examples
 
 # Both sides let pydicom say what it likes; pytest would make errors of that.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")
@@ -364,7 +365,7 @@ def read_or_refuse(file: bytes) -> None:
         assert decoded.shape[2] == 3
 
 
-@settings(derandomize=True, deadline=None, max_examples=300)
+@settings(max_examples=n_examples(300))
 @given(
     st.sampled_from(SMALL), st.lists(st.tuples(st.integers(0, 1 << 16), st.binary(min_size=1, max_size=4)), max_size=6)
 )
@@ -376,13 +377,13 @@ def test_a_damaged_file_raises_nothing_but_invalid_argument(file: bytes, damages
     read_or_refuse(bytes(damaged))
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(max_examples=n_examples(150))
 @given(st.sampled_from(SMALL), st.floats(0, 1))
 def test_a_file_cut_anywhere_is_refused_or_read(file: bytes, share: float) -> None:
     read_or_refuse(file[: round(len(file) * share)])
 
 
-@settings(derandomize=True, deadline=None, max_examples=200)
+@settings(max_examples=n_examples(200))
 @given(st.binary(max_size=300))
 def test_random_bytes_after_the_mark_are_refused(rest: bytes) -> None:
     read_or_refuse(bytes(128) + b"DICM" + rest)

@@ -20,15 +20,16 @@ import numpy as np
 import pytest
 import sidelight
 import yaml
+from support import ROOT, TESTS
+from support.components import ENVOY
 
-ROOT = Path(__file__).parent.parent
 CONFIGURATION = ROOT / "deploy" / "envoy" / "envoy.yaml"
-ENVOY = ROOT / ".envoy" / "envoy" / "_bin" / "envoy"  # where `make envoy` puts it
 WITHIN_S = 60.0
 PAUSE_S = 0.02
+SOURCE = "python:support.models.crashing:small"
 
 pytestmark = [
-    pytest.mark.skipif(not ENVOY.exists(), reason="make envoy brings the proxy"),
+    pytest.mark.requires("envoy"),
     pytest.mark.skipif(importlib.util.find_spec("resource") is None, reason="POSIX signals"),
 ]
 
@@ -52,8 +53,8 @@ class Replica:
 @contextlib.contextmanager
 def replica(port: int = 0) -> Iterator[Replica]:
     address = f"127.0.0.1:{port}"
-    command = [sys.executable, "-m", "sidelight_server", "--model", "python:killed:small", "--listen", address]
-    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "sidelight_server", "--model", SOURCE, "--listen", address]
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path, "SIDELIGHT_THREADS": "1", "SIDELIGHT_DRAIN_S": "20"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:

@@ -6,8 +6,9 @@ import sys
 from pathlib import Path
 
 from PIL import Image
+from support import ROOT
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = ROOT / "examples"
 
 
 def run(script: str, *arguments: object) -> str:

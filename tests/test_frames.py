@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 from google.protobuf.message import DecodeError, Message
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
@@ -13,7 +13,9 @@ from sidelight_server import frames
 from sidelight_server.errors import InvalidArgument
 from sidelight_server.frames import Decode, Received, Unreadable, decode_request, decode_stream_request, encode_answer
 from sidelight_server.tensors import encoded
-from test_stream import REQUESTS, STREAM_REQUESTS, anything, attribute
+from support.messages import attribute
+from support.profiles import n_examples
+from support.strategies import REQUESTS, STREAM_REQUESTS, anything
 
 DATA = bytes(range(256)) * 256  # 64 KiB
 PATHS = {
@@ -63,19 +65,19 @@ def _cut_all() -> object:
     frames.LARGE_BYTES = before
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=n_examples(300))
 @given(request=STREAM_REQUESTS)
 def test_any_message_of_a_stream_is_read_as_protobuf_reads_it(request: pb.AttributeStreamRequest) -> None:
     assert_as_protobuf(request.SerializeToString(), decode_stream_request, pb.AttributeStreamRequest)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=n_examples(300))
 @given(request=REQUESTS)
 def test_any_request_is_read_as_protobuf_reads_it(request: pb.AttributeRequest) -> None:
     assert_as_protobuf(request.SerializeToString(), decode_request, pb.AttributeRequest)
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=n_examples(500))
 @given(
     requests=st.lists(STREAM_REQUESTS, min_size=1, max_size=3),
     changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=4),
@@ -180,7 +182,7 @@ def test_the_data_is_a_view_on_the_message() -> None:
 DTYPES = [tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_FLOAT16, tensor_pb2.DATA_TYPE_UINT8]
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=n_examples(300))
 @given(
     id_=st.text(max_size=200),
     result=anything(pb.Attribution.DESCRIPTOR),

@@ -2,14 +2,11 @@
 
 import contextlib
 import functools
-import os
 import random
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -20,20 +17,21 @@ from google.protobuf.message import Message
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from models import Linear
-from running import TIMEOUT_S, Running, serving
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Settings
-from test_server import FACTORIES, LOCAL, started
-from test_service import ask, floats, linear_maps, maps_of
-from test_stream import DOCUMENTED, REQUESTS, anything, attribute, code_of
+from support.messages import DOCUMENTED, ask, attribute, code_of, floats, linear_maps, maps_of
+from support.models import Linear
+from support.processes import FACTORIES, LOCAL, started
+from support.profiles import n_examples
+from support.servers import TIMEOUT_S, Counts, Running, serving
+from support.strategies import REQUESTS, anything
 from torch import Tensor, nn
 
 N_CONNECTIONS = 200
 INTERNAL, RESOURCE_EXHAUSTED, FAILED_PRECONDITION = 13, 8, 9
 FUZZ = settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    max_examples=n_examples(100), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 # Told by gRPC itself: of a unary call with two messages or none, and of a method that is not there.
 OF_GRPC = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNIMPLEMENTED}
@@ -77,38 +75,6 @@ def shared() -> Iterator[Running]:
     with moody() as server:
         assert_answers(server)
         yield server
-
-
-@dataclass(frozen=True, slots=True)
-class Counts:
-    """What a server holds."""
-
-    requests: int
-    bytes: int
-    unanswered: int
-    streams: int
-    watchers: int
-    rows: int
-    descriptors: int
-    threads: int
-
-    def exceeds(self, other: "Counts") -> bool:
-        """Whether there is more of anything. (Of what came with the first requests there may be less.)"""
-        return any(getattr(self, name) > getattr(other, name) for name in Counts.__slots__)
-
-    @classmethod
-    def of(cls, server: Running) -> "Counts":
-        admission, engine = server.server.explainer.admission, server.engine
-        return cls(
-            requests=admission.n_requests,
-            bytes=admission.n_bytes,
-            unanswered=engine.n_unanswered,
-            streams=len(server.server._service._streams) + len(server.server._service._calls),
-            watchers=len(server.server._health._watchers),
-            rows=sum(station.n_rows for station in engine.stations),
-            descriptors=len(os.listdir("/proc/self/fd")),
-            threads=threading.active_count(),
-        )
 
 
 def assert_answers(server: Running, *, seed: int = 0) -> None:
@@ -262,7 +228,7 @@ def test_what_is_no_grpc_at_the_port_disturbs_nobody(sent: bytes) -> None:
         assert_answers(server)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=n_examples(30))
 @given(sent=st.binary(max_size=500), with_preface=st.booleans())
 def test_any_bytes_at_the_port_disturb_nobody(shared: Running, sent: bytes, with_preface: bool) -> None:
     with socket.create_connection(at(shared), timeout=TIMEOUT_S) as connection, contextlib.suppress(OSError):

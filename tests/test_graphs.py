@@ -9,7 +9,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import small_cnn
 from sidelight_server.attribution import PREDICTED, Aim, Score
 from sidelight_server.graphs import MAX_SHAPES, Recording, Recordings, Replay, recorder
 from sidelight_server.kernel import Kernel
@@ -18,6 +17,7 @@ from sidelight_server.methods.method import Layer, Rectifiers
 from sidelight_server.models.adapter import PLAIN
 from sidelight_server.options import KernelOptions
 from sidelight_server.scores import Head
+from support.models import small_cnn
 from torch import Tensor, nn
 
 # The same sums, of rows in other company: as `docs/design.md` says of chunks.

@@ -14,11 +14,7 @@ import grpc
 import numpy as np
 import pytest
 import sidelight
-from gate import Gate, Gated
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from models import Linear
-from reloadable import SIZE, SOURCE, write_weights
-from running import TIMEOUT_S, Running, serving
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Request, Settings
@@ -29,9 +25,13 @@ from sidelight_server.pulse import SLACK, Pulse
 from sidelight_server.server import Server
 from sidelight_server.station import least_busy
 from sidelight_server.watchdog import Watchdog
-from test_server import FACTORIES, LOCAL, start, started
-from test_service import ask, floats
-from test_stream import Conversation, attribute
+from support.conversation import Conversation
+from support.gate import Gate, Gated
+from support.messages import ask, attribute, floats
+from support.models import Linear
+from support.models.reloadable import SIZE, SOURCE, write_weights
+from support.processes import FACTORIES, LOCAL, start, started
+from support.servers import TIMEOUT_S, Running, serving
 
 Status = health_pb2.HealthCheckResponse
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = Status.SERVING, Status.NOT_SERVING, Status.SERVICE_UNKNOWN

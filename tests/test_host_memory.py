@@ -6,9 +6,9 @@ Each case is a process of its own whose address space is limited while it works,
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import pytest
+from support import TESTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's address space")
 
@@ -126,7 +126,7 @@ CASES = {
 def test_a_lack_of_host_memory_is_told_and_the_device_goes_on(case: str) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", BEGIN + textwrap.dedent(case)],
-        capture_output=True, text=True, timeout=100, cwd=Path(__file__).parent, check=False,
+        capture_output=True, text=True, timeout=100, cwd=TESTS, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-3000:]
     assert "device_thread_ended" not in ran.stderr

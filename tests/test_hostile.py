@@ -14,20 +14,20 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from engines import tried
 from grpc_health.v1 import health_pb2
-from models import Linear
-from running import TIMEOUT_S, Running, serving
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Settings, arrivals, framing, stream
 from sidelight_server.health import MAX_PEER_WATCHES
 from sidelight_server.server import MAX_CONNECTION_CALLS
-from test_authorization import secret
-from test_fuzz import Counts
-from test_resilience import process
-from test_service import Gate, ask, floats, gated, running
-from test_stream import LARGE, Conversation, attribute
+from support.certificates import secret
+from support.conversation import Conversation
+from support.engines import tried
+from support.gate import Gate
+from support.messages import LARGE, ask, attribute, floats
+from support.models import Linear
+from support.processes import process
+from support.servers import TIMEOUT_S, Counts, Running, gated, running, serving
 from torch import Tensor, nn
 
 from benchmarks.hostile import ATTRIBUTE, CHECK, INFO, STREAM, WATCH, Caller, framed
@@ -253,7 +253,7 @@ def test_small_calls_pass_a_large_batch_that_waits(tmp_path: Path, device: str) 
         until(server, lambda: bool(server.server.explainer.admission._waiting))
         small = [server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S) for _ in range(10)]
         until(server, lambda: n_held(server) == 1 + len(small))
-        gate.open.set()
+        gate.open()
         assert all(len(each.result().result.examples) == 1 for each in small)
         assert len(stream.finish()) == 2
         server.until_all_permits_are_back()
@@ -271,7 +271,7 @@ def test_permits_are_left_for_a_caller_beside_one_who_takes_all_it_can(
             assert {call.status for call in caller.calls.values() if call.is_over} == {RESOURCE_EXHAUSTED}
             good = [server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S, metadata=GOOD) for _ in range(6)]
             until(server, lambda: n_held(server) == 26 + 6)
-            gate.open.set()
+            gate.open()
             assert all(len(each.result().result.examples) == 1 for each in good)
             caller.until(lambda: all(call.is_over for call in caller.calls.values()))
         server.until_all_permits_are_back()
@@ -290,7 +290,7 @@ def test_rows_of_one_caller_are_bounded(tmp_path: Path, device: str, tokens: Pat
         assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         good = server.stub.Attribute.future(ask(floats(5), method=many), timeout=TIMEOUT_S, metadata=GOOD)
         until(server, lambda: n_held(server) == 6)
-        gate.open.set()
+        gate.open()
         assert all(each.result() for each in (*calls, good))
 
 
@@ -311,7 +311,7 @@ class Watched(nn.Module):
         return copied
 
     def forward(self, x: Tensor) -> Tensor:
-        self.gate.pass_through(len(x))
+        self.gate.wait(len(x))
         self.has_mark.append(bool((x[:, 0, 0, 0] == self.MARK).any()))
         return self.linear(x)
 
@@ -324,7 +324,6 @@ def test_a_good_caller_beside_300_calls_of_10_000_rows_waits_for_two_chunks(
     marked = floats(1)
     marked[0, 0, 0, 0] = Watched.MARK
     module = Watched()
-    module.gate.open.set()
     engine = tried(Engine([ModelSpec(module)], Settings(device=device, tokens=tokens)), torch.zeros(1, 3, 4, 5))
     with serving(engine, f"unix:{tmp_path}/socket") as server, contextlib.ExitStack() as stack:
         callers = [stack.enter_context(Caller(address(server))) for _ in range(3)]
@@ -334,13 +333,12 @@ def test_a_good_caller_beside_300_calls_of_10_000_rows_waits_for_two_chunks(
         until(server, lambda: n_held(server) == 100)  # of a million rows
         until(server, lambda: sum(caller.n_over() for caller in callers) == 200)
         for _ in range(5):
-            module.gate.reached.clear()
-            module.gate.open.clear()
+            module.gate.shut()
             assert module.gate.reached.wait(TIMEOUT_S)
             good = server.stub.Attribute.future(ask(marked), timeout=TIMEOUT_S, metadata=GOOD)
             until(server, lambda: engine.n_unanswered == 101)
             module.has_mark.clear()
-            module.gate.open.set()
+            module.gate.open()
             assert len(good.result().result.examples) == 1
             assert module.has_mark.index(True) <= 2
         for caller in callers:

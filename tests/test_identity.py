@@ -10,10 +10,10 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from engines import ask
-from models import small_cnn
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.models.weights import Watch
+from support.engines import ask
+from support.models import small_cnn
 from torch import Tensor, nn
 
 SIZE = (3, 32, 32)

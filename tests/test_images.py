@@ -9,10 +9,10 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from models import small_cnn
 from PIL import ExifTags, Image, ImageOps
 from sidelight._images import Batch
 from sidelight_server.models.preprocessing import Preprocessing
+from support.models import small_cnn
 
 # The contract: in company, a map is its own to a millionth of its maximum. A pixel that is off by one moves it by more.
 SHARE = 1e-6

@@ -8,11 +8,11 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from models import small_cnn
 from sidelight_server.attribution import Aim, Score
 from sidelight_server.kernel import Kernel
 from sidelight_server.replica import replicate
 from sidelight_server.staging import Staging, normalise
+from support.models import small_cnn
 from torch import nn
 
 

@@ -9,8 +9,6 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from engines import ask
-from models import small_cnn
 from scipy.stats import spearmanr
 from sidelight_server import Channels, Engine, GradCam, GuidedBackpropagation, IntegratedGradients, ModelSpec, Settings
 from sidelight_server.attribution import PREDICTED, Score
@@ -18,6 +16,8 @@ from sidelight_server.errors import ConfigurationError
 from sidelight_server.folding import fold
 from sidelight_server.kernel import Kernel
 from sidelight_server.options import KernelOptions
+from support.engines import ask
+from support.models import small_cnn
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")

@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import transformers
-from engines import ask, assert_close, explaining
 from sidelight_server import Channels, Engine, GradCam, LayerGradientTimesActivation, ModelSpec, Settings
 from sidelight_server.errors import ConfigurationError, InvalidArgument, NotFound
 from sidelight_server.layers import Layers, Layout
+from support.engines import ask, assert_close, explaining
 from torch import Tensor, nn
 
 SIZE = (3, 32, 32)

@@ -37,6 +37,7 @@ from sidelight_server.logs import (
     LogFormat,
     Throttle,
 )
+from support import ROOT
 
 TIMEOUT_S = 60.0
 FACTORY = """
@@ -299,9 +300,8 @@ def test_faults_of_thousands_of_examples_are_few_lines(tmp_path: Path) -> None:
 
 
 def test_the_page_has_every_event() -> None:
-    root = Path(__file__).parent.parent
-    page = (root / "docs" / "observability.md").read_text(encoding="utf-8")
-    source = "".join(each.read_text(encoding="utf-8") for each in (root / "server").rglob("*.py"))
+    page = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+    source = "".join(each.read_text(encoding="utf-8") for each in (ROOT / "server").rglob("*.py"))
     events = set(re.findall(r'Event\(\s*"(\w+)"', source))
     assert len(events) > 15
     assert {event for event in events if f"`{event}`" not in page} == set()

@@ -14,14 +14,14 @@ import numpy as np
 import pytest
 import sidelight
 import sidelight_server
-from models import Linear
 from PIL import Image
-from running import Running, serving
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.engine import BYTES_OF_EXAMPLE
 from sidelight_server.wire import MAX_EXAMPLES
+from support.models import Linear
+from support.servers import Running, serving
 
 FEW, MANY = 512, MAX_EXAMPLES
 SHAPE = (3, 4, 5)

@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from models import small_cnn
 from sidelight_server import (
     Answer,
     Channels,
@@ -35,6 +34,7 @@ from sidelight_server import (
     TopK,
 )
 from sidelight_server.methods import Method
+from support.models import small_cnn
 
 SHARE = 4e-6
 SHAPE = (3, 16, 16)

@@ -6,8 +6,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines import FLOAT32, Explain, assert_close, explaining
-from models import small_cnn
 from sidelight_server import (
     Blurred,
     Channels,
@@ -28,6 +26,8 @@ from sidelight_server import (
     SmoothGrad,
     Statistic,
 )
+from support.engines import FLOAT32, Explain, assert_close, explaining
+from support.models import small_cnn
 from torch import Tensor, nn
 
 CLASS = 3

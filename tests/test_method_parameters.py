@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from engines import ask, explaining
-from models import small_cnn
 from sidelight_server import (
     Engine,
     ExpectedGradients,
@@ -25,6 +23,8 @@ from sidelight_server import (
 )
 from sidelight_server.errors import FailedPrecondition, InvalidArgument, NotFound
 from sidelight_server.methods import METHODS, Method
+from support.engines import ask, explaining
+from support.models import small_cnn
 from torch import Tensor, nn
 
 SHAPE = (2, 12, 12)

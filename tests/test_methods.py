@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import GradientShap, GuidedBackprop, InputXGradient, IntegratedGradients, NoiseTunnel, Saliency
-from engines import Explain, assert_close, explaining
-from models import small_cnn
 from sidelight_server import Constant, Given, Gradient, GuidedBackpropagation, Rule, Score, SmoothGrad, Statistic
 from sidelight_server import ExpectedGradients as OurExpectedGradients
 from sidelight_server import IntegratedGradients as OurIntegratedGradients
 from sidelight_server.methods import draws
+from support.engines import Explain, assert_close, explaining
+from support.models import small_cnn
 from torch import Tensor, nn
 
 # Captum holds a path's weights, and the nodes of its Riemann rules, in float32: 6e-8 of a gradient, and of the way.

@@ -15,6 +15,7 @@ from sidelight._method_text import METHODS, method_text, parse_method
 from sidelight._targets import target_message, target_text
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
+from support.profiles import n_examples
 
 ZERO = pb.Baseline(constant=0.0)
 
@@ -385,7 +386,7 @@ methods = st.one_of(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=n_examples(400))
 @given(method=methods)
 def test_the_text_of_a_method_makes_the_same_message_again(method: sidelight.Method) -> None:
     message = method.message()
@@ -495,7 +496,7 @@ def test_a_text_that_is_no_method_is_refused_with_what_is_near(text: str, messag
     assert message in caught.value.message
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=n_examples(300))
 @given(text=unicode | st.text("risegradnt()=,'\"0123456789. -*layer_\\"))
 def test_no_text_is_more_than_a_method_or_an_invalid_argument(text: str) -> None:
     with contextlib.suppress(sidelight.InvalidArgument):

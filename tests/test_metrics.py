@@ -20,10 +20,8 @@ import sidelight
 import sidelight_server
 import torch
 from google.protobuf.duration_pb2 import Duration
-from models import Linear
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
-from running import TIMEOUT_S, Running
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, model_pb2_grpc
 from sidelight_server import ConfigurationError, Engine, ModelSpec, Settings
@@ -34,11 +32,14 @@ from sidelight_server.exposition import N_CALLERS, Exposition
 from sidelight_server.metrics import Metrics
 from sidelight_server.passages import Passages
 from sidelight_server.server import Server
-from test_service import ask, floats, gated, running
-from test_stream import Conversation, attribute, cancel
+from support import ROOT
+from support.conversation import Conversation
+from support.messages import ask, attribute, cancel, floats
+from support.models import Linear
+from support.models.reloadable import SOURCE
+from support.servers import TIMEOUT_S, Running, gated, running
 from torch import nn
 
-ROOT = Path(__file__).parent.parent
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
@@ -155,7 +156,7 @@ def test_what_is_in_flight_is_told_while_it_is(tmp_path: Path) -> None:
         assert gate.reached.wait(TIMEOUT_S)
         with exposed(server) as address:
             during = scrape(address)
-            gate.open.set()
+            gate.open()
             stream.finish()
             gauges = [f"sidelight_{each}" for each in ("batches_in_flight", "rows_in_flight", "in_flight_bytes")]
             until_s = time.monotonic() + TIMEOUT_S
@@ -178,7 +179,7 @@ def test_time_in_line_is_told_as_admission(tmp_path: Path) -> None:
             pass
         seen = time.monotonic()
         waiting = server.run(_since(server))
-        gate.open.set()
+        gate.open()
         answers = {each.id: each.result.timing for each in stream.finish()}
     second = answers["second"]
     assert second.admission.ToNanoseconds() / 1e9 >= seen - waiting  # it was let in later than it was seen to wait
@@ -212,7 +213,7 @@ def test_each_way_to_fail_has_its_reason(tmp_path: Path) -> None:
         call.cancel()
         while server.run(_is_full(server)):  # else it could be answered before the server hears of it
             pass
-        gate.open.set()
+        gate.open()
         stream.finish()
         counted = told(server)
     name = "sidelight_failures_total"
@@ -256,7 +257,7 @@ def test_a_caller_whose_deadline_passes_has_not_gone(tmp_path: Path) -> None:
             with pytest.raises(grpc.RpcError) as caught:
                 server.stub.Attribute(ask(floats(1)), timeout=timeout_s)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        gate.open.set()
+        gate.open()
         counted = told(server)
     assert counted.sum("sidelight_requests_total", code="DEADLINE_EXCEEDED") == 3
     assert counted.sum("sidelight_failures_total", reason="deadline") == 3
@@ -269,7 +270,7 @@ def test_a_model_on_a_stuck_device_does_not_serve(tmp_path: Path) -> None:
         until_s = time.monotonic() + TIMEOUT_S
         while scrape(address).sum("sidelight_model_serving"):
             assert time.monotonic() < until_s
-        gate.open.set()
+        gate.open()
         assert not call.result().result.failures
         assert scrape(address).sum("sidelight_model_serving") == 1
 
@@ -323,9 +324,7 @@ def test_a_device_and_the_versions_of_models_are_told(tmp_path: Path) -> None:
 def test_loads_that_fail_are_counted(tmp_path: Path) -> None:
     weights = tmp_path / "w.safetensors"
     weights.write_bytes(b"cut")
-    settings = Settings(
-        models={"bad": {"model": "python:reloadable:net", "weights": weights, "load": "lazy"}}, device="cpu"
-    )
+    settings = Settings(models={"bad": {"model": SOURCE, "weights": weights, "load": "lazy"}}, device="cpu")
     with Engine(list(settings.of_models().values()), settings) as engine:
         with pytest.raises(sidelight_server.errors.SidelightError):
             asyncio.run(engine.registry.ready("bad"))

@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from engines import explaining
-from models import small_cnn
 from sidelight_server import (
     Answer,
     Channels,
@@ -18,6 +16,8 @@ from sidelight_server import (
     TopK,
 )
 from sidelight_server.methods import Method
+from support.engines import explaining
+from support.models import small_cnn
 from torch import Tensor, nn
 
 SIZE = (3, 16, 16)

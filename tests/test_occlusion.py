@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import Occlusion as CaptumOcclusion
-from engines import Explain, assert_close, explaining
 from sidelight_server import Channels, Constant, Given, Occlusion, Rise, Score
 from sidelight_server.methods import draws
 from skimage.transform import resize
+from support.engines import Explain, assert_close, explaining
 from torch import Tensor, nn
 
 CLASS = 2

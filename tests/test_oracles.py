@@ -19,8 +19,9 @@ import sidelight_server
 import torch
 from captum.attr import InputXGradient, Saliency
 from captum.testing.helpers.basic_models import BasicModel_ConvNet_One_Conv
-from models import Linear, small_cnn
 from sidelight_server.demo import efficientnet_lite0
+from support import ROOT, TESTS
+from support.models import Linear, small_cnn
 from torch import Tensor, nn
 
 GPU_SHARE = 1e-4
@@ -207,13 +208,12 @@ def test_maps_are_equal_to_the_originals(
     files = [tmp_path / name for name in ("module.pt", "images.pt", "maps.npy")]
     torch.save(module, files[0])
     torch.save(x, files[1])
-    here = Path(__file__).parent
     # The original needs stand-ins for the rest of its package, so it runs in a process of its own.
     subprocess.run(
         [sys.executable, "-m", "benchmarks.original", *files],
         check=True,
         timeout=100,
-        cwd=here.parent,
-        env=os.environ | {"PYTHONPATH": str(here)},
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(TESTS)},
     )
     assert_equal(explain(module)(x).maps, torch.from_numpy(np.load(files[2])), device)

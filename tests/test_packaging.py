@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sidelight
+from support import ROOT
+from support.components import FLOOR
 
-ROOT = Path(__file__).parent.parent
-FLOOR = ROOT / ".venv-floor" / "bin" / "python"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-
-needs_floor = pytest.mark.skipif(not FLOOR.exists(), reason="make setup makes the environment of the oldest versions")
 
 
 def wheel_of(source: Path, folder: Path) -> list[str]:
@@ -78,7 +76,7 @@ def test_the_floors_are_the_generators_age() -> None:
     assert grpc == floors["grpcio"]
 
 
-@needs_floor
+@pytest.mark.requires("floor")
 def test_the_oldest_versions_talk_to_the_newest(address: str, client: sidelight.Client, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8)
     np.save(tmp_path / "pixels.npy", pixels)

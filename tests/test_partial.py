@@ -7,13 +7,13 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pytest
 import sidelight
-from scripted import Script, answer, failure, scripted
 from sidelight import _attribution
 from sidelight._images import Batch
 from sidelight._inbox import End, Inbox
 from sidelight._ledger import Entry
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
+from support.scripted_server import Script, answer, failure, scripted
 
 ONE = np.zeros((1, 3, 2, 2), np.float32)
 PREDICTED = pb.Target(predicted=pb.PredictedTarget())

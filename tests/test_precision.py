@@ -5,7 +5,6 @@ import asyncio
 import numpy as np
 import pytest
 import torch
-from models import Linear, small_cnn
 from sidelight_server import (
     Channels,
     Constant,
@@ -20,6 +19,7 @@ from sidelight_server import (
     Settings,
     SmoothGrad,
 )
+from support.models import Linear, small_cnn
 from torch import Tensor, nn
 
 

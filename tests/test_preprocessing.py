@@ -12,6 +12,7 @@ from sidelight_server.errors import InvalidArgument
 from sidelight_server.models import preprocessing
 from sidelight_server.models.decoding import decode
 from sidelight_server.models.preprocessing import Geometry, Preprocessing
+from support.profiles import n_examples
 
 FILTERS = ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 
@@ -141,7 +142,7 @@ def test_a_short_side_of_one_just_covers_the_input() -> None:
 sides = st.integers(1, 400)
 
 
-@settings(derandomize=True, deadline=None, max_examples=150)
+@settings(max_examples=n_examples(150))
 @given(sides, sides, st.integers(1, 40), st.integers(1, 40), st.integers(1, 60), st.sampled_from([1, 3, 4]))
 def test_the_crop_lies_in_the_middle_of_a_picture_that_keeps_its_aspect(
     original_height: int, original_width: int, height: int, width: int, resize: int, channels: int

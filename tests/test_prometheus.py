@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import shutil
 import socket
 import subprocess
 import time
@@ -20,9 +19,9 @@ import sidelight
 import sidelight_server
 import yaml
 from sidelight_server import ModelSpec
+from support import ROOT
 from torch import nn
 
-ROOT = Path(__file__).parent.parent
 RULES = ROOT / "deploy" / "prometheus" / "sidelight.rules.yaml"
 BOARD = json.loads((ROOT / "deploy" / "grafana" / "sidelight.json").read_text(encoding="utf-8"))
 PAGE = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
@@ -30,10 +29,7 @@ VARIABLES = {"$job": ".*", "$instance": ".*", "$model": ".*", "$__rate_interval"
 PATIENCE_S = 30.0
 ONLY_ON_A_GPU = {"sidelight_device_free_bytes"}
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("prometheus") and shutil.which("promtool")),
-    reason="Prometheus is not here, as Debian packages it",
-)
+pytestmark = pytest.mark.requires("prometheus")
 
 
 def alerts() -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from engines import Explain, explaining
 from scipy.stats import spearmanr
 from sidelight_server import (
     Channels,
@@ -26,6 +25,7 @@ from sidelight_server import (
 )
 from sidelight_server.methods import Method
 from sklearn.datasets import load_digits
+from support.engines import Explain, explaining
 from torch import Tensor, nn
 
 SHAPE = (1, 8, 8)

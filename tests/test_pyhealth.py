@@ -15,12 +15,12 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from models import small_cnn
 from sidelight.pyhealth import BasicGradientSaliencyMaps
+from support import ROOT
+from support.components import PYHEALTH
+from support.models import small_cnn
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parent.parent
-WHOLE = ROOT / ".venv-pyhealth"
 N_THREADS = 8
 
 Make = Callable[..., BasicGradientSaliencyMaps]
@@ -186,7 +186,10 @@ def test_what_is_no_batch_is_refused_before_any_work(given: object) -> None:
     assert set(threading.enumerate()) <= before
 
 
-@pytest.mark.parametrize("model", [None, 3, small_cnn, ["a:1", "b:2"]], ids=str)
+NO_MODELS = {"nothing": None, "a number": 3, "a function": small_cnn, "addresses": ["a:1", "b:2"]}
+
+
+@pytest.mark.parametrize("model", NO_MODELS.values(), ids=NO_MODELS)
 def test_what_is_no_model_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match=r"^model: got "):
         BasicGradientSaliencyMaps(model)
@@ -449,13 +452,11 @@ def test_the_client_alone_needs_no_torch() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    not (WHOLE / ".ready").exists(), reason="make pyhealth makes the environment of the whole of PyHealth"
-)
+@pytest.mark.requires("pyhealth")
 def test_a_model_of_pyhealths_own_gives_the_originals_maps(tmp_path: Path) -> None:
     """Binary, multiclass and multilabel, on a data set of PyHealth's; what it keeps goes into a folder of its own."""
     done = subprocess.run(
-        [WHOLE / "bin" / "python", Path(__file__).with_name("whole_pyhealth.py")],
+        [PYHEALTH / "bin" / "python", Path(__file__).with_name("whole_pyhealth.py")],
         env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
         capture_output=True,
         text=True,

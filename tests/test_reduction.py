@@ -3,7 +3,6 @@
 Without a GPU the fused kernel runs in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/test_reduction.py`.
 """
 
-import os
 from collections.abc import Callable
 
 import pytest
@@ -27,6 +26,7 @@ def test_it_is_what_each_row_alone_is_reduced_to(shape: tuple[int, ...], dtype: 
     assert torch.equal(largest_absolute(x), torch.stack(alone))
 
 
+@pytest.mark.requires("triton")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "strided"])
@@ -42,6 +42,7 @@ def test_the_fused_kernel_gives_the_same_bytes(
     assert torch.equal(fused(x), x.abs().amax(dim=1).float())
 
 
+@pytest.mark.requires("triton")
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
 def test_the_fused_kernel_hides_nothing_that_is_not_finite(odd: float, device: str) -> None:
     fused = _fused(device)
@@ -53,9 +54,6 @@ def test_the_fused_kernel_hides_nothing_that_is_not_finite(odd: float, device: s
 
 
 def _fused(device: str) -> Callable[[Tensor], Tensor]:
-    pytest.importorskip("triton")
-    if not device.startswith("cuda") and os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("without a GPU it runs in Triton's interpreter alone: TRITON_INTERPRET=1")
     from sidelight_server.fused import largest_absolute
 
     return largest_absolute

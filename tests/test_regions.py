@@ -12,24 +12,25 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-from models import Linear, small_cnn
-from running import TIMEOUT_S, Running
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server import ModelSpec, serve
 from sidelight_server.errors import ConfigurationError, PermissionDenied
 from sidelight_server.regions import SharedMemory, undisturbed
-from test_service import floats, gated, linear_maps, running
-from test_stream import (
+from support.conversation import Conversation
+from support.messages import (
     INVALID_ARGUMENT,
     NOT_FOUND,
-    Conversation,
     assert_explains,
     attribute,
     cancel,
     code_of,
-    until_no_stream_is_left,
+    floats,
+    linear_maps,
 )
+from support.models import Linear, small_cnn
+from support.servers import TIMEOUT_S, Running, gated, running
+from support.waiting import until_no_stream_is_left
 
 FAILED_PRECONDITION, RESOURCE_EXHAUSTED, DATA_LOSS = 9, 8, 15
 SIZE = 64 * 1024
@@ -380,7 +381,7 @@ def test_a_file_that_is_cut_short_while_its_batch_runs_fails_it(tmp_path: Path, 
         stream.send(attribute("running", floats(1), output=into()))
         assert gate.reached.wait(TIMEOUT_S)
         os.truncate(path, 79)
-        gate.open.set()
+        gate.open()
         (answer,) = stream.finish()
         assert code_of(answer) == DATA_LOSS
         assert path.stat().st_size == 79
@@ -418,8 +419,7 @@ def test_a_caller_who_vanishes_leaves_no_file_open(tmp_path: Path, folder: Path,
     with gated(tmp_path, device=device, shared_memory=folder) as (gate, server):
         path = make(folder / "a")
         for n in range(10):
-            gate.open.clear()
-            gate.reached.clear()
+            gate.shut()
             with grpc.insecure_channel(server.server.addresses[0], [("n", n)]) as channel:
                 stream = Conversation(channel)
                 opened(stream, "a")
@@ -427,7 +427,7 @@ def test_a_caller_who_vanishes_leaves_no_file_open(tmp_path: Path, folder: Path,
                 assert gate.reached.wait(TIMEOUT_S)
                 assert files_of(folder) == 1
             stream.leave()
-            gate.open.set()
+            gate.open()
             until_no_stream_is_left(server)
             assert files_of(folder) == 0
         assert path.stat().st_size == SIZE
@@ -445,7 +445,7 @@ def test_a_batch_in_a_region_can_be_taken_back(tmp_path: Path, folder: Path, dev
         assert gate.reached.wait(TIMEOUT_S)
         stream.send(cancel("one"))
         assert code_of(stream.receive()) == 1
-        gate.open.set()
+        gate.open()
         assert stream.finish() == []
         assert (folder / "a").read_bytes() == bytes(SIZE)
 

@@ -16,21 +16,21 @@ from pathlib import Path
 import grpc
 import numpy as np
 import pytest
-import reloadable
 import sidelight
 import sidelight_server
 import torch
-from gate import Gate, Gated
 from google.protobuf.duration_pb2 import Duration
-from models import LABELS, small_cnn
-from reloadable import SIZE, SOURCE, write_weights
-from running import Running
-from running import serving as running_server
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.config import ModelSettings
 from sidelight_server.watch import Watch
-from test_service import BRIEF
-from test_stream import Conversation, attribute, cancel
+from support import TESTS
+from support.conversation import Conversation
+from support.gate import Gate, Gated
+from support.messages import BRIEF, attribute, cancel
+from support.models import LABELS, reloadable, small_cnn
+from support.models.reloadable import SIZE, SOURCE, write_weights
+from support.servers import Running
+from support.servers import serving as running_server
 
 FLOATS = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(5)).numpy()
 TOLERANCE = 4e-6  # of the largest: what company may do to a map
@@ -208,7 +208,7 @@ def test_waiting_for_a_lazy_model_is_within_the_batch_s_time(monkeypatch: pytest
         return reloadable.net()
 
     monkeypatch.setattr(reloadable, "slow", slow, raising=False)
-    with serving(models={"slow": {"model": "python:reloadable:slow", "load": "lazy"}}) as client:
+    with serving(models={"slow": {"model": "python:support.models.reloadable:slow", "load": "lazy"}}) as client:
         with pytest.raises(sidelight.DeadlineExceeded):
             client.attribute(FLOATS, timeout=0.3)
         assert loading.wait(20)
@@ -227,7 +227,7 @@ def _conversing(
         return reloadable.net()
 
     monkeypatch.setattr(reloadable, "slow", slow, raising=False)
-    models = {"there": {"model": SOURCE}, "slow": {"model": "python:reloadable:slow", "load": "lazy"}}
+    models = {"there": {"model": SOURCE}, "slow": {"model": "python:support.models.reloadable:slow", "load": "lazy"}}
     chosen = Settings(models=models, device="cpu", threads=1, **settings)
     engine = Engine(list(chosen.of_models().values()), chosen)
     with running_server(engine, "127.0.0.1:0") as server, Conversation(server.channel) as stream:
@@ -455,7 +455,7 @@ def test_a_failed_reload_keeps_the_old_version_and_nothing_of_the_new(weights: P
 
 @pytest.mark.parametrize("spoil", [broken, of_another_network, None])
 def test_a_factory_that_returns_the_module_that_serves_changes_no_map_of_it(weights: Path, spoil: object) -> None:
-    with serving(model="python:reloadable:cached", weights=weights, allow_reload=True) as client:
+    with serving(model="python:support.models.reloadable:cached", weights=weights, allow_reload=True) as client:
         first = client.attribute(FLOATS)
         if spoil:
             spoil(weights)
@@ -556,7 +556,7 @@ def _hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> Set
         return reloadable.net()
 
     monkeypatch.setattr(reloadable, "waiting", waiting, raising=False)
-    sources = {"hanging": "python:reloadable:waiting", "other": SOURCE}
+    sources = {"hanging": "python:support.models.reloadable:waiting", "other": SOURCE}
     models = {name: {"model": sources[name], "weights": path} for name, path in paths.items()}
     return Settings(models=models, device="cpu", threads=1)
 
@@ -615,7 +615,7 @@ def test_a_reload_that_hangs_holds_up_no_other_at_a_signal(
 
 def test_sighup_loads_again_and_the_process_lives(tmp_path: Path, weights: Path) -> None:
     command = [sys.executable, "-m", "sidelight_server", "--model", SOURCE, "--weights", str(weights)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
     with subprocess.Popen(
         [*command, "--listen", f"unix:{tmp_path}/socket", "--threads", "1"],
         cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True,
@@ -654,9 +654,9 @@ def test_an_engine_takes_modules_and_sources_together(weights: Path) -> None:
 
 def test_a_factory_that_hangs_does_not_keep_the_process_from_ending(tmp_path: Path) -> None:
     (tmp_path / "hanging.py").write_text("import threading\n\ndef net():\n    threading.Event().wait()\n")
-    lazy = '[models.good]\nmodel = "python:reloadable:net"\n[models.bad]\nmodel = "python:hanging:net"\nload = "lazy"\n'
+    lazy = f'[models.good]\nmodel = "{SOURCE}"\n[models.bad]\nmodel = "python:hanging:net"\nload = "lazy"\n'
     (tmp_path / "sidelight.toml").write_text(lazy)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    environment = os.environ | {"PYTHONPATH": str(TESTS)}
     command = [sys.executable, "-m", "sidelight_server", "--listen", f"unix:{tmp_path}/socket", "--drain-s", "0"]
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL) as process:
         try:

@@ -15,10 +15,10 @@ import sidelight
 import sidelight_server
 import torch
 from click.testing import Result
-from models import LABELS, small_cnn
 from PIL import Image
 from sidelight._cli import app
 from sidelight._replay import TOLERANCE
+from support.models import LABELS, small_cnn
 from torch import nn
 from typer.testing import CliRunner
 

@@ -10,8 +10,8 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from models import small_cnn
 from sidelight_server import ModelSpec
+from support.models import small_cnn
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint

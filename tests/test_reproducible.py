@@ -6,7 +6,6 @@ import random
 import numpy as np
 import pytest
 import torch
-from models import small_cnn
 from sidelight_server import (
     Answer,
     ConfigurationError,
@@ -23,6 +22,7 @@ from sidelight_server import (
     serve,
 )
 from sidelight_server.demo import efficientnet_lite0
+from support.models import small_cnn
 from torch import Tensor, nn
 
 

@@ -23,11 +23,12 @@ import psutil
 import pytest
 import sidelight
 import sidelight_server
-from proxy import proxy
-from scripted import Ended, Script, answer, failure, mute, nobody, scripted
 from sidelight.v1 import attribution_pb2 as pb
+from support import ROOT
+from support.processes import process
+from support.proxy import proxy
+from support.scripted_server import Ended, Script, answer, failure, mute, nobody, scripted
 
-ROOT = Path(__file__).parent.parent
 ONE = np.zeros((1, 3, 2, 2), np.float32)
 DRAINED = (("sidelight-end", "shutdown"),)
 
@@ -419,20 +420,6 @@ def test_a_network_that_delays_everything_costs_time_alone(address: str) -> None
 
 
 # Real servers that are really killed.
-
-
-@contextlib.contextmanager
-def process(model: str, address: str, *flags: str) -> Iterator[subprocess.Popen[str]]:
-    """Run a server on a model of `killed.py`."""
-    command = [sys.executable, "-m", "sidelight_server", "--model", f"python:killed:{model}", "--listen", address]
-    path = os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": path, "SIDELIGHT_THREADS": "1"}
-    with subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True, env=environment) as server:
-        try:
-            assert any("event=serving" in line for line in server.stderr)
-            yield server
-        finally:
-            server.kill()
 
 
 @contextlib.contextmanager

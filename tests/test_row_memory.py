@@ -9,9 +9,9 @@ import logging
 import numpy as np
 import pytest
 import torch
-from models import N_CLASSES
 from sidelight_server import Answer, Engine, IntegratedGradients, ModelSpec, Occlusion, Request, Settings
 from sidelight_server.errors import ResourceExhausted
+from support.models import N_CLASSES
 from torch import Tensor, nn
 
 LIMIT = 32 * 2**20

@@ -9,9 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from engines import tried
-from gate import Gate, Gated
-from models import small_cnn
 from sidelight_server import (
     Answer,
     Engine,
@@ -27,6 +24,9 @@ from sidelight_server import (
 )
 from sidelight_server.engine import Progress
 from sidelight_server.job import Job
+from support.engines import tried
+from support.gate import Gate, Gated
+from support.models import small_cnn
 from torch import Tensor
 
 LONG = IntegratedGradients(steps=300)

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from engines import tried
-from gate import Gate, Gated
-from models import small_cnn
 from sidelight_server import Engine, IntegratedGradients, ModelSpec, Request, Settings
 from sidelight_server.ceiling import GOOD_CHUNKS, MOST_GOOD_CHUNKS, Ceiling
 from sidelight_server.models.model import Model
 from sidelight_server.runner import Runner
 from sidelight_server.warmup import warm_up
+from support.engines import tried
+from support.gate import Gate, Gated
+from support.models import small_cnn
 from torch import Tensor, nn
 
 BAD = 255

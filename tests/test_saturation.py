@@ -10,8 +10,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from engines import ask, explaining
-from models import Linear
 from sidelight_server import (
     Answer,
     Channels,
@@ -30,6 +28,8 @@ from sidelight_server import (
 from sidelight_server.attribution import PREDICTED, Aim, Region
 from sidelight_server.scores import MOST_LOG_ODDS, Head
 from sklearn.datasets import load_digits
+from support.engines import ask, explaining
+from support.models import Linear
 from torch import Tensor, nn
 
 GAPS = torch.arange(5.0, 41.0)

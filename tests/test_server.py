@@ -1,15 +1,13 @@
 """The server's life: it starts, or says in a line why not; it drains; and it leaves nothing behind."""
 
 import asyncio
-import contextlib
 import os
 import pickle
 import signal
 import socket
-import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -18,55 +16,17 @@ import pytest
 import safetensors.torch
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from models import Linear, small_cnn
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 from sidelight_server import ConfigurationError, ModelSpec, serve
 from sidelight_server.__main__ import main
-from test_service import TIMEOUT_S, ask, floats, running
-from test_stream import Conversation, assert_explains, attribute
+from support.conversation import Conversation
+from support.messages import ask, assert_explains, attribute, floats
+from support.models import Linear, small_cnn
+from support.processes import FACTORIES, LOCAL, await_line, start, started
+from support.servers import TIMEOUT_S, running
 from torch import nn
 
-FACTORIES = """
-import torch
-from torch import nn
-from sidelight_server import ModelSpec
-
-def net():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5))
-
-def spec():
-    return ModelSpec(net(), input_size=(3, 4, 4), labels=["a", "b", "c", "d", "e"], name="specified")
-
-class Gate(nn.Module):
-    waits = True  # in its first pass
-
-    def __init__(self):
-        super().__init__()
-        self.net = net()
-
-    def forward(self, x):
-        if Gate.waits:
-            Gate.waits = False
-            open("reached", "w").close()  # pipes, each of which waits for its other end
-            open("go").close()
-        return self.net(x)
-
-def sad():
-    raise LookupError("no weights\\n  in three\\nlines")
-
-def leaving():
-    raise SystemExit(0)
-
-number = 5
-
-def five():
-    return 5
-
-def other_size():
-    return nn.Sequential(nn.Flatten(), nn.Linear(7, 5))
-"""
 MARK = "code-that-a-file-brought-was-run"
 
 
@@ -128,7 +88,6 @@ def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 NET = ["--model", "python:factories:net", "--input-size", "3,4,4", "--device", "cpu"]
-LOCAL = ["--listen", "127.0.0.1:0"]
 
 
 def weights(name: str) -> list[str]:
@@ -264,38 +223,6 @@ def test_a_port_that_is_taken_is_refused(
     assert "Address already in use" in told
     assert told.splitlines()[-1].startswith(f"sidelight-server: listen: cannot bind {address}: ")
     assert "Traceback" not in told
-
-
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("SIDELIGHT_")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "sidelight_server", *arguments],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def await_line(process: subprocess.Popen[str], event: str) -> str:
-    """Return the next line that a process logs, which must be of an event."""
-    line = process.stderr.readline()
-    assert f"event={event} " in line, line + process.stderr.read()
-    return line
-
-
-@contextlib.contextmanager
-def started(folder: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], list[str]]]:
-    """A process that serves, and its addresses."""
-    with start(folder, *arguments) as process:
-        try:
-            await_line(process, "loaded")
-            line = await_line(process, "serving")
-            (addresses,) = (word for word in line.split() if word.startswith("addresses="))
-            yield process, addresses.removeprefix("addresses=").split(",")
-        finally:
-            process.kill()
 
 
 def ask_net(address: str) -> pb.AttributeResponse:

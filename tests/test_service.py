@@ -1,9 +1,7 @@
 """The service: the calls of `sidelight.v1` beside reflection and health, the permits, and callers who go away."""
 
 import concurrent.futures
-import contextlib
 import logging
-import threading
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -12,105 +10,21 @@ import grpc
 import numpy as np
 import pytest
 import torch
-from engines import tried
 from google.protobuf.duration_pb2 import Duration
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from models import LABELS, N_CLASSES, Linear
-from running import TIMEOUT_S, Running, serving
 from sidelight.v1 import attribution_pb2 as pb
-from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc, tensor_pb2
-from sidelight_server import Engine, ModelSpec, Settings, serve
+from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
+from sidelight_server import ModelSpec, Settings, serve
 from sidelight_server.engine import BYTES_OF_EXAMPLE
 from sidelight_server.server import SERVICES
 from sidelight_server.wire import MAX_EXAMPLES
+from support.messages import BRIEF, ask, floats, linear_maps, maps_of
+from support.models import LABELS, N_CLASSES, Linear
+from support.servers import TIMEOUT_S, gated, running
 from torch import Tensor, nn
 
 Status = grpc.StatusCode
-
-BRIEF = Duration(nanos=100_000_000)
-
-
-class Gate:
-    """What a model waits at, until the test opens it."""
-
-    def __init__(self) -> None:
-        self.open = threading.Event()
-        self.reached = threading.Event()
-        self.n_rows = 0
-
-    def pass_through(self, n_rows: int) -> None:
-        self.n_rows += n_rows
-        self.reached.set()
-        assert self.open.wait(TIMEOUT_S), "the test never opened the gate"
-
-    def __deepcopy__(self, memo: dict[int, object]) -> "Gate":
-        return self  # so that the test holds the gate of the replica that runs
-
-
-class Gated(nn.Module):
-    """Logits that are linear in [N, 3, 4, 5], behind a gate. It has no input size, so loading it runs no rows."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = Gate()
-        self.linear = Linear()
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.gate.pass_through(len(x))
-        return self.linear(x)
-
-
-@contextlib.contextmanager
-def running(module: nn.Module, folder: Path, **settings: object) -> Iterator[Running]:
-    with serving(Engine([ModelSpec(module)], Settings(**settings)), f"unix:{folder}/socket") as server:
-        yield server
-
-
-@contextlib.contextmanager
-def gated(folder: Path, **settings: object) -> Iterator[tuple[Gate, Running]]:
-    module = Gated()
-    gate = module.gate
-    gate.open.set()
-    engine = tried(Engine([ModelSpec(module)], Settings(**settings)), torch.zeros(1, 3, 4, 5))
-    gate.open.clear()
-    gate.reached.clear()
-    gate.n_rows = 0
-    with serving(engine, f"unix:{folder}/socket") as server:
-        try:
-            yield gate, server
-        finally:
-            gate.open.set()
-
-
-def ask(images: np.ndarray, /, **fields: object) -> pb.AttributeRequest:
-    dtype = tensor_pb2.DataType.Value(f"DATA_TYPE_{images.dtype.name.upper()}")
-    good = {
-        "images": tensor_pb2.Images(
-            tensor=tensor_pb2.Tensor(dtype=dtype, shape=images.shape, data=images.tobytes()),
-        ),
-        "target": pb.Target(predicted=pb.PredictedTarget()),
-        "method": pb.Method(gradient=pb.GradientMethod()),
-    }
-    return pb.AttributeRequest(**(good | fields))
-
-
-def floats(n: int, *, shape: tuple[int, int, int] = (3, 4, 5), seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((n, *shape)).astype(np.float32)
-
-
-def maps_of(response: pb.AttributeResponse) -> np.ndarray:
-    return np.frombuffer(response.result.maps.data, "<f4").reshape(tuple(response.result.maps.shape))
-
-
-def linear_maps(x: np.ndarray) -> np.ndarray:
-    """The closed form: softmax of a linear model, map = max over channels of |p_k (w_k − Σ_j p_j w_j)|."""
-    weight, bias = (each.detach().double() for each in Linear().linear.parameters())
-    inputs = torch.from_numpy(x).double().flatten(1)  # [n, C·H·W]
-    p = (inputs @ weight.T + bias).softmax(dim=1)  # [n, K]
-    largest, k = p.max(dim=1)
-    gradients = largest[:, None] * (weight[k] - p @ weight)  # [n, C·H·W]
-    return gradients.view(x.shape).abs().amax(dim=1).numpy()
 
 
 @pytest.fixture
@@ -283,7 +197,7 @@ def test_over_the_permits_a_unary_call_is_told_when_to_come_again(tmp_path: Path
         trailers = dict(caught.value.trailing_metadata())
         assert int(trailers["retry-after-ms"]) > 0
 
-        gate.open.set()
+        gate.open()
         np.testing.assert_allclose(maps_of(first.result()), linear_maps(floats(2)), rtol=1e-4, atol=1e-8)
         server.until_all_permits_are_back()
         assert maps_of(server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)).shape == (1, 4, 5)
@@ -300,7 +214,7 @@ def test_over_the_bytes_a_unary_call_is_told_when_to_come_again(tmp_path: Path, 
         assert caught.value.code() is Status.RESOURCE_EXHAUSTED
         assert f"max_in_flight_bytes {room}" in caught.value.details()
         assert "retry-after-ms" in dict(caught.value.trailing_metadata())
-        gate.open.set()
+        gate.open()
         assert len(first.result().result.examples) == 100
 
 
@@ -321,7 +235,7 @@ def test_rows_whose_time_is_over_never_run(tmp_path: Path, device: str) -> None:
             server.stub.Attribute(ask(floats(5), timeout=BRIEF), timeout=TIMEOUT_S)
         assert caught.value.code() is Status.DEADLINE_EXCEEDED
         assert caught.value.details().startswith("timeout: ")
-        gate.open.set()
+        gate.open()
         first.result()
         server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
         assert gate.n_rows == 3
@@ -344,7 +258,7 @@ def test_a_unary_caller_who_goes_away_frees_rows_and_permit(how: str, tmp_path: 
             first.result()
 
         server.until_all_permits_are_back()
-        gate.open.set()
+        gate.open()
         server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
         assert gate.n_rows == 2
 

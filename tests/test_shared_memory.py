@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import sidelight
 import sidelight_server
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sidelight._arena import ALIGNMENT, Arena
 from sidelight._shared_memory import Region
@@ -161,7 +161,6 @@ def test_a_region_that_does_not_fit_is_refused_and_leaves_no_file(folder: Path) 
     assert list(folder.iterdir()) == []
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine is shared
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 300)), max_size=60))
 def test_ranges_of_an_arena_never_overlap_and_all_of_it_comes_back(acts: list[tuple[bool, int]]) -> None:
     arena, taken = Arena(1000), {}

@@ -14,7 +14,7 @@ import pytest
 import torch
 from sidelight_server import ConfigurationError
 from sidelight_server.models import sources
-from sourced import N_CLASSES, SHAPE, assert_serves, examples, net, refusal, served_maps
+from support.models.sources import N_CLASSES, SHAPE, assert_serves, examples, net, refusal, served_maps
 from torch import Tensor, nn
 from torch.export import Dim
 

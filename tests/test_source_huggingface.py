@@ -21,7 +21,8 @@ from PIL import Image
 from sidelight_server.config import ModelSettings
 from sidelight_server.models import sources
 from sidelight_server.models.model import Model
-from sourced import assert_serves, examples, expected_maps, refusal, served_maps
+from support.components import ONNX
+from support.models.sources import assert_serves, examples, expected_maps, refusal, served_maps
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -44,7 +45,6 @@ from transformers.models.segformer.image_processing_pil_segformer import Segform
 from transformers.models.textnet.image_processing_pil_textnet import TextNetImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-EXTRA = Path(sys.prefix) / "onnx"  # what the extra onnx brings, torchvision among it: see `test_source_onnx`
 PHOTOGRAPH = Path(skimage.__file__).parent / "data" / "chelsea.png"  # 300 × 451
 # Of a photograph: whole, and parts of other shapes, whose margins are odd in every way once they are resized.
 SIZES = [(300, 451), (299, 211), (200, 203), (57, 91), (61, 44), (300, 100)]
@@ -326,14 +326,14 @@ def test_an_exported_classifier_is_served_where_nobody_has_imported_transformers
     assert_serves(source, lambda x: module(x).logits, x)
 
 
-@pytest.mark.skipif(not (EXTRA / "torchvision").is_dir(), reason=f"torchvision is not in {EXTRA.name}/")
+@pytest.mark.requires("torchvision")
 def test_a_folder_is_served_beside_a_torchvision_that_does_not_fit(tmp_path: Path) -> None:
     module = vit()
     folder = write(tmp_path / "net", module, ViTImageProcessorPil(size={"height": 48, "width": 48}))
     code = "import json, torch; from sidelight_server.models import sources\n"
     code += f"module = sources.load('hf:{folder}').module\n"
     code += "print(json.dumps(module(torch.ones(1, 3, 48, 48)).logits.tolist()))"
-    path = os.pathsep.join([str(EXTRA), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
+    path = os.pathsep.join([str(ONNX), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]).rstrip(os.pathsep)
     environment = os.environ | {"PYTHONPATH": path}
     ran = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100, check=False

@@ -7,20 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from sourced import refusal
-
-# What the extra brings, beside the environment: torchvision among it, which would change what others import.
-EXTRA = Path(sys.prefix) / "onnx"
-CASES = Path(__file__).with_name("onnx_cases.py")
-needs_extra = pytest.mark.skipif(not (EXTRA / "onnx2torch").is_dir(), reason=f"onnx2torch is not in {EXTRA.name}/")
+from support import TESTS
+from support.components import ONNX
+from support.models.sources import refusal
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """What the cases found out, each by its name."""
-    path = os.pathsep.join([str(EXTRA), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    path = os.pathsep.join([str(ONNX), str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     ran = subprocess.run(
-        [sys.executable, CASES],
+        [sys.executable, "-m", "support.models.onnx_cases"],
         cwd=tmp_path_factory.mktemp("onnx"),
         env=os.environ | {"PYTHONPATH": path.rstrip(os.pathsep)},
         capture_output=True,
@@ -32,32 +29,32 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return dict(json.loads(ran.stdout.splitlines()[-1]))
 
 
-@needs_extra
+@pytest.mark.requires("onnx")
 def test_a_network_is_served_as_torch_computes_it(found: dict[str, object]) -> None:
     assert found["served"] < 1e-5  # the largest difference, as a share of the largest value
 
 
-@needs_extra
+@pytest.mark.requires("onnx")
 def test_a_network_of_a_static_batch_says_so(found: dict[str, object]) -> None:
     assert found["static"] == [[2, 2], [3, 16, 16]]
     assert found["dynamic"] == [None, [3, 16, 16]]
     assert found["served static"] < 1e-5
 
 
-@needs_extra
+@pytest.mark.requires("onnx")
 def test_a_network_as_torch_exports_it_by_default_is_served_as_torch_computes_it(found: dict[str, object]) -> None:
     assert found["exported"] == [None, [3, 16, 16]]
     assert found["outputs exported"] < 1e-6
     assert found["served exported"] < 1e-5
 
 
-@needs_extra
+@pytest.mark.requires("onnx")
 def test_a_packaged_classifier_answers_as_the_reference_does(found: dict[str, object]) -> None:
     assert found["packaged outputs"] < 1e-4
     assert found["packaged gradient"] > 0
 
 
-@needs_extra
+@pytest.mark.requires("onnx")
 def test_weights_beside_the_file_are_read_and_watched(found: dict[str, object]) -> None:
     assert found["external"] < 1e-6
     assert found["watched"] == ["beside.onnx", "weights.bin"]
@@ -77,7 +74,7 @@ REFUSALS = {
 }
 
 
-@needs_extra
+@pytest.mark.requires("onnx")
 @pytest.mark.parametrize(("case", "words"), REFUSALS.items(), ids=REFUSALS)
 def test_a_file_that_cannot_be_served_is_refused(case: str, words: str, found: dict[str, object]) -> None:
     said = str(found[case])
@@ -85,7 +82,7 @@ def test_a_file_that_cannot_be_served_is_refused(case: str, words: str, found: d
     assert len(said.splitlines()) == 1
 
 
-@needs_extra
+@pytest.mark.requires("onnx")
 @pytest.mark.parametrize("case", ["an operator that has no equal", "an operator of a newer set"])
 def test_a_refused_operator_comes_with_the_way_out(case: str, found: dict[str, object]) -> None:
     assert str(found[case]).endswith("; export the model with torch.onnx.export(…, dynamo=False, opset_version=17)")

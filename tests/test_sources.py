@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from sidelight_server import ConfigurationError
 from sidelight_server.models import sources
-from sourced import SHAPE, assert_serves, examples, net, refusal, served_maps
+from support.models.sources import SHAPE, assert_serves, examples, net, refusal, served_maps
 from torch import Tensor, nn
 
 FACTORY = """

@@ -2,8 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
-import io
 import logging
 import queue
 import socket
@@ -16,103 +14,38 @@ import grpc
 import numpy as np
 import pytest
 import sidelight_server
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
-from google.protobuf.message import DecodeError, Message
-from google.protobuf.message_factory import GetMessageClass
 from grpc._cython import cygrpc
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from models import LABELS, Linear, small_cnn
-from PIL import Image
-from running import TIMEOUT_S, Running
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
-from sidelight_server.stream import END_TRAILER, Context, Stream
-from test_service import BRIEF, ask, floats, gated, linear_maps, running
-
-CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND = 1, 3, 4, 5
-RESOURCE_EXHAUSTED, FAILED_PRECONDITION, UNIMPLEMENTED = 8, 9, 12
-DOCUMENTED = {
+from sidelight_server.stream import Context, Stream
+from support.conversation import Conversation
+from support.messages import (
+    BRIEF,
     CANCELLED,
-    INVALID_ARGUMENT,
     DEADLINE_EXCEEDED,
-    NOT_FOUND,
-    RESOURCE_EXHAUSTED,
+    DOCUMENTED,
     FAILED_PRECONDITION,
-    UNIMPLEMENTED,
-}
-
-
-def attribute(id_: str, images: np.ndarray, /, **fields: object) -> pb.AttributeStreamRequest:
-    return pb.AttributeStreamRequest(attribute=ask(images, id=id_, **fields))
-
-
-def cancel(id_: str) -> pb.AttributeStreamRequest:
-    return pb.AttributeStreamRequest(cancel=pb.CancelRequest(id=id_))
-
-
-class Conversation:
-    """A stream in the hands of a test: it sends and receives when told to."""
-
-    def __init__(self, channel: grpc.Channel) -> None:
-        self._requests: queue.SimpleQueue[pb.AttributeStreamRequest | None] = queue.SimpleQueue()
-        stub = attribution_pb2_grpc.AttributionServiceStub(channel)
-        self._call = stub.AttributeStream(iter(self._requests.get, None), timeout=TIMEOUT_S)
-
-    def __enter__(self) -> "Conversation":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.leave()
-
-    def send(self, *requests: pb.AttributeStreamRequest) -> None:
-        for each in requests:
-            self._requests.put(each)
-
-    def receive(self) -> pb.AttributeStreamResponse:
-        return next(self._call)
-
-    def finish(self) -> list[pb.AttributeStreamResponse]:
-        """Send no more, and return all that still comes. The stream must end well."""
-        self._requests.put(None)
-        rest = list(self._call)
-        assert self._call.code() is grpc.StatusCode.OK
-        return rest
-
-    def end(self) -> tuple[list[pb.AttributeStreamResponse], grpc.StatusCode, str]:
-        """Return all that still comes until the server ends the stream, the status, and the cause in the trailers."""
-        answers: list[pb.AttributeStreamResponse] = []
-        with contextlib.suppress(grpc.RpcError):
-            answers.extend(self._call)
-        self._requests.put(None)
-        cause = dict(self._call.trailing_metadata()).get(END_TRAILER, "")
-        return answers, self._call.code(), cause
-
-    @property
-    def details(self) -> str:
-        return self._call.details()
-
-    def leave(self) -> None:
-        """Go away without a word."""
-        self._call.cancel()
-        self._requests.put(None)
-
-
-def maps_of(response: pb.AttributeStreamResponse) -> np.ndarray:
-    assert response.WhichOneof("outcome") == "result", response.failure
-    return np.frombuffer(response.result.maps.data, "<f4").reshape(tuple(response.result.maps.shape))
-
-
-def code_of(response: pb.AttributeStreamResponse) -> int:
-    assert response.WhichOneof("outcome") == "failure"
-    assert response.failure.message
-    return response.failure.code
-
-
-def assert_explains(response: pb.AttributeStreamResponse, images: np.ndarray) -> None:
-    # float32 against the closed form in float64.
-    np.testing.assert_allclose(maps_of(response), linear_maps(images), rtol=1e-4, atol=1e-8)
+    INVALID_ARGUMENT,
+    LARGE,
+    RESOURCE_EXHAUSTED,
+    ask,
+    assert_explains,
+    attribute,
+    cancel,
+    code_of,
+    floats,
+    linear_maps,
+    maps_of,
+)
+from support.models import Linear, small_cnn
+from support.servers import TIMEOUT_S, Running, gated, running
+from support.strategies import (
+    STREAM_REQUESTS,
+)
+from support.waiting import until_no_stream_is_left
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +88,7 @@ def test_a_batch_may_overtake_another(tmp_path: Path, device: str) -> None:
         assert gate.reached.wait(TIMEOUT_S)
         stream.send(attribute("empty", floats(0)))  # which needs no device
         assert stream.receive().id == "empty"
-        gate.open.set()
+        gate.open()
         (answer,) = stream.finish()
         assert answer.id == "slow"
         assert_explains(answer, floats(2))
@@ -218,7 +151,7 @@ def test_a_cancelled_batch_is_answered_cancelled_and_its_rows_never_run(tmp_path
         cancelled = stream.receive()
         assert (cancelled.id, code_of(cancelled)) == ("waiting", CANCELLED)
 
-        gate.open.set()
+        gate.open()
         answers = {answer.id: answer for answer in stream.finish()}
         assert answers.keys() == {"running", "wanted"}
         assert_explains(answers["running"], floats(1))
@@ -235,7 +168,7 @@ def test_a_batch_whose_rows_are_running_can_be_cancelled(tmp_path: Path, device:
         cancelled = stream.receive()
         assert (cancelled.id, code_of(cancelled)) == ("running", CANCELLED)
         stream.send(attribute("running", floats(2)))  # the id is free again
-        gate.open.set()
+        gate.open()
         (answer,) = stream.finish()
         assert_explains(answer, floats(2))
         assert gate.n_rows == 3
@@ -251,7 +184,7 @@ def test_a_cancel_is_read_while_all_slots_are_taken_and_the_server_tells_how_soo
         stream.send(cancel("running"))
         assert (answer := stream.receive()).id == "running"
         assert code_of(answer) == CANCELLED
-        gate.open.set()
+        gate.open()
         stream.send(attribute("next", floats(1)))
         assert_explains(stream.receive(), floats(1))
         info = attribution_pb2_grpc.AttributionServiceStub(server.channel).GetServerInfo(
@@ -278,7 +211,7 @@ def test_a_batch_whose_time_is_over_fails_alone(tmp_path: Path, device: str) -> 
         stream.send(attribute("hasty", floats(3), timeout=BRIEF), attribute("patient", floats(2)))
         hasty = stream.receive()
         assert (hasty.id, code_of(hasty)) == ("hasty", DEADLINE_EXCEEDED)
-        gate.open.set()
+        gate.open()
         assert {answer.id for answer in stream.finish()} == {"running", "patient"}
         assert gate.n_rows == 3
 
@@ -291,7 +224,7 @@ def test_time_that_passes_while_waiting_for_a_permit_counts(tmp_path: Path, devi
         hasty = stream.receive()
         assert (hasty.id, code_of(hasty)) == ("hasty", DEADLINE_EXCEEDED)
         assert "full" in hasty.failure.message
-        gate.open.set()
+        gate.open()
         stream.send(attribute("patient", floats(2)))
         assert {answer.id for answer in stream.finish()} == {"running", "patient"}
         server.until_all_permits_are_back()
@@ -305,7 +238,7 @@ def test_an_id_that_is_not_answered_yet_is_refused(tmp_path: Path, device: str) 
         refused = stream.receive()
         assert (refused.id, code_of(refused)) == ("twice", INVALID_ARGUMENT)
         assert '"twice"' in refused.failure.message
-        gate.open.set()
+        gate.open()
         (answer,) = stream.finish()
         assert_explains(answer, floats(1))
 
@@ -376,7 +309,7 @@ def test_over_the_permits_reading_pauses(tmp_path: Path, device: str) -> None:
         stream.send(attribute("first", floats(1)))
         assert gate.reached.wait(TIMEOUT_S)
         stream.send(attribute("second", floats(2)), attribute("", floats(1)))
-        gate.open.set()
+        gate.open()
         answers = stream.finish()
         assert answers[0].id == "first"
         assert sorted(answer.id for answer in answers) == ["", "first", "second"]
@@ -422,7 +355,7 @@ def test_a_caller_who_goes_away_frees_rows_and_permits(tmp_path: Path, device: s
         n_running = gate.n_rows
         stream.leave()
         server.until_all_permits_are_back()
-        gate.open.set()
+        gate.open()
         with Conversation(server.channel) as other:
             other.send(attribute("other", floats(2)))
             (answer,) = other.finish()
@@ -491,7 +424,7 @@ def test_a_caller_who_sends_no_more_still_gets_all_answers(tmp_path: Path, devic
         stream.send(*(attribute(str(n), floats(2, seed=n)) for n in range(5)))
         stream.send(None)
         assert gate.reached.wait(TIMEOUT_S)
-        gate.open.set()
+        gate.open()
         answers = stream.finish()
         assert {answer.id for answer in answers} == {str(n) for n in range(5)}
         for answer in answers:
@@ -509,7 +442,7 @@ def test_a_cancel_is_read_behind_a_batch_that_waits(tmp_path: Path, device: str)
         stream.send(attribute("waiting", floats(1)), cancel("running"))
         cancelled = stream.receive()
         assert (cancelled.id, code_of(cancelled)) == ("running", CANCELLED)
-        gate.open.set()
+        gate.open()
         (answer,) = stream.finish()
         assert_explains(answer, floats(1))
         assert gate.n_rows == 2
@@ -529,15 +462,12 @@ def test_batches_whose_caller_goes_while_they_wait_are_all_counted(tmp_path: Pat
         for _ in range(3):
             have_come.get(timeout=TIMEOUT_S)
         stream.leave()
-        gate.open.set()
+        gate.open()
         server.until_all_permits_are_back()
         until_s = time.monotonic() + TIMEOUT_S
         while passages.counts.requests.total() < 3 and time.monotonic() < until_s:
             server.run(asyncio.sleep(0))
         assert passages.counts.requests.total() == 3
-
-
-LARGE = floats(512)  # whose maps, all channels of them, take 120 kB
 
 
 def test_a_stalled_reader_loses_its_stream_and_its_permits(tmp_path: Path, device: str) -> None:
@@ -598,7 +528,7 @@ def test_what_was_read_before_the_greatest_age_is_answered_after_it(tmp_path: Pa
         assert gate.reached.wait(TIMEOUT_S)
         server.run(until_it_ends(server))
         stream.send(attribute("late", floats(3)))
-        gate.open.set()
+        gate.open()
         answers, code, cause = stream.end()
         assert (code, cause) == (grpc.StatusCode.OK, "age")
         assert "late" not in {answer.id for answer in answers}
@@ -620,21 +550,12 @@ def test_a_stream_says_that_its_server_shuts_down(tmp_path: Path, device: str) -
         assert gate.reached.wait(TIMEOUT_S)
         stopping = asyncio.run_coroutine_threadsafe(server.server.stop(drain_s=TIMEOUT_S), server.loop)
         server.run(until_it_ends(server))
-        gate.open.set()
+        gate.open()
         answers, code, cause = stream.end()
         assert (code, cause) == (grpc.StatusCode.UNAVAILABLE, "shutdown")
         (answer,) = answers
         assert_explains(answer, floats(2))
         stopping.result(TIMEOUT_S)
-
-
-def until_no_stream_is_left(server: Running) -> None:
-    async def until() -> None:
-        async with asyncio.timeout(TIMEOUT_S):
-            while server.server._service._streams:  # noqa: ASYNC110  (it is the loop that removes them)
-                await asyncio.sleep(0)
-
-    server.run(until())
 
 
 class Wire:
@@ -691,99 +612,14 @@ def test_a_caller_whose_network_is_dead_is_noticed(tmp_path: Path, device: str) 
             wire.cut()
             until_no_stream_is_left(server)
             call.cancel()
-        gate.open.set()
+        gate.open()
         server.until_all_permits_are_back()
-
-
-INTEGERS = [-(2**31), -1, 0, 1, 2, 3, 32, 99, 2**31 - 1]
-WORDS = ["", "small", "smal", "cat", *LABELS]
-SCALARS = {
-    FieldDescriptor.CPPTYPE_INT32: st.sampled_from(INTEGERS) | st.integers(-(2**31), 2**31 - 1),
-    FieldDescriptor.CPPTYPE_INT64: st.sampled_from([-(2**63), *INTEGERS, 2**63 - 1]) | st.integers(-(2**63), 2**63 - 1),
-    FieldDescriptor.CPPTYPE_DOUBLE: st.floats(),
-    FieldDescriptor.CPPTYPE_BOOL: st.booleans(),
-    FieldDescriptor.CPPTYPE_ENUM: st.integers(-1, 7) | st.sampled_from(INTEGERS),
-}
-
-
-def png() -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (5, 4)).save(file, "PNG")
-    return file.getvalue()
-
-
-def value(field: FieldDescriptor, depth: int) -> st.SearchStrategy[object]:
-    if field.type == FieldDescriptor.TYPE_STRING:
-        one: st.SearchStrategy[object] = st.sampled_from(WORDS) | st.text(max_size=8)
-    elif field.type == FieldDescriptor.TYPE_BYTES:
-        one = st.sampled_from([b"", b"\0" * 12, png(), png()[:40]]) | st.binary(max_size=64)
-    elif field.message_type is not None:
-        one = anything(field.message_type, depth - 1)
-    else:
-        one = SCALARS[field.cpp_type]
-    return st.lists(one, max_size=5) if field.is_repeated else one
-
-
-@functools.cache
-def anything(descriptor: Descriptor, depth: int = 4) -> st.SearchStrategy[Message]:
-    """Any message of a type, with any fields set, to some depth."""
-    chosen = {each.name: value(each, depth) for each in descriptor.fields if each.message_type is None or depth > 0}
-    return st.fixed_dictionaries({}, optional=chosen).map(lambda fields: GetMessageClass(descriptor)(**fields))
-
-
-@st.composite
-def coherent_tensors(draw: st.DrawFn) -> tensor_pb2.Images:
-    """A tensor whose data is as long as its shape says; its elements are any bits."""
-    dtype, size = draw(st.sampled_from([(1, 1), (2, 2), (3, 2), (4, 4), (5, 8)]))
-    shape = draw(
-        st.sampled_from([[1, 3, 32, 32], [2, 3, 32, 32], [3, 32, 32], [0, 3, 32, 32], [1, 32, 32, 3], [2, 5, 7, 3]])
-        | st.lists(st.integers(0, 4), max_size=5)
-    )
-    bits = draw(st.binary(min_size=1, max_size=16)) + b"\0\x3c"
-    length = int(np.prod(shape)) * size
-    data = (bits * (length // len(bits) + 1))[:length]
-    return tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=dtype, shape=shape, data=data))
-
-
-def nearly_good() -> st.SearchStrategy[pb.AttributeRequest]:
-    """A good request in which some fields are anything."""
-    by_name = pb.AttributeRequest.DESCRIPTOR.fields_by_name
-    changes = {name: value(field, 4) for name, field in by_name.items() if name != "id"}
-    changes["images"] = coherent_tensors() | changes["images"]
-    pixels = np.zeros((1, 4, 4, 3), np.uint8)
-    return st.fixed_dictionaries({"id": st.text(min_size=1, max_size=4)}, optional=changes).map(
-        lambda fields: ask(pixels, **fields)
-    )
-
-
-@st.composite
-def corrupted(draw: st.DrawFn) -> pb.AttributeRequest:
-    """A request in whose bytes some are others."""
-    content = bytearray(draw(nearly_good()).SerializeToString())
-    for _ in range(draw(st.integers(1, 4))):
-        content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))
-    return parsed(bytes(content))
-
-
-def parsed(content: bytes) -> pb.AttributeRequest:
-    """Return what bytes say; empty where they say nothing, for gRPC does not deliver those."""
-    try:
-        return pb.AttributeRequest.FromString(content)
-    except DecodeError:
-        return pb.AttributeRequest()
-
-
-REQUESTS = anything(pb.AttributeRequest.DESCRIPTOR) | nearly_good() | corrupted() | st.binary(max_size=64).map(parsed)
-STREAM_REQUESTS = REQUESTS.map(lambda request: pb.AttributeStreamRequest(attribute=request)) | anything(
-    pb.AttributeStreamRequest.DESCRIPTOR
-)
 
 
 def answered(requests: Iterable[pb.AttributeStreamRequest]) -> int:
     return sum(each.WhichOneof("request") != "cancel" for each in requests)
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(requests=st.lists(STREAM_REQUESTS, min_size=1, max_size=8))
 def test_nothing_that_is_sent_ends_a_stream(address: str, requests: list[pb.AttributeStreamRequest]) -> None:
     last = attribute("the last", np.zeros((1, 32, 32, 3), np.uint8))

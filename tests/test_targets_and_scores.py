@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 import torch
-from engines import Explain, ask, assert_close, explaining
-from models import small_cnn
 from sidelight_server import (
     Answer,
     Channels,
@@ -28,6 +26,8 @@ from sidelight_server import (
     TopK,
 )
 from sidelight_server.errors import FailedPrecondition, InvalidArgument
+from support.engines import Explain, ask, assert_close, explaining
+from support.models import small_cnn
 from torch import Tensor, nn
 
 SHAPE = (2, 12, 12)

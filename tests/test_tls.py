@@ -18,15 +18,16 @@ import psutil
 import pytest
 import sidelight
 import sidelight_server
-from authority import DAY, Authority, Pair
-from gate import Gate, Gated
-from models import small_cnn
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from sidelight import TLS
 from sidelight._cli import app
 from sidelight_server import ConfigurationError, ModelSpec
 from sidelight_server.credentials import Certificates
+from support.certificates import DAY, Authority, Pair
+from support.gate import Gate, Gated
+from support.models import small_cnn
+from support.waiting import until_none
 from typer.testing import CliRunner, Result
 
 PATIENCE_S = 20.0  # far more than anything here takes: who waits it out has found nothing out
@@ -211,11 +212,6 @@ def test_mutual_tls_turns_away_who_does_not(mutual: str, authority: Authority, o
         pytest.raises(sidelight.Unavailable, match=r"TLS\(certificate=…, key=…\)"),
     ):
         client.info()
-
-
-def until_none(batches: queue.Queue[np.ndarray | None]) -> Iterator[np.ndarray]:
-    while (batch := batches.get(timeout=PATIENCE_S)) is not None:
-        yield batch
 
 
 def handshake(address: str, authority: Authority) -> bytes:

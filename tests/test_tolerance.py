@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from engines import Explain, assert_close, explaining
-from models import small_cnn
 from sidelight_server import Gradient, IntegratedGradients, MeanColour, Rule, Score, SmoothGrad, Statistic
 from sidelight_server.methods import draws
+from support.engines import Explain, assert_close, explaining
+from support.models import small_cnn
 from torch import Tensor, nn
 
 CLASS, SEED = 3, 2

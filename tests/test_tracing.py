@@ -9,20 +9,19 @@ from pathlib import Path
 import grpc
 import pytest
 from google.protobuf.duration_pb2 import Duration
-from models import Linear
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
 from opentelemetry.trace import SpanKind, StatusCode
-from running import TIMEOUT_S, Running
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight_server import ConfigurationError
 from sidelight_server.passages import Passages
 from sidelight_server.tracing import Tracing, from_environment
-from test_service import ask, floats, gated, running
-from test_stream import attribute
+from support.messages import ask, attribute, floats
+from support.models import Linear
+from support.servers import TIMEOUT_S, Running, gated, running
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED = (("traceparent", f"00-{TRACE}-{SPAN}-01"),)
@@ -116,7 +115,7 @@ def test_a_batch_that_is_late_ends_in_the_queue(tmp_path: Path, exporter: InMemo
         assert gate.reached.wait(TIMEOUT_S)
         with pytest.raises(grpc.RpcError):
             server.stub.Attribute(ask(floats(1), timeout=Duration(nanos=50_000_000)), timeout=TIMEOUT_S)
-        gate.open.set()
+        gate.open()
         first.result()
         (late, parts), (_, whole) = spans(server, exporter)
     assert names(parts) == ["admission", "prepare", "queue"]

@@ -17,10 +17,9 @@ import torch
 from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from models import Linear, small_cnn
 from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc, tensor_pb2
@@ -28,6 +27,8 @@ from sidelight_server import wire
 from sidelight_server.engine import BYTES_OF_EXAMPLE
 from sidelight_server.errors import InvalidArgument
 from sidelight_server.tensors import encoded
+from support.models import Linear, small_cnn
+from support.profiles import n_examples
 from torch import nn
 
 Status = grpc.StatusCode
@@ -600,7 +601,7 @@ def test_no_number_of_a_request_ends_in_an_internal_error(name: str, narrow: Ser
     assert_close(maps_of(narrow.answer(narrow.good)), narrow.maps)  # so every permit was given back
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=n_examples(60))
 @given(data=st.data())
 def test_no_numbers_together_end_in_an_internal_error(data: st.DataObject, narrow: Service) -> None:
     request = whole_request(data.draw(st.sampled_from(sorted(WITH_NUMBERS))))
@@ -906,7 +907,6 @@ def test_finite_pixels_whose_sum_overflows_are_no_fault(bare: Service) -> None:
     assert np.isfinite(np.frombuffer(result.maps.data, "<f4")).all()
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # the machine is shared
 @given(
     maps=arrays(np.float32, (3, 2, 4), elements=st.floats(0, float(np.finfo(np.float32).max), width=32)),
     signed=st.booleans(),

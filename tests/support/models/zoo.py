@@ -1,6 +1,6 @@
 """A zoo of small networks with random weights, and what each method gives of them, against Captum and by hand.
 
-`python tests/zoo.py` runs all of it, and writes the table of docs/models.md; with --check it compares that instead. A
+`make zoo` runs all of it, and writes the table of docs/models.md; with --check it compares that instead. A
 cell is what a run gave: "yes" where the maps are those of the oracle, or why there are none.
 """
 
@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,8 +19,6 @@ import transformers
 from captum.attr import GuidedBackprop, Saliency
 from captum.attr import IntegratedGradients as CaptumIntegratedGradients
 from captum.attr import Occlusion as CaptumOcclusion
-from engines import ask
-from models import small_cnn
 from sidelight_server import (
     Channels,
     Engine,
@@ -37,7 +34,11 @@ from sidelight_server.errors import ConfigurationError, SidelightError
 from sidelight_server.methods import Method
 from torch import Tensor, nn
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "models.md"
+from support import ROOT
+from support.engines import ask
+from support.models import small_cnn
+
+DOCUMENT = ROOT / "docs" / "models.md"
 BEGIN, END = "<!-- zoo: begin -->\n", "<!-- zoo: end -->\n"
 ORACLE = 1e-6  # of the largest value, in float64: maps are float32, and ours are summed in another order
 COMPANY = 4e-6  # of the largest value, in float32

@@ -15,7 +15,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from sidelight_server.models import sources
-from sourced import N_CLASSES, SHAPE, examples, expected_maps, net, refusal, served_maps
+
+from support.models.sources import N_CLASSES, SHAPE, examples, expected_maps, net, refusal, served_maps
 
 CLASSIFIER = "models/ch_ppocr_mobile_v2.0_cls_infer.onnx"  # which way up a line of text is, in rapidocr-onnxruntime
 

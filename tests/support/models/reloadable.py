@@ -1,14 +1,15 @@
-"""Sources for the tests of what is loaded, and loaded again: `python:reloadable:net`."""
+"""Sources for the tests of what is loaded, and loaded again: `python:support.models.reloadable:net`."""
 
 import weakref
 from pathlib import Path
 
 import safetensors.torch
-from models import small_cnn
 from sidelight_server import ModelSpec
 from torch import nn
 
-SOURCE = "python:reloadable:net"
+from support.models import small_cnn
+
+SOURCE = "python:support.models.reloadable:net"
 SIZE = (3, 32, 32)
 
 alive: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()  # every network that a factory made and that is still there

@@ -3,7 +3,7 @@
 import threading
 
 import torch
-from models import small_cnn
+from support.models import small_cnn
 from torch import nn
 
 

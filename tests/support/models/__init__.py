@@ -1,6 +1,7 @@
 """Small models for the tests, with fixed weights."""
 
 import torch
+from sidelight_server import ModelSpec
 from torch import Tensor, nn
 
 N_CLASSES = 10
@@ -26,6 +27,11 @@ def small_cnn(channels: int = 3, *, size: int = 32, seed: int = 0) -> nn.Module:
         norm.running_mean.uniform_(-0.5, 0.5)
         norm.running_var.uniform_(0.5, 1.5)
     return module
+
+
+def sized_cnn() -> ModelSpec:
+    """The small CNN with its input size, so that it takes files: `python:support.models:sized_cnn`."""
+    return ModelSpec(small_cnn(), input_size=(3, 32, 32), name="small")
 
 
 class Linear(nn.Module):

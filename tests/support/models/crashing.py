@@ -1,4 +1,4 @@
-"""Models for servers that are killed, in processes of their own: factories for `python:killed:…`."""
+"""Models for servers that are killed, in processes of their own: factories for `python:support.models.crashing:…`."""
 
 import os
 import signal

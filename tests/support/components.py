@@ -1,0 +1,52 @@
+"""What some tests need and not every machine has: `@pytest.mark.requires("envoy")`.
+
+Such a test is skipped where its component is missing, unless the run names it: with `--require=envoy` it fails.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from support import ROOT
+
+ENVOY = ROOT / ".envoy" / "envoy" / "_bin" / "envoy"
+FLOOR = ROOT / ".venv-floor" / "bin" / "python"
+PYHEALTH = ROOT / ".venv-pyhealth"
+# The extra onnx lies beside the environment: torchvision, which comes with it, would change what transformers imports.
+ONNX = Path(sys.prefix) / "onnx"
+
+
+@dataclass(frozen=True)
+class Component:
+    """A program or package that may be missing, and what brings it."""
+
+    is_there: Callable[[], bool]
+    hint: str
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _runs_triton() -> bool:
+    return _is_installed("triton") and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
+
+
+COMPONENTS = {
+    "envoy": Component(ENVOY.exists, "make envoy brings the proxy"),
+    "floor": Component(FLOOR.exists, "make setup makes the environment of the oldest versions"),
+    "kubernetes": Component(lambda: _is_installed("kubernetes_validate"), "pip install kubernetes-validate"),
+    "onnx": Component((ONNX / "onnx2torch").is_dir, "make setup brings onnx2torch"),
+    "prometheus": Component(
+        lambda: bool(shutil.which("prometheus") and shutil.which("promtool")), "apt-get install prometheus"
+    ),
+    "pyhealth": Component((PYHEALTH / ".ready").exists, "make pyhealth makes the environment of the whole of PyHealth"),
+    "torchvision": Component((ONNX / "torchvision").is_dir, "make setup brings torchvision"),
+    "triton": Component(_runs_triton, "pip install triton; without a GPU also TRITON_INTERPRET=1"),
+}

@@ -1,0 +1,58 @@
+"""A stream that a test drives message by message."""
+
+import contextlib
+import queue
+
+import grpc
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import attribution_pb2_grpc
+from sidelight_server.stream import END_TRAILER
+
+from support.servers import TIMEOUT_S
+
+
+class Conversation:
+    """A stream in the hands of a test: it sends and receives when told to."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._requests: queue.SimpleQueue[pb.AttributeStreamRequest | None] = queue.SimpleQueue()
+        stub = attribution_pb2_grpc.AttributionServiceStub(channel)
+        self._call = stub.AttributeStream(iter(self._requests.get, None), timeout=TIMEOUT_S)
+
+    def __enter__(self) -> "Conversation":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
+
+    def send(self, *requests: pb.AttributeStreamRequest) -> None:
+        for each in requests:
+            self._requests.put(each)
+
+    def receive(self) -> pb.AttributeStreamResponse:
+        return next(self._call)
+
+    def finish(self) -> list[pb.AttributeStreamResponse]:
+        """Send no more, and return all that still comes. The stream must end well."""
+        self._requests.put(None)
+        rest = list(self._call)
+        assert self._call.code() is grpc.StatusCode.OK
+        return rest
+
+    def end(self) -> tuple[list[pb.AttributeStreamResponse], grpc.StatusCode, str]:
+        """Return all that still comes until the server ends the stream, the status, and the cause in the trailers."""
+        answers: list[pb.AttributeStreamResponse] = []
+        with contextlib.suppress(grpc.RpcError):
+            answers.extend(self._call)
+        self._requests.put(None)
+        cause = dict(self._call.trailing_metadata()).get(END_TRAILER, "")
+        return answers, self._call.code(), cause
+
+    @property
+    def details(self) -> str:
+        return self._call.details()
+
+    def leave(self) -> None:
+        """Go away without a word."""
+        self._call.cancel()
+        self._requests.put(None)
