@@ -10,13 +10,14 @@ from collections.abc import Iterator
 import pytest
 import sidelight
 import sidelight_server
-import support.profiles  # noqa: F401  (it loads a profile)
 import torch
+from torch import nn
+
+import support.profiles  # noqa: F401  (it loads a profile)
 from support import TESTS
 from support.components import COMPONENTS
 from support.gate import Gate
 from support.models import LABELS, small_cnn
-from torch import nn
 
 # A folder of tests/ is a marker: `pytest -m unit`.
 KINDS = {

@@ -11,9 +11,10 @@ import torch
 from captum.attr import Saliency
 from sidelight_server import Channels, ConfigurationError, Engine, ModelSpec, Score, Settings
 from sidelight_server.errors import FailedPrecondition
-from support.engines import ask
 from torch import Tensor, nn
 from transformers import ConvNextConfig, ConvNextForImageClassification, ResNetConfig, ResNetForImageClassification
+
+from support.engines import ask
 
 SIZE = (3, 8, 8)
 K = 4

@@ -12,6 +12,7 @@ import pytest
 import sidelight
 import sidelight_server
 from sidelight.v1 import attribution_pb2 as pb
+
 from support.gate import Gate, Gated
 from support.scripted_server import Ended, answer, scripted
 

@@ -21,11 +21,12 @@ from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import ConfigurationError, ModelSpec
 from sidelight_server.authorization import Callers, Tokens
 from sidelight_server.peers import Peers, host_of
+from typer.testing import CliRunner
+
 from support.certificates import secret, swap
 from support.gate import Gate, Gated
 from support.models import small_cnn
 from support.waiting import until_none
-from typer.testing import CliRunner
 
 Status = grpc.StatusCode
 

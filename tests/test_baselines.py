@@ -22,8 +22,9 @@ from sidelight_server import (
 )
 from sidelight_server.errors import FailedPrecondition, InvalidArgument
 from sidelight_server.methods import draws
-from support.engines import Explain, ask, assert_close, explaining
 from torch import Tensor, nn
+
+from support.engines import Explain, ask, assert_close, explaining
 
 SHAPE = (3, 7, 10)
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)

@@ -30,9 +30,10 @@ from sidelight._load import Load
 from sidelight._recorder import Fault, Recorder, Window
 from sidelight._sample import Sample, percentile
 from sidelight._traffic import Traffic, batches_of_files, random_batches
+from typer.testing import CliRunner
+
 from support.gate import Gate, Gated
 from support.models import small_cnn
-from typer.testing import CliRunner
 
 Run = Callable[..., Result]
 PIXELS = np.zeros((1, 32, 32, 3), np.uint8)

@@ -13,8 +13,9 @@ import sidelight_server
 import torch
 from sidelight_server import Engine, ModelSpec, Settings, calibration, remeasuring
 from sidelight_server.remeasuring import Remeasuring
-from support.models import reloadable, small_cnn
 from torch import Tensor, nn
+
+from support.models import reloadable, small_cnn
 
 SIZE = (3, 32, 32)
 

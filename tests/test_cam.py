@@ -7,9 +7,10 @@ import pytest
 import torch
 from captum.attr import LayerAttribution, LayerGradCam, LayerGradientXActivation
 from sidelight_server import Channels, GradCam, GuidedBackpropagation, LayerGradientTimesActivation, Score
+from torch import Tensor, nn
+
 from support.engines import Explain, assert_close, explaining
 from support.models import small_cnn
-from torch import Tensor, nn
 
 CLASS = 2
 SHAPE = (2, 10, 14)  # unequal sides: an exchange of rows and columns would show

@@ -15,9 +15,10 @@ import transformers
 from sidelight_server import Engine, ModelSpec, Occlusion, Settings
 from sidelight_server.models.checks import gradient_fault, rows_touch
 from sidelight_server.models.model import at_once
+from torch import Tensor, nn
+
 from support.engines import ask
 from support.models import small_cnn
-from torch import Tensor, nn
 
 SIZE = (3, 32, 32)
 EXAMPLE = torch.rand(1, *SIZE, generator=torch.Generator().manual_seed(0))

@@ -17,9 +17,10 @@ from PIL import Image
 from sidelight._cli import app
 from sidelight._method_text import METHODS
 from sidelight._report import overlay_names
-from support.models import small_cnn
 from torch import nn
 from typer.testing import CliRunner
+
+from support.models import small_cnn
 
 Run = Callable[..., Result]
 ABSENT = "unix:/nonexistent/socket"

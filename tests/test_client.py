@@ -27,9 +27,10 @@ from PIL import Image
 from sidelight import _errors
 from sidelight._method_text import method_text
 from sidelight.v1 import attribution_pb2 as pb
+from torch import nn
+
 from support.gate import Gate, Gated
 from support.models import LABELS, N_CLASSES, small_cnn
-from torch import nn
 
 SHARE = 1e-6  # of a map's maximum: the contract for an example in other company
 ABSENT = "unix:/nonexistent/socket"

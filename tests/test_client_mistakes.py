@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import sidelight
 import sidelight_server
+
 from support.models import small_cnn
 
 IMAGES = np.zeros((1, 3, 32, 32), np.float32)

@@ -16,6 +16,7 @@ import sidelight
 import sidelight_server
 import torch
 from PIL import Image
+
 from support.gate import Gate, Gated
 from support.models import small_cnn
 

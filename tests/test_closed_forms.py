@@ -18,9 +18,10 @@ from sidelight_server import (
     Statistic,
 )
 from sidelight_server.methods import draws
+from torch import Tensor
+
 from support.engines import Explain, assert_close, explaining
 from support.models import Linear
-from torch import Tensor
 
 CLASS, SEED = 4, 3
 SHAPE = (3, 4, 5)

@@ -9,6 +9,7 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
+
 from support.models import small_cnn
 
 N_THREADS, N_CALLS = 8, 200

@@ -26,11 +26,11 @@ from sidelight_server.errors import InvalidArgument, ResourceExhausted, Sideligh
 from sidelight_server.models.decode_worker import BYTES_PER_PIXEL, SPARE_BYTES, Order
 from sidelight_server.models.decoding import decode
 from sidelight_server.models.preprocessing import Preprocessing
+
+from benchmarks.bombs import many_scans
 from support import TESTS
 from support.models import sized_cnn
 from support.processes import counts_memory
-
-from benchmarks.bombs import many_scans
 
 ZEROS, ONES = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 SIZED = "python:support.models:sized_cnn"

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 from sidelight_server.errors import InvalidArgument
 from sidelight_server.models.decoding import decode, lift_pillows_limit
+
 from support.processes import counts_memory, refused_apart
 from support.profiles import n_examples
 

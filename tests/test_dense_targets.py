@@ -24,9 +24,10 @@ from sidelight_server import (
 from sidelight_server.attribution import PREDICTED, Aim
 from sidelight_server.errors import FailedPrecondition, InvalidArgument, SidelightError
 from sidelight_server.scores import Head
+from torch import Tensor, nn
+
 from support.engines import Explain, ask, assert_close, explaining
 from support.models import small_cnn
-from torch import Tensor, nn
 
 SHAPE, OUTPUT = (2, 12, 15), (6, 5)
 CLASS = 2

@@ -18,8 +18,9 @@ import safetensors.torch
 import yaml
 from sidelight_server.config import Settings, read_settings
 from sidelight_server.probe import is_probe
-from support import ROOT
 from torch import nn
+
+from support import ROOT
 
 MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
 ENVOY = yaml.safe_load((ROOT / "deploy" / "envoy" / "envoy.yaml").read_text())

@@ -38,12 +38,13 @@ from sidelight_server.methods.method import Method
 from sidelight_server.methods.path import Rule
 from sidelight_server.passage import Passage
 from sidelight_server.stops import StopTimes
+from torch import nn
+
 from support.engines import ask
 from support.gate import Gate, Gated
 from support.messages import ask as asking
 from support.models import small_cnn
 from support.servers import TIMEOUT_S, serving
-from torch import nn
 
 TWO = Settings(device="cpu,cpu", threads=1)
 INTERNAL = 13

@@ -32,6 +32,7 @@ from sidelight import _dicom
 from sidelight_server.errors import FailedPrecondition, InvalidArgument
 from sidelight_server.models import dicom
 from sidelight_server.models.decoding import decode
+
 from support.models import small_cnn
 from support.processes import counts_memory, refused_apart
 from support.profiles import n_examples

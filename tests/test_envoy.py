@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import sidelight
 import yaml
+
 from support import ROOT, TESTS
 from support.components import ENVOY
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from PIL import Image
+
 from support import ROOT
 
 EXAMPLES = ROOT / "examples"

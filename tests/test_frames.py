@@ -13,6 +13,7 @@ from sidelight_server import frames
 from sidelight_server.errors import InvalidArgument
 from sidelight_server.frames import Decode, Received, Unreadable, decode_request, decode_stream_request, encode_answer
 from sidelight_server.tensors import encoded
+
 from support.messages import attribute
 from support.profiles import n_examples
 from support.strategies import REQUESTS, STREAM_REQUESTS, anything

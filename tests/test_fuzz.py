@@ -20,13 +20,14 @@ from hypothesis import strategies as st
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Settings
+from torch import Tensor, nn
+
 from support.messages import DOCUMENTED, ask, attribute, code_of, floats, linear_maps, maps_of
 from support.models import Linear
 from support.processes import FACTORIES, LOCAL, started
 from support.profiles import n_examples
 from support.servers import TIMEOUT_S, Counts, Running, serving
 from support.strategies import REQUESTS, anything
-from torch import Tensor, nn
 
 N_CONNECTIONS = 200
 INTERNAL, RESOURCE_EXHAUSTED, FAILED_PRECONDITION = 13, 8, 9

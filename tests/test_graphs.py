@@ -17,8 +17,9 @@ from sidelight_server.methods.method import Layer, Rectifiers
 from sidelight_server.models.adapter import PLAIN
 from sidelight_server.options import KernelOptions
 from sidelight_server.scores import Head
-from support.models import small_cnn
 from torch import Tensor, nn
+
+from support.models import small_cnn
 
 # The same sums, of rows in other company: as `docs/design.md` says of chunks.
 SHARE = 4e-6

@@ -25,6 +25,7 @@ from sidelight_server.pulse import SLACK, Pulse
 from sidelight_server.server import Server
 from sidelight_server.station import least_busy
 from sidelight_server.watchdog import Watchdog
+
 from support.conversation import Conversation
 from support.gate import Gate, Gated
 from support.messages import ask, attribute, floats

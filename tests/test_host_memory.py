@@ -8,6 +8,7 @@ import sys
 import textwrap
 
 import pytest
+
 from support import TESTS
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits a process's address space")

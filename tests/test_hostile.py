@@ -20,6 +20,9 @@ from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Settings, arrivals, framing, stream
 from sidelight_server.health import MAX_PEER_WATCHES
 from sidelight_server.server import MAX_CONNECTION_CALLS
+from torch import Tensor, nn
+
+from benchmarks.hostile import ATTRIBUTE, CHECK, INFO, STREAM, WATCH, Caller, framed
 from support.certificates import secret
 from support.conversation import Conversation
 from support.engines import tried
@@ -28,9 +31,6 @@ from support.messages import LARGE, ask, attribute, floats
 from support.models import Linear
 from support.processes import process
 from support.servers import TIMEOUT_S, Counts, Running, gated, running, serving
-from torch import Tensor, nn
-
-from benchmarks.hostile import ATTRIBUTE, CHECK, INFO, STREAM, WATCH, Caller, framed
 
 CANCELLED, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, ABORTED = 1, 4, 8, 10
 MEBIBYTE = 2**20

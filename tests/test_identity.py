@@ -12,9 +12,10 @@ import sidelight_server
 import torch
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.models.weights import Watch
+from torch import Tensor, nn
+
 from support.engines import ask
 from support.models import small_cnn
-from torch import Tensor, nn
 
 SIZE = (3, 32, 32)
 

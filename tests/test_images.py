@@ -12,6 +12,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from sidelight._images import Batch
 from sidelight_server.models.preprocessing import Preprocessing
+
 from support.models import small_cnn
 
 # The contract: in company, a map is its own to a millionth of its maximum. A pixel that is off by one moves it by more.

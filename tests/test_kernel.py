@@ -12,8 +12,9 @@ from sidelight_server.attribution import Aim, Score
 from sidelight_server.kernel import Kernel
 from sidelight_server.replica import replicate
 from sidelight_server.staging import Staging, normalise
-from support.models import small_cnn
 from torch import nn
+
+from support.models import small_cnn
 
 
 def snapshot(module: nn.Module) -> dict[str, object]:

@@ -16,9 +16,10 @@ from sidelight_server.errors import ConfigurationError
 from sidelight_server.folding import fold
 from sidelight_server.kernel import Kernel
 from sidelight_server.options import KernelOptions
+from torch import Tensor, nn
+
 from support.engines import ask
 from support.models import small_cnn
-from torch import Tensor, nn
 
 CPU = torch.device("cpu")
 OPTIONS = {

@@ -8,8 +8,9 @@ import transformers
 from sidelight_server import Channels, Engine, GradCam, LayerGradientTimesActivation, ModelSpec, Settings
 from sidelight_server.errors import ConfigurationError, InvalidArgument, NotFound
 from sidelight_server.layers import Layers, Layout
-from support.engines import ask, assert_close, explaining
 from torch import Tensor, nn
+
+from support.engines import ask, assert_close, explaining
 
 SIZE = (3, 32, 32)
 ENCODER = {

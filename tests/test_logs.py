@@ -37,6 +37,7 @@ from sidelight_server.logs import (
     LogFormat,
     Throttle,
 )
+
 from support import ROOT
 
 TIMEOUT_S = 60.0

@@ -20,6 +20,7 @@ from sidelight.v1 import tensor_pb2
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.engine import BYTES_OF_EXAMPLE
 from sidelight_server.wire import MAX_EXAMPLES
+
 from support.models import Linear
 from support.servers import Running, serving
 

@@ -34,6 +34,7 @@ from sidelight_server import (
     TopK,
 )
 from sidelight_server.methods import Method
+
 from support.models import small_cnn
 
 SHARE = 4e-6

@@ -26,9 +26,10 @@ from sidelight_server import (
     SmoothGrad,
     Statistic,
 )
+from torch import Tensor, nn
+
 from support.engines import FLOAT32, Explain, assert_close, explaining
 from support.models import small_cnn
-from torch import Tensor, nn
 
 CLASS = 3
 SHAPE = (2, 12, 12)

@@ -23,9 +23,10 @@ from sidelight_server import (
 )
 from sidelight_server.errors import FailedPrecondition, InvalidArgument, NotFound
 from sidelight_server.methods import METHODS, Method
+from torch import Tensor, nn
+
 from support.engines import ask, explaining
 from support.models import small_cnn
-from torch import Tensor, nn
 
 SHAPE = (2, 12, 12)
 LIMIT = 100  # rows of one example

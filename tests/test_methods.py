@@ -10,9 +10,10 @@ from sidelight_server import Constant, Given, Gradient, GuidedBackpropagation, R
 from sidelight_server import ExpectedGradients as OurExpectedGradients
 from sidelight_server import IntegratedGradients as OurIntegratedGradients
 from sidelight_server.methods import draws
+from torch import Tensor, nn
+
 from support.engines import Explain, assert_close, explaining
 from support.models import small_cnn
-from torch import Tensor, nn
 
 # Captum holds a path's weights, and the nodes of its Riemann rules, in float32: 6e-8 of a gradient, and of the way.
 CAPTUM_PATH = 1e-6

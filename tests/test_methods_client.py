@@ -15,6 +15,7 @@ from sidelight._method_text import METHODS, method_text, parse_method
 from sidelight._targets import target_message, target_text
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
+
 from support.profiles import n_examples
 
 ZERO = pb.Baseline(constant=0.0)

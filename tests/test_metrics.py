@@ -32,13 +32,14 @@ from sidelight_server.exposition import N_CALLERS, Exposition
 from sidelight_server.metrics import Metrics
 from sidelight_server.passages import Passages
 from sidelight_server.server import Server
+from torch import nn
+
 from support import ROOT
 from support.conversation import Conversation
 from support.messages import ask, attribute, cancel, floats
 from support.models import Linear
 from support.models.reloadable import SOURCE
 from support.servers import TIMEOUT_S, Running, gated, running
-from torch import nn
 
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -16,9 +16,10 @@ from sidelight_server import (
     TopK,
 )
 from sidelight_server.methods import Method
+from torch import Tensor, nn
+
 from support.engines import explaining
 from support.models import small_cnn
-from torch import Tensor, nn
 
 SIZE = (3, 16, 16)
 

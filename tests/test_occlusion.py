@@ -10,8 +10,9 @@ from captum.attr import Occlusion as CaptumOcclusion
 from sidelight_server import Channels, Constant, Given, Occlusion, Rise, Score
 from sidelight_server.methods import draws
 from skimage.transform import resize
-from support.engines import Explain, assert_close, explaining
 from torch import Tensor, nn
+
+from support.engines import Explain, assert_close, explaining
 
 CLASS = 2
 SHAPE = (2, 9, 13)

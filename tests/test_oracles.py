@@ -20,9 +20,10 @@ import torch
 from captum.attr import InputXGradient, Saliency
 from captum.testing.helpers.basic_models import BasicModel_ConvNet_One_Conv
 from sidelight_server.demo import efficientnet_lite0
+from torch import Tensor, nn
+
 from support import ROOT, TESTS
 from support.models import Linear, small_cnn
-from torch import Tensor, nn
 
 GPU_SHARE = 1e-4
 Explain = Callable[..., sidelight.Attribution]

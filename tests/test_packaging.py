@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sidelight
+
 from support import ROOT
 from support.components import FLOOR
 

@@ -13,6 +13,7 @@ from sidelight._inbox import End, Inbox
 from sidelight._ledger import Entry
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
+
 from support.scripted_server import Script, answer, failure, scripted
 
 ONE = np.zeros((1, 3, 2, 2), np.float32)

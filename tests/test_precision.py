@@ -19,8 +19,9 @@ from sidelight_server import (
     Settings,
     SmoothGrad,
 )
-from support.models import Linear, small_cnn
 from torch import Tensor, nn
+
+from support.models import Linear, small_cnn
 
 
 def explain(module: nn.Module, x: Tensor, method: object, **asked: object) -> np.ndarray:

@@ -12,6 +12,7 @@ from sidelight_server.errors import InvalidArgument
 from sidelight_server.models import preprocessing
 from sidelight_server.models.decoding import decode
 from sidelight_server.models.preprocessing import Geometry, Preprocessing
+
 from support.profiles import n_examples
 
 FILTERS = ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]

@@ -19,8 +19,9 @@ import sidelight
 import sidelight_server
 import yaml
 from sidelight_server import ModelSpec
-from support import ROOT
 from torch import nn
+
+from support import ROOT
 
 RULES = ROOT / "deploy" / "prometheus" / "sidelight.rules.yaml"
 BOARD = json.loads((ROOT / "deploy" / "grafana" / "sidelight.json").read_text(encoding="utf-8"))

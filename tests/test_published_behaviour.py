@@ -25,8 +25,9 @@ from sidelight_server import (
 )
 from sidelight_server.methods import Method
 from sklearn.datasets import load_digits
-from support.engines import Explain, explaining
 from torch import Tensor, nn
+
+from support.engines import Explain, explaining
 
 SHAPE = (1, 8, 8)
 N_TRAINED, N_EXPLAINED, N_RANDOM, AT_ONCE = 1300, 50, 5, 2

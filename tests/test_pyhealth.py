@@ -16,10 +16,11 @@ import sidelight
 import sidelight_server
 import torch
 from sidelight.pyhealth import BasicGradientSaliencyMaps
+from torch import Tensor, nn
+
 from support import ROOT
 from support.components import PYHEALTH
 from support.models import small_cnn
-from torch import Tensor, nn
 
 N_THREADS = 8
 

@@ -1,6 +1,6 @@
 """The usual map of a whole chunk: torch's own operations are the oracle of the fused kernel, to the last bit.
 
-Without a GPU the fused kernel runs in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/test_reduction.py`.
+Without a GPU the fused kernel runs in Triton's interpreter: `TRITON_INTERPRET=1 pytest -k test_reduction`.
 """
 
 from collections.abc import Callable

@@ -17,6 +17,7 @@ from sidelight.v1 import tensor_pb2
 from sidelight_server import ModelSpec, serve
 from sidelight_server.errors import ConfigurationError, PermissionDenied
 from sidelight_server.regions import SharedMemory, undisturbed
+
 from support.conversation import Conversation
 from support.messages import (
     INVALID_ARGUMENT,

@@ -23,6 +23,7 @@ from google.protobuf.duration_pb2 import Duration
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.config import ModelSettings
 from sidelight_server.watch import Watch
+
 from support import TESTS
 from support.conversation import Conversation
 from support.gate import Gate, Gated

@@ -18,9 +18,10 @@ from click.testing import Result
 from PIL import Image
 from sidelight._cli import app
 from sidelight._replay import TOLERANCE
-from support.models import LABELS, small_cnn
 from torch import nn
 from typer.testing import CliRunner
+
+from support.models import LABELS, small_cnn
 
 METHODS: dict[str, sidelight.Method] = {
     "gradient": sidelight.Gradient(signed=True),

@@ -11,10 +11,11 @@ import sidelight
 import sidelight_server
 import torch
 from sidelight_server import ModelSpec
-from support.models import small_cnn
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
+
+from support.models import small_cnn
 
 SIZE = (3, 32, 32)
 

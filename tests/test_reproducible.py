@@ -22,8 +22,9 @@ from sidelight_server import (
     serve,
 )
 from sidelight_server.demo import efficientnet_lite0
-from support.models import small_cnn
 from torch import Tensor, nn
+
+from support.models import small_cnn
 
 
 class Vit(nn.Module):

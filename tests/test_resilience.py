@@ -24,6 +24,7 @@ import pytest
 import sidelight
 import sidelight_server
 from sidelight.v1 import attribution_pb2 as pb
+
 from support import ROOT
 from support.processes import process
 from support.proxy import proxy

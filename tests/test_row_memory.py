@@ -11,8 +11,9 @@ import pytest
 import torch
 from sidelight_server import Answer, Engine, IntegratedGradients, ModelSpec, Occlusion, Request, Settings
 from sidelight_server.errors import ResourceExhausted
-from support.models import N_CLASSES
 from torch import Tensor, nn
+
+from support.models import N_CLASSES
 
 LIMIT = 32 * 2**20
 RESOURCE_EXHAUSTED = ResourceExhausted.code

@@ -24,10 +24,11 @@ from sidelight_server import (
 )
 from sidelight_server.engine import Progress
 from sidelight_server.job import Job
+from torch import Tensor
+
 from support.engines import tried
 from support.gate import Gate, Gated
 from support.models import small_cnn
-from torch import Tensor
 
 LONG = IntegratedGradients(steps=300)
 TO_TOLERANCE = IntegratedGradients(steps=0, rule=Rule.TRAPEZOID, tolerance=1e-6, max_rows=300)

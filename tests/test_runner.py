@@ -15,10 +15,11 @@ from sidelight_server.ceiling import GOOD_CHUNKS, MOST_GOOD_CHUNKS, Ceiling
 from sidelight_server.models.model import Model
 from sidelight_server.runner import Runner
 from sidelight_server.warmup import warm_up
+from torch import Tensor, nn
+
 from support.engines import tried
 from support.gate import Gate, Gated
 from support.models import small_cnn
-from torch import Tensor, nn
 
 BAD = 255
 

@@ -28,9 +28,10 @@ from sidelight_server import (
 from sidelight_server.attribution import PREDICTED, Aim, Region
 from sidelight_server.scores import MOST_LOG_ODDS, Head
 from sklearn.datasets import load_digits
+from torch import Tensor, nn
+
 from support.engines import ask, explaining
 from support.models import Linear
-from torch import Tensor, nn
 
 GAPS = torch.arange(5.0, 41.0)
 

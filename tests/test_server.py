@@ -20,12 +20,13 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 from sidelight_server import ConfigurationError, ModelSpec, serve
 from sidelight_server.__main__ import main
+from torch import nn
+
 from support.conversation import Conversation
 from support.messages import ask, assert_explains, attribute, floats
 from support.models import Linear, small_cnn
 from support.processes import FACTORIES, LOCAL, await_line, start, started
 from support.servers import TIMEOUT_S, running
-from torch import nn
 
 MARK = "code-that-a-file-brought-was-run"
 

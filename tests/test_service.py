@@ -19,10 +19,11 @@ from sidelight_server import ModelSpec, Settings, serve
 from sidelight_server.engine import BYTES_OF_EXAMPLE
 from sidelight_server.server import SERVICES
 from sidelight_server.wire import MAX_EXAMPLES
+from torch import Tensor, nn
+
 from support.messages import BRIEF, ask, floats, linear_maps, maps_of
 from support.models import LABELS, N_CLASSES, Linear
 from support.servers import TIMEOUT_S, gated, running
-from torch import Tensor, nn
 
 Status = grpc.StatusCode
 

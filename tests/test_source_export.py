@@ -14,9 +14,10 @@ import pytest
 import torch
 from sidelight_server import ConfigurationError
 from sidelight_server.models import sources
-from support.models.sources import N_CLASSES, SHAPE, assert_serves, examples, net, refusal, served_maps
 from torch import Tensor, nn
 from torch.export import Dim
+
+from support.models.sources import N_CLASSES, SHAPE, assert_serves, examples, net, refusal, served_maps
 
 MARK = "code-that-a-file-brought-was-run"
 

@@ -21,8 +21,6 @@ from PIL import Image
 from sidelight_server.config import ModelSettings
 from sidelight_server.models import sources
 from sidelight_server.models.model import Model
-from support.components import ONNX
-from support.models.sources import assert_serves, examples, expected_maps, refusal, served_maps
 from transformers import (
     ConvNextConfig,
     ConvNextForImageClassification,
@@ -44,6 +42,9 @@ from transformers.models.poolformer.image_processing_pil_poolformer import PoolF
 from transformers.models.segformer.image_processing_pil_segformer import SegformerImageProcessorPil
 from transformers.models.textnet.image_processing_pil_textnet import TextNetImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from support.components import ONNX
+from support.models.sources import assert_serves, examples, expected_maps, refusal, served_maps
 
 PHOTOGRAPH = Path(skimage.__file__).parent / "data" / "chelsea.png"  # 300 × 451
 # Of a photograph: whole, and parts of other shapes, whose margins are odd in every way once they are resized.

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from support import TESTS
 from support.components import ONNX
 from support.models.sources import refusal

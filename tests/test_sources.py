@@ -9,8 +9,9 @@ import safetensors.torch
 import torch
 from sidelight_server import ConfigurationError
 from sidelight_server.models import sources
-from support.models.sources import SHAPE, assert_serves, examples, net, refusal, served_maps
 from torch import Tensor, nn
+
+from support.models.sources import SHAPE, assert_serves, examples, net, refusal, served_maps
 
 FACTORY = """
 from sidelight_server import ModelSpec

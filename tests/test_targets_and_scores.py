@@ -26,9 +26,10 @@ from sidelight_server import (
     TopK,
 )
 from sidelight_server.errors import FailedPrecondition, InvalidArgument
+from torch import Tensor, nn
+
 from support.engines import Explain, ask, assert_close, explaining
 from support.models import small_cnn
-from torch import Tensor, nn
 
 SHAPE = (2, 12, 12)
 METHODS = {

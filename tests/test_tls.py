@@ -24,11 +24,12 @@ from sidelight import TLS
 from sidelight._cli import app
 from sidelight_server import ConfigurationError, ModelSpec
 from sidelight_server.credentials import Certificates
+from typer.testing import CliRunner, Result
+
 from support.certificates import DAY, Authority, Pair
 from support.gate import Gate, Gated
 from support.models import small_cnn
 from support.waiting import until_none
-from typer.testing import CliRunner, Result
 
 PATIENCE_S = 20.0  # far more than anything here takes: who waits it out has found nothing out
 IMAGE = np.zeros((1, 3, 32, 32), np.float32)

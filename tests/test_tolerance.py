@@ -8,9 +8,10 @@ import pytest
 import torch
 from sidelight_server import Gradient, IntegratedGradients, MeanColour, Rule, Score, SmoothGrad, Statistic
 from sidelight_server.methods import draws
+from torch import Tensor, nn
+
 from support.engines import Explain, assert_close, explaining
 from support.models import small_cnn
-from torch import Tensor, nn
 
 CLASS, SEED = 3, 2
 SHAPE = (2, 12, 12)

@@ -19,6 +19,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight_server import ConfigurationError
 from sidelight_server.passages import Passages
 from sidelight_server.tracing import Tracing, from_environment
+
 from support.messages import ask, attribute, floats
 from support.models import Linear
 from support.servers import TIMEOUT_S, Running, gated, running

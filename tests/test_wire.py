@@ -27,9 +27,10 @@ from sidelight_server import wire
 from sidelight_server.engine import BYTES_OF_EXAMPLE
 from sidelight_server.errors import InvalidArgument
 from sidelight_server.tensors import encoded
+from torch import nn
+
 from support.models import Linear, small_cnn
 from support.profiles import n_examples
-from torch import nn
 
 Status = grpc.StatusCode
 Stub = attribution_pb2_grpc.AttributionServiceStub

@@ -1,6 +1,7 @@
 """Six networks of the zoo: what each method gives of them is what docs/models.md says. `make nightly` runs all."""
 
 import pytest
+
 from support.models.zoo import DOCUMENT, HEAD, METHODS, ZOO, line, row
 
 SIX = ("ResNet", "two branches", "ViT", "Swin", "SegFormer", "gated, by pixel")

@@ -3,8 +3,9 @@
 import threading
 
 import torch
-from support.models import small_cnn
 from torch import nn
+
+from support.models import small_cnn
 
 
 class Gate:
