@@ -16,6 +16,7 @@ from sidelight_server.remeasuring import Remeasuring
 from torch import Tensor, nn
 
 from support.models import reloadable, small_cnn
+from support.tolerances import COMPANY
 
 SIZE = (3, 32, 32)
 
@@ -277,7 +278,7 @@ def test_what_neighbors_do_to_a_map_is_measured_and_told(device: str, caplog: py
 
 def test_rounding_alone_is_no_warning(spec: ModelSpec, device: str, caplog: pytest.LogCaptureFixture) -> None:
     with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
-        assert client.model().neighbor_difference < 4e-6
+        assert client.model().neighbor_difference < COMPANY
     assert "neighbors_differ" not in caplog.text
 
 

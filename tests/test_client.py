@@ -31,8 +31,8 @@ from torch import nn
 
 from support.gate import Gate, Gated
 from support.models import LABELS, N_CLASSES, small_cnn
+from support.tolerances import COMPANY
 
-SHARE = 1e-6  # of a map's maximum: the contract for an example in other company
 ABSENT = "unix:/nonexistent/socket"
 
 
@@ -63,7 +63,7 @@ def waiting() -> Iterator[tuple[threading.Event, list[str]]]:
 
 def assert_same(maps: np.ndarray, expected: np.ndarray) -> None:
     assert maps.shape == expected.shape
-    np.testing.assert_allclose(maps, expected, rtol=0, atol=SHARE * np.abs(expected).max(initial=0))
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=COMPANY * np.abs(expected).max(initial=0))
 
 
 def reference(

@@ -19,8 +19,7 @@ from PIL import Image
 
 from support.gate import Gate, Gated
 from support.models import small_cnn
-
-SHARE = 1e-6  # of a map's maximum: the contract for an example in other company
+from support.tolerances import COMPANY
 
 
 @pytest.fixture
@@ -89,7 +88,7 @@ def one() -> np.ndarray:
 
 def assert_same(maps: np.ndarray, expected: np.ndarray) -> None:
     assert maps.shape == expected.shape
-    np.testing.assert_allclose(maps, expected, rtol=0, atol=SHARE * expected.max(initial=0))
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=COMPANY * expected.max(initial=0))
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["as-ready", "ordered"])

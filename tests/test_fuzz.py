@@ -28,6 +28,7 @@ from support.processes import FACTORIES, LOCAL, started
 from support.profiles import n_examples
 from support.servers import TIMEOUT_S, Counts, Running, serving
 from support.strategies import REQUESTS, anything
+from support.tolerances import CLOSED_FORM
 
 N_CONNECTIONS = 200
 INTERNAL, RESOURCE_EXHAUSTED, FAILED_PRECONDITION = 13, 8, 9
@@ -85,7 +86,7 @@ def assert_answers(server: Running, *, seed: int = 0) -> None:
         for channel in (server.channel, fresh):
             answer = attribution_pb2_grpc.AttributionServiceStub(channel).Attribute(ask(images), timeout=TIMEOUT_S)
             # float32 against the closed form in float64.
-            np.testing.assert_allclose(maps_of(answer), linear_maps(images), rtol=1e-4, atol=1e-8)
+            np.testing.assert_allclose(maps_of(answer), linear_maps(images), **CLOSED_FORM)
 
 
 @contextlib.contextmanager
@@ -255,7 +256,7 @@ def test_many_connections_at_once_are_all_answered() -> None:
         stubs = [attribution_pb2_grpc.AttributionServiceStub(channel) for channel in channels]
         calls = [stub.Attribute.future(ask(images), timeout=3 * TIMEOUT_S) for stub in stubs]
         for call in calls:
-            np.testing.assert_allclose(maps_of(call.result()), linear_maps(images), rtol=1e-4, atol=1e-8)
+            np.testing.assert_allclose(maps_of(call.result()), linear_maps(images), **CLOSED_FORM)
         for channel in channels:
             channel.close()
 
@@ -333,7 +334,7 @@ def test_a_model_that_fails_on_an_example_fails_that_alone(mark: float, code: in
         for _ in range(3):
             answer = server.stub.Attribute(ask(images), timeout=TIMEOUT_S)
             assert [(each.example, each.code) for each in answer.result.failures] == [(2, code)]
-            np.testing.assert_allclose(maps_of(answer)[good], linear_maps(images[good]), rtol=1e-4, atol=1e-8)
+            np.testing.assert_allclose(maps_of(answer)[good], linear_maps(images[good]), **CLOSED_FORM)
             assert np.isnan(maps_of(answer)[2]).all()
         (answer,) = server.stub.AttributeStream(iter([attribute("a", images[2:3])]), timeout=TIMEOUT_S)
         if answer.WhichOneof("outcome") == "failure":

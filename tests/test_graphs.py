@@ -20,9 +20,9 @@ from sidelight_server.scores import Head
 from torch import Tensor, nn
 
 from support.models import small_cnn
+from support.tolerances import COMPANY
 
 # The same sums, of rows in other company: as `docs/design.md` says of chunks.
-SHARE = 4e-6
 
 
 def examples(n: int, *, seed: int = 3) -> Tensor:
@@ -41,7 +41,7 @@ def kernels(device: str, **options: object) -> tuple[Kernel, Kernel]:
 
 
 def assert_near(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=SHARE * float(b.abs().max()))
+    torch.testing.assert_close(a, b, rtol=0, atol=COMPANY * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("precision", [None, "bfloat16", "float16"])

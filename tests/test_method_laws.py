@@ -28,8 +28,9 @@ from sidelight_server import (
 )
 from torch import Tensor, nn
 
-from support.engines import FLOAT32, Explain, assert_close, explaining
+from support.engines import Explain, assert_close, explaining
 from support.models import small_cnn
+from support.tolerances import FLOAT32
 
 CLASS = 3
 SHAPE = (2, 12, 12)

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from support import ROOT, TESTS
 from support.models import Linear, small_cnn
+from support.tolerances import GPU
 
-GPU_SHARE = 1e-4
 Explain = Callable[..., sidelight.Attribution]
 
 
@@ -48,7 +48,7 @@ def assert_equal(maps: np.ndarray, expected: Tensor, device: str) -> None:
     if device == "cpu":
         np.testing.assert_array_equal(maps, expected.numpy())
     else:
-        atol = GPU_SHARE * float(expected.abs().max()) if expected.numel() else 0
+        atol = GPU * float(expected.abs().max()) if expected.numel() else 0
         np.testing.assert_allclose(maps, expected.numpy(), rtol=0, atol=atol)
 
 
@@ -177,7 +177,7 @@ def test_permuting_a_batch_permutes_its_maps(explain: Callable[..., Explain], fl
     order = [3, 0, 4, 2, 1]
     whole, permuted = attribute(floats).maps, attribute(floats[order]).maps
     # An example's place in a chunk may choose another summation: about 1e-6 of the maximum, as documented.
-    share = 1e-6 if device == "cpu" else GPU_SHARE
+    share = 1e-6 if device == "cpu" else GPU
     np.testing.assert_allclose(permuted, whole[order], rtol=0, atol=share * whole.max())
 
 

@@ -31,6 +31,7 @@ from support.messages import (
 )
 from support.models import Linear, small_cnn
 from support.servers import TIMEOUT_S, Running, gated, running
+from support.tolerances import CLOSED_FORM
 from support.waiting import until_no_stream_is_left
 
 FAILED_PRECONDITION, RESOURCE_EXHAUSTED, DATA_LOSS = 9, 8, 15
@@ -125,7 +126,7 @@ def test_images_and_maps_go_through_a_region(server: Running, folder: Path) -> N
     assert (list(maps.shape), maps.data, maps.dtype) == ([4, 4, 5], b"", tensor_pb2.DATA_TYPE_FLOAT32)
     expected = linear_maps(images)
     found = take(folder / "kept", expected.shape, offset=30_003)
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(found, expected, **CLOSED_FORM)
     assert os.stat(folder / "kept").st_size == SIZE
 
 
@@ -140,7 +141,7 @@ def test_half_the_way_through_a_region_is_told_as_inline(server: Running, folder
     assert_explains(answers["in"], images)
     assert {answer.result.transport for answer in answers.values()} == {pb.TRANSPORT_INLINE}
     assert not answers["out"].result.maps.data
-    np.testing.assert_allclose(take(path, (3, 4, 5), offset=4096), linear_maps(images), rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(take(path, (3, 4, 5), offset=4096), linear_maps(images), **CLOSED_FORM)
 
 
 def test_many_batches_share_two_regions(server: Running, folder: Path) -> None:
@@ -161,7 +162,7 @@ def test_many_batches_share_two_regions(server: Running, folder: Path) -> None:
         assert len(stream.finish()) == len(batches)
     for n, images in enumerate(batches):
         found = take(back, (len(images), 4, 5), offset=1000 * n)
-        np.testing.assert_allclose(found, linear_maps(images), rtol=1e-4, atol=1e-8)
+        np.testing.assert_allclose(found, linear_maps(images), **CLOSED_FORM)
 
 
 @pytest.mark.parametrize("dtype", [tensor_pb2.DATA_TYPE_FLOAT16, tensor_pb2.DATA_TYPE_UINT8], ids=["half", "byte"])
@@ -412,7 +413,7 @@ def test_what_becomes_of_a_name_does_not_matter_once_it_is_registered(
         (answer,) = stream.finish()
         assert answer.result.transport == pb.TRANSPORT_SHARED_MEMORY, answer
         maps = np.frombuffer(os.pread(held.fileno(), 3 * 4 * 5 * 4, 4096), "<f4").reshape(3, 4, 5)
-    np.testing.assert_allclose(maps, linear_maps(images), rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(maps, linear_maps(images), **CLOSED_FORM)
     assert_lives(server)
 
 

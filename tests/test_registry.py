@@ -32,9 +32,9 @@ from support.models import LABELS, reloadable, small_cnn
 from support.models.reloadable import SIZE, SOURCE, write_weights
 from support.servers import Running
 from support.servers import serving as running_server
+from support.tolerances import COMPANY
 
 FLOATS = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(5)).numpy()
-TOLERANCE = 4e-6  # of the largest: what company may do to a map
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def serving_module(seed: int) -> Iterator[sidelight.Client]:
 
 
 def assert_close(maps: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(maps, expected, rtol=0, atol=TOLERANCE * np.abs(expected).max())
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=COMPANY * np.abs(expected).max())
 
 
 # Many

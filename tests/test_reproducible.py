@@ -25,6 +25,7 @@ from sidelight_server.demo import efficientnet_lite0
 from torch import Tensor, nn
 
 from support.models import small_cnn
+from support.tolerances import COMPANY, GPU
 
 
 class Vit(nn.Module):
@@ -102,7 +103,7 @@ def test_by_default_company_moves_a_map_by_no_more_than_is_stated(net: str, devi
     alone, loaded = under_load(engine, requests)
     for i, answer in enumerate(loaded):
         expected = alone[i % len(requests)].maps
-        share = 4e-6 if device == "cpu" else 1e-4
+        share = COMPANY if device == "cpu" else GPU
         np.testing.assert_allclose(answer.maps[::-1], expected, rtol=0, atol=share * np.abs(expected).max())
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from support.engines import tried
 from support.gate import Gate, Gated
 from support.models import small_cnn
+from support.tolerances import COMPANY
 
 LONG = IntegratedGradients(steps=300)
 TO_TOLERANCE = IntegratedGradients(steps=0, rule=Rule.TRAPEZOID, tolerance=1e-6, max_rows=300)
@@ -229,7 +230,7 @@ def test_the_answer_is_the_same_with_another_chunk_already_at_the_device(
     for one, other in zip(alone, company, strict=True):
         assert not one.failures
         # Company moves the last bits of float32: about 1e-6 of a map's maximum.
-        np.testing.assert_allclose(other.maps, one.maps, rtol=0, atol=4e-6 * np.abs(one.maps).max())
+        np.testing.assert_allclose(other.maps, one.maps, rtol=0, atol=COMPANY * np.abs(one.maps).max())
 
 
 class Faulty(torch.nn.Module):
@@ -262,7 +263,7 @@ def test_an_example_that_fails_half_way_drops_its_rows_and_the_others_go_on(devi
         good = [0, 1, 3, 4]
         expected = asyncio.run(engine.attribute(Request(floats[good].numpy(), method=IntegratedGradients(steps=300))))
     assert not expected.failures
-    np.testing.assert_allclose(answer.maps[good], expected.maps, rtol=0, atol=4e-6 * np.abs(expected.maps).max())
+    np.testing.assert_allclose(answer.maps[good], expected.maps, rtol=0, atol=COMPANY * np.abs(expected.maps).max())
     assert np.isnan(answer.maps[2]).all()
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from support.messages import BRIEF, ask, floats, linear_maps, maps_of
 from support.models import LABELS, N_CLASSES, Linear
 from support.servers import TIMEOUT_S, gated, running
+from support.tolerances import CLOSED_FORM
 
 Status = grpc.StatusCode
 
@@ -199,7 +200,7 @@ def test_over_the_permits_a_unary_call_is_told_when_to_come_again(tmp_path: Path
         assert int(trailers["retry-after-ms"]) > 0
 
         gate.open()
-        np.testing.assert_allclose(maps_of(first.result()), linear_maps(floats(2)), rtol=1e-4, atol=1e-8)
+        np.testing.assert_allclose(maps_of(first.result()), linear_maps(floats(2)), **CLOSED_FORM)
         server.until_all_permits_are_back()
         assert maps_of(server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)).shape == (1, 4, 5)
 

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from sidelight._arena import ALIGNMENT, Arena
 from sidelight._shared_memory import Region
 
+from support.tolerances import COMPANY
+
 SHM = Path("/dev/shm")
 
 
@@ -67,7 +69,7 @@ def test_batches_of_all_sizes_go_through_regions_that_grow(shared: sidelight.Cli
     for answer in shared.stream(batches):
         assert answer.transport == "shared_memory"
         expected = client.attribute(batches[answer.index]).maps
-        np.testing.assert_allclose(answer.maps, expected, rtol=0, atol=4e-6 * expected.max())
+        np.testing.assert_allclose(answer.maps, expected, rtol=0, atol=COMPANY * expected.max())
 
 
 def test_nothing_remains_of_a_stream(shared: sidelight.Client, folder: Path) -> None:

@@ -46,6 +46,7 @@ from support.servers import TIMEOUT_S, Running, gated, running
 from support.strategies import (
     STREAM_REQUESTS,
 )
+from support.tolerances import CLOSED_FORM
 from support.waiting import until_no_stream_is_left
 
 
@@ -141,7 +142,7 @@ def test_an_example_that_fails_alone_is_no_failure_of_its_batch(linear: grpc.Cha
     maps = maps_of(answer)
     assert [failure.example for failure in answer.result.failures] == [1]
     assert np.isnan(maps[1]).all()
-    np.testing.assert_allclose(maps[[0, 2]], linear_maps(images[[0, 2]]), rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(maps[[0, 2]], linear_maps(images[[0, 2]]), **CLOSED_FORM)
 
 
 def test_a_cancelled_batch_is_answered_cancelled_and_its_rows_never_run(tmp_path: Path, device: str) -> None:

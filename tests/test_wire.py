@@ -31,12 +31,12 @@ from torch import nn
 
 from support.models import Linear, small_cnn
 from support.profiles import n_examples
+from support.tolerances import COMPANY
 
 Status = grpc.StatusCode
 Stub = attribution_pb2_grpc.AttributionServiceStub
 
 TIMEOUT_S = 20.0
-SHARE = 2e-6  # of a map's maximum: what an example's place among others may change
 SMALL_LIMIT = 14_000  # bytes: one example of the small CNN fits, two do not
 
 
@@ -82,7 +82,7 @@ def maps_of(response: pb.AttributeResponse) -> np.ndarray:
 
 
 def assert_close(maps: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(maps, expected, rtol=0, atol=SHARE * np.nanmax(expected))
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=COMPANY * np.nanmax(expected))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import numpy as np
 from sidelight_server import Answer, Channels, Engine, ModelSpec, Request, Score, Settings
 from torch import Tensor, nn
 
+from support.tolerances import FLOAT32
+
 Explain = Callable[..., Answer]
-FLOAT32 = 1e-7
 
 
 def ask(engine: Engine, images: Tensor | np.ndarray, **question: object) -> Answer:

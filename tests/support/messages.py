@@ -7,6 +7,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
 from support.models import Linear
+from support.tolerances import CLOSED_FORM
 
 CANCELLED, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND = 1, 3, 4, 5
 RESOURCE_EXHAUSTED, FAILED_PRECONDITION, UNIMPLEMENTED = 8, 9, 12
@@ -74,7 +75,7 @@ def code_of(response: pb.AttributeStreamResponse) -> int:
 
 def assert_explains(response: pb.AttributeStreamResponse, images: np.ndarray) -> None:
     # float32 against the closed form in float64.
-    np.testing.assert_allclose(maps_of(response), linear_maps(images), rtol=1e-4, atol=1e-8)
+    np.testing.assert_allclose(maps_of(response), linear_maps(images), **CLOSED_FORM)
 
 
 LARGE = floats(512)  # whose maps, all channels of them, take 120 kB

@@ -1,0 +1,14 @@
+"""How near two results must be, and why. A share is of the largest value of the map that is expected."""
+
+# The contract of docs/design.md: in float32 on the CPU a map moves by this share at most with what runs beside it, for
+# matrix products of other sizes add in another order.
+COMPANY = 4e-6
+
+# The same on a GPU, whose kernels are chosen by size and add in many more orders.
+GPU = 1e-4
+
+# Maps of a float64 model come back as float32, half a unit in the last place of which is 6e-8 of a value.
+FLOAT32 = 1e-7
+
+# A linear model's maps in float32 against the closed form in float64: its gradients are differences of near numbers.
+CLOSED_FORM = {"rtol": 1e-4, "atol": 1e-8}
