@@ -113,7 +113,7 @@ RELOADS = {
 def test_a_model_is_loaded_again_for_those_alone_who_may(case: str, place: str, tokens: Path, admins: Path) -> None:
     token, with_users, with_admins, error = RELOADS[case]
     files = ({"tokens": tokens} if with_users else {}) | ({"admin_tokens": admins} if with_admins else {})
-    source = "python:models:small_cnn"
+    source = "python:support.models:small_cnn"
     with serving(place, module=source, allow_reload=True, **files) as address, connect(address, token) as client:
         with pytest.raises(error) if error else contextlib.nullcontext():
             client.reload()
