@@ -346,26 +346,53 @@ def test_a_good_caller_beside_300_calls_of_10_000_rows_waits_for_two_chunks(
         until(server, lambda: n_held(server) == 0 and engine.n_unanswered == 0)
 
 
+def n_messages() -> int:
+    return sum(type(each) is pb.AttributeRequest for each in gc.get_objects())
+
+
+@contextlib.contextmanager
+def without_circles(server: Running) -> Iterator[None]:
+    """Check that messages are gone without the garbage collector, which callers of 62 MiB a message outrun."""
+    gc.collect()
+    gc.disable()
+    try:
+        before = n_messages()
+        yield
+        # gRPC keeps the call that came last until another comes.
+        until(server, lambda: n_messages() <= before + 1)
+    finally:
+        gc.enable()
+
+
 def test_a_refused_call_leaves_no_message_for_the_garbage_collector(tmp_path: Path, device: str) -> None:
-    """A circle would keep each message of 62 MiB until the collector comes, which callers outrun."""
-
-    def n_messages() -> int:
-        return sum(type(each) is pb.AttributeRequest for each in gc.get_objects())
-
     with running(Linear(), tmp_path, device=device, max_in_flight_bytes=100_000) as server:
         wrong = ask(floats(1), model="no such model")
         large = ask(np.zeros((40, 3, 40, 40), np.float32))
         for message in (wrong, large):
             with pytest.raises(grpc.RpcError):
                 server.stub.Attribute(message, timeout=TIMEOUT_S)
-        gc.collect()
-        gc.disable()
-        try:
-            before = n_messages()
+        with without_circles(server):
             for message in 10 * (wrong, large):
                 with pytest.raises(grpc.RpcError):
                     server.stub.Attribute(message, timeout=TIMEOUT_S)
-            # gRPC keeps the call that came last until another comes.
-            until(server, lambda: n_messages() <= before + 1)
-        finally:
-            gc.enable()
+
+
+@pytest.mark.parametrize("is_stream", [False, True], ids=["unary", "stream"])
+def test_a_cancelled_call_leaves_no_message_for_the_garbage_collector(
+    tmp_path: Path, device: str, is_stream: bool
+) -> None:
+    with gated(tmp_path, device=device) as (_, server):
+
+        def cancel_one() -> None:
+            if is_stream:
+                call = server.stub.AttributeStream(iter([attribute("one", floats(1))]))
+            else:
+                call = server.stub.Attribute.future(ask(floats(1)))
+            until(server, lambda: n_held(server) == 1)
+            call.cancel()
+            until(server, lambda: n_held(server) == 0)
+
+        cancel_one()
+        with without_circles(server):
+            for _ in range(10):
+                cancel_one()

@@ -38,6 +38,18 @@ def _forget_where(errors: Iterable[BaseException], _call: object) -> None:
         error.__traceback__ = error.__context__ = None
 
 
+def forget_frames(task: "asyncio.Task[Any]") -> None:
+    """Let a task that was cancelled go. To be called when it is done.
+
+    It keeps its `CancelledError`, whose traceback keeps the frames, of which some keep the task: a circle, as above.
+    """
+    if task.cancelled():
+        try:
+            task.result()
+        except asyncio.CancelledError as cancelled:
+            cancelled.__traceback__ = cancelled.__context__ = None
+
+
 def refusing(error: SidelightError, counts: Counts) -> "Handler":
     """Return the handler of a call that ends with an error before anything of it is read, and count it."""
     counts.unread[error.code] += 1

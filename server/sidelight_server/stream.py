@@ -17,6 +17,7 @@ from .frames import Decoded, Received, Unreadable
 from .outlet import Outlet, StalledError
 from .passage import Passage
 from .regions import Regions
+from .status import forget_frames
 
 CALL = "AttributeStream"
 TELLING_S = 10.0  # that a caller who did not accept an answer has to read why the stream ends
@@ -85,6 +86,7 @@ class Stream:
     def let_go(self) -> None:
         """Keep the call no longer. It ends once it is free, and tasks of batches may be in circles of references."""
         self._outlet.let_go()
+        self._unanswered.clear()
         del self._context
 
     @property
@@ -195,7 +197,9 @@ class Stream:
             on_answer=lambda: self._forget(request.id),
         )
         # Not in the task itself: one that is cancelled before its first step runs nothing at all.
-        group.create_task(batch.run(group)).add_done_callback(lambda _: passages.end(passage))
+        running = group.create_task(batch.run(group))
+        running.add_done_callback(lambda _: passages.end(passage))
+        running.add_done_callback(forget_frames)
 
     async def _inquire(self, received: Received[pb.AttributeStreamRequest], passage: Passage) -> Inquiry | Inquire:
         """Check a batch, or return what will check it once its model is loaded. `Unavailable` once all is given up."""
