@@ -8,6 +8,7 @@ import contextlib
 import contextvars
 import itertools
 import os
+import queue
 import signal
 import subprocess
 import sys
@@ -89,6 +90,27 @@ def test_a_stream_at_its_greatest_age_goes_on_in_another() -> None:
     with scripted(*[aged] * 4, echo) as address:
         assert_all_answered(stream(address, [ONE] * 20, window=3), 20)
     assert [each[0] for each in ids] == ["0", "2", "4", "6"]
+
+
+def test_an_idle_stream_that_is_ended_in_order_again_and_again_finds_its_server_at_once() -> None:
+    calls = queue.SimpleQueue[None]()
+
+    def ended(requests: Requests) -> Responses:
+        calls.put(None)
+        raise Ended(grpc.StatusCode.OK, trailers=(("sidelight-end", "age"),))
+        yield
+
+    def batches() -> Iterator[np.ndarray]:
+        yield ONE
+        for _ in range(8):
+            calls.get(timeout=30)
+        yield ONE
+
+    def first(requests: Requests) -> Responses:
+        yield answer(next(requests))
+
+    with scripted(first, *[ended] * 8, echo) as address, sidelight.connect(address, connect_timeout=0.8) as client:
+        assert_all_answered(list(client.stream(batches(), ordered=True)), 2)
 
 
 def test_servers_that_shut_down_in_order_are_never_suspected_to_have_died() -> None:

@@ -106,16 +106,18 @@ class Lane:
         not_before_s = 0.0
         try:
             while self._desk.wait_for(self.connection, not_before_s):
-                n_vain = 0 if self._converse() else n_vain + 1
+                answered, is_orderly = self._converse()
+                # An idle stream may be ended in order any number of times, and its server is there each time.
+                n_vain = 0 if answered else 1 if is_orderly else n_vain + 1
                 backoff_s = min(FIRST_BACKOFF_S * 2 ** min(n_vain, 8), LONGEST_BACKOFF_S)
                 # Spread, so that many clients of a server that comes back do not come all at once.
                 not_before_s = time.monotonic() + backoff_s * random.uniform(0.5, 1.0) if n_vain else 0.0
         except Exception as error:  # an answer that cannot be read: the caller must not wait for what never comes
             self._desk.end(error)
 
-    def _converse(self) -> bool:
-        """Make one call of the stream. Returns whether anything was answered."""
-        answered = False
+    def _converse(self) -> tuple[bool, bool]:
+        """Make one call of the stream. Returns whether anything was answered, and whether it ended with OK in order."""
+        answered = is_orderly = False
         cause: SidelightError = Unavailable("the server ended the stream")
         failed = died = False
         if self._share:
@@ -123,7 +125,7 @@ class Lane:
                 self.regions = self._share(self.connection)
             except Unavailable as error:
                 self._desk.lost(self, error, failed=True, died=False)
-                return False
+                return False, False
         self._why_cut = None
         call = self.call = object()
         rpc = self._context.run(self.connection.open_stream, self._requests(call), metadata=self._metadata)
@@ -137,6 +139,7 @@ class Lane:
             for incoming in rpc:
                 answered = True
                 self._desk.received(self, incoming)
+            is_orderly = any(key == END_TRAILER for key, _ in rpc.trailing_metadata() or ())
         except grpc.RpcError as error:
             failed, (cause, died) = True, self._understand(error)
         finally:
@@ -145,7 +148,7 @@ class Lane:
             self._desk.lost(self, cause, failed=failed, died=died)
             if self.regions:
                 self.regions.close()
-        return answered
+        return answered, is_orderly
 
     def _requests(self, call: object) -> Iterator[Outgoing]:
         """Give gRPC what is to be sent. Runs in a thread of gRPC's, which would keep an error to itself."""
