@@ -1,12 +1,10 @@
 """Callers who mean harm: what they can take is bounded, and a good caller beside them is served."""
 
-import asyncio
 import contextlib
 import gc
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -30,7 +28,8 @@ from support.gate import Gate
 from support.messages import LARGE, ask, attribute, floats
 from support.models import Linear
 from support.processes import process
-from support.servers import TIMEOUT_S, Counts, Running, gated, running, serving
+from support.servers import TIMEOUT_S, Running, gated, running, serving
+from support.waiting import counts, leaving_nothing, until
 
 CANCELLED, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, ABORTED = 1, 4, 8, 10
 MEBIBYTE = 2**20
@@ -40,30 +39,6 @@ FLOOD, GOOD = (("authorization", "Bearer flood"),), (("authorization", "Bearer g
 @pytest.fixture
 def tokens(tmp_path: Path) -> Path:
     return secret(tmp_path / "tokens", "flood\ngood\n")
-
-
-def until(server: Running, reached: Callable[[], bool]) -> None:
-    """Let the server go on until something is so."""
-
-    until_s = time.monotonic() + TIMEOUT_S
-    while not reached():
-        assert time.monotonic() < until_s, "it has not come to that in time"
-        server.run(asyncio.sleep(0.005))
-
-
-def counts(server: Running) -> Counts:
-    """What a server holds, but for threads: some of them begin with the first batch that needs them."""
-    return replace(Counts.of(server), threads=0)
-
-
-@contextlib.contextmanager
-def leaving_nothing(server: Running) -> Iterator[None]:
-    """Check that a good request is answered afterwards, and that all counts come back to where they were."""
-    server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
-    before = counts(server)
-    yield
-    server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
-    until(server, lambda: not counts(server).exceeds(before))
 
 
 def address(server: Running) -> str:

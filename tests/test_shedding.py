@@ -13,18 +13,18 @@ import numpy as np
 import psutil
 import pytest
 import sidelight
-from models import Linear
-from running import TIMEOUT_S, Running
 from sidelight_server import memory
 from sidelight_server.memory import Room
 from sidelight_server.shedding import MESSAGES_LEFT, SHARE_OF_LIMIT, Shedding
-from test_hostile import counts, leaving_nothing, until
-from test_resilience import process
-from test_service import floats, gated, linear_maps, running
-from test_stream import Conversation, assert_explains, attribute
 
 from benchmarks.attack import Limited
 from benchmarks.hostile import STREAM, Caller, framed
+from support.conversation import Conversation
+from support.messages import assert_explains, attribute, floats, linear_maps
+from support.models import Linear
+from support.processes import process
+from support.servers import TIMEOUT_S, Running, gated, running
+from support.waiting import counts, leaving_nothing, until
 
 MEBIBYTE = 2**20
 NONE = Room(0, 1 << 30)
@@ -183,7 +183,7 @@ def test_what_was_read_is_answered_before_a_stream_ends(tmp_path: Path, device: 
         assert gate.reached.wait(TIMEOUT_S)
         shed(server, n=1)
         stream.send(attribute("late", floats(3)))
-        gate.open.set()
+        gate.open()
         answers, code, cause = stream.end()
         assert (code, cause) == (grpc.StatusCode.OK, "age")
         assert [each.id for each in answers] == ["running"]
@@ -202,7 +202,7 @@ def test_a_stream_that_is_not_read_is_left_alone(tmp_path: Path, device: str) ->
         service = server.server._service
         until(server, lambda: all(not each.waited_s for each in service._streams))
         assert server.run(_end_waiting(server)) == 0
-        gate.open.set()
+        gate.open()
         assert [stream.receive().id for _ in range(4)] == list("0123")
         assert stream.finish() == []
 

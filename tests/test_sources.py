@@ -15,7 +15,7 @@ from support.models.sources import SHAPE, assert_serves, examples, net, refusal,
 
 FACTORY = """
 from sidelight_server import ModelSpec
-from sourced import net as made
+from support.models.sources import net as made
 
 def net():
     return made()

@@ -1,12 +1,16 @@
 """Waiting for what a test causes, without sleeping and never for ever."""
 
 import asyncio
+import contextlib
 import queue
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
-from support.servers import TIMEOUT_S, Running
+from support.messages import ask, floats
+from support.servers import TIMEOUT_S, Counts, Running
 
 
 def until_no_stream_is_left(server: Running) -> None:
@@ -21,3 +25,27 @@ def until_no_stream_is_left(server: Running) -> None:
 def until_none(batches: queue.Queue[np.ndarray | None]) -> Iterator[np.ndarray]:
     while (batch := batches.get(timeout=TIMEOUT_S)) is not None:
         yield batch
+
+
+def until(server: Running, reached: Callable[[], bool]) -> None:
+    """Let the server go on until something is so."""
+
+    until_s = time.monotonic() + TIMEOUT_S
+    while not reached():
+        assert time.monotonic() < until_s, "it has not come to that in time"
+        server.run(asyncio.sleep(0.005))
+
+
+def counts(server: Running) -> Counts:
+    """What a server holds, but for threads: some of them begin with the first batch that needs them."""
+    return replace(Counts.of(server), threads=0)
+
+
+@contextlib.contextmanager
+def leaving_nothing(server: Running) -> Iterator[None]:
+    """Check that a good request is answered afterwards, and that all counts come back to where they were."""
+    server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+    before = counts(server)
+    yield
+    server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+    until(server, lambda: not counts(server).exceeds(before))
