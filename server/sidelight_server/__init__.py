@@ -8,9 +8,6 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
-if importlib.util.find_spec("torch") is None or importlib.util.find_spec("pydantic_settings") is None:
-    raise ModuleNotFoundError("the server needs its extra: pip install 'sidelight[server]'")
-
 if TYPE_CHECKING:
     from .attribution import (
         Answer,
@@ -58,10 +55,20 @@ _HOMES = (
     "methods.smoothgrad", "models.spec", "engine", "embedded",
 )  # fmt: skip
 
+# The packages of the extra `server`, by the names they are imported by.
+_EXTRA = ("torch", "pydantic_settings", "safetensors", "prometheus_client", "grpc_health", "grpc_reflection")
+
+
+def missing_package() -> str | None:
+    """Return the first package of the extra `server` that is not installed, or None. Imports none of them."""
+    return next((package for package in _EXTRA if importlib.util.find_spec(package) is None), None)
+
 
 def __getattr__(name: str) -> object:
-    """Return a public name from the module that it stands in."""
+    """Return a public name from its module. Raises `ModuleNotFoundError` where the extra `server` is not installed."""
     if name in __all__:
+        if missing := missing_package():
+            raise ModuleNotFoundError(f"sidelight_server needs {missing}: pip install 'sidelight[server]'")
         for home in _HOMES:
             module = importlib.import_module(f".{home}", __name__)
             if hasattr(module, name):

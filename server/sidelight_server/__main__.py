@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 
+from . import missing_package
 from .errors import ConfigurationError
 from .logs import Event, configure
 from .openmp import sleep_soon
@@ -21,6 +22,9 @@ def main() -> int:
 
     With `--check` it asks a server for its health instead: see `probe`.
     """
+    if missing := missing_package():
+        print(f"sidelight-server needs {missing}: pip install 'sidelight[server]'", file=sys.stderr)
+        return 2
     if is_probe(sys.argv[1:]):
         return probe(sys.argv[1:])
     from .config import misspelt_variables, read_settings  # not before: a probe needs none of it, and has little time
