@@ -23,8 +23,8 @@ from ._picture import grey_of, picture_of
 from ._targets import Choice, choice_message
 from ._tensor import DTYPES, Array, TorchTensor, host_array, tensor_message
 
-# Modes that no file holds, and those that hold the same.
-_CONVERTED = {"HSV": "RGB", "I;16L": "I", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
+# Modes that no file holds, or YCbCr, whose TIFF Pillow 12 and older cannot read; and those that hold the same.
+_CONVERTED = {"YCbCr": "RGB", "HSV": "RGB", "I;16L": "I", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
 _FRAME_BYTES = 8  # that a message inside another takes beside its own, and more
 _KINDS = "a path, encoded bytes, a PIL image, an array, a tensor, or a list of them"
 
@@ -239,7 +239,7 @@ def _encoded(image: Image.Image) -> bytes:
         exif[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
         if image.mode in _CONVERTED:
             image = image.convert(_CONVERTED[image.mode])
-        if image.mode in ("CMYK", "YCbCr", "LAB", "I", "F"):
+        if image.mode in ("CMYK", "LAB", "I", "F"):
             image.save(file, "TIFF", compression="raw", exif=exif)
         else:
             image.save(file, "PNG", compress_level=1, exif=exif)
