@@ -215,6 +215,6 @@ def test_maps_are_equal_to_the_originals(
         check=True,
         timeout=100,
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(TESTS)},
+        env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     assert_equal(explain(module)(x).maps, torch.from_numpy(np.load(files[2])), device)
