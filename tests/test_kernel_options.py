@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from support.engines import ask
 from support.models import small_cnn
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 OPTIONS = {
     "fold": KernelOptions(fold=True),

@@ -38,6 +38,8 @@ from sidelight_server.methods import Method
 from support.models import small_cnn
 from support.tolerances import COMPANY
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (3, 16, 16)
 N_REQUESTS = 210
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 from support.models import Linear, small_cnn
 
+pytestmark = pytest.mark.slow
+
 
 def explain(module: nn.Module, x: Tensor, method: object, **asked: object) -> np.ndarray:
     with Engine([ModelSpec(module)], Settings(device="cpu", max_chunk_rows=64)) as engine:

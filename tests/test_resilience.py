@@ -722,6 +722,7 @@ def test_what_the_client_cut_itself_is_not_told_as_cancelled_by_the_application(
     assert "Locally cancelled" not in caught.value.message
 
 
+@pytest.mark.serial
 def test_what_is_asked_before_a_call_takes_none_of_more_than_its_time(address: str) -> None:
     with proxy(address) as network, sidelight.connect(network.address, connect_timeout=10) as client:
         client.info()

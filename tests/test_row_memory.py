@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from support.models import N_CLASSES
 from support.tolerances import COMPANY
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 32 * 2**20
 RESOURCE_EXHAUSTED = ResourceExhausted.code
 # Its graph keeps about 3 times 8 float32 for each pixel.

@@ -31,6 +31,8 @@ from support.gate import Gate, Gated
 from support.models import small_cnn
 from support.tolerances import COMPANY
 
+pytestmark = pytest.mark.slow
+
 LONG = IntegratedGradients(steps=300)
 TO_TOLERANCE = IntegratedGradients(steps=0, rule=Rule.TRAPEZOID, tolerance=1e-6, max_rows=300)
 
