@@ -46,6 +46,8 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from support.components import ONNX
 from support.models.sources import assert_serves, examples, expected_maps, refusal, served_maps
 
+pytestmark = pytest.mark.slow
+
 PHOTOGRAPH = Path(skimage.__file__).parent / "data" / "chelsea.png"  # 300 × 451
 # Of a photograph: whole, and parts of other shapes, whose margins are odd in every way once they are resized.
 SIZES = [(300, 451), (299, 211), (200, 203), (57, 91), (61, 44), (300, 100)]

@@ -12,6 +12,8 @@ from support import TESTS
 from support.components import ONNX
 from support.models.sources import refusal
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
