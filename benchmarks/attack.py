@@ -73,7 +73,9 @@ def _unread_answers(address: str, stop: Event) -> None:
             callers = [stack.enter_context(Caller(address, window=0)) for _ in range(3)]
             for number, caller in enumerate(itertools.islice(itertools.cycle(callers), 256)):
                 if caller.room and not stop.is_set():
-                    caller.ask(ATTRIBUTE, message, ("number", str(number)))
+                    call = caller.begin(ATTRIBUTE, ("number", str(number)))
+                    if caller.send(call, framed(message)) == len(message) + 5:  # else it was refused meanwhile
+                        caller.end(call)
             stop.wait(20)
 
 
