@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from sidelight_server.device import cpu_quota
+from sidelight_server.compute.torch_device import cpu_quota
 
 from . import (
     captum,

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
-from sidelight_server.openmp import SPIN_COUNT, VARIABLES
+from sidelight_server.app.openmp import SPIN_COUNT, VARIABLES
 
 from .measure import Line, ratio
 
@@ -120,9 +120,9 @@ def disturb(network: str) -> None:
 
 def _chunk(network: str) -> Callable[[], object]:
     import torch
-    from sidelight_server.attribution import PREDICTED, Score
-    from sidelight_server.device import cpu_quota
-    from sidelight_server.kernel import Kernel
+    from sidelight_server.compute.kernel import Kernel
+    from sidelight_server.compute.torch_device import cpu_quota
+    from sidelight_server.domain import PREDICTED, Score
     from torch import nn
 
     from .nets import SIZE, resnet18

@@ -6,9 +6,9 @@ import statistics
 import numpy as np
 import sidelight
 from sidelight_server import Engine, Request, Settings
-from sidelight_server.attribution import Answer
-from sidelight_server.counts import Tally
-from sidelight_server.passages import Passages
+from sidelight_server.domain import Answer
+from sidelight_server.telemetry.counters import Tally
+from sidelight_server.telemetry.recorder import Passages
 
 from .measure import Line, in_turns, ratio, server
 from .memory import SIZE, small

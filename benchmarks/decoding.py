@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
-from sidelight_server.decoders import Decoders
-from sidelight_server.models.decode_worker import Order
-from sidelight_server.models.decoding import decode
-from sidelight_server.models.preprocessing import Preprocessing
+from sidelight_server.engine.decoder_pool import Decoders
+from sidelight_server.inputs.decode_worker import Order
+from sidelight_server.inputs.decoding import decode
+from sidelight_server.inputs.preprocessing import Preprocessing
 
 from .measure import Line, in_turns
 

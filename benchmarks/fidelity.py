@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
-from sidelight._demo import photographs
+from sidelight._cli.demo import photographs
 from sidelight_server import (
     Answer,
     Engine,

@@ -19,10 +19,10 @@ from PIL import Image
 
 with atheris.instrument_imports(include=["sidelight_server", "sidelight", "PIL"]):
     from sidelight.v1 import attribution_pb2 as pb
-    from sidelight_server import wire
     from sidelight_server.errors import SidelightError
-    from sidelight_server.frames import decode_request, decode_stream_request
-    from sidelight_server.models.decoding import decode
+    from sidelight_server.inputs.decoding import decode
+    from sidelight_server.wire import requests
+    from sidelight_server.wire.codec import decode_request, decode_stream_request
 
 import sidelight
 
@@ -48,8 +48,8 @@ def messages(content: bytes) -> None:
         if isinstance(message, pb.AttributeStreamRequest):
             message = message.attribute
         with contextlib.suppress(SidelightError):
-            wire.timeout_s(message)
-            wire.parse(message, received.data)
+            requests.timeout_s(message)
+            requests.parse(message, received.data)
 
 
 def files(content: bytes) -> None:

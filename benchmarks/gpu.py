@@ -25,11 +25,11 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 from sidelight_server import ModelSpec
-from sidelight_server.attribution import PREDICTED, Score
-from sidelight_server.kernel import Kernel
+from sidelight_server.compute.kernel import Kernel
+from sidelight_server.compute.max_abs import largest_absolute
+from sidelight_server.compute.staging import Arriving, Staging
+from sidelight_server.domain import PREDICTED, Score
 from sidelight_server.models.model import Model
-from sidelight_server.reduction import largest_absolute
-from sidelight_server.staging import Arriving, Staging
 from torch import Tensor
 
 from . import nets

@@ -3,11 +3,11 @@
 import functools
 
 import torch
-from sidelight_server.attribution import PREDICTED, Score
-from sidelight_server.device import cpu_quota
-from sidelight_server.kernel import Kernel
+from sidelight_server.compute.kernel import Kernel
+from sidelight_server.compute.torch_device import cpu_quota
+from sidelight_server.config.options import KernelOptions
+from sidelight_server.domain import PREDICTED, Score
 from sidelight_server.methods.channels import Channels, Magnitude, reduce
-from sidelight_server.options import KernelOptions
 from torch import Tensor, nn
 
 from .measure import Line, in_turns, ratio

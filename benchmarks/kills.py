@@ -20,7 +20,7 @@ import psutil
 import sidelight
 import torch
 from sidelight_server import Engine, Settings
-from sidelight_server.server import Server
+from sidelight_server.app.server import Server
 
 from .measure import Line, report, server
 from .memory import SIZE, small

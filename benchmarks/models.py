@@ -15,9 +15,9 @@ import sidelight
 import torch
 from sidelight.pyhealth import BasicGradientSaliencyMaps
 from sidelight_server import Engine, ModelSpec, Settings
-from sidelight_server.device import cpu_quota
-from sidelight_server.kernel import Kernel
-from sidelight_server.models.preprocessing import Preprocessing
+from sidelight_server.compute.kernel import Kernel
+from sidelight_server.compute.torch_device import cpu_quota
+from sidelight_server.inputs.preprocessing import Preprocessing
 
 from .kernel import maps
 from .measure import Line, in_turns, ratio, server

@@ -4,7 +4,7 @@ import dataclasses
 
 import torch
 from sidelight_server import ModelSpec
-from sidelight_server.demo import efficientnet_lite0
+from sidelight_server.models.sources.demo import efficientnet_lite0
 from torch import Tensor, nn
 
 SIZE = 224

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import sidelight
 import torch
-from sidelight_server.device import cpu_quota
-from sidelight_server.kernel import Kernel
-from sidelight_server.options import KernelOptions
+from sidelight_server.compute.kernel import Kernel
+from sidelight_server.compute.torch_device import cpu_quota
+from sidelight_server.config.options import KernelOptions
 
 from .kernel import maps
 from .measure import Line, in_turns, ratio, server

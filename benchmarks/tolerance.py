@@ -9,7 +9,7 @@ import sys
 
 import numpy as np
 import sidelight
-from sidelight._demo import photographs
+from sidelight._cli.demo import photographs
 
 from .measure import Line, report, server
 

@@ -12,14 +12,14 @@ import sidelight_server
 import skimage
 
 # As it would stand in sidelight.toml:
-#   model = "python:sidelight_server.demo:efficientnet_lite0"
+#   model = "python:sidelight_server.models.sources.demo:efficientnet_lite0"
 #   allow_reload = true
 #   [models.exact]
 #   [models.fast]
 #   fold = true
 #   …
 SETTINGS = {
-    "model": "python:sidelight_server.demo:efficientnet_lite0",
+    "model": "python:sidelight_server.models.sources.demo:efficientnet_lite0",
     "allow_reload": True,
     "models": {
         "exact": {"max_example_rows": 1_000},

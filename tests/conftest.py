@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from sidelight_server.openmp import sleep_soon
+from sidelight_server.app.openmp import sleep_soon
 
 sleep_soon()  # before torch is loaded: where tests run side by side, threads that spin take each other's cores
 pytest.register_assert_rewrite("support")

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
-from sidelight_server.admission import Admission, Permit
-from sidelight_server.arrivals import LARGE_BYTES, REFUSED_BYTES_PER_S, Pace
 from sidelight_server.errors import ResourceExhausted
-from sidelight_server.explainer import Explainer
-from sidelight_server.passage import Passage
+from sidelight_server.rpc.admission import Admission, Permit
+from sidelight_server.rpc.handler import Explainer
+from sidelight_server.rpc.receive_limit import LARGE_BYTES, REFUSED_BYTES_PER_S, Pace
+from sidelight_server.telemetry.call_record import Passage
 
 
 def on_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:

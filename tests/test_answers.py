@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sidelight
 from PIL import Image
-from sidelight._images import Batch
+from sidelight._inputs.images import Batch
 
 N_KEPT = 40
 LARGE = (512, 512, 3)  # 786 kB, whose map of 32 × 32 takes 4 kB

@@ -19,8 +19,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import ConfigurationError, ModelSpec
-from sidelight_server.authorization import Callers, Tokens
-from sidelight_server.peers import Peers, host_of
+from sidelight_server.security.authorization import Callers, Tokens
+from sidelight_server.security.stream_limit import Peers, host_of
 from typer.testing import CliRunner
 
 from support.certificates import secret, swap
@@ -325,7 +325,7 @@ def test_a_client_does_not_show_its_token(tokens: Path) -> None:
 
 @pytest.mark.parametrize("how", ["variable", "file"])
 def test_the_commands_bring_a_token(how: str, place: str, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sidelight._cli import app
+    from sidelight._cli.app import app
 
     with serving(place, tokens=tokens) as address:
         asked = ["info", "--address", address, "--connect-timeout", "20"]

@@ -21,7 +21,7 @@ from sidelight_server import (
     SmoothGrad,
 )
 from sidelight_server.errors import FailedPrecondition, InvalidArgument
-from sidelight_server.methods import draws
+from sidelight_server.methods import random
 from torch import Tensor, nn
 
 from support.engines import Explain, ask, assert_close, explaining
@@ -99,7 +99,7 @@ def test_a_given_baseline_is_one_for_all_examples_or_one_for_each(explain: Expla
 
 
 def test_a_baseline_made_of_the_example_is_made_of_its_noisy_copy(explain: Explain, x: Tensor) -> None:
-    copies = [x + 0.5 * draws.noise(x[0], 0, "smoothgrad", k) for k in range(4)]
+    copies = [x + 0.5 * random.noise(x[0], 0, "smoothgrad", k) for k in range(4)]
     expected = torch.stack([each - each.mean(dim=(2, 3), keepdim=True) for each in copies]).mean(dim=0)
     base = IntegratedGradients(2, baseline=MeanColour())
     assert_close(explain(x, SmoothGrad(4, 0.5, absolute_noise=True, base=base), target=0).maps, expected)

@@ -21,15 +21,15 @@ from click.testing import Result
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from sidelight import _bench_command
-from sidelight._arrivals import arrivals
-from sidelight._bench import Bench, Plan, Step
-from sidelight._cli import app
-from sidelight._figures import Figures, histogram, is_stable
-from sidelight._load import Load
-from sidelight._recorder import Fault, Recorder, Window
-from sidelight._sample import Sample, percentile
-from sidelight._traffic import Traffic, batches_of_files, random_batches
+from sidelight._cli.app import app
+from sidelight._cli.bench import command
+from sidelight._cli.bench.arrivals import arrivals
+from sidelight._cli.bench.load import Load
+from sidelight._cli.bench.measurement import Bench, Plan, Step
+from sidelight._cli.bench.recorder import Fault, Recorder, Window
+from sidelight._cli.bench.sample import Sample, percentile
+from sidelight._cli.bench.statistics import Figures, histogram, is_stable
+from sidelight._cli.bench.traffic import Traffic, batches_of_files, random_batches
 from typer.testing import CliRunner
 
 from support.gate import Gate, Gated
@@ -390,7 +390,7 @@ def test_ctrl_c_ends_with_what_was_measured_so_far(
 
         yield watch
 
-    monkeypatch.setattr(_bench_command, "progress", interrupting)
+    monkeypatch.setattr(command, "progress", interrupting)
     request.addfinalizer(functools.partial(signal.signal, signal.SIGINT, signal.getsignal(signal.SIGINT)))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs have it ignored
     done = run("--concurrency", "1,2,3", "--interval", 0.05, "--max-windows", 3, "--json", "out.json")
@@ -484,7 +484,7 @@ def test_a_wrong_option_is_named_with_what_was_expected(run: Run, arguments: lis
 
 def test_neither_torch_nor_matplotlib_is_loaded_for_it() -> None:
     heavy = "{'torch', 'sidelight_server', 'matplotlib'} & set(sys.modules)"
-    program = f"import sys, sidelight._cli; sys.exit(str({heavy} or ''))"
+    program = f"import sys, sidelight._cli.app; sys.exit(str({heavy} or ''))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stderr.strip() == ""
 

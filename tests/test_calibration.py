@@ -11,8 +11,10 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from sidelight_server import Engine, ModelSpec, Settings, calibration, remeasuring
-from sidelight_server.remeasuring import Remeasuring
+from sidelight_server import Engine, ModelSpec, Settings
+from sidelight_server.engine import recalibration
+from sidelight_server.engine.recalibration import Remeasuring
+from sidelight_server.models import calibration
 from torch import Tensor, nn
 
 from support.models import reloadable, small_cnn
@@ -240,7 +242,7 @@ def test_a_measurement_waits_for_a_moment_without_requests_but_not_for_ever() ->
 def test_a_server_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     module = Paced(LOADED)
     monkeypatch.setattr(calibration.time, "perf_counter", lambda: module.now)
-    monkeypatch.setattr(remeasuring, "FIRST_S", 0.01)
+    monkeypatch.setattr(recalibration, "FIRST_S", 0.01)
     with (
         sidelight_server.serve(ModelSpec(module, input_size=SIZE), device="cpu", threads=1) as address,
         sidelight.connect(address) as client,

@@ -14,9 +14,9 @@ import sidelight_server
 import torch
 from click.testing import Result
 from PIL import Image
-from sidelight._cli import app
-from sidelight._method_text import METHODS
-from sidelight._report import overlay_names
+from sidelight._cli.app import app
+from sidelight._cli.tables import overlay_names
+from sidelight.methods.parsing import METHODS
 from torch import nn
 from typer.testing import CliRunner
 

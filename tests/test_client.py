@@ -24,8 +24,8 @@ import sidelight
 import sidelight_server
 import torch
 from PIL import Image
-from sidelight import _errors
-from sidelight._method_text import method_text
+from sidelight import exceptions
+from sidelight.methods.parsing import method_text
 from sidelight.v1 import attribution_pb2 as pb
 from torch import nn
 
@@ -310,8 +310,8 @@ def test_every_status_has_an_exception_of_its_own(status: grpc.StatusCode) -> No
     assert kind.__name__ == "".join(word.capitalize() for word in status.name.split("_"))
     assert kind.code == code
     for error in (
-        _errors.from_code(code, "why", retry_delay_s=1.5),
-        _errors.from_rpc(
+        exceptions.from_code(code, "why", retry_delay_s=1.5),
+        exceptions.from_rpc(
             FailedCall(status, "why", (Trailer("other", "x"), Trailer("retry-after-ms", "1500"))), max_message_bytes=1
         ),
     ):
@@ -322,16 +322,16 @@ def test_every_status_has_an_exception_of_its_own(status: grpc.StatusCode) -> No
 
 
 def test_a_status_without_words_or_delay_is_told_by_its_name() -> None:
-    error = _errors.from_rpc(FailedCall(grpc.StatusCode.DATA_LOSS), max_message_bytes=1)
+    error = exceptions.from_rpc(FailedCall(grpc.StatusCode.DATA_LOSS), max_message_bytes=1)
     assert (str(error), error.retry_delay_s) == ("DATA_LOSS", None)
 
 
 def test_a_code_that_nobody_knows_is_unknown() -> None:
-    assert type(_errors.from_code(99, "why")) is sidelight.Unknown
+    assert type(exceptions.from_code(99, "why")) is sidelight.Unknown
 
 
 def test_the_tree_of_errors_is_the_one_that_the_module_shows() -> None:
-    errors = [each for _, each in inspect.getmembers(_errors, inspect.isclass) if issubclass(each, Exception)]
+    errors = [each for _, each in inspect.getmembers(exceptions, inspect.isclass) if issubclass(each, Exception)]
     errors = [each for each in errors if not each.__name__.startswith("_")]
     assert {each.__name__ for each in errors} == {each.__name__ for each in STATUSES.values()} | {
         "SidelightError",
@@ -341,7 +341,7 @@ def test_the_tree_of_errors_is_the_one_that_the_module_shows() -> None:
         "ServerDied",
         "UnreadableFile",
     }
-    assert all(each.__name__ in _errors.__doc__ for each in errors)
+    assert all(each.__name__ in exceptions.__doc__ for each in errors)
     assert sidelight.MessageTooLarge.__base__ is sidelight.ResourceExhausted
 
 
@@ -446,7 +446,7 @@ def test_an_answer_over_the_servers_limit_names_side_limit_and_setting(
 
 def test_a_request_that_the_server_found_too_large_names_the_servers_flag() -> None:
     status = grpc.StatusCode.RESOURCE_EXHAUSTED
-    error = _errors.from_rpc(
+    error = exceptions.from_rpc(
         FailedCall(status, "SERVER: Received message larger than max (9 vs. 5)"), max_message_bytes=1
     )
     assert type(error) is sidelight.MessageTooLarge
@@ -972,10 +972,10 @@ def test_answers_and_errors_cross_processes(client: sidelight.Client, floats: to
 def test_the_public_list_is_whole_and_true() -> None:
     assert len(set(sidelight.__all__)) == len(sidelight.__all__)
     public = {name for name in vars(sidelight) if not name.startswith("_")}
-    # The schema's own package; and a module that is imported by its own name, once somebody has.
-    assert public - set(sidelight.__all__) - {"pyhealth"} == {"v1"}
+    # Packages that hold what is public; and one that is imported by its own name, once somebody has.
+    assert public - set(sidelight.__all__) - {"pyhealth"} == {"exceptions", "methods", "results", "v1", "visualization"}
     assert set(sidelight.__all__) <= public
-    errors = {name for name, each in vars(_errors).items() if inspect.isclass(each) and issubclass(each, Exception)}
+    errors = {name for name, each in vars(exceptions).items() if inspect.isclass(each) and issubclass(each, Exception)}
     assert {name for name in errors if not name.startswith("_")} <= set(sidelight.__all__)
 
 
@@ -991,5 +991,5 @@ def test_importing_the_client_brings_neither_server_nor_torch_nor_a_command_line
     assert "sidelight" in packages
     assert not packages & {"torch", "sidelight_server", "typer", "click", "rich", "pydantic", "matplotlib", "skimage"}
     assert not [name for name in modules if name.startswith("PIL.") and name.endswith("Plugin")]
-    assert not {"sidelight._cli", "sidelight._report", "sidelight._demo"} & set(modules)
+    assert not {"sidelight._cli.app", "sidelight._cli.tables", "sidelight._cli.demo"} & set(modules)
     assert not done.stderr

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sidelight._envelope import LARGE_BYTES
-from sidelight._frames import Outgoing, decode, encode, is_large
-from sidelight._tensor import array_of, tensor_message
+from sidelight._inputs.tensors import array_of, tensor_message
+from sidelight._transport.envelope import LARGE_BYTES
+from sidelight._transport.wire import Outgoing, decode, encode, is_large
 from sidelight.v1 import attribution_pb2 as pb
 
 DTYPES = st.sampled_from(["uint8", "float16", "float32", "float64"])

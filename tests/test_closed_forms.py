@@ -17,7 +17,7 @@ from sidelight_server import (
     SmoothGrad,
     Statistic,
 )
-from sidelight_server.methods import draws
+from sidelight_server.methods import random
 from torch import Tensor
 
 from support.engines import Explain, assert_close, explaining
@@ -120,7 +120,7 @@ def test_noise_changes_no_gradient_of_a_linear_logit(noise: float, explain: Expl
 def test_smoothgrad_of_gradient_times_input_adds_the_weight_times_the_mean_noise(
     explain: Explain, x: Tensor, weight: Tensor
 ) -> None:
-    noise = torch.stack([draws.noise(x[0], SEED, "smoothgrad", k) for k in range(6)]).mean(dim=0)
+    noise = torch.stack([random.noise(x[0], SEED, "smoothgrad", k) for k in range(6)]).mean(dim=0)
     method = SmoothGrad(6, noise=0.3, absolute_noise=True, seed=SEED, base=Gradient(times_input=True))
     assert_close(explain(x, method, target=CLASS).maps, weight * (x + 0.3 * noise))
 
@@ -130,8 +130,8 @@ def test_expected_gradients_of_a_linear_logit_are_weight_times_the_mean_differen
     noise: float, explain: Explain, x: Tensor, others: Tensor, weight: Tensor
 ) -> None:
     n = 25
-    baseline = torch.stack([others[draws.integer(5, SEED, "baseline", k)] for k in range(n)]).mean(dim=0)
-    moved = torch.stack([draws.noise(x[0], SEED, "noise", k) for k in range(n)]).mean(dim=0)
+    baseline = torch.stack([others[random.integer(5, SEED, "baseline", k)] for k in range(n)]).mean(dim=0)
+    moved = torch.stack([random.noise(x[0], SEED, "noise", k) for k in range(n)]).mean(dim=0)
     spread = noise * (x.amax(dim=(1, 2, 3)) - x.amin(dim=(1, 2, 3))).view(-1, 1, 1, 1)
     maps = explain(x, ExpectedGradients(n, others.numpy(), noise, SEED), target=CLASS).maps
     assert_close(maps, weight * (x + spread * moved - baseline))
@@ -142,19 +142,19 @@ def test_expected_gradients_without_baselines_begin_at_zero(explain: Explain, x:
 
 
 def test_every_baseline_is_drawn_about_equally_often() -> None:
-    counts = np.bincount([draws.integer(5, SEED, "baseline", k) for k in range(5000)], minlength=5)
+    counts = np.bincount([random.integer(5, SEED, "baseline", k) for k in range(5000)], minlength=5)
     # Binomial with mean 1000 and deviation 28: five of them.
     assert abs(counts - 1000).max() < 5 * np.sqrt(5000 * 0.2 * 0.8)
 
 
 def test_draws_are_standard_normal_and_uniform_and_of_no_relation_to_their_neighbours() -> None:
     like = torch.empty(3, 32, 32, dtype=torch.float64)
-    noise = torch.stack([draws.noise(like, seed, "smoothgrad", k) for seed in (0, 1) for k in range(8)]).flatten(1)
+    noise = torch.stack([random.noise(like, seed, "smoothgrad", k) for seed in (0, 1) for k in range(8)]).flatten(1)
     n = noise.numel()
     assert abs(float(noise.mean())) < 5 / np.sqrt(n)
     assert abs(float(noise.var()) - 1) < 5 * np.sqrt(2 / n)
     related = (torch.corrcoef(noise) - torch.eye(16, dtype=torch.float64)).abs().max()
     assert float(related) < 5 / np.sqrt(noise.shape[1])  # seeds and points that are neighbours begin alike in torch
-    places = np.array([draws.uniform(0, "place", k) for k in range(2000)])
+    places = np.array([random.uniform(0, "place", k) for k in range(2000)])
     assert abs(places.mean() - 0.5) < 5 / np.sqrt(12 * 2000)
     assert 0 <= places.min() < 0.01 < 0.99 < places.max() < 1

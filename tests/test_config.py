@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from sidelight_server.config import FILE, PREFIX, ModelSettings, Settings, misspelt_variables, read_settings
+from sidelight_server.config.settings import FILE, PREFIX, ModelSettings, Settings, misspelt_variables, read_settings
 from sidelight_server.errors import ConfigurationError
 
 

@@ -21,11 +21,11 @@ import pytest
 import sidelight
 from PIL import Image
 from sidelight_server import Engine, Files, Request, Settings
-from sidelight_server.decoders import Decoders, Fitted
+from sidelight_server.engine.decoder_pool import Decoders, Fitted
 from sidelight_server.errors import InvalidArgument, ResourceExhausted, SidelightError, Unavailable
-from sidelight_server.models.decode_worker import BYTES_PER_PIXEL, SPARE_BYTES, Order
-from sidelight_server.models.decoding import decode
-from sidelight_server.models.preprocessing import Preprocessing
+from sidelight_server.inputs.decode_worker import BYTES_PER_PIXEL, SPARE_BYTES, Order
+from sidelight_server.inputs.decoding import decode
+from sidelight_server.inputs.preprocessing import Preprocessing
 
 from benchmarks.bombs import many_scans
 from support import TESTS

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageOps
 from sidelight_server.errors import InvalidArgument
-from sidelight_server.models.decoding import decode, lift_pillows_limit
+from sidelight_server.inputs.decoding import decode, lift_pillows_limit
 
 from support.processes import counts_memory, refused_apart
 from support.profiles import n_examples

@@ -21,9 +21,9 @@ from sidelight_server import (
     Settings,
     TopK,
 )
-from sidelight_server.attribution import PREDICTED, Aim
+from sidelight_server.compute.head import Head
+from sidelight_server.domain import PREDICTED, Aim
 from sidelight_server.errors import FailedPrecondition, InvalidArgument, SidelightError
-from sidelight_server.scores import Head
 from torch import Tensor, nn
 
 from support.engines import Explain, ask, assert_close, explaining

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 import safetensors.torch
 import yaml
-from sidelight_server.config import Settings, read_settings
-from sidelight_server.probe import is_probe
+from sidelight_server.app.health_check import is_probe
+from sidelight_server.config.settings import Settings, read_settings
 from torch import nn
 
 from support import ROOT

@@ -32,12 +32,12 @@ from sidelight_server import (
     SmoothGrad,
     TopK,
 )  # fmt: skip
-from sidelight_server.device import choose_devices
+from sidelight_server.compute.torch_device import choose_devices
 from sidelight_server.errors import Unavailable
+from sidelight_server.methods.integrated_gradients import Rule
 from sidelight_server.methods.method import Method
-from sidelight_server.methods.path import Rule
-from sidelight_server.passage import Passage
-from sidelight_server.stops import StopTimes
+from sidelight_server.telemetry.call_record import Passage
+from sidelight_server.telemetry.cancellation_latency import StopTimes
 from torch import nn
 
 from support.engines import ask

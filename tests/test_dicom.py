@@ -28,10 +28,10 @@ from pydicom.uid import (
     JPEGBaseline8Bit,
     RLELossless,
 )
-from sidelight import _dicom
+from sidelight.visualization import dicom as _dicom
 from sidelight_server.errors import FailedPrecondition, InvalidArgument
-from sidelight_server.models import dicom
-from sidelight_server.models.decoding import decode
+from sidelight_server.inputs import dicom
+from sidelight_server.inputs.decoding import decode
 
 from support.models import small_cnn
 from support.processes import counts_memory, refused_apart

@@ -9,10 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
-from sidelight_server import frames
 from sidelight_server.errors import InvalidArgument
-from sidelight_server.frames import Decode, Received, Unreadable, decode_request, decode_stream_request, encode_answer
-from sidelight_server.tensors import encoded
+from sidelight_server.wire import codec
+from sidelight_server.wire.codec import (
+    Decode,
+    Received,
+    Unreadable,
+    decode_request,
+    decode_stream_request,
+    encode_answer,
+)
+from sidelight_server.wire.tensors import encoded
 
 from support.messages import attribute
 from support.profiles import n_examples
@@ -61,9 +68,9 @@ def assert_as_protobuf(raw: bytes, decode: Decode[Message], kind: type[Message])
 @pytest.fixture(autouse=True, scope="module")
 def _cut_all() -> object:
     """Let small messages go the way of large ones."""
-    before, frames.LARGE_BYTES = frames.LARGE_BYTES, 0
+    before, codec.LARGE_BYTES = codec.LARGE_BYTES, 0
     yield
-    frames.LARGE_BYTES = before
+    codec.LARGE_BYTES = before
 
 
 @settings(max_examples=n_examples(300))

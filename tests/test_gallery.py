@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
-from sidelight._gallery import BACKGROUND, MARGIN, TILE, Panel, gallery, shortened
+from sidelight.visualization.gallery import BACKGROUND, MARGIN, TILE, Panel, gallery, shortened
 
 RED = (250, 0, 0)
 

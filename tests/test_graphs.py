@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from sidelight_server.attribution import PREDICTED, Aim, Score
-from sidelight_server.graphs import MAX_SHAPES, Recording, Recordings, Replay, recorder
-from sidelight_server.kernel import Kernel
-from sidelight_server.layers import Layers, Layout
+from sidelight_server.compute.adapter import PLAIN
+from sidelight_server.compute.cuda_graphs import MAX_SHAPES, Recording, Recordings, Replay, recorder
+from sidelight_server.compute.head import Head
+from sidelight_server.compute.kernel import Kernel
+from sidelight_server.compute.layers import Layers, Layout
+from sidelight_server.config.options import KernelOptions
+from sidelight_server.domain import PREDICTED, Aim, Score
 from sidelight_server.methods.method import Layer, Rectifiers
-from sidelight_server.models.adapter import PLAIN
-from sidelight_server.options import KernelOptions
-from sidelight_server.scores import Head
 from torch import Tensor, nn
 
 from support.models import small_cnn

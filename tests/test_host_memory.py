@@ -20,9 +20,9 @@ import numpy as np, torch
 from sidelight.v1 import attribution_pb2 as pb, tensor_pb2
 from sidelight_server import Engine, ModelSpec, Request, Settings
 from sidelight_server.errors import InvalidArgument, ResourceExhausted, SidelightError
-from sidelight_server.explainer import Explainer
-from sidelight_server.frames import Received, decode_request
-from sidelight_server.passage import Passage
+from sidelight_server.rpc.handler import Explainer
+from sidelight_server.wire.codec import Received, decode_request
+from sidelight_server.telemetry.call_record import Passage
 
 @contextlib.contextmanager
 def scarce(more_bytes):

@@ -15,9 +15,10 @@ import torch
 from grpc_health.v1 import health_pb2
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
-from sidelight_server import Engine, ModelSpec, Settings, arrivals, framing, stream
-from sidelight_server.health import MAX_PEER_WATCHES
-from sidelight_server.server import MAX_CONNECTION_CALLS
+from sidelight_server import Engine, ModelSpec, Settings
+from sidelight_server.app.health import MAX_PEER_WATCHES
+from sidelight_server.app.server import MAX_CONNECTION_CALLS
+from sidelight_server.rpc import interceptors, receive_limit, stream
 from torch import Tensor, nn
 
 from benchmarks.hostile import ATTRIBUTE, CHECK, INFO, STREAM, WATCH, Caller, framed
@@ -117,8 +118,8 @@ def test_messages_that_are_never_finished_take_little_memory_and_no_time_of_othe
 def test_of_a_message_that_nobody_reads_yet_64_kib_are_taken(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(framing, "PLACES", 1)
-    monkeypatch.setattr(arrivals, "QUICK_S", 60.0)
+    monkeypatch.setattr(interceptors, "PLACES", 1)
+    monkeypatch.setattr(receive_limit, "QUICK_S", 60.0)
     with running(Linear(), tmp_path, device=device) as server, Caller(address(server)) as caller:
         first = caller.begin(ATTRIBUTE)
         assert caller.send(first, framed(b"", n_bytes=4 * MEBIBYTE) + bytes(2 * MEBIBYTE)) > 2 * MEBIBYTE
@@ -153,7 +154,7 @@ def test_a_caller_whose_large_messages_are_refused_has_the_next_ones_read_at_a_l
         assert not all(call.done() for call in calls), "a good caller waits for the refused messages of another one"
         assert {call.code() for call in calls} == {grpc.StatusCode.INVALID_ARGUMENT}
         # One may be read while the one before it is refused.
-        assert time.monotonic() - began_s >= (n_calls - 2) * refused.ByteSize() / arrivals.REFUSED_BYTES_PER_S
+        assert time.monotonic() - began_s >= (n_calls - 2) * refused.ByteSize() / receive_limit.REFUSED_BYTES_PER_S
 
 
 @pytest.mark.parametrize("path", [CHECK, WATCH, INFO])

@@ -11,7 +11,7 @@ import sidelight
 import sidelight_server
 import torch
 from sidelight_server import Engine, ModelSpec, Settings
-from sidelight_server.models.weights import Watch
+from sidelight_server.compute.weights import Watch
 from torch import Tensor, nn
 
 from support.engines import ask

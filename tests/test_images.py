@@ -10,8 +10,8 @@ import sidelight
 import sidelight_server
 import torch
 from PIL import ExifTags, Image, ImageOps
-from sidelight._images import Batch
-from sidelight_server.models.preprocessing import Preprocessing
+from sidelight._inputs.images import Batch
+from sidelight_server.inputs.preprocessing import Preprocessing
 
 from support.models import small_cnn
 

@@ -8,10 +8,10 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from sidelight_server.attribution import Aim, Score
-from sidelight_server.kernel import Kernel
-from sidelight_server.replica import replicate
-from sidelight_server.staging import Staging, normalise
+from sidelight_server.compute.kernel import Kernel
+from sidelight_server.compute.replica import replicate
+from sidelight_server.compute.staging import Staging, normalise
+from sidelight_server.domain import Aim, Score
 from torch import nn
 
 from support.models import small_cnn

@@ -11,11 +11,11 @@ import sidelight_server
 import torch
 from scipy.stats import spearmanr
 from sidelight_server import Channels, Engine, GradCam, GuidedBackpropagation, IntegratedGradients, ModelSpec, Settings
-from sidelight_server.attribution import PREDICTED, Score
+from sidelight_server.compute.batchnorm_fusion import fold
+from sidelight_server.compute.kernel import Kernel
+from sidelight_server.config.options import KernelOptions
+from sidelight_server.domain import PREDICTED, Score
 from sidelight_server.errors import ConfigurationError
-from sidelight_server.folding import fold
-from sidelight_server.kernel import Kernel
-from sidelight_server.options import KernelOptions
 from torch import Tensor, nn
 
 from support.engines import ask

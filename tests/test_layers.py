@@ -6,8 +6,8 @@ import pytest
 import torch
 import transformers
 from sidelight_server import Channels, Engine, GradCam, LayerGradientTimesActivation, ModelSpec, Settings
+from sidelight_server.compute.layers import Layers, Layout
 from sidelight_server.errors import ConfigurationError, InvalidArgument, NotFound
-from sidelight_server.layers import Layers, Layout
 from torch import Tensor, nn
 
 from support.engines import ask, assert_close, explaining

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sidelight import _attribution
-from sidelight._errors import Internal
-from sidelight._images import Batch
-from sidelight._ledger import GRACE_S, Entry, Ledger, Part
+from sidelight._inputs.images import Batch
+from sidelight._streaming.in_flight import GRACE_S, Entry, Ledger, Part
+from sidelight.exceptions import Internal
+from sidelight.results import attribution
 
 A, B = "lane A", "lane B"
 
@@ -116,7 +116,7 @@ def test_a_part_that_was_too_large_is_sent_as_two() -> None:
     ledger.send(A, 0)
     ledger.halve(ledger.get("0"))
     assert sent(ledger, A) == ["0:0-2", "0:2-5"]
-    failed = _attribution.failed(Internal(""), index=0)
+    failed = attribution.failed(Internal(""), index=0)
     assert [batch.settle(start, failed) for start in (2, 0)] == [False, True]
 
 

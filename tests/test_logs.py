@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from sidelight import Gradient
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
-from sidelight_server.logs import (
+from sidelight_server.telemetry.logs import (
     EVERY_S,
     MAX_KINDS,
     MAX_TEXT,

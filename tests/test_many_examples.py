@@ -18,8 +18,8 @@ from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server import Engine, ModelSpec, Settings
-from sidelight_server.engine import BYTES_OF_EXAMPLE
-from sidelight_server.wire import MAX_EXAMPLES
+from sidelight_server.engine.engine import BYTES_OF_EXAMPLE
+from sidelight_server.wire.requests import MAX_EXAMPLES
 
 from support.models import Linear
 from support.servers import Running, serving
@@ -156,7 +156,7 @@ def test_the_client_sends_more_examples_than_a_batch_may_have_in_parts() -> None
 
 STARTED = """
 import gc
-from sidelight_server import ConfigurationError, __main__, server
+from sidelight_server import ConfigurationError, __main__; from sidelight_server.app import server
 
 before = len(gc.get_objects())
 

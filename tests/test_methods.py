@@ -9,7 +9,7 @@ from captum.attr import GradientShap, GuidedBackprop, InputXGradient, Integrated
 from sidelight_server import Constant, Given, Gradient, GuidedBackpropagation, Rule, Score, SmoothGrad, Statistic
 from sidelight_server import ExpectedGradients as OurExpectedGradients
 from sidelight_server import IntegratedGradients as OurIntegratedGradients
-from sidelight_server.methods import draws
+from sidelight_server.methods import random
 from torch import Tensor, nn
 
 from support.engines import Explain, assert_close, explaining
@@ -71,7 +71,7 @@ def spreads(x: Tensor, share: float) -> Tensor:
 
 def give_captum_our_noise(patch: pytest.MonkeyPatch, x: Tensor, *, spread: Tensor, kind: str, n: int) -> None:
     """Let Captum's noise tunnel, which knows one absolute spread alone, draw what we draw: example after example."""
-    ours = torch.stack([draws.noise(x[0], SEED, kind, k) for k in range(n)])  # [n, C, H, W]
+    ours = torch.stack([random.noise(x[0], SEED, kind, k) for k in range(n)])  # [n, C, H, W]
     noise = torch.cat([each * ours for each in spread.expand(len(x), 1, 1, 1)])
     patch.setattr(torch, "normal", lambda mean, spread: noise.reshape(spread.shape))
 
@@ -173,8 +173,8 @@ def test_expected_gradients_are_captums_gradient_shap(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     n, baselines = 10, other[:n_baselines]
-    chosen = [draws.integer(n_baselines, SEED, "baseline", k) for k in range(n)]
-    places = [draws.uniform(SEED, "place", k) for k in range(n)]
+    chosen = [random.integer(n_baselines, SEED, "baseline", k) for k in range(n)]
+    places = [random.uniform(SEED, "place", k) for k in range(n)]
     with monkeypatch.context() as patch:
         give_captum_our_noise(patch, x, spread=spreads(x, noise), kind="noise", n=n)
         patch.setattr(np.random, "choice", lambda _, size: np.array(chosen * (size // n)))

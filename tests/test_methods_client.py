@@ -10,9 +10,9 @@ import sidelight
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sidelight._baselines import given_array, given_tensor
-from sidelight._method_text import METHODS, method_text, parse_method
-from sidelight._targets import target_message, target_text
+from sidelight._inputs.targets import target_message, target_text
+from sidelight.methods.baselines import given_array, given_tensor
+from sidelight.methods.parsing import METHODS, method_text, parse_method
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 

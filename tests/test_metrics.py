@@ -25,13 +25,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, model_pb2_grpc
 from sidelight_server import ConfigurationError, Engine, ModelSpec, Settings
-from sidelight_server.attribution import Answer, Explanation, Provenance, Request, Timing
-from sidelight_server.counts import REASONS, Tally
+from sidelight_server.app.metrics_http import N_CALLERS, Exposition
+from sidelight_server.app.prometheus import Metrics
+from sidelight_server.app.server import Server
+from sidelight_server.domain import Answer, Explanation, Provenance, Request, Timing
 from sidelight_server.errors import Cancelled, Internal, ResourceExhausted, Unavailable
-from sidelight_server.exposition import N_CALLERS, Exposition
-from sidelight_server.metrics import Metrics
-from sidelight_server.passages import Passages
-from sidelight_server.server import Server
+from sidelight_server.telemetry.counters import REASONS, Tally
+from sidelight_server.telemetry.recorder import Passages
 from torch import nn
 
 from support import ROOT
@@ -391,7 +391,7 @@ def test_a_wrong_number_of_served_classes_is_refused(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def _in_thread(server: Server) -> Iterator[None]:
-    with sidelight_server.embedded._Thread(server, drain_s=5):
+    with sidelight_server.app.embedded._Thread(server, drain_s=5):
         yield
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from captum.attr import Occlusion as CaptumOcclusion
 from sidelight_server import Channels, Constant, Given, Occlusion, Rise, Score
-from sidelight_server.methods import draws
+from sidelight_server.methods import random
 from skimage.transform import resize
 from torch import Tensor, nn
 
@@ -93,7 +93,7 @@ def masks_of(method: Rise, shape: tuple[int, int]) -> np.ndarray:
     """Return the masks, [n, H, W], from the same grids, enlarged by scikit-image as the paper's authors did."""
     masks = []
     for k in range(method.masks):
-        chosen = draws.generator(method.seed, "rise", k, device=torch.device("cpu"))
+        chosen = random.generator(method.seed, "rise", k, device=torch.device("cpu"))
         grid = torch.rand(method.cells, method.cells, generator=chosen).numpy() < method.keep_probability
         cell = [ceil(length / method.cells) for length in shape]
         size = [(method.cells + 1) * length for length in cell]

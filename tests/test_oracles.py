@@ -19,7 +19,7 @@ import sidelight_server
 import torch
 from captum.attr import InputXGradient, Saliency
 from captum.testing.helpers.basic_models import BasicModel_ConvNet_One_Conv
-from sidelight_server.demo import efficientnet_lite0
+from sidelight_server.models.sources.demo import efficientnet_lite0
 from torch import Tensor, nn
 
 from support import ROOT, TESTS

@@ -72,7 +72,7 @@ def test_a_wheel_holds_both_packages_and_nothing_else(tmp_path: Path) -> None:
         "sidelight_server",
         f"sidelight-{PROJECT['version']}.dist-info",
     }
-    for name in ("sidelight/py.typed", "sidelight/v1/attribution_pb2_grpc.pyi", "sidelight_server/models/spec.py"):
+    for name in ("sidelight/py.typed", "sidelight/v1/attribution_pb2_grpc.pyi", "sidelight_server/config/spec.py"):
         assert name in names
     for proto in (ROOT / "proto" / "sidelight" / "v1").iterdir():
         assert f"sidelight/v1/{proto.name}" in names

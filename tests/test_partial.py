@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pytest
 import sidelight
-from sidelight import _attribution
-from sidelight._images import Batch
-from sidelight._inbox import End, Inbox
-from sidelight._ledger import Entry
+from sidelight._inputs.images import Batch
+from sidelight._streaming.in_flight import Entry
+from sidelight._streaming.results_queue import End, Inbox
+from sidelight.results import attribution
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
@@ -40,7 +40,7 @@ def result(
 
 def read(message: pb.Attribution) -> sidelight.Attribution:
     n = len(message.examples)
-    return _attribution.read(message, Batch(np.zeros((n, 3, 2, 2), np.float32)))
+    return attribution.read(message, Batch(np.zeros((n, 3, 2, 2), np.float32)))
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,16 @@
 import numpy as np
 import pytest
 from PIL import Image
-from sidelight import _picture
-from sidelight._picture import NAN_COLOUR, colour_bar, colour_scale, colourise, overlay, overlay_part, picture_of
+from sidelight.visualization import overlay as _picture
+from sidelight.visualization.overlay import (
+    NAN_COLOUR,
+    colour_bar,
+    colour_scale,
+    colourise,
+    overlay,
+    overlay_part,
+    picture_of,
+)
 
 # Linear sRGB to cone responses, and those to lightness: Ottosson 2020, "A perceptual color space for image processing".
 CONES = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]])

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sidelight_server.errors import InvalidArgument
-from sidelight_server.models import preprocessing
-from sidelight_server.models.decoding import decode
-from sidelight_server.models.preprocessing import Geometry, Preprocessing
+from sidelight_server.inputs import preprocessing
+from sidelight_server.inputs.decoding import decode
+from sidelight_server.inputs.preprocessing import Geometry, Preprocessing
 
 from support.profiles import n_examples
 

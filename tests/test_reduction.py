@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from sidelight_server.compute.max_abs import largest_absolute
 from sidelight_server.methods.channels import Channels, Magnitude, reduce
-from sidelight_server.reduction import largest_absolute
 from torch import Tensor
 
 SHAPES = [(1, 1, 1, 1), (3, 3, 32, 32), (2, 5, 7, 201), (4, 1, 33, 31)]
@@ -54,6 +54,6 @@ def test_the_fused_kernel_hides_nothing_that_is_not_finite(odd: float, device: s
 
 
 def _fused(device: str) -> Callable[[Tensor], Tensor]:
-    from sidelight_server.fused import largest_absolute
+    from sidelight_server.compute.max_abs_triton import largest_absolute
 
     return largest_absolute

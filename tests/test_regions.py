@@ -16,7 +16,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server import ModelSpec, serve
 from sidelight_server.errors import ConfigurationError, PermissionDenied
-from sidelight_server.regions import SharedMemory, undisturbed
+from sidelight_server.rpc.shared_memory import SharedMemory, undisturbed
 
 from support.conversation import Conversation
 from support.messages import (

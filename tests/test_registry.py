@@ -21,8 +21,8 @@ import sidelight_server
 import torch
 from google.protobuf.duration_pb2 import Duration
 from sidelight_server import Engine, ModelSpec, Settings
-from sidelight_server.config import ModelSettings
-from sidelight_server.watch import Watch
+from sidelight_server.config.settings import ModelSettings
+from sidelight_server.engine.reloader import Watch
 
 from support import TESTS
 from support.conversation import Conversation
@@ -128,8 +128,8 @@ def test_a_model_s_own_limit_leaves_the_others_alone(gate: Gate) -> None:
 
 @contextlib.contextmanager
 def _server(engine: Engine) -> Iterator[str]:
-    from sidelight_server.embedded import _Thread
-    from sidelight_server.server import Server
+    from sidelight_server.app.embedded import _Thread
+    from sidelight_server.app.server import Server
 
     server = Server(engine, listen=["127.0.0.1:0"])
     with _Thread(server, drain_s=5):
@@ -382,7 +382,7 @@ def test_reloads_that_wait_for_one_that_runs_are_one(
 ) -> None:
     settings = Settings(model=SOURCE, weights=weights, device="cpu", threads=1)
     with Engine(list(settings.of_models().values()), settings) as engine:
-        load, registry = sidelight_server.registry.sources.load, engine.registry
+        load, registry = sidelight_server.engine.registry.sources.load, engine.registry
 
         def gated(*source: object) -> ModelSpec:
             spec = load(*source)  # of the weights as they are now
@@ -400,7 +400,7 @@ def test_reloads_that_wait_for_one_that_runs_are_one(
             gate.open()
             await asyncio.gather(began, *later)
 
-        monkeypatch.setattr(sidelight_server.registry.sources, "load", gated)
+        monkeypatch.setattr(sidelight_server.engine.registry.sources, "load", gated)
         gate.shut()
         asyncio.run(reload_often())
         assert (registry.serving("")[0].version, gate.n_rows) == (3, 2)
@@ -547,7 +547,7 @@ def test_a_server_that_watches_loads_what_changes(weights: Path, caplog: pytest.
 
 def _hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> Settings:
     """Two models, of which the first hangs while the gate is shut."""
-    monkeypatch.setattr("sidelight_server.registry.PATIENCE_S", 0.05)
+    monkeypatch.setattr("sidelight_server.engine.registry.PATIENCE_S", 0.05)
     paths = {name: tmp_path / f"{name}.safetensors" for name in ("hanging", "other")}
     for path in paths.values():
         write_weights(path, seed=1)

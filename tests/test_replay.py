@@ -16,8 +16,8 @@ import sidelight_server
 import torch
 from click.testing import Result
 from PIL import Image
-from sidelight._cli import app
-from sidelight._replay import TOLERANCE
+from sidelight._cli.app import app
+from sidelight.results.replay import TOLERANCE
 from torch import nn
 from typer.testing import CliRunner
 

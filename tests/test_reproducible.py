@@ -21,7 +21,7 @@ from sidelight_server import (
     SmoothGrad,
     serve,
 )
-from sidelight_server.demo import efficientnet_lite0
+from sidelight_server.models.sources.demo import efficientnet_lite0
 from torch import Tensor, nn
 
 from support.models import small_cnn

@@ -22,8 +22,8 @@ from sidelight_server import (
     SmoothGrad,
     TopK,
 )
-from sidelight_server.engine import Progress
-from sidelight_server.job import Job
+from sidelight_server.engine.engine import Progress
+from sidelight_server.engine.example_run import Job
 from torch import Tensor
 
 from support.engines import tried

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from sidelight_server import Engine, IntegratedGradients, ModelSpec, Request, Settings
-from sidelight_server.ceiling import GOOD_CHUNKS, MOST_GOOD_CHUNKS, Ceiling
+from sidelight_server.engine.device_worker import Runner
 from sidelight_server.models.model import Model
-from sidelight_server.runner import Runner
-from sidelight_server.warmup import warm_up
+from sidelight_server.models.row_limit import GOOD_CHUNKS, MOST_GOOD_CHUNKS, Ceiling
+from sidelight_server.models.warmup import warm_up
 from torch import Tensor, nn
 
 from support.engines import tried
@@ -260,8 +260,8 @@ def test_a_failed_pass_keeps_no_tensor_alive_while_its_halves_run(device: str, i
 
 
 def test_resizing_ends_with_its_caller(device: str) -> None:
+    from sidelight_server.engine.preparation import prepare
     from sidelight_server.errors import Cancelled
-    from sidelight_server.preparation import prepare
 
     n_asked = 0
 

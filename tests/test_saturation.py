@@ -25,8 +25,8 @@ from sidelight_server import (
     SmoothGrad,
     TopK,
 )
-from sidelight_server.attribution import PREDICTED, Aim, Region
-from sidelight_server.scores import MOST_LOG_ODDS, Head
+from sidelight_server.compute.head import MOST_LOG_ODDS, Head
+from sidelight_server.domain import PREDICTED, Aim, Region
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 

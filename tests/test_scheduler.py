@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from hypothesis import given
 from hypothesis import strategies as st
-from sidelight_server.scheduler import Ring
+from sidelight_server.engine.scheduler import Ring
 
 
 @dataclass

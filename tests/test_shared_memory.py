@@ -11,8 +11,8 @@ import sidelight
 import sidelight_server
 from hypothesis import given
 from hypothesis import strategies as st
-from sidelight._arena import ALIGNMENT, Arena
-from sidelight._shared_memory import Region
+from sidelight._transport.allocator import ALIGNMENT, Arena
+from sidelight._transport.shared_memory import Region
 
 from support.tolerances import COMPANY
 
@@ -59,7 +59,7 @@ def test_the_maps_are_those_that_travel_inline(
 
 def _encoded(pixels: np.ndarray) -> bytes:
     from PIL import Image
-    from sidelight._images import _encoded
+    from sidelight._inputs.images import _encoded
 
     return _encoded(Image.fromarray(pixels))
 

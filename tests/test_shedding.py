@@ -13,9 +13,9 @@ import numpy as np
 import psutil
 import pytest
 import sidelight
-from sidelight_server import memory
-from sidelight_server.memory import Room
-from sidelight_server.shedding import MESSAGES_LEFT, SHARE_OF_LIMIT, Shedding
+from sidelight_server.app.load_shedding import MESSAGES_LEFT, SHARE_OF_LIMIT, Shedding
+from sidelight_server.compute import host_memory
+from sidelight_server.compute.host_memory import Room
 
 from benchmarks.attack import Limited
 from benchmarks.hostile import STREAM, Caller, framed
@@ -88,22 +88,22 @@ def test_what_is_left_is_the_least_of_what_groups_and_machine_have(
     case: tuple[str, dict[str, str], Room | None], tmp_path: Path
 ) -> None:
     memberships, contents, expected = case
-    assert memory.room(*files(tmp_path, memberships, contents)) == expected
+    assert host_memory.room(*files(tmp_path, memberships, contents)) == expected
 
 
 def test_a_system_without_these_files_tells_nothing(tmp_path: Path) -> None:
-    assert memory.room(tmp_path / "none", tmp_path / "neither") is None
+    assert host_memory.room(tmp_path / "none", tmp_path / "neither") is None
 
 
 def test_a_use_that_grows_is_seen(tmp_path: Path) -> None:
     places = files(tmp_path, V2, v2("/pod/own", 1000, 100))
-    assert memory.room(*places) == Room(900, 1000)
+    assert host_memory.room(*places) == Room(900, 1000)
     (tmp_path / "groups/pod/own/memory.current").write_text("990\n")
-    assert memory.room(*places) == Room(10, 1000)
+    assert host_memory.room(*places) == Room(10, 1000)
 
 
 def test_this_machine_has_no_more_left_than_there_is() -> None:
-    found = memory.room()
+    found = host_memory.room()
     if found is None:
         pytest.skip("this system does not tell")
     assert found.left <= found.limit <= psutil.virtual_memory().total

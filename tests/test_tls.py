@@ -21,9 +21,9 @@ import sidelight_server
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 from sidelight import TLS
-from sidelight._cli import app
+from sidelight._cli.app import app
 from sidelight_server import ConfigurationError, ModelSpec
-from sidelight_server.credentials import Certificates
+from sidelight_server.security.tls import Certificates
 from typer.testing import CliRunner, Result
 
 from support.certificates import DAY, Authority, Pair

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sidelight_server import Gradient, IntegratedGradients, MeanColour, Rule, Score, SmoothGrad, Statistic
-from sidelight_server.methods import draws
+from sidelight_server.methods import random
 from torch import Tensor, nn
 
 from support.engines import Explain, assert_close, explaining
@@ -111,7 +111,7 @@ def test_an_example_stops_where_it_stops_alone(
 def gradients_at_draws(module: nn.Module, x: Tensor, n: int) -> Tensor:
     """Return the gradients of a class's logit at the first n noisy copies of one example, [n, C, H, W]."""
     spread = 0.2 * (x.max() - x.min())
-    points = torch.stack([x + spread * draws.noise(x, SEED, "smoothgrad", k) for k in range(n)]).requires_grad_()
+    points = torch.stack([x + spread * random.noise(x, SEED, "smoothgrad", k) for k in range(n)]).requires_grad_()
     return torch.autograd.grad(module(points)[:, CLASS].sum(), points)[0]
 
 

@@ -17,8 +17,8 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
 from opentelemetry.trace import SpanKind, StatusCode
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight_server import ConfigurationError
-from sidelight_server.passages import Passages
-from sidelight_server.tracing import Tracing, from_environment
+from sidelight_server.telemetry.recorder import Passages
+from sidelight_server.telemetry.tracing import Tracing, from_environment
 
 from support.messages import ask, attribute, floats
 from support.models import Linear
@@ -153,7 +153,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_word_nothing_is_traced_and_nothing_imported() -> None:
     code = (
-        "import sys, sidelight_server.tracing as tracing; assert tracing.from_environment() is None; "
+        "import sys, sidelight_server.telemetry.tracing as tracing; assert tracing.from_environment() is None; "
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=TIMEOUT_S)

@@ -23,10 +23,10 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc, tensor_pb2
-from sidelight_server import wire
-from sidelight_server.engine import BYTES_OF_EXAMPLE
+from sidelight_server.engine.engine import BYTES_OF_EXAMPLE
 from sidelight_server.errors import InvalidArgument
-from sidelight_server.tensors import encoded
+from sidelight_server.wire import requests
+from sidelight_server.wire.tensors import encoded
 from torch import nn
 
 from support.models import Linear, small_cnn
@@ -225,7 +225,7 @@ def test_a_shape_that_boasts_allocates_nothing(shape: list[int], data: bytes) ->
     message = ask([], images=tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=1, shape=shape, data=data)))
     tracemalloc.start()
     with pytest.raises(InvalidArgument) as caught:
-        wire.parse(message)
+        requests.parse(message)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1_000_000

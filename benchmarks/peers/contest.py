@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sidelight_server.device import cpu_quota
+from sidelight_server.compute.torch_device import cpu_quota
 
 from ..measure import Line
 from ..nets import SIZE, resnet18

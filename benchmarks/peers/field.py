@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from sidelight_server.device import cpu_quota
+from sidelight_server.compute.torch_device import cpu_quota
 
 from .rival import Rival
 from .running import ROOT

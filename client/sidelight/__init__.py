@@ -7,11 +7,11 @@ with sidelight.connect("unix:/run/sidelight.sock") as client:
 
 from . import aio
 from ._aio import AsyncClient
-from ._attribution import Attribution
-from ._baselines import Blurred
 from ._client import Client, connect
-from ._credentials import TLS
-from ._errors import (
+from ._inputs.images import Served
+from ._inputs.targets import Contrast, Dense, TopK
+from ._transport.credentials import TLS
+from .exceptions import (
     Aborted,
     AlreadyExists,
     Cancelled,
@@ -35,23 +35,16 @@ from ._errors import (
     Unknown,
     UnreadableFile,
 )
-from ._gallery import Panel, gallery
-from ._images import Served
-from ._info import Limits, ModelInfo, Preprocessing, ServerInfo, SharedMemory, Stops, WarmupEntry
-from ._masking import Occlusion, Rise
-from ._methods import (
-    ExpectedGradients,
-    GradCam,
-    Gradient,
-    GuidedBackpropagation,
-    IntegratedGradients,
-    LayerGradientTimesActivation,
-    Method,
-    SmoothGrad,
-)
-from ._replay import Difference, Replay, Replayed, replay
-from ._targets import Contrast, Dense, TopK
-from ._types import Convergence, Explained, Failure, Geometry, Prediction, Provenance, Timing
+from .methods.baselines import Blurred
+from .methods.gradient import GradCam, Gradient, GuidedBackpropagation, LayerGradientTimesActivation
+from .methods.method import Method
+from .methods.path import ExpectedGradients, IntegratedGradients, SmoothGrad
+from .methods.perturbation import Occlusion, Rise
+from .results.attribution import Attribution
+from .results.replay import Difference, Replay, Replayed, replay
+from .results.server_info import Limits, ModelInfo, Preprocessing, ServerInfo, SharedMemory, Stops, WarmupEntry
+from .results.types import Convergence, Explained, Failure, Geometry, Prediction, Provenance, Timing
+from .visualization.gallery import Panel, gallery
 
 __version__ = "0.1.0"
 

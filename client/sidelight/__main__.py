@@ -6,7 +6,7 @@ import sys
 def main() -> None:
     """Run the command line. Exits with 2 where rich or typer is not installed."""
     try:
-        from ._cli import app
+        from ._cli.app import app
     except ModuleNotFoundError as error:
         if error.name not in ("rich", "typer"):
             raise

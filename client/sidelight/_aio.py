@@ -11,10 +11,6 @@ import grpc
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from . import _attribution
-from ._attempts import Attempts
-from ._attribution import Attribution
-from ._baselines import given_array
 from ._client import (
     CONNECT_TIMEOUT_S,
     DEFAULT_ADDRESS,
@@ -29,19 +25,24 @@ from ._client import (
     requested,
     telling,
 )
-from ._connection import DIAGNOSE_EVERY_S, Connection
-from ._credentials import TLS, Token
-from ._errors import Cancelled, SidelightError
-from ._fields import flag, span
-from ._images import Batch, Images, Served
-from ._inbox import End
-from ._info import ModelInfo, ServerInfo
-from ._methods import Gradient, Method, is_one_row
-from ._order import Order
-from ._question import FOR_EVER_S, Headers, Metadata, Question, check_classes, checked_metadata
-from ._servers import SILENT_WAIT_S
-from ._targets import Choice, Target
-from ._words import Channels, MapDtype, Score
+from ._inputs.enums import Channels, MapDtype, Score
+from ._inputs.images import Batch, Images, Served
+from ._inputs.targets import Choice, Target
+from ._inputs.validation import flag, span
+from ._options import FOR_EVER_S, Headers, Metadata, Question, check_classes, checked_metadata
+from ._streaming.reorder_buffer import Order
+from ._streaming.results_queue import End
+from ._transport.channel import DIAGNOSE_EVERY_S, Connection
+from ._transport.credentials import TLS, Token
+from ._transport.pool import SILENT_WAIT_S
+from ._transport.retry import Attempts
+from .exceptions import Cancelled, SidelightError
+from .methods.baselines import given_array
+from .methods.gradient import Gradient
+from .methods.method import Method, is_one_row
+from .results import attribution
+from .results.attribution import Attribution
+from .results.server_info import ModelInfo, ServerInfo
 
 _END = object()
 
@@ -234,7 +235,7 @@ class AsyncClient:
                     left_s = min(attempts.left_s, FOR_EVER_S)
                     call = connection.attribution.Attribute.future(request, timeout=left_s, metadata=metadata)
                     response = await _awaited(call)
-                return _attribution.read(response.result, batch, baseline=given_array(request.method))
+                return attribution.read(response.result, batch, baseline=given_array(request.method))
             except SidelightError as error:
                 if self._client._closed.is_set():
                     raise
@@ -286,7 +287,7 @@ class AsyncClient:
                     if answer.final:
                         stream.taken(entry)
                     answer = passed(answer, on_error)
-                    yield answer if keep_images else _attribution.lent(answer, entry.batch)
+                    yield answer if keep_images else attribution.lent(answer, entry.batch)
             if answered.error is not None:
                 raise answered.error
         finally:

@@ -15,28 +15,29 @@ import grpc
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2
 
-from . import _attribution
-from ._attempts import Attempts
-from ._attribution import Attribution
-from ._baselines import given_array
-from ._connection import Connection
-from ._credentials import TLS, Access, Token
-from ._errors import InvalidArgument, MessageTooLarge, PartialFailure, SidelightError, Unavailable, from_rpc
-from ._fields import counted, flag, span, whole
-from ._images import Batch, Images, Served
-from ._inbox import End
-from ._info import ModelInfo, ServerInfo
-from ._ledger import Ledger
-from ._limits import map_bytes, refuse_large, spans
-from ._methods import Gradient, Method, is_one_row
-from ._order import Order
-from ._plan import Plan
-from ._question import FOR_EVER_S, Headers, Metadata, Question, check_classes, checked_metadata, model_name
-from ._servers import Servers
-from ._shared_memory import Regions, directory_of
-from ._stream import Stream
-from ._targets import Choice, Target
-from ._words import Channels, MapDtype, Score
+from ._inputs.enums import Channels, MapDtype, Score
+from ._inputs.images import Batch, Images, Served
+from ._inputs.targets import Choice, Target
+from ._inputs.validation import counted, flag, span, whole
+from ._options import FOR_EVER_S, Headers, Metadata, Question, check_classes, checked_metadata, model_name
+from ._streaming.in_flight import Ledger
+from ._streaming.limits import map_bytes, refuse_large, spans
+from ._streaming.reorder_buffer import Order
+from ._streaming.requests import Plan
+from ._streaming.results_queue import End
+from ._streaming.stream import Stream
+from ._transport.channel import Connection
+from ._transport.credentials import TLS, Access, Token
+from ._transport.pool import Servers
+from ._transport.retry import Attempts
+from ._transport.shared_memory import Regions, directory_of
+from .exceptions import InvalidArgument, MessageTooLarge, PartialFailure, SidelightError, Unavailable, from_rpc
+from .methods.baselines import given_array
+from .methods.gradient import Gradient
+from .methods.method import Method, is_one_row
+from .results import attribution
+from .results.attribution import Attribution
+from .results.server_info import ModelInfo, ServerInfo
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 CONNECT_TIMEOUT_S = 30.0
@@ -330,7 +331,7 @@ class Client:
                     response = connection.attribution.Attribute(
                         request, timeout=min(attempts.left_s, FOR_EVER_S), metadata=metadata
                     )
-                return _attribution.read(response.result, batch, baseline=given_array(request.method))
+                return attribution.read(response.result, batch, baseline=given_array(request.method))
             except SidelightError as error:
                 if self._closed.is_set():
                     raise
@@ -423,7 +424,7 @@ class Client:
                     if answer.final:
                         stream.taken(entry)
                     answer = passed(answer, on_error)
-                    yield answer if keep_images else _attribution.lent(answer, entry.batch)
+                    yield answer if keep_images else attribution.lent(answer, entry.batch)
             if answered.error is not None:
                 raise answered.error
         finally:

@@ -9,7 +9,10 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .attribution import (
+    from .app.embedded import serve
+    from .config.settings import Settings
+    from .config.spec import ModelSpec
+    from .domain import (
         Answer,
         Contrast,
         Convergence,
@@ -27,9 +30,7 @@ if TYPE_CHECKING:
         Timing,
         TopK,
     )
-    from .config import Settings
-    from .embedded import serve
-    from .engine import Engine
+    from .engine.engine import Engine
     from .errors import ConfigurationError, SidelightError
     from .methods import (
         ExpectedGradients,
@@ -44,15 +45,14 @@ if TYPE_CHECKING:
     )
     from .methods.baseline import Black, Blurred, Constant, Given, MeanColour
     from .methods.channels import Channels, Magnitude
-    from .methods.path import Rule
+    from .methods.integrated_gradients import Rule
     from .methods.smoothgrad import Statistic
-    from .models.spec import ModelSpec
 
 # Where the names of `__all__` stand, the light modules first. They are imported when a name is asked for: a probe needs
 # none of them, and not torch either.
 _HOMES = (
-    "errors", "config", "attribution", "methods", "methods.baseline", "methods.channels", "methods.path",
-    "methods.smoothgrad", "models.spec", "engine", "embedded",
+    "errors", "config.settings", "domain", "methods", "methods.baseline", "methods.channels",
+    "methods.integrated_gradients", "methods.smoothgrad", "config.spec", "engine.engine", "app.embedded",
 )  # fmt: skip
 
 # The packages of the extra `server`, by the names they are imported by.

@@ -7,10 +7,10 @@ import os
 import sys
 
 from . import missing_package
+from .app.health_check import is_probe, probe
+from .app.openmp import sleep_soon
 from .errors import ConfigurationError
-from .logs import Event, configure
-from .openmp import sleep_soon
-from .probe import is_probe, probe
+from .telemetry.logs import Event, configure
 
 INTERRUPTED = 128 + 2  # as a shell says it
 
@@ -27,7 +27,10 @@ def main() -> int:
         return 2
     if is_probe(sys.argv[1:]):
         return probe(sys.argv[1:])
-    from .config import misspelt_variables, read_settings  # not before: a probe needs none of it, and has little time
+    from .config.settings import (  # not before: a probe needs none of it, and has little time
+        misspelt_variables,
+        read_settings,
+    )
 
     configure()
     settings = None
@@ -37,7 +40,10 @@ def main() -> int:
         configure(settings.log_format)
         if not settings.dedicated_cpus:
             sleep_soon()
-        from .server import load, serve_until_signal  # torch, and with it OpenMP, which reads its variables only now
+        from .app.server import (  # torch, and with it OpenMP, which reads its variables only now
+            load,
+            serve_until_signal,
+        )
 
         # torch's own objects stay: looking through them for garbage would stop all threads for 0.3 to 0.6 s each time.
         gc.freeze()

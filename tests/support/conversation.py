@@ -6,7 +6,7 @@ import queue
 import grpc
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
-from sidelight_server.stream import END_TRAILER
+from sidelight_server.rpc.stream import END_TRAILER
 
 from support.servers import TIMEOUT_S
 

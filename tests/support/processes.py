@@ -14,7 +14,7 @@ from support import TESTS
 PROGRAM = """
 import importlib, resource, sys
 from sidelight_server.errors import InvalidArgument
-from sidelight_server.models.decoding import decode
+from sidelight_server.inputs.decoding import decode
 for name in sys.argv[1:]:
     importlib.import_module(name)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import grpc
 import numpy as np
-from sidelight._lane import BEGIN_HEADER
+from sidelight._streaming.worker import BEGIN_HEADER
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, tensor_pb2
 

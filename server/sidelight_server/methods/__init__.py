@@ -1,11 +1,14 @@
-"""Methods: how points are chosen and gradients folded, each with its paper."""
+"""Attribution methods: how points are chosen and gradients folded, each with its paper.
 
-from .cam import GradCam, LayerGradientTimesActivation
-from .expected import ExpectedGradients
+May import `errors` alone, and torch. A method knows neither models nor requests.
+"""
+
+from .expected_gradients import ExpectedGradients
+from .grad_cam import GradCam, LayerGradientTimesActivation
 from .gradient import Gradient, GuidedBackpropagation
+from .integrated_gradients import IntegratedGradients
 from .method import Method
 from .occlusion import Occlusion, Rise
-from .path import IntegratedGradients
 from .smoothgrad import SmoothGrad
 
 METHODS: tuple[type[Method], ...] = (

@@ -10,11 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..errors import InvalidArgument
-from . import draws
+from . import random
 from .baseline import ZERO, Baseline, Given
 from .channels import Channels
 from .method import ROUNDING_STEPS, Example, Method, Outcome, Reading, Shape, Steps, Sweep, at_least, in_open_unit
-from .moments import accumulator
+from .welford import accumulator
 
 LEAST_PROBABILITY = 1e-6  # maps are divided by it
 
@@ -156,7 +156,7 @@ class Rise(Method):
 
     def mask(self, k: int, like: Tensor) -> Tensor:
         """Return the k-th mask, [H, W] in 0…1: a random grid, enlarged by a cell, smoothed, and cut at random."""
-        chosen = draws.generator(self.seed, "rise", k, device=torch.device("cpu"))
+        chosen = random.generator(self.seed, "rise", k, device=torch.device("cpu"))
         grid = torch.rand(self.cells, self.cells, generator=chosen) < self.keep_probability
         cell = [math.ceil(length / self.cells) for length in like.shape]
         enlarged = nn.functional.interpolate(

@@ -9,9 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import InvalidArgument
-from . import draws
+from . import random
 from .channels import Magnitude
 from .gradient import GRADIENT, Gradient
+from .integrated_gradients import IntegratedGradients
 from .method import (
     Example,
     Improved,
@@ -24,8 +25,7 @@ from .method import (
     at_least,
     steps_or_tolerance,
 )
-from .moments import BLOCK, Moments
-from .path import IntegratedGradients
+from .welford import BLOCK, Moments
 
 MIN_DRAWS = 2 * BLOCK  # with a tolerance: fewer may agree by chance, all in one linear piece of the model
 
@@ -121,7 +121,7 @@ class SmoothGrad(Method):
         begin = moments.n
 
         def noisy(k: int) -> Tensor:
-            return example.x + spread * draws.noise(example.x, self.seed, "smoothgrad", begin + k)
+            return example.x + spread * random.noise(example.x, self.seed, "smoothgrad", begin + k)
 
         if isinstance(base := self.base, Gradient):  # all draws in one sweep, for each is one row
             yield Sweep(count, noisy, lambda _, reading: moments.add(base.attribution(reading)))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from ..compute.layers import Layers, Layout, Size, first_tensor, grids, layout, with_first_tensor
 from ..errors import ConfigurationError, InvalidArgument, near
-from ..layers import Layers, Layout, Size, first_tensor, grids, layout, with_first_tensor
-from ..logs import Event
+from ..telemetry.logs import Event
 
 log = logging.getLogger("sidelight")
 

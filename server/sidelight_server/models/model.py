@@ -13,11 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..attribution import PREDICTED, Choice, Score
-from ..calibration import DEFAULT_CHUNK_ROWS, Trial
-from ..ceiling import Ceiling
-from ..config import ModelSettings
-from ..device import free_memory
+from ..compute.kernel import Kernel
+from ..compute.layer_hooks import Guided
+from ..compute.replica import Isolation, n_hooks, replicate, weights_dtype
+from ..compute.saved_memory import Keeping, TooLarge
+from ..compute.staging import normalise
+from ..compute.torch_device import free_memory
+from ..compute.weights import Identity, Seen, Weights
+from ..config.settings import ModelSettings
+from ..config.spec import ModelSpec
+from ..domain import PREDICTED, Choice, Score
 from ..errors import (
     ConfigurationError,
     InvalidArgument,
@@ -26,19 +31,14 @@ from ..errors import (
     SidelightError,
     near,
 )
-from ..keeping import Keeping, TooLarge
-from ..kernel import Kernel
-from ..logs import Event
+from ..inputs.preprocessing import Preprocessing
 from ..methods import METHODS, GuidedBackpropagation
 from ..methods.method import Shape
-from ..probes import Guided
-from ..replica import Isolation, n_hooks, replicate, weights_dtype
-from ..staging import normalise
+from ..telemetry.logs import Event
+from .calibration import DEFAULT_CHUNK_ROWS, Trial
 from .checks import gradient_fault, noise, rows_touch
-from .detection import Detected, NotNumbersError, detect
-from .preprocessing import Preprocessing
-from .spec import ModelSpec
-from .weights import Identity, Seen, Weights
+from .introspection import Detected, NotNumbersError, detect
+from .row_limit import Ceiling
 
 log = logging.getLogger("sidelight")
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...config.spec import ModelSpec
 from ...errors import ConfigurationError
-from ..spec import ModelSpec
-from . import exported, factory, huggingface, onnx_file, script
+from . import exported, huggingface, onnx, python, torchscript
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class _Kind:
 
 _KINDS: Mapping[str, _Kind] = {
     each.FORM.partition(":")[0]: _Kind(each.FORM, each.load, each.files)
-    for each in (factory, exported, script, huggingface, onnx_file)
+    for each in (python, exported, torchscript, huggingface, onnx)
 }
 FORMS = ", ".join(each.form for each in _KINDS.values())
 

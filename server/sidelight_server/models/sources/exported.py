@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 
+from ...config.spec import Constant, ModelSpec
 from ...errors import ConfigurationError
-from ..spec import Constant, ModelSpec
-from .archive import read
-from .refusal import refuse_weights, refusing, require_file
+from .loading import refuse_weights, refusing, require_file
+from .pt2_archive import read
 
 FORM = "export:FILE.pt2"
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...config.spec import ModelSpec
 from ...errors import ConfigurationError
-from ...logs import Event
-from ..spec import ModelSpec
-from . import image_processor
-from .refusal import refuse_weights, refusing
-from .vision import import_with_torchvision
+from ...telemetry.logs import Event
+from . import hf_preprocessor
+from .loading import refuse_weights, refusing
+from .torchvision_import import import_with_torchvision
 
 log = logging.getLogger("sidelight")
 
@@ -44,18 +44,18 @@ def load(place: str, weights: Path | None) -> ModelSpec:
         raise ConfigurationError(f"model: {folder / ADAPTER}: changes a model that is elsewhere; expected a whole one")
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ConfigurationError(f"model: {folder}: holds no weights, expected {WEIGHTS[0]}")
-    path = folder / image_processor.FILE
+    path = folder / hf_preprocessor.FILE
     processor = (
-        image_processor.read(path, _read(path), channels=_channels(config))
+        hf_preprocessor.read(path, _read(path), channels=_channels(config))
         if path.is_file()
-        else image_processor.Processor({"input_size": _size(config)})
+        else hf_preprocessor.Processor({"input_size": _size(config)})
     )
     if not path.is_file():
         log.warning(
             Event(
                 "no_preprocessor",
                 folder=folder,
-                message=f"pixels get no mean and no std; {image_processor.FILE} would say them, or settings",
+                message=f"pixels get no mean and no std; {hf_preprocessor.FILE} would say them, or settings",
             )
         )
     labels = _labels(folder, config)

@@ -1,0 +1,119 @@
+"""The recorder: what callers see of a server, counted into the window that is open.
+
+A request is counted where it ends, and how late it was sent where it was sent.
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+
+from ...exceptions import PartialFailure, SidelightError
+from ...results.attribution import Attribution
+from .sample import Sample
+
+LATE_S = 0.010  # a request that is sent so long after it was due was sent late
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A request on its way, and when that was to begin; both on the clock of `time.perf_counter`."""
+
+    number: int
+    due_s: float
+    sent_s: float
+
+
+@dataclass(slots=True)
+class Fault:
+    """How often requests failed in one way, and what the first of them was told."""
+
+    count: int
+    message: str
+
+
+class Window:
+    """What ended in one stretch of time. Sums are in seconds and over the requests that were answered."""
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self.began_s, self.ended_s = time.perf_counter(), 0.0
+        self.cpu_s = -time.process_time()
+        self.latency = Sample(seed=seed)  # from when a request was due
+        self.lateness = Sample(seed=seed)  # of the requests that a schedule sends
+        self.n_late = 0
+        self.n_images = 0
+        self.n_rows = 0
+        self.late_s = 0.0
+        self.prepare_s = 0.0
+        self.queue_s = 0.0
+        self.compute_s = 0.0
+        self.server_s = 0.0
+        self.faults: dict[str, Fault] = {}
+
+    def end(self) -> None:
+        """Close it."""
+        self.ended_s = time.perf_counter()
+        self.cpu_s += time.process_time()
+
+
+class Recorder:
+    """Counts requests. Many threads count, and one cuts the time into windows."""
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self._lock = threading.Lock()
+        self._seed = seed
+        self._window = Window(seed=seed)
+        self._on_their_way: dict[int, Ticket] = {}
+        self._n_sent = 0
+
+    def sent(self, due_s: float | None) -> Ticket:
+        """Count a request that is about to be sent, on its time; None where no schedule said when."""
+        now_s = time.perf_counter()
+        with self._lock:
+            ticket = Ticket(self._n_sent, now_s if due_s is None else due_s, now_s)
+            self._n_sent += 1
+            self._on_their_way[ticket.number] = ticket
+            if due_s is not None:
+                self._window.lateness.add(max(0.0, now_s - due_s))
+                self._window.n_late += now_s - due_s > LATE_S
+        return ticket
+
+    def answered(self, ticket: Ticket, answer: Attribution) -> None:
+        """Count an answer. One that has failed, in whole or in part, counts as failed."""
+        now_s = time.perf_counter()
+        if answer.error is not None or answer.failures:
+            self.failed(ticket, answer.error or PartialFailure(answer))
+            return
+        timing = answer.timing
+        with self._lock:
+            del self._on_their_way[ticket.number]
+            window = self._window
+            window.latency.add(now_s - ticket.due_s)
+            window.late_s += ticket.sent_s - ticket.due_s
+            window.n_images += len(answer)
+            window.n_rows += sum(1 if each is None else each.rows for each in answer.convergence)
+            if timing is not None:
+                window.prepare_s += timing.prepare_s
+                window.queue_s += timing.queue_s
+                window.compute_s += timing.compute_s
+                window.server_s += timing.total_s
+
+    def failed(self, ticket: Ticket, error: SidelightError) -> None:
+        """Count a failure by its type."""
+        with self._lock:
+            del self._on_their_way[ticket.number]
+            fault = self._window.faults.setdefault(type(error).__name__, Fault(0, str(error)))
+            fault.count += 1
+
+    def cut(self) -> Window:
+        """End the window, begin another, and return the one that ended."""
+        with self._lock:
+            ended = self._window
+            ended.end()
+            self._window = Window(seed=self._seed)
+        return ended
+
+    def unanswered_s(self) -> list[float]:
+        """Return how long ago the requests were due that are on their way."""
+        with self._lock:
+            now_s = time.perf_counter()
+            return [now_s - each.due_s for each in self._on_their_way.values()]

@@ -1,0 +1,168 @@
+"""Figures: what windows come to, and whether they agree with each other. All spans are in seconds."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .recorder import Fault, Window
+from .sample import joined, percentile
+
+STABLE_WINDOWS = 3  # that must agree, as in Triton's perf_analyzer
+PERCENTILES = (50, 90, 95, 99)
+PARTS = ("late", "transport", "prepare", "queue", "compute", "other")  # of a `Split`
+BINS_A_DECADE = 50
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """How long answers took, from when their requests were due; percentiles by the nearest rank."""
+
+    mean_s: float
+    p50_s: float
+    p90_s: float
+    p95_s: float
+    p99_s: float
+    max_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Where the mean latency went. The parts add up to it."""
+
+    late_s: float  # until the request was sent: the generator, or a full window of the stream
+    transport_s: float  # all that the client sees beyond the server's own time: both ways, and the client itself
+    prepare_s: float
+    queue_s: float
+    compute_s: float
+    other_s: float  # the rest of the server's time, from arrival to answer
+
+
+@dataclass(frozen=True, slots=True)
+class Lateness:
+    """How late an open loop sent."""
+
+    sent: int
+    late: int  # over 10 ms after they were due
+    mean_s: float
+    p99_s: float
+    max_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many answers took how long: `counts[i]` took from `edges_s[i]` to `edges_s[i + 1]`."""
+
+    edges_s: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What was measured in one window, or in several together."""
+
+    seconds: float
+    requests: int  # that were answered
+    requests_per_s: float
+    images_per_s: float
+    rows_per_s: float
+    failed: int
+    failures: dict[str, Fault]  # by the error's type
+    client_cpu: float  # seconds of this process's CPU time for each second
+    latency: Latency | None  # None without an answer
+    split: Split | None
+    lateness: Lateness | None  # None in a closed loop
+
+    @classmethod
+    def of(cls, windows: Sequence[Window]) -> Self:
+        """Return what windows come to."""
+        seconds = math.fsum(each.ended_s - each.began_s for each in windows)
+        requests = sum(each.latency.count for each in windows)
+        failures = _failures(windows)
+        return cls(
+            seconds=seconds,
+            requests=requests,
+            requests_per_s=requests / seconds,
+            images_per_s=sum(each.n_images for each in windows) / seconds,
+            rows_per_s=sum(each.n_rows for each in windows) / seconds,
+            failed=sum(each.count for each in failures.values()),
+            failures=failures,
+            client_cpu=sum(each.cpu_s for each in windows) / seconds,
+            latency=_latency(windows) if requests else None,
+            split=_split(windows, requests) if requests else None,
+            lateness=_lateness(windows),
+        )
+
+
+def latency_at(figures: Figures, percent: int) -> float:
+    """Return one of the percentiles that are reported; infinite without an answer."""
+    return math.inf if figures.latency is None else float(getattr(figures.latency, f"p{percent}_s"))
+
+
+def is_stable(windows: Sequence[Figures], *, within: float, percent: int) -> bool:
+    """Say whether the last three agree: the largest rate, and the largest percentile, exceed the smallest by no more.
+
+    `within` is a share: 0.1 for 10 %. Windows without an answer agree with nothing.
+    """
+    last = windows[-STABLE_WINDOWS:]
+    if len(last) < STABLE_WINDOWS or not all(each.requests for each in last):
+        return False
+    rates = [each.requests_per_s for each in last]
+    latencies = [latency_at(each, percent) for each in last]
+    return all(max(each) <= (1 + within) * min(each) for each in (rates, latencies))
+
+
+def histogram(values: NDArray[np.float64]) -> Histogram:
+    """Return a histogram whose bins are equally wide on a logarithmic scale, 50 for each factor of ten."""
+    if not len(values):
+        return Histogram((), ())
+    places = np.log10(np.maximum(values, 1e-9)) * BINS_A_DECADE
+    first, last = math.floor(places.min()), math.floor(places.max())
+    counts = np.bincount(np.floor(places).astype(int) - first, minlength=last - first + 1)
+    edges_s = tuple(10 ** (i / BINS_A_DECADE) for i in range(first, last + 2))
+    return Histogram(edges_s, tuple(map(int, counts)))
+
+
+def _latency(windows: Sequence[Window]) -> Latency:
+    samples = [each.latency for each in windows]
+    values = joined(samples)
+    mean_s = math.fsum(each.sum for each in samples) / sum(each.count for each in samples)
+    p50_s, p90_s, p95_s, p99_s = (percentile(values, each) for each in PERCENTILES)
+    return Latency(mean_s, p50_s, p90_s, p95_s, p99_s, max(each.max for each in samples))
+
+
+def _split(windows: Sequence[Window], requests: int) -> Split:
+    latency_s = math.fsum(each.latency.sum for each in windows) / requests
+    late_s, prepare_s, queue_s, compute_s, server_s = (
+        math.fsum(getattr(each, name) for each in windows) / requests
+        for name in ("late_s", "prepare_s", "queue_s", "compute_s", "server_s")
+    )
+    return Split(
+        late_s=late_s,
+        transport_s=latency_s - late_s - server_s,
+        prepare_s=prepare_s,
+        queue_s=queue_s,
+        compute_s=compute_s,
+        other_s=server_s - prepare_s - queue_s - compute_s,
+    )
+
+
+def _lateness(windows: Sequence[Window]) -> Lateness | None:
+    samples = [each.lateness for each in windows]
+    sent = sum(each.count for each in samples)
+    if not sent:
+        return None
+    mean_s, max_s = math.fsum(each.sum for each in samples) / sent, max(each.max for each in samples)
+    late = sum(each.n_late for each in windows)
+    return Lateness(sent, late, mean_s, percentile(joined(samples), 99), max_s)
+
+
+def _failures(windows: Sequence[Window]) -> dict[str, Fault]:
+    failures: dict[str, Fault] = {}
+    for window in windows:
+        for name, fault in window.faults.items():
+            failures.setdefault(name, Fault(0, fault.message)).count += fault.count
+    return failures

@@ -1,0 +1,128 @@
+"""Traffic: what a load generator sends, again and again, and the images that are made where none are given."""
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..._client import Client
+from ..._inputs.enums import Channels, MapDtype, Score
+from ..._inputs.targets import Target
+from ..._inputs.tensors import Array
+from ...exceptions import InvalidArgument
+from ...methods.gradient import Gradient
+from ...methods.method import Method
+from ...results.attribution import Attribution
+from ...results.server_info import ModelInfo
+
+RANDOM_IMAGES = 32  # that differ
+_MODES = {1: "L", 3: "RGB"}  # of pictures, by their channels
+
+Shape = tuple[int, int, int]
+Sent = list[bytes] | Array  # one batch: files, or an array [N, …]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Batches, and what is asked of every one."""
+
+    batches: Sequence[Sent]
+    model: str | None = None
+    target: Target = None
+    method: Method = Gradient()  # noqa: RUF009  # it is frozen
+    score: Score = "probability"
+    channels: Channels = "max_abs"
+    map_dtype: MapDtype = "float32"
+    timeout_s: float = 60.0
+    is_streamed: bool = False
+    window: int | None = None  # of a stream
+
+    @property
+    def kind(self) -> str:
+        """What the images are sent as."""
+        batch = self.batches[0]
+        return "files" if isinstance(batch, list) else f"{batch.dtype} {' × '.join(map(str, batch.shape[1:]))}"
+
+    def call(self, client: Client, batch: Sent) -> Attribution:
+        """Ask about one batch, and raise what failed whole."""
+        return client.attribute(
+            batch,
+            model=self.model,
+            target=self.target,
+            method=self.method,
+            score=self.score,
+            channels=self.channels,
+            map_dtype=self.map_dtype,
+            timeout=self.timeout_s,
+            on_error="return",
+        )
+
+    def stream(self, client: Client, batches: Iterable[Sent]) -> Iterator[Attribution]:
+        """Ask about batches on one stream, and yield their answers, failed ones too, as they come."""
+        return client.stream(
+            batches,
+            model=self.model,
+            target=self.target,
+            method=self.method,
+            score=self.score,
+            channels=self.channels,
+            map_dtype=self.map_dtype,
+            timeout=self.timeout_s,
+            on_error="return",
+            window=self.window,
+        )
+
+    def try_out(self, client: Client) -> Attribution:
+        """Ask about the first batch, and raise what is wrong with all of them."""
+        if not self.is_streamed:
+            answer = self.call(client, self.batches[0])
+        else:
+            (answer,) = self.stream(client, self.batches[:1])
+        if answer.error is not None:
+            raise answer.error
+        return answer
+
+
+def batches_of_files(paths: Sequence[Path], batch: int, *, size: Shape | None = None) -> list[Sent]:
+    """Return files in batches that go round them: as they are, or as pixels of a model's input size.
+
+    `OSError` names a file that is no picture.
+    """
+    n_batches = math.lcm(len(paths), batch) // batch
+    if size is None:
+        files = itertools.cycle([_file(path) for path in paths])
+        return [list(itertools.islice(files, batch)) for _ in range(n_batches)]
+    if size[0] not in _MODES:
+        raise InvalidArgument(f"--pixels: the model takes {size[0]} channels, and a picture has 1 or 3")
+    pixels = itertools.cycle([_pixels(path, size) for path in paths])
+    return [np.stack(list(itertools.islice(pixels, batch))) for _ in range(n_batches)]
+
+
+def random_batches(batch: int, model: ModelInfo, *, shape: Shape | None = None, seed: int = 0) -> list[Sent]:
+    """Return batches of noise: pixels of the model's input size, or floating arrays of a given shape."""
+    random = np.random.default_rng(seed)
+    n_batches = -(-RANDOM_IMAGES // batch)
+    if shape is not None:
+        return [random.standard_normal((batch, *shape), np.float32) for _ in range(n_batches)]
+    if model.input_size is None:
+        raise InvalidArgument(f'--shape: model "{model.name}" has no input size, expected --shape C,H,W or images')
+    channels, height, width = model.input_size
+    if channels not in _MODES:
+        return [random.standard_normal((batch, *model.input_size), np.float32) for _ in range(n_batches)]
+    return [random.integers(0, 256, (batch, height, width, channels), np.uint8) for _ in range(n_batches)]
+
+
+def _file(path: Path) -> bytes:
+    with Image.open(path):  # the server would say it of every batch with this file in it
+        return path.read_bytes()
+
+
+def _pixels(path: Path, size: Shape) -> Array:
+    channels, height, width = size
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert(_MODES[channels]).resize((width, height)))
+    return pixels.reshape(height, width, channels)

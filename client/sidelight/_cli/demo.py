@@ -1,0 +1,107 @@
+"""The demonstration: a real server on a real ImageNet classifier, real photographs, and a gallery of why."""
+
+import collections
+import contextlib
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from rich.console import Console
+
+from .._client import connect
+from ..exceptions import SidelightError
+from ..results.attribution import Attribution
+from ..visualization.gallery import Panel, gallery
+from .tables import make_folder, report
+
+MODEL = "python:sidelight_server.models.sources.demo:efficientnet_lite0"
+START_TIMEOUT_S = 120.0
+
+# Photographs that ship with two packages, the ones with an ImageNet class in them first.
+PHOTOGRAPHS = {
+    "skimage": (
+        "data",
+        "chelsea.png coffee.png motorcycle_left.png rocket.jpg camera.png astronaut.png clock_motion.png "
+        "motorcycle_right.png coins.png brick.png grass.png gravel.png moon.png hubble_deep_field.jpg retina.jpg "
+        "cell.png ihc.png microaneurysms.png page.png text.png",
+    ),
+    "sklearn": ("datasets/images", "china.jpg flower.jpg"),
+}
+
+
+def run(folder: Path, *, console: Console) -> None:
+    """Serve, explain every photograph, and write an overlay of each and `gallery.png` into a folder."""
+    paths = photographs()
+    make_folder(folder)
+    answers: dict[int, Attribution] = {}
+    began = time.monotonic()
+    with _server(console) as address, connect(address, connect_timeout=START_TIMEOUT_S) as client:
+        server = client.info()
+        console.print(
+            f'"{server.models[0].name}" serves on {server.models[0].device} after {time.monotonic() - began:.1f} s'
+        )
+
+        def kept() -> Iterator[Attribution]:
+            for answer in client.stream(paths):
+                answers[answer.index] = answer
+                yield answer
+
+        report(console, paths, kept(), folder=folder)
+    panels = [_panel(paths[index], answers[index]) for index in range(len(paths))]
+    gallery(panels, heading="Which pixels decided?").save(folder / "gallery.png")
+    console.print(f"{len(panels)} photographs in {folder / 'gallery.png'}")
+
+
+def photographs() -> list[Path]:
+    """Return the photographs' paths. `SidelightError` says which extra is missing."""
+    found: list[Path] = []
+    for package, (folder, names) in PHOTOGRAPHS.items():
+        spec = importlib.util.find_spec(package)
+        if spec is None or spec.origin is None:
+            raise SidelightError("the demonstration needs its extra: pip install 'sidelight[demo]'")
+        found += [Path(spec.origin).parent / folder / name for name in names.split()]
+    return found
+
+
+@contextlib.contextmanager
+def _server(console: Console) -> Iterator[str]:
+    """Run the server as a process of its own, as it would run beside a model server, and give its address."""
+    with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
+        address = f"unix:{folder}/socket"
+        command = [sys.executable, "-m", "sidelight_server", "--model", MODEL, "--listen", address]
+        console.print(f"starting sidelight-server --model {MODEL}")
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
+            try:
+                _wait(process)
+                # The pipe is read to its end: a server whose log nobody reads would stop once it is full.
+                threading.Thread(target=_drain, args=(process.stderr,), daemon=True).start()
+                yield address
+            finally:
+                process.terminate()
+
+
+def _drain(pipe: IO[str]) -> None:
+    with contextlib.suppress(ValueError):  # closed meanwhile
+        collections.deque(pipe, maxlen=0)
+
+
+def _wait(process: "subprocess.Popen[str]") -> None:
+    """Wait for the log line that says that the server serves."""
+    lines: list[str] = []
+    for line in process.stderr or ():
+        if "event=serving" in line:
+            return
+        lines.append(line)
+    raise SidelightError(f"the server did not start: {''.join(lines).strip()}")
+
+
+def _panel(path: Path, answer: Attribution) -> Panel:
+    prediction = answer.predictions[0]
+    title = f"{prediction.label}  {prediction.probability:.2f}" if prediction else ""
+    return Panel(answer.picture(0), answer.map(0), title, path.name)

@@ -1,0 +1,217 @@
+"""The report: a table of answers as they come, a progress bar, an overlay of each picture, and what a replay gave."""
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from PIL import Image
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from rich.table import Table
+
+from ..results.attribution import Attribution
+from ..results.replay import Replay, Replayed
+from ..results.storage import check_free
+from ..results.types import Convergence, Explained
+
+HEADERS = ("picture", "class", "probability", "rows", "error", "completeness error", "device time")
+ALWAYS = ("picture", "class", "probability", "device time")
+
+
+def report(
+    console: Console,
+    paths: Sequence[Path],
+    answers: Iterable[Attribution],
+    *,
+    folder: Path | None,
+    save_folder: Path | None = None,
+    original: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Print class, probability and time of each picture, and return how many failed.
+
+    `answers` hold one example each; they may come in any order. Overlays are written into `folder`; `save_folder` gets
+    a folder for each picture with all that `Attribution.save` writes. `original` and `overwrite` are those of `save`.
+    """
+    write = _writer(paths, folder, save_folder, original=original, overwrite=overwrite)
+    sheet = _Sheet()
+    try:
+        for answer in track(answers, "explaining", total=len(paths), console=console, transient=True):
+            if sheet.add(paths[answer.index], answer):
+                write(answer)
+    finally:  # where the server dies half-way, what it said before is still told
+        sheet.print(console)
+    for written, where in (("overlays", folder), ("answers", save_folder)):
+        if where is not None:
+            console.print(f"{len(paths) - sheet.n_failed} {written} in {escape(str(where))}")
+    return sheet.n_failed
+
+
+def report_replay(console: Console, paths: Sequence[Path], replayed: Replay) -> None:
+    """Print for each picture whether its map came out equal, and what else is not as it was."""
+    for path, example in zip(paths, replayed.examples, strict=True):
+        console.print(f"{escape(path.name)}: {_compared(example)}", soft_wrap=True, highlight=False)
+    if replayed.differences:
+        table = Table("provenance", "then", "now", box=None, header_style="bold")
+        for column in table.columns:
+            column.overflow = "fold"  # of a digest every digit counts
+        for each in replayed.differences:
+            table.add_row(escape(each.name), escape(each.then), escape(each.now))
+        console.print(table)
+    console.print(_verdict(replayed), soft_wrap=True, highlight=False)
+
+
+def make_folder(folder: Path, *, option: str = "--out", content: str = "overlays") -> None:
+    """Make a folder. `OSError` says that the option is wrong."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{option}: {folder} cannot be a folder for {content}: {error.strerror}") from error
+
+
+def overlay_names(paths: Sequence[Path], folder: Path) -> list[str]:
+    """Return a file name for each picture's overlay in a folder: all of them different, and none a picture's own."""
+    taken = {path.resolve() for path in paths}
+    names: list[str] = []
+    for path in paths:
+        tries = itertools.chain([path.stem], (f"{path.stem}-{n}" for n in itertools.count(2)))
+        name = next(f"{each}.png" for each in tries if (folder / f"{each}.png").resolve() not in taken)
+        taken.add((folder / name).resolve())
+        names.append(name)
+    return names
+
+
+def _writer(
+    paths: Sequence[Path], folder: Path | None, save_folder: Path | None, *, original: bool, overwrite: bool
+) -> Callable[[Attribution], None]:
+    """Make the folders, and return what writes an answer into them."""
+    if folder is not None:
+        make_folder(folder)
+    if save_folder is not None:
+        make_folder(save_folder, option="--save", content="answers")
+    names, save_names = (overlay_names(paths, each or Path()) for each in (folder, save_folder))
+    folders = [(save_folder or Path()) / name.removesuffix(".png") for name in save_names]
+    if save_folder is not None:
+        for each in folders:  # before anything is asked
+            check_free(each, overwrite=overwrite)
+
+    def write(answer: Attribution) -> None:
+        if folder is not None:
+            _overlays(answer, original=original).save(folder / names[answer.index])
+        if save_folder is not None:
+            answer.save(folders[answer.index], original=original, overwrite=overwrite)
+
+    return write
+
+
+class _Sheet:
+    """The lines that answers make, and the advice below them."""
+
+    def __init__(self) -> None:
+        self.n_failed = 0
+        self._lines: list[tuple[str, ...]] = []
+        self._advice: dict[str, str] = {}  # by the word for what is wrong
+
+    def add(self, path: Path, answer: Attribution) -> bool:
+        """Add a picture's line, and return whether it was explained."""
+        self._lines.append(_cells(path, answer))
+        if answer.error or answer.failures:
+            self.n_failed += 1
+            return False
+        for each in _explained(answer):
+            if each.advice:
+                self._advice.setdefault("saturated" if each.saturated else "negligible", each.advice)
+        return True
+
+    def print(self, console: Console) -> None:
+        """Print the table, without those columns that nobody needs."""
+        if not self._lines:
+            return
+        kept = [i for i, header in enumerate(HEADERS) if header in ALWAYS or any(line[i] for line in self._lines)]
+        table = Table(*(HEADERS[i] for i in kept), box=None, header_style="bold")
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for line in self._lines:
+            table.add_row(*(line[i] for i in kept))
+        console.print(table)
+        for word, advice in self._advice.items():
+            console.print(f"{word}: {escape(advice)}", soft_wrap=True, highlight=False)
+
+
+def _cells(path: Path, answer: Attribution) -> tuple[str, ...]:
+    if answer.error or answer.failures:
+        message = str(answer.error) if answer.error else answer.failures[0].message
+        return escape(path.name), f"[red]{escape(message)}[/]", "", "", "", "", ""
+    prediction, timing = answer.predictions[0], answer.timing
+    if prediction is None or timing is None:
+        raise ValueError("the answer is empty")
+    label = _class(prediction.index, prediction.label)
+    explained = _explained(answer)
+    if answer.is_top_k or any(each.index != prediction.index or each.against is not None for each in explained):
+        label += f" (explained: {', '.join(map(_told, explained))})"
+    return (
+        escape(path.name),
+        escape(label),
+        f"{prediction.probability:.2f}",
+        *_converged(answer.convergence[0]),
+        f"{timing.compute_s * 1e3:.0f} ms",
+    )
+
+
+def _explained(answer: Attribution) -> tuple[Explained, ...]:
+    explained = answer.explained[0]
+    return explained if isinstance(explained, tuple) else (explained,) if explained else ()
+
+
+def _told(explained: Explained) -> str:
+    against = "" if explained.against is None else f" against class {explained.against}"
+    return _class(explained.index, explained.label) + against
+
+
+def _class(index: int, label: str) -> str:
+    return label or f"class {index}"
+
+
+_MET = {None: "", True: " (met)", False: " (missed)"}
+
+
+def _converged(convergence: Convergence | None) -> tuple[str, str, str]:
+    if convergence is None:
+        return "", "", ""
+    error, completeness = convergence.error, convergence.completeness_error
+    relative = convergence.relative_completeness_error
+    share = "" if relative is None else f" ({relative:.1%})"
+    return (
+        str(convergence.rows),
+        "" if error is None else f"{error:.2g}{_MET[convergence.is_met]}",
+        "" if completeness is None else f"{completeness:.2g}{share}",
+    )
+
+
+def _overlays(answer: Attribution, *, original: bool) -> Image.Image:
+    """Return the overlay of the one example; of a top-k target all of them, side by side."""
+    count = answer.maps.shape[1] if answer.is_top_k else 1
+    overlays = [answer.overlay(0, k=k, original=original) for k in range(count)]
+    sheet = Image.new("RGB", (sum(each.width for each in overlays), overlays[0].height))
+    for k, each in enumerate(overlays):
+        sheet.paste(each, (k * each.width, 0))
+    return sheet
+
+
+def _compared(example: Replayed) -> str:
+    if example.equal:
+        return "equal to the last bit"
+    if example.difference is None:
+        return "differs"
+    return f"differs: at most {example.difference:.2g} of the map's maximum"
+
+
+def _verdict(replayed: Replay) -> str:
+    if replayed.equal:
+        return "[green]equal to the last bit[/]"
+    if replayed.reproducible:
+        return "[red]not equal[/], though the answer was made reproducible"
+    if replayed.within_tolerance:
+        return f"[green]equal within {replayed.tolerance:.2g} of each map's maximum[/]: it was not made reproducible"
+    return f"[red]not equal within {replayed.tolerance:.2g} of each map's maximum[/]: it was not made reproducible"

@@ -1,0 +1,259 @@
+"""Images: what a caller has becomes what goes over the wire, and stays at hand to be drawn on.
+
+Files and encoded bytes travel as they are. uint8 arrays are pixels, [H, W, C] or [N, H, W, C]; floating arrays are the
+model's own input, [C, H, W] or [N, C, H, W]. A torch tensor counts as an array; torch is never imported.
+"""
+
+import io
+import os
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import ExifTags, Image, ImageOps
+
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import tensor_pb2
+
+from ..exceptions import InvalidArgument, UnreadableFile
+from ..visualization import dicom
+from ..visualization.overlay import grey_of, picture_of
+from .digests import digest_of_array, digest_of_file
+from .targets import Choice, choice_message
+from .tensors import DTYPES, Array, TorchTensor, host_array, tensor_message
+
+# Modes that no file holds, or YCbCr, whose TIFF Pillow 12 and older cannot read; and those that hold the same.
+_CONVERTED = {"YCbCr": "RGB", "HSV": "RGB", "I;16L": "I", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
+_FRAME_BYTES = 8  # that a message inside another takes beside its own, and more
+_KINDS = "a path, encoded bytes, a PIL image, an array, a tensor, or a list of them"
+
+
+Picture = str | os.PathLike[str] | bytes | Image.Image
+Images = Picture | Array | TorchTensor | Sequence[Picture | Array | TorchTensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Served:
+    """A batch, and the class that a model server gave each of its examples, by index or label.
+
+    Where another is predicted by the server that explains, `Prediction.differs` says so.
+    """
+
+    images: Images
+    classes: Sequence[Choice]
+
+
+class Batch:
+    """N examples: their message, and for each a picture to draw on.
+
+    Raises `InvalidArgument` for what cannot be sent, and `UnreadableFile` for a file that cannot be read.
+    """
+
+    @classmethod
+    def of(cls, images: Images, served: Sequence[Choice] | None) -> "Batch":
+        """Return a batch, with the classes that were served where they are told."""
+        return cls(images if served is None else Served(images, served))
+
+    def __init__(self, images: Images | Served) -> None:
+        given = _as_list(images.images if isinstance(images, Served) else images)
+        self.names: tuple[str | None, ...]  # the path of each example that came from a file
+        # What was sent, not what the caller holds: that may be a buffer with the next batch in it by now.
+        self._examples: Array | tuple[bytes, ...] = (
+            tuple(map(_file, given)) if isinstance(given, list) else np.array(given, order="C")
+        )
+        self._served = _choices(images.classes, len(self)) if isinstance(images, Served) else ()
+        self.names = tuple(map(_name, given)) if isinstance(given, list) else (None,) * len(self)
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    @property
+    def array(self) -> Array | None:
+        """The examples where they are an array, [N, …] and contiguous; None where they are files."""
+        return self._examples if isinstance(self._examples, np.ndarray) else None
+
+    @property
+    def message(self) -> tensor_pb2.Images:
+        """The examples inside a message."""
+        if isinstance(self._examples, np.ndarray):
+            return tensor_pb2.Images(tensor=tensor_message(self._examples))
+        return tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=self._examples))
+
+    @property
+    def served(self) -> pb.ServedPredictions | None:
+        """The classes that were served, inside a message; None where nobody told them."""
+        return pb.ServedPredictions(classes=self._served) if self._served else None
+
+    def part(self, span: range) -> "Batch":
+        """Return some examples as a batch of their own. Nothing is copied."""
+        if len(span) == len(self):
+            return self
+        part = object.__new__(Batch)
+        part._examples = self._examples[span.start : span.stop]
+        part._served = self._served[span.start : span.stop]
+        part.names = self.names[span.start : span.stop]
+        return part
+
+    def digests(self) -> tuple[str, ...]:
+        """Return the SHA-256 of each example, as the server puts it into provenance."""
+        if isinstance(self._examples, np.ndarray):
+            return tuple(map(digest_of_array, self._examples))
+        return tuple(map(digest_of_file, self._examples))
+
+    def sizes(self) -> list[int]:
+        """Return how many bytes each example takes in a message, its own overhead left out."""
+        if isinstance(self._examples, np.ndarray):
+            sizes = [self._examples[:1].nbytes] * len(self)
+        else:
+            sizes = [len(file) for file in self._examples]
+        if self._served:
+            sizes = [size + _FRAME_BYTES + each.ByteSize() for size, each in zip(sizes, self._served, strict=True)]
+        return sizes
+
+    def map_elements(self, input_size: tuple[int, int, int] | None, *, keeps_channels: bool) -> int:
+        """Return how many elements N maps will have, for a model of this C, H, W; 0 where that is not known."""
+        array = self.array
+        if array is not None and array.dtype != np.uint8:
+            channels, height, width = array.shape[1:]
+        elif input_size is not None:
+            channels, height, width = input_size
+        else:
+            return 0
+        return int(len(self) * height * width * (channels if keeps_channels else 1))
+
+    def picture(self, example: int, *, window: tuple[float, float] | None = None) -> Image.Image:
+        """Return one example as an RGB picture, upright, its alpha laid over white; floats are scaled to be seen.
+
+        `window` has the values of 16-bit and DICOM files that are black and white; unset: as the file says.
+        `InvalidArgument` for DICOM where the package that reads it is not installed.
+        """
+        given = self._examples[example]
+        if isinstance(given, np.ndarray):
+            return picture_of(given)
+        if dicom.is_dicom(given):
+            return dicom.picture(given, window)
+        return _upright(Image.open(io.BytesIO(given)), window or (0, 0xFFFF))
+
+
+class Lent:
+    """A batch that an answer may draw on for as long as somebody else holds it."""
+
+    def __init__(self, batch: Batch | None) -> None:
+        self._find: Callable[[], Batch | None] = (lambda: None) if batch is None else weakref.ref(batch)
+
+    @property
+    def batch(self) -> Batch | None:
+        """The batch, or None once it is let go of."""
+        return self._find()
+
+    def __reduce__(self) -> "tuple[type[Lent], tuple[None]]":
+        return Lent, (None,)
+
+
+def _choices(classes: object, n_examples: int) -> tuple[pb.ClassChoice, ...]:
+    if to_list := getattr(classes, "tolist", None):  # an array or a tensor
+        classes = to_list()
+    if isinstance(classes, str) or not isinstance(classes, Sequence) or len(classes) != n_examples:
+        count = f"{len(classes)} classes" if isinstance(classes, list | tuple) else type(classes).__name__
+        raise InvalidArgument(f"served: got {count} for {n_examples} examples, expected a list with one for each")
+    return tuple(choice_message(each, "served", place=" in the list") for each in classes)
+
+
+def _as_list(images: Images) -> list[Picture | Array] | Array:
+    """Return one array [N, …] where all are alike, else a list in which everything can become a file."""
+    if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
+        return [bytes(images) if isinstance(images, bytearray | memoryview) else images]
+    if isinstance(images, np.ndarray | TorchTensor):
+        return _batched(_array(images))
+    if not isinstance(images, Sequence):
+        raise InvalidArgument(f"images: got {type(images).__name__}, expected {_KINDS}")
+    each = [_array(image) if isinstance(image, np.ndarray | TorchTensor) else image for image in images]
+    arrays = [image for image in each if isinstance(image, np.ndarray)]
+    if not each or len(arrays) < len(each):
+        return each  # type: ignore[return-value]  # a tensor became an array above
+    if len({(array.shape, array.dtype) for array in arrays}) == 1:
+        return _batched(np.stack(arrays))
+    if any(array.dtype != np.uint8 for array in arrays):
+        shapes = sorted({f"{array.dtype} {list(array.shape)}" for array in arrays})
+        raise InvalidArgument(f"images: floating arrays of one batch must be alike, got {', '.join(shapes[:4])}")
+    return list(arrays)
+
+
+def _array(images: "Array | TorchTensor") -> Array:
+    array = images if isinstance(images, np.ndarray) else host_array(images, "images")
+    if array.dtype.name not in DTYPES:
+        raise InvalidArgument(
+            f"images: got {array.dtype} of {list(array.shape)}, expected uint8 pixels [H, W, C], or model-ready "
+            f"float16, float32 or float64 [C, H, W]"
+        )
+    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+
+
+def _batched(array: Array) -> Array:
+    if array.ndim not in (3, 4):
+        letters = "[H, W, C] or [N, H, W, C]" if array.dtype == np.uint8 else "[C, H, W] or [N, C, H, W]"
+        raise InvalidArgument(f"images: got {array.dtype} of {list(array.shape)}, expected {letters}")
+    return array if array.ndim == 4 else array[None]
+
+
+def _name(image: object) -> str | None:
+    """Return the path that an example came from, as it was given; None where it came from none."""
+    return os.fspath(image) if isinstance(image, str | os.PathLike) else None
+
+
+def _file(image: object) -> bytes:
+    match image:
+        case bytes():
+            return image
+        case bytearray() | memoryview():
+            return bytes(image)
+        case str() | os.PathLike():
+            try:
+                with open(image, "rb") as file:
+                    return file.read()
+            except OSError as error:
+                raise UnreadableFile.of(error, "images", image) from None
+            except ValueError as error:  # a path with a zero byte
+                raise InvalidArgument(f"images: got {image!r}, expected a path: {error}") from None
+        case Image.Image():
+            return _encoded(image)
+        case np.ndarray() if image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] in (1, 3, 4) and image.size:
+            return _encoded(Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image))
+        case np.ndarray():
+            raise InvalidArgument(
+                f"images: got {image.dtype} of {list(image.shape)} among files or arrays of other sizes, "
+                "expected uint8 [H, W, C] with 1, 3 or 4 channels"
+            )
+        case _:
+            raise InvalidArgument(f"images: got {type(image).__name__} in the list, expected {_KINDS}")
+
+
+def _encoded(image: Image.Image) -> bytes:
+    """Return a PIL image as a file, without loss: PNG, or TIFF for what PNG cannot hold. The server decodes it.
+
+    Of its EXIF only the orientation goes along: where a photograph was taken is nobody's business.
+    """
+    file, exif = io.BytesIO(), Image.Exif()
+    try:
+        exif[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+        if image.mode in _CONVERTED:
+            image = image.convert(_CONVERTED[image.mode])
+        if image.mode in ("CMYK", "LAB", "I", "F"):
+            image.save(file, "TIFF", compression="raw", exif=exif)
+        else:
+            image.save(file, "PNG", compress_level=1, exif=exif)
+    except Exception as error:  # Pillow promises no set of exceptions
+        raise InvalidArgument(f"images: got a PIL image of mode {image.mode}, {image.size}: {error}") from error
+    return file.getvalue()
+
+
+def _upright(image: Image.Image, window: tuple[float, float]) -> Image.Image:
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode.startswith("I"):
+        # Pillow's own conversion to 8 bits clips instead of scaling.
+        return Image.fromarray(grey_of(np.asarray(upright), *window)).convert("RGB")
+    if not upright.has_transparency_data:
+        return upright.convert("RGB")
+    white = Image.new("RGBA", upright.size, "white")
+    return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")

@@ -1,0 +1,98 @@
+"""The question: what a caller asks of every batch, and the request that asks it of one."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from google.protobuf.duration_pb2 import Duration
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from ._inputs.enums import Channels, MapDtype, Score, channels_number, map_dtype_number, score_number
+from ._inputs.images import Batch
+from ._inputs.targets import Target, target_message
+from ._inputs.validation import flag, span, text
+from .exceptions import InvalidArgument
+from .methods.method import Method
+
+Metadata = Sequence[tuple[str, str | bytes]]
+Headers = tuple[tuple[str, str | bytes], ...]  # metadata that has been checked
+
+_NAME = re.compile(r"[0-9a-z_.-]+")
+FOR_EVER_S = 1e9  # math.inf is for ever, and so is thirty years
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of every batch of a call: all of a request but its images."""
+
+    model: str | None
+    target: Target
+    method: Method
+    score: Score
+    channels: Channels
+    probabilities: bool
+    timeout: float
+    map_dtype: MapDtype = "float32"
+    partial: bool = False
+
+    def template(self) -> pb.AttributeRequest:
+        """Return the message without images, which says what is wrong with the question."""
+        if not isinstance(self.method, Method):
+            raise InvalidArgument(f"method: got {self.method!r}, expected a method, such as sidelight.Gradient()")
+        return pb.AttributeRequest(
+            model=model_name(self.model),
+            target=target_message(self.target),
+            method=self.method.message(),
+            score=score_number(self.score),
+            channels=channels_number(self.channels),
+            output=pb.Output(
+                map_dtype=map_dtype_number(self.map_dtype),
+                probabilities=flag(self.probabilities, "probabilities"),
+                partial=flag(self.partial, "partial"),
+            ),
+            timeout=duration(self.timeout),
+        )
+
+
+def check_classes(template: pb.AttributeRequest, batch: Batch) -> None:
+    """Refuse a list of classes that is not as long as its batch."""
+    classes = template.target.per_example.classes
+    if template.target.WhichOneof("target") == "per_example" and len(classes) != len(batch):
+        raise InvalidArgument(f"target: {len(classes)} classes for {len(batch)} examples, expected one for each")
+
+
+def checked_metadata(metadata: Metadata) -> Headers:
+    """Return the pairs that a call brings. `InvalidArgument` for what no header may carry."""
+    pairs = tuple(metadata) if isinstance(metadata, Sequence) and not isinstance(metadata, str | bytes) else None
+    if pairs is None or not all(isinstance(each, tuple | list) and len(each) == 2 for each in pairs):
+        raise InvalidArgument(
+            f"metadata: got {type(metadata).__name__}, expected a sequence of pairs of a name and a value"
+        )
+    for name, value in pairs:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name.startswith("grpc-"):
+            raise InvalidArgument(
+                f"metadata: got the name {name!a}, expected lower case letters, digits, '-', '_' and '.', not grpc-…"
+            )
+        is_right = isinstance(value, bytes) if name.endswith("-bin") else isinstance(value, str) and _is_text(value)
+        if not is_right:
+            raise InvalidArgument(
+                f"metadata: got {type(value).__name__} as the value of {name}, expected printable ASCII text, "
+                "or for a name that ends in -bin bytes"
+            )
+    return tuple((name, value) for name, value in pairs)
+
+
+def _is_text(value: str) -> bool:
+    return all(" " <= letter <= "~" for letter in value)
+
+
+def model_name(model: str | None) -> str:
+    """Return a model's name as messages have it: empty is the server's default."""
+    return "" if model is None else text(model, "model")
+
+
+def duration(timeout: float) -> Duration:
+    """Return the message of a time in seconds, which must be positive."""
+    span_s = min(span(timeout, "timeout"), FOR_EVER_S)
+    return Duration(seconds=int(span_s), nanos=int(span_s % 1 * 1e9))

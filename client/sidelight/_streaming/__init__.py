@@ -1,0 +1,4 @@
+"""Streams: many batches in flight to one or several servers, with retries and reordering.
+
+May import `_transport` and everything below.
+"""

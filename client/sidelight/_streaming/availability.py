@@ -1,0 +1,60 @@
+"""The presence of servers: which have a call of a stream now, and for how long there has been none."""
+
+import logging
+from collections.abc import Hashable, Sequence
+
+from ..exceptions import ResourceExhausted, SidelightError, Unavailable
+
+log = logging.getLogger("sidelight")
+
+SILENT_WAIT_S = 1.0
+
+
+class Presence:
+    """The lanes of a stream that are live. It has no clock and no lock: whoever holds it has both."""
+
+    def __init__(self, addresses: Sequence[str], now_s: float) -> None:
+        self._names = ", ".join(addresses)
+        self._live: set[Hashable] = set()
+        self._since_s = now_s  # since when there is none
+        self._has_told = False
+        self._cause: SidelightError | None = None  # of the last call's end
+
+    def __contains__(self, lane: Hashable) -> bool:
+        return lane in self._live
+
+    def __bool__(self) -> bool:
+        return bool(self._live)
+
+    def came(self, lane: Hashable) -> None:
+        """Count a lane whose server has taken the call."""
+        self._live.add(lane)
+        self._has_told = False
+
+    def went(self, lane: Hashable, cause: SidelightError, now_s: float) -> None:
+        """Count it no more."""
+        if self._live == {lane}:
+            self._since_s = now_s
+        self._live.discard(lane)
+        self._cause = cause
+
+    def tell(self, now_s: float) -> float | None:
+        """Say in the log, once, that there has been no server for a while. Returns when to ask again, if ever."""
+        if self._live or self._has_told:
+            return None
+        if now_s - self._since_s < SILENT_WAIT_S:
+            return self._since_s + SILENT_WAIT_S
+        self._has_told = True
+        log.warning("waiting for a server at %s", self._names)
+        return None
+
+    def ends_s(self, patience_s: float) -> float | None:
+        """Return when there will have been none for so long; None while there is one."""
+        return None if self._live else self._since_s + patience_s
+
+    def absence(self, what: str) -> SidelightError:
+        """Return what to say of it: `Unavailable`, or `ResourceExhausted` where the server took no more streams."""
+        because = f" (the last call ended with: {self._cause})" if self._cause else ""
+        if isinstance(self._cause, ResourceExhausted):
+            return ResourceExhausted(f"{what} the server was full at {self._names}{because}")
+        return Unavailable(f"{what} no server answered at {self._names}{because}")

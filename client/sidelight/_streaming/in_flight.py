@@ -1,0 +1,218 @@
+"""The ledger: what of a stream is unanswered, which server has it, and what may be sent next.
+
+It has neither threads nor a clock: whoever holds it has the lock, and says what time it is.
+
+A batch is sent as one part, or as several where it exceeds a limit. A part is sent again when its server ended before
+it answered: executed at least once, answered once. The parts that a server held when it died are suspects, for one of
+them may have killed it: each of them is sent alone, and one that was alone with two dying servers is given up, so that
+it cannot kill every replica in turn.
+"""
+
+import bisect
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+
+from .._inputs.images import Batch
+from ..results.attribution import Attribution
+
+MIN_BATCHES = 2  # one at the device, one on its way
+DEATHS = 2  # that a part may cause: once may be chance
+# The server ends a batch at its timeout and says so; only if that word does not come either, the client ends it.
+GRACE_S = 5.0
+
+
+@dataclass(eq=False, slots=True)
+class Entry:
+    """A batch that was read, and what has come of its parts."""
+
+    index: int
+    batch: Batch
+    deadline_s: float
+    n_open: int = 0  # parts without an answer
+    answers: dict[int, Attribution] = field(default_factory=dict)  # of the parts, by their first example
+
+    def settle(self, start: int, answer: Attribution) -> bool:
+        """Take a part's answer in. Returns whether it was the last."""
+        self.answers[start] = answer
+        self.n_open -= 1
+        return not self.n_open
+
+
+@dataclass(eq=False, slots=True)
+class Part:
+    """Some examples of a batch, mostly all of them: what is sent as one message."""
+
+    entry: Entry
+    start: int
+    batch: Batch
+    not_before_s: float = 0.0  # a server that was full said how long to wait
+    is_suspect: bool = False
+    n_deaths: int = 0  # of servers that had nothing else of this stream
+
+    @property
+    def id(self) -> str:
+        """What the part is called on the wire, and nothing else of its stream."""
+        index, stop = self.entry.index, self.start + len(self.batch)
+        return str(index) if self.is_whole else f"{index}:{self.start}-{stop}"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is all of its batch."""
+        return len(self.batch) == len(self.entry.batch)
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where it stands in the stream."""
+        return self.entry.index, self.start
+
+
+class Ledger:
+    """The unanswered parts of a stream. A lane, one server's share of the stream, is known by any name.
+
+    `window` bounds the examples that are unanswered, or answered and not yet taken, per lane; there may always be two
+    batches. `in_all` bounds them over all lanes; None does not.
+    """
+
+    def __init__(self, *, window: int, in_all: int | None = None, n_lanes: int = 1) -> None:
+        self._window = window
+        self._in_all = in_all
+        self._n_lanes = n_lanes
+        self._waiting: list[Part] = []  # in the order of their places
+        self._flying: dict[str, tuple[Part, Hashable]] = {}
+        self._n_examples = 0
+        self._n_batches = 0
+        self._n_undelivered = 0
+        self.is_exhausted = False  # whether the caller's batches are at their end
+
+    @property
+    def n_unanswered(self) -> int:
+        """How many parts wait or fly."""
+        return len(self._waiting) + len(self._flying)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to be read, and every answer has been delivered."""
+        return self.is_exhausted and not self._n_undelivered
+
+    def add(self, entry: Entry, spans: Sequence[range]) -> None:
+        """Take a batch in, to be sent as one part for each span of its examples."""
+        entry.n_open = len(spans)
+        self._n_examples += len(entry.batch)
+        self._n_batches += 1
+        self._n_undelivered += 1
+        for span in spans:
+            self._wait(Part(entry, span.start, entry.batch.part(span)))
+
+    def may_read(self, lane: Hashable, now_s: float) -> bool:
+        """Say whether a lane may read another batch: there is room, and none could be sent now or has to be alone."""
+        if self.is_exhausted or any(part.not_before_s <= now_s for part in self._waiting):
+            return False
+        held = self._held_by(lane)
+        if any(part.is_suspect for part in held):
+            return False
+        has_turn = len(held) < MIN_BATCHES or sum(len(part.batch) for part in held) < self._window
+        return has_turn and self._has_room()
+
+    def send(self, lane: Hashable, now_s: float, *, fits: Callable[[Part], bool] = lambda _: True) -> Part | None:
+        """Hand a lane the next part; None where there is none for it now, or it has no place for that one."""
+        held = self._held_by(lane)
+        if any(part.is_suspect for part in held):
+            return None
+        for place, part in enumerate(self._waiting):
+            if part.not_before_s > now_s:
+                continue
+            if part.is_suspect and held:  # it must be alone: the lane runs empty first
+                return None
+            if not fits(part):
+                return None
+            del self._waiting[place]
+            self._flying[part.id] = part, lane
+            return part
+        return None
+
+    def get(self, id_: str) -> Part | None:
+        """Return a part that flies."""
+        part, _ = self._flying.get(id_, (None, None))
+        return part
+
+    def answered(self, id_: str) -> Part | None:
+        """Take a part out. None where it was answered before, or given up: an answer comes once."""
+        part, _ = self._flying.pop(id_, (None, None))
+        return part
+
+    def again(self, part: Part, *, not_before_s: float) -> None:
+        """Let a part that flies wait, and be sent again."""
+        del self._flying[part.id]
+        part.not_before_s = not_before_s
+        self._wait(part)
+
+    def halve(self, part: Part) -> None:
+        """Let a part that flies be sent again as two: it was too large for its server."""
+        del self._flying[part.id]
+        half = len(part.batch) // 2
+        for span in (range(half), range(half, len(part.batch))):
+            self._wait(Part(part.entry, part.start + span.start, part.batch.part(span), is_suspect=part.is_suspect))
+        part.entry.n_open += 1
+
+    def take_back(self, lane: Hashable) -> list[Part]:
+        """Take out what a lane held when its call ended, to be given up whole."""
+        held = self._held_by(lane)
+        for part in held:
+            del self._flying[part.id]
+        return held
+
+    def lost(self, lane: Hashable, *, died: bool) -> list[Part]:
+        """Take back what a lane held when its call ended. Returns the parts that are given up."""
+        held = self.take_back(lane)
+        for part in held:
+            if died:
+                part.is_suspect = True
+                part.n_deaths += len(held) == 1
+        given_up = [part for part in held if part.n_deaths >= DEATHS]
+        for part in held:
+            if part not in given_up:
+                self._wait(part)
+        return given_up
+
+    def overdue(self, now_s: float) -> tuple[list[Part], set[Hashable]]:
+        """Take out the parts whose time is over. Returns them, and the lanes whose servers kept silent about theirs."""
+        waiting = [part for part in self._waiting if now_s >= part.entry.deadline_s]
+        silent = {id_: flight for id_, flight in self._flying.items() if now_s >= self._ends_s(flight[0])}
+        self._waiting = [part for part in self._waiting if part not in waiting]
+        for id_ in silent:
+            del self._flying[id_]
+        return waiting + [part for part, _ in silent.values()], {lane for _, lane in silent.values()}
+
+    def next_deadline_s(self) -> float | None:
+        """Return when the next part will be overdue; None without any."""
+        ends_s = [part.entry.deadline_s for part in self._waiting]
+        ends_s += [self._ends_s(part) for part, _ in self._flying.values()]
+        return min(ends_s, default=None)
+
+    def next_sending_s(self, now_s: float) -> float | None:
+        """Return when the first of the parts may be sent that have to wait for a full server; None without any."""
+        return min((part.not_before_s for part in self._waiting if part.not_before_s > now_s), default=None)
+
+    def delivered(self) -> None:
+        """Count a batch whose answer waits for the caller, or came before it was sent."""
+        self._n_undelivered -= 1
+
+    def taken(self, entry: Entry) -> None:
+        """Free the room of a batch whose answer the caller has taken."""
+        self._n_batches -= 1
+        self._n_examples -= len(entry.batch)
+
+    def _wait(self, part: Part) -> None:
+        bisect.insort(self._waiting, part, key=lambda each: each.place)
+
+    def _held_by(self, lane: Hashable) -> list[Part]:
+        return [part for part, its_lane in self._flying.values() if its_lane == lane]
+
+    def _has_room(self) -> bool:
+        if self._in_all is not None:
+            return self._n_batches < MIN_BATCHES or self._n_examples < self._in_all
+        return self._n_batches < MIN_BATCHES * self._n_lanes or self._n_examples < self._window * self._n_lanes
+
+    @staticmethod
+    def _ends_s(part: Part) -> float:
+        return part.entry.deadline_s + GRACE_S

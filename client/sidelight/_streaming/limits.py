@@ -1,0 +1,110 @@
+"""Limits of messages: what either side would refuse is not sent, for gRPC would end a whole stream for it."""
+
+from collections.abc import Iterator
+
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import tensor_pb2
+
+from .._inputs.images import Batch
+from ..exceptions import MessageTooLarge
+from ..results.server_info import ServerInfo
+
+_ITEM_BYTES = {tensor_pb2.DATA_TYPE_UINT8: 1, tensor_pb2.DATA_TYPE_FLOAT16: 2}
+_FLOAT32_BYTES = 4
+# What messages take beside images and maps: id and lengths, provenance, a file's head, what is said of an example.
+HEAD_BYTES = 256
+PROVENANCE_BYTES = 2048
+FILE_BYTES = 16
+EXAMPLE_BYTES = 512
+
+
+def refuse_large(
+    request: pb.AttributeRequest, batch: Batch, *, ours: int, theirs: int, input_size: tuple[int, int, int] | None
+) -> None:
+    """Raise `MessageTooLarge` for a request over either side's `max_message_bytes`, or whose answer is over ours.
+
+    `input_size` is the model's C, H, W; None where it is not fixed.
+    """
+    _refuse_request(request.ByteSize(), ours=ours, theirs=theirs)
+    _refuse_answer(map_bytes(request, batch, input_size), ours=ours)
+
+
+def spans(
+    template: pb.AttributeRequest,
+    batch: Batch,
+    *,
+    ours: int,
+    server: ServerInfo,
+    input_size: tuple[int, int, int] | None,
+    is_shared: bool = False,
+) -> list[range]:
+    """Return the examples of a batch in parts that fit into messages, and into the server's batches.
+
+    `MessageTooLarge` where an example is too large by itself. What is not known here, such as the size of an answer of
+    a model that takes any size, the server refuses. With `is_shared` arrays travel through regions of shared memory.
+    """
+    n, most = len(batch), server.limits.max_batch_examples or len(batch)
+    maps_bytes = map_bytes(template, batch, input_size)
+    if is_shared and server.shared_memory and batch.array is not None:
+        return _through_regions(
+            batch.array.nbytes + maps_bytes, n, most=most, limit=server.shared_memory.max_region_bytes
+        )
+    limit = min(ours, server.limits.max_message_bytes)
+    head_bytes = template.ByteSize() + HEAD_BYTES
+    sizes = [size + FILE_BYTES for size in batch.sizes()]
+    if sum(sizes) + head_bytes <= limit and maps_bytes + PROVENANCE_BYTES + n * EXAMPLE_BYTES <= limit and n <= most:
+        return [range(n)]
+    _refuse_request(max(sizes, default=0) + head_bytes, ours=ours, theirs=server.limits.max_message_bytes)
+    _refuse_answer(maps_bytes // n, ours=ours)
+    fitting = (limit - PROVENANCE_BYTES) // (maps_bytes // n + EXAMPLE_BYTES)
+    return list(_packed(sizes, room=limit - head_bytes, most=max(1, min(most, fitting))))
+
+
+def _through_regions(n_bytes: int, n: int, *, most: int, limit: int) -> list[range]:
+    """Return the parts of n examples that take so many bytes with their maps, each the same."""
+    fitting = min(most, limit // (n_bytes // n)) if n_bytes else most
+    if n and not fitting:
+        raise MessageTooLarge(
+            f"an example and its maps take {n_bytes // n} bytes; max_region_bytes of the server is {limit}: "
+            "start the server with a larger --max-region-bytes"
+        )
+    return [range(start, min(start + fitting, n)) for start in range(0, n, max(1, fitting))] or [range(n)]
+
+
+def _packed(sizes: list[int], *, room: int, most: int) -> Iterator[range]:
+    start = n_bytes = 0
+    for place, size in enumerate(sizes):
+        if place > start and (n_bytes + size > room or place - start >= most):
+            yield range(start, place)
+            start, n_bytes = place, 0
+        n_bytes += size
+    yield range(start, len(sizes))
+
+
+def _refuse_request(n_bytes: int, *, ours: int, theirs: int) -> None:
+    if n_bytes > ours:
+        raise MessageTooLarge(
+            f"the request takes {n_bytes} bytes; max_message_bytes of this client's connect() is {ours}: "
+            "send fewer examples, stream them, or raise it here and on the server"
+        )
+    if n_bytes > theirs:
+        raise MessageTooLarge(
+            f"the request takes {n_bytes} bytes; max_message_bytes of the server is {theirs}: "
+            "send fewer examples, stream them, or start the server with a larger --max-message-bytes"
+        )
+
+
+def _refuse_answer(n_bytes: int, *, ours: int) -> None:
+    if n_bytes > ours:
+        raise MessageTooLarge(
+            f"the answer's maps take {n_bytes} bytes; max_message_bytes of this client's connect() is {ours}: "
+            "send fewer examples, stream them, or raise it here and on the server"
+        )
+
+
+def map_bytes(request: pb.AttributeRequest, batch: Batch, input_size: tuple[int, int, int] | None) -> int:
+    """Return how many bytes the maps of a batch take, all that each example has; 0 where that is not known."""
+    keeps_channels = request.channels == pb.CHANNEL_REDUCTION_NONE
+    n_maps = max(1, request.target.top_k.k)
+    item_bytes = _ITEM_BYTES.get(request.output.map_dtype, _FLOAT32_BYTES)
+    return n_maps * item_bytes * batch.map_elements(input_size, keeps_channels=keeps_channels)

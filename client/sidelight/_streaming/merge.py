@@ -1,0 +1,98 @@
+"""The join: a batch that was sent in parts gets one answer."""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TypeVar
+
+import numpy as np
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from ..exceptions import ModelChanged
+from ..results.attribution import Attribution, failed
+from ..results.types import Provenance, Timing
+from .in_flight import Entry
+
+_Item = TypeVar("_Item")
+
+
+def join(entry: Entry) -> Attribution:
+    """Return the answer of a batch whose every part is answered. The first part that failed fails it whole.
+
+    Times of preparing and computing are added; for admission, queue and total the longest counts.
+    """
+    starts = sorted(entry.answers)
+    parts = [entry.answers[start] for start in starts]
+    if faulty := next((part for part in parts if part.error is not None), None):
+        return faulty
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    provenances = [part._provenance for part in parts if part._provenance is not None]
+    if len(models := {each.model_digest for each in provenances}) > 1:
+        return failed(ModelChanged(
+            f"batch {entry.index}: its parts were answered by {len(models)} models, one after another; send it again"
+        ), index=entry.index)  # fmt: skip
+    provenance = _provenance(provenances)
+    failures = (
+        dataclasses.replace(failure, example=start + failure.example)
+        for start, part in zip(starts, parts, strict=True)
+        for failure in part.failures
+    )
+    return dataclasses.replace(
+        first,
+        maps=np.concatenate([part.maps for part in parts]),
+        predictions=_chained(part.predictions for part in parts),
+        explained=_chained(part.explained for part in parts),
+        geometry=_chained(part.geometry for part in parts),
+        convergence=_chained(part.convergence for part in parts),
+        failures=tuple(failures),
+        probabilities=None
+        if first.probabilities is None
+        else np.concatenate([part.probabilities for part in parts if part.probabilities is not None]),
+        provenance=Provenance.of(provenance),
+        timing=_timing([part.timing for part in parts if part.timing is not None]),
+        transport=first.transport if len({part.transport for part in parts}) == 1 else "inline",
+        names=entry.batch.names,
+        _batch=entry.batch,
+        _provenance=provenance,
+    )
+
+
+def _chained(parts: Iterable[tuple[_Item, ...]]) -> tuple[_Item, ...]:
+    return tuple(item for part in parts for item in part)
+
+
+def _provenance(parts: list[pb.Provenance]) -> pb.Provenance:
+    """Return the first part's, with the digests of all parts, and the classes where each example has its own.
+
+    Parts that were computed on unlike servers have no one provenance that would promise equal bytes.
+    """
+    whole = pb.Provenance()
+    whole.CopyFrom(parts[0])
+    whole.reproducible = all(_shared(part) == _shared(parts[0]) and part.reproducible for part in parts)
+    for part in parts[1:]:
+        whole.example_digests.extend(part.example_digests)
+    if whole.target.WhichOneof("target") == "per_example":
+        for part in parts[1:]:
+            whole.target.per_example.classes.extend(part.target.per_example.classes)
+    return whole
+
+
+def _shared(part: pb.Provenance) -> pb.Provenance:
+    """Return what is not of single examples."""
+    shared = pb.Provenance()
+    shared.CopyFrom(part)
+    shared.ClearField("example_digests")
+    shared.target.ClearField("per_example")
+    return shared
+
+
+def _timing(parts: list[Timing]) -> Timing:
+    return Timing(
+        prepare_s=sum(part.prepare_s for part in parts),
+        queue_s=max(part.queue_s for part in parts),
+        compute_s=sum(part.compute_s for part in parts),
+        total_s=max(part.total_s for part in parts),
+        admission_s=max(part.admission_s for part in parts),
+    )

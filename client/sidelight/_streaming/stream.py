@@ -1,0 +1,377 @@
+"""The stream: many batches in flight, to all servers at once, whatever becomes of one of them.
+
+The caller's batches are read by whichever thread of gRPC's has nothing to send and room for more; each server has a
+lane, whose thread takes answers in; a keeper sees to it that no batch waits longer than its time; the caller takes the
+answers out. What they share is the ledger, under one lock, and the inbox.
+"""
+
+import contextvars
+import enum
+import functools
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from .._inputs.images import Batch, Images, Served
+from .._options import check_classes
+from .._transport.channel import Connection
+from .._transport.process import Origin, close_at_exit
+from .._transport.shared_memory import Regions
+from .._transport.wire import Incoming, Outgoing
+from ..exceptions import (
+    DeadlineExceeded,
+    InvalidArgument,
+    ModelChanged,
+    ResourceExhausted,
+    ServerDied,
+    SidelightError,
+    Unavailable,
+    from_code,
+)
+from ..results import attribution
+from ..results.attribution import Attribution
+from ..results.types import seconds
+from .availability import Presence
+from .in_flight import Entry, Ledger, Part
+from .merge import join
+from .requests import Plan
+from .results_queue import Answered, End, Inbox
+from .worker import Lane
+
+UNAVAILABLE_DELAY_S = 0.1  # before a batch is sent again that a server refused on its way out
+
+
+class Step(enum.Enum):
+    """What a thread of gRPC's does where it has no part to send."""
+
+    READ = "the caller's next batch"
+    REGISTER = "a region of shared memory"
+    END = "the call"
+
+
+class Stream:
+    """The desk between a caller and the lanes. `end` is final: the first word counts."""
+
+    def __init__(
+        self,
+        connections: Sequence[Connection],
+        batches: Iterator[Images | Served | Batch],
+        *,
+        plan: Plan,
+        ledger: Ledger,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.inbox = Inbox(on_change=on_change)
+        self._batches = batches
+        self._plan = plan
+        self._ledger = ledger
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._keep = threading.Condition(self._lock)  # what wakes the keeper: few things, and rarely
+        self._lanes = [
+            Lane(each, self, max_message_bytes=plan.max_message_bytes, share=plan.share, metadata=plan.metadata)
+            for each in connections
+        ]
+        self._presence = Presence([each.address for each in connections], time.monotonic())
+        self._refused: set[Lane] = set()  # those whose last call was never taken
+        self._digest = ""
+        self._n_read = 0
+        self._context = contextvars.copy_context()  # the caller's: its batches are read in threads of gRPC's
+        self._is_reading = False
+        self._is_over = False
+        self._is_closed = False
+        self._origin = Origin()
+        self._keeper = threading.Thread(target=self._watch, name="sidelight-keep", daemon=True)
+
+    def start(self) -> None:
+        """Begin to read, send and receive."""
+        close_at_exit(self)
+        for lane in self._lanes:
+            lane.connection.listen(self._wake)
+            lane.start()
+        self._keeper.start()
+
+    def close(self) -> None:
+        """End it, cancel what is unanswered, and wait for its threads. After a fork it is the other process's."""
+        if self._is_closed or not self._origin.is_here:
+            return
+        self.end(None)
+        for lane in self._lanes:
+            lane.stop()
+        for lane in self._lanes:
+            lane.join()
+            lane.connection.unlisten(self._wake)
+        self._keeper.join()
+        self._is_closed = True
+
+    def wait(self) -> Answered | End:
+        """Wait for an answer, or when all are taken the end. `FailedPrecondition` after a fork."""
+        self._origin.check()
+        return self.inbox.wait()
+
+    def taken(self, entry: Entry) -> None:
+        """Free the room of an answer that the caller has taken."""
+        self._origin.check()
+        with self._lock:
+            self._ledger.taken(entry)
+            self._changed.notify_all()
+
+    def end(self, error: BaseException | None) -> None:
+        """End the stream: with an error, or because nothing is left."""
+        with self._lock:
+            self._end(error)
+
+    # What the lanes ask for and tell.
+
+    def wait_for(self, connection: Connection, not_before_s: float) -> bool:
+        """Wait for a server, and for a time. False once the stream is over."""
+        sought: object = self  # the state in which the channel was told to look for its server
+        with self._lock:
+            while not self._is_over:
+                left_s, state = not_before_s - time.monotonic(), connection.state
+                if connection.is_closed:
+                    self._end(Unavailable("the client is closed"))
+                elif left_s > 0:
+                    self._changed.wait(left_s)
+                elif connection.is_ready:
+                    return True
+                elif state is not sought:
+                    connection.seek()
+                    sought = state
+                else:
+                    self._changed.wait()
+        return False
+
+    def open(self, lane: Lane) -> None:
+        """Say that the server has taken the call."""
+        with self._lock:
+            self._presence.came(lane)
+            self._refused.discard(lane)
+            self._changed.notify_all()
+
+    def next_request(self, lane: Lane, call: object) -> Outgoing | None:
+        """Wait for the next message to send; None once the call, or the stream, is over."""
+        while True:
+            with self._lock:
+                step = self._next(lane, call)
+            match step:
+                case Part() as part:
+                    return self._plan.request(part, lane.regions)
+                case Step.READ:
+                    self._read()
+                case Step.REGISTER if lane.regions:
+                    return Outgoing(lane.regions.make())
+                case _:
+                    return None
+
+    def received(self, lane: Lane, incoming: Incoming) -> None:
+        """Take an answer in. One of a part that is not unanswered is passed over."""
+        regions, response = lane.regions, incoming.message
+        with self._lock:
+            part = self._ledger.get(response.id)
+            if part is None or self._has_changed(response):
+                if regions:
+                    self._heard(regions, response)
+                return
+            if response.WhichOneof("outcome") == "failure" and self._is_tried_again(part, response.failure):
+                if regions:
+                    regions.free(response.id)
+                self._changed.notify_all()
+                return
+        answer = self._plan.answer(incoming, part, regions)
+        if not answer.final:
+            if part.is_whole:  # of a part the others' maps would be missing
+                self.inbox.put(part.entry, answer)
+            return
+        with self._lock:
+            if regions:
+                regions.free(response.id)
+            if self._ledger.answered(response.id) is part:
+                self._settle(part, answer)
+                self._changed.notify_all()
+
+    def lost(self, lane: Lane, cause: SidelightError, *, failed: bool, died: bool) -> None:
+        """Say that the call has ended, whether it failed, and whether the server may have died of what it held."""
+        with self._lock:
+            if self._is_over:
+                return
+            if lane not in self._presence:
+                self._refused.add(lane)
+            self._presence.went(lane, cause, time.monotonic())
+            if failed and not self._plan.retry:
+                for part in self._ledger.take_back(lane):
+                    self._fail(part, cause)
+                if len(self._refused) == len(self._lanes):
+                    self._end(cause)
+            for part in self._ledger.lost(lane, died=died):
+                self._fail(part, ServerDied(
+                    f"{_told(part)}: it was alone at work when its server ended, twice ({cause}); it is not sent again"
+                ))  # fmt: skip
+            self._keep.notify()
+            self._changed.notify_all()
+
+    # What happens under the lock.
+
+    def _next(self, lane: Lane, call: object) -> "Part | Step":
+        """Wait until there is something to do for a call."""
+        while not self._is_over and lane.call is call:
+            now_s = time.monotonic()
+            wait_s = None
+            if lane in self._presence:
+                if part := self._ledger.send(lane, now_s, fits=functools.partial(self._fits, lane)):
+                    return part
+                if lane.regions and lane.regions.is_missing:
+                    return Step.REGISTER
+                if not self._is_reading and self._ledger.may_read(lane, now_s):
+                    self._is_reading = True
+                    return Step.READ
+                again_s = self._ledger.next_sending_s(now_s)
+                wait_s = None if again_s is None else again_s - now_s
+            self._changed.wait(wait_s)
+        return Step.END
+
+    def _fits(self, lane: Lane, part: Part) -> bool:
+        """Take room for a part in shared memory, where the lane has any."""
+        if lane.regions is None or not len(part.batch):
+            return True
+        return lane.regions.place(part.id, self._plan.shared_bytes(part.batch))
+
+    def _is_tried_again(self, part: Part, failure: pb.Failure) -> bool:
+        """Send a part again where that may go well: it was too large, or its server was full, or on its way out."""
+        delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
+        if failure.code == ResourceExhausted.code and delay_s is None and len(part.batch) > 1:
+            self._ledger.halve(part)
+            return True
+        if not self._plan.retry:
+            return False
+        if failure.code == Unavailable.code:
+            delay_s = delay_s or UNAVAILABLE_DELAY_S
+        elif failure.code != ResourceExhausted.code:
+            return False
+        not_before_s = time.monotonic() + (delay_s or 0.0)
+        if delay_s is None or not_before_s >= part.entry.deadline_s:
+            return False
+        self._ledger.again(part, not_before_s=not_before_s)
+        return True
+
+    def _heard(self, regions: Regions, response: pb.AttributeStreamResponse) -> None:
+        """Take note of a region that the server has open. One that it refuses ends the stream: nothing goes inline."""
+        if response.WhichOneof("outcome") == "region_registered":
+            regions.registered(response.region_registered.region)
+            self._changed.notify_all()
+        elif regions.holds(response.id):
+            self._end(from_code(response.failure.code, response.failure.message))
+
+    def _has_changed(self, response: pb.AttributeStreamResponse) -> bool:
+        """Say whether another model answers than the first time; then the stream ends."""
+        digest = response.result.provenance.model_digest
+        if digest and self._digest and digest != self._digest and not self._plan.allow_model_change:
+            self._end(ModelChanged(
+                f"the model that answers is {digest[:12]}…, the stream began with {self._digest[:12]}…; "
+                "allow_model_change=True lets that be"
+            ))  # fmt: skip
+            return True
+        self._digest = self._digest or digest
+        return False
+
+    def _settle(self, part: Part, answer: Attribution) -> None:
+        if part.entry.settle(part.start, answer):
+            self._deliver(part.entry, join(part.entry))
+
+    def _fail(self, part: Part, error: SidelightError) -> None:
+        self._settle(part, attribution.failed(error, index=part.entry.index))
+
+    def _deliver(self, entry: Entry, answer: Attribution) -> None:
+        self.inbox.put(entry, answer)
+        self._ledger.delivered()
+        if self._ledger.is_done:
+            self._end(None)
+
+    def _end(self, error: BaseException | None) -> None:
+        self._is_over = True
+        self.inbox.close(End(error))
+        self._changed.notify_all()
+        self._keep.notify()
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._changed.notify_all()
+
+    # What reads and sends: in gRPC's threads, one at a time in the first, without the lock.
+
+    def _read(self) -> None:
+        """Read the caller's next batch into the ledger. One that cannot be sent is answered with its error at once."""
+        try:
+            images = self._context.run(next, self._batches)
+        except StopIteration:
+            self._exhausted()
+            return
+        except Exception as error:  # the caller's iterator raised: the caller hears of it
+            self.end(error)
+            return
+        batch, spans, refused = Batch([]), [], None
+        try:
+            batch = images if isinstance(images, Batch) else Batch(images)
+            if not self._n_read:  # a later one may be shorter, as the last of a data set is
+                check_classes(self._plan.template, batch)
+            spans = list(self._plan.spans(batch))
+        except (SidelightError, OSError) as error:
+            refused = error if isinstance(error, SidelightError) else InvalidArgument(f"images: {error}")
+        except Exception as error:
+            self.end(error)
+            return
+        with self._lock:
+            entry = Entry(self._n_read, batch, time.monotonic() + self._plan.timeout_s)
+            self._n_read += 1
+            self._is_reading = False
+            self._ledger.add(entry, spans)
+            if refused is not None:
+                self._deliver(entry, attribution.failed(refused, index=entry.index))
+            elif self._ledger.n_unanswered == len(spans):  # the keeper had nothing to wait for
+                self._keep.notify()
+            self._changed.notify_all()
+
+    def _exhausted(self) -> None:
+        with self._lock:
+            self._is_reading = False
+            self._ledger.is_exhausted = True
+            if self._ledger.is_done:
+                self._end(None)
+
+    # The keeper, who sleeps until the next of these is due.
+
+    def _watch(self) -> None:
+        with self._lock:
+            while not self._is_over:
+                now_s = time.monotonic()
+                due_s = self._tidy(now_s)
+                self._keep.wait(None if due_s is None else min(max(0.0, due_s - now_s), threading.TIMEOUT_MAX))
+
+    def _tidy(self, now_s: float) -> float | None:
+        """Fail what is late, and end a stream that has no server any more. Returns when to come again."""
+        late, silent = self._ledger.overdue(now_s)
+        for part in late:
+            self._fail(part, self._lateness(part))
+        for lane in self._lanes:
+            if lane in silent:
+                lane.cut(Unavailable("the server kept silent past a batch's time"))
+        if late:
+            self._changed.notify_all()
+        dues_s = [self._ledger.next_deadline_s(), self._presence.tell(now_s)]
+        patience_s = self._plan.patience_s
+        if not self._ledger.n_unanswered and (ends_s := self._presence.ends_s(patience_s)) is not None:
+            if now_s >= ends_s:
+                self._end(self._presence.absence(f"for {patience_s:g} s"))
+            dues_s.append(ends_s)
+        return min((due_s for due_s in dues_s if due_s is not None), default=None)
+
+    def _lateness(self, part: Part) -> SidelightError:
+        if self._presence:
+            return DeadlineExceeded(f"{_told(part)}: the server did not answer in its time")
+        return self._presence.absence(f"{_told(part)}: while its time passed,")
+
+
+def _told(part: Part) -> str:
+    return f"batch {part.entry.index}"

@@ -1,0 +1,179 @@
+"""A connection: one server's channel and its calls, and whether the server is there."""
+
+import contextlib
+import re
+import threading
+import time
+from collections.abc import Callable
+
+import grpc
+
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import attribution_pb2_grpc, model_pb2_grpc
+
+from ..exceptions import InvalidArgument
+from .connect_errors import Diagnosis, diagnose
+from .credentials import Access
+from .wire import open_stream
+
+PROBE_TIMEOUT_S = 10.0
+LET_GO_S = 1.0
+DIAGNOSE_EVERY_S = 1.0  # while there is no server: gRPC tells of the first failed try alone
+# A server that is silent for as long as both together is gone: its machine died, or something between cut the wire.
+KEEPALIVE_S, KEEPALIVE_TIMEOUT_S = 20.0, 10.0
+
+_ADDRESS = re.compile(r"unix:.+|(?!\w+://).+:\d+")
+_subscribing = threading.Lock()  # one at a time, so that each sees its own thread
+_READY, _IDLE, _FAILED, _SHUTDOWN = (
+    grpc.ChannelConnectivity.READY,
+    grpc.ChannelConnectivity.IDLE,
+    grpc.ChannelConnectivity.TRANSIENT_FAILURE,
+    grpc.ChannelConnectivity.SHUTDOWN,
+)
+
+
+class Connection:
+    """A channel to one server. It follows the channel's state, so that a call need not ask."""
+
+    def __init__(self, address: str, *, max_message_bytes: int, access: Access = Access()) -> None:  # noqa: B008
+        if not isinstance(address, str) or not _ADDRESS.fullmatch(address):
+            raise InvalidArgument(f'address: got {address!r}, expected "host:port" or "unix:/path"')
+        self.address = address
+        self._is_encrypted = access.is_encrypted(address)
+        self._channel = access.channel(
+            address,
+            options=[
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_send_message_length", -1),  # checked here, with a better message
+                ("grpc.initial_reconnect_backoff_ms", 100),
+                ("grpc.min_reconnect_backoff_ms", 100),
+                ("grpc.max_reconnect_backoff_ms", 1000),
+                ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
+                ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
+                ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),  # a minute, if it is not said
+                ("grpc.http2.max_pings_without_data", 0),  # a server at work on a long batch sends nothing
+                # What is sent again is decided here: gRPC knows neither suspects nor deadlines of batches.
+                ("grpc.enable_retries", 0),
+                # Otherwise a second client of this process would share, and close, the first one's connection.
+                ("grpc.use_local_subchannel_pool", 1),
+            ],
+        )
+        channel = access.authorized(self._channel)
+        self.attribution = attribution_pb2_grpc.AttributionServiceStub(channel)
+        self.open_stream = open_stream(channel)
+        self.models = model_pb2_grpc.ModelServiceStub(channel)
+        self._lock = threading.Lock()
+        self._state: grpc.ChannelConnectivity | None = None
+        self._is_followed = False
+        self._followers: list[threading.Thread] = []  # that gRPC follows the channel's state with
+        self._diagnosis: Diagnosis | None = None
+        self._diagnosed_s = -DIAGNOSE_EVERY_S  # when that was asked for last
+        self._listeners: list[Callable[[], None]] = []
+
+    @property
+    def state(self) -> grpc.ChannelConnectivity | None:
+        """The channel's state; None before anybody looked for the server."""
+        return self._state
+
+    @property
+    def diagnosis(self) -> Diagnosis | None:
+        """Why the last try to connect came to nothing, where that is known."""
+        return self._diagnosis
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the server is there."""
+        return self._state is _READY
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._state is _SHUTDOWN
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call a function whenever the state changes, from a thread of gRPC's."""
+        with self._lock:
+            self._listeners.append(listener)
+
+    def unlisten(self, listener: Callable[[], None]) -> None:
+        """Call it no more."""
+        with self._lock, contextlib.suppress(ValueError):
+            self._listeners.remove(listener)
+
+    def forget(self) -> None:
+        """Forget why there was no server: since then that may have been mended."""
+        with self._lock:
+            self._diagnosis = None
+            self._diagnosed_s = -DIAGNOSE_EVERY_S
+
+    def seek(self) -> None:
+        """Make the channel look for its server. One whose server went away is idle until a call is made."""
+        with self._lock:
+            state, first = self._state, not self._is_followed
+            self._is_followed = True
+        if first:
+            with _subscribing:
+                before = set(threading.enumerate())
+                self._channel.subscribe(self._follow, try_to_connect=True)
+                begun = set(threading.enumerate()) - before
+                self._followers = [thread for thread in begun if thread.daemon]
+        elif state is _FAILED:
+            self._diagnose()
+        elif state is _IDLE:
+            info = pb.GetServerInfoRequest()
+            with contextlib.suppress(ValueError):  # closed meanwhile
+                self._probe = self.attribution.GetServerInfo.future(info, timeout=PROBE_TIMEOUT_S, wait_for_ready=True)
+
+    def close(self) -> None:
+        """End it, and whatever runs on it."""
+        self._channel.unsubscribe(self._follow)
+        self._follow(_SHUTDOWN)
+        self._let_go()
+        self._channel.close()
+
+    def _follow(self, state: grpc.ChannelConnectivity) -> None:
+        with self._lock:
+            if self._state is _SHUTDOWN:  # what comes late cannot open a closed connection
+                return
+            self._state = state
+            if state is _READY:
+                self._diagnosis = None
+        self._tell()
+        if state is _FAILED:
+            self._diagnose()
+
+    def _tell(self) -> None:
+        with self._lock:
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()
+
+    def _diagnose(self) -> None:
+        """Find out why there is no server: gRPC says it only to a call, which fails at once."""
+        with self._lock:
+            now_s = time.monotonic()
+            if self.address.startswith("unix:") or now_s < self._diagnosed_s + DIAGNOSE_EVERY_S:
+                return
+            self._diagnosed_s = now_s
+        stub = attribution_pb2_grpc.AttributionServiceStub(self._channel)  # it needs no token
+        with contextlib.suppress(ValueError):  # closed meanwhile
+            self._trial = stub.GetServerInfo.future(pb.GetServerInfoRequest(), timeout=PROBE_TIMEOUT_S)
+            self._trial.add_done_callback(self._diagnosed)
+
+    def _diagnosed(self, call: "grpc.Future[pb.GetServerInfoResponse]") -> None:
+        with self._lock:
+            if not isinstance(call, grpc.Call) or call.code() is not grpc.StatusCode.UNAVAILABLE or self.is_ready:
+                return
+            self._diagnosis = diagnose(call.details() or "", is_encrypted=self._is_encrypted)
+        self._tell()
+
+    def _let_go(self) -> None:
+        """Wait until gRPC's thread that follows the channel's state has seen that nobody listens any more, and ended.
+
+        It looks every 0.2 s, and raises into the process's hook for threads where the channel is closed between two
+        looks. A thread that others started at the same moment may be among them: so there is a limit.
+        """
+        until_s = time.monotonic() + LET_GO_S
+        for thread in self._followers:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, until_s - time.monotonic()))

@@ -1,0 +1,194 @@
+"""Credentials: what a client trusts, and what it shows of itself: TLS, and a bearer token in each call's metadata."""
+
+import collections
+import contextlib
+import ipaddress
+import os
+import re
+import ssl
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from ..exceptions import InvalidArgument, UnreadableFile
+
+AUTHORIZATION = "authorization"
+GRPC_ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"  # which gRPC reads by itself
+
+Token = str | os.PathLike[str] | Callable[[], str]
+
+
+@dataclass(frozen=True, slots=True)
+class TLS:
+    """How a client speaks TLS.
+
+    `ca`: a PEM file of the authorities that it trusts; None for those that the system trusts, as OpenSSL finds them
+    (SSL_CERT_FILE and SSL_CERT_DIR name others), and where it tells of none, those that gRPC brings. `certificate`
+    and `key`: PEM files, for a server that wants to see who calls. `server_name`: the name in the server's certificate,
+    where that is not the address's host. The files are read when a client is made.
+    """
+
+    ca: str | os.PathLike[str] | None = None
+    certificate: str | os.PathLike[str] | None = None
+    key: str | os.PathLike[str] | None = None
+    server_name: str | None = None
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Return gRPC's credentials. `InvalidArgument` where the files are not what they should be."""
+        if (self.certificate is None) != (self.key is None):
+            raise InvalidArgument("tls: got one of certificate and key, expected both or none")
+        ca, key, certificate = (None if each is None else Path(each) for each in (self.ca, self.key, self.certificate))
+        try:
+            read = [None if each is None else each.read_bytes() for each in (ca, key, certificate)]
+        except OSError as error:
+            raise UnreadableFile.of(error, "tls") from None
+        read[0] = read[0] or _system_roots()
+        # gRPC would take anything, and find no server.
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            if ca:
+                context.load_verify_locations(ca)
+        except ssl.SSLError:
+            raise InvalidArgument(f"tls: {ca} holds no PEM certificate of an authority") from None
+        try:
+            if certificate:
+                context.load_cert_chain(certificate, key, password="")
+        except ssl.SSLError:
+            raise InvalidArgument(
+                f"tls: {certificate} and {key} are no pair of a PEM certificate and its key without a password"
+            ) from None
+        return grpc.ssl_channel_credentials(*read)
+
+
+def _system_roots() -> bytes | None:
+    """Return the PEM certificates that the system trusts. None where gRPC is to choose: it brings public ones."""
+    if GRPC_ROOTS in os.environ:
+        return None
+    paths = ssl.get_default_verify_paths()
+    if paths.cafile:
+        return Path(paths.cafile).read_bytes() or None
+    # Named by a hash of whom they are of, as OpenSSL looks for them.
+    files = sorted(Path(paths.capath).glob("*.[0-9]")) if paths.capath else []
+    return b"\n".join(each.read_bytes() for each in files if each.is_file()) or None
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How a client reaches its servers. UNIX sockets are plain, whatever `tls` says."""
+
+    tls: TLS | None = None
+    token: Token | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, tls: "bool | str | os.PathLike[str] | TLS | None", token: Token | None) -> "Access":
+        """Return what `connect` was told. `InvalidArgument` where that is no TLS, or no token."""
+        if isinstance(tls, str | os.PathLike):
+            tls = TLS(ca=tls)
+        elif isinstance(tls, bool):
+            tls = TLS() if tls else None
+        if not isinstance(tls, TLS | None):
+            raise InvalidArgument(
+                f"tls: got {type(tls).__name__}, expected True, the path of a CA's file, or sidelight.TLS"
+            )
+        if not (token is None or callable(token) or isinstance(token, str | os.PathLike)):
+            raise InvalidArgument(f"token: got {type(token).__name__}, expected text, a path, or what returns the text")
+        if isinstance(token, str) and _is_path(token):
+            raise InvalidArgument(
+                "token: the text is a file's path; say pathlib.Path(…), and the token is what it holds"
+            )
+        if not callable(token) and token is not None:
+            _text(token)
+        return cls(tls, token)
+
+    def is_encrypted(self, address: str) -> bool:
+        """Say whether a connection to an address is to speak TLS."""
+        return self.tls is not None and not address.startswith("unix:")
+
+    def channel(self, address: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
+        """Return a channel to an address. `InvalidArgument` where a token would be sent for others to read."""
+        if self.is_encrypted(address):
+            assert self.tls is not None  # noqa: S101
+            named = [("grpc.ssl_target_name_override", self.tls.server_name)] if self.tls.server_name else []
+            return grpc.secure_channel(address, self.tls.credentials(), options=[*options, *named])
+        if self.token is not None and not _stays_here(address):
+            raise InvalidArgument(
+                f"token: {address} is another machine, and without TLS others could read the token; say tls="
+            )
+        return grpc.insecure_channel(address, options=options)
+
+    def authorized(self, channel: grpc.Channel) -> grpc.Channel:
+        """Return the channel, or where there is a token one whose every call brings it."""
+        return channel if self.token is None else grpc.intercept_channel(channel, _Bearer(self.token))
+
+
+class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.StreamStreamClientInterceptor):
+    """Brings a token with each call: a callable is asked and a file is read every time, so that it may change."""
+
+    def __init__(self, token: Token) -> None:
+        self._token = token
+
+    def intercept_unary_unary(self, continuation: Any, client_call_details: Any, request: Any) -> Any:
+        return continuation(self._with_token(client_call_details), request)
+
+    def intercept_stream_stream(self, continuation: Any, client_call_details: Any, request_iterator: Any) -> Any:
+        return continuation(self._with_token(client_call_details), request_iterator)
+
+    def _with_token(self, details: Any) -> "_Details":
+        metadata = (*(details.metadata or ()), (AUTHORIZATION, f"Bearer {_text(self._token)}"))
+        return _Details(
+            details.method, details.timeout, metadata, details.credentials, details.wait_for_ready, details.compression
+        )
+
+
+class _Details(
+    collections.namedtuple("_Details", "method timeout metadata credentials wait_for_ready compression"),
+    grpc.ClientCallDetails,
+):
+    """A call's details, as gRPC has them."""
+
+
+def _text(token: Token) -> str:
+    """Return a token's text. `InvalidArgument`, without it, where no header may carry it."""
+    if callable(token):
+        text = token()
+    elif isinstance(token, str):
+        text = token
+    else:
+        try:
+            text = next(_tokens(Path(token).read_text(encoding="utf-8")), "")
+        except OSError as error:
+            raise UnreadableFile.of(error, "token", token) from None
+        except UnicodeDecodeError:
+            raise InvalidArgument(f"token: {token} holds no text in UTF-8") from None
+    if not isinstance(text, str) or not text or not all("!" <= letter <= "~" for letter in text):
+        raise InvalidArgument("token: expected ASCII text without spaces, and not none")
+    return text
+
+
+def _is_path(text: str) -> bool:
+    """Say whether a text is the path of a file, or looks like one: as a token it would only be refused, and be sent."""
+    with contextlib.suppress(OSError, ValueError):  # longer than any path, or with a zero byte
+        if Path(text).is_file():
+            return True
+        if text.startswith("/"):  # as a token in base64 may: a path begins with a folder that is there
+            return len(parts := Path(text).parts) > 2 and Path(*parts[:2]).is_dir()
+    return re.match(r"\.{1,2}/|~/", text) is not None or re.fullmatch(r"[\w/-]+\.(txt|token|key|pem)", text) is not None
+
+
+def _tokens(text: str) -> Iterator[str]:
+    lines = (line.strip() for line in text.splitlines())
+    return (line for line in lines if line and not line.startswith("#"))
+
+
+def _stays_here(address: str) -> bool:
+    """Say whether what is sent to an address stays on this machine."""
+    if address.startswith("unix:"):
+        return True
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

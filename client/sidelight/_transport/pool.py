@@ -1,0 +1,128 @@
+"""The servers that a client knows: each call goes to the next of those that are there."""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Sequence
+
+from ..exceptions import InvalidArgument, Unavailable
+from .channel import DIAGNOSE_EVERY_S, Connection
+from .credentials import Access
+from .process import Origin
+
+log = logging.getLogger("sidelight")
+
+SILENT_WAIT_S = 1.0
+
+
+class Servers:
+    """One connection for each address."""
+
+    def __init__(
+        self,
+        addresses: str | Sequence[str],
+        *,
+        max_message_bytes: int,
+        access: Access = Access(),  # noqa: B008
+    ) -> None:
+        given = addresses.split(",") if isinstance(addresses, str) else addresses
+        if not isinstance(given, list | tuple) or not given:
+            raise InvalidArgument(
+                f'address: got {addresses!r}, expected "host:port" or "unix:/path", or a list of them'
+            )
+        if len(set(given)) < len(given):
+            raise InvalidArgument(f"address: got {list(given)}, expected each once")
+        self.connections = [Connection(each, max_message_bytes=max_message_bytes, access=access) for each in given]
+        self._origin = Origin()
+        self._turn = itertools.count()
+        self._changed = threading.Condition()
+        for connection in self.connections:
+            connection.listen(self._wake)
+
+    @property
+    def are_here(self) -> bool:
+        """Whether the connections are this process's, and not those of one that it was forked from."""
+        return self._origin.is_here
+
+    @property
+    def names(self) -> str:
+        """The addresses, to be told."""
+        return ", ".join(each.address for each in self.connections)
+
+    def ready(self, timeout_s: float) -> Connection:
+        """Return the next server that is there, after waiting for one. `Unavailable` when none has come in time."""
+        if found := self.ready_now():
+            return found
+        self.begin()
+        deadline_s = time.monotonic() + timeout_s
+        if found := self._wait(min(timeout_s, SILENT_WAIT_S)):
+            return found
+        self.tell_waiting()
+        if found := self._wait(deadline_s - time.monotonic()):
+            return found
+        raise self.absent(timeout_s)
+
+    def ready_now(self) -> Connection | None:
+        """Return the next server that is there; None where there is none. `FailedPrecondition` after a fork."""
+        self._origin.check()
+        first = next(self._turn)
+        n = len(self.connections)
+        return next((each for i in range(n) if (each := self.connections[(first + i) % n]).is_ready), None)
+
+    def begin(self) -> None:
+        """Begin to wait, without regard to what was wrong before."""
+        for connection in self.connections:
+            connection.forget()
+
+    def check(self) -> None:
+        """Raise `Unavailable` where it is of no use to wait: TLS fails with every server, or the client is closed."""
+        if any(each.is_closed for each in self.connections):
+            raise Unavailable("the client is closed")
+        faults = [each.diagnosis for each in self.connections]
+        if all(fault and fault.is_lasting for fault in faults):
+            raise Unavailable(f"no connection to {self.names}: {self._reasons()}")
+
+    def tell_waiting(self) -> None:
+        """Say in the log that nobody answers yet, and why."""
+        reasons = self._reasons()
+        log.warning("waiting for a server at %s%s", self.names, f" ({reasons})" if reasons else "")
+
+    def absent(self, timeout_s: float) -> Unavailable:
+        """Return what to say where nobody answered."""
+        reasons = self._reasons()
+        return Unavailable(
+            f"no server answers at {self.names} after {timeout_s:g} s; is sidelight-server running there?"
+            + (f" The last try: {reasons}" if reasons else "")
+        )
+
+    def close(self) -> None:
+        """End all connections. Those who wait are let go."""
+        for connection in self.connections:
+            connection.close()
+
+    def _wait(self, timeout_s: float) -> Connection | None:
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            if found := self.ready_now():
+                return found
+            self.check()
+            seen = self._states()
+            for connection in self.connections:
+                connection.seek()
+            with self._changed:
+                left_s = min(max(0.0, deadline_s - time.monotonic()), threading.TIMEOUT_MAX)
+                until_look_s = min(left_s, DIAGNOSE_EVERY_S)
+                changed = self._changed.wait_for(lambda: self._states() != seen, until_look_s)  # noqa: B023
+            if not changed and left_s <= until_look_s:
+                return None
+
+    def _states(self) -> list[object]:
+        return [(each.state, each.diagnosis) for each in self.connections]
+
+    def _reasons(self) -> str:
+        return "; ".join(dict.fromkeys(each.diagnosis.text for each in self.connections if each.diagnosis))
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()

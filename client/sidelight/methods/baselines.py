@@ -1,0 +1,96 @@
+"""Baselines: the reference input of a path method, or what hides a window. In the model's own input space."""
+
+import difflib
+from dataclasses import dataclass
+
+import numpy as np
+
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import tensor_pb2
+
+from .._inputs.tensors import Array, ArrayLike, TorchTensor, array_of, floats
+from .._inputs.validation import real
+from ..exceptions import InvalidArgument
+
+BLUR_SIGMA_PX = 10.0
+
+_NAMES = ("zero", "black", "mean_colour", "blurred")
+_EXPECTED = f"{', '.join(_NAMES)}, a number, Blurred() or a floating array [C, H, W] or [N, C, H, W]"
+
+
+@dataclass(frozen=True, slots=True)
+class Blurred:
+    """The example under a Gaussian blur whose standard deviation is `sigma` pixels."""
+
+    sigma: float = BLUR_SIGMA_PX
+
+    def message(self) -> pb.Baseline:
+        """Return what goes over the wire."""
+        return pb.Baseline(blurred=pb.BlurredBaseline(sigma=real(self.sigma, "method.baseline.sigma")))
+
+
+# One of the names above, a value for every element, a blur, or an array.
+Baseline = str | float | Blurred | Array | TorchTensor | ArrayLike
+
+
+def baseline_message(baseline: Baseline) -> pb.Baseline:
+    """Return the message of a baseline. `InvalidArgument` for what is none."""
+    if isinstance(baseline, str):
+        return _named(baseline)
+    if isinstance(baseline, Blurred):
+        return baseline.message()
+    if isinstance(baseline, int | float | np.number):
+        return pb.Baseline(constant=real(baseline, "method.baseline"))
+    return pb.Baseline(tensor=floats(baseline, "method.baseline", expected=_EXPECTED))
+
+
+def baseline_text(message: pb.Baseline) -> str:
+    """Return a baseline as a caller writes it; of a given array only that it was given."""
+    match message.WhichOneof("baseline"):
+        case None:
+            return "zero"
+        case "constant":
+            constant = repr(message.constant)
+            return "zero" if constant == "0.0" else constant
+        case "blurred":
+            return f"blurred(sigma={message.blurred.sigma!r})"
+        case name:
+            return name
+
+
+def given_tensor(method: pb.Method) -> tensor_pb2.Tensor | None:
+    """Return that part of a method which is an array of the caller's, or None. A change of it changes the method."""
+    match method.WhichOneof("method"):
+        case "smoothgrad":
+            return given_tensor(method.smoothgrad.base)
+        case "expected_gradients":
+            has_any = method.expected_gradients.HasField("baselines")
+            return method.expected_gradients.baselines if has_any else None
+        case "integrated_gradients":
+            baseline = method.integrated_gradients.baseline
+        case "occlusion":
+            baseline = method.occlusion.baseline
+        case _:
+            return None
+    return baseline.tensor if baseline.HasField("tensor") else None
+
+
+def given_array(method: pb.Method) -> Array | None:
+    """Return a copy of the array that a method was given, or None."""
+    tensor = given_tensor(method)
+    return None if tensor is None else array_of(tensor)
+
+
+def _named(name: str) -> pb.Baseline:
+    match name:
+        case "zero":
+            return pb.Baseline(constant=0.0)
+        case "black":
+            return pb.Baseline(black=pb.BlackBaseline())
+        case "mean_colour":
+            return pb.Baseline(mean_colour=pb.MeanColourBaseline())
+        case "blurred":
+            return Blurred().message()
+    near = difflib.get_close_matches(name, _NAMES, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise InvalidArgument(f"method.baseline: got {name!r}, expected {_EXPECTED}{hint}")

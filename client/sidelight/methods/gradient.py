@@ -1,0 +1,81 @@
+"""Methods of one row for each example: the gradient, and what looks at a layer or guides the way back."""
+
+from dataclasses import dataclass
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from .._inputs.validation import flag, text
+from ..exceptions import InvalidArgument
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """The gradient of the score at the example.
+
+    Simonyan, Vedaldi and Zisserman, 2013, "Deep Inside Convolutional Networks". `signed` keeps the sign when channels
+    are reduced, `squared` squares instead; `times_input` multiplies by the model's input (Shrikumar, Greenside and
+    Kundaje, 2016, "Not Just a Black Box").
+    """
+
+    signed: bool = False
+    times_input: bool = False
+    squared: bool = False
+
+    def message(self) -> pb.Method:
+        """Return what goes over the wire."""
+        signed, squared = flag(self.signed, "method.signed"), flag(self.squared, "method.squared")
+        if signed and squared:
+            raise InvalidArgument("method.squared: got True beside signed, expected one of the two at most")
+        magnitude = pb.MAGNITUDE_SQUARED if squared else pb.MAGNITUDE_SIGNED if signed else pb.MAGNITUDE_ABSOLUTE
+        times_input = flag(self.times_input, "method.times_input")
+        return pb.Method(gradient=pb.GradientMethod(magnitude=magnitude, times_input=times_input))
+
+
+@dataclass(frozen=True, slots=True)
+class GradCam:
+    """A layer's channels, weighed by their mean gradient and added; one number with its sign for each pixel.
+
+    Selvaraju, Cogswell, Das, Vedantam, Parikh and Batra, 2017, "Grad-CAM: Visual Explanations from Deep Networks via
+    Gradient-based Localization". `layer` is a name of `ModelInfo.layers`; empty is the last that all has passed.
+    `keep_negative` leaves out the final ReLU.
+    """
+
+    layer: str = ""
+    keep_negative: bool = False
+
+    def message(self) -> pb.Method:
+        """Return what goes over the wire."""
+        keep_negative = flag(self.keep_negative, "method.keep_negative")
+        layer = text(self.layer, "method.layer")
+        return pb.Method(grad_cam=pb.GradCamMethod(layer=layer, keep_negative=keep_negative))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerGradientTimesActivation:
+    """A layer's gradient times its activation.
+
+    Ancona, Ceolini, Öztireli and Gross, 2018, "Towards better understanding of gradient-based attribution methods for
+    Deep Neural Networks". `layer` is a name of `ModelInfo.layers`; empty is the last that all has passed.
+    """
+
+    layer: str = ""
+
+    def message(self) -> pb.Method:
+        """Return what goes over the wire."""
+        layer = text(self.layer, "method.layer")
+        return pb.Method(layer_gradient_times_activation=pb.LayerGradientTimesActivationMethod(layer=layer))
+
+
+@dataclass(frozen=True, slots=True)
+class GuidedBackpropagation:
+    """The gradient, of which every ReLU lets only the positive part pass.
+
+    Springenberg, Dosovitskiy, Brox and Riedmiller, 2014, "Striving for Simplicity: The All Convolutional Net".
+    """
+
+    def message(self) -> pb.Method:
+        """Return what goes over the wire."""
+        return pb.Method(guided_backpropagation=pb.GuidedBackpropagationMethod())
+
+
+GRADIENT = Gradient()

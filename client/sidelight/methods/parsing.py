@@ -1,0 +1,162 @@
+"""Methods as text, both ways: `smoothgrad(samples=10, base=integrated_gradients(steps=20))`.
+
+Names and options are those of the method classes, and what is left out has its default. A value is a number, True,
+False, None, a word, a text in quotes, a tuple or a method.
+"""
+
+import ast
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from .._inputs.enums import word
+from ..exceptions import InvalidArgument
+from . import gradient, path, perturbation
+from .baselines import Blurred, baseline_text
+from .method import Method
+
+METHODS: dict[str, type[Method]] = {
+    "gradient": gradient.Gradient,
+    "smoothgrad": path.SmoothGrad,
+    "integrated_gradients": path.IntegratedGradients,
+    "expected_gradients": path.ExpectedGradients,
+    "grad_cam": gradient.GradCam,
+    "layer_gradient_times_activation": gradient.LayerGradientTimesActivation,
+    "occlusion": perturbation.Occlusion,
+    "rise": perturbation.Rise,
+    "guided_backpropagation": gradient.GuidedBackpropagation,
+}
+_BASELINES = {"blurred": Blurred}
+_CONSTANTS = ("True", "False", "None")
+
+_Called = TypeVar("_Called", bound=Method | Blurred)
+_Token = re.Match[str]
+
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+_LAYER = re.compile(r"[\w.+-]+", re.ASCII)
+_TOKEN = re.compile(
+    r"""(?P<quoted>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
+    r"""|(?P<layer>\blayer\s*=\s*)?(?P<word>[\w.+-]+)(?P<name>\s*[(=])?"""
+)
+
+
+def method_text(method: pb.Method) -> str:
+    """Return a method with every option that counts. `parse_method` reads it, unless an array was given."""
+    name = method.WhichOneof("method")
+    if name is None:
+        return ""
+    options = ", ".join(f"{option}={value}" for option, value in _options(getattr(method, name)))
+    return f"{name}({options})" if options else name
+
+
+def parse_method(text: str) -> Method:
+    """Return the method that a text says. `InvalidArgument` says what is unknown, and what is near it."""
+    try:
+        node = ast.parse(_TOKEN.sub(_python, text.strip()), mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise InvalidArgument(f"method: got {text!r}, expected something like integrated_gradients(steps=50)") from None
+    method = _called(node, METHODS, "method")
+    method.message()
+    return method
+
+
+def _options(message: Message) -> Iterator[tuple[str, str]]:
+    match message:
+        case pb.GradientMethod():
+            yield "signed", str(message.magnitude == pb.MAGNITUDE_SIGNED)
+            yield "times_input", str(message.times_input)
+            yield "squared", str(message.magnitude == pb.MAGNITUDE_SQUARED)
+        case pb.OcclusionMethod():
+            yield "window", str((message.window_height, message.window_width))
+            yield "stride", str((message.stride_height, message.stride_width))
+            yield "baseline", baseline_text(message.baseline)
+        case _:
+            # Of the two that exclude each other only the one that is in force.
+            idle = ("samples", "steps") if getattr(message, "tolerance", 0) else ("tolerance",)
+            yield from (
+                (each.name, _text(message, each.name)) for each in message.DESCRIPTOR.fields if each.name not in idle
+            )
+
+
+def _text(message: Message, option: str) -> str:
+    value = getattr(message, option)
+    match option, value:
+        case "statistic", _:
+            return word(pb.SmoothGradMethod.Statistic, value)
+        case "rule", _:
+            return word(pb.PathRule, value)
+        case "baselines", _:
+            return "tensor" if message.HasField("baselines") else "None"
+        case _, pb.Baseline():
+            return baseline_text(value)
+        case _, pb.Method():
+            return method_text(value) or "gradient"
+        case _, str():
+            return value if _LAYER.fullmatch(value) else repr(value)
+        case _:
+            return repr(value)
+
+
+def _python(token: _Token) -> str:
+    """Return a token as Python has it: words, and all that names a layer, in quotes."""
+    bare = token["word"]
+    if token["name"] or (bare and not token["layer"] and (bare in _CONSTANTS or _NUMBER.fullmatch(bare))):
+        return token[0]
+    # In parentheses, for Python would make one text of two that stand side by side.
+    return f"{token['layer'] or ''}({token['quoted'] or repr(bare)})"
+
+
+def _called(node: ast.expr, known: dict[str, type[_Called]], field: str) -> _Called:
+    """Return what a node calls by its name, with or without options."""
+    match node:
+        case ast.Constant(value=str(name)):
+            keywords: list[ast.keyword] = []
+        case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):
+            pass
+        case _:
+            raise InvalidArgument(
+                f"{field}: got {ast.unparse(node)}, expected a name with named options, one of {', '.join(known)}"
+            )
+    if name not in known:
+        raise InvalidArgument(f"{field}: got {name!r}, expected one of {', '.join(known)}{_near(name, known)}")
+    return known[name](**_given(name, keywords, [each.name for each in dataclasses.fields(known[name])], field))
+
+
+def _given(name: str, keywords: list[ast.keyword], known: list[str], field: str) -> dict[str, Any]:
+    """Return the options that a call gives, each known and given once."""
+    options: dict[str, Any] = {}
+    for keyword in keywords:
+        option = keyword.arg or "**"
+        if option not in known:
+            expected = f"one of {', '.join(known)}" if known else "none"
+            raise InvalidArgument(
+                f"{field}: {name} got the option {option!r}, expected {expected}{_near(option, known)}"
+            )
+        if option in options:
+            raise InvalidArgument(f"{field}: {name} got the option {option!r} twice, expected it once")
+        options[option] = _value(keyword.value, option)
+    return options
+
+
+def _value(node: ast.expr, option: str) -> object:
+    if option == "base":
+        return _called(node, METHODS, "method.base")
+    if option == "baseline" and isinstance(node, ast.Call):
+        return _called(node, _BASELINES, f"method.{option}")
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise InvalidArgument(
+            f"method.{option}: got {ast.unparse(node)}, expected a number, a word or a text"
+        ) from None
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,242 @@
+"""PyHealth's `BasicGradientSaliencyMaps` with the same answers, from a server or from an engine in this process.
+
+One import changes: `from sidelight.pyhealth import BasicGradientSaliencyMaps`. Alone in the client this module needs
+torch; and the server's extra, where the model is a torch module.
+"""
+
+import operator
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._client import CONNECT_TIMEOUT_S, TIMEOUT_S, Client, connect
+from .._inputs.validation import whole
+from . import figure
+from .backends import Classes, Explainer, Local, Remote
+
+try:
+    import torch
+    from torch import Tensor, nn
+except ModuleNotFoundError:
+    raise ImportError("sidelight.pyhealth needs torch: pip install 'sidelight[server]'") from None
+
+MAX_HISTORY = 64
+
+Record = dict[str, Any]
+
+
+class BasicGradientSaliencyMaps:
+    """Saliency maps of an image model: the largest absolute gradient, over the channels, of the predicted probability.
+
+    `model` is a `sidelight.Client`, an address, or a torch module. A module runs in this process, each call as one
+    batch, on its own device and in eval mode; it is itself neither frozen, moved nor switched, and training it further
+    shows in the next map. Of a server with several models, `served_model` names the one to ask.
+
+    `input_batch` is a dictionary, a list or tuple of images and labels, or images alone: it is explained at once.
+    `Batch_saliency_maps` keeps the newest `max_history` records. Thread-safe; close it, or use `with`.
+
+    A failed call raises a `sidelight.SidelightError`; a module that cannot be explained, `ValueError`.
+    """
+
+    def __init__(
+        self,
+        model: "Client | str | nn.Module",
+        input_batch: "Mapping[str, Any] | Sequence[Any] | Tensor | None" = None,
+        image_key: str = "image",
+        label_key: str = "disease",
+        *,
+        served_model: str | None = None,
+        max_history: int = MAX_HISTORY,
+        timeout: float = TIMEOUT_S,
+    ) -> None:
+        batch = _batch(input_batch, image_key, label_key)
+        if whole(max_history, "max_history") < 1:
+            raise ValueError(f"max_history: got {max_history}, expected at least 1")
+        self._explainer = _explainer(model, image_key, label_key, served_model=served_model, timeout_s=timeout)
+        self.model = self.Model = model
+        self.Input_batch = input_batch
+        self.Image_key = image_key
+        self.Label_key = label_key
+        self.Batch_saliency_maps: list[Record] = []
+        self._max_history = max_history
+        self._recording = threading.Lock()
+        self._input: _Explained | None = None
+        if batch is not None:
+            try:
+                self._input = self._explain(batch, None)
+                self._record(self._input)
+            except BaseException:
+                self.close()
+                raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __call__(self, **data: Any) -> dict[str, Tensor]:
+        """Return what `attribute` does."""
+        return self.attribute(**data)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(model={type(self.model).__name__})"
+
+    def attribute(
+        self, save_to_batch: bool = False, target_class_idx: "int | Sequence[int] | Tensor | None" = None, **data: Any
+    ) -> dict[str, Tensor]:
+        """Return `{image_key: maps}`, [N, H, W] of the images' type and device, for images [N, C, H, W].
+
+        `target_class_idx` is a class, or one for each example; None explains what was predicted. Labels and any other
+        data are tolerated. `save_to_batch` appends a record to `Batch_saliency_maps`.
+        """
+        explained = self._explain(data, _classes(target_class_idx))
+        if save_to_batch:
+            self._record(explained)
+        return {self.Image_key: explained.saliency}
+
+    def get_gradient_saliency_maps(self) -> list[Record]:
+        """Return the records: of each batch `saliency`, `image` and `label`."""
+        return self.Batch_saliency_maps
+
+    def clear(self) -> None:
+        """Forget the records. What belongs to the input batch can still be drawn."""
+        with self._recording:
+            self.Batch_saliency_maps.clear()
+
+    def visualize_saliency_map(
+        self,
+        plt: Any,
+        *,
+        image_index: int,
+        title: str | None = None,
+        id2label: "figure.Names | None" = None,
+        alpha: float = 0.3,
+    ) -> Any:
+        """Draw one image of the input batch with its map over it, and return the figure.
+
+        `plt` is pyplot; where it is None it is imported here, and the figure is closed once it was shown. `id2label`
+        adds the true and the predicted class to the title. Nothing is computed again.
+        """
+        shown = self._input
+        if shown is None:
+            raise ValueError("there is no input_batch, so there is nothing to draw: give one to the constructor")
+        place = _place(image_index, len(shown.image))
+        return figure.draw(
+            plt,
+            _host(shown.image[place]),
+            _host(shown.saliency[place]),
+            title=figure.titled(
+                title, true=figure.label_of(shown.label, place), predicted=shown.predicted[place], names=id2label
+            ),
+            alpha=alpha,
+        )
+
+    def close(self) -> None:
+        """End the engine, or the connection that was made here; a client that was given stays open."""
+        self._explainer.close()
+
+    def _explain(self, data: Mapping[str, Any], classes: Classes) -> "_Explained":
+        images = _images(data, self.Image_key)
+        label = data.get(self.Label_key)
+        maps, predicted = self._explainer.explain(_host(images), classes)
+        return _Explained(
+            saliency=torch.from_numpy(np.array(maps)).to(images.device, images.dtype),
+            image=images.detach().clone(),
+            label=label.detach() if isinstance(label, Tensor) else label,
+            predicted=predicted,
+        )
+
+    def _record(self, explained: "_Explained") -> None:
+        record = {"saliency": explained.saliency, "image": explained.image, "label": explained.label}
+        with self._recording:
+            self.Batch_saliency_maps.append(record)
+            del self.Batch_saliency_maps[: -self._max_history]
+
+
+@dataclass(frozen=True, slots=True)
+class _Explained:
+    """One batch and its maps."""
+
+    saliency: Tensor  # [N, H, W]
+    image: Tensor  # [N, C, H, W]
+    label: Any
+    predicted: list[int]
+
+
+def _explainer(
+    model: object, image_key: str, label_key: str, *, served_model: str | None, timeout_s: float
+) -> Explainer:
+    if isinstance(model, Client):
+        return Remote(model, served_model, owned=False, timeout_s=timeout_s)
+    if isinstance(model, str):
+        client = connect(model, connect_timeout=min(timeout_s, CONNECT_TIMEOUT_S))
+        return Remote(client, served_model, owned=True, timeout_s=timeout_s)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model: got {type(model).__name__}, expected a sidelight.Client, an address or a torch.nn.Module"
+        )
+    if served_model is not None:
+        raise ValueError(f"served_model: got {served_model!r}, which is for a server with several models, not a module")
+    import sidelight_server
+    from sidelight_server.app import in_process
+
+    return Local(sidelight_server, in_process, model, image_key, label_key)
+
+
+def _batch(given: object, image_key: str, label_key: str) -> Mapping[str, Any] | None:
+    """Return a batch of any form as a dictionary."""
+    if given is None:
+        return None
+    if isinstance(given, list | tuple) and given:
+        given = {image_key: given[0], label_key: given[1] if len(given) > 1 else None}
+    if isinstance(given, Tensor):
+        given = {image_key: given}
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"input_batch: got {type(given).__name__}, expected a dictionary, a list or tuple of images and labels, "
+            "a tensor or None"
+        )
+    _images(given, image_key)
+    return given
+
+
+def _images(data: Mapping[str, Any], key: str) -> Tensor:
+    if key not in data:
+        raise KeyError(f"{key}: there are no images of that name; got {', '.join(map(str, data)) or 'nothing'}")
+    images = data[key]
+    if not isinstance(images, Tensor):
+        raise ValueError(f"{key}: got {type(images).__name__}, expected a floating tensor [N, C, H, W]")
+    if images.ndim != 4 or not images.is_floating_point():
+        raise ValueError(f"{key}: got {images.dtype} {list(images.shape)}, expected a floating tensor [N, C, H, W]")
+    return images
+
+
+def _classes(given: Any) -> Classes:
+    if to_list := getattr(given, "tolist", None):
+        given = to_list()
+    if given is None:
+        return None
+    if isinstance(given, Sequence) and not isinstance(given, str):
+        return [whole(each, "target_class_idx", bits=64) for each in given]
+    return whole(given, "target_class_idx", bits=64)
+
+
+def _place(index: Any, n: int) -> int:
+    try:
+        place = operator.index(index)
+    except TypeError:
+        raise ValueError(f"image_index: got {index!r}, expected a whole number") from None
+    if not -n <= place < n:
+        raise IndexError(f"image_index: got {place}, the batch has {n} images")
+    return place % n
+
+
+def _host(tensor: Tensor) -> NDArray[Any]:
+    host = tensor.detach().cpu()
+    return (host if host.dtype == torch.float64 else host.float()).numpy()

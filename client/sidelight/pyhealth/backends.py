@@ -1,0 +1,110 @@
+"""Whoever has the maps that PyHealth's class gives: a server, or an engine in this process."""
+
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from .._client import Client
+from .._inputs.targets import Dense
+from ..exceptions import from_code
+
+Classes = int | list[int] | None  # for all, for each, or what was predicted
+
+
+class Explainer(Protocol):
+    """Whoever has the maps."""
+
+    def explain(self, images: NDArray[Any], classes: Classes) -> tuple[NDArray[Any], list[int]]:
+        """Return maps, [N, H, W], and the predicted classes of images, [N, C, H, W]."""
+
+    def close(self) -> None:
+        """End what was begun."""
+
+
+class Remote:
+    """A server."""
+
+    def __init__(self, client: Client, model: str | None, *, owned: bool, timeout_s: float) -> None:
+        self._client = client
+        self._model = model
+        self._owned = owned
+        self._timeout_s = timeout_s
+
+    def explain(self, images: NDArray[Any], classes: Classes) -> tuple[NDArray[Any], list[int]]:
+        """Return maps, [N, H, W], and the predicted classes of images, [N, C, H, W]."""
+        target = Dense(None) if classes is None else classes
+        options: dict[str, Any] = {
+            "model": self._model,
+            "target": target,
+            "timeout": self._timeout_s,
+            "on_error": "return",
+        }
+        answer = self._client.attribute(images, **options)
+        _raise_first(answer.failures)
+        return answer.maps, [each.index for each in answer.predictions if each]
+
+    def close(self) -> None:
+        """End the connection, unless it is the caller's own."""
+        if self._owned:
+            self._client.close()
+
+
+class Local:
+    """An engine on a module of this process, made at the first call, which shows what its images are like."""
+
+    def __init__(self, server: Any, in_process: Any, module: Any, image_key: str, label_key: str) -> None:
+        # The package of the server and the module of it that runs an engine: the client imports neither by itself.
+        self._server, self._in_process = server, in_process
+        self._module = module
+        self._keys = {"image_key": image_key, "label_key": label_key}
+        self._lock = threading.Lock()
+        self._engine: Any = None
+        self._storage: tuple[object, ...] = ()
+        self._closed = False
+
+    def explain(self, images: NDArray[Any], classes: Classes) -> tuple[NDArray[Any], list[int]]:
+        """Return maps, [N, H, W], and the predicted classes of images, [N, C, H, W]."""
+        server = self._server
+        target = server.Dense(None) if classes is None else classes
+        target = server.PerExample(tuple(target)) if isinstance(target, list) else target
+        request = server.Request(images, target=target, exact=True, plain_head=True)
+        try:
+            with self._lock:
+                answer = self._ready(images.shape[1:]).attribute(request)
+        except server.ConfigurationError as error:
+            raise ValueError(str(error)) from error
+        except server.SidelightError as error:
+            raise from_code(error.code, error.message) from error
+        _raise_first(answer.failures)
+        return answer.maps, [each.predicted for each in answer.explanations if each]
+
+    def close(self) -> None:
+        """End the engine."""
+        with self._lock:
+            self._closed = True
+            self._end()
+
+    def _ready(self, shape: Any) -> Any:
+        """Return the engine; a new one where the module's weights lie elsewhere than they did."""
+        if self._closed:
+            raise RuntimeError("the saliency maps are closed")
+        storage = self._in_process.storage(self._module)
+        if self._engine is None or self._storage != storage:
+            self._end()
+            specs = self._in_process.specs_of(self._module, trial_size=shape, **self._keys)
+            self._engine, self._storage = self._in_process.InProcess(specs), storage
+        return self._engine
+
+    def _end(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+
+def _raise_first(failures: Sequence[Any]) -> None:
+    if failures:
+        first = failures[0]
+        more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
+        raise from_code(first.code, f"example {first.example}: {first.message}{more}")

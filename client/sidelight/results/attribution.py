@@ -1,0 +1,215 @@
+"""The answer: maps, what was predicted and explained, and everything that is needed to trust them."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import tensor_pb2
+
+from .._inputs.enums import word
+from .._inputs.images import Batch, Lent
+from .._inputs.tensors import Array, array_of
+from ..exceptions import FailedPrecondition, SidelightError, from_code
+from ..visualization.overlay import overlay, overlay_part
+from . import storage
+from .types import Convergence, Explained, Failure, Geometry, Prediction, Provenance, Timing
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Attribution:
+    """The answer for one batch of N examples.
+
+    `maps` is float32 whatever `map_dtype` they came in: [N, H, W], or the signed [N, C, H, W] for `channels="none"`;
+    with a top-k target a dimension k follows N, and each entry of `explained` is a tuple of k. A failed example's map
+    is NaN and its entries in `predictions`, `explained`, `geometry` and `convergence` are None; so are, where `final`
+    is False, those of an example that has no map yet. Where the whole batch failed, which only `on_error="return"`
+    lets through, `error` is set and there are no maps.
+    """
+
+    maps: NDArray[np.float32] = dataclasses.field(repr=False)
+    predictions: tuple[Prediction | None, ...] = ()
+    explained: tuple[Explained | tuple[Explained, ...] | None, ...] = ()
+    geometry: tuple[Geometry | None, ...] = ()  # None also for floating arrays
+    failures: tuple[Failure, ...] = ()
+    probabilities: NDArray[np.float32] | None = dataclasses.field(default=None, repr=False)  # [N, K], if asked for
+    provenance: Provenance | None = None
+    timing: Timing | None = None
+    convergence: tuple[Convergence | None, ...] = ()  # None for methods of one row
+    map_dtype: str = "float32"  # as the maps came over the wire
+    transport: str = "inline"
+    final: bool = True
+    index: int = 0  # the batch's position in a stream
+    error: SidelightError | None = None
+    names: tuple[str | None, ...] = ()  # the path of each example that came from a file
+    _batch: Batch | Lent | None = dataclasses.field(default=None, repr=False)
+    _provenance: pb.Provenance | None = dataclasses.field(default=None, repr=False)
+    _baseline: Array | None = dataclasses.field(default=None, repr=False)  # that was given with the method
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+    def picture(self, i: int) -> Image.Image:
+        """Return what the model saw of example i, as an RGB picture of the map's size."""
+        picture, geometry = self._original(i), self.geometry[i]
+        return picture if geometry is None else _seen(picture, geometry)
+
+    def map(self, i: int, *, k: int = 0) -> NDArray[np.float32]:
+        """Return the map of example i as [H, W], to be drawn: without channel reduction, the largest |value|.
+
+        `k` is the place of a class among those of a top-k target.
+        """
+        map_: NDArray[np.float32] = self.maps[i]
+        if self.is_top_k:
+            map_ = map_[k]
+        elif k != 0:
+            raise IndexError(f"k: got {k}, but the target was not top-k: there is one map for each example")
+        return map_ if map_.ndim == 2 else np.abs(map_).max(axis=0)
+
+    @property
+    def is_top_k(self) -> bool:
+        """Whether there are k maps for each example."""
+        return self._provenance is not None and self._provenance.target.WhichOneof("target") == "top_k"
+
+    def overlay(self, i: int, *, k: int = 0, original: bool = False) -> Image.Image:
+        """Return what the model saw of example i with its map laid over it; `k` as in `map`.
+
+        `original` lays it on the whole picture at its own size, where what the model did not see is darker.
+        """
+        geometry = self.geometry[i] if original else None
+        if geometry is None:
+            return overlay(self.picture(i), self.map(i, k=k))
+        picture = self._original(i)
+        return overlay_part(picture, self.map(i, k=k), _box(picture, geometry))
+
+    def save(self, folder: str | Path, *, original: bool = False, overwrite: bool = False) -> None:
+        """Write `maps.npy`, `answer.json` and the overlays of the examples into a folder, which is made if need be.
+
+        With `original` the overlays are on whole pictures, as `overlay` has them. An array that was given as a baseline
+        is written too, as `baseline.npy`. `sidelight replay` reads all this. An overlay that cannot be drawn is left
+        out, and `overlay_missing` in `answer.json` says why: it is of DICOM and `sidelight[dicom]` is not installed, or
+        the answer no longer holds its images. An answer is written whole or not at all.
+
+        `AlreadyExists` where an answer lies in the folder, unless it is to be overwritten.
+        """
+        if self.error is not None:
+            raise self.error
+        storage.write(
+            self,
+            Path(folder),
+            provenance=self._provenance,
+            baseline=self._baseline,
+            draw=functools.partial(self._overlays, original=original),
+            overwrite=overwrite,
+        )
+
+    def facts(self) -> dict[str, object]:
+        """Return everything but the maps, as JSON can hold it."""
+        return storage.facts(self)
+
+    def _original(self, i: int) -> Image.Image:
+        batch = self._batch.batch if isinstance(self._batch, Lent) else self._batch
+        if batch is None or self.error is not None:
+            raise self.error or FailedPrecondition(
+                "the answer no longer holds its images: an answer of a stream has them until the next one is taken; "
+                "draw it before, or say keep_images=True"
+            )
+        if error := next((each for each in self.failures if each.example == range(len(self))[i]), None):
+            raise from_code(error.code, error.message)
+        geometry = self.geometry[i]
+        return batch.picture(i, window=geometry.window if geometry else None)
+
+    def _overlays(self, i: int, *, original: bool) -> dict[str, Image.Image]:
+        """Return an example's overlays, by the names of their files."""
+        if not self.is_top_k:
+            return {f"{i:03}.png": self.overlay(i, original=original)}
+        return {f"{i:03}-{k}.png": self.overlay(i, k=k, original=original) for k in range(self.maps.shape[1])}
+
+
+def read(
+    message: pb.Attribution,
+    batch: Batch,
+    *,
+    index: int = 0,
+    baseline: Array | None = None,
+    maps: Array | None = None,
+) -> Attribution:
+    """Return the answer that a message holds, for the batch and the array as a baseline that were sent.
+
+    `maps` are its maps, as they are on the wire, where they came another way.
+    """
+    failed = {failure.example for failure in message.failures}
+    # Empty are those that failed, and in an answer that is not final those that have no map yet.
+    examples = [
+        each if each.HasField("prediction") and i not in failed else None for i, each in enumerate(message.examples)
+    ]
+    top_k = message.provenance.target.WhichOneof("target") == "top_k"
+    return Attribution(
+        maps=_maps(
+            message.maps, array_of(message.maps) if maps is None else maps, [each is not None for each in examples]
+        ),
+        predictions=tuple(each and Prediction.of(each) for each in examples),
+        explained=tuple(each and _explained(each.explained, top_k=top_k) for each in examples),
+        geometry=tuple(Geometry.of(each.geometry) if each and each.HasField("geometry") else None for each in examples),
+        convergence=tuple(
+            Convergence.of(each.convergence) if each and each.HasField("convergence") else None for each in examples
+        ),
+        failures=tuple(Failure(each.example, each.code, each.message) for each in message.failures),
+        probabilities=array_of(message.probabilities) if message.HasField("probabilities") else None,
+        provenance=Provenance.of(message.provenance),
+        timing=Timing.of(message.timing),
+        map_dtype=word(tensor_pb2.DataType, message.maps.dtype),
+        transport=word(pb.Transport, message.transport),
+        final=message.final,
+        index=index,
+        names=batch.names,
+        _batch=batch,
+        _provenance=message.provenance,
+        _baseline=baseline,
+    )
+
+
+def lent(answer: Attribution, batch: Batch) -> Attribution:
+    """Return an answer that draws on arrays only while somebody else holds them. Files are small, and kept."""
+    if answer._batch is None or batch.array is None:
+        return answer
+    return dataclasses.replace(answer, _batch=Lent(batch))
+
+
+def failed(error: SidelightError, *, index: int) -> Attribution:
+    """Return the answer of a batch that failed whole."""
+    return Attribution(maps=np.empty((0, 0, 0), np.float32), index=index, error=error)
+
+
+def _seen(picture: Image.Image, geometry: Geometry) -> Image.Image:
+    # In one step: of a picture 1 × 60,000 the whole scaled one would take 12 GB.
+    size = geometry.crop_width, geometry.crop_height
+    return picture.resize(size, Image.Resampling.BILINEAR, _box(picture, geometry))
+
+
+def _box(picture: Image.Image, geometry: Geometry) -> tuple[float, float, float, float]:
+    """Return the left, top, right and bottom edge of what the model saw, in the picture's own pixels."""
+    x, y = picture.width / geometry.scaled_width, picture.height / geometry.scaled_height
+    left, top = geometry.crop_left * x, geometry.crop_top * y
+    right, bottom = left + geometry.crop_width * x, top + geometry.crop_height * y
+    return left, top, min(right, picture.width), min(bottom, picture.height)
+
+
+def _maps(tensor: tensor_pb2.Tensor, array: Array, are_there: list[bool]) -> NDArray[np.float32]:
+    if array.dtype == np.float32:
+        return array  # a view on the message: read only, and not copied
+    maps = array.astype(np.float32)
+    for i, scale in enumerate(tensor.scales):
+        maps[i] = array[i] * np.float64(scale)  # a scale may be smaller than float32 holds
+    if tensor.dtype == tensor_pb2.DATA_TYPE_UINT8:  # it has no NaN: a map that is not there came as 0
+        maps[~np.array(are_there, bool)] = np.nan
+    return maps
+
+
+def _explained(messages: Sequence[pb.Explained], *, top_k: bool) -> Explained | tuple[Explained, ...]:
+    return tuple(map(Explained.of, messages)) if top_k else Explained.of(messages[0])

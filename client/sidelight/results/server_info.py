@@ -1,0 +1,181 @@
+"""What a server tells of itself and of its models."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import model_pb2, tensor_pb2
+
+from .._inputs.enums import word
+from .types import seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one caller must stay within."""
+
+    max_message_bytes: int
+    max_image_pixels: int
+    max_in_flight: int
+    max_in_flight_bytes: int
+    max_stream_in_flight: int
+    max_example_rows: int  # that a method may ask for one example
+    max_batch_examples: int = 0  # 0: an older server, which does not say
+    max_stream_age_s: float | None = None  # None: without end; a client's stream goes on in another one
+
+
+@dataclass(frozen=True, slots=True)
+class SharedMemory:
+    """Where a server allows regions of shared memory, and how large and how many they may be for one stream."""
+
+    directory: str
+    max_region_bytes: int
+    max_stream_regions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stops:
+    """How soon requests ended that were cancelled, or ran out of time, while a row of theirs was on the device."""
+
+    count: int
+    mean_s: float
+    longest_s: float
+
+    @classmethod
+    def of(cls, message: pb.Stops) -> "Stops":
+        """Return what a message says."""
+        return cls(message.count, seconds(message.mean), seconds(message.longest))
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupEntry:
+    """One measurement made while a model was loaded."""
+
+    configuration: str
+    rows: int  # the size of the chunk
+    rows_per_second: float
+    chosen: bool  # whether this one serves
+
+    @classmethod
+    def of(cls, message: model_pb2.WarmupEntry) -> "WarmupEntry":
+        """Return what a message says."""
+        return cls(message.configuration, message.rows, message.rows_per_second, message.chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How pixels become a model's input: resized, cropped, scaled to `pixel_range`; then mean and std, by channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resize: str  # the short side in pixels, "256"; or height and width, "288x256"; or "exact", or "none"
+    interpolation: str
+    pixel_range: tuple[float, float] = (0.0, 1.0)
+    window: tuple[float, float] | None = None  # of 16-bit and DICOM files; None: as the file says
+
+    @classmethod
+    def of(cls, message: model_pb2.InputInfo) -> "Preprocessing":
+        """Return what a message says."""
+        return cls(
+            tuple(message.mean),
+            tuple(message.std),
+            message.resize,
+            message.interpolation,
+            _ends(message.pixel_range) if message.HasField("pixel_range") else (0.0, 1.0),
+            _ends(message.window) if message.HasField("window") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """One model of a server."""
+
+    name: str
+    version: int
+    digest: str
+    input_size: tuple[int, int, int] | None  # C, H, W; None where it is not fixed
+    class_count: int  # 0 until the first request of a model without a fixed input size
+    labels: tuple[str, ...] | None  # None among ServerInfo.models: `client.model(name)` tells them
+    scores: tuple[str, ...]
+    layers: tuple[str, ...] | None  # as labels
+    precision: str
+    device: str
+    chunk_rows: int
+    reproducible: bool  # equal provenance promises equal bytes
+    warmup: tuple[WarmupEntry, ...]  # empty where the input size is not fixed
+    kernel_options: tuple[str, ...] = ()  # what the operator chose to be faster: "fold", "channels_last", "compile"
+    state: str = "serving"  # or "unloaded" until the first request for it, "loading", "failed": then the rest is empty
+    call: str = ""  # how the model is called, and what of its answer counts
+    outputs: str = ""  # what that is: "logits" or "probabilities"; empty where no rows have shown it yet
+    activation: str = ""  # "softmax" where classes exclude each other, "sigmoid" where they do not
+    preprocessing: Preprocessing | None = None  # None where the input size is not fixed
+    canary: str = ""  # "3×224×224:" and the digest of what the model makes of a fixed input of that size
+    methods: tuple[str, ...] = ()  # that the model serves, as the schema calls them
+    neighbor_difference: float | None = None  # how far neighbors in a chunk moved a gradient, of its largest element
+
+    @classmethod
+    def of(cls, message: model_pb2.ModelInfo, *, is_whole: bool = False) -> "ModelInfo":
+        """Return what a message says. Only one that is whole has labels and layers."""
+        size = message.input
+        return cls(
+            name=message.name,
+            version=message.version,
+            digest=message.digest,
+            input_size=(size.channels, size.height, size.width) if message.HasField("input") else None,
+            class_count=message.class_count,
+            labels=tuple(message.labels) if is_whole else None,
+            scores=tuple(map(partial(word, model_pb2.Score), message.scores)),
+            layers=tuple(message.layers) if is_whole else None,
+            precision=message.precision,
+            device=message.device,
+            chunk_rows=message.chunk_rows,
+            reproducible=message.reproducible,
+            warmup=tuple(map(WarmupEntry.of, message.warmup)),
+            kernel_options=tuple(message.kernel_options),
+            preprocessing=Preprocessing.of(size) if message.HasField("input") else None,
+            state=word(model_pb2.ModelState, message.state),
+            call=message.call,
+            outputs=message.outputs,
+            activation=message.activation,
+            canary=message.canary,
+            methods=tuple(message.methods),
+            neighbor_difference=message.neighbor_difference if message.HasField("neighbor_difference") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """A server: its version, limits, methods and models. The first model is the default."""
+
+    version: str
+    limits: Limits
+    methods: tuple[str, ...]
+    models: tuple[ModelInfo, ...]
+    stops: Stops
+    shared_memory: SharedMemory | None = None  # None where the operator does not allow any
+
+    @classmethod
+    def of(cls, message: pb.GetServerInfoResponse) -> "ServerInfo":
+        """Return what a message says."""
+        limits = message.limits
+        return cls(
+            version=message.version,
+            limits=Limits(
+                limits.max_message_bytes, limits.max_image_pixels, limits.max_in_flight, limits.max_in_flight_bytes,
+                limits.max_stream_in_flight, limits.max_example_rows, limits.max_batch_examples,
+                seconds(limits.max_stream_age) if limits.HasField("max_stream_age") else None,
+            ),
+            methods=tuple(message.methods),
+            models=tuple(map(ModelInfo.of, message.models)),
+            stops=Stops.of(message.stops),
+            shared_memory=_shared_memory(message) if message.HasField("shared_memory") else None,
+        )  # fmt: skip
+
+
+def _ends(message: tensor_pb2.Interval) -> tuple[float, float]:
+    return message.low, message.high
+
+
+def _shared_memory(message: pb.GetServerInfoResponse) -> SharedMemory:
+    shared = message.shared_memory
+    return SharedMemory(shared.directory, shared.max_region_bytes, shared.max_stream_regions)

@@ -1,0 +1,196 @@
+"""What an answer tells: of each example, where the time went, and all that is needed to compute it again."""
+
+from dataclasses import dataclass
+
+from google.protobuf.duration_pb2 import Duration
+
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import model_pb2, tensor_pb2
+
+from .._inputs.enums import word
+from .._inputs.targets import target_text
+from ..methods.parsing import method_text
+
+SATURATED = (
+    "the score is so flat here that its gradient is numerically dead, and the map mostly rounding: "
+    'ask for score="logit"; a model that returns probabilities is better served with its logits'
+)
+
+NEGLIGIBLE = (
+    "the map is zero everywhere, or no more than rounding: the score does not depend on what this method looked at; "
+    "ask for another layer, method or target"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The class with the largest output."""
+
+    index: int
+    label: str  # empty where the model has no labels
+    probability: float
+    differs: bool | None = None  # from the class that was said to be served; None where none was
+
+    @classmethod
+    def of(cls, message: pb.Example) -> "Prediction":
+        """Return what a message says."""
+        differs = message.prediction_differs if message.HasField("prediction_differs") else None
+        predicted = message.prediction
+        return cls(predicted.index, predicted.label, predicted.probability, differs)
+
+
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """The class that a map explains, and the score that was differentiated."""
+
+    index: int
+    label: str  # empty where the model has no labels
+    score: float
+    saturated: bool  # the score's gradient is numerically dead wherever the method took it: the map is rounding
+    against: int | None = None  # the other class of a contrast
+    negligible: bool = False  # the map is zero everywhere, or rounding alone
+
+    @classmethod
+    def of(cls, message: pb.Explained) -> "Explained":
+        """Return what a message says."""
+        against = message.against if message.HasField("against") else None
+        return cls(message.index, message.label, message.score, message.saturated, against, message.negligible)
+
+    @property
+    def advice(self) -> str:
+        """What to ask for instead where the score is saturated or the map is nothing; empty where all is well."""
+        return SATURATED if self.saturated else NEGLIGIBLE if self.negligible else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Convergence:
+    """How good a map of many rows is; None where its method has no such measure. With top-k, of the worst map."""
+
+    rows: int  # that were run, those without a gradient too
+    error: float | None  # what a tolerance is compared with: a share of the map's L2 norm
+    completeness_error: float | None  # |sum of the map − (score of the example − score of the baseline)|
+    relative_completeness_error: float | None  # that over |score of the example − score of the baseline|
+    tolerance: float | None = None  # the method's; None where it has none
+    is_met: bool | None = None  # whether the tolerance was met before `max_rows`; with top-k, for every map
+
+    @classmethod
+    def of(cls, message: pb.Convergence) -> "Convergence":
+        """Return what a message says."""
+        return cls(
+            message.rows,
+            message.error if message.HasField("error") else None,
+            message.completeness_error if message.HasField("completeness_error") else None,
+            message.relative_completeness_error if message.HasField("relative_completeness_error") else None,
+            message.tolerance if message.HasField("tolerance") else None,
+            message.is_met if message.HasField("is_met") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why one example of a batch has no map. `code` is a canonical gRPC status code."""
+
+    example: int
+    code: int
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """How a picture became the model's input: resized to the scaled size, then the crop was cut out. In pixels.
+
+    `window` has the values of 16-bit and DICOM files that became black and white; None: as the file says.
+    """
+
+    original_height: int
+    original_width: int
+    scaled_height: int
+    scaled_width: int
+    crop_top: int
+    crop_left: int
+    crop_height: int
+    crop_width: int
+    window: tuple[float, float] | None = None
+
+    @classmethod
+    def of(cls, message: tensor_pb2.Geometry) -> "Geometry":
+        """Return what a message says."""
+        crop = message.crop
+        return cls(
+            message.original_height, message.original_width, message.scaled_height, message.scaled_width,
+            crop.top, crop.left, crop.height, crop.width,
+            (message.window.low, message.window.high) if message.HasField("window") else None,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the server's time went for one batch, in seconds."""
+
+    prepare_s: float  # decoding and resizing
+    queue_s: float  # waiting for the device
+    compute_s: float  # from the first row's start to the last row's end
+    total_s: float  # from arrival to answer
+    admission_s: float = 0.0  # from arrival until it was let in: waiting for its model, a slot and the permits
+
+    @classmethod
+    def of(cls, message: pb.Timing) -> "Timing":
+        """Return what a message says."""
+        return cls(*map(seconds, _spans(message)))
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """All that is needed to compute an answer again."""
+
+    model: str
+    model_version: int
+    model_digest: str
+    method: str  # with every default filled in, as text
+    target: str
+    score: str
+    channels: str
+    precision: str
+    device: str
+    threads: int
+    chunk_rows: int
+    software: dict[str, str]
+    reproducible: bool  # equal provenance promises equal bytes
+    baseline_digest: str  # SHA-256 of a baseline that was given as an array, else empty
+    kernel_options: tuple[str, ...] = ()  # what the operator chose to be faster: "fold", "channels_last", "compile"
+    example_digests: tuple[str, ...] = ()  # SHA-256 of each example as the server received it
+    model_canary: str = ""  # digest of what the model makes of a fixed input; empty where that is not known
+    head_precision: str = ""  # of the score and its gradient at the model's outputs; empty from an older server
+
+    @classmethod
+    def of(cls, message: pb.Provenance) -> "Provenance":
+        """Return what a message says."""
+        return cls(
+            model=message.model,
+            model_version=message.model_version,
+            model_digest=message.model_digest,
+            method=method_text(message.method),
+            target=target_text(message.target),
+            score=word(model_pb2.Score, message.score),
+            channels=word(pb.ChannelReduction, message.channels),
+            precision=message.precision,
+            device=message.device,
+            threads=message.threads,
+            chunk_rows=message.chunk_rows,
+            software={each.name: each.version for each in message.software},
+            reproducible=message.reproducible,
+            baseline_digest=message.baseline_digest,
+            kernel_options=tuple(message.kernel_options),
+            example_digests=tuple(message.example_digests),
+            model_canary=message.model_canary,
+            head_precision=message.head_precision,
+        )
+
+
+def _spans(message: pb.Timing) -> tuple[Duration, ...]:
+    return message.prepare, message.queue, message.compute, message.total, message.admission
+
+
+def seconds(span: Duration) -> float:
+    """Return a span in seconds."""
+    return float(span.seconds + span.nanos / 1e9)

@@ -1,0 +1,104 @@
+"""Addresses: where a server listens, "host:port" or "unix:/path", and what stands in the way."""
+
+import ipaddress
+import os
+import socket
+from pathlib import Path
+
+import grpc
+
+from ..errors import ConfigurationError
+from ..security.tls import Certificates
+
+
+def bind(
+    server: grpc.aio.Server,
+    address: str,
+    *,
+    plaintext: bool,
+    certificates: Certificates | None = None,
+    socket_mode: str | None = None,
+) -> str:
+    """Let a server listen on an address; return it with the port that was chosen where it asks for port 0.
+
+    With `certificates` a port speaks TLS. `ConfigurationError` names the cause: a port that is not loopback wants them,
+    or `plaintext`, for nothing is encrypted. A UNIX socket is plain, and has the mode that is given.
+    """
+    try:
+        if address.startswith("unix:"):
+            _bind_socket(server, Path(address.removeprefix("unix:")), mode=socket_mode)
+            return address
+        _check_host(address, plaintext=plaintext or certificates is not None)
+        if certificates:
+            port = server.add_secure_port(address, certificates.credentials())
+        else:
+            port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ConfigurationError(f"listen: cannot bind {address}: {error}") from error
+    return f"{address.rpartition(':')[0]}:{port}"
+
+
+def _bind_socket(server: grpc.aio.Server, path: Path, *, mode: str | None) -> None:
+    _clear_socket(path)
+    if mode is None:
+        server.add_insecure_port(f"unix:{path}")
+        return
+    # It is never open to more than it is to be: from its first moment on callers could connect.
+    before = os.umask(0o777 & ~int(mode, 8))
+    try:
+        server.add_insecure_port(f"unix:{path}")
+    finally:
+        os.umask(before)
+
+
+def _check_host(address: str, *, plaintext: bool) -> None:
+    host, port = host_and_port(address, expected='"host:port" or "unix:/path"')
+    if not plaintext and not is_loopback(host):
+        raise ConfigurationError(
+            f"listen: {address} is not loopback, and nothing would be encrypted; give it --tls-certificate and "
+            "--tls-key, or say --plaintext if that is meant"
+        )
+    # gRPC prints the cause of a failure and raises without it, so it is found out before.
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as trial:
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, port))
+    except (OSError, OverflowError) as error:
+        cause = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ConfigurationError(f"listen: cannot bind {address}: {cause}") from error
+
+
+def host_and_port(address: str, *, setting: str = "listen", expected: str = '"host:port"') -> tuple[str, int]:
+    """Return the two, an IPv6 address without its brackets. `ConfigurationError` where it is none."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit():
+        raise ConfigurationError(f'{setting}: got "{address}", expected {expected}')
+    return host.strip("[]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _clear_socket(path: Path) -> None:
+    """Remove a socket file that a killed server left behind. A live server's, or another kind of file, is refused."""
+    if not path.parent.is_dir():
+        raise ConfigurationError(f"listen: cannot bind unix:{path}: there is no folder {path.parent}")
+    if not path.exists():
+        return
+    if not path.is_socket():
+        raise ConfigurationError(f"listen: {path} exists and is no socket")
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+        except OSError as error:  # not ours to know, still less to remove
+            raise ConfigurationError(f"listen: cannot tell who has {path}: {error.strerror}") from error
+    raise ConfigurationError(f"listen: another server answers on {path}")

@@ -1,0 +1,83 @@
+"""A server in a thread of the caller's own process: for tests, notebooks and drop-in use."""
+
+import asyncio
+import contextlib
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from ..config.settings import ModelSettings, Settings, first_fault
+from ..config.spec import ModelSpec
+from ..engine.engine import Engine
+from ..errors import ConfigurationError
+from .server import Server
+
+
+@contextlib.contextmanager
+def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> Iterator[str]:
+    """Run a real server in a thread of its own, on a fresh UNIX socket, and give its address.
+
+    `model` is a module, a `ModelSpec` or a source; several are given as `models={name: {"model": source, …}}` instead.
+    `settings` are those of `Settings`. Neither variables nor a file are read. The module is neither frozen, moved nor
+    switched. Where `threads` is not given, one operation uses as many as torch does in the caller's thread
+    (`torch.get_num_threads()`).
+
+    OpenMP is the process's own: where other processes use the same cores, set `GOMP_SPINCOUNT=1000` in the environment
+    before torch is imported, as `sidelight-server` does; `dedicated_cpus` has no effect here.
+    """
+    try:
+        chosen = Settings(**settings)
+    except ValidationError as error:
+        raise ConfigurationError(first_fault(error, where="serve()")) from None
+    if not chosen.threads:
+        chosen = chosen.model_copy(update={"threads": torch.get_num_threads()})
+    engine = Engine(_offered(model, chosen), chosen)
+    if "listen" not in settings:  # the socket lies in a folder of this user's alone
+        engine.tell_causes()
+    with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
+        listen = chosen.listen if "listen" in settings else (f"unix:{folder}/socket",)
+        server = Server(engine, listen=listen, plaintext=chosen.plaintext, metrics_listen=chosen.metrics_listen or "")
+        with _Thread(server, drain_s=chosen.drain_s):
+            yield server.addresses[0]
+
+
+def _offered(model: nn.Module | ModelSpec | str | None, settings: Settings) -> list[ModelSpec | ModelSettings]:
+    if isinstance(model, str):
+        settings = settings.model_copy(update={"model": model})
+    elif model is not None:
+        return [model if isinstance(model, ModelSpec) else ModelSpec(model)]
+    return list(settings.of_models().values())
+
+
+class _Thread:
+    """A server's event loop in a thread."""
+
+    def __init__(self, server: Server, *, drain_s: float) -> None:
+        self._server = server
+        self._drain_s = drain_s
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sidelight-server", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+        try:
+            # Without a limit: a compiler, or a large model, takes its time, and Ctrl-C ends the waiting.
+            asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result()
+        except BaseException:
+            self._server.abandon()
+            self._end()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        asyncio.run_coroutine_threadsafe(self._server.stop(drain_s=self._drain_s), self._loop).result()
+        self._end()
+
+    def _end(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()

@@ -1,0 +1,123 @@
+"""Health: what `grpc.health.v1` tells of the server and its models, and who is let in before all is ready.
+
+Names: "" and the two services for the server, "model/NAME" for each model. The server is SERVING from the end of its
+warm-up until it is told to stop, while the thread of one device at least moves. A model is SERVING while the server is
+and a version of it is loaded: a lazy one not before somebody has asked for it.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from sidelight.v1 import attribution_pb2, model_pb2
+
+from ..engine.engine import Engine
+from ..errors import ResourceExhausted, Unavailable
+from ..rpc.status import Context, abort, refusing
+from ..security.stream_limit import Peers
+from ..telemetry.counters import Counts
+
+SERVICES = (
+    attribution_pb2.DESCRIPTOR.services_by_name["AttributionService"].full_name,
+    model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+)
+MODEL = "model/"  # before a model's name: it could be that of a service
+OPEN = ("/grpc.health.v1.", "/grpc.reflection.")  # calls that are answered before the server is ready
+RETRY_DELAY_S = 1.0
+MAX_PEER_WATCHES = 64  # open at once, of one host
+MAX_WATCHES = 1024
+
+_Status = health_pb2.HealthCheckResponse
+if TYPE_CHECKING:
+    from ..rpc.status import Handler
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its package has no types
+    """`grpc.health.v1.Health`. The event loop's.
+
+    The package's own would keep every Watch open, and so the server from ending, until all of `drain_s` has passed.
+    """
+
+    def __init__(self) -> None:
+        self._statuses: dict[str, int] = {}
+        self._watchers: set[asyncio.Event] = set()
+        self._peers = Peers("Watches", each=MAX_PEER_WATCHES, all_=MAX_WATCHES)
+        self._is_closed = False
+
+    def set(self, statuses: Mapping[str, bool]) -> None:
+        """Say of each name whether it serves. Other names are unknown."""
+        new = {name: _Status.SERVING if serves else _Status.NOT_SERVING for name, serves in statuses.items()}
+        if new != self._statuses:
+            self._statuses = new
+            self._wake()
+
+    def close(self) -> None:
+        """End every Watch, once it has told the last."""
+        self._is_closed = True
+        self._wake()
+
+    async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
+        """Return the status of a name."""
+        if (status := self._statuses.get(request.service)) is None:
+            # Not the known ones: health is told without a token, and whoever asks so need not learn of the models.
+            await context.abort(grpc.StatusCode.NOT_FOUND, 'service: unknown; expected "", a service, or model/NAME')
+        return _Status(status=status)
+
+    # The generated stub knows only handlers that yield: of one that writes, `finally` runs as soon as the caller goes.
+    async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802
+        """Write the status of a name, and again whenever it has changed."""
+        try:
+            with self._peers.opens(context.peer()):
+                await self._watch(request.service, context)
+        except ResourceExhausted as error:
+            await abort(context, error)
+
+    async def _watch(self, name: str, context: Context) -> None:
+        told: int | None = None
+        changed = asyncio.Event()
+        self._watchers.add(changed)
+        try:
+            while True:
+                changed.clear()
+                status = self._statuses.get(name, _Status.SERVICE_UNKNOWN)
+                if status != told:
+                    told = status
+                    await context.write(_Status(status=status))
+                elif self._is_closed:
+                    return
+                else:
+                    await changed.wait()
+        finally:
+            self._watchers.discard(changed)
+
+    def _wake(self) -> None:
+        for watcher in self._watchers:
+            watcher.set()
+
+
+def statuses(engine: Engine, *, serves: bool) -> dict[str, bool]:
+    """Return by name who serves, of an engine's server that is ready and does not drain, or is not or does."""
+    serves = serves and any(station.moves for station in engine.stations)
+    models = {MODEL + entry.name: serves and bool(entry.models) for entry in engine.registry.entries.values()}
+    return dict.fromkeys(("", *SERVICES), serves) | models
+
+
+class Porch(grpc.aio.ServerInterceptor):
+    """Refuses calls until the server is ready, so that the port can be open, and tell its health, while models load."""
+
+    def __init__(self, counts: Counts) -> None:
+        self.is_open = False
+        self._counts = counts
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
+        """Return the call's handler, or one that refuses it."""
+        if self.is_open or handler_call_details.method.startswith(OPEN):
+            return await continuation(handler_call_details)
+        starting = Unavailable("the server is starting: its models are not loaded yet", retry_delay_s=RETRY_DELAY_S)
+        return refusing(starting, self._counts)

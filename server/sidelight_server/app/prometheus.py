@@ -1,0 +1,207 @@
+"""The metrics: the counts as Prometheus reads them, made when they are asked for; `exposition` tells them.
+
+What is counted is counted elsewhere, as plain numbers; see `counts`. Each server has a registry of its own.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from prometheus_client import Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from ..compute.host_memory import resident_bytes
+from ..engine.device import Station
+from ..engine.engine import Engine
+from ..rpc.handler import Explainer
+from ..rpc.service import AttributionService
+from ..rpc.status import STATUSES
+from ..security.reloadable_files import SecretFiles
+from ..telemetry.counters import REASONS, SPANS, UNREAD, Counts
+from ..telemetry.histogram import Histogram
+from .health import MODEL, statuses
+
+_SPANS = {
+    "admission": "from a batch's arrival until it was let in: for its model, a slot of its stream and the permits",
+    "prepare": "decoding and resizing",
+    "queue": "waiting for the device, until the first row ran",
+    "compute": "from the first row's start to the last row's end",
+    "total": "from a batch's arrival until its maps were there",
+}
+
+
+class Metrics(Collector):
+    """What there is to tell of one server."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        explainer: Explainer,
+        service: AttributionService,
+        files: Sequence[SecretFiles[Any]] = (),
+    ) -> None:
+        self._engine = engine
+        self._files = files
+        self._explainer = explainer
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        """Yield all metrics, as they are now."""
+        counts = self._explainer.passages.counts
+        yield from _batches(counts, list(self._engine.registry.entries))
+        yield from _times(counts)
+        yield from self._work()
+        yield from self._models()
+        yield from self._devices()
+        yield self._stale()
+
+    def _work(self) -> Iterator[Metric]:
+        stations, admission = self._engine.stations, self._explainer.admission
+        rows = HistogramMetricFamily("sidelight_chunk_rows", "rows that ran at once", labels=("device",))
+        for name, station in _named(stations):
+            _add(rows, [name], station.runner.chunk_rows)
+        yield rows
+        yield GaugeMetricFamily("sidelight_batches_in_flight", "batches that hold a permit", value=admission.n_requests)
+        yield GaugeMetricFamily(
+            "sidelight_in_flight_bytes", "bytes of those batches and their answers", value=admission.n_bytes
+        )
+        in_flight = GaugeMetricFamily(
+            "sidelight_rows_in_flight", "rows that batches at a device may take at most", labels=("device",)
+        )
+        for name, station in _named(stations):
+            in_flight.add_metric([name], station.n_rows)
+        yield in_flight
+        yield GaugeMetricFamily("sidelight_streams_open", "streams that are open", value=self._service.n_streams)
+        yield CounterMetricFamily(
+            "sidelight_shed_streams",
+            "streams that waited for a message and were ended because memory was short",
+            value=self._service.n_shed,
+        )
+        stops = self._engine.stops
+        yield CounterMetricFamily(
+            "sidelight_stopped_batches", "batches that were cancelled while a row of theirs ran", value=stops.count
+        )
+
+    def _models(self) -> Iterator[Metric]:
+        entries = list(self._engine.registry.entries.values())
+        info = GaugeMetricFamily("sidelight_model_info", "1 for the version that serves", labels=_INFO)
+        serving = GaugeMetricFamily("sidelight_model_serving", "1 where the model answers, else 0", labels=("model",))
+        failed = CounterMetricFamily("sidelight_model_load_failures", "loads that failed", labels=("model",))
+        serves = statuses(self._engine, serves=True)  # as health has it
+        for entry in entries:
+            if version := entry.models:
+                info.add_metric([entry.name, str(version[0].version), version[0].digest, version[0].precision], 1)
+            serving.add_metric([entry.name], int(serves.get(MODEL + entry.name, False)))
+            failed.add_metric([entry.name], entry.n_failed)
+        yield from (info, serving, failed)
+
+    def _stale(self) -> Metric:
+        stale = GaugeMetricFamily(
+            "sidelight_secret_files_stale",
+            "1 where changed files were not good and the old ones stay",
+            labels=("files",),
+        )
+        # Each address has certificates of its own, from the same files.
+        for name, files in itertools.groupby(self._files, lambda each: each.name):
+            stale.add_metric([name], int(any(each.is_stale for each in files)))
+        return stale
+
+    def _devices(self) -> Iterator[Metric]:
+        memory = GaugeMetricFamily(
+            "sidelight_device_memory_bytes",
+            "bytes that this process holds of a GPU's memory; for a CPU, of the machine's",
+            labels=("device",),
+        )
+        free = GaugeMetricFamily(
+            "sidelight_device_free_bytes", "bytes of a GPU's memory that nobody holds", labels=("device",)
+        )
+        moves = GaugeMetricFamily(
+            "sidelight_device_moves", "1 where a device makes progress, else 0", labels=("device",)
+        )
+        short = CounterMetricFamily(
+            "sidelight_out_of_memory", "chunks that did not fit into a device's memory", labels=("device",)
+        )
+        for name, station in _named(self._engine.stations):
+            labels = [name]
+            moves.add_metric(labels, int(station.moves))
+            short.add_metric(labels, station.runner.n_out_of_memory)
+            if station.device.type == "cuda":
+                memory.add_metric(labels, torch.cuda.memory_reserved(station.device))
+                free.add_metric(labels, torch.cuda.mem_get_info(station.device)[0])
+            else:
+                memory.add_metric(labels, resident_bytes())
+        yield from (memory, free, moves, short)
+
+
+_INFO = ("model", "version", "digest", "precision")
+
+
+def _batches(counts: Counts, models: list[str]) -> Iterator[Metric]:
+    requests = CounterMetricFamily(
+        "sidelight_requests", "batches that were answered, by how", labels=("call", "model", "method", "code")
+    )
+    for (call, model, method, code), n in counts.requests.copy().items():
+        requests.add_metric([call, model, method, STATUSES[code].name], n)
+    yield requests
+    unread = dict.fromkeys(UNREAD, 0) | counts.unread.copy()
+    yield _labelled(
+        "sidelight_refused_calls", "calls that were refused before anything was read", ("code",),
+        (((STATUSES[code].name,), n) for code, n in unread.items()),
+    )  # fmt: skip
+    # From zero on: of a counter that begins with its first failure, Prometheus sees no rise.
+    failures = (
+        dict.fromkeys(itertools.product(("batch", "example"), ("", *models), REASONS), 0) | counts.failures.copy()
+    )
+    yield _labelled("sidelight_failures", "what failed and why", ("of", "model", "reason"), failures.items())
+    yield _labelled(
+        "sidelight_answers", "answers by how images and maps travelled", ("transport",),
+        (((transport,), n) for transport, n in counts.transports.copy().items()),
+    )  # fmt: skip
+    refined = dict.fromkeys(itertools.product(models, ("met", "missed")), 0) | counts.refined.copy()
+    yield _labelled(
+        "sidelight_tolerances",
+        "examples with a tolerance: was it met",
+        ("model", "outcome"),
+        refined.items(),
+    )
+    for name, told, counted in (
+        ("sidelight_predictions_compared", "predictions whose served class was told", counts.compared),
+        ("sidelight_prediction_mismatches", "those that were another class than was served", counts.differing),
+    ):
+        of_models = dict.fromkeys(models, 0) | counted.copy()
+        yield _labelled(name, told, ("model",), (((model,), n) for model, n in of_models.items()))
+
+
+def _times(counts: Counts) -> Iterator[Metric]:
+    of_models = counts.spans.copy()
+    for name in SPANS:
+        family = HistogramMetricFamily(f"sidelight_{name}_seconds", _SPANS[name], labels=("model",))
+        for model, histograms in of_models.items():
+            _add(family, [model], histograms[name])
+        yield family
+
+
+def _named(stations: Sequence[Station]) -> Iterator[tuple[str, Station]]:
+    """Yield the devices with their names, of which there may be one twice."""
+    seen: set[str] = set()
+    for station in stations:
+        name = str(station.device)
+        yield f"{name}#{station.index}" if name in seen else name, station
+        seen.add(name)
+
+
+def _labelled(
+    name: str, told: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], int]]
+) -> CounterMetricFamily:
+    family = CounterMetricFamily(name, told, labels=labels)
+    for each, n in values:
+        family.add_metric(each, n)
+    return family
+
+
+def _add(family: HistogramMetricFamily, labels: list[str], histogram: Histogram) -> None:
+    sums = list(itertools.accumulate(histogram.counts.copy()))
+    bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
+    family.add_metric(labels, list(zip(bounds, sums, strict=True)), sum_value=histogram.total)

@@ -1,0 +1,46 @@
+"""The watchdog: finds out that the thread of a device is stuck, and that it moves again. Both are said in the log."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from ..engine.device import Station
+from ..engine.engine import Engine
+from ..telemetry.logs import Event
+
+log = logging.getLogger("sidelight")
+
+LOOKS = 4  # in the time that a thread may be at one thing
+MAX_EVERY_S = 1.0
+
+
+class Watchdog:
+    """Looks at the pulses of an engine's devices, and calls `on_look` after each look. The event loop's."""
+
+    def __init__(self, engine: Engine, *, on_look: Callable[[], None]) -> None:
+        self._engine = engine
+        self._on_look = on_look
+        self._every_s = min(MAX_EVERY_S, engine.settings.stuck_s / LOOKS)
+        self._stuck: set[Station] = set()
+
+    async def run(self) -> None:
+        """Look, again and again, until cancelled."""
+        while True:
+            self.look()
+            await asyncio.sleep(self._every_s)
+
+    def look(self) -> None:
+        """Look once."""
+        for station in self._engine.stations:
+            pulse = station.runner.pulse
+            if pulse.is_stuck and station not in self._stuck:
+                self._stuck.add(station)
+                log.error(Event(
+                    "device_stuck", device=station.device, seconds=round(pulse.at_work_s, 1),
+                    longest_s=round(pulse.longest_s, 3), unanswered=self._engine.n_unanswered,
+                ))  # fmt: skip
+            elif station in self._stuck and not pulse.is_stuck:
+                self._stuck.discard(station)
+                if station.runner.is_alive:
+                    log.warning(Event("device_moves", device=station.device))
+        self._on_look()

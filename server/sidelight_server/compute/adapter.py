@@ -1,0 +1,110 @@
+"""The adapter: how a module is called, and where its outputs lie in what it returns. The kernel's way into a module."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..config.spec import Constant
+from ..errors import OutputsError
+
+LabelForm = Literal["classes", "column", "row"]  # int64 [n], or floating [n, 1] or [n, K]
+
+
+@dataclass(frozen=True, slots=True)
+class Labels:
+    """Zeros for a keyword that demands labels, although outputs do not depend on them."""
+
+    keyword: str
+    form: LabelForm = "classes"
+    width: int = 1  # K of a row
+
+    def filled(self, like: Tensor, value: int = 0) -> Tensor:
+        """Return well-formed labels for such inputs, [n, C, H, W]: zeros, or another value."""
+        if self.form == "classes":
+            return torch.full((len(like),), value, dtype=torch.int64, device=like.device)
+        return torch.full((len(like), self.width), value, dtype=like.dtype, device=like.device)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """How one module is called. Without anything: with one tensor by position, and it returns one."""
+
+    input: str = ""  # the keyword that takes the images; empty: the first position
+    arguments: tuple[tuple[str, Constant], ...] = ()
+    labels: Labels | None = None
+    output: int | str | None = None  # place, key or attribute in what is returned; None: that is a tensor itself
+    least: int = 1  # examples that the module takes at once; fewer are filled up
+    most: int = 0  # 0: as many as there are
+
+    def __call__(self, module: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the module's outputs for inputs, [n, C, H, W]: [n, K] or [n, K, h, w].
+
+        Raises whatever the module raises, and `OutputsError`, which says what it returned instead.
+        """
+        return self.outputs(self.call(module, inputs), n=len(inputs))
+
+    def outputs(self, returned: object, *, n: int) -> Tensor:
+        """Return the outputs of n inputs, out of what `call` returned."""
+        outputs = returned if self.output is None else _found(returned, self.output)
+        if not isinstance(outputs, Tensor):
+            hint = "; set output, or trial_size to have it found out" if self.output is None and items(returned) else ""
+            raise OutputsError(f"the model returned {told(returned)}, expected a tensor [n, K] or [n, K, h, w]{hint}")
+        if outputs.is_complex():
+            raise OutputsError(f"the model returned {outputs.dtype}, expected real numbers".replace("torch.", ""))
+        outputs = outputs[:n] if n < self.least else outputs
+        outputs = outputs[:, None] if outputs.ndim == 1 else outputs
+        if outputs.ndim not in (2, 4) or len(outputs) != n or 0 in outputs.shape:
+            raise OutputsError(f"the model returned {told(returned)} for {n} examples, expected [n, K] or [n, K, h, w]")
+        return outputs
+
+    def call(self, module: nn.Module, inputs: Tensor, *, label: int = 0) -> object:
+        """Return all that the module returns, the rows that it was filled up with too."""
+        if missing := max(0, self.least - len(inputs)):
+            inputs = torch.cat([inputs, inputs.new_zeros(missing, *inputs.shape[1:])])
+        named: dict[str, object] = dict(self.arguments)
+        if self.labels:
+            named[self.labels.keyword] = self.labels.filled(inputs, label)
+        return module(**{self.input: inputs}, **named) if self.input else module(inputs, **named)
+
+    @property
+    def told(self) -> str:
+        """How the module is called, in a line: "(image=images, disease=zeros) → y_prob"."""
+        taken = [f"{self.input}=images" if self.input else "images"]
+        taken += [f"{name}={value}" for name, value in self.arguments]
+        taken += [f"{self.labels.keyword}=zeros"] if self.labels else []
+        return f"({', '.join(taken)})" + ("" if self.output is None else f" → {self.output}")
+
+
+PLAIN = Adapter()
+
+
+def items(returned: object) -> Mapping[int | str, object]:
+    """Return what lies in what a module returned: by key, place or, of an object's own making, attribute."""
+    if isinstance(returned, Mapping):
+        return returned
+    if isinstance(returned, list | tuple):
+        return dict(enumerate(returned)) | {name: getattr(returned, name) for name in getattr(returned, "_fields", ())}
+    return {} if isinstance(returned, Tensor) or returned is None else getattr(returned, "__dict__", {})
+
+
+def told(returned: object) -> str:
+    """Say what a module returned: "dict of loss [], y_prob [2, 5]"."""
+    name = type(returned).__name__
+    if isinstance(returned, Tensor):
+        kind = str(returned.dtype).removeprefix("torch.")
+        return f"{list(returned.shape)}" if returned.is_floating_point() else f"{kind} {list(returned.shape)}"
+    within = [
+        f"{key} {list(each.shape) if isinstance(each, Tensor) else type(each).__name__}"
+        for key, each in items(returned).items()
+    ]
+    return f"{name} of {', '.join(within[:8])}" if within else name
+
+
+def _found(returned: object, output: int | str) -> object:
+    try:
+        return items(returned)[output]
+    except KeyError:
+        raise OutputsError(f'the model returned {told(returned)}, in which there is no output "{output}"') from None

@@ -1,0 +1,323 @@
+"""The kernel: outputs and gradients of a chunk, on a replica of the model.
+
+Everything here runs on the thread that owns the device. `torch.autograd.grad` is asked for the gradient at the probe
+alone: no parameter gets a gradient, and nothing of the caller's module is written. (`zero_grad()` and `.backward()` on
+a shared module crash the process once two threads do it.)
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..config.options import KernelOptions
+from ..domain import Aim, Score
+from ..errors import FailedPrecondition
+from ..methods.method import Layer, Probe, Rectifiers
+from .adapter import PLAIN, Adapter
+from .cuda_graphs import Recordings, recorder
+from .head import Head
+from .layer_hooks import NOTHING_TO_GUIDE, Guided, capture
+from .layers import Layers
+from .replica import SHARED, Isolation, Replica, replicate, weights_dtype
+from .saved_memory import Keeping
+from .weights import Watch
+
+_Read = Callable[[Tensor], "tuple[Gradients, Tensor | None]"]  # outputs, to what they say and gradients at them
+
+LEAST_EXPONENT = -125  # of a power of two whose inverse float32 holds too
+
+
+@dataclass(frozen=True, slots=True)
+class Gradients:
+    """What one run of the kernel gives, on the device."""
+
+    explained: Tensor  # [n], class indices
+    scores: Tensor  # [n], as a rule float64
+    is_dead: Tensor  # bool, [n]: whether the gradient that was sent back is numerically nothing
+    predicted: Tensor  # [n], class indices
+    probabilities: Tensor  # [n, K]
+    output_shape: tuple[int, ...]  # K, or K, h, w
+    # In no less than float32: [n, C, H, W], or [n, c, h, w] of a layer; None where none was wanted
+    gradients: Tensor | None = None
+    activations: Tensor | None = None  # [n, c, h, w] of a layer
+
+
+class Kernel:
+    """A replica of one model on one device.
+
+    `dtype` is that of points and gradients. With a precision of the operator's choice the module computes in that, and
+    all around it stays float32. Folding needs a `trial`, [n, C, H, W].
+
+    Raises whatever the module raises, and what the adapter does where it returns something else; when it is made,
+    `ConfigurationError` for an option that this module cannot have.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device,
+        adapter: Adapter = PLAIN,
+        head: Head | None = None,
+        layers: Layers | None = None,
+        options: KernelOptions | None = None,
+        trial: Tensor | None = None,
+        isolation: Isolation = SHARED,
+        is_shared: bool = False,
+    ) -> None:
+        self.options = options or KernelOptions()
+        self.dtype = torch.float32 if self.options.precision else weights_dtype(module)
+        self.device = device
+        self.head = head or Head()
+        self._adapter = adapter
+        self._layers = layers or Layers()
+        self.watch = Watch(module, is_shared=is_shared)
+        self._replica = Replica(
+            self.watch, device=device, options=self.options, adapter=adapter, trial=trial, isolation=isolation
+        )
+        if self.options.fold and not self.n_folded:  # an answer must not say what was not done
+            self.options = replace(self.options, fold=False)
+        self._hooked_replica: nn.Module | None = None
+        self._recordings: Recordings | None = None
+        self._copies_inputs: bool | None = None  # not known before the first call
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The type that the module computes in."""
+        return self._replica.dtype
+
+    @property
+    def n_folded(self) -> int:
+        """How many norms are part of the convolutions before them."""
+        return self._replica.n_folded
+
+    @property
+    def told(self) -> str:
+        """What runs, in a word: "float32", "bfloat16+fold"."""
+        return self.options.told(str(self.compute_dtype).removeprefix("torch."))
+
+    @property
+    def _hooked(self) -> nn.Module:
+        """A replica of its own for what hooks into the module. No weight is copied."""
+        if self._hooked_replica is None:
+            self._hooked_replica = replicate(self._replica.plain)
+        return self._hooked_replica
+
+    @property
+    def _records(self) -> bool:
+        return self.options.cuda_graphs
+
+    @property
+    def _recorded(self) -> Recordings:
+        if self._recordings is None:
+            self._recordings = Recordings(self.outputs_of, functools.partial(recorder, self.device))
+        return self._recordings
+
+    def run(
+        self,
+        inputs: Tensor,
+        aims: Sequence[Aim],
+        wanted: Sequence[Score],
+        *,
+        probe: Probe = None,
+        gradient: bool = True,
+        plain_head: bool = False,
+    ) -> Gradients:
+        """Return what each row, [C, H, W] of inputs, says of its own score of its own aim, and its gradient.
+
+        A class beyond K is clamped: the caller, who learns K from the answer, refuses that row. With a plain head every
+        score is computed in the type of the outputs, as `torch.autograd` by itself does; see `Head.read`.
+        """
+        self._refresh()
+        inputs = inputs.detach()
+
+        def read(outputs: Tensor) -> tuple[Gradients, Tensor | None]:
+            return self._read(outputs, aims, wanted, gradient=gradient, plain_head=plain_head)
+
+        if not gradient:
+            with torch.no_grad():
+                outputs = self._recorded.of(inputs).outputs(inputs) if self._records else self.outputs_of(inputs)
+                return read(outputs)[0]
+        match probe:
+            case Layer(name):
+                return self._at_layer(inputs, read, name)
+            case Rectifiers.GUIDED:
+                with Guided() as guided:  # which a compiled module does not see: its own module runs instead
+                    answer = self._at_input(inputs, read, module=self._uncompiled)
+                if not guided.n_rectifiers:
+                    raise FailedPrecondition(NOTHING_TO_GUIDE)
+                return answer
+            case None if self._records:
+                return self._replayed(inputs, read)
+            case None:
+                return self._at_input(inputs, read)
+
+    def kept(self, inputs: Tensor, *, limit: int) -> Keeping:
+        """Run a forward pass alone; return what it keeps for the way back, or that it ended at the limit in bytes."""
+        self._refresh()
+        module, leaf = self._uncompiled, inputs.detach().clone().requires_grad_()
+        with Keeping(limit=limit, weights=module) as kept, torch.enable_grad():
+            try:
+                self.outputs_of(leaf, module=module)
+            except Exception:
+                if not kept.is_over:
+                    raise
+        return kept
+
+    @property
+    def _uncompiled(self) -> nn.Module:
+        plain = self._replica.plain
+        module: nn.Module = getattr(plain, "_orig_mod", plain)
+        return module
+
+    def _refresh(self) -> None:
+        if self._replica.is_stale:
+            self._replica.refresh()
+            self._hooked_replica = self._recordings = None
+
+    def fingerprint(self, inputs: Tensor) -> str:
+        """Return the SHA-256 of the module's outputs, and of the gradient of their weighted sum, at such inputs.
+
+        In hexadecimal, over types, shapes and bytes. The weights are 1 to 2, from the first output to the last: with
+        equal ones a sum of probabilities would be 1 whatever it depends on. Without a gradient it is of outputs alone.
+        """
+        self._refresh()
+        leaf = inputs.detach().requires_grad_()
+        with torch.enable_grad():
+            outputs = self.outputs_of(leaf)
+            weights = torch.linspace(1, 2, outputs[0].numel(), dtype=outputs.dtype, device=outputs.device)
+            total = (outputs.flatten(1) * weights).sum()
+            slope = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
+        digest = hashlib.sha256()
+        for each in (outputs.detach(), slope):
+            if each is not None:
+                digest.update(f"{each.dtype} {list(each.shape)}\n".encode())
+                digest.update(each.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def adopt(self, *, adapter: Adapter, head: Head, layers: Layers) -> None:
+        """Call the module, and read its outputs and layers, as was found out later than the kernel was made."""
+        self._adapter, self.head, self._layers = adapter, head, layers
+
+    def head_precision(self, score: Score, *, plain_head: bool) -> str:
+        """Return the type that a score and its gradient at the outputs are computed in, as provenance tells it."""
+        outputs = self.dtype if plain_head else torch.promote_types(self.dtype, torch.float32)
+        return self.head.precision(score, outputs=outputs, device=self.device, is_plain=plain_head)
+
+    def outputs_of(self, inputs: Tensor, *, module: nn.Module | None = None) -> Tensor:
+        """Return the module's outputs, [n, K] or [n, K, h, w]."""
+        # Not `module or …`: a compiled one's truth is its length, which it has none of.
+        return self._widened(self._call(inputs, self._replica.module if module is None else module))
+
+    def _at_input(self, inputs: Tensor, read: _Read, *, module: nn.Module | None = None) -> Gradients:
+        inputs.requires_grad_()
+        with torch.enable_grad():
+            outputs = self.outputs_of(inputs, module=module)
+        answer, sent = read(outputs)
+        return replace(answer, gradients=self._gradients(sent, outputs, inputs))
+
+    def _gradients(self, sent: Tensor | None, outputs: Tensor, leaf: Tensor) -> Tensor:
+        """Return the gradients of scores at a leaf of the graph, given those at the outputs."""
+
+        def back(each: Tensor) -> Tensor:
+            given = (each.to(outputs.dtype),)
+            has_graph = outputs.requires_grad
+            (slope,) = torch.autograd.grad(outputs, leaf, given, allow_unused=True) if has_graph else (None,)
+            if slope is None:
+                raise FailedPrecondition("method: the model's outputs have no gradient; ask for occlusion or rise")
+            return slope
+
+        return self._sent_back(sent, back)
+
+    def _replayed(self, inputs: Tensor, read: _Read) -> Gradients:
+        """Return what `_at_input` does, from recordings of the passes on both sides of the head."""
+        recording = self._recorded.of(inputs)
+        answer, sent = read(recording.outputs(inputs))
+        return replace(answer, gradients=self._sent_back(sent, recording.gradients))
+
+    def _sent_back(self, sent: Tensor | None, back: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the gradients of scores where `back` takes those at the outputs to, in no less than float32."""
+        assert sent is not None  # noqa: S101
+        if self.compute_dtype != torch.float16 or sent.dtype == torch.float16:
+            return _at_least_float32(back(sent))
+        # A sure probability's gradient is less than float16 holds. So what goes back through the module is each row's
+        # own, scaled by a power of two to about 1, and what comes out is scaled back, without another rounding.
+        largest = sent.flatten(1).abs().amax(dim=1)  # [n]
+        exponent = torch.frexp(largest).exponent.clamp(min=LEAST_EXPONENT)
+        scale = torch.ldexp(torch.ones_like(largest), -exponent)
+        return _row_by_row(_at_least_float32(back(_row_by_row(sent, scale))), 1 / scale)
+
+    def _at_layer(self, inputs: Tensor, read: _Read, name: str) -> Gradients:
+        name = self._layers.chosen(name, [])  # it is not known beforehand if the model takes any size
+        # The graph begins at the layer: what lies before it is run without one.
+        with torch.enable_grad(), capture(self._hooked, name) as captured:
+            outputs = self._widened(self._adapter(self._hooked, self._arranged(inputs.clone())))
+        leaf = captured.leaf[0]
+        answer, sent = read(outputs)
+        layout, size = self._layers.layouts[name], (inputs.shape[2], inputs.shape[3])
+        gradients = layout.arranged(self._gradients(sent, outputs, leaf), size)
+        return replace(answer, gradients=gradients, activations=layout.arranged(leaf.detach(), size).to(self.dtype))
+
+    def _read(
+        self, outputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], *, gradient: bool, plain_head: bool
+    ) -> tuple[Gradients, Tensor | None]:
+        """Return what outputs say, and the gradients of the scores at them."""
+        values = outputs.detach() if plain_head else _at_least_float32(outputs.detach())
+        with torch.no_grad():
+            probabilities = self.head.probabilities(values)  # [n, K]
+            predicted = self.head.predicted(values, probabilities)
+            explained = _classes(aims, predicted, probabilities.shape[1])
+        step = torch.finfo(self.compute_dtype).eps
+        said = self.head.read(values, explained, aims, wanted, gradient=gradient, is_plain=plain_head, step=step)
+        shape = (probabilities.shape[1], *outputs.shape[2:])
+        return Gradients(explained, said.scores, said.is_dead, predicted, probabilities, shape), said.sent
+
+    def _arranged(self, inputs: Tensor) -> Tensor:
+        """Return inputs in the type and the layout that the module computes in: themselves, unless that is chosen."""
+        if not self.options.channels_last:
+            return inputs.to(self.compute_dtype)
+        return inputs.to(self.compute_dtype, memory_format=torch.channels_last)
+
+    def _widened(self, outputs: Tensor) -> Tensor:
+        return outputs.to(self.dtype) if self.options.precision else outputs
+
+    def _call(self, inputs: Tensor, module: nn.Module) -> Tensor:
+        """Run the module. One that begins with an in-place operation gets a copy: the points themselves stay as is."""
+        arranged = self._arranged(inputs)
+        if arranged is not inputs or self._copies_inputs:
+            return self._adapter(module, inputs.clone() if arranged is inputs else arranged)
+        if inputs.requires_grad:
+            try:
+                return self._adapter(module, inputs)
+            except RuntimeError as error:
+                if "a leaf Variable that requires grad" not in str(error):
+                    raise
+            self._copies_inputs = True
+            return self._adapter(module, inputs.clone())
+        if self._copies_inputs is False:
+            return self._adapter(module, inputs)
+        copied = inputs.clone()
+        before = copied._version
+        outputs = self._adapter(module, copied)
+        self._copies_inputs = copied._version != before
+        return outputs
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _row_by_row(rows: Tensor, factors: Tensor) -> Tensor:
+    return rows * factors.view(-1, *[1] * (rows.ndim - 1)).to(rows.dtype)
+
+
+def _classes(aims: Sequence[Aim], predicted: Tensor, n_classes: int) -> Tensor:
+    if all(aim.positive is None for aim in aims):
+        return predicted
+    given = torch.tensor([-1 if aim.positive is None else min(aim.positive, n_classes - 1) for aim in aims])
+    given = given.to(predicted.device)
+    return torch.where(given < 0, predicted, given)

@@ -1,0 +1,102 @@
+"""Probes: gradients taken elsewhere than at the plain input. On the thread that owns the device.
+
+What hooks into a module does so on a replica of its own, which nobody else runs: hooks on a shared one would meet the
+rows of other requests.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import InvalidArgument
+from .layers import first_tensor, with_first_tensor
+
+
+@dataclass(slots=True)
+class Captured:
+    """What a layer returned, as the leaf of a graph that begins there."""
+
+    leaf: list[Tensor] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def capture(module: nn.Module, layer: str) -> Iterator[Captured]:
+    """Cut a module's graph at a layer, for as long as the context lasts."""
+    captured = Captured()
+
+    def cut(_module: nn.Module, _inputs: object, output: Any) -> Any:
+        value = first_tensor(output)
+        if value is None:
+            raise InvalidArgument(f'method.layer: "{layer}" returns {type(output).__name__}, expected a tensor')
+        if captured.leaf:
+            raise InvalidArgument(f'method.layer: "{layer}" runs more than once in a pass, expected a layer of one run')
+        captured.leaf.append(value.detach().requires_grad_())
+        copy = captured.leaf[0].clone()  # what comes next may work in place, and must not have the leaf itself
+        return with_first_tensor(output, copy)
+
+    handle = module.get_submodule(layer).register_forward_hook(cut)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+NOTHING_TO_GUIDE = (
+    "method.guided_backpropagation: the model has no rectifier to guide, expected ReLU or ReLU6 in a module (scripts "
+    "and exported programs do not show theirs); ask for gradient, or serve the module itself"
+)
+
+
+class _Guided(torch.autograd.Function):
+    """A rectifier whose gradient passes only where it is positive, and where the input was within the bounds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, upper: float) -> Tensor:
+        y = x.clamp(0, upper)
+        ctx.save_for_backward((y > 0) & (x < upper))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        (passes,) = ctx.saved_tensors
+        return gradients[0].clamp(min=0) * passes, None
+
+
+class Guided(TorchFunctionMode):
+    """Runs every rectifier by the guided rule, whether it is a module or a function. It holds for its own thread."""
+
+    _UPPER: ClassVar[dict[Any, float]] = {
+        function: float("inf")
+        for function in (torch.relu, torch.relu_, nn.functional.relu, nn.functional.relu_, Tensor.relu, Tensor.relu_)
+    } | {nn.functional.relu6: 6.0}
+    _IN_PLACE: ClassVar[tuple[Any, ...]] = (torch.relu_, nn.functional.relu_, Tensor.relu_)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.n_rectifiers = 0
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Replace a rectifier; let everything else through."""
+        named = kwargs or {}
+        upper = self._UPPER.get(function)
+        if function is nn.functional.hardtanh and _is_relu6(*args[1:], **named):
+            upper = 6.0
+        if upper is None:
+            return function(*args, **named)
+        self.n_rectifiers += 1
+        x = args[0] if args else named["input"]
+        y = _Guided.apply(x, upper)  # type: ignore[no-untyped-call]
+        in_place = function in self._IN_PLACE or named.get("inplace") or (args and args[-1] is True)
+        return x.copy_(y) if in_place else y
+
+
+def _is_relu6(*given: Any, **named: Any) -> bool:
+    bounds = dict(zip(("min_val", "max_val"), given, strict=False)) | named
+    return (bounds.get("min_val"), bounds.get("max_val")) == (0, 6)

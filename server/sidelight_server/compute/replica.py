@@ -1,0 +1,191 @@
+"""The replica: what a kernel runs instead of the caller's module. It is frozen, in eval mode, and nobody else's."""
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from ..config.options import KernelOptions
+from ..errors import ConfigurationError
+from .adapter import Adapter
+from .batchnorm_fusion import COMPUTING, fold
+from .weights import Watch, address, tensors_of
+
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+# What transformers, timm, torchvision's and Swin's authors call the switch. Gradients are the same without; with it a
+# pass runs twice, or `torch.autograd.grad` refuses.
+_CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "use_checkpointing", "with_cp")
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """What a replica does not share with the caller's module."""
+
+    owned: frozenset[str] | None = frozenset()  # tensors that a pass writes to, by name; None: every buffer
+    keeps_hooks: bool = True  # those of the forward pass, which may be part of what is computed
+
+
+SHARED = Isolation()
+
+
+def replicate(module: nn.Module, isolation: Isolation = SHARED) -> nn.Module:
+    """Return a frozen copy of a module in eval mode that shares its parameters' and buffers' storage.
+
+    The module itself is neither frozen, moved nor switched; training it further shows in the replica. What a pass may
+    write to, and whose hooks run, `isolation` says. Hooks of the backward pass and of the state are left out: they say
+    nothing about the outputs. Tensors with a graph, in attributes, become constants; gradient checkpointing is off.
+    """
+    memo: dict[int, object] = {}
+    for name, parameter in module.named_parameters():
+        values = parameter.data.clone() if name in (isolation.owned or ()) else parameter.data
+        memo[id(parameter)] = nn.Parameter(values, requires_grad=False)
+    for name, buffer in module.named_buffers():
+        is_owned = isolation.owned is None or name in isolation.owned
+        memo[id(buffer)] = buffer.detach().clone() if is_owned else buffer
+    for each in _eager(module):
+        memo |= {id(held): held for held in vars(each).values() if isinstance(held, Dataset)}
+        memo |= {id(hooks): kept for hooks, kept in _hooks(each, isolation)}
+        memo |= {id(held): held.detach().clone() for held in _with_graph(vars(each).values()) if id(held) not in memo}
+    replica = _copied(module, memo)
+    theirs = {id(each) for each in module.parameters()}
+    for parameter in replica.parameters():  # those that deepcopy made anew all the same, as it does for TorchScript
+        if parameter.requires_grad and id(parameter) not in theirs:
+            parameter.detach_()  # which needs no leaf
+    for each in _eager(replica):
+        for switch in _CHECKPOINTING:
+            if vars(each).get(switch) is True:
+                setattr(each, switch, False)
+    with contextlib.suppress(NotImplementedError):  # an exported program is in one mode for ever
+        replica.eval()
+    return replica
+
+
+def n_hooks(module: nn.Module) -> int:
+    """Return how many hooks of the caller's, or of the model's author, run with a pass of a module."""
+    kinds = (*_FORWARD_HOOKS, *_BACKWARD_HOOKS)
+    hooks = (hook for each in _eager(module) for kind in kinds for hook in vars(each).get(kind, {}).values())
+    return sum(not isinstance(hook, COMPUTING) for hook in hooks)
+
+
+def _eager(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that are written in Python: a script has no attributes to look at."""
+    return (each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule))
+
+
+def _hooks(module: nn.Module, isolation: Isolation) -> Iterator[tuple[object, object]]:
+    """Yield a module's tables of hooks that are not copied as they are, and what the replica has instead."""
+    # Not copied and then removed: a hook may hold on to whatever its owner has.
+    for kind in (*_BACKWARD_HOOKS, *_STATE_HOOKS, *(() if isolation.keeps_hooks else _FORWARD_HOOKS)):
+        hooks = vars(module).get(kind)
+        if hooks:
+            yield hooks, type(hooks)((key, hook) for key, hook in hooks.items() if isinstance(hook, COMPUTING))
+
+
+def _with_graph(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors that belong to a graph, also of lists and dictionaries: deepcopy refuses them."""
+    for value in values:
+        if isinstance(value, Tensor):
+            if value.grad_fn is not None:
+                yield value
+        elif isinstance(value, Mapping):
+            yield from _with_graph(value.values())
+        elif isinstance(value, list | tuple | set):
+            yield from _with_graph(value)
+
+
+def weights_dtype(module: nn.Module) -> torch.dtype:
+    """Return the type that a module's weights have; float32 where it has none."""
+    floating = (each for each in module.parameters() if each.is_floating_point())
+    return next((each.dtype for each in floating), torch.float32)
+
+
+class Replica:
+    """A module's replica on a device, prepared as the operator chose.
+
+    Without options, and on the module's own device, no weight is copied. Where the caller has replaced a tensor since,
+    or has written to one that was copied, the replica is made again, so that a map is of the module's weights.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        *,
+        device: torch.device,
+        options: KernelOptions,
+        adapter: Adapter,
+        trial: Tensor | None,
+        isolation: Isolation,
+    ) -> None:
+        if options.cuda_graphs and device.type != "cuda":
+            raise ConfigurationError(f"cuda_graphs: needs a CUDA device, the server runs on {device}")
+        self._watch = watch
+        self._device = device
+        self._options = options
+        self._adapter = adapter
+        self._trial = trial
+        self._isolation = isolation
+        self._holds_copies = False
+        self._seen = watch.look()
+        self.dtype = getattr(torch, options.precision) if options.precision else weights_dtype(watch.module)
+        self.n_folded = 0
+        self._make()
+
+    @property
+    def is_stale(self) -> bool:
+        """Whether the module's weights are others than those that the replica shares, or has copied."""
+        now = self._watch.look()
+        return now.replaced != self._seen.replaced or (self._holds_copies and now.written != self._seen.written)
+
+    def refresh(self) -> None:
+        """Make the replica again."""
+        self._make()
+
+    def _make(self) -> None:
+        seen = self._watch.look()
+        source, options = self._watch.module, self._options
+        module = replicate(source, self._isolation).to(self._device)
+        for name in ("fold", "compile", "cuda_graphs"):
+            if getattr(options, name) and self._trial is None:
+                raise ConfigurationError(
+                    f"{name}: it is tried before it serves, which needs an input_size or a trial_size"
+                )
+        if options.fold and self._trial is not None:
+            module = _owning(module)
+            self.n_folded = fold(module, self._trial, adapter=self._adapter)
+        if options.precision:
+            module = module.to(self.dtype)
+        if options.channels_last:
+            # torch's own annotations leave the keyword out.
+            module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.plain: nn.Module = module  # for hooks and modes, which a compiled one would not see
+        # Sizes of chunks vary: one compilation for all of them, and one more for a row alone.
+        self.module: nn.Module = torch.compile(module, dynamic=True) if options.compile else module  # type: ignore[assignment]
+        self._holds_copies = not options.is_exact or _addresses(module) != _addresses(source)
+        self._seen = seen  # not before: copies that could not be made again must stay stale
+
+
+def _addresses(module: nn.Module) -> list[int]:
+    return [address(each) for each in tensors_of(module)]
+
+
+def _owning(module: nn.Module) -> nn.Module:
+    """Return a replica with weights of its own, to be written to."""
+    return _copied(module, {}).requires_grad_(False)
+
+
+def _copied(module: nn.Module, memo: dict[int, object]) -> nn.Module:
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's at itself, of exported programs
+        return copy.deepcopy(module, memo)

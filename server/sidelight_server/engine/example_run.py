@@ -1,0 +1,218 @@
+"""A job: one example in progress. Its method's paused generator, and the rows of the sweep that it waits for."""
+
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..domain import Aim, Array, Convergence, Dense, Explained, Request, Target
+from ..errors import Internal, InvalidArgument, SidelightError
+from ..methods.method import Example, Improved, Outcome, Reading, Sweep, read
+from ..models.model import Model
+from .preparation import Prepared, not_dense
+
+# Of an input that is a model's own fault if its output is not finite: float32 holds the square of this.
+LARGEST_INPUT = 1e18
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example at one point: the unit of work."""
+
+    job: "Job"
+    sweep: Sweep
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a job has to say, its maps still on the device."""
+
+    # Whether each map is known to be rounding alone, or not to be; None: it is nothing where it is zero everywhere.
+    is_negligible: tuple[bool | None, ...]
+    maps: tuple[Tensor, ...]  # [H, W], or [C, H, W] without channel reduction; one for each class that is explained
+    explained: tuple[Explained, ...]
+    predicted: int
+    probability: float
+    probabilities: Tensor  # [K]
+    convergence: Convergence | None
+    is_exact: bool = False  # whether the maps stay in their type, float64, instead of becoming float32
+    is_final: bool = True
+
+
+class Job:
+    """One example of a request, explained step by step on the thread that owns the device.
+
+    Whatever `give` raises has ended the job: then `close` it.
+    """
+
+    def __init__(self, request: Request, model: Model, prepared: Prepared, place: int, *, is_watched: bool) -> None:
+        example = prepared.examples[place]
+        if isinstance(example, Exception):
+            raise TypeError("an example that failed has no job")
+        self.place = place
+        self.example: Array = example
+        self.aim: Aim = prepared.aims[place]
+        self.result: Result | None = None  # the newest, until it is taken
+        self._request = request
+        self._model = model
+        self._prepared = prepared
+        self._is_watched = is_watched and not prepared.top_k
+        self._n_rows = 0
+        self._n_gradients = self._n_dead = 0  # rows that were differentiated for the class in progress
+        self._n_taken = self._n_folded = 0
+        self._steps = self._explain()
+        self._sweep: Sweep | None = None
+        self._advance()
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the job wants no more rows."""
+        return self._sweep is None
+
+    @property
+    def pending(self) -> int:
+        """How many rows can be taken now."""
+        return self._sweep.count - self._n_taken if self._sweep else 0
+
+    @property
+    def wants_gradient(self) -> bool:
+        """Whether the rows that can be taken now want a gradient."""
+        return self._sweep is not None and self._sweep.gradient
+
+    def take(self) -> Row:
+        """Give the next row away. Called only while `pending`."""
+        assert self._sweep is not None  # noqa: S101
+        self._n_taken += 1
+        return Row(self, self._sweep, self._n_taken - 1)
+
+    def give(self, row: Row, reading: Reading) -> None:
+        """Fold what a row gave, and go on if it was the sweep's last."""
+        if self.is_over:
+            return
+        if not (math.isfinite(reading.score) and math.isfinite(reading.probability)):
+            raise self.not_finite(reading.input)
+        self._n_rows += 1
+        self._n_gradients += row.sweep.gradient
+        self._n_dead += row.sweep.gradient and reading.is_dead
+        row.sweep.fold(row.index, reading)
+        self._n_folded += 1
+        if self._n_folded == row.sweep.count:
+            self._advance()
+
+    def not_finite(self, point: Tensor | None = None) -> SidelightError:
+        """Return what to say where a number is not finite, at a point, [C, H, W], or somewhere in the map.
+
+        It is the caller's where the example, its noise or its baseline leave what a model computes with.
+        """
+        at = torch.as_tensor(self.example) if point is None else point
+        largest = float(at.abs().max())  # NaN where the point is
+        if not largest <= LARGEST_INPUT:
+            return InvalidArgument(
+                f"images: with the method's noise and baseline, example {self.place} reaches {largest:g}, where the "
+                "model's output or gradient is not finite"
+            )
+        return Internal(f'model "{self._model.name}": output or gradient is not finite for example {self.place}')
+
+    def close(self) -> None:
+        """End, and let go of what the device holds for this."""
+        self._sweep = None
+        self._steps.close()
+
+    def _advance(self) -> None:
+        """Run the method until it wants rows, or has ended."""
+        self._sweep = next(self._steps, None)
+        self._n_taken = self._n_folded = 0
+
+    def _explain(self) -> Generator[Sweep, None, None]:
+        """Look at the example, then run the method for each class that is explained."""
+        method, top_k = self._request.method, self._prepared.top_k
+        first = yield from read(None, gradient=method.begins_with_gradient and not top_k)
+        _check_target(self._request.target, self.aim, top_k, self._model)
+        if top_k or not method.is_one_row:
+            first = first.kept()
+        finished: list[Outcome] = []
+        explained: list[Explained] = []
+        for aim in self._aims(first, top_k):
+            self.aim = aim
+            if top_k:
+                self._n_gradients = self._n_dead = 0
+            start = (yield from read(first.input, gradient=method.begins_with_gradient)) if top_k else first
+            step = torch.finfo(self._model.kernel.compute_dtype).eps
+            steps = method.run(Example(first.input, self.place, self._model.black, start, self._is_watched, step))
+            outcome = self._finished((yield from self._watched(steps, first)))
+            explained.append(self._explained(start))
+            # Of many maps none keeps the memory of the chunk that it is a view of.
+            finished.append(replace(outcome, attribution=outcome.attribution.clone()) if top_k else outcome)
+        self.result = self._result(first, tuple(explained), finished)
+
+    def _aims(self, first: Reading, top_k: int) -> list[Aim]:
+        classes = first.probabilities.topk(top_k).indices.tolist() if top_k else [first.explained]
+        return [replace(self.aim, positive=each) for each in classes]
+
+    def _watched(
+        self, steps: Generator[Sweep | Improved, None, Outcome], first: Reading
+    ) -> Generator[Sweep, None, Outcome]:
+        """Pass a method's sweeps on, and take what has improved as a result that is not final."""
+        try:
+            while True:
+                step = next(steps)
+                if isinstance(step, Improved):
+                    so_far = self._result(first, (self._explained(first),), [self._finished(step.outcome)])
+                    self.result = replace(so_far, is_final=False)
+                else:
+                    yield step
+        except StopIteration as end:
+            outcome: Outcome = end.value
+            return outcome
+
+    def _finished(self, outcome: Outcome) -> Outcome:
+        """Return an outcome with its map in place of the attribution."""
+        method, channels = self._request.method, self._request.channels
+        return replace(outcome, attribution=method.finish(outcome.attribution, channels, self._prepared.shape))
+
+    def _result(self, first: Reading, explained: tuple[Explained, ...], finished: list[Outcome]) -> Result:
+        return Result(
+            is_negligible=tuple(each.is_negligible for each in finished),
+            maps=tuple(each.attribution for each in finished),
+            explained=explained,
+            predicted=first.predicted,
+            probability=first.probability,
+            probabilities=first.probabilities,
+            convergence=None if self._request.method.is_one_row else self._convergence(finished),
+            is_exact=self._request.exact and all(each.attribution.dtype == torch.float64 for each in finished),
+        )
+
+    def _explained(self, reading: Reading) -> Explained:
+        # Where one gradient is alive, as it is somewhere on a path from another class, it is what the map is made of.
+        is_saturated = 0 < self._n_gradients == self._n_dead
+        return Explained(reading.explained, reading.score, is_saturated, self.aim.negative)
+
+    def _convergence(self, outcomes: list[Outcome]) -> Convergence:
+        """Return how good the worst of the maps is."""
+        met = [outcome.is_met for outcome in outcomes if outcome.is_met is not None]
+        return Convergence(
+            self._n_rows,
+            _largest(outcome.error for outcome in outcomes),
+            _largest(outcome.completeness_error for outcome in outcomes),
+            _largest(outcome.relative_completeness_error for outcome in outcomes),
+            tolerance=self._request.method.tolerance,
+            is_met=all(met) if met else None,
+        )
+
+
+def _check_target(target: Target, aim: Aim, top_k: int, model: Model) -> None:
+    """Refuse what only the first output shows to be wrong, where a model takes any size."""
+    if isinstance(target, Dense) and target.needs_pixels and len(model.output_shape) == 1:
+        raise not_dense(model)
+    for index in (aim.positive, aim.negative):
+        if index is not None and index >= model.class_count:
+            raise InvalidArgument(f'target: class index {index}, model "{model.name}" has 0 to {model.class_count - 1}')
+    if top_k > model.class_count:
+        raise InvalidArgument(f'target.top_k.k: got {top_k}, model "{model.name}" has {model.class_count} classes')
+
+
+def _largest(values: "Generator[float | None, None, None]") -> float | None:
+    return max((value for value in values if value is not None), default=None)

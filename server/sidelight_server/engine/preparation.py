@@ -1,0 +1,251 @@
+"""Preparation: a request's images become what the device takes, its target becomes class numbers. In worker threads."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..compute.layer_hooks import NOTHING_TO_GUIDE
+from ..compute.staging import is_finite
+from ..domain import (
+    MANY_EXAMPLES,
+    PREDICTED,
+    Aim,
+    Array,
+    Contrast,
+    Dense,
+    Files,
+    PerExample,
+    Predicted,
+    Request,
+    Target,
+    TopK,
+)
+from ..errors import Cancelled, FailedPrecondition, InvalidArgument, SidelightError
+from ..inputs.decode_worker import Order
+from ..inputs.preprocessing import Geometry
+from ..methods import Method
+from ..methods.channels import Channels
+from ..methods.grad_cam import LayerMethod
+from ..methods.method import Rectifiers, Shape
+from ..models.model import Model
+from .decoder_pool import Fitted
+
+FEW_BYTES = 1024 * 1024  # which take 0.1 ms to be found finite, as long as it takes to wake a thread
+FLOAT32_MAX = float(np.finfo(np.float32).max)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A request's examples, ready for the device, or why one of them is not."""
+
+    examples: Sequence[Array | SidelightError]
+    geometries: Sequence[Geometry | None]
+    aims: Sequence[Aim]
+    top_k: int  # how many classes of each example are explained, instead of its aim; 0: its aim
+    shape: Shape  # of the model's input
+    maps_shape: tuple[int, ...]
+    baseline_digest: str  # of baselines that came as an array, SHA-256 in hexadecimal
+
+
+def check(model: Model, request: Request) -> list[Aim]:
+    """Return what each example is explained by. A `SidelightError` says what is wrong with all of the request."""
+    n, shape = request.n_examples, input_shape(model, request.images)
+    _check_score(model, request)
+    request.method.check(shape, n)
+    if request.method.largest > model.largest:
+        raise InvalidArgument(
+            f"method.{request.method.name}: a baseline of {request.method.largest:g}, the model's type holds "
+            f"{model.largest:g} at most"
+        )
+    return _aims(model, request.target, n)
+
+
+def order(model: Model) -> Order:
+    """Return what is to be made of files for a model whose input size is known."""
+    assert model.preprocessing is not None  # noqa: S101  (its shape was asked for)
+    settings = model.settings
+    return Order(model.preprocessing, max_pixels=settings.max_image_pixels, max_s=settings.max_decode_s)
+
+
+def prepare(
+    model: Model,
+    request: Request,
+    *,
+    is_gone: Callable[[], bool],
+    decoded: Sequence[Fitted] = (),
+) -> Prepared:
+    """Resize and check a request's examples. A `SidelightError` says what is wrong with all of it.
+
+    `decoded` is what came of its files. `is_gone` is asked before each picture that is resized, which may take long
+    while its caller may have left: then `Cancelled`.
+    """
+    aims, shape = check(model, request), input_shape(model, request.images)
+    fitted = decoded if isinstance(request.images, Files) else _fit(model, request.images, is_gone=is_gone)
+    return Prepared(
+        examples=[each if isinstance(each, SidelightError) else each[0] for each in fitted],
+        geometries=[None if isinstance(each, SidelightError) else each[1] for each in fitted],
+        aims=aims,
+        top_k=_top_k(request.target),
+        shape=shape,
+        maps_shape=maps_shape(model, request),
+        baseline_digest=_digest(request.method.given),
+    )
+
+
+def settled(model: Model, request: Request) -> Method:
+    """Return a method with its layer's name filled in. `InvalidArgument` where it takes more rows than are allowed.
+
+    `FailedPrecondition` where the model has no gradient that it needs, or no rectifier.
+    """
+    method = request.method
+    if method.needs_gradient and not model.serves_gradients:
+        raise FailedPrecondition(
+            f'method.{method.name}: model "{model.name}" cannot be explained by gradients: {model.gradient_fault}; ask '
+            "for occlusion or rise, which need none"
+        )
+    if method.probe is Rectifiers.GUIDED and not model.has_rectifiers:
+        raise FailedPrecondition(NOTHING_TO_GUIDE)
+    rows = method.rows(input_shape(model, request.images)) * max(1, _top_k(request.target))
+    if rows > model.settings.max_example_rows:
+        raise InvalidArgument(
+            f"method.{method.name}: it takes {rows} rows for one example, the server's max_example_rows is "
+            f"{model.settings.max_example_rows}"
+        )
+    return replace(method, layer=model.layer(method.layer)) if isinstance(method, LayerMethod) else method
+
+
+def needs_no_work(model: Model, request: Request) -> bool:
+    """Say whether examples are taken as they are, and soon looked at: a thread would cost more than save."""
+    images = request.images
+    if isinstance(images, Files) or request.method.given is not None or len(images) > MANY_EXAMPLES:
+        return False
+    if images.dtype != np.uint8:
+        return images.nbytes <= FEW_BYTES
+    return is_taken_as_it_is(model, images)
+
+
+def is_taken_as_it_is(model: Model, images: Files | Array) -> bool:
+    """Say whether examples are neither decoded nor resized."""
+    if isinstance(images, Files):
+        return False
+    fixed = model.preprocessing
+    return images.dtype != np.uint8 or (fixed is not None and fixed.leaves(*images.shape[1:4]))
+
+
+def needs_resizing(images: Files | Array) -> bool:
+    """Say whether examples may take long: pixels are resized."""
+    return not isinstance(images, Files) and images.dtype == np.uint8
+
+
+def maps_shape(model: Model, request: Request) -> tuple[int, ...]:
+    """Return the shape of the answer's maps: N, then k of k targets, then C where the channels are kept, H and W."""
+    c, h, w = input_shape(model, request.images)
+    k = _top_k(request.target)
+    return (
+        request.n_examples,
+        *((k,) if k else ()),
+        *((c,) if request.channels is Channels.NONE else ()),
+        h,
+        w,
+    )
+
+
+def _fit(model: Model, images: Array, *, is_gone: Callable[[], bool]) -> list[Fitted]:
+    if images.dtype != np.uint8:
+        return [_checked(each, largest=model.largest) for each in _staged(images, model.staged_dtype)]
+    preprocessing = model.preprocessing
+    assert preprocessing is not None  # noqa: S101  (its shape was asked for)
+    fitted: list[Fitted] = []
+    for each in images:
+        if is_gone():
+            raise Cancelled("the caller has gone")
+        fitted.append(preprocessing.fit(each))
+    return fitted
+
+
+def _staged(images: Array, dtype: np.dtype[np.generic]) -> Array:
+    if images.dtype == dtype:
+        return images
+    # What the model's type cannot hold becomes infinite, and is refused as that; a NaN may be one that signals.
+    with np.errstate(over="ignore", invalid="ignore"):
+        return images.astype(dtype)
+
+
+def _checked(example: Array, *, largest: float) -> Fitted:
+    if is_finite(example):
+        if largest < FLOAT32_MAX and np.abs(example).max() > largest:
+            return InvalidArgument(f"images: {np.abs(example).max():g}, the model's type holds {largest:g} at most")
+        return example, None
+    nan, infinite = int(np.isnan(example).sum()), int(np.isinf(example).sum())
+    return InvalidArgument(f"images: {nan} NaN and {infinite} infinite elements, expected finite ones")
+
+
+def input_shape(model: Model, images: Files | Array) -> Shape:
+    """Return C, H, W of the model's input. `InvalidArgument` where the images have another shape."""
+    preprocessing = model.preprocessing
+    fixed = (preprocessing.channels, preprocessing.height, preprocessing.width) if preprocessing else None
+    if isinstance(images, Files) or images.dtype == np.uint8:
+        if fixed is None:
+            raise FailedPrecondition(
+                f'images: model "{model.name}" has no input size, so it takes floating arrays [N, C, H, W] alone; '
+                "its operator can set input_size"
+            )
+        return fixed
+    c, h, w = images.shape[1:]
+    if fixed and (c, h, w) != fixed:
+        raise InvalidArgument(
+            f'images: floating arrays of {[c, h, w]}, model "{model.name}" takes [C, H, W] = {list(fixed)}; '
+            "send uint8 pixels [H, W, C] or files to have them resized"
+        )
+    return c, h, w
+
+
+def _digest(array: Array | None) -> str:
+    return "" if array is None else hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()
+
+
+def _top_k(target: Target) -> int:
+    return target.k if isinstance(target, TopK) else 0
+
+
+def _aims(model: Model, target: Target, n_examples: int) -> list[Aim]:
+    match target:
+        case Predicted():
+            return [PREDICTED] * n_examples
+        case PerExample(choices):
+            if len(choices) != n_examples:
+                raise InvalidArgument(
+                    f"target: {len(choices)} classes for {n_examples} examples, expected one for each"
+                )
+            return [Aim(model.class_of(choice)) for choice in choices]
+        case TopK(k):
+            if k < 1 or (model.class_count and k > model.class_count):
+                bound = f"1 to {model.class_count}" if model.class_count else "at least 1"
+                raise InvalidArgument(f"target.top_k.k: got {k}, expected {bound}")
+            return [PREDICTED] * n_examples
+        case Contrast(positive, negative):
+            return [Aim(model.class_of(positive), model.class_of(negative))] * n_examples
+        case Dense(choice, region):
+            if len(model.output_shape) == 1 and target.needs_pixels:
+                raise not_dense(model)
+            if choice is None:
+                return [Aim(region=region, each_pixel=True)] * n_examples
+            return [Aim(model.class_of(choice), region=region)] * n_examples
+        case choice:
+            return [Aim(model.class_of(choice))] * n_examples
+
+
+def not_dense(model: Model) -> FailedPrecondition:
+    """Return what to say of a dense target where the model's output is not."""
+    return FailedPrecondition(f'target.dense: model "{model.name}" answers for the whole picture, not for each pixel')
+
+
+def _check_score(model: Model, request: Request) -> None:
+    if request.score not in model.scores:
+        has = ", ".join(score.value for score in model.scores)
+        raise FailedPrecondition(
+            f'score: model "{model.name}" returns {model.head.outputs}, so it has no {request.score.value}; '
+            f"it has {has}"
+        )

@@ -1,0 +1,94 @@
+"""Expected gradients, also called GradientSHAP: random points of paths from random baselines."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from . import random
+from .baseline import finite, largest, placed
+from .method import Example, Improved, Method, Outcome, Reading, Shape, Steps, Sweep, at_least
+from .welford import BLOCK, Moments
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ExpectedGradients(Method):
+    """The mean of gradient times difference over random baselines, random points of the path, and noise.
+
+    Erion, Janizek, Sturmfels, Lundberg and Lee, 2021, "Improving performance of deep learning models with axiomatic
+    attribution priors and expected gradients".
+    """
+
+    name: ClassVar[str] = "expected_gradients"
+    samples: int = 50
+    baselines: NDArray[np.floating] | None = None  # [M, C, H, W]; None: zero alone
+    noise: float = 0.0  # the standard deviation that is added to the example, a share of its range
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        at_least(f"{self.name}.samples", self.samples, 1)
+        at_least(f"{self.name}.noise", self.noise, 0)
+        if self.baselines is not None:
+            finite(f"{self.name}.baselines", self.baselines)
+
+    @property
+    def given(self) -> NDArray[np.generic] | None:
+        """The baselines."""
+        return self.baselines
+
+    @property
+    def largest(self) -> float:
+        """That of the baselines."""
+        return 0.0 if self.baselines is None else largest(self.baselines)
+
+    def check(self, shape: Shape, n_examples: int) -> None:
+        """Check the baselines' shape."""
+        if self.baselines is not None and (not len(self.baselines) or self.baselines.shape[1:] != shape):
+            raise InvalidArgument(
+                f"method.{self.name}.baselines: shape {list(self.baselines.shape)}, expected [M, {str(list(shape))[1:]}"
+                " with M at least 1"
+            )
+
+    def rows(self, shape: Shape) -> int:
+        """Return the draws, and the look at the example itself."""
+        return self.samples + 1
+
+    def run(self, example: Example) -> Steps:
+        """Fold gradient times difference, draw after draw."""
+        spread = self.noise * (example.x.max() - example.x.min())
+        moments = Moments(example.x)
+
+        def ends(k: int) -> tuple[Tensor, Tensor]:
+            noisy = example.x + spread * random.noise(example.x, self.seed, "noise", k) if self.noise else example.x
+            return self._baseline(k, example.x), noisy
+
+        def point(k: int) -> Tensor:
+            start, end = ends(k)
+            return start + random.uniform(self.seed, "place", k) * (end - start)
+
+        def fold(k: int, reading: Reading) -> None:
+            start, end = ends(k)
+            assert reading.gradient is not None  # noqa: S101
+            moments.add(reading.gradient * (end - start))
+
+        block = BLOCK if example.is_watched else self.samples
+        while moments.n < self.samples:
+            begin = moments.n
+            yield Sweep(
+                min(block, self.samples - begin),
+                lambda k, begin=begin: point(begin + k),  # type: ignore[misc]
+                lambda k, reading, begin=begin: fold(begin + k, reading),  # type: ignore[misc]
+            )
+            if example.is_watched and moments.n < self.samples:
+                yield Improved(Outcome(moments.mean.clone(), moments.error()))
+        return Outcome(moments.mean, moments.error())
+
+    def _baseline(self, k: int, like: Tensor) -> Tensor:
+        if self.baselines is None:
+            return torch.zeros_like(like)
+        return placed(self.baselines[random.integer(len(self.baselines), self.seed, "baseline", k)], like)

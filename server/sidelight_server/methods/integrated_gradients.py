@@ -1,0 +1,243 @@
+"""Path methods: gradients along the way from a baseline to the example, times their difference."""
+
+import enum
+import functools
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..errors import InvalidArgument
+from .baseline import ZERO, Baseline, Given
+from .method import (
+    Example,
+    Improved,
+    Method,
+    Outcome,
+    Reading,
+    Shape,
+    Steps,
+    Sweep,
+    at_least,
+    read,
+    steps_or_tolerance,
+)
+from .welford import accumulator
+
+SINGLE = float(np.finfo(np.float32).eps)
+ROUNDING = 16 * SINGLE  # of both scores: what float32 leaves of their difference is no measure of the map
+MIN_INTERVALS = 8  # a refinement of fewer may change little by chance: both ends of a path are often flat
+MAX_GAUSS_NODES = 2000  # whose places are found in less time than one of them takes
+NEWTON_STEPS = 6  # each doubles the digits, and the first guess has some four
+
+
+class Rule(enum.Enum):
+    """The quadrature along a path."""
+
+    GAUSS_LEGENDRE = "gauss_legendre"
+    MIDPOINT = "midpoint"
+    TRAPEZOID = "trapezoid"
+
+    def nodes(self, n: int) -> tuple[list[float], list[float]]:
+        """Return n places in [0, 1] and their weights, which add up to 1, in double precision."""
+        match self:
+            case Rule.GAUSS_LEGENDRE:
+                nodes, weights = _gauss_legendre(n)
+            case Rule.MIDPOINT:
+                nodes, weights = (np.arange(n) + 0.5) / n, np.full(n, 1 / n)
+            case Rule.TRAPEZOID:
+                nodes, weights = np.linspace(0, 1, n), np.full(n, 1 / (n - 1))
+                weights[[0, -1]] /= 2
+        return nodes.tolist(), weights.tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class IntegratedGradients(Method):
+    """The integral of the gradient along the straight path from a baseline, times their difference.
+
+    Sundararajan, Taly and Yan, 2017, "Axiomatic Attribution for Deep Networks". With a tolerance a trapezoid is refined
+    by halving its step until that changes the attribution by no more than this share, in L2, and what the attribution
+    misses of the difference of the scores is no more than this share of its L1 norm. Both are needed: nodes beside a
+    narrow kink agree with each other, and the sum alone can come out by chance.
+    """
+
+    name: ClassVar[str] = "integrated_gradients"
+    steps: int = 50
+    rule: Rule = Rule.GAUSS_LEGENDRE
+    baseline: Baseline = ZERO
+    tolerance: float | None = None
+    max_rows: int = 300  # with a tolerance, of one example
+
+    def __post_init__(self) -> None:
+        """Check the parameters."""
+        least = 2 if self.rule is Rule.TRAPEZOID else 1
+        steps_or_tolerance(self.name, self.steps, self.tolerance, least=least, counted="steps")
+        if self.rule is Rule.GAUSS_LEGENDRE and self.steps > MAX_GAUSS_NODES:
+            raise InvalidArgument(
+                f"method.{self.name}.steps: got {self.steps}, expected at most {MAX_GAUSS_NODES} by gauss_legendre; "
+                "midpoint and trapezoid take more"
+            )
+        if self.tolerance is not None:
+            at_least(f"{self.name}.max_rows", self.max_rows, 3)
+            if self.rule is not Rule.TRAPEZOID:
+                raise InvalidArgument(
+                    f"method.{self.name}.rule: got {self.rule.value} with a tolerance, expected trapezoid, which alone "
+                    "can be refined"
+                )
+
+    @property
+    def begins_with_gradient(self) -> bool:
+        """A trapezoid has a node at the example itself."""
+        return self.rule is Rule.TRAPEZOID
+
+    @property
+    def given(self) -> NDArray[np.generic] | None:
+        """The baseline, where it is an array."""
+        return self.baseline.array if isinstance(self.baseline, Given) else None
+
+    @property
+    def largest(self) -> float:
+        """That of the baseline."""
+        return self.baseline.largest
+
+    def check(self, shape: Shape, n_examples: int) -> None:
+        """Check the baseline."""
+        self.baseline.check(shape, n_examples)
+
+    def rows(self, shape: Shape) -> int:
+        """Return the nodes, and where no node is there, both ends."""
+        if self.tolerance is not None:
+            return self.max_rows
+        return self.steps if self.rule is Rule.TRAPEZOID else self.steps + 2
+
+    def run(self, example: Example) -> Steps:
+        """Integrate."""
+        path = _Path(self.baseline.of(example), example.x)
+        if self.tolerance is not None:
+            return (yield from self._refine(example, path, self.tolerance))
+        if self.rule is Rule.TRAPEZOID:
+            return (yield from self._trapezoid(example, path))
+        end = yield from example.read(gradient=False)
+        start = yield from read(path.start, gradient=False)
+        nodes, weights = self.rule.nodes(self.steps)
+        mean = yield from path.sum(nodes, weights)
+        return path.outcome(mean, rise=_Rise.of(start, end))
+
+    def _trapezoid(self, example: Example, path: "_Path") -> Steps:
+        nodes, weights = self.rule.nodes(self.steps)
+        mean, rise = yield from path.ends(example)
+        mean.mul_(2 * weights[0]).add_((yield from path.sum(nodes[1:-1], weights[1:-1])))
+        return path.outcome(mean, rise=rise)
+
+    def _refine(self, example: Example, path: "_Path", tolerance: float) -> Steps:
+        mean, rise = yield from path.ends(example)
+        n, error = 1, float("inf")
+        is_met = False
+        while 2 * n + 1 <= self.max_rows and not is_met:
+            # The new nodes lie half-way between the old ones, whose gradients are in the mean and need not be kept.
+            nodes = [(k + 0.5) / n for k in range(n)]
+            refined = (yield from path.sum(nodes, [0.5 / n] * n)).add_(mean, alpha=0.5)
+            error = path.distance(refined, mean)
+            mean, n = refined, 2 * n
+            is_met = n >= MIN_INTERVALS and error <= tolerance and path.missing_share(mean, rise) <= tolerance
+            if example.is_watched:
+                yield Improved(path.outcome(mean, rise=rise, error=error, is_met=is_met))
+        return path.outcome(mean, rise=rise, error=error, is_met=is_met)
+
+
+@dataclass(frozen=True, slots=True)
+class _Path:
+    """The straight way from a baseline to an example, both [C, H, W]."""
+
+    start: Tensor
+    end: Tensor
+
+    @property
+    def difference(self) -> Tensor:
+        return self.end - self.start
+
+    def at(self, t: float) -> Tensor:
+        """Return the point at t: the start for 0, the end for 1."""
+        return self.start + t * (self.end - self.start)
+
+    def sum(self, nodes: list[float], weights: list[float]) -> Generator[Sweep, None, Tensor]:
+        """Return the weighted sum of the gradients at places of the path."""
+        total = accumulator(self.end)
+        if nodes:
+            yield Sweep(
+                len(nodes), lambda k: self.at(nodes[k]), lambda k, reading: _add(total, reading.gradient, weights[k])
+            )
+        return total
+
+    def ends(self, example: Example) -> Generator[Sweep, None, "tuple[Tensor, _Rise]"]:
+        """Return the mean of both ends' gradients, and how much the score rises between them."""
+        end = yield from example.read(gradient=True)
+        start = yield from read(self.start, gradient=True)
+        mean = accumulator(self.end)
+        for reading in (start, end):
+            _add(mean, reading.gradient, 0.5)
+        return mean, _Rise.of(start, end)
+
+    def distance(self, refined: Tensor, mean: Tensor) -> float:
+        """Return by which share of its L2 norm the attribution changed."""
+        difference = self.difference
+        change = float(torch.linalg.vector_norm((refined - mean) * difference, dtype=torch.float64))
+        size = float(torch.linalg.vector_norm(refined * difference, dtype=torch.float64))
+        return change / size if size else (0.0 if not change else float("inf"))
+
+    def missing_share(self, mean: Tensor, rise: "_Rise") -> float:
+        """Return what the attribution misses of the score's rise, beyond rounding, as a share of its L1 norm."""
+        attribution = mean * self.difference
+        missing = rise.missing(attribution) - rise.rounding
+        size = float(torch.linalg.vector_norm(attribution, ord=1, dtype=torch.float64))
+        return missing / size if size and missing > 0 else (0.0 if missing <= 0 else float("inf"))
+
+    def outcome(
+        self, mean: Tensor, *, rise: "_Rise", error: float | None = None, is_met: bool | None = None
+    ) -> Outcome:
+        """Return the attribution of the path's mean gradient, and how far it is from adding up to the score's rise."""
+        attribution = mean * self.difference
+        missing = rise.missing(attribution)
+        return Outcome(attribution, error, missing, missing / abs(rise.of_score) if rise.of_score else None, is_met)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rise:
+    """How much the score rises along a path, and how much of that may be rounding."""
+
+    of_score: float
+    rounding: float
+
+    @classmethod
+    def of(cls, start: Reading, end: Reading) -> "_Rise":
+        return cls(end.score - start.score, ROUNDING * (abs(start.score) + abs(end.score)))
+
+    def missing(self, attribution: Tensor) -> float:
+        """Return how far an attribution is from adding up to it."""
+        return abs(float(attribution.sum(dtype=torch.float64)) - self.of_score)
+
+
+@functools.lru_cache(maxsize=32)
+def _gauss_legendre(n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return nodes in (0, 1) and weights: Newton's iteration for the roots of the Legendre polynomial.
+
+    The eigenvalues of its companion matrix, numpy's way, would take the cube of a number that a caller chooses.
+    """
+    x = -np.cos(np.pi * (np.arange(n) + 0.75) / (n + 0.5))
+    slope = np.ones(n)
+    for _ in range(NEWTON_STEPS):
+        before, value = np.ones(n), x
+        for k in range(2, n + 1):
+            before, value = value, ((2 * k - 1) * x * value - (k - 1) * before) / k
+        slope = n * (x * value - before) / (x * x - 1)
+        x = x - value / slope
+    return (1 + x) / 2, 1 / ((1 - x * x) * slope * slope)
+
+
+def _add(total: Tensor, gradient: Tensor | None, weight: float) -> None:
+    assert gradient is not None  # noqa: S101
+    total.add_(gradient.to(total.dtype), alpha=weight)

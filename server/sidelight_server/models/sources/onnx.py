@@ -1,0 +1,155 @@
+"""ONNX: `onnx:FILE`, a network that onnx2torch writes anew as a module. An optional extra."""
+
+import functools
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from ...config.spec import ModelSpec
+from ...errors import ConfigurationError
+from .loading import cause, refuse_weights, refusing, require_file
+from .torchvision_import import import_with_torchvision
+
+FORM = "onnx:FILE"
+FLOATING = (1, 10, 11)  # TensorProto.FLOAT, FLOAT16, DOUBLE
+OPSET = 17  # the newest that onnx2torch reads; torch.onnx.export writes 18 and later unless dynamo is False
+WAY_OUT = f"export the model with torch.onnx.export(…, dynamo=False, opset_version={OPSET})"
+
+
+def load(place: str, weights: Path | None) -> ModelSpec:
+    """Return the network in a file as a module, and what its graph says of its input."""
+    path = Path(place)
+    refuse_weights("onnx:", weights)
+    require_file("model", path)
+    onnx, onnx2torch = _imported("onnx"), _imported("onnx2torch")
+    with refusing("model", path), warnings.catch_warnings(action="ignore"):
+        network = onnx.load(str(path), load_external_data=False)
+        _load_external(onnx, network, path.parent)
+        onnx.checker.check_model(network)
+        known = _input(network)
+        module = _converted(onnx, onnx2torch, network)
+        return ModelSpec(module.eval(), name=path.stem, **known)
+
+
+def files(place: str, weights: Path | None) -> tuple[Path, ...]:
+    """Return the file, and those in which it keeps its weights."""
+    path = Path(place)
+    try:
+        state = path.stat()
+    except OSError:
+        return (path,)
+    return (path, *_beside(path, state.st_size, state.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=64)
+def _beside(path: Path, size: int, changed_ns: int) -> tuple[Path, ...]:
+    """Return the files in which another, as it is since it changed, keeps its weights. They are asked for often."""
+    try:
+        onnx = _imported("onnx")
+        return tuple(path.parent / each for each in sorted(_locations(onnx, onnx.load(path, load_external_data=False))))
+    except Exception:  # loading it will say what is wrong
+        return ()
+
+
+def _locations(onnx: ModuleType, network: Any) -> set[str]:
+    """Return the names of other files in which weights are, from the file's folder."""
+    tensors = onnx.external_data_helper._get_all_tensors(network)
+    return {entry.value for each in tensors for entry in each.external_data if entry.key == "location"}
+
+
+def _imported(name: str) -> ModuleType:
+    try:
+        return import_with_torchvision(name)
+    except ImportError as error:
+        raise ConfigurationError("onnx: needs the extra: pip install 'sidelight[onnx]'") from error
+    except RuntimeError as error:
+        raise ConfigurationError(f"onnx: cannot import {name}: {cause(error)}") from error
+
+
+def _load_external(onnx: ModuleType, network: Any, folder: Path) -> None:
+    """Read weights out of other files of the folder, and of no other place."""
+    inside = folder.resolve()
+    for location in _locations(onnx, network):
+        if not (folder / location).resolve().is_relative_to(inside):
+            raise ConfigurationError(f'has weights in "{location}", expected a file in the same folder')
+    onnx.load_external_data_for_model(network, str(folder))
+
+
+def _converted(onnx: ModuleType, onnx2torch: ModuleType, network: Any) -> Any:
+    """Return a network as a module. `ConfigurationError` says how it can be exported otherwise."""
+    opset = max((each.version for each in network.opset_import if each.domain in ("", "ai.onnx")), default=OPSET)
+    try:
+        if opset > OPSET:
+            network = _lowered(onnx, network)
+        _settle(network)
+        module = onnx2torch.convert(network)
+    except Exception as error:
+        if opset <= OPSET and not isinstance(error, NotImplementedError):
+            raise
+        said = f"its operators, of opset {opset}, cannot be read: {cause(error).rpartition('failed: ')[2]}; {WAY_OUT}"
+        raise ConfigurationError(said) from error
+    for each in module.modules():
+        # Where the graph does not infer a length, onnx2torch takes 0 for it; the weights say it too.
+        is_unknown = isinstance(each, nn.LayerNorm) and 0 in each.normalized_shape
+        if is_unknown and len(each.normalized_shape) == each.weight.ndim:
+            each.normalized_shape = tuple(each.weight.shape)
+    return module
+
+
+def _lowered(onnx: ModuleType, network: Any) -> Any:
+    """Return a network in operators of an older set. Raises where one of them has no equal there."""
+    converter = import_with_torchvision("onnx.version_converter")
+    lowered = converter.convert_version(network, OPSET)
+    shapes = {each.name: each for each in lowered.graph.initializer}
+    for node in lowered.graph.node:
+        # What the converter leaves behind: a default that older operators do not have.
+        _drop(node, "noop_with_empty_axes", 0)
+        shape = shapes.get(node.input[1]) if node.op_type == "Reshape" else None
+        # Whether a 0 means a length of 0, of which onnx2torch knows nothing, matters only where there is one.
+        if shape is not None and onnx.numpy_helper.to_array(shape).all():
+            _drop(node, "allowzero", 1)
+    onnx.checker.check_model(lowered)
+    return lowered
+
+
+def _drop(node: Any, name: str, value: int) -> None:
+    for each in [each for each in node.attribute if each.name == name and each.i == value]:
+        node.attribute.remove(each)
+
+
+def _settle(network: Any) -> None:
+    """Make initializers of weights that are written as operations, where onnx2torch looks for none.
+
+    They are constants, and others under a second name, as the older exporter of torch writes weights that are equal.
+    """
+    held = {each.name: each for each in network.graph.initializer}
+    for node in list(network.graph.node):
+        values = [each.t for each in node.attribute if each.name == "value"] if node.op_type == "Constant" else []
+        if node.op_type == "Identity" and node.input[0] in held:
+            values = [held[node.input[0]]]
+        if values:
+            tensor = network.graph.initializer.add()
+            tensor.CopyFrom(values[0])
+            tensor.name = node.output[0]
+            held[tensor.name] = tensor
+            network.graph.node.remove(node)
+
+
+def _input(network: Any) -> dict[str, Any]:
+    """Return the input's size and how many examples it takes at once, as far as the graph fixes them."""
+    weights = {each.name for each in network.graph.initializer}
+    inputs = [each for each in network.graph.input if each.name not in weights]
+    shapes = [_shape(each) for each in inputs]
+    if len(shapes) != 1 or len(shapes[0]) != 4 or inputs[0].type.tensor_type.elem_type not in FLOATING:
+        told = ", ".join(f"{each.name} {shape}" for each, shape in zip(inputs, shapes, strict=True))
+        raise ConfigurationError(f"takes {told or 'nothing'}, expected one floating input [N, C, H, W]")
+    n, *size = shapes[0]
+    return {"batch": (n, n) if n else None, "input_size": tuple(size) if all(size) else None}
+
+
+def _shape(value: Any) -> list[int]:
+    """Return a shape; 0 for a length that is not fixed, for which some write −1."""
+    return [max(0, each.dim_value) for each in value.type.tensor_type.shape.dim]

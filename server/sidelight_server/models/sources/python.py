@@ -1,0 +1,52 @@
+"""Factory: `python:package.module:factory`, a function of the operator's own that returns a module or a ModelSpec."""
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+
+from torch import nn
+
+from ...config.spec import ModelSpec
+from ...errors import ConfigurationError
+from . import weights_file
+from .loading import cause
+
+FORM = "python:package.module:factory"
+
+
+def load(place: str, weights: Path | None) -> ModelSpec:
+    """Return what a factory makes, its weights loaded."""
+    source = f"python:{place}"
+    module_name, _, factory_name = place.partition(":")
+    if not module_name or not factory_name:
+        raise ConfigurationError(f'model: got "{source}", expected "{FORM}"')
+    made = _call(source, module_name, factory_name)
+    spec = made if isinstance(made, ModelSpec) else ModelSpec(made) if isinstance(made, nn.Module) else None
+    if spec is None or not isinstance(spec.module, nn.Module):
+        raise ConfigurationError(
+            f"model: {source} returned {type(made).__name__}, expected a torch.nn.Module or a ModelSpec"
+        )
+    if weights is not None:
+        weights_file.load_into(spec.module, weights)
+    return spec if spec.name else replace(spec, name=module_name.rpartition(".")[2])
+
+
+def _call(source: str, module_name: str, factory_name: str) -> object:
+    try:
+        module = importlib.import_module(module_name)
+    except (Exception, SystemExit) as error:  # a script without a main guard exits
+        raise ConfigurationError(
+            f'model: cannot import "{module_name}" for {source}: {type(error).__name__}: {cause(error)}'
+        ) from error
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise ConfigurationError(f'model: "{module_name}" has no factory "{factory_name}" (from {source})')
+    try:
+        return factory()
+    except (Exception, SystemExit) as error:
+        raise ConfigurationError(f"model: {source} raised {type(error).__name__}: {cause(error)}") from error
+
+
+def files(place: str, weights: Path | None) -> tuple[Path, ...]:
+    """Return the weights: code that was imported once is not imported again."""
+    return (weights,) if weights else ()

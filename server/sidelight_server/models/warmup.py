@@ -1,0 +1,116 @@
+"""Warm-up: what a model's settings promise is checked, and what they leave open is measured."""
+
+import logging
+
+from ..errors import ConfigurationError
+from ..telemetry.logs import Event
+from .calibration import can_grow, choose_chunk_rows, compare_exact, neighbor_difference, same_bytes
+from .model import Model
+
+log = logging.getLogger("sidelight")
+
+# Rounding alone moves a map by at most 4e-6 of its maximum.
+LARGE_DIFFERENCE = 1e-4
+
+
+def limit(model: Model) -> None:
+    """Set what the settings say of a model's chunks. What they leave open is for `warm_up`."""
+    settings = model.settings
+    if settings.reproducible:
+        most = model.adapter.most
+        if most and settings.reproducible_rows > most:
+            raise ConfigurationError(
+                f'reproducible_rows: got {settings.reproducible_rows}, but model "{model.name}" takes {most} at once'
+            )
+        model.padded_rows = model.chunk_rows = settings.reproducible_rows
+    elif settings.max_chunk_rows and not model.rows_touch:
+        model.chunk_rows = model.at_most(settings.max_chunk_rows)
+
+
+def warm_up(model: Model, *, before: Model | None = None) -> None:
+    """Find a model's size of chunk, and check what was promised of it. Runs in the model's turns on the device.
+
+    A model with weights of the same shapes as the version `before` keeps that one's size: a measurement beside running
+    requests would say less, and hold them up. `ConfigurationError` where the settings ask for what it cannot give.
+    """
+    settings = model.settings
+    if settings.reproducible:
+        _check_promise(model, settings.reproducible_rows)
+    elif model.is_tried and not settings.max_chunk_rows and not model.rows_touch:
+        if before is not None and before.shapes == model.shapes and not before.rows_touch:
+            model.chunk_rows, model.warm_up = before.set_chunk_rows, before.warm_up
+            model.is_measured = before.is_measured
+        else:
+            model.chunk_rows, model.warm_up = choose_chunk_rows(
+                model, max_chunk_s=settings.max_chunk_s, device_memory_limit=settings.device_memory_limit
+            )
+            model.is_measured = True
+        if not same_bytes(model, 1):
+            model.chunk_rows, model.is_measured = 1, False
+            said = "each run gives other bytes: rows run alone"
+            log.warning(Event("runs_differ", model=model.name, message=said))
+    if model.is_tried and not settings.reproducible and not model.rows_touch and model.chunk_rows > 1:
+        model.check_company()
+    _measure_neighbors(model)
+    if model.is_tried and model.serves_gradients and not model.kernel.options.is_exact and before is None:
+        _compare(model)
+
+
+def measure_again(model: Model) -> None:
+    """Measure a model's size of chunk once more, where it was measured. It may grow, and never shrinks.
+
+    What was measured at load was perhaps measured beside other processes, which were gone a moment later.
+    """
+    if not can_grow(model):
+        return
+    settings, before = model.settings, model.set_chunk_rows
+    known = [trial for trial in model.warm_up if trial.configuration == model.kernel.told]
+    others = [trial for trial in model.warm_up if trial not in known]
+    rows, trials = choose_chunk_rows(
+        model, max_chunk_s=settings.max_chunk_s, device_memory_limit=settings.device_memory_limit, known=known
+    )
+    model.chunk_rows, model.warm_up = rows, (*others, *trials)
+    if rows != before:
+        _measure_neighbors(model)
+        log.info(Event("chunk_rows_grown", model=model.name, before=before, chunk_rows=rows))
+
+
+def _measure_neighbors(model: Model) -> None:
+    """Measure how far neighbors in a chunk move a map, and warn where that is more than rounding."""
+    if not (model.is_tried and model.serves_gradients):
+        return
+    alone = model.settings.reproducible or model.rows_touch or model.chunk_rows == 1
+    model.neighbor_difference = 0.0 if alone else neighbor_difference(model)
+    if model.neighbor_difference > LARGE_DIFFERENCE:
+        message = "maps differ by this share of their maximum with the neighbors in a chunk; reproducible prevents it"
+        log.warning(Event(
+            "neighbors_differ", model=model.name, difference=float(f"{model.neighbor_difference:.1e}"), message=message
+        ))  # fmt: skip
+
+
+def _compare(model: Model) -> None:
+    """Measure what the operator's options bring, and tell the log everything that was tried."""
+    trials, likeness = compare_exact(model)
+    model.warm_up = (*trials, *model.warm_up)
+    for trial in model.warm_up:
+        log.info(Event(
+            "tried", model=model.name, configuration=trial.configuration, rows=trial.rows,
+            rows_per_s=round(trial.rows_per_second, 1), chosen=trial.chosen,
+        ))  # fmt: skip
+    log.info(
+        Event("compared", model=model.name, configuration=model.kernel.told, rank_correlation=round(float(likeness), 4))
+    )
+
+
+def _check_promise(model: Model, rows: int) -> None:
+    """Refuse with `ConfigurationError` a model that does not give the same bytes in chunks of exactly so many rows."""
+    if rows > 1 and (not model.is_tried or model.rows_touch):
+        why = "lets its rows touch each other" if model.rows_touch else "has no input size to check it with"
+        raise ConfigurationError(f'reproducible_rows: got {rows}, but model "{model.name}" {why}; set it to 1')
+    if model.is_tried and not same_bytes(model, rows):
+        raise ConfigurationError(
+            f'reproducible_rows: got {rows}, but model "{model.name}" gives an example other bytes in another place '
+            "or company; set it to 1"
+            if rows > 1
+            else f'reproducible: model "{model.name}" gives other bytes each time it runs on the same input'
+        )

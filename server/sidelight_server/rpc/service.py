@@ -1,0 +1,231 @@
+"""The service: the calls of `sidelight.v1`."""
+
+import asyncio
+import time
+from importlib import metadata
+from typing import Any
+
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
+
+from ..engine.engine import Engine
+from ..errors import DeadlineExceeded, PermissionDenied, ResourceExhausted, SidelightError, Unavailable
+from ..security.authorization import Callers
+from ..security.stream_limit import Peers
+from ..wire import responses
+from ..wire.codec import Decoded, Unreadable
+from ..wire.methods import SERVED_METHODS
+from ..wire.requests import MAX_EXAMPLES
+from .handler import Explainer
+from .receive_limit import Pace
+from .shared_memory import Regions, SharedMemory
+from .status import Context, abort
+from .stream import Stream
+from .write_timeout import Endings
+
+DEADLINE_SLACK_S = 0.1
+
+
+class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
+    """`sidelight.v1.AttributionService` on an engine. Its messages come and go as `Framing` makes them."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        explainer: Explainer,
+        shared: SharedMemory | None,
+        *,
+        callers: Callers,
+        endings: Endings,
+        pace: Pace,
+    ) -> None:
+        self._engine = engine
+        self._explainer = explainer
+        self._shared = shared
+        self._streams: set[Stream] = set()
+        self.n_shed = 0  # of them, ended because memory was short
+        self._callers = callers
+        self._endings = endings
+        self._pace = pace
+        self._peers = Peers("streams (the server's max_peer_streams)", each=engine.settings.max_peer_streams)
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._is_draining = False
+        self._is_given_up = False
+
+    @property
+    def n_streams(self) -> int:
+        """How many streams are open."""
+        return len(self._streams)
+
+    def end_waiting(self, waited_s: float) -> int:
+        """End the streams that have waited for a message for longer; return how many. Their callers open others."""
+        waiting = [stream for stream in self._streams if stream.waited_s > waited_s]
+        for stream in waiting:
+            stream.end("age")
+        self.n_shed += len(waiting)
+        return len(waiting)
+
+    def drain(self) -> None:
+        """Let no stream take anything new in."""
+        self._is_draining = True
+        for stream in self._streams:
+            stream.end("shutdown")
+
+    def give_up(self) -> None:
+        """Fail as `Unavailable` what is not answered yet: the time to drain has passed."""
+        self._is_given_up = True
+        for stream in list(self._streams):
+            stream.give_up()
+        for call in list(self._calls):
+            call.cancel()
+
+    # The generated stub knows messages alone, neither what is decoded around them nor bytes that are encoded already.
+    async def Attribute(  # type: ignore[override]  # noqa: N802
+        self, received: Decoded[pb.AttributeRequest], context: Context
+    ) -> bytes:
+        """Explain one batch."""
+        call = asyncio.current_task()
+        assert call  # noqa: S101
+        self._calls.add(call)
+        passages = self._explainer.passages
+        passage = passages.begin("Attribute", context.invocation_metadata, caller=self._callers.of(context))
+        # Not the context's own callbacks: those keep the context, and so the call, in a circle.
+        call.add_done_callback(lambda _: passages.end(passage))
+        try:
+            if isinstance(received, Unreadable):
+                raise received.error
+            inquiry = await self._explainer.inquire(
+                received.message, n_bytes=received.n_bytes, data=received.data, passage=passage
+            )
+            permit = self._explainer.enter(inquiry)
+            # Once the answer is written, not when it is made: then this task, gRPC's own, is done.
+            call.add_done_callback(lambda _: permit.close())
+            answer = await self._explainer.explain(inquiry)
+            passage.writing_s = time.monotonic()
+            self._endings.expect(passage.cut_off)
+            return answer
+        except SidelightError as error:
+            passages.failed(passage, error)
+            await abort(context, error)
+        except asyncio.CancelledError:
+            if not self._is_given_up or context.cancelled():
+                if _is_late(context):  # else the caller has gone, which the passage takes for granted
+                    passages.failed(passage, DeadlineExceeded("the call's deadline passed"))
+                raise
+            call.uncancel()
+            given_up = Unavailable("the server is shutting down, and its drain_s has passed")
+            passages.failed(passage, given_up)
+            await abort(context, given_up)
+        finally:
+            self._calls.discard(call)
+
+    # As above; and it knows only handlers that yield: one that writes lets answers overtake each other.
+    async def AttributeStream(  # type: ignore[override]  # noqa: N802
+        self, request_iterator: object, context: Context
+    ) -> None:
+        """Explain many batches over one connection."""
+        settings = self._engine.settings
+        stream = Stream(
+            context,
+            self._explainer,
+            Regions(self._shared),
+            caller=self._callers.of(context),
+            max_in_flight=settings.max_stream_in_flight,
+            max_age_s=settings.max_stream_age_s,
+            endings=self._endings,
+            pace=self._pace,
+            stalled_write_s=settings.stalled_write_s,
+        )
+        if self._is_draining:
+            stream.end("shutdown")
+        try:
+            with self._peers.opens(context.peer()):
+                self._streams.add(stream)
+                await stream.run()
+        except ResourceExhausted as error:
+            self._explainer.passages.refuse("AttributeStream", context.invocation_metadata, error)
+            await abort(context, error)
+        except asyncio.CancelledError as cancelled:
+            # A frame of `TaskGroup`, in the traceback, keeps the error before Python 3.13: another circle.
+            raise cancelled.with_traceback(None) from None
+        finally:
+            self._streams.discard(stream)
+            stream.let_go()
+
+    async def GetServerInfo(  # noqa: N802
+        self, request: pb.GetServerInfoRequest, context: Context
+    ) -> pb.GetServerInfoResponse:
+        """Return version, limits, methods and models."""
+        settings, stops = self._engine.settings, self._engine.stops
+        return pb.GetServerInfoResponse(
+            version=metadata.version("sidelight"),
+            limits=pb.Limits(
+                max_message_bytes=settings.max_message_bytes,
+                max_image_pixels=settings.max_image_pixels,
+                max_in_flight=settings.max_in_flight,
+                max_in_flight_bytes=settings.max_in_flight_bytes,
+                max_stream_in_flight=settings.max_stream_in_flight,
+                max_example_rows=settings.max_example_rows,
+                max_batch_examples=MAX_EXAMPLES,
+                max_stream_age=responses.duration(settings.max_stream_age_s) if settings.max_stream_age_s else None,
+            ),
+            methods=SERVED_METHODS,
+            models=_models(self._engine),
+            stops=pb.Stops(
+                count=stops.count, mean=responses.duration(stops.mean_s), longest=responses.duration(stops.longest_s)
+            ),
+            shared_memory=_shared_memory(self._shared) if self._shared else None,
+        )
+
+
+class ModelService(model_pb2_grpc.ModelServiceServicer):
+    """`sidelight.v1.ModelService` on an engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    async def ListModels(  # noqa: N802
+        self, request: model_pb2.ListModelsRequest, context: Context
+    ) -> model_pb2.ListModelsResponse:
+        """Return every model without labels and layers."""
+        return model_pb2.ListModelsResponse(models=_models(self._engine))
+
+    async def GetModel(  # noqa: N802
+        self, request: model_pb2.GetModelRequest, context: Context
+    ) -> model_pb2.GetModelResponse:
+        """Return one model whole."""
+        try:
+            entry = self._engine.registry.find(request.name)
+        except SidelightError as error:
+            await abort(context, error)
+        return model_pb2.GetModelResponse(model=responses.model_info(self._engine, entry, whole=True))
+
+    async def ReloadModel(  # noqa: N802
+        self, request: model_pb2.ReloadModelRequest, context: Context
+    ) -> model_pb2.ReloadModelResponse:
+        """Load a model again, and answer once the new version serves."""
+        try:
+            if not self._engine.settings.allow_reload:
+                raise PermissionDenied("ReloadModel: the operator of this server does not allow it (allow_reload)")
+            entry = await self._engine.registry.reload(request.name)
+        except SidelightError as error:
+            await abort(context, error)
+        return model_pb2.ReloadModelResponse(model=responses.model_info(self._engine, entry, whole=True))
+
+
+def _is_late(context: Context) -> bool:
+    """Whether a call that was cancelled was at its deadline. Its caller's clock began, and ends, a moment earlier."""
+    left_s = context.time_remaining()
+    return left_s is not None and left_s < DEADLINE_SLACK_S
+
+
+def _models(engine: Engine) -> list[model_pb2.ModelInfo]:
+    return [responses.model_info(engine, entry, whole=False) for entry in engine.registry.entries.values()]
+
+
+def _shared_memory(shared: SharedMemory) -> pb.SharedMemory:
+    return pb.SharedMemory(
+        directory=str(shared.path),
+        max_region_bytes=shared.max_region_bytes,
+        max_stream_regions=shared.max_stream_regions,
+    )

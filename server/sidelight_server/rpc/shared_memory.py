@@ -1,0 +1,244 @@
+"""Shared memory: regions that a stream registered. Plain files in the folder that the operator allows, never mapped.
+
+A mapped file that is cut short ends the process that touches it; `preadv` and `pwritev` give a short count instead,
+which fails one batch. All of this blocks, so it runs in worker threads.
+"""
+
+import asyncio
+import errno
+import os
+import stat
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from ..errors import (
+    ConfigurationError,
+    DataLoss,
+    FailedPrecondition,
+    InvalidArgument,
+    NotFound,
+    PermissionDenied,
+    ResourceExhausted,
+    SidelightError,
+    near,
+)
+
+MAX_NAME_BYTES = 255  # as file systems have it
+BLOCK = 512  # the unit of st_blocks, whatever the file system's own
+
+# The last two: a FIFO must not wait for its other end, and a terminal must not become this process's own.
+_FLAGS = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK | os.O_NOCTTY
+
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """An open file of a caller's."""
+
+    name: str
+    file: int
+    n_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A part of a region: an array's bytes lie there, or are to be written there. `field` is what asked for it."""
+
+    region: Region
+    offset: int
+    n_bytes: int
+    field: str
+
+    def read(self) -> memoryview:
+        """Return a copy of the bytes. `DataLoss` where the file was cut short."""
+        data = np.empty(self.n_bytes, np.uint8).data  # unlike a bytearray, not filled first
+        self._move(os.preadv, data)
+        return data
+
+    def write(self, data: memoryview) -> None:
+        """Write as many bytes. `DataLoss` where the file was cut short: it is never made longer."""
+        if self._file_bytes() < self.offset + self.n_bytes:
+            raise self._cut_short()
+        self._move(os.pwritev, data)
+
+    def _move(self, move: Callable[[int, list[memoryview], int], int], data: memoryview) -> None:
+        left, at = data, self.offset
+        while left:
+            try:
+                n_moved = move(self.region.file, [left], at)
+            except OSError as error:
+                raise DataLoss(f"{self._words}: {os.strerror(error.errno or errno.EIO)}") from error
+            if not n_moved:
+                raise self._cut_short()
+            left, at = left[n_moved:], at + n_moved
+
+    def _cut_short(self) -> DataLoss:
+        return DataLoss(
+            f"{self._words} holds {self._file_bytes()} bytes, {self.region.n_bytes} were registered and "
+            f"{self.offset + self.n_bytes} are needed: its file was cut short"
+        )
+
+    def _file_bytes(self) -> int:
+        return os.fstat(self.region.file).st_size
+
+    @property
+    def _words(self) -> str:
+        return f'{self.field}: region "{self.region.name}"'
+
+
+class SharedMemory:
+    """The folder that the operator allows. `ConfigurationError` where it cannot be had."""
+
+    def __init__(self, folder: Path, *, max_region_bytes: int, max_stream_regions: int) -> None:
+        if sys.platform != "linux":
+            raise ConfigurationError("shared_memory: it is served on Linux alone; leave it unset")
+        try:
+            self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise ConfigurationError(f"shared_memory: {folder}: {error.strerror}") from error
+        self.path = folder.absolute()
+        self.max_region_bytes = max_region_bytes
+        self.max_stream_regions = max_stream_regions
+
+    def close(self) -> None:
+        """Open nothing more. What streams have open stays so until they end."""
+        os.close(self._folder)
+
+    def open(self, name: str, n_bytes: int) -> Region:
+        """Open a caller's file, if it is what it should be. A `SidelightError` says what else it is."""
+        file = self._open(name)
+        try:
+            self._check(name, os.fstat(file), n_bytes)
+        except BaseException:
+            os.close(file)
+            raise
+        return Region(name, file, n_bytes)
+
+    def _open(self, name: str) -> int:
+        try:
+            return os.open(name.encode(), _FLAGS, dir_fd=self._folder)
+        except OSError as error:
+            raise self._refusal(name, error.errno or errno.EIO) from error
+
+    def _refusal(self, name: str, number: int) -> SidelightError:
+        match number:
+            case errno.ENOENT:
+                return NotFound(f'region: there is no file "{name}" in {self.path}')
+            case errno.EACCES | errno.EPERM | errno.EROFS:
+                return PermissionDenied(f'region: the server\'s user may not read and write "{name}" in {self.path}')
+            case errno.ELOOP | errno.EISDIR | errno.ENXIO | errno.ENODEV:
+                return _not_plain(name)
+            case _:
+                return FailedPrecondition(f'region: "{name}" cannot be opened: {os.strerror(number)}')
+
+    def _check(self, name: str, status: os.stat_result, n_bytes: int) -> None:
+        if not stat.S_ISREG(status.st_mode):
+            raise _not_plain(name)
+        if status.st_size < n_bytes:
+            raise DataLoss(f'size_bytes: {n_bytes}, but the file of region "{name}" has {status.st_size} bytes')
+        if status.st_blocks * BLOCK < n_bytes:
+            # Maps that are written into a hole may find the file system full.
+            raise FailedPrecondition(
+                f'size_bytes: {n_bytes}, but of the file of region "{name}" only {status.st_blocks * BLOCK} bytes are '
+                "allocated; allocate it whole, as posix_fallocate does"
+            )
+
+
+class Regions:
+    """The regions of one stream. `shared` is None where the operator allows none.
+
+    `close` is called once no batch of the stream is at work.
+    """
+
+    def __init__(self, shared: SharedMemory | None) -> None:
+        self._shared = shared
+        self._open: dict[str, Region] = {}
+
+    async def register(self, name: str, n_bytes: int) -> None:
+        """Open a region. A `SidelightError` says why it cannot be."""
+        if self._shared is None:
+            raise FailedPrecondition(
+                "register_region: this server's operator has not allowed shared memory (the setting shared_memory)"
+            )
+        _check_name(name)
+        self._check_bounds(self._shared, name, n_bytes)
+        await undisturbed(self._add, self._shared, name, n_bytes)
+
+    def find(self, name: str, *, field: str) -> Region:
+        """Return a region by its name. `NotFound` with the near names."""
+        try:
+            return self._open[name]
+        except KeyError:
+            raise NotFound(
+                f'{field}.region: "{name}" is not registered on this stream; {near(name, self._open)}'
+            ) from None
+
+    def close(self) -> None:
+        """Let go of every file."""
+        while self._open:
+            os.close(self._open.popitem()[1].file)
+
+    def _check_bounds(self, shared: SharedMemory, name: str, n_bytes: int) -> None:
+        if n_bytes < 1:
+            raise InvalidArgument(f"size_bytes: {n_bytes}, expected at least 1")
+        if n_bytes > shared.max_region_bytes:
+            raise ResourceExhausted(
+                f"size_bytes: {n_bytes}, the server's max_region_bytes is {shared.max_region_bytes}"
+            )
+        if name in self._open:
+            raise InvalidArgument(f'region: "{name}" is registered on this stream already')
+        if len(self._open) >= shared.max_stream_regions:
+            raise ResourceExhausted(
+                f"region: {len(self._open)} are registered, the server's max_stream_regions is "
+                f"{shared.max_stream_regions}"
+            )
+
+    def _add(self, shared: SharedMemory, name: str, n_bytes: int) -> None:
+        # In the thread, so that a file whose caller goes away meanwhile is known, and closed.
+        self._open[name] = shared.open(name, n_bytes)
+
+
+def span(region: Region, offset: int, n_bytes: int, *, field: str) -> Span:
+    """Return a part of a region. `InvalidArgument` where it does not lie within."""
+    if not 0 <= offset <= region.n_bytes - n_bytes:
+        raise InvalidArgument(
+            f'{field}.offset_bytes: {offset}, and {n_bytes} bytes from there do not lie within region "{region.name}" '
+            f"of {region.n_bytes}"
+        )
+    return Span(region, offset, n_bytes, field)
+
+
+async def undisturbed(work: Callable[..., _Result], *arguments: object) -> _Result:
+    """Run blocking work in a thread, and wait for its end even if cancelled meanwhile.
+
+    A caller who is answered may use its region again, and an ended stream's files are closed: no thread may still be
+    at them then.
+    """
+    working = asyncio.get_running_loop().run_in_executor(None, work, *arguments)
+    cancelled: asyncio.CancelledError | None = None
+    while not working.done():
+        try:
+            await asyncio.wait([working])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    if cancelled:
+        working.exception()
+        raise cancelled
+    return working.result()
+
+
+def _check_name(name: str) -> None:
+    if name in ("", ".", "..") or "/" in name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
+        raise InvalidArgument(
+            f"region: got {name[:64]!r}, expected a file's name of at most {MAX_NAME_BYTES} bytes without a separator"
+        )
+
+
+def _not_plain(name: str) -> InvalidArgument:
+    return InvalidArgument(f'region: "{name}" is no plain file')

@@ -1,0 +1,256 @@
+"""The stream: many batches in flight on one connection. Nothing about one batch ends it."""
+
+import asyncio
+import functools
+import time
+from typing import Any, Literal
+
+import grpc
+from sidelight.v1 import attribution_pb2 as pb
+
+from ..errors import InvalidArgument, SidelightError, Unavailable
+from ..telemetry.call_record import Passage
+from ..wire.codec import Decoded, Received, Unreadable
+from .handler import Explainer, Inquiry
+from .receive_limit import Pace
+from .response_writer import Outlet, StalledError
+from .shared_memory import Regions
+from .status import forget_frames
+from .stream_batch import Batch, Inquire, failed
+from .write_timeout import Endings
+
+CALL = "AttributeStream"
+TELLING_S = 10.0  # that a caller who did not accept an answer has to read why the stream ends
+BEGIN_HEADER, END_TRAILER = "sidelight-begin", "sidelight-end"
+
+Cause = Literal["age", "shutdown", "stalled"]
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class Stream:
+    """One call of `AttributeStream`.
+
+    A batch that was read gets one of the stream's own slots, and a permit, before the next is read: a caller who sends
+    faster than the device runs, or does not take its answers, is held back by gRPC's flow control. While one waits, all
+    that is not a batch is still read, and one batch more: a cancel needs neither slot nor permit.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        explainer: Explainer,
+        regions: Regions,
+        *,
+        caller: str,
+        max_in_flight: int,
+        max_age_s: float,
+        endings: Endings,
+        pace: Pace,
+        stalled_write_s: float,
+    ) -> None:
+        self._context = context
+        self._explainer = explainer
+        self._regions = regions
+        self._caller = caller
+        self._max_age_s = max_age_s
+        self._endings = endings
+        self._pace = pace
+        self._stalled_write_s = stalled_write_s
+        self._outlet = Outlet(context, stalled_write_s=stalled_write_s)
+        self._slots = asyncio.Semaphore(max_in_flight)
+        self._admitting = asyncio.Lock()  # held for the one batch that waits
+        self._unanswered: dict[str, Batch] = {}
+        self._reader: asyncio.Task[None] | None = None  # while it waits for a message
+        self._waits_since_s = 0.0
+        self._end: Cause | None = None
+        self._is_given_up = False
+
+    async def run(self) -> None:
+        """Serve until the caller has sent all, or `end` is called, and every batch that was read is answered."""
+        # Said at once, so that a caller knows that somebody is there before it hands a batch over; and in a word of our
+        # own, for a proxy without a server begins a call too, to say so.
+        await self._context.send_initial_metadata(((BEGIN_HEADER, "1"),))
+        ageing = asyncio.get_running_loop().call_later(self._max_age_s, self.end, "age") if self._max_age_s else None
+        try:
+            async with asyncio.TaskGroup() as group:
+                while received := await self._read():
+                    await self._receive(received, group)
+        except* StalledError:
+            self._end = "stalled"
+        finally:
+            if ageing:
+                ageing.cancel()
+            self._regions.close()
+        await self._say_why()
+
+    def let_go(self) -> None:
+        """Keep the call no longer. It ends once it is free, and tasks of batches may be in circles of references."""
+        self._outlet.let_go()
+        self._unanswered.clear()
+        del self._context
+
+    @property
+    def waited_s(self) -> float:
+        """For how long it has waited for a message until now, or for the rest of one; 0 where it does not wait."""
+        return time.monotonic() - self._waits_since_s if self._reader else 0.0
+
+    def end(self, cause: Cause) -> None:
+        """Read no more. What was read is answered, then the stream ends."""
+        self._end = self._end or cause
+        if self._reader:
+            self._reader.cancel()
+            self._reader = None
+
+    def give_up(self) -> None:
+        """Fail as `Unavailable` what was read and is not answered: the server's time to drain has passed."""
+        self._is_given_up = True
+        for batch in list(self._unanswered.values()):
+            batch.drop(_given_up())
+
+    async def _say_why(self) -> None:
+        """End the call: with OK where the caller has sent all, or may send the rest on another stream."""
+        trailers = ((END_TRAILER, self._end),) if self._end else ()
+        match self._end:
+            case "shutdown":
+                unavailable = "the server is shutting down; what has no answer was not begun"
+                await self._context.abort(grpc.StatusCode.UNAVAILABLE, unavailable, trailers)
+            case "stalled":
+                # gRPC sends it behind the answer that waits, and permits and files are given back already: so a caller
+                # who reads again soon is told, and any other is cut off.
+                stalled = (
+                    f"an answer was not accepted within {self._stalled_write_s:g} s (the server's stalled_write_s): "
+                    "read answers while batches are sent"
+                )
+                try:
+                    async with asyncio.timeout(TELLING_S):
+                        await self._context.abort(grpc.StatusCode.ABORTED, stalled, trailers)
+                except TimeoutError:
+                    if call := asyncio.current_task():
+                        self._endings.cut_off(call)
+                        await asyncio.sleep(0)  # where the cancel takes effect
+            case _:
+                self._context.set_trailing_metadata(trailers)
+
+    async def _read(self) -> Decoded[pb.AttributeStreamRequest] | None:
+        """Return the next message, or what is wrong with it; None when no more is taken."""
+        if self._end:
+            return None
+        self._reader, self._waits_since_s = asyncio.current_task(), time.monotonic()
+        try:
+            await self._pace.wait(self._caller)
+            message = await self._context.read()
+        except asyncio.CancelledError:
+            # `end` is one who cancels; gRPC, where the caller has gone, and a batch that stalled are the others.
+            this = asyncio.current_task()
+            if self._reader or not this or this.uncancel():
+                raise
+            return None
+        finally:
+            self._reader = None
+        return None if message is grpc.aio.EOF else message
+
+    async def _receive(self, received: Decoded[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
+        if isinstance(received, Unreadable):
+            self._pace.refuse(self._caller, received.n_bytes)
+            await self._refuse(received.error)
+            return
+        match received.message.WhichOneof("request"):
+            case "attribute":
+                await self._begin(received, group)
+            case "cancel":
+                if batch := self._unanswered.get(received.message.cancel.id):
+                    batch.take_back()
+            case "register_region":
+                await self._register(received.message.register_region)
+            case _:
+                await self._refuse(InvalidArgument("request: unset; expected attribute, cancel or register_region"))
+
+    async def _begin(self, received: Received[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
+        passages = self._explainer.passages
+        passage = passages.begin(CALL, self._context.invocation_metadata, caller=self._caller)
+        request = received.message.attribute
+        try:
+            await self._admitting.acquire()
+        except asyncio.CancelledError:  # the caller has gone
+            passages.end(passage)
+            raise
+        try:
+            inquiry = await self._inquire(received, passage)
+        except SidelightError as error:
+            self._admitting.release()
+            self._pace.refuse(self._caller, received.n_bytes)
+            passages.failed(passage, error)
+            passages.end(passage)
+            await self._fail(request.id, error)
+            return
+        except asyncio.CancelledError:  # the caller has gone
+            passages.end(passage)
+            raise
+        self._unanswered[request.id] = batch = Batch(
+            inquiry,
+            self._explainer,
+            self._outlet,
+            self._slots,
+            message=request,
+            passage=passage,
+            on_admitted=self._admitting.release,
+            on_answer=lambda: self._forget(request.id),
+        )
+        # Not in the task itself: one that is cancelled before its first step runs nothing at all.
+        running = group.create_task(batch.run(group))
+        running.add_done_callback(lambda _: passages.end(passage))
+        running.add_done_callback(forget_frames)
+
+    async def _inquire(self, received: Received[pb.AttributeStreamRequest], passage: Passage) -> Inquiry | Inquire:
+        """Check a batch, or return what will check it once its model is loaded. `Unavailable` once all is given up."""
+        request = received.message.attribute
+        self._check_id(request.id)
+        if self._is_given_up:
+            raise _given_up()
+        inquire = functools.partial(
+            self._explainer.inquire,
+            request,
+            n_bytes=received.n_bytes,
+            data=received.data,
+            regions=self._regions,
+            passage=passage,
+        )
+        if self._explainer.must_load(request):
+            return inquire
+        inquiry = await inquire()
+        if self._is_given_up:  # meanwhile
+            raise _given_up()
+        return inquiry
+
+    def _check_id(self, id_: str) -> None:
+        if not id_:
+            raise InvalidArgument("id: empty; on a stream it is required, to match the answer")
+        if id_ in self._unanswered:
+            raise InvalidArgument(f'id: "{id_}" is of a batch that is not answered yet')
+
+    def _forget(self, id_: str) -> None:
+        del self._unanswered[id_]
+
+    async def _register(self, request: pb.RegisterRegionRequest) -> None:
+        try:
+            if not request.id:
+                raise InvalidArgument("id: empty; it is required, to match the answer")
+            await self._regions.register(request.region, request.size_bytes)
+        except SidelightError as error:
+            await self._fail(request.id, error)
+            return
+        registered = pb.RegionRegistered(region=request.region)
+        response = pb.AttributeStreamResponse(id=request.id, region_registered=registered)
+        await self._outlet.write(response.SerializeToString())
+
+    async def _refuse(self, error: SidelightError) -> None:
+        """Answer what is no request that could be matched with its answer."""
+        self._explainer.passages.refuse(CALL, self._context.invocation_metadata, error)
+        await self._fail("", error)
+
+    async def _fail(self, id_: str, error: SidelightError) -> None:
+        await self._outlet.write(failed(id_, error))
+
+
+def _given_up() -> Unavailable:
+    return Unavailable("the server is shutting down, and its drain_s has passed; send the batch elsewhere")

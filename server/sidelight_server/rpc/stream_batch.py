@@ -1,0 +1,173 @@
+"""A batch of a stream: from its message, found right, to its answer, accepted by the caller."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from ..engine.engine import Progress
+from ..errors import Cancelled, DeadlineExceeded, SidelightError
+from ..telemetry.call_record import Passage
+from ..wire import responses
+from .handler import Explainer, Inquiry, deadline_of
+from .response_writer import Outlet, StalledError
+
+Inquire = Callable[[], Awaitable[Inquiry]]
+
+_Explaining = asyncio.Task[bytes | SidelightError]
+_NO_WAIT = contextlib.nullcontext()
+
+
+class Batch:
+    """One batch, and the task that `run` runs in.
+
+    It takes one of its stream's slots, and a permit, and holds both until its answer is written. `on_admitted` is
+    called once it has them or has failed, so that another may wait for them; `on_answer` before the answer is written.
+
+    One whose model is not loaded yet has an `inquire` that waits for it, in place of an inquiry. It is admitted as soon
+    as it has a slot: what others of the stream need is there.
+    """
+
+    def __init__(
+        self,
+        inquiry: Inquiry | Inquire,
+        explainer: Explainer,
+        outlet: Outlet,
+        slots: asyncio.Semaphore,
+        *,
+        message: pb.AttributeRequest,
+        passage: Passage,
+        on_admitted: Callable[[], None],
+        on_answer: Callable[[], None],
+    ) -> None:
+        self._inquiry = inquiry
+        self._explainer = explainer
+        self._outlet = outlet
+        self._slots = slots
+        self._message = message
+        self._passage = passage
+        self._on_admitted = on_admitted
+        self._on_answer = on_answer
+        self._is_admitted = False
+        self._has_slot = False
+        self._permit: contextlib.ExitStack | None = None
+        self._refusal: SidelightError | None = None  # why it is dropped, if it is
+        self._explaining: asyncio.Task[object] | None = None  # what a cancel ends: this task, or one within it
+
+    async def run(self, group: asyncio.TaskGroup) -> None:
+        """Answer, whatever happens. `StalledError` where the caller does not accept the answer."""
+        try:
+            response = await self._respond(group)
+            self._on_answer()
+            self._passage.writing_s = time.monotonic()
+            await self._outlet.write(response)
+        except StalledError:
+            self._passage.cut_off()
+            raise
+        finally:
+            self._give_back()
+
+    def take_back(self) -> None:
+        """Drop what has not run. The answer is CANCELLED, unless there is another already."""
+        self.drop(Cancelled("the caller took the batch back"))
+
+    def drop(self, error: SidelightError) -> None:
+        """Drop what has not run. The answer is this failure, unless there is another already."""
+        if not self._refusal:
+            self._refusal = error
+            if self._explaining:
+                self._explaining.cancel()
+
+    async def _respond(self, group: asyncio.TaskGroup) -> bytes:
+        self._explaining = this = asyncio.current_task()
+        try:
+            try:
+                if self._refusal:  # before this task had begun
+                    raise self._refusal
+                inquiry = await self._taken()
+            finally:
+                self._admitted()
+            return await self._explain(inquiry, group)
+        except SidelightError as error:
+            return self._failed(error)
+        except asyncio.CancelledError:
+            if this and self._refusal and self._explaining is this:
+                this.uncancel()
+            if not self._refusal or (this and this.cancelling()):  # the whole stream ends
+                raise
+            return self._failed(self._refusal)
+
+    def _failed(self, error: SidelightError) -> bytes:
+        self._explainer.passages.failed(self._passage, error)
+        return failed(self._message.id, error)
+
+    def _admitted(self) -> None:
+        if not self._is_admitted:
+            self._is_admitted = True
+            self._on_admitted()
+
+    async def _taken(self) -> Inquiry:
+        """Take a slot and a permit, within the batch's own time; return the inquiry, once its model is there."""
+        inquiry = self._inquiry
+        if isinstance(inquiry, Inquiry):
+            await self._take_slot(inquiry.deadline_s)
+        else:
+            await self._take_slot(deadline_of(self._message, self._passage))
+            self._admitted()
+            inquiry = await inquiry()
+        self._permit = await self._explainer.admit(inquiry)
+        return inquiry
+
+    async def _take_slot(self, deadline_s: float | None) -> None:
+        try:
+            async with asyncio.timeout_at(deadline_s) if self._slots.locked() else _NO_WAIT:
+                await self._slots.acquire()
+        except TimeoutError:
+            raise DeadlineExceeded("timeout: it passed while all slots of the stream were taken") from None
+        self._has_slot = True
+
+    def _give_back(self) -> None:
+        if self._permit:
+            self._permit.close()
+        if self._has_slot:
+            self._slots.release()
+
+    async def _explain(self, inquiry: Inquiry, group: asyncio.TaskGroup) -> bytes:
+        if not self._message.output.partial:
+            return await self._explainer.explain(inquiry)
+        progress = Progress()
+        explaining = group.create_task(self._outcome(inquiry, progress))
+        self._explaining = explaining
+        await self._report(explaining, inquiry, progress)
+        outcome = await explaining
+        if isinstance(outcome, SidelightError):
+            raise outcome
+        return outcome
+
+    async def _outcome(self, inquiry: Inquiry, progress: Progress) -> bytes | SidelightError:
+        """Return the failure instead of raising it: a task that raises ends its group, and so the stream."""
+        try:
+            return await self._explainer.explain(inquiry, progress)
+        except SidelightError as error:
+            return error
+
+    async def _report(self, explaining: _Explaining, inquiry: Inquiry, progress: Progress) -> None:
+        """Write maps that are not final, the newest each time there is room for one, until they are."""
+        while not explaining.done():
+            improving = asyncio.ensure_future(progress.improved.wait())
+            try:
+                await asyncio.wait([explaining, improving], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                improving.cancel()
+            async with self._outlet.turn:  # the newest is taken once it can be written, not before
+                if not explaining.done():
+                    with contextlib.suppress(SidelightError):  # what is wrong with it the final answer will say
+                        partial = await self._explainer.reply(await progress.take(), inquiry)
+                        await self._outlet.write_now(partial)
+
+
+def failed(id_: str, error: SidelightError) -> bytes:
+    """Return the message that says of one batch why it failed."""
+    return pb.AttributeStreamResponse(id=id_, failure=responses.failure(error)).SerializeToString()

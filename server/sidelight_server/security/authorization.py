@@ -1,0 +1,131 @@
+"""Authorization: who may call what. It is settled before a call's first message is read."""
+
+import hashlib
+import hmac
+from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from ..config.settings import Settings
+from ..errors import ConfigurationError, PermissionDenied, SidelightError, Unauthenticated
+from ..rpc.status import Context, refusing
+from ..telemetry.counters import Counts
+from .reloadable_files import SecretFiles, read_secret
+
+# What probes call, which have no token; nothing but "serving" or "not" is told. Everything else needs one.
+OPEN = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
+ADMIN = frozenset({"/sidelight.v1.ModelService/ReloadModel"})
+
+_SCHEME = "bearer "
+
+if TYPE_CHECKING:
+    from ..rpc.status import Handler
+
+
+class Tokens:
+    """The bearer tokens of a file, one a line. Several are valid at once, so that one can follow another.
+
+    Digests are kept and compared, all of them each time: the time it takes tells neither length nor place.
+    """
+
+    def __init__(self, path: Path, *, setting: str) -> None:
+        self._path = path
+        self._setting = setting
+        self.files = SecretFiles([path], self._read, name=setting)
+
+    def __contains__(self, token: str) -> bool:
+        digest = _digest(token.encode())
+        found = False
+        for known in self.files.content:
+            found |= hmac.compare_digest(known, digest)
+        return found
+
+    def _read(self) -> tuple[bytes, ...]:
+        lines = read_secret(self._path, setting=self._setting).splitlines()
+        tokens: list[bytes] = []
+        for number, line in enumerate(lines, start=1):
+            token = line.strip()
+            if not token or token.startswith(b"#"):
+                continue
+            if not all(0x21 <= byte <= 0x7E for byte in token):
+                raise ConfigurationError(
+                    f"{self._setting}: {self._path}, line {number}: expected one token, of ASCII without spaces"
+                )
+            tokens.append(_digest(token))
+        if not tokens:
+            raise ConfigurationError(f"{self._setting}: {self._path} holds no token")
+        return tuple(tokens)
+
+
+class Authorization(grpc.aio.ServerInterceptor):
+    """Turns away calls whose token does not allow them. With neither file set, it allows what the settings allow."""
+
+    def __init__(self, settings: Settings, counts: Counts) -> None:
+        """Read the files. `ConfigurationError` where that fails."""
+        self._counts = counts
+        self._users = Tokens(settings.tokens, setting="tokens") if settings.tokens else None
+        self._admins = Tokens(settings.admin_tokens, setting="admin_tokens") if settings.admin_tokens else None
+
+    @property
+    def files(self) -> list[SecretFiles[Any]]:
+        """The files of tokens."""
+        return [each.files for each in (self._users, self._admins) if each]
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> "Handler | None":
+        """Return the call's handler, or one that refuses it unread."""
+        if refusal := self._refusal(handler_call_details):
+            return refusing(refusal, self._counts)
+        return await continuation(handler_call_details)
+
+    def _refusal(self, details: grpc.HandlerCallDetails) -> SidelightError | None:
+        is_admin_call = details.method in ADMIN
+        if details.method in OPEN or not (self._users or (self._admins and is_admin_call)):
+            return None
+        token = _token(details.invocation_metadata)
+        if token is None:
+            return Unauthenticated('authorization: none; this server wants "Bearer" and a token')
+        is_admin = self._admins is not None and token in self._admins
+        is_user = self._users is not None and token in self._users
+        if is_admin or (is_user and not is_admin_call):
+            return None
+        if is_user:
+            return PermissionDenied("authorization: this call wants a token of the operator's (admin_tokens)")
+        return Unauthenticated("authorization: the token is none of this server's")
+
+
+class Callers:
+    """Names those whose shares are counted apart: by token, else by certificate, else by connection.
+
+    What anybody can make up is no name: a token counts only where calls need one, a certificate where an authority has
+    signed it. Callers over UNIX sockets who show neither are one. (By host, those of a sidecar would be one, too.)
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._by_token = settings.tokens is not None
+        self._by_certificate = settings.tls_client_ca is not None
+
+    def of(self, context: Context) -> str:
+        """Return the name of who makes a call."""
+        if self._by_token and (token := _token(context.invocation_metadata())):
+            return "token:" + _digest(token.encode()).hex()
+        if self._by_certificate and (subject := context.auth_context().get("x509_subject")):
+            return "certificate:" + b",".join(subject).decode(errors="replace")
+        return str(context.peer())
+
+
+def _token(metadata: Iterable[tuple[str, Any]] | None) -> str | None:
+    """Return the token that a call brought; None where it brought none, or two."""
+    headers = [value for key, value in metadata or () if key == "authorization"]
+    if len(headers) != 1 or not isinstance(headers[0], str) or not headers[0].lower().startswith(_SCHEME):
+        return None
+    return headers[0][len(_SCHEME) :].strip() or None
+
+
+def _digest(token: bytes) -> bytes:
+    return hashlib.sha256(token).digest()

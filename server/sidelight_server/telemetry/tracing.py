@@ -1,0 +1,162 @@
+"""The tracing: a batch's passage as spans of OpenTelemetry, below those of its caller. The extra `otel`.
+
+One span stands for the batch, from its arrival until its answer is written; below it are admission, prepare, queue,
+each chunk, and write. All but the first are made at the end, of times that were taken anyway.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigurationError
+from .call_record import MAX_CHUNKS, Passage
+from .logs import Event
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace.export import SpanExporter
+    from opentelemetry.trace import Span, TracerProvider
+
+log = logging.getLogger("sidelight")
+
+SERVICE = "sidelight.v1.AttributionService"
+END_S = 2.0  # for the last spans to leave, when the server ends
+_ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+# By convention these alone are a server's own errors; the others are the caller's.
+_ERRORS = {
+    2: "UNKNOWN",
+    4: "DEADLINE_EXCEEDED",
+    12: "UNIMPLEMENTED",
+    13: "INTERNAL",
+    14: "UNAVAILABLE",
+    15: "DATA_LOSS",
+}
+
+
+class Tracing:
+    """The spans of one server, for a provider of OpenTelemetry's. The event loop's."""
+
+    def __init__(self, provider: "TracerProvider") -> None:
+        from opentelemetry import trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._trace = trace
+        self._provider = provider
+        self._tracer = provider.get_tracer("sidelight")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def begin(self, passage: Passage, headers: Iterable[tuple[str, Any]]) -> None:
+        """Begin a batch's span, below the one that the call's headers name. Where it is not sampled, that is all."""
+        zero_ns = time.time_ns() - _ns(time.monotonic())  # of the monotonic clock, since 1970
+        span = self._tracer.start_span(
+            f"{SERVICE}/{passage.call}",
+            context=self._propagator.extract(dict(headers)),
+            kind=self._trace.SpanKind.SERVER,
+            start_time=zero_ns + _ns(passage.arrived_s),
+            attributes={"rpc.system": "grpc", "rpc.service": SERVICE, "rpc.method": passage.call},
+        )
+        if span.is_recording():
+            passage.span, passage.zero_ns, passage.chunks = span, zero_ns, []
+
+    def end(self, passage: Passage) -> None:
+        """End a batch's span, and tell of its parts."""
+        span: Span = passage.span
+        code = passage.status
+        span.set_attributes(
+            {
+                "rpc.grpc.status_code": code,
+                "sidelight.model": passage.model,
+                "sidelight.method": passage.method,
+                "sidelight.examples": passage.examples,
+                "sidelight.rows": passage.rows,
+                "sidelight.transport": passage.transport,
+            }
+        )
+        if code:
+            span.set_attribute("sidelight.reason", passage.reason or "cancelled")
+        if code in _ERRORS:
+            span.set_status(self._trace.StatusCode.ERROR, _ERRORS[code])
+        ended_s = time.monotonic()
+        self._parts(passage, ended_s)
+        span.end(passage.zero_ns + _ns(ended_s))
+
+    def close(self, within_s: float = END_S) -> None:
+        """Send what is left, for a little while: a collector that does not answer keeps no server from ending."""
+        shutdown = getattr(self._provider, "shutdown", None)
+        if shutdown is not None:
+            ending = threading.Thread(target=shutdown, name="sidelight-spans", daemon=True)
+            ending.start()
+            ending.join(min(within_s, END_S))
+
+    def _parts(self, passage: Passage, ended_s: float) -> None:
+        within, zero_ns = self._trace.set_span_in_context(passage.span), passage.zero_ns
+
+        def tell(name: str, began_s: float, ended_s: float, attributes: dict[str, int] | None = None) -> None:
+            span = self._tracer.start_span(name, within, start_time=zero_ns + _ns(began_s), attributes=attributes)
+            span.end(zero_ns + _ns(ended_s))
+
+        places = (passage.arrived_s, passage.admitted_s, passage.prepared_s, passage.started_s)
+        for name, began_s, left_s in zip(("admission", "prepare", "queue"), places, places[1:], strict=False):
+            if began_s is None:
+                break
+            tell(name, began_s, ended_s if left_s is None else left_s)
+        chunks = (passage.chunks or [])[:MAX_CHUNKS]
+        for chunk in chunks:
+            tell("chunk", chunk.began_s, chunk.ended_s, {"sidelight.rows": chunk.rows})
+        if passage.writing_s is not None:
+            tell("write", passage.writing_s, ended_s)
+
+
+def from_environment() -> Tracing | None:
+    """Return the tracing that the `OTEL_*` variables ask for; None where they ask for none.
+
+    `ConfigurationError` where they ask for what is not installed, or not known here.
+    """
+    # A variable that is empty counts as unset, as OpenTelemetry has it.
+    wanted = os.environ.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(os.environ.get, _ENDPOINTS)) else "none")
+    if wanted == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return None
+    if wanted != "otlp":
+        raise ConfigurationError(f'OTEL_TRACES_EXPORTER: got "{wanted}", expected "otlp" or "none"')
+    try:
+        from opentelemetry.sdk.resources import SERVICE_NAME, Resource
+        from opentelemetry.sdk.trace import TracerProvider
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+        resource = Resource.create()
+        processor = BatchSpanProcessor(_exporter())
+    except ValueError as error:  # without the variable's name, more often than not
+        raise ConfigurationError(f"OTEL_* variables: {error}") from None
+    except ImportError as error:
+        raise ConfigurationError(
+            f"OTEL_* variables ask for tracing, but {error.name} is not installed; pip install 'sidelight[otel]', or "
+            "set OTEL_SDK_DISABLED=true"
+        ) from None
+    if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # the operator gave it no name
+        resource = resource.merge(Resource({SERVICE_NAME: "sidelight"}))
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # `close` does, and does not wait for ever
+    provider.add_span_processor(processor)
+    log.info(Event("tracing", exporter=wanted))
+    return Tracing(provider)
+
+
+def _exporter() -> "SpanExporter":
+    variables = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
+    protocol = next(filter(None, map(os.environ.get, variables)), "grpc")
+    if protocol == "grpc":
+        from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+        return OTLPSpanExporter()
+    if protocol == "http/protobuf":
+        exporter: SpanExporter = import_module(
+            "opentelemetry.exporter.otlp.proto.http.trace_exporter"
+        ).OTLPSpanExporter()
+        return exporter
+    raise ConfigurationError(f'OTEL_EXPORTER_OTLP_PROTOCOL: got "{protocol}", expected "grpc" or "http/protobuf"')
+
+
+def _ns(at_s: float) -> int:
+    return round(at_s * 1e9)

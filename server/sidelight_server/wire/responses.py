@@ -1,0 +1,215 @@
+"""The wire, outwards: answers, failures and models become messages."""
+
+import functools
+from collections.abc import Iterable
+
+from google.protobuf.duration_pb2 import Duration
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import model_pb2, tensor_pb2
+
+from ..domain import Answer, Convergence, Explained, Explanation, Provenance
+from ..engine.engine import Engine
+from ..engine.registry import Entry, State
+from ..errors import SidelightError
+from ..inputs.preprocessing import Geometry
+from ..models.model import Model
+from .enums import number_of
+from .methods import method_message
+from .requests import CHANNELS, SCORES
+from .tensors import encoded
+
+
+def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attribution:
+    """Return the message of an answer without its maps and its provenance: `frames` adds them."""
+    return pb.Attribution(
+        examples=[
+            _example(each, answer.labels, differs=differs)
+            for each, differs in zip(answer.explanations, answer.differs, strict=True)
+        ],
+        failures=[
+            pb.ExampleFailure(example=each.example, code=each.code, message=each.message) for each in answer.failures
+        ],
+        probabilities=None if answer.probabilities is None else encoded(answer.probabilities).tensor(),
+        timing=pb.Timing(
+            prepare=duration(answer.timing.prepare_s),
+            queue=duration(answer.timing.queue_s),
+            compute=duration(answer.timing.compute_s),
+            total=duration(answer.timing.total_s),
+            admission=duration(answer.timing.admission_s),
+        ),
+        transport=transport,
+        final=answer.final,
+    )
+
+
+def provenance(answer: Answer, message: pb.AttributeRequest) -> bytes:
+    """Return the bytes of a `Provenance`: what was asked, and where. The latter is the same answer after answer."""
+    request = answer.request
+    asked = pb.Provenance(
+        method=method_message(request.method),
+        target=message.target,
+        score=number_of(SCORES, request.score),
+        channels=number_of(CHANNELS, request.channels),
+        example_digests=answer.example_digests,
+    )
+    return asked.SerializeToString() + _facts(answer.provenance)
+
+
+def failure(error: SidelightError) -> pb.Failure:
+    """Return the message of a failure."""
+    delay = None if error.retry_delay_s is None else duration(error.retry_delay_s)
+    return pb.Failure(code=error.code, message=error.message, retry_delay=delay)
+
+
+def duration(seconds: float) -> Duration:
+    """Return a span, to the nanosecond."""
+    whole, part = divmod(max(0, round(seconds * 1e9)), 1_000_000_000)
+    return Duration(seconds=whole, nanos=part)
+
+
+_STATES = {
+    State.UNLOADED: model_pb2.MODEL_STATE_UNLOADED,
+    State.LOADING: model_pb2.MODEL_STATE_LOADING,
+    State.SERVING: model_pb2.MODEL_STATE_SERVING,
+    State.FAILED: model_pb2.MODEL_STATE_FAILED,
+}
+
+
+def model_info(engine: Engine, entry: Entry, *, whole: bool) -> model_pb2.ModelInfo:
+    """Return what there is to say of a model; labels and layers only if it is to be whole."""
+    if not entry.models:
+        return model_pb2.ModelInfo(name=entry.name, state=_STATES[entry.state])
+    model = entry.models[0]
+    return model_pb2.ModelInfo(
+        name=model.name,
+        version=model.version,
+        digest=model.digest,
+        state=model_pb2.MODEL_STATE_SERVING,
+        input=_input(model),
+        class_count=model.class_count,
+        labels=model.labels if whole else (),
+        scores=[number_of(SCORES, score) for score in model.scores],
+        layers=model.layers if whole else (),
+        precision=model.precision,
+        device=str(engine.device),
+        chunk_rows=model.chunk_rows,
+        warmup=[
+            model_pb2.WarmupEntry(
+                configuration=trial.configuration,
+                rows=trial.rows,
+                rows_per_second=trial.rows_per_second,
+                chosen=trial.chosen,
+            )
+            for trial in model.warm_up
+        ],
+        reproducible=model.reproducible,
+        kernel_options=model.kernel.options.names,
+        call=model.adapter.told,
+        outputs=model.head.outputs if model.is_known else "",
+        activation=model.head.activation if model.is_known else "",
+        methods=model.methods,
+        canary=model.canary,
+        neighbor_difference=model.neighbor_difference,
+    )
+
+
+def _input(model: Model) -> model_pb2.InputInfo | None:
+    preprocessing = model.preprocessing
+    if preprocessing is None:
+        return None
+    return model_pb2.InputInfo(
+        channels=preprocessing.channels,
+        height=preprocessing.height,
+        width=preprocessing.width,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        resize=str(preprocessing.resize),
+        interpolation=preprocessing.interpolation,
+        pixel_range=_interval(preprocessing.pixel_range),
+        window=_interval(preprocessing.window) if preprocessing.window else None,
+    )
+
+
+def _interval(ends: tuple[float, float]) -> tensor_pb2.Interval:
+    return tensor_pb2.Interval(low=ends[0], high=ends[1])
+
+
+def _example(explanation: Explanation | None, labels: tuple[str, ...], *, differs: bool | None) -> pb.Example:
+    if explanation is None:
+        return pb.Example()
+    return pb.Example(
+        prediction=pb.Prediction(
+            index=explanation.predicted,
+            label=_label(labels, explanation.predicted),
+            probability=explanation.probability,
+        ),
+        explained=[_explained(each, labels) for each in explanation.explained],
+        geometry=_geometry(explanation.geometry) if explanation.geometry else None,
+        convergence=_convergence(explanation.convergence) if explanation.convergence else None,
+        prediction_differs=differs,
+    )
+
+
+def _explained(explained: Explained, labels: tuple[str, ...]) -> pb.Explained:
+    return pb.Explained(
+        index=explained.index,
+        label=_label(labels, explained.index),
+        score=explained.score,
+        saturated=explained.saturated,
+        against=explained.against,
+        negligible=explained.negligible,
+    )
+
+
+def _convergence(convergence: Convergence) -> pb.Convergence:
+    return pb.Convergence(
+        rows=convergence.rows,
+        error=convergence.error,
+        completeness_error=convergence.completeness_error,
+        relative_completeness_error=convergence.relative_completeness_error,
+        tolerance=convergence.tolerance,
+        is_met=convergence.is_met,
+    )
+
+
+def _label(labels: tuple[str, ...], index: int) -> str:
+    return labels[index] if index < len(labels) else ""
+
+
+def _geometry(geometry: Geometry) -> tensor_pb2.Geometry:
+    return tensor_pb2.Geometry(
+        original_height=geometry.original_height,
+        original_width=geometry.original_width,
+        scaled_height=geometry.scaled_height,
+        scaled_width=geometry.scaled_width,
+        crop=tensor_pb2.Box(
+            top=geometry.crop_top,
+            left=geometry.crop_left,
+            height=geometry.crop_height,
+            width=geometry.crop_width,
+        ),
+        window=_interval(geometry.window) if geometry.window else None,
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _facts(facts: Provenance) -> bytes:
+    return pb.Provenance(
+        model=facts.model,
+        model_version=facts.model_version,
+        model_digest=facts.model_digest,
+        model_canary=facts.model_canary,
+        precision=facts.precision,
+        head_precision=facts.head_precision,
+        device=facts.device,
+        threads=facts.threads,
+        chunk_rows=facts.chunk_rows,
+        software=_software(facts.software),
+        reproducible=facts.reproducible,
+        baseline_digest=facts.baseline_digest,
+        kernel_options=facts.kernel_options,
+    ).SerializeToString()
+
+
+def _software(versions: Iterable[tuple[str, str]]) -> list[pb.SoftwareVersion]:
+    return [pb.SoftwareVersion(name=name, version=version) for name, version in versions]
