@@ -101,7 +101,7 @@ def run() -> list[Line]:
         asyncio.run(engine.warm_up())
 
         def on_its_thread(work: Callable[[Tensor], Tensor]) -> Tensor:
-            return engine._stations[0].runner.call(lambda: work(x)).result()
+            return engine._devices[0].worker.call(lambda: work(x)).result()
 
         captum.internal_batch_size = _best(captum, on_its_thread)
         lines = []
@@ -180,12 +180,12 @@ def _peak(who: str) -> float:
     # Captum runs with the threads of the engine, and like it after a first pass.
     with Engine([spec], Settings(device="cpu", max_chunk_rows=8)) as engine:
         captum = Captum(module)
-        engine._stations[0].runner.call(lambda: captum.module(x[:1])).result()
+        engine._devices[0].worker.call(lambda: captum.module(x[:1])).result()
         before = _status("VmRSS")
         if who == "ours":
             ours(engine, "float32", method, x)
         else:
-            engine._stations[0].runner.call(lambda: captum.integrated_gradients(x)).result()
+            engine._devices[0].worker.call(lambda: captum.integrated_gradients(x)).result()
         return (_status("VmHWM") - before) / 1024
 
 

@@ -8,7 +8,7 @@ import sidelight
 from sidelight_server import Engine, Request, Settings
 from sidelight_server.domain import Answer
 from sidelight_server.telemetry.counters import Tally
-from sidelight_server.telemetry.recorder import Passages
+from sidelight_server.telemetry.recorder import Telemetry
 
 from .measure import Line, in_turns, ratio, server
 from .memory import SIZE, small
@@ -21,13 +21,13 @@ GOAL = 0.01
 def run() -> list[Line]:
     """Compare the two, from one run."""
     image = np.zeros((1, SIZE, SIZE, 3), np.uint8)
-    answer, passages = _answer(image), Passages()
+    answer, telemetry = _answer(image), Telemetry()
 
     def counted() -> None:
         for _ in range(N_COUNTED):
-            passage = passages.begin("Attribute", tuple)
-            passages.answered(passage, answer, Tally.of(answer))
-            passages.end(passage)
+            call_record = telemetry.begin("Attribute", tuple)
+            telemetry.answered(call_record, answer, Tally.of(answer))
+            telemetry.end(call_record)
 
     with server("python:benchmarks.memory:small") as (address, _), sidelight.connect(address) as client:
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
-from sidelight_server.engine.decoder_pool import Decoders
+from sidelight_server.engine.decoder_pool import DecoderPool
 from sidelight_server.inputs.decode_worker import Order
 from sidelight_server.inputs.decoding import decode
 from sidelight_server.inputs.preprocessing import Preprocessing
@@ -25,7 +25,7 @@ def run() -> list[Line]:
 
 
 def _measured() -> Iterator[Line]:
-    pool, loop = Decoders(1), asyncio.new_event_loop()
+    pool, loop = DecoderPool(1), asyncio.new_event_loop()
     try:
         for (height, width), rounds in SIZES.items():
             file = _jpeg(height, width)

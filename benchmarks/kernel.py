@@ -55,16 +55,16 @@ def fast_against_original(name: str, module: nn.Module) -> list[Line]:
     explainer = original_class()(PyHealthModel(module).eval())
     device, trial = torch.device("cpu"), images[:2]
     kernels = {goal: Kernel(module, device=device, options=each, trial=trial) for goal, each in FAST.items()}
-    rivals = {kernel.told: functools.partial(maps, kernel, images) for kernel in kernels.values()}
+    rivals = {kernel.summary: functools.partial(maps, kernel, images) for kernel in kernels.values()}
     seconds = in_turns({"original": lambda: explainer.attribute(image=images)} | rivals)
     return [
         Line(
-            what=f"kernel over the original, {name}, batch {BATCH}, {kernel.told}",
-            figure=(times := ratio(seconds["original"], seconds[kernel.told])),
+            what=f"kernel over the original, {name}, batch {BATCH}, {kernel.summary}",
+            figure=(times := ratio(seconds["original"], seconds[kernel.summary])),
             unit="×",
             goal=f"≥ {goal}",
             met=times >= goal,
-            detail=f"{BATCH / min(seconds[kernel.told]):.1f} images/s at best",
+            detail=f"{BATCH / min(seconds[kernel.summary]):.1f} images/s at best",
         )
         for goal, kernel in kernels.items()
     ]

@@ -165,7 +165,7 @@ async def _settled(running: Server, engine: Engine, folder: Path, n_files: int |
     until_s = time.monotonic() + SETTLE_S
     while True:
         counts = (
-            running.explainer.admission.n_requests,
+            running.handler.admission.n_requests,
             engine.n_unanswered,
             len(os.listdir("/proc/self/fd")),
             len(os.listdir(folder)) - 1,  # the socket

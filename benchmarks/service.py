@@ -52,7 +52,7 @@ def _stream(client: sidelight.Client, batches: list[np.ndarray], options: Kernel
     seconds = in_turns({"kernel": alone, "stream": stream})
     share = ratio(seconds["kernel"], seconds["stream"])
     return Line(
-        what=f"stream over its kernel's own rate, ResNet-18, uint8 batches of {BATCH}, {kernel.told}",
+        what=f"stream over its kernel's own rate, ResNet-18, uint8 batches of {BATCH}, {kernel.summary}",
         figure=share,
         unit="×",
         goal=f"≥ {STREAM_GOAL}",

@@ -136,7 +136,7 @@ def found(module: nn.Module, **spec: Any) -> tuple[str, str, str]:
     """What is found out of a module: how it is called, what it returns, and how that is read."""
     with Engine([ModelSpec(module, **{"input_size": SIZE} | spec)], SETTINGS) as engine:
         model = engine.model("")
-        return model.adapter.told, model.head.outputs, model.head.activation
+        return model.adapter.summary, model.head.outputs, model.head.activation
 
 
 KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, str, str]]] = {

@@ -14,9 +14,9 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server.errors import ResourceExhausted
 from sidelight_server.rpc.admission import Admission, Permit
-from sidelight_server.rpc.handler import Explainer
+from sidelight_server.rpc.handler import RequestHandler
 from sidelight_server.rpc.receive_limit import LARGE_BYTES, REFUSED_BYTES_PER_S, Pace
-from sidelight_server.telemetry.call_record import Passage
+from sidelight_server.telemetry.call_record import CallRecord
 
 
 def on_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
@@ -392,10 +392,10 @@ def test_a_permit_counts_a_message_its_parsed_copy_its_maps_and_those_as_they_ar
 
     async def permits() -> list[int]:
         with sidelight_server.Engine([spec], sidelight_server.Settings(device="cpu")) as engine:
-            explainer = Explainer(engine)
+            handler = RequestHandler(engine)
             n_bytes = whole.ByteSize()
             inquiries = [
-                await explainer.inquire(each, n_bytes=n_bytes, data=data, passage=Passage("Attribute", 0.0))
+                await handler.validate(each, n_bytes=n_bytes, data=data, call_record=CallRecord("Attribute", 0.0))
                 for each, data in ((cut, memoryview(images).cast("B")), (whole, None))
             ]
             return [each.n_bytes for each in inquiries]

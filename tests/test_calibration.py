@@ -13,7 +13,7 @@ import sidelight_server
 import torch
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.engine import recalibration
-from sidelight_server.engine.recalibration import Remeasuring
+from sidelight_server.engine.recalibration import Recalibration
 from sidelight_server.models import calibration
 from torch import Tensor, nn
 
@@ -226,7 +226,7 @@ def waits(*, n_rows: Iterator[int], until: int) -> list[float]:
         slept.append(seconds)
 
     with pytest.raises(Enough):
-        asyncio.run(Remeasuring(registry, [Station()], sleep=sleep).run())
+        asyncio.run(Recalibration(registry, [Station()], sleep=sleep).run())
     return slept
 
 

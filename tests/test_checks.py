@@ -13,7 +13,7 @@ import sidelight_server
 import torch
 import transformers
 from sidelight_server import Engine, ModelSpec, Occlusion, Settings
-from sidelight_server.models.checks import gradient_fault, rows_touch
+from sidelight_server.models.checks import gradient_fault, is_batch_dependent
 from sidelight_server.models.model import at_once
 from torch import Tensor, nn
 
@@ -29,7 +29,7 @@ def fault(module: nn.Module, example: Tensor = EXAMPLE) -> str:
 
 
 def touch(module: nn.Module, example: Tensor = EXAMPLE) -> bool:
-    return rows_touch(module.eval(), example, in_turn=at_once, most=16, dtype=example.dtype)
+    return is_batch_dependent(module.eval(), example, in_turn=at_once, most=16, dtype=example.dtype)
 
 
 def convolutional(*between: Callable[[], nn.Module], seed: int = 0) -> nn.Module:

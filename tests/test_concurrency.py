@@ -90,9 +90,9 @@ def test_an_example_has_the_same_map_in_every_place_and_company(place: int, serv
     rng = np.random.default_rng(2)
     example = rng.integers(0, 256, (32, 32, 3), np.uint8)
     alone = serving.attribute(example).maps[0]
-    company = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
-    company[place] = example
-    assert_close(serving.attribute(company).maps[place], alone)
+    neighbors = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
+    neighbors[place] = example
+    assert_close(serving.attribute(neighbors).maps[place], alone)
 
 
 def test_one_thread_owns_the_device(device: str, floats: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ import pytest
 import sidelight
 from PIL import Image
 from sidelight_server import Engine, Files, Request, Settings
-from sidelight_server.engine.decoder_pool import Decoders, Fitted
+from sidelight_server.engine.decoder_pool import DecoderPool, Fitted
 from sidelight_server.errors import InvalidArgument, ResourceExhausted, SidelightError, Unavailable
 from sidelight_server.inputs.decode_worker import BYTES_PER_PIXEL, SPARE_BYTES, Order
 from sidelight_server.inputs.decoding import decode
@@ -129,8 +129,8 @@ async def until_decoding() -> psutil.Process:
 
 
 @contextlib.contextmanager
-def decoders(size: int = 1) -> Iterator[Decoders]:
-    pool = Decoders(size)
+def decoders(size: int = 1) -> Iterator[DecoderPool]:
+    pool = DecoderPool(size)
     try:
         yield pool
     finally:
@@ -138,7 +138,7 @@ def decoders(size: int = 1) -> Iterator[Decoders]:
         assert not children()
 
 
-def fit(pool: Decoders, *files: bytes, order: Order = ORDER) -> list[Fitted]:
+def fit(pool: DecoderPool, *files: bytes, order: Order = ORDER) -> list[Fitted]:
     return asyncio.run(pool.fit(files, order))
 
 

@@ -22,7 +22,7 @@ from sidelight_server import (
     TopK,
 )
 from sidelight_server.compute.head import Head
-from sidelight_server.domain import PREDICTED, Aim
+from sidelight_server.domain import PREDICTED, ResolvedTarget
 from sidelight_server.errors import FailedPrecondition, InvalidArgument, SidelightError
 from torch import Tensor, nn
 
@@ -209,12 +209,19 @@ def test_without_a_class_each_pixels_own_largest_output_counts(
 
 def test_rows_with_a_class_and_without_share_a_chunk(module: nn.Module, x: Tensor) -> None:
     head = Head()
-    aims = [Aim(each_pixel=True), Aim(CLASS), Aim(each_pixel=True), PREDICTED]
+    resolved_targets = [
+        ResolvedTarget(each_pixel=True),
+        ResolvedTarget(CLASS),
+        ResolvedTarget(each_pixel=True),
+        PREDICTED,
+    ]
     outputs = module(x)
     scores = [Score.LOGIT, Score.LOGIT, Score.PROBABILITY, Score.LOGIT]
-    selected = head.select(outputs, torch.tensor([0, CLASS, 0, 1]), aims, scores)
+    selected = head.select(outputs, torch.tensor([0, CLASS, 0, 1]), resolved_targets, scores)
     alone = [
-        head.select(outputs[i : i + 1], torch.tensor([[0, CLASS, 0, 1][i]]), aims[i : i + 1], scores[i : i + 1])
+        head.select(
+            outputs[i : i + 1], torch.tensor([[0, CLASS, 0, 1][i]]), resolved_targets[i : i + 1], scores[i : i + 1]
+        )
         for i in range(4)
     ]
     torch.testing.assert_close(selected, torch.cat(alone))

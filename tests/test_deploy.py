@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import yaml
-from sidelight_server.app.health_check import is_probe
+from sidelight_server.app.health_check import is_health_check
 from sidelight_server.config.settings import Settings, read_settings
 from torch import nn
 
@@ -105,7 +105,7 @@ def test_probes_ask_where_the_server_listens(path: Path) -> None:
                 assert f"0.0.0.0:{each['grpc']['port']}" in settings.listen
             else:
                 program, *arguments = each["exec"]["command"]
-                assert (program, is_probe(arguments)) == ("sidelight-server", True)
+                assert (program, is_health_check(arguments)) == ("sidelight-server", True)
                 assert arguments[1] in settings.listen
         startup, _, liveness = probes
         assert startup["failureThreshold"] * startup["periodSeconds"] >= 300  # a large model loads
@@ -242,7 +242,7 @@ def test_commands_that_are_shown_are_read_by_the_server(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    shown = [each for each in commands(text) if not is_probe(each) and "--help" not in each]
+    shown = [each for each in commands(text) if not is_health_check(each) and "--help" not in each]
     assert shown
     for each in shown:
         assert read_settings(each).model

@@ -36,8 +36,8 @@ from sidelight_server.compute.torch_device import choose_devices
 from sidelight_server.errors import Unavailable
 from sidelight_server.methods.integrated_gradients import Rule
 from sidelight_server.methods.method import Method
-from sidelight_server.telemetry.call_record import Passage
-from sidelight_server.telemetry.cancellation_latency import StopTimes
+from sidelight_server.telemetry.call_record import CallRecord
+from sidelight_server.telemetry.cancellation_latency import CancellationTimes
 from torch import nn
 
 from support.engines import ask
@@ -82,11 +82,11 @@ def test_two_devices_run_at_once(gated: Engine, gate: Gate) -> None:
         thread.join(30)
         assert len(answers) == 1
         assert not answers[0].failures
-    assert [station.n_rows for station in gated._stations] == [0, 0]
+    assert [station.n_rows for station in gated._devices] == [0, 0]
 
 
 def test_a_request_goes_where_the_fewest_rows_wait(gated: Engine, gate: Gate) -> None:
-    here, there = gated._stations
+    here, there = gated._devices
 
     async def scenario() -> None:
         gate.shut()
@@ -104,7 +104,7 @@ def test_a_request_goes_where_the_fewest_rows_wait(gated: Engine, gate: Gate) ->
 
 
 def test_each_class_of_a_top_k_counts(gated: Engine, gate: Gate) -> None:
-    here, there = gated.stations
+    here, there = gated.devices
     twelve = np.concatenate([PICTURE] * 12)
 
     async def scenario() -> None:
@@ -135,13 +135,13 @@ METHODS = [
 def test_no_request_takes_more_rows_than_are_counted_for_it(method: Method, target: TopK | None, gate: Gate) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     with Engine([ModelSpec(Gated(gate), input_size=(3, 32, 32))], Settings(device="cpu", threads=1)) as engine:
-        (station,) = engine.stations
-        passage = Passage("Attribute", time.monotonic())
+        (station,) = engine.devices
+        call_record = CallRecord("Attribute", time.monotonic())
 
         async def scenario() -> int:
             gate.shut()
             request = Request(pictures, **{"method": method} | ({"target": target} if target else {}))
-            asked = asyncio.create_task(engine.attribute(request, passage=passage))
+            asked = asyncio.create_task(engine.attribute(request, call_record=call_record))
             await until(lambda: station.n_rows > 0)
             counted = station.n_rows
             gate.open()
@@ -149,15 +149,15 @@ def test_no_request_takes_more_rows_than_are_counted_for_it(method: Method, targ
             return counted
 
         counted = asyncio.run(asyncio.wait_for(scenario(), 30))
-    assert 0 < passage.rows <= counted
+    assert 0 < call_record.rows <= counted
     if getattr(method, "tolerance", None) is None:
-        assert counted <= 2 * passage.rows
+        assert counted <= 2 * call_record.rows
 
 
 def test_a_device_whose_thread_has_ended_gets_nothing_more(gated: Engine) -> None:
-    gated._stations[0].runner.close()
+    gated._devices[0].worker.close()
     assert not asyncio.run(gated.attribute(Request(PICTURE))).failures
-    gated._stations[1].runner.close()
+    gated._devices[1].worker.close()
     with pytest.raises(Unavailable):
         asyncio.run(gated.attribute(Request(PICTURE)))
 
@@ -167,7 +167,7 @@ def test_maps_are_those_of_one_device() -> None:
     x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     with Engine([spec], Settings(device="cpu", threads=1)) as one, Engine([spec], TWO) as two:
         expected = ask(one, x)
-        for _ in two._stations:
+        for _ in two._devices:
             assert np.array_equal(ask(two, x).maps, expected.maps)
 
 
@@ -193,7 +193,7 @@ def test_a_device_that_is_none_is_refused(wanted: str) -> None:
 
 
 def test_stops_of_all_devices_are_told_together() -> None:
-    assert StopTimes(2, 0.3, 0.2) + StopTimes(1, 0.5, 0.5) == StopTimes(3, 0.8, 0.5)
+    assert CancellationTimes(2, 0.3, 0.2) + CancellationTimes(1, 0.5, 0.5) == CancellationTimes(3, 0.8, 0.5)
 
 
 # A device that is lost: after some errors CUDA refuses everything, for as long as the process lives.
@@ -233,8 +233,8 @@ def breaking(request: pytest.FixtureRequest) -> Breaking:
 
 def breakable(breaking: Breaking, **settings: object) -> Engine:
     engine = Engine([ModelSpec(breaking, input_size=(3, 32, 32))], TWO.model_copy(update=settings))
-    for station in engine.stations:
-        station.runner.check = breaking.check
+    for station in engine.devices:
+        station.worker.check = breaking.check
     return engine
 
 
@@ -248,18 +248,18 @@ def test_a_lost_device_is_told_once_and_others_answer(breaking: Breaking, caplog
             asyncio.run(engine.attribute(Request(np.concatenate([PICTURE] * 5))))
         assert changed.wait(30)
         breaking.armed = False
-        assert [station.moves for station in engine.stations] == [False, True]
+        assert [station.moves for station in engine.devices] == [False, True]
         for _ in range(3):
             assert not asyncio.run(engine.attribute(Request(PICTURE))).failures
         with pytest.raises(Unavailable, match="cpu has failed"):
-            engine.stations[0].runner.call(lambda: None)
+            engine.devices[0].worker.call(lambda: None)
     (told,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
     assert told.levelno == logging.CRITICAL
     said = told.getMessage()
     assert said.startswith("event=device_lost")
     assert "illegal memory access" in said
     assert "reported later" not in said
-    assert not engine.stations[0].runner.pulse.at_work_s  # the watchdog has nothing to add
+    assert not engine.devices[0].worker.heartbeat.at_work_s  # the watchdog has nothing to add
 
 
 def test_what_waits_at_a_lost_device_is_unavailable(breaking: Breaking) -> None:
@@ -267,7 +267,7 @@ def test_what_waits_at_a_lost_device_is_unavailable(breaking: Breaking) -> None:
 
         async def scenario() -> list[BaseException | Answer]:
             held, release = threading.Event(), threading.Event()
-            holding = engine.stations[0].runner.call(lambda: (held.set(), release.wait(30)))
+            holding = engine.devices[0].worker.call(lambda: (held.set(), release.wait(30)))
             await asyncio.to_thread(held.wait, 30)
             asked = [asyncio.create_task(engine.attribute(Request(PICTURE))) for _ in range(20)]
             await until(lambda: engine.n_unanswered == 20)
@@ -296,7 +296,7 @@ def test_a_server_whose_only_device_is_lost_says_so(breaking: Breaking, tmp_path
 
 def test_a_device_that_is_found_lost_while_a_model_is_loaded_takes_no_request(breaking: Breaking) -> None:
     with breakable(breaking) as engine:
-        here = engine.stations[0]
+        here = engine.devices[0]
         ended = threading.Event()
         engine.on_change = ended.set
         with pytest.raises(breaking.error):
@@ -317,7 +317,7 @@ def test_a_device_that_works_after_an_error_is_kept(breaking: Breaking) -> None:
 
     engine = breakable(breaking, device="cpu")
     with engine:
-        engine.stations[0].runner.check = check
+        engine.devices[0].worker.check = check
         breaking.armed = True
         assert [each.code for each in asyncio.run(engine.attribute(Request(PICTURE))).failures] == [INTERNAL]
         breaking.armed = False

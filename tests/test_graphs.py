@@ -15,7 +15,7 @@ from sidelight_server.compute.head import Head
 from sidelight_server.compute.kernel import Kernel
 from sidelight_server.compute.layers import Layers, Layout
 from sidelight_server.config.options import KernelOptions
-from sidelight_server.domain import PREDICTED, Aim, Score
+from sidelight_server.domain import PREDICTED, ResolvedTarget, Score
 from sidelight_server.methods.method import Layer, Rectifiers
 from torch import Tensor, nn
 
@@ -49,14 +49,14 @@ def test_every_size_gives_what_the_plain_kernel_gives(precision: str | None, dev
     recorded, plain = kernels(device, precision=precision)
     for n in (1, 3, 8, 5, 2, 8):  # larger, then smaller: what an earlier chunk left in the buffers says nothing
         x = examples(n, seed=n).to(device)
-        aims = [PREDICTED, Aim(3), Aim(2, negative=5)] * n
+        resolved_targets = [PREDICTED, ResolvedTarget(3), ResolvedTarget(2, negative=5)] * n
         scores = [Score.PROBABILITY, Score.LOGIT, Score.LOG_PROBABILITY] * n
-        a, b = (each.run(x, aims[:n], scores[:n]) for each in (recorded, plain))
+        a, b = (each.run(x, resolved_targets[:n], scores[:n]) for each in (recorded, plain))
         assert torch.equal(a.explained, b.explained)
         assert a.gradients.dtype == torch.float32
         for name in ("gradients", "scores", "probabilities"):
             assert_near(getattr(a, name), getattr(b, name))
-        looked = recorded.run(x, aims[:n], scores[:n], gradient=False)
+        looked = recorded.run(x, resolved_targets[:n], scores[:n], gradient=False)
         assert looked.gradients is None
         assert_near(looked.probabilities, b.probabilities)
 

@@ -23,7 +23,7 @@ from sidelight_server.app.server import Server
 from sidelight_server.app.watchdog import Watchdog
 from sidelight_server.config.settings import ModelSettings
 from sidelight_server.engine.device import least_busy
-from sidelight_server.engine.heartbeat import SLACK, Pulse
+from sidelight_server.engine.heartbeat import SLACK, Heartbeat
 from sidelight_server.errors import Unavailable
 
 from support.conversation import Conversation
@@ -123,7 +123,7 @@ def test_the_port_tells_health_while_models_load_and_refuses_what_it_cannot_do_y
                     call()
                 assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
                 assert dict(caught.value.trailing_metadata())["retry-after-ms"] == "1000"
-            refused = server.server.explainer.passages.counts.unread
+            refused = server.server.handler.telemetry.counts.unread
             assert refused == {grpc.StatusCode.UNAVAILABLE.value[0]: 4}
             with sidelight.connect(f"unix:{tmp_path}/socket", connect_timeout=TIMEOUT_S) as client:
                 answers: queue.SimpleQueue[sidelight.Attribution] = queue.SimpleQueue()
@@ -198,7 +198,7 @@ def test_a_stuck_device_is_told_and_so_is_that_it_moves_again(
 
 def test_without_the_setting_nothing_is_stuck(gate: Gate) -> None:
     with gated(gate, stuck_s=0) as engine:
-        assert not engine.stations[0].runner.pulse.is_stuck
+        assert not engine.devices[0].worker.heartbeat.is_stuck
 
 
 def test_one_device_of_two_keeps_the_server_serving_and_gets_all_that_is_new(
@@ -206,12 +206,12 @@ def test_one_device_of_two_keeps_the_server_serving_and_gets_all_that_is_new(
 ) -> None:
     engine = gated(gate, device="cpu,cpu", stuck_s=STUCK_S)
     with serving(engine, f"unix:{tmp_path}/socket") as server:
-        here, there = engine.stations
+        here, there = engine.devices
         gate.shut()
         held = server.stub.Attribute.future(ask(PICTURES), timeout=TIMEOUT_S)
         assert gate.reached.wait(TIMEOUT_S)
-        pulse = here.runner.pulse
-        pulse._beat_s -= pulse.limit_s + 1  # as long ago as that
+        heartbeat = here.worker.heartbeat
+        heartbeat._beat_s -= heartbeat.limit_s + 1  # as long ago as that
         watchdog = Watchdog(engine, on_look=lambda: None)
         watchdog.look()
         assert (here.moves, there.moves) == (False, True)
@@ -234,10 +234,10 @@ def test_a_device_thread_that_died_serves_no_more(tmp_path: Path, caplog: pytest
         def die() -> None:
             raise SystemExit
 
-        runner = engine.stations[0].runner
-        with runner._changed:
-            runner._errands.append((die, None))
-            runner._changed.notify()
+        worker = engine.devices[0].worker
+        with worker._changed:
+            worker._tasks.append((die, None))
+            worker._changed.notify()
         assert watching.next() == NOT_SERVING
         watching.leave()
         with pytest.raises(grpc.RpcError) as caught:
@@ -263,41 +263,41 @@ def clock() -> Clock:
 
 
 def test_a_thread_at_rest_is_never_stuck(clock: Clock) -> None:
-    pulse = Pulse(stuck_s=5, clock=clock)
+    heartbeat = Heartbeat(stuck_s=5, clock=clock)
     clock.now_s += 1000
-    assert not pulse.is_stuck
-    pulse.beat()
+    assert not heartbeat.is_stuck
+    heartbeat.beat()
     clock.now_s += 1
-    pulse.rest()
+    heartbeat.rest()
     clock.now_s += 1000
-    assert not pulse.is_stuck
-    assert pulse.longest_s == 1
+    assert not heartbeat.is_stuck
+    assert heartbeat.longest_s == 1
 
 
 @pytest.mark.parametrize(("chunk_s", "limit_s"), [(0.1, 5), (0.4, 5), (2.0, 20)])
 def test_the_limit_is_the_setting_or_ten_times_the_longest_chunk(chunk_s: float, limit_s: float, clock: Clock) -> None:
-    pulse = Pulse(stuck_s=5, clock=clock)
+    heartbeat = Heartbeat(stuck_s=5, clock=clock)
     for took_s in (chunk_s, chunk_s / 2):
-        pulse.beat()
+        heartbeat.beat()
         clock.now_s += took_s
-    pulse.beat()
-    assert pulse.limit_s == pytest.approx(max(5, SLACK * chunk_s))
+    heartbeat.beat()
+    assert heartbeat.limit_s == pytest.approx(max(5, SLACK * chunk_s))
     clock.now_s += limit_s - 0.01
-    assert not pulse.is_stuck
+    assert not heartbeat.is_stuck
     clock.now_s += 0.02
-    assert pulse.is_stuck
-    pulse.beat()
-    assert not pulse.is_stuck
+    assert heartbeat.is_stuck
+    heartbeat.beat()
+    assert not heartbeat.is_stuck
 
 
 def test_what_was_stuck_and_what_was_an_errand_does_not_make_the_limit_longer(clock: Clock) -> None:
-    pulse = Pulse(stuck_s=5, clock=clock)
-    pulse.beat()
+    heartbeat = Heartbeat(stuck_s=5, clock=clock)
+    heartbeat.beat()
     clock.now_s += 1000
-    pulse.beat()
+    heartbeat.beat()
     clock.now_s += 4
-    pulse.rest(counts=False)
-    assert pulse.limit_s == 5
+    heartbeat.rest(counts=False)
+    assert heartbeat.limit_s == 5
 
 
 # The end

@@ -20,14 +20,14 @@ import numpy as np, torch
 from sidelight.v1 import attribution_pb2 as pb, tensor_pb2
 from sidelight_server import Engine, ModelSpec, Request, Settings
 from sidelight_server.errors import InvalidArgument, ResourceExhausted, SidelightError
-from sidelight_server.rpc.handler import Explainer
+from sidelight_server.rpc.handler import RequestHandler
 from sidelight_server.wire.codec import Received, decode_request
-from sidelight_server.telemetry.call_record import Passage
+from sidelight_server.telemetry.call_record import CallRecord
 
 @contextlib.contextmanager
 def scarce(more_bytes):
-    if engine.stations[0].moves:
-        engine.stations[0].runner.call(lambda: None).result(30)  # it has let go of its last chunk
+    if engine.devices[0].moves:
+        engine.devices[0].worker.call(lambda: None).result(30)  # it has let go of its last chunk
     gc.collect()
     pages = int(open("/proc/self/statm").read().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more_bytes, resource.RLIM_INFINITY))
@@ -61,7 +61,7 @@ CASES = {
                     pass
                 else:
                     raise AssertionError("there was memory enough")
-            assert engine.stations[0].moves
+            assert engine.devices[0].moves
             assert not asyncio.run(engine.attribute(small)).failures
             assert not asyncio.run(engine.attribute(large)).failures
         """,
@@ -78,7 +78,7 @@ CASES = {
                     pass
                 else:
                     raise AssertionError("there was memory enough")
-            assert engine.stations[0].moves
+            assert engine.devices[0].moves
             assert not asyncio.run(engine.attribute(small)).failures
         """,
     "the batch, as its caller is told": """
@@ -91,19 +91,20 @@ CASES = {
         raw = message.SerializeToString()
 
         async def explained():
-            explainer = Explainer(engine)
-            inquiry = await explainer.inquire(
-                message, n_bytes=len(raw), data=memoryview(large.images).cast("B"), passage=Passage("Attribute", 0.0)
+            handler = RequestHandler(engine)
+            inquiry = await handler.validate(
+                message, n_bytes=len(raw), data=memoryview(large.images).cast("B"),
+                call_record=CallRecord("Attribute", 0.0),
             )
-            await explainer.explain(inquiry)
+            await handler.explain(inquiry)
             with scarce(3 << 20):
                 try:
-                    await explainer.explain(inquiry)
+                    await handler.explain(inquiry)
                 except ResourceExhausted as error:
                     assert "no memory for the batch" in error.message
                 else:
                     raise AssertionError("there was memory enough")
-            await explainer.explain(inquiry)
+            await handler.explain(inquiry)
 
         with engine:
             asyncio.run(explained())

@@ -47,7 +47,7 @@ def address(server: Running) -> str:
 
 
 def n_held(server: Running) -> int:
-    return server.server.explainer.admission.n_requests
+    return server.server.handler.admission.n_requests
 
 
 def test_a_connection_has_so_many_calls_and_no_more(tmp_path: Path, device: str) -> None:
@@ -126,7 +126,7 @@ def test_of_a_message_that_nobody_reads_yet_64_kib_are_taken(
         for _ in range(5):
             waiting = caller.begin(ATTRIBUTE)
             assert caller.send(waiting, framed(bytes(MEBIBYTE)), patience_s=0.3) <= 65_535
-        assert server.server._framing.n_arriving == 1
+        assert server.server._interceptor.n_arriving == 1
 
 
 def test_a_message_has_so_long_to_arrive_and_then_its_place_is_free(tmp_path: Path, device: str) -> None:
@@ -136,7 +136,7 @@ def test_a_message_has_so_long_to_arrive_and_then_its_place_is_free(tmp_path: Pa
         for call in calls:
             caller.send(call, framed(bytes(10), n_bytes=1000))
         assert [caller.result(call).status for call in calls] == [DEADLINE_EXCEEDED] * 3
-        until(server, lambda: server.server._framing.n_arriving == 0)
+        until(server, lambda: server.server._interceptor.n_arriving == 0)
 
 
 def test_a_caller_whose_large_messages_are_refused_has_the_next_ones_read_at_a_limited_rate(
@@ -176,7 +176,7 @@ def test_answers_that_nobody_reads_give_their_permits_back_and_their_calls_are_r
         before = counts(server)
         calls = [(caller, caller.ask(ATTRIBUTE, message, *FLOOD)) for caller in callers for _ in range(85)]
         assert server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=GOOD)
-        answered = server.server.explainer.passages.counts.requests
+        answered = server.server.handler.telemetry.counts.requests
         until(server, lambda: answered.total() == len(calls) + 2)
         # gRPC keeps the call that came last until another comes.
         assert server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=GOOD)
@@ -226,7 +226,7 @@ def test_small_calls_pass_a_large_batch_that_waits(tmp_path: Path, device: str) 
     ):
         stream.send(attribute("runs", large), attribute("waits", large))
         assert gate.reached.wait(TIMEOUT_S)
-        until(server, lambda: bool(server.server.explainer.admission._waiting))
+        until(server, lambda: bool(server.server.handler.admission._waiting))
         small = [server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S) for _ in range(10)]
         until(server, lambda: n_held(server) == 1 + len(small))
         gate.open()

@@ -11,7 +11,7 @@ import torch
 from sidelight_server.compute.kernel import Kernel
 from sidelight_server.compute.replica import replicate
 from sidelight_server.compute.staging import Staging, normalise
-from sidelight_server.domain import Aim, Score
+from sidelight_server.domain import ResolvedTarget, Score
 from torch import nn
 
 from support.models import small_cnn
@@ -99,11 +99,11 @@ def test_rows_of_different_scores_and_targets_run_together(device: str, floats: 
     """A chunk mixes what its requests want; each row's gradient is the one that it has alone."""
     kernel = Kernel(small_cnn().double(), device=torch.device(device))
     x = floats.double().to(device)
-    aims = [Aim(), Aim(3), Aim(), Aim(7, 2), Aim(0)]
+    resolved_targets = [ResolvedTarget(), ResolvedTarget(3), ResolvedTarget(), ResolvedTarget(7, 2), ResolvedTarget(0)]
     wanted = [Score.PROBABILITY, Score.LOGIT, Score.LOG_PROBABILITY, Score.PROBABILITY, Score.LOGIT]
-    mixed = kernel.run(x, aims, wanted)
+    mixed = kernel.run(x, resolved_targets, wanted)
     for row in range(5):
-        alone = kernel.run(x[row : row + 1], aims[row : row + 1], wanted[row : row + 1])
+        alone = kernel.run(x[row : row + 1], resolved_targets[row : row + 1], wanted[row : row + 1])
         # float64: another summation order moves the last bits alone.
         torch.testing.assert_close(mixed.gradients[row], alone.gradients[0], rtol=1e-10, atol=1e-12)
         torch.testing.assert_close(mixed.scores[row], alone.scores[0], rtol=1e-12, atol=0)

@@ -11,7 +11,7 @@ import sidelight_server
 import torch
 from scipy.stats import spearmanr
 from sidelight_server import Channels, Engine, GradCam, GuidedBackpropagation, IntegratedGradients, ModelSpec, Settings
-from sidelight_server.compute.batchnorm_fusion import fold
+from sidelight_server.compute.batchnorm_fusion import fuse_batchnorm
 from sidelight_server.compute.kernel import Kernel
 from sidelight_server.config.options import KernelOptions
 from sidelight_server.domain import PREDICTED, Score
@@ -125,7 +125,7 @@ def test_folding_changes_neither_outputs_nor_gradients() -> None:
     module = Tower().double().eval()
     folded = copy.deepcopy(module)
     x = inputs().double()
-    assert fold(folded, x[:2]) == 3
+    assert fuse_batchnorm(folded, x[:2]) == 3
     assert isinstance(folded.first_norm, nn.Identity)
     assert isinstance(folded.twice, nn.BatchNorm2d)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
@@ -138,7 +138,7 @@ def test_folding_changes_neither_outputs_nor_gradients() -> None:
 def test_a_convolution_that_somebody_else_reads_is_found_out_and_refused() -> None:
     torch.manual_seed(0)
     with pytest.raises(ConfigurationError, match=r"fold: .*leave fold unset"):
-        fold(Tower(shares_output=True).eval(), inputs(2))
+        fuse_batchnorm(Tower(shares_output=True).eval(), inputs(2))
 
 
 def test_a_norm_that_also_does_something_else_is_left_alone() -> None:
@@ -148,7 +148,7 @@ def test_a_norm_that_also_does_something_else_is_left_alone() -> None:
 
     torch.manual_seed(0)
     module = nn.Sequential(nn.Conv2d(3, 8, 3), NormAndRelu(8), nn.Flatten(), nn.Linear(8 * 900, 10)).eval()
-    assert fold(module, inputs(2)) == 0
+    assert fuse_batchnorm(module, inputs(2)) == 0
 
 
 class NormAct(nn.BatchNorm2d):
@@ -175,14 +175,14 @@ def with_norm(norm: nn.Module) -> nn.Module:
 def test_a_norm_with_an_activation_keeps_the_activation() -> None:
     module = with_norm(NormAct(8)).double()
     folded, x = copy.deepcopy(module), inputs(2).double()
-    assert fold(folded, x) == 1
+    assert fuse_batchnorm(folded, x) == 1
     assert not isinstance(folded[1], nn.BatchNorm2d)
     torch.testing.assert_close(folded(x), module(x), rtol=0, atol=1e-12)
 
 
 def test_a_norm_that_only_looks_like_one_with_an_activation_is_found_out() -> None:
     with pytest.raises(ConfigurationError, match=r"fold: .*leave fold unset"):
-        fold(with_norm(NormAct(8, reads_first=True)), inputs(2))
+        fuse_batchnorm(with_norm(NormAct(8, reads_first=True)), inputs(2))
 
 
 def test_a_parametrized_norm_is_folded() -> None:
@@ -193,7 +193,7 @@ def test_a_parametrized_norm_is_folded() -> None:
     module = with_norm(nn.BatchNorm2d(8)).double()
     nn.utils.parametrize.register_parametrization(module[1], "weight", Doubled())
     folded, x = copy.deepcopy(module), inputs(2).double()
-    assert fold(folded, x) == 1
+    assert fuse_batchnorm(folded, x) == 1
     torch.testing.assert_close(folded(x), module(x), rtol=0, atol=1e-12)
 
 
@@ -207,7 +207,7 @@ def test_a_model_that_reads_a_folded_norm_is_refused() -> None:
             return self.last(self.norm(self.convolution(x)).mean((2, 3)) * self.norm.num_features)
 
     with pytest.raises(ConfigurationError, match=r"fold: .*num_features.*leave fold unset"):
-        fold(Reads().eval(), inputs(2))
+        fuse_batchnorm(Reads().eval(), inputs(2))
 
 
 def test_networks_in_use_are_folded_whole() -> None:
@@ -225,7 +225,7 @@ def test_networks_in_use_are_folded_whole() -> None:
 
     module = Logits().eval()
     n_norms = sum(isinstance(each, nn.BatchNorm2d) for each in module.modules())
-    assert fold(module, inputs(2)) == n_norms > 4
+    assert fuse_batchnorm(module, inputs(2)) == n_norms > 4
 
 
 # Served.
@@ -294,7 +294,7 @@ def test_the_digest_is_that_of_the_callers_weights(spec: ModelSpec) -> None:
 def test_models_of_one_server_have_options_of_their_own(spec: ModelSpec) -> None:
     fast = dataclasses.replace(spec, name="fast", precision="bfloat16", channels_last=True)
     with Engine([spec, fast], Settings(device="cpu", threads=1)) as engine:
-        told = {name: model.kernel.told for name, model in engine.models.items()}
+        told = {name: model.kernel.summary for name, model in engine.models.items()}
     assert told == {"small": "float32", "fast": "bfloat16+channels_last"}
 
 

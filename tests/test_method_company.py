@@ -122,10 +122,10 @@ def alone() -> dict[str, np.ndarray]:
 def test_one_example_has_one_map_in_every_place_and_neighbourhood(rows: int, alone: dict[str, np.ndarray]) -> None:
     with engine_of(rows) as engine:
         for place in range(rows):
-            company = images(rows, seed=100 + 10 * rows + place)
-            company[place] = EXAMPLE[0]
+            neighbors = images(rows, seed=100 + 10 * rows + place)
+            neighbors[place] = EXAMPLE[0]
             some = list(REQUESTS)[place % 3 :: 3] if place else list(REQUESTS)
-            answers = asyncio.run(all_at_once(engine, [asked(REQUESTS[name], company) for name in some]))
+            answers = asyncio.run(all_at_once(engine, [asked(REQUESTS[name], neighbors) for name in some]))
             for name, answer in zip(some, answers, strict=True):
                 miss = np.abs(answer.maps[place] - alone[name]).max() / np.abs(alone[name]).max()
                 assert miss <= COMPANY, (name, place)

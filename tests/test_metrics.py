@@ -25,13 +25,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, model_pb2_grpc
 from sidelight_server import ConfigurationError, Engine, ModelSpec, Settings
-from sidelight_server.app.metrics_http import N_CALLERS, Exposition
+from sidelight_server.app.metrics_http import N_CALLERS, MetricsServer
 from sidelight_server.app.prometheus import Metrics
 from sidelight_server.app.server import Server
 from sidelight_server.domain import Answer, Explanation, Provenance, Request, Timing
 from sidelight_server.errors import Cancelled, Internal, ResourceExhausted, Unavailable
 from sidelight_server.telemetry.counters import REASONS, Tally
-from sidelight_server.telemetry.recorder import Passages
+from sidelight_server.telemetry.recorder import Telemetry
 from torch import nn
 
 from support import ROOT
@@ -71,8 +71,8 @@ def scrape(address: str) -> Told:
 @contextlib.contextmanager
 def exposed(server: Running) -> Iterator[str]:
     """Tell the metrics of a server that runs, and give the address."""
-    metrics = Metrics(server.engine, server.server.explainer, server.server._service)
-    exposition = Exposition(metrics, "127.0.0.1:0", plaintext=False)
+    metrics = Metrics(server.engine, server.server.handler, server.server._service)
+    exposition = MetricsServer(metrics, "127.0.0.1:0", plaintext=False)
     try:
         yield exposition.address
     finally:
@@ -228,11 +228,11 @@ def test_each_way_to_fail_has_its_reason(tmp_path: Path) -> None:
 async def _since(server: Running) -> float:
     """Return when the batch that waits came."""
     (stream,) = server.server._service._streams
-    return stream._unanswered["second"]._passage.arrived_s
+    return stream._unanswered["second"]._call_record.arrived_s
 
 
 async def _is_full(server: Running) -> bool:
-    return server.server.explainer.admission.n_requests == 2
+    return server.server.handler.admission.n_requests == 2
 
 
 class Faulty(nn.Module):
@@ -303,10 +303,10 @@ def test_an_example_that_fails_alone_is_counted_by_reason(tmp_path: Path) -> Non
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_errors_have_reasons(error: sidelight_server.errors.SidelightError, reason: str) -> None:
-    passages = Passages()
-    passages.refuse("Attribute", tuple, error)
+    telemetry = Telemetry()
+    telemetry.refuse("Attribute", tuple, error)
     assert reason in REASONS
-    assert dict(passages.counts.failures) == {("batch", "", reason): 1}
+    assert dict(telemetry.counts.failures) == {("batch", "", reason): 1}
 
 
 def test_a_device_and_the_versions_of_models_are_told(tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_an_address_that_is_wrong_or_open_to_others_is_refused(spec: ModelSpec, 
 
 
 def test_nothing_of_it_is_left_once_it_is_closed() -> None:
-    exposition = Exposition(CollectorRegistry(), "127.0.0.1:0", plaintext=False)
+    exposition = MetricsServer(CollectorRegistry(), "127.0.0.1:0", plaintext=False)
     host, port = exposition.address.split(":")
     with socket.create_connection((host, int(port)), timeout=TIMEOUT_S):  # one who asks nothing holds nobody up
         assert scrape(exposition.address).sum("process_open_fds") > 3
@@ -443,7 +443,7 @@ def test_nothing_of_it_is_left_once_it_is_closed() -> None:
 
 
 def test_those_who_ask_nothing_keep_nobody_out() -> None:
-    exposition = Exposition(CollectorRegistry(), "127.0.0.1:0", plaintext=False)
+    exposition = MetricsServer(CollectorRegistry(), "127.0.0.1:0", plaintext=False)
     host, port = exposition.address.split(":")
     with contextlib.closing(exposition), contextlib.ExitStack() as stack:
         idle = [stack.enter_context(socket.create_connection((host, int(port)))) for _ in range(200)]
@@ -475,7 +475,7 @@ def _names(tmp_path: Path) -> set[str]:
         server.stub.Attribute(ask(floats(1), served=served), timeout=TIMEOUT_S)
         with pytest.raises(grpc.RpcError):
             server.stub.Attribute(ask(floats(1), method=pb.Method()), timeout=TIMEOUT_S)
-        families = Metrics(server.engine, server.server.explainer, server.server._service).collect()
+        families = Metrics(server.engine, server.server.handler, server.server._service).collect()
         empty = {f"{each.name}_total" if each.type == "counter" else each.name for each in families}
         return told(server).names | empty
 
@@ -499,13 +499,13 @@ def test_the_page_names_every_metric(tmp_path: Path) -> None:
 
 
 def test_a_model_that_nobody_asks_for_is_not_counted() -> None:
-    passages = Passages()
-    passage = passages.begin("Attribute", tuple)
+    telemetry = Telemetry()
+    call_record = telemetry.begin("Attribute", tuple)
     answer = _answer()
-    passages.answered(passage, answer, Tally.of(answer))
-    passages.end(passage)
-    assert list(passages.counts.spans) == [""]
-    assert not passages.counts.compared
+    telemetry.answered(call_record, answer, Tally.of(answer))
+    telemetry.end(call_record)
+    assert list(telemetry.counts.spans) == [""]
+    assert not telemetry.counts.compared
 
 
 def _answer() -> Answer:

@@ -9,7 +9,7 @@ import pytest
 import sidelight
 from sidelight._inputs.images import Batch
 from sidelight._streaming.in_flight import Entry
-from sidelight._streaming.results_queue import End, Inbox
+from sidelight._streaming.results_queue import End, ResultQueue
 from sidelight.results import attribution
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
@@ -224,18 +224,18 @@ def test_a_batch_that_fails_after_it_improved_is_yielded_with_its_error() -> Non
 
 
 def test_a_slow_caller_is_handed_the_newest_answer_of_each_batch_in_the_order_in_which_they_first_came() -> None:
-    inbox, batch = Inbox(), Batch(ONE)
+    queue, batch = ResultQueue(), Batch(ONE)
     for index, value in ((0, 1.0), (1, 2.0), (0, 3.0)):
-        inbox.put(Entry(index, batch, 0.0), read(result(np.full((1, 2, 2), value, np.float32), [example(1)])))
-    inbox.close(End(KeyError()))
-    inbox.close(End(None))
-    taken = [inbox.wait(), inbox.take()]
+        queue.put(Entry(index, batch, 0.0), read(result(np.full((1, 2, 2), value, np.float32), [example(1)])))
+    queue.close(End(KeyError()))
+    queue.close(End(None))
+    taken = [queue.wait(), queue.take()]
     assert [(sent.index, float(each.maps[0, 0, 0])) for sent, each in taken] == [(0, 3.0), (1, 2.0)]
-    assert isinstance(inbox.wait().error, KeyError)
+    assert isinstance(queue.wait().error, KeyError)
 
 
 def test_an_empty_inbox_has_nothing_to_take() -> None:
-    assert Inbox().take() is None
+    assert ResultQueue().take() is None
 
 
 def test_closing_while_a_batch_improves_ends_the_receiver() -> None:

@@ -22,7 +22,7 @@ import torch
 from google.protobuf.duration_pb2 import Duration
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.config.settings import ModelSettings
-from sidelight_server.engine.reloader import Watch
+from sidelight_server.engine.reloader import Reloader
 
 from support import TESTS
 from support.conversation import Conversation
@@ -515,7 +515,7 @@ def test_labels_are_read_again(weights: Path, tmp_path: Path) -> None:
 def test_a_changed_file_is_loaded_once_it_rests(weights: Path) -> None:
     settings = Settings(model=SOURCE, weights=weights, device="cpu", threads=1)
     with Engine(list(settings.of_models().values()), settings) as engine:
-        watch = Watch(engine.registry, every_s=1)
+        watch = Reloader(engine.registry, every_s=1)
 
         def version_after_a_look() -> int:
             asyncio.run(watch.look())
@@ -581,7 +581,7 @@ def test_a_reload_that_hangs_holds_up_the_watch_for_no_other_model(
                 await asyncio.sleep(0.001)
 
         async def scenario() -> None:
-            watching = asyncio.create_task(Watch(engine.registry, every_s=0.01).run())
+            watching = asyncio.create_task(Reloader(engine.registry, every_s=0.01).run())
             gate.shut()
             for name in ("hanging", "other"):
                 write_weights(tmp_path / f"{name}.safetensors", seed=2)

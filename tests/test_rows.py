@@ -23,7 +23,7 @@ from sidelight_server import (
     TopK,
 )
 from sidelight_server.engine.engine import Progress
-from sidelight_server.engine.example_run import Job
+from sidelight_server.engine.example_run import ExampleRun
 from torch import Tensor
 
 from support.engines import tried
@@ -127,8 +127,8 @@ def test_few_examples_of_a_request_are_in_progress_at_a_time(device: str) -> Non
         nonlocal most
         asked = asyncio.create_task(engine.attribute(Request(images, method=IntegratedGradients(steps=10))))
         while not asked.done():
-            for work in list(engine._unanswered):
-                most = max(most, len(work._open))
+            for active in list(engine._unanswered):
+                most = max(most, len(active._open))
             await asyncio.sleep(0)
         assert not asked.result().failures
 
@@ -139,7 +139,7 @@ def test_few_examples_of_a_request_are_in_progress_at_a_time(device: str) -> Non
 
 def n_states() -> int:
     gc.collect()
-    return sum(type(each) is Job for each in gc.get_objects())
+    return sum(type(each) is ExampleRun for each in gc.get_objects())
 
 
 @pytest.mark.parametrize("method", [LONG, TO_TOLERANCE, SmoothGrad(samples=300)], ids=["integral", "refined", "noise"])
@@ -204,7 +204,7 @@ def test_a_storm_of_cancellations_leaks_nothing(device: str, floats: Tensor) -> 
     with engine:
         asyncio.run(run())
     assert engine.n_unanswered == 0
-    assert len(engine._stations[0].runner._ring) == 0
+    assert len(engine._devices[0].worker._ring) == 0
     assert n_states() == before
     assert engine.stops.count > 0
 
@@ -214,7 +214,7 @@ def test_the_answer_is_the_same_with_another_chunk_already_at_the_device(
     depth: int, device: str, floats: Tensor
 ) -> None:
     engine = Engine([ModelSpec(small_cnn())], Settings(device=device, max_chunk_rows=3))
-    engine._stations[0].runner._depth = depth
+    engine._devices[0].worker._depth = depth
     requests = [
         Request(floats.numpy(), method=IntegratedGradients(steps=9)),
         Request(floats.numpy(), method=TO_TOLERANCE),
@@ -228,8 +228,8 @@ def test_the_answer_is_the_same_with_another_chunk_already_at_the_device(
         return alone, await asyncio.gather(*(engine.attribute(each) for each in requests))
 
     with engine:
-        alone, company = asyncio.run(run())
-    for one, other in zip(alone, company, strict=True):
+        alone, neighbors = asyncio.run(run())
+    for one, other in zip(alone, neighbors, strict=True):
         assert not one.failures
         # Company moves the last bits of float32: about 1e-6 of a map's maximum.
         np.testing.assert_allclose(other.maps, one.maps, rtol=0, atol=COMPANY * np.abs(one.maps).max())

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 from sidelight_server import Engine, IntegratedGradients, ModelSpec, Request, Settings
-from sidelight_server.engine.device_worker import Runner
+from sidelight_server.engine.device_worker import DeviceWorker
 from sidelight_server.models.model import Model
-from sidelight_server.models.row_limit import GOOD_CHUNKS, MOST_GOOD_CHUNKS, Ceiling
+from sidelight_server.models.row_limit import GOOD_CHUNKS, MOST_GOOD_CHUNKS, RowLimit
 from sidelight_server.models.warmup import warm_up
 from torch import Tensor, nn
 
@@ -117,19 +117,19 @@ def test_the_ceiling_rises_again_once_memory_is_there(images: np.ndarray, device
 
 
 def test_a_size_that_never_fits_is_tried_ever_more_rarely() -> None:
-    ceiling, most, fits = Ceiling(), 8, 2
+    row_limit, most, fits = RowLimit(), 8, 2
     tried: list[int] = []
     for n_chunks in range(10_000):
-        rows = ceiling.of(most)
+        rows = row_limit.of(most)
         if rows <= fits:
-            ceiling.passed(rows, most=most)
+            row_limit.passed(rows, most=most)
             continue
         tried.append(n_chunks)
         while rows > fits:
             rows //= 2
-            ceiling.lower(rows)
+            row_limit.lower(rows)
         for _ in range(most // rows):  # the halves of the chunk
-            ceiling.passed(rows, most=most)
+            row_limit.passed(rows, most=most)
     waits = np.diff(tried)
     assert (waits[1:6] >= 1.5 * waits[:5]).all()
     assert waits.max() <= MOST_GOOD_CHUNKS  # and yet never given up
@@ -300,11 +300,11 @@ def test_a_function_that_is_cancelled_before_its_turn_does_not_run_and_ends_noth
 ) -> None:
     ran: list[str] = []
     with Engine([ModelSpec(Gated(gate))], Settings(device=device)) as engine:
-        runner = engine.stations[0].runner
+        worker = engine.devices[0].worker
         gate.shut()
         with busy(engine, floats.numpy()) as asked:
             assert gate.reached.wait(30)
-            cancelled, kept = (runner.call(lambda name=name: ran.append(name)) for name in ("cancelled", "kept"))
+            cancelled, kept = (worker.call(lambda name=name: ran.append(name)) for name in ("cancelled", "kept"))
             assert cancelled.cancel()
             gate.open()
             kept.result(30)
@@ -332,14 +332,14 @@ def test_a_warm_up_that_is_given_up_leaves_a_device_that_answers(device: str, ga
 
 def test_a_closed_runner_tells_of_its_end_though_a_function_was_cancelled(device: str, gate: Gate) -> None:
     ended = threading.Event()
-    runner = Runner(torch.device(device), threads=1, on_end=ended.set)
-    runner.start()
+    worker = DeviceWorker(torch.device(device), threads=1, on_end=ended.set)
+    worker.start()
     gate.shut()
-    running = runner.call(lambda: gate.wait(0))
+    running = worker.call(lambda: gate.wait(0))
     assert gate.reached.wait(30)
-    waiting = [runner.call(lambda: None) for _ in range(2)]
+    waiting = [worker.call(lambda: None) for _ in range(2)]
     assert waiting[0].cancel()
-    closing = threading.Thread(target=runner.close)
+    closing = threading.Thread(target=worker.close)
     closing.start()
     gate.open()
     running.result(30)
@@ -353,13 +353,13 @@ def test_a_function_waits_for_the_chunks_at_the_device_and_for_no_others(
     depth: int, device: str, gate: Gate, floats: Tensor
 ) -> None:
     engine = tried(Engine([ModelSpec(Gated(gate))], Settings(device=device, max_chunk_rows=1)), floats)
-    station = engine.stations[0]
-    station.runner = runner = Runner(torch.device(device), threads=1, depth=depth)
+    station = engine.devices[0]
+    station.worker = worker = DeviceWorker(torch.device(device), threads=1, depth=depth)
     with engine:
         gate.shut()
         with busy(engine, floats.numpy(), method=IntegratedGradients(steps=100)):
             assert gate.reached.wait(30)
-            counted = runner.call(lambda: gate.n_rows)
+            counted = worker.call(lambda: gate.n_rows)
             assert gate.n_rows == 1
             gate.open()
             assert counted.result(30) <= depth

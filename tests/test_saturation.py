@@ -26,7 +26,7 @@ from sidelight_server import (
     TopK,
 )
 from sidelight_server.compute.head import MOST_LOG_ODDS, Head
-from sidelight_server.domain import PREDICTED, Aim, Region
+from sidelight_server.domain import PREDICTED, Region, ResolvedTarget
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -111,16 +111,21 @@ def test_a_contrast_and_a_region_keep_their_digits(score: Score) -> None:
     logits = confident(4, size=(3, 5))
     n = len(logits)
     region = Region(1, 0, 2, 4)
-    aims = [Aim(1, 0, region), Aim(0, 1), Aim(1, region=region), Aim(0)] * (n // 4)
-    classes = torch.tensor([aim.positive for aim in aims])
-    said = Head().read(logits, classes, aims, [score] * n, gradient=True)
+    resolved_targets = [
+        ResolvedTarget(1, 0, region),
+        ResolvedTarget(0, 1),
+        ResolvedTarget(1, region=region),
+        ResolvedTarget(0),
+    ] * (n // 4)
+    classes = torch.tensor([resolved.positive for resolved in resolved_targets])
+    said = Head().read(logits, classes, resolved_targets, [score] * n, gradient=True)
     leaf = logits.double().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
-    for row, aim in zip(leaf, aims, strict=True):
-        cut = row[:, 1:3, 0:4] if aim.region else row
-        total = total + true_score(score, cut[None], aim.positive).sum()
-        if aim.negative is not None:
-            total = total - true_score(score, cut[None], aim.negative).sum()
+    for row, resolved in zip(leaf, resolved_targets, strict=True):
+        cut = row[:, 1:3, 0:4] if resolved.region else row
+        total = total + true_score(score, cut[None], resolved.positive).sum()
+        if resolved.negative is not None:
+            total = total - true_score(score, cut[None], resolved.negative).sum()
     (sent,) = torch.autograd.grad(total, leaf)
     assert errors(said.sent, sent).max() < 1e-5
 

@@ -11,7 +11,7 @@ import sidelight
 import sidelight_server
 from hypothesis import given
 from hypothesis import strategies as st
-from sidelight._transport.allocator import ALIGNMENT, Arena
+from sidelight._transport.allocator import ALIGNMENT, Allocator
 from sidelight._transport.shared_memory import Region
 
 from support.tolerances import COMPANY
@@ -165,17 +165,17 @@ def test_a_region_that_does_not_fit_is_refused_and_leaves_no_file(folder: Path) 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 300)), max_size=60))
 def test_ranges_of_an_arena_never_overlap_and_all_of_it_comes_back(acts: list[tuple[bool, int]]) -> None:
-    arena, taken = Arena(1000), {}
+    allocator, taken = Allocator(1000), {}
     for gives_back, n in acts:
         if gives_back and taken:
             start = sorted(taken)[n % len(taken)]
-            arena.free(start)
+            allocator.free(start)
             del taken[start]
-        elif (start := arena.take(n + 1)) is not None:
+        elif (start := allocator.take(n + 1)) is not None:
             assert start % ALIGNMENT == 0
             assert start + n + 1 <= 1000
             assert all(start + n + 1 <= other or start >= other + size for other, size in taken.items())
             taken[start] = n + 1
     for start in taken:
-        arena.free(start)
-    assert (arena.n_taken, arena.take(1000)) == (0, 0)
+        allocator.free(start)
+    assert (allocator.n_taken, allocator.take(1000)) == (0, 0)

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import sidelight
-from sidelight_server.app.load_shedding import MESSAGES_LEFT, SHARE_OF_LIMIT, Shedding
+from sidelight_server.app.load_shedding import MESSAGES_LEFT, SHARE_OF_LIMIT, LoadShedding
 from sidelight_server.compute import host_memory
 from sidelight_server.compute.host_memory import Room
 
@@ -129,7 +129,7 @@ def test_streams_are_ended_only_while_memory_is_short(room: Room | None, *, is_s
         asked.append(waited_s)
         return 0
 
-    assert asyncio.run(Shedding(end_waiting, max_message_bytes=1000, room=lambda: room).look()) is not is_short
+    assert asyncio.run(LoadShedding(end_waiting, max_message_bytes=1000, room=lambda: room).look()) is not is_short
     assert bool(asked) is is_short
 
 
@@ -137,7 +137,7 @@ def test_streams_are_ended_only_while_memory_is_short(room: Room | None, *, is_s
 def test_what_freed_memory_gives_is_taken_first(n_looks: int) -> None:
     """Memory is enough again once the C library has given back what it kept, or once streams have ended."""
     rooms, ended = itertools.chain([NONE] * n_looks, itertools.repeat(Room(1 << 30, 1 << 30))), []
-    shedding = Shedding(lambda _: ended.append(1) or 3, max_message_bytes=1000, room=lambda: next(rooms))
+    shedding = LoadShedding(lambda _: ended.append(1) or 3, max_message_bytes=1000, room=lambda: next(rooms))
     assert asyncio.run(shedding.look())
     assert len(ended) == n_looks - 1
 
@@ -145,7 +145,7 @@ def test_what_freed_memory_gives_is_taken_first(n_looks: int) -> None:
 def shed(server: Running, *, n: int) -> None:
     """Let memory be short until so many streams more have been ended for it."""
     service = server.server._service
-    shedding = Shedding(service.end_waiting, max_message_bytes=1000, room=lambda: NONE)
+    shedding = LoadShedding(service.end_waiting, max_message_bytes=1000, room=lambda: NONE)
     wanted = service.n_shed + n
 
     def reached() -> bool:

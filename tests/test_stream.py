@@ -455,9 +455,9 @@ def test_batches_whose_caller_goes_while_they_wait_are_all_counted(tmp_path: Pat
     """One runs, one waits for its slot, and one is read behind that."""
     one_slot = gated(tmp_path, device=device, max_chunk_rows=1, max_stream_in_flight=1)
     with one_slot as (gate, server), Conversation(server.channel) as stream:
-        passages, have_come = server.server.explainer.passages, queue.SimpleQueue()
-        begin = passages.begin
-        passages.begin = lambda *of, **by: have_come.put(passage := begin(*of, **by)) or passage
+        telemetry, have_come = server.server.handler.telemetry, queue.SimpleQueue()
+        begin = telemetry.begin
+        telemetry.begin = lambda *of, **by: have_come.put(call_record := begin(*of, **by)) or call_record
         stream.send(attribute("running", floats(1)))
         assert gate.reached.wait(TIMEOUT_S)
         stream.send(attribute("waiting", floats(1)), attribute("behind", floats(1)))
@@ -467,9 +467,9 @@ def test_batches_whose_caller_goes_while_they_wait_are_all_counted(tmp_path: Pat
         gate.open()
         server.until_all_permits_are_back()
         until_s = time.monotonic() + TIMEOUT_S
-        while passages.counts.requests.total() < 3 and time.monotonic() < until_s:
+        while telemetry.counts.requests.total() < 3 and time.monotonic() < until_s:
             server.run(asyncio.sleep(0))
-        assert passages.counts.requests.total() == 3
+        assert telemetry.counts.requests.total() == 3
 
 
 def test_a_stalled_reader_loses_its_stream_and_its_permits(tmp_path: Path, device: str) -> None:
@@ -492,7 +492,7 @@ def test_a_stalled_reader_holds_no_more_than_its_window(tmp_path: Path, device: 
         stream.send(*(attribute(str(n), LARGE, channels=pb.CHANNEL_REDUCTION_NONE) for n in range(30)))
         for _ in range(5):
             assert_explains_meanwhile(server)
-            assert server.server.explainer.admission.n_requests <= 4
+            assert server.server.handler.admission.n_requests <= 4
         assert {answer.id for answer in stream.finish()} == {str(n) for n in range(30)}
         server.until_all_permits_are_back()
 

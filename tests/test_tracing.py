@@ -17,7 +17,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_ON, ParentBased
 from opentelemetry.trace import SpanKind, StatusCode
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight_server import ConfigurationError
-from sidelight_server.telemetry.recorder import Passages
+from sidelight_server.telemetry.recorder import Telemetry
 from sidelight_server.telemetry.tracing import Tracing, from_environment
 
 from support.messages import ask, attribute, floats
@@ -38,7 +38,7 @@ def trace(server: Running, exporter: InMemorySpanExporter) -> None:
     """Have a server that runs tell its spans."""
     provider = TracerProvider(sampler=ParentBased(ALWAYS_ON), shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
-    server.server.explainer.passages._tracing = Tracing(provider)
+    server.server.handler.telemetry._tracing = Tracing(provider)
 
 
 def spans(server: Running, exporter: InMemorySpanExporter) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
@@ -157,8 +157,8 @@ def test_without_a_word_nothing_is_traced_and_nothing_imported() -> None:
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=TIMEOUT_S)
-    passage = Passages().begin("Attribute", tuple)
-    assert passage.span is passage.chunks is None
+    call_record = Telemetry().begin("Attribute", tuple)
+    assert call_record.span is call_record.chunks is None
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_spans_reach_a_collector_before_the_server_ends(tmp_path: Path, monkeypa
     tracing = from_environment()
     assert tracing is not None
     with running(Linear(), tmp_path, device="cpu") as traced:
-        traced.server.explainer.passages._tracing = traced.server._tracing = tracing
+        traced.server.handler.telemetry._tracing = traced.server._tracing = tracing
         traced.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
         traced.until_all_permits_are_back()
     server.stop(None).wait()

@@ -29,13 +29,13 @@ from ._inputs.enums import Channels, MapDtype, Score
 from ._inputs.images import Batch, Images, Served
 from ._inputs.targets import Choice, Target
 from ._inputs.validation import flag, span
-from ._options import FOR_EVER_S, Headers, Metadata, Question, check_classes, checked_metadata
-from ._streaming.reorder_buffer import Order
+from ._options import FOR_EVER_S, AttributeOptions, Headers, Metadata, check_classes, checked_metadata
+from ._streaming.reorder_buffer import ReorderBuffer
 from ._streaming.results_queue import End
 from ._transport.channel import DIAGNOSE_EVERY_S, Connection
 from ._transport.credentials import TLS, Token
 from ._transport.pool import SILENT_WAIT_S
-from ._transport.retry import Attempts
+from ._transport.retry import Retry
 from .exceptions import Cancelled, SidelightError
 from .methods.baselines import given_array
 from .methods.gradient import Gradient
@@ -133,8 +133,8 @@ class AsyncClient:
     ) -> Attribution:
         """Return the maps of one batch, as `Client.attribute` does."""
         check_on_error(on_error)
-        question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
-        template = question.template()
+        options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype)
+        template = options.template()
         batch = await asyncio.to_thread(Batch.of, images, served)  # it may read files
         check_classes(template, batch)
         return passed(
@@ -167,10 +167,10 @@ class AsyncClient:
         further than the window allows. A loop over it that may be left early should close it at once, by
         `contextlib.aclosing`: it would otherwise go on until the garbage collector finds it.
         """
-        question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
+        options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
         return self._answers(
             batches,
-            question_of_stream(batches, on_error, question, window=window),
+            question_of_stream(batches, on_error, options, window=window),
             timeout_s=timeout,
             is_one_row=is_one_row(method),
             metadata=checked_metadata(metadata),
@@ -205,7 +205,7 @@ class AsyncClient:
     async def _explain(
         self, template: pb.AttributeRequest, batch: Batch, *, timeout_s: float, metadata: Headers
     ) -> Attribution:
-        client, attempts = self._client, Attempts(timeout_s, retry=self._client._retry)
+        client, attempts = self._client, Retry(timeout_s, retry=self._client._retry)
         await self._ready(min(self._connect_timeout_s, timeout_s))
         if not client._shared_memory:
             request = requested(template, batch)
@@ -226,7 +226,7 @@ class AsyncClient:
         return answer
 
     async def _explain_at_once(
-        self, request: pb.AttributeRequest, batch: Batch, *, attempts: Attempts, metadata: Headers
+        self, request: pb.AttributeRequest, batch: Batch, *, attempts: Retry, metadata: Headers
     ) -> Attribution:
         while True:
             connection = await self._ready(min(self._connect_timeout_s, attempts.left_s))
@@ -272,12 +272,12 @@ class AsyncClient:
             metadata=metadata,
             on_change=_from_thread(changed.set),
         )
-        order = Order(ordered=ordered)
+        order = ReorderBuffer(ordered=ordered)
         stream.start()
         try:
             while True:
                 changed.clear()
-                answered = stream.inbox.take()
+                answered = stream.queue.take()
                 if answered is None:
                     await changed.wait()
                     continue
@@ -296,7 +296,7 @@ class AsyncClient:
 
     async def _ready(self, timeout_s: float) -> Connection:
         """Return the next server that is there, after waiting for one. `Unavailable` when none has come in time."""
-        servers = self._client._servers
+        servers = self._client._pool
         if found := servers.ready_now():
             return found
         servers.begin()

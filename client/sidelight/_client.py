@@ -19,17 +19,17 @@ from ._inputs.enums import Channels, MapDtype, Score
 from ._inputs.images import Batch, Images, Served
 from ._inputs.targets import Choice, Target
 from ._inputs.validation import counted, flag, span, whole
-from ._options import FOR_EVER_S, Headers, Metadata, Question, check_classes, checked_metadata, model_name
-from ._streaming.in_flight import Ledger
+from ._options import FOR_EVER_S, AttributeOptions, Headers, Metadata, check_classes, checked_metadata, model_name
+from ._streaming.in_flight import InFlightBatches
 from ._streaming.limits import map_bytes, refuse_large, spans
-from ._streaming.reorder_buffer import Order
-from ._streaming.requests import Plan
+from ._streaming.reorder_buffer import ReorderBuffer
+from ._streaming.requests import StreamConfig
 from ._streaming.results_queue import End
 from ._streaming.stream import Stream
 from ._transport.channel import Connection
-from ._transport.credentials import TLS, Access, Token
-from ._transport.pool import Servers
-from ._transport.retry import Attempts
+from ._transport.credentials import TLS, ChannelSecurity, Token
+from ._transport.pool import ConnectionPool
+from ._transport.retry import Retry
 from ._transport.shared_memory import Regions, directory_of
 from .exceptions import InvalidArgument, MessageTooLarge, PartialFailure, SidelightError, Unavailable, from_rpc
 from .methods.baselines import given_array
@@ -132,7 +132,9 @@ class Client:
     ) -> None:
         self.max_message_bytes = counted(max_message_bytes, "max_message_bytes")
         self._connect_timeout_s = span(connect_timeout, "connect_timeout", is_zero_allowed=True)
-        self._servers = Servers(address, max_message_bytes=max_message_bytes, access=Access.of(tls, token))
+        self._pool = ConnectionPool(
+            address, max_message_bytes=max_message_bytes, security=ChannelSecurity.of(tls, token)
+        )
         self._shared_memory = shared_memory
         self._retry = retry
         self._closed = threading.Event()
@@ -141,7 +143,7 @@ class Client:
     @property
     def address(self) -> str:
         """Where the server is; of several, where all of them are."""
-        return self._servers.names
+        return self._pool.names
 
     def __enter__(self) -> Self:
         return self
@@ -151,9 +153,9 @@ class Client:
 
     def close(self) -> None:
         """End the connection. Running calls and streams end with `Cancelled`."""
-        if self._servers.are_here:
+        if self._pool.are_here:
             self._closed.set()
-            self._servers.close()
+            self._pool.close()
 
     def attribute(
         self,
@@ -186,9 +188,9 @@ class Client:
         returns the answer, whose `failures` are set. A batch that failed whole raises its error.
         """
         check_on_error(on_error)
-        question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype)
+        options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype)
         batch = Batch.of(images, served)
-        template = question.template()
+        template = options.template()
         check_classes(template, batch)
         return passed(self._explain(template, batch, timeout_s=timeout, metadata=checked_metadata(metadata)), on_error)
 
@@ -236,10 +238,10 @@ class Client:
         With `on_error="return"` a batch that failed is yielded too, with `error` or `failures` set; with "raise" the
         first failure ends the stream. Closing the iterator cancels what is unanswered.
         """
-        question = Question(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
+        options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
         return self._answers(
             batches,
-            question_of_stream(batches, on_error, question, window=window),
+            question_of_stream(batches, on_error, options, window=window),
             timeout_s=timeout,
             is_one_row=is_one_row(method),
             ordered=ordered,
@@ -288,9 +290,9 @@ class Client:
         """Return a server's answer to a small question, after waiting up to `wait_s` for one that is starting."""
         metadata = checked_metadata(metadata)
         wait_s = self._connect_timeout_s if wait_s is None else wait_s
-        attempts = Attempts(wait_s, retry=True)
+        attempts = Retry(wait_s, retry=True)
         while True:
-            connection = self._servers.ready(wait_s)
+            connection = self._pool.ready(wait_s)
             try:
                 with telling(self.max_message_bytes):
                     call = getattr(getattr(connection, stub), name)
@@ -304,7 +306,7 @@ class Client:
         self, template: pb.AttributeRequest, batch: Batch, *, timeout_s: float, metadata: Headers = ()
     ) -> Attribution:
         """Return the answer to a request for a batch, which is sent in parts where it is too large for one message."""
-        attempts = Attempts(timeout_s, retry=self._retry)
+        attempts = Retry(timeout_s, retry=self._retry)
         if not self._shared_memory:
             request = requested(template, batch)
             if self._fits(request, batch, within_s=timeout_s):
@@ -322,10 +324,10 @@ class Client:
         return answer
 
     def _explain_at_once(
-        self, request: pb.AttributeRequest, batch: Batch, *, attempts: Attempts, metadata: Headers
+        self, request: pb.AttributeRequest, batch: Batch, *, attempts: Retry, metadata: Headers
     ) -> Attribution:
         while True:
-            connection = self._servers.ready(min(self._connect_timeout_s, attempts.left_s))
+            connection = self._pool.ready(min(self._connect_timeout_s, attempts.left_s))
             try:
                 with telling(self.max_message_bytes):
                     response = connection.attribution.Attribute(
@@ -352,8 +354,8 @@ class Client:
         on_change: Callable[[], None] = lambda: None,
     ) -> Stream:
         """Return a stream to all servers, not started."""
-        connections, input_size = self._servers.connections, facts.input_size
-        plan = Plan(
+        connections, input_size = self._pool.connections, facts.input_size
+        config = StreamConfig(
             template=template,
             spans=functools.partial(
                 spans,
@@ -377,8 +379,8 @@ class Client:
         per_lane = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if is_one_row else 1
         if window:  # an equal share for each, so that one that stalls does not hold it all
             per_lane = max(1, window // len(connections))
-        ledger = Ledger(window=per_lane, in_all=window, n_lanes=len(connections))
-        return Stream(connections, batches, plan=plan, ledger=ledger, on_change=on_change)
+        in_flight = InFlightBatches(window=per_lane, in_all=window, n_lanes=len(connections))
+        return Stream(connections, batches, config=config, in_flight=in_flight, on_change=on_change)
 
     def _regions(self, connection: Connection, *, n_slots: int) -> Regions:
         """Return a call's regions of shared memory, none of them made. Each server is asked for its own folder."""
@@ -404,7 +406,7 @@ class Client:
         keep_images: bool = True,
         metadata: Headers = (),
     ) -> Iterator[Attribution]:
-        self._servers.ready(min(self._connect_timeout_s, timeout_s))
+        self._pool.ready(min(self._connect_timeout_s, timeout_s))
         stream = self._opened(
             iter(batches),
             template,
@@ -416,7 +418,7 @@ class Client:
             allow_model_change=allow_model_change,
             metadata=metadata,
         )
-        order = Order(ordered=ordered)
+        order = ReorderBuffer(ordered=ordered)
         stream.start()
         try:
             while not isinstance(answered := stream.wait(), End):
@@ -478,7 +480,7 @@ def requested(template: pb.AttributeRequest, batch: Batch) -> pb.AttributeReques
 
 
 def question_of_stream(
-    batches: object, on_error: str, question: Question, *, window: int | None
+    batches: object, on_error: str, options: AttributeOptions, *, window: int | None
 ) -> pb.AttributeRequest:
     """Return what is asked of every batch, after saying what is wrong with it here instead of by every batch."""
     check_on_error(on_error)
@@ -486,7 +488,7 @@ def question_of_stream(
         raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")
     if window is not None and whole(window, "window") < 1:
         raise InvalidArgument(f"window: got {window}, expected at least 1 example")
-    return question.template()
+    return options.template()
 
 
 def passed(answer: Attribution, on_error: OnError) -> Attribution:

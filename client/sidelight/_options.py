@@ -23,7 +23,7 @@ FOR_EVER_S = 1e9  # math.inf is for ever, and so is thirty years
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class AttributeOptions:
     """What is asked of every batch of a call: all of a request but its images."""
 
     model: str | None

@@ -7,7 +7,7 @@ import os
 import sys
 
 from . import missing_package
-from .app.health_check import is_probe, probe
+from .app.health_check import check_health, is_health_check
 from .app.openmp import sleep_soon
 from .errors import ConfigurationError
 from .telemetry.logs import Event, configure
@@ -20,13 +20,13 @@ log = logging.getLogger("sidelight")
 def main() -> int:
     """Serve until a signal. Returns 0, or 2 where the server cannot start, with one line that says why.
 
-    With `--check` it asks a server for its health instead: see `probe`.
+    With `--check` it asks a server for its health instead: see `check_health`.
     """
     if missing := missing_package():
         print(f"sidelight-server needs {missing}: pip install 'sidelight[server]'", file=sys.stderr)
         return 2
-    if is_probe(sys.argv[1:]):
-        return probe(sys.argv[1:])
+    if is_health_check(sys.argv[1:]):
+        return check_health(sys.argv[1:])
     from .config.settings import (  # not before: a probe needs none of it, and has little time
         misspelt_variables,
         read_settings,

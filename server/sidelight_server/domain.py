@@ -89,7 +89,7 @@ Target = Predicted | Choice | PerExample | TopK | Contrast | Dense
 
 
 @dataclass(frozen=True, slots=True)
-class Aim:
+class ResolvedTarget:
     """What is explained of one example: a class, or where that is None the predicted one."""
 
     positive: int | None = None
@@ -98,7 +98,7 @@ class Aim:
     each_pixel: bool = False  # the largest output of each pixel of a dense output, whatever the class
 
 
-PREDICTED = Aim()
+PREDICTED = ResolvedTarget()
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,7 +123,7 @@ class ConfigurationError(Exception):
     """A setting, a file or a model that the server cannot start with. One line: setting, file, cause."""
 
 
-def near(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return words that suggest the names nearest to an unknown one, or list a few when none is near."""
     names = list(known)
     # Comparing takes 10 µs a name: of very many, those that begin alike.

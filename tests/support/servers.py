@@ -41,7 +41,7 @@ class Running:
 
     def until_all_permits_are_back(self) -> None:
         """Take all the bytes there are, which waits until no request holds any, and give them back."""
-        admission, n_bytes = self.server.explainer.admission, self.engine.settings.max_in_flight_bytes
+        admission, n_bytes = self.server.handler.admission, self.engine.settings.max_in_flight_bytes
         permit = self.run(admission.acquire(n_bytes))
         assert admission.n_requests == 1
         self.loop.call_soon_threadsafe(admission.release, permit)
@@ -119,14 +119,14 @@ class Counts:
 
     @classmethod
     def of(cls, server: Running) -> "Counts":
-        admission, engine = server.server.explainer.admission, server.engine
+        admission, engine = server.server.handler.admission, server.engine
         return cls(
             requests=admission.n_requests,
             bytes=admission.n_bytes,
             unanswered=engine.n_unanswered,
             streams=len(server.server._service._streams) + len(server.server._service._calls),
             watchers=len(server.server._health._watchers),
-            rows=sum(station.n_rows for station in engine.stations),
+            rows=sum(station.n_rows for station in engine.devices),
             descriptors=len(os.listdir("/proc/self/fd")),
             threads=threading.active_count(),
         )

@@ -7,7 +7,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, tensor_pb2
 
 from ..exceptions import InvalidArgument
-from .validation import told
+from .validation import summary
 
 Score = Literal["probability", "logit", "log_probability", "margin"]
 Channels = Literal["max_abs", "sum", "mean_abs", "l2", "none"]
@@ -60,7 +60,7 @@ def word(enum: Enum[_Number], number: int) -> str:
 
 def _number(enum: Enum[_Number], given: object, words: tuple[str, ...], field: str) -> _Number:
     if not isinstance(given, str) or given not in words:
-        raise InvalidArgument(f"{field}: got {told(given)}, expected one of {', '.join(words)}")
+        raise InvalidArgument(f"{field}: got {summary(given)}, expected one of {', '.join(words)}")
     return enum.Value(_prefix(enum) + given.upper())
 
 

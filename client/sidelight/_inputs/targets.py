@@ -9,7 +9,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
 from ..exceptions import InvalidArgument
-from .validation import text, told, whole
+from .validation import summary, text, whole
 
 Choice = int | str
 Region = tuple[int, int, int, int]
@@ -109,12 +109,12 @@ def choice_message(choice: object, field: str, *, place: str = "") -> pb.ClassCh
         return pb.ClassChoice(label=text(choice, field))
     if isinstance(choice, int | np.integer):
         return pb.ClassChoice(index=whole(choice, field, bits=64))
-    raise InvalidArgument(f"{field}: got {told(choice)}{place}, expected class indices or labels")
+    raise InvalidArgument(f"{field}: got {summary(choice)}{place}, expected class indices or labels")
 
 
 def _box(region: object) -> tensor_pb2.Box:
     if not isinstance(region, tuple | list) or len(region) != 4:
-        raise InvalidArgument(f"target.region: got {told(region)}, expected (top, left, height, width)")
+        raise InvalidArgument(f"target.region: got {summary(region)}, expected (top, left, height, width)")
     top, left, height, width = (whole(each, "target.region") for each in region)
     return tensor_pb2.Box(top=top, left=left, height=height, width=width)
 

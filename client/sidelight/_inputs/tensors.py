@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from sidelight.v1 import tensor_pb2
 
 from ..exceptions import InvalidArgument
-from .validation import told
+from .validation import summary
 
 Array = NDArray[Any]
 
@@ -62,7 +62,7 @@ def floats(given: object, field: str, *, expected: str) -> tensor_pb2.Tensor:
     elif isinstance(given, ArrayLike):
         array = np.asarray(given)
     else:
-        raise InvalidArgument(f"{field}: got {told(given)}, expected {expected}")
+        raise InvalidArgument(f"{field}: got {summary(given)}, expected {expected}")
     if array.dtype.kind != "f" or array.dtype.name not in DTYPES:
         raise InvalidArgument(f"{field}: got {array.dtype} of {list(array.shape)}, expected {expected}")
     return tensor_message(array)

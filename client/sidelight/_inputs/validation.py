@@ -8,7 +8,7 @@ from ..exceptions import InvalidArgument
 def whole(value: object, field: str, *, bits: int = 32) -> int:
     """Return a whole number of so many bits, with a sign."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise InvalidArgument(f"{field}: got {told(value)}, expected a whole number")
+        raise InvalidArgument(f"{field}: got {summary(value)}, expected a whole number")
     if not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
         raise InvalidArgument(f"{field}: got {value}, expected a {bits}-bit number")
     return int(value)
@@ -24,7 +24,7 @@ def counted(value: object, field: str) -> int:
 def real(value: object, field: str) -> float:
     """Return a number in double precision."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise InvalidArgument(f"{field}: got {told(value)}, expected a number")
+        raise InvalidArgument(f"{field}: got {summary(value)}, expected a number")
     try:
         return float(value)
     except OverflowError:
@@ -42,14 +42,14 @@ def span(value: object, field: str, *, is_zero_allowed: bool = False) -> float:
 def flag(value: object, field: str) -> bool:
     """Return a truth value."""
     if not isinstance(value, bool | np.bool_):
-        raise InvalidArgument(f"{field}: got {told(value)}, expected True or False")
+        raise InvalidArgument(f"{field}: got {summary(value)}, expected True or False")
     return bool(value)
 
 
 def text(value: object, field: str) -> str:
     """Return a text, which must be one that UTF-8 can hold."""
     if not isinstance(value, str):
-        raise InvalidArgument(f"{field}: got {told(value)}, expected a text")
+        raise InvalidArgument(f"{field}: got {summary(value)}, expected a text")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -57,7 +57,7 @@ def text(value: object, field: str) -> str:
     return str(value)
 
 
-def told(value: object) -> str:
+def summary(value: object) -> str:
     """Return a value as an error tells it: a short one itself, any other by its type."""
     plain = value is None or isinstance(value, str | int | float | tuple | np.number)
     return repr(value) if plain else type(value).__name__

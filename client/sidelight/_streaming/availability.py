@@ -10,7 +10,7 @@ log = logging.getLogger("sidelight")
 SILENT_WAIT_S = 1.0
 
 
-class Presence:
+class Availability:
     """The lanes of a stream that are live. It has no clock and no lock: whoever holds it has both."""
 
     def __init__(self, addresses: Sequence[str], now_s: float) -> None:
@@ -20,22 +20,22 @@ class Presence:
         self._has_told = False
         self._cause: SidelightError | None = None  # of the last call's end
 
-    def __contains__(self, lane: Hashable) -> bool:
-        return lane in self._live
+    def __contains__(self, worker: Hashable) -> bool:
+        return worker in self._live
 
     def __bool__(self) -> bool:
         return bool(self._live)
 
-    def came(self, lane: Hashable) -> None:
+    def came(self, worker: Hashable) -> None:
         """Count a lane whose server has taken the call."""
-        self._live.add(lane)
+        self._live.add(worker)
         self._has_told = False
 
-    def went(self, lane: Hashable, cause: SidelightError, now_s: float) -> None:
+    def went(self, worker: Hashable, cause: SidelightError, now_s: float) -> None:
         """Count it no more."""
-        if self._live == {lane}:
+        if self._live == {worker}:
             self._since_s = now_s
-        self._live.discard(lane)
+        self._live.discard(worker)
         self._cause = cause
 
     def tell(self, now_s: float) -> float | None:

@@ -66,7 +66,7 @@ class Part:
         return self.entry.index, self.start
 
 
-class Ledger:
+class InFlightBatches:
     """The unanswered parts of a stream. A lane, one server's share of the stream, is known by any name.
 
     `window` bounds the examples that are unanswered, or answered and not yet taken, per lane; there may always be two
@@ -103,19 +103,19 @@ class Ledger:
         for span in spans:
             self._wait(Part(entry, span.start, entry.batch.part(span)))
 
-    def may_read(self, lane: Hashable, now_s: float) -> bool:
+    def may_read(self, worker: Hashable, now_s: float) -> bool:
         """Say whether a lane may read another batch: there is room, and none could be sent now or has to be alone."""
         if self.is_exhausted or any(part.not_before_s <= now_s for part in self._waiting):
             return False
-        held = self._held_by(lane)
+        held = self._held_by(worker)
         if any(part.is_suspect for part in held):
             return False
         has_turn = len(held) < MIN_BATCHES or sum(len(part.batch) for part in held) < self._window
         return has_turn and self._has_room()
 
-    def send(self, lane: Hashable, now_s: float, *, fits: Callable[[Part], bool] = lambda _: True) -> Part | None:
+    def send(self, worker: Hashable, now_s: float, *, fits: Callable[[Part], bool] = lambda _: True) -> Part | None:
         """Hand a lane the next part; None where there is none for it now, or it has no place for that one."""
-        held = self._held_by(lane)
+        held = self._held_by(worker)
         if any(part.is_suspect for part in held):
             return None
         for place, part in enumerate(self._waiting):
@@ -126,7 +126,7 @@ class Ledger:
             if not fits(part):
                 return None
             del self._waiting[place]
-            self._flying[part.id] = part, lane
+            self._flying[part.id] = part, worker
             return part
         return None
 
@@ -154,16 +154,16 @@ class Ledger:
             self._wait(Part(part.entry, part.start + span.start, part.batch.part(span), is_suspect=part.is_suspect))
         part.entry.n_open += 1
 
-    def take_back(self, lane: Hashable) -> list[Part]:
+    def take_back(self, worker: Hashable) -> list[Part]:
         """Take out what a lane held when its call ended, to be given up whole."""
-        held = self._held_by(lane)
+        held = self._held_by(worker)
         for part in held:
             del self._flying[part.id]
         return held
 
-    def lost(self, lane: Hashable, *, died: bool) -> list[Part]:
+    def lost(self, worker: Hashable, *, died: bool) -> list[Part]:
         """Take back what a lane held when its call ended. Returns the parts that are given up."""
-        held = self.take_back(lane)
+        held = self.take_back(worker)
         for part in held:
             if died:
                 part.is_suspect = True
@@ -181,7 +181,7 @@ class Ledger:
         self._waiting = [part for part in self._waiting if part not in waiting]
         for id_ in silent:
             del self._flying[id_]
-        return waiting + [part for part, _ in silent.values()], {lane for _, lane in silent.values()}
+        return waiting + [part for part, _ in silent.values()], {worker for _, worker in silent.values()}
 
     def next_deadline_s(self) -> float | None:
         """Return when the next part will be overdue; None without any."""
@@ -205,8 +205,8 @@ class Ledger:
     def _wait(self, part: Part) -> None:
         bisect.insort(self._waiting, part, key=lambda each: each.place)
 
-    def _held_by(self, lane: Hashable) -> list[Part]:
-        return [part for part, its_lane in self._flying.values() if its_lane == lane]
+    def _held_by(self, worker: Hashable) -> list[Part]:
+        return [part for part, its_lane in self._flying.values() if its_lane == worker]
 
     def _has_room(self) -> bool:
         if self._in_all is not None:

@@ -5,7 +5,7 @@ from .in_flight import Entry
 from .results_queue import Answered
 
 
-class Order:
+class ReorderBuffer:
     """As answers come, or as their batches came."""
 
     def __init__(self, *, ordered: bool) -> None:

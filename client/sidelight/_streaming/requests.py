@@ -22,7 +22,7 @@ _SHORTEST_S = 0.001  # a time of 0 would be refused
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class StreamConfig:
     """What is asked of every batch, and how far the client goes to have it answered."""
 
     template: pb.AttributeRequest  # all of a request but id, images and what is left of its time

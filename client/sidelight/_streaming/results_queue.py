@@ -17,7 +17,7 @@ class End:
     error: BaseException | None
 
 
-class Inbox:
+class ResultQueue:
     """Filled by the lanes, emptied by the caller. Of each batch it holds the newest answer alone.
 
     So a caller who is slow is handed fewer of the answers that are not final, and none that is out of date. `on_change`

@@ -33,12 +33,12 @@ from ..exceptions import (
 from ..results import attribution
 from ..results.attribution import Attribution
 from ..results.types import seconds
-from .availability import Presence
-from .in_flight import Entry, Ledger, Part
+from .availability import Availability
+from .in_flight import Entry, InFlightBatches, Part
 from .merge import join
-from .requests import Plan
-from .results_queue import Answered, End, Inbox
-from .worker import Lane
+from .requests import StreamConfig
+from .results_queue import Answered, End, ResultQueue
+from .worker import StreamWorker
 
 UNAVAILABLE_DELAY_S = 0.1  # before a batch is sent again that a server refused on its way out
 
@@ -59,23 +59,25 @@ class Stream:
         connections: Sequence[Connection],
         batches: Iterator[Images | Served | Batch],
         *,
-        plan: Plan,
-        ledger: Ledger,
+        config: StreamConfig,
+        in_flight: InFlightBatches,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
-        self.inbox = Inbox(on_change=on_change)
+        self.queue = ResultQueue(on_change=on_change)
         self._batches = batches
-        self._plan = plan
-        self._ledger = ledger
+        self._config = config
+        self._in_flight = in_flight
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._keep = threading.Condition(self._lock)  # what wakes the keeper: few things, and rarely
-        self._lanes = [
-            Lane(each, self, max_message_bytes=plan.max_message_bytes, share=plan.share, metadata=plan.metadata)
+        self._workers = [
+            StreamWorker(
+                each, self, max_message_bytes=config.max_message_bytes, share=config.share, metadata=config.metadata
+            )
             for each in connections
         ]
-        self._presence = Presence([each.address for each in connections], time.monotonic())
-        self._refused: set[Lane] = set()  # those whose last call was never taken
+        self._availability = Availability([each.address for each in connections], time.monotonic())
+        self._refused: set[StreamWorker] = set()  # those whose last call was never taken
         self._digest = ""
         self._n_read = 0
         self._context = contextvars.copy_context()  # the caller's: its batches are read in threads of gRPC's
@@ -88,9 +90,9 @@ class Stream:
     def start(self) -> None:
         """Begin to read, send and receive."""
         close_at_exit(self)
-        for lane in self._lanes:
-            lane.connection.listen(self._wake)
-            lane.start()
+        for worker in self._workers:
+            worker.connection.listen(self._wake)
+            worker.start()
         self._keeper.start()
 
     def close(self) -> None:
@@ -98,24 +100,24 @@ class Stream:
         if self._is_closed or not self._origin.is_here:
             return
         self.end(None)
-        for lane in self._lanes:
-            lane.stop()
-        for lane in self._lanes:
-            lane.join()
-            lane.connection.unlisten(self._wake)
+        for worker in self._workers:
+            worker.stop()
+        for worker in self._workers:
+            worker.join()
+            worker.connection.unlisten(self._wake)
         self._keeper.join()
         self._is_closed = True
 
     def wait(self) -> Answered | End:
         """Wait for an answer, or when all are taken the end. `FailedPrecondition` after a fork."""
         self._origin.check()
-        return self.inbox.wait()
+        return self.queue.wait()
 
     def taken(self, entry: Entry) -> None:
         """Free the room of an answer that the caller has taken."""
         self._origin.check()
         with self._lock:
-            self._ledger.taken(entry)
+            self._in_flight.taken(entry)
             self._changed.notify_all()
 
     def end(self, error: BaseException | None) -> None:
@@ -144,33 +146,33 @@ class Stream:
                     self._changed.wait()
         return False
 
-    def open(self, lane: Lane) -> None:
+    def open(self, worker: StreamWorker) -> None:
         """Say that the server has taken the call."""
         with self._lock:
-            self._presence.came(lane)
-            self._refused.discard(lane)
+            self._availability.came(worker)
+            self._refused.discard(worker)
             self._changed.notify_all()
 
-    def next_request(self, lane: Lane, call: object) -> Outgoing | None:
+    def next_request(self, worker: StreamWorker, call: object) -> Outgoing | None:
         """Wait for the next message to send; None once the call, or the stream, is over."""
         while True:
             with self._lock:
-                step = self._next(lane, call)
+                step = self._next(worker, call)
             match step:
                 case Part() as part:
-                    return self._plan.request(part, lane.regions)
+                    return self._config.request(part, worker.regions)
                 case Step.READ:
                     self._read()
-                case Step.REGISTER if lane.regions:
-                    return Outgoing(lane.regions.make())
+                case Step.REGISTER if worker.regions:
+                    return Outgoing(worker.regions.make())
                 case _:
                     return None
 
-    def received(self, lane: Lane, incoming: Incoming) -> None:
+    def received(self, worker: StreamWorker, incoming: Incoming) -> None:
         """Take an answer in. One of a part that is not unanswered is passed over."""
-        regions, response = lane.regions, incoming.message
+        regions, response = worker.regions, incoming.message
         with self._lock:
-            part = self._ledger.get(response.id)
+            part = self._in_flight.get(response.id)
             if part is None or self._has_changed(response):
                 if regions:
                     self._heard(regions, response)
@@ -180,32 +182,32 @@ class Stream:
                     regions.free(response.id)
                 self._changed.notify_all()
                 return
-        answer = self._plan.answer(incoming, part, regions)
+        answer = self._config.answer(incoming, part, regions)
         if not answer.final:
             if part.is_whole:  # of a part the others' maps would be missing
-                self.inbox.put(part.entry, answer)
+                self.queue.put(part.entry, answer)
             return
         with self._lock:
             if regions:
                 regions.free(response.id)
-            if self._ledger.answered(response.id) is part:
+            if self._in_flight.answered(response.id) is part:
                 self._settle(part, answer)
                 self._changed.notify_all()
 
-    def lost(self, lane: Lane, cause: SidelightError, *, failed: bool, died: bool) -> None:
+    def lost(self, worker: StreamWorker, cause: SidelightError, *, failed: bool, died: bool) -> None:
         """Say that the call has ended, whether it failed, and whether the server may have died of what it held."""
         with self._lock:
             if self._is_over:
                 return
-            if lane not in self._presence:
-                self._refused.add(lane)
-            self._presence.went(lane, cause, time.monotonic())
-            if failed and not self._plan.retry:
-                for part in self._ledger.take_back(lane):
+            if worker not in self._availability:
+                self._refused.add(worker)
+            self._availability.went(worker, cause, time.monotonic())
+            if failed and not self._config.retry:
+                for part in self._in_flight.take_back(worker):
                     self._fail(part, cause)
-                if len(self._refused) == len(self._lanes):
+                if len(self._refused) == len(self._workers):
                     self._end(cause)
-            for part in self._ledger.lost(lane, died=died):
+            for part in self._in_flight.lost(worker, died=died):
                 self._fail(part, ServerDied(
                     f"{_told(part)}: it was alone at work when its server ended, twice ({cause}); it is not sent again"
                 ))  # fmt: skip
@@ -214,37 +216,37 @@ class Stream:
 
     # What happens under the lock.
 
-    def _next(self, lane: Lane, call: object) -> "Part | Step":
+    def _next(self, worker: StreamWorker, call: object) -> "Part | Step":
         """Wait until there is something to do for a call."""
-        while not self._is_over and lane.call is call:
+        while not self._is_over and worker.call is call:
             now_s = time.monotonic()
             wait_s = None
-            if lane in self._presence:
-                if part := self._ledger.send(lane, now_s, fits=functools.partial(self._fits, lane)):
+            if worker in self._availability:
+                if part := self._in_flight.send(worker, now_s, fits=functools.partial(self._fits, worker)):
                     return part
-                if lane.regions and lane.regions.is_missing:
+                if worker.regions and worker.regions.is_missing:
                     return Step.REGISTER
-                if not self._is_reading and self._ledger.may_read(lane, now_s):
+                if not self._is_reading and self._in_flight.may_read(worker, now_s):
                     self._is_reading = True
                     return Step.READ
-                again_s = self._ledger.next_sending_s(now_s)
+                again_s = self._in_flight.next_sending_s(now_s)
                 wait_s = None if again_s is None else again_s - now_s
             self._changed.wait(wait_s)
         return Step.END
 
-    def _fits(self, lane: Lane, part: Part) -> bool:
+    def _fits(self, worker: StreamWorker, part: Part) -> bool:
         """Take room for a part in shared memory, where the lane has any."""
-        if lane.regions is None or not len(part.batch):
+        if worker.regions is None or not len(part.batch):
             return True
-        return lane.regions.place(part.id, self._plan.shared_bytes(part.batch))
+        return worker.regions.place(part.id, self._config.shared_bytes(part.batch))
 
     def _is_tried_again(self, part: Part, failure: pb.Failure) -> bool:
         """Send a part again where that may go well: it was too large, or its server was full, or on its way out."""
         delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
         if failure.code == ResourceExhausted.code and delay_s is None and len(part.batch) > 1:
-            self._ledger.halve(part)
+            self._in_flight.halve(part)
             return True
-        if not self._plan.retry:
+        if not self._config.retry:
             return False
         if failure.code == Unavailable.code:
             delay_s = delay_s or UNAVAILABLE_DELAY_S
@@ -253,7 +255,7 @@ class Stream:
         not_before_s = time.monotonic() + (delay_s or 0.0)
         if delay_s is None or not_before_s >= part.entry.deadline_s:
             return False
-        self._ledger.again(part, not_before_s=not_before_s)
+        self._in_flight.again(part, not_before_s=not_before_s)
         return True
 
     def _heard(self, regions: Regions, response: pb.AttributeStreamResponse) -> None:
@@ -267,7 +269,7 @@ class Stream:
     def _has_changed(self, response: pb.AttributeStreamResponse) -> bool:
         """Say whether another model answers than the first time; then the stream ends."""
         digest = response.result.provenance.model_digest
-        if digest and self._digest and digest != self._digest and not self._plan.allow_model_change:
+        if digest and self._digest and digest != self._digest and not self._config.allow_model_change:
             self._end(ModelChanged(
                 f"the model that answers is {digest[:12]}…, the stream began with {self._digest[:12]}…; "
                 "allow_model_change=True lets that be"
@@ -284,14 +286,14 @@ class Stream:
         self._settle(part, attribution.failed(error, index=part.entry.index))
 
     def _deliver(self, entry: Entry, answer: Attribution) -> None:
-        self.inbox.put(entry, answer)
-        self._ledger.delivered()
-        if self._ledger.is_done:
+        self.queue.put(entry, answer)
+        self._in_flight.delivered()
+        if self._in_flight.is_done:
             self._end(None)
 
     def _end(self, error: BaseException | None) -> None:
         self._is_over = True
-        self.inbox.close(End(error))
+        self.queue.close(End(error))
         self._changed.notify_all()
         self._keep.notify()
 
@@ -315,29 +317,29 @@ class Stream:
         try:
             batch = images if isinstance(images, Batch) else Batch(images)
             if not self._n_read:  # a later one may be shorter, as the last of a data set is
-                check_classes(self._plan.template, batch)
-            spans = list(self._plan.spans(batch))
+                check_classes(self._config.template, batch)
+            spans = list(self._config.spans(batch))
         except (SidelightError, OSError) as error:
             refused = error if isinstance(error, SidelightError) else InvalidArgument(f"images: {error}")
         except Exception as error:
             self.end(error)
             return
         with self._lock:
-            entry = Entry(self._n_read, batch, time.monotonic() + self._plan.timeout_s)
+            entry = Entry(self._n_read, batch, time.monotonic() + self._config.timeout_s)
             self._n_read += 1
             self._is_reading = False
-            self._ledger.add(entry, spans)
+            self._in_flight.add(entry, spans)
             if refused is not None:
                 self._deliver(entry, attribution.failed(refused, index=entry.index))
-            elif self._ledger.n_unanswered == len(spans):  # the keeper had nothing to wait for
+            elif self._in_flight.n_unanswered == len(spans):  # the keeper had nothing to wait for
                 self._keep.notify()
             self._changed.notify_all()
 
     def _exhausted(self) -> None:
         with self._lock:
             self._is_reading = False
-            self._ledger.is_exhausted = True
-            if self._ledger.is_done:
+            self._in_flight.is_exhausted = True
+            if self._in_flight.is_done:
                 self._end(None)
 
     # The keeper, who sleeps until the next of these is due.
@@ -351,26 +353,26 @@ class Stream:
 
     def _tidy(self, now_s: float) -> float | None:
         """Fail what is late, and end a stream that has no server any more. Returns when to come again."""
-        late, silent = self._ledger.overdue(now_s)
+        late, silent = self._in_flight.overdue(now_s)
         for part in late:
             self._fail(part, self._lateness(part))
-        for lane in self._lanes:
-            if lane in silent:
-                lane.cut(Unavailable("the server kept silent past a batch's time"))
+        for worker in self._workers:
+            if worker in silent:
+                worker.cut(Unavailable("the server kept silent past a batch's time"))
         if late:
             self._changed.notify_all()
-        dues_s = [self._ledger.next_deadline_s(), self._presence.tell(now_s)]
-        patience_s = self._plan.patience_s
-        if not self._ledger.n_unanswered and (ends_s := self._presence.ends_s(patience_s)) is not None:
+        dues_s = [self._in_flight.next_deadline_s(), self._availability.tell(now_s)]
+        patience_s = self._config.patience_s
+        if not self._in_flight.n_unanswered and (ends_s := self._availability.ends_s(patience_s)) is not None:
             if now_s >= ends_s:
-                self._end(self._presence.absence(f"for {patience_s:g} s"))
+                self._end(self._availability.absence(f"for {patience_s:g} s"))
             dues_s.append(ends_s)
         return min((due_s for due_s in dues_s if due_s is not None), default=None)
 
     def _lateness(self, part: Part) -> SidelightError:
-        if self._presence:
+        if self._availability:
             return DeadlineExceeded(f"{_told(part)}: the server did not answer in its time")
-        return self._presence.absence(f"{_told(part)}: while its time passed,")
+        return self._availability.absence(f"{_told(part)}: while its time passed,")
 
 
 def _told(part: Part) -> str:

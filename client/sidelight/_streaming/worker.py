@@ -39,23 +39,23 @@ class Desk(Protocol):
     def wait_for(self, connection: Connection, not_before_s: float) -> bool:
         """Wait for a server, and for a time. False once the stream is over."""
 
-    def open(self, lane: "Lane") -> None:
+    def open(self, worker: "StreamWorker") -> None:
         """Say that the server has taken the call."""
 
-    def next_request(self, lane: "Lane", call: object) -> Outgoing | None:
+    def next_request(self, worker: "StreamWorker", call: object) -> Outgoing | None:
         """Wait for the next message to send; None once the call, or the stream, is over."""
 
-    def received(self, lane: "Lane", incoming: Incoming) -> None:
+    def received(self, worker: "StreamWorker", incoming: Incoming) -> None:
         """Take an answer in."""
 
-    def lost(self, lane: "Lane", cause: SidelightError, *, failed: bool, died: bool) -> None:
+    def lost(self, worker: "StreamWorker", cause: SidelightError, *, failed: bool, died: bool) -> None:
         """Say that the call has ended, whether it failed, and whether the server may have died of what it held."""
 
     def end(self, error: BaseException | None) -> None:
         """End the stream."""
 
 
-class Lane:
+class StreamWorker:
     """One server's share of a stream."""
 
     def __init__(
@@ -141,7 +141,7 @@ class Lane:
                 self._desk.received(self, incoming)
             is_orderly = any(key == END_TRAILER for key, _ in rpc.trailing_metadata() or ())
         except grpc.RpcError as error:
-            failed, (cause, died) = True, self._understand(error)
+            failed, (cause, died) = True, self._to_client_error(error)
         finally:
             self.call = self._rpc = None
             rpc.cancel()
@@ -159,7 +159,7 @@ class Lane:
             if self.call is call:  # a region of a call that has ended cannot be written to, and need not be
                 self._desk.end(error)
 
-    def _understand(self, error: grpc.RpcError) -> tuple[SidelightError, bool]:
+    def _to_client_error(self, error: grpc.RpcError) -> tuple[SidelightError, bool]:
         """Return why a call ended, and whether its server may have died. What no other call will mend ends all."""
         if self.connection.is_closed:
             cause: SidelightError = Cancelled("the client was closed")

@@ -5,7 +5,7 @@ import bisect
 ALIGNMENT = 64  # a line of the processor's cache: neighbours do not share one
 
 
-class Arena:
+class Allocator:
     """Ranges of a number of bytes, taken first fit: as many as a stream has batches in flight, a few dozen."""
 
     def __init__(self, size: int) -> None:

@@ -12,8 +12,8 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2_grpc
 
 from ..exceptions import InvalidArgument
-from .connect_errors import Diagnosis, diagnose
-from .credentials import Access
+from .connect_errors import ConnectError, diagnose
+from .credentials import ChannelSecurity
 from .wire import open_stream
 
 PROBE_TIMEOUT_S = 10.0
@@ -35,12 +35,12 @@ _READY, _IDLE, _FAILED, _SHUTDOWN = (
 class Connection:
     """A channel to one server. It follows the channel's state, so that a call need not ask."""
 
-    def __init__(self, address: str, *, max_message_bytes: int, access: Access = Access()) -> None:  # noqa: B008
+    def __init__(self, address: str, *, max_message_bytes: int, security: ChannelSecurity = ChannelSecurity()) -> None:  # noqa: B008
         if not isinstance(address, str) or not _ADDRESS.fullmatch(address):
             raise InvalidArgument(f'address: got {address!r}, expected "host:port" or "unix:/path"')
         self.address = address
-        self._is_encrypted = access.is_encrypted(address)
-        self._channel = access.channel(
+        self._is_encrypted = security.is_encrypted(address)
+        self._channel = security.channel(
             address,
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
@@ -58,7 +58,7 @@ class Connection:
                 ("grpc.use_local_subchannel_pool", 1),
             ],
         )
-        channel = access.authorized(self._channel)
+        channel = security.authorized(self._channel)
         self.attribution = attribution_pb2_grpc.AttributionServiceStub(channel)
         self.open_stream = open_stream(channel)
         self.models = model_pb2_grpc.ModelServiceStub(channel)
@@ -66,7 +66,7 @@ class Connection:
         self._state: grpc.ChannelConnectivity | None = None
         self._is_followed = False
         self._followers: list[threading.Thread] = []  # that gRPC follows the channel's state with
-        self._diagnosis: Diagnosis | None = None
+        self._diagnosis: ConnectError | None = None
         self._diagnosed_s = -DIAGNOSE_EVERY_S  # when that was asked for last
         self._listeners: list[Callable[[], None]] = []
 
@@ -76,7 +76,7 @@ class Connection:
         return self._state
 
     @property
-    def diagnosis(self) -> Diagnosis | None:
+    def connect_error(self) -> ConnectError | None:
         """Why the last try to connect came to nothing, where that is known."""
         return self._diagnosis
 

@@ -23,20 +23,20 @@ _CLOSED = ("Socket closed", "Connection reset", "recvmsg:", "Broken pipe")
 
 
 @dataclass(frozen=True, slots=True)
-class Diagnosis:
+class ConnectError:
     """Why the last try to connect came to nothing. `is_lasting` is a fault that waiting does not mend."""
 
     text: str
     is_lasting: bool
 
 
-def diagnose(details: str, *, is_encrypted: bool) -> Diagnosis:
+def diagnose(details: str, *, is_encrypted: bool) -> ConnectError:
     """Return what gRPC's words for a failed connection mean."""
     said = details.rpartition("last error: ")[2]
     if is_encrypted:
         for words, meaning in _FAULTS:
             if words in said:
-                return Diagnosis(f"TLS: {meaning} ({said})", is_lasting=True)
+                return ConnectError(f"TLS: {meaning} ({said})", is_lasting=True)
     if any(words in said for words in _CLOSED):
         # So does a server that is just ending, or a proxy without one: it may mend itself.
         hint = (
@@ -44,5 +44,5 @@ def diagnose(details: str, *, is_encrypted: bool) -> Diagnosis:
             if is_encrypted
             else "if it speaks TLS, say tls="
         )
-        return Diagnosis(f"the server ends each connection at once: {hint} ({said})", is_lasting=False)
-    return Diagnosis(said, is_lasting=False)
+        return ConnectError(f"the server ends each connection at once: {hint} ({said})", is_lasting=False)
+    return ConnectError(said, is_lasting=False)

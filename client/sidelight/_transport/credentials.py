@@ -76,14 +76,14 @@ def _system_roots() -> bytes | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Access:
+class ChannelSecurity:
     """How a client reaches its servers. UNIX sockets are plain, whatever `tls` says."""
 
     tls: TLS | None = None
     token: Token | None = field(default=None, repr=False)
 
     @classmethod
-    def of(cls, tls: "bool | str | os.PathLike[str] | TLS | None", token: Token | None) -> "Access":
+    def of(cls, tls: "bool | str | os.PathLike[str] | TLS | None", token: Token | None) -> "ChannelSecurity":
         """Return what `connect` was told. `InvalidArgument` where that is no TLS, or no token."""
         if isinstance(tls, str | os.PathLike):
             tls = TLS(ca=tls)

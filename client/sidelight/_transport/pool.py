@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..exceptions import InvalidArgument, Unavailable
 from .channel import DIAGNOSE_EVERY_S, Connection
-from .credentials import Access
+from .credentials import ChannelSecurity
 from .process import Origin
 
 log = logging.getLogger("sidelight")
@@ -16,7 +16,7 @@ log = logging.getLogger("sidelight")
 SILENT_WAIT_S = 1.0
 
 
-class Servers:
+class ConnectionPool:
     """One connection for each address."""
 
     def __init__(
@@ -24,7 +24,7 @@ class Servers:
         addresses: str | Sequence[str],
         *,
         max_message_bytes: int,
-        access: Access = Access(),  # noqa: B008
+        security: ChannelSecurity = ChannelSecurity(),  # noqa: B008
     ) -> None:
         given = addresses.split(",") if isinstance(addresses, str) else addresses
         if not isinstance(given, list | tuple) or not given:
@@ -33,7 +33,7 @@ class Servers:
             )
         if len(set(given)) < len(given):
             raise InvalidArgument(f"address: got {list(given)}, expected each once")
-        self.connections = [Connection(each, max_message_bytes=max_message_bytes, access=access) for each in given]
+        self.connections = [Connection(each, max_message_bytes=max_message_bytes, security=security) for each in given]
         self._origin = Origin()
         self._turn = itertools.count()
         self._changed = threading.Condition()
@@ -79,7 +79,7 @@ class Servers:
         """Raise `Unavailable` where it is of no use to wait: TLS fails with every server, or the client is closed."""
         if any(each.is_closed for each in self.connections):
             raise Unavailable("the client is closed")
-        faults = [each.diagnosis for each in self.connections]
+        faults = [each.connect_error for each in self.connections]
         if all(fault and fault.is_lasting for fault in faults):
             raise Unavailable(f"no connection to {self.names}: {self._reasons()}")
 
@@ -118,10 +118,10 @@ class Servers:
                 return None
 
     def _states(self) -> list[object]:
-        return [(each.state, each.diagnosis) for each in self.connections]
+        return [(each.state, each.connect_error) for each in self.connections]
 
     def _reasons(self) -> str:
-        return "; ".join(dict.fromkeys(each.diagnosis.text for each in self.connections if each.diagnosis))
+        return "; ".join(dict.fromkeys(each.connect_error.text for each in self.connections if each.connect_error))
 
     def _wake(self) -> None:
         with self._changed:

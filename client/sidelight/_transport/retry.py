@@ -10,7 +10,7 @@ AWAY_DELAY_S = 0.05  # until the channel has seen that its server is gone
 FIRST_CANCELLED_DELAY_S, LONGEST_CANCELLED_DELAY_S = 0.05, 2.0
 
 
-class Attempts:
+class Retry:
     """One call's own time, and what has gone wrong in it."""
 
     def __init__(self, timeout_s: float, *, retry: bool) -> None:

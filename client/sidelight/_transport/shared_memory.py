@@ -24,7 +24,7 @@ from sidelight.v1 import tensor_pb2
 from .._inputs.tensors import DTYPES, Array, array_of, dtype_of, little_endian
 from ..exceptions import Cancelled, FailedPrecondition, ResourceExhausted
 from ..results.server_info import ServerInfo
-from .allocator import Arena
+from .allocator import Allocator
 
 MAX_FIRST_BYTES = 256 * 1024 * 1024  # a region of more is made only for a batch that needs it
 
@@ -55,7 +55,7 @@ class Region:
     def __init__(self, directory: Path, size: int) -> None:
         self.name = f"sidelight-{secrets.token_hex(16)}"
         self.size = size
-        self.arena = Arena(size)
+        self.allocator = Allocator(size)
         self.is_registered = False
         self._path = directory / self.name
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -114,7 +114,7 @@ class Regions:
     def place(self, id_: str, n_bytes: int) -> bool:
         """Take room for a part. False where there is none now; then one may be missing."""
         for region in self._regions:
-            if region.is_registered and (offset := region.arena.take(n_bytes)) is not None:
+            if region.is_registered and (offset := region.allocator.take(n_bytes)) is not None:
                 self._held[id_] = region, offset
                 return True
         if all(region.is_registered and region.size < n_bytes for region in self._regions):
@@ -177,7 +177,7 @@ class Regions:
         """Give a part's room back."""
         region, offset = self._held.pop(id_, (None, 0))
         if region is not None:
-            region.arena.free(offset)
+            region.allocator.free(offset)
 
     def close(self) -> None:
         """Let go of all."""

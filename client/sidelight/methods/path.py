@@ -6,7 +6,7 @@ from sidelight.v1 import attribution_pb2 as pb
 
 from .._inputs.enums import Rule, Statistic, rule_number, statistic_number
 from .._inputs.tensors import Array, ArrayLike, TorchTensor, floats
-from .._inputs.validation import counted, flag, real, told, whole
+from .._inputs.validation import counted, flag, real, summary, whole
 from ..exceptions import InvalidArgument
 from .baselines import Baseline, baseline_message
 from .gradient import GRADIENT, Gradient
@@ -73,7 +73,9 @@ class SmoothGrad:
     def message(self) -> pb.Method:
         """Return what goes over the wire."""
         if not isinstance(self.base, Gradient | IntegratedGradients):
-            raise InvalidArgument(f"method.base: got {told(self.base)}, expected Gradient() or IntegratedGradients()")
+            raise InvalidArgument(
+                f"method.base: got {summary(self.base)}, expected Gradient() or IntegratedGradients()"
+            )
         samples = whole(self.samples, "method.samples")
         return pb.Method(
             smoothgrad=pb.SmoothGradMethod(

@@ -17,7 +17,7 @@ from ..engine.engine import Engine
 from ..errors import ResourceExhausted, Unavailable
 from ..rpc.status import Context, abort, refusing
 from ..security.stream_limit import Peers
-from ..telemetry.counters import Counts
+from ..telemetry.counters import Counters
 
 SERVICES = (
     attribution_pb2.DESCRIPTOR.services_by_name["AttributionService"].full_name,
@@ -99,15 +99,15 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its packa
 
 def statuses(engine: Engine, *, serves: bool) -> dict[str, bool]:
     """Return by name who serves, of an engine's server that is ready and does not drain, or is not or does."""
-    serves = serves and any(station.moves for station in engine.stations)
+    serves = serves and any(device.moves for device in engine.devices)
     models = {MODEL + entry.name: serves and bool(entry.models) for entry in engine.registry.entries.values()}
     return dict.fromkeys(("", *SERVICES), serves) | models
 
 
-class Porch(grpc.aio.ServerInterceptor):
+class ReadinessGate(grpc.aio.ServerInterceptor):
     """Refuses calls until the server is ready, so that the port can be open, and tell its health, while models load."""
 
-    def __init__(self, counts: Counts) -> None:
+    def __init__(self, counts: Counters) -> None:
         self.is_open = False
         self._counts = counts
 

@@ -21,12 +21,12 @@ FLAG = "--check"
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
-def is_probe(arguments: Sequence[str]) -> bool:
+def is_health_check(arguments: Sequence[str]) -> bool:
     """Say whether a command line asks for a probe instead of a server."""
     return any(each == FLAG or each.startswith(FLAG + "=") for each in arguments)
 
 
-def probe(arguments: Sequence[str]) -> int:
+def check_health(arguments: Sequence[str]) -> int:
     """Ask, and return 0 where the answer is SERVING, 1 where it is anything else or none, with a line that says what.
 
     Without an address it asks the first of `SIDELIGHT_LISTEN`, or where a server listens by default.

@@ -21,7 +21,7 @@ MESSAGES_LEFT = 4  # of the largest size: below it memory is short. A network of
 SHARE_OF_LIMIT = 0.25  # but no more of it than this: a small server that idles is not short of memory
 
 
-class Shedding:
+class LoadShedding:
     """Looks at the memory that is left, and ends streams that wait for a message while it is short. The event loop's.
 
     What the C library keeps of freed memory is given back first: it may be all that is missing.

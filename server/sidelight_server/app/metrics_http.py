@@ -22,7 +22,7 @@ class _Handler(MetricsHandler):
     server_version, sys_version = "sidelight", ""  # not Python's, for whoever looks for old ones
 
 
-class Exposition(socketserver.ThreadingMixIn, socketserver.TCPServer):
+class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """Tells metrics over HTTP at an address, `http://host:port/metrics`. Closed, nothing of it is left.
 
     `ConfigurationError` where the address is none, or is not loopback and `plaintext` is not set; `OSError` where it

@@ -13,13 +13,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from ..compute.host_memory import resident_bytes
-from ..engine.device import Station
+from ..engine.device import Device
 from ..engine.engine import Engine
-from ..rpc.handler import Explainer
+from ..rpc.handler import RequestHandler
 from ..rpc.service import AttributionService
 from ..rpc.status import STATUSES
 from ..security.reloadable_files import SecretFiles
-from ..telemetry.counters import REASONS, SPANS, UNREAD, Counts
+from ..telemetry.counters import REASONS, SPANS, UNREAD, Counters
 from ..telemetry.histogram import Histogram
 from .health import MODEL, statuses
 
@@ -38,18 +38,18 @@ class Metrics(Collector):
     def __init__(
         self,
         engine: Engine,
-        explainer: Explainer,
+        handler: RequestHandler,
         service: AttributionService,
         files: Sequence[SecretFiles[Any]] = (),
     ) -> None:
         self._engine = engine
         self._files = files
-        self._explainer = explainer
+        self._handler = handler
         self._service = service
 
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics, as they are now."""
-        counts = self._explainer.passages.counts
+        counts = self._handler.telemetry.counts
         yield from _batches(counts, list(self._engine.registry.entries))
         yield from _times(counts)
         yield from self._work()
@@ -58,10 +58,10 @@ class Metrics(Collector):
         yield self._stale()
 
     def _work(self) -> Iterator[Metric]:
-        stations, admission = self._engine.stations, self._explainer.admission
+        devices, admission = self._engine.devices, self._handler.admission
         rows = HistogramMetricFamily("sidelight_chunk_rows", "rows that ran at once", labels=("device",))
-        for name, station in _named(stations):
-            _add(rows, [name], station.runner.chunk_rows)
+        for name, device in _named(devices):
+            _add(rows, [name], device.worker.chunk_rows)
         yield rows
         yield GaugeMetricFamily("sidelight_batches_in_flight", "batches that hold a permit", value=admission.n_requests)
         yield GaugeMetricFamily(
@@ -70,8 +70,8 @@ class Metrics(Collector):
         in_flight = GaugeMetricFamily(
             "sidelight_rows_in_flight", "rows that batches at a device may take at most", labels=("device",)
         )
-        for name, station in _named(stations):
-            in_flight.add_metric([name], station.n_rows)
+        for name, device in _named(devices):
+            in_flight.add_metric([name], device.n_rows)
         yield in_flight
         yield GaugeMetricFamily("sidelight_streams_open", "streams that are open", value=self._service.n_streams)
         yield CounterMetricFamily(
@@ -123,13 +123,13 @@ class Metrics(Collector):
         short = CounterMetricFamily(
             "sidelight_out_of_memory", "chunks that did not fit into a device's memory", labels=("device",)
         )
-        for name, station in _named(self._engine.stations):
+        for name, device in _named(self._engine.devices):
             labels = [name]
-            moves.add_metric(labels, int(station.moves))
-            short.add_metric(labels, station.runner.n_out_of_memory)
-            if station.device.type == "cuda":
-                memory.add_metric(labels, torch.cuda.memory_reserved(station.device))
-                free.add_metric(labels, torch.cuda.mem_get_info(station.device)[0])
+            moves.add_metric(labels, int(device.moves))
+            short.add_metric(labels, device.worker.n_out_of_memory)
+            if device.torch_device.type == "cuda":
+                memory.add_metric(labels, torch.cuda.memory_reserved(device.torch_device))
+                free.add_metric(labels, torch.cuda.mem_get_info(device.torch_device)[0])
             else:
                 memory.add_metric(labels, resident_bytes())
         yield from (memory, free, moves, short)
@@ -138,7 +138,7 @@ class Metrics(Collector):
 _INFO = ("model", "version", "digest", "precision")
 
 
-def _batches(counts: Counts, models: list[str]) -> Iterator[Metric]:
+def _batches(counts: Counters, models: list[str]) -> Iterator[Metric]:
     requests = CounterMetricFamily(
         "sidelight_requests", "batches that were answered, by how", labels=("call", "model", "method", "code")
     )
@@ -174,7 +174,7 @@ def _batches(counts: Counts, models: list[str]) -> Iterator[Metric]:
         yield _labelled(name, told, ("model",), (((model,), n) for model, n in of_models.items()))
 
 
-def _times(counts: Counts) -> Iterator[Metric]:
+def _times(counts: Counters) -> Iterator[Metric]:
     of_models = counts.spans.copy()
     for name in SPANS:
         family = HistogramMetricFamily(f"sidelight_{name}_seconds", _SPANS[name], labels=("model",))
@@ -183,12 +183,12 @@ def _times(counts: Counts) -> Iterator[Metric]:
         yield family
 
 
-def _named(stations: Sequence[Station]) -> Iterator[tuple[str, Station]]:
+def _named(devices: Sequence[Device]) -> Iterator[tuple[str, Device]]:
     """Yield the devices with their names, of which there may be one twice."""
     seen: set[str] = set()
-    for station in stations:
-        name = str(station.device)
-        yield f"{name}#{station.index}" if name in seen else name, station
+    for device in devices:
+        name = str(device.torch_device)
+        yield f"{name}#{device.index}" if name in seen else name, device
         seen.add(name)
 
 

@@ -15,30 +15,30 @@ from sidelight.v1 import attribution_pb2_grpc, model_pb2_grpc
 from ..compute.host_memory import keep_freed
 from ..config.settings import Settings
 from ..engine.engine import Engine
-from ..engine.recalibration import Remeasuring
-from ..engine.registry import told
-from ..engine.reloader import Watch
-from ..rpc.handler import Explainer
-from ..rpc.interceptors import Framing
-from ..rpc.log_filter import unlogged
+from ..engine.recalibration import Recalibration
+from ..engine.registry import loaded_event
+from ..engine.reloader import Reloader
+from ..rpc.handler import RequestHandler
+from ..rpc.interceptors import MessageInterceptor
+from ..rpc.log_filter import hide_failed_writes
 from ..rpc.receive_limit import Pace
 from ..rpc.service import AttributionService, ModelService
 from ..rpc.shared_memory import SharedMemory
-from ..rpc.write_timeout import Endings
+from ..rpc.write_timeout import WriteTimeout
 from ..security.authorization import Authorization, Callers
 from ..security.tls import Certificates
 from ..telemetry.logs import Event
-from ..telemetry.recorder import Passages
+from ..telemetry.recorder import Telemetry
 from ..telemetry.tracing import Tracing, from_environment
 from .addresses import bind
-from .health import SERVICES, Health, Porch, statuses
-from .load_shedding import Shedding
+from .health import SERVICES, Health, ReadinessGate, statuses
+from .load_shedding import LoadShedding
 from .reflection import enable_reflection
 from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ..security.reloadable_files import SecretFiles
-    from .metrics_http import Exposition
+    from .metrics_http import MetricsServer
 
 log = logging.getLogger("sidelight")
 
@@ -78,10 +78,10 @@ class Server:
         self._shared: SharedMemory | None = None
         self._watching: list[asyncio.Task[None]] = []
         self._metrics_listen = metrics_listen
-        self._metrics: Exposition | None = None
+        self._metrics: MetricsServer | None = None
         self._tracing = tracing
-        self.explainer = Explainer(engine, Passages(tracing))
-        self._porch = Porch(self.explainer.passages.counts)
+        self.handler = RequestHandler(engine, Telemetry(tracing))
+        self._gate = ReadinessGate(self.handler.telemetry.counts)
         self.addresses: list[str] = []
         self.metrics = "none"  # where they are told, or why not
 
@@ -95,16 +95,16 @@ class Server:
         except BaseException:
             await self._server.stop(0)
             raise
-        self._porch.is_open = True
+        self._gate.is_open = True
         self._tell()
         settings = self._engine.settings
-        self._watch(Remeasuring(self._engine.registry, self._engine.stations).run())
+        self._reloader(Recalibration(self._engine.registry, self._engine.devices).run())
         if settings.watch_s:
-            self._watch(Watch(self._engine.registry, every_s=settings.watch_s).run())
+            self._reloader(Reloader(self._engine.registry, every_s=settings.watch_s).run())
         if settings.stuck_s:
-            self._watch(Watchdog(self._engine, on_look=self._tell).run())
-        shedding = Shedding(self._service.end_waiting, max_message_bytes=settings.max_message_bytes)
-        self._watch(shedding.run())
+            self._reloader(Watchdog(self._engine, on_look=self._tell).run())
+        shedding = LoadShedding(self._service.end_waiting, max_message_bytes=settings.max_message_bytes)
+        self._reloader(shedding.run())
 
     async def _open(self) -> None:
         settings = self._engine.settings
@@ -114,18 +114,18 @@ class Server:
                 max_region_bytes=settings.max_region_bytes,
                 max_stream_regions=settings.max_stream_regions,
             )
-        unlogged()
+        hide_failed_writes()
         loop = asyncio.get_running_loop()
-        authorization, callers = Authorization(settings, self.explainer.passages.counts), Callers(settings)
-        endings = Endings(within_s=settings.stalled_write_s)
-        endings.watch(loop)
+        authorization, callers = Authorization(settings, self.handler.telemetry.counts), Callers(settings)
+        write_timeout = WriteTimeout(within_s=settings.stalled_write_s)
+        write_timeout.watch(loop)
         pace = Pace()
-        self._framing = Framing(callers, endings, pace, max_arrival_s=settings.max_arrival_s)
+        self._interceptor = MessageInterceptor(callers, write_timeout, pace, max_arrival_s=settings.max_arrival_s)
         self._server = grpc.aio.server(
-            interceptors=[authorization, self._porch, self._framing], options=_options(settings)
+            interceptors=[authorization, self._gate, self._interceptor], options=_options(settings)
         )
         self._service = AttributionService(
-            self._engine, self.explainer, self._shared, callers=callers, endings=endings, pace=pace
+            self._engine, self.handler, self._shared, callers=callers, write_timeout=write_timeout, pace=pace
         )
         attribution_pb2_grpc.add_AttributionServiceServicer_to_server(self._service, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._engine), self._server)
@@ -157,12 +157,12 @@ class Server:
         if not self._metrics_listen:
             return
         # Not before: they take 30 ms, and most tests do without.
-        from .metrics_http import Exposition
+        from .metrics_http import MetricsServer
         from .prometheus import Metrics
 
-        metrics = Metrics(self._engine, self.explainer, self._service, files)
+        metrics = Metrics(self._engine, self.handler, self._service, files)
         try:
-            self._metrics = Exposition(metrics, self._metrics_listen, plaintext=self._plaintext)
+            self._metrics = MetricsServer(metrics, self._metrics_listen, plaintext=self._plaintext)
             self.metrics = self._metrics.address
         except OSError as error:
             self.metrics = f"none: {self._metrics_listen}: {error.strerror}"
@@ -183,7 +183,7 @@ class Server:
         giving_up = loop.call_at(until_s - telling_s, self._service.give_up)
         await self._server.stop(drain_s)
         giving_up.cancel()
-        is_stuck = any(station.runner.pulse.is_stuck for station in self._engine.stations)
+        is_stuck = any(device.worker.heartbeat.is_stuck for device in self._engine.devices)
         within_s = 0.0 if is_stuck else max(CHUNK_S, until_s - loop.time())
         has_ended = await asyncio.to_thread(self._close, within_s)
         if self._tracing:
@@ -207,15 +207,15 @@ class Server:
         return has_ended
 
     def _tell(self) -> None:
-        self._health.set(statuses(self._engine, serves=self._porch.is_open and not self._is_stopping))
+        self._health.set(statuses(self._engine, serves=self._gate.is_open and not self._is_stopping))
 
-    def _watch(self, watching: Coroutine[Any, Any, None]) -> None:
+    def _reloader(self, watching: Coroutine[Any, Any, None]) -> None:
         self._watching.append(asyncio.create_task(watching))
 
 
-def _call_soon(loop: asyncio.AbstractEventLoop, told: Callable[[], None]) -> None:
+def _call_soon(loop: asyncio.AbstractEventLoop, loaded_event: Callable[[], None]) -> None:
     with contextlib.suppress(RuntimeError):  # the loop has ended
-        loop.call_soon_threadsafe(told)
+        loop.call_soon_threadsafe(loaded_event)
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:
@@ -281,7 +281,7 @@ async def serve_until_signal(engine: Engine) -> bool:
     starting.result()
     engine.start_decoders()
     for model in engine.models.values():
-        log.info(told(model))
+        log.info(loaded_event(model))
     # By default it is no fault: another server may have the port.
     if settings.metrics_listen and not server.has_metrics:
         log.warning(Event("metrics_off", message=server.metrics))

@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from ..engine.device import Station
+from ..engine.device import Device
 from ..engine.engine import Engine
 from ..telemetry.logs import Event
 
@@ -21,7 +21,7 @@ class Watchdog:
         self._engine = engine
         self._on_look = on_look
         self._every_s = min(MAX_EVERY_S, engine.settings.stuck_s / LOOKS)
-        self._stuck: set[Station] = set()
+        self._stuck: set[Device] = set()
 
     async def run(self) -> None:
         """Look, again and again, until cancelled."""
@@ -31,16 +31,16 @@ class Watchdog:
 
     def look(self) -> None:
         """Look once."""
-        for station in self._engine.stations:
-            pulse = station.runner.pulse
-            if pulse.is_stuck and station not in self._stuck:
-                self._stuck.add(station)
+        for device in self._engine.devices:
+            heartbeat = device.worker.heartbeat
+            if heartbeat.is_stuck and device not in self._stuck:
+                self._stuck.add(device)
                 log.error(Event(
-                    "device_stuck", device=station.device, seconds=round(pulse.at_work_s, 1),
-                    longest_s=round(pulse.longest_s, 3), unanswered=self._engine.n_unanswered,
+                    "device_stuck", device=device.torch_device, seconds=round(heartbeat.at_work_s, 1),
+                    longest_s=round(heartbeat.longest_s, 3), unanswered=self._engine.n_unanswered,
                 ))  # fmt: skip
-            elif station in self._stuck and not pulse.is_stuck:
-                self._stuck.discard(station)
-                if station.runner.is_alive:
-                    log.warning(Event("device_moves", device=station.device))
+            elif device in self._stuck and not heartbeat.is_stuck:
+                self._stuck.discard(device)
+                if device.worker.is_alive:
+                    log.warning(Event("device_moves", device=device.torch_device))
         self._on_look()

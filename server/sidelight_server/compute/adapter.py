@@ -51,13 +51,17 @@ class Adapter:
         outputs = returned if self.output is None else _found(returned, self.output)
         if not isinstance(outputs, Tensor):
             hint = "; set output, or trial_size to have it found out" if self.output is None and items(returned) else ""
-            raise OutputsError(f"the model returned {told(returned)}, expected a tensor [n, K] or [n, K, h, w]{hint}")
+            raise OutputsError(
+                f"the model returned {summary(returned)}, expected a tensor [n, K] or [n, K, h, w]{hint}"
+            )
         if outputs.is_complex():
             raise OutputsError(f"the model returned {outputs.dtype}, expected real numbers".replace("torch.", ""))
         outputs = outputs[:n] if n < self.least else outputs
         outputs = outputs[:, None] if outputs.ndim == 1 else outputs
         if outputs.ndim not in (2, 4) or len(outputs) != n or 0 in outputs.shape:
-            raise OutputsError(f"the model returned {told(returned)} for {n} examples, expected [n, K] or [n, K, h, w]")
+            raise OutputsError(
+                f"the model returned {summary(returned)} for {n} examples, expected [n, K] or [n, K, h, w]"
+            )
         return outputs
 
     def call(self, module: nn.Module, inputs: Tensor, *, label: int = 0) -> object:
@@ -70,7 +74,7 @@ class Adapter:
         return module(**{self.input: inputs}, **named) if self.input else module(inputs, **named)
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """How the module is called, in a line: "(image=images, disease=zeros) → y_prob"."""
         taken = [f"{self.input}=images" if self.input else "images"]
         taken += [f"{name}={value}" for name, value in self.arguments]
@@ -90,7 +94,7 @@ def items(returned: object) -> Mapping[int | str, object]:
     return {} if isinstance(returned, Tensor) or returned is None else getattr(returned, "__dict__", {})
 
 
-def told(returned: object) -> str:
+def summary(returned: object) -> str:
     """Say what a module returned: "dict of loss [], y_prob [2, 5]"."""
     name = type(returned).__name__
     if isinstance(returned, Tensor):
@@ -107,4 +111,4 @@ def _found(returned: object, output: int | str) -> object:
     try:
         return items(returned)[output]
     except KeyError:
-        raise OutputsError(f'the model returned {told(returned)}, in which there is no output "{output}"') from None
+        raise OutputsError(f'the model returned {summary(returned)}, in which there is no output "{output}"') from None

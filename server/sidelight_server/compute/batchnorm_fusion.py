@@ -29,7 +29,7 @@ TOLERANCE = 1e-8
 SINGLE_TOLERANCE = 1e-3  # where a module cannot run in float64
 
 
-def fold(module: nn.Module, inputs: Tensor, *, adapter: Adapter = PLAIN) -> int:
+def fuse_batchnorm(module: nn.Module, inputs: Tensor, *, adapter: Adapter = PLAIN) -> int:
     """Fold what can be folded of a replica, which must own its weights; return how many norms were.
 
     `inputs` are a trial, [n, C, H, W]. `ConfigurationError` where outputs or gradients are not what they were.

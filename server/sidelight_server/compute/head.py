@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.options import Activation, Outputs
-from ..domain import Aim, Score
+from ..domain import ResolvedTarget, Score
 from ..errors import FailedPrecondition, InvalidArgument
 
 # A probability p is computed in float32, as torch and Captum do, where log(p / (1 − p)) lies between these: p from
@@ -101,7 +101,7 @@ class Head:
         self,
         values: Tensor,
         classes: Tensor,
-        aims: Sequence[Aim],
+        resolved_targets: Sequence[ResolvedTarget],
         scores: Sequence[Score],
         *,
         gradient: bool,
@@ -119,35 +119,41 @@ class Head:
             raise FailedPrecondition(
                 f"score: the model returns {self.outputs}, so it has no {score.value}; it has {has}"
             )
-        plain = None if is_plain else self._plain_rows(values, classes, aims, scores)  # bool, [n]
+        plain = None if is_plain else self._plain_rows(values, classes, resolved_targets, scores)  # bool, [n]
         # Elsewhere than on a CPU the answer would have to be waited for.
         if plain is None or (values.device.type == "cpu" and bool(plain.all())):
-            scored, sent = _differentiated(self.select, values, classes, aims, scores, gradient=gradient)
+            scored, sent = _differentiated(self.select, values, classes, resolved_targets, scores, gradient=gradient)
         else:
             wide = values.to(_wide(values.device))
-            scored, sent = _differentiated(self._exact, wide, classes, aims, scores, gradient=gradient)
+            scored, sent = _differentiated(self._exact, wide, classes, resolved_targets, scores, gradient=gradient)
             sent = None if sent is None else sent.to(values.dtype)
             if any(self._may_be_plain(score) for score in scores):
-                other, other_sent = _differentiated(self.select, values, classes, aims, scores, gradient=gradient)
+                other, other_sent = _differentiated(
+                    self.select, values, classes, resolved_targets, scores, gradient=gradient
+                )
                 scored = torch.where(plain, other.to(scored.dtype), scored)
                 if sent is not None and other_sent is not None:
                     sent = torch.where(plain.view(-1, *[1] * (values.ndim - 1)), other_sent, sent)
-        return Scored(scored, sent, self._dead(sent, values, classes, aims, step=step))
+        return Scored(scored, sent, self._dead(sent, values, classes, resolved_targets, step=step))
 
-    def select(self, values: Tensor, classes: Tensor, aims: Sequence[Aim], scores: Sequence[Score]) -> Tensor:
+    def select(
+        self, values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], scores: Sequence[Score]
+    ) -> Tensor:
         """Return each row's own score, [n], in the outputs' own type, with its graph."""
 
-        def plain(values: Tensor, classes: Tensor, aims: Sequence[Aim], score: Score) -> Tensor:
-            own = _largest(values) if any(aim.each_pixel for aim in aims) else None
-            return _picked(self._of(values.shape[1])[score](self.sides(values)), classes, aims, own)
+        def plain(values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], score: Score) -> Tensor:
+            own = _largest(values) if any(resolved.each_pixel for resolved in resolved_targets) else None
+            return _picked(self._of(values.shape[1])[score](self.sides(values)), classes, resolved_targets, own)
 
-        return _each_score(plain, values, classes, aims, scores)
+        return _each_score(plain, values, classes, resolved_targets, scores)
 
-    def _exact(self, values: Tensor, classes: Tensor, aims: Sequence[Aim], scores: Sequence[Score]) -> Tensor:
+    def _exact(
+        self, values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], scores: Sequence[Score]
+    ) -> Tensor:
         """Return what `select` does by formulas that keep all digits at both ends, for float64."""
         is_exclusive = self._is_exclusive(values)
 
-        def exact(values: Tensor, classes: Tensor, aims: Sequence[Aim], score: Score) -> Tensor:
+        def exact(values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], score: Score) -> Tensor:
             def of(outputs: Tensor, index: Tensor) -> Tensor:
                 if self.outputs == "probabilities" or score is Score.LOGIT:
                     own = outputs.gather(1, index)
@@ -157,12 +163,14 @@ class Head:
                 log_probability = nn.functional.logsigmoid(_log_odds(outputs, index, is_exclusive=is_exclusive))
                 return log_probability if score is Score.LOG_PROBABILITY else log_probability.exp()
 
-            return _of_both(of, self.sides(values), values, classes, aims, sign=-1)
+            return _of_both(of, self.sides(values), values, classes, resolved_targets, sign=-1)
 
-        return _each_score(exact, values, classes, aims, scores)
+        return _each_score(exact, values, classes, resolved_targets, scores)
 
     @torch.no_grad()
-    def _plain_rows(self, values: Tensor, classes: Tensor, aims: Sequence[Aim], scores: Sequence[Score]) -> Tensor:
+    def _plain_rows(
+        self, values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], scores: Sequence[Score]
+    ) -> Tensor:
         """Say which rows, bool [n], are right in the outputs' own type: probabilities, if none is near 0 or 1."""
         may_be = torch.tensor([self._may_be_plain(score) for score in scores], device=values.device)
         if not any(self._may_be_plain(score) for score in scores):
@@ -173,11 +181,17 @@ class Head:
             odds = _log_odds(outputs, index, is_exclusive=is_exclusive)
             return 1 - ((odds >= LEAST_LOG_ODDS) & (odds <= MOST_LOG_ODDS)).to(outputs.dtype)  # also for no number
 
-        return may_be & (_of_both(beyond, self.sides(values), values, classes, aims, sign=1) == 0)
+        return may_be & (_of_both(beyond, self.sides(values), values, classes, resolved_targets, sign=1) == 0)
 
     @torch.no_grad()
     def _dead(
-        self, sent: Tensor | None, values: Tensor, classes: Tensor, aims: Sequence[Aim], *, step: float
+        self,
+        sent: Tensor | None,
+        values: Tensor,
+        classes: Tensor,
+        resolved_targets: Sequence[ResolvedTarget],
+        *,
+        step: float,
     ) -> Tensor:
         if sent is None:
             return torch.zeros(len(values), dtype=torch.bool, device=values.device)
@@ -190,7 +204,7 @@ class Head:
             p = outputs[:, 1:] if is_single else outputs.gather(1, index)
             return ((p > DEAD) & (1 - p > LOST_STEPS * step)).to(outputs.dtype)
 
-        return _of_both(alive, self.sides(values), values, classes, aims, sign=1) == 0
+        return _of_both(alive, self.sides(values), values, classes, resolved_targets, sign=1) == 0
 
     def _may_be_plain(self, score: Score) -> bool:
         return score is Score.PROBABILITY and self.outputs == "logits"
@@ -204,8 +218,8 @@ class Head:
         return _SIGMOID if self.activation == "sigmoid" or n_outputs == 1 else _SOFTMAX
 
 
-_Select = Callable[[Tensor, Tensor, Sequence[Aim], Sequence[Score]], Tensor]
-_SelectOne = Callable[[Tensor, Tensor, Sequence[Aim], Score], Tensor]
+_Select = Callable[[Tensor, Tensor, Sequence[ResolvedTarget], Sequence[Score]], Tensor]
+_SelectOne = Callable[[Tensor, Tensor, Sequence[ResolvedTarget], Score], Tensor]
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -216,7 +230,7 @@ def _differentiated(
     select: _Select,
     values: Tensor,
     classes: Tensor,
-    aims: Sequence[Aim],
+    resolved_targets: Sequence[ResolvedTarget],
     scores: Sequence[Score],
     *,
     gradient: bool,
@@ -224,22 +238,26 @@ def _differentiated(
     """Return scores, [n], and their gradients at the outputs, unless none is wanted."""
     leaf = values.detach().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
-        scored = select(leaf, classes, aims, scores)
+        scored = select(leaf, classes, resolved_targets, scores)
         sent = torch.autograd.grad(scored.sum(), leaf)[0] if gradient else None
     return scored.detach(), sent
 
 
 def _each_score(
-    select: _SelectOne, values: Tensor, classes: Tensor, aims: Sequence[Aim], scores: Sequence[Score]
+    select: _SelectOne,
+    values: Tensor,
+    classes: Tensor,
+    resolved_targets: Sequence[ResolvedTarget],
+    scores: Sequence[Score],
 ) -> Tensor:
     """Return each row's score, [n], each kind of score computed of its own rows alone."""
     if len(set(scores)) == 1:
-        return select(values, classes, aims, scores[0])
+        return select(values, classes, resolved_targets, scores[0])
     selected = values.new_empty(len(scores))
     for score in dict.fromkeys(scores):
         places = [place for place, each in enumerate(scores) if each is score]
         rows = torch.tensor(places, device=values.device)
-        picked = select(values[rows], classes[rows], [aims[place] for place in places], score)
+        picked = select(values[rows], classes[rows], [resolved_targets[place] for place in places], score)
         selected = selected.index_put((rows,), picked)
     return selected
 
@@ -256,22 +274,26 @@ def _others(logits: Tensor, index: Tensor) -> Tensor:
 
 
 def _added(
-    of: Callable[[Tensor, Tensor], Tensor], sides: Tensor, values: Tensor, classes: Tensor, aims: Sequence[Aim]
+    of: Callable[[Tensor, Tensor], Tensor],
+    sides: Tensor,
+    values: Tensor,
+    classes: Tensor,
+    resolved_targets: Sequence[ResolvedTarget],
 ) -> Tensor:
     """Return the sums, [n], over each row's region of what `of` gives of its class at each pixel."""
     if values.ndim == 2:
-        _check_no_region(aims)
+        _check_no_region(resolved_targets)
         return of(sides, classes[:, None])[:, 0]
-    own = _largest(values) if any(aim.each_pixel for aim in aims) else None
+    own = _largest(values) if any(resolved.each_pixel for resolved in resolved_targets) else None
     rows = []
-    for place, aim in enumerate(aims):
-        row = _cut(sides[place], aim)[None]  # [1, K, h, w]
+    for place, resolved in enumerate(resolved_targets):
+        row = _cut(sides[place], resolved)[None]  # [1, K, h, w]
         whole = (
             classes[place].view(1, 1, 1).expand(1, *sides.shape[2:])
-            if own is None or not aim.each_pixel
+            if own is None or not resolved.each_pixel
             else own[place]
         )
-        rows.append(of(row, _cut(whole, aim)[None]).sum())
+        rows.append(of(row, _cut(whole, resolved)[None]).sum())
     return torch.stack(rows)
 
 
@@ -280,14 +302,16 @@ def _of_both(
     sides: Tensor,
     values: Tensor,
     classes: Tensor,
-    aims: Sequence[Aim],
+    resolved_targets: Sequence[ResolvedTarget],
     *,
     sign: int,
 ) -> Tensor:
     """Return the sums, [n], of each row's own class, and of the class that it is contrasted with times a sign."""
-    positive = _added(of, sides, values, classes, aims)
-    others, counts = _negatives(aims, sides)
-    return positive if counts is None else positive + sign * _added(of, sides, values, others, aims) * counts
+    positive = _added(of, sides, values, classes, resolved_targets)
+    others, counts = _negatives(resolved_targets, sides)
+    return (
+        positive if counts is None else positive + sign * _added(of, sides, values, others, resolved_targets) * counts
+    )
 
 
 def _largest(values: Tensor) -> Tensor:
@@ -295,44 +319,44 @@ def _largest(values: Tensor) -> Tensor:
     return values.detach().argmax(dim=1, keepdim=True) + int(values.shape[1] == 1)
 
 
-def _negatives(aims: Sequence[Aim], sides: Tensor) -> tuple[Tensor, Tensor | None]:
+def _negatives(resolved_targets: Sequence[ResolvedTarget], sides: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return the classes, [n], whose score is subtracted, and which rows have one; None where no row has."""
-    if all(aim.negative is None for aim in aims):
+    if all(resolved.negative is None for resolved in resolved_targets):
         return torch.empty(0), None
     largest = sides.shape[1] - 1
-    others = torch.tensor([min(aim.negative or 0, largest) for aim in aims], device=sides.device)
-    return others, torch.tensor([aim.negative is not None for aim in aims], device=sides.device)
+    others = torch.tensor([min(resolved.negative or 0, largest) for resolved in resolved_targets], device=sides.device)
+    return others, torch.tensor([resolved.negative is not None for resolved in resolved_targets], device=sides.device)
 
 
-def _picked(scored: Tensor, classes: Tensor, aims: Sequence[Aim], own: Tensor | None) -> Tensor:
+def _picked(scored: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], own: Tensor | None) -> Tensor:
     """Return the scores, [n], that aims mean: of a class, minus those of another, over a region."""
     if scored.ndim == 4:
-        scored = _over_regions(scored, aims, own)  # [n, K]
+        scored = _over_regions(scored, resolved_targets, own)  # [n, K]
     else:
-        _check_no_region(aims)
+        _check_no_region(resolved_targets)
     picked = scored.gather(1, classes[:, None])[:, 0]
-    others, counts = _negatives(aims, scored)
+    others, counts = _negatives(resolved_targets, scored)
     return picked if counts is None else picked - scored.gather(1, others[:, None])[:, 0] * counts
 
 
-def _over_regions(scored: Tensor, aims: Sequence[Aim], own: Tensor | None) -> Tensor:
+def _over_regions(scored: Tensor, resolved_targets: Sequence[ResolvedTarget], own: Tensor | None) -> Tensor:
     n_classes = scored.shape[1]
     rows = []
-    for place, (row, aim) in enumerate(zip(scored, aims, strict=True)):  # [K, h, w]
-        if aim.each_pixel and own is not None:
+    for place, (row, resolved) in enumerate(zip(scored, resolved_targets, strict=True)):  # [K, h, w]
+        if resolved.each_pixel and own is not None:
             row = row.gather(0, own[place])  # [1, h, w]
-        rows.append(_cut(row, aim).sum(dim=(1, 2)).expand(n_classes))
+        rows.append(_cut(row, resolved).sum(dim=(1, 2)).expand(n_classes))
     return torch.stack(rows)
 
 
-def _check_no_region(aims: Sequence[Aim]) -> None:
-    if any(aim.region for aim in aims):
+def _check_no_region(resolved_targets: Sequence[ResolvedTarget]) -> None:
+    if any(resolved.region for resolved in resolved_targets):
         raise FailedPrecondition("target.dense.region: the model answers for the whole picture, not for each pixel")
 
 
-def _cut(row: Tensor, aim: Aim) -> Tensor:
+def _cut(row: Tensor, resolved: ResolvedTarget) -> Tensor:
     """Return the region, [K, h, w], of a row's outputs that an aim means."""
-    if (region := aim.region) is None:
+    if (region := resolved.region) is None:
         return row
     height, width = row.shape[1:]
     if region.top + region.height > height or region.left + region.width > width:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config.options import KernelOptions
-from ..domain import Aim, Score
+from ..domain import ResolvedTarget, Score
 from ..errors import FailedPrecondition
 from ..methods.method import Layer, Probe, Rectifiers
 from .adapter import PLAIN, Adapter
@@ -23,16 +23,16 @@ from .head import Head
 from .layer_hooks import NOTHING_TO_GUIDE, Guided, capture
 from .layers import Layers
 from .replica import SHARED, Isolation, Replica, replicate, weights_dtype
-from .saved_memory import Keeping
+from .saved_memory import SavedMemory
 from .weights import Watch
 
-_Read = Callable[[Tensor], "tuple[Gradients, Tensor | None]"]  # outputs, to what they say and gradients at them
+_Read = Callable[[Tensor], "tuple[KernelOutput, Tensor | None]"]  # outputs, to what they say and gradients at them
 
 LEAST_EXPONENT = -125  # of a power of two whose inverse float32 holds too
 
 
 @dataclass(frozen=True, slots=True)
-class Gradients:
+class KernelOutput:
     """What one run of the kernel gives, on the device."""
 
     explained: Tensor  # [n], class indices
@@ -96,9 +96,9 @@ class Kernel:
         return self._replica.n_folded
 
     @property
-    def told(self) -> str:
+    def summary(self) -> str:
         """What runs, in a word: "float32", "bfloat16+fold"."""
-        return self.options.told(str(self.compute_dtype).removeprefix("torch."))
+        return self.options.summary(str(self.compute_dtype).removeprefix("torch."))
 
     @property
     def _hooked(self) -> nn.Module:
@@ -120,13 +120,13 @@ class Kernel:
     def run(
         self,
         inputs: Tensor,
-        aims: Sequence[Aim],
+        resolved_targets: Sequence[ResolvedTarget],
         wanted: Sequence[Score],
         *,
         probe: Probe = None,
         gradient: bool = True,
         plain_head: bool = False,
-    ) -> Gradients:
+    ) -> KernelOutput:
         """Return what each row, [C, H, W] of inputs, says of its own score of its own aim, and its gradient.
 
         A class beyond K is clamped: the caller, who learns K from the answer, refuses that row. With a plain head every
@@ -135,8 +135,8 @@ class Kernel:
         self._refresh()
         inputs = inputs.detach()
 
-        def read(outputs: Tensor) -> tuple[Gradients, Tensor | None]:
-            return self._read(outputs, aims, wanted, gradient=gradient, plain_head=plain_head)
+        def read(outputs: Tensor) -> tuple[KernelOutput, Tensor | None]:
+            return self._read(outputs, resolved_targets, wanted, gradient=gradient, plain_head=plain_head)
 
         if not gradient:
             with torch.no_grad():
@@ -156,11 +156,11 @@ class Kernel:
             case None:
                 return self._at_input(inputs, read)
 
-    def kept(self, inputs: Tensor, *, limit: int) -> Keeping:
+    def kept(self, inputs: Tensor, *, limit: int) -> SavedMemory:
         """Run a forward pass alone; return what it keeps for the way back, or that it ended at the limit in bytes."""
         self._refresh()
         module, leaf = self._uncompiled, inputs.detach().clone().requires_grad_()
-        with Keeping(limit=limit, weights=module) as kept, torch.enable_grad():
+        with SavedMemory(limit=limit, weights=module) as kept, torch.enable_grad():
             try:
                 self.outputs_of(leaf, module=module)
             except Exception:
@@ -213,7 +213,7 @@ class Kernel:
         # Not `module or …`: a compiled one's truth is its length, which it has none of.
         return self._widened(self._call(inputs, self._replica.module if module is None else module))
 
-    def _at_input(self, inputs: Tensor, read: _Read, *, module: nn.Module | None = None) -> Gradients:
+    def _at_input(self, inputs: Tensor, read: _Read, *, module: nn.Module | None = None) -> KernelOutput:
         inputs.requires_grad_()
         with torch.enable_grad():
             outputs = self.outputs_of(inputs, module=module)
@@ -233,7 +233,7 @@ class Kernel:
 
         return self._sent_back(sent, back)
 
-    def _replayed(self, inputs: Tensor, read: _Read) -> Gradients:
+    def _replayed(self, inputs: Tensor, read: _Read) -> KernelOutput:
         """Return what `_at_input` does, from recordings of the passes on both sides of the head."""
         recording = self._recorded.of(inputs)
         answer, sent = read(recording.outputs(inputs))
@@ -251,7 +251,7 @@ class Kernel:
         scale = torch.ldexp(torch.ones_like(largest), -exponent)
         return _row_by_row(_at_least_float32(back(_row_by_row(sent, scale))), 1 / scale)
 
-    def _at_layer(self, inputs: Tensor, read: _Read, name: str) -> Gradients:
+    def _at_layer(self, inputs: Tensor, read: _Read, name: str) -> KernelOutput:
         name = self._layers.chosen(name, [])  # it is not known beforehand if the model takes any size
         # The graph begins at the layer: what lies before it is run without one.
         with torch.enable_grad(), capture(self._hooked, name) as captured:
@@ -263,18 +263,26 @@ class Kernel:
         return replace(answer, gradients=gradients, activations=layout.arranged(leaf.detach(), size).to(self.dtype))
 
     def _read(
-        self, outputs: Tensor, aims: Sequence[Aim], wanted: Sequence[Score], *, gradient: bool, plain_head: bool
-    ) -> tuple[Gradients, Tensor | None]:
+        self,
+        outputs: Tensor,
+        resolved_targets: Sequence[ResolvedTarget],
+        wanted: Sequence[Score],
+        *,
+        gradient: bool,
+        plain_head: bool,
+    ) -> tuple[KernelOutput, Tensor | None]:
         """Return what outputs say, and the gradients of the scores at them."""
         values = outputs.detach() if plain_head else _at_least_float32(outputs.detach())
         with torch.no_grad():
             probabilities = self.head.probabilities(values)  # [n, K]
             predicted = self.head.predicted(values, probabilities)
-            explained = _classes(aims, predicted, probabilities.shape[1])
+            explained = _classes(resolved_targets, predicted, probabilities.shape[1])
         step = torch.finfo(self.compute_dtype).eps
-        said = self.head.read(values, explained, aims, wanted, gradient=gradient, is_plain=plain_head, step=step)
+        said = self.head.read(
+            values, explained, resolved_targets, wanted, gradient=gradient, is_plain=plain_head, step=step
+        )
         shape = (probabilities.shape[1], *outputs.shape[2:])
-        return Gradients(explained, said.scores, said.is_dead, predicted, probabilities, shape), said.sent
+        return KernelOutput(explained, said.scores, said.is_dead, predicted, probabilities, shape), said.sent
 
     def _arranged(self, inputs: Tensor) -> Tensor:
         """Return inputs in the type and the layout that the module computes in: themselves, unless that is chosen."""
@@ -315,9 +323,11 @@ def _row_by_row(rows: Tensor, factors: Tensor) -> Tensor:
     return rows * factors.view(-1, *[1] * (rows.ndim - 1)).to(rows.dtype)
 
 
-def _classes(aims: Sequence[Aim], predicted: Tensor, n_classes: int) -> Tensor:
-    if all(aim.positive is None for aim in aims):
+def _classes(resolved_targets: Sequence[ResolvedTarget], predicted: Tensor, n_classes: int) -> Tensor:
+    if all(resolved.positive is None for resolved in resolved_targets):
         return predicted
-    given = torch.tensor([-1 if aim.positive is None else min(aim.positive, n_classes - 1) for aim in aims])
+    given = torch.tensor(
+        [-1 if resolved.positive is None else min(resolved.positive, n_classes - 1) for resolved in resolved_targets]
+    )
     given = given.to(predicted.device)
     return torch.where(given < 0, predicted, given)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..errors import ConfigurationError, InvalidArgument, NotFound, near
+from ..errors import ConfigurationError, InvalidArgument, NotFound, did_you_mean
 
 MANY_LAYERS = 8  # that a message lists
 
@@ -93,7 +93,7 @@ class Layers:
             raise InvalidArgument(f'method.layer: "{name}" does not run in a pass by itself; {self._others()}')
         if name:
             last_first = [*self.layouts][::-1]  # where none is near, the first ones would be of little use
-            raise NotFound(f'method.layer: there is no "{name}"; {near(name, last_first or known)}')
+            raise NotFound(f'method.layer: there is no "{name}"; {did_you_mean(name, last_first or known)}')
         if not self.default:
             raise NotFound(f"method.layer: the model has no layer that can be chosen for you; {self._others()}")
         return self.default

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ..config.options import KernelOptions
 from ..errors import ConfigurationError
 from .adapter import Adapter
-from .batchnorm_fusion import COMPUTING, fold
+from .batchnorm_fusion import COMPUTING, fuse_batchnorm
 from .weights import Watch, address, tensors_of
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -164,7 +164,7 @@ class Replica:
                 )
         if options.fold and self._trial is not None:
             module = _owning(module)
-            self.n_folded = fold(module, self._trial, adapter=self._adapter)
+            self.n_folded = fuse_batchnorm(module, self._trial, adapter=self._adapter)
         if options.precision:
             module = module.to(self.dtype)
         if options.channels_last:

@@ -18,7 +18,7 @@ class TooLarge(ResourceExhausted):
         self.fitting = fitting
 
 
-class Keeping:
+class SavedMemory:
     """Counts what autograd keeps of the passes that run in its `with` block, in this thread, but for the weights.
 
     Once that is more than `limit` bytes, the pass ends with a `MemoryError`, and so does every other one in the block.

@@ -31,6 +31,6 @@ class KernelOptions:
         """Whether none is chosen."""
         return self == KernelOptions()
 
-    def told(self, precision: str) -> str:
+    def summary(self, precision: str) -> str:
         """Return what runs, in a word: "bfloat16+fold"."""
         return "+".join((precision, *self.names))

@@ -15,16 +15,16 @@ from ..domain import Array, ExampleFailure, Explained, Explanation, Request
 from ..errors import SidelightError
 from ..models.model import Model
 from ..telemetry.call_record import ChunkTimes
-from .example_run import Job, Result, Row
+from .example_run import ExampleRun, Result, Row
 from .preparation import Prepared
 
 Told = Callable[[], None]
 
 
-class Work:
+class ActiveRequest:
     """A request's jobs and its answer.
 
-    `take` is called by the scheduler; `settle` and `fail` by the runner, all on the thread that owns the device;
+    `take` is called by the scheduler; `store_result` and `fail` by the runner, all on the thread that owns the device;
     `cancel` and `snapshot` may come from any thread. On that same thread `on_done` is called once, when every example
     has been answered, and `on_improved`, where it is given, whenever a map that is not final has come.
     """
@@ -61,7 +61,7 @@ class Work:
         self._maps: NDArray[np.float32 | np.float64] | None = None
         self._dtype = model.staged_dtype if request.exact else np.dtype(np.float32)
         self._probabilities: NDArray[np.float32] | None = None
-        self._open: list[Job] = []  # those whose method has begun and not ended
+        self._open: list[ExampleRun] = []  # those whose method has begun and not ended
         self._to_come: deque[int] = deque()
         for place, each in enumerate(prepared.examples):
             if isinstance(each, SidelightError):
@@ -90,7 +90,7 @@ class Work:
     @property
     def pending(self) -> int:
         """How many rows can be taken now."""
-        return len(self._to_come) + sum(job.pending for job in self._open)
+        return len(self._to_come) + sum(example_run.pending for example_run in self._open)
 
     @property
     def most_at_once(self) -> int:
@@ -115,7 +115,7 @@ class Work:
             self.cancelled_s = time.monotonic()
         self._is_cancelled = True
 
-    def take(self) -> "tuple[Work, Row]":
+    def take(self) -> "tuple[ActiveRequest, Row]":
         """Give the next row away: of the first example that has one, so that few are open at a time."""
         if self.started_s is None:
             self.started_s = time.monotonic()
@@ -132,13 +132,13 @@ class Work:
         """Take note of what has computed some rows."""
         self._identity = identity if self._identity in (None, identity) else Identity()
 
-    def settle(self, job: Job, maps: Array, result: Result, probabilities: Array | None) -> None:
+    def store_result(self, example_run: ExampleRun, maps: Array, result: Result, probabilities: Array | None) -> None:
         """Take a job's newest result in: maps, [k, …], and probabilities, [K], on the host."""
         explanation = Explanation(
             result.predicted,
             result.probability,
             tuple(map(_judged, result.explained, result.is_negligible, maps)),
-            self.prepared.geometries[job.place],
+            self.prepared.geometries[example_run.place],
             result.convergence,
         )
         with self._lock:
@@ -146,28 +146,28 @@ class Work:
             if len(self._explanations) == 1 and result.is_final:  # all of the answer, and nobody writes to it again
                 self._maps = taken[None].astype(self._dtype, copy=False)
             else:
-                self._reserve()[job.place] = taken
-            self._explanations[job.place] = explanation
+                self._reserve()[example_run.place] = taken
+            self._explanations[example_run.place] = explanation
             if probabilities is not None:
                 if self._probabilities is None:
                     shape = (len(self._explanations), len(probabilities))
                     self._probabilities = np.full(shape, np.nan, np.float32)
-                self._probabilities[job.place] = probabilities
+                self._probabilities[example_run.place] = probabilities
         if result.is_final:
-            self._end(job)
+            self._end(example_run)
         elif self._on_improved:
             self._on_improved()
 
-    def fail(self, job: Job, error: SidelightError) -> None:
+    def fail(self, example_run: ExampleRun, error: SidelightError) -> None:
         """Answer an example with a failure. One that has been answered is passed over."""
-        if job not in self._open:
+        if example_run not in self._open:
             return
         with self._lock:
-            self._failures.append(ExampleFailure(job.place, error.code, error.message))
-            self._explanations[job.place] = None
+            self._failures.append(ExampleFailure(example_run.place, error.code, error.message))
+            self._explanations[example_run.place] = None
             if self._maps is not None:  # memory may be what lacks, so this takes none
-                self._maps[job.place] = np.nan
-        self._end(job)
+                self._maps[example_run.place] = np.nan
+        self._end(example_run)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the answer so far: maps, explanations, failures and probabilities, as `Answer` names them."""
@@ -186,19 +186,21 @@ class Work:
     def release(self) -> None:
         """Let go of what the device holds for this. Called once none of its rows runs."""
         self._to_come.clear()
-        for job in self._open:
-            job.close()
+        for example_run in self._open:
+            example_run.close()
         self._open.clear()
 
-    def _next(self) -> Job:
+    def _next(self) -> ExampleRun:
         """Return the job that has the next row."""
-        for job in self._open:
-            if job.pending:
-                return job
+        for example_run in self._open:
+            if example_run.pending:
+                return example_run
         place = self._to_come.popleft()
-        job = Job(self.request, self.model, self.prepared, place, is_watched=self._on_improved is not None)
-        self._open.append(job)
-        return job
+        example_run = ExampleRun(
+            self.request, self.model, self.prepared, place, is_watched=self._on_improved is not None
+        )
+        self._open.append(example_run)
+        return example_run
 
     def _reserve(self) -> NDArray[np.float32 | np.float64]:
         """Return the maps. Those of examples that have failed are NaN; what is still to come is anything."""
@@ -214,9 +216,9 @@ class Work:
             return np.full((len(self._explanations), self.model.class_count), np.nan, np.float32)
         return self._probabilities if self.is_done else self._probabilities.copy()
 
-    def _end(self, job: Job) -> None:
-        self._open.remove(job)
-        job.close()
+    def _end(self, example_run: ExampleRun) -> None:
+        self._open.remove(example_run)
+        example_run.close()
         self._n_unanswered -= 1
         if self.is_done:
             self.ended_s = time.monotonic()

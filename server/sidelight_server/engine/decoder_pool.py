@@ -59,7 +59,7 @@ _ENVIRONMENT = {
 }  # fmt: skip
 
 
-class Decoders:
+class DecoderPool:
     """A pool of `size` workers at most, each begun when there is a file for it and kept. `close` ends them all.
 
     Callers take turns, file by file, and a caller's requests among themselves: whoever brings many large files keeps

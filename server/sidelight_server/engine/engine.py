@@ -25,23 +25,23 @@ from ..domain import MANY_EXAMPLES, Answer, Files, Provenance, Request, Timing, 
 from ..errors import SidelightError, Unavailable
 from ..methods.method import Shape
 from ..models.model import Model
-from ..telemetry.call_record import Passage
-from ..telemetry.cancellation_latency import StopTimes
+from ..telemetry.call_record import CallRecord
+from ..telemetry.cancellation_latency import CancellationTimes
 from ..telemetry.logs import Event
-from .active_request import Work
-from .decoder_pool import Decoders, Fitted
-from .device import Station, least_busy
+from .active_request import ActiveRequest
+from .decoder_pool import DecoderPool, Fitted
+from .device import Device, least_busy
 from .preparation import (
     Prepared,
     check,
     input_shape,
     is_taken_as_it_is,
     maps_shape,
-    needs_no_work,
     needs_resizing,
     order,
     prepare,
-    settled,
+    resolve_layer,
+    runs_inline,
 )
 from .registry import Registry, Version
 
@@ -100,19 +100,19 @@ class Engine:
         if any(each.reproducible for each in (settings, *settings.models.values())):
             for device in devices:
                 make_deterministic(device)
-        self._stations = [
-            Station(device, index=index, threads=self.threads, stuck_s=settings.stuck_s, on_end=self._abandon)
+        self._devices = [
+            Device(device, index=index, threads=self.threads, stuck_s=settings.stuck_s, on_end=self._abandon)
             for index, device in enumerate(devices)
         ]
-        self.registry = Registry(offered, settings, self._stations, on_change=lambda: self.on_change())
+        self.registry = Registry(offered, settings, self._devices, on_change=lambda: self.on_change())
         if load:  # else the caller does, before `start`
             self.registry.load()
         self._closing = threading.Event()
         # Each kind of work has threads of its own: what needs little must not wait behind another caller's much.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="sidelight-prepare")
         self._resizing = ThreadPoolExecutor(self.threads, thread_name_prefix="sidelight-resize")
-        self._decoders = Decoders(self.threads)
-        self._unanswered: dict[Work, tuple[asyncio.Future[None], Station]] = {}
+        self._decoders = DecoderPool(self.threads)
+        self._unanswered: dict[ActiveRequest, tuple[asyncio.Future[None], Device]] = {}
         self._software = (
             ("sidelight", metadata.version("sidelight")),
             ("torch", torch.__version__),
@@ -129,13 +129,13 @@ class Engine:
 
     def start(self) -> None:
         """Begin to answer."""
-        for station in self._stations:
-            station.runner.start()
+        for device in self._devices:
+            device.worker.start()
 
     def tell_causes(self) -> None:
         """Tell callers what a model raised, and not the log alone: they are of this process."""
-        for station in self._stations:
-            station.runner.tells_causes = True
+        for device in self._devices:
+            device.worker.tells_causes = True
 
     def start_decoders(self) -> None:
         """Start the processes that decode files, where a model takes some; else each starts with the first file."""
@@ -151,30 +151,30 @@ class Engine:
             executor.shutdown(wait=False, cancel_futures=True)
         until_s = None if within_s is None else time.monotonic() + within_s
         has_ended = True
-        for station in self._stations:
-            has_ended &= station.runner.close(None if until_s is None else max(0.0, until_s - time.monotonic()))
+        for device in self._devices:
+            has_ended &= device.worker.close(None if until_s is None else max(0.0, until_s - time.monotonic()))
         return has_ended
 
-    def _abandon(self, station: Station) -> None:
+    def _abandon(self, device: Device) -> None:
         """Fail what is unanswered at a station: the thread that would answer it has ended."""
-        unanswered = [(work, answered) for work, (answered, at) in list(self._unanswered.items()) if at is station]
-        if not (self._closing.is_set() or station.runner.loss):  # of a lost device the log has the cause
-            log.critical(Event("device_thread_ended", device=station.device, unanswered=len(unanswered)))
-        for work, answered in unanswered:
-            work.cancel()
-            failure = station.runner.unavailable("the server is shutting down")
+        unanswered = [(active, answered) for active, (answered, at) in list(self._unanswered.items()) if at is device]
+        if not (self._closing.is_set() or device.worker.loss):  # of a lost device the log has the cause
+            log.critical(Event("device_thread_ended", device=device.torch_device, unanswered=len(unanswered)))
+        for active, answered in unanswered:
+            active.cancel()
+            failure = device.worker.unavailable("the server is shutting down")
             _call_from_thread(answered, functools.partial(_set_failed, error=failure))
         self.on_change()
 
     @property
-    def stations(self) -> Sequence[Station]:
+    def devices(self) -> Sequence[Device]:
         """The devices, each with the thread that owns it."""
-        return self._stations
+        return self._devices
 
     @property
-    def stops(self) -> StopTimes:
+    def stops(self) -> CancellationTimes:
         """How soon work ended on the device once it was cancelled."""
-        return sum((station.runner.stops.times() for station in self._stations), start=StopTimes())
+        return sum((device.worker.stops.times() for device in self._devices), start=CancellationTimes())
 
     @property
     def n_unanswered(self) -> int:
@@ -216,16 +216,16 @@ class Engine:
         request: Request,
         progress: Progress | None = None,
         version: Version | None = None,
-        passage: Passage | None = None,
+        call_record: CallRecord | None = None,
     ) -> Answer:
         """Return the maps of one batch. Cancelling the call drops its rows that have not run.
 
         A wrong request raises a `SidelightError`; an example that fails alone is in `Answer.failures`. With a
         `progress`, maps that are not final can be had from it meanwhile. The answer is by the model's `version` that
-        serves when none is given, whatever is loaded meanwhile. A `passage` is told the times.
+        serves when none is given, whatever is loaded meanwhile. A `call_record` is told the times.
         """
         version = version or await self.registry.ready(request.model)
-        return await self._attribute(request, progress, version, passage=passage)
+        return await self._attribute(request, progress, version, call_record=call_record)
 
     async def _attribute(
         self,
@@ -233,49 +233,49 @@ class Engine:
         progress: Progress | None,
         version: Version,
         *,
-        at: Station | None = None,
-        passage: Passage | None = None,
+        at: Device | None = None,
+        call_record: CallRecord | None = None,
     ) -> Answer:
         admitted_s = time.monotonic()
-        passage = passage or Passage("", admitted_s)
+        call_record = call_record or CallRecord("", admitted_s)
         model = version[0]
-        method = settled(model, request)
+        method = resolve_layer(model, request)
         if method is not request.method:
             request = replace(request, method=method)
         loop = asyncio.get_running_loop()
-        prepared = await self._prepare(model, request, passage.caller)
-        clock = _Clock(passage.arrived_s, admitted_s, time.monotonic())
-        passage.examples, passage.prepared_s = len(prepared.examples), clock.prepared_s
+        prepared = await self._prepare(model, request, call_record.caller)
+        clock = _Clock(call_record.arrived_s, admitted_s, time.monotonic())
+        call_record.examples, call_record.prepared_s = len(prepared.examples), clock.prepared_s
         answered: asyncio.Future[None] = loop.create_future()
-        station = at or least_busy(self._stations)
-        work = await apart_if_many(
+        device = at or least_busy(self._devices)
+        active = await apart_if_many(
             request.n_examples,
-            Work,
+            ActiveRequest,
             request,
-            version[station.index],
+            version[device.index],
             prepared,
             on_done=lambda: _call_from_thread(answered, _set_done),
             on_improved=_from_thread(loop, progress.improved.set) if progress else None,
-            id_=passage.id,
-            caller=passage.caller,
-            chunks=passage.chunks,
+            id_=call_record.id,
+            caller=call_record.caller,
+            chunks=call_record.chunks,
         )
         if progress:
             progress.snapshot = functools.partial(
-                apart_if_many, request.n_examples, self._answer, work, clock, final=False
+                apart_if_many, request.n_examples, self._answer, active, clock, final=False
             )
-        if work.pending:
-            self._unanswered[work] = answered, station
+        if active.pending:
+            self._unanswered[active] = answered, device
             try:
-                with station.holds(work):
+                with device.holds(active):
                     await answered
             finally:
-                del self._unanswered[work]
-                passage.started_s, passage.rows = work.started_s, work.n_taken
-        return await apart_if_many(request.n_examples, self._answer, work, clock)
+                del self._unanswered[active]
+                call_record.started_s, call_record.rows = active.started_s, active.n_taken
+        return await apart_if_many(request.n_examples, self._answer, active, clock)
 
     async def _prepare(self, model: Model, request: Request, caller: str) -> Prepared:
-        if needs_no_work(model, request):
+        if runs_inline(model, request):
             return prepare(model, request, is_gone=self._closing.is_set)
         decoded: Sequence[Fitted] = ()
         if isinstance(request.images, Files):
@@ -305,26 +305,26 @@ class Engine:
 
         `ConfigurationError` where the settings ask for what a model cannot give.
         """
-        for station in self._stations:
-            errand = functools.partial(self.registry.warm_up, station)
-            for model in await asyncio.wrap_future(station.runner.call(errand)):
+        for device in self._devices:
+            task = functools.partial(self.registry.warm_up, device)
+            for model in await asyncio.wrap_future(device.worker.call(task)):
                 if model.trial_shape is not None and model.serves_gradients:
-                    await self._run_zeros(model, model.trial_shape, station)
+                    await self._run_zeros(model, model.trial_shape, device)
 
-    async def _run_zeros(self, model: Model, shape: Shape, station: Station) -> None:
+    async def _run_zeros(self, model: Model, shape: Shape, device: Device) -> None:
         c, h, w = shape
         for n in sorted({1, model.chunk_rows}):
             zeros = np.zeros((n, h, w, c), np.uint8) if model.preprocessing else np.zeros((n, c, h, w), np.float32)
-            answer = await self._attribute(Request(zeros), None, self.registry.serving(model.name), at=station)
+            answer = await self._attribute(Request(zeros), None, self.registry.serving(model.name), at=device)
             if answer.failures:
                 log.warning(Event("warm_up_failed", model=model.name, message=answer.failures[0].message))
 
-    def _answer(self, work: Work, clock: _Clock, *, final: bool = True) -> Answer:
-        model, identity, now_s = work.model, work.identity, time.monotonic()
-        started_s = work.started_s or now_s
+    def _answer(self, active: ActiveRequest, clock: _Clock, *, final: bool = True) -> Answer:
+        model, identity, now_s = active.model, active.identity, time.monotonic()
+        started_s = active.started_s or now_s
         return Answer(
-            request=replace(work.request, images=np.empty(0, np.uint8), model=model.name),
-            **work.snapshot(),
+            request=replace(active.request, images=np.empty(0, np.uint8), model=model.name),
+            **active.snapshot(),
             labels=model.labels,
             provenance=Provenance(
                 model=model.name,
@@ -332,20 +332,20 @@ class Engine:
                 model_digest=identity.digest,
                 model_canary=identity.canary,
                 precision=model.precision,
-                head_precision=model.kernel.head_precision(work.request.score, plain_head=work.request.plain_head),
+                head_precision=model.kernel.head_precision(active.request.score, plain_head=active.request.plain_head),
                 kernel_options=model.kernel.options.names,
                 device=str(model.kernel.device),
                 threads=self.threads,
                 chunk_rows=model.chunk_rows,
                 reproducible=model.reproducible,
-                baseline_digest=work.prepared.baseline_digest,
+                baseline_digest=active.prepared.baseline_digest,
                 software=self._software,
             ),
             timing=Timing(
                 admission_s=clock.admitted_s - clock.arrived_s,
                 prepare_s=clock.prepared_s - clock.admitted_s,
                 queue_s=max(0.0, started_s - clock.prepared_s),
-                compute_s=max(0.0, (work.ended_s if final else now_s) - started_s),
+                compute_s=max(0.0, (active.ended_s if final else now_s) - started_s),
                 total_s=now_s - clock.arrived_s,
             ),
             final=final,

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..domain import Aim, Array, Convergence, Dense, Explained, Request, Target
+from ..domain import Array, Convergence, Dense, Explained, Request, ResolvedTarget, Target
 from ..errors import Internal, InvalidArgument, SidelightError
-from ..methods.method import Example, Improved, Outcome, Reading, Sweep, read
+from ..methods.method import Example, Improved, Outcome, RowOutput, Sweep, read
 from ..models.model import Model
 from .preparation import Prepared, not_dense
 
@@ -21,7 +21,7 @@ LARGEST_INPUT = 1e18
 class Row:
     """One example at one point: the unit of work."""
 
-    job: "Job"
+    example_run: "ExampleRun"
     sweep: Sweep
     index: int
 
@@ -42,7 +42,7 @@ class Result:
     is_final: bool = True
 
 
-class Job:
+class ExampleRun:
     """One example of a request, explained step by step on the thread that owns the device.
 
     Whatever `give` raises has ended the job: then `close` it.
@@ -54,7 +54,7 @@ class Job:
             raise TypeError("an example that failed has no job")
         self.place = place
         self.example: Array = example
-        self.aim: Aim = prepared.aims[place]
+        self.resolved: ResolvedTarget = prepared.resolved_targets[place]
         self.result: Result | None = None  # the newest, until it is taken
         self._request = request
         self._model = model
@@ -88,16 +88,16 @@ class Job:
         self._n_taken += 1
         return Row(self, self._sweep, self._n_taken - 1)
 
-    def give(self, row: Row, reading: Reading) -> None:
+    def give(self, row: Row, output: RowOutput) -> None:
         """Fold what a row gave, and go on if it was the sweep's last."""
         if self.is_over:
             return
-        if not (math.isfinite(reading.score) and math.isfinite(reading.probability)):
-            raise self.not_finite(reading.input)
+        if not (math.isfinite(output.score) and math.isfinite(output.probability)):
+            raise self.not_finite(output.input)
         self._n_rows += 1
         self._n_gradients += row.sweep.gradient
-        self._n_dead += row.sweep.gradient and reading.is_dead
-        row.sweep.fold(row.index, reading)
+        self._n_dead += row.sweep.gradient and output.is_dead
+        row.sweep.fold(row.index, output)
         self._n_folded += 1
         if self._n_folded == row.sweep.count:
             self._advance()
@@ -130,13 +130,13 @@ class Job:
         """Look at the example, then run the method for each class that is explained."""
         method, top_k = self._request.method, self._prepared.top_k
         first = yield from read(None, gradient=method.begins_with_gradient and not top_k)
-        _check_target(self._request.target, self.aim, top_k, self._model)
+        _check_target(self._request.target, self.resolved, top_k, self._model)
         if top_k or not method.is_one_row:
             first = first.kept()
         finished: list[Outcome] = []
         explained: list[Explained] = []
-        for aim in self._aims(first, top_k):
-            self.aim = aim
+        for resolved in self._aims(first, top_k):
+            self.resolved = resolved
             if top_k:
                 self._n_gradients = self._n_dead = 0
             start = (yield from read(first.input, gradient=method.begins_with_gradient)) if top_k else first
@@ -148,12 +148,12 @@ class Job:
             finished.append(replace(outcome, attribution=outcome.attribution.clone()) if top_k else outcome)
         self.result = self._result(first, tuple(explained), finished)
 
-    def _aims(self, first: Reading, top_k: int) -> list[Aim]:
+    def _aims(self, first: RowOutput, top_k: int) -> list[ResolvedTarget]:
         classes = first.probabilities.topk(top_k).indices.tolist() if top_k else [first.explained]
-        return [replace(self.aim, positive=each) for each in classes]
+        return [replace(self.resolved, positive=each) for each in classes]
 
     def _watched(
-        self, steps: Generator[Sweep | Improved, None, Outcome], first: Reading
+        self, steps: Generator[Sweep | Improved, None, Outcome], first: RowOutput
     ) -> Generator[Sweep, None, Outcome]:
         """Pass a method's sweeps on, and take what has improved as a result that is not final."""
         try:
@@ -173,7 +173,7 @@ class Job:
         method, channels = self._request.method, self._request.channels
         return replace(outcome, attribution=method.finish(outcome.attribution, channels, self._prepared.shape))
 
-    def _result(self, first: Reading, explained: tuple[Explained, ...], finished: list[Outcome]) -> Result:
+    def _result(self, first: RowOutput, explained: tuple[Explained, ...], finished: list[Outcome]) -> Result:
         return Result(
             is_negligible=tuple(each.is_negligible for each in finished),
             maps=tuple(each.attribution for each in finished),
@@ -185,10 +185,10 @@ class Job:
             is_exact=self._request.exact and all(each.attribution.dtype == torch.float64 for each in finished),
         )
 
-    def _explained(self, reading: Reading) -> Explained:
+    def _explained(self, output: RowOutput) -> Explained:
         # Where one gradient is alive, as it is somewhere on a path from another class, it is what the map is made of.
         is_saturated = 0 < self._n_gradients == self._n_dead
-        return Explained(reading.explained, reading.score, is_saturated, self.aim.negative)
+        return Explained(output.explained, output.score, is_saturated, self.resolved.negative)
 
     def _convergence(self, outcomes: list[Outcome]) -> Convergence:
         """Return how good the worst of the maps is."""
@@ -203,11 +203,11 @@ class Job:
         )
 
 
-def _check_target(target: Target, aim: Aim, top_k: int, model: Model) -> None:
+def _check_target(target: Target, resolved: ResolvedTarget, top_k: int, model: Model) -> None:
     """Refuse what only the first output shows to be wrong, where a model takes any size."""
     if isinstance(target, Dense) and target.needs_pixels and len(model.output_shape) == 1:
         raise not_dense(model)
-    for index in (aim.positive, aim.negative):
+    for index in (resolved.positive, resolved.negative):
         if index is not None and index >= model.class_count:
             raise InvalidArgument(f'target: class index {index}, model "{model.name}" has 0 to {model.class_count - 1}')
     if top_k > model.class_count:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 SLACK = 10.0
 
 
-class Pulse:
+class Heartbeat:
     """What the thread that owns a device has done last. That thread alone writes; any may read.
 
     It beats when it takes something up and when that has come back. It is stuck once it has been at one thing for

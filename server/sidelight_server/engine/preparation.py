@@ -11,7 +11,6 @@ from ..compute.staging import is_finite
 from ..domain import (
     MANY_EXAMPLES,
     PREDICTED,
-    Aim,
     Array,
     Contrast,
     Dense,
@@ -19,6 +18,7 @@ from ..domain import (
     PerExample,
     Predicted,
     Request,
+    ResolvedTarget,
     Target,
     TopK,
 )
@@ -42,14 +42,14 @@ class Prepared:
 
     examples: Sequence[Array | SidelightError]
     geometries: Sequence[Geometry | None]
-    aims: Sequence[Aim]
+    resolved_targets: Sequence[ResolvedTarget]
     top_k: int  # how many classes of each example are explained, instead of its aim; 0: its aim
     shape: Shape  # of the model's input
     maps_shape: tuple[int, ...]
     baseline_digest: str  # of baselines that came as an array, SHA-256 in hexadecimal
 
 
-def check(model: Model, request: Request) -> list[Aim]:
+def check(model: Model, request: Request) -> list[ResolvedTarget]:
     """Return what each example is explained by. A `SidelightError` says what is wrong with all of the request."""
     n, shape = request.n_examples, input_shape(model, request.images)
     _check_score(model, request)
@@ -81,12 +81,12 @@ def prepare(
     `decoded` is what came of its files. `is_gone` is asked before each picture that is resized, which may take long
     while its caller may have left: then `Cancelled`.
     """
-    aims, shape = check(model, request), input_shape(model, request.images)
+    resolved_targets, shape = check(model, request), input_shape(model, request.images)
     fitted = decoded if isinstance(request.images, Files) else _fit(model, request.images, is_gone=is_gone)
     return Prepared(
         examples=[each if isinstance(each, SidelightError) else each[0] for each in fitted],
         geometries=[None if isinstance(each, SidelightError) else each[1] for each in fitted],
-        aims=aims,
+        resolved_targets=resolved_targets,
         top_k=_top_k(request.target),
         shape=shape,
         maps_shape=maps_shape(model, request),
@@ -94,7 +94,7 @@ def prepare(
     )
 
 
-def settled(model: Model, request: Request) -> Method:
+def resolve_layer(model: Model, request: Request) -> Method:
     """Return a method with its layer's name filled in. `InvalidArgument` where it takes more rows than are allowed.
 
     `FailedPrecondition` where the model has no gradient that it needs, or no rectifier.
@@ -116,7 +116,7 @@ def settled(model: Model, request: Request) -> Method:
     return replace(method, layer=model.layer(method.layer)) if isinstance(method, LayerMethod) else method
 
 
-def needs_no_work(model: Model, request: Request) -> bool:
+def runs_inline(model: Model, request: Request) -> bool:
     """Say whether examples are taken as they are, and soon looked at: a thread would cost more than save."""
     images = request.images
     if isinstance(images, Files) or request.method.given is not None or len(images) > MANY_EXAMPLES:
@@ -210,7 +210,7 @@ def _top_k(target: Target) -> int:
     return target.k if isinstance(target, TopK) else 0
 
 
-def _aims(model: Model, target: Target, n_examples: int) -> list[Aim]:
+def _aims(model: Model, target: Target, n_examples: int) -> list[ResolvedTarget]:
     match target:
         case Predicted():
             return [PREDICTED] * n_examples
@@ -219,22 +219,22 @@ def _aims(model: Model, target: Target, n_examples: int) -> list[Aim]:
                 raise InvalidArgument(
                     f"target: {len(choices)} classes for {n_examples} examples, expected one for each"
                 )
-            return [Aim(model.class_of(choice)) for choice in choices]
+            return [ResolvedTarget(model.class_of(choice)) for choice in choices]
         case TopK(k):
             if k < 1 or (model.class_count and k > model.class_count):
                 bound = f"1 to {model.class_count}" if model.class_count else "at least 1"
                 raise InvalidArgument(f"target.top_k.k: got {k}, expected {bound}")
             return [PREDICTED] * n_examples
         case Contrast(positive, negative):
-            return [Aim(model.class_of(positive), model.class_of(negative))] * n_examples
+            return [ResolvedTarget(model.class_of(positive), model.class_of(negative))] * n_examples
         case Dense(choice, region):
             if len(model.output_shape) == 1 and target.needs_pixels:
                 raise not_dense(model)
             if choice is None:
-                return [Aim(region=region, each_pixel=True)] * n_examples
-            return [Aim(model.class_of(choice), region=region)] * n_examples
+                return [ResolvedTarget(region=region, each_pixel=True)] * n_examples
+            return [ResolvedTarget(model.class_of(choice), region=region)] * n_examples
         case choice:
-            return [Aim(model.class_of(choice))] * n_examples
+            return [ResolvedTarget(model.class_of(choice))] * n_examples
 
 
 def not_dense(model: Model) -> FailedPrecondition:

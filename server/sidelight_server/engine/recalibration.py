@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from .device import Station
+from .device import Device
 from .registry import Registry
 
 FIRST_S = 60.0  # after the start; each time after twice as long
@@ -11,7 +11,7 @@ PATIENCE_S = 60.0  # a server whose chunks are too small may never be idle
 LOOK_S = 1.0
 
 
-class Remeasuring:
+class Recalibration:
     """Has chunk sizes measured again: 1 minute after the start, 2 after that, 4, and so on.
 
     It prefers a moment in which no request is at a device, but does not wait for one for long.
@@ -20,12 +20,12 @@ class Remeasuring:
     def __init__(
         self,
         registry: Registry,
-        stations: Sequence[Station],
+        devices: Sequence[Device],
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._registry = registry
-        self._stations = stations
+        self._devices = devices
         self._sleep = sleep
 
     async def run(self) -> None:
@@ -39,6 +39,6 @@ class Remeasuring:
 
     async def _wait_until_idle(self) -> None:
         left_s = PATIENCE_S
-        while left_s > 0 and any(station.n_rows for station in self._stations):
+        while left_s > 0 and any(device.n_rows for device in self._devices):
             await self._sleep(LOOK_S)
             left_s -= LOOK_S

@@ -16,13 +16,13 @@ import torch
 
 from ..config.settings import SOURCES, ModelSettings, Settings
 from ..config.spec import ModelSpec
-from ..errors import ConfigurationError, FailedPrecondition, NotFound, Unavailable, near
+from ..errors import ConfigurationError, FailedPrecondition, NotFound, Unavailable, did_you_mean
 from ..models import sources
 from ..models.calibration import can_grow
 from ..models.model import InTurn, Model, at_once
 from ..models.warmup import limit, measure_again, warm_up
 from ..telemetry.logs import Event
-from .device import Station
+from .device import Device
 
 log = logging.getLogger("sidelight")
 
@@ -104,12 +104,12 @@ class Registry:
         self,
         offered: Sequence[ModelSpec | ModelSettings],
         settings: Settings,
-        stations: Sequence[Station],
+        devices: Sequence[Device],
         *,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._settings = settings
-        self._stations = stations
+        self._devices = devices
         self._on_change = on_change  # another version serves; called on the loader's thread
         self._n_threads = torch.get_num_threads()
         self._lock = threading.Lock()  # over who begins to load
@@ -125,7 +125,7 @@ class Registry:
         for entry in self._offered:
             if entry.settings.load == "eager" or not entry.has_source:
                 with _naming(entry.name if entry.name in self._settings.models else ""):
-                    entry.models = self._versions(entry, 1, turns=[at_once] * len(self._stations))
+                    entry.models = self._versions(entry, 1, turns=[at_once] * len(self._devices))
                 entry.name = entry.models[0].name
             if entry.name in entries:
                 raise ConfigurationError(f'name: two models are called "{entry.name}"')
@@ -142,7 +142,7 @@ class Registry:
         try:
             return self.entries[name or next(iter(self.entries))]
         except KeyError:
-            raise NotFound(f'model: there is no "{name}"; {near(name, self.entries)}') from None
+            raise NotFound(f'model: there is no "{name}"; {did_you_mean(name, self.entries)}') from None
 
     def serving(self, name: str) -> Version:
         """Return the version that serves. `Unavailable` where none is loaded: see `ready`."""
@@ -189,12 +189,12 @@ class Registry:
                 raise
         await reload
 
-    def warm_up(self, station: Station) -> list[Model]:
+    def warm_up(self, device: Device) -> list[Model]:
         """Warm up what was loaded at start, on one station. On the thread that owns the device."""
         loaded = [entry for entry in self.entries.values() if entry.models]
         for entry in loaded:
-            warm_up(entry.models[station.index])
-        return [entry.models[station.index] for entry in loaded]
+            warm_up(entry.models[device.index])
+        return [entry.models[device.index] for entry in loaded]
 
     async def measure_again(self) -> None:
         """Measure again how many rows a chunk of each model should have, in turn with what callers ask for."""
@@ -267,23 +267,23 @@ class Registry:
             log.error(Event("load_failed", model=entry.name, message=entry.failure))
             raise FailedPrecondition(f'model "{entry.name}": {entry.failure}')
         entry.failure = ""
-        log.info(told(entry.models[0], seconds=round(time.monotonic() - began, 1)))
+        log.info(loaded_event(entry.models[0], seconds=round(time.monotonic() - began, 1)))
         self._on_change()
 
     def _loaded(self, entry: Entry, before: Version) -> Version:
         with self._one_thread():
             version = before[0].version + 1 if before else 1
-            models = self._versions(entry, version, turns=[station.in_turn for station in self._stations])
-            for station, model in zip(self._stations, models, strict=True):
-                warm_up(model, before=before[station.index] if before else None)
+            models = self._versions(entry, version, turns=[device.in_turn for device in self._devices])
+            for device, model in zip(self._devices, models, strict=True):
+                warm_up(model, before=before[device.index] if before else None)
                 model.in_turn = at_once
         return models
 
     def _measure_again(self, entry: Entry) -> None:
         """Measure on each device. On a thread like the loader's."""
         with self._one_thread():
-            for station, model in zip(self._stations, entry.models, strict=True):
-                model.in_turn = station.in_turn
+            for device, model in zip(self._devices, entry.models, strict=True):
+                model.in_turn = device.in_turn
                 try:
                     measure_again(model)
                 except Unavailable:
@@ -308,13 +308,13 @@ class Registry:
         models = tuple(
             Model(
                 spec,
-                device=station.device,
+                device=device.torch_device,
                 settings=entry.settings,
                 version=version,
                 in_turn=turn,
                 is_shared=not entry.has_source,
             )
-            for station, turn in zip(self._stations, turns, strict=True)
+            for device, turn in zip(self._devices, turns, strict=True)
         )
         for model in models:
             limit(model)
@@ -337,14 +337,14 @@ def in_thread(run: Callable[[], _Value], *, name: str) -> "Future[_Value]":
     return future
 
 
-def told(model: Model, **more: object) -> Event:
+def loaded_event(model: Model, **more: object) -> Event:
     """Say of a model that was loaded what was found out about it, as the log has it."""
     return Event(
         "loaded",
         model=model.name,
         version=model.version,
         digest=model.digest[:12],
-        call=model.adapter.told,
+        call=model.adapter.summary,
         outputs=model.head.outputs if model.is_known else "unknown",
         activation=model.head.activation if model.is_known else "unknown",
         classes=model.class_count or "unknown",

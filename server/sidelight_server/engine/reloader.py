@@ -7,7 +7,7 @@ from ..errors import SidelightError
 from .registry import Entry, Fingerprint, Registry, in_thread
 
 
-class Watch:
+class Reloader:
     """Looks at the files of every model that serves: at number, size and time alone, which any file system tells.
 
     Each model has a task of its own, so one whose file system or factory hangs holds up no other.

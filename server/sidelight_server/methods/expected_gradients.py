@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import InvalidArgument
 from . import random
 from .baseline import finite, largest, placed
-from .method import Example, Improved, Method, Outcome, Reading, Shape, Steps, Sweep, at_least
+from .method import Example, Improved, Method, Outcome, RowOutput, Shape, Steps, Sweep, at_least
 from .welford import BLOCK, Moments
 
 
@@ -71,10 +71,10 @@ class ExpectedGradients(Method):
             start, end = ends(k)
             return start + random.uniform(self.seed, "place", k) * (end - start)
 
-        def fold(k: int, reading: Reading) -> None:
+        def fold(k: int, output: RowOutput) -> None:
             start, end = ends(k)
-            assert reading.gradient is not None  # noqa: S101
-            moments.add(reading.gradient * (end - start))
+            assert output.gradient is not None  # noqa: S101
+            moments.add(output.gradient * (end - start))
 
         block = BLOCK if example.is_watched else self.samples
         while moments.n < self.samples:
@@ -82,7 +82,7 @@ class ExpectedGradients(Method):
             yield Sweep(
                 min(block, self.samples - begin),
                 lambda k, begin=begin: point(begin + k),  # type: ignore[misc]
-                lambda k, reading, begin=begin: fold(begin + k, reading),  # type: ignore[misc]
+                lambda k, output, begin=begin: fold(begin + k, output),  # type: ignore[misc]
             )
             if example.is_watched and moments.n < self.samples:
                 yield Improved(Outcome(moments.mean.clone(), moments.error()))

@@ -48,12 +48,12 @@ class GradCam(LayerMethod):
 
     def run(self, example: Example) -> Steps:
         """Weigh and add."""
-        reading = yield from example.read(gradient=True)
-        assert reading.gradient is not None  # noqa: S101
-        assert reading.activation is not None  # noqa: S101
-        weights = reading.gradient.mean(dim=(1, 2), keepdim=True)  # [c, 1, 1]
-        added = (weights * reading.activation).sum(dim=0)  # [h, w]
-        terms = reading.gradient.abs().mean(dim=(1, 2), keepdim=True) * reading.activation.abs()  # [c, h, w]
+        output = yield from example.read(gradient=True)
+        assert output.gradient is not None  # noqa: S101
+        assert output.activation is not None  # noqa: S101
+        weights = output.gradient.mean(dim=(1, 2), keepdim=True)  # [c, 1, 1]
+        added = (weights * output.activation).sum(dim=0)  # [h, w]
+        terms = output.gradient.abs().mean(dim=(1, 2), keepdim=True) * output.activation.abs()  # [c, h, w]
         is_negligible = added.abs().amax() <= ROUNDING_STEPS * example.step * terms.sum(dim=0).amax()
         map_ = _sized(added if self.keep_negative else added.relu(), example.x)
         return Outcome(map_, is_negligible=bool(is_negligible))
@@ -75,10 +75,10 @@ class LayerGradientTimesActivation(LayerMethod):
 
     def run(self, example: Example) -> Steps:
         """Multiply."""
-        reading = yield from example.read(gradient=True)
-        assert reading.gradient is not None  # noqa: S101
-        assert reading.activation is not None  # noqa: S101
-        return Outcome(reading.gradient * reading.activation)  # [c, h, w]
+        output = yield from example.read(gradient=True)
+        assert output.gradient is not None  # noqa: S101
+        assert output.activation is not None  # noqa: S101
+        return Outcome(output.gradient * output.activation)  # [c, h, w]
 
     def finish(self, attribution: Tensor, channels: Channels, shape: Shape) -> Tensor:
         """Reduce the layer's channels, which are not the picture's, before anything else."""

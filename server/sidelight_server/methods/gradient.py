@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .channels import Channels, Magnitude
-from .method import Example, Method, Outcome, Probe, Reading, Rectifiers, Shape, Steps
+from .method import Example, Method, Outcome, Probe, Rectifiers, RowOutput, Shape, Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,17 +38,17 @@ class Gradient(Method):
 
     def run(self, example: Example) -> Steps:
         """Take the gradient where the example is."""
-        reading = yield from example.read(gradient=True)
-        return Outcome(self.attribution(reading) if reading.map is None else reading.map)
+        output = yield from example.read(gradient=True)
+        return Outcome(self.attribution(output) if output.map is None else output.map)
 
     def is_largest_absolute(self, channels: Channels) -> bool:
         """Whether that is all: then a whole chunk of them is reduced at once."""
         return channels is Channels.MAX_ABS and self.magnitude is Magnitude.ABSOLUTE and not self.times_input
 
-    def attribution(self, reading: Reading) -> Tensor:
+    def attribution(self, output: RowOutput) -> Tensor:
         """Return the attribution, [C, H, W], of one reading."""
-        assert reading.gradient is not None  # noqa: S101
-        return reading.gradient * reading.input if self.times_input else reading.gradient
+        assert output.gradient is not None  # noqa: S101
+        return output.gradient * output.input if self.times_input else output.gradient
 
 
 GRADIENT = Gradient()

@@ -18,7 +18,7 @@ from .method import (
     Improved,
     Method,
     Outcome,
-    Reading,
+    RowOutput,
     Shape,
     Steps,
     Sweep,
@@ -169,7 +169,7 @@ class _Path:
         total = accumulator(self.end)
         if nodes:
             yield Sweep(
-                len(nodes), lambda k: self.at(nodes[k]), lambda k, reading: _add(total, reading.gradient, weights[k])
+                len(nodes), lambda k: self.at(nodes[k]), lambda k, output: _add(total, output.gradient, weights[k])
             )
         return total
 
@@ -178,8 +178,8 @@ class _Path:
         end = yield from example.read(gradient=True)
         start = yield from read(self.start, gradient=True)
         mean = accumulator(self.end)
-        for reading in (start, end):
-            _add(mean, reading.gradient, 0.5)
+        for output in (start, end):
+            _add(mean, output.gradient, 0.5)
         return mean, _Rise.of(start, end)
 
     def distance(self, refined: Tensor, mean: Tensor) -> float:
@@ -213,7 +213,7 @@ class _Rise:
     rounding: float
 
     @classmethod
-    def of(cls, start: Reading, end: Reading) -> "_Rise":
+    def of(cls, start: RowOutput, end: RowOutput) -> "_Rise":
         return cls(end.score - start.score, ROUNDING * (abs(start.score) + abs(end.score)))
 
     def missing(self, attribution: Tensor) -> float:

@@ -38,7 +38,7 @@ Probe = Layer | Rectifiers | None  # where the gradient is taken; None is the in
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class RowOutput:
     """What one row gave. Tensors are on the device, and views on their chunk's."""
 
     input: Tensor  # [C, H, W], the point where it was taken
@@ -52,7 +52,7 @@ class Reading:
     is_dead: bool = False  # whether the gradient of the score is numerically nothing
     map: Tensor | None = None  # float32 [H, W] on the host, where the largest absolute gradient is all that is wanted
 
-    def kept(self) -> "Reading":
+    def kept(self) -> "RowOutput":
         """Return a copy that does not keep the whole chunk's memory."""
         return replace(
             self,
@@ -72,7 +72,7 @@ class Sweep:
 
     count: int
     point: Callable[[int], Tensor] | None  # [C, H, W]; None: the example itself, as it was staged
-    fold: Callable[[int, Reading], None]
+    fold: Callable[[int, RowOutput], None]
     gradient: bool = True  # False: a forward pass is enough
 
 
@@ -105,7 +105,7 @@ class Example:
     x: Tensor  # [C, H, W], the model's input
     place: int  # in its batch
     black: Tensor | None  # [C, 1, 1], pixel 0 after preprocessing; None where there is no preprocessing
-    first: Reading | None  # what was read at x before the method began
+    first: RowOutput | None  # what was read at x before the method began
     is_watched: bool = False  # whether anybody takes an `Improved`
     step: float = 0.0  # the relative step of the type that the model computes in
 
@@ -113,18 +113,18 @@ class Example:
         """Return this example at another place of the input space."""
         return replace(self, x=x, first=None, is_watched=False)
 
-    def read(self, *, gradient: bool) -> Generator[Sweep, None, Reading]:
+    def read(self, *, gradient: bool) -> Generator[Sweep, None, RowOutput]:
         """Return what there is to read at x, from before where that is enough."""
         if self.first is not None and (self.first.gradient is not None or not gradient):
             return self.first
         return (yield from read(self.x, gradient=gradient))
 
 
-def read(point: Tensor | None, *, gradient: bool) -> Generator[Sweep, None, Reading]:
+def read(point: Tensor | None, *, gradient: bool) -> Generator[Sweep, None, RowOutput]:
     """Return what there is to read at one point, [C, H, W], or at the example as it was staged: a single row."""
-    readings: list[Reading] = []
-    yield Sweep(1, None if point is None else lambda _: point, lambda _, reading: readings.append(reading), gradient)
-    return readings[0]
+    outputs: list[RowOutput] = []
+    yield Sweep(1, None if point is None else lambda _: point, lambda _, output: outputs.append(output), gradient)
+    return outputs[0]
 
 
 # What is no more than so many relative steps of the terms that it is the sum of is their rounding. Where a layer's mean

@@ -13,7 +13,7 @@ from ..errors import InvalidArgument
 from . import random
 from .baseline import ZERO, Baseline, Given
 from .channels import Channels
-from .method import ROUNDING_STEPS, Example, Method, Outcome, Reading, Shape, Steps, Sweep, at_least, in_open_unit
+from .method import ROUNDING_STEPS, Example, Method, Outcome, RowOutput, Shape, Steps, Sweep, at_least, in_open_unit
 from .welford import accumulator
 
 LEAST_PROBABILITY = 1e-6  # maps are divided by it
@@ -87,9 +87,9 @@ class Occlusion(Method):
             copy[:, rows, columns] = baseline[:, rows, columns]
             return copy
 
-        def fold(k: int, reading: Reading) -> None:
-            scores.append(reading.score)
-            fall[window(k)] += whole.score - reading.score
+        def fold(k: int, output: RowOutput) -> None:
+            scores.append(output.score)
+            fall[window(k)] += whole.score - output.score
             cover[window(k)] += 1
 
         yield Sweep(n_rows * n_columns, hidden, fold, gradient=False)
@@ -143,9 +143,9 @@ class Rise(Method):
         total = accumulator(example.x[0])  # [H, W]
         scores: list[float] = []
 
-        def fold(k: int, reading: Reading) -> None:
-            scores.append(reading.score)
-            total.add_(self.mask(k, total), alpha=reading.score)
+        def fold(k: int, output: RowOutput) -> None:
+            scores.append(output.score)
+            total.add_(self.mask(k, total), alpha=output.score)
 
         def shown(k: int) -> Tensor:
             return example.x * self.mask(k, total).to(example.x.dtype)

@@ -124,7 +124,7 @@ class SmoothGrad(Method):
             return example.x + spread * random.noise(example.x, self.seed, "smoothgrad", begin + k)
 
         if isinstance(base := self.base, Gradient):  # all draws in one sweep, for each is one row
-            yield Sweep(count, noisy, lambda _, reading: moments.add(base.attribution(reading)))
+            yield Sweep(count, noisy, lambda _, output: moments.add(base.attribution(output)))
         else:
             for k in range(count):
                 moments.add((yield from base.run(example.moved(noisy(k)))).attribution)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compute.kernel import Gradients, Kernel
-from ..compute.saved_memory import Keeping
+from ..compute.kernel import Kernel, KernelOutput
+from ..compute.saved_memory import SavedMemory
 from ..compute.torch_device import free_memory
 from ..domain import PREDICTED, Array
 
@@ -107,7 +107,7 @@ def compare_exact(model: "Model") -> tuple[tuple[Trial, ...], float]:
     """
     exact, rows = model.exact_kernel(), max(1, model.chunk_rows)
     inputs = model.inputs_like(rows)
-    trial = Trial(rows, rows / _seconds(model, rows, kernel=exact), exact.told)
+    trial = Trial(rows, rows / _seconds(model, rows, kernel=exact), exact.summary)
     ours, theirs = (
         model.in_turn(functools.partial(_mapped, model, inputs, kernel)) for kernel in (model.kernel, exact)
     )
@@ -128,7 +128,7 @@ def _rank_correlation(a: Array, b: Array) -> float:
 
 
 def _trial(model: "Model", rows: int) -> Trial:
-    return Trial(rows, rows / _seconds(model, rows), model.kernel.told)
+    return Trial(rows, rows / _seconds(model, rows), model.kernel.summary)
 
 
 def _fits(trial: Trial, max_chunk_s: float) -> bool:
@@ -145,9 +145,9 @@ def same_bytes(model: "Model", rows: int) -> bool:
         example = model.inputs_like(1, seed=seed)[0]
         said: list[list[Tensor]] = []
         for place in range(rows):
-            company = model.inputs_like(rows, seed=CHECKED_EXAMPLES + seed * rows + place)
-            company[place] = example
-            said += [model.in_turn(functools.partial(_said, model, company, place)) for _ in range(2)]
+            neighbors = model.inputs_like(rows, seed=CHECKED_EXAMPLES + seed * rows + place)
+            neighbors[place] = example
+            said += [model.in_turn(functools.partial(_said, model, neighbors, place)) for _ in range(2)]
         if any(not torch.equal(a, b) for each in said for a, b in zip(each, said[0], strict=True)):
             return False
     return True
@@ -186,7 +186,7 @@ def _bytes(model: "Model", rows: int) -> int:
         before = torch.cuda.memory_allocated(inputs.device)
         _run(model, inputs)
         return torch.cuda.max_memory_allocated(inputs.device) - before
-    with Keeping() as kept:
+    with SavedMemory() as kept:
         _run(model, inputs)
     return kept.n_bytes + 2 * inputs.nbytes
 
@@ -205,9 +205,9 @@ def _seconds(model: "Model", rows: int, *, kernel: Kernel | None = None) -> floa
     return times[0]
 
 
-def _run(model: "Model", inputs: Tensor, *, kernel: Kernel | None = None) -> Gradients:
-    aims, scores = [PREDICTED] * len(inputs), [model.scores[0]] * len(inputs)
-    answer = (kernel or model.kernel).run(inputs, aims, scores, gradient=model.serves_gradients)
+def _run(model: "Model", inputs: Tensor, *, kernel: Kernel | None = None) -> KernelOutput:
+    resolved_targets, scores = [PREDICTED] * len(inputs), [model.scores[0]] * len(inputs)
+    answer = (kernel or model.kernel).run(inputs, resolved_targets, scores, gradient=model.serves_gradients)
     if inputs.device.type == "cuda":
         torch.cuda.synchronize(inputs.device)
     return answer

@@ -43,7 +43,7 @@ ROUNDINGS = 16.0  # what a network makes of one rounding of its type
 Run = Callable[[Tensor], Tensor]
 
 
-def rows_touch(run: Run, example: Tensor, *, in_turn: "InTurn", most: int, dtype: torch.dtype) -> bool:
+def is_batch_dependent(run: Run, example: Tensor, *, in_turn: "InTurn", most: int, dtype: torch.dtype) -> bool:
     """Return whether the outputs of an example, [1, C, H, W], depend on the rows beside it.
 
     `run` gives the outputs of inputs, [n, K] or [n, K, h, w]; `dtype` is what it computes in. The example runs alone,
@@ -54,10 +54,10 @@ def rows_touch(run: Run, example: Tensor, *, in_turn: "InTurn", most: int, dtype
     tolerance = float(torch.finfo(dtype).eps ** (2 / 3) * alone.abs().max())
     for others, place in _COMPANY:
         if others < most:
-            company = noise(example.shape[1:], others + 1, seed=others).to(example)
-            company *= torch.linspace(0.5, 2, others + 1).to(company).view(-1, 1, 1, 1)
-            company[place] = example[0]
-            beside = in_turn(lambda company=company: _forward(run, company))[place]  # type: ignore[misc]
+            neighbors = noise(example.shape[1:], others + 1, seed=others).to(example)
+            neighbors *= torch.linspace(0.5, 2, others + 1).to(neighbors).view(-1, 1, 1, 1)
+            neighbors[place] = example[0]
+            beside = in_turn(lambda neighbors=neighbors: _forward(run, neighbors))[place]  # type: ignore[misc]
             if float((beside - alone).abs().max()) > tolerance:
                 return True
     return False

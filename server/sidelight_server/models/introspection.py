@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from ..compute.adapter import Adapter, Labels, items, told
+from ..compute.adapter import Adapter, Labels, items, summary
 from ..compute.head import Head
 from ..compute.layers import Layers
 from ..config.options import Activation, Outputs
@@ -42,7 +42,7 @@ class Detected:
     adapter: Adapter
     head: Head
     layers: Layers = field(default_factory=Layers)  # that a map can be made of
-    rows_touch: bool = False  # whether one row's outputs depend on another row
+    is_batch_dependent: bool = False  # whether one row's outputs depend on another row
 
 
 def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected:
@@ -65,7 +65,7 @@ def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected
         last = _last_step(outputs)  # as long as there is the graph
         with noting_slopes(traces):
             gradients = _gradients_of_first(outputs, inputs)
-    rows_touch = bool((gradients[1:].nan_to_num() != 0).any())
+    is_batch_dependent = bool((gradients[1:].nan_to_num() != 0).any())
     layers = find(
         module,
         adapter.call,
@@ -73,10 +73,10 @@ def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected
         outputs=outputs,
         inputs=inputs,
         n=max(len(trial), adapter.least),
-        together=1 if rows_touch else len(trial),
+        together=1 if is_batch_dependent else len(trial),
         given=spec.layer_layout or {},
     )
-    return Detected(adapter, _head(spec, adapter, returned, outputs, last), layers, rows_touch)
+    return Detected(adapter, _head(spec, adapter, returned, outputs, last), layers, is_batch_dependent)
 
 
 def _calls(module: nn.Module, spec: ModelSpec) -> Iterator[Adapter]:
@@ -187,13 +187,13 @@ def _output(returned: object, spec: ModelSpec, *, n: int) -> int | str | None:
     wanted = spec.output
     if isinstance(returned, Tensor):
         if wanted is not None:
-            raise ConfigurationError(f'output: got "{wanted}", but the model returned a tensor, {told(returned)}')
+            raise ConfigurationError(f'output: got "{wanted}", but the model returned a tensor, {summary(returned)}')
         return None
     within = items(returned)
     if wanted is not None:
         place = int(wanted) if isinstance(wanted, str) and wanted.isdecimal() and wanted not in within else wanted
         if place not in within:
-            raise ConfigurationError(f'output: got "{wanted}", but the model returned {told(returned)}')
+            raise ConfigurationError(f'output: got "{wanted}", but the model returned {summary(returned)}')
         return place
     fitting = [key for key, each in within.items() if _fits(each, n)]
     known = [key for key in (*LOGITS, *PROBABILITIES, *OTHERS) if key in fitting]
@@ -205,7 +205,7 @@ def _output(returned: object, spec: ModelSpec, *, n: int) -> int | str | None:
     if len(places) == 1:
         return places[0]
     raise ConfigurationError(
-        f"output: the model returned {told(returned)}; set output to the one that is [n, K] or [n, K, h, w]"
+        f"output: the model returned {summary(returned)}; set output to the one that is [n, K] or [n, K, h, w]"
         + (", or labels of its K classes" if len(places) > 1 and not spec.labels else "")
     )
 
@@ -245,9 +245,9 @@ def _check_labels(module: nn.Module, adapter: Adapter, inputs: Tensor, outputs: 
 def _gradients_of_first(outputs: Tensor, inputs: Tensor) -> Tensor:
     """Return the gradients of the first row's outputs for all inputs, [n, C, H, W]; zeros where there are none."""
     if outputs.isnan().any():
-        raise NotNumbersError(f"its outputs, {told(outputs)}, are not numbers (NaN)")
+        raise NotNumbersError(f"its outputs, {summary(outputs)}, are not numbers (NaN)")
     if not outputs.is_floating_point():
-        raise ConfigurationError(f"it cannot be differentiated: its outputs, {told(outputs)}, are no real numbers")
+        raise ConfigurationError(f"it cannot be differentiated: its outputs, {summary(outputs)}, are no real numbers")
     if not outputs.requires_grad:
         return torch.zeros_like(inputs)
     first = outputs[0].flatten()
@@ -265,12 +265,12 @@ def _head(spec: ModelSpec, adapter: Adapter, returned: object, outputs: Tensor, 
     values = outputs.detach()
     if spec.outputs == "probabilities" and not _in_unit(values):
         raise ConfigurationError(
-            f'outputs: got "probabilities", but the model returned {told(outputs)} from {values.min():.3g} to '
+            f'outputs: got "probabilities", but the model returned {summary(outputs)} from {values.min():.3g} to '
             f'{values.max():.3g}; set outputs to "logits"'
         )
     if spec.outputs == "logits" and last in ("softmax", "sigmoid") and adapter.output not in LOGITS:
         raise ConfigurationError(
-            f'outputs: got "logits", but the model returned probabilities, {told(outputs)}: its last step is a '
+            f'outputs: got "logits", but the model returned probabilities, {summary(outputs)}: its last step is a '
             f'{last}; set outputs to "probabilities"'
         )
     if spec.activation:
@@ -290,7 +290,7 @@ def _kind(adapter: Adapter, returned: object, outputs: Tensor, last: "_Step") ->
     named = adapter.output in PROBABILITIES
     if in_unit and (named or last in ("softmax", "sigmoid")):
         return "probabilities", "sigmoid"
-    spread = f"{told(outputs)} from {values.min():.3g} to {values.max():.3g}"
+    spread = f"{summary(outputs)} from {values.min():.3g} to {values.max():.3g}"
     if named or last in ("softmax", "sigmoid", "logarithm"):
         step = f'is called "{adapter.output}"' if named else f"ends in a {last}"
         raise ConfigurationError(

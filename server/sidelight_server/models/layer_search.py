@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ..compute.layers import Layers, Layout, Size, first_tensor, grids, layout, with_first_tensor
-from ..errors import ConfigurationError, InvalidArgument, near
+from ..errors import ConfigurationError, InvalidArgument, did_you_mean
 from ..telemetry.logs import Event
 
 log = logging.getLogger("sidelight")
@@ -235,7 +235,7 @@ def _checked(name: str, text: str, traces: Traces, unfit: str, size: Size) -> La
     """Return the operator's layout of a layer. `ConfigurationError` where the layer has not got it."""
     said = layout(text)
     if name not in traces:
-        raise ConfigurationError(f'layer_layout: no layer "{name}" runs; {near(name, traces)}')
+        raise ConfigurationError(f'layer_layout: no layer "{name}" runs; {did_you_mean(name, traces)}')
     value = traces[name].value
     if unfit or value is None:
         raise ConfigurationError(f'layer_layout: "{name}" {unfit}')

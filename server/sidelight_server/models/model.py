@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..compute.kernel import Kernel
 from ..compute.layer_hooks import Guided
 from ..compute.replica import Isolation, n_hooks, replicate, weights_dtype
-from ..compute.saved_memory import Keeping, TooLarge
+from ..compute.saved_memory import SavedMemory, TooLarge
 from ..compute.staging import normalise
 from ..compute.torch_device import free_memory
 from ..compute.weights import Identity, Seen, Weights
@@ -29,16 +29,16 @@ from ..errors import (
     NotFound,
     OutputsError,
     SidelightError,
-    near,
+    did_you_mean,
 )
 from ..inputs.preprocessing import Preprocessing
 from ..methods import METHODS, GuidedBackpropagation
 from ..methods.method import Shape
 from ..telemetry.logs import Event
 from .calibration import DEFAULT_CHUNK_ROWS, Trial
-from .checks import gradient_fault, noise, rows_touch
+from .checks import gradient_fault, is_batch_dependent, noise
 from .introspection import Detected, NotNumbersError, detect
-from .row_limit import Ceiling
+from .row_limit import RowLimit
 
 log = logging.getLogger("sidelight")
 
@@ -53,13 +53,13 @@ _Value = TypeVar("_Value")
 class InTurn(Protocol):
     """Runs a function on a device when it is its turn, and returns what that returns."""
 
-    def __call__(self, errand: Callable[[], _Value]) -> _Value:
+    def __call__(self, task: Callable[[], _Value]) -> _Value:
         """Run it."""
 
 
-def at_once(errand: Callable[[], _Value]) -> _Value:
+def at_once(task: Callable[[], _Value]) -> _Value:
     """Run a function here and now: for a device that nobody else uses."""
-    return errand()
+    return task()
 
 
 class Model:
@@ -107,8 +107,10 @@ class Model:
         detected = self._detected(spec, trial, device)
         self.adapter, self.head = detected.adapter, detected.head
         self.probed = detected.layers  # that a map can be made of, if it was tried
-        self.rows_touch = detected.rows_touch  # whether one row's outputs depend on its neighbours: then it runs alone
-        self._ceiling = Ceiling()
+        self.is_batch_dependent = (
+            detected.is_batch_dependent
+        )  # whether one row's outputs depend on its neighbours: then it runs alone
+        self._row_limit = RowLimit()
         self._shapes: dict[Shape, None] = {}  # the last that rows ran on, the newest last
         self._row_bytes: dict[Shape, int] = {}  # what a row takes, of the last shapes that were measured
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
@@ -198,7 +200,7 @@ class Model:
 
     def _check_gradient(self, module: nn.Module, detected: Detected, example: Tensor) -> None:
         """Look whether the gradient is that of the outputs."""
-        adapter, rows = detected.adapter, 1 if detected.rows_touch or detected.adapter.most == 1 else 2
+        adapter, rows = detected.adapter, 1 if detected.is_batch_dependent or detected.adapter.most == 1 else 2
 
         def run(inputs: Tensor) -> Tensor:
             return adapter(module, inputs * 1)  # a copy: it may begin with an operation in place
@@ -227,7 +229,7 @@ class Model:
     @property
     def chunk_rows(self) -> int:
         """How many rows run at once at most: what was set, or fewer while memory lacks."""
-        return self._ceiling.of(self._chunk_rows)
+        return self._row_limit.of(self._chunk_rows)
 
     @chunk_rows.setter
     def chunk_rows(self, rows: int) -> None:
@@ -240,7 +242,7 @@ class Model:
 
     def has_fitted(self, rows: int, shape: Shape) -> None:
         """Take note that so many rows of a shape ran at once. On the thread that owns the device, as `lacks_memory`."""
-        self._ceiling.passed(rows, most=self._chunk_rows)
+        self._row_limit.passed(rows, most=self._chunk_rows)
         _remember(self._shapes, shape, None)
 
     @property
@@ -254,7 +256,7 @@ class Model:
 
     def lacks_memory(self, *, above: int) -> None:
         """Take note that more rows did not fit into memory: for a while they are not tried again."""
-        self._ceiling.lower(above)
+        self._row_limit.lower(above)
 
     def rows_at_once(self, shape: Shape) -> int:
         """Return how many rows of a shape a chunk takes: `chunk_rows`, or fewer where callers choose the size of each.
@@ -303,7 +305,7 @@ class Model:
     def _little(self) -> int:
         return min(LITTLE_BYTES, self.settings.device_memory_limit or LITTLE_BYTES)
 
-    def _learn_row_bytes(self, kept: Keeping, inputs: Tensor, *, limit: int, n_rows: int) -> None:
+    def _learn_row_bytes(self, kept: SavedMemory, inputs: Tensor, *, limit: int, n_rows: int) -> None:
         """Take note of what a row takes, of what a pass of some rows kept. `TooLarge` where it was ended."""
         shape = _shape(inputs)
         if kept.is_over:
@@ -464,7 +466,7 @@ class Model:
         trial = rows if self.adapter.most == 1 else rows.repeat(2, 1, 1, 1)
         replica = replicate(self._module, self._isolation).to(self.kernel.device)
         limit, detected = self._memory_limit(), None
-        with Keeping(limit=limit, weights=replica) as kept:
+        with SavedMemory(limit=limit, weights=replica) as kept:
             try:
                 detected = detect(replica, spec, trial)
             except NotNumbersError:
@@ -477,26 +479,26 @@ class Model:
                     raise
         self._learn_row_bytes(kept, trial, limit=limit, n_rows=max(len(trial), self.adapter.least))
         assert detected is not None  # noqa: S101
-        self.adapter, self.head, self.rows_touch = detected.adapter, detected.head, detected.rows_touch
+        self.adapter, self.head, self.is_batch_dependent = detected.adapter, detected.head, detected.is_batch_dependent
         self.probed = detected.layers
         self.kernel.adopt(adapter=detected.adapter, head=detected.head, layers=detected.layers)
         self._to_find_out = None
         log.info(Event(
-            "found_out", model=self.name, call=self.adapter.told, outputs=self.head.outputs,
+            "found_out", model=self.name, call=self.adapter.summary, outputs=self.head.outputs,
             activation=self.head.activation,
         ))  # fmt: skip
         self._keep_apart()
 
     def _keep_apart(self) -> None:
         """Let rows that touch each other run alone."""
-        if self.rows_touch:
+        if self.is_batch_dependent:
             self.chunk_rows = 1
             log.warning(Event("rows_touch", model=self.name, message=TOUCHING))
 
     def _labelled(self, label: str) -> int:
         named = self._classes.get(label)
         if named is None:
-            raise NotFound(f'target: model "{self.name}" has no label "{label}"; {near(label, self.labels)}')
+            raise NotFound(f'target: model "{self.name}" has no label "{label}"; {did_you_mean(label, self.labels)}')
         if len(named) > 1:
             classes = ", ".join(map(str, named))
             raise InvalidArgument(f'target: label "{label}" names the classes {classes}; give one of these indices')
@@ -519,7 +521,7 @@ class Model:
 
     def _try(self) -> None:
         inputs = self.inputs_like(1)
-        failed = "failed" if self.kernel.options.is_exact else f"failed as {self.kernel.told}"
+        failed = "failed" if self.kernel.options.is_exact else f"failed as {self.kernel.summary}"
         with self._refusing(f"{failed} on an input of {list(inputs.shape)}"):
             answer = self.in_turn(
                 lambda: self.kernel.run(inputs, [PREDICTED], [self.scores[0]], gradient=self.serves_gradients)
@@ -543,7 +545,7 @@ class Model:
         What autograd recorded when the model was tried has not told that of statistics that are detached.
         """
         try:
-            touches = rows_touch(
+            touches = is_batch_dependent(
                 self.kernel.outputs_of,
                 self.inputs_like(1),
                 in_turn=self.in_turn,
@@ -554,7 +556,7 @@ class Model:
             log.warning(Event("company_failed", model=self.name, message=f"{type(error).__name__}: {error}"))
             touches = True
         if touches:
-            self.rows_touch = True
+            self.is_batch_dependent = True
             self._keep_apart()
 
     @contextlib.contextmanager

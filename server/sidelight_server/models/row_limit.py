@@ -4,7 +4,7 @@ GOOD_CHUNKS = 16  # as large as they may be, before twice as many rows are tried
 MOST_GOOD_CHUNKS = 1024  # the same, where trying has failed again and again
 
 
-class Ceiling:
+class RowLimit:
     """How many rows of one model fit into memory, as far as that is known. Used by the device's thread alone.
 
     Another process on the device may give memory back, so what was lowered rises again: it doubles after some chunks of

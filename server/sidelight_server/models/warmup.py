@@ -23,7 +23,7 @@ def limit(model: Model) -> None:
                 f'reproducible_rows: got {settings.reproducible_rows}, but model "{model.name}" takes {most} at once'
             )
         model.padded_rows = model.chunk_rows = settings.reproducible_rows
-    elif settings.max_chunk_rows and not model.rows_touch:
+    elif settings.max_chunk_rows and not model.is_batch_dependent:
         model.chunk_rows = model.at_most(settings.max_chunk_rows)
 
 
@@ -36,8 +36,8 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
     settings = model.settings
     if settings.reproducible:
         _check_promise(model, settings.reproducible_rows)
-    elif model.is_tried and not settings.max_chunk_rows and not model.rows_touch:
-        if before is not None and before.shapes == model.shapes and not before.rows_touch:
+    elif model.is_tried and not settings.max_chunk_rows and not model.is_batch_dependent:
+        if before is not None and before.shapes == model.shapes and not before.is_batch_dependent:
             model.chunk_rows, model.warm_up = before.set_chunk_rows, before.warm_up
             model.is_measured = before.is_measured
         else:
@@ -49,7 +49,7 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
             model.chunk_rows, model.is_measured = 1, False
             said = "each run gives other bytes: rows run alone"
             log.warning(Event("runs_differ", model=model.name, message=said))
-    if model.is_tried and not settings.reproducible and not model.rows_touch and model.chunk_rows > 1:
+    if model.is_tried and not settings.reproducible and not model.is_batch_dependent and model.chunk_rows > 1:
         model.check_company()
     _measure_neighbors(model)
     if model.is_tried and model.serves_gradients and not model.kernel.options.is_exact and before is None:
@@ -64,7 +64,7 @@ def measure_again(model: Model) -> None:
     if not can_grow(model):
         return
     settings, before = model.settings, model.set_chunk_rows
-    known = [trial for trial in model.warm_up if trial.configuration == model.kernel.told]
+    known = [trial for trial in model.warm_up if trial.configuration == model.kernel.summary]
     others = [trial for trial in model.warm_up if trial not in known]
     rows, trials = choose_chunk_rows(
         model, max_chunk_s=settings.max_chunk_s, device_memory_limit=settings.device_memory_limit, known=known
@@ -79,7 +79,7 @@ def _measure_neighbors(model: Model) -> None:
     """Measure how far neighbors in a chunk move a map, and warn where that is more than rounding."""
     if not (model.is_tried and model.serves_gradients):
         return
-    alone = model.settings.reproducible or model.rows_touch or model.chunk_rows == 1
+    alone = model.settings.reproducible or model.is_batch_dependent or model.chunk_rows == 1
     model.neighbor_difference = 0.0 if alone else neighbor_difference(model)
     if model.neighbor_difference > LARGE_DIFFERENCE:
         message = "maps differ by this share of their maximum with the neighbors in a chunk; reproducible prevents it"
@@ -98,14 +98,16 @@ def _compare(model: Model) -> None:
             rows_per_s=round(trial.rows_per_second, 1), chosen=trial.chosen,
         ))  # fmt: skip
     log.info(
-        Event("compared", model=model.name, configuration=model.kernel.told, rank_correlation=round(float(likeness), 4))
+        Event(
+            "compared", model=model.name, configuration=model.kernel.summary, rank_correlation=round(float(likeness), 4)
+        )
     )
 
 
 def _check_promise(model: Model, rows: int) -> None:
     """Refuse with `ConfigurationError` a model that does not give the same bytes in chunks of exactly so many rows."""
-    if rows > 1 and (not model.is_tried or model.rows_touch):
-        why = "lets its rows touch each other" if model.rows_touch else "has no input size to check it with"
+    if rows > 1 and (not model.is_tried or model.is_batch_dependent):
+        why = "lets its rows touch each other" if model.is_batch_dependent else "has no input size to check it with"
         raise ConfigurationError(f'reproducible_rows: got {rows}, but model "{model.name}" {why}; set it to 1')
     if model.is_tried and not same_bytes(model, rows):
         raise ConfigurationError(

@@ -18,10 +18,10 @@ from ..domain import MANY_EXAMPLES, Answer, Files, Request
 from ..engine.engine import BYTES_OF_FLOAT32, Engine, Progress, apart_if_many
 from ..engine.registry import Version
 from ..errors import DeadlineExceeded, Internal, InvalidArgument, NotFound, ResourceExhausted, SidelightError
-from ..telemetry.call_record import Passage
+from ..telemetry.call_record import CallRecord
 from ..telemetry.counters import Tally
 from ..telemetry.logs import Event, Throttle
-from ..telemetry.recorder import Passages
+from ..telemetry.recorder import Telemetry
 from ..wire import requests, responses
 from ..wire.codec import encode_answer
 from ..wire.digests import Hashing
@@ -37,7 +37,7 @@ MANY_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Inquiry:
+class ValidatedRequest:
     """A message that was found right: what it asks for, what that holds in memory, and until when it may take."""
 
     message: pb.AttributeRequest
@@ -48,7 +48,7 @@ class Inquiry:
     deadline_s: float | None  # on the event loop's clock
     source: Span | None  # where the images are, if not in the message
     sink: Span | None  # where the maps go, if not into the answer
-    passage: Passage
+    call_record: CallRecord
 
     @property
     def transport(self) -> pb.Transport.ValueType:
@@ -57,13 +57,13 @@ class Inquiry:
         return pb.TRANSPORT_SHARED_MEMORY if all_shared else pb.TRANSPORT_INLINE
 
 
-class Explainer:
+class RequestHandler:
     """Explains messages on an engine, within the permits of `admission`."""
 
-    def __init__(self, engine: Engine, passages: Passages | None = None) -> None:
+    def __init__(self, engine: Engine, telemetry: Telemetry | None = None) -> None:
         settings = engine.settings
         self._engine = engine
-        self.passages = passages or Passages()
+        self.telemetry = telemetry or Telemetry()
         self._faults = Throttle()
         self._limit_bytes = settings.max_message_bytes
         self.admission = Admission(
@@ -82,31 +82,31 @@ class Explainer:
         }
 
     def must_load(self, message: pb.AttributeRequest) -> bool:
-        """Whether the model of a message is not loaded yet, so that `inquire` would wait for it."""
-        with contextlib.suppress(NotFound):  # which `inquire` tells
+        """Whether the model of a message is not loaded yet, so that `validate` would wait for it."""
+        with contextlib.suppress(NotFound):  # which `validate` tells
             return not self._engine.registry.find(message.model).models
         return False
 
-    async def inquire(
+    async def validate(
         self,
         message: pb.AttributeRequest,
         *,
         n_bytes: int,
-        passage: Passage,
+        call_record: CallRecord,
         data: memoryview | None = None,
         regions: Regions | None = None,
-    ) -> Inquiry:
+    ) -> ValidatedRequest:
         """Check a message that took so many bytes; its tensor's data may stand beside it. Its model may be loaded yet.
 
         A `SidelightError` says what is wrong with it. `regions` are those of its stream.
         """
-        with _telling(message.id, self._faults):
-            deadline_s = deadline_of(message, passage)
+        with _hide_internal_errors(message.id, self._faults):
+            deadline_s = deadline_of(message, call_record)
             request = await _parsed(message, data)
-            passage.id = message.id
+            call_record.id = message.id
             parsed_bytes = n_bytes if data is None else 0
-            version = await self._ready(request.model, n_bytes + parsed_bytes, deadline_s, passage.caller)
-            passage.model, passage.method = version[0].name, request.method.name
+            version = await self._ready(request.model, n_bytes + parsed_bytes, deadline_s, call_record.caller)
+            call_record.model, call_record.method = version[0].name, request.method.name
             answer_bytes, state_bytes = self._engine.held_bytes(request, version)
             n_rows = self._engine.most_rows(request, version)
             maps_bytes = answer_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32
@@ -115,7 +115,7 @@ class Explainer:
         # What is parsed is a copy of the message, and what is sent one of the maps, if they go that way.
         encoded_bytes = maps_bytes if sink is None else 0
         self._refuse_long_answer(encoded_bytes)
-        inquiry = Inquiry(
+        validated = ValidatedRequest(
             message=message,
             request=request,
             version=version,
@@ -129,37 +129,39 @@ class Explainer:
             deadline_s=deadline_s,
             source=source,
             sink=sink,
-            passage=passage,
+            call_record=call_record,
         )
-        if inquiry.transport == pb.TRANSPORT_SHARED_MEMORY:
-            passage.transport = "shared_memory"
-        return inquiry
+        if validated.transport == pb.TRANSPORT_SHARED_MEMORY:
+            call_record.transport = "shared_memory"
+        return validated
 
-    def enter(self, inquiry: Inquiry) -> contextlib.ExitStack:
+    def enter(self, validated: ValidatedRequest) -> contextlib.ExitStack:
         """Take a permit, which is given back when it is closed. `ResourceExhausted` where there is none now."""
         with contextlib.ExitStack() as permit:
-            for admission in self._admissions(inquiry):
-                permit.enter_context(admission.enter(inquiry.n_bytes, inquiry.passage.caller, n_rows=inquiry.n_rows))
+            for admission in self._admissions(validated):
+                permit.enter_context(
+                    admission.enter(validated.n_bytes, validated.call_record.caller, n_rows=validated.n_rows)
+                )
             return permit.pop_all()
 
-    async def admit(self, inquiry: Inquiry) -> contextlib.ExitStack:
+    async def admit(self, validated: ValidatedRequest) -> contextlib.ExitStack:
         """Wait for a permit and take it. It is given back when it is closed."""
         with contextlib.ExitStack() as permit:
-            for admission in self._admissions(inquiry):
-                taken = admission.take(inquiry.n_bytes, inquiry.passage.caller, n_rows=inquiry.n_rows)
-                permit.callback(admission.release, taken or await self._waited(admission, inquiry))
+            for admission in self._admissions(validated):
+                taken = admission.take(validated.n_bytes, validated.call_record.caller, n_rows=validated.n_rows)
+                permit.callback(admission.release, taken or await self._waited(admission, validated))
             return permit.pop_all()
 
-    def _admissions(self, inquiry: Inquiry) -> Iterator[Admission]:
+    def _admissions(self, validated: ValidatedRequest) -> Iterator[Admission]:
         """Yield those whose permits a request needs; the model's own first, for who waits there must hold nothing."""
-        if own := self._of_models.get(inquiry.version[0].name):
+        if own := self._of_models.get(validated.version[0].name):
             yield own
         yield self.admission
 
-    async def _waited(self, admission: Admission, inquiry: Inquiry) -> Permit:
+    async def _waited(self, admission: Admission, validated: ValidatedRequest) -> Permit:
         try:
-            async with asyncio.timeout_at(inquiry.deadline_s):
-                return await admission.acquire(inquiry.n_bytes, inquiry.passage.caller, n_rows=inquiry.n_rows)
+            async with asyncio.timeout_at(validated.deadline_s):
+                return await admission.acquire(validated.n_bytes, validated.call_record.caller, n_rows=validated.n_rows)
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed while the server was full") from None
 
@@ -179,44 +181,44 @@ class Explainer:
         except TimeoutError:
             raise DeadlineExceeded(f'timeout: it passed while model "{entry.name}" was being loaded') from None
 
-    async def explain(self, inquiry: Inquiry, progress: Progress | None = None) -> bytes:
+    async def explain(self, validated: ValidatedRequest, progress: Progress | None = None) -> bytes:
         """Return the answer's message. Nothing but a `SidelightError` says why there is none."""
-        with _telling(inquiry.message.id, self._faults):
-            answer = await self._answer(inquiry, progress)
-            reply = await self._reply(answer, inquiry)
+        with _hide_internal_errors(validated.message.id, self._faults):
+            answer = await self._answer(validated, progress)
+            reply = await self._reply(answer, validated)
             tally = await apart_if_many(len(answer.explanations), Tally.of, answer)
-        self.passages.answered(inquiry.passage, answer, tally)
+        self.telemetry.answered(validated.call_record, answer, tally)
         return reply
 
-    async def reply(self, answer: Answer, inquiry: Inquiry) -> bytes:
+    async def reply(self, answer: Answer, validated: ValidatedRequest) -> bytes:
         """Return the message of an answer, which may not be final. `SidelightError` where it cannot be sent."""
-        with _telling(inquiry.message.id, self._faults):
-            return await self._reply(answer, inquiry)
+        with _hide_internal_errors(validated.message.id, self._faults):
+            return await self._reply(answer, validated)
 
-    async def _answer(self, inquiry: Inquiry, progress: Progress | None) -> Answer:
-        if inquiry.deadline_s is None:
-            return await self._explained(inquiry, progress)
+    async def _answer(self, validated: ValidatedRequest, progress: Progress | None) -> Answer:
+        if validated.deadline_s is None:
+            return await self._explained(validated, progress)
         try:
-            async with asyncio.timeout_at(inquiry.deadline_s):
-                return await self._explained(inquiry, progress)
+            async with asyncio.timeout_at(validated.deadline_s):
+                return await self._explained(validated, progress)
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
 
-    async def _explained(self, inquiry: Inquiry, progress: Progress | None) -> Answer:
-        passage = inquiry.passage
-        passage.admitted_s = time.monotonic()
-        request = await _fetched(inquiry)
-        hashing = Hashing(request.images, dtype=_dtype(inquiry.message.images))
+    async def _explained(self, validated: ValidatedRequest, progress: Progress | None) -> Answer:
+        call_record = validated.call_record
+        call_record.admitted_s = time.monotonic()
+        request = await _fetched(validated)
+        hashing = Hashing(request.images, dtype=_dtype(validated.message.images))
         try:
-            answer = await self._engine.attribute(request, progress, inquiry.version, passage)
+            answer = await self._engine.attribute(request, progress, validated.version, call_record)
             return replace(answer, example_digests=await hashing.digests())
         finally:
             hashing.cancel()
 
-    async def _reply(self, answer: Answer, inquiry: Inquiry) -> bytes:
+    async def _reply(self, answer: Answer, validated: ValidatedRequest) -> bytes:
         is_large = answer.maps.nbytes > MANY_BYTES or len(answer.explanations) > MANY_EXAMPLES
-        blocks = is_large or (answer.final and inquiry.sink is not None)
-        reply = await undisturbed(_encode, answer, inquiry) if blocks else _encode(answer, inquiry)
+        blocks = is_large or (answer.final and validated.sink is not None)
+        reply = await undisturbed(_encode, answer, validated) if blocks else _encode(answer, validated)
         self._refuse_long_answer(len(reply))
         return reply
 
@@ -228,11 +230,11 @@ class Explainer:
             )
 
 
-def deadline_of(message: pb.AttributeRequest, passage: Passage) -> float | None:
+def deadline_of(message: pb.AttributeRequest, call_record: CallRecord) -> float | None:
     """Return when a message's own time is over, on the event loop's clock. `InvalidArgument` where it says nonsense."""
     timeout_s = requests.timeout_s(message)
     # The loop's clock is the monotonic one.
-    return None if timeout_s is None else passage.arrived_s + timeout_s
+    return None if timeout_s is None else call_record.arrived_s + timeout_s
 
 
 def _source(images: tensor_pb2.Images, regions: Regions | None) -> Span | None:
@@ -264,28 +266,28 @@ async def _parsed(message: pb.AttributeRequest, data: memoryview | None) -> Requ
     )
 
 
-async def _fetched(inquiry: Inquiry) -> Request:
+async def _fetched(validated: ValidatedRequest) -> Request:
     """Return the request with its images, wherever they lie."""
-    source, request = inquiry.source, inquiry.request
+    source, request = validated.source, validated.request
     if source is None or isinstance(request.images, Files):
         return request
     data = await undisturbed(source.read)
-    images = layout_of(inquiry.message.images.shared, field="images.shared").array(data)
+    images = layout_of(validated.message.images.shared, field="images.shared").array(data)
     return replace(request, images=images.reshape(request.images.shape))
 
 
-def _encode(answer: Answer, inquiry: Inquiry) -> bytes:
+def _encode(answer: Answer, validated: ValidatedRequest) -> bytes:
     """Return the answer's message; where its maps go elsewhere, write them there."""
-    message = inquiry.message
+    message = validated.message
     maps = encoded(answer.maps, message.output.map_dtype or tensor_pb2.DATA_TYPE_FLOAT32)
-    sink = inquiry.sink if answer.final else None
+    sink = validated.sink if answer.final else None
     if sink:
         sink.write(maps.data)
-    result = responses.result(answer, transport=inquiry.transport if answer.final else pb.TRANSPORT_INLINE)
+    result = responses.result(answer, transport=validated.transport if answer.final else pb.TRANSPORT_INLINE)
     return encode_answer(message.id, result, responses.provenance(answer, message), maps, is_inline=sink is None)
 
 
-class _telling:  # noqa: N801  (as contextlib has them; its own generators take longer than all that is done here)
+class _hide_internal_errors:  # noqa: N801  (as contextlib has them; its own generators take longer than all that is done here)
     """Let nothing but a `SidelightError` out. Of anything else the log has the cause, and the caller no details."""
 
     def __init__(self, id_: str, faults: Throttle) -> None:

@@ -1,6 +1,6 @@
 """The framing: how the messages of calls come and go.
 
-Each is read in a place of `Arrivals`, once its call is known to be allowed, and decoded and encoded as `frames` does
+Each is read in a place of `ReceiveLimit`, once its call is known to be allowed, and decoded and encoded by `wire.codec`
 where it holds tensors. An answer that its caller does not accept ends its call.
 """
 
@@ -16,9 +16,9 @@ from ..errors import ResourceExhausted, SidelightError
 from ..security.authorization import Callers
 from ..security.stream_limit import Peers, host_of
 from ..wire.codec import Unreadable, decode_request, decode_stream_request, encode, unreadable
-from .receive_limit import PLACES, SLOW_PLACES, SMALL_PLACES, SMALL_S, Arrivals, Pace
+from .receive_limit import PLACES, SLOW_PLACES, SMALL_PLACES, SMALL_S, Pace, ReceiveLimit
 from .status import Context, abort
-from .write_timeout import Endings
+from .write_timeout import WriteTimeout
 
 SMALL_BYTES = 64 * 1024  # of a message of any call but those that explain
 MAX_PEER_REFLECTIONS = 8  # open at once, of one host
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 
-class Framing(grpc.aio.ServerInterceptor):
+class MessageInterceptor(grpc.aio.ServerInterceptor):
     """Reads the messages of unary calls, within bounds, and has the answers of all calls accepted.
 
     What of a message is read by gRPC before a handler is asked for is nothing in calls that stream. So all do.
     """
 
-    def __init__(self, callers: Callers, endings: Endings, pace: Pace, *, max_arrival_s: float) -> None:
+    def __init__(self, callers: Callers, write_timeout: WriteTimeout, pace: Pace, *, max_arrival_s: float) -> None:
         self._callers = callers
-        self._endings = endings
+        self._write_timeout = write_timeout
         self._pace = pace
-        self._large = Arrivals(places=PLACES, slow_places=SLOW_PLACES, within_s=max_arrival_s)
-        self._small = Arrivals(places=SMALL_PLACES, within_s=SMALL_S)
+        self._large = ReceiveLimit(places=PLACES, slow_places=SLOW_PLACES, within_s=max_arrival_s)
+        self._small = ReceiveLimit(places=SMALL_PLACES, within_s=SMALL_S)
         self._reflections = Peers("streams of reflection", each=MAX_PEER_REFLECTIONS, all_=MAX_REFLECTIONS)
 
     @property
@@ -88,7 +88,7 @@ class Framing(grpc.aio.ServerInterceptor):
 
         async def converse(requests: object, context: Context) -> None:
             await talk(requests, context)
-            self._endings.expect()
+            self._write_timeout.expect()
 
         return grpc.stream_stream_rpc_method_handler(
             converse, request_deserializer=decode_stream_request, response_serializer=encode
@@ -103,7 +103,7 @@ class Framing(grpc.aio.ServerInterceptor):
             if isinstance(request, SidelightError):
                 await abort(context, request)
             response = await behaviour(request, context)
-            self._endings.expect()
+            self._write_timeout.expect()
             return response
 
         made = grpc.stream_unary_rpc_method_handler if handler.unary_unary else grpc.stream_stream_rpc_method_handler
@@ -128,7 +128,7 @@ class Framing(grpc.aio.ServerInterceptor):
                 pass  # it ends with OK, and the caller begins another
             except ResourceExhausted as error:
                 await abort(context, error)
-            self._endings.expect()
+            self._write_timeout.expect()
 
         def decode(content: bytes) -> Any:
             request = _small(read)(content)

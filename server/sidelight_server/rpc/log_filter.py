@@ -9,7 +9,7 @@ import logging
 import grpc
 
 
-class _Departures(logging.Filter):
+class _FailedWrites(logging.Filter):
     """Takes out that something could not be sent. That it was not taken to be sent, which is our fault, stays in."""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -18,9 +18,9 @@ class _Departures(logging.Filter):
         return not (isinstance(error, grpc.aio.InternalError) and str(error).startswith('Failed "execute_batch"'))
 
 
-_departures = _Departures()
+_failed_writes = _FailedWrites()
 
 
-def unlogged() -> None:
+def hide_failed_writes() -> None:
     """Log no departures, of any gRPC server in this process."""
-    logging.getLogger("grpc._cython.cygrpc").addFilter(_departures)  # once, however often it is added
+    logging.getLogger("grpc._cython.cygrpc").addFilter(_failed_writes)  # once, however often it is added

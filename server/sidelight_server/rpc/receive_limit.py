@@ -31,7 +31,7 @@ LARGE_BYTES = 2**20  # a refused message of fewer costs its caller nothing
 REFUSED_BYTES_PER_S = 128 * 2**20  # of refused messages of one caller, which then take an eighth of the event loop
 
 
-class Arrivals:
+class ReceiveLimit:
     """The places of one kind of call. The event loop's.
 
     Connections wait for a place in turn. Where there are slow places, a message that has not arrived after `QUICK_S`

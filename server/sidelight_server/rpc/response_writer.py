@@ -15,7 +15,7 @@ class StalledError(Exception):
     """The caller does not accept what is written: the stream must end, or it would hold its permits for ever."""
 
 
-class Outlet:
+class ResponseWriter:
     """Writes of one stream, in turn.
 
     A write waits while gRPC's flow control has no room for it. It must not be cancelled unless the whole stream is:

@@ -16,36 +16,36 @@ from ..wire import responses
 from ..wire.codec import Decoded, Unreadable
 from ..wire.methods import SERVED_METHODS
 from ..wire.requests import MAX_EXAMPLES
-from .handler import Explainer
+from .handler import RequestHandler
 from .receive_limit import Pace
 from .shared_memory import Regions, SharedMemory
 from .status import Context, abort
 from .stream import Stream
-from .write_timeout import Endings
+from .write_timeout import WriteTimeout
 
 DEADLINE_SLACK_S = 0.1
 
 
 class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
-    """`sidelight.v1.AttributionService` on an engine. Its messages come and go as `Framing` makes them."""
+    """`sidelight.v1.AttributionService` on an engine. Its messages come and go as `MessageInterceptor` makes them."""
 
     def __init__(
         self,
         engine: Engine,
-        explainer: Explainer,
+        handler: RequestHandler,
         shared: SharedMemory | None,
         *,
         callers: Callers,
-        endings: Endings,
+        write_timeout: WriteTimeout,
         pace: Pace,
     ) -> None:
         self._engine = engine
-        self._explainer = explainer
+        self._handler = handler
         self._shared = shared
         self._streams: set[Stream] = set()
         self.n_shed = 0  # of them, ended because memory was short
         self._callers = callers
-        self._endings = endings
+        self._write_timeout = write_timeout
         self._pace = pace
         self._peers = Peers("streams (the server's max_peer_streams)", each=engine.settings.max_peer_streams)
         self._calls: set[asyncio.Task[Any]] = set()
@@ -87,34 +87,34 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         call = asyncio.current_task()
         assert call  # noqa: S101
         self._calls.add(call)
-        passages = self._explainer.passages
-        passage = passages.begin("Attribute", context.invocation_metadata, caller=self._callers.of(context))
+        telemetry = self._handler.telemetry
+        call_record = telemetry.begin("Attribute", context.invocation_metadata, caller=self._callers.of(context))
         # Not the context's own callbacks: those keep the context, and so the call, in a circle.
-        call.add_done_callback(lambda _: passages.end(passage))
+        call.add_done_callback(lambda _: telemetry.end(call_record))
         try:
             if isinstance(received, Unreadable):
                 raise received.error
-            inquiry = await self._explainer.inquire(
-                received.message, n_bytes=received.n_bytes, data=received.data, passage=passage
+            validated = await self._handler.validate(
+                received.message, n_bytes=received.n_bytes, data=received.data, call_record=call_record
             )
-            permit = self._explainer.enter(inquiry)
+            permit = self._handler.enter(validated)
             # Once the answer is written, not when it is made: then this task, gRPC's own, is done.
             call.add_done_callback(lambda _: permit.close())
-            answer = await self._explainer.explain(inquiry)
-            passage.writing_s = time.monotonic()
-            self._endings.expect(passage.cut_off)
+            answer = await self._handler.explain(validated)
+            call_record.writing_s = time.monotonic()
+            self._write_timeout.expect(call_record.cut_off)
             return answer
         except SidelightError as error:
-            passages.failed(passage, error)
+            telemetry.failed(call_record, error)
             await abort(context, error)
         except asyncio.CancelledError:
             if not self._is_given_up or context.cancelled():
                 if _is_late(context):  # else the caller has gone, which the passage takes for granted
-                    passages.failed(passage, DeadlineExceeded("the call's deadline passed"))
+                    telemetry.failed(call_record, DeadlineExceeded("the call's deadline passed"))
                 raise
             call.uncancel()
             given_up = Unavailable("the server is shutting down, and its drain_s has passed")
-            passages.failed(passage, given_up)
+            telemetry.failed(call_record, given_up)
             await abort(context, given_up)
         finally:
             self._calls.discard(call)
@@ -127,12 +127,12 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         settings = self._engine.settings
         stream = Stream(
             context,
-            self._explainer,
+            self._handler,
             Regions(self._shared),
             caller=self._callers.of(context),
             max_in_flight=settings.max_stream_in_flight,
             max_age_s=settings.max_stream_age_s,
-            endings=self._endings,
+            write_timeout=self._write_timeout,
             pace=self._pace,
             stalled_write_s=settings.stalled_write_s,
         )
@@ -143,7 +143,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
                 self._streams.add(stream)
                 await stream.run()
         except ResourceExhausted as error:
-            self._explainer.passages.refuse("AttributeStream", context.invocation_metadata, error)
+            self._handler.telemetry.refuse("AttributeStream", context.invocation_metadata, error)
             await abort(context, error)
         except asyncio.CancelledError as cancelled:
             # A frame of `TaskGroup`, in the traceback, keeps the error before Python 3.13: another circle.

@@ -25,7 +25,7 @@ from ..errors import (
     PermissionDenied,
     ResourceExhausted,
     SidelightError,
-    near,
+    did_you_mean,
 )
 
 MAX_NAME_BYTES = 255  # as file systems have it
@@ -176,7 +176,7 @@ class Regions:
             return self._open[name]
         except KeyError:
             raise NotFound(
-                f'{field}.region: "{name}" is not registered on this stream; {near(name, self._open)}'
+                f'{field}.region: "{name}" is not registered on this stream; {did_you_mean(name, self._open)}'
             ) from None
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 
 from ..errors import SidelightError
-from ..telemetry.counters import Counts
+from ..telemetry.counters import Counters
 
 RETRY_TRAILER = "retry-after-ms"
 
@@ -50,7 +50,7 @@ def forget_frames(task: "asyncio.Task[Any]") -> None:
             cancelled.__traceback__ = cancelled.__context__ = None
 
 
-def refusing(error: SidelightError, counts: Counts) -> "Handler":
+def refusing(error: SidelightError, counts: Counters) -> "Handler":
     """Return the handler of a call that ends with an error before anything of it is read, and count it."""
     counts.unread[error.code] += 1
 

@@ -9,15 +9,15 @@ import grpc
 from sidelight.v1 import attribution_pb2 as pb
 
 from ..errors import InvalidArgument, SidelightError, Unavailable
-from ..telemetry.call_record import Passage
+from ..telemetry.call_record import CallRecord
 from ..wire.codec import Decoded, Received, Unreadable
-from .handler import Explainer, Inquiry
+from .handler import RequestHandler, ValidatedRequest
 from .receive_limit import Pace
-from .response_writer import Outlet, StalledError
+from .response_writer import ResponseWriter, StalledError
 from .shared_memory import Regions
 from .status import forget_frames
-from .stream_batch import Batch, Inquire, failed
-from .write_timeout import Endings
+from .stream_batch import Batch, Validate, failed
+from .write_timeout import WriteTimeout
 
 CALL = "AttributeStream"
 TELLING_S = 10.0  # that a caller who did not accept an answer has to read why the stream ends
@@ -38,25 +38,25 @@ class Stream:
     def __init__(
         self,
         context: Context,
-        explainer: Explainer,
+        handler: RequestHandler,
         regions: Regions,
         *,
         caller: str,
         max_in_flight: int,
         max_age_s: float,
-        endings: Endings,
+        write_timeout: WriteTimeout,
         pace: Pace,
         stalled_write_s: float,
     ) -> None:
         self._context = context
-        self._explainer = explainer
+        self._handler = handler
         self._regions = regions
         self._caller = caller
         self._max_age_s = max_age_s
-        self._endings = endings
+        self._write_timeout = write_timeout
         self._pace = pace
         self._stalled_write_s = stalled_write_s
-        self._outlet = Outlet(context, stalled_write_s=stalled_write_s)
+        self._writer = ResponseWriter(context, stalled_write_s=stalled_write_s)
         self._slots = asyncio.Semaphore(max_in_flight)
         self._admitting = asyncio.Lock()  # held for the one batch that waits
         self._unanswered: dict[str, Batch] = {}
@@ -85,7 +85,7 @@ class Stream:
 
     def let_go(self) -> None:
         """Keep the call no longer. It ends once it is free, and tasks of batches may be in circles of references."""
-        self._outlet.let_go()
+        self._writer.let_go()
         self._unanswered.clear()
         del self._context
 
@@ -126,7 +126,7 @@ class Stream:
                         await self._context.abort(grpc.StatusCode.ABORTED, stalled, trailers)
                 except TimeoutError:
                     if call := asyncio.current_task():
-                        self._endings.cut_off(call)
+                        self._write_timeout.cut_off(call)
                         await asyncio.sleep(0)  # where the cancel takes effect
             case _:
                 self._context.set_trailing_metadata(trailers)
@@ -159,68 +159,70 @@ class Stream:
                 await self._begin(received, group)
             case "cancel":
                 if batch := self._unanswered.get(received.message.cancel.id):
-                    batch.take_back()
+                    batch.cancel()
             case "register_region":
                 await self._register(received.message.register_region)
             case _:
                 await self._refuse(InvalidArgument("request: unset; expected attribute, cancel or register_region"))
 
     async def _begin(self, received: Received[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
-        passages = self._explainer.passages
-        passage = passages.begin(CALL, self._context.invocation_metadata, caller=self._caller)
+        telemetry = self._handler.telemetry
+        call_record = telemetry.begin(CALL, self._context.invocation_metadata, caller=self._caller)
         request = received.message.attribute
         try:
             await self._admitting.acquire()
         except asyncio.CancelledError:  # the caller has gone
-            passages.end(passage)
+            telemetry.end(call_record)
             raise
         try:
-            inquiry = await self._inquire(received, passage)
+            validated = await self._validate(received, call_record)
         except SidelightError as error:
             self._admitting.release()
             self._pace.refuse(self._caller, received.n_bytes)
-            passages.failed(passage, error)
-            passages.end(passage)
+            telemetry.failed(call_record, error)
+            telemetry.end(call_record)
             await self._fail(request.id, error)
             return
         except asyncio.CancelledError:  # the caller has gone
-            passages.end(passage)
+            telemetry.end(call_record)
             raise
         self._unanswered[request.id] = batch = Batch(
-            inquiry,
-            self._explainer,
-            self._outlet,
+            validated,
+            self._handler,
+            self._writer,
             self._slots,
             message=request,
-            passage=passage,
+            call_record=call_record,
             on_admitted=self._admitting.release,
             on_answer=lambda: self._forget(request.id),
         )
         # Not in the task itself: one that is cancelled before its first step runs nothing at all.
         running = group.create_task(batch.run(group))
-        running.add_done_callback(lambda _: passages.end(passage))
+        running.add_done_callback(lambda _: telemetry.end(call_record))
         running.add_done_callback(forget_frames)
 
-    async def _inquire(self, received: Received[pb.AttributeStreamRequest], passage: Passage) -> Inquiry | Inquire:
+    async def _validate(
+        self, received: Received[pb.AttributeStreamRequest], call_record: CallRecord
+    ) -> ValidatedRequest | Validate:
         """Check a batch, or return what will check it once its model is loaded. `Unavailable` once all is given up."""
         request = received.message.attribute
         self._check_id(request.id)
         if self._is_given_up:
             raise _given_up()
-        inquire = functools.partial(
-            self._explainer.inquire,
+        validate = functools.partial(
+            self._handler.validate,
             request,
             n_bytes=received.n_bytes,
             data=received.data,
             regions=self._regions,
-            passage=passage,
+            call_record=call_record,
         )
-        if self._explainer.must_load(request):
-            return inquire
-        inquiry = await inquire()
+        if self._handler.must_load(request):
+            return validate
+        validated = await validate()
         if self._is_given_up:  # meanwhile
             raise _given_up()
-        return inquiry
+        return validated
 
     def _check_id(self, id_: str) -> None:
         if not id_:
@@ -241,15 +243,15 @@ class Stream:
             return
         registered = pb.RegionRegistered(region=request.region)
         response = pb.AttributeStreamResponse(id=request.id, region_registered=registered)
-        await self._outlet.write(response.SerializeToString())
+        await self._writer.write(response.SerializeToString())
 
     async def _refuse(self, error: SidelightError) -> None:
         """Answer what is no request that could be matched with its answer."""
-        self._explainer.passages.refuse(CALL, self._context.invocation_metadata, error)
+        self._handler.telemetry.refuse(CALL, self._context.invocation_metadata, error)
         await self._fail("", error)
 
     async def _fail(self, id_: str, error: SidelightError) -> None:
-        await self._outlet.write(failed(id_, error))
+        await self._writer.write(failed(id_, error))
 
 
 def _given_up() -> Unavailable:

@@ -9,12 +9,12 @@ from sidelight.v1 import attribution_pb2 as pb
 
 from ..engine.engine import Progress
 from ..errors import Cancelled, DeadlineExceeded, SidelightError
-from ..telemetry.call_record import Passage
+from ..telemetry.call_record import CallRecord
 from ..wire import responses
-from .handler import Explainer, Inquiry, deadline_of
-from .response_writer import Outlet, StalledError
+from .handler import RequestHandler, ValidatedRequest, deadline_of
+from .response_writer import ResponseWriter, StalledError
 
-Inquire = Callable[[], Awaitable[Inquiry]]
+Validate = Callable[[], Awaitable[ValidatedRequest]]
 
 _Explaining = asyncio.Task[bytes | SidelightError]
 _NO_WAIT = contextlib.nullcontext()
@@ -26,28 +26,28 @@ class Batch:
     It takes one of its stream's slots, and a permit, and holds both until its answer is written. `on_admitted` is
     called once it has them or has failed, so that another may wait for them; `on_answer` before the answer is written.
 
-    One whose model is not loaded yet has an `inquire` that waits for it, in place of an inquiry. It is admitted as soon
-    as it has a slot: what others of the stream need is there.
+    One whose model is not loaded yet has a `validate` that waits for it, in place of a validated request. It is
+    admitted as soon as it has a slot: what others of the stream need is there.
     """
 
     def __init__(
         self,
-        inquiry: Inquiry | Inquire,
-        explainer: Explainer,
-        outlet: Outlet,
+        validated: ValidatedRequest | Validate,
+        handler: RequestHandler,
+        writer: ResponseWriter,
         slots: asyncio.Semaphore,
         *,
         message: pb.AttributeRequest,
-        passage: Passage,
+        call_record: CallRecord,
         on_admitted: Callable[[], None],
         on_answer: Callable[[], None],
     ) -> None:
-        self._inquiry = inquiry
-        self._explainer = explainer
-        self._outlet = outlet
+        self._inquiry = validated
+        self._handler = handler
+        self._writer = writer
         self._slots = slots
         self._message = message
-        self._passage = passage
+        self._call_record = call_record
         self._on_admitted = on_admitted
         self._on_answer = on_answer
         self._is_admitted = False
@@ -61,15 +61,15 @@ class Batch:
         try:
             response = await self._respond(group)
             self._on_answer()
-            self._passage.writing_s = time.monotonic()
-            await self._outlet.write(response)
+            self._call_record.writing_s = time.monotonic()
+            await self._writer.write(response)
         except StalledError:
-            self._passage.cut_off()
+            self._call_record.cut_off()
             raise
         finally:
             self._give_back()
 
-    def take_back(self) -> None:
+    def cancel(self) -> None:
         """Drop what has not run. The answer is CANCELLED, unless there is another already."""
         self.drop(Cancelled("the caller took the batch back"))
 
@@ -86,10 +86,10 @@ class Batch:
             try:
                 if self._refusal:  # before this task had begun
                     raise self._refusal
-                inquiry = await self._taken()
+                validated = await self._taken()
             finally:
                 self._admitted()
-            return await self._explain(inquiry, group)
+            return await self._explain(validated, group)
         except SidelightError as error:
             return self._failed(error)
         except asyncio.CancelledError:
@@ -100,7 +100,7 @@ class Batch:
             return self._failed(self._refusal)
 
     def _failed(self, error: SidelightError) -> bytes:
-        self._explainer.passages.failed(self._passage, error)
+        self._handler.telemetry.failed(self._call_record, error)
         return failed(self._message.id, error)
 
     def _admitted(self) -> None:
@@ -108,17 +108,17 @@ class Batch:
             self._is_admitted = True
             self._on_admitted()
 
-    async def _taken(self) -> Inquiry:
+    async def _taken(self) -> ValidatedRequest:
         """Take a slot and a permit, within the batch's own time; return the inquiry, once its model is there."""
-        inquiry = self._inquiry
-        if isinstance(inquiry, Inquiry):
-            await self._take_slot(inquiry.deadline_s)
+        validated = self._inquiry
+        if isinstance(validated, ValidatedRequest):
+            await self._take_slot(validated.deadline_s)
         else:
-            await self._take_slot(deadline_of(self._message, self._passage))
+            await self._take_slot(deadline_of(self._message, self._call_record))
             self._admitted()
-            inquiry = await inquiry()
-        self._permit = await self._explainer.admit(inquiry)
-        return inquiry
+            validated = await validated()
+        self._permit = await self._handler.admit(validated)
+        return validated
 
     async def _take_slot(self, deadline_s: float | None) -> None:
         try:
@@ -134,26 +134,26 @@ class Batch:
         if self._has_slot:
             self._slots.release()
 
-    async def _explain(self, inquiry: Inquiry, group: asyncio.TaskGroup) -> bytes:
+    async def _explain(self, validated: ValidatedRequest, group: asyncio.TaskGroup) -> bytes:
         if not self._message.output.partial:
-            return await self._explainer.explain(inquiry)
+            return await self._handler.explain(validated)
         progress = Progress()
-        explaining = group.create_task(self._outcome(inquiry, progress))
+        explaining = group.create_task(self._outcome(validated, progress))
         self._explaining = explaining
-        await self._report(explaining, inquiry, progress)
+        await self._report(explaining, validated, progress)
         outcome = await explaining
         if isinstance(outcome, SidelightError):
             raise outcome
         return outcome
 
-    async def _outcome(self, inquiry: Inquiry, progress: Progress) -> bytes | SidelightError:
+    async def _outcome(self, validated: ValidatedRequest, progress: Progress) -> bytes | SidelightError:
         """Return the failure instead of raising it: a task that raises ends its group, and so the stream."""
         try:
-            return await self._explainer.explain(inquiry, progress)
+            return await self._handler.explain(validated, progress)
         except SidelightError as error:
             return error
 
-    async def _report(self, explaining: _Explaining, inquiry: Inquiry, progress: Progress) -> None:
+    async def _report(self, explaining: _Explaining, validated: ValidatedRequest, progress: Progress) -> None:
         """Write maps that are not final, the newest each time there is room for one, until they are."""
         while not explaining.done():
             improving = asyncio.ensure_future(progress.improved.wait())
@@ -161,11 +161,11 @@ class Batch:
                 await asyncio.wait([explaining, improving], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 improving.cancel()
-            async with self._outlet.turn:  # the newest is taken once it can be written, not before
+            async with self._writer.turn:  # the newest is taken once it can be written, not before
                 if not explaining.done():
                     with contextlib.suppress(SidelightError):  # what is wrong with it the final answer will say
-                        partial = await self._explainer.reply(await progress.take(), inquiry)
-                        await self._outlet.write_now(partial)
+                        partial = await self._handler.reply(await progress.take(), validated)
+                        await self._writer.write_now(partial)
 
 
 def failed(id_: str, error: SidelightError) -> bytes:

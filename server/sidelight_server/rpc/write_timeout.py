@@ -12,7 +12,7 @@ from typing import Any
 Task = asyncio.Task[Any]
 
 
-class Endings:
+class WriteTimeout:
     """The calls of one server that are being ended. The event loop's."""
 
     def __init__(self, *, within_s: float) -> None:

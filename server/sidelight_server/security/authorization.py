@@ -11,7 +11,7 @@ import grpc
 from ..config.settings import Settings
 from ..errors import ConfigurationError, PermissionDenied, SidelightError, Unauthenticated
 from ..rpc.status import Context, refusing
-from ..telemetry.counters import Counts
+from ..telemetry.counters import Counters
 from .reloadable_files import SecretFiles, read_secret
 
 # What probes call, which have no token; nothing but "serving" or "not" is told. Everything else needs one.
@@ -62,7 +62,7 @@ class Tokens:
 class Authorization(grpc.aio.ServerInterceptor):
     """Turns away calls whose token does not allow them. With neither file set, it allows what the settings allow."""
 
-    def __init__(self, settings: Settings, counts: Counts) -> None:
+    def __init__(self, settings: Settings, counts: Counters) -> None:
         """Read the files. `ConfigurationError` where that fails."""
         self._counts = counts
         self._users = Tokens(settings.tokens, setting="tokens") if settings.tokens else None

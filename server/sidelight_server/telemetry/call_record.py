@@ -19,7 +19,7 @@ class ChunkTimes(NamedTuple):
 
 
 @dataclass(slots=True, eq=False)
-class Passage:
+class CallRecord:
     """What a batch is, when it was where, and how it ended. The event loop's, but for `chunks`: see `Work`."""
 
     call: str

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class StopTimes:
+class CancellationTimes:
     """The times from a cancellation to the end of the request's last row on the device, in seconds."""
 
     count: int = 0
@@ -16,23 +16,23 @@ class StopTimes:
         """The mean; 0 where there was none."""
         return self.total_s / self.count if self.count else 0.0
 
-    def __add__(self, other: "StopTimes") -> "StopTimes":
+    def __add__(self, other: "CancellationTimes") -> "CancellationTimes":
         """Return the times of both."""
         longest_s = max(self.longest_s, other.longest_s)
-        return StopTimes(self.count + other.count, self.total_s + other.total_s, longest_s)
+        return CancellationTimes(self.count + other.count, self.total_s + other.total_s, longest_s)
 
 
-class Stops:
+class CancellationLatency:
     """A record of stops. The thread that owns the device alone writes it; any may read, for it is replaced whole."""
 
     def __init__(self) -> None:
-        self._times = StopTimes()
+        self._times = CancellationTimes()
 
     def add(self, seconds: float) -> None:
         """Record one."""
         was = self._times
-        self._times = StopTimes(was.count + 1, was.total_s + seconds, max(was.longest_s, seconds))
+        self._times = CancellationTimes(was.count + 1, was.total_s + seconds, max(was.longest_s, seconds))
 
-    def times(self) -> StopTimes:
+    def times(self) -> CancellationTimes:
         """Return what was recorded so far."""
         return self._times

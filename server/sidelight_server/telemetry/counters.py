@@ -9,7 +9,7 @@ from typing import Self
 
 from ..domain import Answer, Timing
 from ..errors import PermissionDenied, ResourceExhausted, SidelightError, Unauthenticated, Unavailable
-from .call_record import Passage
+from .call_record import CallRecord
 from .histogram import Histogram
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -23,7 +23,7 @@ _REASONS = {1: "cancelled", 2: "internal", 4: "deadline", 10: "cancelled", 13: "
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What became of an answer's examples, counted apart from `Counts`: of many examples in a worker thread."""
+    """What became of an answer's examples, counted apart from `Counters`: of many examples in a worker thread."""
 
     failures: Counter[str]  # by reason
     refined: Counter[str]  # "met" or "missed": examples with a tolerance
@@ -48,7 +48,7 @@ class Tally:
         )
 
 
-class Counts:
+class Counters:
     """What became of the batches, and of the calls, of one server. The event loop's."""
 
     def __init__(self) -> None:
@@ -61,10 +61,10 @@ class Counts:
         self.refined: Counter[tuple[str, str]] = Counter()  # by model and "met" or "missed": examples with a tolerance
         self.spans: defaultdict[str, dict[str, Histogram]] = defaultdict(_histograms)  # by model, then by name
 
-    def answered(self, passage: Passage, timing: Timing, tally: Tally) -> None:
+    def answered(self, call_record: CallRecord, timing: Timing, tally: Tally) -> None:
         """Count an answer that is final."""
-        model = passage.model
-        self.transports[passage.transport] += 1
+        model = call_record.model
+        self.transports[call_record.transport] += 1
         spans = self.spans[model]
         spans["admission"].add(timing.admission_s)
         spans["prepare"].add(timing.prepare_s)
@@ -79,12 +79,12 @@ class Counts:
             self.compared[model] += tally.n_compared
             self.differing[model] += tally.n_differing
 
-    def ended(self, passage: Passage) -> None:
+    def ended(self, call_record: CallRecord) -> None:
         """Count a batch whose answer, or failure, is written."""
-        code = passage.status
-        self.requests[passage.call, passage.model, passage.method, code] += 1
+        code = call_record.status
+        self.requests[call_record.call, call_record.model, call_record.method, code] += 1
         if code:
-            self.failures["batch", passage.model, passage.reason or reason_of(code)] += 1
+            self.failures["batch", call_record.model, call_record.reason or reason_of(code)] += 1
 
 
 def reason_of(code: int) -> str:

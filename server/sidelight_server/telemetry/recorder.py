@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..domain import Answer
 from ..errors import SidelightError
-from .call_record import Passage
-from .counters import Counts, Tally, reason_of_error
+from .call_record import CallRecord
+from .counters import Counters, Tally, reason_of_error
 
 if TYPE_CHECKING:
     from .tracing import Tracing
@@ -15,37 +15,37 @@ if TYPE_CHECKING:
 Headers = Callable[[], Iterable[tuple[str, Any]] | None]  # called where they are wanted: they cost a copy
 
 
-class Passages:
+class Telemetry:
     """The passages of one server, all counted, and traced if that is wanted. The event loop's."""
 
     def __init__(self, tracing: "Tracing | None" = None) -> None:
-        self.counts = Counts()
+        self.counts = Counters()
         self._tracing = tracing
 
-    def begin(self, call: str, headers: Headers, *, caller: str = "") -> Passage:
+    def begin(self, call: str, headers: Headers, *, caller: str = "") -> CallRecord:
         """Return the passage of a batch that has come. The call's headers say of which trace it is a part."""
-        passage = Passage(call, time.monotonic(), caller)
+        call_record = CallRecord(call, time.monotonic(), caller)
         if self._tracing:
-            self._tracing.begin(passage, headers() or ())
-        return passage
+            self._tracing.begin(call_record, headers() or ())
+        return call_record
 
-    def answered(self, passage: Passage, answer: Answer, tally: Tally) -> None:
+    def answered(self, call_record: CallRecord, answer: Answer, tally: Tally) -> None:
         """Take note of an answer that is final, and of what became of its examples."""
-        passage.code = 0
-        self.counts.answered(passage, answer.timing, tally)
+        call_record.code = 0
+        self.counts.answered(call_record, answer.timing, tally)
 
-    def failed(self, passage: Passage, error: SidelightError) -> None:
+    def failed(self, call_record: CallRecord, error: SidelightError) -> None:
         """Take note of why there is no answer."""
-        passage.code, passage.reason = error.code, reason_of_error(error)
+        call_record.code, call_record.reason = error.code, reason_of_error(error)
 
-    def end(self, passage: Passage) -> None:
+    def end(self, call_record: CallRecord) -> None:
         """Tell of a batch whose answer or failure is written, or which nobody waits for any more."""
-        self.counts.ended(passage)
-        if self._tracing and passage.span is not None:
-            self._tracing.end(passage)
+        self.counts.ended(call_record)
+        if self._tracing and call_record.span is not None:
+            self._tracing.end(call_record)
 
     def refuse(self, call: str, headers: Headers, error: SidelightError) -> None:
         """Tell of a batch, or a whole stream, that was refused as soon as it came."""
-        passage = self.begin(call, headers)
-        self.failed(passage, error)
-        self.end(passage)
+        call_record = self.begin(call, headers)
+        self.failed(call_record, error)
+        self.end(call_record)

@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigurationError
-from .call_record import MAX_CHUNKS, Passage
+from .call_record import MAX_CHUNKS, CallRecord
 from .logs import Event
 
 if TYPE_CHECKING:
@@ -48,40 +48,40 @@ class Tracing:
         self._tracer = provider.get_tracer("sidelight")
         self._propagator = TraceContextTextMapPropagator()
 
-    def begin(self, passage: Passage, headers: Iterable[tuple[str, Any]]) -> None:
+    def begin(self, call_record: CallRecord, headers: Iterable[tuple[str, Any]]) -> None:
         """Begin a batch's span, below the one that the call's headers name. Where it is not sampled, that is all."""
         zero_ns = time.time_ns() - _ns(time.monotonic())  # of the monotonic clock, since 1970
         span = self._tracer.start_span(
-            f"{SERVICE}/{passage.call}",
+            f"{SERVICE}/{call_record.call}",
             context=self._propagator.extract(dict(headers)),
             kind=self._trace.SpanKind.SERVER,
-            start_time=zero_ns + _ns(passage.arrived_s),
-            attributes={"rpc.system": "grpc", "rpc.service": SERVICE, "rpc.method": passage.call},
+            start_time=zero_ns + _ns(call_record.arrived_s),
+            attributes={"rpc.system": "grpc", "rpc.service": SERVICE, "rpc.method": call_record.call},
         )
         if span.is_recording():
-            passage.span, passage.zero_ns, passage.chunks = span, zero_ns, []
+            call_record.span, call_record.zero_ns, call_record.chunks = span, zero_ns, []
 
-    def end(self, passage: Passage) -> None:
+    def end(self, call_record: CallRecord) -> None:
         """End a batch's span, and tell of its parts."""
-        span: Span = passage.span
-        code = passage.status
+        span: Span = call_record.span
+        code = call_record.status
         span.set_attributes(
             {
                 "rpc.grpc.status_code": code,
-                "sidelight.model": passage.model,
-                "sidelight.method": passage.method,
-                "sidelight.examples": passage.examples,
-                "sidelight.rows": passage.rows,
-                "sidelight.transport": passage.transport,
+                "sidelight.model": call_record.model,
+                "sidelight.method": call_record.method,
+                "sidelight.examples": call_record.examples,
+                "sidelight.rows": call_record.rows,
+                "sidelight.transport": call_record.transport,
             }
         )
         if code:
-            span.set_attribute("sidelight.reason", passage.reason or "cancelled")
+            span.set_attribute("sidelight.reason", call_record.reason or "cancelled")
         if code in _ERRORS:
             span.set_status(self._trace.StatusCode.ERROR, _ERRORS[code])
         ended_s = time.monotonic()
-        self._parts(passage, ended_s)
-        span.end(passage.zero_ns + _ns(ended_s))
+        self._parts(call_record, ended_s)
+        span.end(call_record.zero_ns + _ns(ended_s))
 
     def close(self, within_s: float = END_S) -> None:
         """Send what is left, for a little while: a collector that does not answer keeps no server from ending."""
@@ -91,23 +91,23 @@ class Tracing:
             ending.start()
             ending.join(min(within_s, END_S))
 
-    def _parts(self, passage: Passage, ended_s: float) -> None:
-        within, zero_ns = self._trace.set_span_in_context(passage.span), passage.zero_ns
+    def _parts(self, call_record: CallRecord, ended_s: float) -> None:
+        within, zero_ns = self._trace.set_span_in_context(call_record.span), call_record.zero_ns
 
         def tell(name: str, began_s: float, ended_s: float, attributes: dict[str, int] | None = None) -> None:
             span = self._tracer.start_span(name, within, start_time=zero_ns + _ns(began_s), attributes=attributes)
             span.end(zero_ns + _ns(ended_s))
 
-        places = (passage.arrived_s, passage.admitted_s, passage.prepared_s, passage.started_s)
+        places = (call_record.arrived_s, call_record.admitted_s, call_record.prepared_s, call_record.started_s)
         for name, began_s, left_s in zip(("admission", "prepare", "queue"), places, places[1:], strict=False):
             if began_s is None:
                 break
             tell(name, began_s, ended_s if left_s is None else left_s)
-        chunks = (passage.chunks or [])[:MAX_CHUNKS]
+        chunks = (call_record.chunks or [])[:MAX_CHUNKS]
         for chunk in chunks:
             tell("chunk", chunk.began_s, chunk.ended_s, {"sidelight.rows": chunk.rows})
-        if passage.writing_s is not None:
-            tell("write", passage.writing_s, ended_s)
+        if call_record.writing_s is not None:
+            tell("write", call_record.writing_s, ended_s)
 
 
 def from_environment() -> Tracing | None:

@@ -104,7 +104,7 @@ def model_info(engine: Engine, entry: Entry, *, whole: bool) -> model_pb2.ModelI
         ],
         reproducible=model.reproducible,
         kernel_options=model.kernel.options.names,
-        call=model.adapter.told,
+        call=model.adapter.summary,
         outputs=model.head.outputs if model.is_known else "",
         activation=model.head.activation if model.is_known else "",
         methods=model.methods,
