@@ -1,4 +1,4 @@
-"""The client for asyncio. It stands on the same connections, streams and attempts as the other, and blocks no loop."""
+"""The asyncio client. It uses the same connections, streams and retries as the other, and never blocks the loop."""
 
 import asyncio
 import contextlib

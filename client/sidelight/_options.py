@@ -1,4 +1,4 @@
-"""The question: what a caller asks of every batch, and the request that asks it of one."""
+"""The options of an attribution, and the request that carries them for one batch."""
 
 import re
 from collections.abc import Sequence

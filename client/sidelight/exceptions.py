@@ -1,4 +1,4 @@
-"""What can go wrong: one exception for each gRPC status, and a few that the client itself knows.
+"""The exceptions: one for each gRPC status, and a few of the client's own.
 
 SidelightError
 ├── InvalidArgument        an argument or a field of the request is wrong; also a ValueError

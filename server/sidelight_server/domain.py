@@ -1,4 +1,4 @@
-"""The domain: what is asked, and what is answered. No wire and no network: the engine speaks these words alone.
+"""The domain: requests and answers as the engine knows them, without protobuf and without gRPC.
 
 Arrays are numpy's; N examples, C channels, height H and width W.
 """

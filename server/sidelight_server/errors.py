@@ -1,4 +1,4 @@
-"""What can go wrong, each with the status that a caller gets.
+"""The exceptions, each with the status code that a caller gets.
 
     SidelightError
     ├── InvalidArgument      a field of the request is wrong

@@ -1,4 +1,4 @@
-"""The options by which every command reaches its server: patience, TLS and token."""
+"""The options by which every command connects to its server: timeout, TLS and token."""
 
 import functools
 import inspect

@@ -1,4 +1,4 @@
-"""The report of a server: its limits and methods, and the models that it holds."""
+"""Tables of a server: its limits, its methods and its models."""
 
 from rich.console import Console
 from rich.markup import escape

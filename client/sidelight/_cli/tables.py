@@ -1,4 +1,4 @@
-"""The report: a table of answers as they come, a progress bar, an overlay of each picture, and what a replay gave."""
+"""Tables of answers as they come, a progress bar, an overlay of each picture, and the result of a replay."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence

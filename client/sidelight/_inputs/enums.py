@@ -1,4 +1,4 @@
-"""Words: what a caller writes for the numbers of the schema's enums. `SCORE_LOG_PROBABILITY` is "log_probability"."""
+"""Enum values as a caller writes them: `SCORE_LOG_PROBABILITY` is "log_probability"."""
 
 import functools
 from typing import Literal, Protocol, TypeVar, get_args

@@ -1,4 +1,4 @@
-"""Images: what a caller has becomes what goes over the wire, and stays at hand to be drawn on.
+"""Images: files and arrays become messages, and stay available to draw overlays on.
 
 Files and encoded bytes travel as they are. uint8 arrays are pixels, [H, W, C] or [N, H, W, C]; floating arrays are the
 model's own input, [C, H, W] or [N, C, H, W]. A torch tensor counts as an array; torch is never imported.

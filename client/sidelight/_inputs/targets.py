@@ -1,4 +1,4 @@
-"""Targets: what is explained, the messages that say it, and the words that tell it."""
+"""Targets: what is explained, as messages and as text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

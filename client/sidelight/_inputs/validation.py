@@ -1,4 +1,4 @@
-"""Fields: what a caller gives becomes what the wire can hold. Whether it makes sense is for the server to say."""
+"""Validation: a caller's values become values that the schema can hold. The server checks ranges."""
 
 import numpy as np
 

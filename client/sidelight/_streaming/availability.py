@@ -1,4 +1,4 @@
-"""The presence of servers: which have a call of a stream now, and for how long there has been none."""
+"""Availability: which servers have a call of a stream now, and for how long there has been none."""
 
 import logging
 from collections.abc import Hashable, Sequence
@@ -11,7 +11,7 @@ SILENT_WAIT_S = 1.0
 
 
 class Availability:
-    """The lanes of a stream that are live. It has no clock and no lock: whoever holds it has both."""
+    """The workers of a stream that are live. It has no clock and no lock: whoever holds it has both."""
 
     def __init__(self, addresses: Sequence[str], now_s: float) -> None:
         self._names = ", ".join(addresses)
@@ -27,7 +27,7 @@ class Availability:
         return bool(self._live)
 
     def came(self, worker: Hashable) -> None:
-        """Count a lane whose server has taken the call."""
+        """Count a worker whose server has taken the call."""
         self._live.add(worker)
         self._has_told = False
 

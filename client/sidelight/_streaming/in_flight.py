@@ -1,4 +1,4 @@
-"""The ledger: what of a stream is unanswered, which server has it, and what may be sent next.
+"""Batches in flight: which parts are unanswered, which server has them, and what may be sent next.
 
 It has neither threads nor a clock: whoever holds it has the lock, and says what time it is.
 
@@ -67,10 +67,10 @@ class Part:
 
 
 class InFlightBatches:
-    """The unanswered parts of a stream. A lane, one server's share of the stream, is known by any name.
+    """The unanswered parts of a stream. A worker, one server's share of the stream, is known by any name.
 
-    `window` bounds the examples that are unanswered, or answered and not yet taken, per lane; there may always be two
-    batches. `in_all` bounds them over all lanes; None does not.
+    `window` bounds the examples that are unanswered, or answered and not yet taken, per worker; there may always be two
+    batches. `in_all` bounds them over all workers; None does not.
     """
 
     def __init__(self, *, window: int, in_all: int | None = None, n_lanes: int = 1) -> None:
@@ -104,7 +104,7 @@ class InFlightBatches:
             self._wait(Part(entry, span.start, entry.batch.part(span)))
 
     def may_read(self, worker: Hashable, now_s: float) -> bool:
-        """Say whether a lane may read another batch: there is room, and none could be sent now or has to be alone."""
+        """Say whether a worker may read another batch: there is room, and none could be sent now or has to be alone."""
         if self.is_exhausted or any(part.not_before_s <= now_s for part in self._waiting):
             return False
         held = self._held_by(worker)
@@ -114,14 +114,14 @@ class InFlightBatches:
         return has_turn and self._has_room()
 
     def send(self, worker: Hashable, now_s: float, *, fits: Callable[[Part], bool] = lambda _: True) -> Part | None:
-        """Hand a lane the next part; None where there is none for it now, or it has no place for that one."""
+        """Hand a worker the next part; None where there is none for it now, or it has no place for that one."""
         held = self._held_by(worker)
         if any(part.is_suspect for part in held):
             return None
         for place, part in enumerate(self._waiting):
             if part.not_before_s > now_s:
                 continue
-            if part.is_suspect and held:  # it must be alone: the lane runs empty first
+            if part.is_suspect and held:  # it must be alone: the worker runs empty first
                 return None
             if not fits(part):
                 return None
@@ -155,14 +155,14 @@ class InFlightBatches:
         part.entry.n_open += 1
 
     def take_back(self, worker: Hashable) -> list[Part]:
-        """Take out what a lane held when its call ended, to be given up whole."""
+        """Take out what a worker held when its call ended, to be given up whole."""
         held = self._held_by(worker)
         for part in held:
             del self._flying[part.id]
         return held
 
     def lost(self, worker: Hashable, *, died: bool) -> list[Part]:
-        """Take back what a lane held when its call ended. Returns the parts that are given up."""
+        """Take back what a worker held when its call ended. Returns the parts that are given up."""
         held = self.take_back(worker)
         for part in held:
             if died:
@@ -175,7 +175,7 @@ class InFlightBatches:
         return given_up
 
     def overdue(self, now_s: float) -> tuple[list[Part], set[Hashable]]:
-        """Take out the parts whose time is over. Returns them, and the lanes whose servers kept silent about theirs."""
+        """Take out the parts whose time is over. Returns them, and workers whose servers were silent about theirs."""
         waiting = [part for part in self._waiting if now_s >= part.entry.deadline_s]
         silent = {id_: flight for id_, flight in self._flying.items() if now_s >= self._ends_s(flight[0])}
         self._waiting = [part for part in self._waiting if part not in waiting]

@@ -1,4 +1,4 @@
-"""Limits of messages: what either side would refuse is not sent, for gRPC would end a whole stream for it."""
+"""Message limits: a batch that either side would refuse is split or not sent, for gRPC would end the stream."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The join: a batch that was sent in parts gets one answer."""
+"""Merging: a batch that was sent in parts gets one answer."""
 
 import dataclasses
 from collections.abc import Iterable

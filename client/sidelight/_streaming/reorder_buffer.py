@@ -1,4 +1,4 @@
-"""The order in which a stream hands answers on."""
+"""The reorder buffer: hands on a stream's answers in the order of their batches."""
 
 from ..results.attribution import Attribution
 from .in_flight import Entry

@@ -1,4 +1,4 @@
-"""The plan of a stream: what is asked of every batch, and how its parts become messages, and messages answers."""
+"""A stream's configuration: the options of every batch, and how its parts become requests."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The inbox: answers that have come and that the caller of a stream has not taken yet."""
+"""The result queue: answers that have come and that the caller of a stream has not taken yet."""
 
 import threading
 from collections.abc import Callable
@@ -18,7 +18,7 @@ class End:
 
 
 class ResultQueue:
-    """Filled by the lanes, emptied by the caller. Of each batch it holds the newest answer alone.
+    """Filled by the workers, emptied by the caller. Of each batch it holds the newest answer alone.
 
     So a caller who is slow is handed fewer of the answers that are not final, and none that is out of date. `on_change`
     is called whenever there may be something to take.

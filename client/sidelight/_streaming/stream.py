@@ -1,8 +1,8 @@
-"""The stream: many batches in flight, to all servers at once, whatever becomes of one of them.
+"""The stream: many batches in flight to all servers at once. No failure of one server ends it.
 
 The caller's batches are read by whichever thread of gRPC's has nothing to send and room for more; each server has a
-lane, whose thread takes answers in; a keeper sees to it that no batch waits longer than its time; the caller takes the
-answers out. What they share is the ledger, under one lock, and the inbox.
+worker, whose thread takes answers in; a keeper sees to it that no batch waits longer than its time; the caller takes
+the answers out. What they share is `InFlightBatches`, under one lock, and `ResultQueue`.
 """
 
 import contextvars
@@ -52,7 +52,7 @@ class Step(enum.Enum):
 
 
 class Stream:
-    """The desk between a caller and the lanes. `end` is final: the first word counts."""
+    """What connects a caller and the workers. `end` is final: the first word counts."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class Stream:
         with self._lock:
             self._end(error)
 
-    # What the lanes ask for and tell.
+    # What the workers ask for and tell.
 
     def wait_for(self, connection: Connection, not_before_s: float) -> bool:
         """Wait for a server, and for a time. False once the stream is over."""
@@ -235,7 +235,7 @@ class Stream:
         return Step.END
 
     def _fits(self, worker: StreamWorker, part: Part) -> bool:
-        """Take room for a part in shared memory, where the lane has any."""
+        """Take room for a part in shared memory, where the worker has any."""
         if worker.regions is None or not len(part.batch):
             return True
         return worker.regions.place(part.id, self._config.shared_bytes(part.batch))
@@ -304,7 +304,7 @@ class Stream:
     # What reads and sends: in gRPC's threads, one at a time in the first, without the lock.
 
     def _read(self) -> None:
-        """Read the caller's next batch into the ledger. One that cannot be sent is answered with its error at once."""
+        """Read the caller's next batch. One that cannot be sent is answered with its error at once."""
         try:
             images = self._context.run(next, self._batches)
         except StopIteration:

@@ -1,4 +1,4 @@
-"""A lane: one server's share of a stream. It connects, sends, receives, and when the call ends connects again.
+"""A stream worker: one server's share of a stream. It connects, sends, receives, and reconnects.
 
 Two threads work for it: its own, which receives, and gRPC's, which asks the desk for the next message to send.
 """
@@ -34,7 +34,7 @@ _STALLED = grpc.StatusCode.ABORTED
 
 
 class Desk(Protocol):
-    """What a lane asks for and tells. All of it may be called from any thread."""
+    """What a worker asks for and tells. All of it may be called from any thread."""
 
     def wait_for(self, connection: Connection, not_before_s: float) -> bool:
         """Wait for a server, and for a time. False once the stream is over."""

@@ -1,4 +1,4 @@
-"""The arena: which bytes of a region of shared memory are taken."""
+"""The allocator: which bytes of a shared memory region are taken."""
 
 import bisect
 

@@ -1,4 +1,4 @@
-"""A connection: one server's channel and its calls, and whether the server is there."""
+"""A connection: one server's channel and its calls, and whether the server can be reached."""
 
 import contextlib
 import re

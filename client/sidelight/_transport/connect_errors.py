@@ -1,4 +1,4 @@
-"""The diagnosis: why no connection comes to be, from what gRPC says of its last try."""
+"""Connect errors: why no connection comes about, from gRPC's account of its last attempt."""
 
 from dataclasses import dataclass
 

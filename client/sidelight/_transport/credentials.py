@@ -1,4 +1,4 @@
-"""Credentials: what a client trusts, and what it shows of itself: TLS, and a bearer token in each call's metadata."""
+"""Credentials: TLS, and a bearer token in each call's metadata."""
 
 import collections
 import contextlib

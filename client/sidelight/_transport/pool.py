@@ -1,4 +1,4 @@
-"""The servers that a client knows: each call goes to the next of those that are there."""
+"""The connection pool: each call goes to the next server that can be reached."""
 
 import itertools
 import logging

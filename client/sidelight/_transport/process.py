@@ -1,4 +1,4 @@
-"""The process: what its end, and a fork of it, mean to clients and streams."""
+"""Process exit and fork: what they mean to clients and streams."""
 
 import atexit
 import gc

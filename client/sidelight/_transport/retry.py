@@ -1,4 +1,4 @@
-"""The attempts of one call: what may be tried again, and when. Explaining changes nothing, so asking twice is safe."""
+"""Retries: what may be tried again, and when. Attribution changes nothing, so repeating a call is safe."""
 
 import time
 

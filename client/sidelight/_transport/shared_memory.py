@@ -1,4 +1,4 @@
-"""Shared memory: the way of large arrays to a server on the same machine (Linux).
+"""Shared memory: passes large arrays to a server on the same machine (Linux).
 
 A region is a file in the directory that the server's operator allows: made, allocated whole, registered on a stream,
 and unlinked as soon as the server has it open. So nothing of it remains, whichever side ends in whatever way.

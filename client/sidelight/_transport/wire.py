@@ -1,4 +1,4 @@
-"""Frames: a stream's messages as bytes. Large arrays are joined in and large maps are views: neither is copied."""
+"""A stream's messages as bytes. Large arrays are joined in and large maps are views: neither is copied."""
 
 from dataclasses import dataclass
 

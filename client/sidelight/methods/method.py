@@ -1,4 +1,4 @@
-"""Methods: how a caller says which points are looked at and how their gradients are folded.
+"""`Method`, any of the methods, and which of them take one row for each example.
 
 A class holds what was asked for; `message()` says it on the wire with every default filled in, and raises
 `InvalidArgument` for what the wire cannot hold. Whether a number is within its range, the server says.

@@ -1,4 +1,4 @@
-"""Masking methods: they hide parts of the example and watch the score. No gradient is taken."""
+"""Perturbation methods: they hide parts of the example and watch the score. No gradient is taken."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Whoever has the maps that PyHealth's class gives: a server, or an engine in this process."""
+"""Backends of PyHealth's class: a server, or an engine in this process."""
 
 import threading
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Draws a picture with its map over it through matplotlib's pyplot, with titles as PyHealth writes them."""
+"""Figures: an image with its map over it, by matplotlib's pyplot, with titles as PyHealth writes them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""The answer: maps, what was predicted and explained, and everything that is needed to trust them."""
+"""`Attribution`, the answer: maps, predictions, explained targets and provenance."""
 
 import dataclasses
 import functools

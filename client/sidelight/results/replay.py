@@ -1,4 +1,4 @@
-"""Replay: an answer that was saved is computed again, and compared to the last bit."""
+"""Replay: computes a saved answer again and compares the two, to the last bit."""
 
 import dataclasses
 import os
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .._client import Client
 
 TIMEOUT_S = 60.0
-TOLERANCE = 1e-5  # of a map's maximum: what an answer in other company, that is not reproducible, may differ by
+TOLERANCE = 1e-5  # of a map's maximum: what an answer beside other examples, that is not reproducible, may differ by
 # Where maps were rounded for their way, a last bit may round the other way: one step of the type more.
 _STEPS = {"float16": 2.0**-10, "uint8": 1 / 255}
 

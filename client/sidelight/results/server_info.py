@@ -1,4 +1,4 @@
-"""What a server tells of itself and of its models."""
+"""What a server says about itself and its models."""
 
 from dataclasses import dataclass
 from functools import partial

@@ -1,4 +1,4 @@
-"""The record: what is kept of an answer in a folder, to be read by people and to be computed again.
+"""Storage: an answer saved in a folder, for people to read and to be replayed.
 
 `answer.json` holds the facts, the provenance also as the schema's message, and a digest of each map; `maps.npy` the
 maps; `baseline.npy` an array that was given as a baseline.

@@ -1,4 +1,4 @@
-"""What an answer tells: of each example, where the time went, and all that is needed to compute it again."""
+"""The parts of an answer: predictions, targets, timing, convergence and provenance."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""A DICOM file as a picture to look at: what an overlay is laid on. The server reads such files by itself.
+"""A DICOM file as a picture to lay an overlay on. The server reads such files by itself.
 
 The reader is pydicom, which the extra `sidelight[dicom]` brings.
 """

@@ -1,4 +1,4 @@
-"""Draws one map: as heat of its own, or laid over the picture it explains. The last step of an answer's path."""
+"""Overlays: a map drawn as a heat map, or laid over the picture that it explains."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Health: what `grpc.health.v1` tells of the server and its models, and who is let in before all is ready.
+"""Health checking by `grpc.health.v1`, for the server and each model, and the gate for calls before readiness.
 
 Names: "" and the two services for the server, "model/NAME" for each model. The server is SERVING from the end of its
 warm-up until it is told to stop, while the thread of one device at least moves. A model is SERVING while the server is

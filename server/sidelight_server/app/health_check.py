@@ -1,4 +1,4 @@
-"""The probe: `sidelight-server --check` asks a server for its health. For a container's HEALTHCHECK, and by hand.
+"""The health check `sidelight-server --check`: asks a server for its health. For containers and by hand.
 
 It must be quick, so nothing here imports torch, nor what does.
 """
@@ -50,7 +50,7 @@ def check_health(arguments: Sequence[str]) -> int:
 
 
 def _first(addresses: str) -> str:
-    """Return the first of a list as a variable holds it, with commas or as JSON: `config` reads all, and slowly."""
+    """Return the first of a list as a variable holds it, with commas or as JSON: reading all is slow."""
     if addresses.startswith("[") and addresses.endswith("]"):  # unlike "[::]:50051"
         with contextlib.suppress(ValueError, LookupError):
             return str(json.loads(addresses)[0])

@@ -123,7 +123,9 @@ def _engine(spec: ModelSpec, settings: Settings) -> Engine:
     engine = _Engine([spec], settings)
     engine.tell_causes()
     for model in engine.models.values():
-        model.chunk_rows = MAX_ROWS  # also of a model whose rows touch each other: they do so in the caller's batch too
+        model.chunk_rows = (
+            MAX_ROWS  # also of a model whose rows depend on each other: they do so in the caller's batch too
+        )
     return engine
 
 

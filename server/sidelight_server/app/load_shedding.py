@@ -1,4 +1,4 @@
-"""Shedding: streams that wait for a message are ended while memory is short.
+"""Load shedding: ends streams that wait for a message while memory is short.
 
 gRPC holds a message that is still arriving, says nothing of it, and lets Python set no limit to all of them together. A
 stream can be ended at any time without a loss: what was read is answered, and its caller opens another. That frees what

@@ -1,4 +1,4 @@
-"""The exposition: metrics over HTTP, each answer made on a thread of its own."""
+"""The metrics endpoint: metrics over HTTP, each scrape on a thread of its own."""
 
 import contextlib
 import socket

@@ -1,6 +1,6 @@
-"""The metrics: the counts as Prometheus reads them, made when they are asked for; `exposition` tells them.
+"""Prometheus metrics, made from the counters at each scrape; `app.metrics_http` serves them.
 
-What is counted is counted elsewhere, as plain numbers; see `counts`. Each server has a registry of its own.
+What is counted is counted elsewhere, as plain numbers; see `telemetry.counters`. Each server has a registry of its own.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The server: its life cycle. start, serve until a signal, drain, stop."""
+"""The server's life cycle: start, serve until a signal, drain, stop."""
 
 import asyncio
 import contextlib

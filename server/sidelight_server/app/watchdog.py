@@ -1,4 +1,4 @@
-"""The watchdog: finds out that the thread of a device is stuck, and that it moves again. Both are said in the log."""
+"""The watchdog: logs when a device's thread is stuck, and when it moves again."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ MAX_EVERY_S = 1.0
 
 
 class Watchdog:
-    """Looks at the pulses of an engine's devices, and calls `on_look` after each look. The event loop's."""
+    """Looks at the heartbeats of an engine's devices, and calls `on_look` after each look. The event loop's."""
 
     def __init__(self, engine: Engine, *, on_look: Callable[[], None]) -> None:
         self._engine = engine

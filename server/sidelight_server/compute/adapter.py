@@ -1,4 +1,4 @@
-"""The adapter: how a module is called, and where its outputs lie in what it returns. The kernel's way into a module."""
+"""The adapter: how a module is called, and where its outputs lie in what it returns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Folding: a BatchNorm in eval mode is a scale and a shift, and so can be part of the convolution before it.
+"""BatchNorm fusion: in eval mode a BatchNorm is a scale and a shift, so it can join the convolution before it.
 
 Which norm comes after which convolution is found by what flows, not by names: the very tensor that one returned is the
 very tensor that the other received. What hooks do not see, such as a second reader of that tensor, the trial shows.

@@ -1,4 +1,4 @@
-"""Recorded kernels: a module's forward pass and its way back to the input, each one replay on a GPU.
+"""CUDA graphs: a module's forward and backward pass, recorded once and replayed on a GPU.
 
 A small chunk's hundreds of kernels take the host longer to launch than the GPU to run. A CUDA graph launches them in
 one go, always on the same buffers and for the same number of rows. So there is a ladder of sizes: a chunk takes the

@@ -1,4 +1,4 @@
-"""Scores: the numbers that are differentiated, out of a model's outputs, and their gradients at these outputs.
+"""The head: scores computed from a model's outputs, and the gradients of the scores at these outputs.
 
 Both are computed in float64 from the outputs as the model returned them: in float32 a probability near 1 has lost what
 its gradient depends on, 1 − p, and so has its logarithm.
@@ -329,7 +329,7 @@ def _negatives(resolved_targets: Sequence[ResolvedTarget], sides: Tensor) -> tup
 
 
 def _picked(scored: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], own: Tensor | None) -> Tensor:
-    """Return the scores, [n], that aims mean: of a class, minus those of another, over a region."""
+    """Return the scores, [n], that targets mean: of a class, minus those of another, over a region."""
     if scored.ndim == 4:
         scored = _over_regions(scored, resolved_targets, own)  # [n, K]
     else:
@@ -355,7 +355,7 @@ def _check_no_region(resolved_targets: Sequence[ResolvedTarget]) -> None:
 
 
 def _cut(row: Tensor, resolved: ResolvedTarget) -> Tensor:
-    """Return the region, [K, h, w], of a row's outputs that an aim means."""
+    """Return the region, [K, h, w], of a row's outputs that a resolved target means."""
     if (region := resolved.region) is None:
         return row
     height, width = row.shape[1:]

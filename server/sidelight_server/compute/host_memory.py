@@ -1,4 +1,4 @@
-"""Memory of the machine: how much this process may still take, and what the C library's allocator keeps of it."""
+"""Host memory: how much of it is left, and what the C library keeps of freed memory."""
 
 import contextlib
 import ctypes

@@ -50,7 +50,7 @@ class Kernel:
     """A replica of one model on one device.
 
     `dtype` is that of points and gradients. With a precision of the operator's choice the module computes in that, and
-    all around it stays float32. Folding needs a `trial`, [n, C, H, W].
+    all around it stays float32. Fusion needs a `trial`, [n, C, H, W].
 
     Raises whatever the module raises, and what the adapter does where it returns something else; when it is made,
     `ConfigurationError` for an option that this module cannot have.
@@ -127,7 +127,7 @@ class Kernel:
         gradient: bool = True,
         plain_head: bool = False,
     ) -> KernelOutput:
-        """Return what each row, [C, H, W] of inputs, says of its own score of its own aim, and its gradient.
+        """Return what each row, [C, H, W] of inputs, says of its own score of its own target, and its gradient.
 
         A class beyond K is clamped: the caller, who learns K from the answer, refuses that row. With a plain head every
         score is computed in the type of the outputs, as `torch.autograd` by itself does; see `Head.read`.

@@ -1,4 +1,4 @@
-"""Probes: gradients taken elsewhere than at the plain input. On the thread that owns the device.
+"""Layer hooks: gradients taken elsewhere than at the plain input. On the thread that owns the device.
 
 What hooks into a module does so on a replica of its own, which nobody else runs: hooks on a shared one would meet the
 rows of other requests.

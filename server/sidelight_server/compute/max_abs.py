@@ -1,4 +1,4 @@
-"""The usual map of a whole chunk at once: the largest absolute gradient over the channels, in float32."""
+"""The default map of a whole chunk: the largest absolute gradient over the channels, in float32."""
 
 import functools
 import importlib.util

@@ -1,4 +1,4 @@
-"""The usual map as one GPU kernel: absolute value, maximum and cast read each gradient once. Needs Triton.
+"""The default map as one Triton kernel: absolute value, maximum and cast read each gradient once.
 
 Three kernels of torch's own would write and read the absolute gradients once more in between.
 """

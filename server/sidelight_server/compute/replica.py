@@ -1,4 +1,4 @@
-"""The replica: what a kernel runs instead of the caller's module. It is frozen, in eval mode, and nobody else's."""
+"""The replica: the kernel's own copy of the caller's module, frozen and in eval mode."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""Keeping: the bytes that autograd keeps of a forward pass, counted as it runs, so that it ends before memory does."""
+"""The bytes that autograd saves in a forward pass, counted as it runs, so that it ends before memory runs out."""
 
 import math
 from types import TracebackType

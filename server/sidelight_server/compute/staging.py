@@ -1,4 +1,4 @@
-"""Staging: examples to the device and maps back.
+"""Staging: copies examples to the device and maps back.
 
 The rows of a chunk are copied once, out of the messages that brought them, into memory that is pinned where the device
 is a GPU, so that the copy to the device need not block. Pixels travel as bytes and are normalised over there;

@@ -1,4 +1,4 @@
-"""Devices: which one to use, how many CPU threads this process may keep busy, and how much memory is free."""
+"""Devices: which one to use, how many CPU threads this process may use, and how much memory is free."""
 
 import math
 import os

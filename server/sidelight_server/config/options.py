@@ -1,4 +1,4 @@
-"""What an operator may say of a model: how its outputs are read, and what makes its kernel faster but less exact.
+"""Options of a model: how its outputs are read, and what makes its kernel faster but less exact.
 
 The settings are made of these before torch is loaded, so nothing here may import it.
 """

@@ -1,4 +1,4 @@
-"""Settings: one class for flags, `SIDELIGHT_*` variables and `sidelight.toml`; the first that speaks wins.
+"""Settings: one class for flags, `SIDELIGHT_*` variables and `sidelight.toml`, in this order of precedence.
 
 Field `max_chunk_rows` = flag `--max-chunk-rows` = variable `SIDELIGHT_MAX_CHUNK_ROWS` = key `max_chunk_rows`.
 """

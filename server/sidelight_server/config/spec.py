@@ -1,4 +1,4 @@
-"""What a factory may return instead of a bare module: the module, and what is known about its input and its output."""
+"""`ModelSpec`, which a factory may return: the module, and what is known about its input and its output."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace

@@ -1,4 +1,4 @@
-"""Work: a request in progress. Its examples that are still to come, those at the device, and its answer as it fills."""
+"""An active request: examples that have not started, examples on the device, and the answer as it fills."""
 
 import threading
 import time
@@ -22,11 +22,11 @@ Told = Callable[[], None]
 
 
 class ActiveRequest:
-    """A request's jobs and its answer.
+    """A request's example runs and its answer.
 
-    `take` is called by the scheduler; `store_result` and `fail` by the runner, all on the thread that owns the device;
-    `cancel` and `snapshot` may come from any thread. On that same thread `on_done` is called once, when every example
-    has been answered, and `on_improved`, where it is given, whenever a map that is not final has come.
+    `take` is called by the scheduler; `store_result` and `fail` by the device worker, all on the thread that owns the
+    device; `cancel` and `snapshot` may come from any thread. On that same thread `on_done` is called once, when every
+    example has been answered, and `on_improved`, where it is given, whenever a map that is not final has come.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class ActiveRequest:
         self.caller = caller
         self.chunks = chunks  # where it is told which chunks its rows were in; None: nobody wants to know
         self.n_taken = 0  # rows that were taken to the device
-        self.n_running = 0  # rows that were taken and not given back, under the runner's lock
+        self.n_running = 0  # rows that were taken and not given back, under the device worker's lock
         self.cancelled_s: float | None = None  # None also where all was answered before
         self.started_s: float | None = None  # when the first row was taken
         self.ended_s = time.monotonic()
@@ -133,7 +133,7 @@ class ActiveRequest:
         self._identity = identity if self._identity in (None, identity) else Identity()
 
     def store_result(self, example_run: ExampleRun, maps: Array, result: Result, probabilities: Array | None) -> None:
-        """Take a job's newest result in: maps, [k, …], and probabilities, [K], on the host."""
+        """Take an example run's newest result in: maps, [k, …], and probabilities, [K], on the host."""
         explanation = Explanation(
             result.predicted,
             result.probability,
@@ -191,7 +191,7 @@ class ActiveRequest:
         self._open.clear()
 
     def _next(self) -> ExampleRun:
-        """Return the job that has the next row."""
+        """Return the example run that has the next row."""
         for example_run in self._open:
             if example_run.pending:
                 return example_run

@@ -1,4 +1,4 @@
-"""A chunk: rows that run together. It is launched, and read once the device has come so far."""
+"""A chunk: rows that run together. It is launched, and read once the device has finished it."""
 
 import time
 from collections.abc import Sequence

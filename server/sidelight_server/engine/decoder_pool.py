@@ -1,4 +1,4 @@
-"""Files are decoded in processes of their own, which end with their call, and whose time and memory are bounded.
+"""The decoder pool: processes that decode files, with bounded time and memory. One ends with its call.
 
 A thread cannot be ended, and a file may keep its decoder busy for minutes or break it. The workers are plain commands
 behind a socket each. The pools of multiprocessing, and pebble, which stands on it, would import the caller's `__main__`

@@ -1,4 +1,4 @@
-"""A station: a device, and the one thread that owns it."""
+"""A device of the engine: the torch device, and the one thread that owns it."""
 
 import contextlib
 import time
@@ -10,13 +10,13 @@ import torch
 from .active_request import ActiveRequest
 from .device_worker import DeviceWorker
 
-REST = 3.0  # of each errand's own time, beside running requests: so those keep three quarters of the device
+REST = 3.0  # of each task's own time, beside running requests: so those keep three quarters of the device
 
 _Value = TypeVar("_Value")
 
 
 class Device:
-    """Where requests are answered. With several devices each has its own, and its own replicas of all models.
+    """A device that answers requests, with its own thread and its own replicas of all models.
 
     `on_end` is told when the thread has ended, for whatever reason. What is counted here is the event loop's.
     """
@@ -42,7 +42,7 @@ class Device:
 
     @contextlib.contextmanager
     def holds(self, active: ActiveRequest) -> Iterator[None]:
-        """Submit a request; when the context ends, drop what it has not run. `Unavailable` unless the runner runs."""
+        """Submit a request; when the context ends, drop what it has not run. `Unavailable` unless the worker runs."""
         n_rows = active.most_rows
         self.n_rows += n_rows
         try:
@@ -69,5 +69,5 @@ class Device:
 
 
 def least_busy(devices: Sequence[Device]) -> Device:
-    """Return the station whose requests may take the fewest rows, of those that move; else one whose thread runs."""
+    """Return the device whose requests may take the fewest rows, of those that move; else one whose thread runs."""
     return min(devices, key=lambda device: (not device.moves, not device.worker.is_alive, device.n_rows))

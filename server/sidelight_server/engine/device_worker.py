@@ -1,4 +1,4 @@
-"""The runner: the one thread that owns a device. It takes a chunk at the last moment, runs it, gives the rows back."""
+"""The device worker: the one thread that owns a device. It takes chunks, runs them, and hands results back."""
 
 import logging
 import threading
@@ -51,8 +51,8 @@ class DeviceWorker:
 
     At most `depth` chunks are at the device. A failing chunk is split until the bad example is alone, and only that one
     fails. A chunk that does not fit into the device's memory is halved, and no larger one is tried for a while: see
-    `RowLimit`. One that is filled up to a number of rows, for the same bytes in every company, fails. After an error
-    that is not foreseen the device is checked, by `check`; if it fails, the device is lost, and the thread ends.
+    `RowLimit`. One that is filled up to a number of rows, for the same bytes beside any neighbors, fails. After an
+    error that is not foreseen the device is checked, by `check`; if it fails, the device is lost, and the thread ends.
     `on_end` is called when the thread has ended, for whatever reason: what is unanswered then will stay so.
     """
 
@@ -99,7 +99,7 @@ class DeviceWorker:
         return not self._closed and self._thread.is_alive()
 
     def submit(self, active: ActiveRequest) -> None:
-        """Let a request join the ring. `Unavailable` unless the runner runs."""
+        """Let a request join the ring. `Unavailable` unless the worker runs."""
         with self._changed:
             self._refuse_if_ended()
             self._ring.add(active)
@@ -257,7 +257,7 @@ class DeviceWorker:
         self._split(rows, failure)
 
     def _fold(self, rows: Sequence[Taken], outputs: Sequence[RowOutput]) -> None:
-        """Fold what rows gave, row by row in their order, and settle the jobs that have something to say."""
+        """Fold what rows gave, row by row in their order, and store the results of examples that have one."""
         said: dict[ExampleRun, tuple[ActiveRequest, Result]] = {}
         for (active, row), output in zip(rows, outputs, strict=True):
             if active.cancelled:

@@ -1,4 +1,4 @@
-"""The engine: answers requests on one device. It knows neither the wire nor the network."""
+"""The engine: answers requests on one or several devices. It knows neither protobuf nor gRPC."""
 
 import asyncio
 import contextlib
@@ -52,7 +52,8 @@ BYTES_OF_FLOAT32 = 4
 # that are in progress at once have rows at the device, or came from there in the last chunk.
 TENSORS_IN_PROGRESS = 5
 EXAMPLES_IN_PROGRESS = 2
-# What an example takes beside its bytes and its maps: it is an array, an aim, an explanation, a digest and a message.
+# What an example takes beside its bytes and its maps: it is an array, a resolved target, an explanation, a digest and a
+# message.
 BYTES_OF_EXAMPLE = 4096
 
 _Value = TypeVar("_Value")
@@ -156,7 +157,7 @@ class Engine:
         return has_ended
 
     def _abandon(self, device: Device) -> None:
-        """Fail what is unanswered at a station: the thread that would answer it has ended."""
+        """Fail what is unanswered at a device: the thread that would answer it has ended."""
         unanswered = [(active, answered) for active, (answered, at) in list(self._unanswered.items()) if at is device]
         if not (self._closing.is_set() or device.worker.loss):  # of a lost device the log has the cause
             log.critical(Event("device_thread_ended", device=device.torch_device, unanswered=len(unanswered)))

@@ -1,4 +1,4 @@
-"""A job: one example in progress. Its method's paused generator, and the rows of the sweep that it waits for."""
+"""One example in progress: its method's paused generator, and the rows of the sweep that it waits for."""
 
 import math
 from collections.abc import Generator
@@ -28,7 +28,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What a job has to say, its maps still on the device."""
+    """What an example run returns, its maps still on the device."""
 
     # Whether each map is known to be rounding alone, or not to be; None: it is nothing where it is zero everywhere.
     is_negligible: tuple[bool | None, ...]
@@ -45,7 +45,7 @@ class Result:
 class ExampleRun:
     """One example of a request, explained step by step on the thread that owns the device.
 
-    Whatever `give` raises has ended the job: then `close` it.
+    Whatever `give` raises has ended the example run: then `close` it.
     """
 
     def __init__(self, request: Request, model: Model, prepared: Prepared, place: int, *, is_watched: bool) -> None:
@@ -69,7 +69,7 @@ class ExampleRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the job wants no more rows."""
+        """Whether the example run wants no more rows."""
         return self._sweep is None
 
     @property

@@ -1,4 +1,4 @@
-"""The pulse: whether a thread that runs one thing after another still moves. Standard library only."""
+"""The heartbeat: whether a thread that runs one task after another still makes progress. Standard library only."""
 
 import time
 from collections.abc import Callable

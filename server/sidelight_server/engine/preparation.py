@@ -1,4 +1,4 @@
-"""Preparation: a request's images become what the device takes, its target becomes class numbers. In worker threads."""
+"""Preparation, in worker threads: images become what the device takes, the target becomes class indices."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -43,7 +43,7 @@ class Prepared:
     examples: Sequence[Array | SidelightError]
     geometries: Sequence[Geometry | None]
     resolved_targets: Sequence[ResolvedTarget]
-    top_k: int  # how many classes of each example are explained, instead of its aim; 0: its aim
+    top_k: int  # how many classes of each example are explained, instead of its target; 0: its target
     shape: Shape  # of the model's input
     maps_shape: tuple[int, ...]
     baseline_digest: str  # of baselines that came as an array, SHA-256 in hexadecimal

@@ -1,4 +1,4 @@
-"""Remeasuring: chunk sizes are measured again, because the cores may have been busy when a model was loaded."""
+"""Recalibration: chunk sizes are measured again, because the cores may have been busy when a model was loaded."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence

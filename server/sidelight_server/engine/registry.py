@@ -1,4 +1,4 @@
-"""The registry: which version of which model serves, and how it comes: at start, when first asked for, or again."""
+"""The registry: which version of which model serves, loaded at start, on the first request, or again."""
 
 import asyncio
 import contextlib
@@ -32,7 +32,7 @@ RETRY_S = 10.0  # after which a model that could not be loaded is tried again, i
 
 _Value = TypeVar("_Value")
 
-Version = tuple[Model, ...]  # of one model, one for each station
+Version = tuple[Model, ...]  # of one model, one for each device
 # Files, their number on the disk, size and time of change in ns: −1 where there is none. The time alone would be the
 # same after two writes within one tick of the file system's clock.
 Fingerprint = tuple[tuple[Path, int, int, int], ...]
@@ -56,7 +56,7 @@ class Entry:
     def __init__(self, name: str, settings: ModelSettings, spec: ModelSpec | None = None) -> None:
         self.name = name
         self.settings = settings
-        self.models: Version = ()  # one for each station; empty: not loaded
+        self.models: Version = ()  # one for each device; empty: not loaded
         self.loaded_from: Fingerprint = ()  # the files as they were before they were read the last time
         self.failure = ""  # why the last attempt to load it came to nothing
         self.n_failed = 0  # attempts
@@ -190,7 +190,7 @@ class Registry:
         await reload
 
     def warm_up(self, device: Device) -> list[Model]:
-        """Warm up what was loaded at start, on one station. On the thread that owns the device."""
+        """Warm up what was loaded at start, on one device. On the thread that owns it."""
         loaded = [entry for entry in self.entries.values() if entry.models]
         for entry in loaded:
             warm_up(entry.models[device.index])

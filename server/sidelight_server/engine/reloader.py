@@ -1,4 +1,4 @@
-"""The watch: looks at the models' files, and has a model loaded again once one of its files has changed."""
+"""The reloader: watches the models' files, and has a model loaded again once one of its files has changed."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""The scheduler: whose rows the device runs next. Standard library only.
+"""The scheduler: chooses the rows that the device runs next. Standard library only.
 
 Callers form a ring, and the active requests of each a ring of their own. A chunk takes one row from each caller in
 turn, of that caller's requests in turn, all of the head's key, and goes round again while there is room; newcomers join
@@ -41,7 +41,7 @@ class Source(Protocol[Taken]):
 class Ring(Generic[Row]):
     """The requests that have rows to run, in turn by caller.
 
-    It is owned by the runner, under whose lock every call is made.
+    It is owned by the device worker, under whose lock every call is made.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""A process that decodes files for a server, so that a file which takes its decoder down takes nothing else down.
+"""The decoder process: decodes files for a server, so that a crash of a decoder takes nothing else down.
 
 Its standard input is a socket: it reads one order after the other, and replies to each. While it decodes, the system
 ends it once it has used its CPU time, and at once where the server has gone. It gets no memory beyond the bound. What

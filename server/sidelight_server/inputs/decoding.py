@@ -1,4 +1,4 @@
-"""A file becomes pixels: the first thing that happens to an image that came as PNG, JPEG, another format, or DICOM."""
+"""Decoding: a file, PNG, JPEG, another format or DICOM, becomes pixels."""
 
 import io
 import warnings

@@ -1,4 +1,4 @@
-"""Values become the pixels that a model wants: other channels, alpha laid over white, a window of grey. Of all sources.
+"""Pixels as a model takes them: channels converted, alpha laid over white, a window of gray values.
 
 Files and arrays go the same way, so an array gives what a file of it would.
 """

@@ -46,7 +46,7 @@ class Gradient(Method):
         return channels is Channels.MAX_ABS and self.magnitude is Magnitude.ABSOLUTE and not self.times_input
 
     def attribution(self, output: RowOutput) -> Tensor:
-        """Return the attribution, [C, H, W], of one reading."""
+        """Return the attribution, [C, H, W], of one row's output."""
         assert output.gradient is not None  # noqa: S101
         return output.gradient * output.input if self.times_input else output.gradient
 

@@ -1,6 +1,6 @@
-"""Draws: random numbers that depend on a request's seed and the point alone.
+"""Random numbers that depend on a request's seed and the point alone.
 
-Every example of a batch gets the same draws, so neither company nor place changes a map.
+Every example of a batch gets the same draws, so neither neighbors nor position changes a map.
 """
 
 import hashlib

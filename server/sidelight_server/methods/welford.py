@@ -1,4 +1,4 @@
-"""Running sums: what rows give is folded one by one, in no less than float32."""
+"""Running sums by Welford's recurrence, in no less than float32."""
 
 import torch
 from torch import Tensor

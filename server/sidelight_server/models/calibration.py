@@ -1,4 +1,4 @@
-"""Calibration: how many rows a chunk should have. Measured at load and later, each run in its turn on the device."""
+"""Calibration: measures how many rows a chunk should have, at load and later, between the chunks of requests."""
 
 import bisect
 import functools
@@ -67,7 +67,7 @@ def choose_chunk_rows(
     trials = [tried(1)]
 
     def measured(rows: int) -> bool:
-        """Try a size, unless it must be expected to be too much; a row alone is slower than in company."""
+        """Try a size, unless it must be expected to be too much; a row alone is slower than among others."""
         if rows > room or rows / trials[-1].rows_per_second > 2 * max_chunk_s:
             return False
         trials.append(tried(rows))
@@ -140,7 +140,7 @@ def _rows(trial: Trial) -> int:
 
 
 def same_bytes(model: "Model", rows: int) -> bool:
-    """Say whether an example gets the same bytes in every run, place and company of a chunk of `rows`."""
+    """Say whether an example gets the same bytes in every run, position and chunk of `rows`."""
     for seed in range(CHECKED_EXAMPLES):
         example = model.inputs_like(1, seed=seed)[0]
         said: list[list[Tensor]] = []

@@ -1,4 +1,4 @@
-"""Checks at load: whether rows touch each other, and whether the gradient is that of the outputs.
+"""Checks at load: whether rows of a batch depend on each other, and whether gradients are those of the outputs.
 
 What autograd recorded cannot tell: a detached tensor, a quantized operation or a rounded gate leaves no trace there. So
 outputs are compared with outputs.
@@ -72,7 +72,7 @@ def gradient_fault(run: Run, example: Tensor, *, in_turn: "InTurn", most: int = 
     """Return what is wrong with the gradient at an example, [1, C, H, W], in words; empty where nothing is.
 
     `ConfigurationError` where the outputs do not depend on the input at all. `most` is how
-    many rows may run at once: one, where they touch each other.
+    many rows may run at once: one, where they depend on each other.
     """
     ratio, said = _judged(run, example, seed=0, in_turn=in_turn, most=most)
     if ratio > DOUBT:

@@ -1,4 +1,4 @@
-"""Detection: finds out how a module is called and what its outputs are, by one trial run.
+"""Introspection: one trial run finds out how a module is called and what its outputs are.
 
 That is at load where an input size is known, else on the first rows that come. What the specification says is not
 guessed, but tried all the same: a wrong word fails here. What neither says nor shows itself is refused, not guessed.

@@ -1,4 +1,4 @@
-"""The mode of a recorded module: one that was recorded in train mode stays in it, whatever `eval()` is told later."""
+"""The mode of a recorded module: one that was recorded in train mode stays in it, whatever `eval()` says later."""
 
 from collections.abc import Iterator
 

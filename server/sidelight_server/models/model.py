@@ -66,7 +66,7 @@ class Model:
     """One version of one model on one device.
 
     It is made from a whole specification, and tried once: `ConfigurationError` says what does not fit. What it runs on
-    the device, then and while it is calibrated, it runs `in_turn`: as an errand of the thread that owns the device,
+    the device, then and while it is calibrated, it runs `in_turn`: as a task of the thread that owns the device,
     where that answers others already. A module is shared where others hold it too, and may write to its weights.
     """
 
@@ -91,7 +91,7 @@ class Model:
         self.trial_shape = _trial_shape(spec)
         self.class_count = len(self.labels)  # without labels, and not tried, unknown until the first rows ran: 0
         self.output_shape: tuple[int, ...] = ()  # K, or K, h, w; as with the classes
-        self.padded_rows = 0  # how many rows a chunk is filled up to, for the same bytes in every company
+        self.padded_rows = 0  # how many rows a chunk is filled up to, for the same bytes beside any neighbors
         self.warm_up: tuple[Trial, ...] = ()
         self.is_measured = False  # whether the size of its chunks was measured, and may grow when it is measured again
         self.neighbor_difference: float | None = None  # see `calibration`; None: not measured
@@ -490,7 +490,7 @@ class Model:
         self._keep_apart()
 
     def _keep_apart(self) -> None:
-        """Let rows that touch each other run alone."""
+        """Let rows that depend on each other run alone."""
         if self.is_batch_dependent:
             self.chunk_rows = 1
             log.warning(Event("rows_touch", model=self.name, message=TOUCHING))

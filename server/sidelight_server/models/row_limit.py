@@ -1,4 +1,4 @@
-"""The ceiling of a chunk's rows: lowered where memory lacks, raised again while it does not. Standard library only."""
+"""The limit of a chunk's rows: lowered where memory runs out, raised again while it does not."""
 
 GOOD_CHUNKS = 16  # as large as they may be, before twice as many rows are tried
 MOST_GOOD_CHUNKS = 1024  # the same, where trying has failed again and again

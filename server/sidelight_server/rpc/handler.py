@@ -1,4 +1,4 @@
-"""The explainer: one message's way through validation and engine, the same for unary calls and streams."""
+"""The request handler: validates one message and has the engine answer it, for unary calls and streams alike."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ MANY_BYTES = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class ValidatedRequest:
-    """A message that was found right: what it asks for, what that holds in memory, and until when it may take."""
+    """A validated request with its memory cost and its deadline."""
 
     message: pb.AttributeRequest
     request: Request
@@ -58,7 +58,7 @@ class ValidatedRequest:
 
 
 class RequestHandler:
-    """Explains messages on an engine, within the permits of `admission`."""
+    """Answers messages on an engine, within the permits of `admission`."""
 
     def __init__(self, engine: Engine, telemetry: Telemetry | None = None) -> None:
         settings = engine.settings

@@ -1,4 +1,4 @@
-"""The framing: how the messages of calls come and go.
+"""The interceptor that reads and writes the messages of calls.
 
 Each is read in a place of `ReceiveLimit`, once its call is known to be allowed, and decoded and encoded by `wire.codec`
 where it holds tensors. An answer that its caller does not accept ends its call.

@@ -1,4 +1,4 @@
-"""Departures: callers who go while they are answered. That is no fault, and makes no line in the log.
+"""A log filter: a caller that goes while its response is written is no fault, and is not logged.
 
 gRPC means the same: it says nothing where it knows already that the caller has gone. Where a write fails a moment
 before it knows, it logs an error with a traceback, and there is no other way to tell it not to.
@@ -22,5 +22,5 @@ _failed_writes = _FailedWrites()
 
 
 def hide_failed_writes() -> None:
-    """Log no departures, of any gRPC server in this process."""
+    """Do not log failed writes to callers that have gone, of any gRPC server in this process."""
     logging.getLogger("grpc._cython.cygrpc").addFilter(_failed_writes)  # once, however often it is added

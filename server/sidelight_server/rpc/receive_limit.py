@@ -1,4 +1,4 @@
-"""Arrivals: how many messages may be on their way in at once, and for how long.
+"""The receive limit: how many messages may be received at once, and for how long.
 
 gRPC takes 64 KiB of a call whose message nobody reads, and all of it once somebody does. So messages are read in
 places, of which there are as many as may take memory before they can be counted.

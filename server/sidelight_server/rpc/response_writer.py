@@ -1,4 +1,4 @@
-"""The outlet: a stream's way out. One message at a time, each within the time that its caller has to accept it.
+"""The response writer of a stream: one message at a time, each with a time limit for the caller to accept it.
 
 That time begins when the message is there to be written, not when its turn comes: a caller who takes all of them, but
 slowly, would otherwise hold the last one's permit for as many times as long.
@@ -16,7 +16,7 @@ class StalledError(Exception):
 
 
 class ResponseWriter:
-    """Writes of one stream, in turn.
+    """Writes the responses of one stream, in turn.
 
     A write waits while gRPC's flow control has no room for it. It must not be cancelled unless the whole stream is:
     gRPC takes no other until it has ended.

@@ -1,4 +1,4 @@
-"""The service: the calls of `sidelight.v1`."""
+"""The services of `sidelight.v1`: their calls."""
 
 import asyncio
 import time
@@ -109,7 +109,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
             await abort(context, error)
         except asyncio.CancelledError:
             if not self._is_given_up or context.cancelled():
-                if _is_late(context):  # else the caller has gone, which the passage takes for granted
+                if _is_late(context):  # else the caller has gone, which the call record assumes
                     telemetry.failed(call_record, DeadlineExceeded("the call's deadline passed"))
                 raise
             call.uncancel()

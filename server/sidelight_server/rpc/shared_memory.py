@@ -1,4 +1,4 @@
-"""Shared memory: regions that a stream registered. Plain files in the folder that the operator allows, never mapped.
+"""Shared memory: regions that a stream registered. Plain files in the operator's folder, never mapped.
 
 A mapped file that is cut short ends the process that touches it; `preadv` and `pwritev` give a short count instead,
 which fails one batch. All of this blocks, so it runs in worker threads.

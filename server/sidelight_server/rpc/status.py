@@ -1,4 +1,4 @@
-"""The status: how a call ends whose answer is an error."""
+"""Statuses: how a call ends whose answer is an error."""
 
 import asyncio
 import functools

@@ -1,4 +1,4 @@
-"""The stream: many batches in flight on one connection. Nothing about one batch ends it."""
+"""`AttributeStream`: many batches in flight on one call. No failure of one batch ends it."""
 
 import asyncio
 import functools

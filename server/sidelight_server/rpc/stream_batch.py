@@ -1,4 +1,4 @@
-"""A batch of a stream: from its message, found right, to its answer, accepted by the caller."""
+"""A batch of a stream, from its validated message to its written response."""
 
 import asyncio
 import contextlib
@@ -109,7 +109,7 @@ class Batch:
             self._on_admitted()
 
     async def _taken(self) -> ValidatedRequest:
-        """Take a slot and a permit, within the batch's own time; return the inquiry, once its model is there."""
+        """Take a slot and a permit, within the batch's own time; return the validated request."""
         validated = self._inquiry
         if isinstance(validated, ValidatedRequest):
             await self._take_slot(validated.deadline_s)

@@ -1,4 +1,4 @@
-"""Endings: calls whose caller does not accept the answer are cut off.
+"""The write timeout: cuts off calls whose caller does not accept the response.
 
 gRPC's asyncio server has no such thing: a call waits for its caller as long as that likes, and a status that is sent
 then waits behind the answer. It lets go of a call whose tasks are cancelled, and what is let go of is reset.

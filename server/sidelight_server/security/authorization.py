@@ -1,4 +1,4 @@
-"""Authorization: who may call what. It is settled before a call's first message is read."""
+"""Authorization: who may call what, decided before a call's first message is read."""
 
 import hashlib
 import hmac

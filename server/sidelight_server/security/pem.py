@@ -1,4 +1,4 @@
-"""PEM files, looked at before gRPC gets them: it would find out at the first handshake, or end the process.
+"""PEM files, checked before gRPC gets them: it would fail at the first handshake, or end the process.
 
 Standard library only: a probe must be quick.
 """

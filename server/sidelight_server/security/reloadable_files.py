@@ -1,4 +1,4 @@
-"""Secret files: what they hold, read again once they change. Certificates and tokens are such files."""
+"""Certificate and token files, read again once they change."""
 
 import logging
 import stat

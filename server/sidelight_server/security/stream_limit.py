@@ -1,4 +1,4 @@
-"""Peers: how much each has open. A peer is the host that calls; callers over UNIX sockets are one together."""
+"""The stream limit: how much each peer has open. A peer is a host; all UNIX socket callers are one."""
 
 import contextlib
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Credentials: the certificate that TLS shows, and the authority that callers' certificates must be signed by."""
+"""TLS: the server's certificate, and the authority that must have signed callers' certificates."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The passage: one batch on its way through the server, and when it came past each place.
+"""The call record: timestamps and outcome of one request, recorded stage by stage.
 
 Counts and spans are made of it once it has ended. Times are on the monotonic clock, in seconds; None: never got there.
 """
@@ -20,7 +20,7 @@ class ChunkTimes(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class CallRecord:
-    """What a batch is, when it was where, and how it ended. The event loop's, but for `chunks`: see `Work`."""
+    """One request: timestamps, outcome, identity. Owned by the event loop, except `chunks`: see `ActiveRequest`."""
 
     call: str
     arrived_s: float

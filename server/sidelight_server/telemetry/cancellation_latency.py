@@ -1,4 +1,4 @@
-"""Stops: how soon work ended on the device once it was cancelled."""
+"""Cancellation latency: how soon a cancelled request leaves the device."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ class CancellationTimes:
 
 
 class CancellationLatency:
-    """A record of stops. The thread that owns the device alone writes it; any may read, for it is replaced whole."""
+    """A record of latencies. Only the device's thread writes it; any thread may read it, for it is replaced whole."""
 
     def __init__(self) -> None:
         self._times = CancellationTimes()

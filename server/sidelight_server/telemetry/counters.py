@@ -1,4 +1,4 @@
-"""The counts: what happened to batches, as plain numbers. `metrics` tells them; whoever counts is never held up by it.
+"""Counters of requests, as plain numbers. `app.prometheus` exports them; counting never waits for a scrape.
 
 Each count has one thread that adds to it. Others may read it meanwhile: a number may be a moment old, none is torn.
 """

@@ -1,4 +1,4 @@
-"""The histogram: a count that is quick to add to, and stands on the standard library alone."""
+"""A histogram that is cheap to add to. Standard library only."""
 
 from bisect import bisect_left
 from collections.abc import Sequence

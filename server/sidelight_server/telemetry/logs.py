@@ -1,4 +1,4 @@
-"""The logs: each line an event with fields, as key=value or as JSON. A stream that takes no lines stops nothing."""
+"""Logs: each line an event with fields, as key=value or JSON. A blocked log stream blocks nothing else."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The passages: where batches begin and end, and who is told of it."""
+"""The recorder: begins and ends call records, and hands them to counters and traces."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -16,14 +16,14 @@ Headers = Callable[[], Iterable[tuple[str, Any]] | None]  # called where they ar
 
 
 class Telemetry:
-    """The passages of one server, all counted, and traced if that is wanted. The event loop's."""
+    """The call records of one server: counted, and traced if that is wanted. Owned by the event loop."""
 
     def __init__(self, tracing: "Tracing | None" = None) -> None:
         self.counts = Counters()
         self._tracing = tracing
 
     def begin(self, call: str, headers: Headers, *, caller: str = "") -> CallRecord:
-        """Return the passage of a batch that has come. The call's headers say of which trace it is a part."""
+        """Return the call record of a batch that has come. The call's headers say of which trace it is a part."""
         call_record = CallRecord(call, time.monotonic(), caller)
         if self._tracing:
             self._tracing.begin(call_record, headers() or ())

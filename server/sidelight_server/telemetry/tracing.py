@@ -1,4 +1,4 @@
-"""The tracing: a batch's passage as spans of OpenTelemetry, below those of its caller. The extra `otel`.
+"""Tracing: a call record as OpenTelemetry spans, below those of its caller. The extra `otel`.
 
 One span stands for the batch, from its arrival until its answer is written; below it are admission, prepare, queue,
 each chunk, and write. All but the first are made at the end, of times that were taken anyway.

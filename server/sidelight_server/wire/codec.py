@@ -1,4 +1,4 @@
-"""Frames: a message's bytes, with the one large tensor in them cut out as a view or spliced in by one join.
+"""The codec: a message's bytes, with the one large tensor cut out as a view or spliced in by one join.
 
 protobuf would copy it several times each way; see `sidelight._transport.envelope`.
 """

@@ -1,4 +1,4 @@
-"""Enums on the wire: numbers and what they stand for. Proto3 lets any number through, so they are checked here."""
+"""Enums: numbers and their meanings. Proto3 lets any number through, so they are checked here."""
 
 from collections.abc import Iterable, Mapping
 from typing import Protocol, TypeVar

@@ -1,4 +1,4 @@
-"""Methods on the wire: messages become methods, and methods messages with every default filled in."""
+"""Methods: messages become methods, and methods messages with every default filled in."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The wire, inwards: messages become requests. Everything that a caller sends is checked here, by hand."""
+"""Requests: messages become domain requests. Everything that a caller sends is checked here."""
 
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, tensor_pb2

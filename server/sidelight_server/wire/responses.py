@@ -1,4 +1,4 @@
-"""The wire, outwards: answers, failures and models become messages."""
+"""Responses: answers, failures and models become messages."""
 
 import functools
 from collections.abc import Iterable
@@ -20,7 +20,7 @@ from .tensors import encoded
 
 
 def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attribution:
-    """Return the message of an answer without its maps and its provenance: `frames` adds them."""
+    """Return the message of an answer without its maps and its provenance: `wire.codec` adds them."""
     return pb.Attribution(
         examples=[
             _example(each, answer.labels, differs=differs)

@@ -1,4 +1,4 @@
-"""Tensors on the wire: bytes become arrays, as views, and arrays what is sent. Nothing is trusted, nothing copied."""
+"""Tensors: bytes become arrays, as views, and arrays bytes. Nothing is trusted, nothing copied."""
 
 import math
 from dataclasses import dataclass

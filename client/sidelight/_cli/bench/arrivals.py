@@ -1,4 +1,4 @@
-"""Arrivals: when an open loop sends, in seconds from its beginning. What the server does has no part in it."""
+"""Arrival times of an open loop, in seconds from its start, independent of the server."""
 
 import itertools
 from collections.abc import Iterator

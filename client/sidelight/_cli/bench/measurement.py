@@ -1,4 +1,4 @@
-"""The bench: loads one after another, each measured in windows until three of them agree."""
+"""The measurement: loads one after another, each in windows until three of them agree."""
 
 from collections import deque
 from collections.abc import Callable, Sequence

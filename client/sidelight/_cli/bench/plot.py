@@ -1,4 +1,4 @@
-"""The bench's picture: rate over latency of several loads, or the latencies of one; and where the time went."""
+"""Plots: rate over latency of several loads, or the latencies of one, and where the time went."""
 
 import dataclasses
 from collections.abc import Sequence

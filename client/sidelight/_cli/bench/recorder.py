@@ -1,4 +1,4 @@
-"""The recorder: what callers see of a server, counted into the window that is open.
+"""The recorder: counts what callers observe into the current window.
 
 A request is counted where it ends, and how late it was sent where it was sent.
 """

@@ -1,4 +1,4 @@
-"""The bench's report: a line while it runs, tables at the end, and everything as JSON can hold it."""
+"""The report: a line of progress, tables at the end, and everything as JSON."""
 
 import contextlib
 import dataclasses

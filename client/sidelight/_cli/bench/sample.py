@@ -1,4 +1,4 @@
-"""A sample: of numbers without end their count, sum and maximum, and as many of themselves as memory is to hold."""
+"""A bounded random sample of a series of numbers, with its exact count, sum and maximum."""
 
 import random
 from array import array

@@ -1,4 +1,4 @@
-"""Figures: what windows come to, and whether they agree with each other. All spans are in seconds."""
+"""Statistics of windows, and whether windows agree. All durations are in seconds."""
 
 import math
 from collections.abc import Sequence

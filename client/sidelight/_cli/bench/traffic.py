@@ -1,4 +1,4 @@
-"""Traffic: what a load generator sends, again and again, and the images that are made where none are given."""
+"""Traffic: the batches that a load generator repeats, from files or made at random."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""Exported: `export:FILE.pt2`, a program that `torch.export` made. Nothing in the file is run to load it."""
+"""`export:FILE.pt2`: a program that `torch.export` made. Nothing in the file is run to load it."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Image processor: `preprocessor_config.json`, how a Hugging Face model wants its pictures.
+"""`preprocessor_config.json`: how a Hugging Face model wants its images.
 
 It is read by hand, for its class may want torchvision. What cannot be said by a `ModelSpec` is refused, not approached.
 """

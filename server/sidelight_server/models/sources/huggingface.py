@@ -1,4 +1,4 @@
-"""Hugging Face: `hf:DIR`, a folder that `save_pretrained` of transformers wrote, for image classification.
+"""`hf:DIR`: a folder that `save_pretrained` of transformers wrote, for image classification.
 
 Nothing is asked of a network, and no code of a folder is run: weights are safetensors, or read weights-only.
 """

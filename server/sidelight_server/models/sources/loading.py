@@ -1,4 +1,4 @@
-"""Refusal: whatever is wrong with what a model comes from, said in one line: setting, file, cause."""
+"""Errors of loading: what is wrong with a model's source, in one line: setting, file, cause."""
 
 import contextlib
 import pickle

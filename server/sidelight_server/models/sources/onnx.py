@@ -1,4 +1,4 @@
-"""ONNX: `onnx:FILE`, a network that onnx2torch writes anew as a module. An optional extra."""
+"""`onnx:FILE`: a network that onnx2torch converts to a module. An optional extra."""
 
 import functools
 import warnings

@@ -1,4 +1,4 @@
-"""Archive: a `.pt2` file, looked through before torch reads it.
+"""A `.pt2` archive, checked before torch reads it.
 
 torch's own reader runs what a file says, in five ways: it unpickles anything, loads compiled libraries, takes whatever
 function can be reached from `torch` for an operator, evaluates expressions of sizes, and writes names into Python

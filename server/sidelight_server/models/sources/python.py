@@ -1,4 +1,4 @@
-"""Factory: `python:package.module:factory`, a function of the operator's own that returns a module or a ModelSpec."""
+"""`python:package.module:factory`: the operator's own function that returns a module or a `ModelSpec`."""
 
 import importlib
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Script: `torchscript:FILE`, a module that `torch.jit` compiled.
+"""`torchscript:FILE`: a module that `torch.jit` compiled.
 
 A script is a program: loading it runs none of it, but serving it does, and what TorchScript can do (files among it) it
 may do with the server's rights. Serve only scripts whose maker you trust; the other sources hold no such thing.

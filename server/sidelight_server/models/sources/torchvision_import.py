@@ -1,4 +1,4 @@
-"""torchvision, which other packages import, beside a CPU build of torch.
+"""Imports torchvision, which other packages import, beside a CPU build of torch.
 
 Its wheel from the package index is made for another build: its compiled operators do not load, and then two names that
 its own modules look up are missing. No classifier needs either operator, so the names are enough.

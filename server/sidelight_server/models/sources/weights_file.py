@@ -1,4 +1,4 @@
-"""State: weights of a module out of a file. Safetensors, or a `.pt` read weights-only: neither can carry code."""
+"""Weights from a file: safetensors, or a `.pt` read weights-only. Neither can carry code."""
 
 import warnings
 from pathlib import Path
