@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo test lint proto proto-check bench peers pyhealth soak soak-long fuzz zoo properties nightly image envoy breaking dist oldest pythons lock clean
+.PHONY: setup demo test check lint proto proto-check bench peers pyhealth soak soak-long fuzz zoo properties nightly image envoy breaking dist oldest pythons lock clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -45,6 +45,11 @@ test: setup
 	-$(MAKE) envoy
 	@code=0; $(PYTEST) -m 'not serial' --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile || code=1; \
 	$(PYTEST) -m serial || code=1; exit $$code
+
+# Under a minute: lint, the unit tests that are quick, and one test module each against oracles and a server.
+CHECKED = tests/unit tests/oracle/test_methods.py tests/service/test_service.py
+check: lint
+	$(PYTEST) -q -m 'not slow and not serial' --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile $(CHECKED)
 
 lint: setup proto-check
 	$(BIN)/ruff check .
@@ -90,9 +95,9 @@ TRITON_PYTHON ?= /usr/bin/python3
 # One of PyHealth's own models on a data set of its own, by the original and by the drop-in class: 2 GB, a minute or
 # three. It declares a newer Python than it needs, which must not be ignored for what it depends on.
 pyhealth: .venv/.ready .venv-pyhealth/.ready
-	$(BIN)/python -m pytest tests/test_pyhealth.py -k pyhealths_own
+	$(BIN)/python -m pytest tests/interop/test_pyhealth.py -k pyhealths_own
 
-.venv-pyhealth/.ready: tests/whole_pyhealth.txt
+.venv-pyhealth/.ready: tests/interop/whole_pyhealth.txt
 	$(PYTHON) -m venv --clear .venv-pyhealth
 	.venv-pyhealth/bin/python -m pip install --quiet --upgrade pip
 	.venv-pyhealth/bin/python -m pip install --quiet --constraint $< torch
@@ -145,7 +150,7 @@ pythons: .venv/.ready
 	@for each in 3.12 3.13; do \
 		python$$each -c '' 2>/dev/null || { echo "there is no Python $$each"; continue; }; $(MAKE) .venv-$$each/.ready || exit 1; \
 	done
-	$(BIN)/python -m pytest tests/test_packaging.py -k talks_to_the_newest
+	$(BIN)/python -m pytest tests/packaging/test_packaging.py -k talks_to_the_newest
 
 .venv-3.%/.ready: pyproject.toml constraints.txt
 	python3.$* -m venv --clear .venv-3.$*

@@ -1,6 +1,6 @@
 """Recorded kernels. Without a GPU their passes simply run again: the ladder, its buffers and its company are tested.
 
-`pytest --device cuda tests/test_graphs.py` records and replays.
+`pytest --device cuda tests/unit/server/compute/test_graphs.py` records and replays.
 """
 
 import gc
