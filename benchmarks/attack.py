@@ -47,6 +47,7 @@ END_GOAL_S = DRAIN_S + 2
 CHUNKS_GOAL = 4  # that a good call may wait longer at most, than without an attack
 GOOD_TIMEOUT_S = 60.0
 REST_S = 30.0
+WARM_UP_S = 45.0  # of all attacks, after which caches are filled and pools have all their threads
 PAUSE_S = 0.1  # between two calls of a good caller, who leaves the device idle for most of the time
 LARGE = 62 * 2**20
 CALLS = 50  # of one connection at once
@@ -247,27 +248,31 @@ def _repeat(address: str, stop: Event, messages: list[pb.AttributeRequest], *, a
             future.cancel()
 
 
-def _patiently(attack: Attack, address: str, stop: Event) -> None:
+def _patiently(attack: Attack, address: str, stop: Event, is_last: bool) -> None:
     """Attack with what CPU time is left: an attacker's own machine is another one."""
     os.nice(19)
-    attack(address, stop)
+    with contextlib.suppress(Exception) if is_last else contextlib.nullcontext():
+        attack(address, stop)
 
 
 @contextlib.contextmanager
-def _attacked(address: str, attacks: Mapping[str, Attack]) -> Iterator[None]:
-    """Run attacks meanwhile, each in a process of its own."""
+def _attacked(address: str, attacks: Mapping[str, Attack], *, is_last: bool = False) -> Iterator[None]:
+    """Run attacks meanwhile, each in a process of its own. If it is the last, the server may end before they do."""
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
-    processes = [
-        context.Process(target=_patiently, args=(attack, address, stop), daemon=True) for attack in attacks.values()
-    ]
-    for process in processes:
+    processes = {
+        name: context.Process(target=_patiently, args=(attack, address, stop, is_last), daemon=True)
+        for name, attack in attacks.items()
+    }
+    for process in processes.values():
         process.start()
     try:
         yield
+        if not is_last and (failed := [name for name, process in processes.items() if process.exitcode]):
+            raise RuntimeError(f"attacks that failed themselves: {', '.join(failed)}")
     finally:
         stop.set()
-        for process in processes:
+        for process in processes.values():
             process.join(20)
             if process.is_alive():
                 process.kill()
@@ -405,8 +410,9 @@ def _attacks(seconds: float, group: Limited) -> Iterator[Line]:
         with quiet.running():
             time.sleep(10)
         yield _latency("no attack", quiet, quiet, chunk_s)
-        with _attacked(address, ATTACKS):  # what the first ones make for good is made
-            time.sleep(10)
+        with _attacked(address, ATTACKS):
+            time.sleep(WARM_UP_S)
+        time.sleep(REST_S)
         before = settled(process)
         for name, attack in ATTACKS.items():
             good = Good(good_address)
@@ -455,7 +461,7 @@ def _end(name: str, attack: Attack) -> Line:
     """Tell a server to end in the middle of an attack, and say how long that took."""
     with _served("--drain-s", str(DRAIN_S)) as (address, _, pid):
         process = psutil.Process(pid)
-        with _attacked(address, {name: attack}):
+        with _attacked(address, {name: attack}, is_last=True):
             time.sleep(3)
             children = process.children(recursive=True)
             began = time.perf_counter()

@@ -67,7 +67,7 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
         explain: Any = handler.unary_unary
 
         async def answer(_: object, context: Context) -> Any:
-            # Whom the share of places is counted with is known by now: the call has been authorized.
+            # The call has been authorized, so its caller is known.
             caller = self._callers.of(context)
             async with self._pace.turn(caller):
                 received = await self._large.read(context, caller)
@@ -78,6 +78,10 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
             except grpc.aio.AbortError:
                 self._pace.refuse(caller, received.n_bytes)
                 raise
+            except asyncio.CancelledError as cancelled:
+                # Before Python 3.13 a frame of `TaskGroup` in the traceback refers to the error: a circle of
+                # references, which would keep the message in memory until the garbage collector runs.
+                raise cancelled.with_traceback(None) from None
 
         return grpc.stream_unary_rpc_method_handler(
             answer, request_deserializer=decode_request, response_serializer=encode
@@ -87,7 +91,10 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
         talk: Any = handler.stream_stream
 
         async def converse(requests: object, context: Context) -> None:
-            await talk(requests, context)
+            try:
+                await talk(requests, context)
+            except asyncio.CancelledError as cancelled:  # as above
+                raise cancelled.with_traceback(None) from None
             self._write_timeout.expect()
 
         return grpc.stream_stream_rpc_method_handler(

@@ -145,9 +145,6 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         except ResourceExhausted as error:
             self._handler.telemetry.refuse("AttributeStream", context.invocation_metadata, error)
             await abort(context, error)
-        except asyncio.CancelledError as cancelled:
-            # A frame of `TaskGroup`, in the traceback, keeps the error before Python 3.13: another circle.
-            raise cancelled.with_traceback(None) from None
         finally:
             self._streams.discard(stream)
             stream.let_go()
