@@ -118,7 +118,7 @@ fuzz: .venv/.ready
 	$(BIN)/python -m benchmarks.fuzz wire --seconds 60
 	$(BIN)/python -m benchmarks.fuzz files --seconds 60
 
-# Each method of 24 architectures against its oracle, and the table of docs/models.md against what they gave.
+# Each method of 24 architectures against its oracle, and the table of docs/reference/models.md against what they gave.
 zoo: .venv/.ready
 	PYTHONPATH=tests $(BIN)/python -m support.models.zoo --check
 

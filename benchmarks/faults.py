@@ -1,6 +1,6 @@
 """Faults: malformed inputs and failing models beside good requests; a drain, deaths. `python -m benchmarks.faults`.
 
-The figures of `docs/reliability.md`.
+The figures of `docs/explanation/reliability.md`.
 """
 
 import argparse

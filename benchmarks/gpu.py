@@ -1,4 +1,4 @@
-"""Given a GPU: its kernels against the CPU's, and how fast they are, for `docs/performance.md`.
+"""Given a GPU: its kernels against the CPU's, and how fast they are, for `docs/explanation/performance.md`.
 
 `python -m benchmarks.gpu` prints two tables and writes `benchmarks/results/gpu.json`. It exits with 1 where a map or a
 goal is missed, and with 2 where there is no GPU: then nothing was measured. `--rehearse` runs the same lines on the CPU

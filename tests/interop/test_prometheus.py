@@ -25,7 +25,7 @@ from support import ROOT
 
 RULES = ROOT / "deploy" / "prometheus" / "sidelight.rules.yaml"
 BOARD = json.loads((ROOT / "deploy" / "grafana" / "sidelight.json").read_text(encoding="utf-8"))
-PAGE = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "observability.md").read_text(encoding="utf-8")
 VARIABLES = {"$job": ".*", "$instance": ".*", "$model": ".*", "$__rate_interval": "30s"}
 PATIENCE_S = 30.0
 ONLY_ON_A_GPU = {"sidelight_device_free_bytes"}

@@ -1,6 +1,6 @@
-"""What README.md shows works as it stands: its Python, its commands and its ways to install.
+"""The code of README.md, the tutorial and two how-to guides runs as it is shown: Python, commands and ways to install.
 
-The code runs in a folder of its own; of its text the socket's path alone is another.
+It runs in a folder of its own; only the socket's path differs.
 """
 
 import contextlib
@@ -21,36 +21,41 @@ import sidelight
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
-from safetensors.torch import save_file
 from torch import nn
 
 from support import ROOT
 from support.models import small_cnn
 
-SOCKET = "/run/sidelight.sock"  # the README's
-BLOCKS = re.findall(
-    r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
-)
+SOCKET = "/run/sidelight.sock"  # the pages'
+PAGES = {
+    name: re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    for name in (
+        "README.md",
+        "docs/tutorial/first-maps.md",
+        "docs/how-to/call-from-python.md",
+        "docs/how-to/replace-pyhealth.md",
+    )
+}
+BLOCKS = [block for blocks in PAGES.values() for block in blocks]
 PYTHON = [text for language, text in BLOCKS if language == "python"]
-COMMANDS = [line for language, text in BLOCKS if language == "sh" for line in text.splitlines()]
-CLASSIFIER = """
-from torch import nn
-
-def my_classifier():
-    features = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten())
-    return nn.Sequential(features, nn.Linear(64, 2))
-"""
+COMMANDS = list(dict.fromkeys(line for language, text in BLOCKS if language == "sh" for line in text.splitlines()))
+CLIENT = [
+    (page, text)
+    for page, blocks in PAGES.items()
+    for language, text in blocks
+    if language == "python" and "sidelight.connect(" in text
+]
 
 
 class Folder:
-    """A working folder with the README's files, and a server on its model."""
+    """A working folder with the tutorial's files, and a server on its model."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.socket = str(path / "sidelight.sock")
 
     def here(self, text: str) -> str:
-        """Return a text of the README with the socket that this server listens on."""
+        """Return a text of a page with the socket that this server listens on."""
         return text.replace(SOCKET, self.socket)
 
     def arguments(self, line: str) -> list[str]:
@@ -73,8 +78,9 @@ class Folder:
 
 
 def commands(program: str) -> list[str]:
-    """Return the lines for the shell that call a program."""
-    return [line for line in COMMANDS if line.startswith(f"{program} ")]
+    """Return the lines for the shell that call a program, each once, whatever comment follows it."""
+    lines = (shlex.join(shlex.split(line, comments=True)) for line in COMMANDS if line.startswith(f"{program} "))
+    return list(dict.fromkeys(lines))
 
 
 def python(word: str) -> str:
@@ -86,11 +92,8 @@ def python(word: str) -> str:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
     folder = Folder(tmp_path_factory.mktemp("readme"))
-    (folder.path / "mine.py").write_text(CLASSIFIER + python("def factory"), encoding="utf-8")
-    namespace: dict[str, Any] = {}
-    exec(CLASSIFIER, namespace)
-    torch.manual_seed(0)
-    save_file(namespace["my_classifier"]().state_dict(), folder.path / "mine.safetensors")
+    (folder.path / "mine.py").write_text(python("def factory"), encoding="utf-8")
+    subprocess.run([sys.executable, "-c", python("save_file(")], cwd=folder.path, check=True, timeout=60)
     noise = np.random.default_rng(0)
     for name in ("cat.png", "dog.png"):
         Image.fromarray(noise.integers(0, 256, (260, 300, 3), np.uint8)).save(folder.path / name)
@@ -106,14 +109,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
         assert server.wait(30) == 0, (folder.path / "log").read_text(encoding="utf-8")
 
 
-def test_the_client_does_what_is_shown(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("page", "text"), CLIENT, ids=[page for page, _ in CLIENT])
+def test_the_client_does_what_is_shown(folder: Folder, monkeypatch: pytest.MonkeyPatch, page: str, text: str) -> None:
     monkeypatch.chdir(folder.path)
+    made = [*re.findall(r'\.save\("(.+?)"', text)]
+    for name in made:
+        if Path(name).is_file():
+            Path(name).unlink()
     names: dict[str, Any] = {}
     with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(folder.here(python("sidelight.connect(")), "README.md", "exec"), names)
-    assert names["answer"].index in range(100)  # the last of the stream's
-    assert Path("why.png").exists()
-    assert {"answer.json"} < {path.name for path in Path("why").iterdir()}
+        exec(compile(folder.here(text), page, "exec"), names)
+    assert names["answer"].index in range(100)  # the last of a stream's, or 0
+    assert made
+    assert all(Path(name).exists() for name in made)
 
 
 class Classifier(nn.Module):
@@ -131,7 +139,7 @@ def test_the_drop_in_class_does_what_is_shown(floats: torch.Tensor) -> None:
     plt.switch_backend("Agg")
     given = {"plt": plt, "model": Classifier(), "batch": {"image": floats, "label": torch.tensor([0, 1, 0, 1, 0])}}
     before = set(plt.get_fignums())
-    exec(compile(python("sidelight.pyhealth"), "README.md", "exec"), given)
+    exec(compile(python("sidelight.pyhealth"), "replace-pyhealth.md", "exec"), given)
     assert set(plt.get_fignums()) > before
     plt.close("all")
 
@@ -148,13 +156,16 @@ def test_a_command_does_what_is_shown(folder: Folder, line: str) -> None:
 
 
 def test_all_code_is_run() -> None:
-    assert len(PYTHON) == 3
+    others = [text for text in PYTHON if "sidelight.connect(" not in text]
+    assert len(CLIENT) == 3
+    assert len(others) == 3  # the factory, its weights, PyHealth's class
     others = {line.split()[0] for line in COMMANDS if line} - {"sidelight", "sidelight-server"}
     assert others == {"make", "pip"}
 
 
 def test_what_is_to_be_installed_can_be(tmp_path: Path) -> None:
-    torch_line, *lines = commands("pip")
+    (torch_line,) = (line for line in commands("pip") if "torch==" in line)
+    lines = [line for line in commands("pip") if line != torch_line]
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     assert shlex.split(torch_line, comments=True)[-1] in constraints
     for line in lines:
@@ -170,7 +181,7 @@ def test_what_is_to_be_installed_can_be(tmp_path: Path) -> None:
 
 def test_each_extra_that_is_named_exists() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("deploy/*.md")]
+    pages = [ROOT / "README.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("deploy/*.md")]
     for page in pages:
         for named in re.findall(r"sidelight\[([\w,]+)\]", page.read_text(encoding="utf-8")):
             assert set(named.split(",")) <= set(extras), page

@@ -301,7 +301,7 @@ def test_faults_of_thousands_of_examples_are_few_lines(tmp_path: Path) -> None:
 
 
 def test_the_page_has_every_event() -> None:
-    page = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "observability.md").read_text(encoding="utf-8")
     source = "".join(each.read_text(encoding="utf-8") for each in (ROOT / "server").rglob("*.py"))
     events = set(re.findall(r'Event\(\s*"(\w+)"', source))
     assert len(events) > 15

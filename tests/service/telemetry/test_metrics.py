@@ -489,7 +489,7 @@ def test_the_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> None:
 
 
 def test_the_page_names_every_metric(tmp_path: Path) -> None:
-    page = (ROOT / "docs" / "observability.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "reference" / "observability.md").read_text(encoding="utf-8")
     own = {name for name in _names(tmp_path) if name.startswith("sidelight_")}
     missing = {re.sub(r"_(bucket|count|sum)$", "", name) for name in own if not name.endswith("_created")}
     assert {name for name in missing if f"`{name}`" not in page} == set()

@@ -1,6 +1,6 @@
 """A zoo of small networks with random weights, and what each method gives of them, against Captum and by hand.
 
-`make zoo` runs all of it, and writes the table of docs/models.md; with --check it compares that instead. A
+`make zoo` runs all of it, and writes the table of docs/reference/models.md; with --check it compares that instead. A
 cell is what a run gave: "yes" where the maps are those of the oracle, or why there are none.
 """
 
@@ -39,7 +39,7 @@ from support.engines import ask
 from support.models import small_cnn
 from support.tolerances import COMPANY
 
-DOCUMENT = ROOT / "docs" / "models.md"
+DOCUMENT = ROOT / "docs" / "reference" / "models.md"
 BEGIN, END = "<!-- zoo: begin -->\n", "<!-- zoo: end -->\n"
 ORACLE = 1e-6  # of the largest value, in float64: maps are float32, and ours are summed in another order
 TARGET = 2
@@ -362,7 +362,7 @@ def load_ratio(name: str) -> float:
 def main() -> int:
     """Run the whole zoo, and write or compare the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare the table with that of docs/models.md")
+    parser.add_argument("--check", action="store_true", help="compare the table with that of docs/reference/models.md")
     is_check = parser.parse_args().check
     load_ratio("ViT")  # transformers and torch have their own to load the first time
     table = HEAD
@@ -376,9 +376,8 @@ def main() -> int:
     before, rest = text.split(BEGIN)
     written, after = rest.split(END)
     if is_check:
-        print(
-            "docs/models.md: the table is as it should be" if written == table else f"docs/models.md: differs:\n{table}"
-        )
+        found = "the table is as it should be" if written == table else f"the table differs:\n{table}"
+        print(f"{DOCUMENT.relative_to(ROOT)}: {found}")
         return written != table
     DOCUMENT.write_text(before + BEGIN + table + END + after, encoding="utf-8")
     return 0
