@@ -1,6 +1,6 @@
 """The maps of the faster kernels against the exact one's, on the demonstration's photographs.
 
-`python -m benchmarks.fidelity` prints the table of `docs/explanation/performance.md`; `--compile` tries torch.compile too.
+`python -m benchmarks.fidelity` prints the table of `docs/explanation/performance.md`; `--compile` adds torch.compile.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Six networks of the zoo: what each method gives of them is what docs/reference/models.md says. `make nightly` runs all."""
+"""Six networks of the zoo give what docs/reference/models.md says of each method. `make nightly` runs all."""
 
 import pytest
 

@@ -1,7 +1,7 @@
 """How near two results must be, and why. A share is of the largest value of the map that is expected."""
 
-# docs/explanation/precision.md promises it: in float32 on the CPU a map moves by this share at most with what runs beside
-# it, because matrix products of other sizes add in another order.
+# docs/explanation/precision.md promises it: in float32 on the CPU, a map depends on the other rows in its chunk by this
+# share at most, because matrix products of other sizes add in another order.
 COMPANY = 4e-6
 
 # The same on a GPU, whose kernels are chosen by size and add in many more orders.
