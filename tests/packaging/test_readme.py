@@ -1,4 +1,4 @@
-"""The code of README.md, the tutorial and two how-to guides runs as it is shown: Python, commands and ways to install.
+"""The code of README.md, the tutorial and three how-to guides runs as it is shown: Python, commands and ways to install.
 
 It runs in a folder of its own; only the socket's path differs.
 """
@@ -34,6 +34,7 @@ PAGES = {
         "docs/tutorial/first-maps.md",
         "docs/how-to/call-from-python.md",
         "docs/how-to/replace-pyhealth.md",
+        "docs/how-to/load-test.md",
     )
 }
 BLOCKS = [block for blocks in PAGES.values() for block in blocks]
