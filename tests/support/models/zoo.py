@@ -43,7 +43,7 @@ DOCUMENT = ROOT / "docs" / "reference" / "models.md"
 BEGIN, END = "<!-- zoo: begin -->\n", "<!-- zoo: end -->\n"
 ORACLE = 1e-6  # of the largest value, in float64: maps are float32, and ours are summed in another order
 TARGET = 2
-COLUMNS = ("gradient", "integrated gradients", "Grad-CAM", "guided", "occlusion", "company", "reproducible", "fold")
+COLUMNS = ("gradient", "integrated gradients", "Grad-CAM", "guided", "occlusion", "neighbors", "reproducible", "fold")
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def row(name: str) -> dict[str, str]:
         together = _maps(engine, x)
         alone = np.concatenate([_maps(engine, each[None]) for each in x])
         apart = float(np.abs(together - alone).max() / np.abs(together).max())
-        cells["company"] = "yes" if apart <= COMPANY else f"no: {apart:.0e} of the largest value"
+        cells["neighbors"] = "yes" if apart <= COMPANY else f"no: {apart:.0e} of the largest value"
     with _engine(module, size, settings.model_copy(update={"reproducible": True})) as engine:
         is_same = np.array_equal(_maps(engine, x)[:1], _maps(engine, x[:1]))
         cells["reproducible"] = "yes" if is_same else "no"
