@@ -1,4 +1,4 @@
-"""The code of README.md, the tutorial and three how-to guides runs as it is shown: Python, commands and ways to install.
+"""The code of README.md, the tutorial and three how-to guides runs as shown: Python, commands and ways to install.
 
 It runs in a folder of its own; only the socket's path differs.
 """
