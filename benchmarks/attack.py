@@ -180,7 +180,7 @@ def _odd_numbers(address: str, stop: Event) -> None:
         pb.AttributeRequest(images=_files([flat.getvalue()]), target=_predicted()),
         pb.AttributeRequest(images=tensor_pb2.Images(tensor=bfloat16), target=_predicted()),
         request(_pixels(4), sidelight.IntegratedGradients(baseline=sidelight.Blurred(sigma=250_000))),
-        request(_pixels(4), sidelight.SmoothGrad(noise=3.5e38)),
+        request(_pixels(4), sidelight.SmoothGrad(noise_level=3.5e38)),
         labelled,
     ]
     _repeat(address, stop, messages)

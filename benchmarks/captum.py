@@ -107,7 +107,7 @@ def run() -> list[Line]:
         lines = []
         for what, method, theirs in (
             (f"IG-{STEPS}", OurIntegratedGradients(steps=STEPS), captum.integrated_gradients),
-            (f"SmoothGrad-{SAMPLES}", OurSmoothGrad(samples=SAMPLES, noise=NOISE), captum.smoothgrad),
+            (f"SmoothGrad-{SAMPLES}", OurSmoothGrad(samples=SAMPLES, noise_level=NOISE), captum.smoothgrad),
         ):
             maps: dict[str, NDArray[np.float32]] = {}
 

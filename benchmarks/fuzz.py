@@ -33,7 +33,7 @@ METHODS = (
     sidelight.Gradient(),
     sidelight.SmoothGrad(),
     sidelight.IntegratedGradients(),
-    sidelight.GradCam(),
+    sidelight.GradCAM(),
     sidelight.Occlusion(window=4),
 )
 

@@ -14,12 +14,12 @@ METHODS = {
     "integrated gradients": sidelight.IntegratedGradients(steps=50),
     "to a tolerance": sidelight.IntegratedGradients(tolerance=0.05),
     "SmoothGrad over IG": sidelight.SmoothGrad(samples=5, base=sidelight.IntegratedGradients(steps=10)),
-    "expected gradients": sidelight.ExpectedGradients(samples=50, noise=0.1),
+    "expected gradients": sidelight.ExpectedGradients(samples=50, noise_level=0.1),
     "guided backpropagation": sidelight.GuidedBackpropagation(),
-    "Grad-CAM": sidelight.GradCam(),
-    "layer gradient times activation": sidelight.LayerGradientTimesActivation(),
+    "Grad-CAM": sidelight.GradCAM(),
+    "layer gradient times activation": sidelight.LayerGradientXActivation(),
     "occlusion": sidelight.Occlusion(window=32, stride=16),
-    "RISE": sidelight.Rise(masks=300),
+    "RISE": sidelight.RISE(masks=300),
 }
 
 
@@ -33,7 +33,7 @@ def main(address: str, picture: str, out: str) -> None:
             (convergence,) = answer.convergence
             rows = convergence.rows if convergence else 1
             print(f"{name:32} {rows:4} rows {answer.timing.compute_s:7.2f} s")
-            panels.append(sidelight.Panel(answer.picture(0), answer.map(0), name, f"{rows} row{'s' * (rows > 1)}"))
+            panels.append(sidelight.Panel(answer.picture(0), answer.heatmap(0), name, f"{rows} row{'s' * (rows > 1)}"))
     sidelight.gallery(panels, heading="One picture, every method").save(out)
 
 

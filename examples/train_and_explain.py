@@ -28,7 +28,7 @@ def main(path: str) -> None:
     panels = [
         sidelight.Panel(
             answer.picture(i),
-            answer.map(i),
+            answer.heatmap(i),
             f"read as {each.label}  {each.probability:.2f}",
             f"truly {data.target[i]}",
         )

@@ -39,9 +39,9 @@ def main(out: str = "why.png") -> None:
         exact, fast = (
             client.attribute(CHELSEA, model=name, method=method, score="logit") for name in ("exact", "fast")
         )
-        print(f"their maps' rank correlation is {rank_correlation(exact.map(0), fast.map(0)):.2f}")
+        print(f"their maps' rank correlation is {rank_correlation(exact.heatmap(0), fast.heatmap(0)):.2f}")
         panels = [
-            sidelight.Panel(answer.picture(0), answer.map(0), answer.provenance.model, answer.predictions[0].label)
+            sidelight.Panel(answer.picture(0), answer.heatmap(0), answer.provenance.model, answer.predictions[0].label)
             for answer in (exact, fast)
         ]
         sidelight.gallery(panels, heading="The same network, exact and fast").save(out)

@@ -36,25 +36,35 @@ from .exceptions import (
     UnreadableFile,
 )
 from .methods.baselines import Blurred
-from .methods.gradient import GradCam, Gradient, GuidedBackpropagation, LayerGradientTimesActivation
+from .methods.gradient import GradCAM, Gradient, GuidedBackpropagation, LayerGradientXActivation
 from .methods.method import Method
 from .methods.path import ExpectedGradients, IntegratedGradients, SmoothGrad
-from .methods.perturbation import Occlusion, Rise
+from .methods.perturbation import RISE, Occlusion
 from .results.attribution import Attribution
 from .results.replay import Difference, Replay, Replayed, replay
-from .results.server_info import Limits, ModelInfo, Preprocessing, ServerInfo, SharedMemory, Stops, WarmupEntry
-from .results.types import Convergence, Explained, Failure, Geometry, Prediction, Provenance, Timing
+from .results.server_info import (
+    CancellationStats,
+    Limits,
+    ModelInfo,
+    Preprocessing,
+    ServerInfo,
+    SharedMemory,
+    WarmupEntry,
+)
+from .results.types import Convergence, ExplainedTarget, Failure, Geometry, Prediction, Provenance, Timing
 from .visualization.gallery import Panel, gallery
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "RISE",
     "TLS",
     "Aborted",
     "AlreadyExists",
     "AsyncClient",
     "Attribution",
     "Blurred",
+    "CancellationStats",
     "Cancelled",
     "Client",
     "Contrast",
@@ -64,17 +74,17 @@ __all__ = [
     "Dense",
     "Difference",
     "ExpectedGradients",
-    "Explained",
+    "ExplainedTarget",
     "FailedPrecondition",
     "Failure",
     "Geometry",
-    "GradCam",
+    "GradCAM",
     "Gradient",
     "GuidedBackpropagation",
     "IntegratedGradients",
     "Internal",
     "InvalidArgument",
-    "LayerGradientTimesActivation",
+    "LayerGradientXActivation",
     "Limits",
     "MessageTooLarge",
     "Method",
@@ -92,14 +102,12 @@ __all__ = [
     "Replay",
     "Replayed",
     "ResourceExhausted",
-    "Rise",
     "Served",
     "ServerDied",
     "ServerInfo",
     "SharedMemory",
     "SidelightError",
     "SmoothGrad",
-    "Stops",
     "Timing",
     "TopK",
     "Unauthenticated",

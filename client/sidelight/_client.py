@@ -179,7 +179,7 @@ class Client:
         [C, H, W] or [N, C, H, W], or a list of them. `target`: None for the predicted class, a class index, a label, a
         list with one of these for each example, or `TopK`, `Contrast`, `Dense`. `map_dtype` is how the maps travel:
         "float16" and "uint8" are shorter and rounded, "uint8" for maps without negative values alone. `served` are the
-        classes, by index or label, that your model server gave these examples: `predictions[i].differs` says where
+        classes, by index or label, that your model server gave these examples: `predictions[i].is_mismatch` says where
         another is predicted here. `timeout` is in seconds, and includes waiting for a server, which takes at most
         `connect_timeout` of it. `metadata` are pairs that the call brings, such as a trace's headers. A batch that is
         too large for a message is sent in parts.

@@ -51,7 +51,7 @@ def by_client(client: sidelight.Client, pictures: np.ndarray, spots: np.ndarray,
         why = f"; {on_spot(answer.maps[i], spots[i])}" if sick[i] else ""
         print(f"{i}: truly {LABELS[sick[i]]}, predicted {prediction.label} {prediction.probability:.2f}{why}")
         caption = f"{prediction.label}  {prediction.probability:.2f}"
-        panels.append(sidelight.Panel(answer.picture(i), answer.map(i), caption, f"truly {LABELS[sick[i]]}"))
+        panels.append(sidelight.Panel(answer.picture(i), answer.heatmap(i), caption, f"truly {LABELS[sick[i]]}"))
     sidelight.gallery(panels, heading="Synthetic radiographs").save(out / "gallery.png")
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
         Convergence,
         Dense,
         ExampleFailure,
-        Explained,
+        ExplainedTarget,
         Explanation,
         Files,
         PerExample,
@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from .engine.engine import Engine
     from .errors import ConfigurationError, SidelightError
     from .methods import (
+        RISE,
         ExpectedGradients,
-        GradCam,
+        GradCAM,
         Gradient,
         GuidedBackpropagation,
         IntegratedGradients,
-        LayerGradientTimesActivation,
+        LayerGradientXActivation,
         Occlusion,
-        Rise,
         SmoothGrad,
     )
-    from .methods.baseline import Black, Blurred, Constant, Given, MeanColour
+    from .methods.baseline import Black, Blurred, Constant, Given, MeanColor
     from .methods.channels import Channels, Magnitude
     from .methods.integrated_gradients import Rule
     from .methods.smoothgrad import Statistic
@@ -82,6 +82,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "RISE",
     "Answer",
     "Black",
     "Blurred",
@@ -94,17 +95,17 @@ __all__ = [
     "Engine",
     "ExampleFailure",
     "ExpectedGradients",
-    "Explained",
+    "ExplainedTarget",
     "Explanation",
     "Files",
     "Given",
-    "GradCam",
+    "GradCAM",
     "Gradient",
     "GuidedBackpropagation",
     "IntegratedGradients",
-    "LayerGradientTimesActivation",
+    "LayerGradientXActivation",
     "Magnitude",
-    "MeanColour",
+    "MeanColor",
     "ModelSpec",
     "Occlusion",
     "PerExample",
@@ -112,7 +113,6 @@ __all__ = [
     "Provenance",
     "Region",
     "Request",
-    "Rise",
     "Rule",
     "Score",
     "Settings",

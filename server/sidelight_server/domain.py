@@ -76,7 +76,7 @@ class Dense:
     one pixel: that is its prediction.
     """
 
-    choice: Choice | None
+    choice: Choice | None = None
     region: Region | None = None
 
     @property
@@ -133,7 +133,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Explained:
+class ExplainedTarget:
     """What one map explains."""
 
     index: int
@@ -161,7 +161,7 @@ class Explanation:
 
     predicted: int
     probability: float
-    explained: tuple[Explained, ...]  # one, or k of them
+    targets: tuple[ExplainedTarget, ...]  # one, or k of them
     geometry: Geometry | None
     convergence: Convergence | None  # None for a method of one row
 

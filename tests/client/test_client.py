@@ -220,7 +220,7 @@ def test_threads_share_a_client_and_get_what_serial_calls_get(client: sidelight.
     assert len(answers) == 200
     for place, answer in answers:
         assert_same(answer.maps, expected[place].maps)
-        assert [each.index for each in answer.explained] == [each.index for each in expected[place].explained]
+        assert [each.index for each in answer.targets] == [each.index for each in expected[place].targets]
 
 
 def test_info_tells_version_limits_methods_and_models(client: sidelight.Client) -> None:
@@ -558,9 +558,9 @@ def test_a_target_in_any_form_is_explained(
 ) -> None:
     probabilities, gradients = reference(module, floats, classes)
     answer = client.attribute(floats, target=target, channels="none", method=sidelight.Gradient(signed=True))
-    assert [each.index for each in answer.explained] == classes
-    assert [each.label for each in answer.explained] == [LABELS[each] for each in classes]
-    np.testing.assert_allclose([each.score for each in answer.explained], probabilities[range(5), classes], rtol=1e-5)
+    assert [each.index for each in answer.targets] == classes
+    assert [each.label for each in answer.targets] == [LABELS[each] for each in classes]
+    np.testing.assert_allclose([each.score for each in answer.targets], probabilities[range(5), classes], rtol=1e-5)
     assert_same(answer.maps, gradients.numpy())
 
 
@@ -574,9 +574,9 @@ def test_unless_a_target_is_said_the_predicted_class_is_explained(
         sidelight.Prediction(index, LABELS[index], pytest.approx(float(row[index]), rel=1e-5))
         for index, row in zip(predicted, probabilities, strict=True)
     )
-    assert [(each.index, each.label) for each in answer.explained] == [(i, LABELS[i]) for i in predicted]
-    assert [each.score for each in answer.explained] == [each.probability for each in answer.predictions]
-    assert not any(each.saturated for each in answer.explained)
+    assert [(each.index, each.label) for each in answer.targets] == [(i, LABELS[i]) for i in predicted]
+    assert [each.score for each in answer.targets] == [each.probability for each in answer.predictions]
+    assert not any(each.saturated for each in answer.targets)
     assert_same(answer.maps, gradients.abs().amax(dim=1).numpy())
 
 
@@ -591,9 +591,9 @@ def test_a_sure_prediction_is_told_to_be_saturated(device: str, module: nn.Modul
     with torch.no_grad():
         sure[1].weight.copy_(1e6 * torch.eye(N_CLASSES))
     with sidelight_server.serve(sure, device=device) as address, sidelight.connect(address) as client:
-        explained = client.attribute(floats).explained
+        explained = client.attribute(floats).targets
         assert all(each.saturated and 'score="logit"' in each.advice for each in explained)
-        as_advised = client.attribute(floats, score="logit").explained
+        as_advised = client.attribute(floats, score="logit").targets
         assert not any(each.saturated or each.advice for each in as_advised)
 
 
@@ -622,7 +622,7 @@ def test_a_score_is_the_number_that_is_reported(
         "margin": logits - others,
     }[score]
     answer = client.attribute(floats, target=3, score=score)
-    np.testing.assert_allclose([each.score for each in answer.explained], values[:, 3], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose([each.score for each in answer.targets], values[:, 3], rtol=1e-5, atol=1e-6)
     assert answer.provenance.score == score
 
 
@@ -639,7 +639,7 @@ def test_a_model_without_labels_says_so_by_empty_labels(device: str, module: nn.
     with sidelight_server.serve(module, device=device) as address, sidelight.connect(address) as client:
         assert client.info().models[0].input_size is None
         answer = client.attribute(floats)
-        assert [each.label for each in answer.predictions] == [each.label for each in answer.explained] == [""] * 5
+        assert [each.label for each in answer.predictions] == [each.label for each in answer.targets] == [""] * 5
         with pytest.raises(sidelight.FailedPrecondition, match="no input size"):
             client.attribute(np.zeros((32, 32, 3), np.uint8))
 
@@ -652,11 +652,11 @@ METHODS: dict[str, sidelight.Method] = {
     "integrated-gradients": sidelight.IntegratedGradients(steps=4, rule="midpoint", baseline="black"),
     "integrated-gradients-to-a-tolerance": sidelight.IntegratedGradients(tolerance=0.2, baseline="blurred"),
     "integrated-gradients-from-an-array": sidelight.IntegratedGradients(steps=4, baseline=torch.ones(5, 3, 32, 32)),
-    "expected-gradients": sidelight.ExpectedGradients(samples=4, baselines=np.ones((2, 3, 32, 32)), noise=0.1),
-    "grad-cam": sidelight.GradCam(layer="4", keep_negative=True),
-    "layer-gradient-times-activation": sidelight.LayerGradientTimesActivation(),
-    "occlusion": sidelight.Occlusion(window=(8, 16), stride=8, baseline="mean_colour"),
-    "rise": sidelight.Rise(masks=5, seed=3),
+    "expected-gradients": sidelight.ExpectedGradients(samples=4, baselines=np.ones((2, 3, 32, 32)), noise_level=0.1),
+    "grad-cam": sidelight.GradCAM(layer="4", keep_negative=True),
+    "layer-gradient-times-activation": sidelight.LayerGradientXActivation(),
+    "occlusion": sidelight.Occlusion(window=(8, 16), stride=8, baseline="mean_color"),
+    "rise": sidelight.RISE(masks=5, seed=3),
     "guided-backpropagation": sidelight.GuidedBackpropagation(),
 }
 
@@ -688,15 +688,15 @@ def test_the_k_most_probable_classes_have_a_map_each(client: sidelight.Client, f
     answer = client.attribute(floats, target=sidelight.TopK(3), probabilities=True)
     assert answer.maps.shape == (5, 3, 32, 32)
     order = np.argsort(-answer.probabilities, axis=1)[:, :3]
-    assert [[each.index for each in one] for one in answer.explained] == order.tolist()
+    assert [[each.index for each in one] for one in answer.targets] == order.tolist()
     for k in range(3):
         alone = client.attribute(floats, target=order[:, k])
         assert_same(answer.maps[:, k], alone.maps)
-        np.testing.assert_array_equal(answer.map(2, k=k), answer.maps[2, k])
+        np.testing.assert_array_equal(answer.heatmap(2, k=k), answer.maps[2, k])
         assert answer.overlay(2, k=k).size == (32, 32)
     channels = client.attribute(floats, target=sidelight.TopK(2), channels="none")
     assert channels.maps.shape == (5, 2, 3, 32, 32)
-    assert_same(channels.map(1, k=1), answer.maps[1, 1])
+    assert_same(channels.heatmap(1, k=1), answer.maps[1, 1])
 
 
 def test_a_contrast_explains_the_difference_of_two_scores(
@@ -705,9 +705,9 @@ def test_a_contrast_explains_the_difference_of_two_scores(
     answer = client.attribute(floats, target=sidelight.Contrast("gnu", 1), channels="none")
     (first, positive), (second, negative) = (reference(module, floats, [each] * 5) for each in (7, 1))
     assert_same(answer.maps, (positive - negative).numpy())
-    assert [(each.index, each.label, each.against) for each in answer.explained] == [(7, "gnu", 1)] * 5
+    assert [(each.index, each.label, each.against) for each in answer.targets] == [(7, "gnu", 1)] * 5
     expected = first[:, 7] - second[:, 1]
-    np.testing.assert_allclose([each.score for each in answer.explained], expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose([each.score for each in answer.targets], expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(("map_dtype", "step"), [("float16", 2**-11), ("uint8", 1 / 255 / 2)])
@@ -769,18 +769,18 @@ def test_what_the_server_knows_to_be_out_of_range_it_says_by_field_got_and_expec
 ) -> None:
     for method, words in {
         sidelight.IntegratedGradients(steps=0): ("steps", "0"),
-        sidelight.SmoothGrad(noise=-0.1): ("noise", "-0.1"),
+        sidelight.SmoothGrad(noise_level=-0.1): ("noise_level", "-0.1"),
         sidelight.SmoothGrad(tolerance=1.5): ("tolerance", "1.5"),
         sidelight.IntegratedGradients(baseline=np.ones((3, 31, 32))): ("baseline", "[3, 31, 32]", "[3, 32, 32]"),
         sidelight.IntegratedGradients(tolerance=0.1, rule="midpoint"): ("rule", "midpoint", "trapezoid"),
         sidelight.Occlusion(window=0): ("window", "0"),
-        sidelight.Rise(keep_probability=1.0): ("keep_probability", "1"),
+        sidelight.RISE(keep_probability=1.0): ("keep_probability", "1"),
     }.items():
         with pytest.raises(sidelight.InvalidArgument, match="expected") as caught:
             client.attribute(floats, method=method)
         assert all(each in caught.value.message for each in words), caught.value.message
     with pytest.raises(sidelight.NotFound, match="layer"):
-        client.attribute(floats, method=sidelight.GradCam(layer="10"))
+        client.attribute(floats, method=sidelight.GradCAM(layer="10"))
 
 
 def test_the_geometry_tells_how_a_picture_was_resized_and_cropped(client: sidelight.Client) -> None:
@@ -851,7 +851,7 @@ def test_a_partial_failure_carries_the_answer_with_the_other_maps(
     )
     answer = caught.value.answer
     assert [each.example for each in answer.failures] == [1, 3]
-    for entries in (answer.predictions, answer.explained):
+    for entries in (answer.predictions, answer.targets):
         assert [each is None for each in entries] == [False, True, False, True, False]
     assert np.isnan(answer.maps[[1, 3]]).all()
     assert np.isnan(answer.probabilities[[1, 3]]).all()
@@ -901,7 +901,7 @@ def test_a_map_is_drawn_over_the_picture_whatever_its_channels(client: sidelight
     answer = client.attribute(picture, channels=channels)
     assert answer.maps.shape == ((1, 3, 32, 32) if channels == "none" else (1, 32, 32))
     drawn = np.abs(answer.maps[0]).max(axis=0) if channels == "none" else answer.maps[0]
-    np.testing.assert_array_equal(answer.map(0), drawn)
+    np.testing.assert_array_equal(answer.heatmap(0), drawn)
     overlay = answer.overlay(0)
     assert (overlay.mode, overlay.size) == ("RGB", (32, 32))
     assert overlay.tobytes() != answer.picture(0).tobytes()
@@ -932,7 +932,7 @@ def test_an_answer_is_saved_with_maps_facts_and_overlays(client: sidelight.Clien
         with Image.open(folder / f"{i:03}.png") as overlay:
             assert overlay.tobytes() == answer.overlay(i).tobytes()
     facts = json.loads((folder / "answer.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
-    assert [each["explained"]["label"] for each in facts["examples"]] == ["elk", "bee", "ibis"]
+    assert [each["target"]["label"] for each in facts["examples"]] == ["elk", "bee", "ibis"]
     assert [each["prediction"]["index"] for each in facts["examples"]] == [each.index for each in answer.predictions]
     assert facts["examples"][0]["geometry"] == dataclasses.asdict(answer.geometry[0])
     provenance = dataclasses.asdict(answer.provenance)

@@ -102,7 +102,7 @@ def test_each_batch_is_answered_once_with_its_index_and_the_maps_of_a_call(
     for answer in answers:
         expected = client.attribute(batches[answer.index], target=3, channels="l2", score="logit")
         assert_same(answer.maps, expected.maps)
-        assert [each.index for each in answer.explained] == [3] * len(batches[answer.index])
+        assert [each.index for each in answer.targets] == [3] * len(batches[answer.index])
         assert (answer.final, answer.error, answer.failures) == (True, None, ())
         assert answer.provenance == expected.provenance
         assert answer.picture(0).tobytes() == expected.picture(0).tobytes()

@@ -414,7 +414,7 @@ def test_a_list_is_left_as_it_was(client: sidelight.Client, pixels: np.ndarray) 
 def test_a_batch_of_nothing_has_no_maps(client: sidelight.Client, nothing: object) -> None:
     answer = client.attribute(nothing)
     assert answer.maps.shape == (0, 32, 32)
-    assert len(answer) == len(answer.predictions) == len(answer.explained) == len(answer.geometry) == 0
+    assert len(answer) == len(answer.predictions) == len(answer.targets) == len(answer.geometry) == 0
 
 
 F32 = np.zeros((3, 32, 32), np.float32)

@@ -27,8 +27,8 @@ def tensor(values: np.ndarray, *, scale: float = 0.0) -> tensor_pb2.Tensor:
 
 
 def example(*classes: int, **more: object) -> pb.Example:
-    explained = [pb.Explained(index=each, label=f"class {each}", score=0.5) for each in classes]
-    return pb.Example(prediction=pb.Prediction(index=classes[0], probability=0.5), explained=explained, **more)
+    explained = [pb.ExplainedTarget(index=each, label=f"class {each}", score=0.5) for each in classes]
+    return pb.Example(prediction=pb.Prediction(index=classes[0], probability=0.5), targets=explained, **more)
 
 
 def result(
@@ -65,7 +65,7 @@ def test_a_failed_map_is_nan_even_where_bytes_have_no_nan() -> None:
     answer = read(result(sent, [example(1), pb.Example(), example(2)], scale=1.0, failures=[failure]))
     assert np.isnan(answer.maps[1]).all()
     assert (answer.maps[[0, 2]] == 7).all()
-    assert answer.predictions[1] is answer.explained[1] is answer.convergence[1] is None
+    assert answer.predictions[1] is answer.targets[1] is answer.convergence[1] is None
 
 
 def test_the_explained_classes_of_a_top_k_target_come_in_tuples() -> None:
@@ -73,32 +73,32 @@ def test_the_explained_classes_of_a_top_k_target_come_in_tuples() -> None:
     top_2 = pb.Target(top_k=pb.TopKTarget(k=2))
     answer = read(result(maps, [example(4, 5), pb.Example(), example(6, 7)], target=top_2))
     assert answer.is_top_k
-    assert [each and tuple(one.index for one in each) for each in answer.explained] == [(4, 5), None, (6, 7)]
-    assert [answer.map(0)[0, 0], answer.map(0, k=1)[0, 0], answer.map(2, k=-1)[0, 0]] == [1, -2, -2]
+    assert [each and tuple(one.index for one in each) for each in answer.targets] == [(4, 5), None, (6, 7)]
+    assert [answer.heatmap(0)[0, 0], answer.heatmap(0, k=1)[0, 0], answer.heatmap(2, k=-1)[0, 0]] == [1, -2, -2]
     assert answer.overlay(0, k=1).size == (2, 2)
     assert answer.overlay(0, k=0).tobytes() != answer.overlay(0, k=1).tobytes()
     with pytest.raises(IndexError):
-        answer.map(0, k=2)
+        answer.heatmap(0, k=2)
 
 
 def test_one_class_of_a_top_k_target_is_a_tuple_too() -> None:
     answer = read(result(np.zeros((1, 1, 2, 2), "f4"), [example(4)], target=pb.Target(top_k=pb.TopKTarget(k=1))))
-    assert [one.index for one in answer.explained[0]] == [4]
-    assert answer.map(0).shape == (2, 2)
+    assert [one.index for one in answer.targets[0]] == [4]
+    assert answer.heatmap(0).shape == (2, 2)
 
 
 def test_top_k_maps_without_channel_reduction_are_drawn_by_magnitude() -> None:
     maps = np.array([1, -3, 2, 0, 5, -6], np.float32).reshape(1, 2, 3, 1, 1)  # [N, k, C, H, W]
     answer = read(result(maps, [example(4, 5)], target=pb.Target(top_k=pb.TopKTarget(k=2))))
-    assert [answer.map(0, k=k).tolist() for k in (0, 1)] == [[[3]], [[6]]]
+    assert [answer.heatmap(0, k=k).tolist() for k in (0, 1)] == [[[3]], [[6]]]
 
 
 def test_without_top_k_there_is_one_map_for_each_example() -> None:
     answer = read(result(np.ones((1, 3, 2, 2), np.float32), [example(1)]))
     assert not answer.is_top_k
-    assert answer.map(0).tolist() == [[1, 1], [1, 1]]
+    assert answer.heatmap(0).tolist() == [[1, 1], [1, 1]]
     with pytest.raises(IndexError, match="k: got 1, but the target was not top-k"):
-        answer.map(0, k=1)
+        answer.heatmap(0, k=1)
 
 
 def test_convergence_is_told_as_far_as_the_method_measures_it() -> None:
@@ -116,21 +116,21 @@ def test_convergence_is_told_as_far_as_the_method_measures_it() -> None:
 
 
 def test_a_contrast_tells_its_other_class_even_if_it_is_the_first() -> None:
-    contrast = pb.Example(prediction=pb.Prediction(index=2), explained=[pb.Explained(index=2, against=0)])
+    contrast = pb.Example(prediction=pb.Prediction(index=2), targets=[pb.ExplainedTarget(index=2, against=0)])
     answer = read(result(np.zeros((2, 2, 2), np.float32), [contrast, example(2)]))
-    assert [each.against for each in answer.explained] == [0, None]
+    assert [each.against for each in answer.targets] == [0, None]
 
 
 def test_the_advice_for_a_saturated_score_names_the_logit() -> None:
-    assert 'score="logit"' in sidelight.Explained(1, "", 1.0, saturated=True).advice
-    assert sidelight.Explained(1, "", 1.0, saturated=False).advice == ""
+    assert 'score="logit"' in sidelight.ExplainedTarget(1, "", 1.0, saturated=True).advice
+    assert sidelight.ExplainedTarget(1, "", 1.0, saturated=False).advice == ""
 
 
 def test_an_answer_may_have_examples_without_a_map_yet() -> None:
     answer = read(result(np.full((2, 2, 2), np.nan, np.float32), [pb.Example(), example(1)], final=False))
     assert (answer.final, answer.failures) == (False, ())
-    assert answer.predictions[0] is answer.explained[0] is None
-    assert answer.explained[1].index == 1
+    assert answer.predictions[0] is answer.targets[0] is None
+    assert answer.targets[1].index == 1
 
 
 def stream(script: Script, n_batches: int, *, ordered: bool, window: int = 10) -> Iterator[sidelight.Attribution]:

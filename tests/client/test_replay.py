@@ -28,10 +28,10 @@ METHODS: dict[str, sidelight.Method] = {
     "smoothgrad": sidelight.SmoothGrad(samples=5, seed=11, base=sidelight.IntegratedGradients(steps=3)),
     "integrated-gradients": sidelight.IntegratedGradients(tolerance=0.1, baseline="blurred"),
     "expected-gradients": sidelight.ExpectedGradients(samples=4, seed=-5),
-    "grad-cam": sidelight.GradCam(),
-    "layer-gradient-times-activation": sidelight.LayerGradientTimesActivation("4"),
+    "grad-cam": sidelight.GradCAM(),
+    "layer-gradient-times-activation": sidelight.LayerGradientXActivation("4"),
     "occlusion": sidelight.Occlusion(window=(8, 16), baseline="black"),
-    "rise": sidelight.Rise(masks=9, seed=2**40),
+    "rise": sidelight.RISE(masks=9, seed=2**40),
     "guided-backpropagation": sidelight.GuidedBackpropagation(),
 }
 TARGETS = {
@@ -147,7 +147,7 @@ def test_every_target_and_type_is_asked_for_again(
     answer.save(tmp_path / "saved")
     replayed = sidelight.replay(exact, tmp_path / "saved" / "answer.json", pictures)
     assert replayed.equal
-    assert replayed.answer.explained == answer.explained
+    assert replayed.answer.targets == answer.targets
     assert replayed.answer.map_dtype == map_dtype
 
 
@@ -436,7 +436,7 @@ def test_the_record_holds_the_request_the_digests_and_words_for_people(
     assert facts["map_dtype"] == "float32"
     for each, map_, convergence in zip(facts["examples"], answer.maps, answer.convergence, strict=True):
         assert each["map_sha256"] == digest(map_)
-        assert each["explained"]["label"] == "gnu"
+        assert each["target"]["label"] == "gnu"
         assert each["convergence"]["rows"] == convergence.rows
 
 
@@ -447,4 +447,4 @@ def test_the_overlays_of_a_top_k_answer_are_numbered(
     names = sorted(each.name for each in (tmp_path / "saved").glob("*.png"))
     assert names == ["000-0.png", "000-1.png", "001-0.png", "001-1.png"]
     facts = json.loads((tmp_path / "saved" / "answer.json").read_text())
-    assert [len(each["explained"]) for each in facts["examples"]] == [2, 2]
+    assert [len(each["target"]) for each in facts["examples"]] == [2, 2]

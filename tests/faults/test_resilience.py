@@ -292,7 +292,7 @@ def test_a_batch_over_the_servers_limits_is_sent_in_parts_and_answered_whole() -
     assert sizes == [4, 4, 2]
     (whole,) = answers
     assert whole.maps[:, 0, 0].tolist() == [4.0] * 8 + [2.0] * 2
-    assert len(whole.predictions) == len(whole.explained) == 10
+    assert len(whole.predictions) == len(whole.targets) == 10
     assert whole.provenance.target == "per example: " + ", ".join(map(str, range(10)))
 
 

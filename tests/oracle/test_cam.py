@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from captum.attr import LayerAttribution, LayerGradCam, LayerGradientXActivation
-from sidelight_server import Channels, GradCam, GuidedBackpropagation, LayerGradientTimesActivation, Score
+from captum.attr import LayerAttribution, LayerGradCam
+from captum.attr import LayerGradientXActivation as CaptumLayerGradientXActivation
+from sidelight_server import Channels, GradCAM, GuidedBackpropagation, LayerGradientXActivation, Score
 from torch import Tensor, nn
 
 from support.engines import Explain, assert_close, explaining
@@ -69,7 +70,7 @@ def test_grad_cam_is_captums(
     module.eval()
     cam = LayerGradCam(forward, module[int(layer or DEFAULT)])
     expected = enlarged(cam.attribute(x, target=CLASS, relu_attributions=not keep_negative))
-    method = GradCam(layer, keep_negative=keep_negative)
+    method = GradCAM(layer, keep_negative=keep_negative)
     answer = explain(x, method, target=CLASS, score=score, channels=Channels.SUM)
     assert_close(answer.maps, expected)
     assert answer.request.method.layer == (layer or DEFAULT)  # the answer names what was chosen
@@ -79,11 +80,10 @@ def test_grad_cam_is_captums(
 
 
 @pytest.mark.parametrize("layer", ["0", "3", "5", ""], ids=lambda layer: layer or "default")
-def test_layer_gradient_times_activation_is_captums(
-    layer: str, module: nn.Sequential, explain: Explain, x: Tensor
-) -> None:
-    raw = LayerGradientXActivation(module.eval(), module[int(layer or DEFAULT)]).attribute(x, target=CLASS).detach()
-    method = LayerGradientTimesActivation(layer)
+def test_layer_gradient_x_activation_is_captums(layer: str, module: nn.Sequential, explain: Explain, x: Tensor) -> None:
+    product = CaptumLayerGradientXActivation(module.eval(), module[int(layer or DEFAULT)])
+    raw = product.attribute(x, target=CLASS).detach()
+    method = LayerGradientXActivation(layer)
     reduced = {
         Channels.SUM: raw.sum(dim=1, keepdim=True),
         Channels.MAX_ABS: raw.abs().amax(dim=1, keepdim=True),
@@ -104,8 +104,8 @@ def test_a_layer_is_read_where_a_cut_net_is(layer: int, x: Tensor) -> None:
     x = torch.nn.functional.pad(x, (0, -2, 0, 2))  # [3, 2, 12, 12]
     activation, gradient = cut(module, x, layer)
     with explaining(module, input_size=(2, 12, 12)) as explain:
-        cam = explain(x, GradCam(str(layer), keep_negative=True), target=CLASS, channels=Channels.SUM).maps
-        product = explain(x, LayerGradientTimesActivation(str(layer)), target=CLASS, channels=Channels.SUM).maps
+        cam = explain(x, GradCAM(str(layer), keep_negative=True), target=CLASS, channels=Channels.SUM).maps
+        product = explain(x, LayerGradientXActivation(str(layer)), target=CLASS, channels=Channels.SUM).maps
     weighted = (gradient.mean(dim=(2, 3), keepdim=True) * activation).sum(dim=1, keepdim=True)
     for maps, expected in ((cam, weighted), (product, (gradient * activation).sum(dim=1, keepdim=True))):
         sized = nn.functional.interpolate(expected, size=(12, 12), mode="bilinear", align_corners=False)[:, 0]
@@ -122,7 +122,7 @@ def test_before_global_pooling_gradient_times_activation_adds_up_to_the_logit_wi
     logits = module(x)[:, CLASS].detach() - module[9].bias[CLASS].detach()
     torch.testing.assert_close(exact.sum(dim=(1, 2, 3)), logits, rtol=1e-12, atol=1e-12)
     with explaining(module) as explain:  # where the input size is not fixed, a layer can be named as well
-        maps = explain(x, LayerGradientTimesActivation(DEFAULT), target=CLASS, channels=Channels.SUM).maps
+        maps = explain(x, LayerGradientXActivation(DEFAULT), target=CLASS, channels=Channels.SUM).maps
     assert_close(maps, enlarged(exact))
 
 

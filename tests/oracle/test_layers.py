@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import transformers
-from sidelight_server import Channels, Engine, GradCam, LayerGradientTimesActivation, ModelSpec, Settings
+from sidelight_server import Channels, Engine, GradCAM, LayerGradientXActivation, ModelSpec, Settings
 from sidelight_server.compute.layers import Layers, Layout
 from sidelight_server.errors import ConfigurationError, InvalidArgument, NotFound
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ def test_grad_cam_of_the_default_and_of_the_last_blocks_first_norm(name: str) ->
     size = (3, 64, 64) if name == "PVT" else SIZE
     with explaining(module, input_size=size) as explain:
         for layer in ("", norm):
-            answer = explain(x(size=size), GradCam(layer), target=2, channels=Channels.SUM)
+            answer = explain(x(size=size), GradCAM(layer), target=2, channels=Channels.SUM)
             assert answer.request.method.layer == (layer or default)
             assert_close(answer.maps, by_hand(module, layer or default, x(size=size), arranged, 2))
 
@@ -150,10 +150,10 @@ def test_channels_that_come_last_are_read_as_that_where_all_sides_are_equal() ->
     module = ByPixel().double().eval()
     with explaining(module, input_size=SIZE) as explain:
         for layer, arranged in {"stem": nchw, "norm": nhwc, "mix": nhwc, "turned": nchw}.items():
-            maps = explain(x(), GradCam(layer), target=1, channels=Channels.SUM).maps
+            maps = explain(x(), GradCAM(layer), target=1, channels=Channels.SUM).maps
             assert_close(maps, by_hand(module, layer, x(), arranged, 1))
-        product = explain(x(), LayerGradientTimesActivation("norm"), target=1, channels=Channels.SUM).maps
-        assert explain(x(), GradCam(), target=1).request.method.layer == "turned"
+        product = explain(x(), LayerGradientXActivation("norm"), target=1, channels=Channels.SUM).maps
+        assert explain(x(), GradCAM(), target=1).request.method.layer == "turned"
     seen = nhwc(module.norm(module.stem(x()).permute(0, 2, 3, 1))).detach().requires_grad_()
     y = seen + module.mix(seen.permute(0, 2, 3, 1)).relu().permute(0, 3, 1, 2)
     (slope,) = torch.autograd.grad(module.head(y.mean(dim=(2, 3)))[:, 1].sum(), seen)
@@ -213,7 +213,7 @@ def traps() -> Iterator[Engine]:
 @pytest.mark.parametrize("layer", REFUSED)
 def test_a_layer_that_shows_no_positions_is_refused_with_the_reason_and_others(layer: str, traps: Engine) -> None:
     with pytest.raises(InvalidArgument) as refused:
-        ask(traps, x(), method=GradCam(layer))
+        ask(traps, x(), method=GradCAM(layer))
     assert REFUSED[layer] in str(refused.value)
     assert 'name one of "stem"' in str(refused.value)
     (model,) = traps.models.values()
@@ -222,7 +222,7 @@ def test_a_layer_that_shows_no_positions_is_refused_with_the_reason_and_others(l
 
 def test_the_default_is_what_all_that_reaches_the_outputs_has_passed(traps: Engine) -> None:
     """Not the value's projection, nor any other part of a branch, though they end later than the stem."""
-    assert ask(traps, x(), method=GradCam(), target=1).request.method.layer == "block"
+    assert ask(traps, x(), method=GradCAM(), target=1).request.method.layer == "block"
 
 
 class Branches(nn.Module):
@@ -242,8 +242,8 @@ def test_where_no_layer_says_all_none_is_chosen_and_those_that_can_be_named_are_
     module = Branches().double().eval()
     with Engine([ModelSpec(module, input_size=SIZE)], Settings(device="cpu", threads=1)) as engine:
         with pytest.raises(NotFound, match=r'name one of .*"left".*"right"'):
-            ask(engine, x(), method=GradCam())
-        answer = ask(engine, x(), method=GradCam("right"), target=2, channels=Channels.SUM)
+            ask(engine, x(), method=GradCAM())
+        answer = ask(engine, x(), method=GradCAM("right"), target=2, channels=Channels.SUM)
     assert_close(answer.maps, by_hand(module, "right", x(), nchw, 2))
 
 
@@ -252,9 +252,9 @@ def test_a_layout_that_the_operator_sets_is_taken_and_makes_the_layer_the_defaul
     layouts = {"value": "tokens:0:4x4", "turned": "nchw"}
     with explaining(module, input_size=SIZE, layer_layout=layouts) as explain:
         for layer, arranged in {"value": tokens(0, 4, 4), "turned": nchw}.items():
-            maps = explain(x(), GradCam(layer), target=1, channels=Channels.SUM).maps
+            maps = explain(x(), GradCAM(layer), target=1, channels=Channels.SUM).maps
             assert_close(maps, by_hand(module, layer, x(), arranged, 1))
-        assert explain(x(), GradCam()).request.method.layer == "turned"
+        assert explain(x(), GradCAM()).request.method.layer == "turned"
 
 
 WRONG = {
@@ -293,8 +293,8 @@ def test_a_model_of_any_size_finds_layouts_out_on_the_first_rows_and_keeps_them_
 
     module = AnySize().double().eval()
     with explaining(module) as explain:
-        explain(x(), GradCam(), target=2)
-        maps = explain(x(size=size), GradCam(), target=2, channels=Channels.SUM).maps
+        explain(x(), GradCAM(), target=2)
+        maps = explain(x(size=size), GradCAM(), target=2, channels=Channels.SUM).maps
     grid = tokens(1, size[1] // 8, size[2] // 8)
     assert_close(maps, by_hand(module, "inner.vit.layers.1", x(size=size), grid, 2))
 

@@ -134,7 +134,7 @@ def test_noise_over_the_gradient_is_captums(
         expected = NoiseTunnel(Saliency(module)).attribute(
             x, nt_type=NOISES[statistic], nt_samples=n, stdevs=0.2, abs=False, target=CLASS
         )
-    method = SmoothGrad(n, noise=0.2, absolute_noise=absolute, seed=SEED, statistic=statistic)
+    method = SmoothGrad(n, noise_level=0.2, absolute_noise=absolute, seed=SEED, statistic=statistic)
     if n == 1 and statistic is Statistic.VARIANCE:
         assert not explain(x, method, target=CLASS).maps.any()
     else:
@@ -156,7 +156,7 @@ def test_noise_over_integrated_gradients_is_captums(
             x, nt_type=NOISES[statistic], nt_samples=6, n_steps=7, baselines=other[:3], stdevs=0.1, target=CLASS
         )
     base = OurIntegratedGradients(7, baseline=Given(other[:3].numpy()))
-    answer = explain(x, SmoothGrad(6, noise=0.1, seed=SEED, statistic=statistic, base=base), target=CLASS)
+    answer = explain(x, SmoothGrad(6, noise_level=0.1, seed=SEED, statistic=statistic, base=base), target=CLASS)
     assert_close(answer.maps, expected, share=CAPTUM_PATH)
     assert [each.convergence.rows for each in answer.explanations] == [1 + 6 * (7 + 2)] * 3
 
@@ -180,7 +180,7 @@ def test_expected_gradients_are_captums_gradient_shap(
         patch.setattr(np.random, "choice", lambda _, size: np.array(chosen * (size // n)))
         patch.setattr(np.random, "uniform", lambda low, high, size: np.array(places * (size // n)))
         expected = GradientShap(module).attribute(x, baselines, n_samples=n, stdevs=noise, target=CLASS)
-    method = OurExpectedGradients(n, baselines.numpy(), noise=noise, seed=SEED)
+    method = OurExpectedGradients(n, baselines.numpy(), noise_level=noise, seed=SEED)
     assert_close(explain(x, method, target=CLASS).maps, expected)
 
 
@@ -227,5 +227,5 @@ def test_noise_over_guided_backpropagation_is_captums(x: Tensor, monkeypatch: py
         give_captum_our_noise(patch, x, spread=spreads(x, 0.2), kind="smoothgrad", n=4)
         expected = NoiseTunnel(GuidedBackprop(Plain().double())).attribute(x, nt_samples=4, stdevs=0.2, target=CLASS)
     with explaining(Plain().double()) as explain:
-        method = SmoothGrad(4, noise=0.2, seed=SEED, base=GuidedBackpropagation())
+        method = SmoothGrad(4, noise_level=0.2, seed=SEED, base=GuidedBackpropagation())
         assert_close(explain(x, method, target=CLASS).maps, expected)

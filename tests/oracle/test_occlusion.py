@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from captum.attr import Occlusion as CaptumOcclusion
-from sidelight_server import Channels, Constant, Given, Occlusion, Rise, Score
+from sidelight_server import RISE, Channels, Constant, Given, Occlusion, Score
 from sidelight_server.methods import random
 from skimage.transform import resize
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def test_occlusion_of_a_linear_logit_is_what_a_window_hides_over_how_often(x: Te
     assert_close(maps, fall / cover)
 
 
-def masks_of(method: Rise, shape: tuple[int, int]) -> np.ndarray:
+def masks_of(method: RISE, shape: tuple[int, int]) -> np.ndarray:
     """Return the masks, [n, H, W], from the same grids, enlarged by scikit-image as the paper's authors did."""
     masks = []
     for k in range(method.masks):
@@ -108,7 +108,7 @@ def masks_of(method: Rise, shape: tuple[int, int]) -> np.ndarray:
 def test_rise_is_the_masks_of_scikit_image_each_times_its_score(
     cells: int, keep: float, module: nn.Module, explain: Explain, x: Tensor
 ) -> None:
-    method = Rise(masks=40, cells=cells, keep_probability=keep, seed=9)
+    method = RISE(masks=40, cells=cells, keep_probability=keep, seed=9)
     masks = torch.from_numpy(masks_of(method, SHAPE[1:]))
     expected = []
     for each in x:
@@ -128,6 +128,6 @@ def test_the_rise_of_a_constant_score_is_that_score_everywhere(keep: float, x: T
     nn.init.constant_(module[1].bias, 2.0)
     n = 2000
     with explaining(module) as explain:
-        maps = explain(x[:1], Rise(n, cells=4, keep_probability=keep), target=CLASS, channels=Channels.SUM).maps
+        maps = explain(x[:1], RISE(n, cells=4, keep_probability=keep), target=CLASS, channels=Channels.SUM).maps
     # A mask's value has mean p and at most the variance p (1 − p) of its cells: 5 standard errors, for 117 pixels.
     np.testing.assert_allclose(maps, 2.0, rtol=0, atol=2.0 * 5 * np.sqrt((1 - keep) / (keep * n)))

@@ -131,8 +131,8 @@ def test_a_linear_softmax_has_its_closed_form(target: int | None, explain: Calla
     gradient = (p_k * (weight[k] - probability @ weight)).view(5, 3, 4, 5)
     # Computed in float64, sent in float32: half a unit in the last place is 6e-8 of the value.
     np.testing.assert_allclose(answer.maps, gradient.abs().amax(dim=1), rtol=1e-7, atol=0)
-    assert [each.index for each in answer.explained] == k.tolist()
-    np.testing.assert_allclose([each.score for each in answer.explained], p_k[:, 0], rtol=1e-12)
+    assert [each.index for each in answer.targets] == k.tolist()
+    np.testing.assert_allclose([each.score for each in answer.targets], p_k[:, 0], rtol=1e-12)
 
 
 @pytest.mark.parametrize("score", ["probability", "logit", "log_probability"])

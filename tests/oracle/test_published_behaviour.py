@@ -8,16 +8,16 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 from sidelight_server import (
+    RISE,
     Channels,
     ExpectedGradients,
-    GradCam,
+    GradCAM,
     Gradient,
     GuidedBackpropagation,
     IntegratedGradients,
-    LayerGradientTimesActivation,
+    LayerGradientXActivation,
     Magnitude,
     Occlusion,
-    Rise,
     Rule,
     Score,
     SmoothGrad,
@@ -44,10 +44,10 @@ METHODS: dict[str, Method] = {
     "integrated gradients to a tolerance": IntegratedGradients(0, Rule.TRAPEZOID, tolerance=0.05),
     "expected gradients": ExpectedGradients(25),
     # At the last layer of 8 × 8 pixels: those after it have 4 × 4, too coarse to rank the pixels of a digit.
-    "grad-cam": GradCam("3"),
-    "layer gradient times activation": LayerGradientTimesActivation("3"),
+    "grad-cam": GradCAM("3"),
+    "layer gradient times activation": LayerGradientXActivation("3"),
     "occlusion": Occlusion((2, 2), (1, 1)),
-    "rise": Rise(masks=120, cells=4),
+    "rise": RISE(masks=120, cells=4),
 }
 
 
@@ -197,7 +197,7 @@ def cascade(method: Method, module: nn.Sequential, x: Tensor) -> list[float]:
         Gradient(Magnitude.SIGNED),
         SmoothGrad(10, base=Gradient(Magnitude.SIGNED)),
         IntegratedGradients(10),
-        GradCam("3", keep_negative=True),
+        GradCAM("3", keep_negative=True),
     ],
     ids=lambda method: method.name,
 )

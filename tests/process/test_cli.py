@@ -170,11 +170,11 @@ def test_what_the_server_refuses_is_told_beside_the_picture(run: Run, options: l
 
 def test_any_method_is_named_with_its_options(run: Run, client: sidelight.Client) -> None:
     path = picture("a.png")
-    text = "smoothgrad(samples=3, noise=0.1, base=integrated_gradients(steps=4, baseline=black))"
+    text = "smoothgrad(samples=3, noise_level=0.1, base=integrated_gradients(steps=4, baseline=black))"
     done = run("attribute", path, "--method", text, "--out", "out", "--score", "margin")
     assert done.exit_code == 0, done.output
     base = sidelight.IntegratedGradients(steps=4, baseline="black")
-    method = sidelight.SmoothGrad(samples=3, noise=0.1, base=base)
+    method = sidelight.SmoothGrad(samples=3, noise_level=0.1, base=base)
     expected = client.attribute(path, method=method, score="margin").overlay(0)
     with Image.open("out/a.png") as overlay:
         np.testing.assert_allclose(np.asarray(overlay).astype(int), np.asarray(expected), atol=1)
@@ -212,7 +212,7 @@ def test_the_k_most_probable_classes_are_named_and_drawn_side_by_side(run: Run, 
     done = run("attribute", path, "--top-k", 3, "--out", "out", "--save", "saved")
     assert done.exit_code == 0, done.output
     answer = client.attribute(path, target=sidelight.TopK(3))
-    labels = ", ".join(each.label for each in answer.explained[0])
+    labels = ", ".join(each.label for each in answer.targets[0])
     assert rows(done.stdout)["a.png"][0] == f"{answer.predictions[0].label} (explained: {labels})"
     with Image.open("out/a.png") as overlay:
         assert overlay.size == (96, 32)
@@ -428,7 +428,7 @@ def test_info_tells_version_limits_methods_and_models(run: Run, address: str, cl
     text = " ".join(done.stdout.split())
     assert f"sidelight-server {server.version} at {address} methods gradient, smoothgrad, integrated" in text
     assert "rows 10000 at most for one example" in text
-    assert "stops" not in text or server.stops.count
+    assert "cancellations" not in text or server.cancellations.count
     assert "promises equal maps within a tolerance" in text
     assert "message 64 MiB at most picture 50 megapixels at most" in text
     assert "in flight 256 batches at most, 32 of them on one stream" in text

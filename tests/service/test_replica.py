@@ -107,7 +107,7 @@ def test_hooks_of_the_caller_neither_run_nor_keep_anything(caplog: pytest.LogCap
     with caplog.at_level(logging.INFO), served(module) as client:
         kept.clear()  # of the one pass at load that compares outputs with and without them
         maps = client.attribute(batch(), method=sidelight.Gradient()).maps
-        client.attribute(batch(), method=sidelight.GradCam())
+        client.attribute(batch(), method=sidelight.GradCAM())
     assert not kept
     np.testing.assert_array_equal(maps, expected.numpy())
     assert any("hooks_dropped" in record.getMessage() for record in caplog.records)

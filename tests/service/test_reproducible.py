@@ -10,7 +10,7 @@ from sidelight_server import (
     Answer,
     ConfigurationError,
     Engine,
-    GradCam,
+    GradCAM,
     Gradient,
     GuidedBackpropagation,
     IntegratedGradients,
@@ -196,7 +196,7 @@ def test_several_rows_of_a_model_without_input_size_cannot_be_checked(device: st
 def test_grad_cam_is_reproducible_too(device: str) -> None:
     engine = Engine([ModelSpec(small_cnn(), input_size=(3, 32, 32))], Settings(device=device, reproducible=True))
     images = np.random.default_rng(4).standard_normal((4, 3, 32, 32)).astype(np.float32)
-    alone, loaded = under_load(engine, [Request(images, method=GradCam())])
+    alone, loaded = under_load(engine, [Request(images, method=GradCAM())])
     for answer in loaded:
         np.testing.assert_array_equal(answer.maps[::-1], alone[0].maps)
 

@@ -48,7 +48,7 @@ def test_a_unary_call_is_answered(channel: grpc.Channel) -> None:
     assert result.transport == pb.TRANSPORT_INLINE
     assert not result.failures
     for example in result.examples:
-        prediction, (explained,) = example.prediction, example.explained
+        prediction, (explained,) = example.prediction, example.targets
         assert prediction.label == LABELS[prediction.index]
         assert explained.index == prediction.index
         assert explained.score == pytest.approx(prediction.probability)
@@ -149,7 +149,7 @@ def test_a_class_beyond_the_labels_has_none(device: str) -> None:
         stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
         request = ask(floats(1), target=pb.Target(index=9))
         (example,) = stub.Attribute(request, timeout=TIMEOUT_S).result.examples
-    assert (example.explained[0].index, example.explained[0].label) == (9, "")
+    assert (example.targets[0].index, example.targets[0].label) == (9, "")
 
 
 def test_reflection_lists_the_services(channel: grpc.Channel) -> None:

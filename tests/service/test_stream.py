@@ -192,9 +192,9 @@ def test_a_cancel_is_read_while_all_slots_are_taken_and_the_server_tells_how_soo
         info = attribution_pb2_grpc.AttributionServiceStub(server.channel).GetServerInfo(
             pb.GetServerInfoRequest(), timeout=TIMEOUT_S
         )
-    assert info.stops.count == 1
-    assert info.stops.mean == info.stops.longest
-    assert info.stops.mean.ToNanoseconds() > 0
+    assert info.cancellations.count == 1
+    assert info.cancellations.mean == info.cancellations.longest
+    assert info.cancellations.mean.ToNanoseconds() > 0
 
 
 def test_cancelling_what_is_not_there_is_passed_over(linear: grpc.Channel) -> None:

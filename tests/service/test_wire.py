@@ -436,11 +436,11 @@ def test_every_other_number_is_served(
 
 METHODS = {
     "gradient": pb.GradientMethod(),
-    "smoothgrad": pb.SmoothGradMethod(samples=2, noise=0.1),
+    "smoothgrad": pb.SmoothGradMethod(samples=2, noise_level=0.1),
     "integrated_gradients": pb.IntegratedGradientsMethod(steps=2),
     "expected_gradients": pb.ExpectedGradientsMethod(samples=2),
     "grad_cam": pb.GradCamMethod(),
-    "layer_gradient_times_activation": pb.LayerGradientTimesActivationMethod(),
+    "layer_gradient_x_activation": pb.LayerGradientXActivationMethod(),
     "occlusion": pb.OcclusionMethod(window_height=16, window_width=16),
     "rise": pb.RiseMethod(masks=2, cells=4, keep_probability=0.5),
     "guided_backpropagation": pb.GuidedBackpropagationMethod(),
@@ -548,7 +548,7 @@ WITH_NUMBERS = {
         }.items()
     },
     "method.smoothgrad.tolerance": {
-        "method": pb.Method(smoothgrad=pb.SmoothGradMethod(noise=0.1, tolerance=0.5, max_rows=20))
+        "method": pb.Method(smoothgrad=pb.SmoothGradMethod(noise_level=0.1, tolerance=0.5, max_rows=20))
     },
     "method.integrated_gradients.tolerance": {
         "method": pb.Method(integrated_gradients=pb.IntegratedGradientsMethod(tolerance=0.5, max_rows=20))
@@ -737,7 +737,7 @@ def test_a_target_that_is_not_there_is_refused(
 
 def test_each_example_has_its_own_target(small: Service) -> None:
     result = small.answer(ask(pixels(3, 32, 32, 3), target=each(7, "dog", 0))).result
-    explained = [(example.explained[0].index, example.explained[0].label) for example in result.examples]
+    explained = [(example.targets[0].index, example.targets[0].label) for example in result.examples]
     assert explained == [(7, "gnu"), (4, "dog"), (0, "ant")]
 
 

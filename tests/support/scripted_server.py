@@ -113,7 +113,7 @@ def answer(
     maps = np.full((n, 2, 2), value, "<f4")
     result = pb.Attribution(
         maps=tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=maps.shape, data=maps.tobytes()),
-        examples=[pb.Example(prediction=pb.Prediction(index=1), explained=[pb.Explained(index=1)])] * n,
+        examples=[pb.Example(prediction=pb.Prediction(index=1), targets=[pb.ExplainedTarget(index=1)])] * n,
         provenance=pb.Provenance(model_digest=digest, method=request.attribute.method, target=request.attribute.target),
         timing=pb.Timing(),
         transport=pb.TRANSPORT_INLINE,

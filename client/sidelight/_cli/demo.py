@@ -104,4 +104,4 @@ def _wait(process: "subprocess.Popen[str]") -> None:
 def _panel(path: Path, answer: Attribution) -> Panel:
     prediction = answer.predictions[0]
     title = f"{prediction.label}  {prediction.probability:.2f}" if prediction else ""
-    return Panel(answer.picture(0), answer.map(0), title, path.name)
+    return Panel(answer.picture(0), answer.heatmap(0), title, path.name)

@@ -22,7 +22,7 @@ def report_server(console: Console, server: ServerInfo, *, address: str) -> None
 
 
 def _server_facts(server: ServerInfo) -> dict[str, str]:
-    limits, stops = server.limits, server.stops
+    limits, cancellations = server.limits, server.cancellations
     facts = {
         "methods": ", ".join(server.methods),
         "message": f"{limits.max_message_bytes / 2**20:g} MiB at most",
@@ -30,9 +30,10 @@ def _server_facts(server: ServerInfo) -> dict[str, str]:
         "in flight": f"{limits.max_in_flight} batches at most, {limits.max_stream_in_flight} of them on one stream",
         "rows": f"{limits.max_example_rows} at most for one example",
     }
-    if stops.count:
-        took = f"ended after {stops.mean_s * 1e3:.0f} ms in the mean, {stops.longest_s * 1e3:.0f} ms at the longest"
-        facts["stops"] = f"{stops.count} requests that were cancelled on the device {took}"
+    if cancellations.count:
+        mean_ms, longest_ms = cancellations.mean_s * 1e3, cancellations.longest_s * 1e3
+        took = f"ended after {mean_ms:.0f} ms in the mean, {longest_ms:.0f} ms at the longest"
+        facts["cancellations"] = f"{cancellations.count} requests that were cancelled on the device {took}"
     return facts
 
 

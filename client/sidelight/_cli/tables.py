@@ -13,7 +13,7 @@ from rich.table import Table
 from ..results.attribution import Attribution
 from ..results.replay import Replay, Replayed
 from ..results.storage import check_free
-from ..results.types import Convergence, Explained
+from ..results.types import Convergence, ExplainedTarget
 
 HEADERS = ("picture", "class", "probability", "rows", "error", "completeness error", "device time")
 ALWAYS = ("picture", "class", "probability", "device time")
@@ -119,7 +119,7 @@ class _Sheet:
         if answer.error or answer.failures:
             self.n_failed += 1
             return False
-        for each in _explained(answer):
+        for each in _targets(answer):
             if each.advice:
                 self._advice.setdefault("saturated" if each.saturated else "negligible", each.advice)
         return True
@@ -147,9 +147,9 @@ def _cells(path: Path, answer: Attribution) -> tuple[str, ...]:
     if prediction is None or timing is None:
         raise ValueError("the answer is empty")
     label = _class(prediction.index, prediction.label)
-    explained = _explained(answer)
-    if answer.is_top_k or any(each.index != prediction.index or each.against is not None for each in explained):
-        label += f" (explained: {', '.join(map(_told, explained))})"
+    targets = _targets(answer)
+    if answer.is_top_k or any(each.index != prediction.index or each.against is not None for each in targets):
+        label += f" (explained: {', '.join(map(_told, targets))})"
     return (
         escape(path.name),
         escape(label),
@@ -159,14 +159,14 @@ def _cells(path: Path, answer: Attribution) -> tuple[str, ...]:
     )
 
 
-def _explained(answer: Attribution) -> tuple[Explained, ...]:
-    explained = answer.explained[0]
-    return explained if isinstance(explained, tuple) else (explained,) if explained else ()
+def _targets(answer: Attribution) -> tuple[ExplainedTarget, ...]:
+    target = answer.targets[0]
+    return target if isinstance(target, tuple) else (target,) if target else ()
 
 
-def _told(explained: Explained) -> str:
-    against = "" if explained.against is None else f" against class {explained.against}"
-    return _class(explained.index, explained.label) + against
+def _told(target: ExplainedTarget) -> str:
+    against = "" if target.against is None else f" against class {target.against}"
+    return _class(target.index, target.label) + against
 
 
 def _class(index: int, label: str) -> str:

@@ -37,7 +37,7 @@ Images = Picture | Array | TorchTensor | Sequence[Picture | Array | TorchTensor]
 class Served:
     """A batch, and the class that a model server gave each of its examples, by index or label.
 
-    Where another is predicted by the server that explains, `Prediction.differs` says so.
+    Where another is predicted by the server that explains, `Prediction.is_mismatch` says so.
     """
 
     images: Images

@@ -45,16 +45,17 @@ class Contrast:
 class Dense:
     """A class of a model whose output is [N, K, h, w]: the sum of its scores over a region of the output.
 
-    Without a choice, `Dense(None)`, it is each pixel's own largest output that counts. `region` is top, left, height
+    Without a class, `Dense()`, it is each pixel's own largest output that counts. `region` is top, left, height
     and width in the output's own pixels; None is all of it.
     """
 
-    choice: Choice | None
+    label_or_index: Choice | None = None
     region: Region | None = None
 
     def message(self) -> pb.Target:
         """Return what goes over the wire."""
-        choice = None if self.choice is None else choice_message(self.choice, "target.choice")
+        given = self.label_or_index
+        choice = None if given is None else choice_message(given, "target.label_or_index")
         return pb.Target(dense=pb.DenseTarget(choice=choice, region=None if self.region is None else _box(self.region)))
 
 

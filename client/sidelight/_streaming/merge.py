@@ -43,7 +43,7 @@ def join(entry: Entry) -> Attribution:
         first,
         maps=np.concatenate([part.maps for part in parts]),
         predictions=_chained(part.predictions for part in parts),
-        explained=_chained(part.explained for part in parts),
+        targets=_chained(part.targets for part in parts),
         geometry=_chained(part.geometry for part in parts),
         convergence=_chained(part.convergence for part in parts),
         failures=tuple(failures),

@@ -4,21 +4,21 @@ May import `_inputs` and everything below.
 """
 
 from .baselines import Blurred
-from .gradient import GradCam, Gradient, GuidedBackpropagation, LayerGradientTimesActivation
+from .gradient import GradCAM, Gradient, GuidedBackpropagation, LayerGradientXActivation
 from .method import Method
 from .path import ExpectedGradients, IntegratedGradients, SmoothGrad
-from .perturbation import Occlusion, Rise
+from .perturbation import RISE, Occlusion
 
 __all__ = [
+    "RISE",
     "Blurred",
     "ExpectedGradients",
-    "GradCam",
+    "GradCAM",
     "Gradient",
     "GuidedBackpropagation",
     "IntegratedGradients",
-    "LayerGradientTimesActivation",
+    "LayerGradientXActivation",
     "Method",
     "Occlusion",
-    "Rise",
     "SmoothGrad",
 ]

@@ -14,7 +14,7 @@ from ..exceptions import InvalidArgument
 
 BLUR_SIGMA_PX = 10.0
 
-_NAMES = ("zero", "black", "mean_colour", "blurred")
+_NAMES = ("zero", "black", "mean_color", "blurred")
 _EXPECTED = f"{', '.join(_NAMES)}, a number, Blurred() or a floating array [C, H, W] or [N, C, H, W]"
 
 
@@ -87,8 +87,8 @@ def _named(name: str) -> pb.Baseline:
             return pb.Baseline(constant=0.0)
         case "black":
             return pb.Baseline(black=pb.BlackBaseline())
-        case "mean_colour":
-            return pb.Baseline(mean_colour=pb.MeanColourBaseline())
+        case "mean_color":
+            return pb.Baseline(mean_color=pb.MeanColorBaseline())
         case "blurred":
             return Blurred().message()
     near = difflib.get_close_matches(name, _NAMES, n=1)

@@ -32,7 +32,7 @@ class Gradient:
 
 
 @dataclass(frozen=True, slots=True)
-class GradCam:
+class GradCAM:
     """A layer's channels, weighed by their mean gradient and added; one number with its sign for each pixel.
 
     Selvaraju, Cogswell, Das, Vedantam, Parikh and Batra, 2017, "Grad-CAM: Visual Explanations from Deep Networks via
@@ -51,7 +51,7 @@ class GradCam:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerGradientTimesActivation:
+class LayerGradientXActivation:
     """A layer's gradient times its activation.
 
     Ancona, Ceolini, Öztireli and Gross, 2018, "Towards better understanding of gradient-based attribution methods for
@@ -63,7 +63,7 @@ class LayerGradientTimesActivation:
     def message(self) -> pb.Method:
         """Return what goes over the wire."""
         layer = text(self.layer, "method.layer")
-        return pb.Method(layer_gradient_times_activation=pb.LayerGradientTimesActivationMethod(layer=layer))
+        return pb.Method(layer_gradient_x_activation=pb.LayerGradientXActivationMethod(layer=layer))
 
 
 @dataclass(frozen=True, slots=True)

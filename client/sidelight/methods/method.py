@@ -4,23 +4,23 @@ A class holds what was asked for; `message()` says it on the wire with every def
 `InvalidArgument` for what the wire cannot hold. Whether a number is within its range, the server says.
 """
 
-from .gradient import GradCam, Gradient, GuidedBackpropagation, LayerGradientTimesActivation
+from .gradient import GradCAM, Gradient, GuidedBackpropagation, LayerGradientXActivation
 from .path import ExpectedGradients, IntegratedGradients, SmoothGrad
-from .perturbation import Occlusion, Rise
+from .perturbation import RISE, Occlusion
 
 Method = (
     Gradient
     | SmoothGrad
     | IntegratedGradients
     | ExpectedGradients
-    | GradCam
-    | LayerGradientTimesActivation
+    | GradCAM
+    | LayerGradientXActivation
     | Occlusion
-    | Rise
+    | RISE
     | GuidedBackpropagation
 )
 
 
 def is_one_row(method: Method) -> bool:
     """Say whether a method runs each example once."""
-    return isinstance(method, Gradient | GradCam | LayerGradientTimesActivation | GuidedBackpropagation)
+    return isinstance(method, Gradient | GradCAM | LayerGradientXActivation | GuidedBackpropagation)

@@ -26,10 +26,10 @@ METHODS: dict[str, type[Method]] = {
     "smoothgrad": path.SmoothGrad,
     "integrated_gradients": path.IntegratedGradients,
     "expected_gradients": path.ExpectedGradients,
-    "grad_cam": gradient.GradCam,
-    "layer_gradient_times_activation": gradient.LayerGradientTimesActivation,
+    "grad_cam": gradient.GradCAM,
+    "layer_gradient_x_activation": gradient.LayerGradientXActivation,
     "occlusion": perturbation.Occlusion,
-    "rise": perturbation.Rise,
+    "rise": perturbation.RISE,
     "guided_backpropagation": gradient.GuidedBackpropagation,
 }
 _BASELINES = {"blurred": Blurred}

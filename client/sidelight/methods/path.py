@@ -22,7 +22,7 @@ class IntegratedGradients:
     (None: gauss_legendre). With a `tolerance` in (0, 1) it is refined instead, by the trapezoid rule, until that
     changes an example's map by at most this share in L2, or `max_rows` have run; `steps` is then not sent.
 
-    `baseline`: "zero", "black", "mean_colour", "blurred", a number, `Blurred(sigma)`, or a floating array [C, H, W] or
+    `baseline`: "zero", "black", "mean_color", "blurred", a number, `Blurred(sigma)`, or a floating array [C, H, W] or
     [N, C, H, W] in the model's own input space.
     """
 
@@ -56,13 +56,13 @@ class SmoothGrad:
     Adebayo, Gilmer, Goodfellow and Kim, 2018, "Local Explanation Methods for Deep Neural Networks Lack Sensitivity to
     Parameter Values" ("variance").
 
-    `noise` is the standard deviation as a share of the example's range, or in the input's own unit with
+    `noise_level` is the standard deviation as a share of the example's range, or in the input's own unit with
     `absolute_noise`. With a `tolerance` in (0, 1) an example ends once the standard error's L2 norm over the mean's is
     at most that, or `max_rows` have run; `samples` is then not sent.
     """
 
     samples: int = 25
-    noise: float = 0.15
+    noise_level: float = 0.15
     seed: int = 0
     absolute_noise: bool = False
     statistic: Statistic = "mean"
@@ -80,7 +80,7 @@ class SmoothGrad:
         return pb.Method(
             smoothgrad=pb.SmoothGradMethod(
                 samples=samples if self.tolerance is None else 0,
-                noise=real(self.noise, "method.noise"),
+                noise_level=real(self.noise_level, "method.noise_level"),
                 absolute_noise=flag(self.absolute_noise, "method.absolute_noise"),
                 seed=whole(self.seed, "method.seed", bits=64),
                 statistic=statistic_number(self.statistic),
@@ -97,12 +97,12 @@ class ExpectedGradients:
 
     Erion, Janizek, Sturmfels, Lundberg and Lee, 2021, "Improving performance of deep learning models with axiomatic
     attribution priors and expected gradients". `baselines` is a floating array [M, C, H, W] that is drawn from; None is
-    zero alone. `noise`, a share of the example's range, is added to the example.
+    zero alone. `noise_level`, a share of the example's range, is added to the example.
     """
 
     samples: int = 50
     baselines: Array | TorchTensor | ArrayLike | None = None
-    noise: float = 0.0
+    noise_level: float = 0.0
     seed: int = 0
 
     def message(self) -> pb.Method:
@@ -113,7 +113,7 @@ class ExpectedGradients:
             expected_gradients=pb.ExpectedGradientsMethod(
                 samples=whole(self.samples, "method.samples"),
                 baselines=None if given is None else floats(given, "method.baselines", expected=expected),
-                noise=real(self.noise, "method.noise"),
+                noise_level=real(self.noise_level, "method.noise_level"),
                 seed=whole(self.seed, "method.seed", bits=64),
             )
         )

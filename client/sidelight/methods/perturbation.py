@@ -38,7 +38,7 @@ class Occlusion:
 
 
 @dataclass(frozen=True, slots=True)
-class Rise:
+class RISE:
     """The score with random grids hidden, averaged where they show; one number with its sign for each pixel.
 
     Petsiuk, Das and Saenko, 2018, "RISE: Randomized Input Sampling for Explanation of Black-box Models". A grid has

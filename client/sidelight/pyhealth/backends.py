@@ -34,7 +34,7 @@ class Remote:
 
     def explain(self, images: NDArray[Any], classes: Classes) -> tuple[NDArray[Any], list[int]]:
         """Return maps, [N, H, W], and the predicted classes of images, [N, C, H, W]."""
-        target = Dense(None) if classes is None else classes
+        target = Dense() if classes is None else classes
         options: dict[str, Any] = {
             "model": self._model,
             "target": target,
@@ -67,7 +67,7 @@ class Local:
     def explain(self, images: NDArray[Any], classes: Classes) -> tuple[NDArray[Any], list[int]]:
         """Return maps, [N, H, W], and the predicted classes of images, [N, C, H, W]."""
         server = self._server
-        target = server.Dense(None) if classes is None else classes
+        target = server.Dense() if classes is None else classes
         target = server.PerExample(tuple(target)) if isinstance(target, list) else target
         request = server.Request(images, target=target, exact=True, plain_head=True)
         try:

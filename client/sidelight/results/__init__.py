@@ -5,14 +5,15 @@ May import `_options`, `methods`, `_inputs`, `visualization` and `exceptions`.
 
 from .attribution import Attribution
 from .replay import Difference, Replay, Replayed
-from .server_info import Limits, ModelInfo, Preprocessing, ServerInfo, SharedMemory, Stops, WarmupEntry
-from .types import Convergence, Explained, Failure, Geometry, Prediction, Provenance, Timing
+from .server_info import CancellationStats, Limits, ModelInfo, Preprocessing, ServerInfo, SharedMemory, WarmupEntry
+from .types import Convergence, ExplainedTarget, Failure, Geometry, Prediction, Provenance, Timing
 
 __all__ = [
     "Attribution",
+    "CancellationStats",
     "Convergence",
     "Difference",
-    "Explained",
+    "ExplainedTarget",
     "Failure",
     "Geometry",
     "Limits",
@@ -24,7 +25,6 @@ __all__ = [
     "Replayed",
     "ServerInfo",
     "SharedMemory",
-    "Stops",
     "Timing",
     "WarmupEntry",
 ]

@@ -18,7 +18,7 @@ from .._inputs.tensors import Array, array_of
 from ..exceptions import FailedPrecondition, SidelightError, from_code
 from ..visualization.overlay import overlay, overlay_part
 from . import storage
-from .types import Convergence, Explained, Failure, Geometry, Prediction, Provenance, Timing
+from .types import Convergence, ExplainedTarget, Failure, Geometry, Prediction, Provenance, Timing
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -26,15 +26,15 @@ class Attribution:
     """The answer for one batch of N examples.
 
     `maps` is float32 whatever `map_dtype` they came in: [N, H, W], or the signed [N, C, H, W] for `channels="none"`;
-    with a top-k target a dimension k follows N, and each entry of `explained` is a tuple of k. A failed example's map
-    is NaN and its entries in `predictions`, `explained`, `geometry` and `convergence` are None; so are, where `final`
+    with a top-k target a dimension k follows N, and each entry of `targets` is a tuple of k. A failed example's map
+    is NaN and its entries in `predictions`, `targets`, `geometry` and `convergence` are None; so are, where `final`
     is False, those of an example that has no map yet. Where the whole batch failed, which only `on_error="return"`
     lets through, `error` is set and there are no maps.
     """
 
     maps: NDArray[np.float32] = dataclasses.field(repr=False)
     predictions: tuple[Prediction | None, ...] = ()
-    explained: tuple[Explained | tuple[Explained, ...] | None, ...] = ()
+    targets: tuple[ExplainedTarget | tuple[ExplainedTarget, ...] | None, ...] = ()
     geometry: tuple[Geometry | None, ...] = ()  # None also for floating arrays
     failures: tuple[Failure, ...] = ()
     probabilities: NDArray[np.float32] | None = dataclasses.field(default=None, repr=False)  # [N, K], if asked for
@@ -59,7 +59,7 @@ class Attribution:
         picture, geometry = self._original(i), self.geometry[i]
         return picture if geometry is None else _seen(picture, geometry)
 
-    def map(self, i: int, *, k: int = 0) -> NDArray[np.float32]:
+    def heatmap(self, i: int, *, k: int = 0) -> NDArray[np.float32]:
         """Return the map of example i as [H, W], to be drawn: without channel reduction, the largest |value|.
 
         `k` is the place of a class among those of a top-k target.
@@ -77,15 +77,15 @@ class Attribution:
         return self._provenance is not None and self._provenance.target.WhichOneof("target") == "top_k"
 
     def overlay(self, i: int, *, k: int = 0, original: bool = False) -> Image.Image:
-        """Return what the model saw of example i with its map laid over it; `k` as in `map`.
+        """Return what the model saw of example i with its map laid over it; `k` as in `heatmap`.
 
         `original` lays it on the whole picture at its own size, where what the model did not see is darker.
         """
         geometry = self.geometry[i] if original else None
         if geometry is None:
-            return overlay(self.picture(i), self.map(i, k=k))
+            return overlay(self.picture(i), self.heatmap(i, k=k))
         picture = self._original(i)
-        return overlay_part(picture, self.map(i, k=k), _box(picture, geometry))
+        return overlay_part(picture, self.heatmap(i, k=k), _box(picture, geometry))
 
     def save(self, folder: str | Path, *, original: bool = False, overwrite: bool = False) -> None:
         """Write `maps.npy`, `answer.json` and the overlays of the examples into a folder, which is made if need be.
@@ -108,9 +108,9 @@ class Attribution:
             overwrite=overwrite,
         )
 
-    def facts(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """Return everything but the maps, as JSON can hold it."""
-        return storage.facts(self)
+        return storage.to_dict(self)
 
     def _original(self, i: int) -> Image.Image:
         batch = self._batch.batch if isinstance(self._batch, Lent) else self._batch
@@ -154,7 +154,7 @@ def read(
             message.maps, array_of(message.maps) if maps is None else maps, [each is not None for each in examples]
         ),
         predictions=tuple(each and Prediction.of(each) for each in examples),
-        explained=tuple(each and _explained(each.explained, top_k=top_k) for each in examples),
+        targets=tuple(each and _targets(each.targets, top_k=top_k) for each in examples),
         geometry=tuple(Geometry.of(each.geometry) if each and each.HasField("geometry") else None for each in examples),
         convergence=tuple(
             Convergence.of(each.convergence) if each and each.HasField("convergence") else None for each in examples
@@ -211,5 +211,5 @@ def _maps(tensor: tensor_pb2.Tensor, array: Array, are_there: list[bool]) -> NDA
     return maps
 
 
-def _explained(messages: Sequence[pb.Explained], *, top_k: bool) -> Explained | tuple[Explained, ...]:
-    return tuple(map(Explained.of, messages)) if top_k else Explained.of(messages[0])
+def _targets(messages: Sequence[pb.ExplainedTarget], *, top_k: bool) -> ExplainedTarget | tuple[ExplainedTarget, ...]:
+    return tuple(map(ExplainedTarget.of, messages)) if top_k else ExplainedTarget.of(messages[0])

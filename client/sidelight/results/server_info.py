@@ -34,7 +34,7 @@ class SharedMemory:
 
 
 @dataclass(frozen=True, slots=True)
-class Stops:
+class CancellationStats:
     """How soon requests ended that were cancelled, or ran out of time, while a row of theirs was on the device."""
 
     count: int
@@ -42,7 +42,7 @@ class Stops:
     longest_s: float
 
     @classmethod
-    def of(cls, message: pb.Stops) -> "Stops":
+    def of(cls, message: pb.CancellationStats) -> "CancellationStats":
         """Return what a message says."""
         return cls(message.count, seconds(message.mean), seconds(message.longest))
 
@@ -151,7 +151,7 @@ class ServerInfo:
     limits: Limits
     methods: tuple[str, ...]
     models: tuple[ModelInfo, ...]
-    stops: Stops
+    cancellations: CancellationStats
     shared_memory: SharedMemory | None = None  # None where the operator does not allow any
 
     @classmethod
@@ -167,7 +167,7 @@ class ServerInfo:
             ),
             methods=tuple(message.methods),
             models=tuple(map(ModelInfo.of, message.models)),
-            stops=Stops.of(message.stops),
+            cancellations=CancellationStats.of(message.cancellations),
             shared_memory=_shared_memory(message) if message.HasField("shared_memory") else None,
         )  # fmt: skip
 

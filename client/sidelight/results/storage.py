@@ -45,13 +45,13 @@ class Record:
     maps: NDArray[np.float32] | None  # None where the file is not there
 
 
-def facts(answer: "Attribution") -> dict[str, object]:
+def to_dict(answer: "Attribution") -> dict[str, object]:
     """Return everything but the maps, as JSON can hold it."""
     entries = zip(
-        answer.names or (None,) * len(answer), answer.predictions, answer.explained, answer.geometry,
+        answer.names or (None,) * len(answer), answer.predictions, answer.targets, answer.geometry,
         answer.convergence, digests(answer), strict=True,
     )  # fmt: skip
-    names = ("name", "prediction", "explained", "geometry", "convergence", "map_sha256")
+    names = ("name", "prediction", "target", "geometry", "convergence", "map_sha256")
     return {
         "example_count": len(answer),
         "examples": [dict(zip(names, map(_plain, entry), strict=True)) for entry in entries],
@@ -99,7 +99,7 @@ def write(
         if baseline is not None:
             np.save(made / BASELINE, baseline)
         failed = {failure.example for failure in answer.failures}
-        told: dict[str, Any] = facts(answer)
+        told: dict[str, Any] = to_dict(answer)
         for i, example in enumerate(told["examples"]):
             example.update(_write_overlays(made, i, draw=draw, is_failed=i in failed))
         told["provenance_message"] = json_format.MessageToDict(

@@ -29,18 +29,18 @@ class Prediction:
     index: int
     label: str  # empty where the model has no labels
     probability: float
-    differs: bool | None = None  # from the class that was said to be served; None where none was
+    is_mismatch: bool | None = None  # from the class that was said to be served; None where none was
 
     @classmethod
     def of(cls, message: pb.Example) -> "Prediction":
         """Return what a message says."""
-        differs = message.prediction_differs if message.HasField("prediction_differs") else None
+        is_mismatch = message.prediction_differs if message.HasField("prediction_differs") else None
         predicted = message.prediction
-        return cls(predicted.index, predicted.label, predicted.probability, differs)
+        return cls(predicted.index, predicted.label, predicted.probability, is_mismatch)
 
 
 @dataclass(frozen=True, slots=True)
-class Explained:
+class ExplainedTarget:
     """The class that a map explains, and the score that was differentiated."""
 
     index: int
@@ -51,7 +51,7 @@ class Explained:
     negligible: bool = False  # the map is zero everywhere, or rounding alone
 
     @classmethod
-    def of(cls, message: pb.Explained) -> "Explained":
+    def of(cls, message: pb.ExplainedTarget) -> "ExplainedTarget":
         """Return what a message says."""
         against = message.against if message.HasField("against") else None
         return cls(message.index, message.label, message.score, message.saturated, against, message.negligible)

@@ -455,7 +455,7 @@ class GetServerInfoResponse(google.protobuf.message.Message):
     LIMITS_FIELD_NUMBER: builtins.int
     METHODS_FIELD_NUMBER: builtins.int
     MODELS_FIELD_NUMBER: builtins.int
-    STOPS_FIELD_NUMBER: builtins.int
+    CANCELLATIONS_FIELD_NUMBER: builtins.int
     SHARED_MEMORY_FIELD_NUMBER: builtins.int
     version: builtins.str
     """version is the server's, as SemVer."""
@@ -472,8 +472,8 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         """models are those of ModelService.ListModels."""
 
     @property
-    def stops(self) -> global___Stops:
-        """stops tells how soon work ended whose caller had gone or whose time had run out."""
+    def cancellations(self) -> global___CancellationStats:
+        """cancellations tells how soon work ended whose caller had gone or whose time had run out."""
 
     @property
     def shared_memory(self) -> global___SharedMemory:
@@ -486,11 +486,11 @@ class GetServerInfoResponse(google.protobuf.message.Message):
         limits: global___Limits | None = ...,
         methods: collections.abc.Iterable[builtins.str] | None = ...,
         models: collections.abc.Iterable[sidelight.v1.model_pb2.ModelInfo] | None = ...,
-        stops: global___Stops | None = ...,
+        cancellations: global___CancellationStats | None = ...,
         shared_memory: global___SharedMemory | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["limits", b"limits", "shared_memory", b"shared_memory", "stops", b"stops"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["limits", b"limits", "methods", b"methods", "models", b"models", "shared_memory", b"shared_memory", "stops", b"stops", "version", b"version"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["cancellations", b"cancellations", "limits", b"limits", "shared_memory", b"shared_memory"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["cancellations", b"cancellations", "limits", b"limits", "methods", b"methods", "models", b"models", "shared_memory", b"shared_memory", "version", b"version"]) -> None: ...
 
 global___GetServerInfoResponse = GetServerInfoResponse
 
@@ -521,9 +521,9 @@ class SharedMemory(google.protobuf.message.Message):
 global___SharedMemory = SharedMemory
 
 @typing.final
-class Stops(google.protobuf.message.Message):
-    """Stops tells how soon work ended on the device once it was cancelled: the running chunk is the limit. Requests that
-    had no row on the device ended at once and are not counted.
+class CancellationStats(google.protobuf.message.Message):
+    """CancellationStats tells how soon work ended on the device once it was cancelled: the running chunk is the limit.
+    Requests that had no row on the device ended at once and are not counted.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -551,7 +551,7 @@ class Stops(google.protobuf.message.Message):
     def HasField(self, field_name: typing.Literal["longest", b"longest", "mean", b"mean"]) -> builtins.bool: ...
     def ClearField(self, field_name: typing.Literal["count", b"count", "longest", b"longest", "mean", b"mean"]) -> None: ...
 
-global___Stops = Stops
+global___CancellationStats = CancellationStats
 
 @typing.final
 class Limits(google.protobuf.message.Message):
@@ -802,7 +802,7 @@ class Method(google.protobuf.message.Message):
     INTEGRATED_GRADIENTS_FIELD_NUMBER: builtins.int
     EXPECTED_GRADIENTS_FIELD_NUMBER: builtins.int
     GRAD_CAM_FIELD_NUMBER: builtins.int
-    LAYER_GRADIENT_TIMES_ACTIVATION_FIELD_NUMBER: builtins.int
+    LAYER_GRADIENT_X_ACTIVATION_FIELD_NUMBER: builtins.int
     OCCLUSION_FIELD_NUMBER: builtins.int
     RISE_FIELD_NUMBER: builtins.int
     GUIDED_BACKPROPAGATION_FIELD_NUMBER: builtins.int
@@ -827,8 +827,8 @@ class Method(google.protobuf.message.Message):
         """grad_cam weighs a layer's channels by their mean gradient."""
 
     @property
-    def layer_gradient_times_activation(self) -> global___LayerGradientTimesActivationMethod:
-        """layer_gradient_times_activation multiplies a layer's gradient by its activation."""
+    def layer_gradient_x_activation(self) -> global___LayerGradientXActivationMethod:
+        """layer_gradient_x_activation multiplies a layer's gradient by its activation."""
 
     @property
     def occlusion(self) -> global___OcclusionMethod:
@@ -850,14 +850,14 @@ class Method(google.protobuf.message.Message):
         integrated_gradients: global___IntegratedGradientsMethod | None = ...,
         expected_gradients: global___ExpectedGradientsMethod | None = ...,
         grad_cam: global___GradCamMethod | None = ...,
-        layer_gradient_times_activation: global___LayerGradientTimesActivationMethod | None = ...,
+        layer_gradient_x_activation: global___LayerGradientXActivationMethod | None = ...,
         occlusion: global___OcclusionMethod | None = ...,
         rise: global___RiseMethod | None = ...,
         guided_backpropagation: global___GuidedBackpropagationMethod | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["expected_gradients", b"expected_gradients", "grad_cam", b"grad_cam", "gradient", b"gradient", "guided_backpropagation", b"guided_backpropagation", "integrated_gradients", b"integrated_gradients", "layer_gradient_times_activation", b"layer_gradient_times_activation", "method", b"method", "occlusion", b"occlusion", "rise", b"rise", "smoothgrad", b"smoothgrad"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["expected_gradients", b"expected_gradients", "grad_cam", b"grad_cam", "gradient", b"gradient", "guided_backpropagation", b"guided_backpropagation", "integrated_gradients", b"integrated_gradients", "layer_gradient_times_activation", b"layer_gradient_times_activation", "method", b"method", "occlusion", b"occlusion", "rise", b"rise", "smoothgrad", b"smoothgrad"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["method", b"method"]) -> typing.Literal["gradient", "smoothgrad", "integrated_gradients", "expected_gradients", "grad_cam", "layer_gradient_times_activation", "occlusion", "rise", "guided_backpropagation"] | None: ...
+    def HasField(self, field_name: typing.Literal["expected_gradients", b"expected_gradients", "grad_cam", b"grad_cam", "gradient", b"gradient", "guided_backpropagation", b"guided_backpropagation", "integrated_gradients", b"integrated_gradients", "layer_gradient_x_activation", b"layer_gradient_x_activation", "method", b"method", "occlusion", b"occlusion", "rise", b"rise", "smoothgrad", b"smoothgrad"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["expected_gradients", b"expected_gradients", "grad_cam", b"grad_cam", "gradient", b"gradient", "guided_backpropagation", b"guided_backpropagation", "integrated_gradients", b"integrated_gradients", "layer_gradient_x_activation", b"layer_gradient_x_activation", "method", b"method", "occlusion", b"occlusion", "rise", b"rise", "smoothgrad", b"smoothgrad"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["method", b"method"]) -> typing.Literal["gradient", "smoothgrad", "integrated_gradients", "expected_gradients", "grad_cam", "layer_gradient_x_activation", "occlusion", "rise", "guided_backpropagation"] | None: ...
 
 global___Method = Method
 
@@ -923,7 +923,7 @@ class SmoothGradMethod(google.protobuf.message.Message):
     """
 
     SAMPLES_FIELD_NUMBER: builtins.int
-    NOISE_FIELD_NUMBER: builtins.int
+    NOISE_LEVEL_FIELD_NUMBER: builtins.int
     ABSOLUTE_NOISE_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     STATISTIC_FIELD_NUMBER: builtins.int
@@ -932,10 +932,10 @@ class SmoothGradMethod(google.protobuf.message.Message):
     BASE_FIELD_NUMBER: builtins.int
     samples: builtins.int
     """samples counts noisy copies. At least 1. Required unless tolerance is set."""
-    noise: builtins.float
-    """noise is the standard deviation, at least 0: a share of the example's range, or absolute. Required."""
+    noise_level: builtins.float
+    """noise_level is the standard deviation, at least 0: a share of the example's range, or absolute. Required."""
     absolute_noise: builtins.bool
-    """absolute_noise says that noise is in the input's own unit. Optional."""
+    """absolute_noise says that noise_level is in the input's own unit. Optional."""
     seed: builtins.int
     """seed begins the noise. Optional: unset is 0."""
     statistic: global___SmoothGradMethod.Statistic.ValueType
@@ -956,7 +956,7 @@ class SmoothGradMethod(google.protobuf.message.Message):
         self,
         *,
         samples: builtins.int = ...,
-        noise: builtins.float = ...,
+        noise_level: builtins.float = ...,
         absolute_noise: builtins.bool = ...,
         seed: builtins.int = ...,
         statistic: global___SmoothGradMethod.Statistic.ValueType = ...,
@@ -965,7 +965,7 @@ class SmoothGradMethod(google.protobuf.message.Message):
         base: global___Method | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["base", b"base"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["absolute_noise", b"absolute_noise", "base", b"base", "max_rows", b"max_rows", "noise", b"noise", "samples", b"samples", "seed", b"seed", "statistic", b"statistic", "tolerance", b"tolerance"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["absolute_noise", b"absolute_noise", "base", b"base", "max_rows", b"max_rows", "noise_level", b"noise_level", "samples", b"samples", "seed", b"seed", "statistic", b"statistic", "tolerance", b"tolerance"]) -> None: ...
 
 global___SmoothGradMethod = SmoothGradMethod
 
@@ -977,7 +977,7 @@ class Baseline(google.protobuf.message.Message):
 
     CONSTANT_FIELD_NUMBER: builtins.int
     BLACK_FIELD_NUMBER: builtins.int
-    MEAN_COLOUR_FIELD_NUMBER: builtins.int
+    MEAN_COLOR_FIELD_NUMBER: builtins.int
     BLURRED_FIELD_NUMBER: builtins.int
     TENSOR_FIELD_NUMBER: builtins.int
     constant: builtins.float
@@ -987,8 +987,8 @@ class Baseline(google.protobuf.message.Message):
         """black is a picture of pixel 0 after preprocessing."""
 
     @property
-    def mean_colour(self) -> global___MeanColourBaseline:
-        """mean_colour fills each channel with the example's mean."""
+    def mean_color(self) -> global___MeanColorBaseline:
+        """mean_color fills each channel with the example's mean."""
 
     @property
     def blurred(self) -> global___BlurredBaseline:
@@ -1003,13 +1003,13 @@ class Baseline(google.protobuf.message.Message):
         *,
         constant: builtins.float = ...,
         black: global___BlackBaseline | None = ...,
-        mean_colour: global___MeanColourBaseline | None = ...,
+        mean_color: global___MeanColorBaseline | None = ...,
         blurred: global___BlurredBaseline | None = ...,
         tensor: sidelight.v1.tensor_pb2.Tensor | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["baseline", b"baseline", "black", b"black", "blurred", b"blurred", "constant", b"constant", "mean_colour", b"mean_colour", "tensor", b"tensor"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["baseline", b"baseline", "black", b"black", "blurred", b"blurred", "constant", b"constant", "mean_colour", b"mean_colour", "tensor", b"tensor"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["baseline", b"baseline"]) -> typing.Literal["constant", "black", "mean_colour", "blurred", "tensor"] | None: ...
+    def HasField(self, field_name: typing.Literal["baseline", b"baseline", "black", b"black", "blurred", b"blurred", "constant", b"constant", "mean_color", b"mean_color", "tensor", b"tensor"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["baseline", b"baseline", "black", b"black", "blurred", b"blurred", "constant", b"constant", "mean_color", b"mean_color", "tensor", b"tensor"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["baseline", b"baseline"]) -> typing.Literal["constant", "black", "mean_color", "blurred", "tensor"] | None: ...
 
 global___Baseline = Baseline
 
@@ -1026,8 +1026,8 @@ class BlackBaseline(google.protobuf.message.Message):
 global___BlackBaseline = BlackBaseline
 
 @typing.final
-class MeanColourBaseline(google.protobuf.message.Message):
-    """MeanColourBaseline fills each channel with the example's mean."""
+class MeanColorBaseline(google.protobuf.message.Message):
+    """MeanColorBaseline fills each channel with the example's mean."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1035,7 +1035,7 @@ class MeanColourBaseline(google.protobuf.message.Message):
         self,
     ) -> None: ...
 
-global___MeanColourBaseline = MeanColourBaseline
+global___MeanColorBaseline = MeanColorBaseline
 
 @typing.final
 class BlurredBaseline(google.protobuf.message.Message):
@@ -1108,12 +1108,12 @@ class ExpectedGradientsMethod(google.protobuf.message.Message):
 
     SAMPLES_FIELD_NUMBER: builtins.int
     BASELINES_FIELD_NUMBER: builtins.int
-    NOISE_FIELD_NUMBER: builtins.int
+    NOISE_LEVEL_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
     samples: builtins.int
     """samples counts points. At least 1. Required."""
-    noise: builtins.float
-    """noise is the standard deviation added to the example, a share of its range. At least 0."""
+    noise_level: builtins.float
+    """noise_level is the standard deviation added to the example, a share of its range. At least 0."""
     seed: builtins.int
     """seed begins the draws. Optional: unset is 0."""
     @property
@@ -1125,11 +1125,11 @@ class ExpectedGradientsMethod(google.protobuf.message.Message):
         *,
         samples: builtins.int = ...,
         baselines: sidelight.v1.tensor_pb2.Tensor | None = ...,
-        noise: builtins.float = ...,
+        noise_level: builtins.float = ...,
         seed: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["baselines", b"baselines"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["baselines", b"baselines", "noise", b"noise", "samples", b"samples", "seed", b"seed"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["baselines", b"baselines", "noise_level", b"noise_level", "samples", b"samples", "seed", b"seed"]) -> None: ...
 
 global___ExpectedGradientsMethod = ExpectedGradientsMethod
 
@@ -1159,8 +1159,8 @@ class GradCamMethod(google.protobuf.message.Message):
 global___GradCamMethod = GradCamMethod
 
 @typing.final
-class LayerGradientTimesActivationMethod(google.protobuf.message.Message):
-    """LayerGradientTimesActivationMethod multiplies a layer's gradient by its activation: Ancona and others, 2018,
+class LayerGradientXActivationMethod(google.protobuf.message.Message):
+    """LayerGradientXActivationMethod multiplies a layer's gradient by its activation: Ancona and others, 2018,
     "Towards better understanding of gradient-based attribution methods".
     """
 
@@ -1179,7 +1179,7 @@ class LayerGradientTimesActivationMethod(google.protobuf.message.Message):
     ) -> None: ...
     def ClearField(self, field_name: typing.Literal["layer", b"layer"]) -> None: ...
 
-global___LayerGradientTimesActivationMethod = LayerGradientTimesActivationMethod
+global___LayerGradientXActivationMethod = LayerGradientXActivationMethod
 
 @typing.final
 class OcclusionMethod(google.protobuf.message.Message):
@@ -1376,7 +1376,7 @@ class Example(google.protobuf.message.Message):
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     PREDICTION_FIELD_NUMBER: builtins.int
-    EXPLAINED_FIELD_NUMBER: builtins.int
+    TARGETS_FIELD_NUMBER: builtins.int
     GEOMETRY_FIELD_NUMBER: builtins.int
     CONVERGENCE_FIELD_NUMBER: builtins.int
     RENDERED_FIELD_NUMBER: builtins.int
@@ -1390,8 +1390,8 @@ class Example(google.protobuf.message.Message):
         """prediction is the class with the largest output."""
 
     @property
-    def explained(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___Explained]:
-        """explained are the classes that the example's maps explain: one, or k of them."""
+    def targets(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[global___ExplainedTarget]:
+        """targets are the classes that the example's maps explain: one, or k of them."""
 
     @property
     def geometry(self) -> sidelight.v1.tensor_pb2.Geometry:
@@ -1405,14 +1405,14 @@ class Example(google.protobuf.message.Message):
         self,
         *,
         prediction: global___Prediction | None = ...,
-        explained: collections.abc.Iterable[global___Explained] | None = ...,
+        targets: collections.abc.Iterable[global___ExplainedTarget] | None = ...,
         geometry: sidelight.v1.tensor_pb2.Geometry | None = ...,
         convergence: global___Convergence | None = ...,
         rendered: builtins.bytes = ...,
         prediction_differs: builtins.bool | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_prediction_differs", b"_prediction_differs", "convergence", b"convergence", "geometry", b"geometry", "prediction", b"prediction", "prediction_differs", b"prediction_differs"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_prediction_differs", b"_prediction_differs", "convergence", b"convergence", "explained", b"explained", "geometry", b"geometry", "prediction", b"prediction", "prediction_differs", b"prediction_differs", "rendered", b"rendered"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_prediction_differs", b"_prediction_differs", "convergence", b"convergence", "geometry", b"geometry", "prediction", b"prediction", "prediction_differs", b"prediction_differs", "rendered", b"rendered", "targets", b"targets"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_prediction_differs", b"_prediction_differs"]) -> typing.Literal["prediction_differs"] | None: ...
 
 global___Example = Example
@@ -1444,8 +1444,8 @@ class Prediction(google.protobuf.message.Message):
 global___Prediction = Prediction
 
 @typing.final
-class Explained(google.protobuf.message.Message):
-    """Explained is what a map explains."""
+class ExplainedTarget(google.protobuf.message.Message):
+    """ExplainedTarget is what a map explains."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1486,7 +1486,7 @@ class Explained(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["_against", b"_against", "against", b"against", "index", b"index", "label", b"label", "negligible", b"negligible", "saturated", b"saturated", "score", b"score"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_against", b"_against"]) -> typing.Literal["against"] | None: ...
 
-global___Explained = Explained
+global___ExplainedTarget = ExplainedTarget
 
 @typing.final
 class ExampleFailure(google.protobuf.message.Message):

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..compute.weights import Identity
-from ..domain import Array, ExampleFailure, Explained, Explanation, Request
+from ..domain import Array, ExampleFailure, ExplainedTarget, Explanation, Request
 from ..errors import SidelightError
 from ..models.model import Model
 from ..telemetry.call_record import ChunkTimes
@@ -137,7 +137,7 @@ class ActiveRequest:
         explanation = Explanation(
             result.predicted,
             result.probability,
-            tuple(map(_judged, result.explained, result.is_negligible, maps)),
+            tuple(map(_judged, result.targets, result.is_negligible, maps)),
             self.prepared.geometries[example_run.place],
             result.convergence,
         )
@@ -225,9 +225,9 @@ class ActiveRequest:
             self._on_done()
 
 
-def _judged(explained: Explained, is_negligible: bool | None, map_: Array) -> Explained:
+def _judged(target: ExplainedTarget, is_negligible: bool | None, map_: Array) -> ExplainedTarget:
     """Return what is explained with its map judged: one below what its type holds with all digits is nothing."""
     if is_negligible is None:
         least = np.finfo(np.float64 if map_.dtype == np.float64 else np.float32).tiny
         is_negligible = bool(max(map_.max(initial=0), -map_.min(initial=0)) < least)
-    return replace(explained, negligible=True) if is_negligible else explained
+    return replace(target, negligible=True) if is_negligible else target

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..domain import Array, Convergence, Dense, Explained, Request, ResolvedTarget, Target
+from ..domain import Array, Convergence, Dense, ExplainedTarget, Request, ResolvedTarget, Target
 from ..errors import Internal, InvalidArgument, SidelightError
 from ..methods.method import Example, Improved, Outcome, RowOutput, Sweep, read
 from ..models.model import Model
@@ -33,7 +33,7 @@ class Result:
     # Whether each map is known to be rounding alone, or not to be; None: it is nothing where it is zero everywhere.
     is_negligible: tuple[bool | None, ...]
     maps: tuple[Tensor, ...]  # [H, W], or [C, H, W] without channel reduction; one for each class that is explained
-    explained: tuple[Explained, ...]
+    targets: tuple[ExplainedTarget, ...]
     predicted: int
     probability: float
     probabilities: Tensor  # [K]
@@ -134,7 +134,7 @@ class ExampleRun:
         if top_k or not method.is_one_row:
             first = first.kept()
         finished: list[Outcome] = []
-        explained: list[Explained] = []
+        targets: list[ExplainedTarget] = []
         for resolved in self._aims(first, top_k):
             self.resolved = resolved
             if top_k:
@@ -143,10 +143,10 @@ class ExampleRun:
             step = torch.finfo(self._model.kernel.compute_dtype).eps
             steps = method.run(Example(first.input, self.place, self._model.black, start, self._is_watched, step))
             outcome = self._finished((yield from self._watched(steps, first)))
-            explained.append(self._explained(start))
+            targets.append(self._target(start))
             # Of many maps none keeps the memory of the chunk that it is a view of.
             finished.append(replace(outcome, attribution=outcome.attribution.clone()) if top_k else outcome)
-        self.result = self._result(first, tuple(explained), finished)
+        self.result = self._result(first, tuple(targets), finished)
 
     def _aims(self, first: RowOutput, top_k: int) -> list[ResolvedTarget]:
         classes = first.probabilities.topk(top_k).indices.tolist() if top_k else [first.explained]
@@ -160,7 +160,7 @@ class ExampleRun:
             while True:
                 step = next(steps)
                 if isinstance(step, Improved):
-                    so_far = self._result(first, (self._explained(first),), [self._finished(step.outcome)])
+                    so_far = self._result(first, (self._target(first),), [self._finished(step.outcome)])
                     self.result = replace(so_far, is_final=False)
                 else:
                     yield step
@@ -173,11 +173,11 @@ class ExampleRun:
         method, channels = self._request.method, self._request.channels
         return replace(outcome, attribution=method.finish(outcome.attribution, channels, self._prepared.shape))
 
-    def _result(self, first: RowOutput, explained: tuple[Explained, ...], finished: list[Outcome]) -> Result:
+    def _result(self, first: RowOutput, targets: tuple[ExplainedTarget, ...], finished: list[Outcome]) -> Result:
         return Result(
             is_negligible=tuple(each.is_negligible for each in finished),
             maps=tuple(each.attribution for each in finished),
-            explained=explained,
+            targets=targets,
             predicted=first.predicted,
             probability=first.probability,
             probabilities=first.probabilities,
@@ -185,10 +185,10 @@ class ExampleRun:
             is_exact=self._request.exact and all(each.attribution.dtype == torch.float64 for each in finished),
         )
 
-    def _explained(self, output: RowOutput) -> Explained:
+    def _target(self, output: RowOutput) -> ExplainedTarget:
         # Where one gradient is alive, as it is somewhere on a path from another class, it is what the map is made of.
         is_saturated = 0 < self._n_gradients == self._n_dead
-        return Explained(output.explained, output.score, is_saturated, self.resolved.negative)
+        return ExplainedTarget(output.explained, output.score, is_saturated, self.resolved.negative)
 
     def _convergence(self, outcomes: list[Outcome]) -> Convergence:
         """Return how good the worst of the maps is."""

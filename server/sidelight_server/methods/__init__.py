@@ -4,11 +4,11 @@ May import `errors` alone, and torch. A method knows neither models nor requests
 """
 
 from .expected_gradients import ExpectedGradients
-from .grad_cam import GradCam, LayerGradientTimesActivation
+from .grad_cam import GradCAM, LayerGradientXActivation
 from .gradient import Gradient, GuidedBackpropagation
 from .integrated_gradients import IntegratedGradients
 from .method import Method
-from .occlusion import Occlusion, Rise
+from .occlusion import RISE, Occlusion
 from .smoothgrad import SmoothGrad
 
 METHODS: tuple[type[Method], ...] = (
@@ -16,23 +16,23 @@ METHODS: tuple[type[Method], ...] = (
     SmoothGrad,
     IntegratedGradients,
     ExpectedGradients,
-    GradCam,
-    LayerGradientTimesActivation,
+    GradCAM,
+    LayerGradientXActivation,
     Occlusion,
-    Rise,
+    RISE,
     GuidedBackpropagation,
 )
 
 __all__ = [
     "METHODS",
+    "RISE",
     "ExpectedGradients",
-    "GradCam",
+    "GradCAM",
     "Gradient",
     "GuidedBackpropagation",
     "IntegratedGradients",
-    "LayerGradientTimesActivation",
+    "LayerGradientXActivation",
     "Method",
     "Occlusion",
-    "Rise",
     "SmoothGrad",
 ]

@@ -67,7 +67,7 @@ class Black(_OfExample):
 
 
 @dataclass(frozen=True, slots=True)
-class MeanColour(_OfExample):
+class MeanColor(_OfExample):
     """The example's mean in each channel."""
 
     def of(self, example: Example) -> Tensor:
@@ -143,7 +143,7 @@ class Given:
             )
 
 
-Baseline = Constant | Black | MeanColour | Blurred | Given
+Baseline = Constant | Black | MeanColor | Blurred | Given
 
 
 def finite(name: str, array: NDArray[np.floating]) -> None:

@@ -26,13 +26,13 @@ class ExpectedGradients(Method):
     name: ClassVar[str] = "expected_gradients"
     samples: int = 50
     baselines: NDArray[np.floating] | None = None  # [M, C, H, W]; None: zero alone
-    noise: float = 0.0  # the standard deviation that is added to the example, a share of its range
+    noise_level: float = 0.0  # the standard deviation that is added to the example, a share of its range
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Check the parameters."""
         at_least(f"{self.name}.samples", self.samples, 1)
-        at_least(f"{self.name}.noise", self.noise, 0)
+        at_least(f"{self.name}.noise_level", self.noise_level, 0)
         if self.baselines is not None:
             finite(f"{self.name}.baselines", self.baselines)
 
@@ -60,11 +60,13 @@ class ExpectedGradients(Method):
 
     def run(self, example: Example) -> Steps:
         """Fold gradient times difference, draw after draw."""
-        spread = self.noise * (example.x.max() - example.x.min())
+        spread = self.noise_level * (example.x.max() - example.x.min())
         moments = Moments(example.x)
 
         def ends(k: int) -> tuple[Tensor, Tensor]:
-            noisy = example.x + spread * random.noise(example.x, self.seed, "noise", k) if self.noise else example.x
+            noisy = (
+                example.x + spread * random.noise(example.x, self.seed, "noise", k) if self.noise_level else example.x
+            )
             return self._baseline(k, example.x), noisy
 
         def point(k: int) -> Tensor:

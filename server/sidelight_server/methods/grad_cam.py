@@ -36,7 +36,7 @@ class LayerMethod(Method):
 
 
 @dataclass(frozen=True, slots=True)
-class GradCam(LayerMethod):
+class GradCAM(LayerMethod):
     """A layer's activations, added with each channel's mean gradient as its weight; then only what speaks for.
 
     Selvaraju, Cogswell, Das, Vedantam, Parikh and Batra, 2017, "Grad-CAM: Visual Explanations from Deep Networks via
@@ -64,14 +64,14 @@ class GradCam(LayerMethod):
 
 
 @dataclass(frozen=True, slots=True)
-class LayerGradientTimesActivation(LayerMethod):
+class LayerGradientXActivation(LayerMethod):
     """A layer's gradient times its activation, the layer's own channels reduced, brought to the input's size.
 
     Ancona, Ceolini, Öztireli and Gross, 2018, "Towards better understanding of gradient-based attribution methods for
     Deep Neural Networks".
     """
 
-    name: ClassVar[str] = "layer_gradient_times_activation"
+    name: ClassVar[str] = "layer_gradient_x_activation"
 
     def run(self, example: Example) -> Steps:
         """Multiply."""

@@ -109,7 +109,7 @@ class Occlusion(Method):
 
 
 @dataclass(frozen=True, slots=True)
-class Rise(Method):
+class RISE(Method):
     """The score's mean over random soft masks, each pixel's over the masks that show it.
 
     Petsiuk, Das and Saenko, 2018, "RISE: Randomized Input Sampling for Explanation of Black-box Models".

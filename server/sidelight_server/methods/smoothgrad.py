@@ -50,7 +50,7 @@ class SmoothGrad(Method):
 
     name: ClassVar[str] = "smoothgrad"
     samples: int = 25
-    noise: float = 0.15  # the standard deviation: a share of the example's range, or absolute
+    noise_level: float = 0.15  # the standard deviation: a share of the example's range, or absolute
     absolute_noise: bool = False
     seed: int = 0
     statistic: Statistic = Statistic.MEAN
@@ -61,7 +61,7 @@ class SmoothGrad(Method):
     def __post_init__(self) -> None:
         """Check the parameters."""
         steps_or_tolerance(self.name, self.samples, self.tolerance, least=1, counted="samples")
-        at_least(f"{self.name}.noise", self.noise, 0)
+        at_least(f"{self.name}.noise_level", self.noise_level, 0)
         at_least(f"{self.name}.max_rows", self.max_rows, 1)
         if self.magnitude is Magnitude.SQUARED:
             raise InvalidArgument(
@@ -101,7 +101,7 @@ class SmoothGrad(Method):
 
     def run(self, example: Example) -> Steps:
         """Fold the base at draw after draw, until there are enough or the standard error is small."""
-        spread = self.noise if self.absolute_noise else self.noise * (example.x.max() - example.x.min())
+        spread = self.noise_level if self.absolute_noise else self.noise_level * (example.x.max() - example.x.min())
         moments = Moments(example.x)
         limit = self.samples or (self.max_rows - 1) // self._base_rows(example)
         block = BLOCK if self.tolerance or example.is_watched else limit

@@ -153,7 +153,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         self, request: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse:
         """Return version, limits, methods and models."""
-        settings, stops = self._engine.settings, self._engine.stops
+        settings, cancelled = self._engine.settings, self._engine.stops
         return pb.GetServerInfoResponse(
             version=metadata.version("sidelight"),
             limits=pb.Limits(
@@ -168,8 +168,10 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
             ),
             methods=SERVED_METHODS,
             models=_models(self._engine),
-            stops=pb.Stops(
-                count=stops.count, mean=responses.duration(stops.mean_s), longest=responses.duration(stops.longest_s)
+            cancellations=pb.CancellationStats(
+                count=cancelled.count,
+                mean=responses.duration(cancelled.mean_s),
+                longest=responses.duration(cancelled.longest_s),
             ),
             shared_memory=_shared_memory(self._shared) if self._shared else None,
         )

@@ -11,18 +11,18 @@ from ..domain import Array
 from ..errors import InvalidArgument
 from ..methods import (
     METHODS,
+    RISE,
     ExpectedGradients,
-    GradCam,
+    GradCAM,
     Gradient,
     GuidedBackpropagation,
     IntegratedGradients,
-    LayerGradientTimesActivation,
+    LayerGradientXActivation,
     Method,
     Occlusion,
-    Rise,
     SmoothGrad,
 )
-from ..methods.baseline import Baseline, Black, Blurred, Constant, Given, MeanColour
+from ..methods.baseline import Baseline, Black, Blurred, Constant, Given, MeanColor
 from ..methods.channels import Magnitude
 from ..methods.integrated_gradients import Rule
 from ..methods.smoothgrad import Statistic
@@ -69,15 +69,15 @@ def method_message(method: Method) -> pb.Method:
             return pb.Method(smoothgrad=_smoothgrad_message(method))
         case IntegratedGradients():
             return pb.Method(integrated_gradients=_integrated_gradients_message(method))
-        case ExpectedGradients(samples=samples, baselines=baselines, noise=noise, seed=seed):
+        case ExpectedGradients(samples=samples, baselines=baselines, noise_level=noise_level, seed=seed):
             given = None if baselines is None else _without_data(baselines)
-            drawn = pb.ExpectedGradientsMethod(samples=samples, baselines=given, noise=noise, seed=seed)
+            drawn = pb.ExpectedGradientsMethod(samples=samples, baselines=given, noise_level=noise_level, seed=seed)
             return pb.Method(expected_gradients=drawn)
-        case GradCam(layer=layer, keep_negative=keep_negative):
+        case GradCAM(layer=layer, keep_negative=keep_negative):
             return pb.Method(grad_cam=pb.GradCamMethod(layer=layer, keep_negative=keep_negative))
-        case LayerGradientTimesActivation(layer=layer):
-            product = pb.LayerGradientTimesActivationMethod(layer=layer)
-            return pb.Method(layer_gradient_times_activation=product)
+        case LayerGradientXActivation(layer=layer):
+            product = pb.LayerGradientXActivationMethod(layer=layer)
+            return pb.Method(layer_gradient_x_activation=product)
         case Occlusion(window=window, stride=stride, baseline=baseline):
             stride = stride or window
             return pb.Method(
@@ -86,7 +86,7 @@ def method_message(method: Method) -> pb.Method:
                     baseline=_baseline_message(baseline),
                 )
             )  # fmt: skip
-        case Rise(masks=masks, cells=cells, keep_probability=keep_probability, seed=seed):
+        case RISE(masks=masks, cells=cells, keep_probability=keep_probability, seed=seed):
             hidden = pb.RiseMethod(masks=masks, cells=cells, keep_probability=keep_probability, seed=seed)
             return pb.Method(rise=hidden)
         case _:
@@ -103,7 +103,7 @@ def _smoothgrad(message: pb.SmoothGradMethod) -> SmoothGrad:
     statistic = message.statistic
     return SmoothGrad(
         samples=message.samples,
-        noise=message.noise,
+        noise_level=message.noise_level,
         absolute_noise=message.absolute_noise,
         seed=message.seed,
         statistic=meaning(
@@ -130,7 +130,7 @@ def _base(message: pb.Method) -> Gradient | IntegratedGradients:
 def _smoothgrad_message(method: SmoothGrad) -> pb.SmoothGradMethod:
     return pb.SmoothGradMethod(
         samples=method.samples,
-        noise=method.noise,
+        noise_level=method.noise_level,
         absolute_noise=method.absolute_noise,
         seed=method.seed,
         statistic=number_of(STATISTICS, method.statistic),
@@ -164,7 +164,7 @@ def _integrated_gradients_message(method: IntegratedGradients) -> pb.IntegratedG
 def _expected_gradients(message: pb.ExpectedGradientsMethod) -> ExpectedGradients:
     field = "method.expected_gradients.baselines"
     baselines = floats_of(message.baselines, field=field) if message.HasField("baselines") else None
-    return ExpectedGradients(message.samples, baselines, message.noise, message.seed)
+    return ExpectedGradients(message.samples, baselines, message.noise_level, message.seed)
 
 
 def _occlusion(message: pb.OcclusionMethod) -> Occlusion:
@@ -173,8 +173,8 @@ def _occlusion(message: pb.OcclusionMethod) -> Occlusion:
     return Occlusion(window, stride, _baseline(message.baseline))
 
 
-def _rise(message: pb.RiseMethod) -> Rise:
-    return Rise(message.masks, message.cells, message.keep_probability, message.seed)
+def _rise(message: pb.RiseMethod) -> RISE:
+    return RISE(message.masks, message.cells, message.keep_probability, message.seed)
 
 
 _PARSERS: dict[str, Callable[[Any], Method]] = {
@@ -182,8 +182,8 @@ _PARSERS: dict[str, Callable[[Any], Method]] = {
     "smoothgrad": _smoothgrad,
     "integrated_gradients": _integrated_gradients,
     "expected_gradients": _expected_gradients,
-    "grad_cam": lambda message: GradCam(message.layer, message.keep_negative),
-    "layer_gradient_times_activation": lambda message: LayerGradientTimesActivation(message.layer),
+    "grad_cam": lambda message: GradCAM(message.layer, message.keep_negative),
+    "layer_gradient_x_activation": lambda message: LayerGradientXActivation(message.layer),
     "occlusion": _occlusion,
     "rise": _rise,
     "guided_backpropagation": lambda _: GuidedBackpropagation(),
@@ -196,8 +196,8 @@ def _baseline(message: pb.Baseline) -> Baseline:
             return Constant(message.constant)
         case "black":
             return Black()
-        case "mean_colour":
-            return MeanColour()
+        case "mean_color":
+            return MeanColor()
         case "blurred":
             return Blurred(message.blurred.sigma)
         case "tensor":
@@ -212,8 +212,8 @@ def _baseline_message(baseline: Baseline) -> pb.Baseline:
             return pb.Baseline(constant=value)
         case Black():
             return pb.Baseline(black=pb.BlackBaseline())
-        case MeanColour():
-            return pb.Baseline(mean_colour=pb.MeanColourBaseline())
+        case MeanColor():
+            return pb.Baseline(mean_color=pb.MeanColorBaseline())
         case Blurred(sigma):
             return pb.Baseline(blurred=pb.BlurredBaseline(sigma=sigma))
         case Given(array=array):

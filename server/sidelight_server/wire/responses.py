@@ -7,7 +7,7 @@ from google.protobuf.duration_pb2 import Duration
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, tensor_pb2
 
-from ..domain import Answer, Convergence, Explained, Explanation, Provenance
+from ..domain import Answer, Convergence, ExplainedTarget, Explanation, Provenance
 from ..engine.engine import Engine
 from ..engine.registry import Entry, State
 from ..errors import SidelightError
@@ -143,21 +143,21 @@ def _example(explanation: Explanation | None, labels: tuple[str, ...], *, differ
             label=_label(labels, explanation.predicted),
             probability=explanation.probability,
         ),
-        explained=[_explained(each, labels) for each in explanation.explained],
+        targets=[_target(each, labels) for each in explanation.targets],
         geometry=_geometry(explanation.geometry) if explanation.geometry else None,
         convergence=_convergence(explanation.convergence) if explanation.convergence else None,
         prediction_differs=differs,
     )
 
 
-def _explained(explained: Explained, labels: tuple[str, ...]) -> pb.Explained:
-    return pb.Explained(
-        index=explained.index,
-        label=_label(labels, explained.index),
-        score=explained.score,
-        saturated=explained.saturated,
-        against=explained.against,
-        negligible=explained.negligible,
+def _target(target: ExplainedTarget, labels: tuple[str, ...]) -> pb.ExplainedTarget:
+    return pb.ExplainedTarget(
+        index=target.index,
+        label=_label(labels, target.index),
+        score=target.score,
+        saturated=target.saturated,
+        against=target.against,
+        negligible=target.negligible,
     )
 
 

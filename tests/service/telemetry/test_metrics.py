@@ -349,14 +349,14 @@ def test_a_prediction_that_is_not_the_served_one_is_flagged_and_counted(
     server = Server(engine, listen=[f"unix:{tmp_path}/s"], metrics_listen="127.0.0.1:0")
     with _in_thread(server), sidelight.connect(server.addresses[0]) as client:
         plain = client.attribute(floats)
-        assert [each.differs for each in plain.predictions] == [None] * 5
+        assert [each.is_mismatch for each in plain.predictions] == [None] * 5
         found = [each.index for each in plain.predictions]
         served = [found[0], plain.predictions[1].label, found[2] + 1, "no class of this model", 10**6]
         if is_streamed:
             (answer,) = client.stream([sidelight.Served(floats, served)])
         else:
             answer = client.attribute(floats, served=served)
-        assert [each.differs for each in answer.predictions] == [False, False, True, True, True]
+        assert [each.is_mismatch for each in answer.predictions] == [False, False, True, True, True]
         np.testing.assert_array_equal(answer.maps, plain.maps)
         counted = scrape(server.metrics)
         for wrong in ([0], "cat", 3, [0] * 6):
@@ -375,7 +375,7 @@ def test_served_classes_follow_their_examples_into_parts(spec: ModelSpec, floats
         found = [client.attribute(each).predictions[0].index for each in floats]
         served = [found[0], found[1] + 1, found[2], found[3], found[4] + 1]
         (answer,) = client.stream([sidelight.Served(floats, torch.tensor(served))])
-    assert [each.differs for each in answer.predictions] == [False, True, False, False, True]
+    assert [each.is_mismatch for each in answer.predictions] == [False, True, False, False, True]
 
 
 def test_a_wrong_number_of_served_classes_is_refused(tmp_path: Path) -> None:

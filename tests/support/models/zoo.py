@@ -22,7 +22,7 @@ from captum.attr import Occlusion as CaptumOcclusion
 from sidelight_server import (
     Channels,
     Engine,
-    GradCam,
+    GradCAM,
     Gradient,
     GuidedBackpropagation,
     IntegratedGradients,
@@ -259,7 +259,7 @@ METHODS: dict[str, tuple[Method, _Oracle]] = {
         IntegratedGradients(8),
         lambda m, x, _a, _l: CaptumIntegratedGradients(m).attribute(x, target=TARGET, n_steps=8),
     ),
-    "Grad-CAM": (GradCam(), grad_cam),
+    "Grad-CAM": (GradCAM(), grad_cam),
     "guided": (GuidedBackpropagation(), lambda m, x, _a, _l: GuidedBackprop(m).attribute(x, target=TARGET)),
     "occlusion": (
         Occlusion((8, 8)),
@@ -315,7 +315,7 @@ def _maps(engine: Engine, x: Tensor) -> np.ndarray:
 
 def _cell(engine: Engine, module: nn.Module, x: Tensor, animal: Animal, method: Method, oracle: _Oracle) -> str:
     try:
-        channels = Channels.SUM if isinstance(method, GradCam) else Channels.NONE
+        channels = Channels.SUM if isinstance(method, GradCAM) else Channels.NONE
         answer = ask(engine, x, method=method, target=TARGET, channels=channels)
     except SidelightError as error:
         return f"no: {_reason(error.message)}"
@@ -326,7 +326,7 @@ def _cell(engine: Engine, module: nn.Module, x: Tensor, animal: Animal, method: 
     layer = getattr(answer.request.method, "layer", "")
     with warnings.catch_warnings(action="ignore"):  # Captum's, of the gradient that it sets and the hooks
         expected = oracle(module, x.clone().requires_grad_(), animal, layer).detach().numpy()
-    expected = expected[:, 0] if isinstance(method, GradCam) else expected
+    expected = expected[:, 0] if isinstance(method, GradCAM) else expected
     worst = np.abs(answer.maps - expected).max() / (np.abs(expected).max() or 1)
     if worst > ORACLE:
         return f"no: {worst:.0e} from the oracle's"

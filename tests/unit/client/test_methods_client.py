@@ -35,7 +35,7 @@ MESSAGES: dict[str, tuple[sidelight.Method, pb.Method]] = {
         pb.Method(
             smoothgrad=pb.SmoothGradMethod(
                 samples=25,
-                noise=0.15,
+                noise_level=0.15,
                 statistic=pb.SmoothGradMethod.STATISTIC_MEAN,
                 max_rows=300,
                 base=pb.Method(gradient=pb.GradientMethod(magnitude=pb.MAGNITUDE_ABSOLUTE)),
@@ -45,7 +45,7 @@ MESSAGES: dict[str, tuple[sidelight.Method, pb.Method]] = {
     "vargrad-over-a-path": (
         sidelight.SmoothGrad(
             samples=np.int64(7),
-            noise=2,
+            noise_level=2,
             absolute_noise=np.True_,
             seed=-(2**63),
             statistic="variance",
@@ -55,7 +55,7 @@ MESSAGES: dict[str, tuple[sidelight.Method, pb.Method]] = {
         pb.Method(
             smoothgrad=pb.SmoothGradMethod(
                 samples=7,
-                noise=2.0,
+                noise_level=2.0,
                 absolute_noise=True,
                 seed=-(2**63),
                 statistic=pb.SmoothGradMethod.STATISTIC_VARIANCE,
@@ -75,7 +75,7 @@ MESSAGES: dict[str, tuple[sidelight.Method, pb.Method]] = {
         sidelight.SmoothGrad(tolerance=0.1, statistic="mean_square", base=sidelight.Gradient(signed=True)),
         pb.Method(
             smoothgrad=pb.SmoothGradMethod(
-                noise=0.15,
+                noise_level=0.15,
                 statistic=pb.SmoothGradMethod.STATISTIC_MEAN_SQUARE,
                 tolerance=0.1,
                 max_rows=300,
@@ -100,11 +100,11 @@ MESSAGES: dict[str, tuple[sidelight.Method, pb.Method]] = {
         ),
     ),
     "integrated-gradients-to-a-tolerance": (
-        sidelight.IntegratedGradients(tolerance=0.05, max_rows=150, baseline="mean_colour"),
+        sidelight.IntegratedGradients(tolerance=0.05, max_rows=150, baseline="mean_color"),
         pb.Method(
             integrated_gradients=pb.IntegratedGradientsMethod(
                 rule=pb.PATH_RULE_TRAPEZOID,
-                baseline=pb.Baseline(mean_colour=pb.MeanColourBaseline()),
+                baseline=pb.Baseline(mean_color=pb.MeanColorBaseline()),
                 tolerance=0.05,
                 max_rows=150,
             )
@@ -122,19 +122,19 @@ MESSAGES: dict[str, tuple[sidelight.Method, pb.Method]] = {
                 baselines=tensor_pb2.Tensor(
                     dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=[2, 1, 1, 2], data=b"\x00\x00\x80?" * 4
                 ),
-                noise=0.5,
+                noise_level=0.5,
                 seed=3,
             )
         ),
     ),
-    "grad-cam": (sidelight.GradCam(), pb.Method(grad_cam=pb.GradCamMethod())),
+    "grad-cam": (sidelight.GradCAM(), pb.Method(grad_cam=pb.GradCamMethod())),
     "grad-cam-of-a-layer": (
-        sidelight.GradCam(layer="layer4.1", keep_negative=True),
+        sidelight.GradCAM(layer="layer4.1", keep_negative=True),
         pb.Method(grad_cam=pb.GradCamMethod(layer="layer4.1", keep_negative=True)),
     ),
     "layer-gradient-times-activation": (
-        sidelight.LayerGradientTimesActivation("0"),
-        pb.Method(layer_gradient_times_activation=pb.LayerGradientTimesActivationMethod(layer="0")),
+        sidelight.LayerGradientXActivation("0"),
+        pb.Method(layer_gradient_x_activation=pb.LayerGradientXActivationMethod(layer="0")),
     ),
     "occlusion": (
         sidelight.Occlusion(),
@@ -156,7 +156,7 @@ MESSAGES: dict[str, tuple[sidelight.Method, pb.Method]] = {
             )
         ),
     ),
-    "rise": (sidelight.Rise(), pb.Method(rise=pb.RiseMethod(masks=1000, cells=7, keep_probability=0.5))),
+    "rise": (sidelight.RISE(), pb.Method(rise=pb.RiseMethod(masks=1000, cells=7, keep_probability=0.5))),
     "guided-backpropagation": (
         sidelight.GuidedBackpropagation(),
         pb.Method(guided_backpropagation=pb.GuidedBackpropagationMethod()),
@@ -193,7 +193,7 @@ def test_what_the_schema_requires_is_filled_in(message: pb.Method) -> None:
 BASELINES: dict[str, tuple[object, pb.Baseline]] = {
     "zero": ("zero", ZERO),
     "black": ("black", pb.Baseline(black=pb.BlackBaseline())),
-    "mean-colour": ("mean_colour", pb.Baseline(mean_colour=pb.MeanColourBaseline())),
+    "mean-color": ("mean_color", pb.Baseline(mean_color=pb.MeanColorBaseline())),
     "blurred-by-name": ("blurred", pb.Baseline(blurred=pb.BlurredBaseline(sigma=10.0))),
     "blurred": (sidelight.Blurred(sigma=3), pb.Baseline(blurred=pb.BlurredBaseline(sigma=3.0))),
     "number": (-1.5, pb.Baseline(constant=-1.5)),
@@ -258,11 +258,14 @@ REFUSED: dict[str, tuple[Callable[[], sidelight.Method], str]] = {
     "fraction": (lambda: sidelight.IntegratedGradients(steps=2.5), "method.steps: got 2.5, expected a whole number"),
     "truth": (lambda: sidelight.IntegratedGradients(steps=True), "method.steps: got True, expected a whole number"),
     "text": (lambda: sidelight.SmoothGrad(samples="25"), "method.samples: got '25', expected a whole number"),
-    "array": (lambda: sidelight.Rise(masks=np.ones(3)), "method.masks: got ndarray, expected a whole number"),
-    "beyond-32-bits": (lambda: sidelight.Rise(masks=2**31), "method.masks: got 2147483648, expected a 32-bit number"),
-    "beyond-64-bits": (lambda: sidelight.Rise(seed=2**63), "method.seed: got 9223372036854775808, expected a 64-bit"),
-    "beyond-doubles": (lambda: sidelight.SmoothGrad(noise=10**400), "method.noise: got a whole number beyond every"),
-    "no-number": (lambda: sidelight.SmoothGrad(noise=None), "method.noise: got None, expected a number"),
+    "array": (lambda: sidelight.RISE(masks=np.ones(3)), "method.masks: got ndarray, expected a whole number"),
+    "beyond-32-bits": (lambda: sidelight.RISE(masks=2**31), "method.masks: got 2147483648, expected a 32-bit number"),
+    "beyond-64-bits": (lambda: sidelight.RISE(seed=2**63), "method.seed: got 9223372036854775808, expected a 64-bit"),
+    "beyond-doubles": (
+        lambda: sidelight.SmoothGrad(noise_level=10**400),
+        "method.noise_level: got a whole number beyond every",
+    ),
+    "no-number": (lambda: sidelight.SmoothGrad(noise_level=None), "method.noise_level: got None, expected a number"),
     "complex": (lambda: sidelight.SmoothGrad(tolerance=1j), "method.tolerance: got complex, expected a number"),
     "tolerance-of-zero": (lambda: sidelight.SmoothGrad(tolerance=0), "method.tolerance: got 0, expected more than 0"),
     "rows-of-zero": (lambda: sidelight.IntegratedGradients(max_rows=0), "method.max_rows: got 0, expected at least 1"),
@@ -279,16 +282,16 @@ REFUSED: dict[str, tuple[Callable[[], sidelight.Method], str]] = {
         lambda: sidelight.IntegratedGradients(rule="simpson"),
         "method.rule: got 'simpson', expected one of gauss_legendre, midpoint, trapezoid",
     ),
-    "base": (lambda: sidelight.SmoothGrad(base=sidelight.Rise()), "method.base: got Rise, expected Gradient() or"),
+    "base": (lambda: sidelight.SmoothGrad(base=sidelight.RISE()), "method.base: got RISE, expected Gradient() or"),
     "base-in-the-base": (
         lambda: sidelight.SmoothGrad(base=sidelight.SmoothGrad()),
         "method.base: got SmoothGrad, expected Gradient() or IntegratedGradients()",
     ),
-    "layer": (lambda: sidelight.GradCam(layer=4), "method.layer: got 4, expected a text"),
-    "layer-that-is-no-unicode": (lambda: sidelight.GradCam(layer="\udcff"), "expected a text in Unicode"),
+    "layer": (lambda: sidelight.GradCAM(layer=4), "method.layer: got 4, expected a text"),
+    "layer-that-is-no-unicode": (lambda: sidelight.GradCAM(layer="\udcff"), "expected a text in Unicode"),
     "baseline-name": (
         lambda: sidelight.IntegratedGradients(baseline="blured"),
-        "method.baseline: got 'blured', expected zero, black, mean_colour, blurred, a number, Blurred() or a floating "
+        "method.baseline: got 'blured', expected zero, black, mean_color, blurred, a number, Blurred() or a floating "
         "array [C, H, W] or [N, C, H, W]; did you mean 'blurred'?",
     ),
     "baseline-truth": (lambda: sidelight.Occlusion(baseline=True), "method.baseline: got True, expected a number"),
@@ -326,11 +329,11 @@ def test_what_the_wire_cannot_hold_is_refused_by_field_got_and_expected(
     "method",
     [
         sidelight.IntegratedGradients(steps=0),
-        sidelight.SmoothGrad(samples=-3, noise=-0.1, max_rows=-1),
-        sidelight.SmoothGrad(noise=math.nan, tolerance=7.0),
+        sidelight.SmoothGrad(samples=-3, noise_level=-0.1, max_rows=-1),
+        sidelight.SmoothGrad(noise_level=math.nan, tolerance=7.0),
         sidelight.IntegratedGradients(tolerance=-0.5, rule="midpoint", baseline=math.inf),
         sidelight.Occlusion(window=0, stride=-1),
-        sidelight.Rise(keep_probability=2.0, cells=0),
+        sidelight.RISE(keep_probability=2.0, cells=0),
     ],
     ids=lambda each: type(each).__name__,
 )
@@ -346,7 +349,7 @@ tolerances = st.none() | reals.filter(bool)
 unicode = st.text(st.characters(exclude_categories=["Cs"]))
 layers = unicode | st.from_regex(r"[a-z0-9]{1,6}(\.[a-z0-9]{1,6}){0,3}", fullmatch=True)
 baselines = (
-    st.sampled_from(["zero", "black", "mean_colour", "blurred"]) | reals | st.builds(sidelight.Blurred, sigma=reals)
+    st.sampled_from(["zero", "black", "mean_color", "blurred"]) | reals | st.builds(sidelight.Blurred, sigma=reals)
 )
 gradients = st.builds(
     sidelight.Gradient, signed=st.booleans(), times_input=st.booleans(), squared=st.booleans()
@@ -365,7 +368,7 @@ methods = st.one_of(
     st.builds(
         sidelight.SmoothGrad,
         samples=wholes,
-        noise=reals,
+        noise_level=reals,
         seed=seeds,
         absolute_noise=st.booleans(),
         statistic=st.sampled_from(["mean", "mean_square", "variance"]),
@@ -373,16 +376,16 @@ methods = st.one_of(
         max_rows=counts,
         base=gradients | paths,
     ),
-    st.builds(sidelight.ExpectedGradients, samples=wholes, baselines=st.none(), noise=reals, seed=seeds),
-    st.builds(sidelight.GradCam, layer=layers, keep_negative=st.booleans()),
-    st.builds(sidelight.LayerGradientTimesActivation, layer=layers),
+    st.builds(sidelight.ExpectedGradients, samples=wholes, baselines=st.none(), noise_level=reals, seed=seeds),
+    st.builds(sidelight.GradCAM, layer=layers, keep_negative=st.booleans()),
+    st.builds(sidelight.LayerGradientXActivation, layer=layers),
     st.builds(
         sidelight.Occlusion,
         window=wholes | st.tuples(wholes, wholes),
         stride=counts | st.tuples(counts, counts),
         baseline=baselines,
     ),
-    st.builds(sidelight.Rise, masks=wholes, cells=wholes, keep_probability=reals, seed=seeds),
+    st.builds(sidelight.RISE, masks=wholes, cells=wholes, keep_probability=reals, seed=seeds),
     st.just(sidelight.GuidedBackpropagation()),
 )
 
@@ -401,18 +404,18 @@ TEXTS: dict[str, sidelight.Method] = {
     "integrated_gradients(rule=trapezoid, baseline=0.5, tolerance=0.05, max_rows=300)": sidelight.IntegratedGradients(
         tolerance=0.05, baseline=0.5
     ),
-    "smoothgrad(samples=25, noise=0.15, absolute_noise=False, seed=0, statistic=mean, max_rows=300, "
+    "smoothgrad(samples=25, noise_level=0.15, absolute_noise=False, seed=0, statistic=mean, max_rows=300, "
     "base=gradient(signed=True, times_input=False, squared=False))": sidelight.SmoothGrad(
         base=sidelight.Gradient(signed=True)
     ),
-    "expected_gradients(samples=50, baselines=None, noise=0.0, seed=0)": sidelight.ExpectedGradients(),
-    "grad_cam(layer=layer4.1.conv2, keep_negative=False)": sidelight.GradCam("layer4.1.conv2"),
-    "grad_cam(layer=7, keep_negative=True)": sidelight.GradCam("7", keep_negative=True),
-    "layer_gradient_times_activation(layer='')": sidelight.LayerGradientTimesActivation(),
+    "expected_gradients(samples=50, baselines=None, noise_level=0.0, seed=0)": sidelight.ExpectedGradients(),
+    "grad_cam(layer=layer4.1.conv2, keep_negative=False)": sidelight.GradCAM("layer4.1.conv2"),
+    "grad_cam(layer=7, keep_negative=True)": sidelight.GradCAM("7", keep_negative=True),
+    "layer_gradient_x_activation(layer='')": sidelight.LayerGradientXActivation(),
     "occlusion(window=(16, 16), stride=(16, 16), baseline=blurred(sigma=10.0))": sidelight.Occlusion(
         baseline="blurred"
     ),
-    "rise(masks=1000, cells=7, keep_probability=0.5, seed=0)": sidelight.Rise(),
+    "rise(masks=1000, cells=7, keep_probability=0.5, seed=0)": sidelight.RISE(),
     "guided_backpropagation": sidelight.GuidedBackpropagation(),
 }
 
@@ -438,17 +441,17 @@ READ: dict[str, sidelight.Method] = {
     ),
     "smoothgrad(base=gradient)": sidelight.SmoothGrad(),
     "integrated_gradients(tolerance=5e-2, rule=None)": sidelight.IntegratedGradients(tolerance=0.05),
-    "integrated_gradients(baseline='mean_colour')": sidelight.IntegratedGradients(baseline="mean_colour"),
+    "integrated_gradients(baseline='mean_color')": sidelight.IntegratedGradients(baseline="mean_color"),
     "integrated_gradients(baseline=-.5)": sidelight.IntegratedGradients(baseline=-0.5),
     "occlusion(window=(3, 4), baseline=blurred)": sidelight.Occlusion(window=(3, 4), baseline="blurred"),
     "occlusion(baseline=blurred(sigma=1.5e+1))": sidelight.Occlusion(baseline=sidelight.Blurred(15.0)),
-    "grad_cam(layer=layer4)": sidelight.GradCam("layer4"),
-    "grad_cam(layer=features.8.0.conv-1)": sidelight.GradCam("features.8.0.conv-1"),
-    "grad_cam(layer=4.conv)": sidelight.GradCam("4.conv"),
-    "grad_cam( layer = 7 )": sidelight.GradCam("7"),
-    "grad_cam(layer=1.10)": sidelight.GradCam("1.10"),  # no number: the layer "1.1" is another
-    "grad_cam(layer=None)": sidelight.GradCam("None"),
-    """grad_cam(layer="it's 'a' (layer=x)")""": sidelight.GradCam("it's 'a' (layer=x)"),
+    "grad_cam(layer=layer4)": sidelight.GradCAM("layer4"),
+    "grad_cam(layer=features.8.0.conv-1)": sidelight.GradCAM("features.8.0.conv-1"),
+    "grad_cam(layer=4.conv)": sidelight.GradCAM("4.conv"),
+    "grad_cam( layer = 7 )": sidelight.GradCAM("7"),
+    "grad_cam(layer=1.10)": sidelight.GradCAM("1.10"),  # no number: the layer "1.1" is another
+    "grad_cam(layer=None)": sidelight.GradCAM("None"),
+    """grad_cam(layer="it's 'a' (layer=x)")""": sidelight.GradCAM("it's 'a' (layer=x)"),
 }
 
 
@@ -463,7 +466,7 @@ WRONG = {
     "smoothgrad(sample=3)": "method: smoothgrad got the option 'sample', expected one of samples, noise, seed",
     "integrated_gradients(step=3)": "did you mean 'steps'?",
     "smoothgrad(base=smothgrad)": "method.base: got 'smothgrad', expected one of gradient, smoothgrad",
-    "smoothgrad(base=rise)": "method.base: got Rise, expected Gradient() or IntegratedGradients()",
+    "smoothgrad(base=rise)": "method.base: got RISE, expected Gradient() or IntegratedGradients()",
     "rise(seed=1, seed=2)": "method: rise got the option 'seed' twice",
     "rise(100)": "method: got rise(100), expected a name with named options",
     "rise(**x)": "method: rise got the option '**', expected one of masks, cells",
@@ -526,7 +529,7 @@ TARGETS: dict[str, tuple[object, pb.Target, str]] = {
         "dense 0 over all of the output",
     ),
     "dense, of each pixel": (
-        sidelight.Dense(None),
+        sidelight.Dense(),
         pb.Target(dense=pb.DenseTarget()),
         "dense of each pixel's largest output over all of the output",
     ),

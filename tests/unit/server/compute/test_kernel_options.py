@@ -10,7 +10,7 @@ import sidelight
 import sidelight_server
 import torch
 from scipy.stats import spearmanr
-from sidelight_server import Channels, Engine, GradCam, GuidedBackpropagation, IntegratedGradients, ModelSpec, Settings
+from sidelight_server import Channels, Engine, GradCAM, GuidedBackpropagation, IntegratedGradients, ModelSpec, Settings
 from sidelight_server.compute.batchnorm_fusion import fuse_batchnorm
 from sidelight_server.compute.kernel import Kernel
 from sidelight_server.config.options import KernelOptions
@@ -242,7 +242,7 @@ def test_every_kind_of_method_runs_under_every_option(name: str) -> None:
     spec = ModelSpec(small_cnn(), input_size=(3, 32, 32))
     x = inputs(2)
     with Engine([spec], Settings(device="cpu", threads=1)) as exact, Engine([spec], settings(name)) as fast:
-        for method in (IntegratedGradients(steps=8), GradCam(layer="4"), GuidedBackpropagation()):
+        for method in (IntegratedGradients(steps=8), GradCAM(layer="4"), GuidedBackpropagation()):
             a, b = (ask(each, x, method=method) for each in (exact, fast))
             assert not b.failures
             assert np.linalg.norm(a.maps - b.maps) <= 2 * SHARES[name] * np.linalg.norm(a.maps)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from sidelight_server import (
+    RISE,
     Channels,
     Constant,
     Engine,
@@ -14,7 +15,6 @@ from sidelight_server import (
     ModelSpec,
     Occlusion,
     Request,
-    Rise,
     Score,
     Settings,
     SmoothGrad,
@@ -36,10 +36,10 @@ def explain(module: nn.Module, x: Tensor, method: object, **asked: object) -> np
 
 MANY = {
     "integrated gradients": IntegratedGradients(steps=400),
-    "smoothgrad": SmoothGrad(samples=400, noise=0.05),
+    "smoothgrad": SmoothGrad(samples=400, noise_level=0.05),
     "expected gradients": ExpectedGradients(samples=400),
     "occlusion": Occlusion(window=(16, 16), stride=(1, 1)),
-    "rise": Rise(masks=600),
+    "rise": RISE(masks=600),
 }
 
 
@@ -69,7 +69,7 @@ def test_the_sum_of_a_thousand_equal_scores_is_a_thousand_of_them() -> None:
     """RISE of a constant score is that score times how often a pixel is shown, over how often it is expected to be."""
     x = torch.rand(1, 1, 16, 16)
     exact, half = (
-        explain(module, x, Rise(masks=1000, cells=4), target=1, score=Score.LOGIT)
+        explain(module, x, RISE(masks=1000, cells=4), target=1, score=Score.LOGIT)
         for module in (Constantly(), Constantly().bfloat16())
     )
     np.testing.assert_allclose(

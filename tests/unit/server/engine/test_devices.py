@@ -15,19 +15,19 @@ import sidelight_server
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sidelight_server import (
+    RISE,
     Answer,
     ConfigurationError,
     Engine,
     ExpectedGradients,
-    GradCam,
+    GradCAM,
     Gradient,
     GuidedBackpropagation,
     IntegratedGradients,
-    LayerGradientTimesActivation,
+    LayerGradientXActivation,
     ModelSpec,
     Occlusion,
     Request,
-    Rise,
     Settings,
     SmoothGrad,
     TopK,
@@ -125,8 +125,8 @@ def test_each_class_of_a_top_k_counts(gated: Engine, gate: Gate) -> None:
 TO_TOLERANCE = IntegratedGradients(rule=Rule.TRAPEZOID, steps=0, tolerance=0.01)
 METHODS = [
     Gradient(), SmoothGrad(samples=3), IntegratedGradients(steps=4), TO_TOLERANCE,
-    ExpectedGradients(samples=3), GradCam(), GuidedBackpropagation(), LayerGradientTimesActivation(), Occlusion(),
-    Rise(masks=5),
+    ExpectedGradients(samples=3), GradCAM(), GuidedBackpropagation(), LayerGradientXActivation(), Occlusion(),
+    RISE(masks=5),
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import torch
 from sidelight_server import (
     Answer,
     Engine,
-    GradCam,
+    GradCAM,
     Gradient,
     IntegratedGradients,
     ModelSpec,
@@ -178,7 +178,7 @@ def test_a_storm_of_cancellations_leaks_nothing(device: str, floats: Tensor) -> 
         Gradient(),
         IntegratedGradients(steps=7),
         SmoothGrad(samples=5),
-        GradCam(),
+        GradCAM(),
         replace(TO_TOLERANCE, max_rows=9),
     ]
     rng = random.Random(0)

@@ -14,7 +14,7 @@ from sidelight_server import (
     Engine,
     Given,
     IntegratedGradients,
-    MeanColour,
+    MeanColor,
     ModelSpec,
     Occlusion,
     Settings,
@@ -66,7 +66,7 @@ BASELINES = {
     "zero": (Constant(), lambda x: np.zeros_like(x)),
     "constant": (Constant(-1.25), lambda x: np.full_like(x, -1.25)),
     "black": (Black(), lambda x: constant([-m / s for m, s in zip(MEAN, STD, strict=True)])),
-    "mean colour": (MeanColour(), lambda x: np.broadcast_to(x.numpy().mean(axis=(2, 3), keepdims=True), x.shape)),
+    "mean colour": (MeanColor(), lambda x: np.broadcast_to(x.numpy().mean(axis=(2, 3), keepdims=True), x.shape)),
     "hardly blurred": (Blurred(0.1), lambda x: blurred(x, 0.1)),
     "blurred": (Blurred(1.5), lambda x: blurred(x, 1.5)),
     "blurred to about its size": (Blurred(8.0), lambda x: blurred(x, 8.0)),
@@ -101,7 +101,7 @@ def test_a_given_baseline_is_one_for_all_examples_or_one_for_each(explain: Expla
 def test_a_baseline_made_of_the_example_is_made_of_its_noisy_copy(explain: Explain, x: Tensor) -> None:
     copies = [x + 0.5 * random.noise(x[0], 0, "smoothgrad", k) for k in range(4)]
     expected = torch.stack([each - each.mean(dim=(2, 3), keepdim=True) for each in copies]).mean(dim=0)
-    base = IntegratedGradients(2, baseline=MeanColour())
+    base = IntegratedGradients(2, baseline=MeanColor())
     assert_close(explain(x, SmoothGrad(4, 0.5, absolute_noise=True, base=base), target=0).maps, expected)
 
 

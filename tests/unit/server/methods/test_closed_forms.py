@@ -106,7 +106,7 @@ def test_integrated_gradients_of_a_linear_logit_are_weight_times_difference(
 @pytest.mark.parametrize("noise", [0.0, 0.5])
 def test_noise_changes_no_gradient_of_a_linear_logit(noise: float, explain: Explain, x: Tensor, weight: Tensor) -> None:
     def folded(statistic: Statistic) -> np.ndarray:
-        answer = explain(x, SmoothGrad(10, noise=noise, seed=SEED, statistic=statistic), target=CLASS)
+        answer = explain(x, SmoothGrad(10, noise_level=noise, seed=SEED, statistic=statistic), target=CLASS)
         assert all(each.convergence.error < 1e-15 for each in answer.explanations)
         return answer.maps
 
@@ -121,7 +121,7 @@ def test_smoothgrad_of_gradient_times_input_adds_the_weight_times_the_mean_noise
     explain: Explain, x: Tensor, weight: Tensor
 ) -> None:
     noise = torch.stack([random.noise(x[0], SEED, "smoothgrad", k) for k in range(6)]).mean(dim=0)
-    method = SmoothGrad(6, noise=0.3, absolute_noise=True, seed=SEED, base=Gradient(times_input=True))
+    method = SmoothGrad(6, noise_level=0.3, absolute_noise=True, seed=SEED, base=Gradient(times_input=True))
     assert_close(explain(x, method, target=CLASS).maps, weight * (x + 0.3 * noise))
 
 

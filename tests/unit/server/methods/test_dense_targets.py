@@ -10,7 +10,7 @@ from sidelight_server import (
     Contrast,
     Dense,
     Engine,
-    GradCam,
+    GradCAM,
     Gradient,
     IntegratedGradients,
     ModelSpec,
@@ -97,7 +97,7 @@ def test_the_gradient_is_that_of_the_sum_over_the_region(
     answer = explain(x, Gradient(), target=Dense(CLASS, REGIONS[region]), score=score)
     inputs = x.clone().requires_grad_()
     assert_close(answer.maps, torch.autograd.grad(of(inputs).sum(), inputs)[0])
-    np.testing.assert_allclose([each.explained[0].score for each in answer.explanations], of(x).detach(), rtol=1e-9)
+    np.testing.assert_allclose([each.targets[0].score for each in answer.explanations], of(x).detach(), rtol=1e-9)
 
 
 def test_without_a_region_a_dense_target_is_a_plain_one(explain: Explain, x: Tensor) -> None:
@@ -121,8 +121,8 @@ def test_other_methods_add_up_over_a_region_too(region: str, module: nn.Module, 
 
 def test_a_region_moves_the_map_of_a_layer(explain: Explain, x: Tensor) -> None:
     """The second net's convolution does not overlap: no layer before it speaks for what lies outside the region."""
-    maps = explain(x, GradCam("1", keep_negative=True), target=Dense(CLASS, Region(0, 0, 6, 5))).maps
-    part = explain(x, GradCam("1", keep_negative=True), target=Dense(CLASS, Region(0, 0, 3, 5))).maps
+    maps = explain(x, GradCAM("1", keep_negative=True), target=Dense(CLASS, Region(0, 0, 6, 5))).maps
+    part = explain(x, GradCAM("1", keep_negative=True), target=Dense(CLASS, Region(0, 0, 3, 5))).maps
     assert np.abs(maps - part).max() > 0.1 * np.abs(maps).max()
     gradient = explain(x, Gradient(), target=Dense(CLASS, Region(0, 0, 3, 5))).maps
     assert not gradient[:, :, 7:].any()  # three rows of two pixels, and one more that the first net looks at
@@ -136,7 +136,7 @@ def test_the_prediction_is_the_class_of_the_largest_mean_probability(
     mean = module(x).softmax(dim=1).mean(dim=(2, 3)).detach()  # [n, K]
     assert_close(answer.probabilities, mean)
     assert [each.predicted for each in answer.explanations] == mean.argmax(dim=1).tolist()
-    assert [each.explained[0].index for each in answer.explanations] == mean.argmax(dim=1).tolist()
+    assert [each.targets[0].index for each in answer.explanations] == mean.argmax(dim=1).tolist()
     np.testing.assert_allclose([each.probability for each in answer.explanations], mean.amax(dim=1), rtol=1e-9)
 
 
@@ -144,7 +144,7 @@ def test_the_top_k_and_a_contrast_are_over_all_of_the_output(explain: Explain, x
     single = [explain(x, Gradient(), target=Dense(k)).maps for k in range(4)]
     top = explain(x, Gradient(), target=TopK(2))
     for place, each in enumerate(top.explanations):
-        for k, one in enumerate(each.explained):
+        for k, one in enumerate(each.targets):
             assert_close(top.maps[place, k], single[one.index][place])
     assert_close(explain(x, Gradient(), target=Contrast(3, 1)).maps, single[3] - single[1], share=4e-7)
 
@@ -162,7 +162,7 @@ def test_a_single_dense_output_has_two_sides(x: Tensor) -> None:
 
 def test_a_sum_of_probabilities_is_not_taken_for_a_saturated_one(explain: Explain, x: Tensor) -> None:
     answer = explain(x, Gradient(), target=Dense(CLASS), score=Score.PROBABILITY)
-    assert {each.explained[0].saturated for each in answer.explanations} == {False}
+    assert {each.targets[0].saturated for each in answer.explanations} == {False}
 
 
 @pytest.mark.parametrize("sized", [True, False], ids=["fixed size", "any size"])
@@ -202,7 +202,7 @@ def test_without_a_class_each_pixels_own_largest_output_counts(
     answer = explain(x, Gradient(), target=Dense(None, REGIONS[region]), score=score)
     assert len(outputs.argmax(dim=1).unique()) > 1  # or it would be a plain class
     assert_close(answer.maps, torch.autograd.grad(largest.sum(), inputs)[0])
-    explained = [each.explained[0] for each in answer.explanations]
+    explained = [each.targets[0] for each in answer.explanations]
     np.testing.assert_allclose([each.score for each in explained], largest.sum(dim=(1, 2, 3)).detach(), rtol=1e-9)
     assert [each.index for each in explained] == [each.predicted for each in answer.explanations]
 
@@ -235,7 +235,7 @@ def test_where_outputs_tie_the_first_class_counts_alone() -> None:
         module.weight.copy_(weight)
     x = torch.ones(1, 1, 2, 2, dtype=torch.float64)
     with explaining(module, input_size=(1, 2, 2)) as explain:
-        maps = explain(x, Gradient(), target=Dense(None)).maps
+        maps = explain(x, Gradient(), target=Dense()).maps
     assert_close(maps, torch.ones(1, 1, 2, 2))
 
 
@@ -243,14 +243,14 @@ def test_a_single_dense_output_is_its_own_largest_everywhere(x: Tensor) -> None:
     torch.manual_seed(3)
     module = nn.Conv2d(2, 1, 3).double()
     with explaining(module) as explain:
-        maps = [explain(x, Gradient(), target=target).maps for target in (Dense(None), Dense(1))]
+        maps = [explain(x, Gradient(), target=target).maps for target in (Dense(), Dense(1))]
     np.testing.assert_array_equal(*maps)
 
 
 def test_integrated_gradients_of_the_largest_outputs_are_complete(module: nn.Module, explain: Explain) -> None:
     """Their sum is a function of the input as good as any: here with a constant class along the whole path."""
     x = torch.full((1, *SHAPE), 1e-3, dtype=torch.float64)
-    answer = explain(x, IntegratedGradients(20), target=Dense(None))
+    answer = explain(x, IntegratedGradients(20), target=Dense())
     with torch.no_grad():
         rise = (module(x).amax(dim=1) - module(torch.zeros_like(x)).amax(dim=1)).sum()
     np.testing.assert_allclose(answer.maps.sum(dtype=np.float64), rise, rtol=1e-5)
@@ -261,7 +261,7 @@ def test_a_model_that_answers_for_the_whole_picture_has_one_pixel(sized: bool) -
     spec = ModelSpec(small_cnn(2, size=12), input_size=(2, 12, 12) if sized else None)
     images = torch.rand(2, 2, 12, 12)
     with Engine([spec], Settings(device="cpu")) as engine:
-        each, predicted = (ask(engine, images, target=target) for target in (Dense(None), Predicted()))
+        each, predicted = (ask(engine, images, target=target) for target in (Dense(), Predicted()))
         code, message = refusal(engine, images, target=Dense(None, Region(0, 0, 1, 1)))
     np.testing.assert_array_equal(each.maps, predicted.maps)
     assert each.explanations == predicted.explanations

@@ -13,20 +13,20 @@ import numpy as np
 import pytest
 import torch
 from sidelight_server import (
+    RISE,
     Answer,
     Channels,
     Contrast,
     Engine,
     ExpectedGradients,
-    GradCam,
+    GradCAM,
     Gradient,
     GuidedBackpropagation,
     IntegratedGradients,
-    LayerGradientTimesActivation,
+    LayerGradientXActivation,
     ModelSpec,
     Occlusion,
     Request,
-    Rise,
     Rule,
     Score,
     Settings,
@@ -57,16 +57,16 @@ PLAIN = {
     "integrated gradients of a contrast": question(IntegratedGradients(7, Rule.TRAPEZOID), target=Contrast(2, 5)),
     "smoothgrad": question(SmoothGrad(8), channels=Channels.SUM),
     "smoothgrad of integrated gradients": question(SmoothGrad(3, base=IntegratedGradients(4))),
-    "expected gradients": question(ExpectedGradients(9, noise=0.1), target=7),
+    "expected gradients": question(ExpectedGradients(9, noise_level=0.1), target=7),
     "occlusion": question(Occlusion((8, 8), (4, 4)), score=Score.LOGIT),
-    "rise": question(Rise(masks=12, cells=4), score=Score.LOGIT),
+    "rise": question(RISE(masks=12, cells=4), score=Score.LOGIT),
 }
 HOOKED = {
     "guided backpropagation": question(GuidedBackpropagation()),
     "guided smoothgrad": question(SmoothGrad(4, base=GuidedBackpropagation())),
-    "grad-cam": question(GradCam(keep_negative=True), score=Score.LOGIT),
-    "grad-cam of the top": question(GradCam("3", keep_negative=True), target=TopK(3)),
-    "layer gradient times activation": question(LayerGradientTimesActivation("1"), target=4),
+    "grad-cam": question(GradCAM(keep_negative=True), score=Score.LOGIT),
+    "grad-cam of the top": question(GradCAM("3", keep_negative=True), target=TopK(3)),
+    "layer gradient times activation": question(LayerGradientXActivation("1"), target=4),
 }
 REQUESTS = PLAIN | HOOKED
 
@@ -96,7 +96,7 @@ def assert_same(answer: Answer, expected: Answer) -> None:
     share = np.abs(expected.maps).max(axis=tuple(range(1, expected.maps.ndim)), keepdims=True)
     assert (np.abs(answer.maps - expected.maps) <= COMPANY * share).all()
     for each, other in zip(answer.explanations, expected.explanations, strict=True):
-        assert [one.index for one in each.explained] == [one.index for one in other.explained]
+        assert [one.index for one in each.targets] == [one.index for one in other.targets]
         assert (each.convergence and each.convergence.rows) == (other.convergence and other.convergence.rows)
 
 

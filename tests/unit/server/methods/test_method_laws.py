@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 from sidelight_server import (
+    RISE,
     Blurred,
     Channels,
     Constant,
     ExpectedGradients,
     Given,
-    GradCam,
+    GradCAM,
     Gradient,
     GuidedBackpropagation,
     IntegratedGradients,
-    LayerGradientTimesActivation,
+    LayerGradientXActivation,
     Magnitude,
-    MeanColour,
+    MeanColor,
     Occlusion,
-    Rise,
     Rule,
     Score,
     SmoothGrad,
@@ -44,13 +44,13 @@ METHODS = {
     "vargrad": SmoothGrad(6, statistic=Statistic.VARIANCE),
     "smoothgrad to a tolerance": SmoothGrad(0, tolerance=0.3, max_rows=41),
     "smoothgrad of integrated gradients": SmoothGrad(3, base=IntegratedGradients(4)),
-    "integrated gradients": IntegratedGradients(9, baseline=MeanColour()),
+    "integrated gradients": IntegratedGradients(9, baseline=MeanColor()),
     "integrated gradients to a tolerance": REFINED,
-    "expected gradients": ExpectedGradients(9, noise=0.1),
-    "grad-cam": GradCam(keep_negative=True),
-    "layer gradient times activation": LayerGradientTimesActivation("2"),
+    "expected gradients": ExpectedGradients(9, noise_level=0.1),
+    "grad-cam": GradCAM(keep_negative=True),
+    "layer gradient times activation": LayerGradientXActivation("2"),
     "occlusion": Occlusion((4, 4), (2, 3), Blurred(1.0)),
-    "rise": Rise(masks=30, cells=3),
+    "rise": RISE(masks=30, cells=3),
 }
 RANDOM = ["smoothgrad", "vargrad", "smoothgrad of integrated gradients", "expected gradients", "rise"]
 
@@ -93,7 +93,7 @@ def smooth_cnn() -> nn.Module:
 @pytest.mark.parametrize("n", [1, 3])
 def test_smoothgrad_without_noise_is_its_base(base: str, n: int, explain: Explain, x: Tensor) -> None:
     method = METHODS[base]
-    assert_close(explain(x, SmoothGrad(n, noise=0.0, base=method)).maps, explain(x, method).maps)
+    assert_close(explain(x, SmoothGrad(n, noise_level=0.0, base=method)).maps, explain(x, method).maps)
 
 
 @pytest.mark.parametrize("score", [Score.LOGIT, Score.PROBABILITY], ids=lambda score: score.value)
@@ -149,7 +149,7 @@ def test_permuting_a_batch_permutes_its_maps(method: str, explain: Explain, x: T
     whole, permuted = (explain(each, METHODS[method], score=Score.PROBABILITY) for each in (x, x[order]))
     assert_close(permuted.maps, whole.maps[order])
     for place, each in enumerate(permuted.explanations):
-        assert each.explained[0].index == whole.explanations[order[place]].explained[0].index
+        assert each.targets[0].index == whole.explanations[order[place]].targets[0].index
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -157,7 +157,7 @@ def test_a_constant_added_to_all_logits_changes_no_map_of_a_probability(
     method: str, module: nn.Module, explain: Explain, x: Tensor
 ) -> None:
     chosen = METHODS[method]
-    if isinstance(chosen, LayerGradientTimesActivation):
+    if isinstance(chosen, LayerGradientXActivation):
         chosen = replace(chosen, layer=f"inner.{chosen.layer}")
     with explaining(Shifted(module), input_size=SHAPE) as shifted:
         maps = shifted(x, chosen, score=Score.PROBABILITY).maps
@@ -185,10 +185,10 @@ def test_a_seed_decides_a_map(method: str, explain: Explain, x: Tensor) -> None:
 
 @pytest.mark.parametrize("method", ["smoothgrad", "vargrad", "smoothgrad to a tolerance"])
 def test_relative_noise_is_a_share_of_the_examples_range(method: str, explain: Explain, x: Tensor) -> None:
-    relative = replace(METHODS[method], noise=0.2)
+    relative = replace(METHODS[method], noise_level=0.2)
     for example in x:
         range_ = float(example.max() - example.min())
-        absolute = replace(relative, noise=0.2 * range_, absolute_noise=True)
+        absolute = replace(relative, noise_level=0.2 * range_, absolute_noise=True)
         assert_close(explain(example[None], relative).maps, explain(example[None], absolute).maps)
 
 

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 from sidelight_server import (
+    RISE,
     Engine,
     ExpectedGradients,
-    GradCam,
+    GradCAM,
     Gradient,
     GuidedBackpropagation,
     IntegratedGradients,
-    LayerGradientTimesActivation,
+    LayerGradientXActivation,
     ModelSpec,
     Occlusion,
-    Rise,
     Rule,
     Settings,
     SmoothGrad,
@@ -54,9 +54,18 @@ BAD: dict[str, tuple[Callable[[], Method], str]] = {
     ),
     "ig, too few rows": (lambda: refined(0.1, max_rows=2), "integrated_gradients.max_rows: got 2, expected at least 3"),
     "smoothgrad, no samples": (lambda: SmoothGrad(0), "smoothgrad.samples: got 0, expected at least 1"),
-    "smoothgrad, negative noise": (lambda: SmoothGrad(noise=-0.1), "smoothgrad.noise: got -0.1, expected at least 0"),
-    "smoothgrad, endless noise": (lambda: SmoothGrad(noise=INFINITE), "smoothgrad.noise: got inf, expected at least 0"),
-    "smoothgrad, noise of nothing": (lambda: SmoothGrad(noise=NAN), "smoothgrad.noise: got nan, expected at least 0"),
+    "smoothgrad, negative noise": (
+        lambda: SmoothGrad(noise_level=-0.1),
+        "smoothgrad.noise_level: got -0.1, expected at least 0",
+    ),
+    "smoothgrad, endless noise": (
+        lambda: SmoothGrad(noise_level=INFINITE),
+        "smoothgrad.noise_level: got inf, expected at least 0",
+    ),
+    "smoothgrad, noise of nothing": (
+        lambda: SmoothGrad(noise_level=NAN),
+        "smoothgrad.noise_level: got nan, expected at least 0",
+    ),
     "smoothgrad, samples and tolerance": (
         lambda: SmoothGrad(25, tolerance=0.1),
         "smoothgrad: got samples 25 and tolerance 0.1, expected one of them",
@@ -70,8 +79,8 @@ BAD: dict[str, tuple[Callable[[], Method], str]] = {
         "expected_gradients.samples: got 0, expected at least 1",
     ),
     "expected gradients, negative noise": (
-        lambda: ExpectedGradients(noise=-1.0),
-        "expected_gradients.noise: got -1, expected at least 0",
+        lambda: ExpectedGradients(noise_level=-1.0),
+        "expected_gradients.noise_level: got -1, expected at least 0",
     ),
     "expected gradients, baselines with NaN": (
         lambda: ExpectedGradients(baselines=np.full((1, *SHAPE), NAN)),
@@ -88,13 +97,13 @@ BAD: dict[str, tuple[Callable[[], Method], str]] = {
         "occlusion.stride_width: got 5, expected at most window_width, 4: pixels between the windows would have no "
         "value",
     ),
-    "rise, no masks": (lambda: Rise(masks=0), "rise.masks: got 0, expected at least 1"),
-    "rise, no cells": (lambda: Rise(cells=0), "rise.cells: got 0, expected at least 1"),
+    "rise, no masks": (lambda: RISE(masks=0), "rise.masks: got 0, expected at least 1"),
+    "rise, no cells": (lambda: RISE(cells=0), "rise.cells: got 0, expected at least 1"),
     "rise, nothing kept": (
-        lambda: Rise(keep_probability=0.0),
+        lambda: RISE(keep_probability=0.0),
         "rise.keep_probability: got 0, expected a number in (0, 1)",
     ),
-    "rise, all kept": (lambda: Rise(keep_probability=1.0), "rise.keep_probability: got 1, expected a number in (0, 1)"),
+    "rise, all kept": (lambda: RISE(keep_probability=1.0), "rise.keep_probability: got 1, expected a number in (0, 1)"),
 }
 
 UNFIT = {
@@ -103,7 +112,7 @@ UNFIT = {
         "occlusion.window_height: got 13, expected at most 12",
     ),
     "occlusion, wider than the image": (Occlusion((4, 13)), "occlusion.window_width: got 13, expected at most 12"),
-    "rise, cells smaller than a pixel": (Rise(masks=30, cells=13), "rise.cells: got 13, expected at most 12"),
+    "rise, cells smaller than a pixel": (RISE(masks=30, cells=13), "rise.cells: got 13, expected at most 12"),
     "expected gradients, another shape": (
         ExpectedGradients(baselines=np.zeros((3, 2, 12, 11))),
         "expected_gradients.baselines: shape [3, 2, 12, 11], expected [M, 2, 12, 12] with M at least 1",
@@ -131,7 +140,7 @@ TOO_LONG = {
     "smoothgrad to a tolerance": (SmoothGrad(0, tolerance=0.1, max_rows=101), 101),
     "expected gradients": (ExpectedGradients(100), 101),
     "occlusion": (Occlusion((3, 3), (1, 1)), 101),
-    "rise": (Rise(masks=100), 101),
+    "rise": (RISE(masks=100), 101),
 }
 
 
@@ -181,9 +190,9 @@ def test_a_method_of_too_many_rows_is_refused(case: str, engine: Engine, x: Tens
     )
 
 
-@pytest.mark.parametrize("kind", [GradCam, LayerGradientTimesActivation], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [GradCAM, LayerGradientXActivation], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("sized", [True, False], ids=["fixed size", "any size"])
-def test_an_unknown_layer_is_not_found_and_the_near_names_are_told(kind: type[GradCam], sized: bool, x: Tensor) -> None:
+def test_an_unknown_layer_is_not_found_and_the_near_names_are_told(kind: type[GradCAM], sized: bool, x: Tensor) -> None:
     class Named(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -221,9 +230,9 @@ REFUSED_LAYERS = {
 def test_a_layer_that_does_not_return_one_picture_is_refused(layer: str, why: str, x: Tensor) -> None:
     with Engine([ModelSpec(Twice(), input_size=SHAPE)], Settings(device="cpu")) as engine:
         with pytest.raises(InvalidArgument) as refused:
-            ask(engine, x, method=GradCam(layer))
+            ask(engine, x, method=GradCAM(layer))
         assert refused.value.message == f'method.layer: "{layer}" {why}; name one of "first", "second"'
-        assert ask(engine, x, method=GradCam()).request.method.layer == "second"  # the default is one that can be read
+        assert ask(engine, x, method=GradCAM()).request.method.layer == "second"  # the default is one that can be read
 
 
 @pytest.mark.parametrize(
@@ -233,10 +242,10 @@ def test_a_layer_that_does_not_return_one_picture_is_refused(layer: str, why: st
 )
 def test_where_any_size_is_taken_such_a_layer_fails_the_examples(layer: str, why: str, x: Tensor) -> None:
     with Engine([ModelSpec(Twice())], Settings(device="cpu")) as engine:
-        failures = ask(engine, x, method=GradCam(layer)).failures
+        failures = ask(engine, x, method=GradCAM(layer)).failures
         assert [each.code for each in failures] == [InvalidArgument.code] * 2
         assert f'method.layer: "{layer}" {why}' in failures[0].message
-        assert not ask(engine, x, method=GradCam("second")).failures  # no hook was left behind
+        assert not ask(engine, x, method=GradCAM("second")).failures  # no hook was left behind
 
 
 def test_without_a_layer_of_spatial_extent_there_is_no_default(x: Tensor) -> None:
@@ -245,7 +254,7 @@ def test_without_a_layer_of_spatial_extent_there_is_no_default(x: Tensor) -> Non
         explaining(module, input_size=SHAPE) as explain,
         pytest.raises(NotFound, match="the model has no layer that can be chosen for you"),
     ):
-        explain(x, GradCam())
+        explain(x, GradCAM())
 
 
 class Squashed(nn.Module):

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from sidelight_server import (
+    RISE,
     Answer,
     Channels,
-    GradCam,
+    GradCAM,
     Gradient,
     IntegratedGradients,
-    LayerGradientTimesActivation,
+    LayerGradientXActivation,
     Occlusion,
-    Rise,
     Score,
     SmoothGrad,
     TopK,
@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 def flags(answer: Answer) -> list[bool]:
-    return [one.negligible for each in answer.explanations for one in each.explained]
+    return [one.negligible for each in answer.explanations for one in each.targets]
 
 
 def x(n: int = 3) -> Tensor:
@@ -54,18 +54,18 @@ def x(n: int = 3) -> Tensor:
 def test_grad_cam_of_a_layer_whose_gradients_cancel_by_symmetry_is_nothing(seed: int, *, keeps: bool) -> None:
     with explaining(Attention(seed), input_size=SIZE) as explain:
         for layer in ("key", "query", "value", "stem"):
-            assert set(flags(explain(x(), GradCam(layer, keep_negative=keeps)))) == {layer == "key"}
-        assert flags(explain(x(), GradCam("key"), target=TopK(2))) == [True] * 6
+            assert set(flags(explain(x(), GradCAM(layer, keep_negative=keeps)))) == {layer == "key"}
+        assert flags(explain(x(), GradCAM("key"), target=TopK(2))) == [True] * 6
 
 
 METHODS: dict[str, Method] = {
     "gradient": Gradient(),
     "smoothgrad": SmoothGrad(4),
     "integrated gradients": IntegratedGradients(4),
-    "grad-cam": GradCam(),
-    "layer gradient times activation": LayerGradientTimesActivation(),
+    "grad-cam": GradCAM(),
+    "layer gradient times activation": LayerGradientXActivation(),
     "occlusion": Occlusion((8, 8)),
-    "rise": Rise(masks=6, cells=2),
+    "rise": RISE(masks=6, cells=2),
 }
 
 
@@ -98,7 +98,7 @@ def test_a_layer_of_which_nothing_speaks_for_a_class_is_zero_and_right() -> None
     with torch.no_grad():
         module[4].weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 4))
     with explaining(module, input_size=SIZE) as explain:
-        answer = explain(x(), GradCam("1"), target=1)
+        answer = explain(x(), GradCAM("1"), target=1)
     assert not answer.maps.any()
     assert not any(flags(answer))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sidelight_server import (
+    RISE,
     Answer,
     Channels,
     Contrast,
@@ -19,7 +20,6 @@ from sidelight_server import (
     IntegratedGradients,
     ModelSpec,
     Occlusion,
-    Rise,
     Score,
     Settings,
     SmoothGrad,
@@ -208,7 +208,7 @@ def test_maps_of_a_trained_network_are_those_of_its_float64_copy(score: Score) -
     assert errors(found, expected).max() < 1e-4
     assert errors(nn.functional.normalize(found), nn.functional.normalize(maps)).median() < 3e-7  # in direction
     assert errors(found, expected).median() < 2e-6  # a probability's size moves with the last bits of float32 logits
-    assert not any(each.explained[0].saturated for each in answer.explanations)
+    assert not any(each.targets[0].saturated for each in answer.explanations)
 
 
 @pytest.mark.parametrize("score", [Score.PROBABILITY, Score.LOG_PROBABILITY], ids=lambda score: score.value)
@@ -221,7 +221,7 @@ def test_maps_at_any_gap_are_those_of_the_float64_copy(score: Score) -> None:
         answer = explain(x, Gradient(), score=score, target=TopK(3))
         contrast = explain(x, Gradient(), score=score, target=Contrast(0, 1))
     for k in range(3):
-        classes = torch.tensor([each.explained[k].index for each in answer.explanations])
+        classes = torch.tensor([each.targets[k].index for each in answer.explanations])
         assert errors(torch.from_numpy(answer.maps[:, k]), truth(module, x, score, classes)).max() < 1e-4
     parts = [truth(module, x, score, torch.full((len(x),), k)) for k in (0, 1)]
     assert errors(torch.from_numpy(contrast.maps), parts[0] - parts[1]).max() < 1e-4
@@ -250,7 +250,7 @@ def test_a_module_in_half_precision_has_the_same_head(dtype: torch.dtype, score:
     slope = falls * (1 - falls) if score is Score.PROBABILITY else falls
     # The module rounds what goes back through it to 8 bits, or with float16 to 11.
     np.testing.assert_allclose(answer.maps[:, 0, 0, 0], slope, rtol=2 * torch.finfo(dtype).eps)
-    scores = [each.explained[0].score for each in answer.explanations]
+    scores = [each.targets[0].score for each in answer.explanations]
     np.testing.assert_allclose(scores, 1 - falls if score is Score.PROBABILITY else (-falls).log1p(), rtol=1e-6)
 
 
@@ -258,7 +258,7 @@ def test_a_module_in_half_precision_has_the_same_head(dtype: torch.dtype, score:
 
 
 def flags(answer: Answer) -> list[bool]:
-    return [each.explained[0].saturated for each in answer.explanations]
+    return [each.targets[0].saturated for each in answer.explanations]
 
 
 AHEAD = torch.tensor([0.0, 8.0, 17.0, 40.0, 60.0, 70.0, 200.0]).view(-1, 1, 1, 1)
@@ -281,10 +281,10 @@ def test_a_score_is_saturated_where_nothing_of_its_map_is_left(score: Score, tar
     ("method", "saturates"),
     [
         (Gradient(times_input=True), True),
-        (SmoothGrad(3, noise=0.0), True),
+        (SmoothGrad(3, noise_level=0.0), True),
         (IntegratedGradients(32), False),
         (Occlusion(window=(1, 1)), False),
-        (Rise(masks=5, cells=1), False),
+        (RISE(masks=5, cells=1), False),
     ],
     ids=lambda each: getattr(each, "name", None),
 )

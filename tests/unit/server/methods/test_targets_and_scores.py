@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 from sidelight_server import (
+    RISE,
     Answer,
     Channels,
     Contrast,
     Engine,
     ExpectedGradients,
-    GradCam,
+    GradCAM,
     Gradient,
     IntegratedGradients,
-    LayerGradientTimesActivation,
+    LayerGradientXActivation,
     ModelSpec,
     Occlusion,
     Predicted,
-    Rise,
     Rule,
     Score,
     Settings,
@@ -38,10 +38,10 @@ METHODS = {
     "integrated gradients": IntegratedGradients(6),
     "trapezoid": IntegratedGradients(6, Rule.TRAPEZOID),
     "expected gradients": ExpectedGradients(5),
-    "grad-cam": GradCam(keep_negative=True),
-    "layer gradient times activation": LayerGradientTimesActivation(),
+    "grad-cam": GradCAM(keep_negative=True),
+    "layer gradient times activation": LayerGradientXActivation(),
     "occlusion": Occlusion((4, 4), (3, 3)),
-    "rise": Rise(masks=20, cells=3),
+    "rise": RISE(masks=20, cells=3),
 }
 
 
@@ -68,11 +68,11 @@ def gradient_of(score: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def scores_of(answer: Answer) -> list[float]:
-    return [each.explained[0].score for each in answer.explanations]
+    return [each.targets[0].score for each in answer.explanations]
 
 
 def classes_of(answer: Answer) -> list[int]:
-    return [each.explained[0].index for each in answer.explanations]
+    return [each.targets[0].index for each in answer.explanations]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -85,10 +85,10 @@ def test_the_maps_of_the_top_k_are_those_of_its_classes_one_by_one(
     assert answer.maps.shape == (4, 3, *(SHAPE if channels is Channels.NONE else SHAPE[1:]))
     most = module(x).softmax(dim=1).topk(3)
     for place, each in enumerate(answer.explanations):
-        assert [one.index for one in each.explained] == most.indices[place].tolist()
+        assert [one.index for one in each.targets] == most.indices[place].tolist()
         assert each.predicted == most.indices[place][0]
-        np.testing.assert_allclose([one.score for one in each.explained], most.values[place].detach(), rtol=1e-9)
-        for k, one in enumerate(each.explained):
+        np.testing.assert_allclose([one.score for one in each.targets], most.values[place].detach(), rtol=1e-9)
+        for k, one in enumerate(each.targets):
             alone = explain(x[place : place + 1], chosen, target=one.index, **options)
             assert_close(answer.maps[place, k], alone.maps[0])
 
@@ -118,7 +118,7 @@ def test_a_contrast_is_the_map_of_one_class_minus_that_of_another(
     np.testing.assert_allclose(contrast.maps, positive.maps - negative.maps, rtol=0, atol=atol)
     rise = np.subtract(scores_of(positive), scores_of(negative))
     np.testing.assert_allclose(scores_of(contrast), rise, rtol=1e-9, atol=1e-12)
-    assert {(each.explained[0].index, each.explained[0].against) for each in contrast.explanations} == {(7, 2)}
+    assert {(each.targets[0].index, each.targets[0].against) for each in contrast.explanations} == {(7, 2)}
 
 
 @pytest.mark.parametrize("target", [Predicted(), 5], ids=["predicted", "class 5"])

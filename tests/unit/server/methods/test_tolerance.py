@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from sidelight_server import Gradient, IntegratedGradients, MeanColour, Rule, Score, SmoothGrad, Statistic
+from sidelight_server import Gradient, IntegratedGradients, MeanColor, Rule, Score, SmoothGrad, Statistic
 from sidelight_server.methods import random
 from torch import Tensor, nn
 
@@ -41,11 +41,11 @@ def x() -> Tensor:
 
 
 def refined(tolerance: float, max_rows: int = 300) -> IntegratedGradients:
-    return IntegratedGradients(0, Rule.TRAPEZOID, MeanColour(), tolerance, max_rows)
+    return IntegratedGradients(0, Rule.TRAPEZOID, MeanColor(), tolerance, max_rows)
 
 
 def smoothed(tolerance: float, max_rows: int = 300) -> SmoothGrad:
-    return SmoothGrad(0, noise=0.2, seed=SEED, tolerance=tolerance, max_rows=max_rows)
+    return SmoothGrad(0, noise_level=0.2, seed=SEED, tolerance=tolerance, max_rows=max_rows)
 
 
 def intervals(rows: int) -> int:
@@ -57,7 +57,7 @@ def intervals(rows: int) -> int:
 
 def trapezoid(explain: Explain, x: Tensor, n: int) -> np.ndarray:
     """Return the maps, in float64, of a trapezoid of n intervals."""
-    method = IntegratedGradients(n + 1, Rule.TRAPEZOID, MeanColour())
+    method = IntegratedGradients(n + 1, Rule.TRAPEZOID, MeanColor())
     return explain(x, method, target=CLASS, score=Score.PROBABILITY).maps.astype(np.float64)
 
 
@@ -153,7 +153,7 @@ def test_noise_over_a_path_takes_no_more_rows_than_are_allowed(explain: Explain,
 def test_a_fixed_number_of_draws_reports_its_standard_error_too(
     statistic: Statistic, module: nn.Module, explain: Explain, x: Tensor
 ) -> None:
-    answer = explain(x, SmoothGrad(13, noise=0.2, seed=SEED, statistic=statistic), target=CLASS)
+    answer = explain(x, SmoothGrad(13, noise_level=0.2, seed=SEED, statistic=statistic), target=CLASS)
     for place, each in enumerate(answer.explanations):
         assert each.convergence.rows == 14
         expected = standard_error(gradients_at_draws(module, x[place], 13))
@@ -162,9 +162,9 @@ def test_a_fixed_number_of_draws_reports_its_standard_error_too(
 
 def test_more_draws_bring_a_map_nearer_to_that_of_many(explain: Explain, x: Tensor) -> None:
     """The reported error is what it says: the distance to the mean of very many draws is of that size."""
-    many = explain(x, SmoothGrad(2000, noise=0.2, seed=SEED + 1), target=CLASS).maps.reshape(5, -1)
+    many = explain(x, SmoothGrad(2000, noise_level=0.2, seed=SEED + 1), target=CLASS).maps.reshape(5, -1)
     for n in (16, 64):
-        answer = explain(x, SmoothGrad(n, noise=0.2, seed=SEED), target=CLASS)
+        answer = explain(x, SmoothGrad(n, noise_level=0.2, seed=SEED), target=CLASS)
         misses = np.linalg.norm(answer.maps.reshape(5, -1) - many, axis=1) / np.linalg.norm(many, axis=1)
         errors = np.array([each.convergence.error for each in answer.explanations])
         # 288 elements that are related: chance moves the ratio of both by some tenths, not by half of it.
