@@ -24,17 +24,18 @@ METHODS = {
 
 
 def main(address: str, picture: str, out: str) -> None:
-    panels = []
+    answers, rows = [], []
     with sidelight.connect(address) as client:
         for name, method in METHODS.items():
             # RISE adds scores up: a probability begins at 0, a logit anywhere.
             score = "probability" if name == "RISE" else "logit"
             answer = client.attribute(picture, method=method, score=score, timeout=600)
             (convergence,) = answer.convergence
-            rows = convergence.rows if convergence else 1
-            print(f"{name:32} {rows:4} rows {answer.timing.compute_s:7.2f} s")
-            panels.append(sidelight.Panel(answer.picture(0), answer.heatmap(0), name, f"{rows} row{'s' * (rows > 1)}"))
-    sidelight.gallery(panels, heading="One picture, every method").save(out)
+            answers.append(answer)
+            rows.append(convergence.rows if convergence else 1)
+            print(f"{name:32} {rows[-1]:4} rows {answer.timing.compute_s:7.2f} s")
+    subtitles = [f"{n} row{'s' * (n > 1)}" for n in rows]
+    sidelight.gallery(answers, heading="One picture, every method", titles=list(METHODS), subtitles=subtitles).save(out)
 
 
 if __name__ == "__main__":

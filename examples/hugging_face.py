@@ -29,15 +29,14 @@ def main(out: str = "why.png", folder: str = "", picture: str = str(CHELSEA)) ->
             print(
                 f"{model.call}, {model.outputs}; {model.class_count} classes: {', '.join((model.labels or ())[:3])}, …"
             )
-            panels = []
+            answers, names = [], []
             for method in (sidelight.Gradient(), sidelight.GradCAM()):
                 answer = client.attribute(picture, method=method, score="logit")
                 (prediction,) = answer.predictions
-                name = answer.provenance.method.partition("(")[0]
-                print(f"{name}: {prediction.label} {prediction.probability:.2f}")
-                caption = f"{prediction.label}  {prediction.probability:.2f}"
-                panels.append(sidelight.Panel(answer.picture(0), answer.heatmap(0), caption, name))
-            sidelight.gallery(panels, heading="From a Hugging Face folder").save(out)
+                names.append(answer.provenance.method.partition("(")[0])
+                print(f"{names[-1]}: {prediction.label} {prediction.probability:.2f}")
+                answers.append(answer)
+            sidelight.gallery(answers, heading="From a Hugging Face folder", subtitles=names).save(out)
 
 
 def make(folder: Path) -> None:

@@ -25,16 +25,9 @@ def main(path: str) -> None:
         answer = client.attribute(images[:N_SHOWN])
     right = sum(each.index == label for each, label in zip(answer.predictions, data.target, strict=False))
     print(f"{right} of {N_SHOWN} read right")
-    panels = [
-        sidelight.Panel(
-            answer.picture(i),
-            answer.heatmap(i),
-            f"read as {each.label}  {each.probability:.2f}",
-            f"truly {data.target[i]}",
-        )
-        for i, each in enumerate(answer.predictions)
-    ]
-    sidelight.gallery(panels, heading="Why a digit is that digit").save(path)
+    titles = [f"read as {each.label}  {each.probability:.2f}" for each in answer.predictions]
+    truths = [f"truly {label}" for label in data.target[:N_SHOWN]]
+    sidelight.gallery(answer, heading="Why a digit is that digit", titles=titles, subtitles=truths).save(path)
 
 
 def train(module: torch.nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> None:

@@ -40,11 +40,10 @@ def main(out: str = "why.png") -> None:
             client.attribute(CHELSEA, model=name, method=method, score="logit") for name in ("exact", "fast")
         )
         print(f"their maps' rank correlation is {rank_correlation(exact.heatmap(0), fast.heatmap(0)):.2f}")
-        panels = [
-            sidelight.Panel(answer.picture(0), answer.heatmap(0), answer.provenance.model, answer.predictions[0].label)
-            for answer in (exact, fast)
-        ]
-        sidelight.gallery(panels, heading="The same network, exact and fast").save(out)
+        sheet = sidelight.gallery(
+            [exact, fast], heading="The same network, exact and fast", subtitles=["exact", "fast"]
+        )
+        sheet.save(out)
         again = client.reload("fast")
         print(f"{again.name}: version {again.version} serves now")
 

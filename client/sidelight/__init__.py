@@ -41,6 +41,8 @@ from .methods.method import Method
 from .methods.path import ExpectedGradients, IntegratedGradients, SmoothGrad
 from .methods.perturbation import RISE, Occlusion
 from .results.attribution import Attribution
+from .results.example import ExampleAttribution
+from .results.gallery import gallery
 from .results.replay import Difference, Replay, Replayed, replay
 from .results.server_info import (
     CancellationStats,
@@ -52,7 +54,6 @@ from .results.server_info import (
     WarmupEntry,
 )
 from .results.types import Convergence, ExplainedTarget, Failure, Geometry, Prediction, Provenance, Timing
-from .visualization.gallery import Panel, gallery
 
 __version__ = "0.1.0"
 
@@ -73,6 +74,7 @@ __all__ = [
     "DeadlineExceeded",
     "Dense",
     "Difference",
+    "ExampleAttribution",
     "ExpectedGradients",
     "ExplainedTarget",
     "FailedPrecondition",
@@ -93,7 +95,6 @@ __all__ = [
     "NotFound",
     "Occlusion",
     "OutOfRange",
-    "Panel",
     "PartialFailure",
     "PermissionDenied",
     "Prediction",

@@ -46,13 +46,11 @@ def main(out: str = "why") -> None:
 def by_client(client: sidelight.Client, pictures: np.ndarray, spots: np.ndarray, sick: list[bool], out: Path) -> None:
     print("call:", client.model().call)
     answer = client.attribute(pictures, method=sidelight.SmoothGrad(samples=16), score="logit")
-    panels = []
     for i, prediction in enumerate(answer.predictions):
         why = f"; {on_spot(answer.maps[i], spots[i])}" if sick[i] else ""
         print(f"{i}: truly {LABELS[sick[i]]}, predicted {prediction.label} {prediction.probability:.2f}{why}")
-        caption = f"{prediction.label}  {prediction.probability:.2f}"
-        panels.append(sidelight.Panel(answer.picture(i), answer.heatmap(i), caption, f"truly {LABELS[sick[i]]}"))
-    sidelight.gallery(panels, heading="Synthetic radiographs").save(out / "gallery.png")
+    truths = [f"truly {LABELS[each]}" for each in sick]
+    sidelight.gallery(answer, heading="Synthetic radiographs", subtitles=truths).save(out / "gallery.png")
 
 
 def by_pyhealth_class(

@@ -43,6 +43,7 @@ COMPONENTS = {
     "floor": Component(FLOOR.exists, "make setup makes the environment of the oldest versions"),
     "kubernetes": Component(lambda: _is_installed("kubernetes_validate"), "pip install kubernetes-validate"),
     "onnx": Component((ONNX / "onnx2torch").is_dir, "make setup brings onnx2torch"),
+    "pandas": Component(lambda: _is_installed("pandas"), "pip install pandas"),
     "prometheus": Component(
         lambda: bool(shutil.which("prometheus") and shutil.which("promtool")), "apt-get install prometheus"
     ),

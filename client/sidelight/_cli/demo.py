@@ -17,7 +17,7 @@ from rich.console import Console
 from .._client import connect
 from ..exceptions import SidelightError
 from ..results.attribution import Attribution
-from ..visualization.gallery import Panel, gallery
+from ..results.gallery import gallery
 from .tables import make_folder, report
 
 MODEL = "python:sidelight_server.models.sources.demo:efficientnet_lite0"
@@ -53,9 +53,9 @@ def run(folder: Path, *, console: Console) -> None:
                 yield answer
 
         report(console, paths, kept(), folder=folder)
-    panels = [_panel(paths[index], answers[index]) for index in range(len(paths))]
-    gallery(panels, heading="Which pixels decided?").save(folder / "gallery.png")
-    console.print(f"{len(panels)} photographs in {folder / 'gallery.png'}")
+    drawn = gallery([answers[index] for index in range(len(paths))], heading="Which pixels decided?")
+    drawn.save(folder / "gallery.png")
+    console.print(f"{len(paths)} photographs in {folder / 'gallery.png'}")
 
 
 def photographs() -> list[Path]:
@@ -99,9 +99,3 @@ def _wait(process: "subprocess.Popen[str]") -> None:
             return
         lines.append(line)
     raise SidelightError(f"the server did not start: {''.join(lines).strip()}")
-
-
-def _panel(path: Path, answer: Attribution) -> Panel:
-    prediction = answer.predictions[0]
-    title = f"{prediction.label}  {prediction.probability:.2f}" if prediction else ""
-    return Panel(answer.picture(0), answer.heatmap(0), title, path.name)

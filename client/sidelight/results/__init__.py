@@ -4,6 +4,7 @@ May import `_options`, `methods`, `_inputs`, `visualization` and `exceptions`.
 """
 
 from .attribution import Attribution
+from .example import ExampleAttribution
 from .replay import Difference, Replay, Replayed
 from .server_info import CancellationStats, Limits, ModelInfo, Preprocessing, ServerInfo, SharedMemory, WarmupEntry
 from .types import Convergence, ExplainedTarget, Failure, Geometry, Prediction, Provenance, Timing
@@ -13,6 +14,7 @@ __all__ = [
     "CancellationStats",
     "Convergence",
     "Difference",
+    "ExampleAttribution",
     "ExplainedTarget",
     "Failure",
     "Geometry",

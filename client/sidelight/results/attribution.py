@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,13 @@ from .._inputs.tensors import Array, array_of
 from ..exceptions import FailedPrecondition, SidelightError, from_code
 from ..visualization.overlay import overlay, overlay_part
 from . import storage
+from .dataframe import to_dataframe
+from .display import answer_html, answer_text
+from .example import ExampleAttribution
 from .types import Convergence, ExplainedTarget, Failure, Geometry, Prediction, Provenance, Timing
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -30,14 +38,16 @@ class Attribution:
     is NaN and its entries in `predictions`, `targets`, `geometry` and `convergence` are None; so are, where `final`
     is False, those of an example that has no map yet. Where the whole batch failed, which only `on_error="return"`
     lets through, `error` is set and there are no maps.
+
+    `answer[i]` and iteration give the same example by example, as `ExampleAttribution`.
     """
 
-    maps: NDArray[np.float32] = dataclasses.field(repr=False)
+    maps: NDArray[np.float32]
     predictions: tuple[Prediction | None, ...] = ()
     targets: tuple[ExplainedTarget | tuple[ExplainedTarget, ...] | None, ...] = ()
     geometry: tuple[Geometry | None, ...] = ()  # None also for floating arrays
     failures: tuple[Failure, ...] = ()
-    probabilities: NDArray[np.float32] | None = dataclasses.field(default=None, repr=False)  # [N, K], if asked for
+    probabilities: NDArray[np.float32] | None = None  # [N, K], if asked for
     provenance: Provenance | None = None
     timing: Timing | None = None
     convergence: tuple[Convergence | None, ...] = ()  # None for methods of one row
@@ -47,12 +57,27 @@ class Attribution:
     index: int = 0  # the batch's position in a stream
     error: SidelightError | None = None
     names: tuple[str | None, ...] = ()  # the path of each example that came from a file
-    _batch: Batch | Lent | None = dataclasses.field(default=None, repr=False)
-    _provenance: pb.Provenance | None = dataclasses.field(default=None, repr=False)
-    _baseline: Array | None = dataclasses.field(default=None, repr=False)  # that was given with the method
+    _batch: Batch | Lent | None = None
+    _provenance: pb.Provenance | None = None
+    _baseline: Array | None = None  # that was given with the method
 
     def __len__(self) -> int:
         return len(self.maps)
+
+    def __getitem__(self, i: int) -> ExampleAttribution:
+        index = operator.index(i)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"example {index}: the answer has {len(self)}")
+        return ExampleAttribution(self, index % len(self))
+
+    def __iter__(self) -> Iterator[ExampleAttribution]:
+        return (ExampleAttribution(self, i) for i in range(len(self)))
+
+    def __repr__(self) -> str:
+        return f"Attribution({answer_text(self)})"
+
+    def _repr_html_(self) -> str:
+        return answer_html(self)
 
     def picture(self, i: int) -> Image.Image:
         """Return what the model saw of example i, as an RGB picture of the map's size."""
@@ -76,16 +101,29 @@ class Attribution:
         """Whether there are k maps for each example."""
         return self._provenance is not None and self._provenance.target.WhichOneof("target") == "top_k"
 
-    def overlay(self, i: int, *, k: int = 0, original: bool = False) -> Image.Image:
+    def overlay(
+        self,
+        i: int,
+        *,
+        k: int = 0,
+        colormap: str | None = None,
+        alpha: float | None = None,
+        original: bool = False,
+    ) -> Image.Image:
         """Return what the model saw of example i with its map laid over it; `k` as in `heatmap`.
 
-        `original` lays it on the whole picture at its own size, where what the model did not see is darker.
+        `colormap` is "heat", "viridis", "magma" or "cividis", which draw magnitudes, or "diverging" or "coolwarm",
+        which draw signs too. Unset, it is "diverging" for a map with negative values, else "heat". `alpha`, 0 to 1,
+        blends evenly: 0 is the picture, 1 the colored map. Unset, the picture is dimmed, the map smoothed for the eye
+        and the more opaque the greater its magnitude. `original` lays the map on the whole picture at its own size;
+        what the model did not see is darker, unless an `alpha` is given.
         """
         geometry = self.geometry[i] if original else None
         if geometry is None:
-            return overlay(self.picture(i), self.heatmap(i, k=k))
+            return overlay(self.picture(i), self.heatmap(i, k=k), colormap=colormap, alpha=alpha)
         picture = self._original(i)
-        return overlay_part(picture, self.heatmap(i, k=k), _box(picture, geometry))
+        box = _box(picture, geometry)
+        return overlay_part(picture, self.heatmap(i, k=k), box, colormap=colormap, alpha=alpha)
 
     def save(self, folder: str | Path, *, original: bool = False, overwrite: bool = False) -> None:
         """Write `maps.npy`, `answer.json` and the overlays of the examples into a folder, which is made if need be.
@@ -109,8 +147,15 @@ class Attribution:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """Return everything but the maps, as JSON can hold it."""
+        """Return everything but the maps, as JSON can hold it. `save` writes it into `answer.json`."""
         return storage.to_dict(self)
+
+    def to_dataframe(self) -> "pd.DataFrame":
+        """Return predictions, targets, convergence and failures as a table of pandas', one row for each example.
+
+        With a top-k target the cells of a target are tuples of k. `ImportError` where pandas is not installed.
+        """
+        return to_dataframe(self)
 
     def _original(self, i: int) -> Image.Image:
         batch = self._batch.batch if isinstance(self._batch, Lent) else self._batch

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw, ImageFont
 
 from ..exceptions import InvalidArgument
-from .overlay import PERCENTILE, Map, colour_bar, colourise, is_signed, overlay
+from .colormaps import PERCENTILE, Map, color_bar, colorize, is_signed
+from .overlay import overlay
 
 TILE = 224  # pixels of a picture's longer side
 TILE_GAP = 4
@@ -29,39 +30,56 @@ CELL_WIDTH = 3 * TILE + 2 * TILE_GAP + 2 * PADDING
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Panel:
-    """One example: what the model saw, its map `[H, W]`, and two lines of text."""
+    """What the model saw, its map `[H, W]`, and two lines of text. A failed example has neither picture nor map."""
 
-    picture: Image.Image
-    map: Map
+    picture: Image.Image | None
+    map: Map | None
     title: str
     subtitle: str
 
 
-def gallery(panels: Sequence[Panel], *, heading: str | None = None, columns: int = COLUMNS) -> Image.Image:
-    """Draw a sheet of panels, each picture, map and overlay side by side, and the colours' meaning below.
+def draw_gallery(
+    panels: Sequence[Panel], *, heading: str | None = None, columns: int = COLUMNS, colormap: str | None = None
+) -> Image.Image:
+    """Draw a sheet of panels, each picture, map and overlay side by side, and the colors' meaning below.
 
     Fewer panels than `columns` make a narrower sheet. `InvalidArgument` for no panels or no columns.
     """
     if not panels:
-        raise InvalidArgument("panels: none, expected at least one")
+        raise InvalidArgument("answers: got none with an example, expected at least one")
     if columns < 1:
         raise InvalidArgument(f"columns: got {columns}, expected 1 or more")
     columns = min(columns, len(panels))
-    tallest = max(_shown_size(panel)[1] for panel in panels)
+    tallest = max((shown_size(panel.map, TILE)[1] for panel in panels if panel.map is not None), default=0)
     step_x, step_y = CELL_WIDTH + MARGIN, PADDING + tallest + CAPTION_HEIGHT + MARGIN
     top = HEADER_HEIGHT if heading else MARGIN
     n_rows = -(-len(panels) // columns)
     sheet = Image.new("RGB", (MARGIN + columns * step_x, top + n_rows * step_y + FOOTER_HEIGHT - MARGIN), BACKGROUND)
-    for place, panel in enumerate(panels):
-        row, column = divmod(place, columns)
+    for index, panel in enumerate(panels):
+        row, column = divmod(index, columns)
         cell = (MARGIN + column * step_x, top + row * step_y)
-        _draw_panel(sheet, panel, cell=cell, height=step_y - MARGIN)
+        _draw_panel(sheet, panel, cell=cell, height=step_y - MARGIN, colormap=colormap)
     if heading:
-        _write(sheet, (MARGIN, 28), heading, size=28, colour=BRIGHT, width=sheet.width - 2 * MARGIN)
-    _draw_footer(sheet, signs=sorted({is_signed(panel.map) for panel in panels}))
+        _write(sheet, (MARGIN, 28), heading, size=28, color=BRIGHT, width=sheet.width - 2 * MARGIN)
+    _draw_footer(
+        sheet, signs=sorted({is_signed(panel.map) for panel in panels if panel.map is not None}), colormap=colormap
+    )
     return sheet
+
+
+def shown_size(map_: Map, longest: int) -> tuple[int, int]:
+    """Return the width and height that a map is drawn in, whose longer side is `longest`."""
+    height, width = map_.shape
+    ratio = longest / max(height, width)
+    return max(1, round(width * ratio)), max(1, round(height * ratio))
+
+
+def fitted(part: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Return a picture in another size; much enlarged by repetition, so that a coarse map shows its own pixels."""
+    coarse = 2 * part.width <= size[0]
+    return part.resize(size, Image.Resampling.NEAREST if coarse else Image.Resampling.LANCZOS)
 
 
 def shortened(text: str, font: Font, width: float) -> str:
@@ -73,48 +91,42 @@ def shortened(text: str, font: Font, width: float) -> str:
     return text.rstrip() + "…"
 
 
-def _draw_panel(sheet: Image.Image, panel: Panel, *, cell: tuple[int, int], height: int) -> None:
+def _draw_panel(sheet: Image.Image, panel: Panel, *, cell: tuple[int, int], height: int, colormap: str | None) -> None:
     left, top = cell
     corners = (left, top, left + CELL_WIDTH - 1, top + height - 1)
     ImageDraw.Draw(sheet).rounded_rectangle(corners, radius=10, fill=CARD)
-    size = _shown_size(panel)
-    parts = panel.picture.convert("RGB"), colourise(panel.map), overlay(panel.picture, panel.map)
-    for place, part in enumerate(parts):
-        x = left + PADDING + place * (TILE + TILE_GAP) + (TILE - size[0]) // 2
-        sheet.paste(_fitted(part, size), (x, top + PADDING))
+    for index, part in enumerate(_parts(panel, colormap)):
+        x = left + PADDING + index * (TILE + TILE_GAP) + (TILE - part.width) // 2
+        sheet.paste(part, (x, top + PADDING))
     left, width, bottom = left + PADDING, CELL_WIDTH - 2 * PADDING, top + height
-    _write(sheet, (left, bottom - 50), panel.title, size=20, colour=BRIGHT, width=width)
-    _write(sheet, (left, bottom - 25), panel.subtitle, size=14, colour=DIM, width=width)
+    _write(sheet, (left, bottom - 50), panel.title, size=20, color=BRIGHT, width=width)
+    _write(sheet, (left, bottom - 25), panel.subtitle, size=14, color=DIM, width=width)
 
 
-def _draw_footer(sheet: Image.Image, *, signs: Sequence[bool]) -> None:
+def _parts(panel: Panel, colormap: str | None) -> tuple[Image.Image, ...]:
+    if panel.picture is None or panel.map is None:
+        return ()
+    laid = overlay(panel.picture, panel.map, colormap=colormap)
+    parts = panel.picture.convert("RGB"), colorize(panel.map, colormap=colormap), laid
+    return tuple(fitted(part, shown_size(panel.map, TILE)) for part in parts)
+
+
+def _draw_footer(sheet: Image.Image, *, signs: Sequence[bool], colormap: str | None) -> None:
     top = sheet.height - FOOTER_HEIGHT + 22
-    for place, signed in enumerate(signs):
-        left = MARGIN + place * (BAR_WIDTH + MARGIN)
-        sheet.paste(colour_bar(BAR_WIDTH, BAR_HEIGHT, signed=signed), (left, top))
+    for index, signed in enumerate(signs):
+        left = MARGIN + index * (BAR_WIDTH + MARGIN)
+        sheet.paste(color_bar(BAR_WIDTH, BAR_HEIGHT, signed=signed, colormap=colormap), (left, top))
         most = f"{PERCENTILE:g}th percentile of each map"
         labels = ((0.0, "-"), (0.5, "0"), (1.0, f"+ {PERCENTILE:g}th pct.")) if signed else ((0.0, "0"), (1.0, most))
         for share, label in labels:
             x = left + share * (BAR_WIDTH - ImageFont.load_default(size=13).getlength(label))
-            _write(sheet, (round(x), top + BAR_HEIGHT + 5), label, size=13, colour=DIM, width=BAR_WIDTH)
+            _write(sheet, (round(x), top + BAR_HEIGHT + 5), label, size=13, color=DIM, width=BAR_WIDTH)
     left = MARGIN + len(signs) * (BAR_WIDTH + MARGIN)
-    _write(sheet, (left, top - 3), NOTE, size=14, colour=DIM, width=sheet.width - left - MARGIN)
-
-
-def _shown_size(panel: Panel) -> tuple[int, int]:
-    height, width = panel.map.shape
-    ratio = TILE / max(height, width)
-    return max(1, round(width * ratio)), max(1, round(height * ratio))
-
-
-def _fitted(part: Image.Image, size: tuple[int, int]) -> Image.Image:
-    # Much enlarged by repetition: a coarse map shows its own pixels, not ones between them.
-    coarse = 2 * part.width <= size[0]
-    return part.resize(size, Image.Resampling.NEAREST if coarse else Image.Resampling.LANCZOS)
+    _write(sheet, (left, top - 3), NOTE, size=14, color=DIM, width=sheet.width - left - MARGIN)
 
 
 def _write(
-    sheet: Image.Image, place: tuple[int, int], text: str, *, size: int, colour: tuple[int, int, int], width: int
+    sheet: Image.Image, place: tuple[int, int], text: str, *, size: int, color: tuple[int, int, int], width: int
 ) -> None:
     font = ImageFont.load_default(size=size)
-    ImageDraw.Draw(sheet).text(place, shortened(text, font, width), colour, font)
+    ImageDraw.Draw(sheet).text(place, shortened(text, font, width), color, font)

@@ -1,5 +1,6 @@
-"""Overlays: a map drawn as a heat map, or laid over the picture that it explains."""
+"""Overlays: a map laid over the picture that it explains."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -7,109 +8,106 @@ import numpy.typing as npt
 from PIL import Image, ImageEnhance
 
 from ..exceptions import InvalidArgument
+from .colormaps import Colormap, Map, Pixels, checked, color_scale, colored, find_colormap, is_signed, share_of_scale
 
-Map = npt.NDArray[np.floating[Any]]
-Pixels = npt.NDArray[np.uint8]
-
-PERCENTILE = 99.5  # a few pixels far above the rest would otherwise leave the map black
-OVERLAY_ALPHA = 0.75
+MAX_OPACITY = 0.75
 OVERLAY_SMOOTHING = 1 / 56  # of the map's short side: 4 px at 224
 OPACITY_POWER = 1.5  # above 1, the faint floor that every gradient has does not tint the whole picture
-BASE_COLOUR, BASE_BRIGHTNESS = 0.55, 0.62  # what is left of the picture's own under the heat
-UNSEEN_COLOUR, UNSEEN_BRIGHTNESS = 0.0, 0.36  # and where the model did not look
+BASE_COLOR, BASE_BRIGHTNESS = 0.55, 0.62  # what is left of the picture's own under the heat
+UNSEEN_COLOR, UNSEEN_BRIGHTNESS = 0.0, 0.36  # and where the model did not look
 BAND_PIXELS = 1 << 20  # that are drawn at once: of a large picture the floats alone would take gigabytes
-NAN_COLOUR = (128, 128, 128)
 SMOOTHING_REACH = 3.0  # standard deviations after which the Gaussian is cut
 
-# Evenly spaced anchors, chosen in OKLCH so that lightness rises evenly from left to right. COLD and WARM are equally
-# light at the same distance from their common zero: neither sign looks stronger than the other.
-HEAT = (
-    (7, 5, 18),
-    (42, 4, 87),
-    (103, 5, 126),
-    (186, 0, 97),
-    (241, 70, 52),
-    (255, 157, 54),
-    (255, 220, 79),
-    (254, 252, 205),
-)
-COLD = ((12, 13, 18), (13, 44, 124), (25, 87, 210), (1, 153, 240), (88, 206, 248), (185, 244, 251))
-WARM = ((12, 13, 18), (106, 0, 22), (187, 5, 34), (242, 89, 20), (255, 167, 70), (253, 230, 171))
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Blend:
+    """How a map and a picture become one.
 
-def colour_scale(map_: Map) -> float:
-    """Return the magnitude that is drawn brightest: the 99.5th percentile of the finite absolute values.
-
-    Where that is 0 but the map is not, the largest magnitude; 0.0 for a map without a finite value other than 0.
+    With an `alpha` both are blended evenly: 0 is the picture, 1 the color map. Without one the picture is dimmed, and
+    the map the more opaque the greater its magnitude, up to `MAX_OPACITY` at full scale.
     """
-    magnitudes = np.abs(_checked(map_))
-    magnitudes = magnitudes[np.isfinite(magnitudes)]
-    if not magnitudes.any():
-        return 0.0
-    return float(np.percentile(magnitudes, PERCENTILE) or magnitudes.max())
 
+    colormap: Colormap
+    alpha: float | None
+    scale: float | None
 
-def colourise(map_: Map, scale: float | None = None) -> Image.Image:
-    """Draw a map `[H, W]` as an RGB picture of its own size.
+    def base(self, picture: Image.Image) -> Image.Image:
+        """Return the picture as it is where the map is 0."""
+        return _dimmed(picture, BASE_COLOR, BASE_BRIGHTNESS) if self.alpha is None else picture
 
-    A map without negative values runs from dark to bright; one with them runs from dark at 0 to blue below and to red
-    above. Magnitudes are clipped at `scale` (unset: `colour_scale(map_)`); NaN is mid-grey.
-    """
-    return Image.fromarray(_coloured(_checked(map_), scale, signed=is_signed(map_)))
+    def unseen(self, picture: Image.Image) -> Image.Image:
+        """Return the picture as it is outside of the part that the map covers."""
+        return _dimmed(picture, UNSEEN_COLOR, UNSEEN_BRIGHTNESS) if self.alpha is None else picture.copy()
+
+    def pixels(self, base: Image.Image, values: Map) -> Pixels:
+        """Lay values [H, W] over a picture of that size."""
+        colors = colored(values, self.scale, self.colormap)  # [H, W, 3]
+        opacity = self._opacity(values)
+        blended: Pixels = np.rint(np.asarray(base, dtype=np.float64) * (1 - opacity) + colors * opacity).astype(
+            np.uint8
+        )
+        return blended
+
+    def _opacity(self, values: Map) -> Map | float:
+        if self.alpha is not None:
+            return self.alpha
+        share = np.nan_to_num(np.abs(share_of_scale(values, self.scale)), nan=1.0)  # [H, W]
+        opacity: Map = MAX_OPACITY * share[..., np.newaxis] ** OPACITY_POWER  # [H, W, 1]
+        return opacity
 
 
 def overlay(
     picture: Image.Image,
     map_: Map,
     *,
-    alpha: float = OVERLAY_ALPHA,
+    colormap: str | None = None,
+    alpha: float | None = None,
     scale: float | None = None,
     smoothing_px: float | None = None,
 ) -> Image.Image:
-    """Lay a map `[H, W]` over the dimmed picture it explains, the more opaque the greater the magnitude.
+    """Lay a map `[H, W]` over the picture that it explains. The picture is resized to the map's size.
 
-    The picture is resized to the map's size. `alpha` is the opacity at full scale. For the eye only, a smoothed copy of
-    the map is drawn, since a gradient is grainy: `smoothing_px` is the standard deviation of a Gaussian (unset: 1/56 of
-    the map's short side; 0: none). `scale` is measured on that copy. Neither the picture nor the map is changed.
+    `colormap` is a name of `colormaps.NAMES`, and `alpha`, 0 to 1, blends evenly: 0 is the picture, 1 the color map.
+    Without it the picture is dimmed, the map the more opaque the greater its magnitude, and for the eye a smoothed copy
+    of the map is drawn, since a gradient is grainy. `smoothing_px` is the standard deviation of that Gaussian (unset:
+    1/56 of the map's short side; with `alpha` 0). `scale` is measured on the copy. Neither picture nor map is changed.
     """
-    values = _checked(map_)  # [H, W]
-    if not 0 <= alpha <= 1:
-        raise InvalidArgument(f"alpha: got {alpha}, expected 0 to 1")
-    smoothed = _smooth(values, min(values.shape) * OVERLAY_SMOOTHING if smoothing_px is None else smoothing_px)
-    base = overlay_base(picture, (values.shape[1], values.shape[0]))
-    return Image.fromarray(_laid(base, smoothed, alpha=alpha, scale=scale, signed=is_signed(values)))
+    values = checked(map_)  # [H, W]
+    smoothed = _smooth(values, _default_smoothing(values, alpha) if smoothing_px is None else smoothing_px)
+    blend = Blend(find_colormap(colormap, signed=is_signed(values)), _checked_alpha(alpha), scale)
+    base = blend.base(_fitted(picture, (values.shape[1], values.shape[0])))
+    return Image.fromarray(blend.pixels(base, smoothed))
 
 
-def overlay_part(picture: Image.Image, map_: Map, box: tuple[float, float, float, float]) -> Image.Image:
+def overlay_part(
+    picture: Image.Image,
+    map_: Map,
+    box: tuple[float, float, float, float],
+    *,
+    colormap: str | None = None,
+    alpha: float | None = None,
+) -> Image.Image:
     """Lay a map `[H, W]` over the part of a picture that it covers, and return the whole picture at its own size.
 
-    `box` is the part's left, top, right and bottom edge in pixels. Its colours are those of `overlay`; the rest of the
-    picture is grey and darker.
+    `box` is the part's left, top, right and bottom edge in pixels. Its colors are those of `overlay`; the rest of the
+    picture is gray and darker, or with an `alpha` left as it is.
     """
-    values = _checked(map_)
-    smoothed = _smooth(values, min(values.shape) * OVERLAY_SMOOTHING)
-    scale, signed = colour_scale(smoothed), is_signed(values)
-    heat = Image.fromarray(smoothed.astype(np.float32))
+    values = checked(map_)
+    smoothed = _smooth(values, _default_smoothing(values, alpha))
+    colors = find_colormap(colormap, signed=is_signed(values))
+    blend = Blend(colors, _checked_alpha(alpha), color_scale(smoothed))
+    heat, picture = Image.fromarray(smoothed.astype(np.float32)), picture.convert("RGB")
     left, right = _span(box[0], box[2], picture.width)
     top, bottom = _span(box[1], box[3], picture.height)
-    drawn = _dimmed(picture, UNSEEN_COLOUR, UNSEEN_BRIGHTNESS)
+    drawn = blend.unseen(picture)
     step, ratio = max(1, BAND_PIXELS // (right - left)), heat.height / (bottom - top)
     for begin in range(top, bottom, step):
         end = min(begin + step, bottom)
         rows = (0, (begin - top) * ratio, heat.width, min((end - top) * ratio, heat.height))
         band = np.asarray(heat.resize((right - left, end - begin), Image.Resampling.BILINEAR, rows))
-        base = _dimmed(picture.crop((left, begin, right, end)), BASE_COLOUR, BASE_BRIGHTNESS)
-        laid = _laid(base, band, alpha=OVERLAY_ALPHA, scale=scale, signed=signed)
-        drawn.paste(Image.fromarray(laid), (left, begin))
+        base = blend.base(picture.crop((left, begin, right, end)))
+        drawn.paste(Image.fromarray(blend.pixels(base, band)), (left, begin))
     return drawn
-
-
-def overlay_base(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Return the picture as an overlay shows it where the map is 0: RGB of `size` (W, H), paler and darker."""
-    base = picture.convert("RGB")
-    if base.size != size:
-        base = base.resize(size, Image.Resampling.LANCZOS)
-    return _dimmed(base, BASE_COLOUR, BASE_BRIGHTNESS)
 
 
 def picture_of(array: npt.NDArray[Any]) -> Image.Image:
@@ -137,51 +135,29 @@ def grey_of(values: npt.NDArray[Any], low: float, high: float) -> Pixels:
     return pixels
 
 
-def colour_bar(width: int, height: int, *, signed: bool = False) -> Image.Image:
-    """Draw the colours of a map from 0 to full scale, left to right; signed, from minus to plus full scale."""
-    ramp = np.linspace(-1.0 if signed else 0.0, 1.0, width)
-    return Image.fromarray(_coloured(np.tile(ramp, (height, 1)), 1.0, signed=signed))
+def _checked_alpha(alpha: float | None) -> float | None:
+    if alpha is not None and not 0 <= alpha <= 1:
+        raise InvalidArgument(f"alpha: got {alpha}, expected 0 to 1, or None")
+    return alpha
 
 
-def is_signed(map_: Map) -> bool:
-    """Tell whether a map has a negative value, and so is drawn in two colours."""
-    return bool(np.any(map_ < 0))
+def _default_smoothing(values: Map, alpha: float | None) -> float:
+    return min(values.shape) * OVERLAY_SMOOTHING if alpha is None else 0.0
 
 
-def _dimmed(picture: Image.Image, colour: float, brightness: float) -> Image.Image:
-    return ImageEnhance.Brightness(ImageEnhance.Color(picture.convert("RGB")).enhance(colour)).enhance(brightness)
+def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    picture = picture.convert("RGB")
+    return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _dimmed(picture: Image.Image, color: float, brightness: float) -> Image.Image:
+    return ImageEnhance.Brightness(ImageEnhance.Color(picture).enhance(color)).enhance(brightness)
 
 
 def _span(first: float, last: float, length: int) -> tuple[int, int]:
     """Return the pixels nearest to a part of a side, as range would take them: at least one."""
     begin = min(round(first), length - 1)
     return begin, min(max(round(last), begin + 1), length)
-
-
-def _laid(base: Image.Image, smoothed: Map, *, alpha: float, scale: float | None, signed: bool) -> Pixels:
-    heat = _coloured(smoothed, scale, signed=signed)  # [H, W, 3]
-    share = np.nan_to_num(np.abs(_share_of_scale(smoothed, scale)), nan=1.0)  # [H, W]
-    opacity = alpha * share[..., np.newaxis] ** OPACITY_POWER  # [H, W, 1]
-    blended: Pixels = np.rint(np.asarray(base, dtype=np.float64) * (1 - opacity) + heat * opacity).astype(np.uint8)
-    return blended
-
-
-def _coloured(values: Map, scale: float | None, *, signed: bool) -> Pixels:
-    share = _share_of_scale(values, scale)  # [H, W]
-    steps = np.rint(255 * np.nan_to_num(np.abs(share))).astype(np.intp)
-    pixels: Pixels = np.where(
-        (share < 0)[..., np.newaxis], _COLD[steps], (_WARM if signed else _HEAT)[steps]
-    )  # [H, W, 3]
-    pixels[np.isnan(share)] = NAN_COLOUR
-    return pixels
-
-
-def _share_of_scale(values: Map, scale: float | None) -> Map:
-    scale = colour_scale(values) if scale is None else scale
-    if not 0 <= scale < np.inf:
-        raise InvalidArgument(f"scale: got {scale}, expected a finite number of 0 or more")
-    clipped = np.clip(values, -scale, scale)  # before the division, which a tiny scale would overflow
-    return clipped / scale if scale else clipped
 
 
 def _smooth(values: Map, sigma_px: float) -> Map:
@@ -227,20 +203,3 @@ def _picture_of_pixels(pixels: Pixels) -> Image.Image:
         white = Image.new("RGBA", picture.size, "white")
         picture = Image.alpha_composite(white, picture)
     return picture.convert("RGB")
-
-
-def _checked(map_: Map) -> Map:
-    if map_.ndim != 2 or 0 in map_.shape:
-        raise InvalidArgument(f"map_: shape {list(map_.shape)}, expected [H, W] with at least one pixel")
-    return map_.astype(np.float64)
-
-
-def _table(anchors: tuple[tuple[int, int, int], ...]) -> Pixels:
-    places = np.linspace(0.0, 1.0, len(anchors))
-    steps = np.linspace(0.0, 1.0, 256)
-    channels = [np.interp(steps, places, channel) for channel in zip(*anchors, strict=True)]
-    table: Pixels = np.rint(np.stack(channels, axis=-1)).astype(np.uint8)  # [256, 3]
-    return table
-
-
-_HEAT, _COLD, _WARM = _table(HEAT), _table(COLD), _table(WARM)

@@ -463,7 +463,7 @@ def test_a_method_is_read_as_a_person_writes_it(text: str, method: sidelight.Met
 WRONG = {
     "smothgrad": "method: got 'smothgrad', expected one of gradient, smoothgrad, integrated_gradients,",
     "SmoothGrad": "did you mean 'smoothgrad'?",
-    "smoothgrad(sample=3)": "method: smoothgrad got the option 'sample', expected one of samples, noise, seed",
+    "smoothgrad(sample=3)": "method: smoothgrad got the option 'sample', expected one of samples, noise_level, seed",
     "integrated_gradients(step=3)": "did you mean 'steps'?",
     "smoothgrad(base=smothgrad)": "method.base: got 'smothgrad', expected one of gradient, smoothgrad",
     "smoothgrad(base=rise)": "method.base: got RISE, expected Gradient() or IntegratedGradients()",
@@ -560,6 +560,7 @@ def test_a_target_says_itself(target: object, message: pb.Target, text: str) -> 
         (sidelight.Contrast(1, None), "target.negative: got None, expected class indices or labels"),
         (sidelight.Contrast(1.5, 2), "target.positive: got 1.5, expected class indices or labels"),
         (sidelight.Contrast(2**63, 2), "target.positive: got 9223372036854775808, expected a 64-bit number"),
+        (sidelight.Dense(1.5), "target.label_or_index: got 1.5, expected class indices or labels"),
         (sidelight.Dense(1, (1, 2, 3)), "target.region: got (1, 2, 3), expected (top, left, height, width)"),
         (sidelight.Dense(1, (1, 2, 3, 4.5)), "target.region: got 4.5, expected a whole number"),
         ("\udcff", "target: got '\\udcff', expected a text in Unicode"),

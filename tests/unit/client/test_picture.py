@@ -1,18 +1,11 @@
-"""Drawing a map: the colours follow the values, and nothing else."""
+"""Drawing a map: the colors follow the values, and nothing else."""
 
 import numpy as np
 import pytest
 from PIL import Image
 from sidelight.visualization import overlay as _picture
-from sidelight.visualization.overlay import (
-    NAN_COLOUR,
-    colour_bar,
-    colour_scale,
-    colourise,
-    overlay,
-    overlay_part,
-    picture_of,
-)
+from sidelight.visualization.colormaps import NAMES, NAN_COLOR, color_bar, color_scale, colorize
+from sidelight.visualization.overlay import MAX_OPACITY, overlay, overlay_part, picture_of
 
 # Linear sRGB to cone responses, and those to lightness: Ottosson 2020, "A perceptual color space for image processing".
 CONES = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]])
@@ -28,7 +21,7 @@ def photograph(width: int = 50, height: int = 40) -> Image.Image:
 
 
 def drawn(map_: np.ndarray, scale: float | None = None) -> np.ndarray:
-    return np.asarray(colourise(map_, scale)).astype(np.int64)
+    return np.asarray(colorize(map_, scale)).astype(np.int64)
 
 
 def lightness(rgb: np.ndarray) -> np.ndarray:
@@ -41,20 +34,20 @@ def test_the_scale_is_the_percentile_of_the_finite_magnitudes() -> None:
     map_ = grainy().astype(np.float64)
     map_[0, :3] = np.nan, np.inf, -np.inf
     map_[1] *= -1
-    assert colour_scale(map_) == np.percentile(np.abs(map_[np.isfinite(map_)]), 99.5)
+    assert color_scale(map_) == np.percentile(np.abs(map_[np.isfinite(map_)]), 99.5)
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan], ids=["zeros", "nan"])
-def test_a_map_without_values_has_no_scale_and_is_one_colour(value: float) -> None:
+def test_a_map_without_values_has_no_scale_and_is_one_color(value: float) -> None:
     map_ = np.full((6, 7), value)
-    assert colour_scale(map_) == 0.0
+    assert color_scale(map_) == 0.0
     assert len(np.unique(drawn(map_).reshape(-1, 3), axis=0)) == 1
 
 
 def test_a_map_that_is_almost_all_zero_is_scaled_by_its_maximum() -> None:
     map_ = np.zeros((40, 50))
     map_[3, 4] = 2.0
-    assert colour_scale(map_) == 2.0
+    assert color_scale(map_) == 2.0
 
 
 def test_an_outlier_does_not_change_the_other_pixels() -> None:
@@ -92,7 +85,7 @@ def test_neither_sign_is_lighter_than_the_other() -> None:
     assert np.abs(above - below).max() < 0.05  # of 1: the anchors are equally light, what lies between them nearly so
 
 
-def test_zero_has_one_colour_in_a_signed_map() -> None:
+def test_zero_has_one_color_in_a_signed_map() -> None:
     map_ = np.array([[-1.0, 0.0, -0.0, 1.0]])
     np.testing.assert_array_equal(drawn(map_)[0, 1], drawn(map_)[0, 2])
     assert lightness(drawn(map_))[0].argmin() in (1, 2)
@@ -101,14 +94,14 @@ def test_zero_has_one_colour_in_a_signed_map() -> None:
 def test_nan_is_grey_and_infinity_is_the_brightest() -> None:
     map_ = grainy()
     map_[0, :2] = np.nan, np.inf
-    assert tuple(drawn(map_)[0, 0]) == NAN_COLOUR
+    assert tuple(drawn(map_)[0, 0]) == NAN_COLOR
     np.testing.assert_array_equal(drawn(map_)[0, 1], drawn(np.ones((1, 1)))[0, 0])
 
 
 def test_a_map_is_never_altered() -> None:
     map_ = grainy()
     kept = map_.copy()
-    colourise(map_)
+    colorize(map_)
     overlay(photograph(), map_)
     np.testing.assert_array_equal(map_, kept)
 
@@ -119,8 +112,25 @@ def test_an_overlay_has_the_maps_size(size: tuple[int, int]) -> None:
     assert (laid.size, laid.mode) == ((50, 40), "RGB")
 
 
-def test_an_overlay_of_zeros_is_an_overlay_without_opacity() -> None:
-    np.testing.assert_array_equal(overlay(photograph(), np.zeros((40, 50))), overlay(photograph(), grainy(), alpha=0.0))
+@pytest.mark.parametrize("colormap", [None, *NAMES])
+@pytest.mark.parametrize("size", [(50, 40), (300, 200)], ids=["same", "larger"])
+def test_alpha_blends_from_the_picture_to_the_color_map(size: tuple[int, int], colormap: str | None) -> None:
+    photo, map_ = photograph(*size), grainy() - 1
+    picture = np.asarray(photo.resize((50, 40), Image.Resampling.LANCZOS)).astype(int)
+    colors = np.asarray(colorize(map_, colormap=colormap)).astype(int)
+    blended = [np.asarray(overlay(photo, map_, colormap=colormap, alpha=alpha)).astype(int) for alpha in (0, 0.5, 1)]
+    np.testing.assert_array_equal(blended[0], picture)
+    np.testing.assert_allclose(blended[1], (picture + colors) / 2, atol=0.5)
+    np.testing.assert_array_equal(blended[2], colors)
+
+
+def test_on_the_whole_picture_alpha_blends_only_what_the_model_saw() -> None:
+    photo, box = photograph(300, 200), (100, 50, 150, 90)
+    np.testing.assert_array_equal(overlay_part(photo, grainy(), box, alpha=0.0), photo)
+    laid = np.asarray(overlay_part(photo, grainy(), box, alpha=1.0)).astype(int)
+    np.testing.assert_allclose(laid[50:90, 100:150], drawn(grainy()), atol=1)
+    laid[50:90, 100:150] = np.asarray(photo)[50:90, 100:150]
+    np.testing.assert_array_equal(laid, photo)
 
 
 def test_an_overlay_leaves_the_picture_more_and_more_as_values_grow() -> None:
@@ -144,16 +154,16 @@ def test_smoothing_keeps_an_even_map_even_up_to_its_edges() -> None:
 def test_a_nan_is_grey_in_an_overlay_and_does_not_spread() -> None:
     map_ = np.full((40, 50), 0.5)
     map_[20, 20] = np.nan
-    laid = np.asarray(overlay(Image.new("RGB", (50, 40)), map_, alpha=1.0, scale=1.0))
-    assert tuple(laid[20, 20]) == NAN_COLOUR
+    laid = np.asarray(overlay(Image.new("RGB", (50, 40)), map_, scale=1.0))
+    assert tuple(laid[20, 20]) == tuple(np.rint(MAX_OPACITY * np.array(NAN_COLOR)))
     assert len(np.unique(laid.reshape(-1, 3), axis=0)) == 2
 
 
 def test_a_signed_map_stays_signed_when_smoothing_drowns_its_negatives() -> None:
     map_ = np.ones((40, 50))
     map_[20, 20] = -0.01
-    laid = np.asarray(overlay(Image.new("RGB", (50, 40)), map_, alpha=1.0))
-    np.testing.assert_array_equal(laid[0, 0], drawn(np.where(map_ < 0, -1.0, map_))[0, 0])
+    laid = np.asarray(overlay(Image.new("RGB", (50, 40)), map_))
+    np.testing.assert_allclose(laid[0, 0], MAX_OPACITY * drawn(np.where(map_ < 0, -1.0, map_))[0, 0], atol=0.5)
 
 
 def test_a_map_over_the_whole_of_a_picture_of_its_size_is_the_plain_overlay() -> None:
@@ -224,7 +234,7 @@ def test_a_picture_of_floats_spans_black_to_white(channels: int, dtype: type) ->
     assert (np.asarray(shown).min(), np.asarray(shown).max()) == (0, 255)
 
 
-def test_a_picture_of_equal_or_unknown_floats_is_one_colour() -> None:
+def test_a_picture_of_equal_or_unknown_floats_is_one_color() -> None:
     for value in (3.0, np.nan):
         assert len(np.unique(np.asarray(picture_of(np.full((3, 5, 6), value))))) == 1
 
@@ -235,8 +245,18 @@ def test_what_is_no_picture_is_refused(array: np.ndarray) -> None:
         picture_of(array)
 
 
-@pytest.mark.parametrize("options", [{"alpha": 1.5}, {"scale": -1.0}, {"scale": np.nan}, {"smoothing_px": -1.0}])
-def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"alpha": 1.5},
+        {"alpha": np.nan},
+        {"colormap": "jet"},
+        {"scale": -1.0},
+        {"scale": np.nan},
+        {"smoothing_px": -1.0},
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=f"{next(iter(options))}: got"):
         overlay(photograph(), grainy(), **options)
 
@@ -244,10 +264,10 @@ def test_options_out_of_range_are_refused(options: dict[str, float]) -> None:
 @pytest.mark.parametrize("shape", [(3, 4, 5), (0, 4)], ids=["channels", "empty"])
 def test_what_is_no_map_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected \[H, W\]"):
-        colourise(np.zeros(shape))
+        colorize(np.zeros(shape))
 
 
-def test_the_bar_shows_the_colours_of_a_map() -> None:
+def test_the_bar_shows_the_colors_of_a_map() -> None:
     ramp = np.linspace(0, 1, 30)
-    np.testing.assert_array_equal(colour_bar(30, 2), np.tile(drawn(ramp[np.newaxis], 1.0), (2, 1, 1)))
-    np.testing.assert_array_equal(colour_bar(31, 1, signed=True), drawn(np.linspace(-1, 1, 31)[np.newaxis], 1.0))
+    np.testing.assert_array_equal(color_bar(30, 2), np.tile(drawn(ramp[np.newaxis], 1.0), (2, 1, 1)))
+    np.testing.assert_array_equal(color_bar(31, 1, signed=True), drawn(np.linspace(-1, 1, 31)[np.newaxis], 1.0))

@@ -1,0 +1,115 @@
+"""Answers as text in one line, and as HTML for a notebook."""
+
+import base64
+import contextlib
+import html
+import io
+import itertools
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from ..visualization.colormaps import colorize
+from ..visualization.gallery import fitted, shown_size
+from ..visualization.overlay import overlay
+from .types import ExplainedTarget, Prediction
+
+if TYPE_CHECKING:
+    from .attribution import Attribution
+    from .example import ExampleAttribution
+
+MAX_SHOWN_TEXT = 4  # predictions in a line of text
+MAX_SHOWN_HTML = 8  # examples in a notebook
+THUMBNAIL = 112  # pixels of the longer side
+MAX_LABEL, MAX_METHOD, MAX_MESSAGE = 20, 32, 100  # characters
+
+
+def answer_text(answer: "Attribution") -> str:
+    """Return an answer in a line: how many examples, of which classes, by which method and model."""
+    if answer.error is not None:
+        return f"failed: {_short(str(answer.error), MAX_MESSAGE)}"
+    classes = [_prediction_text(example) for example in itertools.islice(answer, MAX_SHOWN_TEXT)]
+    more = ["…"] if len(answer) > MAX_SHOWN_TEXT else []
+    parts = [f"{len(answer)} example{'s' * (len(answer) != 1)}", f"maps {list(answer.maps.shape)}", *classes, *more]
+    if answer.failures:
+        parts.append(f"{len(answer.failures)} failed")
+    if not answer.final:
+        parts.append("not final")
+    if answer.provenance is not None:
+        parts.append(_short(answer.provenance.method, MAX_METHOD))
+        parts.append(f'model "{_short(answer.provenance.model, MAX_LABEL)}"')
+    return ", ".join(filter(None, parts))
+
+
+def answer_html(answer: "Attribution") -> str:
+    """Return an answer as HTML without scripts: thumbnails of picture, map and overlay, and the predicted classes."""
+    figures = "".join(map(_figure, itertools.islice(answer, MAX_SHOWN_HTML)))
+    more = f"<div>… and {len(answer) - MAX_SHOWN_HTML} more</div>" if len(answer) > MAX_SHOWN_HTML else ""
+    return (
+        f'<div style="font:12px sans-serif"><div>{html.escape(answer_text(answer))}</div>'
+        f'<div style="display:flex;flex-wrap:wrap;gap:12px;margin-top:6px">{figures}</div>{more}</div>'
+    )
+
+
+def example_text(example: "ExampleAttribution") -> str:
+    """Return the predicted class of an example and its probability, and what is explained where that is another."""
+    prediction, targets = example.prediction, example.targets
+    if prediction is None or len(targets) != 1 or is_predicted(targets[0], prediction):
+        return _prediction_text(example)
+    return f"{_prediction_text(example)} (explained: {class_text(targets[0])})"
+
+
+def class_text(each: Prediction | ExplainedTarget) -> str:
+    """Return a class by its label, or where it has none by its index."""
+    label = _short(each.label, MAX_LABEL) if each.label else f"class {each.index}"
+    against = each.against if isinstance(each, ExplainedTarget) else None
+    return label if against is None else f"{label} against class {against}"
+
+
+def is_predicted(target: ExplainedTarget, prediction: Prediction) -> bool:
+    """Say whether the predicted class itself is what a map explains."""
+    return target.index == prediction.index and target.against is None
+
+
+def _prediction_text(example: "ExampleAttribution") -> str:
+    prediction = example.prediction
+    if prediction is None:
+        return "failed" if example.failure else "no map yet"
+    return f"{class_text(prediction)} {prediction.probability:.2f}"
+
+
+def _short(text: str, length: int) -> str:
+    text = " ".join(text.split())  # in one line
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _figure(example: "ExampleAttribution") -> str:
+    failure = example.failure
+    lines = [
+        example_text(example),
+        PurePath(example.name).name if example.name else "",
+        failure.message if failure else "",
+    ]
+    caption = "<br>".join(html.escape(_short(line, MAX_MESSAGE)) for line in lines if line)
+    return f'<figure style="margin:0">{_thumbnails(example)}<figcaption>{caption}</figcaption></figure>'
+
+
+def _thumbnails(example: "ExampleAttribution") -> str:
+    if example.prediction is None:
+        return ""
+    map_ = example.heatmap()
+    shown = {"map": colorize(map_)}
+    with contextlib.suppress(Exception):  # the images are gone, or Pillow or pydicom cannot draw them: the map alone
+        picture = example.picture()
+        shown = {"picture": picture, **shown, "overlay": overlay(picture, map_)}
+    size = shown_size(map_, THUMBNAIL)
+    return "".join(_image(fitted(each, size), alt) for alt, each in shown.items())
+
+
+def _image(picture: Image.Image, alt: str) -> str:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    data = base64.b64encode(file.getvalue()).decode()
+    size = f'width="{picture.width}" height="{picture.height}"'
+    return f'<img src="data:image/png;base64,{data}" alt="{alt}" {size} style="margin-right:2px">'
