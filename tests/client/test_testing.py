@@ -13,6 +13,7 @@ from PIL import Image
 from sidelight import exceptions
 from sidelight.testing import linear
 
+from support import ROOT
 from support.tolerances import FLOAT32
 
 LABELS = ["ant", "bee", "cow", "dog"]
@@ -124,3 +125,11 @@ def test_it_needs_neither_torch_nor_the_server() -> None:
     code = "import sys, sidelight.testing; print({'torch', 'sidelight_server'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "set()\n"
+
+
+def test_the_examples_of_the_docs_run() -> None:
+    page = (ROOT / "docs/how-to/test-your-code.md").read_text()
+    blocks = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+    assert len(blocks) == 2
+    for block in blocks:
+        exec(compile(block, "docs/how-to/test-your-code.md", "exec"), {})
