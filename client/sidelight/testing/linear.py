@@ -174,8 +174,8 @@ class Answer:
             prediction=pb.Prediction(
                 index=predicted, label=model.label(predicted), probability=probabilities[predicted]
             ),
-            explained=[
-                pb.Explained(
+            targets=[
+                pb.ExplainedTarget(
                     index=index, label=model.label(index), against=against,
                     score=probabilities[index] - (0.0 if against is None else probabilities[against]),
                 )
