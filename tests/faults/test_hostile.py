@@ -118,7 +118,7 @@ def test_messages_that_are_never_finished_take_little_memory_and_no_time_of_othe
 def test_of_a_message_that_nobody_reads_yet_64_kib_are_taken(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(interceptors, "PLACES", 1)
+    monkeypatch.setattr(interceptors, "SLOTS", 1)
     monkeypatch.setattr(receive_limit, "QUICK_S", 60.0)
     with running(Linear(), tmp_path, device=device) as server, Caller(address(server)) as caller:
         first = caller.begin(ATTRIBUTE)
@@ -204,7 +204,7 @@ def test_a_reader_who_takes_each_answer_slowly_loses_its_stream(tmp_path: Path, 
 def test_a_stream_whose_caller_never_reads_again_is_reset(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stream, "TELLING_S", 0.2)
+    monkeypatch.setattr(stream, "STALLED_STATUS_S", 0.2)
     requests = [attribute(str(n), LARGE, channels=pb.CHANNEL_REDUCTION_NONE) for n in range(4)]
     stalling = running(Linear(), tmp_path, device=device, max_chunk_rows=512, stalled_write_s=0.3)
     with stalling as server, leaving_nothing(server), Caller(address(server), window=0) as caller:

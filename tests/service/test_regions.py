@@ -16,7 +16,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server import ModelSpec, serve
 from sidelight_server.errors import ConfigurationError, PermissionDenied
-from sidelight_server.rpc.shared_memory import SharedMemory, undisturbed
+from sidelight_server.rpc.shared_memory import SharedMemory, to_thread_uncancelled
 
 from support.conversation import Conversation
 from support.messages import (
@@ -473,7 +473,7 @@ def test_blocking_work_is_waited_for_however_often_it_is_cancelled() -> None:
         ended.set()
 
     async def main() -> None:
-        working = asyncio.create_task(undisturbed(work))
+        working = asyncio.create_task(to_thread_uncancelled(work))
         await asyncio.to_thread(begun.wait, TIMEOUT_S)
         for _ in range(3):
             working.cancel()

@@ -38,7 +38,7 @@ def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> 
         chosen = chosen.model_copy(update={"threads": torch.get_num_threads()})
     engine = Engine(_offered(model, chosen), chosen)
     if "listen" not in settings:  # the socket lies in a folder of this user's alone
-        engine.tell_causes()
+        engine.expose_causes()
     with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
         listen = chosen.listen if "listen" in settings else (f"unix:{folder}/socket",)
         server = Server(engine, listen=listen, plaintext=chosen.plaintext, metrics_listen=chosen.metrics_listen or "")

@@ -121,7 +121,7 @@ def _first_that_fits(specs: Sequence[ModelSpec]) -> Engine:
 
 def _engine(spec: ModelSpec, settings: Settings) -> Engine:
     engine = _Engine([spec], settings)
-    engine.tell_causes()
+    engine.expose_causes()
     for model in engine.models.values():
         model.chunk_rows = (
             MAX_ROWS  # also of a model whose rows depend on each other: they do so in the caller's batch too

@@ -1,4 +1,4 @@
-"""Admission: permits by count and by bytes. A request holds its permit until its answer is written."""
+"""Admission control: permits by count, bytes and rows. A request holds its permit until its answer is written."""
 
 import asyncio
 import contextlib
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from ..errors import ResourceExhausted
 
 RETRY_DELAY_S = 0.25
-SHARE = 3  # a caller leaves free at least what it holds divided by this
-SMALL = 64  # a request is small that takes at most the bytes divided by this, and
-SMALL_ROWS = 64  # at most so many rows
-RESERVE = 16  # permits and bytes divided by this are kept for small requests, beside the others
+SHARE = 3  # a caller must leave free at least its own holding divided by this
+SMALL = 64  # a request is small if it takes at most max_bytes divided by this
+SMALL_ROWS = 64  # and at most this many rows
+RESERVE = 16  # max_requests and max_bytes divided by this are reserved for small requests, on top of the limits
 
 
 @dataclass(frozen=True, slots=True)
 class Permit:
-    """What a request holds: its count, and its bytes, may each be of the reserve."""
+    """What one request holds. `is_extra`, `has_extra_bytes`: its count, its bytes come from the reserve."""
 
     caller: str
     n_bytes: int
@@ -28,10 +28,10 @@ class Permit:
 
 @dataclass(slots=True)
 class _Held:
-    """What one caller holds, or all of them."""
+    """The sum of the permits of one caller, or of all callers."""
 
     n_requests: int = 0
-    n_extra: int = 0  # requests of the reserve
+    n_extra: int = 0  # requests from the reserve
     n_bytes: int = 0
     n_extra_bytes: int = 0
     n_rows: int = 0
@@ -56,48 +56,48 @@ class _Waiting:
 
 
 class Admission:
-    """The permits of a server, or of one of its models, shared out by caller. The event loop's: no lock.
+    """The permits of a server or of one model, shared fairly among callers. Used on the event loop only: no lock.
 
-    A caller who holds something takes more only while a third of what it would hold stays free: nobody can take all,
-    and those who come later find room. One who holds nothing may take all there is. Callers wait in turn, and each
-    caller's requests one behind the other. A request that needs more bytes than are free is not overtaken, but by
-    small ones: those have a reserve, without which the large one would not be let in any sooner.
+    A caller that already holds permits gets another only if a third of its new holding stays free, so later callers
+    find room. A caller that holds nothing may take everything that is free. Waiting callers are served round-robin, the
+    requests of one caller in order. Only small requests overtake a request that needs more bytes than are free: they
+    take theirs from a reserve that the large request could not use anyway.
     """
 
     def __init__(self, *, max_requests: int, max_bytes: float, max_caller_rows: int = 0, model: str = "") -> None:
-        """Without `max_caller_rows`, 0, there is no bound on them."""
+        """`max_caller_rows` 0 means no limit."""
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._max_caller_rows = max_caller_rows
         self._model = model
-        self._waiting: dict[str, deque[_Waiting]] = {}  # by caller, in turn
+        self._waiting: dict[str, deque[_Waiting]] = {}  # by caller, in round-robin order
         self._held: defaultdict[str, _Held] = defaultdict(_Held)  # by caller
         self._total = _Held()
 
     @property
     def n_requests(self) -> int:
-        """How many requests hold a permit."""
+        """Number of requests that hold a permit."""
         return self._total.n_requests + self._total.n_extra
 
     @property
     def n_bytes(self) -> int:
-        """How many bytes they and their answers take."""
+        """Number of bytes that those requests and their answers take."""
         return self._total.n_bytes + self._total.n_extra_bytes
 
     @contextlib.contextmanager
     def enter(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Iterator[None]:
-        """Hold a permit. `ResourceExhausted`, with a retry delay, where there is none now."""
+        """Hold a permit. Raises `ResourceExhausted` with a retry delay if none is free."""
         permit = self.take(n_bytes, caller, n_rows=n_rows)
         if permit is None:
-            raise ResourceExhausted(self._why_not(caller, n_rows), retry_delay_s=RETRY_DELAY_S)
+            raise ResourceExhausted(self._refusal(caller, n_rows), retry_delay_s=RETRY_DELAY_S)
         try:
             yield
         finally:
             self.release(permit)
 
     def take(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Permit | None:
-        """Take a permit if there is one now; `release` gives it back. `ResourceExhausted` where there can never be."""
-        self._refuse_impossible(n_bytes)
+        """Take a permit if one is free, else return None. Raises `ResourceExhausted` if the request can never fit."""
+        self._check_possible(n_bytes)
         is_in_turn = caller not in self._waiting and not any(map(self._lacks_bytes, self._waiting))
         permit = self._permit(caller, n_bytes, n_rows, is_in_turn=is_in_turn)
         if permit:
@@ -105,7 +105,7 @@ class Admission:
         return permit
 
     async def acquire(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Permit:
-        """Wait for a permit and take it; `release` gives it back. `ResourceExhausted` where there can never be one."""
+        """Wait for a permit and take it. Raises `ResourceExhausted` if the request can never fit."""
         if permit := self.take(n_bytes, caller, n_rows=n_rows):
             return permit
         waiting = _Waiting(n_bytes, n_rows, asyncio.get_running_loop().create_future())
@@ -113,14 +113,14 @@ class Admission:
         try:
             return await waiting.turn
         except asyncio.CancelledError:
-            if waiting.turn.done() and not waiting.turn.cancelled():  # it came in the same moment, for nobody
+            if waiting.turn.done() and not waiting.turn.cancelled():  # granted at the same moment: nobody will use it
                 self.release(waiting.turn.result())
             else:
                 self._wake()
             raise
 
     def release(self, permit: Permit) -> None:
-        """Give a permit back."""
+        """Return a permit, and grant waiting requests what fits now."""
         held = self._held[permit.caller]
         held.add(permit, sign=-1)
         self._total.add(permit, sign=-1)
@@ -133,16 +133,16 @@ class Admission:
         self._total.add(permit)
 
     def _wake(self) -> None:
-        """Let callers take their turns, until none can."""
-        while any(map(self._let_in, self._in_turn())):
+        """Grant permits round-robin until no waiting request fits."""
+        while any(map(self._grant, self._in_turn())):
             pass
 
     def _in_turn(self) -> list[tuple[str, bool]]:
-        """Return who waits, in turn, and whether nobody before them lacks bytes."""
+        """Return the waiting callers in order, each with whether no caller before it is short of bytes."""
         callers: list[tuple[str, bool]] = []
         is_in_turn = True
         for caller, queue in list(self._waiting.items()):
-            while queue and queue[0].turn.done():  # by a cancel
+            while queue and queue[0].turn.done():  # cancelled
                 queue.popleft()
             if queue:
                 callers.append((caller, is_in_turn))
@@ -151,8 +151,8 @@ class Admission:
                 del self._waiting[caller]
         return callers
 
-    def _let_in(self, of: tuple[str, bool]) -> bool:
-        """Let a caller's first request in, if it can be; the caller's next turn comes after all others'."""
+    def _grant(self, of: tuple[str, bool]) -> bool:
+        """Grant a caller's first request a permit if it fits, and move the caller to the end of the round."""
         caller, is_in_turn = of
         queue = self._waiting[caller]
         permit = self._permit(caller, queue[0].n_bytes, queue[0].n_rows, is_in_turn=is_in_turn)
@@ -166,7 +166,7 @@ class Admission:
         return True
 
     def _permit(self, caller: str, n_bytes: int, n_rows: int, *, is_in_turn: bool) -> Permit | None:
-        """Return what a request can have now; what it cannot have in its turn, a small one can have of the reserve."""
+        """Return the permit that a request can have now, or None. A small request may draw on the reserve."""
         held, total = self._held.get(caller, _Held()), self._total
         is_small = n_bytes <= self._max_bytes / SMALL and n_rows <= SMALL_ROWS
         n_after = held.n_rows + n_rows
@@ -184,12 +184,12 @@ class Admission:
         return Permit(caller, n_bytes, n_rows, is_extra=not has_count, has_extra_bytes=not has_bytes)
 
     def _lacks_bytes(self, caller: str) -> bool:
-        """Whether a caller who waits holds no bytes and needs more than are free: others must not take those first."""
+        """Whether a waiting caller holds no bytes and needs more than are free, so that others must not take them."""
         first = next((each for each in self._waiting[caller] if not each.turn.done()), None)
         has_none = caller not in self._held or not self._held[caller].n_bytes
         return first is not None and has_none and first.n_bytes > self._max_bytes - self._total.n_bytes
 
-    def _why_not(self, caller: str, n_rows: int) -> str:
+    def _refusal(self, caller: str, n_rows: int) -> str:
         held = self._held.get(caller, _Held())
         if self._model:
             return f'model "{self._model}" is at work on {self.n_requests} requests (max_model_in_flight)'
@@ -205,8 +205,8 @@ class Admission:
             f"max_in_flight_bytes {self._max_bytes}; a caller leaves a third of what it has free)"
         )
 
-    def _refuse_impossible(self, n_bytes: int) -> None:
-        if n_bytes < 1:  # a negative one would give room to others
+    def _check_possible(self, n_bytes: int) -> None:
+        if n_bytes < 1:  # a negative size would create room
             raise ValueError(f"a permit of {n_bytes} bytes")
         if n_bytes > self._max_bytes:
             raise ResourceExhausted(
@@ -216,5 +216,5 @@ class Admission:
 
 
 def _may_take(n: int, held: int, free: float) -> bool:
-    """Whether one who holds some may take more of what is free, and leaves enough of it."""
+    """Whether a caller that holds `held` may take `n` of `free`: all of it if it holds none, else leaving a third."""
     return n <= free if not held else (held + n) // SHARE <= free - n

@@ -1,4 +1,4 @@
-"""The request handler: validates one message and has the engine answer it, for unary calls and streams alike."""
+"""The request handler: validates a message, admits it and answers it with the engine, for unary calls and streams."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from sidelight.v1 import tensor_pb2
 
 from ..compute.torch_device import is_out_of_memory
 from ..domain import MANY_EXAMPLES, Answer, Files, Request
-from ..engine.engine import BYTES_OF_FLOAT32, Engine, Progress, apart_if_many
+from ..engine.engine import BYTES_OF_FLOAT32, Engine, Progress, to_thread_if_many
 from ..engine.registry import Version
 from ..errors import DeadlineExceeded, Internal, InvalidArgument, NotFound, ResourceExhausted, SidelightError
 from ..telemetry.call_record import CallRecord
@@ -27,12 +27,12 @@ from ..wire.codec import encode_answer
 from ..wire.digests import Hashing
 from ..wire.tensors import encoded, layout_of, map_itemsize
 from .admission import Admission, Permit
-from .shared_memory import Regions, Span, span, undisturbed
+from .shared_memory import Regions, Span, span, to_thread_uncancelled
 
 log = logging.getLogger("sidelight")
 
-# Maps of more are encoded in a worker thread. numpy, the join of large parts and the file system let go of the
-# interpreter meanwhile; protobuf never does, so bytes become a message on the event loop.
+# Larger maps are encoded in a worker thread. numpy, `bytes.join` and file I/O release the GIL there; protobuf never
+# does, so messages are parsed on the event loop.
 MANY_BYTES = 1024 * 1024
 
 
@@ -42,23 +42,23 @@ class ValidatedRequest:
 
     message: pb.AttributeRequest
     request: Request
-    version: Version  # of its model: that which served when it came
+    version: Version  # of its model, as it was when the request arrived
     n_bytes: int
-    n_rows: int  # that it may take, at most
+    n_rows: int  # upper bound of the rows that it takes
     deadline_s: float | None  # on the event loop's clock
-    source: Span | None  # where the images are, if not in the message
-    sink: Span | None  # where the maps go, if not into the answer
+    source: Span | None  # where the images are, unless in the message
+    sink: Span | None  # where the maps are written, unless in the answer
     call_record: CallRecord
 
     @property
     def transport(self) -> pb.Transport.ValueType:
-        """How the tensors of the final answer and its images travel."""
+        """How the images and the final maps travel."""
         all_shared = self.sink is not None and self.source is not None
         return pb.TRANSPORT_SHARED_MEMORY if all_shared else pb.TRANSPORT_INLINE
 
 
 class RequestHandler:
-    """Answers messages on an engine, within the permits of `admission`."""
+    """Validates and answers messages with an engine, within the limits of `admission`."""
 
     def __init__(self, engine: Engine, telemetry: Telemetry | None = None) -> None:
         settings = engine.settings
@@ -73,8 +73,8 @@ class RequestHandler:
         )
 
     @functools.cached_property
-    def _of_models(self) -> dict[str, Admission]:
-        """The permits of models with a limit of their own. Not before the models have their names."""
+    def _model_admissions(self) -> dict[str, Admission]:
+        """Admission by model, for models with `max_model_in_flight`. Lazy: the registry names its models at load."""
         return {
             name: Admission(max_requests=entry.settings.max_model_in_flight, max_bytes=math.inf, model=name)
             for name, entry in self._engine.registry.entries.items()
@@ -82,8 +82,8 @@ class RequestHandler:
         }
 
     def must_load(self, message: pb.AttributeRequest) -> bool:
-        """Whether the model of a message is not loaded yet, so that `validate` would wait for it."""
-        with contextlib.suppress(NotFound):  # which `validate` tells
+        """Whether `validate` would have to wait for the message's model to load."""
+        with contextlib.suppress(NotFound):  # `validate` raises it
             return not self._engine.registry.find(message.model).models
         return False
 
@@ -96,23 +96,24 @@ class RequestHandler:
         data: memoryview | None = None,
         regions: Regions | None = None,
     ) -> ValidatedRequest:
-        """Check a message that took so many bytes; its tensor's data may stand beside it. Its model may be loaded yet.
+        """Validate a message of `n_bytes`, waiting for its model to load if necessary.
 
-        A `SidelightError` says what is wrong with it. `regions` are those of its stream.
+        `data` holds the images' tensor data if the codec cut it out of the message; `regions` are the stream's shared
+        memory regions, None for a unary call. Raises a `SidelightError` if the message is invalid.
         """
         with _hide_internal_errors(message.id, self._faults):
             deadline_s = deadline_of(message, call_record)
             request = await _parsed(message, data)
             call_record.id = message.id
             parsed_bytes = n_bytes if data is None else 0
-            version = await self._ready(request.model, n_bytes + parsed_bytes, deadline_s, call_record.caller)
+            version = await self._serving_version(request.model, n_bytes + parsed_bytes, deadline_s, call_record.caller)
             call_record.model, call_record.method = version[0].name, request.method.name
             answer_bytes, state_bytes = self._engine.held_bytes(request, version)
-            n_rows = self._engine.most_rows(request, version)
+            n_rows = self._engine.max_rows(request, version)
             maps_bytes = answer_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32
             source = _source(message.images, regions)
             sink = _sink(message.output, maps_bytes, regions)
-        # What is parsed is a copy of the message, and what is sent one of the maps, if they go that way.
+        # Parsing copies the message unless `data` was cut out; encoding copies the maps unless they go to a region.
         encoded_bytes = maps_bytes if sink is None else 0
         self._refuse_long_answer(encoded_bytes)
         validated = ValidatedRequest(
@@ -136,7 +137,7 @@ class RequestHandler:
         return validated
 
     def enter(self, validated: ValidatedRequest) -> contextlib.ExitStack:
-        """Take a permit, which is given back when it is closed. `ResourceExhausted` where there is none now."""
+        """Take a permit, released when the returned stack is closed. Raises `ResourceExhausted` if none is free."""
         with contextlib.ExitStack() as permit:
             for admission in self._admissions(validated):
                 permit.enter_context(
@@ -145,30 +146,31 @@ class RequestHandler:
             return permit.pop_all()
 
     async def admit(self, validated: ValidatedRequest) -> contextlib.ExitStack:
-        """Wait for a permit and take it. It is given back when it is closed."""
+        """Wait for a permit and take it. It is released when the returned stack is closed."""
         with contextlib.ExitStack() as permit:
             for admission in self._admissions(validated):
                 taken = admission.take(validated.n_bytes, validated.call_record.caller, n_rows=validated.n_rows)
-                permit.callback(admission.release, taken or await self._waited(admission, validated))
+                permit.callback(admission.release, taken or await self._acquire(admission, validated))
             return permit.pop_all()
 
     def _admissions(self, validated: ValidatedRequest) -> Iterator[Admission]:
-        """Yield those whose permits a request needs; the model's own first, for who waits there must hold nothing."""
-        if own := self._of_models.get(validated.version[0].name):
+        """Yield the admissions that apply; the model's own first, because a request waiting there must hold nothing."""
+        if own := self._model_admissions.get(validated.version[0].name):
             yield own
         yield self.admission
 
-    async def _waited(self, admission: Admission, validated: ValidatedRequest) -> Permit:
+    async def _acquire(self, admission: Admission, validated: ValidatedRequest) -> Permit:
         try:
             async with asyncio.timeout_at(validated.deadline_s):
                 return await admission.acquire(validated.n_bytes, validated.call_record.caller, n_rows=validated.n_rows)
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed while the server was full") from None
 
-    async def _ready(self, name: str, n_bytes: int, deadline_s: float | None, caller: str) -> Version:
-        """Return the version of a model that serves, after waiting for it where it is loaded when first asked for.
+    async def _serving_version(self, name: str, n_bytes: int, deadline_s: float | None, caller: str) -> Version:
+        """Return the serving version of a model, loading a lazy model first.
 
-        What waits holds a permit for so many bytes: loading may take minutes, and many messages may come meanwhile.
+        While it waits, the request holds a permit for `n_bytes`: loading may take minutes, and many messages may arrive
+        in that time.
         """
         registry = self._engine.registry
         entry = registry.find(name)
@@ -182,16 +184,16 @@ class RequestHandler:
             raise DeadlineExceeded(f'timeout: it passed while model "{entry.name}" was being loaded') from None
 
     async def explain(self, validated: ValidatedRequest, progress: Progress | None = None) -> bytes:
-        """Return the answer's message. Nothing but a `SidelightError` says why there is none."""
+        """Return the encoded answer. Raises only `SidelightError`."""
         with _hide_internal_errors(validated.message.id, self._faults):
             answer = await self._answer(validated, progress)
             reply = await self._reply(answer, validated)
-            tally = await apart_if_many(len(answer.explanations), Tally.of, answer)
+            tally = await to_thread_if_many(len(answer.explanations), Tally.of, answer)
         self.telemetry.answered(validated.call_record, answer, tally)
         return reply
 
     async def reply(self, answer: Answer, validated: ValidatedRequest) -> bytes:
-        """Return the message of an answer, which may not be final. `SidelightError` where it cannot be sent."""
+        """Return an encoded answer, final or partial. Raises `SidelightError` if it cannot be sent."""
         with _hide_internal_errors(validated.message.id, self._faults):
             return await self._reply(answer, validated)
 
@@ -218,7 +220,7 @@ class RequestHandler:
     async def _reply(self, answer: Answer, validated: ValidatedRequest) -> bytes:
         is_large = answer.maps.nbytes > MANY_BYTES or len(answer.explanations) > MANY_EXAMPLES
         blocks = is_large or (answer.final and validated.sink is not None)
-        reply = await undisturbed(_encode, answer, validated) if blocks else _encode(answer, validated)
+        reply = await to_thread_uncancelled(_encode, answer, validated) if blocks else _encode(answer, validated)
         self._refuse_long_answer(len(reply))
         return reply
 
@@ -231,9 +233,12 @@ class RequestHandler:
 
 
 def deadline_of(message: pb.AttributeRequest, call_record: CallRecord) -> float | None:
-    """Return when a message's own time is over, on the event loop's clock. `InvalidArgument` where it says nonsense."""
+    """Return the deadline that a message's `timeout` sets, on the event loop's clock; None without one.
+
+    Raises `InvalidArgument` if the timeout is not positive.
+    """
     timeout_s = requests.timeout_s(message)
-    # The loop's clock is the monotonic one.
+    # The event loop's clock is `time.monotonic`.
     return None if timeout_s is None else call_record.arrived_s + timeout_s
 
 
@@ -267,17 +272,17 @@ async def _parsed(message: pb.AttributeRequest, data: memoryview | None) -> Requ
 
 
 async def _fetched(validated: ValidatedRequest) -> Request:
-    """Return the request with its images, wherever they lie."""
+    """Return the request with its images, read from shared memory if they are there."""
     source, request = validated.source, validated.request
     if source is None or isinstance(request.images, Files):
         return request
-    data = await undisturbed(source.read)
+    data = await to_thread_uncancelled(source.read)
     images = layout_of(validated.message.images.shared, field="images.shared").array(data)
     return replace(request, images=images.reshape(request.images.shape))
 
 
 def _encode(answer: Answer, validated: ValidatedRequest) -> bytes:
-    """Return the answer's message; where its maps go elsewhere, write them there."""
+    """Encode the answer; write its maps into the output region if there is one."""
     message = validated.message
     maps = encoded(answer.maps, message.output.map_dtype or tensor_pb2.DATA_TYPE_FLOAT32)
     sink = validated.sink if answer.final else None
@@ -287,8 +292,8 @@ def _encode(answer: Answer, validated: ValidatedRequest) -> bytes:
     return encode_answer(message.id, result, responses.provenance(answer, message), maps, is_inline=sink is None)
 
 
-class _hide_internal_errors:  # noqa: N801  (as contextlib has them; its own generators take longer than all that is done here)
-    """Let nothing but a `SidelightError` out. Of anything else the log has the cause, and the caller no details."""
+class _hide_internal_errors:  # noqa: N801  (named as contextlib's; `@contextmanager` costs more than the body here)
+    """Context manager that logs an unexpected exception and raises `Internal` without its details instead."""
 
     def __init__(self, id_: str, faults: Throttle) -> None:
         self._id = id_

@@ -1,7 +1,7 @@
-"""The interceptor that reads and writes the messages of calls.
+"""The interceptor that reads and writes the messages of all calls.
 
-Each is read in a place of `ReceiveLimit`, once its call is known to be allowed, and decoded and encoded by `wire.codec`
-where it holds tensors. An answer that its caller does not accept ends its call.
+It reads a message only after its call was authorized and while holding a slot of `ReceiveLimit`. `wire.codec` decodes
+and encodes messages with tensors. A call whose client does not accept the answer in time is cut off.
 """
 
 import asyncio
@@ -16,44 +16,45 @@ from ..errors import ResourceExhausted, SidelightError
 from ..security.authorization import Callers
 from ..security.stream_limit import Peers, host_of
 from ..wire.codec import Unreadable, decode_request, decode_stream_request, encode, unreadable
-from .receive_limit import PLACES, SLOW_PLACES, SMALL_PLACES, SMALL_S, Pace, ReceiveLimit
+from .receive_limit import SLOTS, SLOW_SLOTS, SMALL_S, SMALL_SLOTS, Pace, ReceiveLimit
 from .status import Context, abort
 from .write_timeout import WriteTimeout
 
-SMALL_BYTES = 64 * 1024  # of a message of any call but those that explain
-MAX_PEER_REFLECTIONS = 8  # open at once, of one host
+SMALL_BYTES = 64 * 1024  # limit of a message of any call but Attribute and AttributeStream
+MAX_PEER_REFLECTIONS = 8  # open reflection streams from one host
 MAX_REFLECTIONS = 64
-REFLECTION_S = 10.0  # that one may last
+REFLECTION_S = 10.0  # the longest that a reflection stream may last
 
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 
 class MessageInterceptor(grpc.aio.ServerInterceptor):
-    """Reads the messages of unary calls, within bounds, and has the answers of all calls accepted.
+    """Reads the messages of unary calls within limits, and applies the write timeout to all calls.
 
-    What of a message is read by gRPC before a handler is asked for is nothing in calls that stream. So all do.
+    gRPC reads the message of a unary-request call before it looks up the handler, but nothing of a streaming request.
+    So every call is registered as a streaming one; both are the same on the wire.
     """
 
     def __init__(self, callers: Callers, write_timeout: WriteTimeout, pace: Pace, *, max_arrival_s: float) -> None:
         self._callers = callers
         self._write_timeout = write_timeout
         self._pace = pace
-        self._large = ReceiveLimit(places=PLACES, slow_places=SLOW_PLACES, within_s=max_arrival_s)
-        self._small = ReceiveLimit(places=SMALL_PLACES, within_s=SMALL_S)
+        self._large = ReceiveLimit(slots=SLOTS, slow_slots=SLOW_SLOTS, within_s=max_arrival_s)
+        self._small = ReceiveLimit(slots=SMALL_SLOTS, within_s=SMALL_S)
         self._reflections = Peers("streams of reflection", each=MAX_PEER_REFLECTIONS, all_=MAX_REFLECTIONS)
 
     @property
     def n_arriving(self) -> int:
-        """How many messages are on their way in, but for those of streams."""
-        return self._large.n_places + self._small.n_places
+        """Number of messages that are being received, without those of streams."""
+        return self._large.n_slots + self._small.n_slots
 
     async def intercept_service(
         self,
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler | None":
-        """Return the call's handler, its messages framed."""
+        """Return the call's handler, wrapped by the kind of its messages."""
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_deserializer is None:
             return handler
@@ -102,14 +103,14 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _small_call(self, handler: "Handler") -> "Handler":
-        """Return the handler of a call whose messages are small. It may need no token, and refuses large ones."""
-        behaviour: Any = handler.unary_unary or handler.unary_stream
+        """Return the handler of a call with small messages. It may need no token, and rejects large messages."""
+        behavior: Any = handler.unary_unary or handler.unary_stream
 
         async def answer(_: object, context: Context) -> Any:
             request = await self._small.read(context, host_of(context.peer()))
             if isinstance(request, SidelightError):
                 await abort(context, request)
-            response = await behaviour(request, context)
+            response = await behavior(request, context)
             self._write_timeout.expect()
             return response
 
@@ -121,7 +122,7 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
         )
 
     def _reflecting(self, handler: "Handler") -> "Handler":
-        """Return the handler of reflection, the one other stream: it has so many messages, and ends after a while."""
+        """Return the handler of reflection, the only other streaming call: limited in number and in time."""
         talk: Any = handler.stream_stream
         read: Any = handler.request_deserializer
 
@@ -132,14 +133,14 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
                         async for response in talk(requests, context):
                             await context.write(response)
             except TimeoutError:
-                pass  # it ends with OK, and the caller begins another
+                pass  # the stream ends with OK; the client can open another
             except ResourceExhausted as error:
                 await abort(context, error)
             self._write_timeout.expect()
 
         def decode(content: bytes) -> Any:
             request = _small(read)(content)
-            # Reflection itself refuses a question that asks for nothing.
+            # Reflection answers an empty request with an error.
             return read(b"") if isinstance(request, SidelightError) else request
 
         return grpc.stream_stream_rpc_method_handler(
@@ -148,7 +149,7 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
 
 
 def _small(read: Any) -> Callable[[bytes], Any]:
-    """Return a decoder that refuses what cannot be read. gRPC would answer UNKNOWN, and log a traceback each time."""
+    """Return a decoder that returns an error instead of raising: gRPC would answer UNKNOWN and log a traceback."""
 
     def decode(content: bytes) -> Any:
         if len(content) > SMALL_BYTES:

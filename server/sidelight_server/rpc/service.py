@@ -1,4 +1,4 @@
-"""The services of `sidelight.v1`: their calls."""
+"""The gRPC servicers of `sidelight.v1`: AttributionService and ModelService."""
 
 import asyncio
 import time
@@ -27,7 +27,7 @@ DEADLINE_SLACK_S = 0.1
 
 
 class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
-    """`sidelight.v1.AttributionService` on an engine. Its messages come and go as `MessageInterceptor` makes them."""
+    """`sidelight.v1.AttributionService` on an engine. `MessageInterceptor` decodes and encodes its messages."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         self._handler = handler
         self._shared = shared
         self._streams: set[Stream] = set()
-        self.n_shed = 0  # of them, ended because memory was short
+        self.n_shed = 0  # streams that were ended because memory was short
         self._callers = callers
         self._write_timeout = write_timeout
         self._pace = pace
@@ -54,11 +54,11 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
 
     @property
     def n_streams(self) -> int:
-        """How many streams are open."""
+        """Number of open streams."""
         return len(self._streams)
 
     def end_waiting(self, waited_s: float) -> int:
-        """End the streams that have waited for a message for longer; return how many. Their callers open others."""
+        """End the streams that have waited longer than this for a message; return how many. Clients open new ones."""
         waiting = [stream for stream in self._streams if stream.waited_s > waited_s]
         for stream in waiting:
             stream.end("age")
@@ -66,20 +66,20 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         return len(waiting)
 
     def drain(self) -> None:
-        """Let no stream take anything new in."""
+        """Stop reading on every stream; batches that were read are still answered."""
         self._is_draining = True
         for stream in self._streams:
             stream.end("shutdown")
 
     def give_up(self) -> None:
-        """Fail as `Unavailable` what is not answered yet: the time to drain has passed."""
+        """Fail every unanswered request with `Unavailable`: the drain time has passed."""
         self._is_given_up = True
         for stream in list(self._streams):
             stream.give_up()
         for call in list(self._calls):
             call.cancel()
 
-    # The generated stub knows messages alone, neither what is decoded around them nor bytes that are encoded already.
+    # The generated base class is typed for plain messages; this handler takes a `Decoded` and returns encoded bytes.
     async def Attribute(  # type: ignore[override]  # noqa: N802
         self, received: Decoded[pb.AttributeRequest], context: Context
     ) -> bytes:
@@ -89,7 +89,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         self._calls.add(call)
         telemetry = self._handler.telemetry
         call_record = telemetry.begin("Attribute", context.invocation_metadata, caller=self._callers.of(context))
-        # Not the context's own callbacks: those keep the context, and so the call, in a circle.
+        # Not `context.add_done_callback`: it would keep the context, and so the call, in a reference cycle.
         call.add_done_callback(lambda _: telemetry.end(call_record))
         try:
             if isinstance(received, Unreadable):
@@ -98,7 +98,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
                 received.message, n_bytes=received.n_bytes, data=received.data, call_record=call_record
             )
             permit = self._handler.enter(validated)
-            # Once the answer is written, not when it is made: then this task, gRPC's own, is done.
+            # gRPC runs the handler in this task and ends it after the answer is written, not when it is returned.
             call.add_done_callback(lambda _: permit.close())
             answer = await self._handler.explain(validated)
             call_record.writing_s = time.monotonic()
@@ -109,7 +109,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
             await abort(context, error)
         except asyncio.CancelledError:
             if not self._is_given_up or context.cancelled():
-                if _is_late(context):  # else the caller has gone, which the call record assumes
+                if _is_late(context):  # otherwise the client disconnected, which is the call record's default
                     telemetry.failed(call_record, DeadlineExceeded("the call's deadline passed"))
                 raise
             call.uncancel()
@@ -119,11 +119,11 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         finally:
             self._calls.discard(call)
 
-    # As above; and it knows only handlers that yield: one that writes lets answers overtake each other.
+    # As above; also, it is typed for a handler that yields. Writing to the context allows answers out of order.
     async def AttributeStream(  # type: ignore[override]  # noqa: N802
         self, request_iterator: object, context: Context
     ) -> None:
-        """Explain many batches over one connection."""
+        """Explain many batches on one stream."""
         settings = self._engine.settings
         stream = Stream(
             context,
@@ -147,7 +147,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
             await abort(context, error)
         finally:
             self._streams.discard(stream)
-            stream.let_go()
+            stream.release()
 
     async def GetServerInfo(  # noqa: N802
         self, request: pb.GetServerInfoRequest, context: Context
@@ -186,13 +186,13 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def ListModels(  # noqa: N802
         self, request: model_pb2.ListModelsRequest, context: Context
     ) -> model_pb2.ListModelsResponse:
-        """Return every model without labels and layers."""
+        """Return every model, without labels and layers."""
         return model_pb2.ListModelsResponse(models=_models(self._engine))
 
     async def GetModel(  # noqa: N802
         self, request: model_pb2.GetModelRequest, context: Context
     ) -> model_pb2.GetModelResponse:
-        """Return one model whole."""
+        """Return one model with its labels and layers."""
         try:
             entry = self._engine.registry.find(request.name)
         except SidelightError as error:
@@ -202,7 +202,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def ReloadModel(  # noqa: N802
         self, request: model_pb2.ReloadModelRequest, context: Context
     ) -> model_pb2.ReloadModelResponse:
-        """Load a model again, and answer once the new version serves."""
+        """Load a model again; answer once the new version serves."""
         try:
             if not self._engine.settings.allow_reload:
                 raise PermissionDenied("ReloadModel: the operator of this server does not allow it (allow_reload)")
@@ -213,7 +213,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
 
 def _is_late(context: Context) -> bool:
-    """Whether a call that was cancelled was at its deadline. Its caller's clock began, and ends, a moment earlier."""
+    """Whether a cancelled call had reached its deadline, give or take `DEADLINE_SLACK_S` between the two clocks."""
     left_s = context.time_remaining()
     return left_s is not None and left_s < DEADLINE_SLACK_S
 

@@ -1,7 +1,7 @@
-"""Shared memory: regions that a stream registered. Plain files in the operator's folder, never mapped.
+"""Shared memory regions of a stream: regular files in the operator's folder, read and written but never mapped.
 
-A mapped file that is cut short ends the process that touches it; `preadv` and `pwritev` give a short count instead,
-which fails one batch. All of this blocks, so it runs in worker threads.
+Access to a mapped file that was truncated kills the process (SIGBUS); `preadv` and `pwritev` return a short count
+instead, which fails one batch. These calls block, so they run in worker threads.
 """
 
 import asyncio
@@ -28,10 +28,10 @@ from ..errors import (
     did_you_mean,
 )
 
-MAX_NAME_BYTES = 255  # as file systems have it
-BLOCK = 512  # the unit of st_blocks, whatever the file system's own
+MAX_NAME_BYTES = 255  # the limit of file systems
+BLOCK = 512  # the unit of st_blocks, whatever the file system's block size
 
-# The last two: a FIFO must not wait for its other end, and a terminal must not become this process's own.
+# O_NONBLOCK: do not wait for the other end of a FIFO. O_NOCTTY: a terminal must not become the controlling one.
 _FLAGS = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK | os.O_NOCTTY
 
 _Result = TypeVar("_Result")
@@ -39,7 +39,7 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """An open file of a caller's."""
+    """A caller's file, opened."""
 
     name: str
     file: int
@@ -48,7 +48,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A part of a region: an array's bytes lie there, or are to be written there. `field` is what asked for it."""
+    """The part of a region that an array is read from or written to. `field` names the request's field in errors."""
 
     region: Region
     offset: int
@@ -56,13 +56,13 @@ class Span:
     field: str
 
     def read(self) -> memoryview:
-        """Return a copy of the bytes. `DataLoss` where the file was cut short."""
-        data = np.empty(self.n_bytes, np.uint8).data  # unlike a bytearray, not filled first
+        """Return a copy of the bytes. Raises `DataLoss` if the file was truncated."""
+        data = np.empty(self.n_bytes, np.uint8).data  # unlike a bytearray, not zeroed first
         self._move(os.preadv, data)
         return data
 
     def write(self, data: memoryview) -> None:
-        """Write as many bytes. `DataLoss` where the file was cut short: it is never made longer."""
+        """Write the bytes. Raises `DataLoss` if the file was truncated; the file is never extended."""
         if self._file_bytes() < self.offset + self.n_bytes:
             raise self._cut_short()
         self._move(os.pwritev, data)
@@ -73,14 +73,14 @@ class Span:
             try:
                 n_moved = move(self.region.file, [left], at)
             except OSError as error:
-                raise DataLoss(f"{self._words}: {os.strerror(error.errno or errno.EIO)}") from error
+                raise DataLoss(f"{self._label}: {os.strerror(error.errno or errno.EIO)}") from error
             if not n_moved:
                 raise self._cut_short()
             left, at = left[n_moved:], at + n_moved
 
     def _cut_short(self) -> DataLoss:
         return DataLoss(
-            f"{self._words} holds {self._file_bytes()} bytes, {self.region.n_bytes} were registered and "
+            f"{self._label} holds {self._file_bytes()} bytes, {self.region.n_bytes} were registered and "
             f"{self.offset + self.n_bytes} are needed: its file was cut short"
         )
 
@@ -88,16 +88,16 @@ class Span:
         return os.fstat(self.region.file).st_size
 
     @property
-    def _words(self) -> str:
+    def _label(self) -> str:
         return f'{self.field}: region "{self.region.name}"'
 
 
 class SharedMemory:
-    """The folder that the operator allows. `ConfigurationError` where it cannot be had."""
+    """The folder that the operator allows for regions. Raises `ConfigurationError` if it cannot be opened."""
 
     def __init__(self, folder: Path, *, max_region_bytes: int, max_stream_regions: int) -> None:
         if sys.platform != "linux":
-            raise ConfigurationError("shared_memory: it is served on Linux alone; leave it unset")
+            raise ConfigurationError("shared_memory: supported on Linux only; leave it unset")
         try:
             self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
@@ -107,11 +107,11 @@ class SharedMemory:
         self.max_stream_regions = max_stream_regions
 
     def close(self) -> None:
-        """Open nothing more. What streams have open stays so until they end."""
+        """Close the folder. Regions that streams have open stay open until the streams end."""
         os.close(self._folder)
 
     def open(self, name: str, n_bytes: int) -> Region:
-        """Open a caller's file, if it is what it should be. A `SidelightError` says what else it is."""
+        """Open a caller's file. Raises `SidelightError` if it is missing, no regular file, too short or sparse."""
         file = self._open(name)
         try:
             self._check(name, os.fstat(file), n_bytes)
@@ -143,7 +143,7 @@ class SharedMemory:
         if status.st_size < n_bytes:
             raise DataLoss(f'size_bytes: {n_bytes}, but the file of region "{name}" has {status.st_size} bytes')
         if status.st_blocks * BLOCK < n_bytes:
-            # Maps that are written into a hole may find the file system full.
+            # Writing maps into a hole may fail because the file system is full.
             raise FailedPrecondition(
                 f'size_bytes: {n_bytes}, but of the file of region "{name}" only {status.st_blocks * BLOCK} bytes are '
                 "allocated; allocate it whole, as posix_fallocate does"
@@ -151,9 +151,9 @@ class SharedMemory:
 
 
 class Regions:
-    """The regions of one stream. `shared` is None where the operator allows none.
+    """The regions of one stream. `shared` is None if the operator does not allow shared memory.
 
-    `close` is called once no batch of the stream is at work.
+    Call `close` only once no batch of the stream is in flight.
     """
 
     def __init__(self, shared: SharedMemory | None) -> None:
@@ -161,17 +161,17 @@ class Regions:
         self._open: dict[str, Region] = {}
 
     async def register(self, name: str, n_bytes: int) -> None:
-        """Open a region. A `SidelightError` says why it cannot be."""
+        """Open a region. Raises `SidelightError` if it cannot be opened or exceeds a limit."""
         if self._shared is None:
             raise FailedPrecondition(
                 "register_region: this server's operator has not allowed shared memory (the setting shared_memory)"
             )
         _check_name(name)
         self._check_bounds(self._shared, name, n_bytes)
-        await undisturbed(self._add, self._shared, name, n_bytes)
+        await to_thread_uncancelled(self._add, self._shared, name, n_bytes)
 
     def find(self, name: str, *, field: str) -> Region:
-        """Return a region by its name. `NotFound` with the near names."""
+        """Return a region by its name. Raises `NotFound`, which suggests similar names."""
         try:
             return self._open[name]
         except KeyError:
@@ -180,7 +180,7 @@ class Regions:
             ) from None
 
     def close(self) -> None:
-        """Let go of every file."""
+        """Close every file."""
         while self._open:
             os.close(self._open.popitem()[1].file)
 
@@ -200,12 +200,12 @@ class Regions:
             )
 
     def _add(self, shared: SharedMemory, name: str, n_bytes: int) -> None:
-        # In the thread, so that a file whose caller goes away meanwhile is known, and closed.
+        # In the worker thread, so that `close` finds the file even if the client disconnects during the open.
         self._open[name] = shared.open(name, n_bytes)
 
 
 def span(region: Region, offset: int, n_bytes: int, *, field: str) -> Span:
-    """Return a part of a region. `InvalidArgument` where it does not lie within."""
+    """Return a part of a region. Raises `InvalidArgument` if it is not within the region."""
     if not 0 <= offset <= region.n_bytes - n_bytes:
         raise InvalidArgument(
             f'{field}.offset_bytes: {offset}, and {n_bytes} bytes from there do not lie within region "{region.name}" '
@@ -214,11 +214,11 @@ def span(region: Region, offset: int, n_bytes: int, *, field: str) -> Span:
     return Span(region, offset, n_bytes, field)
 
 
-async def undisturbed(work: Callable[..., _Result], *arguments: object) -> _Result:
-    """Run blocking work in a thread, and wait for its end even if cancelled meanwhile.
+async def to_thread_uncancelled(work: Callable[..., _Result], *arguments: object) -> _Result:
+    """Run blocking work in a thread, and wait for its end even if this task is cancelled.
 
-    A caller who is answered may use its region again, and an ended stream's files are closed: no thread may still be
-    at them then.
+    After an answer the client may reuse its region, and after a stream its files are closed: no thread may still be
+    reading or writing them then.
     """
     working = asyncio.get_running_loop().run_in_executor(None, work, *arguments)
     cancelled: asyncio.CancelledError | None = None

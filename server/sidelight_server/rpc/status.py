@@ -1,4 +1,4 @@
-"""Statuses: how a call ends whose answer is an error."""
+"""Statuses: how a `SidelightError` becomes the status of a call."""
 
 import asyncio
 import functools
@@ -20,28 +20,28 @@ if TYPE_CHECKING:
 
 
 async def abort(context: Context, error: SidelightError) -> NoReturn:
-    """End a call with an error's status, and in the trailers how long to wait before asking again."""
+    """End a call with an error's status; a retry delay goes into the trailing metadata."""
     trailers = () if error.retry_delay_s is None else ((RETRY_TRAILER, str(round(error.retry_delay_s * 1000))),)
     try:
         await context.abort(STATUSES[error.code], error.message, trailers)
     except grpc.aio.AbortError as aborted:
-        # gRPC keeps it with the call, and its traceback keeps the message: a circle, which memory would fill up with
-        # long before the garbage collector comes.
+        # gRPC keeps this exception with the call, and its traceback keeps the message: a reference cycle. Without this
+        # callback, such messages would fill the memory long before the garbage collector runs.
         if call := asyncio.current_task():
-            call.add_done_callback(functools.partial(_forget_where, (aborted, error)))
+            call.add_done_callback(functools.partial(_clear_tracebacks, (aborted, error)))
         raise
     raise AssertionError("abort always raises")
 
 
-def _forget_where(errors: Iterable[BaseException], _call: object) -> None:
+def _clear_tracebacks(errors: Iterable[BaseException], _call: object) -> None:
     for error in errors:
         error.__traceback__ = error.__context__ = None
 
 
 def forget_frames(task: "asyncio.Task[Any]") -> None:
-    """Let a task that was cancelled go. To be called when it is done.
+    """Break the reference cycle of a cancelled task. A done callback.
 
-    It keeps its `CancelledError`, whose traceback keeps the frames, of which some keep the task: a circle, as above.
+    The task keeps its `CancelledError`, whose traceback keeps frames, some of which refer to the task.
     """
     if task.cancelled():
         try:
@@ -51,11 +51,11 @@ def forget_frames(task: "asyncio.Task[Any]") -> None:
 
 
 def refusing(error: SidelightError, counts: Counters) -> "Handler":
-    """Return the handler of a call that ends with an error before anything of it is read, and count it."""
+    """Return a handler that ends a call with an error before any of its message is read, and count the call."""
     counts.unread[error.code] += 1
 
     async def refuse(_: object, context: Context) -> None:
         await abort(context, error)
 
-    # Whatever the call is: gRPC reads the message of any other kind before it asks the handler.
+    # Always a streaming handler: for other kinds gRPC reads the message before it calls the handler.
     return grpc.stream_stream_rpc_method_handler(refuse)

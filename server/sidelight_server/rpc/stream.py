@@ -1,4 +1,4 @@
-"""`AttributeStream`: many batches in flight on one call. No failure of one batch ends it."""
+"""`AttributeStream`: many batches in flight on one call. A batch that fails does not end the stream."""
 
 import asyncio
 import functools
@@ -20,7 +20,7 @@ from .stream_batch import Batch, Validate, failed
 from .write_timeout import WriteTimeout
 
 CALL = "AttributeStream"
-TELLING_S = 10.0  # that a caller who did not accept an answer has to read why the stream ends
+STALLED_STATUS_S = 10.0  # how long a client that did not accept an answer has to read the final status
 BEGIN_HEADER, END_TRAILER = "sidelight-begin", "sidelight-end"
 
 Cause = Literal["age", "shutdown", "stalled"]
@@ -30,9 +30,10 @@ Context = grpc.aio.ServicerContext[Any, Any]
 class Stream:
     """One call of `AttributeStream`.
 
-    A batch that was read gets one of the stream's own slots, and a permit, before the next is read: a caller who sends
-    faster than the device runs, or does not take its answers, is held back by gRPC's flow control. While one waits, all
-    that is not a batch is still read, and one batch more: a cancel needs neither slot nor permit.
+    Backpressure: each batch takes one of the stream's slots and a permit before the next batch is read, so gRPC's flow
+    control slows down a client that sends faster than the device runs or that does not read its answers. While a batch
+    waits for its slot and permit, the stream still reads other messages and one further batch, so that a cancel, which
+    needs neither slot nor permit, takes effect.
     """
 
     def __init__(
@@ -58,19 +59,19 @@ class Stream:
         self._stalled_write_s = stalled_write_s
         self._writer = ResponseWriter(context, stalled_write_s=stalled_write_s)
         self._slots = asyncio.Semaphore(max_in_flight)
-        self._admitting = asyncio.Lock()  # held for the one batch that waits
+        self._admitting = asyncio.Lock()  # held by the one batch that waits for a slot and a permit
         self._unanswered: dict[str, Batch] = {}
-        self._reader: asyncio.Task[None] | None = None  # while it waits for a message
+        self._reader: asyncio.Task[None] | None = None  # the task that waits for a message, if any
         self._waits_since_s = 0.0
         self._end: Cause | None = None
         self._is_given_up = False
 
     async def run(self) -> None:
-        """Serve until the caller has sent all, or `end` is called, and every batch that was read is answered."""
-        # Said at once, so that a caller knows that somebody is there before it hands a batch over; and in a word of our
-        # own, for a proxy without a server begins a call too, to say so.
+        """Serve until the client half-closes or `end` is called, and every batch that was read is answered."""
+        # Sent at once, so that the client knows that a server is there before it sends a batch. It has a key of its own
+        # because a proxy without a backend also sends initial metadata before its error status.
         await self._context.send_initial_metadata(((BEGIN_HEADER, "1"),))
-        ageing = asyncio.get_running_loop().call_later(self._max_age_s, self.end, "age") if self._max_age_s else None
+        age_timer = asyncio.get_running_loop().call_later(self._max_age_s, self.end, "age") if self._max_age_s else None
         try:
             async with asyncio.TaskGroup() as group:
                 while received := await self._read():
@@ -78,61 +79,61 @@ class Stream:
         except* StalledError:
             self._end = "stalled"
         finally:
-            if ageing:
-                ageing.cancel()
+            if age_timer:
+                age_timer.cancel()
             self._regions.close()
-        await self._say_why()
+        await self._send_status()
 
-    def let_go(self) -> None:
-        """Keep the call no longer. It ends once it is free, and tasks of batches may be in circles of references."""
-        self._writer.let_go()
+    def release(self) -> None:
+        """Drop the references to the call. gRPC ends it once nothing refers to it; batch tasks may be in cycles."""
+        self._writer.release()
         self._unanswered.clear()
         del self._context
 
     @property
     def waited_s(self) -> float:
-        """For how long it has waited for a message until now, or for the rest of one; 0 where it does not wait."""
+        """Seconds since it began to wait for the current message or the rest of it; 0 while it does not wait."""
         return time.monotonic() - self._waits_since_s if self._reader else 0.0
 
     def end(self, cause: Cause) -> None:
-        """Read no more. What was read is answered, then the stream ends."""
+        """Stop reading. Batches that were read are answered, then the stream ends."""
         self._end = self._end or cause
         if self._reader:
             self._reader.cancel()
             self._reader = None
 
     def give_up(self) -> None:
-        """Fail as `Unavailable` what was read and is not answered: the server's time to drain has passed."""
+        """Fail every unanswered batch with `Unavailable`: the server's drain time has passed."""
         self._is_given_up = True
         for batch in list(self._unanswered.values()):
             batch.drop(_given_up())
 
-    async def _say_why(self) -> None:
-        """End the call: with OK where the caller has sent all, or may send the rest on another stream."""
+    async def _send_status(self) -> None:
+        """End the call: with OK after a half-close or at the maximum age, else with the status of the cause."""
         trailers = ((END_TRAILER, self._end),) if self._end else ()
         match self._end:
             case "shutdown":
                 unavailable = "the server is shutting down; what has no answer was not begun"
                 await self._context.abort(grpc.StatusCode.UNAVAILABLE, unavailable, trailers)
             case "stalled":
-                # gRPC sends it behind the answer that waits, and permits and files are given back already: so a caller
-                # who reads again soon is told, and any other is cut off.
+                # gRPC sends the status after the answer that is still pending. Permits and files are already released,
+                # so a client that starts reading again gets the status; after STALLED_STATUS_S the call is cut off.
                 stalled = (
                     f"an answer was not accepted within {self._stalled_write_s:g} s (the server's stalled_write_s): "
                     "read answers while batches are sent"
                 )
                 try:
-                    async with asyncio.timeout(TELLING_S):
+                    async with asyncio.timeout(STALLED_STATUS_S):
                         await self._context.abort(grpc.StatusCode.ABORTED, stalled, trailers)
                 except TimeoutError:
                     if call := asyncio.current_task():
                         self._write_timeout.cut_off(call)
-                        await asyncio.sleep(0)  # where the cancel takes effect
+                        await asyncio.sleep(0)  # the cancellation is raised here
             case _:
                 self._context.set_trailing_metadata(trailers)
 
     async def _read(self) -> Decoded[pb.AttributeStreamRequest] | None:
-        """Return the next message, or what is wrong with it; None when no more is taken."""
+        """Return the next message or its decoding error; None at the end of the stream or once it is ending."""
         if self._end:
             return None
         self._reader, self._waits_since_s = asyncio.current_task(), time.monotonic()
@@ -140,7 +141,8 @@ class Stream:
             await self._pace.wait(self._caller)
             message = await self._context.read()
         except asyncio.CancelledError:
-            # `end` is one who cancels; gRPC, where the caller has gone, and a batch that stalled are the others.
+            # Cancelled by `end`, which has cleared `_reader`; by gRPC, if the client disconnected; or by the task
+            # group, if a write stalled.
             this = asyncio.current_task()
             if self._reader or not this or this.uncancel():
                 raise
@@ -171,7 +173,7 @@ class Stream:
         request = received.message.attribute
         try:
             await self._admitting.acquire()
-        except asyncio.CancelledError:  # the caller has gone
+        except asyncio.CancelledError:  # the client disconnected
             telemetry.end(call_record)
             raise
         try:
@@ -183,7 +185,7 @@ class Stream:
             telemetry.end(call_record)
             await self._fail(request.id, error)
             return
-        except asyncio.CancelledError:  # the caller has gone
+        except asyncio.CancelledError:  # the client disconnected
             telemetry.end(call_record)
             raise
         self._unanswered[request.id] = batch = Batch(
@@ -196,7 +198,7 @@ class Stream:
             on_admitted=self._admitting.release,
             on_answer=lambda: self._forget(request.id),
         )
-        # Not in the task itself: one that is cancelled before its first step runs nothing at all.
+        # Callbacks, because a task that is cancelled before its first step does not run its `finally`.
         running = group.create_task(batch.run(group))
         running.add_done_callback(lambda _: telemetry.end(call_record))
         running.add_done_callback(forget_frames)
@@ -204,7 +206,10 @@ class Stream:
     async def _validate(
         self, received: Received[pb.AttributeStreamRequest], call_record: CallRecord
     ) -> ValidatedRequest | Validate:
-        """Check a batch, or return what will check it once its model is loaded. `Unavailable` once all is given up."""
+        """Validate a batch, or if its model is not loaded return the coroutine function that will validate it.
+
+        Raises `Unavailable` after `give_up`.
+        """
         request = received.message.attribute
         self._check_id(request.id)
         if self._is_given_up:
@@ -228,7 +233,7 @@ class Stream:
         if not id_:
             raise InvalidArgument("id: empty; on a stream it is required, to match the answer")
         if id_ in self._unanswered:
-            raise InvalidArgument(f'id: "{id_}" is of a batch that is not answered yet')
+            raise InvalidArgument(f'id: "{id_}" is used by a batch that is not answered yet')
 
     def _forget(self, id_: str) -> None:
         del self._unanswered[id_]
@@ -246,7 +251,7 @@ class Stream:
         await self._writer.write(response.SerializeToString())
 
     async def _refuse(self, error: SidelightError) -> None:
-        """Answer what is no request that could be matched with its answer."""
+        """Reply to a message that has no usable id."""
         self._handler.telemetry.refuse(CALL, self._context.invocation_metadata, error)
         await self._fail("", error)
 

@@ -1,4 +1,4 @@
-"""A batch of a stream, from its validated message to its written response."""
+"""One batch of a stream: from the validated message to the written response."""
 
 import asyncio
 import contextlib
@@ -21,13 +21,13 @@ _NO_WAIT = contextlib.nullcontext()
 
 
 class Batch:
-    """One batch, and the task that `run` runs in.
+    """One batch of a stream, answered by the task that runs `run`.
 
-    It takes one of its stream's slots, and a permit, and holds both until its answer is written. `on_admitted` is
-    called once it has them or has failed, so that another may wait for them; `on_answer` before the answer is written.
+    It takes one of the stream's slots and a permit, and holds both until its answer is written. `on_admitted` is called
+    once it has both or has failed, so that the next batch can wait for them; `on_answer` before the answer is written.
 
-    One whose model is not loaded yet has a `validate` that waits for it, in place of a validated request. It is
-    admitted as soon as it has a slot: what others of the stream need is there.
+    If the model is not loaded yet, `validated` is a coroutine function that waits for the model and then validates.
+    Such a batch counts as admitted once it has a slot, so that it does not delay the stream's other batches.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Batch:
         on_admitted: Callable[[], None],
         on_answer: Callable[[], None],
     ) -> None:
-        self._inquiry = validated
+        self._validated = validated
         self._handler = handler
         self._writer = writer
         self._slots = slots
@@ -53,11 +53,11 @@ class Batch:
         self._is_admitted = False
         self._has_slot = False
         self._permit: contextlib.ExitStack | None = None
-        self._refusal: SidelightError | None = None  # why it is dropped, if it is
-        self._explaining: asyncio.Task[object] | None = None  # what a cancel ends: this task, or one within it
+        self._refusal: SidelightError | None = None  # the error that the batch was dropped with, if any
+        self._explaining: asyncio.Task[object] | None = None  # what `drop` cancels: this task or its child
 
     async def run(self, group: asyncio.TaskGroup) -> None:
-        """Answer, whatever happens. `StalledError` where the caller does not accept the answer."""
+        """Write the answer or the failure. Raises `StalledError` if the client does not accept it in time."""
         try:
             response = await self._respond(group)
             self._on_answer()
@@ -67,14 +67,14 @@ class Batch:
             self._call_record.cut_off()
             raise
         finally:
-            self._give_back()
+            self._release()
 
     def cancel(self) -> None:
-        """Drop what has not run. The answer is CANCELLED, unless there is another already."""
-        self.drop(Cancelled("the caller took the batch back"))
+        """Drop the rows that have not run and answer CANCELLED, unless the batch is already answered."""
+        self.drop(Cancelled("the caller cancelled the batch"))
 
     def drop(self, error: SidelightError) -> None:
-        """Drop what has not run. The answer is this failure, unless there is another already."""
+        """Drop the rows that have not run and answer with this error, unless the batch is already answered."""
         if not self._refusal:
             self._refusal = error
             if self._explaining:
@@ -84,9 +84,9 @@ class Batch:
         self._explaining = this = asyncio.current_task()
         try:
             try:
-                if self._refusal:  # before this task had begun
+                if self._refusal:  # dropped before this task started
                     raise self._refusal
-                validated = await self._taken()
+                validated = await self._acquire()
             finally:
                 self._admitted()
             return await self._explain(validated, group)
@@ -108,9 +108,9 @@ class Batch:
             self._is_admitted = True
             self._on_admitted()
 
-    async def _taken(self) -> ValidatedRequest:
-        """Take a slot and a permit, within the batch's own time; return the validated request."""
-        validated = self._inquiry
+    async def _acquire(self) -> ValidatedRequest:
+        """Take a slot and a permit within the batch's timeout; return the validated request."""
+        validated = self._validated
         if isinstance(validated, ValidatedRequest):
             await self._take_slot(validated.deadline_s)
         else:
@@ -128,7 +128,7 @@ class Batch:
             raise DeadlineExceeded("timeout: it passed while all slots of the stream were taken") from None
         self._has_slot = True
 
-    def _give_back(self) -> None:
+    def _release(self) -> None:
         if self._permit:
             self._permit.close()
         if self._has_slot:
@@ -154,20 +154,20 @@ class Batch:
             return error
 
     async def _report(self, explaining: _Explaining, validated: ValidatedRequest, progress: Progress) -> None:
-        """Write maps that are not final, the newest each time there is room for one, until they are."""
+        """Write the newest partial maps each time the stream can be written to, until the final ones are ready."""
         while not explaining.done():
             improving = asyncio.ensure_future(progress.improved.wait())
             try:
                 await asyncio.wait([explaining, improving], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 improving.cancel()
-            async with self._writer.turn:  # the newest is taken once it can be written, not before
+            async with self._writer.lock:  # take the newest maps only once they can be written
                 if not explaining.done():
-                    with contextlib.suppress(SidelightError):  # what is wrong with it the final answer will say
+                    with contextlib.suppress(SidelightError):  # the final answer will carry the error
                         partial = await self._handler.reply(await progress.take(), validated)
                         await self._writer.write_now(partial)
 
 
 def failed(id_: str, error: SidelightError) -> bytes:
-    """Return the message that says of one batch why it failed."""
+    """Return the serialized response that carries the failure of one batch."""
     return pb.AttributeStreamResponse(id=id_, failure=responses.failure(error)).SerializeToString()

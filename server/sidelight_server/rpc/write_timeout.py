@@ -1,7 +1,7 @@
-"""The write timeout: cuts off calls whose caller does not accept the response.
+"""The write timeout: cuts off calls whose client does not accept the response.
 
-gRPC's asyncio server has no such thing: a call waits for its caller as long as that likes, and a status that is sent
-then waits behind the answer. It lets go of a call whose tasks are cancelled, and what is let go of is reset.
+gRPC's asyncio server has no such timeout: a write waits for the client without limit, and a status would wait behind
+it. But gRPC drops a call whose tasks are cancelled, and resets the stream of a dropped call.
 """
 
 import asyncio
@@ -13,27 +13,27 @@ Task = asyncio.Task[Any]
 
 
 class WriteTimeout:
-    """The calls of one server that are being ended. The event loop's."""
+    """The write timeout of one server's calls. Used on the event loop only."""
 
     def __init__(self, *, within_s: float) -> None:
-        """Without `within_s`, 0, there is no bound on how long a caller may take to accept an answer."""
+        """`within_s` 0 means no limit on how long a client may take to accept an answer."""
         self._within_s = within_s
         self._makers: weakref.WeakKeyDictionary[Task, weakref.ref[Task]] = weakref.WeakKeyDictionary()
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Take note of which task has made which, on a loop that runs no call yet."""
+        """Record which task creates which, on a loop that does not run a call yet."""
         make: Any = loop.get_task_factory() or _make
 
-        def make_noted(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Task:
+        def make_recorded(loop: asyncio.AbstractEventLoop, coroutine: Any, **options: Any) -> Task:
             task: Task = make(loop, coroutine, **options)
             if maker := asyncio.current_task(loop):
                 self._makers[task] = weakref.ref(maker)
             return task
 
-        loop.set_task_factory(make_noted)
+        loop.set_task_factory(make_recorded)
 
     def expect(self, on_cut_off: Callable[[], None] = lambda: None) -> None:
-        """Cut the current call off unless the answer that it is about to return is accepted in time."""
+        """Start the timeout for the answer that the current call is about to return."""
         if not self._within_s or (call := asyncio.current_task()) is None:
             return
 
@@ -45,9 +45,9 @@ class WriteTimeout:
         call.add_done_callback(lambda _: timer.cancel())
 
     def cut_off(self, call: Task) -> None:
-        """Reset a call, by the task that its handler runs in."""
+        """Reset the call whose handler runs in this task."""
         maker = self._makers.get(call)
-        if maker and (watching := maker()):  # it waits for the caller to go, and would keep the call until then
+        if maker and (watching := maker()):  # gRPC's task that waits for a disconnect; it holds the call
             watching.cancel()
         call.cancel()
 
