@@ -1,4 +1,4 @@
-"""An active request: examples that have not started, examples on the device, and the answer as it fills."""
+"""An active request: its examples that have not started, its example runs, and the partial answer."""
 
 import threading
 import time
@@ -18,15 +18,15 @@ from ..telemetry.call_record import ChunkTimes
 from .example_run import ExampleRun, Result, Row
 from .preparation import Prepared
 
-Told = Callable[[], None]
+Callback = Callable[[], None]
 
 
 class ActiveRequest:
     """A request's example runs and its answer.
 
-    `take` is called by the scheduler; `store_result` and `fail` by the device worker, all on the thread that owns the
-    device; `cancel` and `snapshot` may come from any thread. On that same thread `on_done` is called once, when every
-    example has been answered, and `on_improved`, where it is given, whenever a map that is not final has come.
+    The scheduler calls `take`, the device worker `store_result` and `fail`, all on the thread that owns the device;
+    `cancel` and `snapshot` may be called from any thread. The device's thread calls `on_done` once, when every example
+    has a result or a failure, and `on_improved`, if given, after each partial result.
     """
 
     def __init__(
@@ -35,8 +35,8 @@ class ActiveRequest:
         model: Model,
         prepared: Prepared,
         *,
-        on_done: Told = lambda: None,
-        on_improved: Told | None = None,
+        on_done: Callback = lambda: None,
+        on_improved: Callback | None = None,
         id_: str = "",
         caller: str = "",
         chunks: list[ChunkTimes] | None = None,
@@ -44,38 +44,38 @@ class ActiveRequest:
         self.request = request
         self.model = model
         self.prepared = prepared
-        self.id = id_  # the caller's name for it, for the log
+        self.id = id_  # the client's request id, for the log
         self.caller = caller
-        self.chunks = chunks  # where it is told which chunks its rows were in; None: nobody wants to know
-        self.n_taken = 0  # rows that were taken to the device
-        self.n_running = 0  # rows that were taken and not given back, under the device worker's lock
-        self.cancelled_s: float | None = None  # None also where all was answered before
+        self.chunks = chunks  # the chunks that its rows ran in are appended here; None: not recorded
+        self.n_taken = 0  # rows that were sent to the device
+        self.n_running = 0  # rows in flight; guarded by the device worker's lock
+        self.cancelled_s: float | None = None  # None also if it was cancelled after its last example
         self.started_s: float | None = None  # when the first row was taken
         self.ended_s = time.monotonic()
         self._on_done = on_done
         self._on_improved = on_improved
         self._is_cancelled = False
-        self._lock = threading.Lock()  # over the answer as it fills
+        self._lock = threading.Lock()  # guards the fields of the answer, below
         self._explanations: list[Explanation | None] = [None] * len(prepared.examples)
         self._failures: list[ExampleFailure] = []
         self._maps: NDArray[np.float32 | np.float64] | None = None
         self._dtype = model.staged_dtype if request.exact else np.dtype(np.float32)
         self._probabilities: NDArray[np.float32] | None = None
-        self._open: list[ExampleRun] = []  # those whose method has begun and not ended
-        self._to_come: deque[int] = deque()
-        for place, each in enumerate(prepared.examples):
+        self._open: list[ExampleRun] = []  # started and not ended
+        self._not_started: deque[int] = deque()  # indices of examples
+        for index, each in enumerate(prepared.examples):
             if isinstance(each, SidelightError):
-                self._failures.append(ExampleFailure(place, each.code, each.message))
+                self._failures.append(ExampleFailure(index, each.code, each.message))
             else:
-                self._to_come.append(place)
-        self._n_unanswered = len(self._to_come)
+                self._not_started.append(index)
+        self._n_unanswered = len(self._not_started)
         self._identity: Identity | None = None
 
     @property
     def key(self) -> Hashable:
-        """What rows must share to run in one chunk: model version, shape, head, whether a gradient is wanted, where.
+        """What rows must share to run in one chunk: model version, shape, head, and the probe if a gradient is taken.
 
-        The type is the model's own: pixels and floats are the same once they are staged.
+        The input type is not part of it: staging converts pixels and floats to the model's own type.
         """
         gradient = self._next().wants_gradient
         probe = self.request.method.probe if gradient else None
@@ -84,39 +84,39 @@ class ActiveRequest:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the rows that have not run are to be dropped."""
+        """Whether the rows that have not run will be dropped."""
         return self._is_cancelled
 
     @property
     def pending(self) -> int:
-        """How many rows can be taken now."""
-        return len(self._to_come) + sum(example_run.pending for example_run in self._open)
+        """Number of rows that can be taken now."""
+        return len(self._not_started) + sum(example_run.pending for example_run in self._open)
 
     @property
-    def most_at_once(self) -> int:
-        """How many rows a chunk that begins with the next one takes."""
+    def max_chunk_rows(self) -> int:
+        """The largest number of rows of a chunk that begins with this request's next row."""
         return self.model.rows_at_once(self.prepared.shape)
 
     @property
-    def most_rows(self) -> int:
-        """How many rows the request takes at most."""
+    def max_rows(self) -> int:
+        """Upper bound of the rows that the request takes."""
         rows, top_k = self.request.method.rows(self.prepared.shape), self.prepared.top_k
-        # Which classes are explained is found by one look more.
+        # One more row per example finds the classes to explain.
         return len(self.prepared.examples) * (1 + top_k * rows if top_k else rows)
 
     @property
     def is_done(self) -> bool:
-        """Whether every example has been answered."""
+        """Whether every example has a result or a failure."""
         return not self._n_unanswered
 
     def cancel(self) -> None:
-        """Drop the rows that have not run. There will be no answer, unless there is one already."""
+        """Drop the rows that have not run. `on_done` is not called unless the request is already done."""
         if not self.is_done and self.cancelled_s is None:
             self.cancelled_s = time.monotonic()
         self._is_cancelled = True
 
     def take(self) -> "tuple[ActiveRequest, Row]":
-        """Give the next row away: of the first example that has one, so that few are open at a time."""
+        """Return the next row, from the first example run that has one, so that few examples are open at a time."""
         if self.started_s is None:
             self.started_s = time.monotonic()
         self.n_running += 1
@@ -125,15 +125,15 @@ class ActiveRequest:
 
     @property
     def identity(self) -> Identity:
-        """What has computed the answer so far: empty where the weights were written to between its rows."""
+        """Identity of the model that computed the answer so far; empty if its weights changed between two chunks."""
         return self._identity or Identity(self.model.digest, self.model.canary)
 
-    def is_computed_by(self, identity: Identity) -> None:
-        """Take note of what has computed some rows."""
+    def add_identity(self, identity: Identity) -> None:
+        """Record the identity of the model that computed some of its rows."""
         self._identity = identity if self._identity in (None, identity) else Identity()
 
     def store_result(self, example_run: ExampleRun, maps: Array, result: Result, probabilities: Array | None) -> None:
-        """Take an example run's newest result in: maps, [k, …], and probabilities, [K], on the host."""
+        """Store an example run's newest result: maps, [k, …], and probabilities, [K], on the host."""
         explanation = Explanation(
             result.predicted,
             result.probability,
@@ -143,30 +143,30 @@ class ActiveRequest:
         )
         with self._lock:
             taken = maps if self.prepared.top_k else maps[0]
-            if len(self._explanations) == 1 and result.is_final:  # all of the answer, and nobody writes to it again
+            if len(self._explanations) == 1 and result.is_final:  # it is the whole answer and final, so no copy
                 self._maps = taken[None].astype(self._dtype, copy=False)
             else:
-                self._reserve()[example_run.place] = taken
-            self._explanations[example_run.place] = explanation
+                self._reserve()[example_run.index] = taken
+            self._explanations[example_run.index] = explanation
             if probabilities is not None:
                 if self._probabilities is None:
                     shape = (len(self._explanations), len(probabilities))
                     self._probabilities = np.full(shape, np.nan, np.float32)
-                self._probabilities[example_run.place] = probabilities
+                self._probabilities[example_run.index] = probabilities
         if result.is_final:
             self._end(example_run)
         elif self._on_improved:
             self._on_improved()
 
     def fail(self, example_run: ExampleRun, error: SidelightError) -> None:
-        """Answer an example with a failure. One that has been answered is passed over."""
+        """Record the failure of an example. Does nothing if the example already has a result or a failure."""
         if example_run not in self._open:
             return
         with self._lock:
-            self._failures.append(ExampleFailure(example_run.place, error.code, error.message))
-            self._explanations[example_run.place] = None
-            if self._maps is not None:  # memory may be what lacks, so this takes none
-                self._maps[example_run.place] = np.nan
+            self._failures.append(ExampleFailure(example_run.index, error.code, error.message))
+            self._explanations[example_run.index] = None
+            if self._maps is not None:  # allocates nothing: the failure may be a lack of memory
+                self._maps[example_run.index] = np.nan
         self._end(example_run)
 
     def snapshot(self) -> dict[str, Any]:
@@ -184,27 +184,27 @@ class ActiveRequest:
             }
 
     def release(self) -> None:
-        """Let go of what the device holds for this. Called once none of its rows runs."""
-        self._to_come.clear()
+        """Free the request's memory on the device. Call it only while none of its rows is in flight."""
+        self._not_started.clear()
         for example_run in self._open:
             example_run.close()
         self._open.clear()
 
     def _next(self) -> ExampleRun:
-        """Return the example run that has the next row."""
+        """Return the example run that has the next row, starting one if none has."""
         for example_run in self._open:
             if example_run.pending:
                 return example_run
-        place = self._to_come.popleft()
+        index = self._not_started.popleft()
         example_run = ExampleRun(
-            self.request, self.model, self.prepared, place, is_watched=self._on_improved is not None
+            self.request, self.model, self.prepared, index, is_watched=self._on_improved is not None
         )
         self._open.append(example_run)
         return example_run
 
     def _reserve(self) -> NDArray[np.float32 | np.float64]:
-        """Return the maps. Those of examples that have failed are NaN; what is still to come is anything."""
-        if self._maps is None:  # not before the first came: a request that waits holds no memory for its answer
+        """Return the array of the maps: NaN for failed examples, uninitialized for those without a result."""
+        if self._maps is None:  # allocated with the first result: a waiting request holds no memory for its answer
             self._maps = np.empty(self.prepared.maps_shape, self._dtype)
             self._maps[[failure.example for failure in self._failures]] = np.nan
         return self._maps

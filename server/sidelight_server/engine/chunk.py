@@ -1,4 +1,4 @@
-"""A chunk: rows that run together. It is launched, and read once the device has finished it."""
+"""A chunk: rows that run together in one pass. The constructor launches it; `read` waits for its output."""
 
 import time
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from .example_run import Result, Row
 
 
 class Chunk:
-    """Rows of one key at the device. Raises whatever the model raises, here or in `read`."""
+    """Rows of one key, launched on the device. The constructor and `read` raise whatever the model raises."""
 
     def __init__(self, rows: Sequence[tuple[ActiveRequest, Row]], staging: Staging) -> None:
         self.began_s = time.monotonic()
@@ -32,7 +32,9 @@ class Chunk:
         model.find_out(self._inputs)
         model.check_memory(self._inputs)
         if model.is_batch_dependent and len(rows) > model.chunk_rows:
-            raise Internal("rows touch each other")  # as these showed: they are split until each is alone
+            raise Internal(
+                "rows depend on each other"
+            )  # found by `find_out`; the worker splits the chunk until each is alone
         self._answer = model.kernel.run(
             self._inputs,
             [row.example_run.resolved for _, row in rows] + [PREDICTED] * padding,
@@ -43,7 +45,7 @@ class Chunk:
         )
         model.learn_output(self._answer.output_shape)
         self._facts = staging.leave(_facts(self._answer))
-        # All at once, and on their way while the device computes the next chunk: a map at a time would do neither.
+        # All maps at once, copied while the device computes the next chunk.
         self._mapped = [_is_largest_absolute(active) for active, _ in rows]
         gradients = self._answer.gradients
         self._maps = None
@@ -52,11 +54,11 @@ class Chunk:
 
     @property
     def identity(self) -> Identity:
-        """What has computed it, once it is read."""
+        """Identity of the model that computed the chunk. Valid after `read`."""
         return self._identity if self._model.is_identified else Identity()
 
     def read(self) -> list[RowOutput]:
-        """Return what each row gave."""
+        """Wait for the device and return the output of each row."""
         answer, rows = self._answer, range(len(self._mapped))
         maps = self._maps.wait() if self._maps else None
         predicted, explained, scores, probable, is_dead = self._facts.wait().tolist()
@@ -84,25 +86,25 @@ def _is_largest_absolute(active: ActiveRequest) -> bool:
 
 
 def _inputs(rows: Sequence[Row], active: ActiveRequest, staging: Staging, *, padding: int) -> Tensor:
-    """Return the points of a chunk, [n, C, H, W]: examples staged together, all others built where they lie.
+    """Return the points of a chunk, [n, C, H, W]: examples are staged together, other points built on the device.
 
-    Always fresh memory from its first byte on: a view may be aligned otherwise, and choose other vector instructions.
+    Always newly allocated: a view may have another alignment, and so other vector instructions and other last bits.
     """
     model = active.model
     staged: dict[np.dtype[np.generic], list[int]] = {}
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         if row.sweep.point is None:
-            staged.setdefault(row.example_run.example.dtype, []).append(place)
+            staged.setdefault(row.example_run.example.dtype, []).append(index)
     if len(staged) == 1 and len(next(iter(staged.values()))) == len(rows) and not padding:
         return _staged(rows, model, staging)
     shape = (len(rows) + padding, *active.prepared.shape)
     inputs = torch.empty(shape, dtype=model.kernel.dtype, device=model.kernel.device)
     inputs[len(rows) :] = 0
-    for places in staged.values():
-        inputs[places] = _staged([rows[place] for place in places], model, staging)
-    for place, row in enumerate(rows):
+    for indices in staged.values():
+        inputs[indices] = _staged([rows[index] for index in indices], model, staging)
+    for index, row in enumerate(rows):
         if row.sweep.point is not None:
-            inputs[place] = row.sweep.point(row.index)
+            inputs[index] = row.sweep.point(row.index)
     return inputs
 
 
@@ -112,7 +114,7 @@ def _staged(rows: Sequence[Row], model: Model, staging: Staging) -> Tensor:
 
 
 def _facts(answer: KernelOutput) -> Tensor:
-    """Return what the host must know of each row, [5, n]: one small tensor crosses the bus instead of five."""
+    """Return the scalars of each row that the host needs, [5, n], as one tensor: one copy to the host, not five."""
     probability = answer.probabilities.gather(1, answer.predicted[:, None])[:, 0]  # [n]
     wide = torch.float64 if answer.scores.dtype == torch.float64 else torch.float32  # holds every class number exactly
     facts = answer.predicted, answer.explained, answer.scores, probability, answer.is_dead
@@ -120,20 +122,20 @@ def _facts(answer: KernelOutput) -> Tensor:
 
 
 def to_host(results: Sequence[Result], staging: Staging) -> list[Array]:
-    """Return each result's maps, [k, …], on the host. Those of one shape that are not there cross the bus together."""
+    """Return each result's maps, [k, …], on the host. Maps of the same shape on the device are copied together."""
     alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     maps: list[Array] = [np.empty(0)] * len(results)
-    for place, result in enumerate(results):
+    for index, result in enumerate(results):
         first, *others = result.maps
         wide = first.dtype if result.is_exact else torch.float32
         if first.device.type == "cpu" and not others:
-            maps[place] = first[None].to(wide).detach().numpy()
+            maps[index] = first[None].to(wide).detach().numpy()
         else:
-            alike.setdefault((first.shape, wide), []).append(place)
-    for (_, wide), places in alike.items():
-        stacked = torch.stack([map_ for place in places for map_ in results[place].maps])
+            alike.setdefault((first.shape, wide), []).append(index)
+    for (_, wide), indices in alike.items():
+        stacked = torch.stack([map_ for index in indices for map_ in results[index].maps])
         host = staging.to_host(stacked.to(wide))
-        for place in places:
-            n = len(results[place].maps)
-            maps[place], host = host[:n], host[n:]
+        for index in indices:
+            n = len(results[index].maps)
+            maps[index], host = host[:n], host[n:]
     return maps

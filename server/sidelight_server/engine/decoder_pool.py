@@ -1,8 +1,8 @@
-"""The decoder pool: processes that decode files, with bounded time and memory. One ends with its call.
+"""The decoder pool: worker processes that decode image files, with limits on time and memory.
 
-A thread cannot be ended, and a file may keep its decoder busy for minutes or break it. The workers are plain commands
-behind a socket each. The pools of multiprocessing, and pebble, which stands on it, would import the caller's `__main__`
-again in every worker (spawn, forkserver), or copy a process that has threads and perhaps CUDA (fork).
+Processes, because a file may keep a decoder busy for minutes or crash it, and a thread cannot be killed. Each worker is
+a plain command with a socket. `multiprocessing` (and pebble, which is built on it) would import the caller's `__main__`
+again in every worker (spawn, forkserver), or fork a process that has threads and perhaps CUDA.
 """
 
 import asyncio
@@ -40,17 +40,17 @@ from ..telemetry.logs import Event, Throttle
 
 Fitted = tuple[Array, Geometry | None] | SidelightError
 
-WALL_TIMES = 10  # seconds that decoding may take for each second of CPU time that it may take
-START_S = 60.0  # that a worker may take until it is ready: 0.2 s on a machine that is not busy
-# That a decoder may go on after its call was cancelled: most are done by then, and a new worker takes longer.
+WALL_TIMES = 10  # limit of wall time, as a multiple of the limit of CPU time (max_decode_s)
+START_S = 60.0  # limit for a worker's start, which takes 0.2 s on an idle machine
+# Time that a worker has to finish after its call was cancelled: most do, and a new worker takes longer to start.
 GRACE_S = 0.05
-END_S = 1.0  # that a worker may take to end by itself
+END_S = 1.0  # time that a worker has to exit by itself before it is killed
 
 _BOOT = "import sys; sys.path[:] = sys.argv[1:]; from sidelight_server.inputs.decode_worker import main; main()"
 _PARENT = str(Path(__file__).parent.parent.parent)
 _FAILURES = {each.code: each for each in (InvalidArgument, FailedPrecondition, ResourceExhausted)}
-# One thread, and one arena: what is reserved for more counts as memory. What is freed goes back at once; with pages of
-# the usual size fresh memory would cost a picture of 12 megapixels half as much time again.
+# One thread and one malloc arena, because reserved address space counts toward the memory limit. Freed memory returns
+# to the system at once; huge pages make up for it: without them an image of 12 megapixels takes half as long again.
 _ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_THRESHOLD_": str(4 << 20), "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
@@ -60,52 +60,52 @@ _ENVIRONMENT = {
 
 
 class DecoderPool:
-    """A pool of `size` workers at most, each begun when there is a file for it and kept. `close` ends them all.
+    """A pool of up to `size` workers, each started when there is a file for it and then reused. `close` ends them.
 
-    Callers take turns, file by file, and a caller's requests among themselves: whoever brings many large files keeps
-    nobody out for longer than the bound of one.
+    Files are decoded round-robin by caller, those of one caller in order. So a caller that sends many large files
+    delays others by no more than the limit of one file.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._faults = Throttle()
-        self._turns = _Turns()
-        self._threads = ThreadPoolExecutor(size, thread_name_prefix="sidelight-decode")  # each waits for one worker
-        self._lock = threading.Lock()  # over what follows
+        self._queue = _Queue()
+        self._threads = ThreadPoolExecutor(size, thread_name_prefix="sidelight-decode")  # one thread per worker
+        self._lock = threading.Lock()  # guards the fields below
         self._is_closed = False
         self._idle: list[Worker] = []
         self._all: set[Worker] = set()
         self._ended = weakref.finalize(self, _end_all, self._all)
 
     def start(self) -> None:
-        """Begin all workers, without waiting until they are ready."""
+        """Start all workers, without waiting until they are ready."""
         with self._lock:
             missing = 0 if self._is_closed else self._size - len(self._all)
-        with contextlib.suppress(OSError):  # the first file tells
-            for worker in [self._begin() for _ in range(missing)]:
-                self._give_back(worker)
+        with contextlib.suppress(OSError):  # decoding the first file will report it
+            for worker in [self._start() for _ in range(missing)]:
+                self._return(worker)
 
     async def fit(self, files: Sequence[bytes], order: Order, caller: str = "") -> list[Fitted]:
-        """Return each file's pixels in the model's input size, or what is wrong with it.
+        """Return each file's pixels in the model's input size, or its error.
 
-        What is left of it ends when this is cancelled. `Unavailable` once closed.
+        Cancelling this ends the decoding of the remaining files. Raises `Unavailable` once the pool is closed.
         """
         fitted: list[Fitted] = [Unavailable("the server is shutting down")] * len(files)
-        places = iter(range(len(files)))
+        indices = iter(range(len(files)))  # shared by the tasks
 
-        async def lane() -> None:
-            for place in places:
-                fitted[place] = await self._fit(files[place], order, caller)
+        async def fit_next() -> None:
+            for index in indices:
+                fitted[index] = await self._fit(files[index], order, caller)
 
-        async with asyncio.TaskGroup() as lanes:
+        async with asyncio.TaskGroup() as tasks:
             for _ in range(min(self._size, len(files))):
-                lanes.create_task(lane())
+                tasks.create_task(fit_next())
         if self._is_closed:
             raise Unavailable("the server is shutting down")
         return fitted
 
     def close(self) -> None:
-        """End all workers, and with them what waits for one."""
+        """Kill all workers; files that are waiting or being decoded fail."""
         with self._lock:
             self._is_closed = True
             workers = list(self._all)
@@ -118,13 +118,13 @@ class DecoderPool:
     async def _fit(self, file: bytes, order: Order, caller: str) -> Fitted:
         call = _Call(file)
         try:
-            fitted = self._turns.add(caller, lambda: self._run(call, order))
-            self._threads.submit(self._turns.run_next)
+            fitted = self._queue.add(caller, lambda: self._run(call, order))
+            self._threads.submit(self._queue.run_next)
             return await asyncio.wrap_future(fitted)
         except asyncio.CancelledError:
             asyncio.get_running_loop().call_later(GRACE_S, call.kill)
             raise
-        except RuntimeError:  # the pool takes nothing more
+        except RuntimeError:  # the thread pool is shut down
             if not self._is_closed:
                 raise
             return Unavailable("the server is shutting down")
@@ -134,15 +134,15 @@ class DecoderPool:
     def _run(self, call: "_Call", order: Order) -> Fitted:
         file = call.file
         if self._is_closed or file is None:
-            return Cancelled("the caller has gone")
+            return Cancelled("the client has disconnected")
         try:
             worker = self._take()
         except OSError as error:
             self._faults.log(logging.ERROR, Event("decoder_not_started"), error)
             return ResourceExhausted("image file: the server could not start a process that decodes it; send it later")
         with call.of(worker):
-            fitted = Cancelled("the caller has gone") if call.file is None else worker.fit(file, order)
-        self._give_back(worker)
+            fitted = Cancelled("the client has disconnected") if call.file is None else worker.fit(file, order)
+        self._return(worker)
         return fitted
 
     def _take(self) -> "Worker":
@@ -153,9 +153,9 @@ class DecoderPool:
                     return worker
                 self._all.discard(worker)
                 worker.end()
-        return self._begin()
+        return self._start()
 
-    def _begin(self) -> "Worker":
+    def _start(self) -> "Worker":
         worker = Worker(self._faults)
         with self._lock:
             self._all.add(worker)
@@ -163,7 +163,7 @@ class DecoderPool:
                 worker.kill()
         return worker
 
-    def _give_back(self, worker: "Worker") -> None:
+    def _return(self, worker: "Worker") -> None:
         with self._lock:
             if worker.is_alive and not self._is_closed:
                 self._idle.append(worker)
@@ -174,35 +174,35 @@ class DecoderPool:
 
 
 class Worker:
-    """A process that decodes one file at a time, and the server's end of its socket."""
+    """A worker process that decodes one file at a time, and the server's end of its socket."""
 
     def __init__(self, faults: Throttle) -> None:
-        self._faults = faults  # the log's
+        self._faults = faults
         self._socket, theirs = socket.socketpair()
         self._is_ready = self._has_ended = False
         with theirs:
             paths = [*map(str, sys.path), _PARENT]
-            self.process: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603  (nothing of a caller's is in it)
-                # Without `site`, whose hooks may import anything: the modules are found where this process finds them.
+            self.process: subprocess.Popen[bytes] = subprocess.Popen(  # noqa: S603  (no input of a caller)
+                # -S: the hooks of `site` may import anything. The worker uses this process's `sys.path` instead.
                 [sys.executable, "-S", "-W", "ignore", "-c", _BOOT, *paths],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env=os.environ | _ENVIRONMENT,
-                start_new_session=True,  # Ctrl-C is for the server
+                start_new_session=True,  # Ctrl-C reaches the server only
             )
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can be asked for another file."""
+        """Whether the worker can decode another file."""
         return not self._has_ended and self.process.poll() is None
 
     def kill(self) -> None:
-        """End it at once. It is `end` that waits for that."""
+        """Kill the process without waiting; `end` waits."""
         self._has_ended = True
         self.process.kill()
 
     def end(self) -> int:
-        """Wait for its end, which is brought about where it does not come by itself. Returns its exit status."""
+        """Wait for the process to exit, killing it after `END_S`; return its exit status."""
         self._has_ended = True
         self._socket.close()
         try:
@@ -212,7 +212,7 @@ class Worker:
             return self.process.wait()
 
     def fit(self, file: bytes, order: Order) -> Fitted:
-        """Return a file's pixels, uint8 [H, W, C] of the model's input size, or what is wrong with it."""
+        """Return a file's pixels, uint8 [H, W, C] of the model's input size, or its error."""
         wall_s = WALL_TIMES * order.max_s
         try:
             self._wait_until_ready()
@@ -228,7 +228,7 @@ class Worker:
                 f"image file: decoding did not end within {wall_s:g} s ({WALL_TIMES} times max_decode_s); the server "
                 "is busy, send it later"
             )
-        except (OSError, EOFError):  # it has ended, or was ended
+        except (OSError, EOFError):  # the process has exited or was killed
             return self._why(order)
         except SidelightError as error:
             return error
@@ -241,7 +241,7 @@ class Worker:
             self._is_ready = True
 
     def _reply(self, order: Order, until_s: float) -> Fitted:
-        """Read the reply. Nothing of it is believed: the file may have made something else of the worker."""
+        """Read and validate the reply. It is not trusted: a malicious file may have taken over the worker."""
         status, is_last, height, width, n_bytes = REPLY.unpack(self._receive(REPLY.size, until_s))
         preprocessing = order.preprocessing
         shape = preprocessing.height, preprocessing.width, preprocessing.channels
@@ -271,7 +271,7 @@ class Worker:
 
     def _why(self, order: Order) -> SidelightError:
         if self._has_ended:
-            return Cancelled("the caller has gone")
+            return Cancelled("the client has disconnected")
         status = self.end()
         if status == -signal.SIGPROF:
             return InvalidArgument(f"image file: decoding took more than {order.max_s:g} s of CPU time (max_decode_s)")
@@ -284,10 +284,10 @@ class Worker:
 
 
 class _Call:
-    """One file on its way, and which worker has it."""
+    """A file that waits or is being decoded, and the worker that decodes it."""
 
     def __init__(self, file: bytes) -> None:
-        self.file: bytes | None = file  # None: nobody waits for it
+        self.file: bytes | None = file  # None: no longer needed
         self._lock = threading.Lock()
         self._worker: Worker | None = None
 
@@ -300,7 +300,7 @@ class _Call:
             self._worker = None
 
     def end(self) -> None:
-        """Let go of the file, which may wait for its turn still."""
+        """Drop the file, which may still be queued."""
         self.file = None
 
     def kill(self) -> None:
@@ -309,12 +309,13 @@ class _Call:
                 self._worker.kill()
 
 
-class _Turns:
-    """Files that wait, each as the function that decodes it: in turn by caller, those of a caller in their order."""
+class _Queue:
+    """Queue of decoding functions, round-robin by caller; those of one caller in order."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._callers: dict[str, deque[tuple[Future[Fitted], Callable[[], Fitted]]]] = {}  # in turn; none is empty
+        # In round-robin order; no deque is empty.
+        self._callers: dict[str, deque[tuple[Future[Fitted], Callable[[], Fitted]]]] = {}
 
     def add(self, caller: str, decode: Callable[[], Fitted]) -> "Future[Fitted]":
         future: Future[Fitted] = Future()
@@ -323,7 +324,7 @@ class _Turns:
         return future
 
     def run_next(self) -> None:
-        """Decode one file. Called once for each that was added."""
+        """Decode the next file. Called once for each that was added."""
         with self._lock:
             caller, waiting = next(iter(self._callers.items()))
             del self._callers[caller]
@@ -339,12 +340,12 @@ class _Turns:
 
 
 def _status(status: int) -> str:
-    """Return a process's exit status in words."""
+    """Return a process's exit status as text: the signal's name or the number."""
     return signal.Signals(-status).name if status < 0 else str(status)
 
 
 def _end_all(workers: set[Worker]) -> None:
-    """End workers whose pool has gone."""
+    """Kill the workers of a pool that was closed or collected."""
     for worker in workers:
         worker.kill()
     for worker in workers:

@@ -10,15 +10,15 @@ import torch
 from .active_request import ActiveRequest
 from .device_worker import DeviceWorker
 
-REST = 3.0  # of each task's own time, beside running requests: so those keep three quarters of the device
+REST = 3.0  # pause after a background task, as a multiple of its time: requests keep three quarters of the device
 
 _Value = TypeVar("_Value")
 
 
 class Device:
-    """A device that answers requests, with its own thread and its own replicas of all models.
+    """A device that runs requests, with its own worker thread and its own replicas of all models.
 
-    `on_end` is told when the thread has ended, for whatever reason. What is counted here is the event loop's.
+    `on_end` is called when the thread has ended, for whatever reason. `n_rows` is changed on the event loop only.
     """
 
     def __init__(
@@ -33,17 +33,17 @@ class Device:
         self.torch_device = device
         self.index = index
         self.worker = DeviceWorker(device, threads=threads, stuck_s=stuck_s, on_end=lambda: on_end(self))
-        self.n_rows = 0  # that the requests here may take, at most
+        self.n_rows = 0  # upper bound of the rows of the requests on this device
 
     @property
     def moves(self) -> bool:
-        """Whether requests here can expect an answer: the thread runs, and is not stuck."""
+        """Whether the worker thread runs and is not stuck."""
         return self.worker.is_alive and not self.worker.heartbeat.is_stuck
 
     @contextlib.contextmanager
     def holds(self, active: ActiveRequest) -> Iterator[None]:
-        """Submit a request; when the context ends, drop what it has not run. `Unavailable` unless the worker runs."""
-        n_rows = active.most_rows
+        """Submit a request; on exit, drop its rows that have not run. Raises `Unavailable` if the worker has ended."""
+        n_rows = active.max_rows
         self.n_rows += n_rows
         try:
             self.worker.submit(active)
@@ -53,9 +53,10 @@ class Device:
             self.n_rows -= n_rows
 
     def in_turn(self, task: Callable[[], _Value]) -> _Value:
-        """Run a function on the thread that owns the device, between two chunks, and wait for it.
+        """Run a function on the device's thread, between two chunks, and wait for its result.
 
-        For a thread that has much to run: while requests are answered, it is held back. `Unavailable` as for `submit`.
+        For background threads: while requests are active, it then sleeps for `REST` times the task's duration. Raises
+        `Unavailable` as `submit` does.
         """
 
         def timed() -> tuple[_Value, float]:
@@ -69,5 +70,5 @@ class Device:
 
 
 def least_busy(devices: Sequence[Device]) -> Device:
-    """Return the device whose requests may take the fewest rows, of those that move; else one whose thread runs."""
+    """Return the responsive device with the fewest rows; if all are stuck, one whose thread is alive."""
     return min(devices, key=lambda device: (not device.moves, not device.worker.is_alive, device.n_rows))

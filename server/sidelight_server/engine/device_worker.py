@@ -1,4 +1,4 @@
-"""The device worker: the one thread that owns a device. It takes chunks, runs them, and hands results back."""
+"""The device worker: the one thread that owns a device. It takes chunks, runs them and returns the results."""
 
 import logging
 import threading
@@ -35,25 +35,25 @@ from .scheduler import Ring
 
 log = logging.getLogger("sidelight")
 
-CHUNK_ROWS = tuple(2**power for power in range(13))  # bounds of a histogram
+CHUNK_ROWS = tuple(2**power for power in range(13))  # bounds of the histogram of chunk sizes
 
 Taken = tuple[ActiveRequest, Row]
-_Flight = tuple[list[Taken], Chunk | SidelightError]
+_InFlight = tuple[list[Taken], Chunk | SidelightError]
 _Value = TypeVar("_Value")
 
 
 class DeviceLostError(Exception):
-    """The device does nothing more for this process, as CUDA has it after an illegal access to memory."""
+    """The device is unusable for this process, as a CUDA device is after an illegal memory access."""
 
 
 class DeviceWorker:
-    """The owner of a device, of its ring and of its staging.
+    """The worker thread of a device; owns the device's ring and staging buffers.
 
-    At most `depth` chunks are at the device. A failing chunk is split until the bad example is alone, and only that one
-    fails. A chunk that does not fit into the device's memory is halved, and no larger one is tried for a while: see
-    `RowLimit`. One that is filled up to a number of rows, for the same bytes beside any neighbors, fails. After an
-    error that is not foreseen the device is checked, by `check`; if it fails, the device is lost, and the thread ends.
-    `on_end` is called when the thread has ended, for whatever reason: what is unanswered then will stay so.
+    At most `depth` chunks are in flight. A failing chunk is split until the bad example is alone, and only that example
+    fails. A chunk that does not fit into device memory is halved, and larger ones are not tried for a while (see
+    `RowLimit`); a chunk padded to `reproducible_rows` cannot be halved and fails. After an unexpected error the worker
+    calls `check`; if that fails too, the device is lost and the thread ends. `on_end` is called when the thread has
+    ended, for whatever reason: requests that are unanswered then get no answer from it.
     """
 
     def __init__(
@@ -67,30 +67,30 @@ class DeviceWorker:
         check: Callable[[torch.device], None] = check_works,
     ) -> None:
         self.check = check
-        # Why the device is lost, if it is. Its traceback keeps the tensors of the failed pass alive: to give memory
-        # back to a device in that state may abort the process.
+        # Set once the device is lost. Its traceback keeps the failed pass's tensors alive on purpose: freeing memory
+        # on a lost device may abort the process.
         self.loss: DeviceLostError | None = None
         self._device = device
         self._threads = threads
-        # A GPU computes one chunk while the host reads the one before; a CPU would only have taken its rows too early.
+        # A GPU computes one chunk while the host reads the previous one. On a CPU that would only take rows too early.
         self._depth = depth or (2 if device.type == "cuda" else 1)
         self._on_end = on_end
         self._staging = Staging(device)
         self._ring: Ring[Taken] = Ring()
         self._tasks: deque[tuple[Callable[[], None], Future[Any]]] = deque()
-        self._flying: deque[_Flight] = deque()
+        self._in_flight: deque[_InFlight] = deque()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"sidelight-{device}", daemon=True)
         self.stops = CancellationLatency()
         self.chunk_rows = Histogram(CHUNK_ROWS)
-        self.n_out_of_memory = 0  # chunks
+        self.n_out_of_memory = 0  # chunks that ran out of device memory
         self.heartbeat = Heartbeat(stuck_s=stuck_s)
-        self._faults = Throttle()  # of models: each example of a batch may have one
-        self.tells_causes = False  # of what a model raised, to callers: else the log alone has them
+        self._faults = Throttle()  # throttles log lines: each example of a batch may fail
+        self.exposes_causes = False  # whether a caller gets the model's exception, or only the log
 
     def start(self) -> None:
-        """Begin to run chunks."""
+        """Start the thread."""
         self._thread.start()
 
     @property
@@ -99,14 +99,14 @@ class DeviceWorker:
         return not self._closed and self._thread.is_alive()
 
     def submit(self, active: ActiveRequest) -> None:
-        """Let a request join the ring. `Unavailable` unless the worker runs."""
+        """Add a request to the ring. Raises `Unavailable` if the worker has ended."""
         with self._changed:
-            self._refuse_if_ended()
+            self._check_alive()
             self._ring.add(active)
             self._changed.notify()
 
     def withdraw(self, active: ActiveRequest) -> None:
-        """Drop what a request has not run, and let go of what it holds once its rows are off the device."""
+        """Drop a request's rows that have not run; free its memory once none of its rows is in flight."""
         active.cancel()
         with self._changed:
             self._ring.remove(active)
@@ -114,10 +114,10 @@ class DeviceWorker:
                 active.release()
 
     def call(self, task: Callable[[], _Value]) -> "Future[_Value]":
-        """Run a function on the thread that owns the device, between two chunks. `Unavailable` as for `submit`.
+        """Run a function on the device's thread, between two chunks. Raises `Unavailable` as `submit` does.
 
-        It waits for the chunks that are at the device, and no other is begun before it. A future that is cancelled
-        before its turn does not run.
+        It runs once the chunks in flight have completed and before any other chunk. A future that is cancelled before
+        that does not run.
         """
         future: Future[_Value] = Future()
 
@@ -131,13 +131,13 @@ class DeviceWorker:
                 self._check_device(error)
 
         with self._changed:
-            self._refuse_if_ended()
+            self._check_alive()
             self._tasks.append((run, future))
             self._changed.notify()
         return future
 
     def close(self, within_s: float | None = None) -> bool:
-        """End after the running chunk; False where that has not ended in time. Rows that have not run never will."""
+        """Stop after the running chunk. Return False if the thread has not ended within `within_s` seconds."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -145,20 +145,20 @@ class DeviceWorker:
             self._thread.join(within_s)
         return not self._thread.is_alive()
 
-    def _refuse_if_ended(self) -> None:
+    def _check_alive(self) -> None:
         if not self.is_alive:
             raise self.unavailable("the server is not running, or is shutting down")
 
     def unavailable(self, otherwise: str) -> Unavailable:
-        """Return what to tell a caller once the thread has ended: that the device is lost, or something else."""
+        """Return the error for requests after the thread has ended: a lost device, else `otherwise`."""
         return Unavailable(f"the server's device {self._device} has failed" if self.loss else otherwise)
 
     def _run(self) -> None:
-        # OpenMP keeps the number for each thread, but torch hands it on to threads that begin later: only if need be.
+        # OpenMP keeps this number per thread, but torch also applies it to later threads: set it only if it differs.
         if torch.get_num_threads() != self._threads:
             torch.set_num_threads(self._threads)
         if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # for tensors that a model's own code makes on "cuda"
+            torch.cuda.set_device(self._device)  # for tensors that a model's code creates on "cuda"
         try:
             while self._step():
                 pass
@@ -166,47 +166,47 @@ class DeviceWorker:
             self.loss = lost
             log.critical(Event("device_lost", device=self._device, message=str(lost)), exc_info=lost.__cause__)
         finally:
-            self.heartbeat.rest(counts=False)  # it has ended, and is not stuck
+            self.heartbeat.rest(counts=False)  # an ended thread is not a stuck one
             with self._changed:
                 self._closed = True
-            for _, future in self._tasks:  # whoever waits for one would wait for ever
+            for _, future in self._tasks:  # otherwise their waiters would wait forever
                 if future.set_running_or_notify_cancel():
                     future.set_exception(self.unavailable("the server is shutting down"))
             self._on_end()
 
     def _step(self) -> bool:
-        """Run a chunk. It is a function of its own so that nothing of the last one is held while there is no next."""
+        """Launch the next chunk and complete earlier ones. A function, so that no chunk stays alive while idle."""
         rows = self._take_chunk()
         if rows is None:
             return False
         if rows:
-            self._flying.append((rows, self._launch(rows)))
-        # With nothing to add, what flies is read to the end: it may have more rows to give.
-        while len(self._flying) >= (self._depth if rows else 1):
-            self._complete(*self._flying.popleft())
+            self._in_flight.append((rows, self._launch(rows)))
+        # Without new rows, complete all chunks in flight: their requests may then have more rows.
+        while len(self._in_flight) >= (self._depth if rows else 1):
+            self._complete(*self._in_flight.popleft())
         return True
 
     def _take_chunk(self) -> list[Taken] | None:
-        """Return the next rows, after waiting for some unless others fly; None once closed.
+        """Return the next rows; wait for some only if nothing is in flight. None once closed.
 
-        Also none while a function waits for those that fly: with new ones beside them it might wait for ever.
+        Returns no rows while a task waits for the chunks in flight: otherwise the task might wait forever.
         """
         with self._changed:
-            if not (self._flying or self._tasks or len(self._ring)):
+            if not (self._in_flight or self._tasks or len(self._ring)):
                 self.heartbeat.rest()
-            self._changed.wait_for(lambda: self._closed or self._flying or self._tasks or len(self._ring))
+            self._changed.wait_for(lambda: self._closed or self._in_flight or self._tasks or len(self._ring))
             if self._closed:
                 return None
-            if self._tasks and self._flying:
+            if self._tasks and self._in_flight:
                 return []
             task = self._tasks.popleft() if self._tasks else None
             head = self._ring.head()
             if task is None and isinstance(head, ActiveRequest):
-                return self._ring.take_chunk(head.most_at_once)
+                return self._ring.take_chunk(head.max_chunk_rows)
         if task is not None:
             self.heartbeat.beat()
             task[0]()
-            self.heartbeat.rest(counts=False)  # a measurement is many chunks, or a compiler at work
+            self.heartbeat.rest(counts=False)  # a task may run many chunks, or compile
         return []
 
     def _launch(self, rows: Sequence[Taken]) -> Chunk | SidelightError:
@@ -214,12 +214,12 @@ class DeviceWorker:
         self.chunk_rows.add(len(rows))
         try:
             return Chunk(rows, self._staging)
-        # Even SystemExit: a model must not end the thread that all others wait for.
+        # Even SystemExit: a model must not end the thread that serves all requests.
         except BaseException as error:
             return self._to_domain_error(rows[0][0], rows[0][1].example_run, error, n_rows=len(rows))
 
     def _complete(self, rows: list[Taken], chunk: Chunk | SidelightError) -> None:
-        """Give a chunk's rows back; those that come of them join the ring."""
+        """Read a chunk, fold its rows, and put requests that have new rows back into the ring."""
         active_requests = list(dict.fromkeys(active for active, _ in rows))
         had_none = [active for active in active_requests if not active.pending]
         self._read(rows, chunk)
@@ -233,7 +233,7 @@ class DeviceWorker:
                     active.release()
                 elif active in had_none and not active.cancelled:
                     self._ring.add(active)
-                elif not active.pending:  # those it had were of an example that failed
+                elif not active.pending:  # its remaining rows were those of an example that failed
                     self._ring.remove(active)
 
     def _read(self, rows: Sequence[Taken], chunk: Chunk | SidelightError) -> None:
@@ -241,10 +241,10 @@ class DeviceWorker:
         if isinstance(chunk, Chunk):
             try:
                 outputs = chunk.read()
-                _tell(rows, chunk)
-                identity = chunk.identity  # once: it looks through the module
+                _record_times(rows, chunk)
+                identity = chunk.identity  # read once: it inspects the whole module
                 for active in {active for active, _ in rows}:
-                    active.is_computed_by(identity)
+                    active.add_identity(identity)
             except BaseException as error:
                 failure = self._to_domain_error(rows[0][0], rows[0][1].example_run, error, n_rows=len(rows))
         if failure is None:
@@ -252,13 +252,13 @@ class DeviceWorker:
             active.model.has_fitted(len(rows), active.prepared.shape)
             self._fold(rows, outputs)
             return
-        # Past the except clause, where the traceback no longer keeps the failed pass's tensors alive.
+        # Outside the except clause, so that no traceback keeps the failed pass's tensors alive.
         del chunk
         self._split(rows, failure)
 
     def _fold(self, rows: Sequence[Taken], outputs: Sequence[RowOutput]) -> None:
-        """Fold what rows gave, row by row in their order, and store the results of examples that have one."""
-        said: dict[ExampleRun, tuple[ActiveRequest, Result]] = {}
+        """Fold the outputs in row order, and store the results of examples that have one."""
+        finished: dict[ExampleRun, tuple[ActiveRequest, Result]] = {}
         for (active, row), output in zip(rows, outputs, strict=True):
             if active.cancelled:
                 continue
@@ -268,17 +268,17 @@ class DeviceWorker:
                 active.fail(row.example_run, self._to_domain_error(active, row.example_run, error))
                 continue
             if row.example_run.result is not None:
-                said[row.example_run] = active, row.example_run.result
+                finished[row.example_run] = active, row.example_run.result
                 row.example_run.result = None
         try:
-            self._store_results(said)
-        except BaseException as error:  # no memory for the answers
-            for example_run, (active, _) in said.items():
+            self._store_results(finished)
+        except BaseException as error:  # no host memory for the answers
+            for example_run, (active, _) in finished.items():
                 active.fail(example_run, self._to_domain_error(active, example_run, error))
 
-    def _store_results(self, said: dict[ExampleRun, tuple[ActiveRequest, Result]]) -> None:
-        maps = to_host([result for _, result in said.values()], self._staging)
-        for (example_run, (active, result)), map_ in zip(said.items(), maps, strict=True):
+    def _store_results(self, finished: dict[ExampleRun, tuple[ActiveRequest, Result]]) -> None:
+        maps = to_host([result for _, result in finished.values()], self._staging)
+        for (example_run, (active, result)), map_ in zip(finished.items(), maps, strict=True):
             if not is_finite(map_):
                 active.fail(example_run, self._to_domain_error(active, example_run, example_run.not_finite()))
                 continue
@@ -288,48 +288,50 @@ class DeviceWorker:
     def _to_domain_error(
         self, active: ActiveRequest, example_run: ExampleRun, error: BaseException, *, n_rows: int = 1
     ) -> SidelightError:
-        """Return what to tell a caller, and tell the log why. `DeviceLostError` where the device is lost."""
-        name, place = active.model.name, example_run.place
+        """Log an exception and return the error for the caller. Raises `DeviceLostError` if the device is lost."""
+        name, index = active.model.name, example_run.index
         if isinstance(error, SidelightError):
             if isinstance(error, Internal | OutputsError) and n_rows == 1:
                 self._faults.log(
                     logging.ERROR,
-                    Event("model_failed", model=name, id=active.id, example=place, message=error.message),
+                    Event("model_failed", model=name, id=active.id, example=index, message=error.message),
                 )
             if isinstance(error, TooLarge) and not error.fitting:
                 self._faults.log(
-                    logging.WARNING, Event("too_large", model=name, id=active.id, example=place, message=error.message)
+                    logging.WARNING, Event("too_large", model=name, id=active.id, example=index, message=error.message)
                 )
             return FailedPrecondition(f'model "{name}": {error.message}') if isinstance(error, OutputsError) else error
         if is_out_of_memory(error):
             self.n_out_of_memory += 1
             filled = active.model.padded_rows
-            whose = {"id": active.id, "example": place} if n_rows == 1 else {}  # a chunk of several is tried again
-            self._faults.log(logging.WARNING, Event("out_of_memory", model=name, rows=max(n_rows, filled), **whose))
+            example = {"id": active.id, "example": index} if n_rows == 1 else {}  # a chunk of several rows is retried
+            self._faults.log(logging.WARNING, Event("out_of_memory", model=name, rows=max(n_rows, filled), **example))
             what = f"{filled} rows, which it always runs at once (reproducible_rows)" if filled > 1 else "one example"
             return ResourceExhausted(f'model "{name}": out of device memory on {what}')
         self._check_device(error)
-        shape, said = active.prepared.shape, f"{type(error).__name__}: {error}"
+        shape, cause_text = active.prepared.shape, f"{type(error).__name__}: {error}"
         if not active.model.takes(shape):
             if n_rows == 1:
-                said = said.partition("\n")[0]
-                cause = None if active.model.has_run else error  # which may be the model's
+                cause_text = cause_text.partition("\n")[0]
+                cause = None if active.model.has_run else error  # which may be a bug of the model
                 self._faults.log(
-                    logging.WARNING, Event("shape_failed", model=name, id=active.id, shape=shape, message=said), cause
+                    logging.WARNING,
+                    Event("shape_failed", model=name, id=active.id, shape=shape, message=cause_text),
+                    cause,
                 )
             return InvalidArgument(
                 f'images: model "{name}", which has no fixed input size, fails on [C, H, W] = {list(shape)}, '
-                "and has run on no example of that shape" + (f": {said}" if self.tells_causes else "")
+                "and has run on no example of that shape" + (f": {cause_text}" if self.exposes_causes else "")
             )
         if n_rows == 1:
-            self._faults.log(logging.ERROR, Event("model_failed", model=name, id=active.id, example=place), error)
-        if self.tells_causes:
-            return Internal(f'model "{name}" failed on example {place}: {said}')
-        return Internal(f'model "{name}" failed on example {place}; the server\'s log has the cause')
+            self._faults.log(logging.ERROR, Event("model_failed", model=name, id=active.id, example=index), error)
+        if self.exposes_causes:
+            return Internal(f'model "{name}" failed on example {index}: {cause_text}')
+        return Internal(f'model "{name}" failed on example {index}; the server\'s log has the cause')
 
     def _check_device(self, error: BaseException) -> None:
-        """Raise `DeviceLostError` where the device does nothing more, after an error that nobody foresaw."""
-        for is_last in (False, True):  # the first check may be told of the same error again, and the device go on
+        """After an unexpected error, raise `DeviceLostError` if the device no longer works."""
+        for is_last in (False, True):  # the first check may report the same error again although the device still works
             try:
                 self.check(self._device)
                 return
@@ -340,7 +342,7 @@ class DeviceWorker:
                     raise DeviceLostError(str(failure).partition("\n")[0]) from error
 
     def _split(self, rows: Sequence[Taken], failure: SidelightError) -> None:
-        """Fail a row that is alone; else try both halves, which for a while is the most where memory lacks."""
+        """Fail a single row; run both halves of several. After a lack of memory, half stays the limit for a while."""
         if isinstance(failure, TooLarge):
             self._split_to_fit(rows, failure)
             return
@@ -348,7 +350,7 @@ class DeviceWorker:
         if lacks_memory and self._device.type == "cuda":
             torch.cuda.empty_cache()
         model = rows[0][0].model
-        if len(rows) == 1 or (lacks_memory and model.padded_rows):  # a half would be filled up to as many rows again
+        if len(rows) == 1 or (lacks_memory and model.padded_rows):  # a half would be padded to the same number of rows
             for active, row in rows:
                 active.fail(row.example_run, failure)
             return
@@ -359,7 +361,7 @@ class DeviceWorker:
             self._read(part, self._launch(part))
 
     def _split_to_fit(self, rows: Sequence[Taken], failure: TooLarge) -> None:
-        """Run rows in chunks as large as there is memory for; fail them where that is none. All have one shape."""
+        """Run the rows, all of one shape, in chunks that fit into memory; fail them if not even one row fits."""
         size = failure.fitting
         if not size:
             for active, row in rows:
@@ -369,9 +371,9 @@ class DeviceWorker:
             self._read(part, self._launch(part))
 
 
-def _tell(rows: Sequence[Taken], chunk: Chunk) -> None:
-    """Tell the requests that want to know when their rows ran. Before they are answered: then it is too late."""
-    asking = {id(active.chunks): active.chunks for active, _ in rows if active.chunks is not None}
-    for chunks in asking.values():
+def _record_times(rows: Sequence[Taken], chunk: Chunk) -> None:
+    """Record a chunk's times in the requests that collect them. Called before they are answered."""
+    collecting = {id(active.chunks): active.chunks for active, _ in rows if active.chunks is not None}
+    for chunks in collecting.values():
         if len(chunks) < MAX_CHUNKS:
             chunks.append(ChunkTimes(chunk.began_s, time.monotonic(), len(rows)))

@@ -1,4 +1,4 @@
-"""The engine: answers requests on one or several devices. It knows neither protobuf nor gRPC."""
+"""The engine: answers requests on one or several devices, without protobuf or gRPC."""
 
 import asyncio
 import contextlib
@@ -48,26 +48,26 @@ from .registry import Registry, Version
 log = logging.getLogger("sidelight")
 
 BYTES_OF_FLOAT32 = 4
-# An example in progress holds itself, its baseline, two running sums and what is finished of it. Those of one request
-# that are in progress at once have rows at the device, or came from there in the last chunk.
+# An example in progress holds its input, its baseline, two running sums and its finished part. The examples of a
+# request that are in progress at once are those with rows in the current chunk or in the previous one.
 TENSORS_IN_PROGRESS = 5
 EXAMPLES_IN_PROGRESS = 2
-# What an example takes beside its bytes and its maps: it is an array, a resolved target, an explanation, a digest and a
-# message.
+# Overhead per example besides its bytes and its maps: Python objects for its array, resolved target, explanation,
+# digest and message.
 BYTES_OF_EXAMPLE = 4096
 
 _Value = TypeVar("_Value")
 
 
 class Progress:
-    """What a request in progress has so far, for a caller on the event loop who watches it."""
+    """Access to the partial answer of a request in progress. Used on the event loop."""
 
     def __init__(self) -> None:
-        self.improved = asyncio.Event()  # set when there is something new
+        self.improved = asyncio.Event()  # set when a newer partial answer exists
         self.snapshot: Callable[[], Awaitable[Answer]] | None = None
 
     async def take(self) -> Answer:
-        """Return the newest there is. Called once `improved` is set."""
+        """Return the newest partial answer. Called once `improved` is set."""
         self.improved.clear()
         assert self.snapshot is not None  # noqa: S101
         return await self.snapshot()
@@ -75,7 +75,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class _Clock:
-    """When a request came, when it was let in, and when it was prepared."""
+    """When a request arrived, was admitted and was prepared, on the monotonic clock."""
 
     arrived_s: float
     admitted_s: float
@@ -83,10 +83,11 @@ class _Clock:
 
 
 class Engine:
-    """Models on one device, and the thread that owns it; or on several, each with a thread and replicas of its own.
+    """Serves models on one or several devices, each with its own worker thread and model replicas.
 
-    Offered are modules at hand, and settings that name a source, from which a model can be loaded again. `start` (or
-    `with`) begins to answer, `close` ends after the running chunk. `ConfigurationError` where a model cannot be served.
+    Each of `offered` is a module in a `ModelSpec`, or `ModelSettings` that name a source, which can be reloaded.
+    `start` (or `with`) starts the worker threads; `close` stops them after the running chunk. Raises
+    `ConfigurationError` if a model cannot be served.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class Engine:
     ) -> None:
         settings = settings or Settings()
         self.settings = settings
-        self.on_change: Callable[[], None] = lambda: None  # a model was loaded, or a device lost; from any thread
+        self.on_change: Callable[[], None] = lambda: None  # a model was loaded or a device lost; called on any thread
         devices = choose_devices(settings.device)
         self.device = ",".join(map(str, devices))
         self.threads = settings.threads or max(1, cpu_quota() // max(1, [each.type for each in devices].count("cpu")))
@@ -106,10 +107,10 @@ class Engine:
             for index, device in enumerate(devices)
         ]
         self.registry = Registry(offered, settings, self._devices, on_change=lambda: self.on_change())
-        if load:  # else the caller does, before `start`
+        if load:  # otherwise the caller must load, before `start`
             self.registry.load()
         self._closing = threading.Event()
-        # Each kind of work has threads of its own: what needs little must not wait behind another caller's much.
+        # One pool per kind of work, so that short work does not wait behind another caller's long work.
         self._preparing = ThreadPoolExecutor(1, thread_name_prefix="sidelight-prepare")
         self._resizing = ThreadPoolExecutor(self.threads, thread_name_prefix="sidelight-resize")
         self._decoders = DecoderPool(self.threads)
@@ -129,22 +130,25 @@ class Engine:
         self.close()
 
     def start(self) -> None:
-        """Begin to answer."""
+        """Start the worker threads."""
         for device in self._devices:
             device.worker.start()
 
-    def tell_causes(self) -> None:
-        """Tell callers what a model raised, and not the log alone: they are of this process."""
+    def expose_causes(self) -> None:
+        """Include a model's exception in the error that callers get. For callers in this process only."""
         for device in self._devices:
-            device.worker.tells_causes = True
+            device.worker.exposes_causes = True
 
     def start_decoders(self) -> None:
-        """Start the processes that decode files, where a model takes some; else each starts with the first file."""
+        """Start the decoder processes now if a model takes files; otherwise they start with the first file."""
         if any(model.preprocessing for model in self.models.values()):
             self._decoders.start()
 
     def close(self, within_s: float | None = None) -> bool:
-        """End after the running chunk; False where that has not ended in time. What is unanswered is `Unavailable`."""
+        """Stop after the running chunk, failing unanswered requests with `Unavailable`.
+
+        Returns False if a worker thread has not ended within `within_s` seconds.
+        """
         self._closing.set()
         self.registry.close()
         self._decoders.close()
@@ -157,9 +161,9 @@ class Engine:
         return has_ended
 
     def _abandon(self, device: Device) -> None:
-        """Fail what is unanswered at a device: the thread that would answer it has ended."""
+        """Fail a device's unanswered requests: its thread has ended."""
         unanswered = [(active, answered) for active, (answered, at) in list(self._unanswered.items()) if at is device]
-        if not (self._closing.is_set() or device.worker.loss):  # of a lost device the log has the cause
+        if not (self._closing.is_set() or device.worker.loss):  # for a lost device the worker has logged the cause
             log.critical(Event("device_thread_ended", device=device.torch_device, unanswered=len(unanswered)))
         for active, answered in unanswered:
             active.cancel()
@@ -169,45 +173,45 @@ class Engine:
 
     @property
     def devices(self) -> Sequence[Device]:
-        """The devices, each with the thread that owns it."""
+        """The devices, each with its worker thread."""
         return self._devices
 
     @property
     def stops(self) -> CancellationTimes:
-        """How soon work ended on the device once it was cancelled."""
+        """Cancellation latency: the time from a cancel until none of its rows runs on the device."""
         return sum((device.worker.stops.times() for device in self._devices), start=CancellationTimes())
 
     @property
     def n_unanswered(self) -> int:
-        """How many requests are at the device or wait for it."""
+        """Number of requests that run on a device or wait for it."""
         return len(self._unanswered)
 
     @property
     def models(self) -> dict[str, Model]:
-        """The versions that serve, by name, with what is the same of them on all devices."""
+        """The serving version of each loaded model, by name, as its replica on the first device."""
         return {entry.name: entry.models[0] for entry in self.registry.entries.values() if entry.models}
 
     def model(self, name: str) -> Model:
-        """Return the version of a model that serves; empty means the default. `NotFound` with the near names."""
+        """Return the serving version of a model; empty means the default. Raises `NotFound`."""
         return self.registry.serving(name)[0]
 
     def held_bytes(self, request: Request, version: Version) -> tuple[int, int]:
-        """Return how many bytes the maps of the answer will take, and its examples while they are in progress.
+        """Return the bytes of the answer's maps, and the bytes that its examples take while in progress.
 
-        The latter with the pixels that files and pictures become, which are held until the answer is there, and with
-        what each example takes however few bytes it has.
+        The second includes the pixels of decoded and resized images, which are held until the answer, and the overhead
+        of each example.
         """
         model = version[0]
         shape = maps_shape(model, request)
         n = 0 if request.method.is_one_row else min(shape[0], EXAMPLES_IN_PROGRESS * model.chunk_rows)
         n_elements = math.prod(input_shape(model, request.images))
         tensors_bytes = n * TENSORS_IN_PROGRESS * n_elements * model.kernel.dtype.itemsize
-        # Each picture's, and once all are there those of the batch.
+        # The pixels of each image, and then those of the whole batch.
         pixels_bytes = 0 if is_taken_as_it_is(model, request.images) else 2 * shape[0] * n_elements
         return math.prod(shape) * BYTES_OF_FLOAT32, tensors_bytes + pixels_bytes + shape[0] * BYTES_OF_EXAMPLE
 
-    def most_rows(self, request: Request, version: Version) -> int:
-        """Return how many rows a request may take."""
+    def max_rows(self, request: Request, version: Version) -> int:
+        """Return an upper bound of the rows that a request takes."""
         model, target = version[0], request.target
         rows = request.method.rows(input_shape(model, request.images))
         return maps_shape(model, request)[0] * rows * (target.k if isinstance(target, TopK) else 1)
@@ -221,9 +225,9 @@ class Engine:
     ) -> Answer:
         """Return the maps of one batch. Cancelling the call drops its rows that have not run.
 
-        A wrong request raises a `SidelightError`; an example that fails alone is in `Answer.failures`. With a
-        `progress`, maps that are not final can be had from it meanwhile. The answer is by the model's `version` that
-        serves when none is given, whatever is loaded meanwhile. A `call_record` is told the times.
+        Raises a `SidelightError` if the request is invalid; an example that fails alone is in `Answer.failures`.
+        `progress` gives access to partial maps. `version` defaults to the version that serves now; a reload in between
+        does not change it. The stages' times are written to `call_record`.
         """
         version = version or await self.registry.ready(request.model)
         return await self._attribute(request, progress, version, call_record=call_record)
@@ -249,7 +253,7 @@ class Engine:
         call_record.examples, call_record.prepared_s = len(prepared.examples), clock.prepared_s
         answered: asyncio.Future[None] = loop.create_future()
         device = at or least_busy(self._devices)
-        active = await apart_if_many(
+        active = await to_thread_if_many(
             request.n_examples,
             ActiveRequest,
             request,
@@ -263,7 +267,7 @@ class Engine:
         )
         if progress:
             progress.snapshot = functools.partial(
-                apart_if_many, request.n_examples, self._answer, active, clock, final=False
+                to_thread_if_many, request.n_examples, self._answer, active, clock, final=False
             )
         if active.pending:
             self._unanswered[active] = answered, device
@@ -273,18 +277,18 @@ class Engine:
             finally:
                 del self._unanswered[active]
                 call_record.started_s, call_record.rows = active.started_s, active.n_taken
-        return await apart_if_many(request.n_examples, self._answer, active, clock)
+        return await to_thread_if_many(request.n_examples, self._answer, active, clock)
 
     async def _prepare(self, model: Model, request: Request, caller: str) -> Prepared:
         if runs_inline(model, request):
             return prepare(model, request, is_gone=self._closing.is_set)
         decoded: Sequence[Fitted] = ()
         if isinstance(request.images, Files):
-            await apart_if_many(request.n_examples, check, model, request)  # before any file is decoded
+            await to_thread_if_many(request.n_examples, check, model, request)  # before any file is decoded
             decoded = await self._decoders.fit(request.images.files, order(model), caller)
             if request.method.given is None:
                 is_gone = self._closing.is_set
-                return await apart_if_many(
+                return await to_thread_if_many(
                     request.n_examples, prepare, model, request, is_gone=is_gone, decoded=decoded
                 )
         left = threading.Event()
@@ -294,7 +298,7 @@ class Engine:
         executor = self._resizing if needs_resizing(request.images) else self._preparing
         try:
             return await asyncio.get_running_loop().run_in_executor(executor, preparing)
-        except RuntimeError as error:  # the pool takes nothing more
+        except RuntimeError as error:  # the executor is shut down
             if not self._closing.is_set():
                 raise
             raise Unavailable("the server is shutting down") from error
@@ -302,9 +306,9 @@ class Engine:
             left.set()
 
     async def warm_up(self) -> None:
-        """Find every model's size of chunk, check what was promised of it, and run one chunk of zeros through it all.
+        """Calibrate every model's chunk size, check its settings, and run zeros through the whole path.
 
-        `ConfigurationError` where the settings ask for what a model cannot give.
+        Raises `ConfigurationError` if a model cannot do what the settings ask for.
         """
         for device in self._devices:
             task = functools.partial(self.registry.warm_up, device)
@@ -353,23 +357,23 @@ class Engine:
         )
 
 
-async def apart_if_many(
+async def to_thread_if_many(
     n_examples: int, function: Callable[..., _Value], *arguments: object, **named: object
 ) -> _Value:
-    """Call a function that takes time for each example: in a worker thread where there are many, else here and now."""
+    """Call a function whose time grows with the examples: in a worker thread if there are many, else directly."""
     if n_examples <= MANY_EXAMPLES:
         return function(*arguments, **named)
     return await asyncio.to_thread(function, *arguments, **named)
 
 
-def _from_thread(loop: asyncio.AbstractEventLoop, told: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that calls another on a loop, unless that is closed."""
+def _from_thread(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> Callable[[], None]:
+    """Return a function that schedules `callback` on the loop from any thread, unless the loop is closed."""
 
-    def tell() -> None:
+    def schedule() -> None:
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(told)
+            loop.call_soon_threadsafe(callback)
 
-    return tell
+    return schedule
 
 
 def _set_done(answered: asyncio.Future[None]) -> None:
@@ -380,11 +384,11 @@ def _set_failed(answered: asyncio.Future[None], *, error: SidelightError) -> Non
     answered.set_exception(error)
 
 
-def _call_from_thread(answered: asyncio.Future[None], settle: Callable[[asyncio.Future[None]], None]) -> None:
-    """Settle a future of another thread's loop, unless its waiter, or the whole loop, has gone."""
+def _call_from_thread(answered: asyncio.Future[None], set_result: Callable[[asyncio.Future[None]], None]) -> None:
+    """Set a future of the loop from another thread, unless it is cancelled or the loop is closed."""
 
-    def unless_gone() -> None:
+    def set_unless_done() -> None:
         if not answered.done():
-            settle(answered)
+            set_result(answered)
 
-    _from_thread(answered.get_loop(), unless_gone)()
+    _from_thread(answered.get_loop(), set_unless_done)()

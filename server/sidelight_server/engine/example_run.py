@@ -1,4 +1,4 @@
-"""One example in progress: its method's paused generator, and the rows of the sweep that it waits for."""
+"""An example run: one example in progress, as its method's suspended generator and the current sweep."""
 
 import math
 from collections.abc import Generator
@@ -13,7 +13,7 @@ from ..methods.method import Example, Improved, Outcome, RowOutput, Sweep, read
 from ..models.model import Model
 from .preparation import Prepared, not_dense
 
-# Of an input that is a model's own fault if its output is not finite: float32 holds the square of this.
+# For inputs up to this, an output that is not finite is the model's fault: float32 can hold the square.
 LARGEST_INPUT = 1e18
 
 
@@ -28,9 +28,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What an example run returns, its maps still on the device."""
+    """The result of an example run, with its maps still on the device."""
 
-    # Whether each map is known to be rounding alone, or not to be; None: it is nothing where it is zero everywhere.
+    # Whether the method found each map to be rounding errors only; None: it did not judge, only an all-zero map counts.
     is_negligible: tuple[bool | None, ...]
     maps: tuple[Tensor, ...]  # [H, W], or [C, H, W] without channel reduction; one for each class that is explained
     targets: tuple[ExplainedTarget, ...]
@@ -38,30 +38,30 @@ class Result:
     probability: float
     probabilities: Tensor  # [K]
     convergence: Convergence | None
-    is_exact: bool = False  # whether the maps stay in their type, float64, instead of becoming float32
+    is_exact: bool = False  # whether the maps stay float64 instead of becoming float32
     is_final: bool = True
 
 
 class ExampleRun:
     """One example of a request, explained step by step on the thread that owns the device.
 
-    Whatever `give` raises has ended the example run: then `close` it.
+    After an exception from `give` the run cannot continue: call `close`.
     """
 
-    def __init__(self, request: Request, model: Model, prepared: Prepared, place: int, *, is_watched: bool) -> None:
-        example = prepared.examples[place]
+    def __init__(self, request: Request, model: Model, prepared: Prepared, index: int, *, is_watched: bool) -> None:
+        example = prepared.examples[index]
         if isinstance(example, Exception):
-            raise TypeError("an example that failed has no job")
-        self.place = place
+            raise TypeError("an example that failed has no example run")
+        self.index = index
         self.example: Array = example
-        self.resolved: ResolvedTarget = prepared.resolved_targets[place]
-        self.result: Result | None = None  # the newest, until it is taken
+        self.resolved: ResolvedTarget = prepared.resolved_targets[index]
+        self.result: Result | None = None  # the newest result; the device worker takes and clears it
         self._request = request
         self._model = model
         self._prepared = prepared
         self._is_watched = is_watched and not prepared.top_k
         self._n_rows = 0
-        self._n_gradients = self._n_dead = 0  # rows that were differentiated for the class in progress
+        self._n_gradients = self._n_dead = 0  # rows with a gradient, for the current class
         self._n_taken = self._n_folded = 0
         self._steps = self._explain()
         self._sweep: Sweep | None = None
@@ -69,27 +69,27 @@ class ExampleRun:
 
     @property
     def is_over(self) -> bool:
-        """Whether the example run wants no more rows."""
+        """Whether the run has ended and needs no more rows."""
         return self._sweep is None
 
     @property
     def pending(self) -> int:
-        """How many rows can be taken now."""
+        """Number of rows that can be taken now."""
         return self._sweep.count - self._n_taken if self._sweep else 0
 
     @property
     def wants_gradient(self) -> bool:
-        """Whether the rows that can be taken now want a gradient."""
+        """Whether the rows of the current sweep need a gradient."""
         return self._sweep is not None and self._sweep.gradient
 
     def take(self) -> Row:
-        """Give the next row away. Called only while `pending`."""
+        """Return the next row. Called only while `pending`."""
         assert self._sweep is not None  # noqa: S101
         self._n_taken += 1
         return Row(self, self._sweep, self._n_taken - 1)
 
     def give(self, row: Row, output: RowOutput) -> None:
-        """Fold what a row gave, and go on if it was the sweep's last."""
+        """Fold the output of a row; after the sweep's last row, resume the method."""
         if self.is_over:
             return
         if not (math.isfinite(output.score) and math.isfinite(output.probability)):
@@ -103,31 +103,31 @@ class ExampleRun:
             self._advance()
 
     def not_finite(self, point: Tensor | None = None) -> SidelightError:
-        """Return what to say where a number is not finite, at a point, [C, H, W], or somewhere in the map.
+        """Return the error for a number that is not finite, at a point, [C, H, W], or in the map if None.
 
-        It is the caller's where the example, its noise or its baseline leave what a model computes with.
+        `InvalidArgument` if the input is beyond `LARGEST_INPUT`, else `Internal`: the model's fault.
         """
         at = torch.as_tensor(self.example) if point is None else point
         largest = float(at.abs().max())  # NaN where the point is
         if not largest <= LARGEST_INPUT:
             return InvalidArgument(
-                f"images: with the method's noise and baseline, example {self.place} reaches {largest:g}, where the "
+                f"images: with the method's noise and baseline, example {self.index} reaches {largest:g}, where the "
                 "model's output or gradient is not finite"
             )
-        return Internal(f'model "{self._model.name}": output or gradient is not finite for example {self.place}')
+        return Internal(f'model "{self._model.name}": output or gradient is not finite for example {self.index}')
 
     def close(self) -> None:
-        """End, and let go of what the device holds for this."""
+        """End the run and free its memory on the device."""
         self._sweep = None
         self._steps.close()
 
     def _advance(self) -> None:
-        """Run the method until it wants rows, or has ended."""
+        """Resume the method until it yields a sweep or ends."""
         self._sweep = next(self._steps, None)
         self._n_taken = self._n_folded = 0
 
     def _explain(self) -> Generator[Sweep, None, None]:
-        """Look at the example, then run the method for each class that is explained."""
+        """Run the example itself first, then the method for each class that is explained."""
         method, top_k = self._request.method, self._prepared.top_k
         first = yield from read(None, gradient=method.begins_with_gradient and not top_k)
         _check_target(self._request.target, self.resolved, top_k, self._model)
@@ -141,21 +141,21 @@ class ExampleRun:
                 self._n_gradients = self._n_dead = 0
             start = (yield from read(first.input, gradient=method.begins_with_gradient)) if top_k else first
             step = torch.finfo(self._model.kernel.compute_dtype).eps
-            steps = method.run(Example(first.input, self.place, self._model.black, start, self._is_watched, step))
+            steps = method.run(Example(first.input, self.index, self._model.black, start, self._is_watched, step))
             outcome = self._finished((yield from self._watched(steps, first)))
             targets.append(self._target(start))
             # Of many maps none keeps the memory of the chunk that it is a view of.
             finished.append(replace(outcome, attribution=outcome.attribution.clone()) if top_k else outcome)
         self.result = self._result(first, tuple(targets), finished)
 
-    def _aims(self, first: RowOutput, top_k: int) -> list[ResolvedTarget]:
+    def _resolve_targets(self, first: RowOutput, top_k: int) -> list[ResolvedTarget]:
         classes = first.probabilities.topk(top_k).indices.tolist() if top_k else [first.explained]
         return [replace(self.resolved, positive=each) for each in classes]
 
     def _watched(
         self, steps: Generator[Sweep | Improved, None, Outcome], first: RowOutput
     ) -> Generator[Sweep, None, Outcome]:
-        """Pass a method's sweeps on, and take what has improved as a result that is not final."""
+        """Yield a method's sweeps; store each improved outcome as a partial result."""
         try:
             while True:
                 step = next(steps)
@@ -169,7 +169,7 @@ class ExampleRun:
             return outcome
 
     def _finished(self, outcome: Outcome) -> Outcome:
-        """Return an outcome with its map in place of the attribution."""
+        """Return an outcome with its attribution finished into a map."""
         method, channels = self._request.method, self._request.channels
         return replace(outcome, attribution=method.finish(outcome.attribution, channels, self._prepared.shape))
 
@@ -191,7 +191,7 @@ class ExampleRun:
         return ExplainedTarget(output.explained, output.score, is_saturated, self.resolved.negative)
 
     def _convergence(self, outcomes: list[Outcome]) -> Convergence:
-        """Return how good the worst of the maps is."""
+        """Return the convergence of the worst of the maps."""
         met = [outcome.is_met for outcome in outcomes if outcome.is_met is not None]
         return Convergence(
             self._n_rows,
@@ -204,7 +204,7 @@ class ExampleRun:
 
 
 def _check_target(target: Target, resolved: ResolvedTarget, top_k: int, model: Model) -> None:
-    """Refuse what only the first output shows to be wrong, where a model takes any size."""
+    """Check the target against the first output, for models whose output shape was not known before."""
     if isinstance(target, Dense) and target.needs_pixels and len(model.output_shape) == 1:
         raise not_dense(model)
     for index in (resolved.positive, resolved.negative):

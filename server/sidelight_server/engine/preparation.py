@@ -1,4 +1,4 @@
-"""Preparation, in worker threads: images become what the device takes, the target becomes class indices."""
+"""Preparation: images become model inputs, the target becomes class indices. Runs in worker threads."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -32,25 +32,25 @@ from ..methods.method import Rectifiers, Shape
 from ..models.model import Model
 from .decoder_pool import Fitted
 
-FEW_BYTES = 1024 * 1024  # which take 0.1 ms to be found finite, as long as it takes to wake a thread
+FEW_BYTES = 1024 * 1024  # the finiteness check takes 0.1 ms, as long as it takes to wake a thread
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A request's examples, ready for the device, or why one of them is not."""
+    """A request's examples, ready for the device; a failed example is its error."""
 
     examples: Sequence[Array | SidelightError]
     geometries: Sequence[Geometry | None]
     resolved_targets: Sequence[ResolvedTarget]
-    top_k: int  # how many classes of each example are explained, instead of its target; 0: its target
+    top_k: int  # number of classes explained per example; 0: only its target
     shape: Shape  # of the model's input
     maps_shape: tuple[int, ...]
-    baseline_digest: str  # of baselines that came as an array, SHA-256 in hexadecimal
+    baseline_digest: str  # SHA-256 in hexadecimal, if the request gave baselines as an array
 
 
 def check(model: Model, request: Request) -> list[ResolvedTarget]:
-    """Return what each example is explained by. A `SidelightError` says what is wrong with all of the request."""
+    """Check a request against a model and return each example's resolved target. Raises `SidelightError`."""
     n, shape = request.n_examples, input_shape(model, request.images)
     _check_score(model, request)
     request.method.check(shape, n)
@@ -59,12 +59,12 @@ def check(model: Model, request: Request) -> list[ResolvedTarget]:
             f"method.{request.method.name}: a baseline of {request.method.largest:g}, the model's type holds "
             f"{model.largest:g} at most"
         )
-    return _aims(model, request.target, n)
+    return _resolve_targets(model, request.target, n)
 
 
 def order(model: Model) -> Order:
-    """Return what is to be made of files for a model whose input size is known."""
-    assert model.preprocessing is not None  # noqa: S101  (its shape was asked for)
+    """Return the decoding order for a model that has an input size."""
+    assert model.preprocessing is not None  # noqa: S101  (`input_shape` has checked it)
     settings = model.settings
     return Order(model.preprocessing, max_pixels=settings.max_image_pixels, max_s=settings.max_decode_s)
 
@@ -76,10 +76,10 @@ def prepare(
     is_gone: Callable[[], bool],
     decoded: Sequence[Fitted] = (),
 ) -> Prepared:
-    """Resize and check a request's examples. A `SidelightError` says what is wrong with all of it.
+    """Resize and check a request's examples. Raises `SidelightError` if the whole request is invalid.
 
-    `decoded` is what came of its files. `is_gone` is asked before each picture that is resized, which may take long
-    while its caller may have left: then `Cancelled`.
+    `decoded` holds the decoded files. `is_gone` is called before each image is resized; if it returns True, because the
+    client has disconnected, this raises `Cancelled`.
     """
     resolved_targets, shape = check(model, request), input_shape(model, request.images)
     fitted = decoded if isinstance(request.images, Files) else _fit(model, request.images, is_gone=is_gone)
@@ -95,9 +95,10 @@ def prepare(
 
 
 def resolve_layer(model: Model, request: Request) -> Method:
-    """Return a method with its layer's name filled in. `InvalidArgument` where it takes more rows than are allowed.
+    """Return the request's method with its layer resolved.
 
-    `FailedPrecondition` where the model has no gradient that it needs, or no rectifier.
+    Raises `InvalidArgument` if it takes more rows than allowed, `FailedPrecondition` if the method needs a gradient or
+    rectifiers that the model does not have.
     """
     method = request.method
     if method.needs_gradient and not model.serves_gradients:
@@ -117,7 +118,7 @@ def resolve_layer(model: Model, request: Request) -> Method:
 
 
 def runs_inline(model: Model, request: Request) -> bool:
-    """Say whether examples are taken as they are, and soon looked at: a thread would cost more than save."""
+    """Return whether preparation is so short that a worker thread would cost more than it saves."""
     images = request.images
     if isinstance(images, Files) or request.method.given is not None or len(images) > MANY_EXAMPLES:
         return False
@@ -127,7 +128,7 @@ def runs_inline(model: Model, request: Request) -> bool:
 
 
 def is_taken_as_it_is(model: Model, images: Files | Array) -> bool:
-    """Say whether examples are neither decoded nor resized."""
+    """Return whether the examples need neither decoding nor resizing."""
     if isinstance(images, Files):
         return False
     fixed = model.preprocessing
@@ -135,12 +136,12 @@ def is_taken_as_it_is(model: Model, images: Files | Array) -> bool:
 
 
 def needs_resizing(images: Files | Array) -> bool:
-    """Say whether examples may take long: pixels are resized."""
+    """Return whether the examples are pixels, whose resizing may take long."""
     return not isinstance(images, Files) and images.dtype == np.uint8
 
 
 def maps_shape(model: Model, request: Request) -> tuple[int, ...]:
-    """Return the shape of the answer's maps: N, then k of k targets, then C where the channels are kept, H and W."""
+    """Return the shape of the answer's maps: [N, H, W], with k after N for k targets, and C before H if not reduced."""
     c, h, w = input_shape(model, request.images)
     k = _top_k(request.target)
     return (
@@ -156,11 +157,11 @@ def _fit(model: Model, images: Array, *, is_gone: Callable[[], bool]) -> list[Fi
     if images.dtype != np.uint8:
         return [_checked(each, largest=model.largest) for each in _staged(images, model.staged_dtype)]
     preprocessing = model.preprocessing
-    assert preprocessing is not None  # noqa: S101  (its shape was asked for)
+    assert preprocessing is not None  # noqa: S101  (`input_shape` has checked it)
     fitted: list[Fitted] = []
     for each in images:
         if is_gone():
-            raise Cancelled("the caller has gone")
+            raise Cancelled("the client has disconnected")
         fitted.append(preprocessing.fit(each))
     return fitted
 
@@ -168,7 +169,7 @@ def _fit(model: Model, images: Array, *, is_gone: Callable[[], bool]) -> list[Fi
 def _staged(images: Array, dtype: np.dtype[np.generic]) -> Array:
     if images.dtype == dtype:
         return images
-    # What the model's type cannot hold becomes infinite, and is refused as that; a NaN may be one that signals.
+    # Values that overflow the model's type become infinite and are rejected later. A signaling NaN would warn.
     with np.errstate(over="ignore", invalid="ignore"):
         return images.astype(dtype)
 
@@ -183,7 +184,7 @@ def _checked(example: Array, *, largest: float) -> Fitted:
 
 
 def input_shape(model: Model, images: Files | Array) -> Shape:
-    """Return C, H, W of the model's input. `InvalidArgument` where the images have another shape."""
+    """Return C, H, W of the model's input. Raises `InvalidArgument` if the images have another shape."""
     preprocessing = model.preprocessing
     fixed = (preprocessing.channels, preprocessing.height, preprocessing.width) if preprocessing else None
     if isinstance(images, Files) or images.dtype == np.uint8:
@@ -210,7 +211,7 @@ def _top_k(target: Target) -> int:
     return target.k if isinstance(target, TopK) else 0
 
 
-def _aims(model: Model, target: Target, n_examples: int) -> list[ResolvedTarget]:
+def _resolve_targets(model: Model, target: Target, n_examples: int) -> list[ResolvedTarget]:
     match target:
         case Predicted():
             return [PREDICTED] * n_examples
@@ -238,7 +239,7 @@ def _aims(model: Model, target: Target, n_examples: int) -> list[ResolvedTarget]
 
 
 def not_dense(model: Model) -> FailedPrecondition:
-    """Return what to say of a dense target where the model's output is not."""
+    """Return the error for a dense target of a model without dense output."""
     return FailedPrecondition(f'target.dense: model "{model.name}" answers for the whole picture, not for each pixel')
 
 

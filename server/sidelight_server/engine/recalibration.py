@@ -1,4 +1,4 @@
-"""Recalibration: chunk sizes are measured again, because the cores may have been busy when a model was loaded."""
+"""Recalibration: measures chunk sizes again, because the cores may have been busy when a model was loaded."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -6,15 +6,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from .device import Device
 from .registry import Registry
 
-FIRST_S = 60.0  # after the start; each time after twice as long
-PATIENCE_S = 60.0  # a server whose chunks are too small may never be idle
-LOOK_S = 1.0
+FIRST_S = 60.0  # time until the first measurement; the interval doubles each time
+MAX_IDLE_WAIT_S = 60.0  # a server whose chunks are too small may never be idle
+POLL_S = 1.0
 
 
 class Recalibration:
-    """Has chunk sizes measured again: 1 minute after the start, 2 after that, 4, and so on.
+    """Measures chunk sizes again: 1 minute after the start, then after 2 more, 4 more, and so on.
 
-    It prefers a moment in which no request is at a device, but does not wait for one for long.
+    Each time it waits until no request is active, but at most `MAX_IDLE_WAIT_S`.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class Recalibration:
         self._sleep = sleep
 
     async def run(self) -> None:
-        """Measure, again and again, until cancelled."""
+        """Measure periodically, until cancelled."""
         wait_s = FIRST_S
         while True:
             await self._sleep(wait_s)
@@ -38,7 +38,7 @@ class Recalibration:
             wait_s *= 2
 
     async def _wait_until_idle(self) -> None:
-        left_s = PATIENCE_S
+        left_s = MAX_IDLE_WAIT_S
         while left_s > 0 and any(device.n_rows for device in self._devices):
-            await self._sleep(LOOK_S)
-            left_s -= LOOK_S
+            await self._sleep(POLL_S)
+            left_s -= POLL_S

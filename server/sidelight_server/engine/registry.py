@@ -1,4 +1,4 @@
-"""The registry: which version of which model serves, loaded at start, on the first request, or again."""
+"""The model registry: loads models at start, on the first request or on reload, and holds the serving versions."""
 
 import asyncio
 import contextlib
@@ -26,20 +26,20 @@ from .device import Device
 
 log = logging.getLogger("sidelight")
 
-PATIENCE_S = 60.0  # that reloads which nobody waits for wait for each other
-RETRY_S = 10.0  # after which a model that could not be loaded is tried again, if somebody asks for it
+PATIENCE_S = 60.0  # a background reload that takes longer no longer blocks the next one
+RETRY_S = 10.0  # after a failed load, requests do not retry it for this long
 
 
 _Value = TypeVar("_Value")
 
-Version = tuple[Model, ...]  # of one model, one for each device
-# Files, their number on the disk, size and time of change in ns: −1 where there is none. The time alone would be the
-# same after two writes within one tick of the file system's clock.
+Version = tuple[Model, ...]  # one version of a model: its replica on each device
+# Path, inode, size and modification time in ns of each file; −1 for a missing file. The time alone would be the same
+# after two writes within one tick of the file system's clock.
 Fingerprint = tuple[tuple[Path, int, int, int], ...]
 
 
 class State(enum.Enum):
-    """Whether a model answers."""
+    """The loading state of a model."""
 
     UNLOADED = "unloaded"
     LOADING = "loading"
@@ -48,27 +48,27 @@ class State(enum.Enum):
 
 
 class Entry:
-    """One model by its name: the version that serves, on each device, and where the next comes from.
+    """One model by its name: its serving version, its source and its loading state.
 
-    `models` is replaced whole, by the one thread that loads; requests keep the version that they began with.
+    The thread that loads replaces `models` as a whole; requests keep the version that they started with.
     """
 
     def __init__(self, name: str, settings: ModelSettings, spec: ModelSpec | None = None) -> None:
         self.name = name
         self.settings = settings
-        self.models: Version = ()  # one for each device; empty: not loaded
-        self.loaded_from: Fingerprint = ()  # the files as they were before they were read the last time
-        self.failure = ""  # why the last attempt to load it came to nothing
-        self.n_failed = 0  # attempts
-        self.failed_s = 0.0  # when that was
-        self.loading: Future[None] | None = None  # for the first time
-        self.waiting: Future[None] | None = None  # a reload that has not begun, for all who ask for one meanwhile
-        self._spec = spec  # of a module that was handed over
-        self.turn = threading.Lock()  # versions are loaded one after the other; a factory that hangs holds up no other
+        self.models: Version = ()  # one per device; empty: not loaded
+        self.loaded_from: Fingerprint = ()  # fingerprint of the files, taken before they were last read
+        self.failure = ""  # why the last attempt to load it failed
+        self.n_failed = 0  # failed attempts to load it
+        self.failed_s = 0.0  # when the last attempt failed
+        self.loading: Future[None] | None = None  # the first load, while it runs
+        self.waiting: Future[None] | None = None  # a queued reload, shared by all who request one before it starts
+        self._spec = spec  # the spec of a module passed in by the caller
+        self.turn = threading.Lock()  # one load at a time per model; a factory that hangs blocks no other model
 
     @property
     def state(self) -> State:
-        """Whether the model answers."""
+        """The model's loading state."""
         if self.models:
             return State.SERVING
         if self.loading:
@@ -77,28 +77,28 @@ class Entry:
 
     @property
     def has_source(self) -> bool:
-        """Whether the model can be loaded again."""
+        """Whether the model can be reloaded."""
         return self._spec is None
 
     def files(self) -> tuple[Path, ...]:
-        """Return the files whose change calls for another version."""
+        """Return the files whose change triggers a reload."""
         if not self.has_source:
             return ()
         labels = (self.settings.labels,) if self.settings.labels else ()
         return (*sources.files(self.settings.model, self.settings.weights), *labels)
 
     def fingerprint(self) -> Fingerprint:
-        """Return what tells one state of the files from another."""
+        """Return the fingerprint of the files' current state."""
         return tuple((path, *_stat(path)) for path in self.files())
 
     def spec(self) -> ModelSpec:
-        """Return the whole specification, loaded anew if there is a source. `ConfigurationError` says what is wrong."""
+        """Return the completed spec, newly loaded if there is a source. Raises `ConfigurationError`."""
         spec = self._spec or sources.load(self.settings.model, self.settings.weights)
         return spec.completed(self.settings.traits())
 
 
 class Registry:
-    """The models of an engine. Each is loaded in a thread; what that runs on a device waits for its turn there."""
+    """The models of an engine. Each load has its own thread; its passes run on the device's thread, between chunks."""
 
     def __init__(
         self,
@@ -110,17 +110,20 @@ class Registry:
     ) -> None:
         self._settings = settings
         self._devices = devices
-        self._on_change = on_change  # another version serves; called on the loader's thread
+        self._on_change = on_change  # called on the loader's thread when another version serves
         self._n_threads = torch.get_num_threads()
-        self._lock = threading.Lock()  # over who begins to load
-        self._reloading = asyncio.Lock()  # by one who looks at the files, or at a signal
+        self._lock = threading.Lock()  # guards `loading` and `waiting` of the entries
+        self._reloading = asyncio.Lock()  # held by background reloads: by the reloader or a signal
         self._is_closed = False
         self._offered = [_entry(each, settings) for each in offered]
-        self.is_loaded = False  # whether `load` has come to its end
+        self.is_loaded = False  # whether `load` has completed
         self.entries: dict[str, Entry] = {entry.name: entry for entry in self._offered if entry.name}
 
     def load(self) -> None:
-        """Load what is not lazy, each in turn. Before the threads of the devices begin. `ConfigurationError`."""
+        """Load all models that are not lazy, one after the other, before the worker threads start.
+
+        Raises `ConfigurationError`.
+        """
         entries: dict[str, Entry] = {}
         for entry in self._offered:
             if entry.settings.load == "eager" or not entry.has_source:
@@ -133,52 +136,52 @@ class Registry:
         self.entries, self.is_loaded = entries, True
 
     async def loaded(self) -> None:
-        """Load in a thread what `load` loads, unless that was done."""
+        """Run `load` in a thread, unless it has completed."""
         if not self.is_loaded:
             await asyncio.shield(asyncio.wrap_future(self._submit(self.load, threading.Lock())))
 
     def find(self, name: str) -> Entry:
-        """Return an entry by the model's name; empty means the first. `NotFound` with the near names."""
+        """Return the entry of a model; empty means the first. Raises `NotFound`, which suggests similar names."""
         try:
             return self.entries[name or next(iter(self.entries))]
         except KeyError:
             raise NotFound(f'model: there is no "{name}"; {did_you_mean(name, self.entries)}') from None
 
     def serving(self, name: str) -> Version:
-        """Return the version that serves. `Unavailable` where none is loaded: see `ready`."""
+        """Return the serving version. Raises `Unavailable` if none is loaded; `ready` loads it."""
         entry = self.find(name)
         if not entry.models:
             raise Unavailable(f'model "{entry.name}" is not loaded yet')
         return entry.models
 
     async def ready(self, name: str) -> Version:
-        """Return the version that serves; load one if nobody has. `FailedPrecondition` where that is of no use."""
+        """Return the serving version, loading it first if necessary. Raises `FailedPrecondition` if that fails."""
         entry = self.find(name)
         if not entry.models:
-            # Shielded: others may wait for the same, and the model comes to stay.
-            await asyncio.shield(asyncio.wrap_future(self._begin(entry)))
+            # Shielded: other requests may wait for the same load, and the model stays loaded.
+            await asyncio.shield(asyncio.wrap_future(self._start_load(entry)))
         return entry.models
 
     async def reload(self, name: str) -> Entry:
-        """Load a model again from its source, beside the one that serves, and let it take over.
+        """Load a new version of a model from its source while the old one serves, then replace it.
 
-        `FailedPrecondition` says what is wrong with the new one; the old one goes on serving.
+        Raises `FailedPrecondition` if the new version cannot be loaded; the old one continues to serve.
         """
         entry = self.find(name)
         if not entry.has_source:
             raise FailedPrecondition(f'model "{entry.name}" was handed over as a module: there is no source to load')
-        await asyncio.shield(asyncio.wrap_future(self._begin_again(entry)))
+        await asyncio.shield(asyncio.wrap_future(self._start_reload(entry)))
         return entry
 
     async def reload_all(self) -> None:
-        """Load again what serves and has a source. What fails is in the log, and its old version serves on."""
+        """Reload every serving model that has a source. Failures are logged; the old versions continue to serve."""
         loaded = [entry.name for entry in self.entries.values() if entry.models and entry.has_source]
         await asyncio.gather(*map(self.reload_in_turn, loaded), return_exceptions=True)
 
     async def reload_in_turn(self, name: str) -> None:
-        """As `reload`, but beside no other that is asked for so: two new versions may take more memory than there is.
+        """As `reload`, but one at a time: two new versions at once may take more memory than there is.
 
-        One that takes longer than `PATIENCE_S` may hang, and no longer holds up the others.
+        A reload that takes longer than `PATIENCE_S` may hang, so it no longer blocks the next one.
         """
         async with self._reloading:
             reload = asyncio.create_task(self.reload(name))
@@ -190,14 +193,14 @@ class Registry:
         await reload
 
     def warm_up(self, device: Device) -> list[Model]:
-        """Warm up what was loaded at start, on one device. On the thread that owns it."""
+        """Warm up all loaded models on one device; return them. Runs on the device's thread."""
         loaded = [entry for entry in self.entries.values() if entry.models]
         for entry in loaded:
             warm_up(entry.models[device.index])
         return [entry.models[device.index] for entry in loaded]
 
     async def measure_again(self) -> None:
-        """Measure again how many rows a chunk of each model should have, in turn with what callers ask for."""
+        """Measure the chunk size of each model again, in turns with the requests."""
         for entry in list(self.entries.values()):
             if any(map(can_grow, entry.models)):
                 measuring = self._submit(functools.partial(self._measure_again, entry), entry.turn)
@@ -205,11 +208,11 @@ class Registry:
                     await asyncio.shield(asyncio.wrap_future(measuring))
 
     def close(self) -> None:
-        """Load nothing more."""
+        """Stop loading: queued loads raise `Unavailable`."""
         self._is_closed = True
 
-    def _begin(self, entry: Entry) -> "Future[None]":
-        """Return the loading of a model that is not loaded: the one that runs, or a new one."""
+    def _start_load(self, entry: Entry) -> "Future[None]":
+        """Return the first load of a model: the running one, or a new one."""
         with self._lock:
             if entry.loading is None:
                 if entry.failure and time.monotonic() - entry.failed_s < RETRY_S:
@@ -217,8 +220,8 @@ class Registry:
                 entry.loading = self._submit(lambda: self._load_first(entry), entry.turn)
             return entry.loading
 
-    def _begin_again(self, entry: Entry) -> "Future[None]":
-        """Return the reload that has not begun yet, which will read what is there then, or a new one."""
+    def _start_reload(self, entry: Entry) -> "Future[None]":
+        """Return the queued reload, which will read the files when it starts, or queue a new one."""
 
         def load() -> None:
             with self._lock:
@@ -250,19 +253,19 @@ class Registry:
                 entry.loading = None
 
     def _load(self, entry: Entry) -> None:
-        """Load a version and let it take over. On the loader's thread."""
+        """Load a version and make it the serving one. Runs on the loader's thread."""
         began, before = time.monotonic(), entry.models
         failure = None
         try:
             entry.models = self._loaded(entry, before)
-        except BaseException as error:  # whatever a source and a model may raise that is not foreseen
+        except BaseException as error:  # a source or a model may raise anything
             failure = str(error) if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {error}"
-        # Past the except clause, where the traceback no longer keeps the half of a model alive.
+        # Outside the except clause, so that no traceback keeps a half-loaded model alive.
         if failure is not None:
             if self._is_closed:
                 raise Unavailable("the server is shutting down")
-            said = " ".join(failure.split()).removeprefix(f'model "{entry.name}": ')
-            entry.failure, entry.failed_s = said, time.monotonic()
+            entry.failure = " ".join(failure.split()).removeprefix(f'model "{entry.name}": ')
+            entry.failed_s = time.monotonic()
             entry.n_failed += 1
             log.error(Event("load_failed", model=entry.name, message=entry.failure))
             raise FailedPrecondition(f'model "{entry.name}": {entry.failure}')
@@ -280,7 +283,7 @@ class Registry:
         return models
 
     def _measure_again(self, entry: Entry) -> None:
-        """Measure on each device. On a thread like the loader's."""
+        """Measure the chunk size on each device. Runs on a thread of its own, like a load."""
         with self._one_thread():
             for device, model in zip(self._devices, entry.models, strict=True):
                 model.in_turn = device.in_turn
@@ -288,19 +291,19 @@ class Registry:
                     measure_again(model)
                 except Unavailable:
                     raise
-                except Exception as error:  # memory that was there at load, perhaps; the size stays
+                except Exception as error:  # for example a lack of memory; the size stays
                     log.warning(Event("measuring_failed", model=entry.name), exc_info=error)
                 finally:
                     model.in_turn = at_once
 
     @contextlib.contextmanager
     def _one_thread(self) -> Iterator[None]:
-        """Let torch start no workers for this thread: they would slow down those of the device's, see `server.load`."""
+        """Keep torch from starting OpenMP threads for this thread: they slow down the device's, see `app.server`."""
         torch.set_num_threads(1)
         try:
             yield
         finally:
-            torch.set_num_threads(self._n_threads)  # of threads that begin later
+            torch.set_num_threads(self._n_threads)  # applies to threads that start later
 
     def _versions(self, entry: Entry, version: int, *, turns: Sequence[InTurn]) -> Version:
         entry.loaded_from = entry.fingerprint()
@@ -318,27 +321,27 @@ class Registry:
         )
         for model in models:
             limit(model)
-        _ = models[0].digest  # computed here, not when the first answer tells it
+        _ = models[0].digest  # computed here, not with the first answer
         return models
 
 
 def in_thread(run: Callable[[], _Value], *, name: str) -> "Future[_Value]":
-    """Run a function in a thread of its own: a daemon, for one that hangs must not keep the process from ending."""
+    """Run a function in a new daemon thread, so that a hanging function does not keep the process from exiting."""
     future: Future[_Value] = Future()
-    future.set_running_or_notify_cancel()  # several may wait for it: from here on nobody can cancel it
+    future.set_running_or_notify_cancel()  # several callers may wait for it, so it cannot be cancelled
 
-    def settle() -> None:
+    def set_result() -> None:
         try:
             future.set_result(run())
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=settle, name=name, daemon=True).start()
+    threading.Thread(target=set_result, name=name, daemon=True).start()
     return future
 
 
 def loaded_event(model: Model, **more: object) -> Event:
-    """Say of a model that was loaded what was found out about it, as the log has it."""
+    """Return the log event of a loaded model, with its detected properties."""
     return Event(
         "loaded",
         model=model.name,
@@ -355,7 +358,7 @@ def loaded_event(model: Model, **more: object) -> Event:
 
 @contextlib.contextmanager
 def _naming(table: str) -> Iterator[None]:
-    """Let what is wrong with a model say in which table it stands."""
+    """Prefix a `ConfigurationError` with the model's settings table."""
     try:
         yield
     except ConfigurationError as error:
@@ -380,7 +383,7 @@ def _entry(offered: ModelSpec | ModelSettings, settings: Settings) -> Entry:
     if offered.load == "lazy":
         if not offered.name:
             raise ConfigurationError("load: lazy, but the model has no name that requests could ask for; set name")
-        # What can be seen now to be wrong need not wait for the first caller.
+        # Report a missing file at start, not with the first request.
         with _naming(entry.name if entry.name in settings.models else ""):
             for path in entry.files():
                 if not path.exists():
@@ -389,5 +392,5 @@ def _entry(offered: ModelSpec | ModelSettings, settings: Settings) -> Entry:
 
 
 def _failed(entry: Entry) -> FailedPrecondition:
-    # Not why: a caller who may ask for maps need not learn the operator's paths.
+    # Without the cause: callers must not learn the operator's paths.
     return FailedPrecondition(f'model "{entry.name}" could not be loaded; the server\'s log has the cause')

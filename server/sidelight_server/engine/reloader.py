@@ -1,4 +1,4 @@
-"""The reloader: watches the models' files, and has a model loaded again once one of its files has changed."""
+"""The reloader: polls the models' files and reloads a model once one of its files has changed."""
 
 import asyncio
 import contextlib
@@ -8,9 +8,9 @@ from .registry import Entry, Fingerprint, Registry, in_thread
 
 
 class Reloader:
-    """Looks at the files of every model that serves: at number, size and time alone, which any file system tells.
+    """Polls the files of every serving model. Compares inode, size and modification time, which any file system has.
 
-    Each model has a task of its own, so one whose file system or factory hangs holds up no other.
+    Each model has a task of its own, so a file system or factory that hangs delays no other model.
     """
 
     def __init__(self, registry: Registry, *, every_s: float) -> None:
@@ -20,7 +20,7 @@ class Reloader:
         self._looking: dict[str, asyncio.Task[None]] = {}  # by model
 
     async def run(self) -> None:
-        """Look, again and again, until cancelled."""
+        """Poll until cancelled."""
         try:
             while True:
                 await asyncio.sleep(self._every_s)
@@ -30,12 +30,12 @@ class Reloader:
                 task.cancel()
 
     async def look(self) -> None:
-        """Look once, and wait for what comes of it. `run` does not wait."""
+        """Poll once, and wait for the reloads that follow. `run` does not wait for them."""
         if begun := self._begin():
             await asyncio.wait(begun)
 
     def _begin(self) -> list[asyncio.Task[None]]:
-        """Look at every model that serves, unless the last look at it goes on. Returns what was begun."""
+        """Start a check of every serving model whose last check has ended; return the tasks."""
         begun = []
         for entry in self._registry.entries.values():
             if not entry.models or not entry.has_source or entry.name in self._looking:
@@ -46,18 +46,18 @@ class Reloader:
         return begun
 
     async def _look(self, entry: Entry) -> None:
-        """Look at one model. What has changed is loaded when the next look finds it at rest: it may be half written.
+        """Check one model. Changed files are loaded only once a second check finds the same: they may be half written.
 
-        A version that fails is not tried again before its files change once more.
+        A version that fails to load is not retried before its files change again.
         """
         try:
             now = await asyncio.wrap_future(in_thread(entry.fingerprint, name="sidelight-watch"))
-        except OSError:  # a folder that is being replaced: the next look finds it whole
+        except OSError:  # a folder that is being replaced: the next check reads it
             return
         if now == entry.loaded_from:
             self._changed.pop(entry.name, None)
         elif self._changed.get(entry.name) == now:
-            with contextlib.suppress(SidelightError):  # the log has it
+            with contextlib.suppress(SidelightError):  # the registry has logged it
                 await self._registry.reload_in_turn(entry.name)
         else:
             self._changed[entry.name] = now

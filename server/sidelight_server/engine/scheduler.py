@@ -1,9 +1,9 @@
 """The scheduler: chooses the rows that the device runs next. Standard library only.
 
-Callers form a ring, and the active requests of each a ring of their own. A chunk takes one row from each caller in
-turn, of that caller's requests in turn, all of the head's key, and goes round again while there is room; newcomers join
-the tail. So the first row of a caller waits for the running chunk and ⌈active callers ÷ chunk rows⌉ more, plus one for
-each other key, however many requests and rows the others brought; and so do a caller's own requests among themselves.
+Fair round-robin at two levels: over callers, and over the active requests of each caller. A chunk takes one row from
+each caller in turn, all with the key of the first row, and repeats the round while it has room; new requests join the
+tail. So a caller's first row waits for the running chunk and ⌈active callers ÷ chunk rows⌉ more, plus one for each
+other key, however many requests and rows other callers have. The same bound holds among the requests of one caller.
 """
 
 import contextlib
@@ -20,54 +20,54 @@ class Source(Protocol[Taken]):
 
     @property
     def caller(self) -> str:
-        """Who made it."""
+        """The caller that the request belongs to."""
 
     @property
     def key(self) -> Hashable:
-        """What rows must share to run in one chunk: here, that of the next row. Asked only while `pending`."""
+        """The key of the next row; rows of one chunk share it. Read only while `pending`."""
 
     @property
     def cancelled(self) -> bool:
-        """Whether its remaining rows are to be dropped."""
+        """Whether its remaining rows will be dropped."""
 
     @property
     def pending(self) -> int:
-        """How many rows can be taken now. There may be more, once those at the device have been folded."""
+        """Number of rows that can be taken now. More may follow once rows in flight have been folded."""
 
     def take(self) -> Taken:
-        """Give the next row away. Called only while `pending`."""
+        """Return the next row. Called only while `pending`."""
 
 
 class Ring(Generic[Row]):
-    """The requests that have rows to run, in turn by caller.
+    """The requests that have rows to run, in round-robin order by caller.
 
-    It is owned by the device worker, under whose lock every call is made.
+    Owned by the device worker, which makes every call under its lock.
     """
 
     def __init__(self) -> None:
-        self._callers: dict[str, deque[Source[Row]]] = {}  # in turn; none is empty
+        self._callers: dict[str, deque[Source[Row]]] = {}  # in round-robin order; no deque is empty
 
     def __len__(self) -> int:
         return sum(map(len, self._callers.values()))
 
     def add(self, request: Source[Row]) -> None:
-        """Let a request join the tail. One without rows is passed over: it comes when it has some."""
+        """Add a request at the tail of its caller. Does nothing if it has no rows that can be taken."""
         if request.pending:
             self._callers.setdefault(request.caller, deque()).append(request)
 
     def remove(self, request: Source[Row]) -> None:
-        """Let a request go, if it is here."""
+        """Remove a request, if present."""
         if (requests := self._callers.get(request.caller)) is not None:
             with contextlib.suppress(ValueError):
                 requests.remove(request)
-            self._in_order(list(self._callers))
+            self._reorder(list(self._callers))
 
     def head(self) -> Source[Row] | None:
-        """Return the request whose turn it is; the cancelled before it are dropped."""
+        """Return the request that is next, after removing cancelled ones before it; None if there is none."""
         for requests in self._callers.values():
             while requests and requests[0].cancelled:
                 requests.popleft()
-        self._in_order(list(self._callers))
+        self._reorder(list(self._callers))
         return next((requests[0] for requests in self._callers.values()), None)
 
     def take_chunk(self, limit: int) -> list[Row]:
@@ -75,9 +75,11 @@ class Ring(Generic[Row]):
         chunk: list[Row] = []
         key: Hashable = None
         turns = deque(self._callers)
-        others: dict[str, deque[Source[Row]]] = {caller: deque() for caller in turns}  # a caller's of another key
+        others: dict[str, deque[Source[Row]]] = {
+            caller: deque() for caller in turns
+        }  # requests that were skipped, for their key
         served: dict[str, None] = {}
-        passed: list[str] = []  # who have no more of this key
+        passed: list[str] = []  # callers without another request of this key
         while turns and len(chunk) < limit:
             caller = turns.popleft()
             requests = self._callers[caller]
@@ -95,13 +97,13 @@ class Ring(Generic[Row]):
             turns.append(caller)
             if request.pending:
                 requests.append(request)
-        # Whoever got no row keeps its place before those who did.
+        # Callers and requests that got no row stay ahead of those that did.
         for caller, kept in others.items():
             self._callers[caller].extendleft(reversed(kept))
         waiting = [caller for caller in passed if caller not in served]
-        self._in_order([*waiting, *turns, *(caller for caller in passed if caller in served)])
+        self._reorder([*waiting, *turns, *(caller for caller in passed if caller in served)])
         return chunk
 
-    def _in_order(self, callers: Iterable[str]) -> None:
-        """Keep the callers in this order, without those that have no request."""
+    def _reorder(self, callers: Iterable[str]) -> None:
+        """Reorder the callers, dropping those without requests."""
         self._callers = {caller: requests for caller in callers if (requests := self._callers[caller])}
