@@ -1,4 +1,4 @@
-"""TLS, authorization, and the limit on streams for each peer.
+"""TLS, authorization, and the limit on open streams per peer.
 
-May import `wire`, `engine` and everything below. `authorization` also imports `rpc.status`, to refuse a call.
+May import `wire`, `engine` and everything below. `authorization` also imports `rpc.status`, to reject a call.
 """

@@ -1,4 +1,4 @@
-"""Authorization: who may call what, decided before a call's first message is read."""
+"""Authorization: checks bearer tokens before a call's first message is read."""
 
 import hashlib
 import hmac
@@ -14,7 +14,7 @@ from ..rpc.status import Context, refusing
 from ..telemetry.counters import Counters
 from .reloadable_files import SecretFiles, read_secret
 
-# What probes call, which have no token; nothing but "serving" or "not" is told. Everything else needs one.
+# Calls that need no token: health probes have none, and the answer is only "serving" or "not serving".
 OPEN = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
 ADMIN = frozenset({"/sidelight.v1.ModelService/ReloadModel"})
 
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 class Tokens:
-    """The bearer tokens of a file, one a line. Several are valid at once, so that one can follow another.
+    """The bearer tokens of a file, one per line. Several are valid at once, so that tokens can be rotated.
 
-    Digests are kept and compared, all of them each time: the time it takes tells neither length nor place.
+    Only digests are kept. Each check compares all of them in constant time, so that its duration reveals nothing.
     """
 
     def __init__(self, path: Path, *, setting: str) -> None:
@@ -60,17 +60,17 @@ class Tokens:
 
 
 class Authorization(grpc.aio.ServerInterceptor):
-    """Turns away calls whose token does not allow them. With neither file set, it allows what the settings allow."""
+    """Rejects calls without a valid token. Checks nothing that no token file is set for."""
 
     def __init__(self, settings: Settings, counts: Counters) -> None:
-        """Read the files. `ConfigurationError` where that fails."""
+        """Read the token files. Raises `ConfigurationError` if that fails."""
         self._counts = counts
         self._users = Tokens(settings.tokens, setting="tokens") if settings.tokens else None
         self._admins = Tokens(settings.admin_tokens, setting="admin_tokens") if settings.admin_tokens else None
 
     @property
     def files(self) -> list[SecretFiles[Any]]:
-        """The files of tokens."""
+        """The token files that are set."""
         return [each.files for each in (self._users, self._admins) if each]
 
     async def intercept_service(
@@ -78,7 +78,7 @@ class Authorization(grpc.aio.ServerInterceptor):
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler | None":
-        """Return the call's handler, or one that refuses it unread."""
+        """Return the call's handler, or one that rejects the call without reading its message."""
         if refusal := self._refusal(handler_call_details):
             return refusing(refusal, self._counts)
         return await continuation(handler_call_details)
@@ -100,10 +100,11 @@ class Authorization(grpc.aio.ServerInterceptor):
 
 
 class Callers:
-    """Names those whose shares are counted apart: by token, else by certificate, else by connection.
+    """Identifies the caller for fair sharing: by token, else by client certificate, else by connection.
 
-    What anybody can make up is no name: a token counts only where calls need one, a certificate where an authority has
-    signed it. Callers over UNIX sockets who show neither are one. (By host, those of a sidecar would be one, too.)
+    Only verified credentials count: a token if the server requires tokens, a certificate if the server has a client CA.
+    Callers over UNIX sockets without either count as one. Not by host, because all calls through a sidecar proxy have
+    the same host.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -111,7 +112,7 @@ class Callers:
         self._by_certificate = settings.tls_client_ca is not None
 
     def of(self, context: Context) -> str:
-        """Return the name of who makes a call."""
+        """Return the caller of a call, as a string."""
         if self._by_token and (token := _token(context.invocation_metadata())):
             return "token:" + _digest(token.encode()).hex()
         if self._by_certificate and (subject := context.auth_context().get("x509_subject")):
@@ -120,7 +121,7 @@ class Callers:
 
 
 def _token(metadata: Iterable[tuple[str, Any]] | None) -> str | None:
-    """Return the token that a call brought; None where it brought none, or two."""
+    """Return the bearer token of a call; None if it has none or several."""
     headers = [value for key, value in metadata or () if key == "authorization"]
     if len(headers) != 1 or not isinstance(headers[0], str) or not headers[0].lower().startswith(_SCHEME):
         return None

@@ -1,6 +1,6 @@
-"""PEM files, checked before gRPC gets them: it would fail at the first handshake, or end the process.
+"""Checks PEM files before gRPC gets them: gRPC would fail at the first handshake, or abort the process.
 
-Standard library only: a probe must be quick.
+Standard library only, because the health probe imports it and must start quickly.
 """
 
 import ssl
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def check_pair(certificate: Path, key: Path) -> None:
-    """Raise `OSError` where the files cannot be read, or are not a certificate and its key."""
+    """Raise `OSError` if the files cannot be read or are not a certificate and its key."""
     try:
         # Without a password, OpenSSL would ask the terminal for one.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
@@ -18,7 +18,7 @@ def check_pair(certificate: Path, key: Path) -> None:
 
 
 def check_authority(path: Path) -> None:
-    """Raise `OSError` where the file cannot be read, or holds no certificate."""
+    """Raise `OSError` if the file cannot be read or holds no certificate."""
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(path)
     except ssl.SSLError as error:

@@ -1,4 +1,4 @@
-"""Certificate and token files, read again once they change."""
+"""Certificate and token files that are read again when they change."""
 
 import logging
 import stat
@@ -16,16 +16,16 @@ _Content = TypeVar("_Content")
 
 
 class SecretFiles(Generic[_Content]):
-    """What a reading of some files gave. It may be asked from any thread.
+    """The parsed content of some files, reloaded when they change. Thread-safe.
 
-    Files that have changed and cannot be read, or not yet, leave what was: one line says so for each change. What they
-    hold is never in a line or an error.
+    If changed files cannot be read or are invalid, the old content stays and each change logs one line. The content of
+    the files never appears in a log line or an error.
     """
 
     def __init__(self, paths: Sequence[Path], read: Callable[[], _Content], *, name: str) -> None:
-        """Read them. `ConfigurationError` is `read`'s, which raises nothing else."""
+        """Read the files. Raises the `ConfigurationError` of `read`, which raises nothing else."""
         self.name = name
-        self.is_stale = False  # whether they have changed, and what was before stays for want of anything good
+        self.is_stale = False  # whether the files have changed but are invalid, so that the old content stays
         self._paths = paths
         self._read = read
         self._lock = threading.Lock()
@@ -34,14 +34,14 @@ class SecretFiles(Generic[_Content]):
 
     @property
     def content(self) -> _Content:
-        """What they hold now."""
+        """The current content, after reading changed files."""
         self.reread()
         return self._content
 
     def reread(self) -> _Content | None:
-        """Return what they hold where that has changed since it was last asked for, else None."""
+        """Read the files if they have changed; return the new content, or None if it is unchanged or invalid."""
         with self._lock:
-            now = self._fingerprint()  # before they are read: what is written meanwhile is a change of its own
+            now = self._fingerprint()  # taken before reading, so that a write in between counts as another change
             if now == self._seen:
                 return None
             self._seen = now
@@ -49,8 +49,8 @@ class SecretFiles(Generic[_Content]):
                 self._content = self._read()
             except ConfigurationError as error:
                 self.is_stale = True
-                said = f"the files have changed, the old ones stay: {error}"
-                log.warning(Event(f"{self.name}_kept", message=said))
+                message = f"the files have changed but are invalid, the old content stays: {error}"
+                log.warning(Event(f"{self.name}_kept", message=message))
                 return None
             self.is_stale = False
             log.info(Event(f"{self.name}_read", files=",".join(map(str, self._paths))))
@@ -61,15 +61,15 @@ class SecretFiles(Generic[_Content]):
 
 
 def read_secret(path: Path, *, setting: str) -> bytes:
-    """Return a file's bytes, and warn where every user of the machine may read them."""
+    """Return a file's bytes; log a warning if every user of the machine may read or write it."""
     try:
         content = path.read_bytes()
         mode = path.stat().st_mode
     except OSError as error:
         raise ConfigurationError(f"{setting}: cannot read {path}: {error.strerror}") from None
     if mode & (stat.S_IROTH | stat.S_IWOTH):
-        said = f"{setting}: {path} is open to every user; chmod o= closes it"
-        log.warning(Event("readable_secret", message=said))
+        message = f"{setting}: {path} is open to every user of this machine; chmod o= closes it"
+        log.warning(Event("readable_secret", message=message))
     return content
 
 

@@ -1,4 +1,4 @@
-"""The stream limit: how much each peer has open. A peer is a host; all UNIX socket callers are one."""
+"""The limit on open streams per peer. A peer is a host; all callers over UNIX sockets are one peer."""
 
 import contextlib
 from collections import Counter
@@ -10,13 +10,13 @@ RETRY_DELAY_S = 1.0
 
 
 class Peers:
-    """Calls of one kind that each peer has open, bounded. It belongs to one event loop.
+    """Counts and limits the open calls of one kind per peer. Used on one event loop only.
 
-    `what` says what they are, and by which setting they are bounded.
+    `what` describes the calls and the setting that limits them, for errors.
     """
 
     def __init__(self, what: str, *, each: int, all_: int = 0) -> None:
-        """Bound those of `each` peer, and of `all_` together; 0: without a bound."""
+        """Limit the open calls of `each` peer, and of `all_` peers together; 0: no limit."""
         self._what = what
         self._each = each
         self._all = all_
@@ -24,7 +24,7 @@ class Peers:
 
     @contextlib.contextmanager
     def opens(self, peer: str) -> Iterator[None]:
-        """Count a call of a peer, as gRPC names it, while it is open. `ResourceExhausted` for one too many."""
+        """Count a call of a gRPC peer while the context is open. Raises `ResourceExhausted` above a limit."""
         host = host_of(peer)
         if self._each and self._open[host] >= self._each:
             raise self._too_many(f"{self._each} {self._what} of this peer")
@@ -43,5 +43,5 @@ class Peers:
 
 
 def host_of(peer: str) -> str:
-    """Return the host of "ipv4:10.0.0.1:5000" or "ipv6:%5B::1%5D:5000". UNIX sockets do not tell who calls."""
+    """Return the host of "ipv4:10.0.0.1:5000" or "ipv6:%5B::1%5D:5000"; a UNIX socket peer as it is."""
     return peer if peer.startswith("unix:") else peer.rpartition(":")[0]

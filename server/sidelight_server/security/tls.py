@@ -1,4 +1,4 @@
-"""TLS: the server's certificate, and the authority that must have signed callers' certificates."""
+"""TLS: the server's certificate and key, and the authority for client certificates."""
 
 import functools
 from collections.abc import Callable
@@ -16,16 +16,16 @@ from .reloadable_files import SecretFiles, read_secret
 
 @dataclass(frozen=True, slots=True)
 class Certificates:
-    """The files of TLS. With `client_ca`, callers without a certificate that it signed are turned away."""
+    """The TLS files. With `client_ca`, clients must have a certificate signed by it."""
 
     certificate: Path
     key: Path
     client_ca: Path | None = None
-    files: list[SecretFiles[Any]] = field(default_factory=list, compare=False)  # of the credentials that were given
+    files: list[SecretFiles[Any]] = field(default_factory=list, compare=False)  # one for each `credentials` call
 
     @classmethod
     def of(cls, settings: Settings) -> "Certificates | None":
-        """Return what the operator set; None where that is no TLS. `ConfigurationError` where it is half of it."""
+        """Return the files that the settings name; None without TLS. Raises `ConfigurationError` if one is missing."""
         certificate, key, client_ca = settings.tls_certificate, settings.tls_key, settings.tls_client_ca
         if certificate and key:
             return cls(certificate, key, client_ca)
@@ -36,23 +36,23 @@ class Certificates:
         return None
 
     def credentials(self) -> grpc.ServerCredentials:
-        """Return credentials for one address, which read the files again whenever they have changed.
+        """Return credentials for one address that reload the files when they change.
 
-        gRPC asks before each handshake, in threads of its own. Each address needs its own: a change is told once.
-        Running connections stay on what they began with.
+        gRPC calls the reload function before each handshake, in its own threads. Each address needs its own
+        credentials, because the function returns a change only once. Open connections keep their certificate.
         """
         paths = [path for path in (self.certificate, self.key, self.client_ca) if path]
         files = SecretFiles(paths, self._read, name="certificates")
         self.files.append(files)
         return grpc.dynamic_ssl_server_credentials(
             files.content,
-            # None says that nothing has changed; the stubs do not know it.
+            # None means unchanged, which the type stubs do not allow.
             files.reread,  # type: ignore[arg-type]
             require_client_authentication=self.client_ca is not None,
         )
 
     def _read(self) -> grpc.ServerCertificateConfiguration:
-        """Return what the files hold. gRPC would find out what is wrong with them at the first handshake."""
+        """Read and check the files: gRPC would notice invalid ones only at the first handshake."""
         certificate = _pem(self.certificate, setting="tls_certificate")
         key = read_secret(self.key, setting="tls_key")
         authority = _pem(self.client_ca, setting="tls_client_ca") if self.client_ca else None
@@ -63,7 +63,7 @@ class Certificates:
 
 
 def _pem(path: Path, *, setting: str) -> bytes:
-    """Return a file that is no secret."""
+    """Return the bytes of a file that is not secret."""
     try:
         return path.read_bytes()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Conversion between protobuf messages and domain objects, with validation of all that callers send.
+"""Conversion between protobuf messages and domain objects, and validation of everything that callers send.
 
 May import `engine` and everything below, and protobuf; never gRPC.
 """

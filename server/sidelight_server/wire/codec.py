@@ -1,6 +1,6 @@
-"""The codec: a message's bytes, with the one large tensor cut out as a view or spliced in by one join.
+"""The codec: decodes and encodes messages without copying their one large tensor more than once.
 
-protobuf would copy it several times each way; see `sidelight._transport.envelope`.
+protobuf would copy the tensor several times in each direction; see `sidelight._transport.envelope`.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ M = TypeVar("M", bound=Message)
 
 @dataclass(frozen=True, slots=True)
 class Received(Generic[M]):
-    """A message that came. `data` is that of its images' tensor, where that was cut out: a view on gRPC's bytes."""
+    """A decoded message. `data` is its images' tensor data if the codec cut it out: a view on gRPC's bytes."""
 
     message: M
     n_bytes: int
@@ -29,7 +29,7 @@ class Received(Generic[M]):
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:
-    """What there is instead of a message, and how many bytes came."""
+    """A message that could not be decoded: the error to answer with, and the number of bytes received."""
 
     error: SidelightError
     n_bytes: int = 0
@@ -40,9 +40,9 @@ Decode = Callable[[bytes], Decoded[M]]
 
 
 def decoder(message: type[M], path: Sequence[int]) -> Decode[M]:
-    """Return what decodes a message's bytes, the field that `path` leads to cut out if it is large.
+    """Return a deserializer that cuts out the field at `path` (field numbers) if the message is large.
 
-    Bytes that are no message become the error that says so: gRPC's own way would end a whole stream.
+    It returns `Unreadable` instead of raising: an exception in a deserializer would end the whole stream.
     """
 
     def decode(raw: bytes) -> Decoded[M]:
@@ -57,8 +57,8 @@ def decoder(message: type[M], path: Sequence[int]) -> Decode[M]:
 
 
 def unreadable(raw: bytes, error: DecodeError | MemoryError) -> SidelightError:
-    """Return what to tell the caller whose bytes became no message."""
-    # protobuf has no exception of its own for a lack of memory.
+    """Return the error for bytes that cannot be decoded."""
+    # protobuf raises a plain DecodeError for a lack of memory.
     if isinstance(error, MemoryError) or "alloc failed" in str(error):
         return ResourceExhausted(f"message: the server has no memory for its {len(raw)} bytes")
     return InvalidArgument(f"message: {len(raw)} bytes that cannot be decoded")
@@ -76,9 +76,9 @@ decode_stream_request = decoder(
 
 
 def encode_answer(id_: str, result: pb.Attribution, provenance: bytes, maps: Encoded, *, is_inline: bool) -> bytes:
-    """Return the bytes of an answer, of a unary call or on a stream: both have the same fields.
+    """Return the serialized answer of a unary call or of a stream: both messages have the same fields.
 
-    `result` is without its maps and its provenance. Maps that travel otherwise keep type, shape and scales.
+    `result` has neither maps nor provenance. Maps that are not inline keep their type, shape and scales.
     """
     head = tensor_pb2.Tensor(dtype=maps.dtype, shape=maps.elements.shape, scales=maps.scales).SerializeToString()
     data = maps.data if is_inline else b""
@@ -93,5 +93,5 @@ def encode_answer(id_: str, result: pb.Attribution, provenance: bytes, maps: Enc
 
 
 def encode(response: Message | bytes) -> bytes:
-    """Return the bytes of a response, which may be encoded already."""
+    """Serialize a response, unless it is bytes already."""
     return response if isinstance(response, bytes) else response.SerializeToString()

@@ -1,4 +1,4 @@
-"""Digests of a request's examples, as they were received: what provenance binds an answer to."""
+"""Digests of a request's examples as received, for the answer's provenance."""
 
 import asyncio
 
@@ -8,16 +8,16 @@ from sidelight.v1 import tensor_pb2
 
 from ..domain import Array, Files
 
-# Both take 0.04 ms to be hashed, less than to wake a thread.
+# Hashing up to either takes 0.04 ms, less than waking a thread.
 FEW_BYTES = 64 * 1024
 FEW_EXAMPLES = 32
 
 
 def digests(images: Files | Array, *, dtype: tensor_pb2.DataType.ValueType) -> tuple[str, ...]:
-    """Return the SHA-256 of each example, in hexadecimal. `dtype` is that of an array on the wire."""
+    """Return the SHA-256 of each example, in hexadecimal. `dtype` is the array's type on the wire."""
     if isinstance(images, Files):
         return tuple(map(digest_of_file, images.files))
-    if dtype == tensor_pb2.DATA_TYPE_BFLOAT16:  # it was widened, without loss
+    if dtype == tensor_pb2.DATA_TYPE_BFLOAT16:  # decoding widened it to float32 without loss
         narrow = (images.view(np.uint32) >> 16).astype("<u2")
         return tuple(digest_of_array(each, dtype="bfloat16") for each in narrow)
     return tuple(map(digest_of_array, images))
@@ -30,9 +30,9 @@ def _is_little(images: Files | Array) -> bool:
 
 
 class Hashing:
-    """Hashes a request's examples in a worker thread while the device computes. Few bytes are hashed at once.
+    """Hashes a request's examples in a worker thread while the device computes; a few bytes directly.
 
-    hashlib lets go of the interpreter meanwhile. `cancel` lets go of the examples where nothing has begun.
+    hashlib releases the GIL. `cancel` drops the examples if hashing has not started.
     """
 
     def __init__(self, images: Files | Array, *, dtype: tensor_pb2.DataType.ValueType) -> None:
@@ -44,12 +44,12 @@ class Hashing:
             self._working = asyncio.get_running_loop().run_in_executor(None, lambda: digests(images, dtype=dtype))
 
     async def digests(self) -> tuple[str, ...]:
-        """Return the digests, once they are there."""
+        """Wait for the digests and return them."""
         if self._working is not None:
             return await self._working
         return self._done or ()
 
     def cancel(self) -> None:
-        """Let go of the examples."""
+        """Drop the examples if hashing has not started."""
         if self._working is not None:
             self._working.cancel()

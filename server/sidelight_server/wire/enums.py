@@ -1,4 +1,4 @@
-"""Enums: numbers and their meanings. Proto3 lets any number through, so they are checked here."""
+"""Enums: validates enum numbers and converts them to domain values. Proto3 accepts any number."""
 
 from collections.abc import Iterable, Mapping
 from typing import Protocol, TypeVar
@@ -10,7 +10,7 @@ Number = TypeVar("Number", bound=int)
 
 
 class Enum(Protocol[Number]):
-    """A generated enum."""
+    """The interface of a generated enum."""
 
     def Name(self, number: Number) -> str:  # noqa: N802
         """Return a number's name."""
@@ -20,7 +20,7 @@ class Enum(Protocol[Number]):
 
 
 def meaning(number: Number, served: Mapping[Number, Value], field: str, enum: Enum[Number], *, unset: Value) -> Value:
-    """Return what a number stands for: `InvalidArgument` for an unknown one, `Unimplemented` for one not served."""
+    """Return the value of a number, `unset` for 0. Raises `InvalidArgument` or, if not served, `Unimplemented`."""
     if number == 0:
         return unset
     if number in served:
@@ -30,7 +30,7 @@ def meaning(number: Number, served: Mapping[Number, Value], field: str, enum: En
 
 
 def named(number: Number, enum: Enum[Number], served: Iterable[Number]) -> str:
-    """Return words that say what a number is, and which ones are expected."""
+    """Return the part of an error message that names the number and the expected names."""
     got = (
         f"{enum.Name(number)} is not served by this version" if number in enum.values() else f"unknown number {number}"
     )
@@ -38,5 +38,5 @@ def named(number: Number, enum: Enum[Number], served: Iterable[Number]) -> str:
 
 
 def number_of(table: Mapping[Number, Value], value: Value) -> Number:
-    """Return the number that stands for a value."""
+    """Return the enum number of a value."""
     return next(number for number, each in table.items() if each is value)

@@ -1,4 +1,4 @@
-"""Methods: messages become methods, and methods messages with every default filled in."""
+"""Methods: converts `Method` messages to methods and back, with every default filled in."""
 
 from collections.abc import Callable
 from typing import Any
@@ -50,7 +50,7 @@ RULES: dict[pb.PathRule.ValueType, Rule] = {
 
 
 def parse_method(method: pb.Method) -> Method:
-    """Return the method that a message means. `InvalidArgument` names the field, what came and what was expected."""
+    """Parse a `Method` message. Raises `InvalidArgument`, which names field, value and what was expected."""
     chosen = method.WhichOneof("method")
     if chosen is None:
         raise InvalidArgument(f"method: unset, or newer than this server; it serves {', '.join(SERVED_METHODS)}")
@@ -58,7 +58,7 @@ def parse_method(method: pb.Method) -> Method:
 
 
 def method_message(method: Method) -> pb.Method:
-    """Return a method's message, every default filled in. Given baselines stand there without their data."""
+    """Return a method as a message with every default filled in; baselines given as arrays without their data."""
     match method:
         case GuidedBackpropagation():
             return pb.Method(guided_backpropagation=pb.GuidedBackpropagationMethod())
@@ -119,7 +119,7 @@ def _base(message: pb.Method) -> Gradient | IntegratedGradients:
     chosen = message.WhichOneof("method")
     if chosen is None:
         return Gradient()
-    # Not parsed before it is known: methods in methods in methods would exhaust the stack.
+    # Checked before parsing: deeply nested methods would exhaust the stack.
     if chosen not in ("gradient", "integrated_gradients"):
         raise InvalidArgument(f"method.smoothgrad.base: {chosen}, expected gradient or integrated_gradients")
     base = parse_method(message)

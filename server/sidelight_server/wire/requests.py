@@ -1,4 +1,4 @@
-"""Requests: messages become domain requests. Everything that a caller sends is checked here."""
+"""Requests: validates request messages and converts them to domain requests."""
 
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, tensor_pb2
@@ -25,7 +25,7 @@ from .methods import parse_method
 from .tensors import MAP_DTYPES, array_of, layout_of, letters
 
 MAX_ID_BYTES = 128
-MAX_EXAMPLES = 4096  # each takes time and memory of its own, however few bytes it has
+MAX_EXAMPLES = 4096  # each costs time and memory, however few bytes it has
 SCORES: dict[model_pb2.Score.ValueType, Score] = {
     model_pb2.SCORE_PROBABILITY: Score.PROBABILITY,
     model_pb2.SCORE_LOGIT: Score.LOGIT,
@@ -42,10 +42,10 @@ CHANNELS: dict[pb.ChannelReduction.ValueType, Channels] = {
 
 
 def parse(message: pb.AttributeRequest, data: memoryview | None = None) -> Request:
-    """Return the request that a message makes. `InvalidArgument` or `Unimplemented` name the field.
+    """Validate a message and return it as a request. Raises `InvalidArgument` or `Unimplemented`, naming the field.
 
-    `data` is that of the images' tensor, where it was left out of the message. Images in a region of shared memory are
-    still there: an array of their shape and type, which takes no memory, stands for them.
+    `data` is the images' tensor data if the codec cut it out of the message. Images in shared memory are not read yet:
+    a placeholder array of their shape and type, which takes no memory, stands in for them.
     """
     if len(message.id.encode()) > MAX_ID_BYTES:
         raise InvalidArgument(f"id: {len(message.id.encode())} bytes, expected at most {MAX_ID_BYTES}")
@@ -67,13 +67,13 @@ def parse(message: pb.AttributeRequest, data: memoryview | None = None) -> Reque
 
 
 def takes_long(message: pb.AttributeRequest) -> bool:
-    """Whether `parse` looks at so many files or classes that it should not run on the event loop."""
+    """Whether a message has so many files or classes that `parse` should not run on the event loop."""
     counts = len(message.images.encoded.files), len(message.target.per_example.classes), len(message.served.classes)
     return max(counts) > MANY_EXAMPLES
 
 
 def timeout_s(message: pb.AttributeRequest) -> float | None:
-    """Return how long a request may take from its arrival, in seconds; None is for ever."""
+    """Return the request's timeout in seconds from its arrival; None: no timeout. Raises `InvalidArgument`."""
     if not message.HasField("timeout"):
         return None
     seconds = message.timeout.seconds + message.timeout.nanos / 1e9
@@ -101,7 +101,7 @@ def _check_count(n_examples: int) -> None:
 
 
 def _batch(array: Array) -> Array:
-    """Return [N, H, W, C] pixels or [N, C, H, W] floats, whose N alone may be 0."""
+    """Return [N, H, W, C] pixels or [N, C, H, W] floats. Raises `InvalidArgument` if another dimension than N is 0."""
     batch = array if array.ndim == 4 else array[None]
     _check_count(len(batch))
     if 0 in batch.shape[1:]:
@@ -121,7 +121,7 @@ def _target(target: pb.Target, n_examples: int) -> Target:
             return target.label
         case "per_example":
             classes = target.per_example.classes
-            if len(classes) != n_examples:  # before any of them is looked at
+            if len(classes) != n_examples:  # before parsing any of them
                 raise InvalidArgument(
                     f"target: {len(classes)} classes for {n_examples} examples, expected one for each"
                 )
@@ -160,7 +160,7 @@ def _choice(choice: pb.ClassChoice, *, field: str = "target") -> Choice:
 
 
 def _served(served: pb.ServedPredictions, n_examples: int) -> tuple[Choice, ...]:
-    if len(served.classes) != n_examples:  # before any of them is looked at
+    if len(served.classes) != n_examples:  # before parsing any of them
         raise InvalidArgument(f"served: {len(served.classes)} classes for {n_examples} examples, expected one for each")
     return tuple(_choice(each, field="served") for each in served.classes)
 

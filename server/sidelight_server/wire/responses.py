@@ -1,4 +1,4 @@
-"""Responses: answers, failures and models become messages."""
+"""Responses: converts answers, failures and models to messages."""
 
 import functools
 from collections.abc import Iterable
@@ -43,26 +43,26 @@ def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attributi
 
 
 def provenance(answer: Answer, message: pb.AttributeRequest) -> bytes:
-    """Return the bytes of a `Provenance`: what was asked, and where. The latter is the same answer after answer."""
+    """Return a serialized `Provenance`: the fields of the request, and those of the server, which are cached."""
     request = answer.request
-    asked = pb.Provenance(
+    requested = pb.Provenance(
         method=method_message(request.method),
         target=message.target,
         score=number_of(SCORES, request.score),
         channels=number_of(CHANNELS, request.channels),
         example_digests=answer.example_digests,
     )
-    return asked.SerializeToString() + _facts(answer.provenance)
+    return requested.SerializeToString() + _facts(answer.provenance)
 
 
 def failure(error: SidelightError) -> pb.Failure:
-    """Return the message of a failure."""
+    """Return the `Failure` message of an error."""
     delay = None if error.retry_delay_s is None else duration(error.retry_delay_s)
     return pb.Failure(code=error.code, message=error.message, retry_delay=delay)
 
 
 def duration(seconds: float) -> Duration:
-    """Return a span, to the nanosecond."""
+    """Return seconds as a `Duration`, rounded to nanoseconds; negative ones as 0."""
     whole, part = divmod(max(0, round(seconds * 1e9)), 1_000_000_000)
     return Duration(seconds=whole, nanos=part)
 
@@ -76,7 +76,7 @@ _STATES = {
 
 
 def model_info(engine: Engine, entry: Entry, *, whole: bool) -> model_pb2.ModelInfo:
-    """Return what there is to say of a model; labels and layers only if it is to be whole."""
+    """Return the `ModelInfo` of a model; labels and layers only if `whole`."""
     if not entry.models:
         return model_pb2.ModelInfo(name=entry.name, state=_STATES[entry.state])
     model = entry.models[0]
