@@ -10,7 +10,7 @@ import sidelight_server
 import torch
 from sidelight_server.compute.kernel import Kernel
 from sidelight_server.compute.replica import replicate
-from sidelight_server.compute.staging import Staging, normalise
+from sidelight_server.compute.staging import Staging, normalize
 from sidelight_server.domain import ResolvedTarget, Score
 from torch import nn
 
@@ -124,7 +124,7 @@ def test_pixels_are_normalised_as_plain_torch_would(device: str) -> None:
     pixels = torch.randint(0, 256, (2, 5, 4, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     mean, std = torch.tensor([127.0, 100.0, 0.0])[:, None, None], torch.tensor([128.0, 50.0, 255.0])[:, None, None]
     staged = Staging(torch.device(device)).to_device(list(pixels.numpy()), dtype=pixels.numpy().dtype)
-    inputs = normalise(staged, mean.to(device), std.to(device))
+    inputs = normalize(staged, mean.to(device), std.to(device))
     assert inputs.is_contiguous()
     torch.testing.assert_close(inputs.cpu(), (pixels.permute(0, 3, 1, 2).float() - mean) / std, rtol=0, atol=0)
 

@@ -1,4 +1,4 @@
-"""The adapter: how a module is called, and where its outputs lie in what it returns."""
+"""The adapter: calls a module and extracts the outputs from what it returns."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ LabelForm = Literal["classes", "column", "row"]  # int64 [n], or floating [n, 1]
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Zeros for a keyword that demands labels, although outputs do not depend on them."""
+    """Zeros for a required keyword that takes labels, on which the outputs do not depend."""
 
     keyword: str
     form: LabelForm = "classes"
     width: int = 1  # K of a row
 
     def filled(self, like: Tensor, value: int = 0) -> Tensor:
-        """Return well-formed labels for such inputs, [n, C, H, W]: zeros, or another value."""
+        """Return labels of the right form for inputs, [n, C, H, W], filled with `value`."""
         if self.form == "classes":
             return torch.full((len(like),), value, dtype=torch.int64, device=like.device)
         return torch.full((len(like), self.width), value, dtype=like.dtype, device=like.device)
@@ -30,24 +30,24 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """How one module is called. Without anything: with one tensor by position, and it returns one."""
+    """How to call one module. By default with one positional tensor, returning one tensor."""
 
-    input: str = ""  # the keyword that takes the images; empty: the first position
+    input: str = ""  # the keyword for the images; empty: the first positional argument
     arguments: tuple[tuple[str, Constant], ...] = ()
     labels: Labels | None = None
-    output: int | str | None = None  # place, key or attribute in what is returned; None: that is a tensor itself
-    least: int = 1  # examples that the module takes at once; fewer are filled up
-    most: int = 0  # 0: as many as there are
+    output: int | str | None = None  # index, key or attribute in the return value; None: the whole value
+    least: int = 1  # least batch size of the module; smaller batches are padded
+    most: int = 0  # largest batch size of the module; 0: no limit
 
     def __call__(self, module: nn.Module, inputs: Tensor) -> Tensor:
         """Return the module's outputs for inputs, [n, C, H, W]: [n, K] or [n, K, h, w].
 
-        Raises whatever the module raises, and `OutputsError`, which says what it returned instead.
+        Raises whatever the module raises, and `OutputsError` if it returns anything else.
         """
         return self.outputs(self.call(module, inputs), n=len(inputs))
 
     def outputs(self, returned: object, *, n: int) -> Tensor:
-        """Return the outputs of n inputs, out of what `call` returned."""
+        """Return the outputs of n inputs from the return value of `call`."""
         outputs = returned if self.output is None else _found(returned, self.output)
         if not isinstance(outputs, Tensor):
             hint = "; set output, or trial_size to have it found out" if self.output is None and items(returned) else ""
@@ -65,7 +65,7 @@ class Adapter:
         return outputs
 
     def call(self, module: nn.Module, inputs: Tensor, *, label: int = 0) -> object:
-        """Return all that the module returns, the rows that it was filled up with too."""
+        """Return the module's whole return value, including padded rows."""
         if missing := max(0, self.least - len(inputs)):
             inputs = torch.cat([inputs, inputs.new_zeros(missing, *inputs.shape[1:])])
         named: dict[str, object] = dict(self.arguments)
@@ -75,7 +75,7 @@ class Adapter:
 
     @property
     def summary(self) -> str:
-        """How the module is called, in a line: "(image=images, disease=zeros) → y_prob"."""
+        """The call as text: "(image=images, disease=zeros) → y_prob"."""
         taken = [f"{self.input}=images" if self.input else "images"]
         taken += [f"{name}={value}" for name, value in self.arguments]
         taken += [f"{self.labels.keyword}=zeros"] if self.labels else []
@@ -86,7 +86,7 @@ PLAIN = Adapter()
 
 
 def items(returned: object) -> Mapping[int | str, object]:
-    """Return what lies in what a module returned: by key, place or, of an object's own making, attribute."""
+    """Return the items of a module's return value by key, index or, for other objects, attribute."""
     if isinstance(returned, Mapping):
         return returned
     if isinstance(returned, list | tuple):
@@ -95,7 +95,7 @@ def items(returned: object) -> Mapping[int | str, object]:
 
 
 def summary(returned: object) -> str:
-    """Say what a module returned: "dict of loss [], y_prob [2, 5]"."""
+    """Describe a module's return value: "dict of loss [], y_prob [2, 5]"."""
     name = type(returned).__name__
     if isinstance(returned, Tensor):
         kind = str(returned.dtype).removeprefix("torch.")

@@ -1,7 +1,8 @@
-"""BatchNorm fusion: in eval mode a BatchNorm is a scale and a shift, so it can join the convolution before it.
+"""BatchNorm fusion: folds a BatchNorm's scale and shift into the convolution or linear layer before it, in eval mode.
 
-Which norm comes after which convolution is found by what flows, not by names: the very tensor that one returned is the
-very tensor that the other received. What hooks do not see, such as a second reader of that tensor, the trial shows.
+Pairs are found by data flow, not by names: the tensor object that one module returns is the one that the other
+receives. Hooks cannot see everything, such as a second reader of that tensor, so a trial compares outputs and gradients
+before and after.
 """
 
 import copy
@@ -20,19 +21,20 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import ConfigurationError
 from .adapter import PLAIN, Adapter
 
-# torch's own hooks that compute a weight before each pass: part of the network, not a visitor's.
+# torch's own hooks that compute a weight before each pass: they are part of the network.
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-# Of the largest output: in float64 a right fold moves them by 1e-12 at the most, a wrong one by far more.
+# Relative to the largest output. In float64 a correct fusion changes outputs by at most 1e-12, a wrong one far more.
 TOLERANCE = 1e-8
-SINGLE_TOLERANCE = 1e-3  # where a module cannot run in float64
+SINGLE_TOLERANCE = 1e-3  # if the module cannot run in float64
 
 
 def fuse_batchnorm(module: nn.Module, inputs: Tensor, *, adapter: Adapter = PLAIN) -> int:
-    """Fold what can be folded of a replica, which must own its weights; return how many norms were.
+    """Fuse all BatchNorms that can be fused into the layers before them, in place; return their number.
 
-    `inputs` are a trial, [n, C, H, W]. `ConfigurationError` where outputs or gradients are not what they were.
+    `module` must own its weights. `inputs` are trial inputs, [n, C, H, W]. Raises `ConfigurationError` if fusion
+    changes outputs or gradients.
     """
     with torch.no_grad():
         pairs = list(_pairs(module, inputs, adapter))
@@ -51,12 +53,12 @@ def _replace(module: nn.Module, pairs: Sequence[tuple[str, str]]) -> None:
 
 
 def _try(module: nn.Module, inputs: Tensor, pairs: Sequence[tuple[str, str]], adapter: Adapter) -> None:
-    """Fold a copy, in float64 if the module can run so, and compare."""
+    """Fuse a copy, in float64 if the module supports it, and compare outputs and gradients."""
     for dtype, tolerance in ((torch.float64, TOLERANCE), (inputs.dtype, SINGLE_TOLERANCE)):
         try:
             trial, converted = copy.deepcopy(module).to(dtype), inputs.to(dtype)
             before = _outputs(trial, converted, adapter)
-        except (RuntimeError, TypeError):  # it has a type of its own somewhere inside, or the device lacks this one
+        except (RuntimeError, TypeError):  # the module fixes a type somewhere, or the device has no float64
             if dtype == inputs.dtype:
                 raise
             continue
@@ -67,7 +69,7 @@ def _try(module: nn.Module, inputs: Tensor, pairs: Sequence[tuple[str, str]], ad
             raise ConfigurationError(
                 f"fold: the model reads an attribute of a BatchNorm that would be folded ({error}); leave fold unset"
             ) from error
-        # In float32 a ReLU at a tie may open: a gradient's few elements move then, and outputs hardly do.
+        # Only outputs in float32: a ReLU at a tie may flip, which moves single elements of the gradient.
         compared = zip(("outputs", "gradients"), before, after, strict=True)
         for what, was, is_now in list(compared)[: 2 if dtype == torch.float64 else 1]:
             apart = float((is_now - was).abs().max() / was.abs().max().clamp_min(1e-30))
@@ -80,23 +82,23 @@ def _try(module: nn.Module, inputs: Tensor, pairs: Sequence[tuple[str, str]], ad
 
 
 def _pairs(module: nn.Module, inputs: Tensor, adapter: Adapter) -> Iterator[tuple[str, str]]:
-    """Yield the names of convolutions and norms that were called once, the one's output being the other's input."""
-    returned: list[tuple[str, Tensor]] = []  # the tensors are held: the address of one that is gone may be used again
+    """Yield names of layers and BatchNorms called exactly once, where the layer's output is the norm's input."""
+    returned: list[tuple[str, Tensor]] = []  # keeps the tensors alive, so that no id is reused
     received: list[tuple[str, Tensor]] = []
     calls: Counter[str] = Counter()
     hooks: list[RemovableHandle] = []
 
     def watch(name: str, each: nn.Module) -> None:
-        def came(_module: nn.Module, arguments: tuple[object, ...]) -> None:
+        def before_call(_module: nn.Module, arguments: tuple[object, ...]) -> None:
             calls[name] += 1
             if arguments and isinstance(arguments[0], Tensor) and _after(each):
                 received.append((name, arguments[0]))
 
-        def went(_module: nn.Module, _arguments: object, output: object) -> None:
+        def after_call(_module: nn.Module, _arguments: object, output: object) -> None:
             if isinstance(output, Tensor) and isinstance(each, (*_CONVOLUTIONS, nn.Linear)):
                 returned.append((name, output))
 
-        hooks.extend((each.register_forward_pre_hook(came), each.register_forward_hook(went)))
+        hooks.extend((each.register_forward_pre_hook(before_call), each.register_forward_hook(after_call)))
 
     for name, each in module.named_modules():
         if _after(each) or isinstance(each, (*_CONVOLUTIONS, nn.Linear)):  # one of a convolution's subclass may pad
@@ -113,10 +115,10 @@ def _pairs(module: nn.Module, inputs: Tensor, adapter: Adapter) -> Iterator[tupl
 
 
 def _after(norm: nn.Module) -> nn.Module | None:
-    """Return what a BatchNorm does after it has normalised; None for what is no BatchNorm, or one of an unknown kind.
+    """Return what a BatchNorm applies after normalizing; None if it is no BatchNorm or an unknown subclass.
 
-    A subclass may do anything. The one that is known is timm's `BatchNormAct2d`, a norm, a dropout and an activation:
-    it is recognised by these two attributes, and the trial shows whether it was.
+    A subclass may compute anything. timm's `BatchNormAct2d` (norm, dropout, activation) is supported: it is recognized
+    by its attributes `drop` and `act`, and the trial shows whether that was right.
     """
     kind = type(norm).__bases__[0] if parametrize.is_parametrized(norm) else type(norm)
     if kind in _NORMS:
@@ -131,8 +133,8 @@ def _is_fixed(norm: nn.Module) -> bool:
     return norm.running_mean is not None and norm.running_var is not None
 
 
-def _settle(module: nn.Module) -> None:
-    """Make the weight and the bias, where something computes them before each pass, what they are now."""
+def _freeze_computed(module: nn.Module) -> None:
+    """Replace a weight and bias that are computed before each pass by their current values."""
     if parametrize.is_parametrized(module):
         # Not `remove_parametrizations`: it changes the class, which copies share with the caller's module.
         computed = {name: getattr(module, name) for name in dict(module.parametrizations.named_children())}  # type: ignore[union-attr]
@@ -152,7 +154,7 @@ def _settle(module: nn.Module) -> None:
 
 def _fold_into(first: nn.Module, norm: nn.Module) -> None:
     for each in (first, norm):
-        _settle(each)
+        _freeze_computed(each)
     fuse = fuse_linear_bn_weights if isinstance(first, nn.Linear) else fuse_conv_bn_weights
     weight, bias = fuse(first.weight, first.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)  # type: ignore[arg-type]
     first.weight = nn.Parameter(weight.detach(), requires_grad=False)

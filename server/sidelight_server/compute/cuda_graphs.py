@@ -1,9 +1,9 @@
-"""CUDA graphs: a module's forward and backward pass, recorded once and replayed on a GPU.
+"""CUDA graphs: records a module's forward and backward pass once and replays them.
 
-A small chunk's hundreds of kernels take the host longer to launch than the GPU to run. A CUDA graph launches them in
-one go, always on the same buffers and for the same number of rows. So there is a ladder of sizes: a chunk takes the
-next one up, and the rows beyond its own say nothing. The last few shapes of input have a ladder each. Between the two
-passes the head, which differs from chunk to chunk, runs as usual.
+For small chunks the host takes longer to launch hundreds of kernels than the GPU takes to run them. A CUDA graph
+launches them at once, always on the same buffers and for the same number of rows. So graphs are recorded for powers of
+two: a chunk uses the next larger one, and the output of its padding rows is ignored. Recordings are kept for the last
+few input shapes. The head, which differs from chunk to chunk, runs without a graph between the two passes.
 """
 
 from collections import OrderedDict
@@ -12,8 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-MAX_SHAPES = 4  # whose recordings are kept: of a model that takes any size, callers choose them
-WARM_UPS = 3  # before the recording: libraries choose their algorithms and take their workspaces then
+MAX_SHAPES = 4  # input shapes with recordings: callers choose the shape if the model takes any size
+WARM_UPS = 3  # passes before recording: libraries choose algorithms and allocate workspaces in them
 
 Compute = Callable[[Tensor], Tensor]  # inputs, [n, C, H, W], to outputs
 Replay = Callable[[], None]
@@ -21,7 +21,7 @@ Record = Callable[[Replay, Replay], tuple[Replay, Replay]]
 
 
 class Recording:
-    """The two passes for one number of rows. What it returns is the caller's own: the buffers are written again."""
+    """The two recorded passes for one number of rows. Returned tensors are copies: the buffers are reused."""
 
     def __init__(self, compute: Compute, like: Tensor, *, n_rows: int, record: Record) -> None:
         shape = (n_rows, *like.shape[1:])
@@ -32,14 +32,14 @@ class Recording:
         self._replay_forward, self._replay_backward = record(self._forward, self._backward)
 
     def outputs(self, inputs: Tensor) -> Tensor:
-        """Return the outputs of inputs, [n, C, H, W], no more of them than the recording has rows."""
+        """Return the outputs for inputs, [n, C, H, W], with n at most the recording's rows."""
         with torch.no_grad():
             self._inputs[: len(inputs)].copy_(inputs)
         self._replay_forward()
         return self._outputs.detach()[: len(inputs)].clone()
 
     def gradients(self, sent: Tensor) -> Tensor:
-        """Return the gradients at those inputs, given the gradients at their outputs."""
+        """Return the gradients at the last inputs, given the gradients at their outputs."""
         self._sent[len(sent) :] = 0
         self._sent[: len(sent)].copy_(sent)
         self._replay_backward()
@@ -53,8 +53,8 @@ class Recording:
         (self._gradients,) = torch.autograd.grad(self._outputs, self._inputs, self._sent)
 
 
-class _Ladder:
-    """The recordings for one shape of input."""
+class _ShapeRecordings:
+    """The recordings for one input shape, by number of rows."""
 
     def __init__(self, record: Record) -> None:
         self.record = record
@@ -62,43 +62,43 @@ class _Ladder:
 
 
 class Recordings:
-    """The ladder for each shape of input, recorded as sizes are asked for. Used by the device's thread alone.
+    """The recordings of each input shape, made on demand. Used on the device's thread only.
 
-    Above `MAX_SHAPES` the shape that was not asked for longest is forgotten, with all memory of its recordings.
+    Above `MAX_SHAPES` the least recently used shape is dropped, and the memory of its recordings freed.
     """
 
     def __init__(self, compute: Compute, new_record: Callable[[], Record]) -> None:
         self._compute = compute
         self._new_record = new_record
-        self._ladders: OrderedDict[torch.Size, _Ladder] = OrderedDict()  # the last one asked for at the end
+        self._by_shape: OrderedDict[torch.Size, _ShapeRecordings] = OrderedDict()  # least recently used first
 
     def of(self, inputs: Tensor) -> Recording:
-        """Return the recording that such inputs fit: of the next power of two."""
-        ladder, n_rows = self._ladder(inputs.shape[1:]), 1 << (len(inputs) - 1).bit_length()
-        if n_rows not in ladder.recorded:
-            ladder.recorded[n_rows] = Recording(self._compute, inputs, n_rows=n_rows, record=ladder.record)
-        return ladder.recorded[n_rows]
+        """Return the recording for inputs, [n, C, H, W]: that of the next power of two."""
+        recordings, n_rows = self._of_shape(inputs.shape[1:]), 1 << (len(inputs) - 1).bit_length()
+        if n_rows not in recordings.recorded:
+            recordings.recorded[n_rows] = Recording(self._compute, inputs, n_rows=n_rows, record=recordings.record)
+        return recordings.recorded[n_rows]
 
-    def _ladder(self, shape: torch.Size) -> _Ladder:
-        if shape in self._ladders:
-            self._ladders.move_to_end(shape)
-            return self._ladders[shape]
-        if len(self._ladders) >= MAX_SHAPES:  # first, so that its memory is there for the new one
-            self._ladders.popitem(last=False)
-        ladder = self._ladders[shape] = _Ladder(self._new_record())
-        return ladder
+    def _of_shape(self, shape: torch.Size) -> _ShapeRecordings:
+        if shape in self._by_shape:
+            self._by_shape.move_to_end(shape)
+            return self._by_shape[shape]
+        if len(self._by_shape) >= MAX_SHAPES:  # first, so that its memory is available for the new one
+            self._by_shape.popitem(last=False)
+        recordings = self._by_shape[shape] = _ShapeRecordings(self._new_record())
+        return recordings
 
 
 def recorder(device: torch.device) -> Record:
-    """Return what records on a device, in memory of its own. Without graphs the passes simply run again."""
+    """Return a function that records passes with a memory pool of its own; on a CPU the passes just run again."""
     if device.type != "cuda":
         return lambda forward, backward: (forward, backward)
-    # One pool for all of a shape: they run one after the other on one stream, and what one returns is copied out of it.
-    # torch gives a pool's memory back only once all of its graphs are gone, so two shapes share none.
+    # One pool for all recordings of a shape: they run one after the other on one stream, and results are copied out.
+    # torch frees a pool only once all of its graphs are gone, so shapes do not share a pool.
     pool = torch.cuda.graph_pool_handle()
 
     def record(forward: Replay, backward: Replay) -> tuple[Replay, Replay]:
-        # torch's own annotations leave streams out. This one is no default: that would be the first device's.
+        # torch's type annotations lack streams. The device is given: the default would be the first one.
         aside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(aside):
@@ -108,7 +108,7 @@ def recorder(device: torch.device) -> Record:
         torch.cuda.current_stream(device).wait_stream(aside)
         graphs = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         for graph, run in zip(graphs, (forward, backward), strict=True):
-            # Other threads, those of another device, may go on meanwhile.
+            # thread_local: threads of other devices may launch work during the capture.
             with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
                 run()
         return graphs[0].replay, graphs[1].replay

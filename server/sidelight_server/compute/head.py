@@ -1,7 +1,7 @@
-"""The head: scores computed from a model's outputs, and the gradients of the scores at these outputs.
+"""The head: computes scores from a model's outputs, and the gradients of the scores at the outputs.
 
-Both are computed in float64 from the outputs as the model returned them: in float32 a probability near 1 has lost what
-its gradient depends on, 1 − p, and so has its logarithm.
+Both are computed in float64 from the outputs as the model returned them. The gradient of a probability and of its
+logarithm depends on 1 − p, which for p near 1 has no digits left in float32.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +18,10 @@ from ..errors import FailedPrecondition, InvalidArgument
 # 9e-27 to 0.982. There its gradient at the outputs is right to 6e-5 of its norm (the worst of 20,000 random rows of 2,
 # 10 and 1,000 classes each, against float64; the median is 1e-5). At 8 it would be right to 3e-3, at 15 to no digit.
 LEAST_LOG_ODDS, MOST_LOG_ODDS = -60.0, 4.0
-# A gradient at the outputs whose largest element is below this leaves nothing of a map in float32, whose smallest
+# A gradient at the outputs whose largest element is below this gives a map of zeros in float32, whose smallest normal
 # number is 1e-38. A probability reaches it at log-odds of 66.
 DEAD = 2.0**-96
-# A model that returns probabilities computed 1 − p in its own type: below so many steps of that most is rounding.
+# For a model that returns probabilities: 1 − p below this many steps of the model's type is mostly rounding error.
 LOST_STEPS = 8
 
 
@@ -51,15 +51,15 @@ class Scored:
     """Scores and their gradients at the outputs, row by row."""
 
     scores: Tensor  # [n]
-    sent: Tensor | None  # the gradients, in the outputs' shape and type; None where none was wanted
-    is_dead: Tensor  # bool, [n]: whether that gradient is numerically nothing
+    sent: Tensor | None  # the gradients, in the outputs' shape and type; None if not requested
+    is_dead: Tensor  # bool, [n]: whether that gradient is numerically zero
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """How a model's outputs are read: [n, K], or [n, K, h, w] of a model that answers for each pixel.
+    """Computes probabilities and scores from outputs: [n, K], or [n, K, h, w] of a dense model.
 
-    A single output, K = 1, has two sides: class 1 is what it speaks for, class 0 what it speaks against.
+    A single output, K = 1, is treated as two classes: class 1 is the positive one, class 0 its complement.
     """
 
     outputs: Outputs = "logits"
@@ -67,23 +67,23 @@ class Head:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """The scores that can be had of such outputs."""
+        """The scores that can be computed from such outputs."""
         return tuple(self._of(n_outputs=2))
 
     def sides(self, values: Tensor) -> Tensor:
-        """Return outputs with a column for each class."""
+        """Return outputs with one column per class: two for a single output."""
         if values.shape[1] > 1:
             return values
         other = -values if self.outputs == "logits" else 1 - values
         return torch.cat([other, values], dim=1)
 
     def probabilities(self, values: Tensor) -> Tensor:
-        """Return the probabilities, [n, K], of outputs; of dense ones their mean over the pixels."""
+        """Return the probabilities, [n, K]; for dense outputs their mean over the pixels."""
         probable = self._of(values.shape[1])[Score.PROBABILITY](self.sides(values))
         return probable.mean(dim=(2, 3)) if probable.ndim == 4 else probable
 
     def predicted(self, values: Tensor, probabilities: Tensor) -> Tensor:
-        """Return the predicted classes, [n]: the largest output, or of a single one the side from 0.5 on."""
+        """Return the predicted classes, [n]: the largest output, or for a single one class 1 from p = 0.5 up."""
         if values.ndim == 4:
             return probabilities.argmax(dim=1)
         if values.shape[1] == 1:
@@ -91,7 +91,7 @@ class Head:
         return values.argmax(dim=1)
 
     def precision(self, score: Score, *, outputs: torch.dtype, device: torch.device, is_plain: bool) -> str:
-        """Return the type in which `read` computes a score of such outputs, in a word for provenance."""
+        """Return the type in which `read` computes a score, as text for provenance."""
         own, wide = (str(each).removeprefix("torch.") for each in (outputs, _wide(device)))
         if is_plain or own == wide:
             return own
@@ -108,19 +108,19 @@ class Head:
         is_plain: bool = False,
         step: float = 0.0,
     ) -> Scored:
-        """Return each row's own score of its own classes, [n], for outputs [n, K] or [n, K, h, w], and its gradient.
+        """Return each row's score of its own target, and its gradient, for outputs [n, K] or [n, K, h, w].
 
-        `is_plain` computes all of it in the outputs' own type, bit for bit as torch does by itself; otherwise that is
-        done for probabilities that are not near 0 or 1 alone. `step` is the relative step of the type that the model
-        computed in.
+        With `is_plain` everything is computed in the outputs' type, bit for bit as plain torch does; otherwise only
+        probabilities that are not near 0 or 1 are. `step` is the machine epsilon of the type that the model computed
+        in.
         """
-        for score in set(scores) - set(self.scores):  # as nobody knew before the model ran
+        for score in set(scores) - set(self.scores):  # only known after the model has run
             has = ", ".join(each.value for each in self.scores)
             raise FailedPrecondition(
                 f"score: the model returns {self.outputs}, so it has no {score.value}; it has {has}"
             )
         plain = None if is_plain else self._plain_rows(values, classes, resolved_targets, scores)  # bool, [n]
-        # Elsewhere than on a CPU the answer would have to be waited for.
+        # Only on a CPU: on a GPU `bool()` would synchronize.
         if plain is None or (values.device.type == "cpu" and bool(plain.all())):
             scored, sent = _differentiated(self.select, values, classes, resolved_targets, scores, gradient=gradient)
         else:
@@ -150,7 +150,7 @@ class Head:
     def _exact(
         self, values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], scores: Sequence[Score]
     ) -> Tensor:
-        """Return what `select` does by formulas that keep all digits at both ends, for float64."""
+        """As `select`, in float64 with formulas that keep all digits for probabilities near 0 and 1."""
         is_exclusive = self._is_exclusive(values)
 
         def exact(values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], score: Score) -> Tensor:
@@ -171,7 +171,7 @@ class Head:
     def _plain_rows(
         self, values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], scores: Sequence[Score]
     ) -> Tensor:
-        """Say which rows, bool [n], are right in the outputs' own type: probabilities, if none is near 0 or 1."""
+        """Return which rows, bool [n], are accurate in the outputs' type: probabilities that are not near 0 or 1."""
         may_be = torch.tensor([self._may_be_plain(score) for score in scores], device=values.device)
         if not any(self._may_be_plain(score) for score in scores):
             return may_be
@@ -179,7 +179,7 @@ class Head:
 
         def beyond(outputs: Tensor, index: Tensor) -> Tensor:
             odds = _log_odds(outputs, index, is_exclusive=is_exclusive)
-            return 1 - ((odds >= LEAST_LOG_ODDS) & (odds <= MOST_LOG_ODDS)).to(outputs.dtype)  # also for no number
+            return 1 - ((odds >= LEAST_LOG_ODDS) & (odds <= MOST_LOG_ODDS)).to(outputs.dtype)  # also 1 for NaN
 
         return may_be & (_of_both(beyond, self.sides(values), values, classes, resolved_targets, sign=1) == 0)
 
@@ -200,7 +200,7 @@ class Head:
         is_single = values.shape[1] == 1
 
         def alive(outputs: Tensor, index: Tensor) -> Tensor:
-            # Of a single output it is the output itself that was computed, whichever side is explained.
+            # For a single output the model computed p of class 1, whichever class is explained.
             p = outputs[:, 1:] if is_single else outputs.gather(1, index)
             return ((p > DEAD) & (1 - p > LOST_STEPS * step)).to(outputs.dtype)
 
@@ -223,7 +223,7 @@ _SelectOne = Callable[[Tensor, Tensor, Sequence[ResolvedTarget], Score], Tensor]
 
 
 def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # which that device lacks
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def _differentiated(
@@ -235,7 +235,7 @@ def _differentiated(
     *,
     gradient: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Return scores, [n], and their gradients at the outputs, unless none is wanted."""
+    """Return the scores, [n], and if `gradient` their gradients at the outputs."""
     leaf = values.detach().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
         scored = select(leaf, classes, resolved_targets, scores)
@@ -250,14 +250,14 @@ def _each_score(
     resolved_targets: Sequence[ResolvedTarget],
     scores: Sequence[Score],
 ) -> Tensor:
-    """Return each row's score, [n], each kind of score computed of its own rows alone."""
+    """Return each row's score, [n], computing each kind of score for its own rows only."""
     if len(set(scores)) == 1:
         return select(values, classes, resolved_targets, scores[0])
     selected = values.new_empty(len(scores))
     for score in dict.fromkeys(scores):
-        places = [place for place, each in enumerate(scores) if each is score]
-        rows = torch.tensor(places, device=values.device)
-        picked = select(values[rows], classes[rows], [resolved_targets[place] for place in places], score)
+        indices = [i for i, each in enumerate(scores) if each is score]
+        rows = torch.tensor(indices, device=values.device)
+        picked = select(values[rows], classes[rows], [resolved_targets[i] for i in indices], score)
         selected = selected.index_put((rows,), picked)
     return selected
 
@@ -269,7 +269,7 @@ def _log_odds(logits: Tensor, index: Tensor, *, is_exclusive: bool) -> Tensor:
 
 
 def _others(logits: Tensor, index: Tensor) -> Tensor:
-    """Return the logits with that of the class itself put out of the way."""
+    """Return the logits with that of the class itself replaced by the least float."""
     return logits.scatter(1, index, torch.finfo(logits.dtype).min)
 
 
@@ -280,18 +280,16 @@ def _added(
     classes: Tensor,
     resolved_targets: Sequence[ResolvedTarget],
 ) -> Tensor:
-    """Return the sums, [n], over each row's region of what `of` gives of its class at each pixel."""
+    """Return the sums, [n], of `of` for each row's class over the pixels of its region."""
     if values.ndim == 2:
         _check_no_region(resolved_targets)
         return of(sides, classes[:, None])[:, 0]
     own = _largest(values) if any(resolved.each_pixel for resolved in resolved_targets) else None
     rows = []
-    for place, resolved in enumerate(resolved_targets):
-        row = _cut(sides[place], resolved)[None]  # [1, K, h, w]
+    for i, resolved in enumerate(resolved_targets):
+        row = _cut(sides[i], resolved)[None]  # [1, K, h, w]
         whole = (
-            classes[place].view(1, 1, 1).expand(1, *sides.shape[2:])
-            if own is None or not resolved.each_pixel
-            else own[place]
+            classes[i].view(1, 1, 1).expand(1, *sides.shape[2:]) if own is None or not resolved.each_pixel else own[i]
         )
         rows.append(of(row, _cut(whole, resolved)[None]).sum())
     return torch.stack(rows)
@@ -306,7 +304,7 @@ def _of_both(
     *,
     sign: int,
 ) -> Tensor:
-    """Return the sums, [n], of each row's own class, and of the class that it is contrasted with times a sign."""
+    """As `_added`, plus `sign` times the same for the class that a contrast target subtracts."""
     positive = _added(of, sides, values, classes, resolved_targets)
     others, counts = _negatives(resolved_targets, sides)
     return (
@@ -315,12 +313,12 @@ def _of_both(
 
 
 def _largest(values: Tensor) -> Tensor:
-    """Return the class, [n, 1, h, w], of each pixel's largest output; a single one speaks for class 1 everywhere."""
+    """Return the class, [n, 1, h, w], of each pixel's largest output; for a single output always class 1."""
     return values.detach().argmax(dim=1, keepdim=True) + int(values.shape[1] == 1)
 
 
 def _negatives(resolved_targets: Sequence[ResolvedTarget], sides: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the classes, [n], whose score is subtracted, and which rows have one; None where no row has."""
+    """Return the classes, [n], whose score is subtracted, and which rows, bool [n], have one; None if none has."""
     if all(resolved.negative is None for resolved in resolved_targets):
         return torch.empty(0), None
     largest = sides.shape[1] - 1
@@ -329,7 +327,7 @@ def _negatives(resolved_targets: Sequence[ResolvedTarget], sides: Tensor) -> tup
 
 
 def _picked(scored: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], own: Tensor | None) -> Tensor:
-    """Return the scores, [n], that targets mean: of a class, minus those of another, over a region."""
+    """Return the scores, [n], of the targets: of a class, minus that of a contrast class, over a region."""
     if scored.ndim == 4:
         scored = _over_regions(scored, resolved_targets, own)  # [n, K]
     else:
@@ -342,9 +340,9 @@ def _picked(scored: Tensor, classes: Tensor, resolved_targets: Sequence[Resolved
 def _over_regions(scored: Tensor, resolved_targets: Sequence[ResolvedTarget], own: Tensor | None) -> Tensor:
     n_classes = scored.shape[1]
     rows = []
-    for place, (row, resolved) in enumerate(zip(scored, resolved_targets, strict=True)):  # [K, h, w]
+    for i, (row, resolved) in enumerate(zip(scored, resolved_targets, strict=True)):  # [K, h, w]
         if resolved.each_pixel and own is not None:
-            row = row.gather(0, own[place])  # [1, h, w]
+            row = row.gather(0, own[i])  # [1, h, w]
         rows.append(_cut(row, resolved).sum(dim=(1, 2)).expand(n_classes))
     return torch.stack(rows)
 
@@ -355,7 +353,7 @@ def _check_no_region(resolved_targets: Sequence[ResolvedTarget]) -> None:
 
 
 def _cut(row: Tensor, resolved: ResolvedTarget) -> Tensor:
-    """Return the region, [K, h, w], of a row's outputs that a resolved target means."""
+    """Return the target's region, [K, h, w], of a row's outputs. Raises `InvalidArgument` if it is out of bounds."""
     if (region := resolved.region) is None:
         return row
     height, width = row.shape[1:]

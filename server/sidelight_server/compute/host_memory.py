@@ -1,4 +1,4 @@
-"""Host memory: how much of it is left, and what the C library keeps of freed memory."""
+"""Host memory: how much is available, and how much freed memory the C library keeps."""
 
 import contextlib
 import ctypes
@@ -14,16 +14,16 @@ GROUPS = Path("/sys/fs/cgroup")
 # The options of glibc's mallopt(3).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEPT_BYTES = 1 << 30
-_LARGEST_BYTES = 32 << 20  # glibc takes no more
+_LARGEST_BYTES = 32 << 20  # glibc's maximum
 
-_UNLIMITED = 1 << 60  # bytes; version 1 of control groups says 2⁶³, rounded to pages, where there is no limit
+_UNLIMITED = 1 << 60  # bytes; cgroup v1 reports 2⁶³, rounded to pages, for no limit
 
 
 def keep_freed() -> None:
-    """Let this process keep freed memory instead of giving it back to the system between chunks.
+    """Make glibc keep freed memory instead of returning it to the system between chunks.
 
-    A thread's activations are otherwise mapped anew for every chunk, and each first touch of a page is a fault: 1,400
-    of them in one ResNet-18 row at 224², about 2 ms of its 60. Does nothing where the C library is another one.
+    Otherwise the activations of every chunk are mapped anew, and each first access to a page is a page fault: 1,400 for
+    one ResNet-18 row at 224², about 2 ms of its 60. Does nothing with another C library.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -35,41 +35,41 @@ def keep_freed() -> None:
 
 
 def give_back() -> None:
-    """Give the system what is kept of freed memory. It takes about 0.1 ms for each MiB that there is to give."""
+    """Return freed memory that glibc keeps to the system. Takes about 0.1 ms per MiB."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @dataclass(frozen=True, slots=True)
 class Room:
-    """How many bytes this process may still take, of all that its control group, or the machine, has."""
+    """Bytes that this process can still allocate, and the limit of its cgroup or of the machine."""
 
     left: int
     limit: int
 
 
 def room(proc: Path = PROC, groups: Path = GROUPS) -> Room | None:
-    """Return the memory that is left: the least of what the process's control groups and the machine have.
+    """Return the available memory: the least of the process's cgroups and the machine; None if unknown.
 
-    None where nothing says so. Files that were read and can be dropped count as left.
+    Reclaimable page cache counts as available.
     """
     return min([*_of_groups(proc, groups), *_of_machine(proc)], key=lambda each: each.left, default=None)
 
 
 def _of_groups(proc: Path, groups: Path) -> Iterator[Room]:
-    """Yield what is left of each control group with a limit: the process's own, and those around it."""
+    """Yield the available memory of each cgroup with a limit: the process's own and its ancestors."""
     with contextlib.suppress(OSError):
         for limit, usage, stat, reclaimable in _limited(_read(f"{proc}/self/cgroup"), str(groups)):
-            with contextlib.suppress(OSError, ValueError):  # gone, or its limit is
+            with contextlib.suppress(OSError, ValueError):  # the cgroup or its limit was removed
                 n_bytes = int(_read(limit))
                 yield Room(n_bytes - int(_read(usage)) + _value(_read(stat), reclaimable), n_bytes)
 
 
 @functools.lru_cache(maxsize=1)
 def _limited(memberships: str, groups: str) -> list[tuple[str, str, str, str]]:
-    """Return the groups that have a limit: files of limit, usage and figures, and the figure of what can be dropped.
+    """Return the cgroups that have a limit: their files of limit, usage and statistics, and the reclaimable key.
 
-    It is asked once for each place that the process is put: most groups have none, and looking for it takes 20 µs each.
+    Cached per membership: most cgroups have no limit, and checking one takes 20 µs.
     """
     found = []
     for membership in memberships.splitlines():
@@ -81,7 +81,7 @@ def _limited(memberships: str, groups: str) -> list[tuple[str, str, str, str]]:
             reclaimable = "total_inactive_file"
         else:
             continue
-        # A container may see its own group as the root, whatever the path says.
+        # In a container its own cgroup may be mounted as the root, whatever the path says.
         inner = Path(folder, path.lstrip("/"))
         for group in (inner, *inner.parents):
             with contextlib.suppress(OSError, ValueError):  # not there, or "max"
@@ -94,17 +94,17 @@ def _limited(memberships: str, groups: str) -> list[tuple[str, str, str, str]]:
 
 def _of_machine(proc: Path) -> Iterator[Room]:
     with contextlib.suppress(OSError, ValueError):
-        told = _read(f"{proc}/meminfo")
-        yield Room(_value(told, "MemAvailable:") * 1024, _value(told, "MemTotal:") * 1024)
+        meminfo = _read(f"{proc}/meminfo")
+        yield Room(_value(meminfo, "MemAvailable:") * 1024, _value(meminfo, "MemTotal:") * 1024)
 
 
 def _value(table: str, name: str) -> int:
-    """Return the number behind a name at the start of a line. `ValueError` where there is none."""
+    """Return the number after a name at the start of a line. Raises `ValueError` if there is none."""
     return int(f"\n{table}".partition(f"\n{name} ")[2].lstrip().partition("\n")[0].removesuffix(" kB"))
 
 
 def _read(path: str) -> str:
-    """Return what a small file holds, in a third of the time that `Path.read_text` takes."""
+    """Read a small file, in a third of the time of `Path.read_text`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return os.read(descriptor, 1 << 16).decode()
@@ -113,7 +113,7 @@ def _read(path: str) -> str:
 
 
 def resident_bytes() -> int:
-    """Return the bytes of memory that this process has; 0 where the system does not tell."""
+    """Return the resident set size of this process in bytes; 0 if unknown."""
     try:
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
     except (OSError, IndexError, ValueError):

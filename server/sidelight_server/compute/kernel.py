@@ -1,8 +1,8 @@
-"""The kernel: outputs and gradients of a chunk, on a replica of the model.
+"""The kernel: computes outputs and gradients of a chunk on a replica of the model.
 
-Everything here runs on the thread that owns the device. `torch.autograd.grad` is asked for the gradient at the probe
-alone: no parameter gets a gradient, and nothing of the caller's module is written. (`zero_grad()` and `.backward()` on
-a shared module crash the process once two threads do it.)
+Everything here runs on the thread that owns the device. `torch.autograd.grad` computes the gradient at the probe only,
+so no parameter gets a gradient and the caller's module is never written to. (`zero_grad()` and `.backward()` on a
+shared module crash the process if two threads call them.)
 """
 
 import functools
@@ -26,34 +26,35 @@ from .replica import SHARED, Isolation, Replica, replicate, weights_dtype
 from .saved_memory import SavedMemory
 from .weights import Watch
 
-_Read = Callable[[Tensor], "tuple[KernelOutput, Tensor | None]"]  # outputs, to what they say and gradients at them
+# Evaluates outputs: returns the kernel's output, and the gradients of the scores at the outputs.
+_Read = Callable[[Tensor], "tuple[KernelOutput, Tensor | None]"]
 
-LEAST_EXPONENT = -125  # of a power of two whose inverse float32 holds too
+LEAST_EXPONENT = -125  # of the smallest power of two whose inverse is a float32
 
 
 @dataclass(frozen=True, slots=True)
 class KernelOutput:
-    """What one run of the kernel gives, on the device."""
+    """The output of one run of the kernel, on the device."""
 
     explained: Tensor  # [n], class indices
-    scores: Tensor  # [n], as a rule float64
-    is_dead: Tensor  # bool, [n]: whether the gradient that was sent back is numerically nothing
+    scores: Tensor  # [n], usually float64
+    is_dead: Tensor  # bool, [n]: whether the gradient at the outputs is numerically zero
     predicted: Tensor  # [n], class indices
     probabilities: Tensor  # [n, K]
     output_shape: tuple[int, ...]  # K, or K, h, w
-    # In no less than float32: [n, C, H, W], or [n, c, h, w] of a layer; None where none was wanted
+    # At least float32: [n, C, H, W], or [n, c, h, w] of a layer; None if not requested
     gradients: Tensor | None = None
     activations: Tensor | None = None  # [n, c, h, w] of a layer
 
 
 class Kernel:
-    """A replica of one model on one device.
+    """Runs one model on one device, on a replica.
 
-    `dtype` is that of points and gradients. With a precision of the operator's choice the module computes in that, and
-    all around it stays float32. Fusion needs a `trial`, [n, C, H, W].
+    `dtype` is the type of points and gradients. If the operator sets a precision, the module computes in that and
+    everything around it in float32. BatchNorm fusion, compilation and CUDA graphs need a `trial` input, [n, C, H, W].
 
-    Raises whatever the module raises, and what the adapter does where it returns something else; when it is made,
-    `ConfigurationError` for an option that this module cannot have.
+    The constructor raises `ConfigurationError` for an option that the module does not support. `run` raises whatever
+    the module raises, and `OutputsError` if it returns something unexpected.
     """
 
     def __init__(
@@ -79,11 +80,11 @@ class Kernel:
         self._replica = Replica(
             self.watch, device=device, options=self.options, adapter=adapter, trial=trial, isolation=isolation
         )
-        if self.options.fold and not self.n_folded:  # an answer must not say what was not done
+        if self.options.fold and not self.n_folded:  # provenance must not list an option that had no effect
             self.options = replace(self.options, fold=False)
         self._hooked_replica: nn.Module | None = None
         self._recordings: Recordings | None = None
-        self._copies_inputs: bool | None = None  # not known before the first call
+        self._copies_inputs: bool | None = None  # whether the module modifies its input; unknown before the first call
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -92,17 +93,17 @@ class Kernel:
 
     @property
     def n_folded(self) -> int:
-        """How many norms are part of the convolutions before them."""
+        """Number of BatchNorms that were fused into the layer before them."""
         return self._replica.n_folded
 
     @property
     def summary(self) -> str:
-        """What runs, in a word: "float32", "bfloat16+fold"."""
+        """The computing type and options, such as "float32" or "bfloat16+fold"."""
         return self.options.summary(str(self.compute_dtype).removeprefix("torch."))
 
     @property
     def _hooked(self) -> nn.Module:
-        """A replica of its own for what hooks into the module. No weight is copied."""
+        """A second replica, for passes with hooks. It shares the weights."""
         if self._hooked_replica is None:
             self._hooked_replica = replicate(self._replica.plain)
         return self._hooked_replica
@@ -127,10 +128,10 @@ class Kernel:
         gradient: bool = True,
         plain_head: bool = False,
     ) -> KernelOutput:
-        """Return what each row, [C, H, W] of inputs, says of its own score of its own target, and its gradient.
+        """Run inputs, [n, C, H, W]; return each row's score of its own target, and the gradient if requested.
 
-        A class beyond K is clamped: the caller, who learns K from the answer, refuses that row. With a plain head every
-        score is computed in the type of the outputs, as `torch.autograd` by itself does; see `Head.read`.
+        A class index of K or more is clamped: the caller learns K from the output and fails that row. With `plain_head`
+        every score is computed in the type of the outputs, as plain `torch.autograd` does; see `Head.read`.
         """
         self._refresh()
         inputs = inputs.detach()
@@ -146,7 +147,7 @@ class Kernel:
             case Layer(name):
                 return self._at_layer(inputs, read, name)
             case Rectifiers.GUIDED:
-                with Guided() as guided:  # which a compiled module does not see: its own module runs instead
+                with Guided() as guided:  # has no effect on a compiled module, so the original module runs
                     answer = self._at_input(inputs, read, module=self._uncompiled)
                 if not guided.n_rectifiers:
                     raise FailedPrecondition(NOTHING_TO_GUIDE)
@@ -157,7 +158,7 @@ class Kernel:
                 return self._at_input(inputs, read)
 
     def kept(self, inputs: Tensor, *, limit: int) -> SavedMemory:
-        """Run a forward pass alone; return what it keeps for the way back, or that it ended at the limit in bytes."""
+        """Run a forward pass and return the memory that autograd saved in it; stop the pass at `limit` bytes."""
         self._refresh()
         module, leaf = self._uncompiled, inputs.detach().clone().requires_grad_()
         with SavedMemory(limit=limit, weights=module) as kept, torch.enable_grad():
@@ -180,10 +181,10 @@ class Kernel:
             self._hooked_replica = self._recordings = None
 
     def fingerprint(self, inputs: Tensor) -> str:
-        """Return the SHA-256 of the module's outputs, and of the gradient of their weighted sum, at such inputs.
+        """Return the SHA-256 of the module's outputs at `inputs` and of the gradient of their weighted sum.
 
-        In hexadecimal, over types, shapes and bytes. The weights are 1 to 2, from the first output to the last: with
-        equal ones a sum of probabilities would be 1 whatever it depends on. Without a gradient it is of outputs alone.
+        In hexadecimal, over types, shapes and bytes; without a gradient, of the outputs only. The weights rise from 1
+        to 2 over the outputs, because an unweighted sum of probabilities would be constant.
         """
         self._refresh()
         leaf = inputs.detach().requires_grad_()
@@ -200,17 +201,17 @@ class Kernel:
         return digest.hexdigest()
 
     def adopt(self, *, adapter: Adapter, head: Head, layers: Layers) -> None:
-        """Call the module, and read its outputs and layers, as was found out later than the kernel was made."""
+        """Replace adapter, head and layers with those that introspection found after the kernel was created."""
         self._adapter, self.head, self._layers = adapter, head, layers
 
     def head_precision(self, score: Score, *, plain_head: bool) -> str:
-        """Return the type that a score and its gradient at the outputs are computed in, as provenance tells it."""
+        """Return the type that a score and its gradient at the outputs are computed in, for provenance."""
         outputs = self.dtype if plain_head else torch.promote_types(self.dtype, torch.float32)
         return self.head.precision(score, outputs=outputs, device=self.device, is_plain=plain_head)
 
     def outputs_of(self, inputs: Tensor, *, module: nn.Module | None = None) -> Tensor:
         """Return the module's outputs, [n, K] or [n, K, h, w]."""
-        # Not `module or …`: a compiled one's truth is its length, which it has none of.
+        # Not `module or …`: bool() of a compiled module calls a `__len__` that it does not have.
         return self._widened(self._call(inputs, self._replica.module if module is None else module))
 
     def _at_input(self, inputs: Tensor, read: _Read, *, module: nn.Module | None = None) -> KernelOutput:
@@ -221,7 +222,7 @@ class Kernel:
         return replace(answer, gradients=self._gradients(sent, outputs, inputs))
 
     def _gradients(self, sent: Tensor | None, outputs: Tensor, leaf: Tensor) -> Tensor:
-        """Return the gradients of scores at a leaf of the graph, given those at the outputs."""
+        """Backpropagate the gradients at the outputs, `sent`, to a leaf of the graph."""
 
         def back(each: Tensor) -> Tensor:
             given = (each.to(outputs.dtype),)
@@ -234,26 +235,26 @@ class Kernel:
         return self._sent_back(sent, back)
 
     def _replayed(self, inputs: Tensor, read: _Read) -> KernelOutput:
-        """Return what `_at_input` does, from recordings of the passes on both sides of the head."""
+        """As `_at_input`, with the forward and the backward pass replayed from CUDA graphs."""
         recording = self._recorded.of(inputs)
         answer, sent = read(recording.outputs(inputs))
         return replace(answer, gradients=self._sent_back(sent, recording.gradients))
 
     def _sent_back(self, sent: Tensor | None, back: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the gradients of scores where `back` takes those at the outputs to, in no less than float32."""
+        """Backpropagate `sent`, the gradients at the outputs, with `back`; return at least float32."""
         assert sent is not None  # noqa: S101
         if self.compute_dtype != torch.float16 or sent.dtype == torch.float16:
             return _at_least_float32(back(sent))
-        # A sure probability's gradient is less than float16 holds. So what goes back through the module is each row's
-        # own, scaled by a power of two to about 1, and what comes out is scaled back, without another rounding.
+        # The gradient of a probability near 1 underflows in float16. So each row is scaled by a power of two to about 1
+        # before the backward pass, and scaled back after it, without another rounding.
         largest = sent.flatten(1).abs().amax(dim=1)  # [n]
         exponent = torch.frexp(largest).exponent.clamp(min=LEAST_EXPONENT)
         scale = torch.ldexp(torch.ones_like(largest), -exponent)
         return _row_by_row(_at_least_float32(back(_row_by_row(sent, scale))), 1 / scale)
 
     def _at_layer(self, inputs: Tensor, read: _Read, name: str) -> KernelOutput:
-        name = self._layers.chosen(name, [])  # it is not known beforehand if the model takes any size
-        # The graph begins at the layer: what lies before it is run without one.
+        name = self._layers.chosen(name, [])  # only known now if the model takes any input size
+        # The graph begins at the layer; the layers before it run without one.
         with torch.enable_grad(), capture(self._hooked, name) as captured:
             outputs = self._widened(self._adapter(self._hooked, self._arranged(inputs.clone())))
         leaf = captured.leaf[0]
@@ -271,21 +272,21 @@ class Kernel:
         gradient: bool,
         plain_head: bool,
     ) -> tuple[KernelOutput, Tensor | None]:
-        """Return what outputs say, and the gradients of the scores at them."""
+        """Evaluate the outputs: classes, probabilities and scores, and the gradients of the scores at the outputs."""
         values = outputs.detach() if plain_head else _at_least_float32(outputs.detach())
         with torch.no_grad():
             probabilities = self.head.probabilities(values)  # [n, K]
             predicted = self.head.predicted(values, probabilities)
             explained = _classes(resolved_targets, predicted, probabilities.shape[1])
         step = torch.finfo(self.compute_dtype).eps
-        said = self.head.read(
+        scored = self.head.read(
             values, explained, resolved_targets, wanted, gradient=gradient, is_plain=plain_head, step=step
         )
         shape = (probabilities.shape[1], *outputs.shape[2:])
-        return KernelOutput(explained, said.scores, said.is_dead, predicted, probabilities, shape), said.sent
+        return KernelOutput(explained, scored.scores, scored.is_dead, predicted, probabilities, shape), scored.sent
 
     def _arranged(self, inputs: Tensor) -> Tensor:
-        """Return inputs in the type and the layout that the module computes in: themselves, unless that is chosen."""
+        """Convert inputs to the module's type and memory format; returns the same tensor if they have both."""
         if not self.options.channels_last:
             return inputs.to(self.compute_dtype)
         return inputs.to(self.compute_dtype, memory_format=torch.channels_last)
@@ -294,7 +295,7 @@ class Kernel:
         return outputs.to(self.dtype) if self.options.precision else outputs
 
     def _call(self, inputs: Tensor, module: nn.Module) -> Tensor:
-        """Run the module. One that begins with an in-place operation gets a copy: the points themselves stay as is."""
+        """Run the module, on a copy of the inputs if it modifies them in place: the points must not change."""
         arranged = self._arranged(inputs)
         if arranged is not inputs or self._copies_inputs:
             return self._adapter(module, inputs.clone() if arranged is inputs else arranged)

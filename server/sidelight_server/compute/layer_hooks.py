@@ -1,7 +1,6 @@
-"""Layer hooks: gradients taken elsewhere than at the plain input. On the thread that owns the device.
+"""Layer hooks: gradients at a layer, and guided backpropagation. Used on the device's thread only.
 
-What hooks into a module does so on a replica of its own, which nobody else runs: hooks on a shared one would meet the
-rows of other requests.
+Hooks are registered on a separate replica, because hooks on a shared one would also see the rows of other requests.
 """
 
 import contextlib
@@ -19,14 +18,14 @@ from .layers import first_tensor, with_first_tensor
 
 @dataclass(slots=True)
 class Captured:
-    """What a layer returned, as the leaf of a graph that begins there."""
+    """The output of a layer, as the leaf of a new graph."""
 
     leaf: list[Tensor] = field(default_factory=list)
 
 
 @contextlib.contextmanager
 def capture(module: nn.Module, layer: str) -> Iterator[Captured]:
-    """Cut a module's graph at a layer, for as long as the context lasts."""
+    """Start the autograd graph at a layer's output while the context is open."""
     captured = Captured()
 
     def cut(_module: nn.Module, _inputs: object, output: Any) -> Any:
@@ -36,7 +35,7 @@ def capture(module: nn.Module, layer: str) -> Iterator[Captured]:
         if captured.leaf:
             raise InvalidArgument(f'method.layer: "{layer}" runs more than once in a pass, expected a layer of one run')
         captured.leaf.append(value.detach().requires_grad_())
-        copy = captured.leaf[0].clone()  # what comes next may work in place, and must not have the leaf itself
+        copy = captured.leaf[0].clone()  # the next module may modify its input in place, and the leaf must not change
         return with_first_tensor(output, copy)
 
     handle = module.get_submodule(layer).register_forward_hook(cut)
@@ -53,7 +52,7 @@ NOTHING_TO_GUIDE = (
 
 
 class _Guided(torch.autograd.Function):
-    """A rectifier whose gradient passes only where it is positive, and where the input was within the bounds."""
+    """A ReLU whose gradient passes only where it is positive and the input is within the bounds."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, upper: float) -> Tensor:
@@ -68,7 +67,7 @@ class _Guided(torch.autograd.Function):
 
 
 class Guided(TorchFunctionMode):
-    """Runs every rectifier by the guided rule, whether it is a module or a function. It holds for its own thread."""
+    """Applies the guided rule to every ReLU, module or function, on the current thread."""
 
     _UPPER: ClassVar[dict[Any, float]] = {
         function: float("inf")
@@ -83,7 +82,7 @@ class Guided(TorchFunctionMode):
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Replace a rectifier; let everything else through."""
+        """Replace a ReLU; call every other function unchanged."""
         named = kwargs or {}
         upper = self._UPPER.get(function)
         if function is nn.functional.hardtanh and _is_relu6(*args[1:], **named):

@@ -1,4 +1,4 @@
-"""Layers that a map can be made of, and where the input's positions lie in what they return."""
+"""Layers that can be explained, and the layout of their outputs."""
 
 import math
 import re
@@ -10,20 +10,20 @@ from torch import Tensor
 
 from ..errors import ConfigurationError, InvalidArgument, NotFound, did_you_mean
 
-MANY_LAYERS = 8  # that a message lists
+MANY_LAYERS = 8  # layers that an error message lists
 
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a layer's positions, h × w, lie in what it returns: [n, c, h, w], [n, h, w, c] or tokens [n, T, c]."""
+    """The layout of a layer's output: [n, c, h, w], [n, h, w, c] or tokens [n, T, c]."""
 
     kind: Literal["nchw", "nhwc", "tokens"]
-    prefix: int = 0  # tokens before those of the positions
-    suffix: int = 0  # tokens after them
-    grid: Size | None = None  # of the tokens, h and w; None: as the input's sides are to each other
-    input_size: Size | None = None  # H and W that the grid is of; None: any
+    prefix: int = 0  # tokens before the grid, such as a class token
+    suffix: int = 0  # tokens after the grid
+    grid: Size | None = None  # h and w; None: derived from the input's aspect ratio
+    input_size: Size | None = None  # H and W that the grid belongs to; None: any
 
     def __str__(self) -> str:
         if self.kind != "tokens":
@@ -31,7 +31,7 @@ class Layout:
         return f"tokens:{self.prefix}" + (f":{self.grid[0]}x{self.grid[1]}" if self.grid else "")
 
     def arranged(self, values: Tensor, input_size: Size) -> Tensor:
-        """Return what a layer returned, or its gradient, as [n, c, h, w]. `InvalidArgument` where that does not fit."""
+        """Return a layer's output or gradient as [n, c, h, w]. Raises `InvalidArgument` if the layout does not fit."""
         if values.ndim != (3 if self.kind == "tokens" else 4):
             raise InvalidArgument(f"method.layer: it returns {list(values.shape)}, which is not {self}")
         if self.kind == "nchw":
@@ -43,11 +43,11 @@ class Layout:
         return tokens.transpose(1, 2).reshape(len(values), -1, height, width)
 
     def _grid(self, n_tokens: int, input_size: Size) -> Size:
-        """Return h and w of so many tokens for an input of a size."""
+        """Return h and w of the token grid for an input of this size."""
         n_positions = n_tokens - self.prefix - self.suffix
         if self.grid and self.input_size in (None, input_size):
             fitting = [self.grid] if math.prod(self.grid) == n_positions else []
-        elif self.grid and self.input_size:  # the same size of patch for another input
+        elif self.grid and self.input_size:  # another input size with the same patch size
             sides = [side * now / then for side, now, then in zip(self.grid, input_size, self.input_size, strict=True)]
             around = [(math.floor(side), math.ceil(side)) for side in sides]
             fitting = list({(h, w) for h in around[0] for w in around[1] if h * w == n_positions})
@@ -61,7 +61,7 @@ class Layout:
 
 
 def layout(text: str) -> Layout:
-    """Return the layout that a text means: nchw, nhwc, tokens:1 or tokens:1:14x14. `ConfigurationError` otherwise."""
+    """Parse a layout: nchw, nhwc, tokens:1 or tokens:1:14x14. Raises `ConfigurationError`."""
     if text in ("nchw", "nhwc"):
         return Layout("nchw" if text == "nchw" else "nhwc")
     found = re.fullmatch(r"tokens:(\d{1,6})(?::(\d{1,6})x(\d{1,6}))?", text)
@@ -74,16 +74,17 @@ def layout(text: str) -> Layout:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """The layers of a module by their names, in the order in which they end."""
+    """The layers of a module by name, in the order in which they finish in a pass."""
 
-    layouts: Mapping[str, Layout] = field(default_factory=dict)  # of those that qualify
-    default: str = ""  # that which is meant where none is named; empty: there is none
-    unfit: Mapping[str, str] = field(default_factory=dict)  # why others do not qualify
+    layouts: Mapping[str, Layout] = field(default_factory=dict)  # layers that can be explained
+    default: str = ""  # the layer to use if none is named; empty: there is none
+    unfit: Mapping[str, str] = field(default_factory=dict)  # why other layers cannot be explained
 
     def chosen(self, name: str, known: Sequence[str]) -> str:
-        """Return the layer that a name means; empty is the default.
+        """Return the layer of this name; empty is the default.
 
-        `InvalidArgument` for a layer that does not qualify, `NotFound` for none at all; both say which ones do.
+        Raises `InvalidArgument` for a layer that cannot be explained and `NotFound` for an unknown one; both list
+        layers that can.
         """
         if name in self.layouts:
             return name
@@ -92,7 +93,7 @@ class Layers:
         if name and name in known:
             raise InvalidArgument(f'method.layer: "{name}" does not run in a pass by itself; {self._others()}')
         if name:
-            last_first = [*self.layouts][::-1]  # where none is near, the first ones would be of little use
+            last_first = [*self.layouts][::-1]  # lists the last layers first: they are the useful ones
             raise NotFound(f'method.layer: there is no "{name}"; {did_you_mean(name, last_first or known)}')
         if not self.default:
             raise NotFound(f"method.layer: the model has no layer that can be chosen for you; {self._others()}")
@@ -106,7 +107,7 @@ class Layers:
 
 
 def grids(n: int, size: Size) -> Iterator[Size]:
-    """Yield h and w of n positions whose sides are to each other as the input's are."""
+    """Yield h and w of n positions with the aspect ratio of the input."""
     height, width = size
     near_h = round(math.sqrt(max(0, n) * height / width))
     for h in range(max(1, near_h - 1), near_h + 2):
@@ -116,12 +117,12 @@ def grids(n: int, size: Size) -> Iterator[Size]:
 
 
 def first_tensor(returned: object) -> Tensor | None:
-    """Return the tensor that a layer returned, alone or as the first of several."""
+    """Return a layer's output tensor: the return value itself or its first item; None if that is no tensor."""
     if type(returned) in (tuple, list) and returned:
         returned = returned[0]  # type: ignore[index]
     return returned if isinstance(returned, Tensor) else None
 
 
 def with_first_tensor(returned: Any, value: Tensor) -> Any:
-    """Return what a layer returned with another first tensor."""
+    """Return a layer's return value with its first tensor replaced."""
     return value if isinstance(returned, Tensor) else type(returned)((value, *returned[1:]))

@@ -1,4 +1,4 @@
-"""The default map of a whole chunk: the largest absolute gradient over the channels, in float32."""
+"""Max-abs reduction, the default map: the largest absolute gradient over the channels, for a whole chunk."""
 
 import functools
 import importlib.util
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def largest_absolute(gradients: Tensor) -> Tensor:
-    """Return the maps, float32 [n, H, W], of gradients, [n, C, H, W]. What is no number stays none."""
+    """Return the maps, float32 [n, H, W], of gradients, [n, C, H, W]. NaN is propagated."""
     if gradients.device.type == "cuda" and _has_triton():
         from .max_abs_triton import largest_absolute as fused
 
@@ -18,5 +18,5 @@ def largest_absolute(gradients: Tensor) -> Tensor:
 
 @functools.cache
 def _has_triton() -> bool:
-    """Say whether Triton is there, which comes with torch's own builds for CUDA on Linux."""
+    """Return whether Triton is installed; torch's CUDA builds for Linux include it."""
     return importlib.util.find_spec("triton") is not None

@@ -1,6 +1,6 @@
-"""The default map as one Triton kernel: absolute value, maximum and cast read each gradient once.
+"""Max-abs reduction as one Triton kernel, which reads each gradient once.
 
-Three kernels of torch's own would write and read the absolute gradients once more in between.
+Three torch kernels (abs, amax, cast) would write and read the absolute gradients once more.
 """
 
 import torch
@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024  # pixels of a program
+BLOCK = 1024  # pixels per program
 
 
-# Triton has no annotations that mypy would read.
+# Triton has no type annotations.
 @triton.jit  # type: ignore[untyped-decorator]
 def _largest_absolute(  # type: ignore[no-untyped-def]
     gradients, maps, n_pixels, width, row_stride, channel_stride, y_stride, x_stride, channels: tl.constexpr,
@@ -24,7 +24,7 @@ def _largest_absolute(  # type: ignore[no-untyped-def]
     largest = tl.abs(tl.load(gradients + at, mask=inside, other=0))
     for channel in range(1, channels):
         value = tl.abs(tl.load(gradients + at + channel * channel_stride, mask=inside, other=0))
-        # As torch has it: what is no number is the largest of all, and an example that has one fails.
+        # As in torch, NaN counts as the largest, so that an example with a NaN fails.
         largest = tl.maximum(largest, value, propagate_nan=tl.PropagateNan.ALL)
     tl.store(maps + row * n_pixels + pixel, largest.to(tl.float32), mask=inside)
 

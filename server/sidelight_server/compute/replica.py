@@ -1,4 +1,4 @@
-"""The replica: the kernel's own copy of the caller's module, frozen and in eval mode."""
+"""The replica: a frozen copy of the caller's module in eval mode, which shares its weights."""
 
 import contextlib
 import copy
@@ -25,8 +25,8 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-# What transformers, timm, torchvision's and Swin's authors call the switch. Gradients are the same without; with it a
-# pass runs twice, or `torch.autograd.grad` refuses.
+# The attributes for gradient checkpointing in transformers, timm, torchvision and Swin. It does not change gradients,
+# but runs each pass twice, or makes `torch.autograd.grad` raise.
 _CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "use_checkpointing", "with_cp")
 
 
@@ -35,7 +35,7 @@ class Isolation:
     """What a replica does not share with the caller's module."""
 
     owned: frozenset[str] | None = frozenset()  # tensors that a pass writes to, by name; None: every buffer
-    keeps_hooks: bool = True  # those of the forward pass, which may be part of what is computed
+    keeps_hooks: bool = True  # forward hooks, which may be part of the computation
 
 
 SHARED = Isolation()
@@ -44,9 +44,9 @@ SHARED = Isolation()
 def replicate(module: nn.Module, isolation: Isolation = SHARED) -> nn.Module:
     """Return a frozen copy of a module in eval mode that shares its parameters' and buffers' storage.
 
-    The module itself is neither frozen, moved nor switched; training it further shows in the replica. What a pass may
-    write to, and whose hooks run, `isolation` says. Hooks of the backward pass and of the state are left out: they say
-    nothing about the outputs. Tensors with a graph, in attributes, become constants; gradient checkpointing is off.
+    The module itself is not changed; further training of it shows in the replica. `isolation` names the tensors to copy
+    and whether forward hooks are kept. Backward and state-dict hooks are dropped, because they do not affect outputs.
+    Tensors in attributes are detached from their graph; gradient checkpointing is switched off.
     """
     memo: dict[int, object] = {}
     for name, parameter in module.named_parameters():
@@ -61,33 +61,33 @@ def replicate(module: nn.Module, isolation: Isolation = SHARED) -> nn.Module:
         memo |= {id(held): held.detach().clone() for held in _with_graph(vars(each).values()) if id(held) not in memo}
     replica = _copied(module, memo)
     theirs = {id(each) for each in module.parameters()}
-    for parameter in replica.parameters():  # those that deepcopy made anew all the same, as it does for TorchScript
+    for parameter in replica.parameters():  # deepcopy ignores the memo for TorchScript
         if parameter.requires_grad and id(parameter) not in theirs:
-            parameter.detach_()  # which needs no leaf
+            parameter.detach_()  # works for non-leaf tensors too
     for each in _eager(replica):
         for switch in _CHECKPOINTING:
             if vars(each).get(switch) is True:
                 setattr(each, switch, False)
-    with contextlib.suppress(NotImplementedError):  # an exported program is in one mode for ever
+    with contextlib.suppress(NotImplementedError):  # the mode of an exported program is fixed
         replica.eval()
     return replica
 
 
 def n_hooks(module: nn.Module) -> int:
-    """Return how many hooks of the caller's, or of the model's author, run with a pass of a module."""
+    """Return the number of hooks that run in a pass, without torch's own that compute weights."""
     kinds = (*_FORWARD_HOOKS, *_BACKWARD_HOOKS)
     hooks = (hook for each in _eager(module) for kind in kinds for hook in vars(each).get(kind, {}).values())
     return sum(not isinstance(hook, COMPUTING) for hook in hooks)
 
 
 def _eager(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that are written in Python: a script has no attributes to look at."""
+    """Yield the submodules that are not TorchScript, whose attributes are not accessible."""
     return (each for each in module.modules() if not isinstance(each, torch.jit.ScriptModule))
 
 
 def _hooks(module: nn.Module, isolation: Isolation) -> Iterator[tuple[object, object]]:
-    """Yield a module's tables of hooks that are not copied as they are, and what the replica has instead."""
-    # Not copied and then removed: a hook may hold on to whatever its owner has.
+    """Yield a module's hook dictionaries that are filtered, each with its replacement in the replica."""
+    # Filtered before the copy: a hook may refer to large objects, which deepcopy would copy.
     for kind in (*_BACKWARD_HOOKS, *_STATE_HOOKS, *(() if isolation.keeps_hooks else _FORWARD_HOOKS)):
         hooks = vars(module).get(kind)
         if hooks:
@@ -95,7 +95,7 @@ def _hooks(module: nn.Module, isolation: Isolation) -> Iterator[tuple[object, ob
 
 
 def _with_graph(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yield the tensors that belong to a graph, also of lists and dictionaries: deepcopy refuses them."""
+    """Yield the tensors that have a graph, also within containers: deepcopy raises for them."""
     for value in values:
         if isinstance(value, Tensor):
             if value.grad_fn is not None:
@@ -107,16 +107,16 @@ def _with_graph(values: Iterable[Any]) -> Iterator[Tensor]:
 
 
 def weights_dtype(module: nn.Module) -> torch.dtype:
-    """Return the type that a module's weights have; float32 where it has none."""
+    """Return the type of a module's floating weights; float32 if it has none."""
     floating = (each for each in module.parameters() if each.is_floating_point())
     return next((each.dtype for each in floating), torch.float32)
 
 
 class Replica:
-    """A module's replica on a device, prepared as the operator chose.
+    """A module's replica on a device, with the operator's kernel options applied.
 
-    Without options, and on the module's own device, no weight is copied. Where the caller has replaced a tensor since,
-    or has written to one that was copied, the replica is made again, so that a map is of the module's weights.
+    Without options, and on the module's own device, no weight is copied. If the caller replaces a tensor, or writes to
+    one that was copied, `is_stale` becomes True and `refresh` makes the replica again from the current weights.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Replica:
 
     @property
     def is_stale(self) -> bool:
-        """Whether the module's weights are others than those that the replica shares, or has copied."""
+        """Whether the module's weights have changed in a way that the replica does not share."""
         now = self._watch.look()
         return now.replaced != self._seen.replaced or (self._holds_copies and now.written != self._seen.written)
 
@@ -168,13 +168,13 @@ class Replica:
         if options.precision:
             module = module.to(self.dtype)
         if options.channels_last:
-            # torch's own annotations leave the keyword out.
+            # torch's type annotations lack the keyword.
             module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.plain: nn.Module = module  # for hooks and modes, which a compiled one would not see
-        # Sizes of chunks vary: one compilation for all of them, and one more for a row alone.
+        self.plain: nn.Module = module  # for hooks and modes, which have no effect on a compiled module
+        # Chunk sizes vary: dynamic=True compiles once for all of them, and once more for a single row.
         self.module: nn.Module = torch.compile(module, dynamic=True) if options.compile else module  # type: ignore[assignment]
         self._holds_copies = not options.is_exact or _addresses(module) != _addresses(source)
-        self._seen = seen  # not before: copies that could not be made again must stay stale
+        self._seen = seen  # set last, so that the replica stays stale if making it fails
 
 
 def _addresses(module: nn.Module) -> list[int]:
@@ -182,10 +182,10 @@ def _addresses(module: nn.Module) -> list[int]:
 
 
 def _owning(module: nn.Module) -> nn.Module:
-    """Return a replica with weights of its own, to be written to."""
+    """Return a deep copy of a replica, whose weights may be written to."""
     return _copied(module, {}).requires_grad_(False)
 
 
 def _copied(module: nn.Module, memo: dict[int, object]) -> nn.Module:
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # torch's at itself, of exported programs
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch about its own code
         return copy.deepcopy(module, memo)

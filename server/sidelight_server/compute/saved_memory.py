@@ -1,4 +1,4 @@
-"""The bytes that autograd saves in a forward pass, counted as it runs, so that it ends before memory runs out."""
+"""Counts the bytes that autograd saves in a forward pass, and stops the pass before memory runs out."""
 
 import math
 from types import TracebackType
@@ -11,7 +11,7 @@ from ..errors import ResourceExhausted
 
 
 class TooLarge(ResourceExhausted):
-    """A chunk of more rows than there is memory for. `fitting` says how many there is memory for; 0: not for one."""
+    """A chunk does not fit into memory. `fitting` is the number of rows that do; 0: not even one."""
 
     def __init__(self, message: str, *, fitting: int = 0) -> None:
         super().__init__(message)
@@ -19,10 +19,10 @@ class TooLarge(ResourceExhausted):
 
 
 class SavedMemory:
-    """Counts what autograd keeps of the passes that run in its `with` block, in this thread, but for the weights.
+    """Context manager that counts the bytes that autograd saves on this thread, without the weights.
 
-    Once that is more than `limit` bytes, the pass ends with a `MemoryError`, and so does every other one in the block.
-    What the module makes of that error is its own: `is_over` tells.
+    Above `limit` bytes it raises `MemoryError` within the pass, and in every later pass in the block. The module may
+    catch that error, so check `is_over`.
     """
 
     def __init__(self, *, limit: float = math.inf, weights: nn.Module | None = None) -> None:
@@ -31,11 +31,11 @@ class SavedMemory:
         self._weights = {_storage(each)[0] for each in held}
         self._kept: dict[int, int] = {}  # bytes of each storage, by its address
         self.n_bytes = 0
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, _give_back)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._keep, _unpack)
 
     @property
     def is_over(self) -> bool:
-        """Whether it was more than the limit."""
+        """Whether the limit was exceeded."""
         return self.n_bytes > self._limit
 
     def __enter__(self) -> Self:
@@ -56,12 +56,12 @@ class SavedMemory:
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:
-    """Return what tells a tensor's memory from others', and its bytes."""
-    if tensor.layout is not torch.strided:  # it has no storage of its own
+    """Return an identifier of a tensor's memory, and its size in bytes."""
+    if tensor.layout is not torch.strided:  # sparse: it has no storage of its own
         return id(tensor), tensor.numel() * tensor.element_size()
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
 
 
-def _give_back(tensor: Tensor) -> Tensor:
+def _unpack(tensor: Tensor) -> Tensor:
     return tensor

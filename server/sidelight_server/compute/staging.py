@@ -1,9 +1,9 @@
 """Staging: copies examples to the device and maps back.
 
-The rows of a chunk are copied once, out of the messages that brought them, into memory that is pinned where the device
-is a GPU, so that the copy to the device need not block. Pixels travel as bytes and are normalised over there;
-maps are reduced over there: only small things cross the bus. On a GPU each direction has a stream of its own: a copy
-waits for what it needs, and hides behind the chunk that computes meanwhile.
+The examples of a chunk are copied once, from their messages into one buffer; for a GPU it is pinned, so that the copy
+to the device does not block. Pixels are copied as bytes and normalized on the device, and maps are reduced on the
+device, so that little crosses the bus. On a GPU each direction has its own CUDA stream, so that copies overlap with
+computation.
 """
 
 import math
@@ -19,51 +19,51 @@ _TYPES = {np.dtype(np.uint8): torch.uint8, np.dtype(np.float32): torch.float32, 
 
 
 class _Pinned:
-    """Host memory that a GPU copies from or to without blocking: it grows, and is used again for every chunk."""
+    """A pinned host buffer for asynchronous copies. It grows as needed and is reused for every chunk."""
 
     def __init__(self) -> None:
         self._bytes = torch.empty(0, dtype=torch.uint8)
-        # torch's own annotations leave events out.
+        # torch's type annotations lack events.
         self._used = torch.cuda.Event()  # type: ignore[no-untyped-call]
 
     def view(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Return the memory as a tensor, once the copy before has ended."""
+        """Wait for the previous copy; return the buffer as a tensor."""
         self._used.synchronize()
         n_bytes = math.prod(shape) * dtype.itemsize
         if n_bytes > self._bytes.numel():
             self._bytes = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True)
         return self._bytes[:n_bytes].view(dtype).view(*shape)
 
-    def is_used(self) -> None:
-        """Say that a copy has just been asked for."""
+    def record_use(self) -> None:
+        """Record that a copy from the buffer was just enqueued."""
         self._used.record()
 
 
 class Arriving:
-    """A tensor on its way to the host, by a stream of a GPU's."""
+    """An asynchronous copy of a tensor to the host, on a CUDA stream of its own."""
 
     def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None) -> None:
         if stream is None:
             self._host = tensor.cpu()
             return
         self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        # As above.
+        # torch's type annotations lack events.
         self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(stream):
             self._host.copy_(tensor, non_blocking=True)
             self._arrived.record()
-        tensor.record_stream(stream)  # its memory is not given away before it was copied
+        tensor.record_stream(stream)  # keeps the allocator from reusing its memory before the copy
 
     def wait(self) -> Tensor:
-        """Return it on the host. Work that was given to the device later is not waited for."""
+        """Wait for the copy only, not for later work on the device; return the tensor on the host."""
         if self._host.is_pinned():
             self._arrived.synchronize()
         return self._host
 
 
 class Staging:
-    """The way to one device and back. Used by the thread that owns the device alone."""
+    """Copies between the host and one device. Used on the thread that owns the device only."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -81,14 +81,14 @@ class Staging:
             return host.to(self._device)
         with torch.cuda.stream(self._up):
             there = host.to(self._device, non_blocking=True)
-            self._there.is_used()
+            self._there.record_use()
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._up)
         there.record_stream(computing)
         return there
 
     def leave(self, tensor: Tensor) -> Arriving:
-        """Begin to copy a tensor to the host, once it has been computed."""
+        """Enqueue a copy of a tensor to the host, after its computation."""
         return Arriving(tensor.detach(), self._down)
 
     def to_host(self, tensor: Tensor) -> Array:
@@ -98,19 +98,19 @@ class Staging:
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
-    # As above.
+    # torch's type annotations lack streams.
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
 def is_finite(array: Array) -> bool:
-    """Say whether every element is finite."""
+    """Return whether every element is finite."""
     return bool(np.isfinite(array).all())
 
 
-def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Return the model's input, [n, C, H, W], of pixels, uint8 [n, H, W, C]; mean and std, [C, 1, 1], are in pixels.
+def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Normalize pixels, uint8 [n, H, W, C], to inputs, [n, C, H, W]; mean and std, [C, 1, 1], are in pixel units.
 
-    The layout is made contiguous: channels-last strides would pick other convolution kernels, and other last bits.
+    The result is contiguous: channels-last strides would select other convolution kernels and other last bits.
     """
     permuted = pixels.permute(0, 3, 1, 2)  # [n, C, H, W]
     inputs = torch.empty(permuted.shape, dtype=mean.dtype, device=pixels.device)

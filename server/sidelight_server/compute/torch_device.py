@@ -1,4 +1,4 @@
-"""Devices: which one to use, how many CPU threads this process may use, and how much memory is free."""
+"""Torch devices: choosing them, the CPU quota of this process, and free memory."""
 
 import math
 import os
@@ -12,15 +12,15 @@ from .host_memory import room
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 SHARE_OF_FREE_MEMORY = 0.5
 
-# What is said by those that have no exception of their own: the CPU's allocator, CUDA, its libraries, and Python where
-# there is none for a thread.
+# Messages of out-of-memory errors without an exception type of their own: of the CPU allocator, CUDA, CUDA libraries,
+# and Python's thread start.
 _OUT_OF_MEMORY = (
     "can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED", "can't start new thread",
 )  # fmt: skip
 
 
 def choose_devices(wanted: str) -> tuple[torch.device, ...]:
-    """Return the devices that a list with commas names, as `choose_device` does each. A GPU may be named once."""
+    """Return the devices of a comma-separated list. Raises `ConfigurationError`, also for a GPU named twice."""
     devices = tuple(choose_device(each.strip()) for each in wanted.split(","))
     for device in devices:
         if device.type != "cpu" and devices.count(device) > 1:
@@ -29,7 +29,7 @@ def choose_devices(wanted: str) -> tuple[torch.device, ...]:
 
 
 def choose_device(wanted: str) -> torch.device:
-    """Return the device for "auto", "cpu", "cuda", "cuda:N" or "mps". `ConfigurationError` where there is none such."""
+    """Return the device for "auto", "cpu", "cuda", "cuda:N" or "mps". Raises `ConfigurationError`."""
     if wanted == "auto":
         wanted = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -49,31 +49,31 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def make_deterministic(device: torch.device) -> None:
-    """Let a GPU run only algorithms that give the same bytes each time, for all of this process. A CPU always does."""
+    """Restrict a GPU to deterministic algorithms, for the whole process. CPU algorithms are deterministic anyway."""
     if device.type != "cuda":
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA begins
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA is initialized
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def check_works(device: torch.device) -> None:
-    """Compute something tiny on a device, and wait for it. Raises what torch raises where that cannot be done."""
+    """Run a tiny computation on a device and wait for it. Raises what torch raises if the device fails."""
     torch.zeros(1, device=device).add_(1).cpu()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory lacks, the device's or the host's."""
+    """Whether an exception reports a lack of memory, on the device or on the host."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return any(each in str(error) for each in _OUT_OF_MEMORY)
 
 
 def cpu_quota() -> int:
-    """Return how many CPUs this process may keep busy: its affinity, and within that its cgroup's quota."""
+    """Return the number of CPUs that this process may use, by its affinity and its cgroup's quota."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = CGROUP_CPU_MAX.read_text().split()
@@ -83,9 +83,9 @@ def cpu_quota() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return how many bytes a chunk may take: half of what is free where the device is. Without a way to know, all."""
+    """Return how many bytes a chunk may take: half of the device's free memory, or unlimited if unknown."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for what comes next
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch's allocator
         return int((torch.cuda.mem_get_info(device)[0] + kept) * SHARE_OF_FREE_MEMORY)
     left = room()
     return int((left.left if left else 1 << 62) * SHARE_OF_FREE_MEMORY)

@@ -1,4 +1,4 @@
-"""Weights: what a module holds, whether the caller has written to it since, and the digest that names it."""
+"""Weights: detects changes to a module's parameters and buffers, and computes their digest."""
 
 import hashlib
 import threading
@@ -12,26 +12,26 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A state of a module's tensors, as counts of the changes that were noticed before it."""
+    """A state of a module's tensors, as the number of changes detected so far."""
 
-    replaced: int = 0  # a tensor gave way to another, or its memory did
-    written: int = 0  # that, or its values changed
+    replaced: int = 0  # a tensor or its memory was replaced
+    written: int = 0  # a tensor was replaced or its values were written to
 
 
 class Watch:
-    """Notices when somebody replaces a module's parameters and buffers, or writes to them.
+    """Detects that a module's parameters or buffers were replaced or written to.
 
-    torch counts the writes to each tensor, so a look costs no more than a walk through the module. It does not count
-    those through `.data`: of a module that is shared, which others hold too, a look can compare a sum over all bytes as
-    well, which takes 2 ms for 48 MB, of tensors in the host's memory alone. A module that is not shared is looked at by
-    the tensors that it had: a source may give the same module again, with the next version's weights assigned to it.
+    It compares torch's version counters of the tensors, which is as cheap as iterating over the module. These do not
+    count writes through `.data`, so for a shared module, which the caller still holds, `look` can also compare a sum
+    over all bytes of tensors in host memory (2 ms for 48 MB). For a module that is not shared only the original tensors
+    are compared: a source may return the same module again, with the next version's weights assigned to it.
     """
 
     def __init__(self, module: nn.Module, *, is_shared: bool = False) -> None:
         self.module = module
         self._is_shared = is_shared
         self._lock = threading.Lock()
-        # Held: a tensor that is gone could give its address to the next.
+        # Kept alive, because the address of a freed tensor could be reused.
         self._tensors = tensors_of(module)
         self._addresses = [address(each) for each in self._tensors]
         self._versions = [_version(each) for each in self._tensors]
@@ -40,7 +40,7 @@ class Watch:
         self._seen = Seen()
 
     def look(self, *, at_values: bool = False) -> Seen:
-        """Return the state that the tensors are in now; with their values read, where they are to be."""
+        """Return the current state. With `at_values` the values of a shared module are compared too."""
         with self._lock:
             tensors = tensors_of(self.module) if self._is_shared else self._tensors
             addresses = [address(each) for each in tensors]
@@ -62,7 +62,7 @@ class Watch:
 
 
 def _words(tensors: list[Tensor]) -> list[NDArray[np.uint64] | NDArray[np.uint8]]:
-    """Return all bytes of tensors in the host's memory, as views: eight at a time, and what is left over."""
+    """Return the bytes of all tensors in host memory as views: as 64-bit words, and the remaining bytes."""
     words: list[NDArray[np.uint64] | NDArray[np.uint8]] = []
     for tensor in tensors:
         if tensor.device.type == "cpu" and tensor.layout == torch.strided and address(tensor):
@@ -77,10 +77,10 @@ def _sums(words: list[NDArray[np.uint64] | NDArray[np.uint8]]) -> list[int]:
 
 
 def address(tensor: Tensor) -> int:
-    """Return where a tensor's values lie; of one that has no such place, 0."""
+    """Return the address of a tensor's values; 0 if it has none."""
     try:
         return tensor.data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse, or of a class of its own
+    except (RuntimeError, NotImplementedError):  # sparse, or a tensor subclass
         return 0
 
 
@@ -95,16 +95,16 @@ def _version(tensor: Tensor) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What computed an answer. Both are empty where the weights were written to meanwhile: it was no one thing then."""
+    """The model that computed an answer. Both fields are empty if the weights changed during the computation."""
 
     digest: str = ""  # SHA-256 of weights, preprocessing, outputs and labels
-    canary: str = ""  # of what the model makes of a fixed input; see `Model.identify`
+    canary: str = ""  # digest of the model's output for a fixed input; see `Model.identify`
 
 
 class Weights:
-    """The digest of a module's parameters and buffers, together with the facts that a map depends on.
+    """The digest of a module's parameters and buffers, and of other facts that a map depends on.
 
-    The caller may go on to train the module: the digest is taken anew when the watch has noticed something.
+    The digest is computed again when `Watch` has detected a change, for example by further training.
     """
 
     def __init__(self, watch: Watch, *, facts: str) -> None:

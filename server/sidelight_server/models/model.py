@@ -17,7 +17,7 @@ from ..compute.kernel import Kernel
 from ..compute.layer_hooks import Guided
 from ..compute.replica import Isolation, n_hooks, replicate, weights_dtype
 from ..compute.saved_memory import SavedMemory, TooLarge
-from ..compute.staging import normalise
+from ..compute.staging import normalize
 from ..compute.torch_device import free_memory
 from ..compute.weights import Identity, Seen, Weights
 from ..config.settings import ModelSettings
@@ -422,7 +422,7 @@ class Model:
     def inputs(self, staged: Tensor) -> Tensor:
         """Return the kernel's input, [n, C, H, W], of staged pixels, uint8 [n, H, W, C], or staged floating arrays."""
         if staged.dtype == torch.uint8:
-            staged = normalise(staged, self._mean, self._std)
+            staged = normalize(staged, self._mean, self._std)
         return staged.to(self.kernel.dtype)
 
     def class_of(self, choice: Choice) -> int:
