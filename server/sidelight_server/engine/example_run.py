@@ -132,7 +132,7 @@ class ExampleRun:
         first = yield from read(None, gradient=method.begins_with_gradient and not top_k)
         _check_target(self._request.target, self.resolved, top_k, self._model)
         if top_k or not method.is_one_row:
-            first = first.kept()
+            first = first.copy()
         finished: list[Outcome] = []
         targets: list[ExplainedTarget] = []
         for resolved in self._aims(first, top_k):

@@ -1,4 +1,4 @@
-"""Input images: files are decoded to pixels, and pixels become the size and channels that a model takes.
+"""Input images: decodes files to pixels, and converts pixels to the size and channels that a model takes.
 
-May import `errors` alone: decoder processes start quickly because they load nothing else.
+May import only `errors`, so that decoder processes start quickly.
 """

@@ -1,8 +1,8 @@
-"""The decoder process: decodes files for a server, so that a crash of a decoder takes nothing else down.
+"""The decoder process: decodes files for a server, so that a crash of a decoder does not affect the server.
 
-Its standard input is a socket: it reads one order after the other, and replies to each. While it decodes, the system
-ends it once it has used its CPU time, and at once where the server has gone. It gets no memory beyond the bound. What
-it writes to stdout and stderr, as libtiff does, is dropped. It imports neither torch nor the caller's modules.
+Its standard input is a socket, from which it reads orders and to which it writes replies. While it decodes, a signal
+kills it once it has used its CPU time or the server has closed the socket. Its memory is limited by RLIMIT_AS. Output
+to stdout and stderr, for example by libtiff, is discarded. It imports neither torch nor the caller's modules.
 """
 
 import contextlib
@@ -26,21 +26,21 @@ import numpy as np
 from ..errors import Internal, ResourceExhausted, SidelightError
 from .preprocessing import Preprocessing
 
-READY = b"+"  # the first byte that a worker sends
-HEAD = struct.Struct("!II")  # an order: bytes of the pickled `Order`, then of the file, which follow it
-REPLY = struct.Struct("!B?III")  # a `Reply` without its body: bytes of that last
+READY = b"+"  # the first byte that a worker sends, once it can take orders
+HEAD = struct.Struct("!II")  # an order: sizes of the pickled `Order` and of the file, which both follow
+REPLY = struct.Struct("!B?III")  # a `Reply`, with the size of its body, which follows
 
 OK = 0
-MAX_MESSAGE_BYTES = 16 * 1024  # of a reply that is no picture
+MAX_MESSAGE_BYTES = 16 * 1024  # of a reply without pixels
 
-BYTES_PER_PIXEL = 12  # of memory while decoding: a progressive CMYK JPEG has 8 of coefficients beside Pillow's 4
-SPARE_BYTES = 64 * 1024 * 1024  # what decoders take whatever the size, and a resized picture (`MAX_SCALED_PIXELS`)
-MAX_KEPT_BYTES = 32 * 1024 * 1024  # that a worker may keep between files; one that keeps more has leaked, and ends
+BYTES_PER_PIXEL = 12  # memory while decoding: a progressive CMYK JPEG takes 8 for coefficients and Pillow 4
+SPARE_BYTES = 64 * 1024 * 1024  # memory for decoders of any image, and for a resized image (`MAX_SCALED_PIXELS`)
+MAX_KEPT_BYTES = 32 * 1024 * 1024  # memory that a worker may keep between files; above it, it has leaked and exits
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to make of a file, and the bounds of that."""
+    """How to decode a file, with its limits."""
 
     preprocessing: Preprocessing
     max_pixels: int
@@ -48,35 +48,35 @@ class Order:
 
     @property
     def max_bytes(self) -> int:
-        """What decoding may take beyond the process and the file."""
+        """Memory that decoding may take beyond the process and the file."""
         return BYTES_PER_PIXEL * self.max_pixels + SPARE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came of a file: pixels of the model's input size, or a canonical status code and a message in UTF-8.
+    """The result for a file: pixels of the model's input size, or a canonical status code and a message in UTF-8.
 
-    Of Internal the message is a traceback.
+    For INTERNAL the message is a traceback.
     """
 
     status: int
-    is_last: bool  # the worker ends after it
-    height: int  # of the picture before it was resized
+    is_last: bool  # the worker exits after it
+    height: int  # of the original image
     width: int
     body: bytes | memoryview
 
 
 def main() -> None:
-    """Serve until the server closes its end."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # to end is the server's decision, not its group's
+    """Decode files until the server closes the socket."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # only the server ends its workers
         signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGPROF, signal.SIGIO):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no picture of a caller's on the disk
-    with contextlib.suppress(OSError):  # where memory runs out, a worker goes before the server does
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # no core dump with a caller's image
+    with contextlib.suppress(OSError):  # the OOM killer should choose a worker before the server
         Path("/proc/self/oom_score_adj").write_text("1000")
-    from .decoding import lift_pillows_limit  # not before: whoever wants an `Order` alone decodes nothing
+    from .decoding import lift_pillows_limit  # imported here, because the server imports this module only for `Order`
     from .dicom import is_dicom
 
     lift_pillows_limit()
@@ -88,19 +88,19 @@ def main() -> None:
         with server.makefile("rb") as orders:
             while head := orders.read(HEAD.size):
                 n_order, n_file = HEAD.unpack(head)
-                order: Order = pickle.loads(orders.read(n_order))  # noqa: S301  (the server's)
+                order: Order = pickle.loads(orders.read(n_order))  # noqa: S301  (sent by the server)
                 file = orders.read(n_file)
                 if is_dicom(file) and not has_pydicom:
                     has_pydicom, before_bytes = True, _address_space()
                     with contextlib.suppress(ImportError):
                         importlib.import_module("pydicom.pixels")
-                    base_bytes += _address_space() - before_bytes  # it is not the file that takes these
+                    base_bytes += _address_space() - before_bytes  # pydicom's memory, not the file's
                 _bound_memory(base_bytes, order, n_file)
                 with _bounded(server, order.max_s):
                     reply = _decoded(file, order)
                 del file
                 if reply.status != OK:
-                    gc.collect()  # tracebacks hold pictures
+                    gc.collect()  # tracebacks keep images alive
                 is_last = _address_space() > base_bytes + len(reply.body) + MAX_KEPT_BYTES
                 server.sendall(REPLY.pack(reply.status, is_last, reply.height, reply.width, len(reply.body)))
                 server.sendall(reply.body)
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def silence() -> None:
-    """Drop what is written to stdout and stderr from here on, by C libraries too."""
+    """Discard all further output to stdout and stderr, including that of C libraries."""
     null = os.open(os.devnull, os.O_RDWR)
     for stream in (1, 2):
         os.dup2(null, stream)
@@ -145,7 +145,7 @@ def _failure(status: int, message: str) -> Reply:
 
 
 def _address_space() -> int:
-    """Return the bytes of this process's address space; 0 where the system does not tell."""
+    """Return the size of this process's address space in bytes; 0 if unknown."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:
@@ -160,9 +160,9 @@ def _bound_memory(base_bytes: int, order: Order, n_file: int) -> None:
 
 @contextlib.contextmanager
 def _bounded(server: socket.socket, max_s: float) -> Iterator[None]:
-    """End this process after so many seconds of CPU time, or when the server's end of the socket is closed.
+    """Kill this process after `max_s` seconds of CPU time, or when the server closes the socket.
 
-    Both by signals whose default action ends a process whatever its native code does. SIGIO: Linux alone.
+    Both use signals whose default action ends the process, whatever its native code does. SIGIO works on Linux only.
     """
     flags = fcntl.fcntl(server, fcntl.F_GETFL)
     fcntl.fcntl(server, fcntl.F_SETOWN, os.getpid())
@@ -172,4 +172,4 @@ def _bounded(server: socket.socket, max_s: float) -> Iterator[None]:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-        fcntl.fcntl(server, fcntl.F_SETFL, flags)  # the answer's way out would be such a signal too
+        fcntl.fcntl(server, fcntl.F_SETFL, flags)  # sending the reply would raise SIGIO too

@@ -1,4 +1,4 @@
-"""Decoding: a file, PNG, JPEG, another format or DICOM, becomes pixels."""
+"""Decodes image files (PNG, JPEG, WebP, TIFF, BMP, GIF, DICOM) to pixels."""
 
 import io
 import warnings
@@ -20,8 +20,8 @@ from ..errors import InvalidArgument
 from . import dicom
 from .pixels import lay_over_white, windowed
 
-# A choice for the whole process, made once, because `warnings.catch_warnings` is not thread-safe before Python 3.14.
-# Pillow's warnings quote the file: each new text would be logged and kept for ever.
+# Set once for the whole process, because `warnings.catch_warnings` is not thread-safe before Python 3.14. Pillow's
+# warnings quote the file, so each new text would be logged and kept forever.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 Pixels = npt.NDArray[np.uint8]
@@ -32,9 +32,9 @@ _MODES: Mapping[int, str] = MappingProxyType({1: "L", 3: "RGB", 4: "RGBA"})
 
 
 class _FirstFrame(GifImageFile):
-    """A GIF of which only the first frame is wanted, so nothing is disposed of after it.
+    """A GIF of which only the first frame is read, so the disposal method is ignored.
 
-    Pillow fills the disposed area while opening, before its size can be checked: 30 bytes would take 4 GB.
+    Pillow fills the disposed area while opening, before the size can be checked: 30 bytes could take 4 GB.
     """
 
     @property
@@ -46,7 +46,7 @@ class _FirstFrame(GifImageFile):
         pass
 
 
-# The files' first bytes choose the one parser that sees them, so none of Pillow's other thirty is ever reached.
+# The first bytes of a file select the parser, so Pillow's other thirty parsers never see it.
 _FORMATS: tuple[tuple[str, Callable[[bytes], bool], type[ImageFile]], ...] = (
     ("PNG", lambda file: file.startswith(b"\x89PNG\r\n\x1a\n"), PngImageFile),
     ("JPEG", lambda file: file.startswith(b"\xff\xd8\xff"), JpegImageFile),
@@ -58,9 +58,9 @@ _FORMATS: tuple[tuple[str, Callable[[bytes], bool], type[ImageFile]], ...] = (
 
 
 def lift_pillows_limit() -> None:
-    """Let `max_pixels` be the only limit of a picture's size, in a process that is the server's own.
+    """Remove Pillow's size limit, so that `max_pixels` is the only one. For processes that belong to the server.
 
-    Pillow's own limit warns, or raises, at sizes of its choosing, in some formats before the size can be read here.
+    Pillow warns or raises at its own limits, in some formats before the size can be read here.
     """
     Image.MAX_IMAGE_PIXELS = None
 
@@ -83,18 +83,17 @@ _UPRIGHT: Mapping[int, Callable[[Pixels], Pixels]] = MappingProxyType(
 
 
 def decode(file: bytes, *, channels: int, max_pixels: int, window: tuple[float, float] | None = None) -> Pixels:
-    """Return a file's first frame as a model with 1, 3 or 4 channels takes it: uint8 `[H, W, C]`, writable.
+    """Decode a file's first frame for a model with 1, 3 or 4 channels: uint8 `[H, W, C]`, writable.
 
-    Turned upright by its EXIF orientation; alpha laid over white, or kept for 4 channels; 16-bit grey scaled to 8, all
-    of it or the values of `window`. Colour profiles are not applied. Raises InvalidArgument, and nothing else, for
-    whatever is wrong with the file; FailedPrecondition where it is DICOM and the package that reads that is not there;
-    MemoryError where there is not enough.
+    EXIF orientation is applied; alpha is composited over white, or kept for 4 channels; 16-bit gray is scaled to 8
+    bits, from its full range or from `window`. Color profiles are not applied. Raises `InvalidArgument` for any problem
+    with the file, `FailedPrecondition` for DICOM if pydicom is not installed, and `MemoryError`.
     """
     if channels not in _MODES:
         raise InvalidArgument(f"image file: files give 1, 3 or 4 channels, the model wants {channels}; send arrays")
     if dicom.is_dicom(file):
         return _to_pixels(Image.fromarray(dicom.read(file, max_pixels=max_pixels, window=window)), channels, None)
-    name, plugin = _recognise(file)
+    name, plugin = _recognize(file)
     try:
         with plugin(io.BytesIO(file)) as image:
             _check_size(image, max_pixels)
@@ -105,7 +104,7 @@ def decode(file: bytes, *, channels: int, max_pixels: int, window: tuple[float, 
             upright = _UPRIGHT.get(_orientation(image), _leave)
     except InvalidArgument:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # in a caller's own process
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # in a caller's process
         found = str(error).partition(", could")[0]
         raise InvalidArgument(
             f"image file: {found}, which is Pillow's own in this process (PIL.Image.MAX_IMAGE_PIXELS); "
@@ -113,7 +112,7 @@ def decode(file: bytes, *, channels: int, max_pixels: int, window: tuple[float, 
         ) from error
     except MemoryError:
         raise
-    # Pillow promises no set of exceptions: OSError, SyntaxError, struct.error, zlib.error, … are all seen.
+    # Pillow raises many types: OSError, SyntaxError, struct.error, zlib.error and others.
     except Exception as error:
         if "out of memory" in str(error):
             raise MemoryError(str(error)) from error
@@ -121,7 +120,7 @@ def decode(file: bytes, *, channels: int, max_pixels: int, window: tuple[float, 
     return np.ascontiguousarray(upright(pixels))
 
 
-def _recognise(file: bytes) -> tuple[str, type[ImageFile]]:
+def _recognize(file: bytes) -> tuple[str, type[ImageFile]]:
     for name, begins, plugin in _FORMATS:
         if begins(file):
             return name, plugin
@@ -131,7 +130,7 @@ def _recognise(file: bytes) -> tuple[str, type[ImageFile]]:
 def _check_size(image: ImageFile, max_pixels: int) -> None:
     width, height = image.size
     if isinstance(image, TiffImageFile) and TILEWIDTH in image.tag_v2:
-        # A tile is unpacked whole, so a small picture in one huge tile is a bomb too.
+        # A tile is unpacked whole, so a small image in one huge tile is a decompression bomb too.
         width = max(width, image.tag_v2[TILEWIDTH])
         height = max(height, image.tag_v2[TILELENGTH])
     if height * width > max_pixels:
@@ -141,7 +140,7 @@ def _check_size(image: ImageFile, max_pixels: int) -> None:
 
 
 def _check_webp(image: ImageFile, max_pixels: int) -> None:
-    limit = max_pixels * 3 // 4  # libwebp and Pillow take 16 bytes a pixel, and all others 12 at most
+    limit = max_pixels * 3 // 4  # libwebp and Pillow take 16 bytes per pixel, all other formats at most 12
     if image.height * image.width > limit:
         raise InvalidArgument(
             f"image file: a WebP of {image.height:,} × {image.width:,} pixels, which takes more memory than other "
@@ -151,7 +150,7 @@ def _check_webp(image: ImageFile, max_pixels: int) -> None:
 
 def _orientation(image: ImageFile) -> int:
     if "exif" in image.info:
-        # Read anew so that malformed EXIF raises: a JPEG's is read while opening, where Pillow passes over errors.
+        # Parsed again so that malformed EXIF raises: Pillow ignores such errors when opening a JPEG.
         Image.Exif().load(image.info["exif"])
     orientation: int = image.getexif().get(ExifTags.Base.Orientation, 1)
     return orientation
@@ -169,7 +168,7 @@ def _to_pixels(image: Image.Image, channels: int, window: tuple[float, float] | 
 
 
 def _strips(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """Yield a picture in parts, each with its first row: what is made of them on the way takes many bytes a pixel."""
+    """Yield an image in strips, each with its top row, to bound the memory of intermediate arrays."""
     n_rows = max(1, STRIP_PIXELS // image.width)
     if n_rows >= image.height:
         yield 0, image
@@ -210,11 +209,11 @@ def _scale_to_8_bits(image: Image.Image, window: tuple[float, float] | None) -> 
 
 
 def _with_transparency(image: Image.Image, values: npt.NDArray[np.int32], pixels: Pixels) -> Image.Image:
-    grey = Image.fromarray(pixels)
+    gray = Image.fromarray(pixels)
     if "transparency" not in image.info:
-        return grey
+        return gray
     opaque = Image.fromarray(np.where(values == image.info["transparency"], 0, 255).astype(np.uint8))
-    return Image.merge("LA", (grey, opaque))
+    return Image.merge("LA", (gray, opaque))
 
 
 def _describe(error: Exception) -> str:

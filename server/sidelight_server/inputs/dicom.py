@@ -1,7 +1,7 @@
-"""A DICOM file's first frame becomes pixels to look at. Needs pydicom, which the extra `sidelight[dicom]` brings.
+"""Decodes the first frame of a DICOM file to displayable pixels. Needs pydicom, from the extra `sidelight[dicom]`.
 
-A file is not believed: what its pixels would take is known before they are touched, and whatever else is wrong with it
-ends as InvalidArgument.
+Files are not trusted: sizes are checked before pixels are decoded, and any problem with the file raises
+`InvalidArgument`.
 """
 
 import io
@@ -20,15 +20,15 @@ from .pixels import Pixels, windowed
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-# Once for the whole process, as with Pillow's: they quote the file.
+# For the whole process, as for Pillow's: the warnings quote the file.
 warnings.filterwarnings("ignore", module=r"pydicom\.")
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
 Values = npt.NDArray[Any]
 
-TABLE_ENTRIES = 1 << 16  # greys of 16 bits: looked up, so that no frame is ever held in float64
+TABLE_ENTRIES = 1 << 16  # 16-bit gray values are mapped by a table, so that no frame is converted to float64
 STRIP_PIXELS = 1 << 20
-RLE_SLACK = 1 << 10  # bytes that a segment may be padded with
+RLE_SLACK = 1 << 10  # bytes of padding that a segment may have
 
 _DEFLATED = ("1.2.840.10008.1.2.1.99", "1.2.840.10008.1.2.8.1")
 _RLE = "1.2.840.10008.1.2.5"
@@ -44,20 +44,19 @@ _TAGS = [
     "ExtendedOffsetTable", "ExtendedOffsetTableLengths", "PixelData", "FloatPixelData", "DoubleFloatPixelData",
 ]  # fmt: skip
 _GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
-_COLOURS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
+_COLORS = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 
 
 def is_dicom(file: bytes) -> bool:
-    """Say whether a file begins as DICOM files do."""
+    """Return whether a file has the DICOM prefix."""
     return file[128:132] == b"DICM"
 
 
 def read(file: bytes, *, max_pixels: int, window: tuple[float, float] | None = None) -> Pixels:
-    """Return a file's first frame as it is displayed: grey `[H, W]` or RGB `[H, W, 3]`, uint8.
+    """Return a file's first frame as displayed: gray `[H, W]` or RGB `[H, W, 3]`, uint8.
 
-    Grey goes through the file's modality table or slope, then through `window`, in those units; without one through the
-    file's first table or window of interest, else from the frame's least value to its greatest. MONOCHROME1 is turned
-    over, so that bright is what is displayed bright.
+    Gray values go through the file's modality LUT or rescale slope, and then through `window`, in those units. Without
+    `window` the file's first VOI LUT or window applies, or else the frame's range of values. MONOCHROME1 is inverted.
     """
     try:
         import pydicom  # noqa: F401
@@ -70,7 +69,7 @@ def read(file: bytes, *, max_pixels: int, window: tuple[float, float] | None = N
             return _read(file, max_pixels, window)
     except (InvalidArgument, MemoryError):
         raise
-    except Exception as error:  # pydicom promises no set of exceptions
+    except Exception as error:  # pydicom may raise anything
         raise InvalidArgument(f"image file: broken or truncated DICOM after {len(file):,} bytes") from error
 
 
@@ -81,14 +80,14 @@ def _read(file: bytes, max_pixels: int, window: tuple[float, float] | None) -> P
     photometric = dataset.PhotometricInterpretation
     if photometric in ("MONOCHROME1", "MONOCHROME2") and frame.ndim == 2:
         _unpack_groups(dataset)
-        grey = _looked_up(frame, lambda values, is_there: _grey(values, is_there, dataset, window))
-        return 255 - grey if photometric == "MONOCHROME1" else grey
+        gray = _looked_up(frame, lambda values, is_there: _gray(values, is_there, dataset, window))
+        return 255 - gray if photometric == "MONOCHROME1" else gray
     if photometric == "PALETTE COLOR" and frame.ndim == 2:
         from pydicom.pixels.processing import apply_color_lut
 
-        colours = apply_color_lut(frame, dataset)[..., :3]
-        return windowed(colours, 0, np.iinfo(colours.dtype).max)
-    if photometric in _COLOURS and frame.ndim == 3 and frame.dtype.kind == "u":
+        colors = apply_color_lut(frame, dataset)[..., :3]
+        return windowed(colors, 0, np.iinfo(colors.dtype).max)
+    if photometric in _COLORS and frame.ndim == 3 and frame.dtype.kind == "u":
         return frame if frame.dtype == np.uint8 else windowed(frame, 0, 2 ** int(dataset.BitsStored) - 1)
     raise InvalidArgument(f"image file: DICOM of {photometric} {frame.dtype} {list(frame.shape)}, expected grey or RGB")
 
@@ -97,7 +96,7 @@ def _parse(file: bytes) -> "Dataset":
     import pydicom
     from pydicom.filereader import read_dataset
 
-    # The header alone first: a deflated data set would be inflated before anything of it could be seen.
+    # Read only the header first: a deflated data set would be inflated before it could be checked.
     stream = io.BytesIO(file)
     stream.seek(132)
     header = read_dataset(stream, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
@@ -119,7 +118,7 @@ def _check_size(dataset: "Dataset", max_pixels: int) -> None:
 
 
 def _frame(dataset: "Dataset") -> Values:
-    """Return the first frame, [H, W] or [H, W, 3], in RGB where it is in colour."""
+    """Return the first frame: [H, W], or RGB [H, W, 3] for color."""
     from pydicom.pixels.decoders.base import get_decoder
     from pydicom.pixels.utils import pixel_array
 
@@ -141,7 +140,7 @@ def _frame(dataset: "Dataset") -> Values:
 
 
 def _check_frame(dataset: "Dataset") -> None:
-    """Refuse a compressed frame that is of another size than the file says, for codecs believe the frame."""
+    """Raise `InvalidArgument` if a compressed frame's size differs from the file's: codecs use the frame's."""
     from pydicom.encaps import get_frame
 
     offsets = None
@@ -153,8 +152,8 @@ def _check_frame(dataset: "Dataset") -> None:
     if dataset.file_meta.TransferSyntaxUID == _RLE:
         _check_rle(frame, size[0] * size[1])
     elif (found := _coded_size(frame)) != size:
-        told = " × ".join(f"{each:,}" for each in found) if found else "an unknown number"
-        raise InvalidArgument(f"image file: DICOM of {size[0]:,} × {size[1]:,} pixels, its frame has {told}")
+        actual = " × ".join(f"{each:,}" for each in found) if found else "an unknown number"
+        raise InvalidArgument(f"image file: DICOM of {size[0]:,} × {size[1]:,} pixels, its frame has {actual}")
 
 
 def _check_rle(frame: bytes, n_pixels: int) -> None:
@@ -171,7 +170,7 @@ def _check_rle(frame: bytes, n_pixels: int) -> None:
 
 
 def _coded_size(frame: bytes) -> tuple[int, int] | None:
-    """Return the height and width that a JPEG, JPEG-LS or JPEG 2000 frame says itself; None where it says none."""
+    """Return height and width from the header of a JPEG, JPEG-LS or JPEG 2000 frame; None if not found."""
     if frame.startswith(b"\xff\x4f\xff\x51"):
         width, height, left, top = struct.unpack(">4L", frame[8:24])
         return height - top, width - left
@@ -189,7 +188,7 @@ def _coded_size(frame: bytes) -> tuple[int, int] | None:
 
 
 def _unpack_groups(dataset: "Dataset") -> None:
-    """Bring the first frame's slope and window, which files of many frames keep in sequences, to the usual places."""
+    """Copy the first frame's slope and window from the functional groups of multi-frame files to the top level."""
     for group in (each for name in _GROUPS for each in (dataset.get(name) or ())[:1]):
         for name in ("PixelValueTransformationSequence", "FrameVOILUTSequence"):
             for item in (group.get(name) or ())[:1]:
@@ -197,37 +196,37 @@ def _unpack_groups(dataset: "Dataset") -> None:
 
 
 def _looked_up(frame: Values, make: Callable[[Values, Values], Pixels]) -> Pixels:
-    """Return what `make` makes of a frame's values, by way of a table where they are few enough.
+    """Apply `make` to a frame's values, through a lookup table if their range is small enough.
 
-    `make` gets values, and which of them are in the frame.
+    `make` gets values, and a bool array of which of them occur in the frame.
     """
     if frame.dtype.kind in "iu":
         low, high = int(frame.min()), int(frame.max())
         if high - low < TABLE_ENTRIES:
             is_there = np.zeros(high - low + 1, bool)
             for rows in _strips(frame):
-                is_there[_places(frame[rows], low)] = True
+                is_there[_indices(frame[rows], low)] = True
             table = make(np.arange(low, high + 1), is_there)
             pixels = np.empty(frame.shape, np.uint8)
             for rows in _strips(frame):
-                pixels[rows] = table[_places(frame[rows], low)]
+                pixels[rows] = table[_indices(frame[rows], low)]
             return pixels
     return make(frame, np.ones(frame.shape, bool))
 
 
 def _strips(frame: Values) -> Iterator[slice]:
-    """Yield the rows of a frame in parts, for a place in a table takes eight bytes."""
+    """Yield row slices of a frame, to bound the memory of table indices, which take eight bytes per pixel."""
     n_rows = max(1, STRIP_PIXELS // max(1, frame.shape[1]))
     return (slice(top, top + n_rows) for top in range(0, len(frame), n_rows))
 
 
-def _places(values: Values, low: int) -> Values:
-    # Modulo 2 to the number of bits, as integers of a fixed size are counted.
-    places: Values = (values - values.dtype.type(low)).astype(f"u{values.itemsize}").astype(np.uint16)
-    return places
+def _indices(values: Values, low: int) -> Values:
+    # Wraps around like fixed-size integers, so that signed types give the right difference.
+    indices: Values = (values - values.dtype.type(low)).astype(f"u{values.itemsize}").astype(np.uint16)
+    return indices
 
 
-def _grey(values: Values, is_there: Values, dataset: "Dataset", window: tuple[float, float] | None) -> Pixels:
+def _gray(values: Values, is_there: Values, dataset: "Dataset", window: tuple[float, float] | None) -> Pixels:
     from pydicom.pixels.processing import apply_modality_lut, apply_voi
 
     values = apply_modality_lut(values, dataset)
@@ -242,31 +241,31 @@ def _grey(values: Values, is_there: Values, dataset: "Dataset", window: tuple[fl
     if own is None:
         low, high = float(values[is_there].min()), float(values[is_there].max())
         return windowed(values, low, high) if low < high else np.zeros(values.shape, np.uint8)
-    centre, width, function = own
+    center, width, function = own
     if function == "SIGMOID":
-        return windowed(1 / (1 + np.exp(-4 * np.clip((values - centre) / width, -50, 50))), 0, 1)
+        return windowed(1 / (1 + np.exp(-4 * np.clip((values - center) / width, -50, 50))), 0, 1)
     if width == 0:
-        return np.where(values > centre, np.uint8(255), np.uint8(0))
-    return windowed(values, centre - width / 2, centre + width / 2)
+        return np.where(values > center, np.uint8(255), np.uint8(0))
+    return windowed(values, center - width / 2, center + width / 2)
 
 
 def _own_window(dataset: "Dataset") -> tuple[float, float, str] | None:
-    """Return the first window that a file brings: centre, width, function; None where it brings none of use.
+    """Return the file's first window: center, width, function; None if it has no usable one.
 
-    LINEAR, the usual function, is 1 narrower than it says and lies half a step lower (PS3.3 C.11.2.1.2.1).
+    For LINEAR, the default function, the width is reduced by 1 and the center by 0.5 (PS3.3 C.11.2.1.2.1).
     """
     from pydicom.multival import MultiValue
 
-    centre, width = (
+    center, width = (
         each[0] if isinstance(each, MultiValue) and each else each
         for each in (dataset.get("WindowCenter"), dataset.get("WindowWidth"))
     )
     function = str(dataset.get("VOILUTFunction") or "LINEAR").upper()
-    if centre in (None, "") or width in (None, "") or not np.isfinite([float(centre), float(width)]).all():
+    if center in (None, "") or width in (None, "") or not np.isfinite([float(center), float(width)]).all():
         return None
     if function == "LINEAR":
-        return (float(centre) - 0.5, float(width) - 1, function) if width >= 1 else None
-    return (float(centre), float(width), function) if width > 0 else None
+        return (float(center) - 0.5, float(width) - 1, function) if width >= 1 else None
+    return (float(center), float(width), function) if width > 0 else None
 
 
 def _name(syntax: str) -> str:

@@ -1,6 +1,6 @@
-"""Pixels as a model takes them: channels converted, alpha laid over white, a window of gray values.
+"""Pixel conversions: number of channels, alpha over white, and a window of gray values.
 
-Files and arrays go the same way, so an array gives what a file of it would.
+Used for files and arrays alike, so an array gives the same result as a file with the same pixels.
 """
 
 from typing import Any
@@ -11,18 +11,18 @@ from PIL import Image
 
 Pixels = npt.NDArray[np.uint8]
 
-_BECOMES = {1: (3,), 3: (1,), 4: (1, 3)}  # grey, RGB and RGBA
+_BECOMES = {1: (3,), 3: (1,), 4: (1, 3)}  # gray, RGB and RGBA
 
 
 def can_become(channels: int, wanted: int) -> bool:
-    """Say whether pixels of so many channels can be had in the wanted number of them."""
+    """Return whether pixels of this number of channels can be converted to the wanted number."""
     return channels == wanted or wanted in _BECOMES.get(channels, ())
 
 
 def in_channels(pixels: Pixels, wanted: int) -> Pixels:
-    """Return uint8 `[H, W, C]` as `[H, W, wanted]`; the same array where it is that.
+    """Convert uint8 `[H, W, C]` to `[H, W, wanted]`; returns the same array if it has that shape.
 
-    Grey is repeated. The luma of colours is Pillow's: ITU-R 601-2, in integers.
+    Gray is repeated. Colors become gray by Pillow's luma: ITU-R 601-2, in integers.
     """
     if pixels.shape[2] == wanted:
         return pixels
@@ -34,14 +34,14 @@ def in_channels(pixels: Pixels, wanted: int) -> Pixels:
 
 
 def lay_over_white(rgba: Pixels) -> Pixels:
-    """Return RGBA, `[H, W, 4]`, as RGB, `[H, W, 3]`."""
+    """Composite RGBA, `[H, W, 4]`, over white; return RGB, `[H, W, 3]`."""
     wide = rgba.astype(np.uint16)
-    colour, alpha = wide[..., :3], wide[..., 3:]
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    color, alpha = wide[..., :3], wide[..., 3:]
+    return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def windowed(values: npt.NDArray[Any], low: float, high: float) -> Pixels:
-    """Return values as pixels: 0 for those at or below `low`, 255 at or above `high`, linear and rounded between."""
+    """Map values to pixels: at most `low` to 0, at least `high` to 255, linear and rounded in between."""
     share = np.clip(values, low, high, dtype=np.float64)
     share -= low
     share *= 255

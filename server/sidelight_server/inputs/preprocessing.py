@@ -1,4 +1,4 @@
-"""Pixels become the model's input size: between a decoded file, or a uint8 array, and the device that normalises it."""
+"""Resizes and crops pixels to the model's input size. Normalization follows on the device."""
 
 import math
 import re
@@ -19,20 +19,20 @@ OddMargin = Literal["round", "floor"]
 RESIZES = 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'
 _SIDES = re.compile(r"[1-9]\d*x[1-9]\d*", re.ASCII)
 
-# A picture of 1 × 60,000 whose short side becomes 256 would pass through 12 GB. No picture that a person looks at
-# comes near this bound (50 MB of RGB). Beyond it the order of work changes, and a byte may differ by 1.
+# An image of 1 × 60,000 whose short side is resized to 256 would take 12 GB in between. Ordinary images stay far below
+# this limit (50 MB of RGB). Above it the order of operations changes, and a byte may differ by 1.
 MAX_SCALED_PIXELS = 1 << 24
 
-MAX_SIDE = 2**31 - 1  # pixels that an answer can tell of: of the original picture, and of the resized one
+MAX_SIDE = 2**31 - 1  # pixels; the limit of the answer's fields, for the original and the resized image
 
-_WIDEST_SUPPORT = 3  # source pixels to each side that Lanczos, the widest of the filters, looks at
+_WIDEST_SUPPORT = 3  # source pixels to each side that Lanczos, the widest filter, uses
 
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """Where the model's input lies in the original picture, in pixels: original → resized to scaled → crop cut out.
+    """The model's input within the original image, in pixels: original → resized to scaled → cropped.
 
-    `window` has the values that became black and white, where the picture came in 16 bits or as DICOM.
+    `window` has the values that became black and white, for 16-bit and DICOM images.
     """
 
     original_height: int
@@ -48,11 +48,11 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How a picture is brought to a model: resized, its centre cut out; on the device then (scaled − mean) / std.
+    """The preprocessing of a model: resize, center crop, and on the device (scaled − mean) / std.
 
-    `resize` is the length that the short side gets (more where the crop would not fit), the aspect kept; or "256x256",
-    straight to a height and a width of which the centre is cut out; or "exact", straight to the input's own; or "none".
-    Pixels 0 … 255 are scaled to `pixel_range`; `mean` and `std` have one number for each channel, in its units.
+    `resize` is the new length of the short side, keeping the aspect ratio (more if the crop would not fit); or
+    "256x256", a height and width to resize to before the crop; or "exact", the input's own size; or "none". Pixels
+    0 … 255 are scaled to `pixel_range`; `mean` and `std` have one number per channel, in units of `pixel_range`.
     `window` has the values of 16-bit and DICOM files that become pixels 0 and 255.
     """
 
@@ -64,8 +64,8 @@ class Preprocessing:
     resize: int | str
     interpolation: Interpolation
     pixel_range: tuple[float, float] = (0.0, 1.0)
-    window: tuple[float, float] | None = None  # None: as a file says, or all of its 16 bits
-    odd_margin: OddMargin = "round"  # half of it lies above and on the left: rounded to even, or rounded down
+    window: tuple[float, float] | None = None  # None: the file's own, or all 16 bits
+    odd_margin: OddMargin = "round"  # how half an odd margin is rounded, above and on the left: to even, or down
 
     def __post_init__(self) -> None:
         for field in ("channels", "height", "width"):
@@ -90,21 +90,21 @@ class Preprocessing:
 
     @property
     def mean_in_pixels(self) -> tuple[float, ...]:
-        """What is subtracted from pixels 0 … 255 as they are, one number for each channel."""
+        """`mean` in units of pixels 0 … 255, one number per channel."""
         low, high = self.pixel_range
         return tuple((each - low) * (255 / (high - low)) for each in self.mean)
 
     @property
     def std_in_pixels(self) -> tuple[float, ...]:
-        """What divides after that."""
+        """`std` in units of pixels 0 … 255, one number per channel."""
         low, high = self.pixel_range
         return tuple(each * (255 / (high - low)) for each in self.std)
 
     def fit(self, pixels: Pixels) -> tuple[Pixels, Geometry]:
-        """Return uint8 `[H, W, C]` as uint8 `[height, width, C]`, and where that lies in the picture.
+        """Convert uint8 `[H, W, C]` to uint8 `[height, width, C]`; return it with its geometry.
 
-        Grey becomes RGB, and the other way round, and alpha is laid over white, all as in files. What needs neither
-        that nor resizing is not copied: it is the array itself, or a view into it.
+        Gray and RGB are converted to each other, and alpha is composited over white, as for files. An array that needs
+        no conversion or resizing is not copied: the result is the array itself or a view.
         """
         self._check(pixels)
         pixels = in_channels(pixels, self.channels)
@@ -118,7 +118,7 @@ class Preprocessing:
         return _crop(pixels, geometry), geometry
 
     def geometry(self, original_height: int, original_width: int) -> Geometry:
-        """Return where the model's input lies in a picture of this size. `InvalidArgument` where it does not fit in."""
+        """Return the geometry for an image of this size. Raises `InvalidArgument` if the input does not fit."""
         scaled_height, scaled_width = self._scale(original_height, original_width)
         if max(original_height, original_width, scaled_height, scaled_width) > MAX_SIDE:
             raise InvalidArgument(
@@ -138,7 +138,7 @@ class Preprocessing:
         )
 
     def leaves(self, height: int, width: int, channels: int) -> bool:
-        """Say whether a picture of this size is taken as it is."""
+        """Return whether an image of this size needs no change."""
         return channels == self.channels and (height, width) == (self.height, self.width) == self._scale(height, width)
 
     def _check(self, pixels: Pixels) -> None:
@@ -163,7 +163,7 @@ class Preprocessing:
             raise ValueError(f"resize: got {self.resize!r}, expected {wanted}")
 
     def _start(self, margin: int) -> int:
-        """Return how much of a margin, in pixels, lies above a crop, or on its left."""
+        """Return the part of a margin, in pixels, that is above a crop or on its left."""
         return margin // 2 if self.odd_margin == "floor" else round(margin / 2)
 
     def _scale(self, height: int, width: int) -> tuple[int, int]:
@@ -186,7 +186,7 @@ class Preprocessing:
 
 
 def is_resize(value: object) -> bool:
-    """Say whether a value is a way to resize: one of `RESIZES`."""
+    """Return whether a value is valid for `resize`: one of `RESIZES`."""
     return _is_count(value) or value in ("exact", "none") or (isinstance(value, str) and bool(_SIDES.fullmatch(value)))
 
 
@@ -214,7 +214,7 @@ def _crop(pixels: Pixels, geometry: Geometry) -> Pixels:
 
 
 def _resize_crop(pixels: Pixels, geometry: Geometry, resample: Image.Resampling) -> Pixels:
-    """Resize only the part that the crop shows, so that the scaled picture never exists."""
+    """Resize only the cropped part, so that the whole resized image is never allocated."""
     rows, top, bottom = _source(
         geometry.original_height, geometry.scaled_height, geometry.crop_top, geometry.crop_height
     )
@@ -226,9 +226,9 @@ def _resize_crop(pixels: Pixels, geometry: Geometry, resample: Image.Resampling)
 
 
 def _source(original: int, scaled: int, start: int, length: int) -> tuple[slice, float, float]:
-    """Return the pixels of one axis that a crop depends on, and the crop's edges counted from the first of them.
+    """Return the slice of one axis that a crop depends on, and the crop's edges relative to its start.
 
-    Pillow keeps a box in float32: counted from afar, a crop deep inside a long picture would be off by its own pixels.
+    Relative, because Pillow keeps a box in float32, which is too coarse for a crop far inside a long image.
     """
     step = original / scaled
     begin, end = start * step, (start + length) * step
@@ -247,10 +247,10 @@ def _resize(
 ) -> Pixels:
     n_rows, n_columns, channels = pixels.shape
     if box is None and n_rows * width > max(MAX_SCALED_PIXELS, n_rows * n_columns):
-        # Pillow works along the rows first: of a picture 1 wide and millions high it would make millions of long rows.
+        # Pillow resizes rows first: an image 1 wide and millions high would become millions of long rows.
         pixels = _resize(pixels, height, n_columns, resample)
     if channels == 3:
         return np.array(Image.fromarray(pixels).resize((width, height), resample, box))
-    # One by one: of two channels Pillow thinks that the last is alpha, of four too, and multiplies the others by it.
+    # One channel at a time: with 2 or 4 channels Pillow treats the last as alpha and premultiplies the others.
     planes = [Image.fromarray(pixels[..., each]).resize((width, height), resample, box) for each in range(channels)]
     return np.stack([np.asarray(plane) for plane in planes], axis=-1)  # [height, width, C]

@@ -1,6 +1,6 @@
-"""Attribution methods: how points are chosen and gradients folded, each with its paper.
+"""Attribution methods: each chooses points and folds their gradients into an attribution. Each names its paper.
 
-May import `errors` alone, and torch. A method knows neither models nor requests.
+May import only `errors` and torch. A method has no access to models or requests.
 """
 
 from .expected_gradients import ExpectedGradients

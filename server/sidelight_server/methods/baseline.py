@@ -1,4 +1,4 @@
-"""Baselines: the reference input of a path, or what fills a hidden window. In the model's own input space."""
+"""Baselines: the reference input of a path, or the fill of an occluded window, in the model's input space."""
 
 import math
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from ..errors import FailedPrecondition, InvalidArgument
 from .method import Example, Shape
 
 TRUNCATE = 4.0  # standard deviations at which the blur's kernel ends
-MAX_SIGMAS = 4.0  # a blur's sigma over the longer side of the picture: beyond, it changes little and only costs time
+MAX_SIGMAS = 4.0  # limit of a blur's sigma, relative to the longer side: larger ones change little and cost time
 
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """One value for every element."""
+    """A baseline of one value for every element."""
 
     value: float = 0.0
 
@@ -32,7 +32,7 @@ class Constant:
         return abs(self.value)
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Fit any shape."""
+        """Accept any shape."""
 
     def of(self, example: Example) -> Tensor:
         """Return the baseline, [C, H, W]."""
@@ -44,20 +44,20 @@ ZERO = Constant()
 
 @dataclass(frozen=True, slots=True)
 class _OfExample:
-    """A baseline that is no larger than what the example or the preprocessing has."""
+    """A baseline whose values do not exceed those of the example or of the preprocessing."""
 
     @property
     def largest(self) -> float:
-        """Nothing that was not there before."""
+        """0: it adds no larger values."""
         return 0.0
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Fit any shape, unless a baseline says otherwise."""
+        """Accept any shape; subclasses may raise `InvalidArgument`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Black(_OfExample):
-    """A picture of pixel 0 after preprocessing."""
+    """An image of pixel value 0, after preprocessing."""
 
     def of(self, example: Example) -> Tensor:
         """Return the baseline, [C, H, W]."""
@@ -77,7 +77,7 @@ class MeanColor(_OfExample):
 
 @dataclass(frozen=True, slots=True)
 class Blurred(_OfExample):
-    """The example under a Gaussian blur, its edges repeated."""
+    """The example under a Gaussian blur with replicated edges."""
 
     sigma: float  # the standard deviation in pixels
 
@@ -87,7 +87,7 @@ class Blurred(_OfExample):
             raise InvalidArgument(f"method.baseline.blurred.sigma: got {self.sigma:g}, expected a positive number")
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Refuse a sigma whose kernel would take more work than the picture."""
+        """Raise `InvalidArgument` for a sigma that is too large for the image."""
         if self.sigma > (most := MAX_SIGMAS * max(shape[1:])):
             raise InvalidArgument(
                 f"method.baseline.blurred.sigma: got {self.sigma:g}, expected at most {most:g}, "
@@ -103,9 +103,9 @@ class Blurred(_OfExample):
 
     def _along(self, x: Tensor, axis: int) -> Tensor:
         radius = int(TRUNCATE * self.sigma + 0.5)
-        places = torch.arange(-radius, radius + 1, dtype=torch.float64)
-        weights = torch.exp(-0.5 * (places / self.sigma) ** 2)
-        if (beyond := radius - x.shape[axis]) > 0:  # so far out the kernel meets a repeated edge alone
+        offsets = torch.arange(-radius, radius + 1, dtype=torch.float64)
+        weights = torch.exp(-0.5 * (offsets / self.sigma) ** 2)
+        if (beyond := radius - x.shape[axis]) > 0:  # beyond this the kernel only covers the replicated edge
             edge = weights[:beyond].sum()
             weights, radius = weights[beyond:-beyond], radius - beyond
             weights[[0, -1]] += edge
@@ -117,7 +117,7 @@ class Blurred(_OfExample):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Given:
-    """An array that came with the request: [C, H, W], or [N, C, H, W] with one for each example."""
+    """An array given in the request: [C, H, W], or [N, C, H, W] with one per example."""
 
     array: NDArray[np.floating]
 
@@ -127,7 +127,7 @@ class Given:
 
     def of(self, example: Example) -> Tensor:
         """Return the baseline, [C, H, W]."""
-        return placed(self.array if self.array.ndim == 3 else self.array[example.place], example.x)
+        return placed(self.array if self.array.ndim == 3 else self.array[example.index], example.x)
 
     @property
     def largest(self) -> float:
@@ -135,7 +135,7 @@ class Given:
         return largest(self.array)
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Refuse another shape than the examples'."""
+        """Raise `InvalidArgument` unless the shape is that of the examples."""
         got = self.array.shape
         if got not in (shape, (n_examples, *shape)):
             raise InvalidArgument(
@@ -147,7 +147,7 @@ Baseline = Constant | Black | MeanColor | Blurred | Given
 
 
 def finite(name: str, array: NDArray[np.floating]) -> None:
-    """Refuse an array with elements that are not finite."""
+    """Raise `InvalidArgument` if an array has elements that are not finite."""
     if not np.isfinite(array).all():
         raise InvalidArgument(f"method.{name}: it has NaN or infinite elements, expected finite ones")
 
@@ -158,5 +158,5 @@ def largest(array: NDArray[np.floating]) -> float:
 
 
 def placed(array: NDArray[np.floating], like: Tensor) -> Tensor:
-    """Return an array as a tensor of another's type, on its device."""
+    """Return an array as a tensor of the type and on the device of `like`."""
     return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(like.device, like.dtype)

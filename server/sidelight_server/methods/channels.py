@@ -1,4 +1,4 @@
-"""Channel reduction: the C channels of an attribution become one. With a = a channel's attribution at a pixel."""
+"""Channel reduction: reduces the C channels of an attribution to one."""
 
 import enum
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 class Magnitude(enum.Enum):
-    """What becomes of a gradient's sign when channels are reduced."""
+    """How the sign of a gradient is treated when channels are reduced."""
 
     ABSOLUTE = "absolute"
     SIGNED = "signed"
@@ -14,7 +14,7 @@ class Magnitude(enum.Enum):
 
 
 class Channels(enum.Enum):
-    """How the C channels of an attribution become one."""
+    """How the C channels of an attribution are reduced to one."""
 
     MAX_ABS = "max_abs"
     SUM = "sum"
@@ -24,9 +24,9 @@ class Channels(enum.Enum):
 
 
 def reduce(attribution: Tensor, channels: Channels, magnitude: Magnitude | None) -> Tensor:
-    """Return the map, [H, W], of an attribution, [C, H, W]; without reduction the attribution itself.
+    """Reduce an attribution, [C, H, W], to a map, [H, W]; `NONE` returns it unreduced.
 
-    `magnitude` is that of a gradient. What is not a gradient, None, keeps its sign in a sum and has none in a maximum.
+    `magnitude` is None for an attribution that is not a plain gradient: a sum then keeps its sign, a maximum does not.
     """
     if magnitude is Magnitude.SQUARED:
         attribution = attribution.square()
@@ -48,7 +48,7 @@ def reduce(attribution: Tensor, channels: Channels, magnitude: Magnitude | None)
 
 
 def may_be_negative(channels: Channels, magnitude: Magnitude | None) -> bool:
-    """Say whether a map so reduced may have negative elements."""
+    """Return whether a map of this reduction may have negative elements."""
     match channels:
         case Channels.NONE:
             return magnitude is not Magnitude.SQUARED

@@ -1,4 +1,4 @@
-"""Expected gradients, also called GradientSHAP: random points of paths from random baselines."""
+"""Expected gradients, also called GradientSHAP: gradients at random points on paths from random baselines."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -43,7 +43,7 @@ class ExpectedGradients(Method):
 
     @property
     def largest(self) -> float:
-        """That of the baselines."""
+        """The largest absolute value of the baselines."""
         return 0.0 if self.baselines is None else largest(self.baselines)
 
     def check(self, shape: Shape, n_examples: int) -> None:
@@ -55,7 +55,7 @@ class ExpectedGradients(Method):
             )
 
     def rows(self, shape: Shape) -> int:
-        """Return the draws, and the look at the example itself."""
+        """Return the number of samples plus one for the example itself."""
         return self.samples + 1
 
     def run(self, example: Example) -> Steps:

@@ -1,4 +1,4 @@
-"""Methods that look at a layer: Grad-CAM, and gradient × activation. One row each, its probe the layer."""
+"""Layer methods: Grad-CAM, and gradient × activation. One row each, with the layer as probe."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -11,18 +11,18 @@ from .method import ROUNDING_STEPS, Example, Layer, Method, Outcome, Probe, Shap
 
 @dataclass(frozen=True, slots=True)
 class LayerMethod(Method):
-    """A method that looks at a layer."""
+    """Base class of methods whose probe is a layer."""
 
     layer: str = ""  # empty: the model's default
 
     @property
     def begins_with_gradient(self) -> bool:
-        """The example itself is all."""
+        """True."""
         return True
 
     @property
     def is_one_row(self) -> bool:
-        """The example itself is all."""
+        """True."""
         return True
 
     @property
@@ -31,7 +31,7 @@ class LayerMethod(Method):
         return Layer(self.layer)
 
     def rows(self, shape: Shape) -> int:
-        """One."""
+        """1."""
         return 1
 
 
@@ -40,14 +40,14 @@ class GradCAM(LayerMethod):
     """A layer's activations, added with each channel's mean gradient as its weight; then only what speaks for.
 
     Selvaraju, Cogswell, Das, Vedantam, Parikh and Batra, 2017, "Grad-CAM: Visual Explanations from Deep Networks via
-    Gradient-Based Localization". The map is brought to the input's size bilinearly.
+    Gradient-Based Localization". The map is resized bilinearly to the input's size.
     """
 
     name: ClassVar[str] = "grad_cam"
     keep_negative: bool = False
 
     def run(self, example: Example) -> Steps:
-        """Weigh and add."""
+        """Compute the weighted sum of the activations."""
         output = yield from example.read(gradient=True)
         assert output.gradient is not None  # noqa: S101
         assert output.activation is not None  # noqa: S101
@@ -59,7 +59,7 @@ class GradCAM(LayerMethod):
         return Outcome(map_, is_negligible=bool(is_negligible))
 
     def may_be_negative(self, channels: Channels) -> bool:
-        """Say whether what speaks against is kept."""
+        """Return whether negative values are kept."""
         return self.keep_negative
 
 
@@ -74,19 +74,19 @@ class LayerGradientXActivation(LayerMethod):
     name: ClassVar[str] = "layer_gradient_x_activation"
 
     def run(self, example: Example) -> Steps:
-        """Multiply."""
+        """Multiply gradient and activation."""
         output = yield from example.read(gradient=True)
         assert output.gradient is not None  # noqa: S101
         assert output.activation is not None  # noqa: S101
         return Outcome(output.gradient * output.activation)  # [c, h, w]
 
     def finish(self, attribution: Tensor, channels: Channels, shape: Shape) -> Tensor:
-        """Reduce the layer's channels, which are not the picture's, before anything else."""
+        """Reduce the layer's channels, which are not the image's, then resize."""
         reduced = reduce(attribution, Channels.SUM if channels is Channels.NONE else channels, self.magnitude)
         sized = _sized(reduced, attribution.new_empty(shape))
         return sized.expand(shape) if channels is Channels.NONE else sized
 
 
 def _sized(map_: Tensor, like: Tensor) -> Tensor:
-    """Return a layer's map, [h, w], in the input's size, [H, W]."""
+    """Resize a layer's map, [h, w], to the input's size, [H, W]."""
     return nn.functional.interpolate(map_[None, None], size=like.shape[1:], mode="bilinear", align_corners=False)[0, 0]

@@ -11,7 +11,7 @@ from .method import Example, Method, Outcome, Probe, Rectifiers, RowOutput, Shap
 
 @dataclass(frozen=True, slots=True)
 class Gradient(Method):
-    """The gradient at the example, or that times the input.
+    """The gradient at the example, optionally times the input.
 
     Simonyan, Vedaldi and Zisserman, 2013, "Deep Inside Convolutional Networks: Visualising Image Classification Models
     and Saliency Maps". Shrikumar, Greenside and Kundaje, 2016, "Not Just a Black Box: Learning Important Features
@@ -24,29 +24,29 @@ class Gradient(Method):
 
     @property
     def begins_with_gradient(self) -> bool:
-        """The example itself is all."""
+        """True."""
         return True
 
     @property
     def is_one_row(self) -> bool:
-        """The example itself is all."""
+        """True."""
         return True
 
     def rows(self, shape: Shape) -> int:
-        """One."""
+        """1."""
         return 1
 
     def run(self, example: Example) -> Steps:
-        """Take the gradient where the example is."""
+        """Compute the gradient at the example."""
         output = yield from example.read(gradient=True)
         return Outcome(self.attribution(output) if output.map is None else output.map)
 
     def is_largest_absolute(self, channels: Channels) -> bool:
-        """Whether that is all: then a whole chunk of them is reduced at once."""
+        """Whether the max-abs reduction of the gradient is the whole map: then a chunk is reduced at once."""
         return channels is Channels.MAX_ABS and self.magnitude is Magnitude.ABSOLUTE and not self.times_input
 
     def attribution(self, output: RowOutput) -> Tensor:
-        """Return the attribution, [C, H, W], of one row's output."""
+        """Return the attribution, [C, H, W], from one row's output."""
         assert output.gradient is not None  # noqa: S101
         return output.gradient * output.input if self.times_input else output.gradient
 
@@ -56,7 +56,7 @@ GRADIENT = Gradient()
 
 @dataclass(frozen=True, slots=True)
 class GuidedBackpropagation(Gradient):
-    """The gradient where only what is positive, on both ways, passes a rectifier (ReLU, ReLU6).
+    """The gradient, where each ReLU or ReLU6 passes only positive gradients of positive inputs.
 
     Springenberg, Dosovitskiy, Brox and Riedmiller, 2014, "Striving for Simplicity: The All Convolutional Net".
     """
@@ -65,5 +65,5 @@ class GuidedBackpropagation(Gradient):
 
     @property
     def probe(self) -> Probe:
-        """The input, through guided rectifiers."""
+        """The input, with guided ReLUs."""
         return Rectifiers.GUIDED

@@ -1,4 +1,4 @@
-"""Path methods: gradients along the way from a baseline to the example, times their difference."""
+"""Integrated gradients: gradients along the path from a baseline to the example, times their difference."""
 
 import enum
 import functools
@@ -29,10 +29,10 @@ from .method import (
 from .welford import accumulator
 
 SINGLE = float(np.finfo(np.float32).eps)
-ROUNDING = 16 * SINGLE  # of both scores: what float32 leaves of their difference is no measure of the map
-MIN_INTERVALS = 8  # a refinement of fewer may change little by chance: both ends of a path are often flat
-MAX_GAUSS_NODES = 2000  # whose places are found in less time than one of them takes
-NEWTON_STEPS = 6  # each doubles the digits, and the first guess has some four
+ROUNDING = 16 * SINGLE  # rounding error of the difference of two scores, relative to both
+MIN_INTERVALS = 8  # with fewer, a refinement may change little by chance: paths are often flat at both ends
+MAX_GAUSS_NODES = 2000  # computing this many nodes takes less time than running one of them
+NEWTON_STEPS = 6  # each step doubles the digits; the first guess has about four
 
 
 class Rule(enum.Enum):
@@ -43,7 +43,7 @@ class Rule(enum.Enum):
     TRAPEZOID = "trapezoid"
 
     def nodes(self, n: int) -> tuple[list[float], list[float]]:
-        """Return n places in [0, 1] and their weights, which add up to 1, in double precision."""
+        """Return n nodes in [0, 1] and their weights, which sum to 1, in double precision."""
         match self:
             case Rule.GAUSS_LEGENDRE:
                 nodes, weights = _gauss_legendre(n)
@@ -59,10 +59,10 @@ class Rule(enum.Enum):
 class IntegratedGradients(Method):
     """The integral of the gradient along the straight path from a baseline, times their difference.
 
-    Sundararajan, Taly and Yan, 2017, "Axiomatic Attribution for Deep Networks". With a tolerance a trapezoid is refined
-    by halving its step until that changes the attribution by no more than this share, in L2, and what the attribution
-    misses of the difference of the scores is no more than this share of its L1 norm. Both are needed: nodes beside a
-    narrow kink agree with each other, and the sum alone can come out by chance.
+    Sundararajan, Taly and Yan, 2017, "Axiomatic Attribution for Deep Networks". With a tolerance, a trapezoidal rule is
+    refined by halving its step until both criteria hold: the last halving changed the attribution by at most this share
+    of its L2 norm, and the completeness error is at most this share of its L1 norm. Both are needed: nodes that all
+    miss a narrow kink agree with each other, and the sum can be right by chance.
     """
 
     name: ClassVar[str] = "integrated_gradients"
@@ -70,7 +70,7 @@ class IntegratedGradients(Method):
     rule: Rule = Rule.GAUSS_LEGENDRE
     baseline: Baseline = ZERO
     tolerance: float | None = None
-    max_rows: int = 300  # with a tolerance, of one example
+    max_rows: int = 300  # rows of one example, with a tolerance
 
     def __post_init__(self) -> None:
         """Check the parameters."""
@@ -91,17 +91,17 @@ class IntegratedGradients(Method):
 
     @property
     def begins_with_gradient(self) -> bool:
-        """A trapezoid has a node at the example itself."""
+        """Whether the rule has a node at the example itself: the trapezoid has."""
         return self.rule is Rule.TRAPEZOID
 
     @property
     def given(self) -> NDArray[np.generic] | None:
-        """The baseline, where it is an array."""
+        """The baseline, if it is an array."""
         return self.baseline.array if isinstance(self.baseline, Given) else None
 
     @property
     def largest(self) -> float:
-        """That of the baseline."""
+        """The largest absolute value of the baseline."""
         return self.baseline.largest
 
     def check(self, shape: Shape, n_examples: int) -> None:
@@ -109,13 +109,13 @@ class IntegratedGradients(Method):
         self.baseline.check(shape, n_examples)
 
     def rows(self, shape: Shape) -> int:
-        """Return the nodes, and where no node is there, both ends."""
+        """Return the number of nodes, plus both ends if they are no nodes."""
         if self.tolerance is not None:
             return self.max_rows
         return self.steps if self.rule is Rule.TRAPEZOID else self.steps + 2
 
     def run(self, example: Example) -> Steps:
-        """Integrate."""
+        """Integrate the gradient along the path."""
         path = _Path(self.baseline.of(example), example.x)
         if self.tolerance is not None:
             return (yield from self._refine(example, path, self.tolerance))
@@ -138,7 +138,7 @@ class IntegratedGradients(Method):
         n, error = 1, float("inf")
         is_met = False
         while 2 * n + 1 <= self.max_rows and not is_met:
-            # The new nodes lie half-way between the old ones, whose gradients are in the mean and need not be kept.
+            # The new nodes are half-way between the old ones, whose gradients are already in the mean.
             nodes = [(k + 0.5) / n for k in range(n)]
             refined = (yield from path.sum(nodes, [0.5 / n] * n)).add_(mean, alpha=0.5)
             error = path.distance(refined, mean)
@@ -151,7 +151,7 @@ class IntegratedGradients(Method):
 
 @dataclass(frozen=True, slots=True)
 class _Path:
-    """The straight way from a baseline to an example, both [C, H, W]."""
+    """The straight path from a baseline to an example, both [C, H, W]."""
 
     start: Tensor
     end: Tensor
@@ -165,7 +165,7 @@ class _Path:
         return self.start + t * (self.end - self.start)
 
     def sum(self, nodes: list[float], weights: list[float]) -> Generator[Sweep, None, Tensor]:
-        """Return the weighted sum of the gradients at places of the path."""
+        """Return the weighted sum of the gradients at nodes of the path."""
         total = accumulator(self.end)
         if nodes:
             yield Sweep(
@@ -174,7 +174,7 @@ class _Path:
         return total
 
     def ends(self, example: Example) -> Generator[Sweep, None, "tuple[Tensor, _Rise]"]:
-        """Return the mean of both ends' gradients, and how much the score rises between them."""
+        """Return the mean gradient of both ends, and the rise of the score between them."""
         end = yield from example.read(gradient=True)
         start = yield from read(self.start, gradient=True)
         mean = accumulator(self.end)
@@ -183,14 +183,14 @@ class _Path:
         return mean, _Rise.of(start, end)
 
     def distance(self, refined: Tensor, mean: Tensor) -> float:
-        """Return by which share of its L2 norm the attribution changed."""
+        """Return the change of the attribution, relative to its L2 norm."""
         difference = self.difference
         change = float(torch.linalg.vector_norm((refined - mean) * difference, dtype=torch.float64))
         size = float(torch.linalg.vector_norm(refined * difference, dtype=torch.float64))
         return change / size if size else (0.0 if not change else float("inf"))
 
     def missing_share(self, mean: Tensor, rise: "_Rise") -> float:
-        """Return what the attribution misses of the score's rise, beyond rounding, as a share of its L1 norm."""
+        """Return the completeness error beyond rounding, relative to the attribution's L1 norm."""
         attribution = mean * self.difference
         missing = rise.missing(attribution) - rise.rounding
         size = float(torch.linalg.vector_norm(attribution, ord=1, dtype=torch.float64))
@@ -199,7 +199,7 @@ class _Path:
     def outcome(
         self, mean: Tensor, *, rise: "_Rise", error: float | None = None, is_met: bool | None = None
     ) -> Outcome:
-        """Return the attribution of the path's mean gradient, and how far it is from adding up to the score's rise."""
+        """Return the attribution from the path's mean gradient, with its completeness error."""
         attribution = mean * self.difference
         missing = rise.missing(attribution)
         return Outcome(attribution, error, missing, missing / abs(rise.of_score) if rise.of_score else None, is_met)
@@ -207,7 +207,7 @@ class _Path:
 
 @dataclass(frozen=True, slots=True)
 class _Rise:
-    """How much the score rises along a path, and how much of that may be rounding."""
+    """The rise of the score along a path, and the rounding error of that difference."""
 
     of_score: float
     rounding: float
@@ -217,15 +217,15 @@ class _Rise:
         return cls(end.score - start.score, ROUNDING * (abs(start.score) + abs(end.score)))
 
     def missing(self, attribution: Tensor) -> float:
-        """Return how far an attribution is from adding up to it."""
+        """Return the completeness error of an attribution."""
         return abs(float(attribution.sum(dtype=torch.float64)) - self.of_score)
 
 
 @functools.lru_cache(maxsize=32)
 def _gauss_legendre(n: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return nodes in (0, 1) and weights: Newton's iteration for the roots of the Legendre polynomial.
+    """Return nodes in (0, 1) and weights, by Newton's iteration for the roots of the Legendre polynomial.
 
-    The eigenvalues of its companion matrix, numpy's way, would take the cube of a number that a caller chooses.
+    numpy computes eigenvalues of the companion matrix, which takes O(n³) for an n that callers choose.
     """
     x = -np.cos(np.pi * (np.arange(n) + 0.75) / (n + 0.5))
     slope = np.ones(n)

@@ -1,4 +1,4 @@
-"""Methods that hide parts of the example and look at the score: occlusion and RISE. No row wants a gradient."""
+"""Perturbation methods: occlusion and RISE hide parts of the example and observe the score. No gradients."""
 
 import math
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ LEAST_PROBABILITY = 1e-6  # maps are divided by it
 
 @dataclass(frozen=True, slots=True)
 class Occlusion(Method):
-    """How much the score falls where a window hides the example: the mean over the windows that cover a pixel.
+    """The drop of the score when a window is hidden, averaged for each pixel over the windows that cover it.
 
     Zeiler and Fergus, 2014, "Visualizing and Understanding Convolutional Networks".
     """
@@ -45,12 +45,12 @@ class Occlusion(Method):
 
     @property
     def given(self) -> NDArray[np.generic] | None:
-        """The baseline, where it is an array."""
+        """The baseline, if it is an array."""
         return self.baseline.array if isinstance(self.baseline, Given) else None
 
     @property
     def largest(self) -> float:
-        """That of the baseline."""
+        """The largest absolute value of the baseline."""
         return self.baseline.largest
 
     @property
@@ -58,18 +58,18 @@ class Occlusion(Method):
         return self.stride or self.window
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Check that the window fits, and a given baseline's shape."""
+        """Check the window's size and the baseline."""
         for name, size, length in zip(("height", "width"), self.window, shape[1:], strict=True):
             if size > length:
                 raise InvalidArgument(f"method.{self.name}.window_{name}: got {size}, expected at most {length}")
         self.baseline.check(shape, n_examples)
 
     def rows(self, shape: Shape) -> int:
-        """Return the windows, and the example itself."""
+        """Return the number of windows plus one for the example itself."""
         return 1 + math.prod(self._counts(shape[1:]))
 
     def run(self, example: Example) -> Steps:
-        """Slide the window; the last ones of a row and a column may reach over the edge."""
+        """Slide the window; the last ones in each direction may extend beyond the edge."""
         whole = yield from example.read(gradient=False)
         baseline = self.baseline.of(example)
         height, width = example.x.shape[1:]
@@ -93,14 +93,14 @@ class Occlusion(Method):
             cover[window(k)] += 1
 
         yield Sweep(n_rows * n_columns, hidden, fold, gradient=False)
-        return Outcome(fall / cover, is_negligible=_are_one(scores, step=example.step))
+        return Outcome(fall / cover, is_negligible=_are_equal(scores, step=example.step))
 
     def may_be_negative(self, channels: Channels) -> bool:
-        """The score may rise."""
+        """True: hiding a window may raise the score."""
         return True
 
     def _counts(self, size: tuple[int, ...]) -> tuple[int, int]:
-        """Return how many windows stand below and beside each other: enough to reach the edge."""
+        """Return the number of window rows and columns needed to cover the image."""
         rows, columns = (
             1 + math.ceil(max(0, length - window) / step)
             for length, window, step in zip(size, self.window, self._stride, strict=True)
@@ -130,16 +130,16 @@ class RISE(Method):
         at_least(f"{self.name}.keep_probability", self.keep_probability, LEAST_PROBABILITY)
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Check that a cell has a pixel."""
+        """Check that each cell has at least one pixel."""
         if self.cells > min(shape[1:]):
             raise InvalidArgument(f"method.{self.name}.cells: got {self.cells}, expected at most {min(shape[1:])}")
 
     def rows(self, shape: Shape) -> int:
-        """Return the masks, and the look at the example itself."""
+        """Return the number of masks plus one for the example itself."""
         return self.masks + 1
 
     def run(self, example: Example) -> Steps:
-        """Add the masks, each times its score."""
+        """Sum the masks, weighted by their scores."""
         total = accumulator(example.x[0])  # [H, W]
         scores: list[float] = []
 
@@ -151,11 +151,11 @@ class RISE(Method):
             return example.x * self.mask(k, total).to(example.x.dtype)
 
         yield Sweep(self.masks, shown, fold, gradient=False)
-        are_one = len(scores) > 1 and _are_one(scores, step=example.step)
-        return Outcome(total / (self.masks * self.keep_probability), is_negligible=are_one)
+        are_equal = len(scores) > 1 and _are_equal(scores, step=example.step)
+        return Outcome(total / (self.masks * self.keep_probability), is_negligible=are_equal)
 
     def mask(self, k: int, like: Tensor) -> Tensor:
-        """Return the k-th mask, [H, W] in 0…1: a random grid, enlarged by a cell, smoothed, and cut at random."""
+        """Return the k-th mask, [H, W] in [0, 1]: a random grid, upsampled bilinearly, cropped at a random offset."""
         chosen = random.generator(self.seed, "rise", k, device=torch.device("cpu"))
         grid = torch.rand(self.cells, self.cells, generator=chosen) < self.keep_probability
         cell = [math.ceil(length / self.cells) for length in like.shape]
@@ -169,14 +169,15 @@ class RISE(Method):
         return enlarged[top : top + like.shape[0], left : left + like.shape[1]]
 
     def may_be_negative(self, channels: Channels) -> bool:
-        """A logit may be negative."""
+        """True: a logit may be negative."""
         return True
 
 
-def _are_one(scores: list[float], *, step: float) -> bool:
-    """Say whether scores differ by no more than rounding makes of them.
+def _are_equal(scores: list[float], *, step: float) -> bool:
+    """Return whether scores differ by no more than rounding error.
 
-    Which score they are of is not known here. A probability near 1 has the digits of its distance from there.
+    The kind of score is unknown here, so the error is taken relative to |s| or |1 − s|, whichever is smaller: a
+    probability near 1 is as precise as its distance from 1.
     """
     largest = max(min(abs(score), abs(1 - score)) for score in scores)
     return max(scores) - min(scores) <= ROUNDING_STEPS * step * largest

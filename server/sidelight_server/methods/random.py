@@ -1,6 +1,6 @@
-"""Random numbers that depend on a request's seed and the point alone.
+"""Random numbers that depend only on the request's seed and the point.
 
-Every example of a batch gets the same draws, so neither neighbors nor position changes a map.
+Every example of a batch gets the same numbers, so a map does not depend on its batch.
 """
 
 import hashlib
@@ -10,8 +10,8 @@ from torch import Tensor
 
 
 def generator(seed: int, *point: object, device: torch.device) -> torch.Generator:
-    """Return the generator of one point."""
-    # On the CPU torch takes 32 bits of a seed, and near seeds begin alike: so the words are hashed.
+    """Return a generator seeded by the request's seed and the point."""
+    # Hashed, because torch's CPU generator uses 32 bits of a seed, and similar seeds give similar first numbers.
     words = hashlib.blake2b(repr((seed, *point)).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(words, "little"))
 
@@ -28,5 +28,5 @@ def uniform(seed: int, *point: object) -> float:
 
 
 def integer(limit: int, seed: int, *point: object) -> int:
-    """Return one of 0 … limit − 1."""
+    """Return an integer in [0, limit)."""
     return int(torch.randint(limit, (), generator=generator(seed, *point, device=torch.device("cpu"))))

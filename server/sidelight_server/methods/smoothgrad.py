@@ -1,4 +1,4 @@
-"""SmoothGrad, SmoothGrad² and VarGrad: what a method says at noisy copies of the example, folded."""
+"""SmoothGrad, SmoothGrad² and VarGrad: a statistic of a base method over noisy copies of the example."""
 
 import enum
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ from .method import (
 )
 from .welford import BLOCK, Moments
 
-MIN_DRAWS = 2 * BLOCK  # with a tolerance: fewer may agree by chance, all in one linear piece of the model
+MIN_DRAWS = 2 * BLOCK  # least number with a tolerance: fewer may agree by chance, within one linear piece of the model
 
 
 class Statistic(enum.Enum):
-    """How the draws are folded."""
+    """The statistic over the samples."""
 
     MEAN = "mean"
     MEAN_SQUARE = "mean_square"
@@ -54,8 +54,8 @@ class SmoothGrad(Method):
     absolute_noise: bool = False
     seed: int = 0
     statistic: Statistic = Statistic.MEAN
-    tolerance: float | None = None  # stop once the standard error's L2 norm over the mean's is this: an RMS error
-    max_rows: int = 300  # with a tolerance, of one example, the look at it included
+    tolerance: float | None = None  # stop once the standard error's L2 norm over the mean's is at most this
+    max_rows: int = 300  # rows of one example, with a tolerance, including the example itself
     base: Gradient | IntegratedGradients = GRADIENT
 
     def __post_init__(self) -> None:
@@ -71,32 +71,32 @@ class SmoothGrad(Method):
 
     @property
     def magnitude(self) -> Magnitude | None:
-        """That of the base."""
+        """As the base method."""
         return self.base.magnitude
 
     @property
     def probe(self) -> Probe:
-        """That of the base."""
+        """As the base method."""
         return self.base.probe
 
     @property
     def given(self) -> NDArray[np.generic] | None:
-        """Those of the base."""
+        """As the base method."""
         return self.base.given
 
     @property
     def largest(self) -> float:
-        """That of the base."""
+        """As the base method."""
         return self.base.largest
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Check the base, and that there may be a draw."""
+        """Check the base, and that `max_rows` allows one sample."""
         self.base.check(shape, n_examples)
         if self.tolerance is not None:
             at_least(f"{self.name}.max_rows", self.max_rows, 1 + self.base.rows(shape))
 
     def rows(self, shape: Shape) -> int:
-        """Return those of all draws, and the look at the example itself."""
+        """Return the rows of all samples plus one for the example itself."""
         return self.max_rows if self.tolerance else 1 + self.samples * self.base.rows(shape)
 
     def run(self, example: Example) -> Steps:
@@ -123,7 +123,7 @@ class SmoothGrad(Method):
         def noisy(k: int) -> Tensor:
             return example.x + spread * random.noise(example.x, self.seed, "smoothgrad", begin + k)
 
-        if isinstance(base := self.base, Gradient):  # all draws in one sweep, for each is one row
+        if isinstance(base := self.base, Gradient):  # one row per sample, so all samples are one sweep
             yield Sweep(count, noisy, lambda _, output: moments.add(base.attribution(output)))
         else:
             for k in range(count):

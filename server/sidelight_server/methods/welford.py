@@ -1,18 +1,18 @@
-"""Running sums by Welford's recurrence, in no less than float32."""
+"""Running mean and variance by Welford's recurrence, in at least float32."""
 
 import torch
 from torch import Tensor
 
-BLOCK = 8  # draws between two looks at the standard error
+BLOCK = 8  # samples between two checks of the standard error
 
 
 def accumulator(like: Tensor) -> Tensor:
-    """Return zeros of a tensor's shape to add to. Half precision would stop growing: 256 + 1 is 256 in bfloat16."""
+    """Return zeros of a tensor's shape in at least float32: in bfloat16, 256 + 1 is 256."""
     return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 class Moments:
-    """Mean and variance of tensors that come one by one, by Welford's recurrence: sums of squares would cancel."""
+    """Running mean and variance of tensors, by Welford's recurrence: plain sums of squares would cancel."""
 
     def __init__(self, like: Tensor) -> None:
         self.n = 0
@@ -20,14 +20,14 @@ class Moments:
         self.squares = accumulator(like)  # the sum of (each − mean)²
 
     def add(self, value: Tensor) -> None:
-        """Take one more in."""
+        """Add one tensor."""
         self.n += 1
         before = value - self.mean
         self.mean.add_(before, alpha=1 / self.n)
         self.squares.addcmul_(before, value - self.mean)
 
     def error(self) -> float | None:
-        """Return the standard error's L2 norm over the mean's; None before the second value."""
+        """Return the L2 norm of the standard error relative to that of the mean; None before the second value."""
         if self.n < 2:
             return None
         deviation = float((self.squares.sum(dtype=torch.float64) / (self.n - 1) / self.n).sqrt())
