@@ -131,7 +131,7 @@ def test_more_rows_are_taken_only_where_the_check_shows_the_same_bytes(net: str,
     try:
         alone, loaded = under_load(engine, requests)
     except ConfigurationError as error:
-        assert "another place or company; set it to 1" in str(error)  # noqa: PT017
+        assert "another index or with other neighbors; set it to 1" in str(error)  # noqa: PT017
         return
     for i, answer in enumerate(loaded):
         assert answer.provenance.chunk_rows == 4

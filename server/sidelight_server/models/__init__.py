@@ -1,4 +1,4 @@
-"""Models: where a module comes from, what is found out and measured when it is loaded.
+"""Models: loads modules from sources, detects how to call them, and calibrates their chunk size.
 
 May import `compute` and everything below; neither gRPC nor protobuf.
 """

@@ -1,4 +1,4 @@
-"""Calibration: measures how many rows a chunk should have, at load and later, between the chunks of requests."""
+"""Calibration: measures the best chunk size of a model, at load and again later between the chunks of requests."""
 
 import bisect
 import functools
@@ -19,20 +19,20 @@ from ..domain import PREDICTED, Array
 if TYPE_CHECKING:
     from .model import Model
 
-DEFAULT_CHUNK_ROWS = 8  # where nothing can be measured
+DEFAULT_CHUNK_ROWS = 8  # if nothing can be measured
 MAX_MEASURED_ROWS = {"cuda": 256, "cpu": 32, "mps": 32}
-SHARE_OF_BEST = 0.95
-PAST_ITS_BEST = 0.9
+SHARE_OF_BEST = 0.95  # of the best rate that the chosen size must reach
+PAST_ITS_BEST = 0.9  # larger sizes are not measured once the rate is below this share of the best
 RUNS = 2  # whose times must agree
-AGREEMENT = 1.1
-MAX_RUNS = 6  # where they do not, because something else needs the device
-MAX_RUNS_S = 1.0  # after which no more runs are begun: a start must not take long on a busy machine
+AGREEMENT = 1.1  # largest ratio of those times
+MAX_RUNS = 6  # if they do not agree, because something else uses the device
+MAX_RUNS_S = 1.0  # no further runs after this: loading must not take long on a busy machine
 CHECKED_EXAMPLES = 3
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A size of chunk that was measured, of a kernel with these options."""
+    """A measured chunk size, with the kernel's configuration."""
 
     rows: int
     rows_per_second: float
@@ -43,14 +43,14 @@ class Trial:
 def choose_chunk_rows(
     model: "Model", *, max_chunk_s: float, device_memory_limit: int, known: Sequence[Trial] = ()
 ) -> tuple[int, tuple[Trial, ...]]:
-    """Return the size of chunk to serve with, and what was measured.
+    """Return the chunk size to serve with, and all measurements.
 
-    It is the smallest power of two from 8 up that reaches 95 % of the best measured rate; fewer only where 8 rows take
-    longer than `max_chunk_s`, or more bytes than the limit by what runs of 1 and 2 rows took: the limit is never
-    searched for by running into it, for a model server lives on the same device.
+    It is the smallest power of two from 8 up that reaches 95 % of the best measured rate. It is less than 8 only if 8
+    rows take longer than `max_chunk_s` or more memory than the limit, extrapolated from runs of 1 and 2 rows. Runs
+    never exceed the memory limit, because a model server may use the same device.
 
-    `known` are an earlier call's measurements of the same model. The better rate of a size counts, since other work on
-    the device can only slow a run down, and the size that was chosen then is the least that is chosen now.
+    `known` are earlier measurements of the same model. For each size the better rate counts, since other work on the
+    device can only slow a run down, and the chosen size never becomes smaller than before.
     """
     if not _has_choice(model):
         only = _trial(model, model.at_most(max(model.adapter.least, DEFAULT_CHUNK_ROWS)))
@@ -67,7 +67,7 @@ def choose_chunk_rows(
     trials = [tried(1)]
 
     def measured(rows: int) -> bool:
-        """Try a size, unless it must be expected to be too much; a row alone is slower than among others."""
+        """Measure a size unless it is expected to exceed a limit; return whether larger sizes may be faster."""
         if rows > room or rows / trials[-1].rows_per_second > 2 * max_chunk_s:
             return False
         trials.append(tried(rows))
@@ -77,7 +77,7 @@ def choose_chunk_rows(
         if not measured(rows):
             break
     fitting = [each for each in trials[1:] if _fits(each, max_chunk_s)]
-    if not fitting:  # fewer than 8 then, and at the least a single one
+    if not fitting:  # 8 rows do not fit: measure smaller sizes, at least a single row
         for rows in sizes[1 : sizes.index(DEFAULT_CHUNK_ROWS)]:
             measured(rows)
         less = [each for each in trials if each.rows < DEFAULT_CHUNK_ROWS]
@@ -89,21 +89,21 @@ def choose_chunk_rows(
 
 
 def can_grow(model: "Model") -> bool:
-    """Say whether a model's size of chunk was measured, and larger ones can be."""
+    """Return whether a model's chunk size was measured and may become larger."""
     most = model.at_most(MAX_MEASURED_ROWS[model.kernel.device.type])
     return model.is_measured and _has_choice(model) and model.set_chunk_rows < most
 
 
 def _has_choice(model: "Model") -> bool:
-    """Say whether a chunk may have other sizes: that fewer rows are not filled up, and that more can run at once."""
+    """Return whether different chunk sizes are possible: the model neither pads chunks nor limits them to 8 rows."""
     return model.adapter.least <= 1 and not 0 < model.adapter.most <= DEFAULT_CHUNK_ROWS
 
 
 def compare_exact(model: "Model") -> tuple[tuple[Trial, ...], float]:
-    """Return what a kernel without the operator's options gives of the model, and how like its maps are to the model's.
+    """Measure a kernel without the operator's options; return the trials and the similarity of its maps to the model's.
 
-    Where the model's own chunk was not measured yet, because the settings say its size, it is measured beside.
-    Likeness is the mean of Spearman's rank correlations of maps of noise. Those of photographs may be less alike.
+    The model's own chunk size is measured too if the settings fixed it. The similarity is the mean Spearman rank
+    correlation of maps of random inputs; maps of photographs may be less similar.
     """
     exact, rows = model.exact_kernel(), max(1, model.chunk_rows)
     inputs = model.inputs_like(rows)
@@ -140,34 +140,34 @@ def _rows(trial: Trial) -> int:
 
 
 def same_bytes(model: "Model", rows: int) -> bool:
-    """Say whether an example gets the same bytes in every run, position and chunk of `rows`."""
+    """Return whether an example gets the same bytes in every run, at every index and with any neighbors."""
     for seed in range(CHECKED_EXAMPLES):
         example = model.inputs_like(1, seed=seed)[0]
-        said: list[list[Tensor]] = []
-        for place in range(rows):
-            neighbors = model.inputs_like(rows, seed=CHECKED_EXAMPLES + seed * rows + place)
-            neighbors[place] = example
-            said += [model.in_turn(functools.partial(_said, model, neighbors, place)) for _ in range(2)]
-        if any(not torch.equal(a, b) for each in said for a, b in zip(each, said[0], strict=True)):
+        outputs: list[list[Tensor]] = []
+        for index in range(rows):
+            neighbors = model.inputs_like(rows, seed=CHECKED_EXAMPLES + seed * rows + index)
+            neighbors[index] = example
+            outputs += [model.in_turn(functools.partial(_outputs_of, model, neighbors, index)) for _ in range(2)]
+        if any(not torch.equal(a, b) for each in outputs for a, b in zip(each, outputs[0], strict=True)):
             return False
     return True
 
 
 def neighbor_difference(model: "Model") -> float:
-    """Return how far an example's gradient moves in a full chunk, as a share of its largest element.
+    """Return how much an example's gradient changes in a full chunk, relative to its largest element.
 
-    The most of a few random examples. Sums in another order round otherwise, about 1e-6; a rectifier whose input is
-    that near to zero switches, and then a part of the gradient comes or goes.
+    The maximum over a few random examples. Another order of summation changes results by about 1e-6; a ReLU whose input
+    is that close to zero may switch, which changes a part of the gradient.
     """
     rows = model.chunk_rows
     inputs = model.inputs_like(rows)
     together = model.in_turn(functools.partial(_run, model, inputs)).gradients
     assert together is not None  # noqa: S101
     worst = 0.0
-    for place in range(0, rows, max(1, rows // CHECKED_EXAMPLES)):
-        alone = model.in_turn(functools.partial(_run, model, inputs[place : place + 1])).gradients
+    for index in range(0, rows, max(1, rows // CHECKED_EXAMPLES)):
+        alone = model.in_turn(functools.partial(_run, model, inputs[index : index + 1])).gradients
         assert alone is not None  # noqa: S101
-        moved, largest = (each.abs().max().double() for each in (together[place] - alone[0], alone[0]))
+        moved, largest = (each.abs().max().double() for each in (together[index] - alone[0], alone[0]))
         worst = max(worst, float(moved / largest.clamp_min(1e-300)))
     return worst
 
@@ -179,7 +179,7 @@ def _rows_of_memory(model: "Model", limit: int) -> int:
 
 
 def _bytes(model: "Model", rows: int) -> int:
-    """Return what a run takes: on a GPU at its peak; elsewhere what its graph keeps, the largest part of that."""
+    """Return the bytes that a run takes: on a GPU the peak, elsewhere what autograd saves, which is most of it."""
     inputs = model.inputs_like(rows)
     if model.kernel.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(inputs.device)
@@ -192,7 +192,7 @@ def _bytes(model: "Model", rows: int) -> int:
 
 
 def _seconds(model: "Model", rows: int, *, kernel: Kernel | None = None) -> float:
-    """Return what the fastest run takes, of as many as are needed for two to agree; the first, a cold one, aside."""
+    """Return the time of the fastest run, after one cold run and as many runs as it takes for two to agree."""
     inputs = model.inputs_like(rows)
 
     def run() -> float:
@@ -219,8 +219,8 @@ def _timed(model: "Model", inputs: Tensor, *, kernel: Kernel | None) -> float:
     return time.perf_counter() - began
 
 
-def _said(model: "Model", inputs: Tensor, place: int) -> list[Tensor]:
+def _outputs_of(model: "Model", inputs: Tensor, index: int) -> list[Tensor]:
     answer = _run(model, inputs)
     looked = model.kernel.run(inputs, [PREDICTED] * len(inputs), [model.scores[0]] * len(inputs), gradient=False)
-    said = (answer.gradients, answer.scores, answer.probabilities, looked.probabilities)
-    return [each[place] for each in said if each is not None]
+    outputs = (answer.gradients, answer.scores, answer.probabilities, looked.probabilities)
+    return [each[index] for each in outputs if each is not None]

@@ -1,7 +1,7 @@
-"""Introspection: one trial run finds out how a module is called and what its outputs are.
+"""Introspection: one trial run detects how a module is called and what its outputs are.
 
-That is at load where an input size is known, else on the first rows that come. What the specification says is not
-guessed, but tried all the same: a wrong word fails here. What neither says nor shows itself is refused, not guessed.
+It runs at load if the input size is known, otherwise on the first rows. Fields that the `ModelSpec` sets are not
+detected but verified, so that a wrong one fails here. Anything that is neither set nor detected is an error.
 """
 
 import inspect
@@ -20,36 +20,36 @@ from ..compute.layers import Layers
 from ..config.options import Activation, Outputs
 from ..config.spec import ModelSpec
 from ..errors import ConfigurationError
-from .layer_search import Traces, find, noting_slopes, trace
+from .layer_search import Traces, find, recording_slopes, trace
 from .mode import check_mode
 
-# In the order of preference: of logits more scores can be had than of probabilities.
+# In order of preference: logits allow more scores than probabilities.
 LOGITS = ("logits", "logit")
 PROBABILITIES = ("y_prob", "probabilities", "probs", "prob")
 OTHERS = ("out", "output", "outputs")
-INPUTS = ("image", "pixel_values", "x", "images", "input")  # what those call it that take any keyword
-SUM_TOLERANCE = 1e-3  # of probabilities that exclude each other, in half precision too
+INPUTS = ("image", "pixel_values", "x", "images", "input")  # tried for modules that accept any keyword
+SUM_TOLERANCE = 1e-3  # of the sum of softmax probabilities, also in half precision
 
 
 class NotNumbersError(ConfigurationError):
-    """The module returned NaN for its trial."""
+    """The module returned NaN for its trial input."""
 
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """How a module is called, and how its outputs are read; and what else its one run shows."""
+    """The result of introspection: how to call a module and read its outputs, and what the trial run shows."""
 
     adapter: Adapter
     head: Head
-    layers: Layers = field(default_factory=Layers)  # that a map can be made of
+    layers: Layers = field(default_factory=Layers)  # layers that can be explained
     is_batch_dependent: bool = False  # whether one row's outputs depend on another row
 
 
 def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected:
-    """Return what is known of a frozen module in eval mode, by its signature and by what it returns for a trial.
+    """Detect how to call a frozen module in eval mode, from its signature and from its outputs for a trial.
 
-    `trial` is two inputs, [2, C, H, W]; without one nothing is run, and what is returned is a guess to begin with.
-    `ConfigurationError` says what does not fit, and what the module returned; a module may raise whatever it likes.
+    `trial` is two inputs, [2, C, H, W]; without it nothing is run and the result is a first guess. Raises
+    `ConfigurationError`, with the spec field and what the module returned; the module may raise anything.
     """
     check_mode(module)
     calls = list(_calls(module, spec))
@@ -62,8 +62,8 @@ def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected
         adapter = replace(adapter, output=_output(returned, spec, n=max(len(trial), adapter.least)))
         outputs = adapter.outputs(returned, n=len(trial))
         _check_labels(module, adapter, inputs, outputs)
-        last = _last_step(outputs)  # as long as there is the graph
-        with noting_slopes(traces):
+        last = _last_step(outputs)  # while the graph exists
+        with recording_slopes(traces):
             gradients = _gradients_of_first(outputs, inputs)
     is_batch_dependent = bool((gradients[1:].nan_to_num() != 0).any())
     layers = find(
@@ -80,7 +80,7 @@ def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected
 
 
 def _calls(module: nn.Module, spec: ModelSpec) -> Iterator[Adapter]:
-    """Yield the ways in which a module may want to be called, the likeliest first."""
+    """Yield possible ways to call a module, the most likely first."""
     takes = _Signature(module)
     arguments = tuple((spec.arguments or {}).items())
     least, most = spec.batch or (1, 0)
@@ -110,7 +110,7 @@ def _inputs(module: nn.Module, spec: ModelSpec, takes: "_Signature") -> tuple[st
 
 
 def _label(module: nn.Module, spec: ModelSpec, takes: "_Signature", call: Adapter) -> str | None:
-    """Return the keyword that demands labels, if one does."""
+    """Return the required keyword for labels, if there is one."""
     if spec.label is not None:
         takes.check(spec.label, setting="label")
         return spec.label
@@ -141,26 +141,26 @@ def _first_key(module: nn.Module, attribute: str) -> str | None:
 
 
 class _Signature:
-    """What a module's `forward` takes."""
+    """The signature of a module's `forward`."""
 
     def __init__(self, module: nn.Module) -> None:
         try:
             parameters = list(inspect.signature(module.forward).parameters.values())
-        except (TypeError, ValueError):  # it is written in no Python
+        except (TypeError, ValueError):  # not written in Python
             parameters = []
-        # A script says of itself that it takes anything, and an exported program is called by position as a rule.
+        # The signature of a script accepts anything, and exported programs are usually called by position.
         opaque = not parameters or isinstance(module, torch.jit.ScriptModule)
         kinds = inspect.Parameter
         named = [each for each in parameters if each.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
         self.names = [each.name for each in named]
         self.required = [] if opaque else [each.name for each in named if each.default is kinds.empty]
         self.anything = opaque or any(each.kind is kinds.VAR_KEYWORD for each in parameters)
-        places = [each.name for each in parameters if each.kind not in (kinds.KEYWORD_ONLY, kinds.VAR_KEYWORD)]
-        self.positional = opaque or bool(places)
-        self.first = places[0] if places else ""
+        names = [each.name for each in parameters if each.kind not in (kinds.KEYWORD_ONLY, kinds.VAR_KEYWORD)]
+        self.positional = opaque or bool(names)
+        self.first = names[0] if names else ""
 
     def check(self, name: str, *, setting: str) -> None:
-        """Refuse a keyword that the module does not take."""
+        """Raise `ConfigurationError` for a keyword that the module does not take."""
         if not self.anything and name not in self.names:
             raise ConfigurationError(f'{setting}: the module takes no "{name}"; it takes {", ".join(self.names)}')
 
@@ -171,7 +171,7 @@ def _first_that_runs(module: nn.Module, calls: list[Adapter], inputs: Tensor) ->
         returned: list[object] = []
 
         def run(call: Adapter = call, returned: list[object] = returned) -> None:
-            returned.append(call.call(module, inputs * 1))  # a copy: it may begin with an operation in place
+            returned.append(call.call(module, inputs * 1))  # a copy: the module may work in place
 
         try:
             traces = trace(module, run)
@@ -183,7 +183,7 @@ def _first_that_runs(module: nn.Module, calls: list[Adapter], inputs: Tensor) ->
 
 
 def _output(returned: object, spec: ModelSpec, *, n: int) -> int | str | None:
-    """Return where the outputs lie in what a module returned for n examples."""
+    """Return the key of the outputs in a module's return value for n examples; None if it is the tensor."""
     wanted = spec.output
     if isinstance(returned, Tensor):
         if wanted is not None:
@@ -191,27 +191,27 @@ def _output(returned: object, spec: ModelSpec, *, n: int) -> int | str | None:
         return None
     within = items(returned)
     if wanted is not None:
-        place = int(wanted) if isinstance(wanted, str) and wanted.isdecimal() and wanted not in within else wanted
-        if place not in within:
+        key = int(wanted) if isinstance(wanted, str) and wanted.isdecimal() and wanted not in within else wanted
+        if key not in within:
             raise ConfigurationError(f'output: got "{wanted}", but the model returned {summary(returned)}')
-        return place
+        return key
     fitting = [key for key, each in within.items() if _fits(each, n)]
     known = [key for key in (*LOGITS, *PROBABILITIES, *OTHERS) if key in fitting]
     if known:
         return known[0]
-    places = [key for key in fitting if isinstance(key, int)] or fitting  # a named tuple has all of them twice
-    if len(places) > 1 and spec.labels:
-        places = [key for key in places if _n_classes(within[key]) == len(spec.labels)] or places
-    if len(places) == 1:
-        return places[0]
+    keys = [key for key in fitting if isinstance(key, int)] or fitting  # a named tuple has each item twice
+    if len(keys) > 1 and spec.labels:
+        keys = [key for key in keys if _n_classes(within[key]) == len(spec.labels)] or keys
+    if len(keys) == 1:
+        return keys[0]
     raise ConfigurationError(
         f"output: the model returned {summary(returned)}; set output to the one that is [n, K] or [n, K, h, w]"
-        + (", or labels of its K classes" if len(places) > 1 and not spec.labels else "")
+        + (", or labels of its K classes" if len(keys) > 1 and not spec.labels else "")
     )
 
 
 def _n_classes(outputs: object) -> int:
-    """Return K; of a single output 2."""
+    """Return K, the number of classes; 2 for a single output."""
     length = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else 1
     return max(2, length)
 
@@ -227,7 +227,7 @@ def _fits(returned: object, n: int) -> bool:
 
 
 def _check_labels(module: nn.Module, adapter: Adapter, inputs: Tensor, outputs: Tensor) -> None:
-    """Refuse labels that are none: another input, which zeros would be wrong for."""
+    """Raise `ConfigurationError` if the outputs depend on the labels argument, so that zeros would be wrong."""
     if adapter.labels is None:
         return
     try:
@@ -243,7 +243,7 @@ def _check_labels(module: nn.Module, adapter: Adapter, inputs: Tensor, outputs: 
 
 
 def _gradients_of_first(outputs: Tensor, inputs: Tensor) -> Tensor:
-    """Return the gradients of the first row's outputs for all inputs, [n, C, H, W]; zeros where there are none."""
+    """Return the gradients of the first row's outputs at all inputs, [n, C, H, W]; zeros without a graph."""
     if outputs.isnan().any():
         raise NotNumbersError(f"its outputs, {summary(outputs)}, are not numbers (NaN)")
     if not outputs.is_floating_point():
@@ -251,14 +251,14 @@ def _gradients_of_first(outputs: Tensor, inputs: Tensor) -> Tensor:
     if not outputs.requires_grad:
         return torch.zeros_like(inputs)
     first = outputs[0].flatten()
-    # Unequal weights: probabilities, all added, would be 1 whatever they depend on.
+    # Unequal weights, because an unweighted sum of probabilities is always 1.
     weights = torch.linspace(1, 2, len(first), dtype=first.dtype, device=first.device)
     (gradients,) = torch.autograd.grad((first * weights).sum(), inputs, allow_unused=True)
     return torch.zeros_like(inputs) if gradients is None else gradients
 
 
 def _head(spec: ModelSpec, adapter: Adapter, returned: object, outputs: Tensor, last: "_Step") -> Head:
-    """Return how outputs, [n, K] or [n, K, h, w], are read. `ConfigurationError` where nothing shows it."""
+    """Return the head for outputs, [n, K] or [n, K, h, w]. Raises `ConfigurationError` if it cannot be detected."""
     if spec.outputs is None:
         found, activation = _kind(adapter, returned, outputs, last)
         return Head(found, spec.activation or activation)
@@ -281,7 +281,7 @@ def _head(spec: ModelSpec, adapter: Adapter, returned: object, outputs: Tensor, 
 
 
 def _kind(adapter: Adapter, returned: object, outputs: Tensor, last: "_Step") -> tuple[Outputs, Activation]:
-    """Return what outputs are: by their name, by the graph that autograd recorded, and last by their values."""
+    """Detect the kind of the outputs: by their name, then by the autograd graph, and last by their values."""
     if adapter.output in LOGITS:
         return "logits", _activation_of(returned, outputs)
     if _sums_to_one(outputs):
@@ -297,10 +297,10 @@ def _kind(adapter: Adapter, returned: object, outputs: Tensor, last: "_Step") ->
             f"outputs: what the model returned {step}, but these, {spread}, are neither probabilities nor logits; "
             'leave the last step out, or set outputs to "logits" or "probabilities"'
         )
-    is_constant = not outputs.requires_grad and bool((values == values[:1]).all())  # which has a check of its own
+    is_constant = not outputs.requires_grad and bool((values == values[:1]).all())  # checked elsewhere
     if in_unit and last != "linear" and not is_constant:
         raise ConfigurationError(
-            f"outputs: the model returned {spread}, and its last step, {_told_step(outputs)}, does not show what they "
+            f"outputs: the model returned {spread}, and its last step, {_step_name(outputs)}, does not show what they "
             'are; set outputs to "logits" or "probabilities"'
         )
     return "logits", "softmax"
@@ -317,13 +317,13 @@ _PRODUCTS = frozenset((
     "Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Addmv", "Linear", "Convolution", "ConvolutionOverrideable",
     "MkldnnLinear", "MkldnnConvolution",
 ))  # fmt: skip
-# Nothing keeps what these return below 1. A log-softmax is as good as what it is of: another softmax gives the same.
+# Unbounded outputs, so they are logits. So is a log-softmax: its softmax gives the same probabilities.
 _UNBOUNDED = _PRODUCTS | {
     "LogSoftmax", "Relu", "LeakyRelu", "PreluKernel", "Elu", "Gelu", "Silu", "Softplus", "NativeBatchNorm",
     "CudnnBatchNorm", "MiopenBatchNorm", "NativeLayerNorm", "NativeGroupNorm",
 }  # fmt: skip
 
-# What changes the shape alone, or keeps every value between the least and the largest one.
+# Operations that only change the shape, or keep all values between the least and the largest one.
 _LOOKED_THROUGH = frozenset((
     "Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "Expand", "Permute", "Transpose", "T", "Unfold",
     "Slice", "Select", "Index", "IndexSelect", "Gather", "TakeAlongDim", "AsStrided", "Unbind", "Split", "UnsafeSplit",
@@ -333,22 +333,22 @@ _LOOKED_THROUGH = frozenset((
     "AdaptiveMaxPool2D", "UpsampleNearest2D", "UpsampleBilinear2D", "NativeDropout",
 ))  # fmt: skip
 _BOUNDING = frozenset(("Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum", "Where", "MaskedFill"))
-MOST_STEPS = 200  # that are looked at behind the outputs
+MOST_STEPS = 200  # nodes of the graph that are inspected, from the outputs back
 
 
 def _last_step(outputs: Tensor) -> _Step:
-    """Return what a module ends with, by what autograd recorded: exact, where values only hint."""
+    """Return a module's last operation, from the autograd graph: exact, while values are only a hint."""
     return _Walk().step(outputs.grad_fn)
 
 
 class _Walk:
-    """A walk back from the outputs, of a bounded length."""
+    """A bounded walk through the graph, from the outputs back."""
 
     def __init__(self) -> None:
         self._left = MOST_STEPS
 
     def step(self, node: Node | None, *, behind_product: bool = False) -> _Step:
-        """Return what a tensor with this node comes of; "linear" is whatever cannot be meant for probabilities."""
+        """Return the last step that produced a node's tensor; "linear" is anything that cannot be a probability."""
         self._left -= 1
         if node is None or self._left < 0:
             return "unknown"
@@ -357,7 +357,7 @@ class _Walk:
         if name in _STEPS:
             return _STEPS[name]
         if name in _UNBOUNDED:
-            # Probabilities that are added up by a constant matrix are still what they were.
+            # Probabilities multiplied by a constant matrix may still be probabilities.
             sums = name in _PRODUCTS and not behind_product and before and all(map(self._is_probable, before))
             return "unknown" if sums else "linear"
         found = {self.step(each, behind_product=behind_product) for each in before}
@@ -377,14 +377,14 @@ def _name(node: Node) -> str:
 
 
 def _is_by_one(node: Node) -> bool:
-    """Say whether a product or quotient is by the number 1."""
+    """Return whether a node multiplies or divides by the number 1."""
     other = getattr(node, "_saved_other", None)
     return isinstance(other, Tensor) and other.numel() == 1 and bool(other == 1)
 
 
-def _told_step(outputs: Tensor) -> str:
+def _step_name(outputs: Tensor) -> str:
     node = outputs.grad_fn
-    while node is not None and _name(node) == "Clone":  # of the trial
+    while node is not None and _name(node) == "Clone":  # added by `trace`
         node = node.next_functions[0][0]
     return "an unknown one" if node is None else _name(node).lower()
 
@@ -395,7 +395,7 @@ def _sums_to_one(outputs: Tensor) -> bool:
 
 
 def _activation_of(returned: object, logits: Tensor) -> Activation:
-    """Return how logits become probabilities, where those are returned beside them."""
+    """Return the activation of logits, from probabilities that are returned with them; softmax without any."""
     within: Mapping[int | str, object] = items(returned)
     for name in PROBABILITIES:
         beside = within.get(name)

@@ -1,8 +1,8 @@
-"""The search for layers that a map can be made of.
+"""Layer search: finds the layers that layer methods can explain, their layouts, and the default layer.
 
-A layer qualifies by what it does: its rows are the examples, it depends on the input, the outputs depend on it, and
-when a half of the input changes, its positions in that half change most. One thing is read from names: a layer within a
-class called attention is not chosen as the default.
+A layer qualifies by its behavior: its rows are the examples, it depends on the input, the outputs depend on it, and if
+half of the input changes, its positions in that half change most. Names matter only for the default: a layer within a
+class named "attention" is not chosen.
 """
 
 import contextlib
@@ -23,24 +23,24 @@ from ..telemetry.logs import Event
 
 log = logging.getLogger("sidelight")
 
-MAX_EXTRA_TOKENS = 16  # that stand for no position: of the class, of distillation, registers
-MAX_ROUNDS = 12  # of trials; the first one is that by which the module's outputs are found out
-CERTAIN = 0.9  # agreement that needs no other round
-AGREEMENT = 0.75  # that shows a layout: of a layer without positions it is 0.5
-ENOUGH = 32  # rows and columns to judge by
-LONG = 2  # times its other side, for an input of which a layer may have a single row or column
+MAX_EXTRA_TOKENS = 16  # tokens without a position: class and distillation tokens, registers
+MAX_ROUNDS = 12  # trial passes; the first one is that of introspection
+CERTAIN = 0.9  # agreement above which no further round is needed
+AGREEMENT = 0.75  # least agreement for a layout; a layer without positions has 0.5
+ENOUGH = 32  # rows and columns to compare; larger grids are pooled
+LONG = 2  # aspect ratio of the input from which a layer may have a single row or column
 
 _Call = Callable[[nn.Module, Tensor], object]
 
 
 @dataclass(slots=True)
 class Trace:
-    """What one pass with a graph shows of a layer."""
+    """What one pass with a graph records about a layer."""
 
     n_runs: int = 0
-    value: Tensor | None = None  # what it returned, without a graph; None: no tensor
-    edge: GradientEdge | None = None  # where it lies in the graph; None: it does not depend on the input
-    has_slope: Tensor | None = None  # bool, [T] of tokens, else [1]: where the first row's gradient is not zero
+    value: Tensor | None = None  # its output, detached; None: no tensor
+    edge: GradientEdge | None = None  # its node in the graph; None: it does not depend on the input
+    has_slope: Tensor | None = None  # bool, [T] for tokens, else [1]: where the first row's gradient is not zero
 
 
 Traces = dict[str, Trace]
@@ -48,22 +48,23 @@ Traces = dict[str, Trace]
 
 @contextlib.contextmanager
 def _hooked(module: nn.Module, see: Callable[[str, object], object]) -> Iterator[None]:
-    """Call `see` with the name of each layer that ends and what it returned; what `see` returns goes on."""
+    """Call `see` with the name and the output of each layer when it returns; its result replaces the output."""
 
     def hook(name: str) -> Callable[[nn.Module, object, object], object]:
         return lambda _module, _inputs, returned: see(name, returned)
 
     with contextlib.ExitStack() as stack:
         for name, each in module.named_modules():
-            if name and not isinstance(each, torch.jit.ScriptModule):  # which takes no hooks
+            if name and not isinstance(each, torch.jit.ScriptModule):  # scripts take no hooks
                 stack.callback(each.register_forward_hook(hook(name)).remove)
         yield
 
 
 def trace(module: nn.Module, run: Callable[[], object]) -> Traces:
-    """Return what a pass shows of each layer that it runs, in the order of ending.
+    """Run a pass; return a trace of each layer, in the order in which they return.
 
-    What comes next gets a copy: it may work in place, and the same tensor may go other ways too, past the layer.
+    The next module gets a copy of each output: it may modify it in edge, and the same tensor may also take other paths
+    around the layer, which must be other nodes of the graph.
     """
     traces: Traces = {}
 
@@ -83,12 +84,12 @@ def trace(module: nn.Module, run: Callable[[], object]) -> Traces:
 
 
 @contextlib.contextmanager
-def noting_slopes(traces: Traces) -> Iterator[None]:
-    """Take note of where the gradients at layers are not zero, in the backward passes of the context."""
+def recording_slopes(traces: Traces) -> Iterator[None]:
+    """Record where the gradients at layers are not zero, in the backward passes of the context."""
 
-    def note(seen: Trace, place: int) -> Callable[[Sequence[Tensor | None]], None]:
+    def record(seen: Trace, index: int) -> Callable[[Sequence[Tensor | None]], None]:
         def hook(gradients: Sequence[Tensor | None]) -> None:
-            slope = gradients[place]
+            slope = gradients[index]
             if slope is not None and len(slope):
                 seen.has_slope = (slope[0] != 0).any(-1) if slope.ndim == 3 else slope[0].any().reshape(1)
 
@@ -97,52 +98,53 @@ def noting_slopes(traces: Traces) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for seen in traces.values():
             if seen.edge is not None:
-                stack.callback(seen.edge.node.register_prehook(note(seen, seen.edge.output_nr)).remove)
+                stack.callback(seen.edge.node.register_prehook(record(seen, seen.edge.output_nr)).remove)
         yield
 
 
-_Place = tuple[Node, int]
+_Edge = tuple[Node, int]
 
 
-def _cuts(outputs: Tensor, inputs: Tensor) -> set[_Place]:
-    """Return the places of a graph that every way from the outputs to the inputs passes.
+def _cuts(outputs: Tensor, inputs: Tensor) -> set[_Edge]:
+    """Return the edges of a graph that every path from the outputs to the inputs passes.
 
-    A place is on n of all m ways, as many as lead to it times as many as go on from it: a cut where n = m.
+    An edge is on n paths: the number that lead to it times the number that go on from it. It is a cut if n is the
+    number of all paths.
     """
     if not outputs.requires_grad:
         return set()
     first, last = get_gradient_edge(outputs), get_gradient_edge(inputs)
     start, end = (first.node, first.output_nr), (last.node, last.output_nr)
     order = _sorted(start)
-    onward: dict[_Place, int] = {}  # from the inputs' side on, so each before those that lead to it
-    for place in reversed(order):
-        onward[place] = 1 if place == end else sum(onward[each] for each in _next(place))
-    arriving = dict.fromkeys(order, 0)
+    onward: dict[_Edge, int] = {}  # number of paths to the inputs
+    for edge in reversed(order):
+        onward[edge] = 1 if edge == end else sum(onward[each] for each in _next(edge))
+    arriving = dict.fromkeys(order, 0)  # number of paths from the outputs
     arriving[start] = 1
-    for place in order:
-        for each in _next(place):
-            arriving[each] += arriving[place]
-    return {place for place in order if arriving[place] * onward[place] == onward[start] > 0}
+    for edge in order:
+        for each in _next(edge):
+            arriving[each] += arriving[edge]
+    return {edge for edge in order if arriving[edge] * onward[edge] == onward[start] > 0}
 
 
-def _next(place: _Place) -> list[_Place]:
-    return [(node, number) for node, number in place[0].next_functions if node is not None]
+def _next(edge: _Edge) -> list[_Edge]:
+    return [(node, number) for node, number in edge[0].next_functions if node is not None]
 
 
-def _sorted(start: _Place) -> list[_Place]:
-    """Return the places of a graph, each before those that it leads to."""
-    done: dict[_Place, None] = {}
+def _sorted(start: _Edge) -> list[_Edge]:
+    """Return the edges of a graph in topological order."""
+    done: dict[_Edge, None] = {}
     entered = {start}
     stack = [(start, iter(_next(start)))]
     while stack:
-        place, others = stack[-1]
+        edge, others = stack[-1]
         for each in others:
             if each not in entered:
                 entered.add(each)
                 stack.append((each, iter(_next(each))))
                 break
         else:
-            done[place] = None
+            done[edge] = None
             stack.pop()
     return list(reversed(done))
 
@@ -158,17 +160,17 @@ def find(
     together: int,
     given: Mapping[str, str],
 ) -> Layers:
-    """Return the layers that qualify, by a pass of n rows that `traces` are of, and by another one of two.
+    """Return the layers that qualify, from the `traces` of a pass of n rows and from further passes.
 
-    The graph is from `inputs`, the trial of one or two examples, to `outputs`. So many rows run `together` at most.
-    `given` are layouts that the operator has set: of these layers the last one is the default. Without them it is the
-    last of which all that the outputs know of the input has passed: so it is no branch, and within no attention. Behind
-    it the outputs must depend on positions, which a ViT's do no more once only its class token is read.
+    The graph leads from `inputs`, the trial of one or two examples, to `outputs`. At most `together` rows run at once.
+    `given` are layouts that the operator has set: the last of these layers is the default. Without them the default is
+    the last layer that is a cut of the graph (so not a branch), is not within an attention, and on whose positions the
+    outputs depend: after its last block a ViT only reads the class token.
     """
     size = (inputs.shape[2], inputs.shape[3])
     has_gradient = any(seen.has_slope is not None and bool(seen.has_slope.any()) for seen in traces.values())
     unfit = {name: why for name, seen in traces.items() if (why := _unfit(seen, n=n, has_gradient=has_gradient))}
-    said = {name: _checked(name, text, traces, unfit.pop(name, ""), size) for name, text in given.items()}
+    chosen = {name: _checked(name, text, traces, unfit.pop(name, ""), size) for name, text in given.items()}
     cuts = _cuts(outputs, inputs)
     passed = [
         name
@@ -176,19 +178,19 @@ def find(
         if name not in unfit and seen.edge and (seen.edge.node, seen.edge.output_nr) in cuts
     ]
     wanted = {
-        name: seen.value for name, seen in traces.items() if seen.value is not None and name not in {*unfit, *said}
+        name: seen.value for name, seen in traces.items() if seen.value is not None and name not in {*unfit, *chosen}
     }
     found = _Positions(wanted, size).found(module, call, inputs.detach(), together=together, until=passed)
-    layouts = {name: said.get(name) or found[name] for name in traces if name in said or name in found}
+    layouts = {name: chosen.get(name) or found[name] for name in traces if name in chosen or name in found}
     unfit |= {
         name: f"returns {list(value.shape)}, in which no positions of the input are seen"
         for name, value in wanted.items()
         if name not in found
     }
-    defaults = list(said) or [
+    defaults = list(chosen) or [
         name
         for name in passed
-        if name in found and wanted[name].shape != inputs.shape  # which is the input itself, normalized perhaps
+        if name in found and wanted[name].shape != inputs.shape  # not the input itself, perhaps normalized
         and not _is_within_attention(module, name)
         and (not has_gradient or _reaches(traces[name], found[name]))
     ]  # fmt: skip
@@ -196,7 +198,7 @@ def find(
 
 
 def _unfit(seen: Trace, *, n: int, has_gradient: bool) -> str:
-    """Return why a layer does not qualify, whatever its layout; empty where nothing is against it."""
+    """Return why a layer does not qualify, whatever its layout; empty if it may."""
     if seen.n_runs > 1:
         return f"runs {seen.n_runs} times in a pass, expected once"
     if seen.value is None:
@@ -214,7 +216,7 @@ def _unfit(seen: Trace, *, n: int, has_gradient: bool) -> str:
 
 
 def _reaches(seen: Trace, shown: Layout) -> bool:
-    """Say whether the outputs depend on a layer's positions: on a ViT's last block they do by its class token alone."""
+    """Return whether the outputs depend on a layer's positions, not only on its class token."""
     assert seen.has_slope is not None  # noqa: S101
     if shown.kind != "tokens" or shown.grid is None:
         return True
@@ -222,7 +224,7 @@ def _reaches(seen: Trace, shown: Layout) -> bool:
 
 
 def _is_within_attention(module: nn.Module, name: str) -> bool:
-    """Say whether a layer is part of an attention, whose keys and values may be all that goes on from there."""
+    """Return whether a layer is part of an attention: its output may only be used as keys or values."""
     inside = name
     while inside := inside.rpartition(".")[0]:
         kind = type(module.get_submodule(inside)).__name__.lower()
@@ -232,35 +234,35 @@ def _is_within_attention(module: nn.Module, name: str) -> bool:
 
 
 def _checked(name: str, text: str, traces: Traces, unfit: str, size: Size) -> Layout:
-    """Return the operator's layout of a layer. `ConfigurationError` where the layer has not got it."""
-    said = layout(text)
+    """Parse the operator's layout of a layer. Raises `ConfigurationError` if it does not fit the output."""
+    own = layout(text)
     if name not in traces:
         raise ConfigurationError(f'layer_layout: no layer "{name}" runs; {did_you_mean(name, traces)}')
     value = traces[name].value
     if unfit or value is None:
         raise ConfigurationError(f'layer_layout: "{name}" {unfit}')
-    if said.grid and value.ndim == 3:
-        said = replace(said, suffix=max(0, value.shape[1] - said.prefix - math.prod(said.grid)), input_size=size)
+    if own.grid and value.ndim == 3:
+        own = replace(own, suffix=max(0, value.shape[1] - own.prefix - math.prod(own.grid)), input_size=size)
     try:
-        said.arranged(value, size)
+        own.arranged(value, size)
     except InvalidArgument as error:
         raise ConfigurationError(f'layer_layout: "{name}": {error.message.removeprefix("method.layer: ")}') from None
-    return said
+    return own
 
 
 class _Positions:
-    """Looks where layers change when a half of the input does, in rounds, until the layouts that matter are certain."""
+    """Finds layouts by which positions change if half of the input does, in rounds until they are certain."""
 
     def __init__(self, values: Mapping[str, Tensor], size: Size) -> None:
-        self._values = values  # what the layers return for the trial
+        self._values = values  # the layers' outputs for the trial
         self._watched = set(values)
         self._size = size
-        self._changes: dict[str, list[Tensor]] = {}  # of all rounds, squared, over each axis that may be channels
+        self._changes: dict[str, list[Tensor]] = {}  # squared, summed over rounds and each possible channel axis
 
     def found(
         self, module: nn.Module, call: _Call, trial: Tensor, *, together: int, until: Sequence[str]
     ) -> dict[str, Layout]:
-        """Return the layouts that are shown, after as many rounds as those of some layers need."""
+        """Return the layouts found, after as many rounds as the layers in `until` need."""
         least, most = float(trial.min()), float(trial.max())
         generator = torch.Generator().manual_seed(0)
         is_pair = together > 1 and len(trial) > 1 and not torch.equal(trial[0], trial[1])
@@ -271,10 +273,10 @@ class _Positions:
                 first, second = (least + ((most - least) or 1.0) * noise).chunk(2)
             try:
                 self._look(module, call, first, second, together=together, is_known=is_pair and not number)
-            except Exception as error:  # the module's own, which takes the trial and not this: what was seen counts
+            except Exception as error:  # of the module: use earlier rounds
                 log.warning(Event("layers_unseen", message=f"{type(error).__name__}: {error}"))
                 break
-            # Those behind the last certain one, for one of these may be the default. Others are judged by one round.
+            # Continue for layers after the last certain one, which may be the default. Others need only one round.
             judged = [(name, *self._judged(name)) for name in reversed(until)]
             with_positions = ((name, agreement) for name, best, agreement in judged if best)
             self._watched = {name for name, _ in itertools.takewhile(lambda each: each[1] < CERTAIN, with_positions)}
@@ -286,7 +288,7 @@ class _Positions:
     def _look(
         self, module: nn.Module, call: _Call, first: Tensor, second: Tensor, *, together: int, is_known: bool
     ) -> None:
-        """Add what changes when one half of an example becomes that of another: above, below, left and right."""
+        """Add the changes if half of an example is replaced by that of another: top, bottom, left and right."""
         rows, columns = ((length + 1) // 2 for length in first.shape[2:])
         above = torch.cat([second[..., :rows, :], first[..., rows:, :]], dim=2)
         left = torch.cat([second[..., :columns], first[..., columns:]], dim=3)
@@ -297,7 +299,7 @@ class _Positions:
             def see(name: str, given: object, n: int = len(part)) -> object:
                 value = first_tensor(given)
                 if name in returned and value is not None:
-                    returned[name] += value[:n].clone()  # what comes next may work in place
+                    returned[name] += value[:n].clone()  # what comes next may work in edge
                     if len(returned[name]) == 4:
                         self._add(name, *returned.pop(name))
                 return given
@@ -312,7 +314,7 @@ class _Positions:
         self._changes[name] = [a + b for a, b in zip(before, sums, strict=True)]
 
     def _judged(self, name: str) -> tuple[Layout | None, float]:
-        """Return the layout that a layer shows best, and how well all its positions agree with it."""
+        """Return the layout that fits a layer best, and its agreement."""
         changes, size = self._changes.get(name), self._size
         if not changes:
             return None, 0.0
@@ -324,7 +326,7 @@ class _Positions:
                 Layout("tokens", prefix, extra - prefix, grid, size): part.reshape(4, *grid)  # [4, h, w]
                 for extra in range(MAX_EXTRA_TOKENS + 1)
                 for grid in grids(tokens.shape[1] - extra, size)
-                for prefix in sorted({0, max(0, extra - 1), extra})  # all of them, or all but one, on one side
+                for prefix in sorted({0, max(0, extra - 1), extra})  # extra tokens: all, or all but one, on one side
                 for part in [tokens[:, prefix : prefix + math.prod(grid)]]
             }
         judged = {
@@ -337,17 +339,17 @@ class _Positions:
 
 
 def _is_grid(height: int, width: int, size: Size) -> bool:
-    """Say whether so many positions may be those of an input of a size: a single row only of one that is wide."""
+    """Return whether a grid is plausible for an input size: a single row only for a wide input."""
     return height * width > 1 and (height > 1 or size[1] >= LONG * size[0]) and (width > 1 or size[0] >= LONG * size[1])
 
 
 def _agreement(change: Tensor) -> tuple[float, float]:
-    """Return how well positions agree with the halves that they lie in, and by how much, for changes [4, h, w].
+    """Return the agreement of positions with the halves that they are in, and the margin, for changes [4, h, w].
 
-    The first is how often a position of one half, as against one of the other half, changes more with its own: that of
-    rows or that of columns, whichever is less.
+    The agreement is the probability that a position in one half changes more with that half than a position in the
+    other half does: the lower one of rows and columns.
     """
-    # More positions would take long to sort, and tell no more.
+    # Pooled: more positions take long to sort and add no information.
     sides = min(change.shape[1], ENOUGH), min(change.shape[2], ENOUGH)
     above, below, left, right = nn.functional.adaptive_avg_pool2d(change, sides)
     judged = [_halves(above, below), _halves(left.T, right.T)]
@@ -356,13 +358,13 @@ def _agreement(change: Tensor) -> tuple[float, float]:
 
 
 def _halves(first: Tensor, second: Tensor) -> tuple[float, float] | None:
-    """Return both for the first axis of changes with the first half of an input and with the second, [a, b]."""
-    half = len(first) // 2  # of an odd number that in the middle is of neither half
+    """Return agreement and margin along the first axis, for changes [a, b] of the first and of the second half."""
+    half = len(first) // 2  # the middle of an odd number belongs to neither half
     if not half:
         return None
     share = first / (first + second)  # NaN where nothing changes
     ahead, behind = (part[part.isfinite()] for part in (share[:half], share[len(share) - half :]))
     if not len(ahead) or not len(behind):
         return 0.0, 0.0
-    n_less = torch.searchsorted(behind.sort().values, ahead)  # of those behind, for each ahead
+    n_less = torch.searchsorted(behind.sort().values, ahead)  # for each in `ahead`, how many in `behind` are less
     return float(n_less.double().mean()) / len(behind), float(ahead.mean() - behind.mean())

@@ -1,4 +1,4 @@
-"""The mode of a recorded module: one that was recorded in train mode stays in it, whatever `eval()` says later."""
+"""Detects modules that were exported in train mode: `eval()` does not change them."""
 
 from collections.abc import Iterator
 
@@ -7,11 +7,11 @@ from torch import fx, nn
 
 from ..errors import ConfigurationError
 
-_TRAINS = ("train", "training")  # what operators call the argument
+_TRAINS = ("train", "training")  # names of the argument in operators
 
 
 def check_mode(module: nn.Module) -> None:
-    """Refuse exported programs, traces and scripts that draw dropout, or take the batch's own statistics."""
+    """Raise `ConfigurationError` for exported programs, traces and scripts in train mode."""
     for each in module.modules():
         found = _of_script(each) if isinstance(each, torch.jit.ScriptModule) else ()
         if isinstance(each, fx.GraphModule):
@@ -23,7 +23,7 @@ def check_mode(module: nn.Module) -> None:
 
 
 def _of_graph(graph: fx.Graph) -> Iterator[str]:
-    """Yield the operators of a graph, as `torch.export` and `torch.fx` make them, that were recorded in train mode."""
+    """Yield the operators in train mode of a graph of `torch.export` or `torch.fx`."""
     for node in graph.nodes:
         if node.op != "call_function":
             continue
@@ -32,29 +32,29 @@ def _of_graph(graph: fx.Graph) -> Iterator[str]:
         if schema is not None:
             given |= {argument.name: value for argument, value in zip(schema.arguments, node.args, strict=False)}
         name = getattr(node.target, "__name__", "").partition(".")[0]
-        if any(given.get(key) is True for key in _TRAINS) and _shows(name, given.get("p"), given.get("running_mean")):
-            yield _told(name)
+        if any(given.get(key) is True for key in _TRAINS) and _by_mode(name, given.get("p"), given.get("running_mean")):
+            yield _display_name(name)
 
 
 def _of_script(module: torch.jit.ScriptModule) -> Iterator[str]:
-    """Yield the operators of a script that were recorded in train mode: with a constant, not the module's own mode."""
+    """Yield the operators of a script whose train mode is a constant, not the module's attribute."""
     try:
         graph = module.inlined_graph
     except (RuntimeError, AttributeError):  # it has no forward
         return
-    for name, place in (("batch_norm", 5), ("dropout", 2), ("feature_dropout", 2), ("alpha_dropout", 2)):
+    for name, index in (("batch_norm", 5), ("dropout", 2), ("feature_dropout", 2), ("alpha_dropout", 2)):
         for node in graph.findAllNodes(f"aten::{name}", True):  # type: ignore[attr-defined]  # torch's stub lacks it
             values = [each.toIValue() if each.node().kind() == "prim::Constant" else ... for each in node.inputs()]
-            if values[place] is True and _shows(name, values[1], values[3] if place == 5 else None):
-                yield _told(name)
+            if values[index] is True and _by_mode(name, values[1], values[3] if index == 5 else None):
+                yield _display_name(name)
 
 
-def _shows(name: str, p: object, running_mean: object) -> bool:
-    """Say whether an operator that trains does so because of its module's mode."""
+def _by_mode(name: str, p: object, running_mean: object) -> bool:
+    """Return whether an operator in train mode would behave differently in eval mode."""
     if "dropout" in name:
         return p != 0
-    return "batch_norm" in name and running_mean is not None  # else it has no other statistics in eval mode either
+    return "batch_norm" in name and running_mean is not None  # without them it always uses the batch's
 
 
-def _told(name: str) -> str:
+def _display_name(name: str) -> str:
     return "dropout" if "dropout" in name else "BatchNorm"

@@ -1,36 +1,36 @@
-"""The limit of a chunk's rows: lowered where memory runs out, raised again while it does not."""
+"""The row limit of chunks: lowered after an out-of-memory error, raised again after successful chunks."""
 
-GOOD_CHUNKS = 16  # as large as they may be, before twice as many rows are tried
-MOST_GOOD_CHUNKS = 1024  # the same, where trying has failed again and again
+GOOD_CHUNKS = 16  # successful chunks at the limit before the limit is doubled
+MOST_GOOD_CHUNKS = 1024  # the most that this becomes after repeated failures
 
 
 class RowLimit:
-    """How many rows of one model fit into memory, as far as that is known. Used by the device's thread alone.
+    """The number of rows of one model that fit into memory. Used on the device's thread only.
 
-    Another process on the device may give memory back, so what was lowered rises again: it doubles after some chunks of
-    that many rows, and after twice as many chunks each time that the next size fails.
+    Another process may free memory, so a lowered limit rises again: it doubles after `GOOD_CHUNKS` chunks at the limit,
+    and after twice as many each time that the doubled limit fails.
     """
 
     def __init__(self) -> None:
-        self._rows: int | None = None  # None: nothing has failed, or all is as before
+        self._rows: int | None = None  # None: no limit
         self._n_good = 0
         self._wait = GOOD_CHUNKS
         self._was_raised = False
 
     def of(self, rows: int) -> int:
-        """Return how many of so many rows may run at once."""
+        """Return the number of rows, at most `rows`, that may run at once."""
         return rows if self._rows is None else min(rows, self._rows)
 
     def lower(self, rows: int) -> None:
-        """More than so many rows did not fit, and are not tried for a while."""
+        """Lower the limit to `rows`, after a chunk of more rows did not fit."""
         if self._rows is not None and rows >= self._rows:
-            return  # a chunk that was taken before
+            return  # a chunk from before the limit was lowered
         if self._was_raised:
             self._wait = min(2 * self._wait, MOST_GOOD_CHUNKS)
         self._rows, self._n_good, self._was_raised = rows, 0, False
 
     def passed(self, rows: int, *, most: int) -> None:
-        """A chunk of so many rows fitted; `most` is what a chunk may have where memory allows it."""
+        """Record that a chunk of `rows` fitted; `most` is the chunk size without a memory limit."""
         if self._rows is None or rows < self._rows:
             return
         self._n_good += 1

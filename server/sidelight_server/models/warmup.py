@@ -1,4 +1,4 @@
-"""Warm-up: what a model's settings promise is checked, and what they leave open is measured."""
+"""Warm-up: calibrates a model's chunk size and checks that it can do what its settings ask for."""
 
 import logging
 
@@ -9,12 +9,12 @@ from .model import Model
 
 log = logging.getLogger("sidelight")
 
-# Rounding alone moves a map by at most 4e-6 of its maximum.
+# Rounding errors change a map by at most 4e-6 of its maximum.
 LARGE_DIFFERENCE = 1e-4
 
 
 def limit(model: Model) -> None:
-    """Set what the settings say of a model's chunks. What they leave open is for `warm_up`."""
+    """Apply the settings that fix a model's chunk size; otherwise `warm_up` measures it."""
     settings = model.settings
     if settings.reproducible:
         most = model.adapter.most
@@ -28,10 +28,11 @@ def limit(model: Model) -> None:
 
 
 def warm_up(model: Model, *, before: Model | None = None) -> None:
-    """Find a model's size of chunk, and check what was promised of it. Runs in the model's turns on the device.
+    """Measure a model's chunk size, and check its settings. Runs on the device in `Model.in_turn`.
 
-    A model with weights of the same shapes as the version `before` keeps that one's size: a measurement beside running
-    requests would say less, and hold them up. `ConfigurationError` where the settings ask for what it cannot give.
+    A model whose weights have the same shapes as those of the version `before` keeps that version's size: measuring
+    while requests run would be less accurate and delay them. Raises `ConfigurationError` if the model cannot do what
+    the settings ask for.
     """
     settings = model.settings
     if settings.reproducible:
@@ -47,8 +48,8 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
             model.is_measured = True
         if not same_bytes(model, 1):
             model.chunk_rows, model.is_measured = 1, False
-            said = "each run gives other bytes: rows run alone"
-            log.warning(Event("runs_differ", model=model.name, message=said))
+            message = "each run of the same input gives different bytes: rows run alone"
+            log.warning(Event("runs_differ", model=model.name, message=message))
     if model.is_tried and not settings.reproducible and not model.is_batch_dependent and model.chunk_rows > 1:
         model.check_company()
     _measure_neighbors(model)
@@ -57,9 +58,9 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
 
 
 def measure_again(model: Model) -> None:
-    """Measure a model's size of chunk once more, where it was measured. It may grow, and never shrinks.
+    """Measure a model's chunk size again, if it was measured at load. It may grow, but never shrinks.
 
-    What was measured at load was perhaps measured beside other processes, which were gone a moment later.
+    The first measurement may have been slowed down by other processes.
     """
     if not can_grow(model):
         return
@@ -76,7 +77,7 @@ def measure_again(model: Model) -> None:
 
 
 def _measure_neighbors(model: Model) -> None:
-    """Measure how far neighbors in a chunk move a map, and warn where that is more than rounding."""
+    """Measure how much neighbors in a chunk change a map; log a warning if it is more than rounding error."""
     if not (model.is_tried and model.serves_gradients):
         return
     alone = model.settings.reproducible or model.is_batch_dependent or model.chunk_rows == 1
@@ -89,7 +90,7 @@ def _measure_neighbors(model: Model) -> None:
 
 
 def _compare(model: Model) -> None:
-    """Measure what the operator's options bring, and tell the log everything that was tried."""
+    """Compare the kernel with and without the operator's options; log all trials."""
     trials, likeness = compare_exact(model)
     model.warm_up = (*trials, *model.warm_up)
     for trial in model.warm_up:
@@ -105,14 +106,14 @@ def _compare(model: Model) -> None:
 
 
 def _check_promise(model: Model, rows: int) -> None:
-    """Refuse with `ConfigurationError` a model that does not give the same bytes in chunks of exactly so many rows."""
+    """Raise `ConfigurationError` unless the model gives the same bytes in every chunk of `rows` rows."""
     if rows > 1 and (not model.is_tried or model.is_batch_dependent):
-        why = "lets its rows touch each other" if model.is_batch_dependent else "has no input size to check it with"
+        why = "has rows that depend on each other" if model.is_batch_dependent else "has no input size to check it with"
         raise ConfigurationError(f'reproducible_rows: got {rows}, but model "{model.name}" {why}; set it to 1')
     if model.is_tried and not same_bytes(model, rows):
         raise ConfigurationError(
-            f'reproducible_rows: got {rows}, but model "{model.name}" gives an example other bytes in another place '
-            "or company; set it to 1"
+            f'reproducible_rows: got {rows}, but model "{model.name}" gives an example other bytes at another index '
+            "or with other neighbors; set it to 1"
             if rows > 1
             else f'reproducible: model "{model.name}" gives other bytes each time it runs on the same input'
         )
