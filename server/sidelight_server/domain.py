@@ -1,4 +1,4 @@
-"""The domain: requests and answers as the engine knows them, without protobuf and without gRPC.
+"""The domain: requests and answers of the engine, independent of protobuf and gRPC.
 
 Arrays are numpy's; N examples, C channels, height H and width W.
 """
@@ -15,10 +15,10 @@ from .methods.channels import Channels
 from .methods.gradient import GRADIENT
 
 Array = NDArray[np.generic]
-Choice = int | str  # a class, by its number or its label
+Choice = int | str  # a class, by index or label
 
-# Of more examples than these, all that takes time for each of them runs in a worker thread: in Python it is some 10 µs
-# an example and stage, and the event loop answers everybody.
+# Above this number of examples, work whose time grows with them runs in a worker thread: it takes about 10 µs per
+# example and stage, which would block the event loop.
 MANY_EXAMPLES = 256
 
 
@@ -38,7 +38,7 @@ class Predicted:
 
 @dataclass(frozen=True, slots=True)
 class PerExample:
-    """Explain a class of its own for each example."""
+    """Explain one given class for each example."""
 
     choices: tuple[Choice, ...]
 
@@ -60,7 +60,7 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A part of a dense output, in its own pixels."""
+    """A region of a dense output, in pixels of the output."""
 
     top: int
     left: int
@@ -70,10 +70,9 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """Explain a class of a model that answers for each pixel: the sum of its scores over a region, or over all.
+    """Explain a class of a dense model: the sum of its scores over a region, or over all pixels.
 
-    Without a choice it is each pixel's own largest output that counts. A model that answers for the whole picture has
-    one pixel: that is its prediction.
+    Without a choice, each pixel's largest output is summed. For a model without dense output this is its prediction.
     """
 
     choice: Choice | None = None
@@ -81,7 +80,7 @@ class Dense:
 
     @property
     def needs_pixels(self) -> bool:
-        """Whether it means nothing to a model that answers for the whole picture."""
+        """Whether it requires a model with dense output."""
         return self.choice is not None or self.region is not None
 
 
@@ -90,12 +89,12 @@ Target = Predicted | Choice | PerExample | TopK | Contrast | Dense
 
 @dataclass(frozen=True, slots=True)
 class ResolvedTarget:
-    """What is explained of one example: a class, or where that is None the predicted one."""
+    """The resolved target of one example: a class index, or None for the predicted class."""
 
     positive: int | None = None
     negative: int | None = None  # the class whose score is subtracted
-    region: Region | None = None  # of a dense output; None: all of it
-    each_pixel: bool = False  # the largest output of each pixel of a dense output, whatever the class
+    region: Region | None = None  # of a dense output; None: all pixels
+    each_pixel: bool = False  # sum the largest output of each pixel, whatever its class
 
 
 PREDICTED = ResolvedTarget()
@@ -103,7 +102,7 @@ PREDICTED = ResolvedTarget()
 
 @dataclass(frozen=True, slots=True)
 class Files:
-    """Pictures as files, still to be decoded."""
+    """Encoded image files."""
 
     files: tuple[bytes, ...]
 
@@ -122,9 +121,9 @@ class Request:
     score: Score = Score.PROBABILITY
     channels: Channels = Channels.MAX_ABS
     probabilities: bool = False
-    exact: bool = False  # maps in float64, where the model computes in that
-    plain_head: bool = False  # scores in the type of the outputs, to be bit for bit what torch's autograd gives
-    served: tuple[Choice, ...] = ()  # the classes that the caller's model server gave, one for each example, if told
+    exact: bool = False  # maps in float64, if the model computes in float64
+    plain_head: bool = False  # compute scores in the type of the outputs, bit for bit as plain torch.autograd
+    served: tuple[Choice, ...] = ()  # the classes that the caller's model server predicted, one per example, if given
 
     @property
     def n_examples(self) -> int:
@@ -138,14 +137,14 @@ class ExplainedTarget:
 
     index: int
     score: float
-    saturated: bool  # the gradient of the score is numerically dead wherever the map's method took it
+    saturated: bool  # whether every gradient that the method took is numerically zero
     against: int | None = None
-    negligible: bool = False  # the map is zero everywhere, or no more than rounding makes of what it is the sum of
+    negligible: bool = False  # whether the map is zero everywhere or rounding error only
 
 
 @dataclass(frozen=True, slots=True)
 class Convergence:
-    """How good the map of a method of many rows is; None where a method has no such measure."""
+    """Error measures of a map from a method of several rows; None if the method has no such measure."""
 
     rows: int
     error: float | None
@@ -157,7 +156,7 @@ class Convergence:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What was predicted and explained for one example."""
+    """The prediction and the explained classes of one example."""
 
     predicted: int
     probability: float
@@ -168,7 +167,7 @@ class Explanation:
 
 @dataclass(frozen=True, slots=True)
 class ExampleFailure:
-    """Why one example has no map. `code` is a canonical status code."""
+    """The failure of one example. `code` is a canonical status code."""
 
     example: int
     code: int
@@ -177,7 +176,7 @@ class ExampleFailure:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where the time of one request went, in seconds."""
+    """Time that one request spent in each stage, in seconds."""
 
     prepare_s: float
     queue_s: float
@@ -188,7 +187,7 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """All that is needed to compute an answer again."""
+    """Everything that is needed to reproduce an answer."""
 
     model: str
     model_version: int
@@ -200,7 +199,7 @@ class Provenance:
     threads: int
     chunk_rows: int
     reproducible: bool
-    baseline_digest: str  # of baselines that were given as an array
+    baseline_digest: str  # of baselines given as an array
     software: tuple[tuple[str, str], ...]
     model_canary: str = ""
 
@@ -209,23 +208,23 @@ class Provenance:
 class Answer:
     """The maps of one batch: [N, H, W], or [N, C, H, W] without channel reduction; with k targets k follows N.
 
-    A failed example's map is NaN, and so is, while `final` is not set, one that has not come so far.
+    The map of a failed example is NaN, and so are maps that are not computed yet if `final` is False.
     """
 
     request: Request
-    maps: NDArray[np.float32 | np.float64]  # float64 where that was asked for
-    explanations: tuple[Explanation | None, ...]  # None where the example failed
+    maps: NDArray[np.float32 | np.float64]  # float64 if requested
+    explanations: tuple[Explanation | None, ...]  # None if the example failed
     labels: tuple[str, ...]
     provenance: Provenance
     timing: Timing
     failures: tuple[ExampleFailure, ...] = ()
     probabilities: NDArray[np.float32] | None = field(default=None)  # [N, K]
     final: bool = True
-    example_digests: tuple[str, ...] = ()  # of the examples as they were received, where a face has them
+    example_digests: tuple[str, ...] = ()  # of the examples as received; empty without gRPC
 
     @property
     def differs(self) -> tuple[bool | None, ...]:
-        """Whether each example's prediction is another class than was served; None where that is not known."""
+        """Whether each example's prediction differs from the served class; None if that is unknown."""
         served = self.request.served or (None,) * len(self.explanations)
         return tuple(
             None if choice is None or explanation is None else not self._is(explanation.predicted, choice)

@@ -1,37 +1,37 @@
-"""The exceptions, each with the status code that a caller gets.
+"""The exception tree. Each `SidelightError` has the status code that a caller gets.
 
     SidelightError
-    ├── InvalidArgument      a field of the request is wrong
-    ├── Unauthenticated      no token, or none of this server's
-    ├── PermissionDenied     a call of the operator's alone, or a region that the server's user may not open
-    ├── NotFound             a model, label, layer or region that is not there
-    ├── FailedPrecondition   right in itself, but not for this model, or not as the operator set this server
-    │   └── OutputsError     the model returned what cannot be read as outputs
-    ├── Unimplemented        in the schema, not served by this version
+    ├── InvalidArgument      a field of the request is invalid
+    ├── Unauthenticated      no token, or an unknown one
+    ├── PermissionDenied     a call for operators only, or a region that the server's user may not open
+    ├── NotFound             an unknown model, label, layer or region
+    ├── FailedPrecondition   a valid request that this model or this server's configuration cannot serve
+    │   └── OutputsError     the model's return value cannot be read as outputs
+    ├── Unimplemented        in the schema, but not served by this version
     ├── ResourceExhausted    over the permits, the memory or the message limit
-    ├── Unavailable          the server is going away
-    ├── DataLoss             a region is shorter than was said, or was cut short
-    ├── Cancelled            the caller took the batch back
-    ├── DeadlineExceeded     the batch's time ran out
+    ├── Unavailable          the server is shutting down, or its device has failed
+    ├── DataLoss             a region's file is shorter than registered
+    ├── Cancelled            the caller cancelled the batch
+    ├── DeadlineExceeded     the batch's timeout passed
     └── Internal             the model or the server failed
 
     ConfigurationError       a setting or a model that the server cannot start with; never sent to a caller
 
-No module but the faces knows grpc, so the codes are the canonical numbers.
+Codes are the canonical status numbers, so that only the RPC layer imports grpc.
 """
 
 import difflib
 from collections.abc import Iterable
 from typing import ClassVar
 
-# A message may quote what a caller sent. In a call's trailers it must stay within 8 KiB, or gRPC hides it; there a
+# A message may quote a caller's input. gRPC drops a status message if the trailing metadata exceed 8 KiB, in which one
 # character may take 12 bytes.
 MAX_MESSAGE = 500
-MANY_NAMES = 2000  # of which some are compared with a name that there is not
+MANY_NAMES = 2000  # the most names that an unknown name is compared with
 
 
 class SidelightError(Exception):
-    """A failure with a canonical status code, and where asking again is of use, how long to wait before."""
+    """A failure with a canonical status code, and a retry delay if a retry may succeed."""
 
     code: ClassVar[int] = 2
 
@@ -44,31 +44,31 @@ class SidelightError(Exception):
 
 
 class Cancelled(SidelightError):
-    """The caller took the batch back."""
+    """The caller cancelled the batch or disconnected."""
 
     code = 1
 
 
 class InvalidArgument(SidelightError):
-    """A field of the request is wrong, whatever the server's state."""
+    """A field of the request is invalid, whatever the server's state."""
 
     code = 3
 
 
 class DeadlineExceeded(SidelightError):
-    """The batch's time ran out before its answer was ready."""
+    """The batch's timeout passed before its answer was ready."""
 
     code = 4
 
 
 class NotFound(SidelightError):
-    """A name that the request uses is not there."""
+    """A model, label, layer or region in the request is unknown."""
 
     code = 5
 
 
 class PermissionDenied(SidelightError):
-    """A call that is the operator's alone, or a file that the server's user may not open."""
+    """A call for operators only, or a file that the server's user may not open."""
 
     code = 7
 
@@ -80,13 +80,13 @@ class ResourceExhausted(SidelightError):
 
 
 class FailedPrecondition(SidelightError):
-    """Right in itself, but not for this model, or not as the operator set this server."""
+    """The request is valid, but this model or this server's configuration cannot serve it."""
 
     code = 9
 
 
 class OutputsError(FailedPrecondition):
-    """A model returned what cannot be read as outputs. The message says what that was: types, names and shapes."""
+    """The model's return value cannot be read as outputs. The message has its types, names and shapes."""
 
 
 class Unimplemented(SidelightError):
@@ -102,19 +102,19 @@ class Internal(SidelightError):
 
 
 class Unavailable(SidelightError):
-    """The server is going away."""
+    """The server is shutting down, or its device has failed."""
 
     code = 14
 
 
 class DataLoss(SidelightError):
-    """Shared memory does not hold what it was said to hold: its file was cut short."""
+    """A shared memory region's file is shorter than registered."""
 
     code = 15
 
 
 class Unauthenticated(SidelightError):
-    """A call without a token, or with one that is none of this server's."""
+    """A call without a token, or with an unknown one."""
 
     code = 16
 
@@ -124,9 +124,9 @@ class ConfigurationError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return words that suggest the names nearest to an unknown one, or list a few when none is near."""
+    """Return the part of a message that suggests names similar to an unknown one, or lists some known names."""
     names = list(known)
-    # Comparing takes 10 µs a name: of very many, those that begin alike.
+    # Comparing takes 10 µs per name: of very many, compare only those with the same first letters.
     alike = names if len(names) <= MANY_NAMES else [each for each in names if each[:2] == name[:2]]
     close = difflib.get_close_matches(name[:MAX_MESSAGE], alike[:MANY_NAMES], n=3, cutoff=0.5)
     if close:

@@ -1,7 +1,7 @@
-"""Sources: where a module comes from. A kind, a colon, and a place; what a place holds is read, and never run.
+"""Model sources, written "kind:location". Files are read, but no code in them is run.
 
-The exceptions are what the operator names as a program: a factory, and a script. Weights are safetensors, or a `.pt`
-file read weights-only.
+Exceptions are the sources that are programs: a Python factory and a TorchScript file. Weights are safetensors, or a
+`.pt` file read weights-only.
 """
 
 import difflib
@@ -29,21 +29,21 @@ FORMS = ", ".join(each.form for each in _KINDS.values())
 
 
 def load(source: str, weights: Path | None = None) -> ModelSpec:
-    """Return the module that a source holds, and what is known of it. `ConfigurationError` says what went wrong."""
-    kind, place = _found(source)
-    return kind.load(place, weights)
+    """Load a module from a source, with what the source states about it. Raises `ConfigurationError`."""
+    kind, location = _found(source)
+    return kind.load(location, weights)
 
 
 def files(source: str, weights: Path | None = None) -> tuple[Path, ...]:
-    """Return the files whose change means that the model must be loaded again."""
-    kind, place = _found(source)
-    return kind.files(place, weights)
+    """Return the files whose change triggers a reload of the model."""
+    kind, location = _found(source)
+    return kind.files(location, weights)
 
 
 def _found(source: str) -> tuple[_Kind, str]:
-    name, colon, place = source.partition(":")
-    if name in _KINDS and colon and place:
-        return _KINDS[name], place
+    name, colon, location = source.partition(":")
+    if name in _KINDS and colon and location:
+        return _KINDS[name], location
     if name in _KINDS:
         raise ConfigurationError(f'model: got "{source}", expected "{_KINDS[name].form}"')
     close = difflib.get_close_matches(name, _KINDS, n=1)

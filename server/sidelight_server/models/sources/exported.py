@@ -1,4 +1,4 @@
-"""`export:FILE.pt2`: a program that `torch.export` made. Nothing in the file is run to load it."""
+"""`export:FILE.pt2`: a program from `torch.export`. Loading it runs no code in the file."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,20 +16,20 @@ from .pt2_archive import read
 
 FORM = "export:FILE.pt2"
 
-# torch lets a program that was made for 2 or more run 1: it tells sizes of 1 from others only where they were static.
+# torch accepts batch size 1 for a program with a lower bound of 2: it distinguishes sizes of 1 only if static.
 _RELAXED = 2
 
 
-def load(place: str, weights: Path | None) -> ModelSpec:
-    """Return the program in a file as a module, and what it says of its inputs."""
-    path = Path(place)
+def load(location: str, weights: Path | None) -> ModelSpec:
+    """Load the program in a file as a module, with what it states about its inputs."""
+    path = Path(location)
     refuse_weights("export:", weights)
     require_file("model", path)
     with refusing("model", path):
         program = read(path.read_bytes())
         inputs = _inputs(program)
         return ModelSpec(
-            # Its guards are text that would be run; sizes are checked by the ranges that it states.
+            # Guards are code, which would be run; the size ranges of the program are checked instead.
             program.module(check_guards=False),
             input_size=_size(inputs.images),
             input=inputs.keyword,
@@ -40,16 +40,16 @@ def load(place: str, weights: Path | None) -> ModelSpec:
         )
 
 
-def files(place: str, weights: Path | None) -> tuple[Path, ...]:
+def files(location: str, weights: Path | None) -> tuple[Path, ...]:
     """Return the file."""
-    return (Path(place),)
+    return (Path(location),)
 
 
 @dataclass(frozen=True, slots=True)
 class _Inputs:
-    """How a program is called: images by position or keyword, constants, and labels."""
+    """How to call a program: images by position or keyword, constants, and labels."""
 
-    images: Tensor  # as the program was made for, without values
+    images: Tensor  # a fake tensor of the exported shape
     keyword: str | None
     arguments: Mapping[str, Constant]
     label: str | None
@@ -69,15 +69,15 @@ def _inputs(program: ExportedProgram) -> _Inputs:
     images: object = positional[0] if positional else tensors.pop(pictures[0]) if pictures else None
     if not isinstance(images, Tensor) or not _is_picture(images):
         taken = {"the first": positional[0]} if positional else tensors
-        raise ConfigurationError(f"the program takes {_told(taken)}; expected floating images, [N, C, H, W]")
+        raise ConfigurationError(f"the program takes {_described(taken)}; expected floating images, [N, C, H, W]")
     if len(tensors) > 1 or any(map(_is_picture, tensors.values())):
-        raise ConfigurationError(f"the program also takes {_told(tensors)}; expected labels at most")
+        raise ConfigurationError(f"the program also takes {_described(tensors)}; expected labels at most")
     keyword = None if positional else pictures[0]
     return _Inputs(images, keyword, arguments, next(iter(tensors), None))
 
 
 def _leaves(program: ExportedProgram) -> tuple[list[object], dict[str, object]]:
-    """Return what a program takes by position, and by keyword: an example tensor, or the constant that it demands."""
+    """Return a program's positional and keyword inputs: an example tensor, or the required constant."""
     specs = [each for each in program.graph_signature.input_specs if each.kind == InputKind.USER_INPUT]
     values = {node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"}
     leaves = [_value(each, values) for each in specs]
@@ -99,7 +99,7 @@ def _is_picture(value: object) -> bool:
     return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
 
 
-def _told(inputs: Mapping[str, object]) -> str:
+def _described(inputs: Mapping[str, object]) -> str:
     return ", ".join(
         f"{name} {str(each.dtype).removeprefix('torch.')} {[str(length) for length in each.shape]}".replace("'", "")
         if isinstance(each, Tensor)
@@ -116,7 +116,7 @@ def _size(images: Tensor) -> tuple[int, int, int] | None:
 
 
 def _batch(program: ExportedProgram, length: int | torch.SymInt) -> tuple[int, int] | None:
-    """Return the least and the most examples that a program takes at once; None: as many as there are."""
+    """Return the least and the largest batch size of a program (0: no limit); None: any."""
     if isinstance(length, int):
         return length, length
     expression = length.node.expr
@@ -124,6 +124,6 @@ def _batch(program: ExportedProgram, length: int | torch.SymInt) -> tuple[int, i
     if ranges is None or not expression.is_Symbol:
         raise ConfigurationError(f"the program takes {expression} examples at once, expected any number of them")
     least = int(ranges.lower) if ranges.lower > _RELAXED else 1
-    # Unbounded ranges end in a symbol of torch's own.
+    # The end of an unbounded range is a special symbol of torch.
     most = int(ranges.upper) if ranges.upper.is_Integer else 0
     return None if (least, most) == (1, 0) else (least, most)

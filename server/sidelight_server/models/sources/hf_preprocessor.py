@@ -1,6 +1,7 @@
-"""`preprocessor_config.json`: how a Hugging Face model wants its images.
+"""Reads `preprocessor_config.json`: the preprocessing of a Hugging Face model.
 
-It is read by hand, for its class may want torchvision. What cannot be said by a `ModelSpec` is refused, not approached.
+It is parsed here, because the processor classes may need torchvision. Preprocessing that a `ModelSpec` cannot express
+exactly is an error.
 """
 
 from collections.abc import Mapping
@@ -16,9 +17,9 @@ from .loading import refusing
 
 FILE = "preprocessor_config.json"
 
-_WARPED_FROM = 384  # pixels from which ConvNext's processor keeps no aspect, and cuts nothing off
+_WARPED_FROM = 384  # size from which ConvNext's processor resizes without keeping the aspect ratio or cropping
 _WAY_OUT = "or, without this file, set input_size, resize, interpolation, pixel_range, mean and std"
-_RANGE_TOLERANCE = 1e-6  # of 255 × rescale_factor: a file says 1/255 in so many digits
+_RANGE_TOLERANCE = 1e-6  # of 255 × rescale_factor: files have 1/255 with a limited number of digits
 
 _PLAIN: Mapping[str, Any] = {
     "do_resize": True,
@@ -51,7 +52,7 @@ _MOBILEVIT = "MobileViTImageProcessor"
 _POOLFORMER = "PoolFormerImageProcessor"
 _SEGFORMER = "SegformerImageProcessor"
 _TEXTNET = "TextNetImageProcessor"
-# What a class takes where a file is silent. What it does of its own to a picture is in the functions below.
+# Defaults of each class. Their special processing is in the functions below.
 _CLASSES: Mapping[str, Mapping[str, Any]] = {
     "ViTImageProcessor": {},
     "DeiTImageProcessor": {"size": {"height": 256, "width": 256}, "resample": 3, "do_center_crop": True},
@@ -80,32 +81,32 @@ _CLASSES: Mapping[str, Mapping[str, Any]] = {
     _SEGFORMER: {"size": {"height": 512, "width": 512}, **_IMAGENET},
     _TEXTNET: {"size": {"shortest_edge": 640}, "default_to_square": False, **_IMAGENET, "size_divisor": 32},
 }
-# Said of training, or of what files and arrays are brought to here in any case.
+# Keys that concern training only, or conversions that are done in any case.
 _HARMLESS = ("do_convert_rgb", "do_reduce_labels")
-# Keys that change a picture, and the classes that obey them; another class passes over them, and so they are refused.
+# Keys that change an image, and the classes that support them. For other classes they are an error.
 _OBEYED: Mapping[str, tuple[str, ...]] = {
     "crop_pct": (_CONVNEXT, _POOLFORMER),
     "rescale_offset": (_EFFICIENTNET,),
     "include_top": (_EFFICIENTNET,),
     "do_flip_channel_order": (_MOBILEVIT,),
 }
-# Steps that a class passes over, whatever its file says.
+# Steps that a class ignores, whatever its file says.
 _IGNORED: Mapping[str, tuple[str, ...]] = {_MOBILEVIT: ("do_normalize",), _SEGFORMER: ("do_center_crop",)}
 
 
 @dataclass(frozen=True, slots=True)
 class Processor:
-    """What a file says: fields of a `ModelSpec`, and whether the network takes BGR."""
+    """The content of a file: fields of a `ModelSpec`, and whether the network takes BGR."""
 
     fields: Mapping[str, Any]
     is_bgr: bool = False
 
 
-def read(path: Path, said: Mapping[str, Any], *, channels: int) -> Processor:
-    """Return what a file says. `ConfigurationError` names file and key."""
+def read(path: Path, config: Mapping[str, Any], *, channels: int) -> Processor:
+    """Interpret a file's content. Raises `ConfigurationError`, which names file and key."""
     with refusing("model", path):
-        name = _class(said)
-        wanted = {**_PLAIN, **_CLASSES[name], **{key: each for key, each in said.items() if _is_said(key, each, name)}}
+        name = _class(config)
+        wanted = {**_PLAIN, **_CLASSES[name], **{key: each for key, each in config.items() if _is_set(key, each, name)}}
         wanted |= dict.fromkeys(_IGNORED.get(name, ()), False)
         for key, value in wanted.items():
             is_known = key in _PLAIN or key in _HARMLESS or name in _OBEYED.get(key, ())
@@ -128,25 +129,25 @@ def read(path: Path, said: Mapping[str, Any], *, channels: int) -> Processor:
         return Processor(fields, is_bgr)
 
 
-def _is_said(key: str, value: object, name: str) -> bool:
-    """Say whether a file says something of a key: of a step null says no, of most other keys it says nothing."""
+def _is_set(key: str, value: object, name: str) -> bool:
+    """Return whether a file sets a key: null disables a step, but leaves most other keys at their default."""
     is_step = key.startswith("do_") or key == "include_top" or (key, name) == ("crop_pct", _POOLFORMER)
     return is_step or value is not None
 
 
-def _class(said: Mapping[str, Any]) -> str:
-    """Return the class by the name that it has without its ways of computing."""
-    key = next((each for each in ("image_processor_type", "feature_extractor_type") if said.get(each)), "")
+def _class(config: Mapping[str, Any]) -> str:
+    """Return the name of the processor class, without suffixes for its implementation."""
+    key = next((each for each in ("image_processor_type", "feature_extractor_type") if config.get(each)), "")
     if not key:
         return "ViTImageProcessor"
-    name = str(said[key]).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
+    name = str(config[key]).replace("FeatureExtractor", "ImageProcessor").removesuffix("Fast").removesuffix("Pil")
     if name not in _CLASSES:
-        raise _refused(key, said[key], f"one of {', '.join(_CLASSES)}")
+        raise _refused(key, config[key], f"one of {', '.join(_CLASSES)}")
     return name
 
 
 def _geometry(wanted: Mapping[str, Any], name: str) -> tuple[int, int, int | str]:
-    """Return the input's height and width, and how a picture is resized before its centre is cut out."""
+    """Return the input's height and width, and how an image is resized before the center crop."""
     crop = _square(wanted, "crop_size") if wanted["do_center_crop"] else None
     if not wanted["do_resize"]:
         if crop is None:
@@ -166,13 +167,13 @@ def _geometry(wanted: Mapping[str, Any], name: str) -> tuple[int, int, int | str
         return (*scaled, "exact")
     least = (scaled, scaled) if isinstance(scaled, int) else scaled
     if crop[0] > least[0] or crop[1] > least[1]:
-        told = f"{least[0]} × {least[1]} at most, to which pictures are resized: what is missing would be filled up"
-        raise _refused("crop_size", wanted["crop_size"], told)
+        expected = f"{least[0]} × {least[1]} at most, to which images are resized: the rest would be padded"
+        raise _refused("crop_size", wanted["crop_size"], expected)
     return (*crop, scaled if isinstance(scaled, int) else "exact" if scaled == crop else "{}x{}".format(*scaled))
 
 
 def _scaled(wanted: Mapping[str, Any], name: str, short: int | None) -> int | tuple[int, int]:
-    """Return what a picture is resized to, as its class computes it: the length of its short side, or both sides."""
+    """Return the size that the class resizes an image to: the length of its short side, or both sides."""
     share = wanted["crop_pct"] if name == _POOLFORMER else None
     if short is not None:
         if name == _LEVIT:
@@ -185,11 +186,11 @@ def _scaled(wanted: Mapping[str, Any], name: str, short: int | None) -> int | tu
 
 
 def _short(wanted: Mapping[str, Any]) -> int | None:
-    """Return the length that the short side gets; None where both sides are given."""
+    """Return the new length of the short side; None if both sides are given."""
     size = wanted["size"]
     if isinstance(size, Mapping):
-        said = [key for key, value in size.items() if value is not None]
-        return int(size["shortest_edge"]) if said == ["shortest_edge"] else None
+        keys = [key for key, value in size.items() if value is not None]
+        return int(size["shortest_edge"]) if keys == ["shortest_edge"] else None
     return int(size) if isinstance(size, int) and not wanted["default_to_square"] else None
 
 
@@ -213,7 +214,7 @@ def _interpolation(resample: object) -> str:
 
 
 def _pixel_range(wanted: Mapping[str, Any]) -> tuple[float, float] | None:
-    """Return what pixels 0 and 255 become; None: 0 and 1."""
+    """Return the values of pixels 0 and 255; None: 0 and 1."""
     high = 255 * float(wanted["rescale_factor"]) if wanted["do_rescale"] else 255.0
     high = 1.0 if abs(high - 1) < _RANGE_TOLERANCE else high
     low = -1.0 if wanted["do_rescale"] and wanted.get("rescale_offset") else 0.0
@@ -225,7 +226,7 @@ def _mean_and_std(
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     mean = _numbers(wanted, "image_mean", channels) if wanted["do_normalize"] else None
     std = _numbers(wanted, "image_std", channels) if wanted["do_normalize"] else None
-    if wanted.get("include_top"):  # EfficientNet's processor divides once more
+    if wanted.get("include_top"):  # EfficientNet's processor divides a second time
         again = _numbers(wanted, "image_std", channels)
         std = again if std is None else tuple(first * second for first, second in zip(std, again, strict=True))
     return mean, std

@@ -1,6 +1,6 @@
-"""`hf:DIR`: a folder that `save_pretrained` of transformers wrote, for image classification.
+"""`hf:DIR`: an image classification model in a folder written by `save_pretrained` of transformers.
 
-Nothing is asked of a network, and no code of a folder is run: weights are safetensors, or read weights-only.
+Loading makes no network access and runs no code from the folder: weights are safetensors, or read weights-only.
 """
 
 import contextlib
@@ -29,11 +29,11 @@ ADAPTER = "adapter_config.json"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 
 
-def load(place: str, weights: Path | None) -> ModelSpec:
-    """Return the classifier in a folder, its preprocessing and its labels."""
-    folder = Path(place)
+def load(location: str, weights: Path | None) -> ModelSpec:
+    """Load the classifier in a folder, with its preprocessing and labels."""
+    folder = Path(location)
     refuse_weights("hf:", weights)
-    if not folder.is_dir():  # transformers would take it for a name on its hub
+    if not folder.is_dir():  # transformers would look it up on the hub
         raise ConfigurationError(
             f"model: {folder} is " + ("a file, expected a folder" if folder.exists() else "not there")
         )
@@ -55,7 +55,7 @@ def load(place: str, weights: Path | None) -> ModelSpec:
             Event(
                 "no_preprocessor",
                 folder=folder,
-                message=f"pixels get no mean and no std; {hf_preprocessor.FILE} would say them, or settings",
+                message=f"pixels are not normalized; add {hf_preprocessor.FILE}, or set mean and std",
             )
         )
     labels = _labels(folder, config)
@@ -76,9 +76,9 @@ def load(place: str, weights: Path | None) -> ModelSpec:
 
 
 def _take_rgb(module: nn.Module) -> None:
-    """Make a network of BGR one of RGB: what it takes, and its gradient with that.
+    """Make a BGR network take RGB, which also makes its gradients RGB.
 
-    The class is another and the module the same: within a wrapper its layers would have other names.
+    It changes the module's class instead of wrapping it: a wrapper would change the names of its layers.
     """
     network = type(module)
 
@@ -86,12 +86,12 @@ def _take_rgb(module: nn.Module) -> None:
         return network.forward(self, pixel_values.flip(1), **named)
 
     module.__class__ = type(network.__name__, (network,), {"forward": forward})
-    module.register_buffer("takes_rgb", torch.tensor(True))  # for the digest
+    module.register_buffer("takes_rgb", torch.tensor(True))  # so that the digest differs
 
 
-def files(place: str, weights: Path | None) -> tuple[Path, ...]:
+def files(location: str, weights: Path | None) -> tuple[Path, ...]:
     """Return every file of the folder."""
-    folder = Path(place)
+    folder = Path(location)
     return tuple(sorted(each for each in folder.rglob("*") if each.is_file())) or (folder / CONFIG,)
 
 
@@ -101,17 +101,17 @@ def _module(folder: Path) -> nn.Module:
     except ImportError as error:
         raise ConfigurationError("hf: needs the extra: pip install 'sidelight[hf]'") from error
     with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
-        import_with_torchvision("torchvision")  # as transformers does where it is installed, for its image processors
+        import_with_torchvision("torchvision")  # transformers imports it too, if it is installed
     with refusing("model", folder), _quiet():
         module, found = transformers.AutoModelForImageClassification.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=False,
             weights_only=True,
-            ignore_mismatched_sizes=True,  # they are refused here, by name
+            ignore_mismatched_sizes=True,  # reported below, with their names
             output_loading_info=True,
         )
-        # It would put random numbers where there is no weight, and say so in its log.
+        # transformers would only log a warning and initialize missing weights randomly.
         for name, got, expected in found["mismatched_keys"]:
             raise ValueError(f"its weights have {name} {list(got)}, its {CONFIG} expects {list(expected)}")
         if missing := sorted(found["missing_keys"]):
@@ -122,12 +122,12 @@ def _module(folder: Path) -> nn.Module:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what transformers says of a load, in warnings, its log and a bar, out of ours: what matters is refused."""
+    """Suppress transformers' warnings, log and progress bar while loading: real problems are raised as errors."""
     from transformers.utils import logging as theirs
 
     level, had_bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     theirs.set_verbosity(logging.CRITICAL)
-    # transformers annotates neither of these.
+    # Neither function has type annotations.
     theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         with warnings.catch_warnings(action="ignore"):

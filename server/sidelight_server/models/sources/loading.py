@@ -1,4 +1,4 @@
-"""Errors of loading: what is wrong with a model's source, in one line: setting, file, cause."""
+"""Errors of loading a model's source, in one line: setting, file, cause."""
 
 import contextlib
 import pickle
@@ -7,17 +7,17 @@ from pathlib import Path
 
 from ...errors import ConfigurationError
 
-MAX_CAUSE = 400  # characters: torch lists every tensor that does not fit, and prints programs
+MAX_CAUSE = 400  # characters: torch's messages list every mismatched tensor, or print programs
 
 
 @contextlib.contextmanager
 def refusing(setting: str, path: Path | str) -> Iterator[None]:
-    """Turn what is raised while a file is read into `ConfigurationError`. No reader promises what it raises."""
+    """Convert any exception in the context to `ConfigurationError`. Readers of files may raise anything."""
     try:
         yield
     except ConfigurationError as error:
-        said = str(error)
-        raise error if said.startswith(f"{setting}:") else ConfigurationError(f"{setting}: {path}: {said}") from None
+        text = str(error)
+        raise error if text.startswith(f"{setting}:") else ConfigurationError(f"{setting}: {path}: {text}") from None
     except FileNotFoundError:
         raise ConfigurationError(f"{setting}: {path} is not there") from None
     except pickle.UnpicklingError as error:  # torch's own message advises to run the code
@@ -30,20 +30,20 @@ def refusing(setting: str, path: Path | str) -> Iterator[None]:
 
 
 def cause(error: BaseException) -> str:
-    """Return what an error says, in one line."""
-    said = " ".join(str(error).split())
-    return said if len(said) <= MAX_CAUSE else said[:MAX_CAUSE] + "…"
+    """Return an error's message in one line."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= MAX_CAUSE else text[:MAX_CAUSE] + "…"
 
 
 def _named(error: BaseException) -> str:
-    said = cause(error)
-    if not said or isinstance(error, KeyError):  # which says no more than what was looked for
-        return f"{type(error).__name__} {said}".strip()
-    return said
+    text = cause(error)
+    if not text or isinstance(error, KeyError):  # its message is only the missing key
+        return f"{type(error).__name__} {text}".strip()
+    return text
 
 
 def require_file(setting: str, path: Path) -> None:
-    """Refuse a path where no file is."""
+    """Raise `ConfigurationError` unless the path is a file."""
     if not path.exists():
         raise ConfigurationError(f"{setting}: {path} is not there")
     if not path.is_file():
@@ -51,6 +51,6 @@ def require_file(setting: str, path: Path) -> None:
 
 
 def refuse_weights(kind: str, weights: Path | None) -> None:
-    """Refuse weights beside a source that holds its own."""
+    """Raise `ConfigurationError` if weights are set for a source that has its own."""
     if weights is not None:
         raise ConfigurationError(f"weights: {weights}: {kind} brings its own; leave weights unset")

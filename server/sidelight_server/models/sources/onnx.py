@@ -1,4 +1,4 @@
-"""`onnx:FILE`: a network that onnx2torch converts to a module. An optional extra."""
+"""`onnx:FILE`: an ONNX network, converted to a module by onnx2torch. Needs the extra `sidelight[onnx]`."""
 
 import functools
 import warnings
@@ -19,9 +19,9 @@ OPSET = 17  # the newest that onnx2torch reads; torch.onnx.export writes 18 and 
 WAY_OUT = f"export the model with torch.onnx.export(…, dynamo=False, opset_version={OPSET})"
 
 
-def load(place: str, weights: Path | None) -> ModelSpec:
-    """Return the network in a file as a module, and what its graph says of its input."""
-    path = Path(place)
+def load(location: str, weights: Path | None) -> ModelSpec:
+    """Load the network in a file as a module, with what its graph states about its input."""
+    path = Path(location)
     refuse_weights("onnx:", weights)
     require_file("model", path)
     onnx, onnx2torch = _imported("onnx"), _imported("onnx2torch")
@@ -34,9 +34,9 @@ def load(place: str, weights: Path | None) -> ModelSpec:
         return ModelSpec(module.eval(), name=path.stem, **known)
 
 
-def files(place: str, weights: Path | None) -> tuple[Path, ...]:
-    """Return the file, and those in which it keeps its weights."""
-    path = Path(place)
+def files(location: str, weights: Path | None) -> tuple[Path, ...]:
+    """Return the file and its external weight files."""
+    path = Path(location)
     try:
         state = path.stat()
     except OSError:
@@ -46,16 +46,16 @@ def files(place: str, weights: Path | None) -> tuple[Path, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _beside(path: Path, size: int, changed_ns: int) -> tuple[Path, ...]:
-    """Return the files in which another, as it is since it changed, keeps its weights. They are asked for often."""
+    """Return the external weight files of a file. Cached by its size and time, because it is called often."""
     try:
         onnx = _imported("onnx")
         return tuple(path.parent / each for each in sorted(_locations(onnx, onnx.load(path, load_external_data=False))))
-    except Exception:  # loading it will say what is wrong
+    except Exception:  # loading it will report the error
         return ()
 
 
 def _locations(onnx: ModuleType, network: Any) -> set[str]:
-    """Return the names of other files in which weights are, from the file's folder."""
+    """Return the paths of external weight files, relative to the file's folder."""
     tensors = onnx.external_data_helper._get_all_tensors(network)
     return {entry.value for each in tensors for entry in each.external_data if entry.key == "location"}
 
@@ -70,7 +70,7 @@ def _imported(name: str) -> ModuleType:
 
 
 def _load_external(onnx: ModuleType, network: Any, folder: Path) -> None:
-    """Read weights out of other files of the folder, and of no other place."""
+    """Load external weights. Raises `ConfigurationError` for files outside the folder."""
     inside = folder.resolve()
     for location in _locations(onnx, network):
         if not (folder / location).resolve().is_relative_to(inside):
@@ -79,20 +79,20 @@ def _load_external(onnx: ModuleType, network: Any, folder: Path) -> None:
 
 
 def _converted(onnx: ModuleType, onnx2torch: ModuleType, network: Any) -> Any:
-    """Return a network as a module. `ConfigurationError` says how it can be exported otherwise."""
+    """Convert a network to a module. Raises `ConfigurationError`, which says how to export it instead."""
     opset = max((each.version for each in network.opset_import if each.domain in ("", "ai.onnx")), default=OPSET)
     try:
         if opset > OPSET:
             network = _lowered(onnx, network)
-        _settle(network)
+        _constants_to_initializers(network)
         module = onnx2torch.convert(network)
     except Exception as error:
         if opset <= OPSET and not isinstance(error, NotImplementedError):
             raise
-        said = f"its operators, of opset {opset}, cannot be read: {cause(error).rpartition('failed: ')[2]}; {WAY_OUT}"
-        raise ConfigurationError(said) from error
+        reason = cause(error).rpartition("failed: ")[2]
+        raise ConfigurationError(f"its operators, of opset {opset}, cannot be read: {reason}; {WAY_OUT}") from error
     for each in module.modules():
-        # Where the graph does not infer a length, onnx2torch takes 0 for it; the weights say it too.
+        # onnx2torch uses 0 for a length that the graph does not infer; the weights have it.
         is_unknown = isinstance(each, nn.LayerNorm) and 0 in each.normalized_shape
         if is_unknown and len(each.normalized_shape) == each.weight.ndim:
             each.normalized_shape = tuple(each.weight.shape)
@@ -100,15 +100,15 @@ def _converted(onnx: ModuleType, onnx2torch: ModuleType, network: Any) -> Any:
 
 
 def _lowered(onnx: ModuleType, network: Any) -> Any:
-    """Return a network in operators of an older set. Raises where one of them has no equal there."""
+    """Convert a network to an older opset. Raises if an operator has no equivalent there."""
     converter = import_with_torchvision("onnx.version_converter")
     lowered = converter.convert_version(network, OPSET)
     shapes = {each.name: each for each in lowered.graph.initializer}
     for node in lowered.graph.node:
-        # What the converter leaves behind: a default that older operators do not have.
+        # The converter keeps this default, which older operators do not have.
         _drop(node, "noop_with_empty_axes", 0)
         shape = shapes.get(node.input[1]) if node.op_type == "Reshape" else None
-        # Whether a 0 means a length of 0, of which onnx2torch knows nothing, matters only where there is one.
+        # onnx2torch does not support allowzero, which only matters if the shape has a 0.
         if shape is not None and onnx.numpy_helper.to_array(shape).all():
             _drop(node, "allowzero", 1)
     onnx.checker.check_model(lowered)
@@ -120,10 +120,10 @@ def _drop(node: Any, name: str, value: int) -> None:
         node.attribute.remove(each)
 
 
-def _settle(network: Any) -> None:
-    """Make initializers of weights that are written as operations, where onnx2torch looks for none.
+def _constants_to_initializers(network: Any) -> None:
+    """Convert weights that are Constant or Identity nodes to initializers, as onnx2torch requires.
 
-    They are constants, and others under a second name, as the older exporter of torch writes weights that are equal.
+    torch's older exporter writes equal weights once, and Identity nodes for the others.
     """
     held = {each.name: each for each in network.graph.initializer}
     for node in list(network.graph.node):
@@ -139,17 +139,17 @@ def _settle(network: Any) -> None:
 
 
 def _input(network: Any) -> dict[str, Any]:
-    """Return the input's size and how many examples it takes at once, as far as the graph fixes them."""
+    """Return the input's size and batch size, as far as the graph fixes them."""
     weights = {each.name for each in network.graph.initializer}
     inputs = [each for each in network.graph.input if each.name not in weights]
     shapes = [_shape(each) for each in inputs]
     if len(shapes) != 1 or len(shapes[0]) != 4 or inputs[0].type.tensor_type.elem_type not in FLOATING:
-        told = ", ".join(f"{each.name} {shape}" for each, shape in zip(inputs, shapes, strict=True))
-        raise ConfigurationError(f"takes {told or 'nothing'}, expected one floating input [N, C, H, W]")
+        found = ", ".join(f"{each.name} {shape}" for each, shape in zip(inputs, shapes, strict=True))
+        raise ConfigurationError(f"takes {found or 'nothing'}, expected one floating input [N, C, H, W]")
     n, *size = shapes[0]
     return {"batch": (n, n) if n else None, "input_size": tuple(size) if all(size) else None}
 
 
 def _shape(value: Any) -> list[int]:
-    """Return a shape; 0 for a length that is not fixed, for which some write −1."""
+    """Return a shape, with 0 for a length that is not fixed; some exporters write −1."""
     return [max(0, each.dim_value) for each in value.type.tensor_type.shape.dim]

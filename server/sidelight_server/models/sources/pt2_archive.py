@@ -1,8 +1,8 @@
-"""A `.pt2` archive, checked before torch reads it.
+"""Checks a `.pt2` archive before torch loads it, so that no code in the file is run.
 
-torch's own reader runs what a file says, in five ways: it unpickles anything, loads compiled libraries, takes whatever
-function can be reached from `torch` for an operator, evaluates expressions of sizes, and writes names into Python
-source. A file is refused here unless each of these holds what `torch.export.save` writes of a plain network.
+torch's own loader can be made to run code in five ways: it unpickles arbitrary objects, loads compiled libraries,
+accepts any function reachable from `torch` as an operator, evaluates size expressions, and writes names into Python
+source. A file is rejected unless each of these has the form that `torch.export.save` writes for a plain network.
 """
 
 import ast
@@ -21,10 +21,10 @@ from torch.export import ExportedProgram
 
 from ...errors import ConfigurationError
 
-if TYPE_CHECKING:  # older torch has none
+if TYPE_CHECKING:  # not in older torch
     from torch.export.pt2_archive import PT2ArchiveReader
 
-# What torch writes beside weights and program; compiled code ("data/aotinductor/…") is not among it.
+# Allowed members of an archive. Compiled code ("data/aotinductor/…") is not among them.
 _MEMBERS = re.compile(
     r"(archive_format|archive_version|byteorder|version|\.data/\w+|\.format_version|\.storage_alignment"
     r"|models/model\.json|extra/.*|data/sample_inputs/model\.pt"
@@ -39,7 +39,7 @@ _OPERATORS = re.compile(
     r"|_operator\.(getitem|add|sub|mul|truediv|floordiv|mod|pow|neg|pos|eq|ne|lt|le|gt|ge|and_|or_|not_|lshift|rshift)"
     r"|math\.(ceil|floor|trunc|sqrt)"
 )
-_NAME = re.compile(r"[\w.+\- ]*")  # in Python source it is a name, or nothing that compiles
+_NAME = re.compile(r"[\w.+\- ]*")  # in Python source this is a name or does not compile
 _SIZES = (
     ast.Expression,
     ast.Name,
@@ -61,23 +61,23 @@ _FUNCTIONS = re.compile(
 )
 _SYMBOL = re.compile(r"[suz]+f?\d+|True|False|oo|int_oo")
 _QUOTED = re.compile(r"[suz]+f?\d+|-?\d+(\.\d*)?(e-?\d+)?")
-_TEXTS = {"as_string", "as_strings", "stack_trace", "guards_code", "metadata"}  # only kept, or quoted when written
+_TEXTS = {"as_string", "as_strings", "stack_trace", "guards_code", "metadata"}  # stored or quoted only
 _SPECS = {"in_spec", "out_spec"}  # JSON in JSON
-_IMPORTING = {"__enum__", "default_factory_module"}  # keys by which such a specification has modules imported
+_IMPORTING = {"__enum__", "default_factory_module"}  # keys that import modules
 
 
 def read(data: bytes) -> ExportedProgram:
-    """Return the program in an archive. Raises what torch raises; `ConfigurationError` where code would be run."""
+    """Load the program in an archive. Raises `ConfigurationError` if it could run code, and what torch raises."""
     if not zipfile.is_zipfile(io.BytesIO(data)):
         raise ConfigurationError("is no archive, or broken; expected what torch.export.save makes")
     _check(data)
     _register_outputs(data)
-    # Not the file again: it could have changed.
+    # From memory, because the file could have changed since the check.
     return torch.export.load(io.BytesIO(data))
 
 
 def _register_outputs(data: bytes) -> None:
-    """Make the outputs of transformers' models known to torch, which takes them for nothing before that is imported."""
+    """Import transformers' output classes if the program uses them: the import registers them with torch."""
     if b"transformers.modeling_outputs." in data:
         with contextlib.suppress(ImportError):
             importlib.import_module("transformers.modeling_outputs")
@@ -88,15 +88,14 @@ def _check(data: bytes) -> None:
         from torch.export.pt2_archive import PT2ArchiveReader
     except ImportError:
         raise ConfigurationError(f"needs torch 2.8 or newer, this is {torch.__version__}") from None
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:  # with which torch looks for the older form, and unpickles it
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:  # torch detects the older format, which it unpickles, like this
         names = archive.namelist()
         if "version" in names or "serialized_exported_program.json" in names:
             raise ConfigurationError("is an archive of torch before 2.8; export the model again")
         if not any(name.endswith("/archive_format") for name in names):
             raise ConfigurationError("is another kind of archive, expected what torch.export.save makes")
-    with PT2ArchiveReader(
-        io.BytesIO(data)
-    ) as archive:  # by which torch reads: what another finds may be something else
+    # With the reader that torch uses: another one might find other members.
+    with PT2ArchiveReader(io.BytesIO(data)) as archive:
         names = archive.get_file_names()
         if strange := [name for name in names if not _MEMBERS.fullmatch(name)]:
             raise ConfigurationError(f'holds "{strange[0]}", expected weights and one program, and no code')
@@ -120,14 +119,14 @@ def _check_payloads(archive: "PT2ArchiveReader", kind: str) -> None:
 
 
 def _check_pickle(archive: "PT2ArchiveReader", name: str) -> object:
-    """Read a pickle as torch will, but weights-only. Raises `UnpicklingError` for what is more than tensors."""
+    """Read a pickle weights-only. Raises `UnpicklingError` if it holds anything but tensors."""
     if not (pickled := archive.read_bytes(name)):
         return None
     return torch.load(io.BytesIO(pickled), map_location="cpu", weights_only=True)
 
 
 def _check_program(part: object, key: str = "") -> None:
-    """Go through all that a program says."""
+    """Check every string of a program, recursively."""
     if isinstance(part, Mapping):
         for name, each in part.items():
             _check_text(name, "expr_str" if key == "range_constraints" else "key")

@@ -1,4 +1,4 @@
-"""`python:package.module:factory`: the operator's own function that returns a module or a `ModelSpec`."""
+"""`python:package.module:factory`: a function of the operator that returns a module or a `ModelSpec`."""
 
 import importlib
 from dataclasses import replace
@@ -14,10 +14,10 @@ from .loading import cause
 FORM = "python:package.module:factory"
 
 
-def load(place: str, weights: Path | None) -> ModelSpec:
-    """Return what a factory makes, its weights loaded."""
-    source = f"python:{place}"
-    module_name, _, factory_name = place.partition(":")
+def load(location: str, weights: Path | None) -> ModelSpec:
+    """Call the factory; load the weights into its module."""
+    source = f"python:{location}"
+    module_name, _, factory_name = location.partition(":")
     if not module_name or not factory_name:
         raise ConfigurationError(f'model: got "{source}", expected "{FORM}"')
     made = _call(source, module_name, factory_name)
@@ -47,6 +47,6 @@ def _call(source: str, module_name: str, factory_name: str) -> object:
         raise ConfigurationError(f"model: {source} raised {type(error).__name__}: {cause(error)}") from error
 
 
-def files(place: str, weights: Path | None) -> tuple[Path, ...]:
-    """Return the weights: code that was imported once is not imported again."""
+def files(location: str, weights: Path | None) -> tuple[Path, ...]:
+    """Return the weights file only: imported code is not imported again."""
     return (weights,) if weights else ()

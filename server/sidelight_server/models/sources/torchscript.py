@@ -1,7 +1,7 @@
-"""`torchscript:FILE`: a module that `torch.jit` compiled.
+"""`torchscript:FILE`: a module compiled by `torch.jit`.
 
-A script is a program: loading it runs none of it, but serving it does, and what TorchScript can do (files among it) it
-may do with the server's rights. Serve only scripts whose maker you trust; the other sources hold no such thing.
+A script is a program. Loading does not run it, but serving does, with the server's permissions; TorchScript can, for
+example, access files. Serve only scripts from trusted authors. Other file sources contain no code.
 """
 
 import warnings
@@ -16,23 +16,23 @@ from .loading import refuse_weights, refusing, require_file
 FORM = "torchscript:FILE"
 
 
-def load(place: str, weights: Path | None) -> ModelSpec:
-    """Return the module in a file, and what it demands beside its images."""
-    path = Path(place)
+def load(location: str, weights: Path | None) -> ModelSpec:
+    """Load the module in a file, with its required labels argument if it has one."""
+    path = Path(location)
     refuse_weights(FORM, weights)
     require_file("model", path)
     with refusing("model", path):
-        # torch says that scripts are deprecated, which nobody who serves one can change.
+        # torch warns that scripts are deprecated, which an operator cannot change.
         with warnings.catch_warnings(action="ignore"):
-            # torch annotates neither this function nor its replacement.
+            # Neither this function nor its replacement has type annotations.
             module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
         for each in module.parameters():
-            each.requires_grad_(False)  # it is nobody else's, and copies of a script's weights cannot be frozen
+            each.requires_grad_(False)  # not shared with anyone; copies of a script's weights cannot be frozen later
         return ModelSpec(module.eval(), name=path.stem, label=_label(module))
 
 
 def _label(module: torch.jit.ScriptModule) -> str | None:
-    """Return the one input that a script demands beside its images, as its schema says."""
+    """Return the one required input of a script besides its images, from its schema."""
     images, *others = list(module._c._get_method("forward").schema.arguments)[1:] or [None]
     if images is None:
         raise ConfigurationError("the script takes no input, expected images")
@@ -45,6 +45,6 @@ def _label(module: torch.jit.ScriptModule) -> str | None:
     return str(demanded[0].name)
 
 
-def files(place: str, weights: Path | None) -> tuple[Path, ...]:
+def files(location: str, weights: Path | None) -> tuple[Path, ...]:
     """Return the file."""
-    return (Path(place),)
+    return (Path(location),)

@@ -1,7 +1,7 @@
-"""Imports torchvision, which other packages import, beside a CPU build of torch.
+"""Imports torchvision, which other packages depend on, with a CPU build of torch.
 
-Its wheel from the package index is made for another build: its compiled operators do not load, and then two names that
-its own modules look up are missing. No classifier needs either operator, so the names are enough.
+The torchvision wheel on PyPI is built for CUDA builds of torch: its compiled operators do not load, so two operators
+that its modules refer to are missing. No classifier uses them, so it is sufficient to define their names.
 """
 
 import importlib
@@ -30,7 +30,7 @@ def import_with_torchvision(name: str) -> ModuleType:
 def _define_names() -> None:
     global _names
     if _names is None:
-        # torch annotates neither of these.
+        # Neither function has type annotations.
         _names = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for schema in _MISSING:
             _names.define(schema)  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Weights from a file: safetensors, or a `.pt` read weights-only. Neither can carry code."""
+"""Weights from a file: safetensors, or a `.pt` file read weights-only. Neither runs code."""
 
 import warnings
 from pathlib import Path
@@ -13,10 +13,10 @@ PICKLED = (".pt", ".pth", ".bin")
 
 
 def load_into(module: nn.Module, path: Path) -> None:
-    """Give a module the weights in a file. `ConfigurationError` says what does not fit.
+    """Load the weights in a file into a module. Raises `ConfigurationError` if they do not fit.
 
-    Its tensors are replaced, not written to: a factory may return the module that serves already. Copied they are all
-    the same, for safetensors maps its file, and what is mapped ends the process if somebody cuts the file short.
+    The module's tensors are replaced, not written to, because a factory may return the module that already serves. They
+    are copies, because safetensors maps its file, and access to a mapped file that was truncated kills the process.
     """
     with refusing("weights", path):
         own, state = module.state_dict(), _read(path)
@@ -34,7 +34,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         return safetensors.torch.load_file(path)
     if path.suffix not in PICKLED:
         raise ValueError(f'got "{path.suffix}", expected .safetensors, or a weights-only .pt, .pth or .bin')
-    with warnings.catch_warnings(action="ignore"):  # about the pickle protocol: what matters is whether it loads
+    with warnings.catch_warnings(action="ignore"):  # about the pickle protocol: irrelevant if it loads
         state = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(state, dict):
         raise ValueError(f"holds {type(state).__name__}, expected a state dict")
