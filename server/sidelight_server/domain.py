@@ -133,7 +133,7 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class ExplainedTarget:
-    """What one map explains."""
+    """The class and the score that one map explains."""
 
     index: int
     score: float

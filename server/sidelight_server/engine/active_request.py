@@ -137,8 +137,8 @@ class ActiveRequest:
         explanation = Explanation(
             result.predicted,
             result.probability,
-            tuple(map(_judged, result.targets, result.is_negligible, maps)),
-            self.prepared.geometries[example_run.place],
+            tuple(map(_with_negligible, result.targets, result.is_negligible, maps)),
+            self.prepared.geometries[example_run.index],
             result.convergence,
         )
         with self._lock:
@@ -225,8 +225,8 @@ class ActiveRequest:
             self._on_done()
 
 
-def _judged(target: ExplainedTarget, is_negligible: bool | None, map_: Array) -> ExplainedTarget:
-    """Return what is explained with its map judged: one below what its type holds with all digits is nothing."""
+def _with_negligible(target: ExplainedTarget, is_negligible: bool | None, map_: Array) -> ExplainedTarget:
+    """Return a target with `negligible` set if the map is below the smallest normal number of its type."""
     if is_negligible is None:
         least = np.finfo(np.float64 if map_.dtype == np.float64 else np.float32).tiny
         is_negligible = bool(max(map_.max(initial=0), -map_.min(initial=0)) < least)

@@ -32,7 +32,7 @@ class Result:
 
     # Whether the method found each map to be rounding errors only; None: it did not judge, only an all-zero map counts.
     is_negligible: tuple[bool | None, ...]
-    maps: tuple[Tensor, ...]  # [H, W], or [C, H, W] without channel reduction; one for each class that is explained
+    maps: tuple[Tensor, ...]  # [H, W], or [C, H, W] without channel reduction; one per explained class
     targets: tuple[ExplainedTarget, ...]
     predicted: int
     probability: float
@@ -135,7 +135,7 @@ class ExampleRun:
             first = first.copy()
         finished: list[Outcome] = []
         targets: list[ExplainedTarget] = []
-        for resolved in self._aims(first, top_k):
+        for resolved in self._resolve_targets(first, top_k):
             self.resolved = resolved
             if top_k:
                 self._n_gradients = self._n_dead = 0
@@ -144,7 +144,7 @@ class ExampleRun:
             steps = method.run(Example(first.input, self.index, self._model.black, start, self._is_watched, step))
             outcome = self._finished((yield from self._watched(steps, first)))
             targets.append(self._target(start))
-            # Of many maps none keeps the memory of the chunk that it is a view of.
+            # Copied, because a map may be a view that keeps its whole chunk alive.
             finished.append(replace(outcome, attribution=outcome.attribution.clone()) if top_k else outcome)
         self.result = self._result(first, tuple(targets), finished)
 
@@ -186,7 +186,7 @@ class ExampleRun:
         )
 
     def _target(self, output: RowOutput) -> ExplainedTarget:
-        # Where one gradient is alive, as it is somewhere on a path from another class, it is what the map is made of.
+        # Saturated only if every gradient was: a single live one, as anywhere on a path, makes up the map.
         is_saturated = 0 < self._n_gradients == self._n_dead
         return ExplainedTarget(output.explained, output.score, is_saturated, self.resolved.negative)
 

@@ -68,7 +68,7 @@ class Black(_OfExample):
 
 @dataclass(frozen=True, slots=True)
 class MeanColor(_OfExample):
-    """The example's mean in each channel."""
+    """The example's mean of each channel."""
 
     def of(self, example: Example) -> Tensor:
         """Return the baseline, [C, H, W]."""

@@ -25,8 +25,8 @@ class ExpectedGradients(Method):
 
     name: ClassVar[str] = "expected_gradients"
     samples: int = 50
-    baselines: NDArray[np.floating] | None = None  # [M, C, H, W]; None: zero alone
-    noise_level: float = 0.0  # the standard deviation that is added to the example, a share of its range
+    baselines: NDArray[np.floating] | None = None  # [M, C, H, W]; None: zeros
+    noise_level: float = 0.0  # standard deviation of noise added to the example, as a share of its range
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -59,7 +59,7 @@ class ExpectedGradients(Method):
         return self.samples + 1
 
     def run(self, example: Example) -> Steps:
-        """Fold gradient times difference, draw after draw."""
+        """Average gradient times difference over the samples."""
         spread = self.noise_level * (example.x.max() - example.x.min())
         moments = Moments(example.x)
 

@@ -37,7 +37,7 @@ class LayerMethod(Method):
 
 @dataclass(frozen=True, slots=True)
 class GradCAM(LayerMethod):
-    """A layer's activations, added with each channel's mean gradient as its weight; then only what speaks for.
+    """The sum of a layer's activations, weighted by each channel's mean gradient, with negative values set to 0.
 
     Selvaraju, Cogswell, Das, Vedantam, Parikh and Batra, 2017, "Grad-CAM: Visual Explanations from Deep Networks via
     Gradient-Based Localization". The map is resized bilinearly to the input's size.
@@ -65,7 +65,7 @@ class GradCAM(LayerMethod):
 
 @dataclass(frozen=True, slots=True)
 class LayerGradientXActivation(LayerMethod):
-    """A layer's gradient times its activation, the layer's own channels reduced, brought to the input's size.
+    """A layer's gradient times its activation, reduced over the layer's channels and resized to the input's size.
 
     Ancona, Ceolini, Öztireli and Gross, 2018, "Towards better understanding of gradient-based attribution methods for
     Deep Neural Networks".

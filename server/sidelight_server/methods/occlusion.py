@@ -110,7 +110,7 @@ class Occlusion(Method):
 
 @dataclass(frozen=True, slots=True)
 class RISE(Method):
-    """The score's mean over random soft masks, each pixel's over the masks that show it.
+    """The mean of random soft masks, weighted by the score of the example under each mask.
 
     Petsiuk, Das and Saenko, 2018, "RISE: Randomized Input Sampling for Explanation of Black-box Models".
     """

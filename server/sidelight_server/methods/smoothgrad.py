@@ -50,7 +50,7 @@ class SmoothGrad(Method):
 
     name: ClassVar[str] = "smoothgrad"
     samples: int = 25
-    noise_level: float = 0.15  # the standard deviation: a share of the example's range, or absolute
+    noise_level: float = 0.15  # standard deviation, as a share of the example's range, or absolute
     absolute_noise: bool = False
     seed: int = 0
     statistic: Statistic = Statistic.MEAN
@@ -100,7 +100,7 @@ class SmoothGrad(Method):
         return self.max_rows if self.tolerance else 1 + self.samples * self.base.rows(shape)
 
     def run(self, example: Example) -> Steps:
-        """Fold the base at draw after draw, until there are enough or the standard error is small."""
+        """Fold samples until there are enough or the standard error meets the tolerance."""
         spread = self.noise_level if self.absolute_noise else self.noise_level * (example.x.max() - example.x.min())
         moments = Moments(example.x)
         limit = self.samples or (self.max_rows - 1) // self._base_rows(example)
