@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 import signal
 from collections.abc import Callable, Coroutine, Sequence
@@ -24,6 +25,7 @@ from ..rpc.log_filter import hide_failed_writes
 from ..rpc.receive_limit import Pace
 from ..rpc.service import AttributionService, ModelService
 from ..rpc.shared_memory import SharedMemory
+from ..rpc.status import refusing
 from ..rpc.write_timeout import WriteTimeout
 from ..security.authorization import Authorization, Callers
 from ..security.tls import Certificates
@@ -116,7 +118,8 @@ class Server:
             )
         hide_failed_writes()
         loop = asyncio.get_running_loop()
-        authorization, callers = Authorization(settings, self.handler.telemetry.counts), Callers(settings)
+        authorization = Authorization(settings, functools.partial(refusing, counts=self.handler.telemetry.counts))
+        callers = Callers(settings)
         write_timeout = WriteTimeout(within_s=settings.stalled_write_s)
         write_timeout.watch(loop)
         pace = Pace()

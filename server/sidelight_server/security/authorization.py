@@ -10,8 +10,6 @@ import grpc
 
 from ..config.settings import Settings
 from ..errors import ConfigurationError, PermissionDenied, SidelightError, Unauthenticated
-from ..rpc.status import Context, refusing
-from ..telemetry.counters import Counters
 from .reloadable_files import SecretFiles, read_secret
 
 # Calls that need no token: health probes have none, and the answer is only "serving" or "not serving".
@@ -20,8 +18,9 @@ ADMIN = frozenset({"/sidelight.v1.ModelService/ReloadModel"})
 
 _SCHEME = "bearer "
 
+Context = grpc.aio.ServicerContext[Any, Any]
 if TYPE_CHECKING:
-    from ..rpc.status import Handler
+    Handler = grpc.RpcMethodHandler[Any, Any]
 
 
 class Tokens:
@@ -62,9 +61,12 @@ class Tokens:
 class Authorization(grpc.aio.ServerInterceptor):
     """Rejects calls without a valid token. Checks nothing that no token file is set for."""
 
-    def __init__(self, settings: Settings, counts: Counters) -> None:
-        """Read the token files. Raises `ConfigurationError` if that fails."""
-        self._counts = counts
+    def __init__(self, settings: Settings, refuse: "Callable[[SidelightError], Handler]") -> None:
+        """Read the token files. Raises `ConfigurationError` if that fails.
+
+        `refuse` makes the handler that ends a call with an error before its message is read.
+        """
+        self._refuse = refuse
         self._users = Tokens(settings.tokens, setting="tokens") if settings.tokens else None
         self._admins = Tokens(settings.admin_tokens, setting="admin_tokens") if settings.admin_tokens else None
 
@@ -80,7 +82,7 @@ class Authorization(grpc.aio.ServerInterceptor):
     ) -> "Handler | None":
         """Return the call's handler, or one that rejects the call without reading its message."""
         if refusal := self._refusal(handler_call_details):
-            return refusing(refusal, self._counts)
+            return self._refuse(refusal)
         return await continuation(handler_call_details)
 
     def _refusal(self, details: grpc.HandlerCallDetails) -> SidelightError | None:
