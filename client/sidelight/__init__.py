@@ -8,7 +8,7 @@ with sidelight.connect("unix:/run/sidelight.sock") as client:
 from . import aio
 from ._aio import AsyncClient
 from ._client import Client, connect
-from ._inputs.images import Served
+from ._inputs.batch import Batch
 from ._inputs.targets import Contrast, Dense, TopK
 from ._transport.credentials import TLS
 from .exceptions import (
@@ -64,6 +64,7 @@ __all__ = [
     "AlreadyExists",
     "AsyncClient",
     "Attribution",
+    "Batch",
     "Blurred",
     "CancellationStats",
     "Cancelled",
@@ -103,7 +104,6 @@ __all__ = [
     "Replay",
     "Replayed",
     "ResourceExhausted",
-    "Served",
     "ServerDied",
     "ServerInfo",
     "SharedMemory",

@@ -13,7 +13,6 @@ from sidelight.v1 import attribution_pb2 as pb
 
 from ._client import (
     CONNECT_TIMEOUT_S,
-    DEFAULT_ADDRESS,
     MAX_MESSAGE_BYTES,
     RELOAD_TIMEOUT_S,
     TIMEOUT_S,
@@ -25,15 +24,25 @@ from ._client import (
     requested,
     telling,
 )
+from ._inputs.batch import Batch, Images, single_batch
 from ._inputs.enums import Channels, MapDtype, Score
-from ._inputs.images import Batch, Images, Served
+from ._inputs.images import EncodedBatch
 from ._inputs.targets import Choice, Target
 from ._inputs.validation import flag, span
-from ._options import FOR_EVER_S, AttributeOptions, Headers, Metadata, check_classes, checked_metadata
+from ._options import (
+    FOR_EVER_S,
+    AttributeOptions,
+    Headers,
+    Metadata,
+    check_classes,
+    checked_metadata,
+    options_by_name,
+)
 from ._streaming.reorder_buffer import ReorderBuffer
 from ._streaming.results_queue import End
 from ._transport.channel import DIAGNOSE_EVERY_S, Connection
 from ._transport.credentials import TLS, Token
+from ._transport.environment import address_or_default, token_or_default
 from ._transport.pool import SILENT_WAIT_S
 from ._transport.retry import Retry
 from .exceptions import Cancelled, SidelightError
@@ -48,7 +57,7 @@ _END = object()
 
 
 def connect(
-    address: str | Sequence[str] = DEFAULT_ADDRESS,
+    address: str | Sequence[str] | None = None,
     *,
     connect_timeout: float = CONNECT_TIMEOUT_S,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
@@ -59,13 +68,13 @@ def connect(
 ) -> "AsyncClient":
     """Return a client of one server, or of several of the same model. It takes what `sidelight.connect` takes."""
     return AsyncClient(
-        address,
+        address_or_default(address),
         connect_timeout=connect_timeout,
         max_message_bytes=max_message_bytes,
         shared_memory=shared_memory,
         retry=retry,
         tls=tls,
-        token=token,
+        token=token_or_default(token),
     )
 
 
@@ -115,9 +124,10 @@ class AsyncClient:
         """End the connections. Running calls and streams end with `Cancelled`."""
         await asyncio.to_thread(self._client.close)
 
+    @options_by_name
     async def attribute(
         self,
-        images: Images,
+        images: Images | Batch,
         *,
         model: str | None = None,
         target: Target = None,
@@ -126,7 +136,7 @@ class AsyncClient:
         channels: Channels = "max_abs",
         probabilities: bool = False,
         map_dtype: MapDtype = "float32",
-        served: Sequence[Choice] | None = None,
+        served_classes: Sequence[Choice] | None = None,
         timeout: float = TIMEOUT_S,  # noqa: ASYNC109  (it is the server's to keep)
         on_error: OnError = "raise",
         metadata: Metadata = (),
@@ -135,15 +145,16 @@ class AsyncClient:
         check_on_error(on_error)
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype)
         template = options.template()
-        batch = await asyncio.to_thread(Batch.of, images, served)  # it may read files
+        batch = await asyncio.to_thread(EncodedBatch, single_batch(images, served_classes))  # it may read files
         check_classes(template, batch)
         return passed(
             await self._explain(template, batch, timeout_s=timeout, metadata=checked_metadata(metadata)), on_error
         )
 
+    @options_by_name
     def stream(
         self,
-        batches: Iterable[Images | Served] | AsyncIterable[Images | Served],
+        batches: Iterable[Images | Batch] | AsyncIterable[Images | Batch],
         *,
         model: str | None = None,
         ordered: bool = False,
@@ -203,7 +214,7 @@ class AsyncClient:
         return await asyncio.to_thread(self._client.reload, name, timeout=timeout, metadata=metadata)
 
     async def _explain(
-        self, template: pb.AttributeRequest, batch: Batch, *, timeout_s: float, metadata: Headers
+        self, template: pb.AttributeRequest, batch: EncodedBatch, *, timeout_s: float, metadata: Headers
     ) -> Attribution:
         client, attempts = self._client, Retry(timeout_s, retry=self._client._retry)
         await self._ready(min(self._connect_timeout_s, timeout_s))
@@ -226,7 +237,7 @@ class AsyncClient:
         return answer
 
     async def _explain_at_once(
-        self, request: pb.AttributeRequest, batch: Batch, *, attempts: Retry, metadata: Headers
+        self, request: pb.AttributeRequest, batch: EncodedBatch, *, attempts: Retry, metadata: Headers
     ) -> Attribution:
         while True:
             connection = await self._ready(min(self._connect_timeout_s, attempts.left_s))
@@ -243,7 +254,7 @@ class AsyncClient:
 
     async def _answers(
         self,
-        batches: Iterable[Images | Served | Batch] | AsyncIterable[Images | Served],
+        batches: Iterable[Images | Batch | EncodedBatch] | AsyncIterable[Images | Batch],
         template: pb.AttributeRequest,
         *,
         timeout_s: float,
@@ -327,19 +338,19 @@ class AsyncClient:
 class _Source:
     """A caller's batches for the threads of a stream: an asynchronous iterable is read in the loop of the caller."""
 
-    def __init__(self, batches: Iterable[Images | Served | Batch] | AsyncIterable[Images | Served]) -> None:
+    def __init__(self, batches: Iterable[Images | Batch | EncodedBatch] | AsyncIterable[Images | Batch]) -> None:
         self._loop = asyncio.get_running_loop()
         self._is_asynchronous = isinstance(batches, AsyncIterable)
         self._batches: Any = aiter(batches) if isinstance(batches, AsyncIterable) else iter(batches)
         self._reading: Any = None
         self._is_closed = False
 
-    def __iter__(self) -> Iterator[Images | Served | Batch]:
+    def __iter__(self) -> Iterator[Images | Batch | EncodedBatch]:
         return self
 
-    def __next__(self) -> Images | Served | Batch:
+    def __next__(self) -> Images | Batch | EncodedBatch:
         if not self._is_asynchronous:
-            batch: Images | Batch = next(self._batches)
+            batch: Images | EncodedBatch = next(self._batches)
             return batch
         if self._is_closed:
             raise StopIteration

@@ -5,7 +5,7 @@ import functools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Self, get_args
@@ -15,11 +15,21 @@ import grpc
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2
 
+from ._inputs.batch import Batch, Images, single_batch
 from ._inputs.enums import Channels, MapDtype, Score
-from ._inputs.images import Batch, Images, Served
+from ._inputs.images import EncodedBatch
 from ._inputs.targets import Choice, Target
 from ._inputs.validation import counted, flag, span, whole
-from ._options import FOR_EVER_S, AttributeOptions, Headers, Metadata, check_classes, checked_metadata, model_name
+from ._options import (
+    FOR_EVER_S,
+    AttributeOptions,
+    Headers,
+    Metadata,
+    check_classes,
+    checked_metadata,
+    model_name,
+    options_by_name,
+)
 from ._streaming.in_flight import InFlightBatches
 from ._streaming.limits import map_bytes, refuse_large, spans
 from ._streaming.reorder_buffer import ReorderBuffer
@@ -28,6 +38,7 @@ from ._streaming.results_queue import End
 from ._streaming.stream import Stream
 from ._transport.channel import Connection
 from ._transport.credentials import TLS, ChannelSecurity, Token
+from ._transport.environment import address_or_default, token_or_default
 from ._transport.pool import ConnectionPool
 from ._transport.retry import Retry
 from ._transport.shared_memory import Regions, directory_of
@@ -39,7 +50,6 @@ from .results import attribution
 from .results.attribution import Attribution
 from .results.server_info import ModelInfo, ServerInfo
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
 CONNECT_TIMEOUT_S = 30.0
 TIMEOUT_S = 60.0
 INFO_TIMEOUT_S = 10.0
@@ -52,7 +62,7 @@ OnError = Literal["raise", "return"]
 
 
 def connect(
-    address: str | Sequence[str] = DEFAULT_ADDRESS,
+    address: str | Sequence[str] | None = None,
     *,
     connect_timeout: float = CONNECT_TIMEOUT_S,
     max_message_bytes: int = MAX_MESSAGE_BYTES,
@@ -63,9 +73,10 @@ def connect(
 ) -> "Client":
     """Return a client of the server at an address, "host:port" or "unix:/path". It returns at once.
 
-    There may be several, in a list or with commas between them, of the same model: calls go to each in turn that is
-    there, and streams to all of them. Calls wait up to `connect_timeout` seconds for a server that is not there yet,
-    and say so in the log after one.
+    Without an address it is that of the environment variable SIDELIGHT_ADDRESS; without a token it is the text of
+    SIDELIGHT_TOKEN, if that is set. There may be several addresses, in a list or with commas between them, of the same
+    model: calls go to each in turn that is there, and streams to all of them. Calls wait up to `connect_timeout`
+    seconds for a server that is not there yet, and say so in the log after one.
 
     `max_message_bytes` bounds each message in both directions, and should be the server's. With `shared_memory` arrays
     and maps go through memory that a server on the same machine shares (Linux, and its operator has to allow it), or
@@ -83,13 +94,13 @@ def connect(
     `InvalidArgument` says what is wrong with any of these, `UnreadableFile` which file cannot be read.
     """
     return Client(
-        address,
+        address_or_default(address),
         connect_timeout=connect_timeout,
         max_message_bytes=max_message_bytes,
         shared_memory=shared_memory,
         retry=retry,
         tls=tls,
-        token=token,
+        token=token_or_default(token),
     )
 
 
@@ -157,9 +168,10 @@ class Client:
             self._closed.set()
             self._pool.close()
 
+    @options_by_name
     def attribute(
         self,
-        images: Images,
+        images: Images | Batch,
         *,
         model: str | None = None,
         target: Target = None,
@@ -168,7 +180,7 @@ class Client:
         channels: Channels = "max_abs",
         probabilities: bool = False,
         map_dtype: MapDtype = "float32",
-        served: Sequence[Choice] | None = None,
+        served_classes: Sequence[Choice] | None = None,
         timeout: float = TIMEOUT_S,
         on_error: OnError = "raise",
         metadata: Metadata = (),
@@ -178,9 +190,10 @@ class Client:
         `images`: a path, encoded bytes, a PIL image, uint8 pixels [H, W, C] or [N, H, W, C], model-ready floats
         [C, H, W] or [N, C, H, W], or a list of them. `target`: None for the predicted class, a class index, a label, a
         list with one of these for each example, or `TopK`, `Contrast`, `Dense`. `map_dtype` is how the maps travel:
-        "float16" and "uint8" are shorter and rounded, "uint8" for maps without negative values alone. `served` are the
-        classes, by index or label, that your model server gave these examples: `predictions[i].is_mismatch` says where
-        another is predicted here. `timeout` is in seconds, and includes waiting for a server, which takes at most
+        "float16" and "uint8" are shorter and rounded, "uint8" for maps without negative values alone. `served_classes`
+        are the classes, by index or label, that your model server predicted for these examples:
+        `predictions[i].is_mismatch` says where another is predicted here. A `Batch` as images has a target, served
+        classes and an id of its own. `timeout` is in seconds, and includes waiting for a server, which takes at most
         `connect_timeout` of it. `metadata` are pairs that the call brings, such as a trace's headers. A batch that is
         too large for a message is sent in parts.
 
@@ -189,14 +202,15 @@ class Client:
         """
         check_on_error(on_error)
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype)
-        batch = Batch.of(images, served)
+        batch = EncodedBatch(single_batch(images, served_classes))
         template = options.template()
         check_classes(template, batch)
         return passed(self._explain(template, batch, timeout_s=timeout, metadata=checked_metadata(metadata)), on_error)
 
+    @options_by_name
     def stream(
         self,
-        batches: Iterable[Images | Served],
+        batches: Iterable[Images | Batch],
         *,
         model: str | None = None,
         ordered: bool = False,
@@ -213,12 +227,13 @@ class Client:
         allow_model_change: bool = False,
         keep_images: bool = False,
         metadata: Metadata = (),
-    ) -> Iterator[Attribution]:
+    ) -> Generator[Attribution]:
         """Yield the maps of many batches as they are ready; `answer.index` is the batch's position in `batches`.
 
-        The options are those of `attribute`, asked of every batch; `timeout` is each batch's own. A `target`
-        with a class for each example is as long as the first batch; a later one may be shorter, and takes the first of
-        them. A batch whose predictions are known is a `Served`.
+        The options are those of `attribute`, asked of every batch; `timeout` is each batch's own. A `Batch` may have a
+        target, served classes and an id of its own; `answer.id` is that id, and a batch whose id an unanswered batch
+        has is refused. A `target` of the call with a class for each example is as long as the first batch that has no
+        target of its own; a later one may be shorter, and takes the first of them.
         `ordered` yields in the batches' order. `window` bounds the unanswered examples, and is always at least two
         batches (default: twice the server's chunk for methods of one row; two batches for others, whose every example
         fills chunks, and whose timeouts would otherwise run while they wait for each other); nothing of `batches` is
@@ -236,7 +251,8 @@ class Client:
         is taken, so that a list of answers does not hold every batch in memory; with `keep_images` it keeps both.
 
         With `on_error="return"` a batch that failed is yielded too, with `error` or `failures` set; with "raise" the
-        first failure ends the stream. Closing the iterator cancels what is unanswered.
+        first failure ends the stream. `close()` on the generator cancels what is unanswered on the servers, and returns
+        when the stream's threads have ended.
         """
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
         return self._answers(
@@ -303,7 +319,7 @@ class Client:
                 self._closed.wait(attempts.delay_after(error))
 
     def _explain(
-        self, template: pb.AttributeRequest, batch: Batch, *, timeout_s: float, metadata: Headers = ()
+        self, template: pb.AttributeRequest, batch: EncodedBatch, *, timeout_s: float, metadata: Headers = ()
     ) -> Attribution:
         """Return the answer to a request for a batch, which is sent in parts where it is too large for one message."""
         attempts = Retry(timeout_s, retry=self._retry)
@@ -324,7 +340,7 @@ class Client:
         return answer
 
     def _explain_at_once(
-        self, request: pb.AttributeRequest, batch: Batch, *, attempts: Retry, metadata: Headers
+        self, request: pb.AttributeRequest, batch: EncodedBatch, *, attempts: Retry, metadata: Headers
     ) -> Attribution:
         while True:
             connection = self._pool.ready(min(self._connect_timeout_s, attempts.left_s))
@@ -341,7 +357,7 @@ class Client:
 
     def _opened(
         self,
-        batches: Iterator[Images | Served | Batch],
+        batches: Iterator[Images | Batch | EncodedBatch],
         template: pb.AttributeRequest,
         *,
         facts: Facts,
@@ -393,7 +409,7 @@ class Client:
 
     def _answers(
         self,
-        batches: Iterable[Images | Served | Batch],
+        batches: Iterable[Images | Batch | EncodedBatch],
         template: pb.AttributeRequest,
         *,
         timeout_s: float,
@@ -405,7 +421,7 @@ class Client:
         allow_model_change: bool = False,
         keep_images: bool = True,
         metadata: Headers = (),
-    ) -> Iterator[Attribution]:
+    ) -> Generator[Attribution]:
         self._pool.ready(min(self._connect_timeout_s, timeout_s))
         stream = self._opened(
             iter(batches),
@@ -450,7 +466,7 @@ class Client:
             facts = Facts.of(known, name)
         return facts
 
-    def _fits(self, request: pb.AttributeRequest, batch: Batch, *, within_s: float) -> bool:
+    def _fits(self, request: pb.AttributeRequest, batch: EncodedBatch, *, within_s: float) -> bool:
         """Say whether a batch fits into one message. `MessageTooLarge` where a single example does not."""
         facts = self._facts(request.model, within_s=within_s)
         limits = facts.server.limits
@@ -469,11 +485,14 @@ class Client:
         return len(batch) <= (limits.max_batch_examples or len(batch))
 
 
-def requested(template: pb.AttributeRequest, batch: Batch) -> pb.AttributeRequest:
+def requested(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.AttributeRequest:
     """Return the message of a unary call."""
     request = pb.AttributeRequest()
     request.CopyFrom(template)
     request.images.CopyFrom(batch.message)
+    request.id = batch.id or ""
+    if batch.target is not None:
+        request.target.CopyFrom(batch.target)
     if served := batch.served:
         request.served.CopyFrom(served)
     return request

@@ -1,25 +1,45 @@
 """The options of an attribution, and the request that carries them for one batch."""
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
 
 from sidelight.v1 import attribution_pb2 as pb
 
 from ._inputs.enums import Channels, MapDtype, Score, channels_number, map_dtype_number, score_number
-from ._inputs.images import Batch
-from ._inputs.targets import Target, target_message
-from ._inputs.validation import flag, span, text
+from ._inputs.images import EncodedBatch
+from ._inputs.targets import Target, check_one_for_each, target_message
+from ._inputs.validation import flag, span, summary, text
 from .exceptions import InvalidArgument
 from .methods.method import Method
 
 Metadata = Sequence[tuple[str, str | bytes]]
 Headers = tuple[tuple[str, str | bytes], ...]  # metadata that has been checked
 
+_Options = ParamSpec("_Options")
+_Answer = TypeVar("_Answer")
+
 _NAME = re.compile(r"[0-9a-z_.-]+")
 FOR_EVER_S = 1e9  # math.inf is for ever, and so is thirty years
+
+
+def options_by_name(method: Callable[_Options, _Answer]) -> Callable[_Options, _Answer]:
+    """Have a method say in plain words that everything after its images is given by name."""
+
+    @functools.wraps(method)
+    def checked(*given: _Options.args, **options: _Options.kwargs) -> _Answer:
+        if len(given) > 2:  # the first is self
+            raise TypeError(
+                f"{method.__name__}() takes only the images by position, and got {summary(given[2])} after them: give "
+                'every option by name, as in model="resnet50" or target=3'
+            )
+        return method(*given, **options)
+
+    return checked
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +75,10 @@ class AttributeOptions:
         )
 
 
-def check_classes(template: pb.AttributeRequest, batch: Batch) -> None:
-    """Refuse a list of classes that is not as long as its batch."""
-    classes = template.target.per_example.classes
-    if template.target.WhichOneof("target") == "per_example" and len(classes) != len(batch):
-        raise InvalidArgument(f"target: {len(classes)} classes for {len(batch)} examples, expected one for each")
+def check_classes(template: pb.AttributeRequest, batch: EncodedBatch) -> None:
+    """Refuse a call's list of classes that is not as long as its batch, where the batch has no target of its own."""
+    if batch.target is None:
+        check_one_for_each(template.target, len(batch))
 
 
 def checked_metadata(metadata: Metadata) -> Headers:

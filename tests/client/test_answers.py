@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import sidelight
 from PIL import Image
-from sidelight._inputs.images import Batch
+from sidelight._inputs.images import EncodedBatch
 
 N_KEPT = 40
 LARGE = (512, 512, 3)  # 786 kB, whose map of 32 × 32 takes 4 kB
@@ -122,14 +122,14 @@ def test_what_cannot_be_drawn_is_left_out_with_the_reason(
     client: sidelight.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = client.attribute(np.zeros((2, *LARGE), np.uint8))
-    real, said = Batch.picture, "images: DICOM, which is drawn with pydicom; install sidelight[dicom]"
+    real, said = EncodedBatch.picture, "images: DICOM, which is drawn with pydicom; install sidelight[dicom]"
 
-    def picture(self: Batch, example: int, **options: object) -> Image.Image:
+    def picture(self: EncodedBatch, example: int, **options: object) -> Image.Image:
         if example == 0:
             raise sidelight.InvalidArgument(said)
         return real(self, example, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Batch, "picture", picture)
+    monkeypatch.setattr(EncodedBatch, "picture", picture)
     answer.save(tmp_path / "why")
     assert sorted(each.name for each in (tmp_path / "why").iterdir()) == ["001.png", "answer.json", "maps.npy"]
     examples = json.loads((tmp_path / "why" / "answer.json").read_text())["examples"]

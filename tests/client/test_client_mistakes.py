@@ -123,8 +123,14 @@ def test_a_reload_takes_a_positive_time(address: str, timeout: Any) -> None:
 def test_the_images_alone_are_positional() -> None:
     with sidelight.connect("unix:/nowhere/absent") as client:
         for method in (client.attribute, client.stream):
-            with pytest.raises(TypeError, match=rf"{method.__name__}\(\) takes 2 positional arguments"):
+            with pytest.raises(
+                TypeError, match=rf"{method.__name__}\(\) takes only the images by position, and got 'small'"
+            ):
                 method(IMAGES, "small")  # type: ignore[operator]
+    asynchronous = sidelight.aio.connect("unix:/nowhere/absent")
+    for method in (asynchronous.attribute, asynchronous.stream):
+        with pytest.raises(TypeError, match=r"give every option by name, as in model="):
+            method(IMAGES, "small")  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("window", [0, -3, 1.5, "8"])

@@ -10,7 +10,7 @@ import sidelight
 import sidelight_server
 import torch
 from PIL import ExifTags, Image, ImageOps
-from sidelight._inputs.images import Batch
+from sidelight._inputs.images import EncodedBatch
 from sidelight_server.inputs.preprocessing import Preprocessing
 
 from support.models import small_cnn
@@ -245,7 +245,7 @@ def test_an_orientation_set_on_a_pil_image_counts(client: sidelight.Client, pixe
 @pytest.mark.parametrize("mode", ["RGB", "CMYK"])
 def test_of_the_exif_of_a_pil_image_only_the_orientation_is_sent(mode: str) -> None:
     image = Image.open(io.BytesIO(turned(6, Artist="Ann Example"))).convert(mode)
-    (file,) = Batch(image).message.encoded.files
+    (file,) = EncodedBatch(image).message.encoded.files
     sent = Image.open(io.BytesIO(file)).getexif()
     assert sent[ExifTags.Base.Orientation] == 6
     assert ExifTags.Base.Artist not in sent

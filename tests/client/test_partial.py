@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pytest
 import sidelight
-from sidelight._inputs.images import Batch
+from sidelight._inputs.images import EncodedBatch
 from sidelight._streaming.in_flight import Entry
 from sidelight._streaming.results_queue import End, ResultQueue
 from sidelight.results import attribution
@@ -40,7 +40,7 @@ def result(
 
 def read(message: pb.Attribution) -> sidelight.Attribution:
     n = len(message.examples)
-    return attribution.read(message, Batch(np.zeros((n, 3, 2, 2), np.float32)))
+    return attribution.read(message, EncodedBatch(np.zeros((n, 3, 2, 2), np.float32)))
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_a_batch_that_fails_after_it_improved_is_yielded_with_its_error() -> Non
 
 
 def test_a_slow_caller_is_handed_the_newest_answer_of_each_batch_in_the_order_in_which_they_first_came() -> None:
-    queue, batch = ResultQueue(), Batch(ONE)
+    queue, batch = ResultQueue(), EncodedBatch(ONE)
     for index, value in ((0, 1.0), (1, 2.0), (0, 3.0)):
         queue.put(Entry(index, batch, 0.0), read(result(np.full((1, 2, 2), value, np.float32), [example(1)])))
     queue.close(End(KeyError()))

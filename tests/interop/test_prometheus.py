@@ -117,7 +117,7 @@ def prometheus(folder: Path, metrics_port: int) -> Iterator[Prometheus]:
 
 def use(client: sidelight.Client) -> None:
     ones, nines = np.ones((2, 3, 4, 4), np.float32), np.full((1, 3, 4, 4), 9, np.float32)
-    client.attribute(ones, served=[0, 1])
+    client.attribute(ones, served_classes=[0, 1])
     list(client.stream([ones] * 3))
     assert client.attribute(nines, on_error="return").failures
     with pytest.raises(sidelight.InvalidArgument):

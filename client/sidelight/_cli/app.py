@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
-from .._client import DEFAULT_ADDRESS, RELOAD_TIMEOUT_S, TIMEOUT_S
+from .._client import RELOAD_TIMEOUT_S, TIMEOUT_S
 from .._inputs.enums import Channels, MapDtype, Score
 from .._inputs.targets import Choice, Contrast, Dense, Region, Target, TopK
 from .._inputs.tensors import Array
@@ -25,7 +25,7 @@ from ..methods.perturbation import Occlusion
 from ..results.replay import replay as compute_again
 from ..results.storage import load_array
 from .bench.command import bench
-from .options import Address, Reach, with_access
+from .options import DEFAULT_ADDRESS, Address, Reach, with_access
 from .server_tables import report_server
 from .tables import report, report_replay
 

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,13 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from .._client import CONNECT_TIMEOUT_S, Client, connect
-from .._transport.credentials import TLS, Token
+from .._transport.credentials import TLS
+from .._transport.environment import ADDRESS_VARIABLE, TOKEN_VARIABLE
 
+DEFAULT_ADDRESS = "127.0.0.1:50051"
 ADDRESS_HELP = 'The server: "host:port" or "unix:/path"; of several, with commas between them.'
-TOKEN_VARIABLE = "SIDELIGHT_TOKEN"  # noqa: S105  (it is the name of a variable)
 TOKEN_HELP = f"A file whose first line is the token; unset: ${TOKEN_VARIABLE}, if any."
 
-Address = Annotated[str, typer.Option(help=ADDRESS_HELP, envvar="SIDELIGHT_ADDRESS")]
+Address = Annotated[str, typer.Option(help=ADDRESS_HELP, envvar=ADDRESS_VARIABLE)]
 _file = functools.partial(typer.Option, exists=True, dir_okay=False)
 Reach = Callable[..., Client]
 
@@ -55,11 +55,10 @@ def _reaching(
     """Return `connect` with what the options say. A wrong option is a usage error."""
     speaks = tls or any((ca, certificate, key, server_name))
     access = TLS(ca=ca, certificate=certificate, key=key, server_name=server_name) if speaks else None
-    token: Token | None = token_file or os.environ.get(TOKEN_VARIABLE) or None
 
     def reach(address: str, **options: Any) -> Client:
         try:
-            return connect(address, connect_timeout=connect_timeout, tls=access, token=token, **options)
+            return connect(address, connect_timeout=connect_timeout, tls=access, token=token_file, **options)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 

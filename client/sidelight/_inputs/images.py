@@ -8,7 +8,6 @@ import io
 import os
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -19,8 +18,9 @@ from sidelight.v1 import tensor_pb2
 from ..exceptions import InvalidArgument, UnreadableFile
 from ..visualization import dicom
 from ..visualization.overlay import grey_of, picture_of
+from .batch import Batch, Images, Picture, batch_id
 from .digests import digest_of_array, digest_of_file
-from .targets import Choice, choice_message
+from .targets import check_one_for_each, choice_message, target_message, target_of_part
 from .tensors import DTYPES, Array, TorchTensor, host_array, tensor_message
 
 # Modes that no file holds, or YCbCr, whose TIFF Pillow 12 and older cannot read; and those that hold the same.
@@ -29,41 +29,26 @@ _FRAME_BYTES = 8  # that a message inside another takes beside its own, and more
 _KINDS = "a path, encoded bytes, a PIL image, an array, a tensor, or a list of them"
 
 
-Picture = str | os.PathLike[str] | bytes | Image.Image
-Images = Picture | Array | TorchTensor | Sequence[Picture | Array | TorchTensor]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Served:
-    """A batch, and the class that a model server gave each of its examples, by index or label.
-
-    Where another is predicted by the server that explains, `Prediction.is_mismatch` says so.
-    """
-
-    images: Images
-    classes: Sequence[Choice]
-
-
-class Batch:
-    """N examples: their message, and for each a picture to draw on.
+class EncodedBatch:
+    """N examples as they are sent: their message, what is asked of them alone, and for each a picture to draw on.
 
     Raises `InvalidArgument` for what cannot be sent, and `UnreadableFile` for a file that cannot be read.
     """
 
-    @classmethod
-    def of(cls, images: Images, served: Sequence[Choice] | None) -> "Batch":
-        """Return a batch, with the classes that were served where they are told."""
-        return cls(images if served is None else Served(images, served))
-
-    def __init__(self, images: Images | Served) -> None:
-        given = _as_list(images.images if isinstance(images, Served) else images)
+    def __init__(self, given: "Images | Batch") -> None:
+        batch = given if isinstance(given, Batch) else Batch(given)
+        images = _as_list(batch.images)
         self.names: tuple[str | None, ...]  # the path of each example that came from a file
         # What was sent, not what the caller holds: that may be a buffer with the next batch in it by now.
         self._examples: Array | tuple[bytes, ...] = (
-            tuple(map(_file, given)) if isinstance(given, list) else np.array(given, order="C")
+            tuple(map(_file, images)) if isinstance(images, list) else np.array(images, order="C")
         )
-        self._served = _choices(images.classes, len(self)) if isinstance(images, Served) else ()
-        self.names = tuple(map(_name, given)) if isinstance(given, list) else (None,) * len(self)
+        self._served = () if batch.served_classes is None else _choices(batch.served_classes, len(self))
+        self.names = tuple(map(_name, images)) if isinstance(images, list) else (None,) * len(self)
+        self.id = None if batch.id is None else batch_id(batch.id)
+        self.target = None if batch.target is None else target_message(batch.target)  # None: that of the call
+        if self.target is not None:
+            check_one_for_each(self.target, len(self))
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -85,11 +70,12 @@ class Batch:
         """The classes that were served, inside a message; None where nobody told them."""
         return pb.ServedPredictions(classes=self._served) if self._served else None
 
-    def part(self, span: range) -> "Batch":
+    def part(self, span: range) -> "EncodedBatch":
         """Return some examples as a batch of their own. Nothing is copied."""
         if len(span) == len(self):
             return self
-        part = object.__new__(Batch)
+        part = object.__new__(EncodedBatch)
+        part.id, part.target = self.id, None if self.target is None else target_of_part(self.target, span)
         part._examples = self._examples[span.start : span.stop]
         part._served = self._served[span.start : span.stop]
         part.names = self.names[span.start : span.stop]
@@ -139,11 +125,11 @@ class Batch:
 class Lent:
     """A batch that an answer may draw on for as long as somebody else holds it."""
 
-    def __init__(self, batch: Batch | None) -> None:
-        self._find: Callable[[], Batch | None] = (lambda: None) if batch is None else weakref.ref(batch)
+    def __init__(self, batch: EncodedBatch | None) -> None:
+        self._find: Callable[[], EncodedBatch | None] = (lambda: None) if batch is None else weakref.ref(batch)
 
     @property
-    def batch(self) -> Batch | None:
+    def batch(self) -> EncodedBatch | None:
         """The batch, or None once it is let go of."""
         return self._find()
 
@@ -156,8 +142,10 @@ def _choices(classes: object, n_examples: int) -> tuple[pb.ClassChoice, ...]:
         classes = to_list()
     if isinstance(classes, str) or not isinstance(classes, Sequence) or len(classes) != n_examples:
         count = f"{len(classes)} classes" if isinstance(classes, list | tuple) else type(classes).__name__
-        raise InvalidArgument(f"served: got {count} for {n_examples} examples, expected a list with one for each")
-    return tuple(choice_message(each, "served", place=" in the list") for each in classes)
+        raise InvalidArgument(
+            f"served_classes: got {count} for {n_examples} examples, expected a list with one for each"
+        )
+    return tuple(choice_message(each, "served_classes", place=" in the list") for each in classes)
 
 
 def _as_list(images: Images) -> list[Picture | Array] | Array:

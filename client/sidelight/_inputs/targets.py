@@ -83,6 +83,21 @@ def target_message(target: Target) -> pb.Target:
     )
 
 
+def check_one_for_each(target: pb.Target, n_examples: int) -> None:
+    """Refuse a list of classes that is not as long as its batch."""
+    classes = target.per_example.classes
+    if target.WhichOneof("target") == "per_example" and len(classes) != n_examples:
+        raise InvalidArgument(f"target: {len(classes)} classes for {n_examples} examples, expected one for each")
+
+
+def target_of_part(target: pb.Target, span: range) -> pb.Target:
+    """Return the target of some examples of a batch: a list of classes is cut to theirs."""
+    if target.WhichOneof("target") != "per_example":
+        return target
+    classes = target.per_example.classes[span.start : span.stop]
+    return pb.Target(per_example=pb.PerExampleTarget(classes=classes))
+
+
 def target_text(target: pb.Target) -> str:
     """Return a target in words."""
     match target.WhichOneof("target"):

@@ -12,7 +12,7 @@ import bisect
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
-from .._inputs.images import Batch
+from .._inputs.images import EncodedBatch
 from ..results.attribution import Attribution
 
 MIN_BATCHES = 2  # one at the device, one on its way
@@ -26,10 +26,15 @@ class Entry:
     """A batch that was read, and what has come of its parts."""
 
     index: int
-    batch: Batch
+    batch: EncodedBatch
     deadline_s: float
     n_open: int = 0  # parts without an answer
     answers: dict[int, Attribution] = field(default_factory=dict)  # of the parts, by their first example
+
+    @property
+    def id(self) -> str:
+        """The batch's id, or if it has none its position."""
+        return self.batch.id or str(self.index)
 
     def settle(self, start: int, answer: Attribution) -> bool:
         """Take a part's answer in. Returns whether it was the last."""
@@ -44,16 +49,16 @@ class Part:
 
     entry: Entry
     start: int
-    batch: Batch
+    batch: EncodedBatch
     not_before_s: float = 0.0  # a server that was full said how long to wait
     is_suspect: bool = False
     n_deaths: int = 0  # of servers that had nothing else of this stream
 
     @property
     def id(self) -> str:
-        """What the part is called on the wire, and nothing else of its stream."""
-        index, stop = self.entry.index, self.start + len(self.batch)
-        return str(index) if self.is_whole else f"{index}:{self.start}-{stop}"
+        """The part's id on the wire: its batch's, with the span of its examples where it is not the whole batch."""
+        id_ = self.entry.id
+        return id_ if self.is_whole else f"{id_}:{self.start}-{self.start + len(self.batch)}"
 
     @property
     def is_whole(self) -> bool:
@@ -119,7 +124,7 @@ class InFlightBatches:
         if any(part.is_suspect for part in held):
             return None
         for place, part in enumerate(self._waiting):
-            if part.not_before_s > now_s:
+            if part.not_before_s > now_s or part.id in self._flying:  # a caller's id may equal that of a part
                 continue
             if part.is_suspect and held:  # it must be alone: the worker runs empty first
                 return None
@@ -129,6 +134,18 @@ class InFlightBatches:
             self._flying[part.id] = part, worker
             return part
         return None
+
+    def has_id(self, id_: str) -> bool:
+        """Say whether an unanswered batch has this id."""
+        flying = (part for part, _ in self._flying.values())
+        return any(part.entry.id == id_ for part in (*self._waiting, *flying))
+
+    def free_id(self, index: int) -> str:
+        """Return an id for the batch at a position that has none, and that no unanswered batch has."""
+        id_ = str(index)
+        while self.has_id(id_):
+            id_ += "'"
+        return id_
 
     def get(self, id_: str) -> Part | None:
         """Return a part that flies."""

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
-from .._inputs.images import Batch
+from .._inputs.images import EncodedBatch
 from ..exceptions import MessageTooLarge
 from ..results.server_info import ServerInfo
 
@@ -19,7 +19,12 @@ EXAMPLE_BYTES = 512
 
 
 def refuse_large(
-    request: pb.AttributeRequest, batch: Batch, *, ours: int, theirs: int, input_size: tuple[int, int, int] | None
+    request: pb.AttributeRequest,
+    batch: EncodedBatch,
+    *,
+    ours: int,
+    theirs: int,
+    input_size: tuple[int, int, int] | None,
 ) -> None:
     """Raise `MessageTooLarge` for a request over either side's `max_message_bytes`, or whose answer is over ours.
 
@@ -31,7 +36,7 @@ def refuse_large(
 
 def spans(
     template: pb.AttributeRequest,
-    batch: Batch,
+    batch: EncodedBatch,
     *,
     ours: int,
     server: ServerInfo,
@@ -50,7 +55,7 @@ def spans(
             batch.array.nbytes + maps_bytes, n, most=most, limit=server.shared_memory.max_region_bytes
         )
     limit = min(ours, server.limits.max_message_bytes)
-    head_bytes = template.ByteSize() + HEAD_BYTES
+    head_bytes = template.ByteSize() + (batch.target.ByteSize() if batch.target else 0) + HEAD_BYTES
     sizes = [size + FILE_BYTES for size in batch.sizes()]
     if sum(sizes) + head_bytes <= limit and maps_bytes + PROVENANCE_BYTES + n * EXAMPLE_BYTES <= limit and n <= most:
         return [range(n)]
@@ -102,9 +107,10 @@ def _refuse_answer(n_bytes: int, *, ours: int) -> None:
         )
 
 
-def map_bytes(request: pb.AttributeRequest, batch: Batch, input_size: tuple[int, int, int] | None) -> int:
+def map_bytes(request: pb.AttributeRequest, batch: EncodedBatch, input_size: tuple[int, int, int] | None) -> int:
     """Return how many bytes the maps of a batch take, all that each example has; 0 where that is not known."""
     keeps_channels = request.channels == pb.CHANNEL_REDUCTION_NONE
-    n_maps = max(1, request.target.top_k.k)
+    target = request.target if batch.target is None else batch.target
+    n_maps = max(1, target.top_k.k)
     item_bytes = _ITEM_BYTES.get(request.output.map_dtype, _FLOAT32_BYTES)
     return n_maps * item_bytes * batch.map_elements(input_size, keeps_channels=keeps_channels)

@@ -32,7 +32,7 @@ def join(entry: Entry) -> Attribution:
     if len(models := {each.model_digest for each in provenances}) > 1:
         return failed(ModelChanged(
             f"batch {entry.index}: its parts were answered by {len(models)} models, one after another; send it again"
-        ), index=entry.index)  # fmt: skip
+        ), index=entry.index, id_=entry.id)  # fmt: skip
     provenance = _provenance(provenances)
     failures = (
         dataclasses.replace(failure, example=start + failure.example)

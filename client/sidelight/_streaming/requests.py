@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from .._inputs.images import Batch
+from .._inputs.images import EncodedBatch
 from .._inputs.tensors import Array, array_of
 from .._options import Headers, duration
 from .._transport.channel import Connection
@@ -26,8 +26,8 @@ class StreamConfig:
     """What is asked of every batch, and how far the client goes to have it answered."""
 
     template: pb.AttributeRequest  # all of a request but id, images and what is left of its time
-    spans: Callable[[Batch], Sequence[range]]  # the parts in which a batch is sent
-    map_bytes: Callable[[Batch], int]  # how many bytes a batch's maps take
+    spans: Callable[[EncodedBatch], Sequence[range]]  # the parts in which a batch is sent
+    map_bytes: Callable[[EncodedBatch], int]  # how many bytes a batch's maps take
     timeout_s: float
     patience_s: float  # how long there may be no server while nothing is unanswered
     max_message_bytes: int
@@ -37,7 +37,7 @@ class StreamConfig:
     metadata: Headers = ()  # that each call brings
     share: Callable[[Connection], Regions] | None = None  # makes a call's regions of shared memory
 
-    def shared_bytes(self, batch: Batch) -> int:
+    def shared_bytes(self, batch: EncodedBatch) -> int:
         """Return how many bytes a batch and its maps take in shared memory: files travel inside their messages."""
         return _array_bytes(batch) + self.map_bytes(batch)
 
@@ -55,7 +55,9 @@ class StreamConfig:
             request.images.CopyFrom(part.batch.message)
         if served := part.batch.served:
             request.served.CopyFrom(served)
-        if request.target.WhichOneof("target") == "per_example":  # a stream's last batch may be shorter than the list
+        if part.batch.target is not None:
+            request.target.CopyFrom(part.batch.target)
+        elif request.target.WhichOneof("target") == "per_example":  # a stream's last batch may be shorter than the list
             classes = request.target.per_example.classes
             del classes[part.start + len(part.batch) :], classes[: part.start]
         request.timeout.CopyFrom(duration(max(_SHORTEST_S, part.entry.deadline_s - time.monotonic())))
@@ -64,7 +66,7 @@ class StreamConfig:
     def answer(self, incoming: Incoming, part: Part, regions: Regions | None) -> Attribution:
         """Return a part's answer, which may not be final, or its failure."""
         response = incoming.message
-        index, result = part.entry.index, response.result
+        index, id_, result = part.entry.index, part.entry.id, response.result
         if response.WhichOneof("outcome") == "result":
             maps = None
             if incoming.maps is not None:
@@ -74,8 +76,8 @@ class StreamConfig:
             return attribution.read(result, part.batch, index=index, baseline=self.baseline, maps=maps)
         failure = response.failure
         delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
-        return attribution.failed(from_code(failure.code, failure.message, retry_delay_s=delay_s), index=index)
+        return attribution.failed(from_code(failure.code, failure.message, retry_delay_s=delay_s), index=index, id_=id_)
 
 
-def _array_bytes(batch: Batch) -> int:
+def _array_bytes(batch: EncodedBatch) -> int:
     return 0 if batch.array is None else batch.array.nbytes

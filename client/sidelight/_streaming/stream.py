@@ -8,13 +8,15 @@ the answers out. What they share is `InFlightBatches`, under one lock, and `Resu
 import contextvars
 import enum
 import functools
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from .._inputs.images import Batch, Images, Served
+from .._inputs.batch import Batch, Images
+from .._inputs.images import EncodedBatch
 from .._options import check_classes
 from .._transport.channel import Connection
 from .._transport.process import Origin, close_at_exit
@@ -40,6 +42,8 @@ from .requests import StreamConfig
 from .results_queue import Answered, End, ResultQueue
 from .worker import StreamWorker
 
+log = logging.getLogger("sidelight")
+
 UNAVAILABLE_DELAY_S = 0.1  # before a batch is sent again that a server refused on its way out
 
 
@@ -57,7 +61,7 @@ class Stream:
     def __init__(
         self,
         connections: Sequence[Connection],
-        batches: Iterator[Images | Served | Batch],
+        batches: Iterator[Images | Batch | EncodedBatch],
         *,
         config: StreamConfig,
         in_flight: InFlightBatches,
@@ -80,6 +84,7 @@ class Stream:
         self._refused: set[StreamWorker] = set()  # those whose last call was never taken
         self._digest = ""
         self._n_read = 0
+        self._are_classes_checked = False  # of the call's target, where it has one for each example
         self._context = contextvars.copy_context()  # the caller's: its batches are read in threads of gRPC's
         self._is_reading = False
         self._is_over = False
@@ -199,8 +204,13 @@ class Stream:
         with self._lock:
             if self._is_over:
                 return
-            if worker not in self._availability:
+            was_open = worker in self._availability
+            if not was_open:
                 self._refused.add(worker)
+            log.log(
+                logging.WARNING if was_open and failed else logging.INFO,
+                "%s: the stream's call ended, reconnecting: %s", worker.connection.address, cause,
+            )  # fmt: skip
             self._availability.went(worker, cause, time.monotonic())
             if failed and not self._config.retry:
                 for part in self._in_flight.take_back(worker):
@@ -244,6 +254,9 @@ class Stream:
         """Send a part again where that may go well: it was too large, or its server was full, or on its way out."""
         delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
         if failure.code == ResourceExhausted.code and delay_s is None and len(part.batch) > 1:
+            log.info(
+                "%s: split in two, the server refuses %d examples: %s", _told(part), len(part.batch), failure.message
+            )
             self._in_flight.halve(part)
             return True
         if not self._config.retry:
@@ -255,6 +268,7 @@ class Stream:
         not_before_s = time.monotonic() + (delay_s or 0.0)
         if delay_s is None or not_before_s >= part.entry.deadline_s:
             return False
+        log.info("%s: sent again in %.2g s: %s", _told(part), delay_s, failure.message)
         self._in_flight.again(part, not_before_s=not_before_s)
         return True
 
@@ -283,7 +297,7 @@ class Stream:
             self._deliver(part.entry, join(part.entry))
 
     def _fail(self, part: Part, error: SidelightError) -> None:
-        self._settle(part, attribution.failed(error, index=part.entry.index))
+        self._settle(part, attribution.failed(error, index=part.entry.index, id_=part.entry.id))
 
     def _deliver(self, entry: Entry, answer: Attribution) -> None:
         self.queue.put(entry, answer)
@@ -313,24 +327,37 @@ class Stream:
         except Exception as error:  # the caller's iterator raised: the caller hears of it
             self.end(error)
             return
-        batch, spans, refused = Batch([]), [], None
+        batch, spans, refused = EncodedBatch([]), [], None
+        if isinstance(images, Batch) and isinstance(images.id, str):  # its error bears its id
+            batch.id = images.id
         try:
-            batch = images if isinstance(images, Batch) else Batch(images)
-            if not self._n_read:  # a later one may be shorter, as the last of a data set is
+            batch = images if isinstance(images, EncodedBatch) else EncodedBatch(images)
+            if batch.target is None and not self._are_classes_checked:
+                # Later ones may be shorter, as the last of a data set is.
+                self._are_classes_checked = True
                 check_classes(self._config.template, batch)
             spans = list(self._config.spans(batch))
+            if len(spans) > 1:
+                log.info(
+                    "batch %s: sent in %d parts, over the limits of one message", batch.id or self._n_read, len(spans)
+                )
         except (SidelightError, OSError) as error:
             refused = error if isinstance(error, SidelightError) else InvalidArgument(f"images: {error}")
         except Exception as error:
             self.end(error)
             return
         with self._lock:
+            if batch.id is None:
+                batch.id = self._in_flight.free_id(self._n_read)
+            elif refused is None and self._in_flight.has_id(batch.id):
+                refused = InvalidArgument(f'id: "{batch.id}" is of a batch that is not answered yet')
+                spans = []
             entry = Entry(self._n_read, batch, time.monotonic() + self._config.timeout_s)
             self._n_read += 1
             self._is_reading = False
             self._in_flight.add(entry, spans)
             if refused is not None:
-                self._deliver(entry, attribution.failed(refused, index=entry.index))
+                self._deliver(entry, attribution.failed(refused, index=entry.index, id_=entry.id))
             elif self._in_flight.n_unanswered == len(spans):  # the keeper had nothing to wait for
                 self._keep.notify()
             self._changed.notify_all()
@@ -376,4 +403,4 @@ class Stream:
 
 
 def _told(part: Part) -> str:
-    return f"batch {part.entry.index}"
+    return f"batch {part.entry.id}"

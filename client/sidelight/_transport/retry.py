@@ -1,8 +1,11 @@
 """Retries: what may be tried again, and when. Attribution changes nothing, so repeating a call is safe."""
 
+import logging
 import time
 
 from ..exceptions import Cancelled, ResourceExhausted, SidelightError, Unavailable
+
+log = logging.getLogger("sidelight")
 
 DEATHS = 2  # servers that may go away under one call: it may be the cause
 AWAY_DELAY_S = 0.05  # until the channel has seen that its server is gone
@@ -40,4 +43,5 @@ class Retry:
             delay_s = error.retry_delay_s if isinstance(error, ResourceExhausted | Unavailable) else None
         if delay_s is None or delay_s >= self.left_s:
             raise error
+        log.info("calling again in %.2g s: %s: %s", delay_s, type(error).__name__, error)
         return delay_s

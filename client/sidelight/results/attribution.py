@@ -15,7 +15,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
 from .._inputs.enums import word
-from .._inputs.images import Batch, Lent
+from .._inputs.images import EncodedBatch, Lent
 from .._inputs.tensors import Array, array_of
 from ..exceptions import FailedPrecondition, SidelightError, from_code
 from ..visualization.overlay import overlay, overlay_part
@@ -55,9 +55,10 @@ class Attribution:
     transport: str = "inline"
     final: bool = True
     index: int = 0  # the batch's position in a stream
+    id: str = ""  # the batch's: chosen by the caller, or generated
     error: SidelightError | None = None
     names: tuple[str | None, ...] = ()  # the path of each example that came from a file
-    _batch: Batch | Lent | None = None
+    _batch: EncodedBatch | Lent | None = None
     _provenance: pb.Provenance | None = None
     _baseline: Array | None = None  # that was given with the method
 
@@ -178,7 +179,7 @@ class Attribution:
 
 def read(
     message: pb.Attribution,
-    batch: Batch,
+    batch: EncodedBatch,
     *,
     index: int = 0,
     baseline: Array | None = None,
@@ -212,6 +213,7 @@ def read(
         transport=word(pb.Transport, message.transport),
         final=message.final,
         index=index,
+        id=batch.id or "",
         names=batch.names,
         _batch=batch,
         _provenance=message.provenance,
@@ -219,16 +221,16 @@ def read(
     )
 
 
-def lent(answer: Attribution, batch: Batch) -> Attribution:
+def lent(answer: Attribution, batch: EncodedBatch) -> Attribution:
     """Return an answer that draws on arrays only while somebody else holds them. Files are small, and kept."""
     if answer._batch is None or batch.array is None:
         return answer
     return dataclasses.replace(answer, _batch=Lent(batch))
 
 
-def failed(error: SidelightError, *, index: int) -> Attribution:
+def failed(error: SidelightError, *, index: int, id_: str) -> Attribution:
     """Return the answer of a batch that failed whole."""
-    return Attribution(maps=np.empty((0, 0, 0), np.float32), index=index, error=error)
+    return Attribution(maps=np.empty((0, 0, 0), np.float32), index=index, id=id_, error=error)
 
 
 def _seen(picture: Image.Image, geometry: Geometry) -> Image.Image:

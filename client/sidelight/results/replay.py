@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from sidelight.v1 import attribution_pb2 as pb
 
+from .._inputs.batch import Images, single_batch
 from .._inputs.enums import map_dtype_number
-from .._inputs.images import Batch, Images
+from .._inputs.images import EncodedBatch
 from .._inputs.tensors import Array, floats
 from .._options import duration
 from ..exceptions import InvalidArgument
@@ -90,7 +91,7 @@ def replay(
     `UnreadableFile` for a file that cannot be read, and `InvalidArgument` for one that holds something else, or images
     that are others or not as many.
     """
-    record, batch = storage.load(Path(saved)), Batch(images)
+    record, batch = storage.load(Path(saved)), EncodedBatch(single_batch(images))
     if len(batch) != len(record.digests):
         raise InvalidArgument(f"images: got {len(batch)}, expected {len(record.digests)}, as many as the answer has")
     _check_examples(record, batch)
@@ -104,7 +105,7 @@ def replay(
     )
 
 
-def _check_examples(record: Record, batch: Batch) -> None:
+def _check_examples(record: Record, batch: EncodedBatch) -> None:
     """Refuse examples that are not those that were explained, where the record says which these were."""
     saved = record.provenance.example_digests
     for i, (then, now) in enumerate(zip(saved, batch.digests(), strict=False)):

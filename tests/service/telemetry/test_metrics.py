@@ -353,15 +353,15 @@ def test_a_prediction_that_is_not_the_served_one_is_flagged_and_counted(
         found = [each.index for each in plain.predictions]
         served = [found[0], plain.predictions[1].label, found[2] + 1, "no class of this model", 10**6]
         if is_streamed:
-            (answer,) = client.stream([sidelight.Served(floats, served)])
+            (answer,) = client.stream([sidelight.Batch(floats, served_classes=served)])
         else:
-            answer = client.attribute(floats, served=served)
+            answer = client.attribute(floats, served_classes=served)
         assert [each.is_mismatch for each in answer.predictions] == [False, False, True, True, True]
         np.testing.assert_array_equal(answer.maps, plain.maps)
         counted = scrape(server.metrics)
         for wrong in ([0], "cat", 3, [0] * 6):
-            with pytest.raises(sidelight.InvalidArgument, match="served: got"):
-                client.attribute(floats, served=wrong)
+            with pytest.raises(sidelight.InvalidArgument, match="served_classes: got"):
+                client.attribute(floats, served_classes=wrong)
     assert counted.sum("sidelight_predictions_compared_total", model="small") == 5
     assert counted.sum("sidelight_prediction_mismatches_total", model="small") == 3
 
@@ -374,7 +374,7 @@ def test_served_classes_follow_their_examples_into_parts(spec: ModelSpec, floats
     ):
         found = [client.attribute(each).predictions[0].index for each in floats]
         served = [found[0], found[1] + 1, found[2], found[3], found[4] + 1]
-        (answer,) = client.stream([sidelight.Served(floats, torch.tensor(served))])
+        (answer,) = client.stream([sidelight.Batch(floats, served_classes=torch.tensor(served))])
     assert [each.is_mismatch for each in answer.predictions] == [False, True, False, False, True]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sidelight._inputs.images import Batch
+from sidelight._inputs.images import EncodedBatch
 from sidelight._streaming.in_flight import GRACE_S, Entry, InFlightBatches, Part
 from sidelight.exceptions import Internal
 from sidelight.results import attribution
@@ -13,7 +13,7 @@ A, B = "lane A", "lane B"
 
 
 def entry(index: int, n: int = 1, *, deadline_s: float = 100.0) -> Entry:
-    return Entry(index, Batch(np.zeros((n, 1, 1, 1), np.float32)), deadline_s)
+    return Entry(index, EncodedBatch(np.zeros((n, 1, 1, 1), np.float32)), deadline_s)
 
 
 def filled(n_batches: int, *, window: int = 100, n_lanes: int = 1, in_all: int | None = None) -> InFlightBatches:
@@ -116,7 +116,7 @@ def test_a_part_that_was_too_large_is_sent_as_two() -> None:
     in_flight.send(A, 0)
     in_flight.halve(in_flight.get("0"))
     assert sent(in_flight, A) == ["0:0-2", "0:2-5"]
-    failed = attribution.failed(Internal(""), index=0)
+    failed = attribution.failed(Internal(""), index=0, id_="0")
     assert [batch.settle(start, failed) for start in (2, 0)] == [False, True]
 
 

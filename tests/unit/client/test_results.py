@@ -13,7 +13,8 @@ import sidelight
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from sidelight._inputs.images import Batch, Images
+from sidelight._inputs.batch import Images
+from sidelight._inputs.images import EncodedBatch
 from sidelight.results import attribution
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
@@ -54,7 +55,7 @@ def answer_of(
     )
     if images is None:
         images = np.random.default_rng(1).integers(0, 256, (n, 4, 6, 3), np.uint8)
-    return attribution.read(message, Batch(images))
+    return attribution.read(message, EncodedBatch(images))
 
 
 def failing() -> sidelight.Attribution:
@@ -123,7 +124,7 @@ def test_a_failed_example_has_its_failure_alone() -> None:
 
 def test_without_its_images_an_example_is_shown_as_its_map() -> None:
     answer = pickle.loads(
-        pickle.dumps(attribution.lent(answer_of([example(1)]), Batch(np.zeros((1, 4, 6, 3), np.uint8))))
+        pickle.dumps(attribution.lent(answer_of([example(1)]), EncodedBatch(np.zeros((1, 4, 6, 3), np.uint8))))
     )
     with pytest.raises(sidelight.FailedPrecondition, match="keep_images"):
         answer[0].overlay()

@@ -10,14 +10,14 @@ import typer
 from rich.console import Console
 
 from ... import __version__
-from ..._client import DEFAULT_ADDRESS, TIMEOUT_S
+from ..._client import TIMEOUT_S
 from ..._inputs.enums import MapDtype, Score
 from ..._inputs.targets import Choice
 from ...exceptions import InvalidArgument, SidelightError
 from ...methods.method import Method
 from ...methods.parsing import parse_method
 from ...results.server_info import ModelInfo
-from ..options import Reach
+from ..options import DEFAULT_ADDRESS, Reach
 from .arrivals import Arrivals
 from .measurement import N_OUTSTANDING, Bench, Plan
 from .plot import check_plot, plot

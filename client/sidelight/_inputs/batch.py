@@ -1,0 +1,54 @@
+"""Batches: images with options and an id of their own."""
+
+import dataclasses
+import os
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ..exceptions import InvalidArgument
+from .targets import Choice, Target
+from .tensors import Array, TorchTensor
+from .validation import text
+
+MAX_ID_BYTES = 100  # the schema's limit is 128; a batch that is sent in parts needs a suffix for each
+
+Picture = str | os.PathLike[str] | bytes | Image.Image
+Images = Picture | Array | TorchTensor | Sequence[Picture | Array | TorchTensor]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """The images of one request, with options of their own. `attribute` and `stream` take it wherever they take images.
+
+    `images`: whatever `Client.attribute` takes. `target` replaces the call's; None leaves that in force.
+    `served_classes`: the class that your model server predicted for each example, by index or label. Where the server
+    that explains predicts another, `Prediction.is_mismatch` says so. `id` comes back as `answer.id`, and names the
+    batch in the server's log: at most 100 bytes of UTF-8, and unique among a stream's unanswered batches. If it is
+    None, one is generated: on a stream the batch's position, in a single call random digits.
+    """
+
+    images: Images
+    target: Target = None
+    served_classes: Sequence[Choice] | None = None
+    id: str | None = None
+
+
+def single_batch(images: Images | Batch, served_classes: Sequence[Choice] | None = None) -> Batch:
+    """Return the batch of a single call, with an id. Its own served classes, if any, replace the call's."""
+    batch = images if isinstance(images, Batch) else Batch(images)
+    return dataclasses.replace(
+        batch,
+        served_classes=served_classes if batch.served_classes is None else batch.served_classes,
+        id=uuid.uuid4().hex if batch.id is None else batch.id,
+    )
+
+
+def batch_id(value: object) -> str:
+    """Return a batch's id. `InvalidArgument` where it is empty, too long or not a text."""
+    id_ = text(value, "id")
+    if not 0 < (n_bytes := len(id_.encode())) <= MAX_ID_BYTES:
+        raise InvalidArgument(f"id: got {n_bytes} bytes, expected 1 to {MAX_ID_BYTES}")
+    return id_
