@@ -9,7 +9,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .app.embedded import serve
+    from .app.embedded import EmbeddedServer, serve
     from .config.settings import Settings
     from .config.spec import ModelSpec
     from .domain import (
@@ -92,6 +92,7 @@ __all__ = [
     "Contrast",
     "Convergence",
     "Dense",
+    "EmbeddedServer",
     "Engine",
     "ExampleFailure",
     "ExpectedGradients",

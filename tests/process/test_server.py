@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -382,6 +383,32 @@ def test_a_server_that_was_left_leaves_nothing_behind(device: str) -> None:
         assert all(path.is_socket() for path in paths)
     assert not any(path.parent.exists() for path in paths)
     assert threads() == before
+
+
+def test_a_served_module_answers_until_close_and_leaves_nothing_behind(device: str) -> None:
+    before = threads()
+    server = serve(net(), input_size=(3, 4, 4), device=device)
+    folder = Path(server.address.removeprefix("unix:")).parent
+    with serve(net(), input_size=(3, 4, 4), device=device) as address:
+        assert ask_net(server.address).result.maps == ask_net(address).result.maps
+    server.close()
+    assert not folder.exists()
+    assert threads() == before
+    server.close()  # as a `with` around it would
+
+
+def test_a_served_module_that_is_never_closed_ends_with_its_process() -> None:
+    script = """if True:
+        import sidelight, sidelight_server, torch
+        spec = sidelight_server.ModelSpec(torch.nn.Flatten(), input_size=(3, 2, 2), outputs="logits")
+        server = sidelight_server.serve(spec, device="cpu")
+        with sidelight.connect(server.address) as client:
+            client.attribute(torch.ones(1, 3, 2, 2))
+        print(server.address)
+    """
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not Path(done.stdout.strip().removeprefix("unix:")).parent.exists()
 
 
 def test_an_exception_inside_stops_the_server(device: str) -> None:

@@ -1,10 +1,11 @@
 """A server in a thread of the caller's own process: for tests, notebooks and drop-in use."""
 
 import asyncio
+import atexit
 import contextlib
 import tempfile
 import threading
-from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,9 +19,43 @@ from ..errors import ConfigurationError
 from .server import Server
 
 
-@contextlib.contextmanager
-def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> Iterator[str]:
-    """Run a real server in a thread of its own, on a fresh UNIX socket, and give its address.
+class EmbeddedServer:
+    """A server that `serve` has started. It runs until `close`, the end of a `with` block, or the process's end.
+
+    `with` gives the address.
+    """
+
+    def __init__(
+        self, server: Server, folder: tempfile.TemporaryDirectory[str], resources: contextlib.ExitStack
+    ) -> None:
+        self.address = server.addresses[0]
+        self._server = server
+        self._folder = folder
+        self._resources = resources  # its thread, and that folder
+        atexit.register(self._abandon)
+
+    def __enter__(self) -> str:
+        return self.address
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} at {self.address}>"
+
+    def close(self) -> None:
+        """Let running calls end within `drain_s`, then stop. A second call does nothing."""
+        atexit.unregister(self._abandon)
+        self._resources.close()
+
+    def _abandon(self) -> None:
+        """End what must not outlive the process. A stop would need threads, and none can be started at exit."""
+        self._server.abandon()
+        self._folder.cleanup()
+
+
+def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> EmbeddedServer:
+    """Start a real server in a thread of its own, on a fresh UNIX socket. Its `address` takes calls at once.
 
     `model` is a module, a `ModelSpec` or a source; several are given as `models={name: {"model": source, …}}` instead.
     `settings` are those of `Settings`. Neither variables nor a file are read. The module is neither frozen, moved nor
@@ -39,11 +74,13 @@ def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> 
     engine = Engine(_offered(model, chosen), chosen)
     if "listen" not in settings:  # the socket lies in a folder of this user's alone
         engine.expose_causes()
-    with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
-        listen = chosen.listen if "listen" in settings else (f"unix:{folder}/socket",)
+    with contextlib.ExitStack() as resources:
+        folder = tempfile.TemporaryDirectory(prefix="sidelight-")
+        resources.enter_context(folder)
+        listen = chosen.listen if "listen" in settings else (f"unix:{folder.name}/socket",)
         server = Server(engine, listen=listen, plaintext=chosen.plaintext, metrics_listen=chosen.metrics_listen or "")
-        with _Thread(server, drain_s=chosen.drain_s):
-            yield server.addresses[0]
+        resources.enter_context(_Thread(server, drain_s=chosen.drain_s))
+        return EmbeddedServer(server, folder, resources.pop_all())
 
 
 def _offered(model: nn.Module | ModelSpec | str | None, settings: Settings) -> list[ModelSpec | ModelSettings]:
