@@ -33,6 +33,7 @@ PAGES = {
         "README.md",
         "docs/tutorial/first-maps.md",
         "docs/how-to/call-from-python.md",
+        "docs/how-to/use-the-command-line.md",
         "docs/how-to/replace-pyhealth.md",
         "docs/how-to/load-test.md",
     )

@@ -1,11 +1,14 @@
 """The command `sidelight`: what it prints and writes, and how it ends."""
 
+import dataclasses
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +60,11 @@ def process(
         cwd=cwd,
         env={**os.environ, "COLUMNS": "200", "NO_COLOR": "1"} | variables,
     )
+
+
+def objects(done: Result) -> list[dict[str, Any]]:
+    """Return what was printed as lines of JSON, and nothing else was."""
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def without(package: str) -> str:
@@ -297,11 +305,75 @@ def test_a_picture_that_fails_is_named_and_the_others_are_explained(run: Run) ->
     assert isinstance(done.exception, SystemExit)
 
 
-def test_a_folder_is_no_picture(run: Run) -> None:
+def test_a_folder_stands_for_the_pictures_in_it(run: Run) -> None:
+    for name in ("in/b.png", "in/a.PNG", "in/deeper/c.png", "d.png"):
+        picture(name)
+    Path("in/notes.txt").write_text("no picture")
+    done = run("attribute", "d.png", "in", "--json")
+    assert done.exit_code == 0
+    assert [each["picture"] for each in objects(done)] == ["d.png", "in/a.PNG", "in/b.png"]
+
+
+def test_a_folder_without_pictures_is_a_usage_error(run: Run) -> None:
     Path("folder").mkdir()
     done = run("attribute", "folder")
+    assert done.exit_code == 2
+    assert "the folder folder has no pictures (.bmp, .dcm," in done.stderr
+
+
+def test_answers_are_printed_as_lines_of_json(run: Run, client: sidelight.Client) -> None:
+    good, more = picture("good.png"), picture("more.png", seed=1)
+    Path("bad.png").write_bytes(b"no picture")
+    done = run("attribute", good, "bad.png", "missing.png", more, "--json", "--out", "out", "--score", "logit")
     assert done.exit_code == 1
-    assert "cannot read folder: Is a directory" in rows(done.stdout)["folder"][0]
+    told = objects(done)
+    assert [each["picture"] for each in told] == ["good.png", "bad.png", "missing.png", "more.png"]
+    assert [each["error"] and each["error"]["type"] for each in told] == [None, None, "UnreadableFile", None]
+    assert "no PNG" in told[1]["failures"][0]["message"]
+    for each, path in ((told[0], good), (told[3], more)):
+        expected = client.attribute(path, score="logit").provenance
+        assert each["provenance"]["score"] == "logit"
+        assert each["provenance"]["example_digests"] == list(expected.example_digests)
+    assert sorted(each.name for each in Path("out").iterdir()) == ["good.png", "more.png"]
+
+
+def test_a_servers_facts_are_printed_as_json(run: Run, client: sidelight.Client, address: str) -> None:
+    done = run("info", "--json")
+    told = json.loads(done.stdout)
+    assert told.pop("address") == address
+    expected = json.loads(json.dumps(dataclasses.asdict(client.info())))
+    assert (
+        told.pop("cancellations").keys() == expected.pop("cancellations").keys()
+    )  # others' requests may have been cancelled since
+    assert told == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["smoothgrad", "--option", "samples=3", "--option", "seed=7"], "smoothgrad(samples=3, seed=7)"),
+        (["integrated_gradients", "--option", "baseline=black"], "integrated_gradients(baseline=black)"),
+        (["occlusion", "--option", "window=(8, 8)"], "occlusion(window=(8, 8))"),
+        (
+            ["smoothgrad", "--option", "base=integrated_gradients(steps=2)"],
+            "smoothgrad(base=integrated_gradients(steps=2))",
+        ),
+        (["gradient", "--option", "signed=True"], "gradient(signed=True)"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else "",
+)
+def test_options_of_a_method_may_be_given_one_by_one(run: Run, options: list[str], text: str) -> None:
+    picture("a.png")
+    (apart,), (whole,) = (
+        objects(run("attribute", "a.png", "--json", "--method", *words)) for words in (options, [text])
+    )
+    assert apart["provenance"]["method"] == whole["provenance"]["method"]
+    assert apart["examples"][0]["map_sha256"] == whole["examples"][0]["map_sha256"]
+
+
+def test_the_shell_completes_the_names_of_methods(run: Run) -> None:
+    done = run(_SIDELIGHT_COMPLETE="complete_bash", COMP_WORDS="sidelight attribute --method g", COMP_CWORD="3")
+    assert done.stdout.split() == [name for name in METHODS if name.startswith("g")]
 
 
 def test_names_and_labels_are_no_markup(device: str, run: Run) -> None:
@@ -467,7 +539,7 @@ def test_info_tells_of_a_model_that_takes_any_size(device: str, run: Run) -> Non
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["attribute"], ["replay"], ["info"], ["demo"], ["version"]], ids=lambda each: " ".join(each)
+    "command", [[], ["attribute"], ["replay"], ["info"], ["demo"]], ids=lambda each: " ".join(each)
 )
 def test_help_explains_every_option(run: Run, command: list[str]) -> None:
     done = run(*command, "--help")
@@ -490,11 +562,13 @@ def test_help_explains_every_option(run: Run, command: list[str]) -> None:
             "--region",
             "--map-dtype",
             "--save",
+            "--option",
+            "--json",
         ],
         "replay": ["--image", "--baseline", "--address", "answer.json"],
-        "info": ["--address", "--connect-timeout", "SIDELIGHT_ADDRESS"],
+        "info": ["--address", "--json", "--connect-timeout", "SIDELIGHT_ADDRESS"],
         "demo": ["--out"],
-        "": ["attribute", "replay", "info", "demo", "version"],
+        "": ["attribute", "replay", "info", "demo", "--version", "--install-completion"],
     }
     for word in words.get("".join(command), []):
         assert word in done.stdout
@@ -528,6 +602,10 @@ def test_without_a_command_the_help_is_shown(run: Run) -> None:
         (["attribute", "a.png", "--region", "0,0,1,1"], "expected --target beside it"),
         (["attribute", "a.png", "--target", "1", "--region", "0,0,1"], "expected TOP,LEFT,HEIGHT,WIDTH"),
         (["attribute", "a.png", "--target", "1", "--against", "2", "--region", "0,0,1,1"], "without --region"),
+        (["attribute", "a.png", "--option", "samples=2"], "gradient got the option 'samples'"),
+        (["attribute", "a.png", "--method", "smoothgrad", "--option", "sample=2"], "did you mean 'samples'?"),
+        (["attribute", "a.png", "--method", "smoothgrad", "--option", "samples"], "expected NAME=VALUE"),
+        (["attribute", "a.png", "--method", "rise(masks=2)", "--option", "seed=1"], "expected a name alone"),
         (["replay", "answer.json", "--imge", "a.png"], "--image"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
@@ -540,7 +618,7 @@ def test_a_wrong_word_ends_with_two_and_the_right_one(run: Run, arguments: list[
 
 
 def test_the_version_is_the_clients(run: Run) -> None:
-    assert run("version").stdout.strip() == sidelight.__version__
+    assert run("--version").stdout == f"{sidelight.__version__}\n"
 
 
 def test_the_demonstration_names_the_extra_that_it_needs(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-import re
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -14,33 +14,41 @@ from rich.markup import escape
 from .. import __version__
 from .._client import RELOAD_TIMEOUT_S, TIMEOUT_S
 from .._inputs.enums import Channels, MapDtype, Score
-from .._inputs.targets import Choice, Contrast, Dense, Region, Target, TopK
-from .._inputs.tensors import Array
-from ..exceptions import InvalidArgument, SidelightError
-from ..methods.gradient import Gradient
-from ..methods.method import Method
-from ..methods.parsing import METHODS, parse_method
-from ..methods.path import ExpectedGradients, IntegratedGradients, SmoothGrad
-from ..methods.perturbation import Occlusion
+from ..exceptions import SidelightError
+from ..methods.parsing import METHODS
 from ..results.replay import replay as compute_again
 from ..results.storage import load_array
+from .arguments import REGION, from_baseline, method_names, method_of, pictures_of, target_of
 from .bench.command import bench
 from .options import DEFAULT_ADDRESS, Address, Reach, with_access
 from .server_tables import report_server
 from .tables import report, report_replay
 
-REGION = "TOP,LEFT,HEIGHT,WIDTH"
 METHOD_HELP = f"How: {', '.join(METHODS)}; with options as in 'integrated_gradients(steps=20, baseline=black)'."
 
-app = typer.Typer(
-    help="Which pixels decided each prediction.", no_args_is_help=True, add_completion=False, rich_markup_mode=None
-)
+app = typer.Typer(help="Which pixels decided each prediction.", no_args_is_help=True, rich_markup_mode=None)
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        Console(highlight=False).print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    *,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the client's version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Which pixels decided each prediction."""
 
 
 @app.command()
 @with_access
 def attribute(
-    images: Annotated[list[Path], typer.Argument(help="Picture files.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(help="Picture files, and folders of them.", show_default=False)],
     *,
     address: Address = DEFAULT_ADDRESS,
     out: Annotated[Path | None, typer.Option(help="A folder for overlays; without it none are written.")] = None,
@@ -56,7 +64,10 @@ def attribute(
     against: Annotated[str | None, typer.Option(help="With --target: a class whose score is subtracted.")] = None,
     region: Annotated[str | None, typer.Option(help=f"With --target, of a dense output: {REGION}.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Explain so many of the most probable classes.")] = None,
-    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "gradient",
+    method: Annotated[str, typer.Option(help=METHOD_HELP, autocompletion=method_names)] = "gradient",
+    option: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="With the name of a --method: an option of it.")
+    ] = None,
     baseline: Annotated[Path | None, typer.Option(help="An array, .npy, that is the method's baseline.")] = None,
     score: Annotated[Score, typer.Option(help="The number whose gradient is taken.")] = "probability",
     channels: Annotated[Channels, typer.Option(help="How the channels become one.")] = "max_abs",
@@ -64,17 +75,20 @@ def attribute(
     times_input: Annotated[bool, typer.Option("--times-input", help="gradient(times_input=True), for short.")] = False,
     map_dtype: Annotated[MapDtype, typer.Option(help="How the maps travel; the shorter ones are rounded.")] = "float32",
     timeout: Annotated[float, typer.Option(help="Seconds that one picture may take.")] = TIMEOUT_S,
+    json_: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each picture, and no table.")] = False,
     reach: Reach,
 ) -> None:
     """Explain pictures: print class, probability and time of each, and write overlays."""
-    how = _method(method, signed=signed, times_input=times_input)
-    what = _target(target, against=against, region=region, top_k=top_k)
+    with _errors_in_a_line():
+        images = pictures_of(images)
+    how = method_of(method, option, signed=signed, times_input=times_input)
+    what = target_of(target, against=against, region=region, top_k=top_k)
     with _errors_in_a_line(), reach(address) as client:
         answers = client.stream(
             images,
             model=model,
             target=what,
-            method=how if baseline is None else _from_baseline(how, load_array(baseline)),
+            method=how if baseline is None else from_baseline(how, load_array(baseline)),
             score=score,
             channels=channels,
             map_dtype=map_dtype,
@@ -83,7 +97,14 @@ def attribute(
             on_error="return",
         )
         n_failed = report(
-            Console(), images, answers, folder=out, save_folder=save, original=original, overwrite=overwrite
+            Console(),
+            images,
+            answers,
+            folder=out,
+            save_folder=save,
+            original=original,
+            overwrite=overwrite,
+            as_json=json_,
         )
     if n_failed:
         raise typer.Exit(1)
@@ -116,11 +137,15 @@ def replay(
 def info(
     *,
     address: Address = DEFAULT_ADDRESS,
+    json_: Annotated[bool, typer.Option("--json", help="Print all of it as one object.")] = False,
     reach: Reach,
 ) -> None:
     """Print a server's version, limits, methods and models."""
     with _errors_in_a_line(), reach(address) as client:
         server = client.info()
+    if json_:
+        typer.echo(json.dumps({"address": address} | dataclasses.asdict(server), indent=2))
+        return
     report_server(Console(soft_wrap=True, highlight=False), server, address=address)
 
 
@@ -149,12 +174,6 @@ def demo(*, out: Annotated[Path, typer.Option(help="A folder for overlays and ga
         run(out, console=Console())
 
 
-@app.command()
-def version() -> None:
-    """Print the client's version."""
-    Console().print(__version__)
-
-
 @contextlib.contextmanager
 def _errors_in_a_line() -> Iterator[None]:
     try:
@@ -165,57 +184,3 @@ def _errors_in_a_line() -> Iterator[None]:
 
 
 app.command()(with_access(_errors_in_a_line()(bench)))
-
-
-def _method(text: str, *, signed: bool, times_input: bool) -> Method:
-    try:
-        method = parse_method(text)
-    except SidelightError as error:
-        raise typer.BadParameter(error.message, param_hint="--method") from None
-    if not (signed or times_input):
-        return method
-    if text.strip() != "gradient":
-        raise typer.BadParameter("--signed and --times-input are options of gradient alone", param_hint="--method")
-    return Gradient(signed=signed, times_input=times_input)
-
-
-def _from_baseline(method: Method, array: Array) -> Method:
-    """Return a method with an array for its baseline."""
-    match method:
-        case IntegratedGradients() | Occlusion():
-            return dataclasses.replace(method, baseline=array)
-        case ExpectedGradients():
-            return dataclasses.replace(method, baselines=array)
-        case SmoothGrad(base=IntegratedGradients() as base):
-            return dataclasses.replace(method, base=dataclasses.replace(base, baseline=array))
-        case _:
-            raise InvalidArgument(f"--baseline: {type(method).__name__} has none")
-
-
-def _target(text: str | None, *, against: str | None, region: str | None, top_k: int | None) -> Target:
-    beside = [name for name, each in (("--against", against), ("--region", region)) if each is not None]
-    if top_k is not None:
-        if text is not None or beside:
-            raise typer.BadParameter("expected it without --target, --against and --region", param_hint="--top-k")
-        return TopK(top_k)
-    if text is None and beside:
-        raise typer.BadParameter("expected --target beside it", param_hint=beside[0])
-    if len(beside) == 2:
-        raise typer.BadParameter("expected it without --region", param_hint="--against")
-    if text is not None and against is not None:
-        return Contrast(_choice(text), _choice(against))
-    if text is not None and region is not None:
-        return Dense(_choice(text), _region(region))
-    return None if text is None else _choice(text)
-
-
-def _choice(text: str) -> Choice:
-    """Return a class index where the text is a number, else a label."""
-    return int(text) if re.fullmatch("-?[0-9]+", text) else text
-
-
-def _region(text: str) -> Region:
-    if not re.fullmatch("[0-9]+(,[0-9]+){3}", text):
-        raise typer.BadParameter(f"got {text!r}, expected {REGION}", param_hint="--region")
-    top, left, height, width = map(int, text.split(","))
-    return top, left, height, width

@@ -14,6 +14,7 @@ from ..results.attribution import Attribution
 from ..results.replay import Replay, Replayed
 from ..results.storage import check_free
 from ..results.types import Convergence, ExplainedTarget
+from .json_lines import JsonLines
 
 HEADERS = ("picture", "class", "probability", "rows", "error", "completeness error", "device time")
 ALWAYS = ("picture", "class", "probability", "device time")
@@ -28,22 +29,24 @@ def report(
     save_folder: Path | None = None,
     original: bool = False,
     overwrite: bool = False,
+    as_json: bool = False,
 ) -> int:
     """Print class, probability and time of each picture, and return how many failed.
 
     `answers` hold one example each; they may come in any order. Overlays are written into `folder`; `save_folder` gets
     a folder for each picture with all that `Attribution.save` writes. `original` and `overwrite` are those of `save`.
+    With `as_json` a line of JSON is printed for each picture as it comes, and nothing else.
     """
     write = _writer(paths, folder, save_folder, original=original, overwrite=overwrite)
-    sheet = _Sheet()
+    sheet = JsonLines() if as_json else _Sheet()
     try:
-        for answer in track(answers, "explaining", total=len(paths), console=console, transient=True):
+        for answer in track(answers, "explaining", total=len(paths), console=console, transient=True, disable=as_json):
             if sheet.add(paths[answer.index], answer):
                 write(answer)
     finally:  # where the server dies half-way, what it said before is still told
         sheet.print(console)
     for written, where in (("overlays", folder), ("answers", save_folder)):
-        if where is not None:
+        if where is not None and not as_json:
             console.print(f"{len(paths) - sheet.n_failed} {written} in {escape(str(where))}")
     return sheet.n_failed
 
