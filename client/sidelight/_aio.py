@@ -3,27 +3,26 @@
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self
-
-import grpc
+from typing import Self
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from ._client import (
+from ._core import (
     CONNECT_TIMEOUT_S,
     MAX_MESSAGE_BYTES,
     RELOAD_TIMEOUT_S,
     TIMEOUT_S,
-    Client,
+    ClientCore,
     OnError,
     check_on_error,
     passed,
-    question_of_stream,
     requested,
+    stream_template,
     telling,
 )
+from ._event_loop import CallersBatches, awaited, from_thread, ready
 from ._inputs.batch import Batch, Images, single_batch
 from ._inputs.enums import Channels, MapDtype, Score
 from ._inputs.images import EncodedBatch
@@ -40,20 +39,16 @@ from ._options import (
 )
 from ._streaming.reorder_buffer import ReorderBuffer
 from ._streaming.results_queue import End
-from ._transport.channel import DIAGNOSE_EVERY_S, Connection
 from ._transport.credentials import TLS, Token
 from ._transport.environment import address_or_default, token_or_default
-from ._transport.pool import SILENT_WAIT_S
 from ._transport.retry import Retry
-from .exceptions import Cancelled, SidelightError
+from .exceptions import SidelightError
 from .methods.baselines import given_array
 from .methods.gradient import Gradient
 from .methods.method import Method, is_one_row
 from .results import attribution
 from .results.attribution import Attribution
 from .results.server_info import ModelInfo, ServerInfo
-
-_END = object()
 
 
 def connect(
@@ -96,7 +91,7 @@ class AsyncClient:
         tls: bool | str | os.PathLike[str] | TLS | None = None,
         token: Token | None = None,
     ) -> None:
-        self._client = Client(
+        self._core = ClientCore(
             address,
             connect_timeout=connect_timeout,
             max_message_bytes=max_message_bytes,
@@ -105,12 +100,11 @@ class AsyncClient:
             tls=tls,
             token=token,
         )
-        self._connect_timeout_s = connect_timeout
 
     @property
     def address(self) -> str:
         """Where the server is; of several, where all of them are."""
-        return self._client.address
+        return self._core.pool.names
 
     async def __aenter__(self) -> Self:
         return self
@@ -122,7 +116,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """End the connections. Running calls and streams end with `Cancelled`."""
-        await asyncio.to_thread(self._client.close)
+        await asyncio.to_thread(self._core.close)
 
     @options_by_name
     async def attribute(
@@ -181,7 +175,7 @@ class AsyncClient:
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
         return self._answers(
             batches,
-            question_of_stream(batches, on_error, options, window=window),
+            stream_template(batches, on_error, options, window=window),
             timeout_s=timeout,
             is_one_row=is_one_row(method),
             metadata=checked_metadata(metadata),
@@ -194,13 +188,13 @@ class AsyncClient:
 
     async def info(self, *, metadata: Metadata = ()) -> ServerInfo:
         """Return the server's version, limits, methods and models; of several servers, the next one's."""
-        await self._ready(self._connect_timeout_s)
-        return await asyncio.to_thread(self._client.info, metadata=metadata)
+        await ready(self._core.pool, self._core.connect_timeout_s)
+        return await asyncio.to_thread(self._core.info, metadata=metadata)
 
     async def model(self, name: str | None = None, *, metadata: Metadata = ()) -> ModelInfo:
         """Return one model with its labels and layers; None is the default model."""
-        await self._ready(self._connect_timeout_s)
-        return await asyncio.to_thread(self._client.model, name, metadata=metadata)
+        await ready(self._core.pool, self._core.connect_timeout_s)
+        return await asyncio.to_thread(self._core.model, name, metadata=metadata)
 
     async def reload(
         self,
@@ -210,23 +204,23 @@ class AsyncClient:
         metadata: Metadata = (),
     ) -> ModelInfo:
         """Have a model loaded again from its source, as `Client.reload` does."""
-        await self._ready(min(self._connect_timeout_s, span(timeout, "timeout")))
-        return await asyncio.to_thread(self._client.reload, name, timeout=timeout, metadata=metadata)
+        await ready(self._core.pool, min(self._core.connect_timeout_s, span(timeout, "timeout")))
+        return await asyncio.to_thread(self._core.reload, name, timeout=timeout, metadata=metadata)
 
     async def _explain(
         self, template: pb.AttributeRequest, batch: EncodedBatch, *, timeout_s: float, metadata: Headers
     ) -> Attribution:
-        client, attempts = self._client, Retry(timeout_s, retry=self._client._retry)
-        await self._ready(min(self._connect_timeout_s, timeout_s))
-        if not client._shared_memory:
+        core, attempts = self._core, Retry(timeout_s, retry=self._core.retry)
+        await ready(self._core.pool, min(self._core.connect_timeout_s, timeout_s))
+        if not core.shared_memory:
             request = requested(template, batch)
-            if await asyncio.to_thread(client._fits, request, batch, within_s=timeout_s):
+            if await asyncio.to_thread(core.fits, request, batch, within_s=timeout_s):
                 return await self._explain_at_once(request, batch, attempts=attempts, metadata=metadata)
         answers = self._answers(
             [batch],
             template,
             timeout_s=attempts.left_s,
-            patience_s=min(self._connect_timeout_s, attempts.left_s),
+            patience_s=min(self._core.connect_timeout_s, attempts.left_s),
             on_error="return",
             metadata=metadata,
         )
@@ -240,15 +234,15 @@ class AsyncClient:
         self, request: pb.AttributeRequest, batch: EncodedBatch, *, attempts: Retry, metadata: Headers
     ) -> Attribution:
         while True:
-            connection = await self._ready(min(self._connect_timeout_s, attempts.left_s))
+            connection = await ready(self._core.pool, min(self._core.connect_timeout_s, attempts.left_s))
             try:
-                with telling(self._client.max_message_bytes):
+                with telling(self._core.max_message_bytes):
                     left_s = min(attempts.left_s, FOR_EVER_S)
                     call = connection.attribution.Attribute.future(request, timeout=left_s, metadata=metadata)
-                    response = await _awaited(call)
+                    response = await awaited(call)
                 return attribution.read(response.result, batch, baseline=given_array(request.method))
             except SidelightError as error:
-                if self._client._closed.is_set():
+                if self._core.closed.is_set():
                     raise
                 await asyncio.sleep(attempts.delay_after(error))
 
@@ -267,21 +261,21 @@ class AsyncClient:
         keep_images: bool = True,
         metadata: Headers = (),
     ) -> AsyncGenerator[Attribution]:
-        await self._ready(min(self._connect_timeout_s, timeout_s))
-        facts = await asyncio.to_thread(self._client._facts, template.model, within_s=timeout_s)
+        await ready(self._core.pool, min(self._core.connect_timeout_s, timeout_s))
+        facts = await asyncio.to_thread(self._core.facts, template.model, within_s=timeout_s)
         changed = asyncio.Event()
-        source = _Source(batches)
-        stream = self._client._opened(
+        source = CallersBatches(batches)
+        stream = self._core.open_stream(
             source,
             template,
             facts=facts,
             timeout_s=timeout_s,
-            patience_s=self._connect_timeout_s if patience_s is None else patience_s,
+            patience_s=self._core.connect_timeout_s if patience_s is None else patience_s,
             is_one_row=is_one_row,
             window=window,
             allow_model_change=allow_model_change,
             metadata=metadata,
-            on_change=_from_thread(changed.set),
+            on_change=from_thread(changed.set),
         )
         order = ReorderBuffer(ordered=ordered)
         stream.start()
@@ -304,94 +298,3 @@ class AsyncClient:
         finally:
             source.close()
             await asyncio.to_thread(stream.close)
-
-    async def _ready(self, timeout_s: float) -> Connection:
-        """Return the next server that is there, after waiting for one. `Unavailable` when none has come in time."""
-        servers = self._client._pool
-        if found := servers.ready_now():
-            return found
-        servers.begin()
-        changed = asyncio.Event()
-        wake = _from_thread(changed.set)
-        telling_of_it = asyncio.get_running_loop().call_later(SILENT_WAIT_S, servers.tell_waiting)
-        for connection in servers.connections:
-            connection.listen(wake)
-        try:
-            async with asyncio.timeout(timeout_s):
-                while not (found := servers.ready_now()):
-                    changed.clear()
-                    servers.check()
-                    for connection in servers.connections:
-                        connection.seek()
-                    with contextlib.suppress(TimeoutError):  # to look again why there is none
-                        async with asyncio.timeout(DIAGNOSE_EVERY_S):
-                            await changed.wait()
-            return found
-        except TimeoutError:
-            raise servers.absent(timeout_s) from None
-        finally:
-            telling_of_it.cancel()
-            for connection in servers.connections:
-                connection.unlisten(wake)
-
-
-class _Source:
-    """A caller's batches for the threads of a stream: an asynchronous iterable is read in the loop of the caller."""
-
-    def __init__(self, batches: Iterable[Images | Batch | EncodedBatch] | AsyncIterable[Images | Batch]) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._is_asynchronous = isinstance(batches, AsyncIterable)
-        self._batches: Any = aiter(batches) if isinstance(batches, AsyncIterable) else iter(batches)
-        self._reading: Any = None
-        self._is_closed = False
-
-    def __iter__(self) -> Iterator[Images | Batch | EncodedBatch]:
-        return self
-
-    def __next__(self) -> Images | Batch | EncodedBatch:
-        if not self._is_asynchronous:
-            batch: Images | EncodedBatch = next(self._batches)
-            return batch
-        if self._is_closed:
-            raise StopIteration
-        self._reading = asyncio.run_coroutine_threadsafe(self._step(), self._loop)
-        batch = self._reading.result()
-        if batch is _END:
-            raise StopIteration
-        return batch
-
-    def close(self) -> None:
-        """Let go of a thread that waits for the next batch. Called in the loop."""
-        self._is_closed = True
-        if self._reading is not None:
-            self._reading.cancel()
-
-    async def _step(self) -> object:
-        return await anext(self._batches, _END)
-
-
-async def _awaited(call: "grpc.Future[pb.AttributeResponse]") -> pb.AttributeResponse:
-    """Return what a call gives. Cancelling the task cancels the call."""
-    done = asyncio.Event()
-    wake = _from_thread(done.set)
-    call.add_done_callback(lambda _: wake())
-    try:
-        await done.wait()
-    except asyncio.CancelledError:
-        call.cancel()
-        raise
-    try:
-        return call.result()
-    except grpc.FutureCancelledError:
-        raise Cancelled("the client was closed") from None
-
-
-def _from_thread(act: Callable[[], None]) -> Callable[[], None]:
-    """Return what makes this loop act, from any thread. A loop that is closed has nobody left to wake."""
-    loop = asyncio.get_running_loop()
-
-    def wake() -> None:
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(act)
-
-    return wake

@@ -1,25 +1,30 @@
 """The client: connects, asks, and reads answers."""
 
-import contextlib
-import functools
-import math
 import os
-import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self, get_args
-
-import grpc
+from typing import Self
 
 from sidelight.v1 import attribution_pb2 as pb
-from sidelight.v1 import model_pb2
 
+from ._core import (
+    CONNECT_TIMEOUT_S,
+    MAX_MESSAGE_BYTES,
+    RELOAD_TIMEOUT_S,
+    TIMEOUT_S,
+    ClientCore,
+    OnError,
+    check_on_error,
+    passed,
+    requested,
+    stream_template,
+    telling,
+)
 from ._inputs.batch import Batch, Images, single_batch
 from ._inputs.enums import Channels, MapDtype, Score
 from ._inputs.images import EncodedBatch
 from ._inputs.targets import Choice, Target
-from ._inputs.validation import counted, flag, span, whole
+from ._inputs.validation import flag
 from ._options import (
     FOR_EVER_S,
     AttributeOptions,
@@ -27,38 +32,20 @@ from ._options import (
     Metadata,
     check_classes,
     checked_metadata,
-    model_name,
     options_by_name,
 )
-from ._streaming.in_flight import InFlightBatches
-from ._streaming.limits import map_bytes, refuse_large, spans
 from ._streaming.reorder_buffer import ReorderBuffer
-from ._streaming.requests import StreamConfig
 from ._streaming.results_queue import End
-from ._streaming.stream import Stream
-from ._transport.channel import Connection
-from ._transport.credentials import TLS, ChannelSecurity, Token
+from ._transport.credentials import TLS, Token
 from ._transport.environment import address_or_default, token_or_default
-from ._transport.pool import ConnectionPool
 from ._transport.retry import Retry
-from ._transport.shared_memory import Regions, directory_of
-from .exceptions import InvalidArgument, MessageTooLarge, PartialFailure, SidelightError, Unavailable, from_rpc
+from .exceptions import SidelightError
 from .methods.baselines import given_array
 from .methods.gradient import Gradient
 from .methods.method import Method, is_one_row
 from .results import attribution
 from .results.attribution import Attribution
 from .results.server_info import ModelInfo, ServerInfo
-
-CONNECT_TIMEOUT_S = 30.0
-TIMEOUT_S = 60.0
-INFO_TIMEOUT_S = 10.0
-RELOAD_TIMEOUT_S = 600.0
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-CHUNK_ROWS = 32  # of a model that is not loaded yet, and has not said its own
-N_SLOTS = 8  # batches that a region of shared memory has room for, of the size of the one that it is made for
-
-OnError = Literal["raise", "return"]
 
 
 def connect(
@@ -104,24 +91,6 @@ def connect(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What a server has said of itself, and of one model; None where it has none of that name."""
-
-    server: ServerInfo
-    model: ModelInfo | None
-
-    @classmethod
-    def of(cls, server: ServerInfo, name: str) -> Self:
-        """Return them for a model; empty is the server's default."""
-        return cls(server, next((model for model in server.models if name in ("", model.name)), None))
-
-    @property
-    def input_size(self) -> tuple[int, int, int] | None:
-        """The model's C, H, W; None where it is not fixed, or not known."""
-        return self.model.input_size if self.model else None
-
-
 class Client:
     """Connections to one server, or to several of the same model. Thread-safe; close it, or use `with`.
 
@@ -141,20 +110,20 @@ class Client:
         tls: bool | str | os.PathLike[str] | TLS | None = None,
         token: Token | None = None,
     ) -> None:
-        self.max_message_bytes = counted(max_message_bytes, "max_message_bytes")
-        self._connect_timeout_s = span(connect_timeout, "connect_timeout", is_zero_allowed=True)
-        self._pool = ConnectionPool(
-            address, max_message_bytes=max_message_bytes, security=ChannelSecurity.of(tls, token)
+        self._core = ClientCore(
+            address,
+            connect_timeout=connect_timeout,
+            max_message_bytes=max_message_bytes,
+            shared_memory=shared_memory,
+            retry=retry,
+            tls=tls,
+            token=token,
         )
-        self._shared_memory = shared_memory
-        self._retry = retry
-        self._closed = threading.Event()
-        self._info: ServerInfo | None = None
 
     @property
     def address(self) -> str:
         """Where the server is; of several, where all of them are."""
-        return self._pool.names
+        return self._core.pool.names
 
     def __enter__(self) -> Self:
         return self
@@ -164,9 +133,7 @@ class Client:
 
     def close(self) -> None:
         """End the connection. Running calls and streams end with `Cancelled`."""
-        if self._pool.are_here:
-            self._closed.set()
-            self._pool.close()
+        self._core.close()
 
     @options_by_name
     def attribute(
@@ -257,7 +224,7 @@ class Client:
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
         return self._answers(
             batches,
-            question_of_stream(batches, on_error, options, window=window),
+            stream_template(batches, on_error, options, window=window),
             timeout_s=timeout,
             is_one_row=is_one_row(method),
             ordered=ordered,
@@ -270,13 +237,11 @@ class Client:
 
     def info(self, *, metadata: Metadata = ()) -> ServerInfo:
         """Return the server's version, limits, methods and models; of several servers, the next one's."""
-        self._info = info = self._asked_info(metadata=metadata)
-        return info
+        return self._core.info(metadata=metadata)
 
     def model(self, name: str | None = None, *, metadata: Metadata = ()) -> ModelInfo:
         """Return one model with its labels and layers; None is the default model."""
-        response = self._ask("models", "GetModel", model_pb2.GetModelRequest(name=model_name(name)), metadata=metadata)
-        return ModelInfo.of(response.model, is_whole=True)
+        return self._core.model(name, metadata=metadata)
 
     def reload(
         self, name: str | None = None, *, timeout: float = RELOAD_TIMEOUT_S, metadata: Metadata = ()
@@ -287,51 +252,22 @@ class Client:
         `FailedPrecondition` says what is wrong with the new version, and the old one goes on serving. Of several
         servers, the next one's: connect to each by itself.
         """
-        request = model_pb2.ReloadModelRequest(name=model_name(name))
-        timeout_s = span(timeout, "timeout")
-        wait_s = min(self._connect_timeout_s, timeout_s)
-        response = self._ask("models", "ReloadModel", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
-        return ModelInfo.of(response.model, is_whole=True)
-
-    def _ask(
-        self,
-        stub: str,
-        name: str,
-        request: object,
-        *,
-        timeout_s: float = INFO_TIMEOUT_S,
-        wait_s: float | None = None,
-        metadata: Metadata = (),
-    ) -> Any:
-        """Return a server's answer to a small question, after waiting up to `wait_s` for one that is starting."""
-        metadata = checked_metadata(metadata)
-        wait_s = self._connect_timeout_s if wait_s is None else wait_s
-        attempts = Retry(wait_s, retry=True)
-        while True:
-            connection = self._pool.ready(wait_s)
-            try:
-                with telling(self.max_message_bytes):
-                    call = getattr(getattr(connection, stub), name)
-                    return call(request, timeout=timeout_s, metadata=metadata)
-            except Unavailable as error:
-                if error.retry_delay_s is None:
-                    raise
-                self._closed.wait(attempts.delay_after(error))
+        return self._core.reload(name, timeout=timeout, metadata=metadata)
 
     def _explain(
         self, template: pb.AttributeRequest, batch: EncodedBatch, *, timeout_s: float, metadata: Headers = ()
     ) -> Attribution:
         """Return the answer to a request for a batch, which is sent in parts where it is too large for one message."""
-        attempts = Retry(timeout_s, retry=self._retry)
-        if not self._shared_memory:
+        attempts = Retry(timeout_s, retry=self._core.retry)
+        if not self._core.shared_memory:
             request = requested(template, batch)
-            if self._fits(request, batch, within_s=timeout_s):
+            if self._core.fits(request, batch, within_s=timeout_s):
                 return self._explain_at_once(request, batch, attempts=attempts, metadata=metadata)
         (answer,) = self._answers(
             [batch],
             template,
             timeout_s=attempts.left_s,
-            patience_s=min(self._connect_timeout_s, attempts.left_s),
+            patience_s=min(self._core.connect_timeout_s, attempts.left_s),
             on_error="return",
             metadata=metadata,
         )
@@ -343,69 +279,17 @@ class Client:
         self, request: pb.AttributeRequest, batch: EncodedBatch, *, attempts: Retry, metadata: Headers
     ) -> Attribution:
         while True:
-            connection = self._pool.ready(min(self._connect_timeout_s, attempts.left_s))
+            connection = self._core.pool.ready(min(self._core.connect_timeout_s, attempts.left_s))
             try:
-                with telling(self.max_message_bytes):
+                with telling(self._core.max_message_bytes):
                     response = connection.attribution.Attribute(
                         request, timeout=min(attempts.left_s, FOR_EVER_S), metadata=metadata
                     )
                 return attribution.read(response.result, batch, baseline=given_array(request.method))
             except SidelightError as error:
-                if self._closed.is_set():
+                if self._core.closed.is_set():
                     raise
-                self._closed.wait(attempts.delay_after(error))
-
-    def _opened(
-        self,
-        batches: Iterator[Images | Batch | EncodedBatch],
-        template: pb.AttributeRequest,
-        *,
-        facts: Facts,
-        timeout_s: float,
-        patience_s: float,
-        is_one_row: bool,
-        window: int | None,
-        allow_model_change: bool,
-        metadata: Headers,
-        on_change: Callable[[], None] = lambda: None,
-    ) -> Stream:
-        """Return a stream to all servers, not started."""
-        connections, input_size = self._pool.connections, facts.input_size
-        config = StreamConfig(
-            template=template,
-            spans=functools.partial(
-                spans,
-                template,
-                ours=self.max_message_bytes,
-                server=facts.server,
-                input_size=input_size,
-                is_shared=bool(self._shared_memory),
-            ),
-            timeout_s=timeout_s,
-            patience_s=patience_s,
-            max_message_bytes=self.max_message_bytes,
-            allow_model_change=allow_model_change,
-            baseline=given_array(template.method),
-            retry=self._retry,
-            metadata=metadata,
-            map_bytes=functools.partial(map_bytes, template, input_size=input_size),
-            share=functools.partial(self._regions, n_slots=N_SLOTS) if self._shared_memory else None,
-        )
-        # A method of many rows fills chunks with every example; and a timeout would run while batches wait in a row.
-        per_lane = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if is_one_row else 1
-        if window:  # an equal share for each, so that one that stalls does not hold it all
-            per_lane = max(1, window // len(connections))
-        in_flight = InFlightBatches(window=per_lane, in_all=window, n_lanes=len(connections))
-        return Stream(connections, batches, config=config, in_flight=in_flight, on_change=on_change)
-
-    def _regions(self, connection: Connection, *, n_slots: int) -> Regions:
-        """Return a call's regions of shared memory, none of them made. Each server is asked for its own folder."""
-        with telling(self.max_message_bytes):
-            request = pb.GetServerInfoRequest()
-            server = ServerInfo.of(connection.attribution.GetServerInfo(request, timeout=INFO_TIMEOUT_S))
-        directory = directory_of(server, self._shared_memory)
-        assert server.shared_memory is not None  # noqa: S101
-        return Regions(directory, max_region_bytes=server.shared_memory.max_region_bytes, n_slots=n_slots)
+                self._core.closed.wait(attempts.delay_after(error))
 
     def _answers(
         self,
@@ -422,13 +306,13 @@ class Client:
         keep_images: bool = True,
         metadata: Headers = (),
     ) -> Generator[Attribution]:
-        self._pool.ready(min(self._connect_timeout_s, timeout_s))
-        stream = self._opened(
+        self._core.pool.ready(min(self._core.connect_timeout_s, timeout_s))
+        stream = self._core.open_stream(
             iter(batches),
             template,
-            facts=self._facts(template.model, within_s=timeout_s),
+            facts=self._core.facts(template.model, within_s=timeout_s),
             timeout_s=timeout_s,
-            patience_s=self._connect_timeout_s if patience_s is None else patience_s,
+            patience_s=self._core.connect_timeout_s if patience_s is None else patience_s,
             is_one_row=is_one_row,
             window=window,
             allow_model_change=allow_model_change,
@@ -447,92 +331,3 @@ class Client:
                 raise answered.error
         finally:
             stream.close()
-
-    def _asked_info(self, *, within_s: float = math.inf, metadata: Metadata = ()) -> ServerInfo:
-        request, timeout_s = pb.GetServerInfoRequest(), min(INFO_TIMEOUT_S, within_s)
-        wait_s = min(self._connect_timeout_s, within_s)
-        info = self._ask("attribution", "GetServerInfo", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
-        return ServerInfo.of(info)
-
-    def _facts(self, name: str, *, within_s: float) -> Facts:
-        """Return what a server says of itself and of a model; empty is its default.
-
-        A model that is not loaded says nothing of itself, and may be loaded since: the server is asked again.
-        """
-        known = self._info
-        facts = Facts.of(known, name) if known else None
-        if facts is None or facts.model is None or facts.model.state != "serving":
-            self._info = known = self._asked_info(within_s=within_s)
-            facts = Facts.of(known, name)
-        return facts
-
-    def _fits(self, request: pb.AttributeRequest, batch: EncodedBatch, *, within_s: float) -> bool:
-        """Say whether a batch fits into one message. `MessageTooLarge` where a single example does not."""
-        facts = self._facts(request.model, within_s=within_s)
-        limits = facts.server.limits
-        try:
-            refuse_large(
-                request,
-                batch,
-                ours=self.max_message_bytes,
-                theirs=limits.max_message_bytes,
-                input_size=facts.input_size,
-            )
-        except MessageTooLarge:
-            if len(batch) < 2:
-                raise
-            return False
-        return len(batch) <= (limits.max_batch_examples or len(batch))
-
-
-def requested(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.AttributeRequest:
-    """Return the message of a unary call."""
-    request = pb.AttributeRequest()
-    request.CopyFrom(template)
-    request.images.CopyFrom(batch.message)
-    request.id = batch.id or ""
-    if batch.target is not None:
-        request.target.CopyFrom(batch.target)
-    if served := batch.served:
-        request.served.CopyFrom(served)
-    return request
-
-
-def question_of_stream(
-    batches: object, on_error: str, options: AttributeOptions, *, window: int | None
-) -> pb.AttributeRequest:
-    """Return what is asked of every batch, after saying what is wrong with it here instead of by every batch."""
-    check_on_error(on_error)
-    if isinstance(batches, str | bytes):
-        raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")
-    if window is not None and whole(window, "window") < 1:
-        raise InvalidArgument(f"window: got {window}, expected at least 1 example")
-    return options.template()
-
-
-def passed(answer: Attribution, on_error: OnError) -> Attribution:
-    """Return an answer, or where it failed and that is to be raised its error.
-
-    That is `PartialFailure` where it is final and some examples failed.
-    """
-    if on_error == "raise":
-        if answer.error is not None:
-            raise answer.error
-        if answer.final and answer.failures:
-            raise PartialFailure(answer)
-    return answer
-
-
-def check_on_error(on_error: str) -> None:
-    """Refuse what is no word for it."""
-    if on_error not in get_args(OnError):
-        raise InvalidArgument(f"on_error: got {on_error!r}, expected one of {', '.join(get_args(OnError))}")
-
-
-@contextlib.contextmanager
-def telling(max_message_bytes: int) -> Iterator[None]:
-    """Let a failed call out as the exception for its status."""
-    try:
-        yield
-    except grpc.RpcError as error:
-        raise from_rpc(error, max_message_bytes=max_message_bytes) from None

@@ -594,7 +594,7 @@ def test_a_streams_call_is_made_in_the_callers_context_and_brings_its_metadata()
         yield from map(answer, requests)
 
     with scripted(living) as address, sidelight.connect(address) as client:
-        (connection,) = client._pool.connections
+        (connection,) = client._core.pool.connections
         opened = connection.open_stream
 
         def opening(*arguments: object, **options: object) -> object:

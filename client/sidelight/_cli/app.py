@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
-from .._client import RELOAD_TIMEOUT_S, TIMEOUT_S
+from .._core import RELOAD_TIMEOUT_S, TIMEOUT_S
 from .._inputs.enums import Channels, MapDtype, Score
 from ..exceptions import SidelightError
 from ..methods.parsing import METHODS

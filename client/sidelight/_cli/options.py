@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .._client import CONNECT_TIMEOUT_S, Client, connect
+from .._client import Client, connect
+from .._core import CONNECT_TIMEOUT_S
 from .._transport.credentials import TLS
 from .._transport.environment import ADDRESS_VARIABLE, TOKEN_VARIABLE
 

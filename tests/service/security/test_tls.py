@@ -189,7 +189,7 @@ def test_a_fault_that_is_mended_is_forgotten(authority: Authority, other: Author
     ):
         with pytest.raises(sidelight.Unavailable, match="TLS: "):
             client.info()
-        (connection,) = client._pool.connections
+        (connection,) = client._core.pool.connections
         there = threading.Event()
         connection.listen(lambda: there.set() if connection.is_ready else None)
         pair.replace(authority.pair())

@@ -1,0 +1,279 @@
+"""The core of both clients: it finds a server, knows its limits, asks it small questions, and opens streams.
+
+All of it may block its thread, and may be called from any.
+"""
+
+import contextlib
+import functools
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Self, get_args
+
+import grpc
+
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import model_pb2
+
+from ._inputs.batch import Batch, Images
+from ._inputs.images import EncodedBatch
+from ._inputs.validation import counted, span, whole
+from ._options import AttributeOptions, Headers, Metadata, checked_metadata, model_name
+from ._streaming.in_flight import InFlightBatches
+from ._streaming.limits import map_bytes, refuse_large, spans
+from ._streaming.requests import StreamConfig
+from ._streaming.stream import Stream
+from ._transport.channel import Connection
+from ._transport.credentials import TLS, ChannelSecurity, Token
+from ._transport.pool import ConnectionPool
+from ._transport.retry import Retry
+from ._transport.shared_memory import Regions, directory_of
+from .exceptions import InvalidArgument, MessageTooLarge, PartialFailure, Unavailable, from_rpc
+from .methods.baselines import given_array
+from .results.attribution import Attribution
+from .results.server_info import ModelInfo, ServerInfo
+
+CONNECT_TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
+INFO_TIMEOUT_S = 10.0
+RELOAD_TIMEOUT_S = 600.0
+MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+CHUNK_ROWS = 32  # of a model that is not loaded yet, and has not said its own
+N_SLOTS = 8  # batches that a region of shared memory has room for, of the size of the one that it is made for
+
+OnError = Literal["raise", "return"]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a server has said of itself, and of one model; None where it has none of that name."""
+
+    server: ServerInfo
+    model: ModelInfo | None
+
+    @classmethod
+    def of(cls, server: ServerInfo, name: str) -> Self:
+        """Return them for a model; empty is the server's default."""
+        return cls(server, next((model for model in server.models if name in ("", model.name)), None))
+
+    @property
+    def input_size(self) -> tuple[int, int, int] | None:
+        """The model's C, H, W; None where it is not fixed, or not known."""
+        return self.model.input_size if self.model else None
+
+
+class ClientCore:
+    """Connections to the servers of one client, and what these have said of themselves."""
+
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        *,
+        connect_timeout: float,
+        max_message_bytes: int,
+        shared_memory: bool | str | os.PathLike[str],
+        retry: bool,
+        tls: bool | str | os.PathLike[str] | TLS | None,
+        token: Token | None,
+    ) -> None:
+        self.max_message_bytes = counted(max_message_bytes, "max_message_bytes")
+        self.connect_timeout_s = span(connect_timeout, "connect_timeout", is_zero_allowed=True)
+        self.pool = ConnectionPool(
+            address, max_message_bytes=max_message_bytes, security=ChannelSecurity.of(tls, token)
+        )
+        self.shared_memory = shared_memory
+        self.retry = retry
+        self.closed = threading.Event()
+        self._info: ServerInfo | None = None
+
+    def close(self) -> None:
+        """End the connections. After a fork they are the other process's."""
+        if self.pool.are_here:
+            self.closed.set()
+            self.pool.close()
+
+    def info(self, *, metadata: Metadata = ()) -> ServerInfo:
+        """Return what the next server says of itself and its models."""
+        self._info = info = self._asked_info(metadata=metadata)
+        return info
+
+    def model(self, name: str | None, *, metadata: Metadata) -> ModelInfo:
+        """Return one model with its labels and layers."""
+        response = self._ask("models", "GetModel", model_pb2.GetModelRequest(name=model_name(name)), metadata=metadata)
+        return ModelInfo.of(response.model, is_whole=True)
+
+    def reload(self, name: str | None, *, timeout: float, metadata: Metadata) -> ModelInfo:
+        """Have a model loaded again, and return the version that serves then."""
+        request = model_pb2.ReloadModelRequest(name=model_name(name))
+        timeout_s = span(timeout, "timeout")
+        wait_s = min(self.connect_timeout_s, timeout_s)
+        response = self._ask("models", "ReloadModel", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
+        return ModelInfo.of(response.model, is_whole=True)
+
+    def facts(self, name: str, *, within_s: float) -> Facts:
+        """Return what a server says of itself and of a model; empty is its default.
+
+        A model that is not loaded says nothing of itself, and may be loaded since: the server is asked again.
+        """
+        known = self._info
+        facts = Facts.of(known, name) if known else None
+        if facts is None or facts.model is None or facts.model.state != "serving":
+            self._info = known = self._asked_info(within_s=within_s)
+            facts = Facts.of(known, name)
+        return facts
+
+    def fits(self, request: pb.AttributeRequest, batch: EncodedBatch, *, within_s: float) -> bool:
+        """Say whether a batch fits into one message. `MessageTooLarge` where a single example does not."""
+        facts = self.facts(request.model, within_s=within_s)
+        limits = facts.server.limits
+        try:
+            refuse_large(
+                request,
+                batch,
+                ours=self.max_message_bytes,
+                theirs=limits.max_message_bytes,
+                input_size=facts.input_size,
+            )
+        except MessageTooLarge:
+            if len(batch) < 2:
+                raise
+            return False
+        return len(batch) <= (limits.max_batch_examples or len(batch))
+
+    def open_stream(
+        self,
+        batches: Iterator[Images | Batch | EncodedBatch],
+        template: pb.AttributeRequest,
+        *,
+        facts: Facts,
+        timeout_s: float,
+        patience_s: float,
+        is_one_row: bool,
+        window: int | None,
+        allow_model_change: bool,
+        metadata: Headers,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> Stream:
+        """Return a stream to all servers, not started."""
+        connections, input_size = self.pool.connections, facts.input_size
+        config = StreamConfig(
+            template=template,
+            spans=functools.partial(
+                spans,
+                template,
+                ours=self.max_message_bytes,
+                server=facts.server,
+                input_size=input_size,
+                is_shared=bool(self.shared_memory),
+            ),
+            timeout_s=timeout_s,
+            patience_s=patience_s,
+            max_message_bytes=self.max_message_bytes,
+            allow_model_change=allow_model_change,
+            baseline=given_array(template.method),
+            retry=self.retry,
+            metadata=metadata,
+            map_bytes=functools.partial(map_bytes, template, input_size=input_size),
+            share=functools.partial(self._regions, n_slots=N_SLOTS) if self.shared_memory else None,
+        )
+        # A method of many rows fills chunks with every example; and a timeout would run while batches wait in a row.
+        per_lane = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if is_one_row else 1
+        if window:  # an equal share for each, so that one that stalls does not hold it all
+            per_lane = max(1, window // len(connections))
+        in_flight = InFlightBatches(window=per_lane, in_all=window, n_lanes=len(connections))
+        return Stream(connections, batches, config=config, in_flight=in_flight, on_change=on_change)
+
+    def _ask(
+        self,
+        stub: str,
+        name: str,
+        request: object,
+        *,
+        timeout_s: float = INFO_TIMEOUT_S,
+        wait_s: float | None = None,
+        metadata: Metadata = (),
+    ) -> Any:
+        """Return a server's answer to a small question, after waiting up to `wait_s` for one that is starting."""
+        metadata = checked_metadata(metadata)
+        wait_s = self.connect_timeout_s if wait_s is None else wait_s
+        attempts = Retry(wait_s, retry=True)
+        while True:
+            connection = self.pool.ready(wait_s)
+            try:
+                with telling(self.max_message_bytes):
+                    call = getattr(getattr(connection, stub), name)
+                    return call(request, timeout=timeout_s, metadata=metadata)
+            except Unavailable as error:
+                if error.retry_delay_s is None:
+                    raise
+                self.closed.wait(attempts.delay_after(error))
+
+    def _asked_info(self, *, within_s: float = math.inf, metadata: Metadata = ()) -> ServerInfo:
+        request, timeout_s = pb.GetServerInfoRequest(), min(INFO_TIMEOUT_S, within_s)
+        wait_s = min(self.connect_timeout_s, within_s)
+        info = self._ask("attribution", "GetServerInfo", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
+        return ServerInfo.of(info)
+
+    def _regions(self, connection: Connection, *, n_slots: int) -> Regions:
+        """Return a call's regions of shared memory, none of them made. Each server is asked for its own folder."""
+        with telling(self.max_message_bytes):
+            request = pb.GetServerInfoRequest()
+            server = ServerInfo.of(connection.attribution.GetServerInfo(request, timeout=INFO_TIMEOUT_S))
+        directory = directory_of(server, self.shared_memory)
+        assert server.shared_memory is not None  # noqa: S101
+        return Regions(directory, max_region_bytes=server.shared_memory.max_region_bytes, n_slots=n_slots)
+
+
+def requested(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.AttributeRequest:
+    """Return the message of a unary call."""
+    request = pb.AttributeRequest()
+    request.CopyFrom(template)
+    request.images.CopyFrom(batch.message)
+    request.id = batch.id or ""
+    if batch.target is not None:
+        request.target.CopyFrom(batch.target)
+    if served := batch.served:
+        request.served.CopyFrom(served)
+    return request
+
+
+def stream_template(
+    batches: object, on_error: str, options: AttributeOptions, *, window: int | None
+) -> pb.AttributeRequest:
+    """Return what is asked of every batch, after saying what is wrong with it here instead of by every batch."""
+    check_on_error(on_error)
+    if isinstance(batches, str | bytes):
+        raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")
+    if window is not None and whole(window, "window") < 1:
+        raise InvalidArgument(f"window: got {window}, expected at least 1 example")
+    return options.template()
+
+
+def passed(answer: Attribution, on_error: OnError) -> Attribution:
+    """Return an answer, or where it failed and that is to be raised its error.
+
+    That is `PartialFailure` where it is final and some examples failed.
+    """
+    if on_error == "raise":
+        if answer.error is not None:
+            raise answer.error
+        if answer.final and answer.failures:
+            raise PartialFailure(answer)
+    return answer
+
+
+def check_on_error(on_error: str) -> None:
+    """Refuse what is no word for it."""
+    if on_error not in get_args(OnError):
+        raise InvalidArgument(f"on_error: got {on_error!r}, expected one of {', '.join(get_args(OnError))}")
+
+
+@contextlib.contextmanager
+def telling(max_message_bytes: int) -> Iterator[None]:
+    """Let a failed call out as the exception for its status."""
+    try:
+        yield
+    except grpc.RpcError as error:
+        raise from_rpc(error, max_message_bytes=max_message_bytes) from None

@@ -1,0 +1,109 @@
+"""The event loop: what lets asyncio wait for gRPC's threads, and a stream's threads read from the loop."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterable, Callable, Iterable, Iterator
+from typing import Any
+
+import grpc
+
+from sidelight.v1 import attribution_pb2 as pb
+
+from ._inputs.batch import Batch, Images
+from ._inputs.images import EncodedBatch
+from ._transport.channel import DIAGNOSE_EVERY_S, Connection
+from ._transport.pool import SILENT_WAIT_S, ConnectionPool
+from .exceptions import Cancelled
+
+_END = object()
+
+
+async def ready(servers: ConnectionPool, timeout_s: float) -> Connection:
+    """Return the next server that is there, after waiting for one. `Unavailable` when none has come in time."""
+    if found := servers.ready_now():
+        return found
+    servers.begin()
+    changed = asyncio.Event()
+    wake = from_thread(changed.set)
+    telling_of_it = asyncio.get_running_loop().call_later(SILENT_WAIT_S, servers.tell_waiting)
+    for connection in servers.connections:
+        connection.listen(wake)
+    try:
+        async with asyncio.timeout(timeout_s):
+            while not (found := servers.ready_now()):
+                changed.clear()
+                servers.check()
+                for connection in servers.connections:
+                    connection.seek()
+                with contextlib.suppress(TimeoutError):  # to look again why there is none
+                    async with asyncio.timeout(DIAGNOSE_EVERY_S):
+                        await changed.wait()
+        return found
+    except TimeoutError:
+        raise servers.absent(timeout_s) from None
+    finally:
+        telling_of_it.cancel()
+        for connection in servers.connections:
+            connection.unlisten(wake)
+
+
+class CallersBatches:
+    """A caller's batches for the threads of a stream: an asynchronous iterable is read in the loop of the caller."""
+
+    def __init__(self, batches: Iterable[Images | Batch | EncodedBatch] | AsyncIterable[Images | Batch]) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._is_asynchronous = isinstance(batches, AsyncIterable)
+        self._batches: Any = aiter(batches) if isinstance(batches, AsyncIterable) else iter(batches)
+        self._reading: Any = None
+        self._is_closed = False
+
+    def __iter__(self) -> Iterator[Images | Batch | EncodedBatch]:
+        return self
+
+    def __next__(self) -> Images | Batch | EncodedBatch:
+        if not self._is_asynchronous:
+            batch: Images | EncodedBatch = next(self._batches)
+            return batch
+        if self._is_closed:
+            raise StopIteration
+        self._reading = asyncio.run_coroutine_threadsafe(self._step(), self._loop)
+        batch = self._reading.result()
+        if batch is _END:
+            raise StopIteration
+        return batch
+
+    def close(self) -> None:
+        """Let go of a thread that waits for the next batch. Called in the loop."""
+        self._is_closed = True
+        if self._reading is not None:
+            self._reading.cancel()
+
+    async def _step(self) -> object:
+        return await anext(self._batches, _END)
+
+
+async def awaited(call: "grpc.Future[pb.AttributeResponse]") -> pb.AttributeResponse:
+    """Return what a call gives. Cancelling the task cancels the call."""
+    done = asyncio.Event()
+    wake = from_thread(done.set)
+    call.add_done_callback(lambda _: wake())
+    try:
+        await done.wait()
+    except asyncio.CancelledError:
+        call.cancel()
+        raise
+    try:
+        return call.result()
+    except grpc.FutureCancelledError:
+        raise Cancelled("the client was closed") from None
+
+
+def from_thread(act: Callable[[], None]) -> Callable[[], None]:
+    """Return what makes this loop act, from any thread. A loop that is closed has nobody left to wake."""
+    loop = asyncio.get_running_loop()
+
+    def wake() -> None:
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(act)
+
+    return wake
