@@ -5,7 +5,6 @@ worker, whose thread takes answers in; a keeper sees to it that no batch waits l
 the answers out. What they share is `InFlightBatches`, under one lock, and `ResultQueue`.
 """
 
-import contextvars
 import enum
 import functools
 import logging
@@ -17,7 +16,6 @@ from sidelight.v1 import attribution_pb2 as pb
 
 from .._inputs.batch import Batch, Images
 from .._inputs.images import EncodedBatch
-from .._options import check_classes
 from .._transport.channel import Connection
 from .._transport.process import Origin, close_at_exit
 from .._transport.shared_memory import Regions
@@ -38,6 +36,7 @@ from ..results.types import seconds
 from .availability import Availability
 from .in_flight import Entry, InFlightBatches, Part
 from .merge import join
+from .reader import BatchReader
 from .requests import StreamConfig
 from .results_queue import Answered, End, ResultQueue
 from .worker import StreamWorker
@@ -68,7 +67,7 @@ class Stream:
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.queue = ResultQueue(on_change=on_change)
-        self._batches = batches
+        self._reader = BatchReader(batches, config)
         self._config = config
         self._in_flight = in_flight
         self._lock = threading.Lock()
@@ -83,9 +82,6 @@ class Stream:
         self._availability = Availability([each.address for each in connections], time.monotonic())
         self._refused: set[StreamWorker] = set()  # those whose last call was never taken
         self._digest = ""
-        self._n_read = 0
-        self._are_classes_checked = False  # of the call's target, where it has one for each example
-        self._context = contextvars.copy_context()  # the caller's: its batches are read in threads of gRPC's
         self._is_reading = False
         self._is_over = False
         self._is_closed = False
@@ -320,40 +316,20 @@ class Stream:
     def _read(self) -> None:
         """Read the caller's next batch. One that cannot be sent is answered with its error at once."""
         try:
-            images = self._context.run(next, self._batches)
-        except StopIteration:
-            self._exhausted()
-            return
+            read = self._reader.read()
         except Exception as error:  # the caller's iterator raised: the caller hears of it
             self.end(error)
             return
-        batch, spans, refused = EncodedBatch([]), [], None
-        if isinstance(images, Batch) and isinstance(images.id, str):  # its error bears its id
-            batch.id = images.id
-        try:
-            batch = images if isinstance(images, EncodedBatch) else EncodedBatch(images)
-            if batch.target is None and not self._are_classes_checked:
-                # Later ones may be shorter, as the last of a data set is.
-                self._are_classes_checked = True
-                check_classes(self._config.template, batch)
-            spans = list(self._config.spans(batch))
-            if len(spans) > 1:
-                log.info(
-                    "batch %s: sent in %d parts, over the limits of one message", batch.id or self._n_read, len(spans)
-                )
-        except (SidelightError, OSError) as error:
-            refused = error if isinstance(error, SidelightError) else InvalidArgument(f"images: {error}")
-        except Exception as error:
-            self.end(error)
+        if read is None:
+            self._exhausted()
             return
+        batch, spans, refused = read.batch, read.spans, read.refused
         with self._lock:
             if batch.id is None:
-                batch.id = self._in_flight.free_id(self._n_read)
+                batch.id = self._in_flight.free_id(read.index)
             elif refused is None and self._in_flight.has_id(batch.id):
-                refused = InvalidArgument(f'id: "{batch.id}" is of a batch that is not answered yet')
-                spans = []
-            entry = Entry(self._n_read, batch, time.monotonic() + self._config.timeout_s)
-            self._n_read += 1
+                spans, refused = (), InvalidArgument(f'id: "{batch.id}" is of a batch that is not answered yet')
+            entry = Entry(read.index, batch, time.monotonic() + self._config.timeout_s)
             self._is_reading = False
             self._in_flight.add(entry, spans)
             if refused is not None:

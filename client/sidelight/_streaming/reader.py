@@ -1,0 +1,63 @@
+"""The batch reader: takes the caller's next batch, encodes it, and says in which parts it is sent."""
+
+import contextvars
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from .._inputs.batch import Batch, Images
+from .._inputs.images import EncodedBatch
+from .._options import check_classes
+from ..exceptions import InvalidArgument, SidelightError
+from .requests import StreamConfig
+
+log = logging.getLogger("sidelight")
+
+
+@dataclass(frozen=True, slots=True)
+class ReadBatch:
+    """A batch that was read."""
+
+    index: int
+    batch: EncodedBatch
+    spans: Sequence[range] = ()  # the parts in which it is sent
+    refused: SidelightError | None = None  # why it cannot be sent
+
+
+class BatchReader:
+    """Reads a caller's batches in the threads of a stream, in one at a time."""
+
+    def __init__(self, batches: Iterator[Images | Batch | EncodedBatch], config: StreamConfig) -> None:
+        self._batches = batches
+        self._config = config
+        self._context = contextvars.copy_context()  # the caller's: the threads are gRPC's
+        self._n_read = 0
+        self._are_classes_checked = False  # of the call's target, where it has one for each example
+
+    def read(self) -> ReadBatch | None:
+        """Return the next batch; None after the last. Raises what the caller's iterator raises."""
+        try:
+            given = self._context.run(next, self._batches)
+        except StopIteration:
+            return None
+        index = self._n_read
+        self._n_read += 1
+        batch = EncodedBatch([])
+        if isinstance(given, Batch) and isinstance(given.id, str):  # its error bears its id
+            batch.id = given.id
+        try:
+            batch = given if isinstance(given, EncodedBatch) else EncodedBatch(given)
+            self._check_classes(batch)
+            spans = self._config.spans(batch)
+        except (SidelightError, OSError) as error:
+            refused = error if isinstance(error, SidelightError) else InvalidArgument(f"images: {error}")
+            return ReadBatch(index, batch, refused=refused)
+        if len(spans) > 1:
+            log.info("batch %s: sent in %d parts, over the limits of one message", batch.id or index, len(spans))
+        return ReadBatch(index, batch, spans)
+
+    def _check_classes(self, batch: EncodedBatch) -> None:
+        """Check the length of the call's list of classes once: later batches may be shorter, as the last often is."""
+        if batch.target is None and not self._are_classes_checked:
+            self._are_classes_checked = True
+            check_classes(self._config.template, batch)
