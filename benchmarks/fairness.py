@@ -32,7 +32,7 @@ def run() -> list[Line]:
         ]
 
 
-def request(images: np.ndarray, method: sidelight.Method, id_: str = "") -> pb.AttributeRequest:
+def request(images: np.ndarray, method: sidelight.methods.Method, id_: str = "") -> pb.AttributeRequest:
     """Return the message that explains pixels, uint8 [N, H, W, C]."""
     tensor = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_UINT8, shape=images.shape, data=images.tobytes())
     target = pb.Target(predicted=pb.PredictedTarget())

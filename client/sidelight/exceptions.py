@@ -32,6 +32,31 @@ import grpc
 if TYPE_CHECKING:
     from .results.attribution import Attribution
 
+__all__ = [
+    "Aborted",
+    "AlreadyExists",
+    "Cancelled",
+    "DataLoss",
+    "DeadlineExceeded",
+    "FailedPrecondition",
+    "Internal",
+    "InvalidArgument",
+    "MessageTooLarge",
+    "ModelChanged",
+    "NotFound",
+    "OutOfRange",
+    "PartialFailure",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "ServerDied",
+    "SidelightError",
+    "Unauthenticated",
+    "Unavailable",
+    "Unimplemented",
+    "Unknown",
+    "UnreadableFile",
+]
+
 RETRY_TRAILER = "retry-after-ms"
 
 

@@ -92,7 +92,7 @@ def test_an_answer_does_not_overwrite_another_unless_that_is_said(client: sideli
     written = {each.name: each.read_bytes() for each in folder.iterdir()}
     (folder / "007.png").write_bytes(b"the caller's own")
     second = client.attribute(np.ones((2, *LARGE), np.uint8))
-    with pytest.raises(sidelight.AlreadyExists, match="an answer was saved there already"):
+    with pytest.raises(sidelight.exceptions.AlreadyExists, match="an answer was saved there already"):
         second.save(folder)
     assert {each.name: each.read_bytes() for each in folder.iterdir() if each.name != "007.png"} == written
     second.save(folder, overwrite=True)

@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import grpc
@@ -150,7 +151,7 @@ def test_a_port_where_nobody_listens_is_named() -> None:
             client.info()
 
 
-@pytest.mark.parametrize("address", ["", None, 50051, b"unix:/run/x"], ids=repr)
+@pytest.mark.parametrize("address", ["", 50051, b"unix:/run/x"], ids=repr)
 def test_what_is_no_address_is_refused(address: object) -> None:
     with pytest.raises(sidelight.InvalidArgument, match=r'address: got .*, expected "host:port" or "unix:/path"'):
         sidelight.connect(address)
@@ -187,7 +188,7 @@ def test_closing_ends_a_running_call(gate: Gate, gated: str, floats: torch.Tenso
         call = pool.submit(client.attribute, floats)
         assert gate.reached.wait(30)
         client.close()
-        with pytest.raises(sidelight.Cancelled):
+        with pytest.raises(sidelight.exceptions.Cancelled):
             call.result(30)
 
 
@@ -226,7 +227,7 @@ def test_threads_share_a_client_and_get_what_serial_calls_get(client: sidelight.
 def test_info_tells_version_limits_methods_and_models(client: sidelight.Client) -> None:
     info = client.info()
     assert info.version == sidelight.__version__
-    assert info.limits == sidelight.Limits(
+    assert info.limits == sidelight.results.Limits(
         max_message_bytes=64 * 2**20,
         max_image_pixels=50_000_000,
         max_in_flight=256,
@@ -270,22 +271,22 @@ def test_an_unknown_model_is_not_found_and_the_near_one_named(
 
 
 STATUSES = {
-    1: sidelight.Cancelled,
-    2: sidelight.Unknown,
+    1: sidelight.exceptions.Cancelled,
+    2: sidelight.exceptions.Unknown,
     3: sidelight.InvalidArgument,
     4: sidelight.DeadlineExceeded,
     5: sidelight.NotFound,
-    6: sidelight.AlreadyExists,
-    7: sidelight.PermissionDenied,
+    6: sidelight.exceptions.AlreadyExists,
+    7: sidelight.exceptions.PermissionDenied,
     8: sidelight.ResourceExhausted,
     9: sidelight.FailedPrecondition,
-    10: sidelight.Aborted,
-    11: sidelight.OutOfRange,
-    12: sidelight.Unimplemented,
-    13: sidelight.Internal,
+    10: sidelight.exceptions.Aborted,
+    11: sidelight.exceptions.OutOfRange,
+    12: sidelight.exceptions.Unimplemented,
+    13: sidelight.exceptions.Internal,
     14: sidelight.Unavailable,
-    15: sidelight.DataLoss,
-    16: sidelight.Unauthenticated,
+    15: sidelight.exceptions.DataLoss,
+    16: sidelight.exceptions.Unauthenticated,
 }
 
 
@@ -327,7 +328,7 @@ def test_a_status_without_words_or_delay_is_told_by_its_name() -> None:
 
 
 def test_a_code_that_nobody_knows_is_unknown() -> None:
-    assert type(exceptions.from_code(99, "why")) is sidelight.Unknown
+    assert type(exceptions.from_code(99, "why")) is sidelight.exceptions.Unknown
 
 
 def test_the_tree_of_errors_is_the_one_that_the_module_shows() -> None:
@@ -342,7 +343,7 @@ def test_the_tree_of_errors_is_the_one_that_the_module_shows() -> None:
         "UnreadableFile",
     }
     assert all(each.__name__ in exceptions.__doc__ for each in errors)
-    assert sidelight.MessageTooLarge.__base__ is sidelight.ResourceExhausted
+    assert sidelight.exceptions.MessageTooLarge.__base__ is sidelight.ResourceExhausted
 
 
 def test_a_full_server_says_when_to_ask_again(gate: Gate, gated: str, floats: torch.Tensor) -> None:
@@ -383,7 +384,7 @@ def test_a_batch_over_the_clients_limit_goes_in_parts_and_an_example_over_it_is_
         with pytest.raises(sidelight.InvalidArgument, match="target: 4 classes for 5 examples"):
             narrow.attribute(floats, target=[0, 1, 2, 3])
     with sidelight.connect(address, connect_timeout=10, max_message_bytes=10_000) as narrow:
-        with pytest.raises(sidelight.MessageTooLarge) as caught:
+        with pytest.raises(sidelight.exceptions.MessageTooLarge) as caught:
             narrow.attribute(floats[:1])
         assert "the request takes 12" in caught.value.message
         assert "max_message_bytes of this client's connect() is 10000" in caught.value.message
@@ -400,7 +401,7 @@ def test_a_batch_over_the_servers_limit_goes_in_parts_and_an_example_over_it_is_
             if limit == 50_000:
                 assert_same(narrow.attribute(floats).maps, client.attribute(floats).maps)
                 continue
-            with pytest.raises(sidelight.MessageTooLarge) as caught:
+            with pytest.raises(sidelight.exceptions.MessageTooLarge) as caught:
                 narrow.attribute(floats[:1])
     assert "max_message_bytes of the server is 10000" in caught.value.message
     assert "--max-message-bytes" in caught.value.message
@@ -423,7 +424,7 @@ def test_an_answer_is_as_large_as_its_maps_are_many_and_wide(address: str, tmp_p
     path = tmp_path / "white.png"
     Image.new("RGB", (32, 32), "white").save(path)
     with sidelight.connect(address, connect_timeout=10, max_message_bytes=10_000) as client:
-        with pytest.raises(sidelight.MessageTooLarge, match="the answer's maps take 12288 bytes"):
+        with pytest.raises(sidelight.exceptions.MessageTooLarge, match="the answer's maps take 12288 bytes"):
             client.attribute(path, target=sidelight.TopK(3))
         assert client.attribute(path, target=sidelight.TopK(3), map_dtype="float16").maps.shape == (1, 3, 32, 32)
         assert len(client.attribute([path] * 5, map_dtype="uint8")) == 5
@@ -449,7 +450,7 @@ def test_a_request_that_the_server_found_too_large_names_the_servers_flag() -> N
     error = exceptions.from_rpc(
         FailedCall(status, "SERVER: Received message larger than max (9 vs. 5)"), max_message_bytes=1
     )
-    assert type(error) is sidelight.MessageTooLarge
+    assert type(error) is sidelight.exceptions.MessageTooLarge
     assert "--max-message-bytes of sidelight-server" in error.message
     assert "(9 vs. 5)" in error.message
 
@@ -571,7 +572,7 @@ def test_unless_a_target_is_said_the_predicted_class_is_explained(
     predicted = probabilities.argmax(dim=1).tolist()
     answer = client.attribute(floats)
     assert answer.predictions == tuple(
-        sidelight.Prediction(index, LABELS[index], pytest.approx(float(row[index]), rel=1e-5))
+        sidelight.results.Prediction(index, LABELS[index], pytest.approx(float(row[index]), rel=1e-5))
         for index, row in zip(predicted, probabilities, strict=True)
     )
     assert [(each.index, each.label) for each in answer.targets] == [(i, LABELS[i]) for i in predicted]
@@ -644,7 +645,7 @@ def test_a_model_without_labels_says_so_by_empty_labels(device: str, module: nn.
             client.attribute(np.zeros((32, 32, 3), np.uint8))
 
 
-METHODS: dict[str, sidelight.Method] = {
+METHODS: dict[str, sidelight.methods.Method] = {
     "gradient": sidelight.Gradient(squared=True),
     "smoothgrad": sidelight.SmoothGrad(samples=4, statistic="variance"),
     "smoothgrad-over-a-path": sidelight.SmoothGrad(samples=2, base=sidelight.IntegratedGradients(steps=3)),
@@ -663,7 +664,7 @@ METHODS: dict[str, sidelight.Method] = {
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_every_method_is_called_and_told_in_the_provenance_as_it_was_asked(
-    client: sidelight.Client, floats: torch.Tensor, method: sidelight.Method
+    client: sidelight.Client, floats: torch.Tensor, method: sidelight.methods.Method
 ) -> None:
     answer = client.attribute(floats, method=method)
     assert answer.maps.shape == (5, 32, 32)
@@ -785,7 +786,7 @@ def test_what_the_server_knows_to_be_out_of_range_it_says_by_field_got_and_expec
 
 def test_the_geometry_tells_how_a_picture_was_resized_and_cropped(client: sidelight.Client) -> None:
     answer = client.attribute([np.zeros((40, 50, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)])
-    assert answer.geometry[0] == sidelight.Geometry(
+    assert answer.geometry[0] == sidelight.results.Geometry(
         original_height=40,
         original_width=50,
         scaled_height=32,
@@ -795,7 +796,7 @@ def test_the_geometry_tells_how_a_picture_was_resized_and_cropped(client: sideli
         crop_height=32,
         crop_width=32,
     )
-    assert answer.geometry[1] == sidelight.Geometry(64, 64, 32, 32, 0, 0, 32, 32)
+    assert answer.geometry[1] == sidelight.results.Geometry(64, 64, 32, 32, 0, 0, 32, 32)
 
 
 def test_the_provenance_says_all_that_is_needed_to_compute_it_again(
@@ -891,7 +892,9 @@ def test_a_failing_model_is_internal_and_its_secrets_stay_with_the_server(
     ):
         client.attribute(0 * floats[:1], score="logit")  # so that the shape is known to be one that the model takes
         answer = client.attribute(floats[:2], on_error="return")
-    assert [(each.code, "secret" in each.message) for each in answer.failures] == [(sidelight.Internal.code, False)] * 2
+    assert [(each.code, "secret" in each.message) for each in answer.failures] == [
+        (exceptions.Internal.code, False)
+    ] * 2
     assert "a secret path" in caplog.text
 
 
@@ -972,15 +975,24 @@ def test_answers_and_errors_cross_processes(client: sidelight.Client, floats: to
 def test_the_public_list_is_whole_and_true() -> None:
     assert len(set(sidelight.__all__)) == len(sidelight.__all__)
     public = {name for name in vars(sidelight) if not name.startswith("_")}
-    # Packages that hold what is public; and one that is imported by its own name, once somebody has.
-    assert public - set(sidelight.__all__) - {"pyhealth"} == {"exceptions", "methods", "results", "v1", "visualization"}
+    # One is imported by its own name, once somebody has.
+    assert public - set(sidelight.__all__) - {"pyhealth"} == {"v1", "visualization"}
     assert set(sidelight.__all__) <= public
+    assert len(sidelight.__all__) <= 35  # what a newcomer reads; the rest is a level down
     errors = {name for name, each in vars(exceptions).items() if inspect.isclass(each) and issubclass(each, Exception)}
-    assert {name for name in errors if not name.startswith("_")} <= set(sidelight.__all__)
+    assert {name for name in errors if not name.startswith("_")} == set(exceptions.__all__)
 
 
-def test_all_that_is_public_says_what_it_is() -> None:
-    assert all(getattr(sidelight, name).__doc__ for name in sidelight.__all__)
+@pytest.mark.parametrize("module", [sidelight, sidelight.exceptions, sidelight.methods, sidelight.results])
+def test_all_that_is_public_says_what_it_is(module: ModuleType) -> None:
+    assert module.__doc__
+    assert all(getattr(module, name).__doc__ for name in module.__all__)
+
+
+def test_a_name_of_the_top_level_is_the_one_of_its_module() -> None:
+    for module in (sidelight.exceptions, sidelight.methods, sidelight.results):
+        for name in set(module.__all__) & set(sidelight.__all__):
+            assert getattr(module, name) is getattr(sidelight, name)
 
 
 def test_importing_the_client_brings_neither_server_nor_torch_nor_a_command_line() -> None:

@@ -150,12 +150,12 @@ def test_another_grpc_server_is_asked_about(ask: Callable[..., None], tmp_path: 
     server.add_insecure_port(f"unix:{tmp_path}/other")
     server.start()
     try:
-        with pytest.raises(sidelight.Unimplemented, match="is it a Sidelight server"):
+        with pytest.raises(sidelight.exceptions.Unimplemented, match="is it a Sidelight server"):
             ask(f"unix:{tmp_path}/other", IMAGES)
         for question in (sidelight.Client.info, sidelight.Client.model, sidelight.Client.reload):
             with (
                 sidelight.connect(f"unix:{tmp_path}/other", connect_timeout=10) as client,
-                pytest.raises(sidelight.Unimplemented, match="is it a Sidelight server"),
+                pytest.raises(sidelight.exceptions.Unimplemented, match="is it a Sidelight server"),
             ):
                 question(client)
     finally:
@@ -164,7 +164,7 @@ def test_another_grpc_server_is_asked_about(ask: Callable[..., None], tmp_path: 
 
 def check_unreadable(ask: Callable[[], object], path: object, *, field: str) -> None:
     """An unreadable file is one type everywhere, and still what Python calls it."""
-    with pytest.raises(sidelight.UnreadableFile, match=f"^{field}: cannot read ") as caught:
+    with pytest.raises(sidelight.exceptions.UnreadableFile, match=f"^{field}: cannot read ") as caught:
         ask()
     error = caught.value
     assert isinstance(error, sidelight.InvalidArgument)

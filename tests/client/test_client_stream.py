@@ -319,9 +319,9 @@ print(len(next(answers)))
 BAD: dict[str, tuple[object, type[sidelight.SidelightError], str]] = {
     "None": (None, sidelight.InvalidArgument, "images: got NoneType"),
     "wrong-dtype": (np.zeros((3, 32, 32), int), sidelight.InvalidArgument, "images: got int64"),
-    "missing-file": ("missing.png", sidelight.UnreadableFile, "missing.png"),
-    "missing-file-in-a-list": ([b"", "missing.png"], sidelight.UnreadableFile, "missing.png"),
-    "folder": (os.curdir, sidelight.UnreadableFile, "images: "),
+    "missing-file": ("missing.png", sidelight.exceptions.UnreadableFile, "missing.png"),
+    "missing-file-in-a-list": ([b"", "missing.png"], sidelight.exceptions.UnreadableFile, "missing.png"),
+    "folder": (os.curdir, sidelight.exceptions.UnreadableFile, "images: "),
     "wrong-size": (np.zeros((3, 31, 32), np.float32), sidelight.InvalidArgument, "[C, H, W] = [3, 32, 32]"),
     "dimension-of-zero": (np.zeros((1, 3, 0, 32), np.float32), sidelight.InvalidArgument, "has a dimension of 0"),
 }
@@ -368,7 +368,7 @@ def test_an_example_too_large_to_be_sent_leaves_the_stream_as_it_is(address: str
     with sidelight.connect(address, connect_timeout=10, max_message_bytes=50_000) as client:
         large = np.zeros((6, 200, 200, 3), np.uint8)
         answers = list(client.stream([one(), large, one()], ordered=True, on_error="return"))
-    assert [type(answer.error) for answer in answers] == [type(None), sidelight.MessageTooLarge, type(None)]
+    assert [type(answer.error) for answer in answers] == [type(None), sidelight.exceptions.MessageTooLarge, type(None)]
     assert [len(answer) for answer in answers] == [1, 0, 1]
 
 
@@ -378,7 +378,7 @@ def test_an_answer_too_large_to_be_taken_leaves_the_stream_as_it_is(address: str
     with sidelight.connect(address, connect_timeout=10, max_message_bytes=10_000) as client:
         target = sidelight.TopK(3)  # each example's three maps take 12,288 bytes
         (answer,) = client.stream([path], target=target, on_error="return")
-    assert type(answer.error) is sidelight.MessageTooLarge
+    assert type(answer.error) is sidelight.exceptions.MessageTooLarge
 
 
 def test_what_a_failed_batch_has_not_it_says_with_its_error(client: sidelight.Client, tmp_path: Path) -> None:
@@ -491,7 +491,7 @@ def test_closing_the_client_ends_its_streams(address: str, no_thread_stays: None
     answers = client.stream(batches())
     next(answers)
     client.close()
-    with pytest.raises(sidelight.Cancelled):
+    with pytest.raises(sidelight.exceptions.Cancelled):
         next(answers)
     closed.set()
 

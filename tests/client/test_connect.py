@@ -10,6 +10,7 @@ import pytest
 import sidelight
 import sidelight_server
 
+from support.certificates import secret
 from support.models import small_cnn
 
 CONNECTS = [sidelight.connect, sidelight.aio.connect]
@@ -47,9 +48,9 @@ def test_the_address_of_the_environment_is_used_where_none_is_given(
 def test_a_call_is_answered_with_address_and_token_of_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str
 ) -> None:
-    (tmp_path / "tokens").write_text("right\n")
+    tokens = secret(tmp_path / "tokens", "right")
     spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32))
-    with sidelight_server.serve(spec, device=device, token_file=tmp_path / "tokens") as address:
+    with sidelight_server.serve(spec, device=device, tokens=tokens) as address:
         monkeypatch.setenv("SIDELIGHT_ADDRESS", str(address))
         with sidelight.connect() as client, pytest.raises(sidelight.exceptions.Unauthenticated):
             client.attribute(IMAGES)

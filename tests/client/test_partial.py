@@ -109,8 +109,8 @@ def test_convergence_is_told_as_far_as_the_method_measures_it() -> None:
     ]
     answer = read(result(np.zeros((3, 2, 2), np.float32), examples))
     assert answer.convergence == (
-        sidelight.Convergence(9, 0.0, None, None),
-        sidelight.Convergence(52, None, 0.5, 0.25),
+        sidelight.results.Convergence(9, 0.0, None, None),
+        sidelight.results.Convergence(52, None, 0.5, 0.25),
         None,
     )
 
@@ -122,8 +122,8 @@ def test_a_contrast_tells_its_other_class_even_if_it_is_the_first() -> None:
 
 
 def test_the_advice_for_a_saturated_score_names_the_logit() -> None:
-    assert 'score="logit"' in sidelight.ExplainedTarget(1, "", 1.0, saturated=True).advice
-    assert sidelight.ExplainedTarget(1, "", 1.0, saturated=False).advice == ""
+    assert 'score="logit"' in sidelight.results.ExplainedTarget(1, "", 1.0, saturated=True).advice
+    assert sidelight.results.ExplainedTarget(1, "", 1.0, saturated=False).advice == ""
 
 
 def test_an_answer_may_have_examples_without_a_map_yet() -> None:

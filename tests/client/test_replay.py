@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from support.models import LABELS, small_cnn
 
-METHODS: dict[str, sidelight.Method] = {
+METHODS: dict[str, sidelight.methods.Method] = {
     "gradient": sidelight.Gradient(signed=True),
     "smoothgrad": sidelight.SmoothGrad(samples=5, seed=11, base=sidelight.IntegratedGradients(steps=3)),
     "integrated-gradients": sidelight.IntegratedGradients(tolerance=0.1, baseline="blurred"),
@@ -127,7 +127,7 @@ def digest(map_: np.ndarray) -> str:
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
 def test_every_method_comes_out_equal_to_the_last_bit(
-    exact: sidelight.Client, pictures: list[Path], tmp_path: Path, method: sidelight.Method
+    exact: sidelight.Client, pictures: list[Path], tmp_path: Path, method: sidelight.methods.Method
 ) -> None:
     exact.attribute(pictures, method=method, score="logit", channels="sum").save(tmp_path / "saved")
     replayed = sidelight.replay(exact, tmp_path / "saved", pictures)

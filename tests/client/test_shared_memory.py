@@ -140,7 +140,7 @@ def test_a_batch_over_the_servers_limit_of_a_region_goes_in_parts(
         sidelight.connect(address, connect_timeout=10, shared_memory=True) as shared,
     ):
         np.testing.assert_allclose(shared.attribute(floats(9)).maps, client.attribute(floats(9)).maps, atol=1e-6)
-        with pytest.raises(sidelight.MessageTooLarge, match="max_region_bytes"):
+        with pytest.raises(sidelight.exceptions.MessageTooLarge, match="max_region_bytes"):
             shared.attribute(floats(1), channels="none")
 
 
@@ -152,7 +152,7 @@ def test_a_region_is_let_go_of_once_and_not_while_somebody_reads_it(folder: Path
     region.close()
     assert mapped[20:30].tolist() == list(range(10))
     region.close()
-    with pytest.raises(sidelight.Cancelled):
+    with pytest.raises(sidelight.exceptions.Cancelled):
         region.read(1, 0)
     assert list(folder.iterdir()) == []
 

@@ -159,7 +159,8 @@ def test_a_batch_that_is_alone_when_two_servers_die_is_given_up_and_the_others_g
     with scripted(poisoned) as address:
         answers = stream(address, batches)
     assert [each.index for each in answers] == list(range(10))
-    assert [type(each.error) for each in answers] == [type(None)] * 4 + [sidelight.ServerDied] + [type(None)] * 5
+    kinds = [type(each.error) for each in answers]
+    assert kinds == [type(None)] * 4 + [sidelight.exceptions.ServerDied] + [type(None)] * 5
     assert str(answers[4].error).startswith("batch 4: ")
     assert next(n_deaths) <= 3  # at most one of them in company
 
@@ -272,7 +273,7 @@ def test_another_model_than_the_first_ends_the_stream_unless_that_is_allowed(all
         if allowed:
             assert_all_answered(stream(address, [ONE] * 2, allow_model_change=True), 2)
         else:
-            with pytest.raises(sidelight.ModelChanged, match="allow_model_change"):
+            with pytest.raises(sidelight.exceptions.ModelChanged, match="allow_model_change"):
                 stream(address, [ONE] * 2)
 
 
@@ -499,7 +500,7 @@ def test_a_batch_that_kills_its_server_is_given_up_and_the_rest_goes_on(tmp_path
         n_deaths = len(ids) - 1
     assert [each.index for each in answers] == list(range(40))
     assert [each.index for each in answers if each.error is not None] == [20]
-    assert type(answers[20].error) is sidelight.ServerDied
+    assert type(answers[20].error) is sidelight.exceptions.ServerDied
     assert n_deaths <= 3
 
 
@@ -652,7 +653,7 @@ def test_a_call_that_its_caller_did_not_cancel_is_made_again(way: str) -> None:
     with scripted(*[cancelling] * 4, echo) as address:
         assert len(ask(address)) == 1
         assert next(n_calls) == 5
-    with scripted(cancelling) as address, pytest.raises(sidelight.Cancelled, match="too many resets"):
+    with scripted(cancelling) as address, pytest.raises(sidelight.exceptions.Cancelled, match="too many resets"):
         ask(address, retry=False)
 
 
@@ -742,7 +743,7 @@ def test_a_batch_whose_parts_two_models_answered_fails() -> None:
     two = np.concatenate([ONE] * 2)
     with scripted(changing, max_batch_examples=1) as address:
         (failed,) = stream(address, [two], allow_model_change=True)
-    assert type(failed.error) is sidelight.ModelChanged
+    assert type(failed.error) is sidelight.exceptions.ModelChanged
 
 
 def test_a_list_of_classes_that_is_longer_than_the_first_batch_is_refused() -> None:

@@ -97,7 +97,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
     (folder.path / "mine.py").write_text(python("def factory"), encoding="utf-8")
     subprocess.run([sys.executable, "-c", python("save_file(")], cwd=folder.path, check=True, timeout=60)
     noise = np.random.default_rng(0)
-    for name in ("cat.png", "dog.png"):
+    (folder.path / "photos").mkdir()
+    for name in ("cat.png", "dog.png", "photos/cup.png"):
         Image.fromarray(noise.integers(0, 256, (260, 300, 3), np.uint8)).save(folder.path / name)
     (line,) = commands("sidelight-server")
     with (folder.path / "log").open("wb") as log:

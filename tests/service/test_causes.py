@@ -89,7 +89,7 @@ def test_what_a_model_raises_is_told_in_ones_own_process_alone(tmp_path: Path) -
         ):
             client.attribute(np.ones_like(IMAGES))
             said[is_own] = client.attribute(-np.ones_like(IMAGES), on_error="return").failures[0]
-    assert {each.code for each in said.values()} == {sidelight.Internal.code}
+    assert {each.code for each in said.values()} == {sidelight.exceptions.Internal.code}
     assert said[True].message == 'model "model" failed on example 0: ZeroDivisionError: the secret of /etc/weights'
     assert said[False].message == 'model "model" failed on example 0; the server\'s log has the cause'
 
@@ -103,5 +103,5 @@ def test_the_drop_in_class_tells_what_a_module_raised_later() -> None:
     with BasicGradientSaliencyMaps(Strange(fail)) as saliency:
         saliency.attribute(image=torch.tensor(IMAGES))
         state["fails"] = True
-        with pytest.raises(sidelight.Internal, match="ZeroDivisionError: the secret"):
+        with pytest.raises(sidelight.exceptions.Internal, match="ZeroDivisionError: the secret"):
             saliency.attribute(image=torch.tensor(IMAGES))

@@ -250,9 +250,7 @@ class Stream:
         """Send a part again where that may go well: it was too large, or its server was full, or on its way out."""
         delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
         if failure.code == ResourceExhausted.code and delay_s is None and len(part.batch) > 1:
-            log.info(
-                "%s: split in two, the server refuses %d examples: %s", _told(part), len(part.batch), failure.message
-            )
+            log.info("%s: split in two: %s", _told(part), failure.message)
             self._in_flight.halve(part)
             return True
         if not self._config.retry:

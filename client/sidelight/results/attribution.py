@@ -228,7 +228,7 @@ def lent(answer: Attribution, batch: EncodedBatch) -> Attribution:
     return dataclasses.replace(answer, _batch=Lent(batch))
 
 
-def failed(error: SidelightError, *, index: int, id_: str) -> Attribution:
+def failed(error: SidelightError, *, index: int, id_: str = "") -> Attribution:
     """Return the answer of a batch that failed whole."""
     return Attribution(maps=np.empty((0, 0, 0), np.float32), index=index, id=id_, error=error)
 

@@ -53,6 +53,7 @@ def to_dict(answer: "Attribution") -> dict[str, object]:
     )  # fmt: skip
     names = ("name", "prediction", "target", "geometry", "convergence", "map_sha256")
     return {
+        "id": answer.id,
         "example_count": len(answer),
         "examples": [dict(zip(names, map(_plain, entry), strict=True)) for entry in entries],
         "failures": _plain(answer.failures),

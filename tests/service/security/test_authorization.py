@@ -80,7 +80,7 @@ def test_no_token_and_a_wrong_one_are_turned_away_from_every_call(place: str, to
             client.model,
             client.reload,
         ):
-            with pytest.raises(sidelight.Unauthenticated, match=r"^authorization: ") as caught:
+            with pytest.raises(sidelight.exceptions.Unauthenticated, match=r"^authorization: ") as caught:
                 call()
             assert "5f2a" not in str(caught.value)  # neither the caller's nor the right one
 
@@ -93,18 +93,18 @@ def test_the_asynchronous_client_brings_a_token_too(place: str, tokens: Path) ->
 
     with serving(place, tokens=tokens) as address:
         assert asyncio.run(explain(address, USER)) == (1, 32, 32)
-        with pytest.raises(sidelight.Unauthenticated):
+        with pytest.raises(sidelight.exceptions.Unauthenticated):
             asyncio.run(explain(address, "wrong"))
 
 
 RELOADS = {
     "admin": (ADMIN, True, True, None),
-    "user": (USER, True, True, sidelight.PermissionDenied),
-    "none": (None, True, True, sidelight.Unauthenticated),
-    "wrong": ("wrong", True, True, sidelight.Unauthenticated),
-    "user, and nobody is admin": (USER, True, False, sidelight.PermissionDenied),
+    "user": (USER, True, True, sidelight.exceptions.PermissionDenied),
+    "none": (None, True, True, sidelight.exceptions.Unauthenticated),
+    "wrong": ("wrong", True, True, sidelight.exceptions.Unauthenticated),
+    "user, and nobody is admin": (USER, True, False, sidelight.exceptions.PermissionDenied),
     "admin, and users need no token": (ADMIN, False, True, None),
-    "none, and users need no token": (None, False, True, sidelight.Unauthenticated),
+    "none, and users need no token": (None, False, True, sidelight.exceptions.Unauthenticated),
     "no tokens at all": (None, False, False, None),
 }
 
@@ -126,7 +126,7 @@ def test_an_admin_token_allows_no_more_than_the_settings(place: str, tokens: Pat
     with (
         serving(place, tokens=tokens, admin_tokens=admins) as address,
         connect(address, ADMIN) as client,
-        pytest.raises(sidelight.PermissionDenied, match="allow_reload"),
+        pytest.raises(sidelight.exceptions.PermissionDenied, match="allow_reload"),
     ):
         client.reload()
 
@@ -199,7 +199,7 @@ def test_a_call_is_refused_before_its_message_is_read(place: str, tokens: Path) 
 
 def test_the_deadline_of_a_caller_without_a_token_changes_nothing(place: str, tokens: Path) -> None:
     with serving(place, tokens=tokens) as address, connect(address, "wrong") as client:
-        with pytest.raises(sidelight.Unauthenticated):
+        with pytest.raises(sidelight.exceptions.Unauthenticated):
             client.attribute(IMAGE, timeout=1e9)
         with connect(address, USER) as right:
             right.info()
@@ -221,7 +221,7 @@ def test_tokens_change_without_a_restart_and_running_streams_go_on(
         batches.put(IMAGE)
         assert next(answers).error is None
         swap(tokens, b"fresh\n")
-        with pytest.raises(sidelight.Unauthenticated):
+        with pytest.raises(sidelight.exceptions.Unauthenticated):
             client.attribute(IMAGE)
         with connect(address, "fresh") as fresh:
             assert fresh.attribute(IMAGE).error is None
@@ -240,7 +240,7 @@ def test_a_client_brings_the_token_of_the_hour(place: str, tokens: Path, tmp_pat
     with serving(place, tokens=tokens) as address, connect(address, token) as client:
         assert client.info().models
         swap(tokens, b"fresh\n")
-        with pytest.raises(sidelight.Unauthenticated):
+        with pytest.raises(sidelight.exceptions.Unauthenticated):
             client.info()
         swap(mine, b"# mine\nfresh\n")
         assert client.info().models

@@ -20,7 +20,7 @@ from support.profiles import n_examples
 
 ZERO = pb.Baseline(constant=0.0)
 
-MESSAGES: dict[str, tuple[sidelight.Method, pb.Method]] = {
+MESSAGES: dict[str, tuple[sidelight.methods.Method, pb.Method]] = {
     "gradient": (sidelight.Gradient(), pb.Method(gradient=pb.GradientMethod(magnitude=pb.MAGNITUDE_ABSOLUTE))),
     "gradient-signed": (
         sidelight.Gradient(signed=True, times_input=True),
@@ -165,7 +165,7 @@ MESSAGES: dict[str, tuple[sidelight.Method, pb.Method]] = {
 
 
 @pytest.mark.parametrize(("method", "message"), MESSAGES.values(), ids=MESSAGES.keys())
-def test_a_method_says_itself_with_every_default(method: sidelight.Method, message: pb.Method) -> None:
+def test_a_method_says_itself_with_every_default(method: sidelight.methods.Method, message: pb.Method) -> None:
     assert method.message() == message
     assert method.message().WhichOneof("method") == message.WhichOneof("method")  # for those that are empty
 
@@ -175,7 +175,7 @@ def test_every_method_of_the_schema_has_a_class_and_every_class_is_tested() -> N
     assert {type(method) for method, _ in MESSAGES.values()} == set(METHODS.values())
     for name, each in METHODS.items():
         assert each().message().WhichOneof("method") == name
-        assert isinstance(each(), sidelight.Method)
+        assert isinstance(each(), sidelight.methods.Method)
         assert getattr(sidelight, each.__name__) is each
 
 
@@ -249,7 +249,7 @@ def test_methods_without_an_array_have_none_to_remember() -> None:
             assert given_array(method.message()) is None
 
 
-REFUSED: dict[str, tuple[Callable[[], sidelight.Method], str]] = {
+REFUSED: dict[str, tuple[Callable[[], sidelight.methods.Method], str]] = {
     "signed-and-squared": (
         lambda: sidelight.Gradient(signed=True, squared=True),
         "method.squared: got True beside signed",
@@ -318,7 +318,7 @@ REFUSED: dict[str, tuple[Callable[[], sidelight.Method], str]] = {
 
 @pytest.mark.parametrize(("method", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_what_the_wire_cannot_hold_is_refused_by_field_got_and_expected(
-    method: Callable[[], sidelight.Method], message: str
+    method: Callable[[], sidelight.methods.Method], message: str
 ) -> None:
     with pytest.raises(sidelight.InvalidArgument) as caught:
         method().message()
@@ -337,7 +337,7 @@ def test_what_the_wire_cannot_hold_is_refused_by_field_got_and_expected(
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_a_number_out_of_its_range_goes_to_the_server_which_knows_the_range(method: sidelight.Method) -> None:
+def test_a_number_out_of_its_range_goes_to_the_server_which_knows_the_range(method: sidelight.methods.Method) -> None:
     method.message()
 
 
@@ -392,13 +392,13 @@ methods = st.one_of(
 
 @settings(max_examples=n_examples(400))
 @given(method=methods)
-def test_the_text_of_a_method_makes_the_same_message_again(method: sidelight.Method) -> None:
+def test_the_text_of_a_method_makes_the_same_message_again(method: sidelight.methods.Method) -> None:
     message = method.message()
     again = parse_method(method_text(message)).message()
     assert again.SerializeToString(deterministic=True) == message.SerializeToString(deterministic=True)
 
 
-TEXTS: dict[str, sidelight.Method] = {
+TEXTS: dict[str, sidelight.methods.Method] = {
     "gradient(signed=False, times_input=False, squared=False)": sidelight.Gradient(),
     "integrated_gradients(steps=50, rule=gauss_legendre, baseline=zero, max_rows=300)": sidelight.IntegratedGradients(),
     "integrated_gradients(rule=trapezoid, baseline=0.5, tolerance=0.05, max_rows=300)": sidelight.IntegratedGradients(
@@ -421,7 +421,7 @@ TEXTS: dict[str, sidelight.Method] = {
 
 
 @pytest.mark.parametrize(("text", "method"), TEXTS.items(), ids=[text.partition("(")[0] for text in TEXTS])
-def test_a_method_is_told_with_every_option_that_counts(text: str, method: sidelight.Method) -> None:
+def test_a_method_is_told_with_every_option_that_counts(text: str, method: sidelight.methods.Method) -> None:
     assert method_text(method.message()) == text
 
 
@@ -432,7 +432,7 @@ def test_a_given_array_is_told_to_be_one() -> None:
     assert method_text(pb.Method()) == ""
 
 
-READ: dict[str, sidelight.Method] = {
+READ: dict[str, sidelight.methods.Method] = {
     "gradient": sidelight.Gradient(),
     " gradient () ": sidelight.Gradient(),
     "gradient(times_input=True,)": sidelight.Gradient(times_input=True),
@@ -456,7 +456,7 @@ READ: dict[str, sidelight.Method] = {
 
 
 @pytest.mark.parametrize(("text", "method"), READ.items(), ids=READ.keys())
-def test_a_method_is_read_as_a_person_writes_it(text: str, method: sidelight.Method) -> None:
+def test_a_method_is_read_as_a_person_writes_it(text: str, method: sidelight.methods.Method) -> None:
     assert parse_method(text).message() == method.message()
 
 
@@ -504,7 +504,7 @@ def test_a_text_that_is_no_method_is_refused_with_what_is_near(text: str, messag
 @given(text=unicode | st.text("risegradnt()=,'\"0123456789. -*layer_\\"))
 def test_no_text_is_more_than_a_method_or_an_invalid_argument(text: str) -> None:
     with contextlib.suppress(sidelight.InvalidArgument):
-        assert isinstance(parse_method(text), sidelight.Method)
+        assert isinstance(parse_method(text), sidelight.methods.Method)
 
 
 TARGETS: dict[str, tuple[object, pb.Target, str]] = {
