@@ -29,11 +29,11 @@ class AttributionServiceStub(object):
     """AttributionService explains the predictions of an image model.
 
     Message faults (a wrong shape, an unknown model) fail the whole batch. Example faults (an undecodable file, a NaN)
-    give that example a map of NaN and an entry in Attribution.failures, beside the good maps.
+    fail one example: its map is NaN and Attribution.failures has an entry; the other maps are valid.
 
-    gRPC's own default lets a client receive 4 MiB in one message, in every language; a batch of 8 × 3 × 224 × 224 float32
-    has 4.8 MB. Raise the client's limit (`grpc.max_receive_message_length`, `MaxCallRecvMsgSize`, `maxInboundMessageSize`)
-    to Limits.max_message_bytes.
+    By default gRPC clients receive messages of at most 4 MiB, in every language; a batch of 8 × 3 × 224 × 224 float32
+    has 4.8 MB. Raise the client's limit (`grpc.max_receive_message_length`, `MaxCallRecvMsgSize`,
+    `maxInboundMessageSize`) to Limits.max_message_bytes.
     """
 
     def __init__(self, channel):
@@ -63,28 +63,28 @@ class AttributionServiceServicer(object):
     """AttributionService explains the predictions of an image model.
 
     Message faults (a wrong shape, an unknown model) fail the whole batch. Example faults (an undecodable file, a NaN)
-    give that example a map of NaN and an entry in Attribution.failures, beside the good maps.
+    fail one example: its map is NaN and Attribution.failures has an entry; the other maps are valid.
 
-    gRPC's own default lets a client receive 4 MiB in one message, in every language; a batch of 8 × 3 × 224 × 224 float32
-    has 4.8 MB. Raise the client's limit (`grpc.max_receive_message_length`, `MaxCallRecvMsgSize`, `maxInboundMessageSize`)
-    to Limits.max_message_bytes.
+    By default gRPC clients receive messages of at most 4 MiB, in every language; a batch of 8 × 3 × 224 × 224 float32
+    has 4.8 MB. Raise the client's limit (`grpc.max_receive_message_length`, `MaxCallRecvMsgSize`,
+    `maxInboundMessageSize`) to Limits.max_message_bytes.
     """
 
     def Attribute(self, request, context):
-        """Attribute explains one batch. Over the server's permits it is RESOURCE_EXHAUSTED with a `retry-after-ms` trailer.
+        """Attribute explains one batch. RESOURCE_EXHAUSTED with a `retry-after-ms` trailer if the server has no free permit.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def AttributeStream(self, request_iterator, context):
-        """AttributeStream explains many batches over one connection. Answers come as they are ready, in any order, matched
-        by id; nothing about one batch ends the stream. Over the permits the server stops reading until there is room. Its
-        initial metadata has `sidelight-begin` and comes before any message: a proxy that has no server does not say it.
-        Where the server ends it by itself, with OK at the stream's greatest age, or earlier while the server is short of
-        memory and the stream waits for a message, or with UNAVAILABLE when it shuts down, everything that it read is
-        answered, and the trailer `sidelight-end` names the cause: "age", for both, or "shutdown". A caller who does not
-        accept an answer in time loses the stream: ABORTED, "stalled".
+        """AttributeStream explains many batches on one stream. Answers are sent as they are ready, in any order, and matched
+        by id; a batch that fails does not end the stream. Without a free permit the server stops reading (backpressure).
+        The server sends initial metadata with `sidelight-begin` before any message; a proxy without a backend does not.
+        The server may end the stream itself; everything that it read is then answered, and the trailer `sidelight-end`
+        names the cause: "age" with OK, at the stream's maximum age or earlier if the server is short of memory and the
+        stream is idle; "shutdown" with UNAVAILABLE. If the client does not accept an answer in time, the stream ends with
+        ABORTED and "stalled".
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -127,11 +127,11 @@ class AttributionService(object):
     """AttributionService explains the predictions of an image model.
 
     Message faults (a wrong shape, an unknown model) fail the whole batch. Example faults (an undecodable file, a NaN)
-    give that example a map of NaN and an entry in Attribution.failures, beside the good maps.
+    fail one example: its map is NaN and Attribution.failures has an entry; the other maps are valid.
 
-    gRPC's own default lets a client receive 4 MiB in one message, in every language; a batch of 8 × 3 × 224 × 224 float32
-    has 4.8 MB. Raise the client's limit (`grpc.max_receive_message_length`, `MaxCallRecvMsgSize`, `maxInboundMessageSize`)
-    to Limits.max_message_bytes.
+    By default gRPC clients receive messages of at most 4 MiB, in every language; a batch of 8 × 3 × 224 × 224 float32
+    has 4.8 MB. Raise the client's limit (`grpc.max_receive_message_length`, `MaxCallRecvMsgSize`,
+    `maxInboundMessageSize`) to Limits.max_message_bytes.
     """
 
     @staticmethod

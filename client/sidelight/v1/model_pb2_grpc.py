@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class ModelServiceStub(object):
-    """ModelService tells about the models of a server, and reloads one where the operator allows it.
+    """ModelService describes the models of a server, and reloads them if the operator allows it.
     """
 
     def __init__(self, channel):
@@ -53,27 +53,28 @@ class ModelServiceStub(object):
 
 
 class ModelServiceServicer(object):
-    """ModelService tells about the models of a server, and reloads one where the operator allows it.
+    """ModelService describes the models of a server, and reloads them if the operator allows it.
     """
 
     def ListModels(self, request, context):
-        """ListModels returns every model without its labels and layers.
+        """ListModels returns every model, without labels and layers.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """GetModel returns one model whole. An unknown name is NOT_FOUND with the near names.
+        """GetModel returns one model with its labels and layers. An unknown name is NOT_FOUND; the message suggests similar
+        names.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReloadModel(self, request, context):
-        """ReloadModel loads a model's source again: the new version warms up beside the old one, and takes over. Running
-        requests end on the version they began on. FAILED_PRECONDITION says what is wrong with the new version; then the old
-        one goes on serving. PERMISSION_DENIED unless the operator allows it.
+        """ReloadModel loads a model from its source again. The new version warms up while the old one serves, and then
+        replaces it; requests finish on the version that they started with. FAILED_PRECONDITION if the new version cannot
+        be loaded; the old one then continues to serve. PERMISSION_DENIED unless the operator allows reloads.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,7 +107,7 @@ def add_ModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ModelService(object):
-    """ModelService tells about the models of a server, and reloads one where the operator allows it.
+    """ModelService describes the models of a server, and reloads them if the operator allows it.
     """
 
     @staticmethod
