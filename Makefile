@@ -128,8 +128,8 @@ properties: setup
 
 # The oldest releases that pyproject.toml allows together, on the client and the core of the server. They warn of much that
 # newer ones have mended, so deprecations are no errors here. Exported programs are left out: they need torch 2.8.
-CORE := aio answers client client_frames client_stream cli config dicom gallery images kernel methods metrics oracles \
-	picture server service shared_memory sources stream tls tracing wire
+CORE := aio answers client client_frames client_stream cli colormaps config dicom gallery images kernel methods metrics oracles \
+	picture results server service shared_memory sources stream tls tracing wire
 CORE_TESTS = $(shell find tests $(patsubst %,-name test_%.py -o,$(CORE)) -false)
 EXTRAS := server,cli,plot,dicom,hf,otel,demo
 oldest: .venv/.ready .venv-oldest/.ready

@@ -223,7 +223,7 @@ class Answer:
     example_digests: tuple[str, ...] = ()  # of the examples as received; empty without gRPC
 
     @property
-    def differs(self) -> tuple[bool | None, ...]:
+    def mismatches(self) -> tuple[bool | None, ...]:
         """Whether each example's prediction differs from the served class; None if that is unknown."""
         served = self.request.served or (None,) * len(self.explanations)
         return tuple(

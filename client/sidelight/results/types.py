@@ -34,7 +34,7 @@ class Prediction:
     @classmethod
     def of(cls, message: pb.Example) -> "Prediction":
         """Return what a message says."""
-        is_mismatch = message.prediction_differs if message.HasField("prediction_differs") else None
+        is_mismatch = message.is_mismatch if message.HasField("is_mismatch") else None
         predicted = message.prediction
         return cls(predicted.index, predicted.label, predicted.probability, is_mismatch)
 

@@ -184,7 +184,7 @@ class Answer:
         )  # fmt: skip
         if self._request.HasField("served"):
             served = self._request.served.classes[i]
-            example.prediction_differs = model.index(served, f"served[{i}]") != predicted
+            example.is_mismatch = model.index(served, f"served[{i}]") != predicted
         return example
 
 

@@ -197,7 +197,7 @@ class AttributeRequest(google.protobuf.message.Message):
     @property
     def served(self) -> global___ServedPredictions:
         """served are the classes that the caller's model server predicted for these examples. If this server predicts another
-        class, it sets Example.prediction_differs and counts the difference in its metrics. Optional.
+        class, it sets Example.is_mismatch and counts the difference in its metrics. Optional.
         """
 
     def __init__(
@@ -1382,11 +1382,11 @@ class Example(google.protobuf.message.Message):
     GEOMETRY_FIELD_NUMBER: builtins.int
     CONVERGENCE_FIELD_NUMBER: builtins.int
     RENDERED_FIELD_NUMBER: builtins.int
-    PREDICTION_DIFFERS_FIELD_NUMBER: builtins.int
+    IS_MISMATCH_FIELD_NUMBER: builtins.int
     rendered: builtins.bytes
     """rendered is a PNG image of the map, if requested."""
-    prediction_differs: builtins.bool
-    """prediction_differs is whether the prediction differs from the class in AttributeRequest.served. Unset without it."""
+    is_mismatch: builtins.bool
+    """is_mismatch is whether the prediction differs from the class in AttributeRequest.served. Unset without it."""
     @property
     def prediction(self) -> global___Prediction:
         """prediction is the class with the largest output."""
@@ -1411,11 +1411,11 @@ class Example(google.protobuf.message.Message):
         geometry: sidelight.v1.tensor_pb2.Geometry | None = ...,
         convergence: global___Convergence | None = ...,
         rendered: builtins.bytes = ...,
-        prediction_differs: builtins.bool | None = ...,
+        is_mismatch: builtins.bool | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["_prediction_differs", b"_prediction_differs", "convergence", b"convergence", "geometry", b"geometry", "prediction", b"prediction", "prediction_differs", b"prediction_differs"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_prediction_differs", b"_prediction_differs", "convergence", b"convergence", "geometry", b"geometry", "prediction", b"prediction", "prediction_differs", b"prediction_differs", "rendered", b"rendered", "targets", b"targets"]) -> None: ...
-    def WhichOneof(self, oneof_group: typing.Literal["_prediction_differs", b"_prediction_differs"]) -> typing.Literal["prediction_differs"] | None: ...
+    def HasField(self, field_name: typing.Literal["_is_mismatch", b"_is_mismatch", "convergence", b"convergence", "geometry", b"geometry", "is_mismatch", b"is_mismatch", "prediction", b"prediction"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_is_mismatch", b"_is_mismatch", "convergence", b"convergence", "geometry", b"geometry", "is_mismatch", b"is_mismatch", "prediction", b"prediction", "rendered", b"rendered", "targets", b"targets"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_is_mismatch", b"_is_mismatch"]) -> typing.Literal["is_mismatch"] | None: ...
 
 global___Example = Example
 

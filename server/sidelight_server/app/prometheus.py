@@ -168,7 +168,7 @@ def _batches(counts: Counters, models: list[str]) -> Iterator[Metric]:
     )
     for name, told, counted in (
         ("sidelight_predictions_compared", "predictions whose served class was told", counts.compared),
-        ("sidelight_prediction_mismatches", "those that were another class than was served", counts.differing),
+        ("sidelight_prediction_mismatches", "those that were another class than was served", counts.mismatches),
     ):
         of_models = dict.fromkeys(models, 0) | counted.copy()
         yield _labelled(name, told, ("model",), (((model,), n) for model, n in of_models.items()))

@@ -28,13 +28,13 @@ class Tally:
     failures: Counter[str]  # by reason
     refined: Counter[str]  # "met" or "missed": examples with a tolerance
     n_compared: int  # predictions that the caller told the served class of
-    n_differing: int  # those that were another class
+    n_mismatches: int  # those that were another class
 
     @classmethod
     def of(cls, answer: Answer) -> Self:
         """Count the examples of an answer."""
         convergences = [each.convergence for each in answer.explanations if each is not None]
-        known = [each for each in answer.differs if each is not None] if answer.request.served else []
+        known = [each for each in answer.mismatches if each is not None] if answer.request.served else []
         return cls(
             # The one thing that an example alone can be short of is memory.
             Counter("oom" if each.code == OUT_OF_MEMORY else reason_of(each.code) for each in answer.failures),
@@ -57,7 +57,7 @@ class Counters:
         self.failures: Counter[tuple[str, str, str]] = Counter()  # what failed (batch, example), model, reason
         self.transports: Counter[str] = Counter()
         self.compared: Counter[str] = Counter()  # by model: predictions that the caller told the served class of
-        self.differing: Counter[str] = Counter()  # by model: those that were another class
+        self.mismatches: Counter[str] = Counter()  # by model: those that were another class
         self.refined: Counter[tuple[str, str]] = Counter()  # by model and "met" or "missed": examples with a tolerance
         self.spans: defaultdict[str, dict[str, Histogram]] = defaultdict(_histograms)  # by model, then by name
 
@@ -75,9 +75,9 @@ class Counters:
             self.failures["example", model, reason] += n
         for said, n in tally.refined.items():
             self.refined[model, said] += n
-        if tally.n_compared or tally.n_differing:
+        if tally.n_compared or tally.n_mismatches:
             self.compared[model] += tally.n_compared
-            self.differing[model] += tally.n_differing
+            self.mismatches[model] += tally.n_mismatches
 
     def ended(self, call_record: CallRecord) -> None:
         """Count a batch whose answer, or failure, is written."""

@@ -23,8 +23,8 @@ def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attributi
     """Return the message of an answer without its maps and its provenance: `wire.codec` adds them."""
     return pb.Attribution(
         examples=[
-            _example(each, answer.labels, differs=differs)
-            for each, differs in zip(answer.explanations, answer.differs, strict=True)
+            _example(each, answer.labels, is_mismatch=is_mismatch)
+            for each, is_mismatch in zip(answer.explanations, answer.mismatches, strict=True)
         ],
         failures=[
             pb.ExampleFailure(example=each.example, code=each.code, message=each.message) for each in answer.failures
@@ -134,7 +134,7 @@ def _interval(ends: tuple[float, float]) -> tensor_pb2.Interval:
     return tensor_pb2.Interval(low=ends[0], high=ends[1])
 
 
-def _example(explanation: Explanation | None, labels: tuple[str, ...], *, differs: bool | None) -> pb.Example:
+def _example(explanation: Explanation | None, labels: tuple[str, ...], *, is_mismatch: bool | None) -> pb.Example:
     if explanation is None:
         return pb.Example()
     return pb.Example(
@@ -146,7 +146,7 @@ def _example(explanation: Explanation | None, labels: tuple[str, ...], *, differ
         targets=[_target(each, labels) for each in explanation.targets],
         geometry=_geometry(explanation.geometry) if explanation.geometry else None,
         convergence=_convergence(explanation.convergence) if explanation.convergence else None,
-        prediction_differs=differs,
+        is_mismatch=is_mismatch,
     )
 
 
