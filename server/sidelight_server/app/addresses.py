@@ -1,4 +1,4 @@
-"""Addresses: where a server listens, "host:port" or "unix:/path", and what stands in the way."""
+"""Listening addresses, "host:port" or "unix:/path": checks and binds them."""
 
 import ipaddress
 import os
@@ -19,10 +19,10 @@ def bind(
     certificates: Certificates | None = None,
     socket_mode: str | None = None,
 ) -> str:
-    """Let a server listen on an address; return it with the port that was chosen where it asks for port 0.
+    """Bind a server to an address; return the address, with the chosen port if it was 0.
 
-    With `certificates` a port speaks TLS. `ConfigurationError` names the cause: a port that is not loopback wants them,
-    or `plaintext`, for nothing is encrypted. A UNIX socket is plain, and has the mode that is given.
+    With `certificates` a port uses TLS; a UNIX socket never does, and gets `socket_mode`. Raises `ConfigurationError`
+    if the address cannot be bound, or if it is not loopback and has neither certificates nor `plaintext`.
     """
     try:
         if address.startswith("unix:"):
@@ -43,7 +43,7 @@ def _bind_socket(server: grpc.aio.Server, path: Path, *, mode: str | None) -> No
     if mode is None:
         server.add_insecure_port(f"unix:{path}")
         return
-    # It is never open to more than it is to be: from its first moment on callers could connect.
+    # Set by umask, not by a chmod afterwards: clients could connect in between.
     before = os.umask(0o777 & ~int(mode, 8))
     try:
         server.add_insecure_port(f"unix:{path}")
@@ -58,7 +58,7 @@ def _check_host(address: str, *, plaintext: bool) -> None:
             f"listen: {address} is not loopback, and nothing would be encrypted; give it --tls-certificate and "
             "--tls-key, or say --plaintext if that is meant"
         )
-    # gRPC prints the cause of a failure and raises without it, so it is found out before.
+    # gRPC only prints the cause of a failed bind and raises without it, so try the bind first.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_STREAM) as trial:
@@ -70,7 +70,7 @@ def _check_host(address: str, *, plaintext: bool) -> None:
 
 
 def host_and_port(address: str, *, setting: str = "listen", expected: str = '"host:port"') -> tuple[str, int]:
-    """Return the two, an IPv6 address without its brackets. `ConfigurationError` where it is none."""
+    """Split an address into host, without IPv6 brackets, and port. Raises `ConfigurationError`."""
     host, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         raise ConfigurationError(f'{setting}: got "{address}", expected {expected}')
@@ -78,7 +78,7 @@ def host_and_port(address: str, *, setting: str = "listen", expected: str = '"ho
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is this machine alone."""
+    """Whether a host is a loopback address."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -86,7 +86,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _clear_socket(path: Path) -> None:
-    """Remove a socket file that a killed server left behind. A live server's, or another kind of file, is refused."""
+    """Remove the socket file of a killed server. Raises `ConfigurationError` if a server uses it or it is no socket."""
     if not path.parent.is_dir():
         raise ConfigurationError(f"listen: cannot bind unix:{path}: there is no folder {path.parent}")
     if not path.exists():
@@ -99,6 +99,6 @@ def _clear_socket(path: Path) -> None:
         except ConnectionRefusedError:
             path.unlink()
             return
-        except OSError as error:  # not ours to know, still less to remove
+        except OSError as error:  # no permission to connect, so none to remove it
             raise ConfigurationError(f"listen: cannot tell who has {path}: {error.strerror}") from error
     raise ConfigurationError(f"listen: another server answers on {path}")

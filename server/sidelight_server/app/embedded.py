@@ -1,4 +1,4 @@
-"""A server in a thread of the caller's own process: for tests, notebooks and drop-in use."""
+"""A server in a thread of the caller's process: for tests, notebooks and embedding."""
 
 import asyncio
 import atexit
@@ -55,15 +55,14 @@ class EmbeddedServer:
 
 
 def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> EmbeddedServer:
-    """Start a real server in a thread of its own, on a fresh UNIX socket. Its `address` takes calls at once.
+    """Start a server in a thread of this process, on a new UNIX socket. It is ready when this returns.
 
-    `model` is a module, a `ModelSpec` or a source; several are given as `models={name: {"model": source, …}}` instead.
-    `settings` are those of `Settings`. Neither variables nor a file are read. The module is neither frozen, moved nor
-    switched. Where `threads` is not given, one operation uses as many as torch does in the caller's thread
-    (`torch.get_num_threads()`).
+    `model` is a module, a `ModelSpec` or a source; for several models pass `models={name: {"model": source, …}}`
+    instead. `settings` are the fields of `Settings`; environment variables and the settings file are not read. The
+    module is not changed. `threads` defaults to `torch.get_num_threads()` of the calling thread.
 
-    OpenMP is the process's own: where other processes use the same cores, set `GOMP_SPINCOUNT=1000` in the environment
-    before torch is imported, as `sidelight-server` does; `dedicated_cpus` has no effect here.
+    OpenMP belongs to the whole process: if other processes use the same cores, set `GOMP_SPINCOUNT=1000` in the
+    environment before importing torch, as `sidelight-server` does. `dedicated_cpus` has no effect here.
     """
     try:
         chosen = Settings(**settings)
@@ -72,7 +71,7 @@ def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> 
     if not chosen.threads:
         chosen = chosen.model_copy(update={"threads": torch.get_num_threads()})
     engine = Engine(_offered(model, chosen), chosen)
-    if "listen" not in settings:  # the socket lies in a folder of this user's alone
+    if "listen" not in settings:  # the socket is in a private folder, so callers are of this user
         engine.expose_causes()
     with contextlib.ExitStack() as resources:
         folder = tempfile.TemporaryDirectory(prefix="sidelight-")
@@ -103,7 +102,7 @@ class _Thread:
     def __enter__(self) -> None:
         self._thread.start()
         try:
-            # Without a limit: a compiler, or a large model, takes its time, and Ctrl-C ends the waiting.
+            # No timeout: compiling or a large model may take long, and Ctrl-C interrupts the wait.
             asyncio.run_coroutine_threadsafe(self._server.start(), self._loop).result()
         except BaseException:
             self._server.abandon()

@@ -1,8 +1,8 @@
-"""Health checking by `grpc.health.v1`, for the server and each model, and the gate for calls before readiness.
+"""Health checking by `grpc.health.v1` for the server and each model, and the gate for calls before readiness.
 
 Names: "" and the two services for the server, "model/NAME" for each model. The server is SERVING from the end of its
-warm-up until it is told to stop, while the thread of one device at least moves. A model is SERVING while the server is
-and a version of it is loaded: a lazy one not before somebody has asked for it.
+warm-up until it begins to stop, while at least one device's worker makes progress. A model is SERVING while the server
+is and a version of it is loaded; a lazy model only after its first request.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ SERVICES = (
     attribution_pb2.DESCRIPTOR.services_by_name["AttributionService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
 )
-MODEL = "model/"  # before a model's name: it could be that of a service
-OPEN = ("/grpc.health.v1.", "/grpc.reflection.")  # calls that are answered before the server is ready
+MODEL = "model/"  # prefix of a model's name, which could be the same as a service's
+OPEN = ("/grpc.health.v1.", "/grpc.reflection.")  # services that are available before the server is ready
 RETRY_DELAY_S = 1.0
-MAX_PEER_WATCHES = 64  # open at once, of one host
+MAX_PEER_WATCHES = 64  # open at once from one host
 MAX_WATCHES = 1024
 
 _Status = health_pb2.HealthCheckResponse
@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from ..rpc.status import Handler
 
 
-class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its package has no types
-    """`grpc.health.v1.Health`. The event loop's.
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the package has no types
+    """`grpc.health.v1.Health`. Used on the event loop only.
 
-    The package's own would keep every Watch open, and so the server from ending, until all of `drain_s` has passed.
+    The servicer of grpcio-health-checking would keep every Watch open during a stop, until `drain_s` has passed.
     """
 
     def __init__(self) -> None:
@@ -47,27 +47,27 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its packa
         self._is_closed = False
 
     def set(self, statuses: Mapping[str, bool]) -> None:
-        """Say of each name whether it serves. Other names are unknown."""
+        """Set whether each name serves. All other names are unknown."""
         new = {name: _Status.SERVING if serves else _Status.NOT_SERVING for name, serves in statuses.items()}
         if new != self._statuses:
             self._statuses = new
             self._wake()
 
     def close(self) -> None:
-        """End every Watch, once it has told the last."""
+        """End every Watch after it has sent the last status."""
         self._is_closed = True
         self._wake()
 
     async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
         """Return the status of a name."""
         if (status := self._statuses.get(request.service)) is None:
-            # Not the known ones: health is told without a token, and whoever asks so need not learn of the models.
+            # Does not list the known names: health needs no token, and names of models are not public.
             await context.abort(grpc.StatusCode.NOT_FOUND, 'service: unknown; expected "", a service, or model/NAME')
         return _Status(status=status)
 
-    # The generated stub knows only handlers that yield: of one that writes, `finally` runs as soon as the caller goes.
+    # Writes to the context instead of yielding, so that `finally` runs as soon as the client disconnects.
     async def Watch(self, request: Any, context: Context) -> None:  # noqa: N802
-        """Write the status of a name, and again whenever it has changed."""
+        """Write the status of a name, and again after each change."""
         try:
             with self._peers.opens(context.peer()):
                 await self._watch(request.service, context)
@@ -75,15 +75,15 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its packa
             await abort(context, error)
 
     async def _watch(self, name: str, context: Context) -> None:
-        told: int | None = None
+        sent: int | None = None
         changed = asyncio.Event()
         self._watchers.add(changed)
         try:
             while True:
                 changed.clear()
                 status = self._statuses.get(name, _Status.SERVICE_UNKNOWN)
-                if status != told:
-                    told = status
+                if status != sent:
+                    sent = status
                     await context.write(_Status(status=status))
                 elif self._is_closed:
                     return
@@ -98,14 +98,14 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its packa
 
 
 def statuses(engine: Engine, *, serves: bool) -> dict[str, bool]:
-    """Return by name who serves, of an engine's server that is ready and does not drain, or is not or does."""
+    """Return for each name whether it serves. `serves`: whether the server is ready and not draining."""
     serves = serves and any(device.moves for device in engine.devices)
     models = {MODEL + entry.name: serves and bool(entry.models) for entry in engine.registry.entries.values()}
     return dict.fromkeys(("", *SERVICES), serves) | models
 
 
 class ReadinessGate(grpc.aio.ServerInterceptor):
-    """Refuses calls until the server is ready, so that the port can be open, and tell its health, while models load."""
+    """Rejects calls until the server is ready, so that health checks work while models load."""
 
     def __init__(self, counts: Counters) -> None:
         self.is_open = False
@@ -116,7 +116,7 @@ class ReadinessGate(grpc.aio.ServerInterceptor):
         continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]",
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler | None":
-        """Return the call's handler, or one that refuses it."""
+        """Return the call's handler, or one that rejects it with UNAVAILABLE."""
         if self.is_open or handler_call_details.method.startswith(OPEN):
             return await continuation(handler_call_details)
         starting = Unavailable("the server is starting: its models are not loaded yet", retry_delay_s=RETRY_DELAY_S)

@@ -1,6 +1,6 @@
-"""The health check `sidelight-server --check`: asks a server for its health. For containers and by hand.
+"""The health check `sidelight-server --check`, for container probes and manual use.
 
-It must be quick, so nothing here imports torch, nor what does.
+It must start quickly, so nothing here imports torch, directly or indirectly.
 """
 
 import argparse
@@ -22,23 +22,23 @@ DEFAULT_ADDRESS = "127.0.0.1:50051"
 
 
 def is_health_check(arguments: Sequence[str]) -> bool:
-    """Say whether a command line asks for a probe instead of a server."""
+    """Return whether a command line requests a health check instead of a server."""
     return any(each == FLAG or each.startswith(FLAG + "=") for each in arguments)
 
 
 def check_health(arguments: Sequence[str]) -> int:
-    """Ask, and return 0 where the answer is SERVING, 1 where it is anything else or none, with a line that says what.
+    """Check a server's health and print its status. Return 0 if it is SERVING, else 1.
 
-    Without an address it asks the first of `SIDELIGHT_LISTEN`, or where a server listens by default.
+    The address defaults to the first of `SIDELIGHT_LISTEN`, or else to the server's default address.
     """
-    parser = argparse.ArgumentParser(prog="sidelight-server", description="Asks a server for its health.")
+    parser = argparse.ArgumentParser(prog="sidelight-server", description="Checks the health of a server.")
     parser.add_argument(FLAG, nargs="?", metavar="ADDRESS", help='"host:port" or "unix:/path"')
     parser.add_argument("--service", default="", help='"model/NAME" for one model; unset: the server')
     parser.add_argument("--ca", type=Path, help="PEM file of the authority that signed the server's certificate")
-    parser.add_argument("--certificate", type=Path, help="PEM file of the caller's certificate, where one is wanted")
-    parser.add_argument("--key", type=Path, help="PEM file of its key")
-    parser.add_argument("--server-name", help="the name in the server's certificate, where it is not the address's")
-    parser.add_argument("--timeout-s", type=float, default=2.0, help="seconds that the answer may take")
+    parser.add_argument("--certificate", type=Path, help="PEM file of the client certificate, if one is required")
+    parser.add_argument("--key", type=Path, help="PEM file of the certificate's key")
+    parser.add_argument("--server-name", help="the name in the server's certificate, if it differs from the address")
+    parser.add_argument("--timeout-s", type=float, default=2.0, help="seconds to wait for the answer")
     chosen = parser.parse_args(arguments)
     if bool(chosen.certificate) != bool(chosen.key):
         parser.error("--certificate and --key go together")
@@ -50,7 +50,7 @@ def check_health(arguments: Sequence[str]) -> int:
 
 
 def _first(addresses: str) -> str:
-    """Return the first of a list as a variable holds it, with commas or as JSON: reading all is slow."""
+    """Return the first address of a variable, comma-separated or JSON. Parsing all settings would be slow."""
     if addresses.startswith("[") and addresses.endswith("]"):  # unlike "[::]:50051"
         with contextlib.suppress(ValueError, LookupError):
             return str(json.loads(addresses)[0])
@@ -64,7 +64,7 @@ def _ask(address: str, chosen: argparse.Namespace) -> tuple[str, str]:
     request = health_pb2.HealthCheckRequest(service=chosen.service)
     try:
         channel = _channel(address, chosen)
-    except OSError as error:  # of a file that is not there, or holds no PEM
+    except OSError as error:  # a file is missing or is no PEM file
         return "UNKNOWN", str(error)
     with channel:
         try:

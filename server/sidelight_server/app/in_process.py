@@ -1,6 +1,6 @@
-"""A module explained in this process, for callers that are not asynchronous: an engine, and an event loop of its own.
+"""Explains a module in this process through a synchronous interface: an engine with its own event loop.
 
-It works inside Jupyter too, where a loop runs already in the caller's thread.
+It also works in Jupyter, where an event loop already runs in the caller's thread.
 """
 
 import asyncio
@@ -22,18 +22,18 @@ from ..domain import Answer, Request
 from ..engine.engine import Engine
 from ..errors import ConfigurationError
 
-MAX_ROWS = 4096  # of a chunk: what a call may bring and still run as one
+MAX_ROWS = 4096  # largest batch that runs as one chunk
 
 Shape = tuple[int, int, int]
 
 
 class InProcess:
-    """A module of the caller's, on its own device. Thread-safe; close it, or use `with`.
+    """Explains a module of the caller on the module's device. Thread-safe; close it, or use `with`.
 
-    Calls run one after the other, and each as one chunk, so that its maps are those of one pass over its batch. The
-    module is neither frozen, moved nor switched; training it further shows in the next answer.
+    Calls run one after the other, each as one chunk, so that its maps are those of a single pass over the batch. The
+    module is not changed; further training of it shows in the next answer.
 
-    It tries the specifications in turn, and `ConfigurationError` says what is wrong with the last.
+    The first of `specs` that works is used. Raises the `ConfigurationError` of the last if none does.
     """
 
     def __init__(self, specs: Sequence[ModelSpec]) -> None:
@@ -43,7 +43,7 @@ class InProcess:
         self._thread = threading.Thread(target=self._loop.run_forever, name="sidelight-in-process", daemon=True)
         self._engine.start()
         self._thread.start()
-        # Whoever drops the last reference may be the very thread that is to end: it only says so.
+        # The last reference may be dropped on one of these threads, so another thread ends them.
         self._dropped = weakref.finalize(self, _end_elsewhere, self._engine, self._loop, self._thread)
         self._dropped.atexit = False  # the threads are daemons
 
@@ -54,7 +54,7 @@ class InProcess:
         self.close()
 
     def attribute(self, request: Request) -> Answer:
-        """Return the maps of one batch. A wrong request raises a `SidelightError`; a closed object, `RuntimeError`."""
+        """Return the maps of one batch. Raises `SidelightError`, or `RuntimeError` once closed."""
         with self._running:
             if not self._dropped.alive:
                 raise RuntimeError("the engine is closed")
@@ -62,21 +62,21 @@ class InProcess:
             try:
                 return answered.result()
             except BaseException:
-                answered.cancel()  # of an interrupted call the rest does not run
+                answered.cancel()  # drop the remaining rows of an interrupted call
                 raise
 
     def close(self) -> None:
-        """End after the running call. No thread is left."""
+        """Close after the running call, and join all threads."""
         with self._running:
             if self._dropped.detach():
                 _end(self._engine, self._loop, self._thread)
 
 
 def specs_of(module: nn.Module, *, image_key: str, label_key: str, trial_size: Shape) -> list[ModelSpec]:
-    """Return how a module in PyHealth's manner may want to be called, the likeliest first.
+    """Return specs for the ways to call a PyHealth module, the most likely first.
 
-    Such a module takes keywords named as its data are, and returns a dictionary whose `y_prob` is explained, even where
-    logits are beside it. Any other is found out by itself. `trial_size` is C, H, W of the images.
+    Such a module takes keywords named after its data, and returns a dictionary whose `y_prob` is explained even if it
+    has logits too. Other modules are detected by introspection. `trial_size` is C, H, W of the images.
     """
     takes_image, takes_any = _takes(module, image_key)
     calls: list[tuple[str | None, str | None]] = [(image_key, None)] if takes_image else []
@@ -87,20 +87,20 @@ def specs_of(module: nn.Module, *, image_key: str, label_key: str, trial_size: S
 
 
 def storage(module: nn.Module) -> tuple[object, ...]:
-    """Return where a module's weights lie: as long as it stays the same, a replica shares them."""
+    """Return addresses, devices and types of a module's tensors: while they are equal, a replica shares them."""
     return tuple((each.data_ptr(), each.device, each.dtype) for each in (*module.parameters(), *module.buffers()))
 
 
 def _takes(module: nn.Module, key: str) -> tuple[bool, bool]:
-    """Say whether a module takes images by this keyword, and whether it takes any keyword at all."""
+    """Return whether a module takes images by this keyword, and whether it accepts any keyword."""
     try:
         parameters = inspect.signature(module.forward).parameters.values()
-    except (TypeError, ValueError):  # it is written in no Python
+    except (TypeError, ValueError):  # not written in Python
         return False, False
     kinds = inspect.Parameter
     named = [each.name for each in parameters if each.kind in (kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)]
     takes_any = any(each.kind is kinds.VAR_KEYWORD for each in parameters)
-    known = getattr(module, "feature_keys", None)  # PyHealth's models say what they take
+    known = getattr(module, "feature_keys", None)  # the keywords that a PyHealth model takes
     if takes_any and isinstance(known, list) and known:
         return key in known, takes_any
     return key in named or (takes_any and not named), takes_any
@@ -130,10 +130,10 @@ def _engine(spec: ModelSpec, settings: Settings) -> Engine:
 
 
 class _Engine(Engine):
-    """An engine of which no thread is left once it is closed."""
+    """An engine whose `close` joins all of its threads."""
 
     def close(self, within_s: float | None = None) -> bool:
-        """End after the running chunk, and after whatever is being prepared."""
+        """Stop after the running chunk and after running preparation."""
         has_ended = super().close(within_s)
         for executor in (self._preparing, self._resizing):
             executor.shutdown(wait=True)
@@ -142,14 +142,14 @@ class _Engine(Engine):
 
 def _end(engine: Engine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
     engine.close()
-    with contextlib.suppress(RuntimeError):  # it is closed already
+    with contextlib.suppress(RuntimeError):  # the loop is already closed
         loop.call_soon_threadsafe(lambda: loop.create_task(_stop(loop)))
     thread.join()
     loop.close()
 
 
 async def _stop(loop: asyncio.AbstractEventLoop) -> None:
-    await loop.shutdown_default_executor()  # which has threads where a batch had many examples
+    await loop.shutdown_default_executor()  # used for batches with many examples
     loop.stop()
 
 

@@ -1,8 +1,8 @@
 """Load shedding: ends streams that wait for a message while memory is short.
 
-gRPC holds a message that is still arriving, says nothing of it, and lets Python set no limit to all of them together. A
-stream can be ended at any time without a loss: what was read is answered, and its caller opens another. That frees what
-has arrived of its next message.
+gRPC buffers messages that are still arriving, does not report their size, and has no limit for their total. A stream
+can be ended at any time without loss: batches that were read are answered, and the client opens a new stream. That
+frees the buffered part of its next message.
 """
 
 import asyncio
@@ -14,17 +14,17 @@ from ..telemetry.logs import Event
 
 log = logging.getLogger("sidelight")
 
-EVERY_S = 0.25  # between two looks; as long must a stream have waited, so that one in steady use is left alone
-FREEING_S = 0.25  # until streams that were told to end have ended
-VAIN_PAUSE_S = 5.0  # after streams were ended and memory is still short: others hold it
-MESSAGES_LEFT = 4  # of the largest size: below it memory is short. A network of 10 Gbit/s brings as much between looks
-SHARE_OF_LIMIT = 0.25  # but no more of it than this: a small server that idles is not short of memory
+EVERY_S = 0.25  # between two checks, and the least wait of a stream that is ended, so that busy ones are not
+FREEING_S = 0.25  # time for ended streams to free their memory
+VAIN_PAUSE_S = 5.0  # pause if memory is still short after ending streams: something else uses it
+MESSAGES_LEFT = 4  # memory is short below this many of the largest messages, which 10 Gbit/s bring between checks
+SHARE_OF_LIMIT = 0.25  # but not above this share of the limit: a small idle server is not short of memory
 
 
 class LoadShedding:
-    """Looks at the memory that is left, and ends streams that wait for a message while it is short. The event loop's.
+    """Checks the available memory, and ends waiting streams while it is short. Used on the event loop only.
 
-    What the C library keeps of freed memory is given back first: it may be all that is missing.
+    Freed memory that the C library keeps is returned to the system first, which may be sufficient.
     """
 
     def __init__(
@@ -34,19 +34,19 @@ class LoadShedding:
         max_message_bytes: int,
         room: Callable[[], Room | None] = room,
     ) -> None:
-        """`end_waiting` ends the streams that have waited for so many seconds, and returns how many these were."""
+        """`end_waiting` ends the streams that have waited longer than so many seconds; it returns their number."""
         self._end_waiting = end_waiting
         self._max_message_bytes = max_message_bytes
         self._room = room
 
     async def run(self) -> None:
-        """Look, again and again, until cancelled."""
+        """Check periodically, until cancelled."""
         while True:
             pause_s = EVERY_S if await self.look() else VAIN_PAUSE_S
             await asyncio.sleep(pause_s)
 
     async def look(self) -> bool:
-        """Look once, and end streams if need be. False where memory is short all the same."""
+        """Check once, and end streams if memory is short. Return False if it still is."""
         if not self._shortage():
             return True
         await asyncio.to_thread(give_back)
@@ -60,7 +60,7 @@ class LoadShedding:
         return not self._shortage()
 
     def _shortage(self) -> Room | None:
-        """Return the memory that is left where that is too little; None where it is enough, or nothing tells."""
+        """Return the available memory if it is short; None if it is sufficient or unknown."""
         now = self._room()
         if now is None or now.left >= min(MESSAGES_LEFT * self._max_message_bytes, SHARE_OF_LIMIT * now.limit):
             return None

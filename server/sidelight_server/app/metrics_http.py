@@ -13,25 +13,25 @@ from prometheus_client.registry import Collector
 from ..errors import ConfigurationError
 from .addresses import host_and_port, is_loopback
 
-CALLER_S = 10.0  # that one who asks may pause, in the question and before the answer
-N_CALLERS = 16  # who may ask at once, each on a thread; for one more, the one who has been there longest is cut off
+CALLER_S = 10.0  # socket timeout of a connection
+N_CALLERS = 16  # open connections, each with a thread; above it the oldest is closed
 
 
 class _Handler(MetricsHandler):
     timeout = CALLER_S
-    server_version, sys_version = "sidelight", ""  # not Python's, for whoever looks for old ones
+    server_version, sys_version = "sidelight", ""  # does not reveal the version of Python
 
 
 class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
-    """Tells metrics over HTTP at an address, `http://host:port/metrics`. Closed, nothing of it is left.
+    """Serves metrics over HTTP at `http://host:port/metrics`, on a thread that it starts.
 
-    `ConfigurationError` where the address is none, or is not loopback and `plaintext` is not set; `OSError` where it
-    cannot be had.
+    Raises `ConfigurationError` if the address is invalid, or is not loopback without `plaintext`, and `OSError` if it
+    cannot be bound.
     """
 
     allow_reuse_address = True
     daemon_threads = True
-    request_queue_size = 128  # of connections that are not taken yet; five by default
+    request_queue_size = 128  # backlog of connections that are not accepted yet; five by default
 
     def __init__(self, metrics: Collector, address: str, *, plaintext: bool) -> None:
         host, port = host_and_port(address, setting="metrics_listen")
@@ -47,7 +47,7 @@ class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         self._is_closing = False
         self._lock = threading.Lock()
-        self._callers: dict[socket.socket, None] = {}  # in the order in which they came
+        self._callers: dict[socket.socket, None] = {}  # open connections, oldest first
         try:
             super().__init__((host, port), handler)
         except OverflowError as error:
@@ -57,26 +57,26 @@ class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self._thread.start()
 
     def close(self) -> None:
-        """End it."""
+        """Close the socket and join the thread."""
         self._is_closing = True
         with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits for callers
+            self.socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts connections
         self._thread.join(CALLER_S)
         self.server_close()
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Take who asks. Who is slow, or says nothing, cannot keep the others out."""
+        """Accept a connection. Above 16 open connections the oldest is closed."""
         with self._lock:
             if len(self._callers) >= N_CALLERS:
                 longest = next(iter(self._callers))
                 del self._callers[longest]
                 with contextlib.suppress(OSError):
-                    longest.shutdown(socket.SHUT_RDWR)  # its thread closes it
+                    longest.shutdown(socket.SHUT_RDWR)  # its own thread closes the socket
             self._callers[request] = None
         return True
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer, on a thread of its own."""
+        """Answer a request on its own thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:
@@ -84,7 +84,7 @@ class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self._callers.pop(request, None)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Say nothing: who asked has gone, or asks too slowly."""
+        """Ignore errors: the client disconnected or timed out."""
 
     def _run(self) -> None:
         while not self._is_closing:

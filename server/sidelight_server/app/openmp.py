@@ -1,20 +1,20 @@
-"""OpenMP: how long the threads of a CPU operation spin while they wait for the next one.
+"""OpenMP: how long its threads spin while they wait for work.
 
-GNU's OpenMP, which torch for Linux brings, spins for milliseconds. Alone that is fastest. On cores that other processes
-use too, which is where a sidecar runs, a spinning thread takes the time that the thread it waits for needs: computing
-was seen to take 5 to 20 times as long. `benchmarks/contention.py` measures it.
+GNU OpenMP, which torch uses on Linux, spins for milliseconds. On dedicated cores that is fastest. On cores that are
+shared with other processes, as for a sidecar, spinning threads take CPU time from the threads that they wait for:
+computation took 5 to 20 times as long. `benchmarks/contention.py` measures it.
 """
 
 import os
 
-SPIN_COUNT = 1000  # iterations, some microseconds: a barrier between two busy threads is shorter
-VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # any of them is somebody's own choice
+SPIN_COUNT = 1000  # iterations, a few microseconds: longer than a barrier between two running threads
+VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")  # if one is set, the environment decides
 
 
 def sleep_soon() -> None:
-    """Let OpenMP's threads spin briefly and then sleep, unless the environment says otherwise.
+    """Make OpenMP threads spin only briefly before they sleep, unless the environment sets it.
 
-    To be called before torch is imported: the library reads the variable once, when it is loaded.
+    Call it before torch is imported: the library reads the variable once, when it is loaded.
     """
     if not any(name in os.environ for name in VARIABLES):
         os.environ["GOMP_SPINCOUNT"] = str(SPIN_COUNT)

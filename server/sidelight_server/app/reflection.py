@@ -1,4 +1,4 @@
-"""Server reflection, in both versions of its service: newer clients ask for v1, older ones for v1alpha."""
+"""Server reflection, as v1 for newer clients and v1alpha for older ones."""
 
 from collections.abc import Iterable
 
@@ -9,10 +9,10 @@ V1 = "grpc.reflection.v1.ServerReflection"
 
 
 def enable_reflection(server: grpc.aio.Server, services: Iterable[str]) -> None:
-    """Let callers ask for the schema of `services`.
+    """Enable reflection for `services`.
 
-    grpcio-reflection has v1alpha alone. The messages of v1 are the same on the wire, so the same servicer answers both.
-    v1 is not listed: its own schema is not in the descriptor pool, and a client that looks up all that is listed would
+    grpcio-reflection only has v1alpha. The messages of v1 are the same on the wire, so its servicer also serves v1. v1
+    is not listed, because its schema is not in the descriptor pool: a client that looks up every listed service would
     fail.
     """
     names = (*services, reflection.SERVICE_NAME)

@@ -1,4 +1,4 @@
-"""The watchdog: logs when a device's thread is stuck, and when it moves again."""
+"""The watchdog: logs when a device's thread is stuck, and when it makes progress again."""
 
 import asyncio
 import logging
@@ -10,12 +10,12 @@ from ..telemetry.logs import Event
 
 log = logging.getLogger("sidelight")
 
-LOOKS = 4  # in the time that a thread may be at one thing
+LOOKS = 4  # checks within `stuck_s`
 MAX_EVERY_S = 1.0
 
 
 class Watchdog:
-    """Looks at the heartbeats of an engine's devices, and calls `on_look` after each look. The event loop's."""
+    """Checks the heartbeats of an engine's devices, and calls `on_look` after each check. Runs on the event loop."""
 
     def __init__(self, engine: Engine, *, on_look: Callable[[], None]) -> None:
         self._engine = engine
@@ -24,13 +24,13 @@ class Watchdog:
         self._stuck: set[Device] = set()
 
     async def run(self) -> None:
-        """Look, again and again, until cancelled."""
+        """Check periodically, until cancelled."""
         while True:
             self.look()
             await asyncio.sleep(self._every_s)
 
     def look(self) -> None:
-        """Look once."""
+        """Check all devices once."""
         for device in self._engine.devices:
             heartbeat = device.worker.heartbeat
             if heartbeat.is_stuck and device not in self._stuck:

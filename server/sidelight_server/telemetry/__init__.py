@@ -1,4 +1,4 @@
-"""What is recorded of each request: the call record, counters, traces and logs.
+"""Telemetry of requests: call records, counters, traces and logs.
 
-May import `domain`, `methods`, `inputs` and `errors`. Whoever counts is never blocked by whoever reads.
+May import `domain`, `methods`, `inputs` and `errors`. Counting is never blocked by a scrape.
 """

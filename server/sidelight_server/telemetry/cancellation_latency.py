@@ -1,11 +1,11 @@
-"""Cancellation latency: how soon a cancelled request leaves the device."""
+"""Cancellation latency: the time from a cancel until no row of the request runs on the device."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class CancellationTimes:
-    """The times from a cancellation to the end of the request's last row on the device, in seconds."""
+    """Statistics of cancellation latencies, in seconds."""
 
     count: int = 0
     total_s: float = 0.0
@@ -13,26 +13,26 @@ class CancellationTimes:
 
     @property
     def mean_s(self) -> float:
-        """The mean; 0 where there was none."""
+        """The mean; 0 if the count is 0."""
         return self.total_s / self.count if self.count else 0.0
 
     def __add__(self, other: "CancellationTimes") -> "CancellationTimes":
-        """Return the times of both."""
+        """Merge two statistics."""
         longest_s = max(self.longest_s, other.longest_s)
         return CancellationTimes(self.count + other.count, self.total_s + other.total_s, longest_s)
 
 
 class CancellationLatency:
-    """A record of latencies. Only the device's thread writes it; any thread may read it, for it is replaced whole."""
+    """Records latencies. Only the device's thread writes; any thread may read, because the value is replaced whole."""
 
     def __init__(self) -> None:
         self._times = CancellationTimes()
 
     def add(self, seconds: float) -> None:
-        """Record one."""
+        """Record one latency."""
         was = self._times
         self._times = CancellationTimes(was.count + 1, was.total_s + seconds, max(was.longest_s, seconds))
 
     def times(self) -> CancellationTimes:
-        """Return what was recorded so far."""
+        """Return the current statistics."""
         return self._times

@@ -1,4 +1,4 @@
-"""Logs: each line an event with fields, as key=value or JSON. A blocked log stream blocks nothing else."""
+"""Structured logs: each line is an event with fields, as key=value or JSON."""
 
 import json
 import logging
@@ -13,21 +13,21 @@ from typing import Any, Literal, TextIO
 
 LogFormat = Literal["text", "json"]
 
-# What others chose stands between quotes whatever it is, so that a line looks alike for all of them.
+# Fields with text from outside are always quoted, so that their lines have one format.
 QUOTED = {"model", "models", "message", "call", "id", "error", "traceback"}
 _MARKS = frozenset(' "=\\')
 
-# What one line may hold of a text. What a model raises may quote its tensors, or come of a recursion.
+# Limits of one line: an exception's message may contain tensors, and its traceback may be of a recursion.
 MAX_TEXT, MAX_TRACEBACK = 4_000, 16_000
 
-EVERY_S, TRACEBACK_EVERY_S = 1.0, 60.0  # lines of one kind that callers can cause, and their tracebacks
+EVERY_S, TRACEBACK_EVERY_S = 1.0, 60.0  # least interval of lines that callers can cause, and of their tracebacks
 MAX_KINDS = 256
 
 log = logging.getLogger("sidelight")
 
 
 class Event:
-    """What a line says: `log.info(Event("loaded", model=name))`. Values are text, numbers, or what has a `str`."""
+    """The event of a log line: `log.info(Event("loaded", model=name))`. Values are converted by `str`."""
 
     __slots__ = ("fields",)
 
@@ -39,20 +39,20 @@ class Event:
 
 
 def in_words(fields: dict[str, object]) -> str:
-    """Return fields as key=value on one line. A text that is not one plain word is a JSON string."""
+    """Return fields as key=value on one line. Text that is not one plain word becomes a JSON string."""
     return " ".join(f"{name}={_word(value, quoted=name in QUOTED)}" for name, value in fields.items())
 
 
 def in_json(fields: dict[str, object]) -> str:
-    """Return fields as a JSON object on one line, of ASCII alone: whatever a caller sent, any reader can take it."""
+    """Return fields as a JSON object on one line, in ASCII, so that text from callers cannot break a reader."""
     return json.dumps({name: _plain(value) for name, value in fields.items()})
 
 
 class Throttle:
-    """Logs what callers can cause any number of times: one line of a kind each second, a traceback each minute.
+    """Logs events that callers can cause any number of times: per kind one line a second, one traceback a minute.
 
-    A kind is an event of a model, or of one example of it, with one type of error. The next line of a kind says in
-    `left_out` how many were not written before it. Thread-safe.
+    A kind is an event name with its model, the type of the error, and whether it concerns one example. The next line of
+    a kind has the number of omitted lines in `left_out`. Thread-safe.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -61,7 +61,7 @@ class Throttle:
         self._kinds: dict[tuple[object, ...], _Kind] = {}
 
     def log(self, level: int, event: Event, error: BaseException | None = None) -> None:
-        """Write a line, with the error where there is one, unless one of its kind was just written."""
+        """Log an event with its error, if any, unless one of its kind was just logged."""
         now_s = self._clock()
         name = (event.fields["event"], event.fields.get("model"), "example" in event.fields, type(error).__name__)
         with self._lock:
@@ -83,7 +83,7 @@ class Throttle:
 
 
 class _Kind:
-    """When a line of a kind was written, when a traceback was, and how many lines were left out since."""
+    """The times of the last line and of the last traceback of a kind, and the number of omitted lines."""
 
     __slots__ = ("left_out", "traced_s", "written_s")
 
@@ -93,7 +93,7 @@ class _Kind:
 
 
 class Formatter(logging.Formatter):
-    """Makes a line of a record: its time in UTC, its level, what it says, and the exception where there is one."""
+    """Formats a record: its time in UTC, its level, the event's fields, and the exception if there is one."""
 
     def __init__(self, log_format: LogFormat) -> None:
         super().__init__()
@@ -102,10 +102,10 @@ class Formatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        said: Any = record.msg
-        if isinstance(said, Event):
-            fields = said.fields
-        else:  # by a library
+        event: Any = record.msg
+        if isinstance(event, Event):
+            fields = event.fields
+        else:  # logged by a library
             fields = {"event": "log", "logger": record.name, "message": record.getMessage()}
         return self._write(
             {"time": f"{at}.{int(record.msecs):03}Z", "level": record.levelname} | fields | _failure(record)
@@ -113,20 +113,20 @@ class Formatter(logging.Formatter):
 
 
 class Handler(logging.StreamHandler[TextIO]):
-    """Writes lines. What cannot be written is lost, without a word: the stream that would have it is the one at fault.
+    """Writes lines to a stream; lines that cannot be written are dropped and counted in `n_lost`.
 
-    Its disk may be full, or its reader gone; requests go on, and so do the lines once it takes them again.
+    The disk may be full or the reader may have exited; requests continue, and so does the log once writes succeed.
     """
 
     n_lost = 0
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Count the line."""
+        """Count a dropped line."""
         self.n_lost += 1
 
 
 def configure(log_format: LogFormat = "text") -> None:
-    """Write everything that is logged in this process to stderr, from INFO on; warnings and crashes too."""
+    """Log everything in this process to stderr from INFO up, including warnings and uncaught exceptions."""
     handler = Handler(sys.stderr)
     handler.setFormatter(Formatter(log_format))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
@@ -153,7 +153,7 @@ def _last_line(error: BaseException) -> str:
 
 
 def _cut(text: str, limit: int) -> str:
-    """Return a text without its middle where it is too long: the cause of an error stands at the end."""
+    """Shorten a long text in its middle: the cause of an error is at the end."""
     return text if len(text) <= limit else f"{text[: limit // 2]} … {text[-limit // 2 :]}"
 
 

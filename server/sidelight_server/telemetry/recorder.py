@@ -1,4 +1,4 @@
-"""The recorder: begins and ends call records, and hands them to counters and traces."""
+"""The recorder: begins and ends call records, and passes them to counters and traces."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -12,40 +12,40 @@ from .counters import Counters, Tally, reason_of_error
 if TYPE_CHECKING:
     from .tracing import Tracing
 
-Headers = Callable[[], Iterable[tuple[str, Any]] | None]  # called where they are wanted: they cost a copy
+Headers = Callable[[], Iterable[tuple[str, Any]] | None]  # called only if needed, because it copies
 
 
 class Telemetry:
-    """The call records of one server: counted, and traced if that is wanted. Owned by the event loop."""
+    """The call records of one server, counted and optionally traced. Used on the event loop only."""
 
     def __init__(self, tracing: "Tracing | None" = None) -> None:
         self.counts = Counters()
         self._tracing = tracing
 
     def begin(self, call: str, headers: Headers, *, caller: str = "") -> CallRecord:
-        """Return the call record of a batch that has come. The call's headers say of which trace it is a part."""
+        """Return the call record of a batch that has arrived. The headers may name its parent trace."""
         call_record = CallRecord(call, time.monotonic(), caller)
         if self._tracing:
             self._tracing.begin(call_record, headers() or ())
         return call_record
 
     def answered(self, call_record: CallRecord, answer: Answer, tally: Tally) -> None:
-        """Take note of an answer that is final, and of what became of its examples."""
+        """Record a final answer with the tally of its examples."""
         call_record.code = 0
         self.counts.answered(call_record, answer.timing, tally)
 
     def failed(self, call_record: CallRecord, error: SidelightError) -> None:
-        """Take note of why there is no answer."""
+        """Record a failure."""
         call_record.code, call_record.reason = error.code, reason_of_error(error)
 
     def end(self, call_record: CallRecord) -> None:
-        """Tell of a batch whose answer or failure is written, or which nobody waits for any more."""
+        """End a record, after the answer or failure was written or the client disconnected."""
         self.counts.ended(call_record)
         if self._tracing and call_record.span is not None:
             self._tracing.end(call_record)
 
     def refuse(self, call: str, headers: Headers, error: SidelightError) -> None:
-        """Tell of a batch, or a whole stream, that was refused as soon as it came."""
+        """Record a batch or a stream that was rejected at once."""
         call_record = self.begin(call, headers)
         self.failed(call_record, error)
         self.end(call_record)

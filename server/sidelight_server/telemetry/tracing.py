@@ -1,7 +1,7 @@
-"""Tracing: a call record as OpenTelemetry spans, below those of its caller. The extra `otel`.
+"""Tracing: exports call records as OpenTelemetry spans, as children of the caller's. Needs the extra `otel`.
 
-One span stands for the batch, from its arrival until its answer is written; below it are admission, prepare, queue,
-each chunk, and write. All but the first are made at the end, of times that were taken anyway.
+The span of a batch lasts from its arrival until its answer is written; its children are admission, prepare, queue, each
+chunk, and write. The children are created at the end, from recorded times.
 """
 
 import logging
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("sidelight")
 
 SERVICE = "sidelight.v1.AttributionService"
-END_S = 2.0  # for the last spans to leave, when the server ends
+END_S = 2.0  # time to export the last spans at shutdown
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
-# By convention these alone are a server's own errors; the others are the caller's.
+# By convention only these are errors of the server; the others are the caller's.
 _ERRORS = {
     2: "UNKNOWN",
     4: "DEADLINE_EXCEEDED",
@@ -37,7 +37,7 @@ _ERRORS = {
 
 
 class Tracing:
-    """The spans of one server, for a provider of OpenTelemetry's. The event loop's."""
+    """Creates the spans of one server with an OpenTelemetry provider. Used on the event loop only."""
 
     def __init__(self, provider: "TracerProvider") -> None:
         from opentelemetry import trace
@@ -49,8 +49,8 @@ class Tracing:
         self._propagator = TraceContextTextMapPropagator()
 
     def begin(self, call_record: CallRecord, headers: Iterable[tuple[str, Any]]) -> None:
-        """Begin a batch's span, below the one that the call's headers name. Where it is not sampled, that is all."""
-        zero_ns = time.time_ns() - _ns(time.monotonic())  # of the monotonic clock, since 1970
+        """Begin a batch's span, as a child of the span in the headers, if any. Only sampled ones are recorded."""
+        zero_ns = time.time_ns() - _ns(time.monotonic())  # Unix time of the monotonic clock's zero
         span = self._tracer.start_span(
             f"{SERVICE}/{call_record.call}",
             context=self._propagator.extract(dict(headers)),
@@ -62,7 +62,7 @@ class Tracing:
             call_record.span, call_record.zero_ns, call_record.chunks = span, zero_ns, []
 
     def end(self, call_record: CallRecord) -> None:
-        """End a batch's span, and tell of its parts."""
+        """End a batch's span and create its children."""
         span: Span = call_record.span
         code = call_record.status
         span.set_attributes(
@@ -84,7 +84,7 @@ class Tracing:
         span.end(call_record.zero_ns + _ns(ended_s))
 
     def close(self, within_s: float = END_S) -> None:
-        """Send what is left, for a little while: a collector that does not answer keeps no server from ending."""
+        """Export remaining spans within a short time: an unresponsive collector must not delay the shutdown."""
         shutdown = getattr(self._provider, "shutdown", None)
         if shutdown is not None:
             ending = threading.Thread(target=shutdown, name="sidelight-spans", daemon=True)
@@ -94,28 +94,28 @@ class Tracing:
     def _parts(self, call_record: CallRecord, ended_s: float) -> None:
         within, zero_ns = self._trace.set_span_in_context(call_record.span), call_record.zero_ns
 
-        def tell(name: str, began_s: float, ended_s: float, attributes: dict[str, int] | None = None) -> None:
+        def add_span(name: str, began_s: float, ended_s: float, attributes: dict[str, int] | None = None) -> None:
             span = self._tracer.start_span(name, within, start_time=zero_ns + _ns(began_s), attributes=attributes)
             span.end(zero_ns + _ns(ended_s))
 
-        places = (call_record.arrived_s, call_record.admitted_s, call_record.prepared_s, call_record.started_s)
-        for name, began_s, left_s in zip(("admission", "prepare", "queue"), places, places[1:], strict=False):
+        times = (call_record.arrived_s, call_record.admitted_s, call_record.prepared_s, call_record.started_s)
+        for name, began_s, left_s in zip(("admission", "prepare", "queue"), times, times[1:], strict=False):
             if began_s is None:
                 break
-            tell(name, began_s, ended_s if left_s is None else left_s)
+            add_span(name, began_s, ended_s if left_s is None else left_s)
         chunks = (call_record.chunks or [])[:MAX_CHUNKS]
         for chunk in chunks:
-            tell("chunk", chunk.began_s, chunk.ended_s, {"sidelight.rows": chunk.rows})
+            add_span("chunk", chunk.began_s, chunk.ended_s, {"sidelight.rows": chunk.rows})
         if call_record.writing_s is not None:
-            tell("write", call_record.writing_s, ended_s)
+            add_span("write", call_record.writing_s, ended_s)
 
 
 def from_environment() -> Tracing | None:
-    """Return the tracing that the `OTEL_*` variables ask for; None where they ask for none.
+    """Return the tracing that the `OTEL_*` variables configure; None if they configure none.
 
-    `ConfigurationError` where they ask for what is not installed, or not known here.
+    Raises `ConfigurationError` if they name an unknown exporter or one that is not installed.
     """
-    # A variable that is empty counts as unset, as OpenTelemetry has it.
+    # OpenTelemetry treats an empty variable as unset.
     wanted = os.environ.get("OTEL_TRACES_EXPORTER") or ("otlp" if any(map(os.environ.get, _ENDPOINTS)) else "none")
     if wanted == "none" or os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
         return None
@@ -128,16 +128,16 @@ def from_environment() -> Tracing | None:
 
         resource = Resource.create()
         processor = BatchSpanProcessor(_exporter())
-    except ValueError as error:  # without the variable's name, more often than not
+    except ValueError as error:  # which usually lacks the variable's name
         raise ConfigurationError(f"OTEL_* variables: {error}") from None
     except ImportError as error:
         raise ConfigurationError(
             f"OTEL_* variables ask for tracing, but {error.name} is not installed; pip install 'sidelight[otel]', or "
             "set OTEL_SDK_DISABLED=true"
         ) from None
-    if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # the operator gave it no name
+    if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # no service name was set
         resource = resource.merge(Resource({SERVICE_NAME: "sidelight"}))
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # `close` does, and does not wait for ever
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # `close` does it, with a timeout
     provider.add_span_processor(processor)
     log.info(Event("tracing", exporter=wanted))
     return Tracing(provider)
