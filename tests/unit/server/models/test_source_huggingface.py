@@ -440,7 +440,7 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "a crop that is filled up": (
         processor(image_processor_type="MobileViTImageProcessor", size={"shortest_edge": 224}, crop_size=256),
-        ("crop_size: got 256, expected 224 × 224 at most", "filled up; or, without this file, set input_size"),
+        ("crop_size: got 256, expected 224 × 224 at most", "padded; or, without this file, set input_size"),
     ),
     "multiples of 32": (
         processor(image_processor_type="TextNetImageProcessor", size={"shortest_edge": 640}, do_center_crop=True),
