@@ -1,10 +1,11 @@
 """The options of an attribution, and the request that carries them for one batch."""
 
 import functools
+import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar, cast
 
 from google.protobuf.duration_pb2 import Duration
 
@@ -30,16 +31,25 @@ FOR_EVER_S = 1e9  # math.inf is for ever, and so is thirty years
 def options_by_name(method: Callable[_Options, _Answer]) -> Callable[_Options, _Answer]:
     """Have a method say in plain words that everything after its images is given by name."""
 
-    @functools.wraps(method)
-    def checked(*given: _Options.args, **options: _Options.kwargs) -> _Answer:
+    def check(given: tuple[object, ...]) -> None:
         if len(given) > 2:  # the first is self
             raise TypeError(
                 f"{method.__name__}() takes only the images by position, and got {summary(given[2])} after them: give "
                 'every option by name, as in model="resnet50" or target=3'
             )
+
+    @functools.wraps(method)
+    def checked(*given: _Options.args, **options: _Options.kwargs) -> _Answer:
+        check(given)
         return method(*given, **options)
 
-    return checked
+    @functools.wraps(method)
+    async def awaited(*given: _Options.args, **options: _Options.kwargs) -> object:
+        check(given)
+        return await cast(Awaitable[object], method(*given, **options))
+
+    # A coroutine function stays one: frameworks and mocks ask.
+    return cast(Callable[_Options, _Answer], awaited) if inspect.iscoroutinefunction(method) else checked
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """The same mistake raises the same type at every door: a call, a stream, `connect`, async code, the command line."""
 
 import asyncio
+import inspect
 import math
 import pickle
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -128,9 +129,11 @@ def test_the_images_alone_are_positional() -> None:
             ):
                 method(IMAGES, "small")  # type: ignore[operator]
     asynchronous = sidelight.aio.connect("unix:/nowhere/absent")
-    for method in (asynchronous.attribute, asynchronous.stream):
-        with pytest.raises(TypeError, match=r"give every option by name, as in model="):
-            method(IMAGES, "small")  # type: ignore[operator]
+    assert inspect.iscoroutinefunction(asynchronous.attribute)
+    with pytest.raises(TypeError, match="give every option by name, as in model="):
+        asyncio.run(asynchronous.attribute(IMAGES, "small"))  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="give every option by name, as in model="):
+        asynchronous.stream(IMAGES, "small")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize("window", [0, -3, 1.5, "8"])
