@@ -13,6 +13,7 @@ from ._aio import AsyncClient
 from ._client import Client, connect
 from ._inputs.batch import Batch
 from ._inputs.targets import Contrast, Dense, TopK
+from ._replay import replay
 from ._transport.credentials import TLS
 from .exceptions import (
     DeadlineExceeded,
@@ -30,7 +31,6 @@ from .methods.path import ExpectedGradients, IntegratedGradients, SmoothGrad
 from .methods.perturbation import RISE, Occlusion
 from .results.attribution import Attribution
 from .results.gallery import gallery
-from .results.replay import replay
 
 __version__ = "0.1.0"
 

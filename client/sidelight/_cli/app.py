@@ -14,9 +14,9 @@ from rich.markup import escape
 from .. import __version__
 from .._core import RELOAD_TIMEOUT_S, TIMEOUT_S
 from .._inputs.enums import Channels, MapDtype, Score
+from .._replay import replay as compute_again
 from ..exceptions import SidelightError
 from ..methods.parsing import METHODS
-from ..results.replay import replay as compute_again
 from ..results.storage import load_array
 from .arguments import REGION, from_baseline, method_names, method_of, pictures_of, target_of
 from .bench.command import bench
