@@ -27,10 +27,7 @@ def main() -> int:
         return 2
     if is_health_check(sys.argv[1:]):
         return check_health(sys.argv[1:])
-    from .config.settings import (  # not before: a probe needs none of it, and has little time
-        misspelt_variables,
-        read_settings,
-    )
+    from .config.reading import misspelt_variables, read_settings
 
     configure()
     settings = None
@@ -40,10 +37,7 @@ def main() -> int:
         configure(settings.log_format)
         if not settings.dedicated_cpus:
             sleep_soon()
-        from .app.server import (  # torch, and with it OpenMP, which reads its variables only now
-            load,
-            serve_until_signal,
-        )
+        from .app.process import load, serve_until_signal
 
         # torch's own objects stay: looking through them for garbage would stop all threads for 0.3 to 0.6 s each time.
         gc.freeze()

@@ -16,8 +16,8 @@ from grpc_health.v1 import health_pb2
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Settings
+from sidelight_server.app.channel_options import MAX_CONNECTION_CALLS
 from sidelight_server.app.health import MAX_PEER_WATCHES
-from sidelight_server.app.server import MAX_CONNECTION_CALLS
 from sidelight_server.rpc import interceptors, receive_limit, stream
 from torch import Tensor, nn
 

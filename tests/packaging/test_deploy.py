@@ -17,7 +17,8 @@ import pytest
 import safetensors.torch
 import yaml
 from sidelight_server.app.health_check import is_health_check
-from sidelight_server.config.settings import Settings, read_settings
+from sidelight_server.config.reading import read_settings
+from sidelight_server.config.settings import Settings
 from torch import nn
 
 from support import ROOT

@@ -21,7 +21,7 @@ from sidelight_server import Engine, ModelSpec, Request, Settings
 from sidelight_server.app.health import SERVICES
 from sidelight_server.app.server import Server
 from sidelight_server.app.watchdog import Watchdog
-from sidelight_server.config.settings import ModelSettings
+from sidelight_server.config.model_settings import ModelSettings
 from sidelight_server.engine.device import least_busy
 from sidelight_server.engine.heartbeat import SLACK, Heartbeat
 from sidelight_server.errors import Unavailable

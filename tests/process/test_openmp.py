@@ -44,5 +44,5 @@ def test_the_environments_own_choice_stays() -> None:
 
 
 def test_settings_are_read_without_torch() -> None:
-    program = "import sys, sidelight_server.config.settings; sys.exit('torch' in sys.modules)"
+    program = "import sys, sidelight_server.config.reading; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False, timeout=TIMEOUT_S).returncode == 0

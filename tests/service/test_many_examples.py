@@ -18,7 +18,7 @@ from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server import Engine, ModelSpec, Settings
-from sidelight_server.engine.engine import BYTES_OF_EXAMPLE
+from sidelight_server.engine.request_cost import BYTES_OF_EXAMPLE
 from sidelight_server.wire.requests import MAX_EXAMPLES
 
 from support.models import Linear

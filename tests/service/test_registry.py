@@ -21,7 +21,7 @@ import sidelight_server
 import torch
 from google.protobuf.duration_pb2 import Duration
 from sidelight_server import Engine, ModelSpec, Settings
-from sidelight_server.config.settings import ModelSettings
+from sidelight_server.config.model_settings import ModelSettings
 from sidelight_server.engine.reloader import Reloader
 
 from support import TESTS
@@ -382,7 +382,7 @@ def test_reloads_that_wait_for_one_that_runs_are_one(
 ) -> None:
     settings = Settings(model=SOURCE, weights=weights, device="cpu", threads=1)
     with Engine(list(settings.of_models().values()), settings) as engine:
-        load, registry = sidelight_server.engine.registry.sources.load, engine.registry
+        load, registry = sidelight_server.models.sources.load, engine.registry
 
         def gated(*source: object) -> ModelSpec:
             spec = load(*source)  # of the weights as they are now
@@ -400,7 +400,7 @@ def test_reloads_that_wait_for_one_that_runs_are_one(
             gate.open()
             await asyncio.gather(began, *later)
 
-        monkeypatch.setattr(sidelight_server.engine.registry.sources, "load", gated)
+        monkeypatch.setattr(sidelight_server.models.sources, "load", gated)
         gate.shut()
         asyncio.run(reload_often())
         assert (registry.serving("")[0].version, gate.n_rows) == (3, 2)

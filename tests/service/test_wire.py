@@ -23,7 +23,7 @@ from hypothesis.extra.numpy import arrays
 from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc, tensor_pb2
-from sidelight_server.engine.engine import BYTES_OF_EXAMPLE
+from sidelight_server.engine.request_cost import BYTES_OF_EXAMPLE
 from sidelight_server.errors import InvalidArgument
 from sidelight_server.wire import requests
 from sidelight_server.wire.tensors import encoded

@@ -12,7 +12,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from ..config.settings import ModelSettings, Settings, first_fault
+from ..config.model_settings import ModelSettings
+from ..config.reading import first_fault
+from ..config.settings import Settings
 from ..config.spec import ModelSpec
 from ..engine.engine import Engine
 from ..errors import ConfigurationError

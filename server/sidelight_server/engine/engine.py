@@ -1,60 +1,41 @@
 """The engine: answers requests on one or several devices, without protobuf or gRPC."""
 
 import asyncio
-import contextlib
 import functools
 import logging
-import math
-import platform
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from importlib import metadata
+from dataclasses import replace
 from types import TracebackType
 from typing import Self, TypeVar
 
 import numpy as np
-import torch
 
 from ..compute.torch_device import choose_devices, cpu_quota, make_deterministic
-from ..config.settings import ModelSettings, Settings
+from ..config.model_settings import ModelSettings
+from ..config.settings import Settings
 from ..config.spec import ModelSpec
-from ..domain import MANY_EXAMPLES, Answer, Files, Provenance, Request, Timing, TopK
-from ..errors import SidelightError, Unavailable
+from ..domain import MANY_EXAMPLES, Answer, Files, Request
+from ..errors import Unavailable
 from ..methods.method import Shape
 from ..models.model import Model
 from ..telemetry.call_record import CallRecord
 from ..telemetry.cancellation_latency import CancellationTimes
 from ..telemetry.logs import Event
 from .active_request import ActiveRequest
-from .decoder_pool import DecoderPool, Fitted
+from .answer import Clock, assemble_answer, software_versions
+from .completion import call_soon, complete
+from .decoder_pool import DecoderPool
+from .decoder_process import Fitted
 from .device import Device, least_busy
-from .preparation import (
-    Prepared,
-    check,
-    input_shape,
-    is_taken_as_it_is,
-    maps_shape,
-    needs_resizing,
-    order,
-    prepare,
-    resolve_layer,
-    runs_inline,
-)
-from .registry import Registry, Version
+from .model_entry import Version
+from .preparation import Prepared, check, needs_resizing, order, prepare, resolve_layer, runs_inline
+from .registry import Registry
 
 log = logging.getLogger("sidelight")
 
-BYTES_OF_FLOAT32 = 4
-# An example in progress holds its input, its baseline, two running sums and its finished part. The examples of a
-# request that are in progress at once are those with rows in the current chunk or in the previous one.
-TENSORS_IN_PROGRESS = 5
-EXAMPLES_IN_PROGRESS = 2
-# Overhead per example besides its bytes and its maps: Python objects for its array, resolved target, explanation,
-# digest and message.
-BYTES_OF_EXAMPLE = 4096
 
 _Value = TypeVar("_Value")
 
@@ -71,15 +52,6 @@ class Progress:
         self.improved.clear()
         assert self.snapshot is not None  # noqa: S101
         return await self.snapshot()
-
-
-@dataclass(frozen=True, slots=True)
-class _Clock:
-    """When a request arrived, was admitted and was prepared, on the monotonic clock."""
-
-    arrived_s: float
-    admitted_s: float
-    prepared_s: float
 
 
 class Engine:
@@ -115,12 +87,7 @@ class Engine:
         self._resizing = ThreadPoolExecutor(self.threads, thread_name_prefix="sidelight-resize")
         self._decoders = DecoderPool(self.threads)
         self._unanswered: dict[ActiveRequest, tuple[asyncio.Future[None], Device]] = {}
-        self._software = (
-            ("sidelight", metadata.version("sidelight")),
-            ("torch", torch.__version__),
-            ("numpy", np.__version__),
-            ("python", platform.python_version()),
-        )
+        self._assemble = functools.partial(assemble_answer, threads=self.threads, software=software_versions())
 
     def __enter__(self) -> Self:
         self.start()
@@ -168,7 +135,7 @@ class Engine:
         for active, answered in unanswered:
             active.cancel()
             failure = device.worker.unavailable("the server is shutting down")
-            _call_from_thread(answered, functools.partial(_set_failed, error=failure))
+            complete(answered, failure)
         self.on_change()
 
     @property
@@ -194,27 +161,6 @@ class Engine:
     def model(self, name: str) -> Model:
         """Return the serving version of a model; empty means the default. Raises `NotFound`."""
         return self.registry.serving(name)[0]
-
-    def held_bytes(self, request: Request, version: Version) -> tuple[int, int]:
-        """Return the bytes of the answer's maps, and the bytes that its examples take while in progress.
-
-        The second includes the pixels of decoded and resized images, which are held until the answer, and the overhead
-        of each example.
-        """
-        model = version[0]
-        shape = maps_shape(model, request)
-        n = 0 if request.method.is_one_row else min(shape[0], EXAMPLES_IN_PROGRESS * model.chunk_rows)
-        n_elements = math.prod(input_shape(model, request.images))
-        tensors_bytes = n * TENSORS_IN_PROGRESS * n_elements * model.kernel.dtype.itemsize
-        # The pixels of each image, and then those of the whole batch.
-        pixels_bytes = 0 if is_taken_as_it_is(model, request.images) else 2 * shape[0] * n_elements
-        return math.prod(shape) * BYTES_OF_FLOAT32, tensors_bytes + pixels_bytes + shape[0] * BYTES_OF_EXAMPLE
-
-    def max_rows(self, request: Request, version: Version) -> int:
-        """Return an upper bound of the rows that a request takes."""
-        model, target = version[0], request.target
-        rows = request.method.rows(input_shape(model, request.images))
-        return maps_shape(model, request)[0] * rows * (target.k if isinstance(target, TopK) else 1)
 
     async def attribute(
         self,
@@ -249,7 +195,7 @@ class Engine:
             request = replace(request, method=method)
         loop = asyncio.get_running_loop()
         prepared = await self._prepare(model, request, call_record.caller)
-        clock = _Clock(call_record.arrived_s, admitted_s, time.monotonic())
+        clock = Clock(call_record.arrived_s, admitted_s, time.monotonic())
         call_record.examples, call_record.prepared_s = len(prepared.examples), clock.prepared_s
         answered: asyncio.Future[None] = loop.create_future()
         device = at or least_busy(self._devices)
@@ -259,15 +205,15 @@ class Engine:
             request,
             version[device.index],
             prepared,
-            on_done=lambda: _call_from_thread(answered, _set_done),
-            on_improved=_from_thread(loop, progress.improved.set) if progress else None,
+            on_done=functools.partial(complete, answered),
+            on_improved=functools.partial(call_soon, loop, progress.improved.set) if progress else None,
             id_=call_record.id,
             caller=call_record.caller,
             chunks=call_record.chunks,
         )
         if progress:
             progress.snapshot = functools.partial(
-                to_thread_if_many, request.n_examples, self._answer, active, clock, final=False
+                to_thread_if_many, request.n_examples, self._assemble, active, clock, final=False
             )
         if active.pending:
             self._unanswered[active] = answered, device
@@ -277,7 +223,7 @@ class Engine:
             finally:
                 del self._unanswered[active]
                 call_record.started_s, call_record.rows = active.started_s, active.n_taken
-        return await to_thread_if_many(request.n_examples, self._answer, active, clock)
+        return await to_thread_if_many(request.n_examples, self._assemble, active, clock)
 
     async def _prepare(self, model: Model, request: Request, caller: str) -> Prepared:
         if runs_inline(model, request):
@@ -324,38 +270,6 @@ class Engine:
             if answer.failures:
                 log.warning(Event("warm_up_failed", model=model.name, message=answer.failures[0].message))
 
-    def _answer(self, active: ActiveRequest, clock: _Clock, *, final: bool = True) -> Answer:
-        model, identity, now_s = active.model, active.identity, time.monotonic()
-        started_s = active.started_s or now_s
-        return Answer(
-            request=replace(active.request, images=np.empty(0, np.uint8), model=model.name),
-            **active.snapshot(),
-            labels=model.labels,
-            provenance=Provenance(
-                model=model.name,
-                model_version=model.version,
-                model_digest=identity.digest,
-                model_canary=identity.canary,
-                precision=model.precision,
-                head_precision=model.kernel.head_precision(active.request.score, plain_head=active.request.plain_head),
-                kernel_options=model.kernel.options.names,
-                device=str(model.kernel.device),
-                threads=self.threads,
-                chunk_rows=model.chunk_rows,
-                reproducible=model.reproducible,
-                baseline_digest=active.prepared.baseline_digest,
-                software=self._software,
-            ),
-            timing=Timing(
-                admission_s=clock.admitted_s - clock.arrived_s,
-                prepare_s=clock.prepared_s - clock.admitted_s,
-                queue_s=max(0.0, started_s - clock.prepared_s),
-                compute_s=max(0.0, (active.ended_s if final else now_s) - started_s),
-                total_s=now_s - clock.arrived_s,
-            ),
-            final=final,
-        )
-
 
 async def to_thread_if_many(
     n_examples: int, function: Callable[..., _Value], *arguments: object, **named: object
@@ -364,31 +278,3 @@ async def to_thread_if_many(
     if n_examples <= MANY_EXAMPLES:
         return function(*arguments, **named)
     return await asyncio.to_thread(function, *arguments, **named)
-
-
-def _from_thread(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> Callable[[], None]:
-    """Return a function that schedules `callback` on the loop from any thread, unless the loop is closed."""
-
-    def schedule() -> None:
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(callback)
-
-    return schedule
-
-
-def _set_done(answered: asyncio.Future[None]) -> None:
-    answered.set_result(None)
-
-
-def _set_failed(answered: asyncio.Future[None], *, error: SidelightError) -> None:
-    answered.set_exception(error)
-
-
-def _call_from_thread(answered: asyncio.Future[None], set_result: Callable[[asyncio.Future[None]], None]) -> None:
-    """Set a future of the loop from another thread, unless it is cancelled or the loop is closed."""
-
-    def set_unless_done() -> None:
-        if not answered.done():
-            set_result(answered)
-
-    _from_thread(answered.get_loop(), set_unless_done)()

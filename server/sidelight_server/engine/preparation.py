@@ -30,7 +30,7 @@ from ..methods.channels import Channels
 from ..methods.grad_cam import LayerMethod
 from ..methods.method import Rectifiers, Shape
 from ..models.model import Model
-from .decoder_pool import Fitted
+from .decoder_process import Fitted
 
 FEW_BYTES = 1024 * 1024  # the finiteness check takes 0.1 ms, as long as it takes to wake a thread
 FLOAT32_MAX = float(np.finfo(np.float32).max)

@@ -4,7 +4,8 @@ import asyncio
 import contextlib
 
 from ..errors import SidelightError
-from .registry import Entry, Fingerprint, Registry, in_thread
+from .model_entry import Entry, Fingerprint
+from .registry import Registry, in_thread
 
 
 class Reloader:

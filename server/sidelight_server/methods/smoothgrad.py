@@ -13,18 +13,7 @@ from . import random
 from .channels import Magnitude
 from .gradient import GRADIENT, Gradient
 from .integrated_gradients import IntegratedGradients
-from .method import (
-    Example,
-    Improved,
-    Method,
-    Outcome,
-    Probe,
-    Shape,
-    Steps,
-    Sweep,
-    at_least,
-    steps_or_tolerance,
-)
+from .method import Example, Improved, Method, Outcome, Probe, Shape, Steps, Sweep, at_least, steps_or_tolerance
 from .welford import BLOCK, Moments
 
 MIN_DRAWS = 2 * BLOCK  # least number with a tolerance: fewer may agree by chance, within one linear piece of the model

@@ -5,7 +5,7 @@ import functools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Protocol, TypeVar
 
@@ -20,7 +20,7 @@ from ..compute.saved_memory import SavedMemory, TooLarge
 from ..compute.staging import normalize
 from ..compute.torch_device import free_memory
 from ..compute.weights import Identity, Seen, Weights
-from ..config.settings import ModelSettings
+from ..config.model_settings import ModelSettings
 from ..config.spec import ModelSpec
 from ..domain import PREDICTED, Choice, Score
 from ..errors import (
@@ -31,12 +31,12 @@ from ..errors import (
     SidelightError,
     did_you_mean,
 )
-from ..inputs.preprocessing import Preprocessing
 from ..methods import METHODS, GuidedBackpropagation
 from ..methods.method import Shape
 from ..telemetry.logs import Event
 from .calibration import DEFAULT_CHUNK_ROWS, Trial
 from .checks import gradient_fault, is_batch_dependent, noise
+from .input_format import preprocessing_of, trial_shape_of
 from .introspection import Detected, NotNumbersError, detect
 from .row_limit import RowLimit
 
@@ -87,8 +87,8 @@ class Model:
         self.version = version
         self.labels = tuple(spec.labels or ())
         self._layer_layout = dict(spec.layer_layout or {})
-        self.preprocessing = _preprocessing(spec)
-        self.trial_shape = _trial_shape(spec)
+        self.preprocessing = preprocessing_of(spec)
+        self.trial_shape = trial_shape_of(spec)
         self.class_count = len(self.labels)  # without labels, and not tried, unknown until the first rows ran: 0
         self.output_shape: tuple[int, ...] = ()  # K, or K, h, w; as with the classes
         self.padded_rows = 0  # how many rows a chunk is filled up to, for the same bytes beside any neighbors
@@ -601,66 +601,3 @@ def _has_rectifiers(module: nn.Module, detected: Detected, trial: Tensor) -> boo
     with Guided() as guided, torch.no_grad():
         detected.adapter(module, trial.clone())
     return bool(guided.n_rectifiers)
-
-
-def _trial_shape(spec: ModelSpec) -> Shape | None:
-    """Return C, H, W that a model is tried with: its input size, or what is to stand for all sizes."""
-    if spec.input_size is not None and spec.trial_size is not None:
-        raise ConfigurationError("trial_size: is set, and so is input_size, which is the size to try; leave it unset")
-    wanted = spec.trial_size if spec.input_size is None else spec.input_size
-    if wanted is None:
-        return None
-    try:
-        channels, height, width = wanted
-        if min(channels, height, width) < 1:
-            raise ValueError
-    except (TypeError, ValueError):
-        raise ConfigurationError(f"trial_size: got {wanted!r}, expected C, H, W, each at least 1") from None
-    return channels, height, width
-
-
-def _preprocessing(spec: ModelSpec) -> Preprocessing | None:
-    if spec.input_size is None:
-        names = ("mean", "std", "pixel_range", "resize", "odd_margin", "interpolation", "window")
-        given = [name for name in names if getattr(spec, name) is not None]
-        if given:
-            raise ConfigurationError(f"{given[0]}: is set, but input_size is not; set input_size to C, H, W")
-        return None
-    try:
-        channels, height, width = spec.input_size
-    except (TypeError, ValueError):
-        raise ConfigurationError(f"input_size: got {spec.input_size!r}, expected C, H, W") from None
-    try:
-        return Preprocessing(
-            channels=channels,
-            height=height,
-            width=width,
-            mean=_numbers("mean", spec.mean, channels, default=0.0),
-            std=_numbers("std", spec.std, channels, default=1.0),
-            resize=spec.resize if spec.resize is not None else max(height, width),
-            odd_margin=spec.odd_margin or "round",
-            interpolation=spec.interpolation or "bilinear",
-            pixel_range=_range("pixel_range", spec.pixel_range) or (0.0, 1.0),
-            window=_range("window", spec.window),
-        )
-    except ValueError as error:
-        raise ConfigurationError(str(error)) from error
-
-
-def _numbers(name: str, values: Sequence[float] | None, channels: int, *, default: float) -> tuple[float, ...]:
-    if values is None:
-        return (default,) * channels
-    try:
-        return tuple(float(each) for each in values)
-    except (TypeError, ValueError):
-        raise ConfigurationError(f"{name}: got {values!r}, expected one number for each channel") from None
-
-
-def _range(name: str, values: Sequence[float] | None) -> tuple[float, float] | None:
-    if values is None:
-        return None
-    try:
-        low, high = values
-        return float(low), float(high)
-    except (TypeError, ValueError):
-        raise ConfigurationError(f"{name}: got {values!r}, expected two numbers, the lower one first") from None

@@ -15,8 +15,9 @@ from sidelight.v1 import tensor_pb2
 
 from ..compute.torch_device import is_out_of_memory
 from ..domain import MANY_EXAMPLES, Answer, Files, Request
-from ..engine.engine import BYTES_OF_FLOAT32, Engine, Progress, to_thread_if_many
-from ..engine.registry import Version
+from ..engine.engine import Engine, Progress, to_thread_if_many
+from ..engine.model_entry import Version
+from ..engine.request_cost import BYTES_OF_FLOAT32, held_bytes, max_rows
 from ..errors import DeadlineExceeded, Internal, InvalidArgument, NotFound, ResourceExhausted, SidelightError
 from ..telemetry.call_record import CallRecord
 from ..telemetry.counters import Tally
@@ -108,8 +109,8 @@ class RequestHandler:
             parsed_bytes = n_bytes if data is None else 0
             version = await self._serving_version(request.model, n_bytes + parsed_bytes, deadline_s, call_record.caller)
             call_record.model, call_record.method = version[0].name, request.method.name
-            answer_bytes, state_bytes = self._engine.held_bytes(request, version)
-            n_rows = self._engine.max_rows(request, version)
+            answer_bytes, state_bytes = held_bytes(request, version[0])
+            n_rows = max_rows(request, version[0])
             maps_bytes = answer_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32
             source = _source(message.images, regions)
             sink = _sink(message.output, maps_bytes, regions)

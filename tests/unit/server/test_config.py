@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-from sidelight_server.config.settings import FILE, PREFIX, ModelSettings, Settings, misspelt_variables, read_settings
+from sidelight_server.config.model_settings import ModelSettings
+from sidelight_server.config.reading import FILE, PREFIX, misspelt_variables, read_settings
+from sidelight_server.config.settings import Settings
 from sidelight_server.errors import ConfigurationError
 
 

@@ -18,7 +18,7 @@ import sidelight_server
 import skimage
 import torch
 from PIL import Image
-from sidelight_server.config.settings import ModelSettings
+from sidelight_server.config.model_settings import ModelSettings
 from sidelight_server.models import sources
 from sidelight_server.models.model import Model
 from transformers import (

@@ -180,6 +180,6 @@ def test_a_shape_of_the_settings_is_checked_against_a_source() -> None:
 
 
 def test_the_flag_s_description_lists_every_form() -> None:
-    from sidelight_server.config.settings import SOURCES
+    from sidelight_server.config.model_settings import SOURCES
 
     assert SOURCES.replace(" or ", ", ") == sources.FORMS

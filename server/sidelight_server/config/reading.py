@@ -1,0 +1,111 @@
+"""The settings of a process: read from flags, `SIDELIGHT_*` variables and `sidelight.toml`, in this order."""
+
+import argparse
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from pydantic import ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from ..errors import ConfigurationError
+from .model_settings import ModelSettings
+from .settings import Settings
+
+FILE = Path("sidelight.toml")
+
+
+PREFIX = "SIDELIGHT_"
+
+
+OF_CLIENTS = ("SIDELIGHT_ADDRESS", "SIDELIGHT_TOKEN")  # the command line's
+
+
+class _Process(Settings, BaseSettings):
+    """The settings of a process."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        toml_file=FILE,
+        cli_prog_name="sidelight-server",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        cli_hide_none_type=True,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Return the sources, the first that speaks winning. The flags stand before them all."""
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that suggests the flag that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ").split()
+        flags = [flag for action in self._actions for flag in action.option_strings if flag.startswith("--")]
+        if message.startswith("unrecognized") and (close := difflib.get_close_matches(unknown[0], flags, n=1)):
+            message += f" (did you mean {close[0]}?)"
+        self.exit(2, f"{self.prog}: {message}; --help lists the flags\n")
+
+
+def read_settings(arguments: Sequence[str]) -> Settings:
+    """Return the settings of a process. `ConfigurationError` names what is wrong, and where; `--help` exits."""
+    flags: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
+        _Process,
+        root_parser=_Parser(
+            prog="sidelight-server",
+            description="Serves attributions of a PyTorch image model over gRPC.",
+            epilog=f"Every setting can also be a variable ({PREFIX}MAX_CHUNK_ROWS) or a key of {FILE} in the working "
+            "folder (max_chunk_rows); a flag wins over a variable, a variable over the file. --listen may be repeated. "
+            "sidelight-server --check ADDRESS asks a running server for its health (--check --help).",
+            allow_abbrev=False,
+        ),
+        cli_parse_args=list(arguments),
+    )
+    try:
+        read = _Process(_cli_settings_source=flags)
+    except ValidationError as error:
+        raise ConfigurationError(first_fault(error, where=str(FILE))) from None
+    except ValueError as error:  # TOML that does not parse, JSON in a variable
+        raise ConfigurationError(f"{FILE} or a {PREFIX}* variable: {error}") from None
+    return Settings(**read.model_dump(exclude_unset=True))  # a table says nothing of what it leaves out
+
+
+def misspelt_variables() -> list[str]:
+    """Return warnings about variables that are nearly a setting. (Others may well be: `SIDELIGHT_SERVICE_HOST`.)"""
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in (*known, *OF_CLIENTS)]
+    nearly = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.9) for name in unknown}
+    return [f"{name} is no setting; did you mean {close[0]}?" for name, close in nearly.items() if close]
+
+
+def first_fault(error: ValidationError, *, where: str) -> str:
+    """Say in a line what the first thing wrong is, and where."""
+    wrong = error.errors()[0]
+    path = [str(each) for each in wrong["loc"]]
+    is_of_model = path[:1] == ["models"] and len(path) > 2  # models, its name, a setting
+    name = ".".join(path[:3]) if is_of_model else path[0] if path else "settings"
+    if wrong["type"] == "extra_forbidden":
+        known = ModelSettings.model_fields if is_of_model else Settings.model_fields
+        close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
+        return f"{name}: there is no such setting in {where}" + (f"; did you mean {close[0]}?" if close else "")
+    why = "too few numbers" if wrong["type"] == "missing" and len(path) > 1 else wrong["msg"]
+    return f"{name}: got {wrong['input']!r}: {why}"

@@ -1,0 +1,179 @@
+"""The kind of a model's outputs: logits or probabilities, by their name, their graph and their values."""
+
+import re
+from collections.abc import Mapping
+from typing import Literal
+
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from ..compute.adapter import Adapter, items, summary
+from ..compute.head import Head
+from ..config.options import Activation, Outputs
+from ..config.spec import ModelSpec
+from ..errors import ConfigurationError
+
+Step = Literal["softmax", "sigmoid", "logarithm", "linear", "unknown"]
+
+# In order of preference: logits allow more scores than probabilities.
+LOGITS = ("logits", "logit")
+
+
+PROBABILITIES = ("y_prob", "probabilities", "probs", "prob")
+
+
+SUM_TOLERANCE = 1e-3  # of the sum of softmax probabilities, also in half precision
+
+
+def detect_head(spec: ModelSpec, adapter: Adapter, returned: object, outputs: Tensor, last: Step) -> Head:
+    """Return the head for outputs, [n, K] or [n, K, h, w]. Raises `ConfigurationError` if it cannot be detected."""
+    if spec.outputs is None:
+        found, activation = _kind(adapter, returned, outputs, last)
+        return Head(found, spec.activation or activation)
+    values = outputs.detach()
+    if spec.outputs == "probabilities" and not _in_unit(values):
+        raise ConfigurationError(
+            f'outputs: got "probabilities", but the model returned {summary(outputs)} from {values.min():.3g} to '
+            f'{values.max():.3g}; set outputs to "logits"'
+        )
+    if spec.outputs == "logits" and last in ("softmax", "sigmoid") and adapter.output not in LOGITS:
+        raise ConfigurationError(
+            f'outputs: got "logits", but the model returned probabilities, {summary(outputs)}: its last step is a '
+            f'{last}; set outputs to "probabilities"'
+        )
+    if spec.activation:
+        return Head(spec.outputs, spec.activation)
+    if spec.outputs == "probabilities":
+        return Head(spec.outputs, "softmax" if _sums_to_one(outputs) else "sigmoid")
+    return Head(spec.outputs, _activation_of(returned, outputs) if adapter.output in LOGITS else "softmax")
+
+
+def _kind(adapter: Adapter, returned: object, outputs: Tensor, last: Step) -> tuple[Outputs, Activation]:
+    """Detect the kind of the outputs: by their name, then by the autograd graph, and last by their values."""
+    if adapter.output in LOGITS:
+        return "logits", _activation_of(returned, outputs)
+    if _sums_to_one(outputs):
+        return "probabilities", "softmax"
+    values, in_unit = outputs.detach(), _in_unit(outputs.detach())
+    named = adapter.output in PROBABILITIES
+    if in_unit and (named or last in ("softmax", "sigmoid")):
+        return "probabilities", "sigmoid"
+    spread = f"{summary(outputs)} from {values.min():.3g} to {values.max():.3g}"
+    if named or last in ("softmax", "sigmoid", "logarithm"):
+        step = f'is called "{adapter.output}"' if named else f"ends in a {last}"
+        raise ConfigurationError(
+            f"outputs: what the model returned {step}, but these, {spread}, are neither probabilities nor logits; "
+            'leave the last step out, or set outputs to "logits" or "probabilities"'
+        )
+    is_constant = not outputs.requires_grad and bool((values == values[:1]).all())  # checked elsewhere
+    if in_unit and last != "linear" and not is_constant:
+        raise ConfigurationError(
+            f"outputs: the model returned {spread}, and its last step, {_step_name(outputs)}, does not show what they "
+            'are; set outputs to "logits" or "probabilities"'
+        )
+    return "logits", "softmax"
+
+
+def _in_unit(values: Tensor) -> bool:
+    return bool(values.min() >= 0 and values.max() <= 1)
+
+
+_STEPS: dict[str, Step] = {"Softmax": "softmax", "Sigmoid": "sigmoid", "LogSigmoid": "logarithm"}
+
+
+_PRODUCTS = frozenset((
+    "Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Addmv", "Linear", "Convolution", "ConvolutionOverrideable",
+    "MkldnnLinear", "MkldnnConvolution",
+))  # fmt: skip
+
+
+# Unbounded outputs, so they are logits. So is a log-softmax: its softmax gives the same probabilities.
+_UNBOUNDED = _PRODUCTS | {
+    "LogSoftmax", "Relu", "LeakyRelu", "PreluKernel", "Elu", "Gelu", "Silu", "Softplus", "NativeBatchNorm",
+    "CudnnBatchNorm", "MiopenBatchNorm", "NativeLayerNorm", "NativeGroupNorm",
+}  # fmt: skip
+
+
+# Operations that only change the shape, or keep all values between the least and the largest one.
+_LOOKED_THROUGH = frozenset((
+    "Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "Expand", "Permute", "Transpose", "T", "Unfold",
+    "Slice", "Select", "Index", "IndexSelect", "Gather", "TakeAlongDim", "AsStrided", "Unbind", "Split", "UnsafeSplit",
+    "SplitWithSizes", "Cat", "Stack", "Repeat", "Flip", "Roll", "Sort", "Topk", "Clone", "Alias", "ToCopy", "Mean",
+    "Amax", "Amin", "Max", "Min", "Maximum", "Minimum", "Median", "Where", "MaskedFill", "NanToNum", "Clamp",
+    "ClampMin", "ClampMax", "AvgPool2D", "AdaptiveAvgPool2D", "MkldnnAdaptiveAvgPool2D", "MaxPool2DWithIndices",
+    "AdaptiveMaxPool2D", "UpsampleNearest2D", "UpsampleBilinear2D", "NativeDropout",
+))  # fmt: skip
+
+
+_BOUNDING = frozenset(("Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum", "Where", "MaskedFill"))
+
+
+MOST_STEPS = 200  # nodes of the graph that are inspected, from the outputs back
+
+
+def last_step(outputs: Tensor) -> Step:
+    """Return a module's last operation, from the autograd graph: exact, while values are only a hint."""
+    return _Walk().step(outputs.grad_fn)
+
+
+class _Walk:
+    """A bounded walk through the graph, from the outputs back."""
+
+    def __init__(self) -> None:
+        self._left = MOST_STEPS
+
+    def step(self, node: Node | None, *, behind_product: bool = False) -> Step:
+        """Return the last step that produced a node's tensor; "linear" is anything that cannot be a probability."""
+        self._left -= 1
+        if node is None or self._left < 0:
+            return "unknown"
+        name = _name(node)
+        before = [each for each, _ in node.next_functions if each is not None]
+        if name in _STEPS:
+            return _STEPS[name]
+        if name in _UNBOUNDED:
+            # Probabilities multiplied by a constant matrix may still be probabilities.
+            sums = name in _PRODUCTS and not behind_product and before and all(map(self._is_probable, before))
+            return "unknown" if sums else "linear"
+        found = {self.step(each, behind_product=behind_product) for each in before}
+        if name in _LOOKED_THROUGH:
+            return "unknown" if len(found) != 1 or ("linear" in found and name in _BOUNDING) else found.pop()
+        if name in ("Mul", "Div", "Neg") and len(before) == 1:
+            (step,) = found
+            return step if step == "linear" or _is_by_one(node) else "unknown"
+        return "linear" if name in ("Add", "Sub", "Rsub") and "linear" in found else "unknown"
+
+    def _is_probable(self, node: Node) -> bool:
+        return self.step(node, behind_product=True) in ("softmax", "sigmoid")
+
+
+def _name(node: Node) -> str:
+    return re.sub(r"Backward\d*$", "", node.name().rpartition("::")[2])
+
+
+def _is_by_one(node: Node) -> bool:
+    """Return whether a node multiplies or divides by the number 1."""
+    other = getattr(node, "_saved_other", None)
+    return isinstance(other, Tensor) and other.numel() == 1 and bool(other == 1)
+
+
+def _step_name(outputs: Tensor) -> str:
+    node = outputs.grad_fn
+    while node is not None and _name(node) == "Clone":  # added by `trace`
+        node = node.next_functions[0][0]
+    return "an unknown one" if node is None else _name(node).lower()
+
+
+def _sums_to_one(outputs: Tensor) -> bool:
+    values = outputs.detach().float()
+    return bool(values.shape[1] > 1 and (values >= 0).all() and ((values.sum(dim=1) - 1).abs() < SUM_TOLERANCE).all())
+
+
+def _activation_of(returned: object, logits: Tensor) -> Activation:
+    """Return the activation of logits, from probabilities that are returned with them; softmax without any."""
+    within: Mapping[int | str, object] = items(returned)
+    for name in PROBABILITIES:
+        beside = within.get(name)
+        if isinstance(beside, Tensor) and beside.shape == logits.shape:
+            return "softmax" if _sums_to_one(beside) else "sigmoid"
+    return "softmax"
