@@ -126,7 +126,7 @@ class ActiveRequest:
     @property
     def identity(self) -> Identity:
         """Identity of the model that computed the answer so far; empty if its weights changed between two chunks."""
-        return self._identity or Identity(self.model.digest, self.model.canary)
+        return self._identity or Identity(self.model.digest, self.model.identity.canary)
 
     def add_identity(self, identity: Identity) -> None:
         """Record the identity of the model that computed some of its rows."""

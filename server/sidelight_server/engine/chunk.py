@@ -26,7 +26,7 @@ class Chunk:
         self.began_s = time.monotonic()
         active, first = rows[0]
         model = active.model
-        self._model, self._identity = model, model.identify()
+        self._model, self._identity = model, model.identity.identify()
         padding = max(0, model.padded_rows - len(rows))
         self._inputs = _inputs([row for _, row in rows], active, staging, padding=padding)
         model.find_out(self._inputs)
@@ -53,7 +53,7 @@ class Chunk:
     @property
     def identity(self) -> Identity:
         """Identity of the model that computed the chunk. Valid after `read`."""
-        return self._identity if self._model.is_identified else Identity()
+        return self._identity if self._model.identity.is_current else Identity()
 
     def read(self) -> list[RowOutput]:
         """Wait for the device and return the output of each row."""

@@ -17,7 +17,8 @@ from ..config.settings import Settings
 from ..config.spec import ModelSpec
 from ..errors import ConfigurationError, FailedPrecondition, NotFound, Unavailable, did_you_mean
 from ..models.calibration import can_grow
-from ..models.model import InTurn, Model, at_once
+from ..models.model import Model
+from ..models.trial_run import InTurn, at_once
 from ..models.warmup import limit, measure_again, warm_up
 from ..telemetry.logs import Event
 from .device import Device

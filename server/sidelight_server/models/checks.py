@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ConfigurationError
 
 if TYPE_CHECKING:
-    from .model import InTurn
+    from .trial_run import InTurn
 
 # The tolerance is eps ** (2/3) of the largest output, 2.4e-5 in float32: matrix products of another number of rows sum
 # in another order, which changes outputs by about 1e-6 in deep networks. Batch statistics change them by far more.

@@ -5,6 +5,7 @@ import logging
 from ..errors import ConfigurationError
 from ..telemetry.logs import Event
 from .calibration import can_grow, choose_chunk_rows, compare_exact, neighbor_difference, same_bytes
+from .checks import is_batch_dependent
 from .model import Model
 
 log = logging.getLogger("sidelight")
@@ -51,7 +52,7 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
             message = "each run of the same input gives different bytes: rows run alone"
             log.warning(Event("runs_differ", model=model.name, message=message))
     if model.is_tried and not settings.reproducible and not model.is_batch_dependent and model.chunk_rows > 1:
-        model.check_company()
+        _check_company(model)
     _measure_neighbors(model)
     if model.is_tried and model.serves_gradients and not model.kernel.options.is_exact and before is None:
         _compare(model)
@@ -74,6 +75,26 @@ def measure_again(model: Model) -> None:
     if rows != before:
         _measure_neighbors(model)
         log.info(Event("chunk_rows_grown", model=model.name, before=before, chunk_rows=rows))
+
+
+def _check_company(model: Model) -> None:
+    """Run rows alone from now on if an example's outputs depend on those that it shares a chunk with.
+
+    What autograd recorded when the model was tried has not told that of statistics that are detached.
+    """
+    try:
+        touches = is_batch_dependent(
+            model.kernel.outputs_of,
+            model.inputs_like(1),
+            in_turn=model.in_turn,
+            most=model.chunk_rows,
+            dtype=model.kernel.compute_dtype,
+        )
+    except Exception as error:  # the model's own: it takes no such batch
+        log.warning(Event("company_failed", model=model.name, message=f"{type(error).__name__}: {error}"))
+        touches = True
+    if touches:
+        model.run_rows_alone()
 
 
 def _measure_neighbors(model: Model) -> None:

@@ -108,7 +108,7 @@ def model_info(engine: Engine, entry: Entry, *, whole: bool) -> model_pb2.ModelI
         outputs=model.head.outputs if model.is_known else "",
         activation=model.head.activation if model.is_known else "",
         methods=model.methods,
-        canary=model.canary,
+        canary=model.identity.canary,
         neighbor_difference=model.neighbor_difference,
     )
 

@@ -112,9 +112,9 @@ def test_a_size_that_is_known_is_not_measured_again(device: str) -> None:
 def test_callers_who_choose_ever_new_sizes_are_not_all_kept_in_mind(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sidelight_server.models.model.MAX_SHAPES", 4)
+    monkeypatch.setattr("sidelight_server.models.row_memory.MAX_SHAPES", 4)
     with limited(Sized(), device) as engine:
         for side in range(8, 24):
             assert not explain(engine, 1, side).failures
         model = engine.model("")
-    assert len(model._row_bytes) == len(model._shapes) == 4
+    assert len(model._memory._row_bytes) == len(model._memory.shapes) == 4

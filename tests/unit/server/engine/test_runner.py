@@ -152,7 +152,7 @@ def test_a_chunk_that_is_filled_up_fails_at_once_and_is_taken_again_when_memory_
     module = Moody("good", fits=3)
     settings = Settings(device=device, reproducible=True, reproducible_rows=4)
     engine = Engine([ModelSpec(module, input_size=(3, 32, 32))], settings)
-    engine.model("").identify()  # which runs the model too
+    engine.model("").identity.identify()  # which runs the model too
     module.armed = True
     with engine, caplog.at_level(logging.WARNING, "sidelight"):
         answer = asyncio.run(engine.attribute(Request(images)))

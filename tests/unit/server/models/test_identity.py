@@ -78,7 +78,7 @@ def test_equal_weights_in_another_network_have_another_canary(
 def test_the_canary_is_told_of_the_model_and_does_not_change_with_requests() -> None:
     with engine_of(small_cnn()) as engine:
         answers = [ask(engine, batch(n)) for n in (1, 3)]
-        told = engine.model("").canary
+        told = engine.model("").identity.canary
     assert {each.provenance.model_canary for each in answers} == {told}
 
 

@@ -1,0 +1,36 @@
+"""Class names: from a class's label or index, as a caller gives it, to its index."""
+
+from ..domain import Choice
+from ..errors import InvalidArgument, NotFound, did_you_mean
+
+
+class ClassNames:
+    """The labels of a model's classes, in their order; a label may name several classes."""
+
+    def __init__(self, model: str, labels: tuple[str, ...]) -> None:
+        self._model = model
+        self._labels = labels
+        self._indices: dict[str, list[int]] = {}
+        for index, label in enumerate(labels):
+            self._indices.setdefault(label, []).append(index)
+
+    def index(self, choice: Choice, *, n_classes: int) -> int:
+        """Return a class's index. `NotFound` for an unknown label, `InvalidArgument` for an index out of range.
+
+        `n_classes` is 0 where the model has not run yet.
+        """
+        if isinstance(choice, str):
+            return self._labelled(choice)
+        if choice < 0 or (n_classes and choice >= n_classes):
+            bound = str(n_classes - 1) if n_classes else "the last class"
+            raise InvalidArgument(f'target: class index {choice}, model "{self._model}" has 0 to {bound}')
+        return choice
+
+    def _labelled(self, label: str) -> int:
+        named = self._indices.get(label)
+        if named is None:
+            raise NotFound(f'target: model "{self._model}" has no label "{label}"; {did_you_mean(label, self._labels)}')
+        if len(named) > 1:
+            classes = ", ".join(map(str, named))
+            raise InvalidArgument(f'target: label "{label}" names the classes {classes}; give one of these indices')
+        return named[0]

@@ -1,0 +1,102 @@
+"""Row memory: how many rows of a shape fit into the device's memory, measured where callers choose the shape."""
+
+import math
+from typing import TypeVar
+
+from torch import Tensor
+
+from ..compute.kernel import Kernel
+from ..compute.saved_memory import SavedMemory, TooLarge
+from ..compute.torch_device import free_memory
+from ..methods.method import Shape
+
+MAX_SHAPES = 1024  # that are remembered, of a model without an input size
+SMALL_CHUNK_BYTES = 64 * 1024 * 1024  # that a chunk may take without a look at how much memory is free
+
+_Value = TypeVar("_Value")
+
+
+class RowMemory:
+    """The shapes that ran, and the bytes that a row of each takes. Used by the device's thread alone."""
+
+    def __init__(self, name: str, kernel: Kernel, *, device_memory_limit: int) -> None:
+        self._name = name
+        self._kernel = kernel
+        self._set_limit = device_memory_limit  # 0: half of what is free
+        self._shapes: dict[Shape, None] = {}  # that rows ran on, the newest last
+        self._row_bytes: dict[Shape, int] = {}  # by shape, the newest last
+
+    @property
+    def limit_bytes(self) -> int:
+        """The bytes that a chunk may take now."""
+        return self._set_limit or free_memory(self._kernel.device)
+
+    @property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes that rows ran on, the newest last."""
+        return tuple(self._shapes)
+
+    def add_shape(self, shape: Shape) -> None:
+        """Record that rows of a shape ran."""
+        _remember(self._shapes, shape, None)
+
+    def has_run(self, shape: Shape) -> bool:
+        """Whether rows of a shape ran."""
+        return shape in self._shapes
+
+    def fitting(self, shape: Shape, rows: int) -> int:
+        """Return how many of some rows of a shape fit, at least 1: `check` has the last word."""
+        # Of a shape that is not known yet no more than its inputs, which are there before it is.
+        row_bytes = self._row_bytes.get(shape) or 2 * math.prod(shape) * self._kernel.dtype.itemsize
+        return max(1, min(rows, self._room(row_bytes, rows)))
+
+    def check(self, inputs: Tensor, *, least: int, is_padded: bool) -> None:
+        """Raise `TooLarge` for rows, [n, C, H, W], that memory lacks for.
+
+        What a row of a shape takes is measured by a forward pass of one, which is filled up to the `least` rows that
+        the module takes, and ends where that is too much already. Rows that are padded run together or not at all.
+        """
+        n, shape = len(inputs), shape_of(inputs)
+        if shape not in self._row_bytes:
+            limit = self.limit_bytes
+            self.learn(self._kernel.kept(inputs[:1], limit=limit), inputs[:1], limit=limit, n_rows=max(1, least))
+        fitting = self._room(self._row_bytes[shape], n)
+        if fitting < 1:
+            raise self._too_large(shape, limit=self.limit_bytes)
+        if fitting < n:
+            raise TooLarge(
+                f'model "{self._name}": {n} rows of [C, H, W] = {list(shape)} at once, there is memory for {fitting}',
+                fitting=0 if is_padded else fitting,
+            )
+
+    def learn(self, kept: SavedMemory, inputs: Tensor, *, limit: int, n_rows: int) -> None:
+        """Record the bytes of a row, from what a pass of some rows kept. `TooLarge` where the pass was ended."""
+        shape = shape_of(inputs)
+        if kept.is_over:
+            raise self._too_large(shape, limit=limit)
+        _remember(self._row_bytes, shape, -(-kept.n_bytes // n_rows) + 2 * inputs[0].nbytes)
+
+    def _room(self, row_bytes: int, rows: int) -> int:
+        """Return how many rows of so many bytes there is memory for; `rows` where that is little."""
+        little = min(SMALL_CHUNK_BYTES, self._set_limit or SMALL_CHUNK_BYTES)
+        return rows if rows * row_bytes <= little else self.limit_bytes // row_bytes
+
+    def _too_large(self, shape: Shape, *, limit: int) -> TooLarge:
+        return TooLarge(
+            f"images: an example of [C, H, W] = {list(shape)} takes more memory than there is for model "
+            f'"{self._name}", {limit} bytes (device_memory_limit, or half of what is free); send a smaller one'
+        )
+
+
+def shape_of(inputs: Tensor) -> Shape:
+    """Return C, H, W of rows."""
+    _, channels, height, width = inputs.shape
+    return channels, height, width
+
+
+def _remember(known: dict[Shape, _Value], shape: Shape, value: _Value) -> None:
+    """Add a value by its shape, and drop the one that was set longest ago: callers choose the shapes."""
+    known.pop(shape, None)
+    known[shape] = value
+    if len(known) > MAX_SHAPES:
+        del known[next(iter(known))]
