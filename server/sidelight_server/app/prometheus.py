@@ -126,7 +126,7 @@ class Metrics(Collector):
         for name, device in _named(self._engine.devices):
             labels = [name]
             moves.add_metric(labels, int(device.moves))
-            short.add_metric(labels, device.worker.n_out_of_memory)
+            short.add_metric(labels, device.worker.errors.n_out_of_memory)
             if device.torch_device.type == "cuda":
                 memory.add_metric(labels, torch.cuda.memory_reserved(device.torch_device))
                 free.add_metric(labels, torch.cuda.mem_get_info(device.torch_device)[0])

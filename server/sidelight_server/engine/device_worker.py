@@ -12,12 +12,8 @@ import torch
 
 from ..compute.saved_memory import TooLarge
 from ..compute.staging import Staging, is_finite
-from ..compute.torch_device import check_works, is_out_of_memory
+from ..compute.torch_device import check_works
 from ..errors import (
-    FailedPrecondition,
-    Internal,
-    InvalidArgument,
-    OutputsError,
     ResourceExhausted,
     SidelightError,
     Unavailable,
@@ -26,9 +22,10 @@ from ..methods.method import RowOutput
 from ..telemetry.call_record import MAX_CHUNKS, ChunkTimes
 from ..telemetry.cancellation_latency import CancellationLatency
 from ..telemetry.histogram import Histogram
-from ..telemetry.logs import Event, Throttle
+from ..telemetry.logs import Event
 from .active_request import ActiveRequest
 from .chunk import Chunk, to_host
+from .chunk_errors import ChunkErrors, DeviceLostError
 from .example_run import ExampleRun, Result, Row
 from .heartbeat import Heartbeat
 from .scheduler import Ring
@@ -40,10 +37,6 @@ CHUNK_ROWS = tuple(2**power for power in range(13))  # bounds of the histogram o
 Taken = tuple[ActiveRequest, Row]
 _InFlight = tuple[list[Taken], Chunk | SidelightError]
 _Value = TypeVar("_Value")
-
-
-class DeviceLostError(Exception):
-    """The device is unusable for this process, as a CUDA device is after an illegal memory access."""
 
 
 class DeviceWorker:
@@ -66,7 +59,7 @@ class DeviceWorker:
         on_end: Callable[[], None] = lambda: None,
         check: Callable[[torch.device], None] = check_works,
     ) -> None:
-        self.check = check
+        self.errors = ChunkErrors(device, check=check)
         # Set once the device is lost. Its traceback keeps the failed pass's tensors alive on purpose: freeing memory
         # on a lost device may abort the process.
         self.loss: DeviceLostError | None = None
@@ -84,10 +77,7 @@ class DeviceWorker:
         self._thread = threading.Thread(target=self._run, name=f"sidelight-{device}", daemon=True)
         self.stops = CancellationLatency()
         self.chunk_rows = Histogram(CHUNK_ROWS)
-        self.n_out_of_memory = 0  # chunks that ran out of device memory
         self.heartbeat = Heartbeat(stuck_s=stuck_s)
-        self._faults = Throttle()  # throttles log lines: each example of a batch may fail
-        self.exposes_causes = False  # whether a caller gets the model's exception, or only the log
 
     def start(self) -> None:
         """Start the thread."""
@@ -128,7 +118,7 @@ class DeviceWorker:
                 future.set_result(task())
             except BaseException as error:
                 future.set_exception(error)
-                self._check_device(error)
+                self.errors.check_device(error)
 
         with self._changed:
             self._check_alive()
@@ -216,7 +206,7 @@ class DeviceWorker:
             return Chunk(rows, self._staging)
         # Even SystemExit: a model must not end the thread that serves all requests.
         except BaseException as error:
-            return self._to_domain_error(rows[0][0], rows[0][1].example_run, error, n_rows=len(rows))
+            return self.errors.to_domain_error(rows[0][0], rows[0][1].example_run, error, n_rows=len(rows))
 
     def _complete(self, rows: list[Taken], chunk: Chunk | SidelightError) -> None:
         """Read a chunk, fold its rows, and put requests that have new rows back into the ring."""
@@ -246,7 +236,7 @@ class DeviceWorker:
                 for active in {active for active, _ in rows}:
                     active.add_identity(identity)
             except BaseException as error:
-                failure = self._to_domain_error(rows[0][0], rows[0][1].example_run, error, n_rows=len(rows))
+                failure = self.errors.to_domain_error(rows[0][0], rows[0][1].example_run, error, n_rows=len(rows))
         if failure is None:
             active = rows[0][0]
             active.model.has_fitted(len(rows), active.prepared.shape)
@@ -265,7 +255,7 @@ class DeviceWorker:
             try:
                 row.example_run.give(row, output)
             except BaseException as error:
-                active.fail(row.example_run, self._to_domain_error(active, row.example_run, error))
+                active.fail(row.example_run, self.errors.to_domain_error(active, row.example_run, error))
                 continue
             if row.example_run.result is not None:
                 finished[row.example_run] = active, row.example_run.result
@@ -274,72 +264,16 @@ class DeviceWorker:
             self._store_results(finished)
         except BaseException as error:  # no host memory for the answers
             for example_run, (active, _) in finished.items():
-                active.fail(example_run, self._to_domain_error(active, example_run, error))
+                active.fail(example_run, self.errors.to_domain_error(active, example_run, error))
 
     def _store_results(self, finished: dict[ExampleRun, tuple[ActiveRequest, Result]]) -> None:
         maps = to_host([result for _, result in finished.values()], self._staging)
         for (example_run, (active, result)), map_ in zip(finished.items(), maps, strict=True):
             if not is_finite(map_):
-                active.fail(example_run, self._to_domain_error(active, example_run, example_run.not_finite()))
+                active.fail(example_run, self.errors.to_domain_error(active, example_run, example_run.not_finite()))
                 continue
             probabilities = result.probabilities.float().cpu().numpy() if active.request.probabilities else None
             active.store_result(example_run, map_, result, probabilities)
-
-    def _to_domain_error(
-        self, active: ActiveRequest, example_run: ExampleRun, error: BaseException, *, n_rows: int = 1
-    ) -> SidelightError:
-        """Log an exception and return the error for the caller. Raises `DeviceLostError` if the device is lost."""
-        name, index = active.model.name, example_run.index
-        if isinstance(error, SidelightError):
-            if isinstance(error, Internal | OutputsError) and n_rows == 1:
-                self._faults.log(
-                    logging.ERROR,
-                    Event("model_failed", model=name, id=active.id, example=index, message=error.message),
-                )
-            if isinstance(error, TooLarge) and not error.fitting:
-                self._faults.log(
-                    logging.WARNING, Event("too_large", model=name, id=active.id, example=index, message=error.message)
-                )
-            return FailedPrecondition(f'model "{name}": {error.message}') if isinstance(error, OutputsError) else error
-        if is_out_of_memory(error):
-            self.n_out_of_memory += 1
-            filled = active.model.padded_rows
-            example = {"id": active.id, "example": index} if n_rows == 1 else {}  # a chunk of several rows is retried
-            self._faults.log(logging.WARNING, Event("out_of_memory", model=name, rows=max(n_rows, filled), **example))
-            what = f"{filled} rows, which it always runs at once (reproducible_rows)" if filled > 1 else "one example"
-            return ResourceExhausted(f'model "{name}": out of device memory on {what}')
-        self._check_device(error)
-        shape, cause_text = active.prepared.shape, f"{type(error).__name__}: {error}"
-        if not active.model.takes(shape):
-            if n_rows == 1:
-                cause_text = cause_text.partition("\n")[0]
-                cause = None if active.model.has_run else error  # which may be a bug of the model
-                self._faults.log(
-                    logging.WARNING,
-                    Event("shape_failed", model=name, id=active.id, shape=shape, message=cause_text),
-                    cause,
-                )
-            return InvalidArgument(
-                f'images: model "{name}", which has no fixed input size, fails on [C, H, W] = {list(shape)}, '
-                "and has run on no example of that shape" + (f": {cause_text}" if self.exposes_causes else "")
-            )
-        if n_rows == 1:
-            self._faults.log(logging.ERROR, Event("model_failed", model=name, id=active.id, example=index), error)
-        if self.exposes_causes:
-            return Internal(f'model "{name}" failed on example {index}: {cause_text}')
-        return Internal(f'model "{name}" failed on example {index}; the server\'s log has the cause')
-
-    def _check_device(self, error: BaseException) -> None:
-        """After an unexpected error, raise `DeviceLostError` if the device no longer works."""
-        for is_last in (False, True):  # the first check may report the same error again although the device still works
-            try:
-                self.check(self._device)
-                return
-            except BaseException as failure:
-                if is_out_of_memory(failure):
-                    return
-                if is_last:
-                    raise DeviceLostError(str(failure).partition("\n")[0]) from error
 
     def _split(self, rows: Sequence[Taken], failure: SidelightError) -> None:
         """Fail a single row; run both halves of several. After a lack of memory, half stays the limit for a while."""

@@ -104,7 +104,7 @@ class Engine:
     def expose_causes(self) -> None:
         """Include a model's exception in the error that callers get. For callers in this process only."""
         for device in self._devices:
-            device.worker.exposes_causes = True
+            device.worker.errors.exposes_causes = True
 
     def start_decoders(self) -> None:
         """Start the decoder processes now if a model takes files; otherwise they start with the first file."""

@@ -234,7 +234,7 @@ def breaking(request: pytest.FixtureRequest) -> Breaking:
 def breakable(breaking: Breaking, **settings: object) -> Engine:
     engine = Engine([ModelSpec(breaking, input_size=(3, 32, 32))], TWO.model_copy(update=settings))
     for station in engine.devices:
-        station.worker.check = breaking.check
+        station.worker.errors.check = breaking.check
     return engine
 
 
@@ -317,7 +317,7 @@ def test_a_device_that_works_after_an_error_is_kept(breaking: Breaking) -> None:
 
     engine = breakable(breaking, device="cpu")
     with engine:
-        engine.devices[0].worker.check = check
+        engine.devices[0].worker.errors.check = check
         breaking.armed = True
         assert [each.code for each in asyncio.run(engine.attribute(Request(PICTURE))).failures] == [INTERNAL]
         breaking.armed = False
