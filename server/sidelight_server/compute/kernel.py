@@ -19,6 +19,7 @@ from ..errors import FailedPrecondition
 from ..methods.method import Layer, Probe, Rectifiers
 from .adapter import PLAIN, Adapter
 from .cuda_graphs import Recordings, recorder
+from .forward import Forward
 from .head import Head
 from .layer_hooks import NOTHING_TO_GUIDE, Guided, capture
 from .layers import Layers
@@ -74,17 +75,16 @@ class Kernel:
         self.dtype = torch.float32 if self.options.precision else weights_dtype(module)
         self.device = device
         self.head = head or Head()
-        self._adapter = adapter
         self._layers = layers or Layers()
         self.watch = Watch(module, is_shared=is_shared)
         self._replica = Replica(
             self.watch, device=device, options=self.options, adapter=adapter, trial=trial, isolation=isolation
         )
+        self._forward = Forward(adapter, self.options, dtype=self.dtype, compute_dtype=self._replica.dtype)
         if self.options.fold and not self.n_folded:  # provenance must not list an option that had no effect
             self.options = replace(self.options, fold=False)
         self._hooked_replica: nn.Module | None = None
         self._recordings: Recordings | None = None
-        self._copies_inputs: bool | None = None  # whether the module modifies its input; unknown before the first call
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -202,7 +202,7 @@ class Kernel:
 
     def adopt(self, *, adapter: Adapter, head: Head, layers: Layers) -> None:
         """Replace adapter, head and layers with those that introspection found after the kernel was created."""
-        self._adapter, self.head, self._layers = adapter, head, layers
+        self._forward.adapter, self.head, self._layers = adapter, head, layers
 
     def head_precision(self, score: Score, *, plain_head: bool) -> str:
         """Return the type that a score and its gradient at the outputs are computed in, for provenance."""
@@ -212,7 +212,7 @@ class Kernel:
     def outputs_of(self, inputs: Tensor, *, module: nn.Module | None = None) -> Tensor:
         """Return the module's outputs, [n, K] or [n, K, h, w]."""
         # Not `module or …`: bool() of a compiled module calls a `__len__` that it does not have.
-        return self._widened(self._call(inputs, self._replica.module if module is None else module))
+        return self._forward(inputs, self._replica.module if module is None else module)
 
     def _at_input(self, inputs: Tensor, read: _Read, *, module: nn.Module | None = None) -> KernelOutput:
         inputs.requires_grad_()
@@ -256,7 +256,7 @@ class Kernel:
         name = self._layers.chosen(name, [])  # only known now if the model takes any input size
         # The graph begins at the layer; the layers before it run without one.
         with torch.enable_grad(), capture(self._hooked, name) as captured:
-            outputs = self._widened(self._adapter(self._hooked, self._arranged(inputs.clone())))
+            outputs = self._forward(inputs, self._hooked, copies=True)
         leaf = captured.leaf[0]
         answer, sent = read(outputs)
         layout, size = self._layers.layouts[name], (inputs.shape[2], inputs.shape[3])
@@ -284,36 +284,6 @@ class Kernel:
         )
         shape = (probabilities.shape[1], *outputs.shape[2:])
         return KernelOutput(explained, scored.scores, scored.is_dead, predicted, probabilities, shape), scored.sent
-
-    def _arranged(self, inputs: Tensor) -> Tensor:
-        """Convert inputs to the module's type and memory format; returns the same tensor if they have both."""
-        if not self.options.channels_last:
-            return inputs.to(self.compute_dtype)
-        return inputs.to(self.compute_dtype, memory_format=torch.channels_last)
-
-    def _widened(self, outputs: Tensor) -> Tensor:
-        return outputs.to(self.dtype) if self.options.precision else outputs
-
-    def _call(self, inputs: Tensor, module: nn.Module) -> Tensor:
-        """Run the module, on a copy of the inputs if it modifies them in place: the points must not change."""
-        arranged = self._arranged(inputs)
-        if arranged is not inputs or self._copies_inputs:
-            return self._adapter(module, inputs.clone() if arranged is inputs else arranged)
-        if inputs.requires_grad:
-            try:
-                return self._adapter(module, inputs)
-            except RuntimeError as error:
-                if "a leaf Variable that requires grad" not in str(error):
-                    raise
-            self._copies_inputs = True
-            return self._adapter(module, inputs.clone())
-        if self._copies_inputs is False:
-            return self._adapter(module, inputs)
-        copied = inputs.clone()
-        before = copied._version
-        outputs = self._adapter(module, copied)
-        self._copies_inputs = copied._version != before
-        return outputs
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -13,11 +13,7 @@ import torch
 from ..compute.saved_memory import TooLarge
 from ..compute.staging import Staging, is_finite
 from ..compute.torch_device import check_works
-from ..errors import (
-    ResourceExhausted,
-    SidelightError,
-    Unavailable,
-)
+from ..errors import ResourceExhausted, SidelightError, Unavailable
 from ..methods.method import RowOutput
 from ..telemetry.call_record import MAX_CHUNKS, ChunkTimes
 from ..telemetry.cancellation_latency import CancellationLatency

@@ -10,18 +10,16 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-import torch
-
 from ..config.model_settings import SOURCES, ModelSettings
 from ..config.settings import Settings
 from ..config.spec import ModelSpec
 from ..errors import ConfigurationError, FailedPrecondition, NotFound, Unavailable, did_you_mean
 from ..models.calibration import can_grow
 from ..models.model import Model
-from ..models.trial_run import InTurn, at_once
-from ..models.warmup import limit, measure_again, warm_up
-from ..telemetry.logs import Event
+from ..models.trial_run import at_once
+from ..models.warmup import warm_up
 from .device import Device
+from .loader import Loader
 from .model_entry import Entry, Version
 
 log = logging.getLogger("sidelight")
@@ -46,11 +44,9 @@ class Registry:
     ) -> None:
         self._settings = settings
         self._devices = devices
-        self._on_change = on_change  # called on the loader's thread when another version serves
-        self._n_threads = torch.get_num_threads()
+        self._loader = Loader(devices, on_change=on_change)
         self._lock = threading.Lock()  # guards `loading` and `waiting` of the entries
         self._reloading = asyncio.Lock()  # held by background reloads: by the reloader or a signal
-        self._is_closed = False
         self._offered = [_entry(each, settings) for each in offered]
         self.is_loaded = False  # whether `load` has completed
         self.entries: dict[str, Entry] = {entry.name: entry for entry in self._offered if entry.name}
@@ -64,7 +60,7 @@ class Registry:
         for entry in self._offered:
             if entry.settings.load == "eager" or not entry.has_source:
                 with _naming(entry.name if entry.name in self._settings.models else ""):
-                    entry.models = self._versions(entry, 1, turns=[at_once] * len(self._devices))
+                    entry.models = self._loader.build(entry, 1, turns=[at_once] * len(self._devices))
                 entry.name = entry.models[0].name
             if entry.name in entries:
                 raise ConfigurationError(f'name: two models are called "{entry.name}"')
@@ -74,7 +70,7 @@ class Registry:
     async def loaded(self) -> None:
         """Run `load` in a thread, unless it has completed."""
         if not self.is_loaded:
-            await asyncio.shield(asyncio.wrap_future(self._submit(self.load, threading.Lock())))
+            await asyncio.shield(asyncio.wrap_future(self._loader.submit(self.load, threading.Lock())))
 
     def find(self, name: str) -> Entry:
         """Return the entry of a model; empty means the first. Raises `NotFound`, which suggests similar names."""
@@ -139,13 +135,13 @@ class Registry:
         """Measure the chunk size of each model again, in turns with the requests."""
         for entry in list(self.entries.values()):
             if any(map(can_grow, entry.models)):
-                measuring = self._submit(functools.partial(self._measure_again, entry), entry.turn)
+                measuring = self._loader.submit(functools.partial(self._loader.measure_again, entry), entry.turn)
                 with contextlib.suppress(Unavailable):  # the server is shutting down, or a device was lost
                     await asyncio.shield(asyncio.wrap_future(measuring))
 
     def close(self) -> None:
         """Stop loading: queued loads raise `Unavailable`."""
-        self._is_closed = True
+        self._loader.close()
 
     def _start_load(self, entry: Entry) -> "Future[None]":
         """Return the first load of a model: the running one, or a new one."""
@@ -153,7 +149,7 @@ class Registry:
             if entry.loading is None:
                 if entry.failure and time.monotonic() - entry.failed_s < RETRY_S:
                     raise _failed(entry)
-                entry.loading = self._submit(lambda: self._load_first(entry), entry.turn)
+                entry.loading = self._loader.submit(lambda: self._load_first(entry), entry.turn)
             return entry.loading
 
     def _start_reload(self, entry: Entry) -> "Future[None]":
@@ -162,134 +158,22 @@ class Registry:
         def load() -> None:
             with self._lock:
                 entry.waiting = None
-            self._load(entry)
+            self._loader.load(entry)
 
         with self._lock:
             if entry.waiting is None:
-                entry.waiting = self._submit(load, entry.turn)
+                entry.waiting = self._loader.submit(load, entry.turn)
             return entry.waiting
-
-    def _submit(self, load: Callable[[], None], turn: threading.Lock) -> "Future[None]":
-        def run() -> None:
-            with turn:
-                if self._is_closed:
-                    raise Unavailable("the server is shutting down")
-                load()
-
-        return in_thread(run, name="sidelight-load")
 
     def _load_first(self, entry: Entry) -> None:
         try:
             if not entry.models:
-                self._load(entry)
+                self._loader.load(entry)
         except FailedPrecondition:
             raise _failed(entry) from None
         finally:
             with self._lock:
                 entry.loading = None
-
-    def _load(self, entry: Entry) -> None:
-        """Load a version and make it the serving one. Runs on the loader's thread."""
-        began, before = time.monotonic(), entry.models
-        failure = None
-        try:
-            entry.models = self._loaded(entry, before)
-        except BaseException as error:  # a source or a model may raise anything
-            failure = str(error) if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {error}"
-        # Outside the except clause, so that no traceback keeps a half-loaded model alive.
-        if failure is not None:
-            if self._is_closed:
-                raise Unavailable("the server is shutting down")
-            entry.failure = " ".join(failure.split()).removeprefix(f'model "{entry.name}": ')
-            entry.failed_s = time.monotonic()
-            entry.n_failed += 1
-            log.error(Event("load_failed", model=entry.name, message=entry.failure))
-            raise FailedPrecondition(f'model "{entry.name}": {entry.failure}')
-        entry.failure = ""
-        log.info(loaded_event(entry.models[0], seconds=round(time.monotonic() - began, 1)))
-        self._on_change()
-
-    def _loaded(self, entry: Entry, before: Version) -> Version:
-        with self._one_thread():
-            version = before[0].version + 1 if before else 1
-            models = self._versions(entry, version, turns=[device.in_turn for device in self._devices])
-            for device, model in zip(self._devices, models, strict=True):
-                warm_up(model, before=before[device.index] if before else None)
-                model.in_turn = at_once
-        return models
-
-    def _measure_again(self, entry: Entry) -> None:
-        """Measure the chunk size on each device. Runs on a thread of its own, like a load."""
-        with self._one_thread():
-            for device, model in zip(self._devices, entry.models, strict=True):
-                model.in_turn = device.in_turn
-                try:
-                    measure_again(model)
-                except Unavailable:
-                    raise
-                except Exception as error:  # for example a lack of memory; the size stays
-                    log.warning(Event("measuring_failed", model=entry.name), exc_info=error)
-                finally:
-                    model.in_turn = at_once
-
-    @contextlib.contextmanager
-    def _one_thread(self) -> Iterator[None]:
-        """Keep torch from starting OpenMP threads for this thread: they slow down the device's, see `app.server`."""
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(self._n_threads)  # applies to threads that start later
-
-    def _versions(self, entry: Entry, version: int, *, turns: Sequence[InTurn]) -> Version:
-        entry.loaded_from = entry.fingerprint()
-        spec = entry.spec()
-        models = tuple(
-            Model(
-                spec,
-                device=device.torch_device,
-                settings=entry.settings,
-                version=version,
-                in_turn=turn,
-                is_shared=not entry.has_source,
-            )
-            for device, turn in zip(self._devices, turns, strict=True)
-        )
-        for model in models:
-            limit(model)
-        _ = models[0].digest  # computed here, not with the first answer
-        return models
-
-
-def in_thread(run: Callable[[], _Value], *, name: str) -> "Future[_Value]":
-    """Run a function in a new daemon thread, so that a hanging function does not keep the process from exiting."""
-    future: Future[_Value] = Future()
-    future.set_running_or_notify_cancel()  # several callers may wait for it, so it cannot be cancelled
-
-    def set_result() -> None:
-        try:
-            future.set_result(run())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=set_result, name=name, daemon=True).start()
-    return future
-
-
-def loaded_event(model: Model, **more: object) -> Event:
-    """Return the log event of a loaded model, with its detected properties."""
-    return Event(
-        "loaded",
-        model=model.name,
-        version=model.version,
-        digest=model.digest[:12],
-        call=model.adapter.summary,
-        outputs=model.head.outputs if model.is_known else "unknown",
-        activation=model.head.activation if model.is_known else "unknown",
-        classes=model.class_count or "unknown",
-        chunk_rows=model.chunk_rows,
-        **more,
-    )
 
 
 @contextlib.contextmanager

@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 
 from ..errors import SidelightError
+from .loader import in_thread
 from .model_entry import Entry, Fingerprint
-from .registry import Registry, in_thread
+from .registry import Registry
 
 
 class Reloader:

@@ -16,10 +16,7 @@ from ..compute.staging import normalize
 from ..config.model_settings import ModelSettings
 from ..config.spec import ModelSpec
 from ..domain import PREDICTED, Choice, Score
-from ..errors import (
-    ConfigurationError,
-    OutputsError,
-)
+from ..errors import ConfigurationError, OutputsError
 from ..methods import METHODS, GuidedBackpropagation
 from ..methods.method import Shape
 from ..telemetry.logs import Event
