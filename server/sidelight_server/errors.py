@@ -17,10 +17,11 @@
 
     ConfigurationError       a setting or a model that the server cannot start with; never sent to a caller
 
-Codes are the canonical status numbers, so that only the RPC layer imports grpc.
+`Status` has the canonical codes, so that only the RPC layer imports grpc.
 """
 
 import difflib
+import enum
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -30,10 +31,32 @@ MAX_MESSAGE = 500
 MANY_NAMES = 2000  # the most names that an unknown name is compared with
 
 
+class Status(enum.IntEnum):
+    """The canonical status codes, as gRPC has them."""
+
+    OK = 0
+    CANCELLED = 1
+    UNKNOWN = 2
+    INVALID_ARGUMENT = 3
+    DEADLINE_EXCEEDED = 4
+    NOT_FOUND = 5
+    ALREADY_EXISTS = 6
+    PERMISSION_DENIED = 7
+    RESOURCE_EXHAUSTED = 8
+    FAILED_PRECONDITION = 9
+    ABORTED = 10
+    OUT_OF_RANGE = 11
+    UNIMPLEMENTED = 12
+    INTERNAL = 13
+    UNAVAILABLE = 14
+    DATA_LOSS = 15
+    UNAUTHENTICATED = 16
+
+
 class SidelightError(Exception):
     """A failure with a canonical status code, and a retry delay if a retry may succeed."""
 
-    code: ClassVar[int] = 2
+    code: ClassVar[Status] = Status.UNKNOWN
 
     def __init__(self, message: str, *, retry_delay_s: float | None = None) -> None:
         if len(message) > MAX_MESSAGE:
@@ -46,43 +69,43 @@ class SidelightError(Exception):
 class Cancelled(SidelightError):
     """The caller cancelled the batch or disconnected."""
 
-    code = 1
+    code = Status.CANCELLED
 
 
 class InvalidArgument(SidelightError):
     """A field of the request is invalid, whatever the server's state."""
 
-    code = 3
+    code = Status.INVALID_ARGUMENT
 
 
 class DeadlineExceeded(SidelightError):
     """The batch's timeout passed before its answer was ready."""
 
-    code = 4
+    code = Status.DEADLINE_EXCEEDED
 
 
 class NotFound(SidelightError):
     """A model, label, layer or region in the request is unknown."""
 
-    code = 5
+    code = Status.NOT_FOUND
 
 
 class PermissionDenied(SidelightError):
     """A call for operators only, or a file that the server's user may not open."""
 
-    code = 7
+    code = Status.PERMISSION_DENIED
 
 
 class ResourceExhausted(SidelightError):
     """Over the permits, the memory or the message limit."""
 
-    code = 8
+    code = Status.RESOURCE_EXHAUSTED
 
 
 class FailedPrecondition(SidelightError):
     """The request is valid, but this model or this server's configuration cannot serve it."""
 
-    code = 9
+    code = Status.FAILED_PRECONDITION
 
 
 class OutputsError(FailedPrecondition):
@@ -92,31 +115,31 @@ class OutputsError(FailedPrecondition):
 class Unimplemented(SidelightError):
     """In the schema, but not served by this version."""
 
-    code = 12
+    code = Status.UNIMPLEMENTED
 
 
 class Internal(SidelightError):
     """The model or the server failed. The message holds no details of the exception: the log does."""
 
-    code = 13
+    code = Status.INTERNAL
 
 
 class Unavailable(SidelightError):
     """The server is shutting down, or its device has failed."""
 
-    code = 14
+    code = Status.UNAVAILABLE
 
 
 class DataLoss(SidelightError):
     """A shared memory region's file is shorter than registered."""
 
-    code = 15
+    code = Status.DATA_LOSS
 
 
 class Unauthenticated(SidelightError):
     """A call without a token, or with an unknown one."""
 
-    code = 16
+    code = Status.UNAUTHENTICATED
 
 
 class ConfigurationError(Exception):

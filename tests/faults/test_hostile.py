@@ -1,6 +1,7 @@
 """Callers who mean harm: what they can take is bounded, and a good caller beside them is served."""
 
 import contextlib
+import functools
 import gc
 import threading
 import time
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from benchmarks.hostile import ATTRIBUTE, CHECK, INFO, STREAM, WATCH, Caller, framed
 from support.certificates import secret
 from support.conversation import Conversation
+from support.counters import count_of
 from support.engines import tried
 from support.gate import Gate
 from support.messages import LARGE, ask, attribute, floats
@@ -176,15 +178,15 @@ def test_answers_that_nobody_reads_give_their_permits_back_and_their_calls_are_r
         before = counts(server)
         calls = [(caller, caller.ask(ATTRIBUTE, message, *FLOOD)) for caller in callers for _ in range(85)]
         assert server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=GOOD)
-        answered = server.server.handler.telemetry.counts.requests
-        until(server, lambda: answered.total() == len(calls) + 2)
+        answered = functools.partial(count_of, server.server.handler.telemetry, "sidelight_requests_total")
+        until(server, lambda: answered() == len(calls) + 2)
         # gRPC keeps the call that came last until another comes.
         assert server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=GOOD)
         for caller, call in calls:
             ended = caller.result(call)
             assert ended.status == RESOURCE_EXHAUSTED or (ended.status == CANCELLED and not ended.data)
         until(server, lambda: n_held(server) == 0 and not counts(server).exceeds(before))
-        assert answered["Attribute", "model", "gradient", ABORTED] > 100
+        assert answered(call="Attribute", model="model", method="gradient", code="ABORTED") > 100
 
 
 def test_a_reader_who_takes_each_answer_slowly_loses_its_stream(tmp_path: Path, device: str) -> None:

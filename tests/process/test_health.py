@@ -27,6 +27,7 @@ from sidelight_server.engine.heartbeat import SLACK, Heartbeat
 from sidelight_server.errors import Unavailable
 
 from support.conversation import Conversation
+from support.counters import count_of
 from support.gate import Gate, Gated
 from support.messages import ask, attribute, floats
 from support.models import Linear
@@ -123,8 +124,8 @@ def test_the_port_tells_health_while_models_load_and_refuses_what_it_cannot_do_y
                     call()
                 assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
                 assert dict(caught.value.trailing_metadata())["retry-after-ms"] == "1000"
-            refused = server.server.handler.telemetry.counts.unread
-            assert refused == {grpc.StatusCode.UNAVAILABLE.value[0]: 4}
+            telemetry = server.server.handler.telemetry
+            assert count_of(telemetry, "sidelight_refused_calls_total", code="UNAVAILABLE") == 4
             with sidelight.connect(f"unix:{tmp_path}/socket", connect_timeout=TIMEOUT_S) as client:
                 answers: queue.SimpleQueue[sidelight.Attribution] = queue.SimpleQueue()
                 asking = threading.Thread(target=lambda: answers.put(client.attribute(floats(1))))

@@ -23,6 +23,7 @@ from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
 from sidelight_server.rpc.stream import Context, Stream
 
 from support.conversation import Conversation
+from support.counters import count_of
 from support.messages import (
     BRIEF,
     CANCELLED,
@@ -467,9 +468,9 @@ def test_batches_whose_caller_goes_while_they_wait_are_all_counted(tmp_path: Pat
         gate.open()
         server.until_all_permits_are_back()
         until_s = time.monotonic() + TIMEOUT_S
-        while telemetry.counts.requests.total() < 3 and time.monotonic() < until_s:
+        while count_of(telemetry, "sidelight_requests_total") < 3 and time.monotonic() < until_s:
             server.run(asyncio.sleep(0))
-        assert telemetry.counts.requests.total() == 3
+        assert count_of(telemetry, "sidelight_requests_total") == 3
 
 
 def test_a_stalled_reader_loses_its_stream_and_its_permits(tmp_path: Path, device: str) -> None:

@@ -1,35 +1,25 @@
-"""Prometheus metrics, made from the counters at each scrape; `app.metrics_http` serves them.
+"""Prometheus metrics of one server: the counters of its requests, and gauges that are read at each scrape.
 
-What is counted is counted elsewhere, as plain numbers; see `telemetry.counters`. Each server has a registry of its own.
+`app.metrics_http` serves them. Each server has a registry of its own; see `telemetry.counters`.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from prometheus_client import Metric
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
+from prometheus_client.samples import Sample
 
 from ..compute.host_memory import resident_bytes
 from ..engine.device import Device
 from ..engine.engine import Engine
 from ..rpc.handler import RequestHandler
 from ..rpc.service import AttributionService
-from ..rpc.status import STATUSES
 from ..security.reloadable_files import SecretFiles
-from ..telemetry.counters import REASONS, SPANS, UNREAD, Counters
-from ..telemetry.histogram import Histogram
 from .health import MODEL, statuses
-
-_SPANS = {
-    "admission": "from a batch's arrival until it was let in: for its model, a slot of its stream and the permits",
-    "prepare": "decoding and resizing",
-    "queue": "waiting for the device, until the first row ran",
-    "compute": "from the first row's start to the last row's end",
-    "total": "from a batch's arrival until its maps were there",
-}
 
 
 class Metrics(Collector):
@@ -50,8 +40,10 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield all metrics, as they are now."""
         counts = self._handler.telemetry.counts
-        yield from _batches(counts, list(self._engine.registry.entries))
-        yield from _times(counts)
+        counts.start_at_zero(list(self._engine.registry.entries))
+        for family in counts.registry.collect():
+            family.samples = _samples(family)
+            yield family
         yield from self._work()
         yield from self._models()
         yield from self._devices()
@@ -61,7 +53,8 @@ class Metrics(Collector):
         devices, admission = self._engine.devices, self._handler.admission
         rows = HistogramMetricFamily("sidelight_chunk_rows", "rows that ran at once", labels=("device",))
         for name, device in _named(devices):
-            _add(rows, [name], device.worker.chunk_rows)
+            for sample in itertools.chain.from_iterable(map(_samples, device.worker.chunk_rows.collect())):
+                rows.add_sample(sample.name, {"device": name, **sample.labels}, sample.value)
         yield rows
         yield GaugeMetricFamily("sidelight_batches_in_flight", "batches that hold a permit", value=admission.n_requests)
         yield GaugeMetricFamily(
@@ -138,49 +131,9 @@ class Metrics(Collector):
 _INFO = ("model", "version", "digest", "precision")
 
 
-def _batches(counts: Counters, models: list[str]) -> Iterator[Metric]:
-    requests = CounterMetricFamily(
-        "sidelight_requests", "batches that were answered, by how", labels=("call", "model", "method", "code")
-    )
-    for (call, model, method, code), n in counts.requests.copy().items():
-        requests.add_metric([call, model, method, STATUSES[code].name], n)
-    yield requests
-    unread = dict.fromkeys(UNREAD, 0) | counts.unread.copy()
-    yield _labelled(
-        "sidelight_refused_calls", "calls that were refused before anything was read", ("code",),
-        (((STATUSES[code].name,), n) for code, n in unread.items()),
-    )  # fmt: skip
-    # From zero on: of a counter that begins with its first failure, Prometheus sees no rise.
-    failures = (
-        dict.fromkeys(itertools.product(("batch", "example"), ("", *models), REASONS), 0) | counts.failures.copy()
-    )
-    yield _labelled("sidelight_failures", "what failed and why", ("of", "model", "reason"), failures.items())
-    yield _labelled(
-        "sidelight_answers", "answers by how images and maps travelled", ("transport",),
-        (((transport,), n) for transport, n in counts.transports.copy().items()),
-    )  # fmt: skip
-    refined = dict.fromkeys(itertools.product(models, ("met", "missed")), 0) | counts.refined.copy()
-    yield _labelled(
-        "sidelight_tolerances",
-        "examples with a tolerance: was it met",
-        ("model", "outcome"),
-        refined.items(),
-    )
-    for name, told, counted in (
-        ("sidelight_predictions_compared", "predictions whose served class was told", counts.compared),
-        ("sidelight_prediction_mismatches", "those that were another class than was served", counts.mismatches),
-    ):
-        of_models = dict.fromkeys(models, 0) | counted.copy()
-        yield _labelled(name, told, ("model",), (((model,), n) for model, n in of_models.items()))
-
-
-def _times(counts: Counters) -> Iterator[Metric]:
-    of_models = counts.spans.copy()
-    for name in SPANS:
-        family = HistogramMetricFamily(f"sidelight_{name}_seconds", _SPANS[name], labels=("model",))
-        for model, histograms in of_models.items():
-            _add(family, [model], histograms[name])
-        yield family
+def _samples(family: Metric) -> list[Sample]:
+    """Return what is told of a family; when each series began is not."""
+    return [each for each in family.samples if not each.name.endswith("_created")]
 
 
 def _named(devices: Sequence[Device]) -> Iterator[tuple[str, Device]]:
@@ -190,18 +143,3 @@ def _named(devices: Sequence[Device]) -> Iterator[tuple[str, Device]]:
         name = str(device.torch_device)
         yield f"{name}#{device.index}" if name in seen else name, device
         seen.add(name)
-
-
-def _labelled(
-    name: str, told: str, labels: tuple[str, ...], values: Iterable[tuple[tuple[str, ...], int]]
-) -> CounterMetricFamily:
-    family = CounterMetricFamily(name, told, labels=labels)
-    for each, n in values:
-        family.add_metric(each, n)
-    return family
-
-
-def _add(family: HistogramMetricFamily, labels: list[str], histogram: Histogram) -> None:
-    sums = list(itertools.accumulate(histogram.counts.copy()))
-    bounds = [*map(str, map(float, histogram.bounds)), "+Inf"]
-    family.add_metric(labels, list(zip(bounds, sums, strict=True)), sum_value=histogram.total)

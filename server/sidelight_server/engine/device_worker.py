@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import torch
+from prometheus_client import Histogram
 
 from ..compute.saved_memory import TooLarge
 from ..compute.staging import Staging, is_finite
@@ -17,7 +18,6 @@ from ..errors import ResourceExhausted, SidelightError, Unavailable
 from ..methods.method import RowOutput
 from ..telemetry.call_record import MAX_CHUNKS, ChunkTimes
 from ..telemetry.cancellation_latency import CancellationLatency
-from ..telemetry.histogram import Histogram
 from ..telemetry.logs import Event
 from .active_request import ActiveRequest
 from .chunk import Chunk, to_host
@@ -72,7 +72,7 @@ class DeviceWorker:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"sidelight-{device}", daemon=True)
         self.stops = CancellationLatency()
-        self.chunk_rows = Histogram(CHUNK_ROWS)
+        self.chunk_rows = Histogram("sidelight_chunk_rows", "rows that ran at once", buckets=CHUNK_ROWS, registry=None)
         self.heartbeat = Heartbeat(stuck_s=stuck_s)
 
     def start(self) -> None:
@@ -197,7 +197,7 @@ class DeviceWorker:
 
     def _launch(self, rows: Sequence[Taken]) -> Chunk | SidelightError:
         self.heartbeat.beat()
-        self.chunk_rows.add(len(rows))
+        self.chunk_rows.observe(len(rows))
         try:
             return Chunk(rows, self._staging)
         # Even SystemExit: a model must not end the thread that serves all requests.

@@ -52,7 +52,7 @@ def forget_frames(task: "asyncio.Task[Any]") -> None:
 
 def refusing(error: SidelightError, counts: Counters) -> "Handler":
     """Return a handler that ends a call with an error before any of its message is read, and count the call."""
-    counts.unread[error.code] += 1
+    counts.refused(error.code)
 
     async def refuse(_: object, context: Context) -> None:
         await abort(context, error)

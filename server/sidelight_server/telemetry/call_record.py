@@ -6,7 +6,8 @@ Counts and spans are made of it once it has ended. Times are on the monotonic cl
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-CANCELLED, ABORTED = 1, 10
+from ..errors import Status
+
 MAX_CHUNKS = 128  # of one batch that are told one by one
 
 
@@ -43,9 +44,9 @@ class CallRecord:
 
     def cut_off(self) -> None:
         """Take note that the answer was not accepted."""
-        self.code = ABORTED
+        self.code = Status.ABORTED
 
     @property
     def status(self) -> int:
         """The status code that it ended with."""
-        return CANCELLED if self.code is None else self.code
+        return Status.CANCELLED if self.code is None else self.code

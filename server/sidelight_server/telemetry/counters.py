@@ -1,24 +1,38 @@
-"""Counters of requests, as plain numbers. `app.prometheus` exports them; counting never waits for a scrape.
+"""Counters and histograms of requests, as objects of prometheus_client. `app.prometheus` exports them."""
 
-Each count has one thread that adds to it. Others may read it meanwhile: a number may be a moment old, none is torn.
-"""
-
-from collections import Counter, defaultdict
+import functools
+import itertools
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import prometheus_client
+from prometheus_client import CollectorRegistry, Histogram
+
 from ..domain import Answer, Timing
-from ..errors import PermissionDenied, ResourceExhausted, SidelightError, Unauthenticated, Unavailable
+from ..errors import ResourceExhausted, SidelightError, Status
 from .call_record import CallRecord
-from .histogram import Histogram
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-SPANS = ("admission", "prepare", "queue", "compute", "total")
+SPANS = {
+    "admission": "from a batch's arrival until it was let in: for its model, a slot of its stream and the permits",
+    "prepare": "decoding and resizing",
+    "queue": "waiting for the device, until the first row ran",
+    "compute": "from the first row's start to the last row's end",
+    "total": "from a batch's arrival until its maps were there",
+}
 REASONS = ("overloaded", "dropped", "cancelled", "deadline", "invalid", "oom", "internal")
-UNREAD = (Unauthenticated.code, PermissionDenied.code, Unavailable.code)  # what a call may be refused with
+UNREAD = (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED, Status.UNAVAILABLE)  # what a call may be refused with
 
-OUT_OF_MEMORY = ResourceExhausted.code
-_REASONS = {1: "cancelled", 2: "internal", 4: "deadline", 10: "cancelled", 13: "internal", 14: "dropped"}
+_REASONS = {
+    Status.CANCELLED: "cancelled",
+    Status.UNKNOWN: "internal",
+    Status.DEADLINE_EXCEEDED: "deadline",
+    Status.ABORTED: "cancelled",
+    Status.INTERNAL: "internal",
+    Status.UNAVAILABLE: "dropped",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +51,9 @@ class Tally:
         known = [each for each in answer.mismatches if each is not None] if answer.request.served else []
         return cls(
             # The one thing that an example alone can be short of is memory.
-            Counter("oom" if each.code == OUT_OF_MEMORY else reason_of(each.code) for each in answer.failures),
+            Counter(
+                "oom" if each.code == Status.RESOURCE_EXHAUSTED else reason_of(each.code) for each in answer.failures
+            ),
             Counter(
                 "met" if each.is_met else "missed"
                 for each in convergences
@@ -49,47 +65,79 @@ class Tally:
 
 
 class Counters:
-    """What became of the batches, and of the calls, of one server. The event loop's."""
+    """What became of the batches, and of the calls, of one server, in a registry of its own."""
 
     def __init__(self) -> None:
-        self.requests: Counter[tuple[str, str, str, int]] = Counter()  # call, model, method, status code
-        self.unread: Counter[int] = Counter()  # calls that were refused before anything was read, by status code
-        self.failures: Counter[tuple[str, str, str]] = Counter()  # what failed (batch, example), model, reason
-        self.transports: Counter[str] = Counter()
-        self.compared: Counter[str] = Counter()  # by model: predictions that the caller told the served class of
-        self.mismatches: Counter[str] = Counter()  # by model: those that were another class
-        self.refined: Counter[tuple[str, str]] = Counter()  # by model and "met" or "missed": examples with a tolerance
-        self.spans: defaultdict[str, dict[str, Histogram]] = defaultdict(_histograms)  # by model, then by name
+        self.registry = CollectorRegistry()
+        counter = functools.partial(prometheus_client.Counter, registry=self.registry)
+        self._requests = counter(
+            "sidelight_requests", "batches that were answered, by how", ("call", "model", "method", "code")
+        )
+        self._refused = counter(
+            "sidelight_refused_calls", "calls that were refused before anything was read", ("code",)
+        )
+        self._failures = counter("sidelight_failures", "what failed and why", ("of", "model", "reason"))
+        self._answers = counter("sidelight_answers", "answers by how images and maps travelled", ("transport",))
+        self._tolerances = counter(
+            "sidelight_tolerances", "examples with a tolerance: was it met", ("model", "outcome")
+        )
+        self._compared = counter(
+            "sidelight_predictions_compared", "predictions whose served class was told", ("model",)
+        )
+        self._mismatches = counter(
+            "sidelight_prediction_mismatches", "those that were another class than was served", ("model",)
+        )
+        self._spans = [
+            Histogram(f"sidelight_{name}_seconds", told, ("model",), buckets=SECONDS, registry=self.registry)
+            for name, told in SPANS.items()
+        ]
+        # A look-up by labels takes longer than the counting: those of each batch are kept.
+        self._of_request = functools.cache(lambda *labels: self._requests.labels(*labels))
+        self._of_model = functools.cache(lambda model: [each.labels(model) for each in self._spans])
+        self._by_transport = functools.cache(self._answers.labels)
+
+    def start_at_zero(self, models: Sequence[str]) -> None:
+        """Add what has not happened yet: of a counter that begins with its first failure, Prometheus sees no rise."""
+        for code in UNREAD:
+            self._refused.labels(code.name)
+        for labels in itertools.product(("batch", "example"), ("", *models), REASONS):
+            self._failures.labels(*labels)
+        for model in models:
+            self._compared.labels(model)
+            self._mismatches.labels(model)
+            for outcome in ("met", "missed"):
+                self._tolerances.labels(model, outcome)
+
+    def refused(self, code: int) -> None:
+        """Count a call that was refused before anything of it was read."""
+        self._refused.labels(Status(code).name).inc()
 
     def answered(self, call_record: CallRecord, timing: Timing, tally: Tally) -> None:
         """Count an answer that is final."""
         model = call_record.model
-        self.transports[call_record.transport] += 1
-        spans = self.spans[model]
-        spans["admission"].add(timing.admission_s)
-        spans["prepare"].add(timing.prepare_s)
-        spans["queue"].add(timing.queue_s)
-        spans["compute"].add(timing.compute_s)
-        spans["total"].add(timing.total_s)
+        self._by_transport(call_record.transport).inc()
+        seconds = (timing.admission_s, timing.prepare_s, timing.queue_s, timing.compute_s, timing.total_s)
+        for span, value in zip(self._of_model(model), seconds, strict=True):
+            span.observe(value)
         for reason, n in tally.failures.items():
-            self.failures["example", model, reason] += n
-        for said, n in tally.refined.items():
-            self.refined[model, said] += n
-        if tally.n_compared or tally.n_mismatches:
-            self.compared[model] += tally.n_compared
-            self.mismatches[model] += tally.n_mismatches
+            self._failures.labels("example", model, reason).inc(n)
+        for outcome, n in tally.refined.items():
+            self._tolerances.labels(model, outcome).inc(n)
+        if tally.n_compared:
+            self._compared.labels(model).inc(tally.n_compared)
+            self._mismatches.labels(model).inc(tally.n_differing)
 
     def ended(self, call_record: CallRecord) -> None:
         """Count a batch whose answer, or failure, is written."""
-        code = call_record.status
-        self.requests[call_record.call, call_record.model, call_record.method, code] += 1
+        code, model = call_record.status, call_record.model
+        self._of_request(call_record.call, model, call_record.method, Status(code).name).inc()
         if code:
-            self.failures["batch", call_record.model, call_record.reason or reason_of(code)] += 1
+            self._failures.labels("batch", model, call_record.reason or reason_of(code)).inc()
 
 
 def reason_of(code: int) -> str:
     """Return the reason that a status code stands for, one of `REASONS`."""
-    return _REASONS.get(code, "invalid")
+    return _REASONS.get(Status(code), "invalid")
 
 
 def reason_of_error(error: SidelightError) -> str:
@@ -97,7 +145,3 @@ def reason_of_error(error: SidelightError) -> str:
     if isinstance(error, ResourceExhausted) and error.retry_delay_s is not None:
         return "overloaded"  # without a delay it is too large, whenever it is sent
     return reason_of(error.code)
-
-
-def _histograms() -> dict[str, Histogram]:
-    return {name: Histogram(SECONDS) for name in SPANS}
