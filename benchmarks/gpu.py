@@ -135,7 +135,7 @@ class Bench:
 
     def model(self, spec: ModelSpec, precision: Precision, **options: bool) -> Model:
         """Return the model with options, tried and ready."""
-        chosen = dataclasses.replace(spec, **precision.option, **options)
+        chosen = spec.replace(**precision.option, **options)
         return Model(chosen.completed({}), device=self.device)
 
     def recorded(self) -> dict[str, bool]:

@@ -100,7 +100,7 @@ def module() -> nn.Module:
 @pytest.fixture(scope="session")
 def spec(module: nn.Module) -> sidelight_server.ModelSpec:
     return sidelight_server.ModelSpec(
-        module, input_size=(3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), labels=LABELS, name="small"
+        module, input_size=(3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), class_names=LABELS, name="small"
     )
 
 

@@ -20,7 +20,7 @@ from sidelight.pyhealth import BasicGradientSaliencyMaps
 
 HERE = Path(__file__).parent
 CHEST = tomllib.loads((HERE / "sidelight.toml").read_text())["models"]["chest"]
-LABELS = (HERE / CHEST["labels"]).read_text().splitlines()
+LABELS = (HERE / CHEST["class_names"]).read_text().splitlines()
 N_SHOWN = 4
 N_TRAINED = 200
 N_STEPS = 200
@@ -35,7 +35,7 @@ def main(out: str = "why") -> None:
     rng = np.random.default_rng(2)
     sick = [bool(i % 2) for i in range(N_SHOWN)]
     pictures, spots = map(np.stack, zip(*(radiograph(rng, sick=each) for each in sick), strict=True))
-    settings = CHEST | {"name": "chest", "weights": weights, "labels": HERE / CHEST["labels"]}
+    settings = CHEST | {"name": "chest", "weights": weights, "class_names": HERE / CHEST["class_names"]}
     with sidelight_server.serve(**settings) as address, sidelight.connect(address) as client:
         by_client(client, pictures, spots, sick, folder)
         by_pyhealth_class(client, pictures, spots, sick, folder)

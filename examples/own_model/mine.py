@@ -14,4 +14,4 @@ def digits() -> ModelSpec:
         nn.Flatten(),
         nn.Linear(32 * 64, 10),
     )
-    return ModelSpec(module, input_size=(1, 8, 8), labels=[str(digit) for digit in range(10)])
+    return ModelSpec(module, input_size=(1, 8, 8), class_names=[str(digit) for digit in range(10)])

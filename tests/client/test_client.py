@@ -629,7 +629,7 @@ def test_a_score_is_the_number_that_is_reported(
 
 def test_a_score_that_the_model_cannot_give_is_a_failed_precondition(device: str, floats: torch.Tensor) -> None:
     module = nn.Sequential(small_cnn(), nn.Softmax(dim=1))
-    spec = sidelight_server.ModelSpec(module, outputs="probabilities")
+    spec = sidelight_server.ModelSpec(module, output_kind="probabilities")
     with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
         with pytest.raises(sidelight.FailedPrecondition, match="it has probability, log_probability"):
             client.attribute(floats, score="logit")

@@ -48,7 +48,7 @@ TARGETS = {
 def exact(module: nn.Module, device: str) -> Iterator[sidelight.Client]:
     """A client of a server that promises equal bytes."""
     spec = sidelight_server.ModelSpec(
-        module, input_size=(3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), labels=LABELS, name="small"
+        module, input_size=(3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), class_names=LABELS, name="small"
     )
     with (
         sidelight_server.serve(spec, device=device, reproducible=True) as address,
@@ -292,7 +292,7 @@ def test_another_model_is_told_fact_by_fact(
     other = copy.deepcopy(module)
     with torch.no_grad():
         other[0].weight.mul_(1.01)
-    spec = sidelight_server.ModelSpec(other, input_size=(3, 32, 32), labels=LABELS, name="small")
+    spec = sidelight_server.ModelSpec(other, input_size=(3, 32, 32), class_names=LABELS, name="small")
     facts = json.loads((saved / "answer.json").read_text())
     facts["provenance_message"]["software"][0]["version"] = "0.0.9"
     (saved / "answer.json").write_text(json.dumps(facts))

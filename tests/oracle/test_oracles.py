@@ -153,7 +153,7 @@ def test_the_gradient_is_the_limit_of_finite_differences(score: str, explain: Ca
 def test_probabilities_without_logits_give_the_same_map(explain: Callable[..., Explain], device: str) -> None:
     module = nn.Sequential(small_cnn(), nn.Softmax(dim=1))
     x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(8))
-    assert_equal(explain(module, outputs="probabilities")(x).maps, captum_saliency(module[0], x), device)
+    assert_equal(explain(module, output_kind="probabilities")(x).maps, captum_saliency(module[0], x), device)
 
 
 def test_a_constant_added_to_all_logits_changes_no_probability_map(explain: Callable[..., Explain]) -> None:

@@ -378,7 +378,7 @@ def test_the_shell_completes_the_names_of_methods(run: Run) -> None:
 
 def test_names_and_labels_are_no_markup(device: str, run: Run) -> None:
     labels = [f"[red]class {i}[/red]" for i in range(10)]
-    spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32), labels=labels, name="net[bold]v2")
+    spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32), class_names=labels, name="net[bold]v2")
     path = picture("cat [red].png")
     with sidelight_server.serve(spec, device=device) as address:
         done = run("attribute", path, "--out", "[dim]out", SIDELIGHT_ADDRESS=address)

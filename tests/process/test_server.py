@@ -150,10 +150,10 @@ REFUSALS = {
     "weights in another format": (weights("weights.onnx"), ('weights: weights.onnx: got ".onnx"', ".safetensors")),
     "weights that are a folder": (weights("."), ("weights: .: ",)),
     "fewer labels than classes": (
-        [*NET, "--labels", "two.txt"],
-        ('labels: two.txt: got 2, model "factories" has 5 classes',),
+        [*NET, "--class-names", "two.txt"],
+        ('class_names: two.txt: got 2, model "factories" has 5 classes',),
     ),
-    "missing labels": ([*NET, "--labels", "gone.txt"], ("labels: gone.txt: ", "No such file")),
+    "missing labels": ([*NET, "--class-names", "gone.txt"], ("class_names: gone.txt: ", "No such file")),
     "unknown device": ([*NET[:-1], "tpu"], ('device: got "tpu"', "cpu, cuda:N or mps")),
     "all addresses": (listen("0.0.0.0:0"), ("listen: 0.0.0.0:0 is not loopback", "--plaintext")),
     "all addresses of IPv6": (listen("[::]:0"), ("listen: [::]:0 is not loopback", "--plaintext")),

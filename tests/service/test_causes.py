@@ -67,7 +67,7 @@ def test_outputs_that_cannot_be_understood_are_told_to_every_caller(
 def test_another_number_of_classes_than_before_is_told(tmp_path: Path) -> None:
     module = Strange(lambda y: y if float(y.detach().sum()) >= 0 else y[:, :2])
     with (
-        sidelight_server.serve(ModelSpec(module, outputs="logits"), device="cpu", **listening(tmp_path)) as address,
+        sidelight_server.serve(ModelSpec(module, output_kind="logits"), device="cpu", **listening(tmp_path)) as address,
         sidelight.connect(address, connect_timeout=10) as client,
     ):
         client.attribute(np.ones_like(IMAGES))
@@ -84,7 +84,7 @@ def test_what_a_model_raises_is_told_in_ones_own_process_alone(tmp_path: Path) -
     module = Strange(lambda y: y if float(y.detach().sum()) >= 0 else raising(y))
     for is_own, settings in ((True, {}), (False, listening(tmp_path))):
         with (
-            sidelight_server.serve(ModelSpec(module, outputs="logits"), device="cpu", **settings) as address,
+            sidelight_server.serve(ModelSpec(module, output_kind="logits"), device="cpu", **settings) as address,
             sidelight.connect(address, connect_timeout=10) as client,
         ):
             client.attribute(np.ones_like(IMAGES))

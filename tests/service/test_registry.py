@@ -499,7 +499,7 @@ def test_a_reload_by_the_asynchronous_client(weights: Path) -> None:
 def test_labels_are_read_again(weights: Path, tmp_path: Path) -> None:
     labels = tmp_path / "labels.txt"
     labels.write_text("\n".join(LABELS))
-    with serving(model=SOURCE, weights=weights, labels=labels, allow_reload=True) as client:
+    with serving(model=SOURCE, weights=weights, class_names=labels, allow_reload=True) as client:
         labels.write_text("\n".join(f"{each}!" for each in LABELS))
         assert client.attribute(FLOATS).predictions[0].label in LABELS
         client.reload()

@@ -143,7 +143,7 @@ def test_a_model_of_any_size_learns_its_classes_with_its_first_rows(device: str)
 
 def test_a_class_beyond_the_labels_has_none(device: str) -> None:
     """Without an input size labels cannot be counted against classes before the first rows ran."""
-    spec = ModelSpec(Linear(), labels=["only one"])
+    spec = ModelSpec(Linear(), class_names=["only one"])
     with serve(spec, device=device) as address, grpc.insecure_channel(address) as channel:
         stub = attribution_pb2_grpc.AttributionServiceStub(channel)
         stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)

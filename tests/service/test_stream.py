@@ -55,7 +55,7 @@ from support.waiting import until_no_stream_is_left
 def linear(device: str) -> Iterator[grpc.Channel]:
     """A server whose maps have a closed form."""
     with (
-        sidelight_server.serve(Linear(), labels=None, device=device) as address,
+        sidelight_server.serve(Linear(), class_names=None, device=device) as address,
         grpc.insecure_channel(address) as channel,
     ):
         yield channel

@@ -138,7 +138,7 @@ def probabilistic(device: str) -> Iterator[Service]:
     """A model that returns probabilities."""
     module = nn.Sequential(Linear(shape=(3, 4, 5)), nn.Softmax(dim=1))
     with (
-        sidelight_server.serve(module, outputs="probabilities", device=device) as address,
+        sidelight_server.serve(module, output_kind="probabilities", device=device) as address,
         grpc.insecure_channel(address) as channel,
     ):
         yield Service.at(channel, ask(floats(2, 3, 4, 5)))

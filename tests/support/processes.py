@@ -56,7 +56,7 @@ def net():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5))
 
 def spec():
-    return ModelSpec(net(), input_size=(3, 4, 4), labels=["a", "b", "c", "d", "e"], name="specified")
+    return ModelSpec(net(), input_size=(3, 4, 4), class_names=["a", "b", "c", "d", "e"], name="specified")
 
 class Gate(nn.Module):
     waits = True  # in its first pass

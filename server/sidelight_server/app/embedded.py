@@ -12,8 +12,8 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
+from ..config.faults import first_fault
 from ..config.model_settings import ModelSettings
-from ..config.reading import first_fault
 from ..config.settings import Settings
 from ..config.spec import ModelSpec
 from ..engine.engine import Engine
@@ -69,7 +69,7 @@ def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> 
     try:
         chosen = Settings(**settings)
     except ValidationError as error:
-        raise ConfigurationError(first_fault(error, where="serve()")) from None
+        raise ConfigurationError(first_fault(error, known=Settings.model_fields, where="serve()")) from None
     if not chosen.threads:
         chosen = chosen.model_copy(update={"threads": torch.get_num_threads()})
     engine = Engine(_offered(model, chosen), chosen)
@@ -88,7 +88,7 @@ def _offered(model: nn.Module | ModelSpec | str | None, settings: Settings) -> l
     if isinstance(model, str):
         settings = settings.model_copy(update={"model": model})
     elif model is not None:
-        return [model if isinstance(model, ModelSpec) else ModelSpec(model)]
+        return [model if isinstance(model, ModelSpec) else ModelSpec(module=model)]
     return list(settings.of_models().values())
 
 

@@ -9,7 +9,6 @@ import inspect
 import threading
 import weakref
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
 from typing import Self
 
@@ -82,8 +81,10 @@ def specs_of(module: nn.Module, *, image_key: str, label_key: str, trial_size: S
     calls: list[tuple[str | None, str | None]] = [(image_key, None)] if takes_image else []
     calls += [(image_key if takes_image else None, label_key)] if takes_any else []
     calls += [(None, None)]
-    plain = [ModelSpec(module, input=image, label=label, trial_size=trial_size) for image, label in calls]
-    return [*(replace(each, output="y_prob", outputs="probabilities") for each in plain), *plain]
+    plain = [
+        ModelSpec(module=module, input=image, label_argument=label, trial_size=trial_size) for image, label in calls
+    ]
+    return [*(each.replace(output_key="y_prob", output_kind="probabilities") for each in plain), *plain]
 
 
 def storage(module: nn.Module) -> tuple[object, ...]:

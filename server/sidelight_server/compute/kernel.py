@@ -82,7 +82,7 @@ class Kernel:
         )
         self._forward = Forward(adapter, self.options, dtype=self.dtype, compute_dtype=self._replica.dtype)
         if self.options.fold and not self.n_folded:  # provenance must not list an option that had no effect
-            self.options = replace(self.options, fold=False)
+            self.options = self.options.model_copy(update={"fold": False})
         self._hooked_replica: nn.Module | None = None
         self._recordings: Recordings | None = None
 

@@ -1,25 +1,33 @@
-"""Options of a model: how its outputs are read, and what makes its kernel faster but less exact.
+"""Options of a model's kernel: faster, and less exact.
 
 The settings are made of these before torch is loaded, so nothing here may import it.
 """
 
-from dataclasses import dataclass
 from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
 
 Outputs = Literal["logits", "probabilities"]  # what a model returns
 Activation = Literal["softmax", "sigmoid"]  # classes that exclude each other, or do not
 Precision = Literal["float32", "bfloat16", "float16"]  # names of torch's types
 
 
-@dataclass(frozen=True, slots=True)
-class KernelOptions:
-    """None of these by default: then maps are those of the module as it is, to the last bit."""
+class KernelFields(BaseModel):
+    """The options, as fields of whatever has them."""
 
-    precision: Precision | None = None  # that the module computes in; None: its own
-    fold: bool = False  # BatchNorm into the convolutions before it
-    channels_last: bool = False
-    compile: bool = False  # by torch.compile
-    cuda_graphs: bool = False
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    precision: Precision | None = Field(
+        None, description="type that the model computes in; unset: that of its weights; half precision: rougher maps"
+    )
+    fold: bool = Field(False, description="fold BatchNorm into convolutions: faster, other rounding")
+    channels_last: bool = Field(False, description="lay pictures out by pixel: faster on most CPUs and GPUs")
+    compile: bool = Field(False, description="compile the model with torch.compile; needs a C compiler, and minutes")
+    cuda_graphs: bool = Field(False, description="on a GPU: replay recorded kernels for a ladder of chunk sizes")
+
+
+class KernelOptions(KernelFields):
+    """None of these by default: then maps are those of the module as it is, to the last bit."""
 
     @property
     def names(self) -> tuple[str, ...]:

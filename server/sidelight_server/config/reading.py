@@ -17,7 +17,7 @@ from pydantic_settings import (
 )
 
 from ..errors import ConfigurationError
-from .model_settings import ModelSettings
+from .faults import first_fault
 from .settings import Settings
 
 FILE = Path("sidelight.toml")
@@ -83,7 +83,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
     try:
         read = _Process(_cli_settings_source=flags)
     except ValidationError as error:
-        raise ConfigurationError(first_fault(error, where=str(FILE))) from None
+        raise ConfigurationError(first_fault(error, known=Settings.model_fields, where=str(FILE))) from None
     except ValueError as error:  # TOML that does not parse, JSON in a variable
         raise ConfigurationError(f"{FILE} or a {PREFIX}* variable: {error}") from None
     return Settings(**read.model_dump(exclude_unset=True))  # a table says nothing of what it leaves out
@@ -95,17 +95,3 @@ def misspelt_variables() -> list[str]:
     unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in (*known, *OF_CLIENTS)]
     nearly = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.9) for name in unknown}
     return [f"{name} is no setting; did you mean {close[0]}?" for name, close in nearly.items() if close]
-
-
-def first_fault(error: ValidationError, *, where: str) -> str:
-    """Say in a line what the first thing wrong is, and where."""
-    wrong = error.errors()[0]
-    path = [str(each) for each in wrong["loc"]]
-    is_of_model = path[:1] == ["models"] and len(path) > 2  # models, its name, a setting
-    name = ".".join(path[:3]) if is_of_model else path[0] if path else "settings"
-    if wrong["type"] == "extra_forbidden":
-        known = ModelSettings.model_fields if is_of_model else Settings.model_fields
-        close = difflib.get_close_matches(name.rpartition(".")[2], known, n=1)
-        return f"{name}: there is no such setting in {where}" + (f"; did you mean {close[0]}?" if close else "")
-    why = "too few numbers" if wrong["type"] == "missing" and len(path) > 1 else wrong["msg"]
-    return f"{name}: got {wrong['input']!r}: {why}"

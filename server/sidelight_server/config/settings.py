@@ -11,7 +11,8 @@ from pydantic_settings import CliSuppress
 
 from ..errors import ConfigurationError
 from ..telemetry.logs import LogFormat
-from .model_settings import Listed, ModelSettings
+from .model_settings import ModelSettings
+from .traits import Listed
 
 MEBIBYTE = 1024 * 1024
 

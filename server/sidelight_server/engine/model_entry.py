@@ -64,7 +64,7 @@ class Entry:
         """Return the files whose change triggers a reload."""
         if not self.has_source:
             return ()
-        labels = (self.settings.labels,) if self.settings.labels else ()
+        labels = (self.settings.class_names,) if self.settings.class_names else ()
         return (*sources.files(self.settings.model, self.settings.weights), *labels)
 
     def fingerprint(self) -> Fingerprint:

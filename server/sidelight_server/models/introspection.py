@@ -48,8 +48,8 @@ def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected
     check_mode(module)
     calls = list(_calls(module, spec))
     if trial is None:
-        head = Head(spec.outputs or "logits", spec.activation or "softmax")
-        return Detected(replace(calls[0], output=spec.output), head)
+        head = Head(spec.output_kind or "logits", spec.activation or "softmax")
+        return Detected(replace(calls[0], output=spec.output_key), head)
     inputs = trial.detach().clone().requires_grad_()
     with torch.enable_grad():
         adapter, returned, traces = _first_that_runs(module, calls, inputs)
@@ -96,7 +96,7 @@ def _inputs(module: nn.Module, spec: ModelSpec, takes: "_Signature") -> tuple[st
         return (spec.input,)
     if takes.positional:
         return ("",)
-    required = [name for name in takes.required if name not in (spec.arguments or {}) and name != spec.label]
+    required = [name for name in takes.required if name not in (spec.arguments or {}) and name != spec.label_argument]
     if required:
         return (next((name for name in INPUTS if name in required), required[0]),)
     key = _first_key(module, "feature_keys")
@@ -105,15 +105,15 @@ def _inputs(module: nn.Module, spec: ModelSpec, takes: "_Signature") -> tuple[st
 
 def _label(module: nn.Module, spec: ModelSpec, takes: "_Signature", call: Adapter) -> str | None:
     """Return the required keyword for labels, if there is one."""
-    if spec.label is not None:
-        takes.check(spec.label, setting="label")
-        return spec.label
+    if spec.label_argument is not None:
+        takes.check(spec.label_argument, setting="label_argument")
+        return spec.label_argument
     given = {call.input or takes.first, *dict(call.arguments)}
     missing = [name for name in takes.required if name not in given]
     if len(missing) > 1:
         raise ConfigurationError(
-            f"arguments: the module also requires {', '.join(missing)}; set constants for them, or label for that one "
-            "which gets zeros"
+            f"arguments: the module also requires {', '.join(missing)}; set constants for them, or label_argument "
+            "for the one which gets zeros"
         )
     if missing:
         return missing[0]
@@ -178,29 +178,31 @@ def _first_that_runs(module: nn.Module, calls: list[Adapter], inputs: Tensor) ->
 
 def _output(returned: object, spec: ModelSpec, *, n: int) -> int | str | None:
     """Return the key of the outputs in a module's return value for n examples; None if it is the tensor."""
-    wanted = spec.output
+    wanted = spec.output_key
     if isinstance(returned, Tensor):
         if wanted is not None:
-            raise ConfigurationError(f'output: got "{wanted}", but the model returned a tensor, {summary(returned)}')
+            raise ConfigurationError(
+                f'output_key: got "{wanted}", but the model returned a tensor, {summary(returned)}'
+            )
         return None
     within = items(returned)
     if wanted is not None:
         key = int(wanted) if isinstance(wanted, str) and wanted.isdecimal() and wanted not in within else wanted
         if key not in within:
-            raise ConfigurationError(f'output: got "{wanted}", but the model returned {summary(returned)}')
+            raise ConfigurationError(f'output_key: got "{wanted}", but the model returned {summary(returned)}')
         return key
     fitting = [key for key, each in within.items() if _fits(each, n)]
     known = [key for key in (*LOGITS, *PROBABILITIES, *OTHERS) if key in fitting]
     if known:
         return known[0]
     keys = [key for key in fitting if isinstance(key, int)] or fitting  # a named tuple has each item twice
-    if len(keys) > 1 and spec.labels:
-        keys = [key for key in keys if _n_classes(within[key]) == len(spec.labels)] or keys
+    if len(keys) > 1 and spec.class_names:
+        keys = [key for key in keys if _n_classes(within[key]) == len(spec.class_names)] or keys
     if len(keys) == 1:
         return keys[0]
     raise ConfigurationError(
-        f"output: the model returned {summary(returned)}; set output to the one that is [n, K] or [n, K, h, w]"
-        + (", or labels of its K classes" if len(keys) > 1 and not spec.labels else "")
+        f"output_key: the model returned {summary(returned)}; set output_key to the one that is [n, K] or [n, K, h, w]"
+        + (", or class_names of its K classes" if len(keys) > 1 and not spec.class_names else "")
     )
 
 
@@ -232,7 +234,8 @@ def _check_labels(module: nn.Module, adapter: Adapter, inputs: Tensor, outputs: 
     if not torch.allclose(others, outputs.detach(), equal_nan=True):
         name = adapter.labels.keyword
         raise ConfigurationError(
-            f'label: the outputs depend on "{name}", so zeros would be wrong there; if it is a constant, set arguments'
+            f'label_argument: the outputs depend on "{name}", so zeros would be wrong there; if it is a constant, '
+            "set arguments"
         )
 
 

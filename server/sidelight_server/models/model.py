@@ -60,7 +60,7 @@ class Model:
         self.in_turn = in_turn
         self.name = spec.name or DEFAULT_NAME
         self.version = version
-        self.labels = tuple(spec.labels or ())
+        self.labels = tuple(spec.class_names or ())
         self._class_names = ClassNames(self.name, self.labels)
         self._layer_layout = dict(spec.layer_layout or {})
         self.preprocessing = preprocessing_of(spec)
@@ -132,7 +132,7 @@ class Model:
             "preprocessing": self.preprocessing and asdict(self.preprocessing),
             "adapter": asdict(self.adapter),
             # Of a model that was not tried what is said of it: its digest stays when more is found out.
-            "outputs": self._to_find_out.outputs if self._to_find_out else self.head.outputs,
+            "outputs": self._to_find_out.output_kind if self._to_find_out else self.head.outputs,
             "activation": self._to_find_out.activation if self._to_find_out else self.head.activation,
             "labels": self.labels,
             **({"layer_layout": self._layer_layout} if self._layer_layout else {}),
@@ -331,9 +331,9 @@ class Model:
             )
         n_classes = answer.output_shape[0]
         if self.labels and len(self.labels) != n_classes:
-            file = f"{self.settings.labels}: " if self.settings.labels else ""
+            file = f"{self.settings.class_names}: " if self.settings.class_names else ""
             raise ConfigurationError(
-                f'labels: {file}got {len(self.labels)}, model "{self.name}" has {n_classes} classes'
+                f'class_names: {file}got {len(self.labels)}, model "{self.name}" has {n_classes} classes'
             )
         self.learn_output(answer.output_shape)
         if self.gradient_fault:

@@ -27,25 +27,25 @@ SUM_TOLERANCE = 1e-3  # of the sum of softmax probabilities, also in half precis
 
 def detect_head(spec: ModelSpec, adapter: Adapter, returned: object, outputs: Tensor, last: Step) -> Head:
     """Return the head for outputs, [n, K] or [n, K, h, w]. Raises `ConfigurationError` if it cannot be detected."""
-    if spec.outputs is None:
+    if spec.output_kind is None:
         found, activation = _kind(adapter, returned, outputs, last)
         return Head(found, spec.activation or activation)
     values = outputs.detach()
-    if spec.outputs == "probabilities" and not _in_unit(values):
+    if spec.output_kind == "probabilities" and not _in_unit(values):
         raise ConfigurationError(
-            f'outputs: got "probabilities", but the model returned {summary(outputs)} from {values.min():.3g} to '
-            f'{values.max():.3g}; set outputs to "logits"'
+            f'output_kind: got "probabilities", but the model returned {summary(outputs)} from {values.min():.3g} to '
+            f'{values.max():.3g}; set output_kind to "logits"'
         )
-    if spec.outputs == "logits" and last in ("softmax", "sigmoid") and adapter.output not in LOGITS:
+    if spec.output_kind == "logits" and last in ("softmax", "sigmoid") and adapter.output not in LOGITS:
         raise ConfigurationError(
-            f'outputs: got "logits", but the model returned probabilities, {summary(outputs)}: its last step is a '
-            f'{last}; set outputs to "probabilities"'
+            f'output_kind: got "logits", but the model returned probabilities, {summary(outputs)}: its last step is a '
+            f'{last}; set output_kind to "probabilities"'
         )
     if spec.activation:
-        return Head(spec.outputs, spec.activation)
-    if spec.outputs == "probabilities":
-        return Head(spec.outputs, "softmax" if _sums_to_one(outputs) else "sigmoid")
-    return Head(spec.outputs, _activation_of(returned, outputs) if adapter.output in LOGITS else "softmax")
+        return Head(spec.output_kind, spec.activation)
+    if spec.output_kind == "probabilities":
+        return Head(spec.output_kind, "softmax" if _sums_to_one(outputs) else "sigmoid")
+    return Head(spec.output_kind, _activation_of(returned, outputs) if adapter.output in LOGITS else "softmax")
 
 
 def _kind(adapter: Adapter, returned: object, outputs: Tensor, last: Step) -> tuple[Outputs, Activation]:
@@ -62,14 +62,14 @@ def _kind(adapter: Adapter, returned: object, outputs: Tensor, last: Step) -> tu
     if named or last in ("softmax", "sigmoid", "logarithm"):
         step = f'is called "{adapter.output}"' if named else f"ends in a {last}"
         raise ConfigurationError(
-            f"outputs: what the model returned {step}, but these, {spread}, are neither probabilities nor logits; "
-            'leave the last step out, or set outputs to "logits" or "probabilities"'
+            f"output_kind: what the model returned {step}, but these, {spread}, are neither probabilities nor logits; "
+            'leave the last step out, or set output_kind to "logits" or "probabilities"'
         )
     is_constant = not outputs.requires_grad and bool((values == values[:1]).all())  # checked elsewhere
     if in_unit and last != "linear" and not is_constant:
         raise ConfigurationError(
-            f"outputs: the model returned {spread}, and its last step, {_step_name(outputs)}, does not show what they "
-            'are; set outputs to "logits" or "probabilities"'
+            f"output_kind: the model returned {spread}, and its last step, {_step_name(outputs)}, does not show "
+            'what they are; set output_kind to "logits" or "probabilities"'
         )
     return "logits", "softmax"
 

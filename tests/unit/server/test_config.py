@@ -56,8 +56,8 @@ FLAGS = {
     "arguments": (["--arguments", '{"return_dict": true}'], {"return_dict": True}),
     "layer_layout": (["--layer-layout", '{"blocks.10": "tokens:1:14x14"}'], {"blocks.10": "tokens:1:14x14"}),
     "accept_partial_gradient": (["--accept-partial-gradient"], True),
-    "label": (["--label", "disease"], "disease"),
-    "output": (["--output", "y_prob"], "y_prob"),
+    "label_argument": (["--label-argument", "disease"], "disease"),
+    "output_key": (["--output-key", "y_prob"], "y_prob"),
     "max_model_in_flight": (["--max-model-in-flight", "3"], 3),
     "models": (["--models", '{"a": {"model": "hf:a"}}'], {"a": ModelSettings(model="hf:a").model_dump()}),
     "watch_s": (["--watch-s", "10"], 10.0),
@@ -66,8 +66,8 @@ FLAGS = {
     "std": (["--std", "1"], (1.0,)),
     "resize": (["--resize", "256"], 256),
     "interpolation": (["--interpolation", "bicubic"], "bicubic"),
-    "outputs": (["--outputs", "probabilities"], "probabilities"),
-    "labels": (["--labels", "names.txt"], Path("names.txt")),
+    "output_kind": (["--output-kind", "probabilities"], "probabilities"),
+    "class_names": (["--class-names", "names.txt"], Path("names.txt")),
     "activation": (["--activation", "sigmoid"], "sigmoid"),
     "listen": (["--listen", "127.0.0.1:0", "--listen", "unix:/run/s"], ("127.0.0.1:0", "unix:/run/s")),
     "plaintext": (["--plaintext"], True),
@@ -233,7 +233,11 @@ def test_settings_made_in_a_program_read_neither_variables_nor_file(monkeypatch:
 
 @pytest.mark.parametrize(
     ("flag", "meant"),
-    [("--max-chunk-row", "--max-chunk-rows"), ("--max_chunk_rows", "--max-chunk-rows"), ("--lables", "--labels")],
+    [
+        ("--max-chunk-row", "--max-chunk-rows"),
+        ("--max_chunk_rows", "--max-chunk-rows"),
+        ("--clsas-names", "--class-names"),
+    ],
     ids=["one letter short", "underscores", "transposed"],
 )
 def test_an_unknown_flag_is_refused_with_the_near_one(
@@ -302,7 +306,7 @@ WRONG = {
     "a letter among the dimensions": ("input_size", "3,x,224"),
     "an unknown filter": ("interpolation", "cubic"),
     "an unknown way to resize": ("resize", "fit"),
-    "unknown outputs": ("outputs", "scores"),
+    "unknown outputs": ("output_kind", "scores"),
     "a limit below the least": ("max_message_bytes", "1"),
     "a limit over the most": ("max_message_bytes", str(2**31)),
     "no batch at once": ("max_in_flight", "0"),
@@ -336,7 +340,7 @@ def test_an_empty_list_of_addresses_is_refused() -> None:
 def test_labels_are_the_lines_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "names.txt"
     path.write_text("ant\nbee, honey\nÄlk\n", encoding="utf-8")
-    assert Settings(labels=path).traits()["labels"] == ("ant", "bee, honey", "Älk")
+    assert Settings(class_names=path).traits()["class_names"] == ("ant", "bee, honey", "Älk")
 
 
 @pytest.mark.parametrize("content", [None, b"\xff\xfe"], ids=["missing", "not utf-8"])
@@ -344,5 +348,5 @@ def test_labels_that_cannot_be_read_are_refused(content: bytes | None, tmp_path:
     path = tmp_path / "names.txt"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ConfigurationError, match=f"^labels: {path}: "):
-        Settings(labels=path).traits()
+    with pytest.raises(ConfigurationError, match=f"^class_names: {path}: "):
+        Settings(class_names=path).traits()

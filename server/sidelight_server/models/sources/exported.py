@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 
-from ...config.spec import Constant, ModelSpec
+from ...config.spec import ModelSpec
+from ...config.traits import Constant
 from ...errors import ConfigurationError
 from .loading import refuse_weights, refusing, require_file
 from .pt2_archive import read
@@ -30,11 +31,11 @@ def load(location: str, weights: Path | None) -> ModelSpec:
         inputs = _inputs(program)
         return ModelSpec(
             # Guards are code, which would be run; the size ranges of the program are checked instead.
-            program.module(check_guards=False),
+            module=program.module(check_guards=False),
             input_size=_size(inputs.images),
             input=inputs.keyword,
             arguments=inputs.arguments or None,
-            label=inputs.label,
+            label_argument=inputs.label,
             batch=_batch(program, inputs.images.shape[0]),
             name=path.stem,
         )

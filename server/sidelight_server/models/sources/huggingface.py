@@ -64,12 +64,12 @@ def load(location: str, weights: Path | None) -> ModelSpec:
         _take_rgb(module)
         log.info(Event("channels_flipped", folder=folder, message="the network takes BGR; arrays and maps are RGB"))
     return ModelSpec(
-        module,
+        module=module,
         input="pixel_values",
-        output="logits",
-        outputs="logits",
+        output_key="logits",
+        output_kind="logits",
         activation="sigmoid" if config.get("problem_type") == "multi_label_classification" else "softmax",
-        labels=labels,
+        class_names=labels,
         name=folder.resolve().name,
         **processor.fields,
     )

@@ -31,7 +31,7 @@ def load(location: str, weights: Path | None) -> ModelSpec:
         onnx.checker.check_model(network)
         known = _input(network)
         module = _converted(onnx, onnx2torch, network)
-        return ModelSpec(module.eval(), name=path.stem, **known)
+        return ModelSpec(module=module.eval(), name=path.stem, **known)
 
 
 def files(location: str, weights: Path | None) -> tuple[Path, ...]:

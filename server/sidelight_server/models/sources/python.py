@@ -1,7 +1,6 @@
 """`python:package.module:factory`: a function of the operator that returns a module or a `ModelSpec`."""
 
 import importlib
-from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -21,14 +20,14 @@ def load(location: str, weights: Path | None) -> ModelSpec:
     if not module_name or not factory_name:
         raise ConfigurationError(f'model: got "{source}", expected "{FORM}"')
     made = _call(source, module_name, factory_name)
-    spec = made if isinstance(made, ModelSpec) else ModelSpec(made) if isinstance(made, nn.Module) else None
+    spec = made if isinstance(made, ModelSpec) else ModelSpec(module=made) if isinstance(made, nn.Module) else None
     if spec is None or not isinstance(spec.module, nn.Module):
         raise ConfigurationError(
             f"model: {source} returned {type(made).__name__}, expected a torch.nn.Module or a ModelSpec"
         )
     if weights is not None:
         weights_file.load_into(spec.module, weights)
-    return spec if spec.name else replace(spec, name=module_name.rpartition(".")[2])
+    return spec if spec.name else spec.replace(name=module_name.rpartition(".")[2])
 
 
 def _call(source: str, module_name: str, factory_name: str) -> object:

@@ -28,7 +28,7 @@ def load(location: str, weights: Path | None) -> ModelSpec:
             module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]
         for each in module.parameters():
             each.requires_grad_(False)  # not shared with anyone; copies of a script's weights cannot be frozen later
-        return ModelSpec(module.eval(), name=path.stem, label=_label(module))
+        return ModelSpec(module=module.eval(), name=path.stem, label_argument=_label(module))
 
 
 def _label(module: torch.jit.ScriptModule) -> str | None:

@@ -88,7 +88,7 @@ def test_a_scale_makes_nothing_of_no_map(method: str, channels: Channels) -> Non
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_score_that_depends_on_nothing_has_a_map_of_nothing(method: str) -> None:
-    with explaining(Scaled(0.0).eval(), input_size=SIZE, outputs="logits") as explain:
+    with explaining(Scaled(0.0).eval(), input_size=SIZE, output_kind="logits") as explain:
         assert all(flags(explain(x(), METHODS[method])))
 
 

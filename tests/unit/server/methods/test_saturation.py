@@ -300,7 +300,7 @@ def test_only_what_was_differentiated_can_be_saturated(method: object, saturates
 def test_probabilities_of_the_modules_own_are_saturated_where_float32_lost_them(
     after: Callable[[Tensor], Tensor], score: Score
 ) -> None:
-    with explaining(Certain(after=after), input_size=(1, 1, 1), outputs="probabilities") as explain:
+    with explaining(Certain(after=after), input_size=(1, 1, 1), output_kind="probabilities") as explain:
         first, second = (explain(AHEAD[:-1], Gradient(), target=k, score=score) for k in (0, 1))
     assert flags(first) == [ahead > 14 for ahead in AHEAD[:-1].flatten().tolist()]
     # The second's is 0.5 by sigmoid, and by softmax near 0, where nothing is lost.

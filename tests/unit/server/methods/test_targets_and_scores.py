@@ -173,7 +173,7 @@ def test_a_single_output_is_explained_on_the_side_that_is_predicted(outputs: str
     predicted = (p >= 0.5).long()
     assert set(predicted.tolist()) == {0, 1}
     up = gradient_of(lambda x: torch.sigmoid(logits(x)), x)
-    spec = {"input_size": SHAPE, "outputs": outputs, "labels": ("no", "yes")}
+    spec = {"input_size": SHAPE, "output_kind": outputs, "class_names": ("no", "yes")}
     with explaining(module, **spec) as explain:
         answer = explain(x, Gradient(), score=Score.PROBABILITY, probabilities=True)
         for target, expected in (("yes", up), (1, up), ("no", -up), (0, -up)):
@@ -195,7 +195,7 @@ def test_a_single_output_is_explained_on_the_side_that_is_predicted(outputs: str
 @pytest.mark.parametrize("outputs", ["logits", "probabilities"])
 def test_a_single_output_is_class_1_from_one_half_on(outputs: str) -> None:
     nothing = torch.zeros(1, *SHAPE, dtype=torch.float64)
-    with explaining(OneOutput(logits=outputs == "logits").double(), outputs=outputs) as explain:
+    with explaining(OneOutput(logits=outputs == "logits").double(), output_kind=outputs) as explain:
         answer = explain(nothing, Gradient(), score=Score.PROBABILITY)
     assert (answer.explanations[0].predicted, answer.explanations[0].probability) == (1, 0.5)
 
@@ -211,7 +211,7 @@ def test_the_logit_of_a_single_outputs_other_side_is_its_negative(x: Tensor) -> 
 def test_probabilities_have_no_logits(score: Score, x: Tensor) -> None:
     with (
         Engine(
-            [ModelSpec(OneOutput(logits=False).double(), outputs="probabilities")], Settings(device="cpu")
+            [ModelSpec(OneOutput(logits=False).double(), output_kind="probabilities")], Settings(device="cpu")
         ) as engine,
         pytest.raises(FailedPrecondition, match=rf"no {score.value}; it has probability, log_probability"),
     ):

@@ -194,7 +194,7 @@ class Kink(nn.Module):
 def test_a_kink_that_is_narrower_than_the_grid_is_found_or_told(place: float, width: float) -> None:
     kink = Kink(place=place, width=width, height=1.0)
     ones = torch.ones(1, 1, 4, 4)
-    with explaining(kink, input_size=(1, 4, 4), outputs="logits") as explain:
+    with explaining(kink, input_size=(1, 4, 4), output_kind="logits") as explain:
         answer = explain(ones, IntegratedGradients(0, Rule.TRAPEZOID, tolerance=0.05), target=0, score=Score.LOGIT)
     (explanation,) = answer.explanations
     # The integral in closed form: the rise of the logit, in equal parts.

@@ -173,7 +173,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, str, 
     ),
     "any keyword, named": (
         lambda: AnyKeyword("binary"),
-        {"input": "scan", "label": "finding", "output": "y_prob"},
+        {"input": "scan", "label_argument": "finding", "output_key": "y_prob"},
         ("(scan=images, finding=zeros) → y_prob", "probabilities", "sigmoid"),
     ),
     "dict of logits": (lambda: Returning(lambda y: {"logit": y}), {}, ("(images) → logit", "logits", "softmax")),
@@ -195,10 +195,10 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, str, 
     "tuple": (lambda: Returning(lambda y: (y, {"auxiliary": y})), {}, ("(images) → 0", "logits", "softmax")),
     "tuple, features before": (
         lambda: Returning(lambda y: (y.repeat(1, 3), y)),
-        {"labels": ("a", "b", "c", "d")},
+        {"class_names": ("a", "b", "c", "d")},
         ("(images) → 1", "logits", "softmax"),
     ),
-    "place": (lambda: Returning(lambda y: [y, 2 * y]), {"output": "1"}, ("(images) → 1", "logits", "softmax")),
+    "place": (lambda: Returning(lambda y: [y, 2 * y]), {"output_key": "1"}, ("(images) → 1", "logits", "softmax")),
     "named tuple": (lambda: Returning(lambda y: Point(y.sum(), y)), {}, ("(images) → logits", "logits", "softmax")),
     "object": (lambda: Returning(Answer), {}, ("(images) → logits", "logits", "softmax")),
 }
@@ -257,10 +257,10 @@ UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("unknown", UNKNOWN)
 def test_numbers_that_may_be_probabilities_are_refused_until_somebody_says_so(unknown: str) -> None:
-    with pytest.raises(ConfigurationError, match=r"outputs: the model returned \[2, .\] from 0.* set outputs to"):
+    with pytest.raises(ConfigurationError, match=r"output_kind: the model returned \[2, .\] .*set output_kind to"):
         found(Returning(UNKNOWN[unknown]))
     for outputs in ("probabilities", "logits"):
-        assert found(Returning(UNKNOWN[unknown]), outputs=outputs)[1] == outputs
+        assert found(Returning(UNKNOWN[unknown]), output_kind=outputs)[1] == outputs
 
 
 @pytest.mark.parametrize("of", [nn.functional.logsigmoid, lambda y: {"y_prob": 9 * y}], ids=["logarithm", "name"])
@@ -430,50 +430,50 @@ def test_a_batch_that_is_bounded_bounds_the_chunks() -> None:
 WRONG: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], str]] = {
     "input": (Net, {"input": "image"}, r'input: the module takes no "image"; it takes x'),
     "arguments": (Net, {"arguments": {"scale": 2}}, r'arguments: the module takes no "scale"; it takes x'),
-    "label": (Net, {"label": "disease"}, r'label: the module takes no "disease"; it takes x'),
+    "label": (Net, {"label_argument": "disease"}, r'label_argument: the module takes no "disease"; it takes x'),
     "output of a tensor": (
         Net,
-        {"output": "logits"},
-        r"output: got \"logits\", but the model returned a tensor, \[2, 4\]",
+        {"output_key": "logits"},
+        r"output_key: got \"logits\", but the model returned a tensor, \[2, 4\]",
     ),
     "output": (
         lambda: Returning(lambda y: {"logit": y}),
-        {"output": "y_prob"},
-        r'output: got "y_prob", but the model returned dict of logit \[2, 4\]',
+        {"output_key": "y_prob"},
+        r'output_key: got "y_prob", but the model returned dict of logit \[2, 4\]',
     ),
     "output of another shape": (
         lambda: Returning(lambda y: {"logit": y, "loss": y.sum()}),
-        {"output": "loss"},
+        {"output_key": "loss"},
         r"returned dict of logit \[2, 4\], loss \[\] for 2 examples, expected \[n, K\]",
     ),
     "features and logits": (
         lambda: Returning(lambda y: (y.repeat(1, 3), y)),
         {},
-        r"output: the model returned tuple of 0 \[2, 12\], 1 \[2, 4\]; set output to the one .* or labels",
+        r"output_key: the model returned tuple of 0 \[2, 12\], 1 \[2, 4\]; set output_key to the one .* or class_names",
     ),
     "two of that many classes": (
         lambda: Returning(lambda y: (y, 2 * y)),
-        {"labels": ("a", "b", "c", "d")},
-        r"output: the model returned tuple of 0 \[2, 4\], 1 \[2, 4\]; set output",
+        {"class_names": ("a", "b", "c", "d")},
+        r"output_key: the model returned tuple of 0 \[2, 4\], 1 \[2, 4\]; set output_key",
     ),
     "several outputs": (
         lambda: Returning(lambda y: {"near": y, "far": y}),
         {},
-        r"output: the model returned dict of near \[2, 4\], far \[2, 4\]; set output",
+        r"output_key: the model returned dict of near \[2, 4\], far \[2, 4\]; set output_key",
     ),
     "nothing": (lambda: Returning(lambda y: None), {}, "returned NoneType"),
     "probabilities": (
         Net,
-        {"outputs": "probabilities"},
-        r'outputs: got "probabilities", but the model returned \[2, 4\] from',
+        {"output_kind": "probabilities"},
+        r'output_kind: got "probabilities", but the model returned \[2, 4\] from',
     ),
-    "logits": (Softmaxed, {"outputs": "logits"}, "its last step is a softmax"),
+    "logits": (Softmaxed, {"output_kind": "logits"}, "its last step is a softmax"),
     "two that are missing": (Configured, {}, "arguments: the module also requires scale, flip"),
     "classes": (lambda: Returning(lambda y: y.argmax(dim=1)), {}, r"cannot be differentiated|returned int64 \[2\]"),
-    "an input that is no label": (Aged, {}, 'label: the outputs depend on "age", so zeros would be wrong'),
+    "an input that is no label": (Aged, {}, 'label_argument: the outputs depend on "age", so zeros would be wrong'),
     "NaN": (Broken, {}, "are not numbers"),
     "no input": (lambda: Returning(lambda y: torch.ones_like(y)), {}, "cannot be differentiated"),
-    "labels": (Net, {"labels": ("a", "b")}, "labels: got 2, model .* has 4 classes"),
+    "labels": (Net, {"class_names": ("a", "b")}, "class_names: got 2, model .* has 4 classes"),
 }
 
 
@@ -529,7 +529,7 @@ def test_without_a_size_to_try_the_first_rows_show_what_the_outputs_are(first: s
 @pytest.mark.parametrize(
     ("of", "score", "message"),
     [
-        (lambda y: (y.tanh() + 1) / 2, Score.PROBABILITY, "set outputs to"),
+        (lambda y: (y.tanh() + 1) / 2, Score.PROBABILITY, "set output_kind to"),
         (lambda y: (y.repeat(1, 3), y), Score.PROBABILITY, "set output to"),
         (lambda y: y.sigmoid(), Score.LOGIT, "so it has no logit; it has probability, log_probability"),
     ],

@@ -1,6 +1,5 @@
 """Sources: `hf:DIR`. Folders as transformers writes them, and their pictures against transformers' own processors."""
 
-import dataclasses
 import json
 import os
 import pickle
@@ -233,7 +232,7 @@ def loaded(folder: Path) -> Model:
 def prepared(folder: Path) -> Model:
     """Return a model with the preprocessing of a folder, and a network that takes no time."""
     means = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 4))
-    spec = dataclasses.replace(sources.load(f"hf:{folder}"), module=means, input=None, output=None, labels=None)
+    spec = sources.load(f"hf:{folder}").replace(module=means, input=None, output_key=None, class_names=None)
     return Model(spec.completed({}), device=torch.device("cpu"))
 
 
