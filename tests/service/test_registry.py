@@ -505,7 +505,7 @@ def test_labels_are_read_again(weights: Path, tmp_path: Path) -> None:
         client.reload()
         assert client.attribute(FLOATS).predictions[0].label.endswith("!")
         labels.write_text("one")
-        with pytest.raises(sidelight.FailedPrecondition, match=r"labels: .*labels.txt: got 1"):
+        with pytest.raises(sidelight.FailedPrecondition, match=r"class_names: .*labels.txt: got 1"):
             client.reload()
 
 
