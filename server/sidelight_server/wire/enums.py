@@ -1,11 +1,15 @@
 """Enums: validates enum numbers and converts them to domain values. Proto3 accepts any number."""
 
+import enum
+import functools
+import re
 from collections.abc import Iterable, Mapping
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from ..errors import InvalidArgument, Unimplemented
 
 Value = TypeVar("Value")
+Member = TypeVar("Member", bound=enum.Enum)
 Number = TypeVar("Number", bound=int)
 
 
@@ -17,6 +21,14 @@ class Enum(Protocol[Number]):
 
     def values(self) -> list[Number]:
         """Return all numbers."""
+
+
+@functools.cache
+def numbers(wire: Any, values: type[Member]) -> dict[Any, Member]:
+    """Return the members of a Python enum by the numbers of a generated one, which has the same names with a prefix."""
+    prefix = re.sub(r"(?<!^)(?=[A-Z])", "_", wire.DESCRIPTOR.name).upper() + "_"
+    names = ((name.removeprefix(prefix), number) for name, number in wire.items())
+    return {number: values[name] for name, number in names if name in values.__members__}
 
 
 def meaning(number: Number, served: Mapping[Number, Value], field: str, enum: Enum[Number], *, unset: Value) -> Value:

@@ -1,196 +1,114 @@
-"""Methods: converts `Method` messages to methods and back, with every default filled in."""
+"""Methods: converts method messages to methods and back, field by field as the schema has them.
 
-from collections.abc import Callable
+A message's field is the parameter of the same name of the method class whose `name` is the field of `Method`. A field
+`…_height` is, with its `…_width`, one parameter of two numbers.
+"""
+
+import enum
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import Message
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
 from ..domain import Array
 from ..errors import InvalidArgument
-from ..methods import (
-    METHODS,
-    RISE,
-    ExpectedGradients,
-    GradCAM,
-    Gradient,
-    GuidedBackpropagation,
-    IntegratedGradients,
-    LayerGradientXActivation,
-    Method,
-    Occlusion,
-    SmoothGrad,
-)
+from ..methods import METHODS, Gradient, IntegratedGradients, Method
 from ..methods.baseline import Baseline, Black, Blurred, Constant, Given, MeanColor
 from ..methods.channels import Magnitude
 from ..methods.integrated_gradients import Rule
 from ..methods.smoothgrad import Statistic
-from .enums import meaning, number_of
+from .enums import meaning, number_of, numbers
 from .tensors import DTYPES, floats_of
 
-SERVED_METHODS = tuple(each.name for each in METHODS)
-DEFAULT_MAX_ROWS = 300
+CLASSES = {each.name: each for each in METHODS}
+SERVED_METHODS = tuple(CLASSES)
+OPTIONAL = ("tolerance", "max_rows")  # numbers of which 0 means unset, and the class has a default
 
-MAGNITUDES: dict[pb.Magnitude.ValueType, Magnitude] = {
-    pb.MAGNITUDE_ABSOLUTE: Magnitude.ABSOLUTE,
-    pb.MAGNITUDE_SIGNED: Magnitude.SIGNED,
-    pb.MAGNITUDE_SQUARED: Magnitude.SQUARED,
-}
-STATISTICS: dict[pb.SmoothGradMethod.Statistic.ValueType, Statistic] = {
-    pb.SmoothGradMethod.STATISTIC_MEAN: Statistic.MEAN,
-    pb.SmoothGradMethod.STATISTIC_MEAN_SQUARE: Statistic.MEAN_SQUARE,
-    pb.SmoothGradMethod.STATISTIC_VARIANCE: Statistic.VARIANCE,
-}
-RULES: dict[pb.PathRule.ValueType, Rule] = {
-    pb.PATH_RULE_GAUSS_LEGENDRE: Rule.GAUSS_LEGENDRE,
-    pb.PATH_RULE_MIDPOINT: Rule.MIDPOINT,
-    pb.PATH_RULE_TRAPEZOID: Rule.TRAPEZOID,
+ENUMS: dict[str, tuple[Any, type[enum.Enum]]] = {  # by the parameter
+    "magnitude": (pb.Magnitude, Magnitude),
+    "rule": (pb.PathRule, Rule),
+    "statistic": (pb.SmoothGradMethod.Statistic, Statistic),
 }
 
 
 def parse_method(method: pb.Method) -> Method:
-    """Parse a `Method` message. Raises `InvalidArgument`, which names field, value and what was expected."""
+    """Return the method of a message. Raises `InvalidArgument`, naming the field, the value and what was expected."""
     chosen = method.WhichOneof("method")
     if chosen is None:
         raise InvalidArgument(f"method: unset, or newer than this server; it serves {', '.join(SERVED_METHODS)}")
-    return _PARSERS[chosen](getattr(method, chosen))
+    message = getattr(method, chosen)
+    parameters = {}
+    for name in message.DESCRIPTOR.fields_by_name:
+        if not name.endswith("_width") and (value := _parsed(message, name, chosen)) is not None:
+            parameters[name.removesuffix("_height")] = value
+    if "stride" in parameters:  # 0: the window's own size
+        parameters["stride"] = tuple(
+            step or size for step, size in zip(parameters["stride"], parameters["window"], strict=True)
+        )
+    if chosen == IntegratedGradients.name and message.tolerance:
+        parameters.setdefault("rule", Rule.TRAPEZOID)  # which alone can be refined
+    return CLASSES[chosen](**parameters)
 
 
 def method_message(method: Method) -> pb.Method:
-    """Return a method as a message with every default filled in; baselines given as arrays without their data."""
-    match method:
-        case GuidedBackpropagation():
-            return pb.Method(guided_backpropagation=pb.GuidedBackpropagationMethod())
-        case Gradient(magnitude=magnitude, times_input=times_input):
-            chosen = pb.GradientMethod(magnitude=number_of(MAGNITUDES, magnitude), times_input=times_input)
-            return pb.Method(gradient=chosen)
-        case SmoothGrad():
-            return pb.Method(smoothgrad=_smoothgrad_message(method))
-        case IntegratedGradients():
-            return pb.Method(integrated_gradients=_integrated_gradients_message(method))
-        case ExpectedGradients(samples=samples, baselines=baselines, noise_level=noise_level, seed=seed):
-            given = None if baselines is None else _without_data(baselines)
-            drawn = pb.ExpectedGradientsMethod(samples=samples, baselines=given, noise_level=noise_level, seed=seed)
-            return pb.Method(expected_gradients=drawn)
-        case GradCAM(layer=layer, keep_negative=keep_negative):
-            return pb.Method(grad_cam=pb.GradCamMethod(layer=layer, keep_negative=keep_negative))
-        case LayerGradientXActivation(layer=layer):
-            product = pb.LayerGradientXActivationMethod(layer=layer)
-            return pb.Method(layer_gradient_x_activation=product)
-        case Occlusion(window=window, stride=stride, baseline=baseline):
-            stride = stride or window
-            return pb.Method(
-                occlusion=pb.OcclusionMethod(
-                    window_height=window[0], window_width=window[1], stride_height=stride[0], stride_width=stride[1],
-                    baseline=_baseline_message(baseline),
-                )
-            )  # fmt: skip
-        case RISE(masks=masks, cells=cells, keep_probability=keep_probability, seed=seed):
-            hidden = pb.RiseMethod(masks=masks, cells=cells, keep_probability=keep_probability, seed=seed)
-            return pb.Method(rise=hidden)
+    """Return a method's message with all defaults filled in. Baseline tensors are without their data."""
+    chosen = getattr(pb.Method(), method.name)
+    fields = {name: _filled(method, name) for name in chosen.DESCRIPTOR.fields_by_name}
+    return pb.Method(**{method.name: type(chosen)(**fields)})
+
+
+def _parsed(message: Message, name: str, method: str) -> Any:
+    """Return the parameter of a field; None where it is unset, so that the class's default holds."""
+    value, field = getattr(message, name), f"method.{method}.{name}"
+    if name.endswith("_height"):
+        return value, getattr(message, name.replace("_height", "_width"))
+    if name in ENUMS:
+        wire, domain = ENUMS[name]
+        return meaning(value, numbers(wire, domain), field, wire, unset=None)
+    if name in OPTIONAL:
+        return value or None
+    match value:
+        case pb.Baseline():
+            return _baseline(value)
+        case pb.Method():
+            return _base(value, field)
+        case tensor_pb2.Tensor():
+            return floats_of(value, field=field) if message.HasField(name) else None
         case _:
-            raise TypeError(f"{type(method).__name__} has no message")
+            return value
 
 
-def _gradient(message: pb.GradientMethod) -> Gradient:
-    field = "method.gradient.magnitude"
-    magnitude = meaning(message.magnitude, MAGNITUDES, field, pb.Magnitude, unset=Magnitude.ABSOLUTE)
-    return Gradient(magnitude, message.times_input)
+def _filled(method: Method, name: str) -> Any:
+    """Return the value of a message's field."""
+    for place, side in enumerate(("_height", "_width")):
+        if name.endswith(side):
+            sides = getattr(method, name.removesuffix(side)) or method.window  # type: ignore[attr-defined]
+            return sides[place]
+    value = getattr(method, name)
+    if name in ENUMS:
+        return number_of(numbers(*ENUMS[name]), value)
+    match value:
+        case Constant() | Black() | MeanColor() | Blurred() | Given():
+            return _baseline_message(value)
+        case Method():
+            return method_message(value)
+        case np.ndarray():
+            return _without_data(value)
+        case _:
+            return value
 
 
-def _smoothgrad(message: pb.SmoothGradMethod) -> SmoothGrad:
-    statistic = message.statistic
-    return SmoothGrad(
-        samples=message.samples,
-        noise_level=message.noise_level,
-        absolute_noise=message.absolute_noise,
-        seed=message.seed,
-        statistic=meaning(
-            statistic, STATISTICS, "method.smoothgrad.statistic", pb.SmoothGradMethod.Statistic, unset=Statistic.MEAN
-        ),
-        tolerance=message.tolerance or None,
-        max_rows=message.max_rows or DEFAULT_MAX_ROWS,
-        base=_base(message.base),
-    )
-
-
-def _base(message: pb.Method) -> Gradient | IntegratedGradients:
+def _base(message: pb.Method, field: str) -> Method | None:
     chosen = message.WhichOneof("method")
-    if chosen is None:
-        return Gradient()
-    # Checked before parsing: deeply nested methods would exhaust the stack.
-    if chosen not in ("gradient", "integrated_gradients"):
-        raise InvalidArgument(f"method.smoothgrad.base: {chosen}, expected gradient or integrated_gradients")
-    base = parse_method(message)
-    assert isinstance(base, Gradient | IntegratedGradients)  # noqa: S101
-    return base
+    # Checked before parsing: recursive bases would exhaust the stack.
+    if chosen not in (None, Gradient.name, IntegratedGradients.name):
+        raise InvalidArgument(f"{field}: {chosen}, expected gradient or integrated_gradients")
+    return parse_method(message) if chosen else None
 
 
-def _smoothgrad_message(method: SmoothGrad) -> pb.SmoothGradMethod:
-    return pb.SmoothGradMethod(
-        samples=method.samples,
-        noise_level=method.noise_level,
-        absolute_noise=method.absolute_noise,
-        seed=method.seed,
-        statistic=number_of(STATISTICS, method.statistic),
-        tolerance=method.tolerance or 0.0,
-        max_rows=method.max_rows,
-        base=method_message(method.base),
-    )
-
-
-def _integrated_gradients(message: pb.IntegratedGradientsMethod) -> IntegratedGradients:
-    unset = Rule.TRAPEZOID if message.tolerance else Rule.GAUSS_LEGENDRE
-    return IntegratedGradients(
-        steps=message.steps,
-        rule=meaning(message.rule, RULES, "method.integrated_gradients.rule", pb.PathRule, unset=unset),
-        baseline=_baseline(message.baseline),
-        tolerance=message.tolerance or None,
-        max_rows=message.max_rows or DEFAULT_MAX_ROWS,
-    )
-
-
-def _integrated_gradients_message(method: IntegratedGradients) -> pb.IntegratedGradientsMethod:
-    return pb.IntegratedGradientsMethod(
-        steps=method.steps,
-        rule=number_of(RULES, method.rule),
-        baseline=_baseline_message(method.baseline),
-        tolerance=method.tolerance or 0.0,
-        max_rows=method.max_rows,
-    )
-
-
-def _expected_gradients(message: pb.ExpectedGradientsMethod) -> ExpectedGradients:
-    field = "method.expected_gradients.baselines"
-    baselines = floats_of(message.baselines, field=field) if message.HasField("baselines") else None
-    return ExpectedGradients(message.samples, baselines, message.noise_level, message.seed)
-
-
-def _occlusion(message: pb.OcclusionMethod) -> Occlusion:
-    window = message.window_height, message.window_width
-    stride = message.stride_height or window[0], message.stride_width or window[1]
-    return Occlusion(window, stride, _baseline(message.baseline))
-
-
-def _rise(message: pb.RiseMethod) -> RISE:
-    return RISE(message.masks, message.cells, message.keep_probability, message.seed)
-
-
-_PARSERS: dict[str, Callable[[Any], Method]] = {
-    "gradient": _gradient,
-    "smoothgrad": _smoothgrad,
-    "integrated_gradients": _integrated_gradients,
-    "expected_gradients": _expected_gradients,
-    "grad_cam": lambda message: GradCAM(message.layer, message.keep_negative),
-    "layer_gradient_x_activation": lambda message: LayerGradientXActivation(message.layer),
-    "occlusion": _occlusion,
-    "rise": _rise,
-    "guided_backpropagation": lambda _: GuidedBackpropagation(),
-}
-
-
-def _baseline(message: pb.Baseline) -> Baseline:
+def _baseline(message: pb.Baseline) -> Baseline | None:
     match message.WhichOneof("baseline"):
         case "constant":
             return Constant(message.constant)
@@ -203,7 +121,7 @@ def _baseline(message: pb.Baseline) -> Baseline:
         case "tensor":
             return Given(floats_of(message.tensor, field="method.baseline.tensor"))
         case _:
-            return Constant()
+            return None
 
 
 def _baseline_message(baseline: Baseline) -> pb.Baseline:

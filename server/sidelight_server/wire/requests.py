@@ -20,25 +20,14 @@ from ..domain import (
 )
 from ..errors import InvalidArgument, Unimplemented
 from ..methods.channels import Channels
-from .enums import meaning, named
+from .enums import meaning, named, numbers
 from .methods import parse_method
 from .tensors import MAP_DTYPES, array_of, layout_of, letters
 
 MAX_ID_BYTES = 128
 MAX_EXAMPLES = 4096  # each costs time and memory, however few bytes it has
-SCORES: dict[model_pb2.Score.ValueType, Score] = {
-    model_pb2.SCORE_PROBABILITY: Score.PROBABILITY,
-    model_pb2.SCORE_LOGIT: Score.LOGIT,
-    model_pb2.SCORE_LOG_PROBABILITY: Score.LOG_PROBABILITY,
-    model_pb2.SCORE_MARGIN: Score.MARGIN,
-}
-CHANNELS: dict[pb.ChannelReduction.ValueType, Channels] = {
-    pb.CHANNEL_REDUCTION_MAX_ABS: Channels.MAX_ABS,
-    pb.CHANNEL_REDUCTION_SUM: Channels.SUM,
-    pb.CHANNEL_REDUCTION_MEAN_ABS: Channels.MEAN_ABS,
-    pb.CHANNEL_REDUCTION_L2: Channels.L2,
-    pb.CHANNEL_REDUCTION_NONE: Channels.NONE,
-}
+SCORES = numbers(model_pb2.Score, Score)
+CHANNELS = numbers(pb.ChannelReduction, Channels)
 
 
 def parse(message: pb.AttributeRequest, data: memoryview | None = None) -> Request:

@@ -13,7 +13,7 @@ from ..engine.model_entry import Entry, State
 from ..errors import SidelightError
 from ..inputs.preprocessing import Geometry
 from ..models.model import Model
-from .enums import number_of
+from .enums import number_of, numbers
 from .methods import method_message
 from .requests import CHANNELS, SCORES
 from .tensors import encoded
@@ -67,18 +67,13 @@ def duration(seconds: float) -> Duration:
     return Duration(seconds=whole, nanos=part)
 
 
-_STATES = {
-    State.UNLOADED: model_pb2.MODEL_STATE_UNLOADED,
-    State.LOADING: model_pb2.MODEL_STATE_LOADING,
-    State.SERVING: model_pb2.MODEL_STATE_SERVING,
-    State.FAILED: model_pb2.MODEL_STATE_FAILED,
-}
+_STATES = numbers(model_pb2.ModelState, State)
 
 
 def model_info(engine: Engine, entry: Entry, *, whole: bool) -> model_pb2.ModelInfo:
     """Return the `ModelInfo` of a model; labels and layers only if `whole`."""
     if not entry.models:
-        return model_pb2.ModelInfo(name=entry.name, state=_STATES[entry.state])
+        return model_pb2.ModelInfo(name=entry.name, state=number_of(_STATES, entry.state))
     model = entry.models[0]
     return model_pb2.ModelInfo(
         name=model.name,

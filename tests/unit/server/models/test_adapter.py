@@ -232,7 +232,7 @@ SHAPED: dict[str, Callable[[Tensor], Tensor]] = {
 def test_a_last_step_is_known_behind_what_changes_only_its_shape(shaped: str) -> None:
     assert found(Returning(lambda y: SHAPED[shaped](y.sigmoid())))[1:] == ("probabilities", "sigmoid")
     if shaped in ("clamp", "where", "in turn"):  # which make anything of logits
-        with pytest.raises(ConfigurationError, match="set outputs"):
+        with pytest.raises(ConfigurationError, match="set output_kind"):
             found(Returning(lambda y: SHAPED[shaped](y)))
     else:
         assert found(Returning(lambda y: SHAPED[shaped](y)))[1:] == ("logits", "softmax")
@@ -530,7 +530,7 @@ def test_without_a_size_to_try_the_first_rows_show_what_the_outputs_are(first: s
     ("of", "score", "message"),
     [
         (lambda y: (y.tanh() + 1) / 2, Score.PROBABILITY, "set output_kind to"),
-        (lambda y: (y.repeat(1, 3), y), Score.PROBABILITY, "set output to"),
+        (lambda y: (y.repeat(1, 3), y), Score.PROBABILITY, "set output_key to"),
         (lambda y: y.sigmoid(), Score.LOGIT, "so it has no logit; it has probability, log_probability"),
     ],
     ids=["unknown", "several", "no such score"],
