@@ -125,7 +125,7 @@ class Counters:
             self._tolerances.labels(model, outcome).inc(n)
         if tally.n_compared:
             self._compared.labels(model).inc(tally.n_compared)
-            self._mismatches.labels(model).inc(tally.n_differing)
+            self._mismatches.labels(model).inc(tally.n_mismatches)
 
     def ended(self, call_record: CallRecord) -> None:
         """Count a batch whose answer, or failure, is written."""

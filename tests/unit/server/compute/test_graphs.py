@@ -5,7 +5,6 @@
 
 import gc
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -31,7 +30,9 @@ def examples(n: int, *, seed: int = 3) -> Tensor:
 
 def recording(module: nn.Module, device: str, **options: object) -> Kernel:
     kernel = Kernel(module, device=torch.device(device), options=KernelOptions(**options))
-    kernel.options = replace(kernel.options, cuda_graphs=True)  # which an operator cannot have without a GPU
+    kernel.options = kernel.options.model_copy(
+        update={"cuda_graphs": True}
+    )  # which an operator cannot have without a GPU
     return kernel
 
 

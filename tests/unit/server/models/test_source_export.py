@@ -74,7 +74,13 @@ def test_a_norm_that_has_no_other_statistics_is_no_sign_of_train_mode() -> None:
 def test_a_static_export_is_served_in_batches_of_any_size() -> None:
     source = export(net(), examples(2))
     spec = sources.load(source)
-    assert (spec.batch, spec.input_size, spec.input, spec.label, spec.name) == ((2, 2), SHAPE, None, None, "net")
+    assert (spec.batch, spec.input_size, spec.input, spec.label_argument, spec.name) == (
+        (2, 2),
+        SHAPE,
+        None,
+        None,
+        "net",
+    )
     assert_serves(source, net(), examples(5))
 
 
@@ -111,7 +117,7 @@ def test_keywords_constants_and_labels_of_an_export_are_known() -> None:
         Named(), image=examples(2), disease=torch.zeros(2, dtype=torch.int64), scale=3.0, sizes=None, to="named.pt2"
     )
     spec = sources.load(source)
-    assert (spec.input, spec.label, spec.arguments, spec.batch) == ("image", "disease", {"scale": 3.0}, (2, 2))
+    assert (spec.input, spec.label_argument, spec.arguments, spec.batch) == ("image", "disease", {"scale": 3.0}, (2, 2))
     assert_serves(source, lambda x: 3.0 * net()(x), examples(3))
 
 

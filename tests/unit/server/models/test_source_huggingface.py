@@ -276,8 +276,8 @@ def test_a_folder_is_served_with_its_labels(tmp_path: Path) -> None:
     module = vit()
     folder = write(tmp_path / "net", module, ViTImageProcessorPil(size={"height": 48, "width": 48}))
     spec = sources.load(f"hf:{folder}")
-    assert (spec.name, spec.labels, spec.activation) == ("net", tuple(LABELS.values()), "softmax")
-    assert (spec.input, spec.output, spec.outputs) == ("pixel_values", "logits", "logits")
+    assert (spec.name, spec.class_names, spec.activation) == ("net", tuple(LABELS.values()), "softmax")
+    assert (spec.input, spec.output_key, spec.output_kind) == ("pixel_values", "logits", "logits")
     assert_serves(f"hf:{folder}", lambda x: module(pixel_values=x).logits, examples(3, (3, 48, 48)))
 
 

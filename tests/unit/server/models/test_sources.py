@@ -104,7 +104,7 @@ class Nothing(nn.Module):
 
 def test_a_script_s_label_is_known() -> None:
     source = script(Labelled())
-    assert sources.load(source).label == "disease"
+    assert sources.load(source).label_argument == "disease"
     assert_serves(source, lambda x: 2.0 * net()(x), examples(3))
 
 
