@@ -192,17 +192,17 @@ class Admission:
     def _refusal(self, caller: str, n_rows: int) -> str:
         held = self._held.get(caller, _Held())
         if self._model:
-            return f'model "{self._model}" is at work on {self.n_requests} requests (max_model_in_flight)'
+            return f'model "{self._model}" has {self.n_requests} requests in flight (max_model_in_flight)'
         if self._max_caller_rows and held.n_rows + n_rows > self._max_caller_rows and held.n_rows:
             return (
-                f"this caller's requests at work may take {held.n_rows} rows, and this one {n_rows} more "
+                f"this caller's requests in flight take up to {held.n_rows} rows, and this one {n_rows} more "
                 f"(max_caller_rows {self._max_caller_rows})"
             )
         n_requests, n_bytes = held.n_requests + held.n_extra, held.n_bytes + held.n_extra_bytes
         return (
-            f"the server is at work on {self.n_requests} requests of {self.n_bytes} bytes, of which this caller has "
+            f"the server has {self.n_requests} requests of {self.n_bytes} bytes in flight, of which this caller has "
             f"{n_requests} of {n_bytes} (max_in_flight {self._max_requests}, "
-            f"max_in_flight_bytes {self._max_bytes}; a caller leaves a third of what it has free)"
+            f"max_in_flight_bytes {self._max_bytes}; a caller must leave free a third of what it holds)"
         )
 
     def _check_possible(self, n_bytes: int) -> None:

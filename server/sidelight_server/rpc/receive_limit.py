@@ -67,7 +67,7 @@ class ReceiveLimit:
                 slowing_down.cancel()
             for admission, permit in held:
                 admission.release(permit)
-        return InvalidArgument("message: none came") if message is grpc.aio.EOF else message
+        return InvalidArgument("message: missing, expected one message") if message is grpc.aio.EOF else message
 
     def _slow_down(self, slow: Admission, held: list[_Slot], timeout: asyncio.Timeout, caller: str) -> None:
         """Move the message to a slow slot, or end the read if none is free."""
@@ -82,9 +82,9 @@ class ReceiveLimit:
 
     def _timeout_error(self, *, has_slot: bool) -> SidelightError:
         if has_slot:
-            return DeadlineExceeded(f"message: it has not arrived within {self._within_s:g} s")
+            return DeadlineExceeded(f"message: not received within {self._within_s:g} s")
         return ResourceExhausted(
-            "message: it is slow to arrive, and as many slow ones as the server takes at once are on their way",
+            "message: slow to arrive, and the server already receives as many slow messages as it allows",
             retry_delay_s=RETRY_DELAY_S,
         )
 

@@ -113,7 +113,7 @@ class Stream:
         trailers = ((END_TRAILER, self._end),) if self._end else ()
         match self._end:
             case "shutdown":
-                unavailable = "the server is shutting down; what has no answer was not begun"
+                unavailable = "the server is shutting down; batches without an answer were not started"
                 await self._context.abort(grpc.StatusCode.UNAVAILABLE, unavailable, trailers)
             case "stalled":
                 # gRPC sends the status after the answer that is still pending. Permits and files are already released,

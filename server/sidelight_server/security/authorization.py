@@ -91,14 +91,14 @@ class Authorization(grpc.aio.ServerInterceptor):
             return None
         token = _token(details.invocation_metadata)
         if token is None:
-            return Unauthenticated('authorization: none; this server wants "Bearer" and a token')
+            return Unauthenticated('authorization: missing, expected "Bearer" and a token')
         is_admin = self._admins is not None and token in self._admins
         is_user = self._users is not None and token in self._users
         if is_admin or (is_user and not is_admin_call):
             return None
         if is_user:
-            return PermissionDenied("authorization: this call wants a token of the operator's (admin_tokens)")
-        return Unauthenticated("authorization: the token is none of this server's")
+            return PermissionDenied("authorization: this call needs an operator's token (admin_tokens)")
+        return Unauthenticated("authorization: unknown token")
 
 
 class Callers:

@@ -331,7 +331,7 @@ def test_the_commands_bring_a_token(how: str, place: str, tokens: Path, monkeypa
         asked = ["info", "--address", address, "--connect-timeout", "20"]
         refused = CliRunner().invoke(app, asked)
         assert refused.exit_code == 1
-        assert "authorization: none" in refused.output
+        assert "authorization: missing" in refused.output
         if how == "variable":
             monkeypatch.setenv("SIDELIGHT_TOKEN", USER)
         else:
