@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sidelight_server import Settings
 from torch import Tensor
 
 from support import ROOT
@@ -80,6 +81,34 @@ def test_the_architecture_lists_every_package() -> None:
     packages = {path.parent.relative_to(ROOT) for source in SOURCES for path in source.glob("*/__init__.py")}
     assert len(packages) > 15
     assert {package for package in packages if f"`{package}`" not in page} == set()
+
+
+def _shown(name: str, default: object) -> str:
+    """Return a default as docs/reference/settings.md shows it."""
+    match default:
+        case None | "" | {}:
+            return "unset"
+        case bool():
+            return "on" if default else "off"
+        case (only,):
+            return f"`{only}`"
+        case int() if name.endswith("_bytes"):
+            return f"{default >> 30} GiB" if default >> 30 else f"{default >> 20} MiB"
+        case int() | float():
+            return f"{default:g}" if default < 10_000 else f"{default:,}"
+        case _:
+            return str(default)
+
+
+def test_the_settings_page_has_every_setting_and_its_default() -> None:
+    page = (DOCS / "reference" / "settings.md").read_text(encoding="utf-8")
+    shown = {
+        name: default
+        for names, default in re.findall(r"^\| (`.*?) \| (.*?) \|", page, re.MULTILINE)
+        for name in re.findall(r"`(\w+)`", names)
+    }
+    fields = {name: field.get_default(call_default_factory=True) for name, field in Settings.model_fields.items()}
+    assert shown == {name: _shown(name, default) for name, default in fields.items()}
 
 
 # docs/how-to/add-a-method.md
