@@ -22,13 +22,11 @@ class Constant:
     value: float = 0.0
 
     def __post_init__(self) -> None:
-        """Check the value."""
         if not math.isfinite(self.value):
             raise InvalidArgument(f"method.baseline.constant: got {self.value}, expected a finite number")
 
     @property
     def largest(self) -> float:
-        """The absolute value."""
         return abs(self.value)
 
     def check(self, shape: Shape, n_examples: int) -> None:
@@ -82,7 +80,6 @@ class Blurred(_OfExample):
     sigma: float  # the standard deviation in pixels
 
     def __post_init__(self) -> None:
-        """Check sigma."""
         if not 0 < self.sigma < math.inf:
             raise InvalidArgument(f"method.baseline.blurred.sigma: got {self.sigma:g}, expected a positive number")
 
@@ -122,7 +119,6 @@ class Given:
     array: NDArray[np.floating]
 
     def __post_init__(self) -> None:
-        """Check that it is finite."""
         finite("baseline.tensor", self.array)
 
     def of(self, example: Example) -> Tensor:
@@ -131,7 +127,6 @@ class Given:
 
     @property
     def largest(self) -> float:
-        """The largest absolute element."""
         return largest(self.array)
 
     def check(self, shape: Shape, n_examples: int) -> None:

@@ -30,7 +30,6 @@ class ExpectedGradients(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the parameters."""
         at_least(f"{self.name}.samples", self.samples, 1)
         at_least(f"{self.name}.noise_level", self.noise_level, 0)
         if self.baselines is not None:
@@ -38,12 +37,10 @@ class ExpectedGradients(Method):
 
     @property
     def given(self) -> NDArray[np.generic] | None:
-        """The baselines."""
         return self.baselines
 
     @property
     def largest(self) -> float:
-        """The largest absolute value of the baselines."""
         return 0.0 if self.baselines is None else largest(self.baselines)
 
     def check(self, shape: Shape, n_examples: int) -> None:

@@ -17,21 +17,17 @@ class LayerMethod(Method):
 
     @property
     def begins_with_gradient(self) -> bool:
-        """True."""
         return True
 
     @property
     def is_one_row(self) -> bool:
-        """True."""
         return True
 
     @property
     def probe(self) -> Probe:
-        """The layer."""
         return Layer(self.layer)
 
     def rows(self, shape: Shape) -> int:
-        """1."""
         return 1
 
 

@@ -24,16 +24,13 @@ class Gradient(Method):
 
     @property
     def begins_with_gradient(self) -> bool:
-        """True."""
         return True
 
     @property
     def is_one_row(self) -> bool:
-        """True."""
         return True
 
     def rows(self, shape: Shape) -> int:
-        """1."""
         return 1
 
     def run(self, example: Example) -> Steps:

@@ -73,7 +73,6 @@ class IntegratedGradients(Method):
     max_rows: int = 300  # rows of one example, with a tolerance
 
     def __post_init__(self) -> None:
-        """Check the parameters."""
         least = 2 if self.rule is Rule.TRAPEZOID else 1
         steps_or_tolerance(self.name, self.steps, self.tolerance, least=least, counted="steps")
         if self.rule is Rule.GAUSS_LEGENDRE and self.steps > MAX_GAUSS_NODES:
@@ -96,12 +95,10 @@ class IntegratedGradients(Method):
 
     @property
     def given(self) -> NDArray[np.generic] | None:
-        """The baseline, if it is an array."""
         return self.baseline.array if isinstance(self.baseline, Given) else None
 
     @property
     def largest(self) -> float:
-        """The largest absolute value of the baseline."""
         return self.baseline.largest
 
     def check(self, shape: Shape, n_examples: int) -> None:

@@ -33,7 +33,6 @@ class Occlusion(Method):
     baseline: Baseline = ZERO
 
     def __post_init__(self) -> None:
-        """Check the parameters."""
         for name, size, step in zip(("height", "width"), self.window, self._stride, strict=True):
             at_least(f"{self.name}.window_{name}", size, 1)
             at_least(f"{self.name}.stride_{name}", step, 1)
@@ -45,12 +44,10 @@ class Occlusion(Method):
 
     @property
     def given(self) -> NDArray[np.generic] | None:
-        """The baseline, if it is an array."""
         return self.baseline.array if isinstance(self.baseline, Given) else None
 
     @property
     def largest(self) -> float:
-        """The largest absolute value of the baseline."""
         return self.baseline.largest
 
     @property
@@ -123,7 +120,6 @@ class RISE(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check the parameters."""
         at_least(f"{self.name}.masks", self.masks, 1)
         at_least(f"{self.name}.cells", self.cells, 1)
         in_open_unit(f"{self.name}.keep_probability", self.keep_probability)

@@ -48,7 +48,6 @@ class SmoothGrad(Method):
     base: Gradient | IntegratedGradients = GRADIENT
 
     def __post_init__(self) -> None:
-        """Check the parameters."""
         steps_or_tolerance(self.name, self.samples, self.tolerance, least=1, counted="samples")
         at_least(f"{self.name}.noise_level", self.noise_level, 0)
         at_least(f"{self.name}.max_rows", self.max_rows, 1)
@@ -60,22 +59,18 @@ class SmoothGrad(Method):
 
     @property
     def magnitude(self) -> Magnitude | None:
-        """As the base method."""
         return self.base.magnitude
 
     @property
     def probe(self) -> Probe:
-        """As the base method."""
         return self.base.probe
 
     @property
     def given(self) -> NDArray[np.generic] | None:
-        """As the base method."""
         return self.base.given
 
     @property
     def largest(self) -> float:
-        """As the base method."""
         return self.base.largest
 
     def check(self, shape: Shape, n_examples: int) -> None:
