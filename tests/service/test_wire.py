@@ -1,7 +1,9 @@
 """The wire, inwards: whatever a caller sends is answered, or refused by the name of the field that is wrong."""
 
+import dataclasses
 import io
 import math
+import re
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +28,7 @@ from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc, tensor
 from sidelight_server.engine.request_cost import BYTES_OF_EXAMPLE
 from sidelight_server.errors import InvalidArgument
 from sidelight_server.wire import requests
+from sidelight_server.wire.methods import CLASSES
 from sidelight_server.wire.tensors import encoded
 from torch import nn
 
@@ -926,3 +929,13 @@ def test_each_example_keeps_its_digits_whatever_its_neighbors_are(maps: np.ndarr
             exact = map_.astype(np.float64)
             assert np.isfinite((elements * np.float64(scale)).astype(np.float32)).all()
             assert np.abs(elements * np.float64(scale) - exact).max() <= step * np.abs(exact).max()
+
+
+def test_every_method_of_the_schema_has_a_class_whose_parameters_are_its_fields() -> None:
+    """Messages and methods are converted by these names."""
+    assert set(pb.Method.DESCRIPTOR.fields_by_name) == set(CLASSES)
+    for field in pb.Method.DESCRIPTOR.fields:
+        parameters = {re.sub("_(height|width)$", "", each.name) for each in field.message_type.fields}
+        has = {each.name for each in dataclasses.fields(CLASSES[field.name])}
+        # Guided backpropagation is a gradient whose options are fixed.
+        assert parameters == has or (field.name == "guided_backpropagation" and not parameters)

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from google.protobuf.message import Message
 
@@ -17,21 +17,11 @@ from sidelight.v1 import attribution_pb2 as pb
 
 from .._inputs.enums import word
 from ..exceptions import InvalidArgument
-from . import gradient, path, perturbation
 from .baselines import Blurred, baseline_text
 from .method import Method
 
-METHODS: dict[str, type[Method]] = {
-    "gradient": gradient.Gradient,
-    "smoothgrad": path.SmoothGrad,
-    "integrated_gradients": path.IntegratedGradients,
-    "expected_gradients": path.ExpectedGradients,
-    "grad_cam": gradient.GradCAM,
-    "layer_gradient_x_activation": gradient.LayerGradientXActivation,
-    "occlusion": perturbation.Occlusion,
-    "rise": perturbation.RISE,
-    "guided_backpropagation": gradient.GuidedBackpropagation,
-}
+_CLASSES: dict[str | None, type[Method]] = {each().message().WhichOneof("method"): each for each in get_args(Method)}
+METHODS = {name: _CLASSES[name] for name in pb.Method.DESCRIPTOR.fields_by_name if name in _CLASSES}
 _BASELINES = {"blurred": Blurred}
 _CONSTANTS = ("True", "False", "None")
 
