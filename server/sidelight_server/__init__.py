@@ -1,7 +1,7 @@
-"""The attribution server: it owns a PyTorch image model and tells which pixels decided each prediction.
+"""The attribution server: explains the predictions of PyTorch image models over gRPC.
 
-`sidelight-server --model python:package.module:factory` runs one; `serve(module)` runs one in this process, on a fresh
-socket; `Engine` does without gRPC.
+`sidelight-server --model python:package.module:factory` runs a server; `serve(module)` runs one in this process, on a
+new socket; `Engine` works without gRPC.
 """
 
 import importlib
@@ -55,7 +55,7 @@ _HOMES = (
     "methods.integrated_gradients", "methods.smoothgrad", "config.spec", "engine.engine", "app.embedded",
 )  # fmt: skip
 
-# The packages of the extra `server`, by the names they are imported by.
+# The import names of the packages of the extra `server`.
 _EXTRA = ("torch", "pydantic_settings", "safetensors", "prometheus_client", "grpc_health", "grpc_reflection")
 
 
@@ -65,7 +65,7 @@ def missing_package() -> str | None:
 
 
 def __getattr__(name: str) -> object:
-    """Return a public name from its module. Raises `ModuleNotFoundError` where the extra `server` is not installed."""
+    """Import a public name on first use. Raises `ModuleNotFoundError` without the extra `server`."""
     if name in __all__:
         if missing := missing_package():
             raise ModuleNotFoundError(f"sidelight_server needs {missing}: pip install 'sidelight[server]'")

@@ -12,15 +12,15 @@ from .app.openmp import sleep_soon
 from .errors import ConfigurationError
 from .telemetry.logs import Event, configure
 
-INTERRUPTED = 128 + 2  # as a shell says it
+INTERRUPTED = 128 + 2  # the exit code of shells for SIGINT
 
 log = logging.getLogger("sidelight")
 
 
 def main() -> int:
-    """Serve until a signal. Returns 0, or 2 where the server cannot start, with one line that says why.
+    """Serve until a signal. Return 0, or 2 after printing the error if the server cannot start.
 
-    With `--check` it asks a server for its health instead: see `check_health`.
+    With `--check` it runs a health check instead: see `check_health`.
     """
     if missing := missing_package():
         print(f"sidelight-server needs {missing}: pip install 'sidelight[server]'", file=sys.stderr)
@@ -31,7 +31,7 @@ def main() -> int:
 
     configure()
     settings = None
-    sys.path.insert(0, "")  # `python -m` finds the operator's own factories in the working folder, and so does this
+    sys.path.insert(0, "")  # as `python -m` does, find the operator's factories in the working directory
     try:
         settings = read_settings(sys.argv[1:])
         configure(settings.log_format)
@@ -39,16 +39,16 @@ def main() -> int:
             sleep_soon()
         from .app.process import load, serve_until_signal
 
-        # torch's own objects stay: looking through them for garbage would stop all threads for 0.3 to 0.6 s each time.
+        # torch's objects are permanent; collecting them would pause all threads for 0.3 to 0.6 s each time.
         gc.freeze()
         for warning in misspelt_variables():
             log.warning(Event("setting_ignored", message=warning))
         if not asyncio.run(serve_until_signal(load(settings))):
             logging.shutdown()
             sys.stderr.flush()
-            os._exit(0)  # the interpreter's own end would meet a thread that is in the middle of native code
+            os._exit(0)  # a normal exit could crash while a thread runs native code
     except ConfigurationError as error:
-        line = " ".join(str(error).split())  # what a factory or torch says may have many
+        line = " ".join(str(error).split())  # messages of factories and torch may have several lines
         if settings and settings.log_format == "json":
             log.critical(Event("cannot_start", message=line))
         else:

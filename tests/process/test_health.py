@@ -490,7 +490,7 @@ def test_the_probe_says_how_a_server_is(tmp_path: Path, gate: Gate) -> None:
 
 
 async def _told(server: Server) -> None:
-    server._tell()
+    server._update_health()
 
 
 @pytest.mark.parametrize(

@@ -8,29 +8,29 @@ if TYPE_CHECKING:
     pass
 
 
-# Callers may ping every 10 s. Pings arrive early by a jitter, and the third one that does would end the connection.
+# Clients may ping every 10 s. Pings may arrive a little early, and gRPC closes a connection after the third early one.
 MIN_PING_INTERVAL_MS = 5_000
 
 
-KEEPALIVE_TIMEOUT_S = 10.0  # for an answer to a ping
+KEEPALIVE_TIMEOUT_S = 10.0  # limit for the answer to a ping
 
 
-# Calls of one connection at once; a caller's further ones wait with the caller. It also bounds what a connection costs
-# whose calls are begun and reset as fast as can be.
+# Concurrent calls of one connection; further calls wait in the client. It also limits the cost of a connection that
+# starts and resets calls as fast as possible.
 MAX_CONNECTION_CALLS = 100
 
 
 def channel_options(settings: Settings) -> list[tuple[str, int]]:
-    """Return what gRPC is told."""
+    """Return the options of the gRPC server."""
     options = [
         ("grpc.max_receive_message_length", settings.max_message_bytes),
         ("grpc.max_send_message_length", settings.max_message_bytes),
-        # Two servers on one port would each get a share of the calls, and nobody would know.
+        # Otherwise two servers on one port would silently share its calls.
         ("grpc.so_reuseport", 0),
         ("grpc.max_concurrent_streams", MAX_CONNECTION_CALLS),
-        # Otherwise the 64 KiB that come of a message nobody reads become as much as the network holds.
+        # Otherwise the 64 KiB that gRPC buffers of an unread message would grow with the bandwidth-delay product.
         ("grpc.http2.bdp_probe", 0),
-        # With or without a call, to find out whether this server is there.
+        # Clients may ping with or without a call, to detect whether the server is alive.
         ("grpc.http2.min_ping_interval_without_data_ms", MIN_PING_INTERVAL_MS),
         ("grpc.keepalive_permit_without_calls", 1),
     ]
@@ -39,8 +39,8 @@ def channel_options(settings: Settings) -> list[tuple[str, int]]:
         options += [
             ("grpc.keepalive_time_ms", round(settings.keepalive_s * 1000)),
             ("grpc.keepalive_timeout_ms", timeout_ms),
-            # Without this one a dead caller was seen to be kept for a minute more.
+            # Without this, the connection of a dead client was kept for another minute.
             ("grpc.http2.ping_timeout_ms", timeout_ms),
-            ("grpc.http2.max_pings_without_data", 0),  # as many as it takes
+            ("grpc.http2.max_pings_without_data", 0),  # no limit
         ]
     return options

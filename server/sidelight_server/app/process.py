@@ -23,24 +23,24 @@ import logging
 
 log = logging.getLogger("sidelight")
 
-METRICS = "127.0.0.1:9464"  # where a process tells them if nobody says otherwise
+METRICS = "127.0.0.1:9464"  # default address of the metrics endpoint
 
 
 def load(settings: Settings) -> Engine:
-    """Return an engine on the models that the settings name, not loaded, in a process that is this server's own."""
+    """Return an engine for the settings' models, not loaded yet, and configure torch and malloc for this process."""
     keep_freed()
-    # Loading must not start OpenMP workers of its own: once a process has more of them than CPUs, GNU's OpenMP sleeps
-    # at every barrier instead of spinning, and the thread that owns the device was seen to lose 15 % by it.
+    # Loading must not start OpenMP threads of its own: if a process has more of them than CPUs, GNU OpenMP sleeps at
+    # every barrier instead of spinning, which made the device's thread 15 % slower.
     torch.set_num_threads(1)
-    # torch lets a GPU's convolutions round float32 to 10 bits of mantissa; a map would be off by a thousandth.
+    # By default torch's convolutions on a GPU round float32 to 10 bits of mantissa, an error of 0.1 % in a map.
     torch.backends.cudnn.allow_tf32 = False
     return Engine(list(settings.of_models().values()), settings, load=False)
 
 
 async def serve_until_signal(engine: Engine) -> bool:
-    """Serve an engine until SIGTERM or SIGINT. A second signal ends at once. SIGHUP has the models loaded again.
+    """Serve an engine until SIGTERM or SIGINT. A second signal kills the process. SIGHUP reloads the models.
 
-    False where something does not end by itself: a device that is stuck, a factory that takes its time.
+    Return False if a thread has not ended: a stuck device, or a factory that is still running.
     """
     settings = engine.settings
     server = Server(
@@ -64,7 +64,7 @@ async def serve_until_signal(engine: Engine) -> bool:
     engine.start_decoders()
     for model in engine.models.values():
         log.info(loaded_event(model))
-    # By default it is no fault: another server may have the port.
+    # Without the setting this is not an error: another server may use the default port.
     if settings.metrics_listen and not server.has_metrics:
         log.warning(Event("metrics_off", message=server.metrics))
     log.info(Event(
@@ -77,10 +77,10 @@ async def serve_until_signal(engine: Engine) -> bool:
 
 
 async def _signalled(*, on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> str:
-    """Return the name of the signal to stop that came. SIGHUP has the models loaded again meanwhile."""
+    """Wait for SIGTERM or SIGINT and return its name. SIGHUP calls `on_hangup`."""
     loop, came = asyncio.get_running_loop(), asyncio.Event()
     names: list[str] = []
-    reloading: set[asyncio.Task[None]] = set()  # the loop itself keeps no task alive
+    reloading: set[asyncio.Task[None]] = set()  # the loop only keeps weak references to tasks
 
     def reload() -> None:
         reloading.add(task := loop.create_task(on_hangup()))

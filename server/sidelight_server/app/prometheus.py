@@ -23,7 +23,7 @@ from .health import MODEL, statuses
 
 
 class Metrics(Collector):
-    """What there is to tell of one server."""
+    """Collects all metrics of one server."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Metrics(Collector):
         self._service = service
 
     def collect(self) -> Iterator[Metric]:
-        """Yield all metrics, as they are now."""
+        """Yield the current values of all metrics."""
         counts = self._handler.telemetry.counts
         counts.start_at_zero(list(self._engine.registry.entries))
         for family in counts.registry.collect():
@@ -61,28 +61,28 @@ class Metrics(Collector):
             "sidelight_in_flight_bytes", "bytes of those batches and their answers", value=admission.n_bytes
         )
         in_flight = GaugeMetricFamily(
-            "sidelight_rows_in_flight", "rows that batches at a device may take at most", labels=("device",)
+            "sidelight_rows_in_flight", "upper bound of the rows of batches on a device", labels=("device",)
         )
         for name, device in _named(devices):
             in_flight.add_metric([name], device.n_rows)
         yield in_flight
-        yield GaugeMetricFamily("sidelight_streams_open", "streams that are open", value=self._service.n_streams)
+        yield GaugeMetricFamily("sidelight_streams_open", "open streams", value=self._service.n_streams)
         yield CounterMetricFamily(
             "sidelight_shed_streams",
-            "streams that waited for a message and were ended because memory was short",
+            "idle streams that were ended because memory was short",
             value=self._service.n_shed,
         )
         stops = self._engine.stops
         yield CounterMetricFamily(
-            "sidelight_stopped_batches", "batches that were cancelled while a row of theirs ran", value=stops.count
+            "sidelight_stopped_batches", "batches that were cancelled while one of their rows ran", value=stops.count
         )
 
     def _models(self) -> Iterator[Metric]:
         entries = list(self._engine.registry.entries.values())
         info = GaugeMetricFamily("sidelight_model_info", "1 for the version that serves", labels=_INFO)
-        serving = GaugeMetricFamily("sidelight_model_serving", "1 where the model answers, else 0", labels=("model",))
+        serving = GaugeMetricFamily("sidelight_model_serving", "1 if the model serves, else 0", labels=("model",))
         failed = CounterMetricFamily("sidelight_model_load_failures", "loads that failed", labels=("model",))
-        serves = statuses(self._engine, serves=True)  # as health has it
+        serves = statuses(self._engine, serves=True)  # the same as in health checks
         for entry in entries:
             if version := entry.models:
                 info.add_metric([entry.name, str(version[0].version), version[0].digest, version[0].precision], 1)
@@ -93,10 +93,10 @@ class Metrics(Collector):
     def _stale(self) -> Metric:
         stale = GaugeMetricFamily(
             "sidelight_secret_files_stale",
-            "1 where changed files were not good and the old ones stay",
+            "1 if changed files are invalid and the old content stays",
             labels=("files",),
         )
-        # Each address has certificates of its own, from the same files.
+        # Each address has its own object for the same certificate files.
         for name, files in itertools.groupby(self._files, lambda each: each.name):
             stale.add_metric([name], int(any(each.is_stale for each in files)))
         return stale
@@ -104,15 +104,11 @@ class Metrics(Collector):
     def _devices(self) -> Iterator[Metric]:
         memory = GaugeMetricFamily(
             "sidelight_device_memory_bytes",
-            "bytes that this process holds of a GPU's memory; for a CPU, of the machine's",
+            "bytes of memory that this process uses on a GPU; for a CPU, its resident memory",
             labels=("device",),
         )
-        free = GaugeMetricFamily(
-            "sidelight_device_free_bytes", "bytes of a GPU's memory that nobody holds", labels=("device",)
-        )
-        moves = GaugeMetricFamily(
-            "sidelight_device_moves", "1 where a device makes progress, else 0", labels=("device",)
-        )
+        free = GaugeMetricFamily("sidelight_device_free_bytes", "free bytes of a GPU's memory", labels=("device",))
+        moves = GaugeMetricFamily("sidelight_device_moves", "1 if a device makes progress, else 0", labels=("device",))
         short = CounterMetricFamily(
             "sidelight_out_of_memory", "chunks that did not fit into a device's memory", labels=("device",)
         )
@@ -132,12 +128,12 @@ _INFO = ("model", "version", "digest", "precision")
 
 
 def _samples(family: Metric) -> list[Sample]:
-    """Return what is told of a family; when each series began is not."""
+    """Return a family's samples without the creation times of its series."""
     return [each for each in family.samples if not each.name.endswith("_created")]
 
 
 def _named(devices: Sequence[Device]) -> Iterator[tuple[str, Device]]:
-    """Yield the devices with their names, of which there may be one twice."""
+    """Yield the devices with unique names."""
     seen: set[str] = set()
     for device in devices:
         name = str(device.torch_device)

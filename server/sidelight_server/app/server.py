@@ -44,12 +44,12 @@ log = logging.getLogger("sidelight")
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 
-TELLING_S = 1.0  # of `drain_s`, and at most a tenth of it, for telling callers that it has passed
-CHUNK_S = 5.0  # that the running chunk may take once all callers are gone
+STATUS_S = 1.0  # last part of `drain_s`, at most a tenth of it, in which unanswered calls get their status
+CHUNK_S = 5.0  # limit for the running chunk after all calls have ended
 
 
 class Server:
-    """An engine on the network. `ConfigurationError` where an address cannot be had."""
+    """A gRPC server for an engine. `start` raises `ConfigurationError` if an address cannot be bound."""
 
     def __init__(
         self,
@@ -66,17 +66,17 @@ class Server:
         self._health = Health()
         self._is_stopping = False
         self._shared: SharedMemory | None = None
-        self._watching: list[asyncio.Task[None]] = []
+        self._background: list[asyncio.Task[None]] = []
         self._metrics_listen = metrics_listen
         self._metrics: MetricsServer | None = None
         self._tracing = tracing
         self.handler = RequestHandler(engine, Telemetry(tracing))
         self._gate = ReadinessGate(self.handler.telemetry.counts)
         self.addresses: list[str] = []
-        self.metrics = "none"  # where they are told, or why not
+        self.metrics = "none"  # address of the metrics endpoint, or why there is none
 
     async def start(self) -> None:
-        """Bind, and answer for health; load, warm up, and begin to answer. `addresses` then says where."""
+        """Bind `addresses` and serve health checks; load and warm up the models; then serve all calls."""
         await self._open()
         try:
             await self._engine.registry.loaded()
@@ -86,15 +86,15 @@ class Server:
             await self._server.stop(0)
             raise
         self._gate.is_open = True
-        self._tell()
+        self._update_health()
         settings = self._engine.settings
-        self._reloader(Recalibration(self._engine.registry, self._engine.devices).run())
+        self._run_in_background(Recalibration(self._engine.registry, self._engine.devices).run())
         if settings.watch_s:
-            self._reloader(Reloader(self._engine.registry, every_s=settings.watch_s).run())
+            self._run_in_background(Reloader(self._engine.registry, every_s=settings.watch_s).run())
         if settings.stuck_s:
-            self._reloader(Watchdog(self._engine, on_look=self._tell).run())
+            self._run_in_background(Watchdog(self._engine, on_look=self._update_health).run())
         shedding = LoadShedding(self._service.end_waiting, max_message_bytes=settings.max_message_bytes)
-        self._reloader(shedding.run())
+        self._run_in_background(shedding.run())
 
     async def _open(self) -> None:
         settings = self._engine.settings
@@ -134,20 +134,20 @@ class Server:
             for address in self._listen
         ]
         self._expose([*authorization.files, *(certificates.files if certificates else ())])
-        self._engine.on_change = functools.partial(call_soon, loop, self._tell)
-        self._tell()
+        self._engine.on_change = functools.partial(call_soon, loop, self._update_health)
+        self._update_health()
         await self._server.start()
 
     @property
     def has_metrics(self) -> bool:
-        """Whether metrics are told."""
+        """Whether the metrics endpoint is running."""
         return self._metrics is not None
 
     def _expose(self, files: "Sequence[SecretFiles[Any]]") -> None:
-        """Tell metrics. An address that cannot be had is said, no more: nobody is to go without maps for that."""
+        """Start the metrics endpoint. If its address cannot be bound, only record why: the server works without it."""
         if not self._metrics_listen:
             return
-        # Not before: they take 30 ms, and most tests do without.
+        # Imported here: they take 30 ms, and most tests do not need them.
         from .metrics_http import MetricsServer
         from .prometheus import Metrics
 
@@ -159,30 +159,30 @@ class Server:
             self.metrics = f"none: {self._metrics_listen}: {error.strerror}"
 
     async def stop(self, *, drain_s: float) -> bool:
-        """Take nothing new in, let running work end within `drain_s`, and stop. False where a device is left stuck."""
+        """Stop reading, let running work end within `drain_s`, and stop. Return False if a worker has not ended."""
         loop = asyncio.get_running_loop()
         until_s = loop.time() + drain_s
-        for task in self._watching:
+        for task in self._background:
             task.cancel()
         self._is_stopping = True
-        self._tell()
+        self._update_health()
         self._health.close()
         self._engine.registry.close()
         self._service.drain()
-        # What is not answered then is told so, instead of being cut off.
-        telling_s = min(TELLING_S, drain_s / 10)
-        giving_up = loop.call_at(until_s - telling_s, self._service.give_up)
+        # Unanswered calls get a status shortly before `drain_s` ends, instead of being cut off.
+        status_s = min(STATUS_S, drain_s / 10)
+        timer = loop.call_at(until_s - status_s, self._service.give_up)
         await self._server.stop(drain_s)
-        giving_up.cancel()
+        timer.cancel()
         is_stuck = any(device.worker.heartbeat.is_stuck for device in self._engine.devices)
         within_s = 0.0 if is_stuck else max(CHUNK_S, until_s - loop.time())
         has_ended = await asyncio.to_thread(self._close, within_s)
         if self._tracing:
-            await asyncio.to_thread(self._tracing.close, max(TELLING_S / 2, until_s - loop.time()))
+            await asyncio.to_thread(self._tracing.close, max(STATUS_S / 2, until_s - loop.time()))
         return has_ended
 
     def abandon(self) -> None:
-        """End what a start that failed has begun."""
+        """Release everything after a failed start."""
         self._close()
 
     def _close(self, within_s: float | None = None) -> bool:
@@ -197,8 +197,8 @@ class Server:
             log.error(Event("device_abandoned", device=self._engine.device))
         return has_ended
 
-    def _tell(self) -> None:
+    def _update_health(self) -> None:
         self._health.set(statuses(self._engine, serves=self._gate.is_open and not self._is_stopping))
 
-    def _reloader(self, watching: Coroutine[Any, Any, None]) -> None:
-        self._watching.append(asyncio.create_task(watching))
+    def _run_in_background(self, task: Coroutine[Any, Any, None]) -> None:
+        self._background.append(asyncio.create_task(task))

@@ -1,4 +1,4 @@
-"""Faults of settings and specifications, each in one line."""
+"""Messages for invalid settings and specs, in one line."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from .model_settings import ModelSettings
 
 
 def first_fault(error: ValidationError, *, known: Iterable[str], where: str) -> str:
-    """Say in a line what the first thing wrong is. `known` are the fields that there are, `where` names their place."""
+    """Return the message for the first validation error. `known` are the valid fields, `where` names their source."""
     wrong = error.errors()[0]
     path = [str(each) for each in wrong["loc"]]
     is_of_model = path[:1] == ["models"] and len(path) > 2  # models, its name, a setting

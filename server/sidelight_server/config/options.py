@@ -1,14 +1,14 @@
-"""Options of a model's kernel: faster, and less exact.
+"""Options of a model's kernel, for more speed at less accuracy.
 
-The settings are made of these before torch is loaded, so nothing here may import it.
+Settings are read before torch is loaded, so this module must not import it.
 """
 
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Outputs = Literal["logits", "probabilities"]  # what a model returns
-Activation = Literal["softmax", "sigmoid"]  # classes that exclude each other, or do not
+Outputs = Literal["logits", "probabilities"]  # kind of the model's outputs
+Activation = Literal["softmax", "sigmoid"]  # mutually exclusive classes, or independent ones
 Precision = Literal["float32", "bfloat16", "float16"]  # names of torch's types
 
 
@@ -18,27 +18,30 @@ class KernelFields(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     precision: Precision | None = Field(
-        None, description="type that the model computes in; unset: that of its weights; half precision: rougher maps"
+        None,
+        description="type that the model computes in; unset: that of its weights; half precision: less accurate maps",
     )
     fold: bool = Field(False, description="fold BatchNorm into convolutions: faster, other rounding")
-    channels_last: bool = Field(False, description="lay pictures out by pixel: faster on most CPUs and GPUs")
+    channels_last: bool = Field(False, description="use the channels-last memory format: faster on most CPUs and GPUs")
     compile: bool = Field(False, description="compile the model with torch.compile; needs a C compiler, and minutes")
-    cuda_graphs: bool = Field(False, description="on a GPU: replay recorded kernels for a ladder of chunk sizes")
+    cuda_graphs: bool = Field(
+        False, description="on a GPU: replay recorded kernels, for chunk sizes that are powers of two"
+    )
 
 
 class KernelOptions(KernelFields):
-    """None of these by default: then maps are those of the module as it is, to the last bit."""
+    """The kernel options of a model. By default none is set, and maps are exactly those of the module."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Those that are chosen, but the precision."""
+        """The names of the options that are set, without the precision."""
         return tuple(name for name in ("fold", "channels_last", "compile", "cuda_graphs") if getattr(self, name))
 
     @property
     def is_exact(self) -> bool:
-        """Whether none is chosen."""
+        """Whether no option is set."""
         return self == KernelOptions()
 
     def summary(self, precision: str) -> str:
-        """Return what runs, in a word: "bfloat16+fold"."""
+        """Return the type and the options as text: "bfloat16+fold"."""
         return "+".join((precision, *self.names))

@@ -1,4 +1,4 @@
-"""The settings of a process: read from flags, `SIDELIGHT_*` variables and `sidelight.toml`, in this order."""
+"""Reads the settings of a process from flags, `SIDELIGHT_*` variables and `sidelight.toml`, in this precedence."""
 
 import argparse
 import difflib
@@ -51,12 +51,12 @@ class _Process(Settings, BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources, the first that speaks winning. The flags stand before them all."""
+        """Return the sources in order of precedence, after the flags."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that suggests the flag that was meant."""
+    """A parser that suggests a similar flag for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()
@@ -67,7 +67,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def read_settings(arguments: Sequence[str]) -> Settings:
-    """Return the settings of a process. `ConfigurationError` names what is wrong, and where; `--help` exits."""
+    """Return the settings of a process. Raises `ConfigurationError`; `--help` exits."""
     flags: CliSettingsSource[argparse.ArgumentParser] = CliSettingsSource(
         _Process,
         root_parser=_Parser(
@@ -86,11 +86,11 @@ def read_settings(arguments: Sequence[str]) -> Settings:
         raise ConfigurationError(first_fault(error, known=Settings.model_fields, where=str(FILE))) from None
     except ValueError as error:  # TOML that does not parse, JSON in a variable
         raise ConfigurationError(f"{FILE} or a {PREFIX}* variable: {error}") from None
-    return Settings(**read.model_dump(exclude_unset=True))  # a table says nothing of what it leaves out
+    return Settings(**read.model_dump(exclude_unset=True))  # unset fields of a table are not values
 
 
 def misspelt_variables() -> list[str]:
-    """Return warnings about variables that are nearly a setting. (Others may well be: `SIDELIGHT_SERVICE_HOST`.)"""
+    """Return warnings for unknown variables similar to a setting. Others may be valid: `SIDELIGHT_SERVICE_HOST`."""
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in (*known, *OF_CLIENTS)]
     nearly = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.9) for name in unknown}

@@ -25,87 +25,96 @@ def _named_once(models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
 
 
 class Settings(ModelSettings):
-    """All that an operator can set. Checked once, when it is made.
+    """All settings of the server. Validated at construction.
 
-    What is said of models here holds for each that does not say otherwise in `models`.
+    Settings of models are defaults for all models; the tables in `models` override them.
     """
 
     models: Annotated[dict[str, ModelSettings], AfterValidator(_named_once), CliSuppress] = Field(
         {}, description="several models by name, each a table [models.NAME] of the file; unset: the one of `model`"
     )
     watch_s: float = Field(
-        0.0, ge=0, description="seconds between looks at the models' files, to load again those that changed; 0: none"
+        0.0, ge=0, description="seconds between checks of the models' files, to reload changed models; 0: no checks"
     )
-    allow_reload: bool = Field(False, description="let callers have a model loaded again from its source")
+    allow_reload: bool = Field(False, description="allow callers to reload a model from its source")
 
     listen: Annotated[tuple[str, ...], *Listed] = Field(
         ("127.0.0.1:50051",), min_length=1, description='addresses: "host:port" (port 0: a free one) or "unix:/path"'
     )
-    plaintext: bool = Field(False, description="allow addresses that are not loopback, although nothing is encrypted")
+    plaintext: bool = Field(False, description="allow addresses that are not loopback without encryption")
     socket_mode: str | None = Field(
         None, pattern="^0?[0-7]{3}$", description='mode of UNIX sockets, as "660"; unset: what the umask leaves'
     )
-    tls_certificate: Path | None = Field(
-        None, description="PEM file of the certificates that ports show; unset: no TLS"
-    )
+    tls_certificate: Path | None = Field(None, description="PEM file of the server's certificate chain; unset: no TLS")
     tls_key: Path | None = Field(None, description="PEM file of the certificate's key, without a password")
     tls_client_ca: Path | None = Field(
-        None, description="PEM file of authorities, one of which must have signed a caller's certificate; unset: none"
+        None,
+        description="PEM file of authorities for client certificates, which are then required; unset: not required",
     )
-    tokens: Path | None = Field(None, description="file of bearer tokens, one a line, that calls need; unset: none")
+    tokens: Path | None = Field(
+        None, description="file of bearer tokens, one per line, of which calls need one; unset: no token needed"
+    )
     admin_tokens: Path | None = Field(
-        None, description="file of tokens that may also have models loaded again; unset: nobody may if tokens are set"
+        None, description="file of tokens that may also reload models; unset: no token may, if tokens is set"
     )
-    drain_s: float = Field(30.0, ge=0, description="seconds that running work may take after SIGTERM; 0: none")
+    drain_s: float = Field(30.0, ge=0, description="seconds that running work may take after SIGTERM; 0: stop at once")
 
     stuck_s: float = Field(
         60.0, ge=0, description="seconds without progress after which a device counts as stuck in health; 0: never"
     )
 
     metrics_listen: str | None = Field(
-        None, description="host:port of metrics over HTTP; empty: none; unset: 127.0.0.1:9464, if that is free"
+        None, description="host:port of metrics over HTTP; empty: none; unset: 127.0.0.1:9464, if it is free"
     )
     log_format: LogFormat = Field("text", description="lines of the log as text, key=value, or as json")
 
     device: str = Field("auto", description="auto, cpu, cuda:N or mps; several with commas share the work")
     threads: int = Field(0, ge=0, description="CPU threads of one operation; 0: the CPUs that this process may use")
     dedicated_cpus: bool = Field(
-        False, description="no other process needs these CPUs: OpenMP's threads keep spinning while they wait for work"
+        False, description="no other process uses these CPUs, so OpenMP threads keep spinning while they wait"
     )
 
-    max_message_bytes: int = Field(64 * MEBIBYTE, ge=4096, le=2**31 - 1, description="bytes of a message, each way")
-    max_in_flight: int = Field(256, ge=1, description="batches at work at once, over all callers")
-    max_in_flight_bytes: int = Field(1024 * MEBIBYTE, ge=4096, description="bytes of those batches and their answers")
+    max_message_bytes: int = Field(
+        64 * MEBIBYTE, ge=4096, le=2**31 - 1, description="limit of a message's bytes, in each direction"
+    )
+    max_in_flight: int = Field(256, ge=1, description="limit of batches in flight, over all callers")
+    max_in_flight_bytes: int = Field(
+        1024 * MEBIBYTE, ge=4096, description="limit of the bytes of batches in flight and their answers"
+    )
     max_caller_rows: int = Field(
         1_000_000,
         ge=0,
-        description="rows that several batches of one caller at work may take together; 0: no limit",
+        description="limit of the rows of one caller's batches in flight, if several; 0: no limit",
     )
-    max_stream_in_flight: int = Field(32, ge=1, description="unanswered batches of one stream; reading pauses there")
+    max_stream_in_flight: int = Field(
+        32, ge=1, description="limit of unanswered batches of one stream, at which reading pauses"
+    )
     max_peer_streams: int = Field(
-        256, ge=0, description="streams of one host at once; callers over UNIX sockets count as one; 0: no limit"
+        256, ge=0, description="limit of open streams of one host; callers over UNIX sockets count as one; 0: no limit"
     )
     max_stream_age_s: float = Field(
-        3600.0, ge=0, description="seconds after which a stream is answered and ended with OK; 0: without end"
+        3600.0,
+        ge=0,
+        description="seconds after which a stream ends with OK, once its batches are answered; 0: no limit",
     )
     stalled_write_s: float = Field(
         60.0,
         ge=0,
-        description="seconds from an answer until its caller has accepted all of it, or the call ends; 0: without end",
+        description="seconds within which a client must accept an answer, or the call ends; 0: no limit",
     )
     max_arrival_s: float = Field(
-        30.0, ge=0, description="seconds in which the message of a unary call must have arrived; 0: without end"
+        30.0, ge=0, description="seconds within which the message of a unary call must arrive; 0: no limit"
     )
-    keepalive_s: float = Field(30.0, ge=0, description="seconds between pings that find out dead callers; 0: no pings")
+    keepalive_s: float = Field(30.0, ge=0, description="seconds between pings that detect dead clients; 0: no pings")
 
     shared_memory: Path | None = Field(
-        None, description="the folder where streams may share memory, as /dev/shm; unset: none may"
+        None, description="folder for shared memory regions, such as /dev/shm; unset: not allowed"
     )
-    max_region_bytes: int = Field(1024 * MEBIBYTE, ge=1, description="bytes of one region of shared memory")
-    max_stream_regions: int = Field(8, ge=1, description="regions of shared memory of one stream")
+    max_region_bytes: int = Field(1024 * MEBIBYTE, ge=1, description="limit of the bytes of one shared memory region")
+    max_stream_regions: int = Field(8, ge=1, description="limit of the shared memory regions of one stream")
 
     def of_models(self) -> dict[str, ModelSettings]:
-        """Return the settings of every model by its name, in order; without tables of the one that stands here."""
+        """Return the settings of every model by name, in order; without `models`, of the single model."""
         if not self.models:
             return {self.name or "": self.of_model("")}
         if self.model and all(table.model for table in self.models.values()):
@@ -115,7 +124,7 @@ class Settings(ModelSettings):
         return {name: self.of_model(name) for name in self.models}
 
     def of_model(self, name: str) -> ModelSettings:
-        """Return the settings of one model: what its table says, and for what that leaves out what stands here."""
+        """Return the settings of one model: its table, with the general settings as defaults."""
         general = {name: getattr(self, name) for name in ModelSettings.model_fields}
         own = self.models[name].model_dump(exclude_unset=True) | {"name": name} if name in self.models else {}
         return ModelSettings(**general | own)

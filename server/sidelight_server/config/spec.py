@@ -1,4 +1,4 @@
-"""`ModelSpec`, which a factory may return: the module, and what is known about its input and its output."""
+"""`ModelSpec`: a module with its input and output format. A factory may return one."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Self
@@ -16,23 +16,24 @@ if TYPE_CHECKING:
 
     Module = nn.Module
 else:
-    Module = Any  # the settings are made before torch is loaded
+    Module = Any  # settings are read before torch is loaded
 
 
 class ModelSpec(ModelTraits):
-    """A module and what is known about it; what is unset comes from the settings.
+    """A module and its traits; unset fields come from the settings, or are detected.
 
-    Pixels are scaled to `pixel_range`, then `mean` is subtracted and `std` divides. Without an input size a model takes
-    floating arrays of any shape, and neither files nor pixels. `ConfigurationError` for a value that is none.
+    Pixels are scaled to `pixel_range`; then `mean` is subtracted, and the result divided by `std`. Without an input
+    size a model only takes floating arrays, of any shape. Raises `ConfigurationError` for an invalid value.
     """
 
     module: Module = Field(kw_only=False)
-    class_names: tuple[str, ...] | None = Field(None, description="of the K classes, in order")
+    class_names: tuple[str, ...] | None = Field(None, description="names of the K classes, in order")
     odd_margin: OddMargin | None = Field(
-        None, description='half of it, above and on the left: to even ("round", None), or down ("floor")'
+        None,
+        description='rounding of half an odd crop margin, at top and left: to even ("round", None), or down ("floor")',
     )
     batch: tuple[int, int] | None = Field(
-        None, description="least and most examples that the module takes at once; fewer are filled up"
+        None, description="least and largest batch size of the module; smaller batches are padded"
     )
 
     if not TYPE_CHECKING:
@@ -49,26 +50,26 @@ class ModelSpec(ModelTraits):
 
     @property
     def options(self) -> KernelOptions:
-        """What the kernel may do to be faster."""
+        """The kernel options of the spec."""
         return KernelOptions(**{name: getattr(self, name) for name in KernelFields.model_fields})
 
     def replace(self, **traits: Any) -> Self:
-        """Return a specification with some traits changed."""
-        return type(self)(**self._said() | traits)
+        """Return a copy with some traits changed."""
+        return type(self)(**self._set_fields() | traits)
 
     def completed(self, settings: Mapping[str, Any]) -> Self:
-        """Return this with what it leaves out filled in; a name in the settings wins.
+        """Return a copy with unset fields filled in from the settings, whose `name` takes precedence.
 
-        `ConfigurationError` where settings and specification say different things of the same model.
+        Raises `ConfigurationError` if the settings and the spec have different values for a field.
         """
-        said = self._said()
+        own = self._set_fields()
         for name, theirs in settings.items():
-            if name != "name" and name in said and said[name] != theirs:
+            if name != "name" and name in own and own[name] != theirs:
                 raise ConfigurationError(
-                    f"{name}: the settings say {theirs!r}, the model's own specification says {said[name]!r}"
+                    f"{name}: the settings say {theirs!r}, the model's own specification says {own[name]!r}"
                 )
         return self.replace(**settings)
 
-    def _said(self) -> dict[str, Any]:
-        said = {name: getattr(self, name) for name in self.model_fields_set}
-        return {name: value for name, value in said.items() if value is not None}
+    def _set_fields(self) -> dict[str, Any]:
+        own = {name: getattr(self, name) for name in self.model_fields_set}
+        return {name: value for name, value in own.items() if value is not None}

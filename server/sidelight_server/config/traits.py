@@ -1,6 +1,6 @@
 """The traits of a model: its input, its outputs and its kernel's options.
 
-They are fields of what a factory returns, `ModelSpec`, and of what an operator sets, `ModelSettings`.
+They are fields both of `ModelSpec`, which a factory returns, and of `ModelSettings`, which an operator sets.
 """
 
 import json
@@ -14,7 +14,7 @@ from .options import Activation, KernelFields, Outputs
 
 
 def _listed(value: object) -> object:
-    """Return the items of a list as a variable holds it, "3,224,224" or JSON, or of an array or tensor."""
+    """Return the items of a list in a variable, "3,224,224" or JSON, or of an array or tensor."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if not isinstance(value, str):
@@ -35,25 +35,25 @@ _Length = Annotated[int, Field(ge=1)]
 
 
 class ModelTraits(KernelFields):
-    """What can be said of a model. What is unset is found out, or has its default."""
+    """The traits of a model. Unset ones are detected or have a default."""
 
     name: str | None = Field(
-        None, description="what requests call the model; if unset, the name of its file, folder or module"
+        None, description="name of the model in requests; unset: the name of its file, folder or module"
     )
     input_size: Annotated[tuple[_Length, _Length, _Length] | None, *Listed] = Field(
         None, description="C,H,W of the model's input; unset: floating arrays of any shape, neither files nor pixels"
     )
     trial_size: Annotated[tuple[_Length, _Length, _Length] | None, *Listed] = Field(
-        None, description="C,H,W that a model of any input size is tried with when it is loaded; unset: it is not tried"
+        None, description="C,H,W of a trial run at load, for models of any input size; unset: no trial run"
     )
     mean: Annotated[tuple[float, ...] | None, *Listed] = Field(
-        None, description="one for each channel, of pixels in pixel_range; unset: 0"
+        None, description="one per channel, of pixels in pixel_range; unset: 0"
     )
     std: Annotated[tuple[float, ...] | None, *Listed] = Field(
-        None, description="one for each channel, of pixels in pixel_range; unset: 1"
+        None, description="one per channel, of pixels in pixel_range; unset: 1"
     )
     pixel_range: Annotated[tuple[float, float] | None, *Listed] = Field(
-        None, description="what pixels 0 and 255 are scaled to before the mean is subtracted; unset: 0,1"
+        None, description="values that pixels 0 and 255 are scaled to before mean and std; unset: 0,1"
     )
     resize: Annotated[int | str, Field(union_mode="left_to_right"), AfterValidator(_way_to_resize)] | None = Field(
         None,
@@ -64,19 +64,19 @@ class ModelTraits(KernelFields):
     window: Annotated[tuple[float, float] | None, *Listed] = Field(
         None, description="values of 16-bit and DICOM files that become black and white; unset: as the file says"
     )
-    input: str | None = Field(None, description="the model's keyword that takes the images; unset: found out")
+    input: str | None = Field(None, description="the model's keyword that takes the images; unset: detected")
     arguments: dict[str, Constant] | None = Field(
         None, description="constants for other keywords of the model, as JSON or a table of the file"
     )
     label_argument: str | None = Field(
-        None, description="the model's keyword that demands labels, and gets zeros; unset: found out"
+        None, description="the model's keyword that demands labels, and gets zeros; unset: detected"
     )
     output_key: str | int | None = Field(
-        None, description="key, attribute or place of the outputs in what the model returns; unset: found out"
+        None, description="key, attribute or index of the outputs in the model's return value; unset: detected"
     )
-    output_kind: Outputs | None = Field(None, description="what they are, [N, K] or [N, K, h, w]; unset: found out")
+    output_kind: Outputs | None = Field(None, description="what they are, [N, K] or [N, K, h, w]; unset: detected")
     activation: Activation | None = Field(
-        None, description="softmax where classes exclude each other, sigmoid where they do not; unset: found out"
+        None, description="softmax if classes are mutually exclusive, else sigmoid; unset: detected"
     )
     layer_layout: dict[str, str] | None = Field(
         None,

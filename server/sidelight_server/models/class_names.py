@@ -1,11 +1,11 @@
-"""Class names: from a class's label or index, as a caller gives it, to its index."""
+"""Class names: resolves a label or an index from a request to a class index."""
 
 from ..domain import Choice
 from ..errors import InvalidArgument, NotFound, did_you_mean
 
 
 class ClassNames:
-    """The labels of a model's classes, in their order; a label may name several classes."""
+    """The labels of a model's classes, in order; several classes may have the same label."""
 
     def __init__(self, model: str, labels: tuple[str, ...]) -> None:
         self._model = model
@@ -15,9 +15,9 @@ class ClassNames:
             self._indices.setdefault(label, []).append(index)
 
     def index(self, choice: Choice, *, n_classes: int) -> int:
-        """Return a class's index. `NotFound` for an unknown label, `InvalidArgument` for an index out of range.
+        """Return a class index. Raises `NotFound` for an unknown label, `InvalidArgument` for an index out of range.
 
-        `n_classes` is 0 where the model has not run yet.
+        `n_classes` is 0 if the model has not run yet.
         """
         if isinstance(choice, str):
             return self._labelled(choice)

@@ -1,4 +1,4 @@
-"""The identity of a model: the digest of its weights, and the canary, which tells networks with equal weights apart."""
+"""The identity of a model: the digest of its weights, and the canary, which differs if the computation does."""
 
 import logging
 from collections.abc import Callable
@@ -13,37 +13,37 @@ log = logging.getLogger("sidelight")
 
 
 class ModelIdentity:
-    """What a model's chunks are computed by. `trial` gives one fixed random input; None: the model has no such size."""
+    """The identity of what computes a model's chunks. `trial` returns a fixed random input; None: no known size."""
 
     def __init__(self, name: str, kernel: Kernel, *, facts: str, trial: Callable[[], Tensor] | None) -> None:
         self._name = name
         self._kernel = kernel
         self._trial = trial
         self._weights = Weights(kernel.watch, facts=facts)
-        self._seen: Seen | None = None  # of the state that the identity is of
+        self._seen: Seen | None = None  # state of the weights at the last `identify`
         self._identity = Identity()
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of weights and facts, in hexadecimal, as they are now."""
+        """The SHA-256 of the current weights and facts, in hexadecimal."""
         return self._weights.digest
 
     @property
     def canary(self) -> str:
-        """That of `identify`; empty before the first chunk."""
+        """The canary of the last `identify`; empty before the first chunk."""
         return self._identity.canary
 
     @property
     def is_current(self) -> bool:
-        """Whether the weights have not been written to since `identify`, as far as torch counts."""
+        """Whether torch's version counters show no write to the weights since `identify`."""
         return self._seen is None or self._kernel.watch.look() == self._seen
 
     def identify(self) -> Identity:
-        """Return what the next chunk is computed by. On the thread that owns the device.
+        """Return the identity for the next chunk. On the device's thread.
 
-        Weights that others have written to are noticed, and the replica, the digest and the canary are made anew. The
-        canary is the SHA-256 of what the replica makes of the trial, as "C×H×W:digest". It is empty where two runs
-        differ, or fail, or there is no trial.
+        If the weights were written to, the replica, the digest and the canary are computed again. The canary is
+        "C×H×W:digest", with the SHA-256 of the outputs and gradient at the trial input. It is empty if two runs differ
+        or fail, or without a trial input.
         """
         seen = self._kernel.watch.look(at_values=True)
         if seen != self._seen:
@@ -57,7 +57,7 @@ class ModelIdentity:
         inputs = self._trial()
         try:
             first, second = (self._kernel.fingerprint(inputs) for _ in range(2))
-        except Exception as error:  # the chunk that follows says what is wrong, to who asks
+        except Exception as error:  # the next chunk will fail with the same error
             log.warning(Event("canary_failed", model=self._name, message=f"{type(error).__name__}: {error}"))
             return ""
         return f"{'×'.join(map(str, inputs.shape[1:]))}:{first}" if first == second else ""

@@ -9,14 +9,14 @@ from ..methods.method import Shape
 
 
 def trial_shape_of(spec: ModelSpec) -> Shape | None:
-    """Return C, H, W that a model is tried with: its input size, or what is to stand for all sizes."""
+    """Return C, H, W of the trial input: the input size or the trial size. Raises `ConfigurationError` for both."""
     if spec.input_size is not None and spec.trial_size is not None:
         raise ConfigurationError("trial_size: is set, and so is input_size, which is the size to try; leave it unset")
     return spec.trial_size if spec.input_size is None else spec.input_size
 
 
 def preprocessing_of(spec: ModelSpec) -> Preprocessing | None:
-    """Return how pixels become inputs; None without an input size. Raises `ConfigurationError`."""
+    """Return the preprocessing; None without an input size. Raises `ConfigurationError`."""
     if spec.input_size is None:
         names = ("mean", "std", "pixel_range", "resize", "odd_margin", "interpolation", "window")
         given = [name for name in names if getattr(spec, name) is not None]

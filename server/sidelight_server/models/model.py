@@ -1,4 +1,4 @@
-"""A model that serves: its kernel, its preprocessing, its labels, and its digest."""
+"""A serving model: its kernel, preprocessing, labels and digest."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ from .trial_run import InTurn, TrialRun, at_once, detect_on, refusing
 log = logging.getLogger("sidelight")
 
 DEFAULT_NAME = "model"
-TOUCHING = "examples touch each other: each runs alone"
+BATCH_DEPENDENT = "rows of this model depend on each other: each runs alone"
 
 _Value = TypeVar("_Value")
 
@@ -40,9 +40,9 @@ _Value = TypeVar("_Value")
 class Model:
     """One version of one model on one device.
 
-    It is made from a whole specification, and tried once: `ConfigurationError` says what does not fit. What it runs on
-    the device, then and while it is calibrated, it runs `in_turn`: as a task of the thread that owns the device,
-    where that answers others already. A module is shared where others hold it too, and may write to its weights.
+    The constructor runs a trial and raises `ConfigurationError` if the spec does not fit. Passes at load and during
+    calibration run `in_turn`: as tasks on the device's thread, once that serves other models. `is_shared`: the caller
+    also holds the module and may write to its weights.
     """
 
     def __init__(
@@ -67,20 +67,20 @@ class Model:
         self.trial_shape = trial_shape_of(spec)
         self.class_count = len(self.labels)  # without labels, and not tried, unknown until the first rows ran: 0
         self.output_shape: tuple[int, ...] = ()  # K, or K, h, w; as with the classes
-        self.padded_rows = 0  # how many rows a chunk is filled up to, for the same bytes beside any neighbors
+        self.padded_rows = 0  # rows that chunks are padded to, for the same bytes with any neighbors
         self.warm_up: tuple[Trial, ...] = ()
-        self.is_measured = False  # whether the size of its chunks was measured, and may grow when it is measured again
+        self.is_measured = False  # whether the chunk size was measured, so that it may be measured again
         self.neighbor_difference: float | None = None  # see `calibration`; None: not measured
         self._names = [name for name, _ in spec.module.named_modules() if name]
         trial: Tensor | None = None
         if self.trial_shape is not None:
             most = spec.batch[1] if spec.batch else 0
             trial = noise(self.trial_shape, 1 if most == 1 else 2).to(device, weights_dtype(spec.module))
-        self._to_find_out = spec if trial is None else None  # on the first rows: there is nothing to try before
+        self._to_find_out = spec if trial is None else None  # detect on the first rows: there is no trial input
         result = TrialRun(self.name, spec, trial, device=device, in_turn=in_turn).run()
         self._isolation = result.isolation
-        self.has_rectifiers = result.has_rectifiers  # as far as is known: it is found out where the model is tried
-        self.gradient_fault = result.gradient_fault  # why no map of gradients can be had, where the model is tried
+        self.has_rectifiers = result.has_rectifiers  # True without a trial run
+        self.gradient_fault = result.gradient_fault  # empty: the gradient is right, or there was no trial run
         detected = result.detected
         self.adapter, self.head = detected.adapter, detected.head
         self.probed = detected.layers  # that a map can be made of, if it was tried
@@ -127,11 +127,11 @@ class Model:
             self.black = (-self._mean / self._std).to(self.kernel.dtype)
 
     def _facts(self) -> dict[str, object]:
-        """Return all but the weights that a map depends on."""
+        """Return everything besides the weights that a map depends on."""
         return {
             "preprocessing": self.preprocessing and asdict(self.preprocessing),
             "adapter": asdict(self.adapter),
-            # Of a model that was not tried what is said of it: its digest stays when more is found out.
+            # Without a trial run, the values of the spec: the digest must not change after detection.
             "outputs": self._to_find_out.output_kind if self._to_find_out else self.head.outputs,
             "activation": self._to_find_out.activation if self._to_find_out else self.head.activation,
             "labels": self.labels,
@@ -139,12 +139,12 @@ class Model:
         }
 
     def at_most(self, rows: int) -> int:
-        """Return so many rows, or as many as the module takes at once."""
+        """Return `rows`, or the module's largest batch size if that is less."""
         return min(rows, self.adapter.most or rows)
 
     @property
     def chunk_rows(self) -> int:
-        """How many rows run at once at most: what was set, or fewer while memory lacks."""
+        """The largest number of rows that run at once: as set, or fewer while memory is short."""
         return self._row_limit.of(self._chunk_rows)
 
     @chunk_rows.setter
@@ -153,11 +153,11 @@ class Model:
 
     @property
     def set_chunk_rows(self) -> int:
-        """How many rows run at once where memory allows it."""
+        """The largest number of rows that run at once if there is enough memory."""
         return self._chunk_rows
 
     def has_fitted(self, rows: int, shape: Shape) -> None:
-        """Take note that so many rows of a shape ran at once. On the thread that owns the device, as `lacks_memory`."""
+        """Record that `rows` rows of a shape ran at once. On the device's thread, as `lacks_memory`."""
         self._row_limit.passed(rows, most=self._chunk_rows)
         self._memory.add_shape(shape)
 
@@ -167,17 +167,17 @@ class Model:
         return bool(self._memory.shapes)
 
     def takes(self, shape: Shape) -> bool:
-        """Whether the model is known to run on inputs of a shape, [C, H, W]: if not, a failure may be the caller's."""
+        """Whether the model has run on inputs of a shape, [C, H, W]. If not, a failure may be the caller's fault."""
         return self.preprocessing is not None or self._memory.has_run(shape)
 
     def lacks_memory(self, *, above: int) -> None:
-        """Take note that more rows did not fit into memory: for a while they are not tried again."""
+        """Record that more rows did not fit into memory; they are not tried again for a while."""
         self._row_limit.lower(above)
 
     def rows_at_once(self, shape: Shape) -> int:
-        """Return how many rows of a shape a chunk takes: `chunk_rows`, or fewer where callers choose the size of each.
+        """Return the chunk size for a shape: `chunk_rows`, or fewer if callers choose the shape.
 
-        On the thread that owns the device, as `check_memory`, which has the last word.
+        On the device's thread, as `check_memory`, which makes the final check.
         """
         rows = self.chunk_rows
         if self._has_measured_size(shape) or self.padded_rows:
@@ -185,7 +185,7 @@ class Model:
         return self._memory.fitting(shape, rows)
 
     def check_memory(self, inputs: Tensor) -> None:
-        """Raise `TooLarge` for rows, [n, C, H, W], of a size that callers chose and that memory lacks for."""
+        """Raise `TooLarge` if rows, [n, C, H, W], of a shape that the caller chose do not fit into memory."""
         if not self._has_measured_size(shape_of(inputs)):
             self._memory.check(inputs, least=self.adapter.least, is_padded=bool(self.padded_rows))
 
@@ -199,14 +199,14 @@ class Model:
 
     @property
     def precision(self) -> str:
-        """The type that the model computes in: "float32"; "tf32" where a GPU's convolutions may round to that."""
+        """The type that the model computes in, such as "float32"; "tf32" if convolutions on a GPU may round to it."""
         name = str(self.kernel.compute_dtype).removeprefix("torch.")
         rounds = self.kernel.device.type == "cuda" and torch.backends.cudnn.allow_tf32
         return "tf32" if rounds and name == "float32" else name
 
     @property
     def staged_dtype(self) -> np.dtype[np.generic]:
-        """The type in which floating arrays go to the device."""
+        """The type in which floating arrays are copied to the device."""
         return np.dtype(np.float64 if self._exact == torch.float64 else np.float32)
 
     @property
@@ -216,33 +216,33 @@ class Model:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """The scores that the model can give."""
+        """The scores that the model supports."""
         return self.head.scores
 
     @property
     def serves_gradients(self) -> bool:
-        """Whether methods that need a gradient can be asked for."""
+        """Whether the model supports methods that need a gradient."""
         return not self.gradient_fault or self.settings.accept_partial_gradient
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The names of the methods that can be asked for."""
+        """The names of the methods that the model supports."""
         served = [each for each in METHODS if self.serves_gradients or not each.needs_gradient]
         return tuple(each.name for each in served if self.has_rectifiers or each is not GuidedBackpropagation)
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """The names that can be probed, in the order of the module tree; all names, if the model has never run."""
+        """The layers that can be explained, in the order of the module tree; all layers, if the model has never run."""
         return tuple(name for name in self._names if not self.is_known or name in self.probed.layouts)
 
     @property
     def is_tried(self) -> bool:
-        """Whether the model ran when it was loaded: on its input size, or on one to try it with."""
+        """Whether the model ran at load, with its input size or its trial size."""
         return self.trial_shape is not None
 
     @property
     def shapes(self) -> object:
-        """What two versions have in common if they are the same network, and cost the same."""
+        """Shapes and options, which are equal for two versions of the same network with the same cost."""
         state = self._module.state_dict().items()
         weights = [(name, each.shape, each.dtype) for name, each in state if isinstance(each, Tensor)]
         return self.trial_shape, self.kernel.options, self.adapter, weights
@@ -253,43 +253,43 @@ class Model:
         return self.padded_rows > 0
 
     def layer(self, name: str) -> str:
-        """Return the layer that a name means. `NotFound` with the near names."""
+        """Return the layer of a name; empty is the default. Raises `NotFound`, which suggests similar names."""
         if self.is_known or (name and name not in self._names):
             return self.probed.chosen(name, self._names)
         return name
 
     def inputs(self, staged: Tensor) -> Tensor:
-        """Return the kernel's input, [n, C, H, W], of staged pixels, uint8 [n, H, W, C], or staged floating arrays."""
+        """Convert staged pixels, uint8 [n, H, W, C], or staged floating arrays to kernel inputs, [n, C, H, W]."""
         if staged.dtype == torch.uint8:
             staged = normalize(staged, self._mean, self._std)
         return staged.to(self.kernel.dtype)
 
     def class_of(self, choice: Choice) -> int:
-        """Return a class's index. `NotFound` for an unknown label, `InvalidArgument` for an index out of range."""
+        """Return a class index. Raises `NotFound` for an unknown label, `InvalidArgument` for an index out of range."""
         return self._class_names.index(choice, n_classes=self.class_count)
 
     def learn_output(self, shape: tuple[int, ...]) -> None:
-        """Take note of what the model returned: K, or K, h, w. `OutputsError` if K changes."""
+        """Record the shape of the outputs: K, or K, h, w. Raises `OutputsError` if K changes."""
         if self.output_shape and self.output_shape[0] != shape[0]:
             raise OutputsError(f"the model returned {shape[0]} classes, {self.output_shape[0]} before")
         self.output_shape, self.class_count = shape, shape[0]
 
     @property
     def is_known(self) -> bool:
-        """Whether it was found out how the module is called and what its outputs are."""
+        """Whether introspection has run, so that call and outputs are known."""
         return self._to_find_out is None
 
     def find_out(self, inputs: Tensor) -> None:
-        """Find out on the first rows, [n, C, H, W], what the trial at load shows where an input size is known.
+        """Run introspection on the first rows, [n, C, H, W], for models without a trial at load.
 
-        On the thread that owns the device. `OutputsError` where the model cannot be served as it is; whatever the
-        module raises itself is about these rows, and the next ones are tried again.
+        On the device's thread. Raises `OutputsError` if the model cannot be served. The module's own exceptions only
+        fail these rows, and introspection is repeated on the next ones.
         """
         spec = self._to_find_out
         if spec is None:
             return
         detected = detect_on(inputs, spec, self._module, self._isolation, adapter=self.adapter, memory=self._memory)
-        if detected is None:  # the outputs are not numbers, of this example, which fails for it
+        if detected is None:  # the outputs are NaN; this example will fail
             return
         self.adapter, self.head, self.is_batch_dependent = detected.adapter, detected.head, detected.is_batch_dependent
         self.probed = detected.layers
@@ -303,17 +303,17 @@ class Model:
             self.run_rows_alone()
 
     def run_rows_alone(self) -> None:
-        """Let rows, which depend on each other, run alone."""
+        """Make each row run alone, because rows depend on each other."""
         self.is_batch_dependent, self.chunk_rows = True, 1
-        log.warning(Event("rows_touch", model=self.name, message=TOUCHING))
+        log.warning(Event("batch_dependent", model=self.name, message=BATCH_DEPENDENT))
 
     def inputs_like(self, n: int, *, seed: int = 0) -> Tensor:
-        """Return n random inputs, [n, C, H, W], for trials."""
+        """Return n random trial inputs, [n, C, H, W]."""
         assert self.trial_shape is not None  # noqa: S101
         return noise(self.trial_shape, n, seed=seed).to(self.kernel.device, self.kernel.dtype)
 
     def exact_kernel(self) -> Kernel:
-        """Return a kernel of the same module without any option, to compare with."""
+        """Return a kernel of the same module without options, for comparison."""
         return Kernel(
             self._module,
             device=self.kernel.device,
@@ -337,8 +337,8 @@ class Model:
             )
         self.learn_output(answer.output_shape)
         if self.gradient_fault:
-            served = "all the same, as accept_partial_gradient says" if self.serves_gradients else "not"
-            said = f"{self.gradient_fault}; methods of gradients are {served} served, {', '.join(self.methods)} are"
-            log.warning(Event("gradient_fault", model=self.name, message=said))
+            served = "served (accept_partial_gradient)" if self.serves_gradients else "not served"
+            message = f"{self.gradient_fault}; gradient methods are {served}; available: {', '.join(self.methods)}"
+            log.warning(Event("gradient_fault", model=self.name, message=message))
         if self.is_batch_dependent:
             self.run_rows_alone()

@@ -1,4 +1,4 @@
-"""Row memory: how many rows of a shape fit into the device's memory, measured where callers choose the shape."""
+"""Row memory: how many rows of a shape fit into device memory, measured for models of any input size."""
 
 import math
 from typing import TypeVar
@@ -10,20 +10,20 @@ from ..compute.saved_memory import SavedMemory, TooLarge
 from ..compute.torch_device import free_memory
 from ..methods.method import Shape
 
-MAX_SHAPES = 1024  # that are remembered, of a model without an input size
-SMALL_CHUNK_BYTES = 64 * 1024 * 1024  # that a chunk may take without a look at how much memory is free
+MAX_SHAPES = 1024  # input shapes that are remembered, for a model without an input size
+SMALL_CHUNK_BYTES = 64 * 1024 * 1024  # chunks up to this size run without checking the free memory
 
 _Value = TypeVar("_Value")
 
 
 class RowMemory:
-    """The shapes that ran, and the bytes that a row of each takes. Used by the device's thread alone."""
+    """The shapes that have run, and the bytes per row of each. Used on the device's thread only."""
 
     def __init__(self, name: str, kernel: Kernel, *, device_memory_limit: int) -> None:
         self._name = name
         self._kernel = kernel
-        self._set_limit = device_memory_limit  # 0: half of what is free
-        self._shapes: dict[Shape, None] = {}  # that rows ran on, the newest last
+        self._set_limit = device_memory_limit  # 0: half of the free memory
+        self._shapes: dict[Shape, None] = {}  # shapes that have run, newest last
         self._row_bytes: dict[Shape, int] = {}  # by shape, the newest last
 
     @property
@@ -45,16 +45,16 @@ class RowMemory:
         return shape in self._shapes
 
     def fitting(self, shape: Shape, rows: int) -> int:
-        """Return how many of some rows of a shape fit, at least 1: `check` has the last word."""
-        # Of a shape that is not known yet no more than its inputs, which are there before it is.
+        """Return how many of `rows` rows of a shape fit, at least 1; `check` makes the final check."""
+        # For an unknown shape, count only the inputs: they are allocated before a row is measured.
         row_bytes = self._row_bytes.get(shape) or 2 * math.prod(shape) * self._kernel.dtype.itemsize
         return max(1, min(rows, self._room(row_bytes, rows)))
 
     def check(self, inputs: Tensor, *, least: int, is_padded: bool) -> None:
-        """Raise `TooLarge` for rows, [n, C, H, W], that memory lacks for.
+        """Raise `TooLarge` if rows, [n, C, H, W], do not fit into memory.
 
-        What a row of a shape takes is measured by a forward pass of one, which is filled up to the `least` rows that
-        the module takes, and ends where that is too much already. Rows that are padded run together or not at all.
+        The memory of a row of a new shape is measured by a forward pass, padded to the module's `least` batch size;
+        the pass stops at the limit. A padded chunk cannot be split, so it fits as a whole or not at all.
         """
         n, shape = len(inputs), shape_of(inputs)
         if shape not in self._row_bytes:
@@ -70,14 +70,14 @@ class RowMemory:
             )
 
     def learn(self, kept: SavedMemory, inputs: Tensor, *, limit: int, n_rows: int) -> None:
-        """Record the bytes of a row, from what a pass of some rows kept. `TooLarge` where the pass was ended."""
+        """Record the bytes per row, from a pass of `n_rows`. Raises `TooLarge` if the pass exceeded the limit."""
         shape = shape_of(inputs)
         if kept.is_over:
             raise self._too_large(shape, limit=limit)
         _remember(self._row_bytes, shape, -(-kept.n_bytes // n_rows) + 2 * inputs[0].nbytes)
 
     def _room(self, row_bytes: int, rows: int) -> int:
-        """Return how many rows of so many bytes there is memory for; `rows` where that is little."""
+        """Return how many rows fit into memory; `rows` if they take little."""
         little = min(SMALL_CHUNK_BYTES, self._set_limit or SMALL_CHUNK_BYTES)
         return rows if rows * row_bytes <= little else self.limit_bytes // row_bytes
 
@@ -95,7 +95,7 @@ def shape_of(inputs: Tensor) -> Shape:
 
 
 def _remember(known: dict[Shape, _Value], shape: Shape, value: _Value) -> None:
-    """Add a value by its shape, and drop the one that was set longest ago: callers choose the shapes."""
+    """Set a value, and drop the oldest above `MAX_SHAPES`: callers choose the shapes."""
     known.pop(shape, None)
     known[shape] = value
     if len(known) > MAX_SHAPES:

@@ -1,7 +1,7 @@
-"""The trial run: a module runs once on a device before it serves, and shows how it can be served.
+"""The trial run: runs a module once on its device at load, to detect how it can be served.
 
-It runs on a replica that shares no buffer, for a pass may write to them, and `in_turn`: as a task of the thread that
-owns the device, where that answers others already.
+It uses a replica that shares no buffer, because a pass may write to buffers. It runs `in_turn`: as a task on the
+device's thread, once that serves other models.
 """
 
 import contextlib
@@ -30,29 +30,29 @@ _Value = TypeVar("_Value")
 
 
 class InTurn(Protocol):
-    """Runs a function on a device when it is its turn, and returns what that returns."""
+    """Runs a function between the chunks of a device, and returns its result."""
 
     def __call__(self, task: Callable[[], _Value]) -> _Value:
-        """Run it."""
+        """Run the task and return its result."""
 
 
 def at_once(task: Callable[[], _Value]) -> _Value:
-    """Run a function here and now: for a device that nobody else uses."""
+    """Run a function directly, for a device that serves no requests yet."""
     return task()
 
 
 @dataclass(frozen=True, slots=True)
 class TrialResult:
-    """What the trial of a module shows; without one, what is assumed of it."""
+    """The result of a trial run; without trial inputs, the defaults."""
 
     detected: Detected
     isolation: Isolation
     gradient_fault: str = ""  # why no map of gradients can be had
-    has_rectifiers: bool = True  # that guided backpropagation can guide
+    has_rectifiers: bool = True  # whether guided backpropagation is possible
 
 
 class TrialRun:
-    """The trial of a specification's module on `inputs`, [n, C, H, W]; None: nothing is run."""
+    """Runs a spec's module on trial `inputs`, [n, C, H, W]; None: runs nothing."""
 
     def __init__(
         self, name: str, spec: ModelSpec, inputs: Tensor | None, *, device: torch.device, in_turn: InTurn
@@ -64,21 +64,23 @@ class TrialRun:
         self._in_turn = in_turn
 
     def run(self) -> TrialResult:
-        """Run it. The caller's hooks are left out where the outputs are the same without them."""
+        """Run the trial. Drops the caller's hooks if the outputs are the same without them."""
         hooks = n_hooks(self._spec.module)
         if hooks and self._inputs is not None:
-            with contextlib.suppress(Exception):  # a network whose hooks compute may need them to run at all
+            with contextlib.suppress(Exception):  # the module may not run without hooks
                 return self._without_hooks(self._inputs, n_hooks=hooks)
         if hooks:
-            said = "hooks of the module's forward pass run with each pass here: "
-            said += (
-                "set trial_size to have them tried and left out" if self._inputs is None else "outputs depend on them"
+            message = "hooks of the module's forward pass run with each pass: "
+            message += (
+                "set trial_size to check whether they can be dropped"
+                if self._inputs is None
+                else "outputs depend on them"
             )
-            log.warning(Event("hooks_kept", model=self._name, hooks=hooks, message=said))
+            log.warning(Event("hooks_kept", model=self._name, hooks=hooks, message=message))
         return self._tried()[1]
 
     def _without_hooks(self, inputs: Tensor, *, n_hooks: int) -> TrialResult:
-        """Try the module without hooks. `ConfigurationError` where its outputs are others then."""
+        """Run the trial without hooks. Raises `ConfigurationError` if that changes the outputs."""
         without, result = self._tried(keeps_hooks=False)
         with_hooks = replicate(self._spec.module, Isolation(owned=None)).to(self._device)
 
@@ -89,11 +91,15 @@ class TrialRun:
 
         if self._in_turn(differ):
             raise ConfigurationError("the outputs depend on hooks")
-        log.info(Event("hooks_dropped", model=self._name, hooks=n_hooks, message="the module's hooks do not run here"))
+        log.info(
+            Event(
+                "hooks_dropped", model=self._name, hooks=n_hooks, message="the module's hooks do not run in the server"
+            )
+        )
         return result
 
     def _tried(self, *, keeps_hooks: bool = True) -> tuple[nn.Module, TrialResult]:
-        """Return the replica that ran, and what that shows."""
+        """Run the trial on a replica; return the replica and the result."""
         with refusing(self._name, "cannot be replicated and moved to the device"):
             replica = replicate(self._spec.module, Isolation(owned=None, keeps_hooks=keeps_hooks)).to(self._device)
         versions = {name: each._version for name, each in _state(replica)}
@@ -104,7 +110,7 @@ class TrialRun:
         if inputs is None:
             return replica, TrialResult(detected, Isolation(owned=None))
         written = {name for name, each in _state(replica) if versions.get(name) != each._version}
-        # By value too: torch does not count what a BatchNorm in train mode writes to its statistics.
+        # By value too: torch's version counters miss the running statistics of a BatchNorm in train mode.
         theirs = dict(self._spec.module.named_buffers())
         written |= {
             name for name, each in replica.named_buffers() if not torch.equal(each, theirs[name].to(self._device))
@@ -116,7 +122,7 @@ class TrialRun:
         return replica, TrialResult(detected, isolation, fault, has_rectifiers)
 
     def _gradient_fault(self, module: nn.Module, detected: Detected, example: Tensor) -> str:
-        """Return what is wrong with the gradient, if it is not that of the outputs."""
+        """Return what is wrong with the gradient; empty if it is right."""
         adapter, rows = detected.adapter, 1 if detected.is_batch_dependent or detected.adapter.most == 1 else 2
 
         def run(inputs: Tensor) -> Tensor:
@@ -128,10 +134,10 @@ class TrialRun:
 def detect_on(
     inputs: Tensor, spec: ModelSpec, module: nn.Module, isolation: Isolation, *, adapter: Adapter, memory: RowMemory
 ) -> Detected | None:
-    """Detect how a module is called on the first of some rows, [n, C, H, W]; None where its outputs are not numbers.
+    """Run introspection on the first of some rows, [n, C, H, W]. Return None if the outputs are NaN.
 
-    `TooLarge` where memory lacks for it, `OutputsError` where the model cannot be served as it is; whatever the module
-    raises itself.
+    Raises `TooLarge` if a row does not fit into memory, `OutputsError` if the model cannot be served, and whatever the
+    module raises.
     """
     rows = inputs.detach()[:1]
     trial = rows if adapter.most == 1 else rows.repeat(2, 1, 1, 1)
@@ -154,7 +160,7 @@ def detect_on(
 
 @contextlib.contextmanager
 def refusing(name: str, what: str) -> Iterator[None]:
-    """Raise `ConfigurationError`, with the model's name and `what` failed, for any error."""
+    """Convert any error to `ConfigurationError`, with the model's name and `what` failed."""
     try:
         yield
     except ConfigurationError as error:
@@ -162,23 +168,23 @@ def refusing(name: str, what: str) -> Iterator[None]:
     except SidelightError as error:
         raise ConfigurationError(f'model "{name}": {what}: {error.message}') from error
     except Exception as error:
-        said = str(error).strip()
-        # A script's interpreter tells the cause last; torch's compiler goes on with advice.
-        why = said.splitlines()[-1] if "TorchScript interpreter" in said else said.partition("\n\n")[0]
+        text = str(error).strip()
+        # TorchScript has the cause in the last line; torch.compile adds advice after an empty line.
+        why = text.splitlines()[-1] if "TorchScript interpreter" in text else text.partition("\n\n")[0]
         kind = type(error).__name__
         why = why.removeprefix(f"{kind}: ")
         raise ConfigurationError(f'model "{name}": {what}: {kind}: {why}') from error
 
 
 def _state(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return a module's tensors by name, those alone whose writes torch counts."""
+    """Return a module's tensors by name, without inference tensors, whose writes torch does not count."""
     return [
         (name, each) for name, each in (*module.named_parameters(), *module.named_buffers()) if not each.is_inference()
     ]
 
 
 def _has_rectifiers(module: nn.Module, detected: Detected, inputs: Tensor) -> bool:
-    """Say whether a pass comes through a rectifier that can be guided: those of scripts and programs cannot."""
+    """Return whether a pass has ReLUs that can be guided; those in scripts and exported programs cannot."""
     with Guided() as guided, torch.no_grad():
         detected.adapter(module, inputs.clone())
     return bool(guided.n_rectifiers)

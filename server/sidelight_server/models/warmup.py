@@ -52,7 +52,7 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
             message = "each run of the same input gives different bytes: rows run alone"
             log.warning(Event("runs_differ", model=model.name, message=message))
     if model.is_tried and not settings.reproducible and not model.is_batch_dependent and model.chunk_rows > 1:
-        _check_company(model)
+        _check_with_neighbors(model)
     _measure_neighbors(model)
     if model.is_tried and model.serves_gradients and not model.kernel.options.is_exact and before is None:
         _compare(model)
@@ -77,7 +77,7 @@ def measure_again(model: Model) -> None:
         log.info(Event("chunk_rows_grown", model=model.name, before=before, chunk_rows=rows))
 
 
-def _check_company(model: Model) -> None:
+def _check_with_neighbors(model: Model) -> None:
     """Run rows alone from now on if an example's outputs depend on those that it shares a chunk with.
 
     What autograd recorded when the model was tried has not told that of statistics that are detached.
@@ -91,7 +91,7 @@ def _check_company(model: Model) -> None:
             dtype=model.kernel.compute_dtype,
         )
     except Exception as error:  # the model's own: it takes no such batch
-        log.warning(Event("company_failed", model=model.name, message=f"{type(error).__name__}: {error}"))
+        log.warning(Event("neighbors_failed", model=model.name, message=f"{type(error).__name__}: {error}"))
         touches = True
     if touches:
         model.run_rows_alone()

@@ -1,6 +1,7 @@
 """The call record: timestamps and outcome of one request, recorded stage by stage.
 
-Counts and spans are made of it once it has ended. Times are on the monotonic clock, in seconds; None: never got there.
+Counters and spans are derived from it at its end. Times are on the monotonic clock, in seconds; None: stage not
+reached.
 """
 
 from dataclasses import dataclass, field
@@ -8,15 +9,15 @@ from typing import Any, NamedTuple
 
 from ..errors import Status
 
-MAX_CHUNKS = 128  # of one batch that are told one by one
+MAX_CHUNKS = 128  # chunks of one batch that are recorded
 
 
 class ChunkTimes(NamedTuple):
-    """When a chunk with rows of the batch was launched, and read."""
+    """When a chunk with rows of the batch was launched and read."""
 
     began_s: float
     ended_s: float
-    rows: int  # in the chunk, of whatever batch
+    rows: int  # all rows in the chunk, also of other batches
 
 
 @dataclass(slots=True, eq=False)
@@ -25,28 +26,28 @@ class CallRecord:
 
     call: str
     arrived_s: float
-    caller: str = ""  # with whom its share is counted: see `Callers`
-    id: str = ""  # the caller's name for it, at most 128 bytes
-    model: str = ""  # the server's own name of it; empty until it is found
+    caller: str = ""  # for fair sharing: see `Callers`
+    id: str = ""  # the client's request id, at most 128 bytes
+    model: str = ""  # empty until the model is found
     method: str = ""
     transport: str = "inline"
     examples: int = 0
-    rows: int = 0  # that were taken to the device
+    rows: int = 0  # sent to the device
     admitted_s: float | None = None
     prepared_s: float | None = None
     started_s: float | None = None  # the first row was taken
     writing_s: float | None = None
-    code: int | None = None  # of the status; None: there is no answer, for nobody waits for one
-    reason: str = ""  # of a failure, where the code does not say it
-    span: Any = field(default=None, repr=False)  # where it is traced
-    zero_ns: int = 0  # of the monotonic clock, since 1970, where it is traced
-    chunks: list[ChunkTimes] | None = None  # None: nobody wants to know
+    code: int | None = None  # status code; None: no answer, because the client disconnected
+    reason: str = ""  # of a failure, if the code does not determine it
+    span: Any = field(default=None, repr=False)  # if traced
+    zero_ns: int = 0  # Unix time of the monotonic clock's zero, if traced
+    chunks: list[ChunkTimes] | None = None  # None: not recorded
 
     def cut_off(self) -> None:
-        """Take note that the answer was not accepted."""
+        """Record that the client did not accept the answer in time."""
         self.code = Status.ABORTED
 
     @property
     def status(self) -> int:
-        """The status code that it ended with."""
+        """The final status code."""
         return Status.CANCELLED if self.code is None else self.code

@@ -16,14 +16,15 @@ from .call_record import CallRecord
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 SPANS = {
-    "admission": "from a batch's arrival until it was let in: for its model, a slot of its stream and the permits",
+    "admission": "from a batch's arrival until it was admitted: the wait for its model, a stream slot and permits",
     "prepare": "decoding and resizing",
     "queue": "waiting for the device, until the first row ran",
     "compute": "from the first row's start to the last row's end",
-    "total": "from a batch's arrival until its maps were there",
+    "total": "from a batch's arrival until its maps were computed",
 }
 REASONS = ("overloaded", "dropped", "cancelled", "deadline", "invalid", "oom", "internal")
-UNREAD = (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED, Status.UNAVAILABLE)  # what a call may be refused with
+# Status codes of calls that are rejected before their message is read.
+UNREAD = (Status.UNAUTHENTICATED, Status.PERMISSION_DENIED, Status.UNAVAILABLE)
 
 _REASONS = {
     Status.CANCELLED: "cancelled",
@@ -37,12 +38,12 @@ _REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """What became of an answer's examples, counted apart from `Counters`: of many examples in a worker thread."""
+    """Counts over one answer's examples, computed in a worker thread if there are many."""
 
     failures: Counter[str]  # by reason
     refined: Counter[str]  # "met" or "missed": examples with a tolerance
-    n_compared: int  # predictions that the caller told the served class of
-    n_mismatches: int  # those that were another class
+    n_compared: int  # predictions with a served class
+    n_mismatches: int  # predictions that differ from it
 
     @classmethod
     def of(cls, answer: Answer) -> Self:
@@ -50,7 +51,7 @@ class Tally:
         convergences = [each.convergence for each in answer.explanations if each is not None]
         known = [each for each in answer.mismatches if each is not None] if answer.request.served else []
         return cls(
-            # The one thing that an example alone can be short of is memory.
+            # For a single example RESOURCE_EXHAUSTED means a lack of memory.
             Counter(
                 "oom" if each.code == Status.RESOURCE_EXHAUSTED else reason_of(each.code) for each in answer.failures
             ),
@@ -65,39 +66,43 @@ class Tally:
 
 
 class Counters:
-    """What became of the batches, and of the calls, of one server, in a registry of its own."""
+    """The counters of one server's calls and batches, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         counter = functools.partial(prometheus_client.Counter, registry=self.registry)
         self._requests = counter(
-            "sidelight_requests", "batches that were answered, by how", ("call", "model", "method", "code")
+            "sidelight_requests",
+            "answered batches by call, model, method and status code",
+            ("call", "model", "method", "code"),
         )
         self._refused = counter(
-            "sidelight_refused_calls", "calls that were refused before anything was read", ("code",)
+            "sidelight_refused_calls", "calls that were rejected before their message was read", ("code",)
         )
-        self._failures = counter("sidelight_failures", "what failed and why", ("of", "model", "reason"))
-        self._answers = counter("sidelight_answers", "answers by how images and maps travelled", ("transport",))
+        self._failures = counter(
+            "sidelight_failures", "failed batches and examples by reason", ("of", "model", "reason")
+        )
+        self._answers = counter("sidelight_answers", "answers by transport of images and maps", ("transport",))
         self._tolerances = counter(
-            "sidelight_tolerances", "examples with a tolerance: was it met", ("model", "outcome")
+            "sidelight_tolerances", "examples with a tolerance, by whether it was met", ("model", "outcome")
         )
         self._compared = counter(
-            "sidelight_predictions_compared", "predictions whose served class was told", ("model",)
+            "sidelight_predictions_compared", "predictions with a served class to compare", ("model",)
         )
         self._mismatches = counter(
-            "sidelight_prediction_mismatches", "those that were another class than was served", ("model",)
+            "sidelight_prediction_mismatches", "predictions that differ from the served class", ("model",)
         )
         self._spans = [
             Histogram(f"sidelight_{name}_seconds", told, ("model",), buckets=SECONDS, registry=self.registry)
             for name, told in SPANS.items()
         ]
-        # A look-up by labels takes longer than the counting: those of each batch are kept.
+        # Cached, because a look-up by labels takes longer than counting.
         self._of_request = functools.cache(lambda *labels: self._requests.labels(*labels))
         self._of_model = functools.cache(lambda model: [each.labels(model) for each in self._spans])
         self._by_transport = functools.cache(self._answers.labels)
 
     def start_at_zero(self, models: Sequence[str]) -> None:
-        """Add what has not happened yet: of a counter that begins with its first failure, Prometheus sees no rise."""
+        """Create all series at 0: Prometheus sees no increase in a series that begins with its first failure."""
         for code in UNREAD:
             self._refused.labels(code.name)
         for labels in itertools.product(("batch", "example"), ("", *models), REASONS):
@@ -109,11 +114,11 @@ class Counters:
                 self._tolerances.labels(model, outcome)
 
     def refused(self, code: int) -> None:
-        """Count a call that was refused before anything of it was read."""
+        """Count a call that was rejected before its message was read."""
         self._refused.labels(Status(code).name).inc()
 
     def answered(self, call_record: CallRecord, timing: Timing, tally: Tally) -> None:
-        """Count an answer that is final."""
+        """Count a final answer."""
         model = call_record.model
         self._by_transport(call_record.transport).inc()
         seconds = (timing.admission_s, timing.prepare_s, timing.queue_s, timing.compute_s, timing.total_s)
@@ -128,7 +133,7 @@ class Counters:
             self._mismatches.labels(model).inc(tally.n_mismatches)
 
     def ended(self, call_record: CallRecord) -> None:
-        """Count a batch whose answer, or failure, is written."""
+        """Count a batch after its answer or failure was written."""
         code, model = call_record.status, call_record.model
         self._of_request(call_record.call, model, call_record.method, Status(code).name).inc()
         if code:
@@ -136,12 +141,12 @@ class Counters:
 
 
 def reason_of(code: int) -> str:
-    """Return the reason that a status code stands for, one of `REASONS`."""
+    """Return the reason for a status code, one of `REASONS`."""
     return _REASONS.get(Status(code), "invalid")
 
 
 def reason_of_error(error: SidelightError) -> str:
-    """Return the reason for which a whole batch failed, one of `REASONS`."""
+    """Return the reason for the failure of a whole batch, one of `REASONS`."""
     if isinstance(error, ResourceExhausted) and error.retry_delay_s is not None:
-        return "overloaded"  # without a delay it is too large, whenever it is sent
+        return "overloaded"  # without a retry delay it is too large and would always fail
     return reason_of(error.code)
