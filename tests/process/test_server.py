@@ -400,7 +400,7 @@ def test_a_served_module_answers_until_close_and_leaves_nothing_behind(device: s
 def test_a_served_module_that_is_never_closed_ends_with_its_process() -> None:
     script = """if True:
         import sidelight, sidelight_server, torch
-        spec = sidelight_server.ModelSpec(torch.nn.Flatten(), input_size=(3, 2, 2), outputs="logits")
+        spec = sidelight_server.ModelSpec(torch.nn.Flatten(), input_size=(3, 2, 2), output_kind="logits")
         server = sidelight_server.serve(spec, device="cpu")
         with sidelight.connect(server.address) as client:
             client.attribute(torch.ones(1, 3, 2, 2))
