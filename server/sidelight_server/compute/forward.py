@@ -1,4 +1,4 @@
-"""The forward pass: runs a module on inputs in the type and the memory layout that the options choose."""
+"""The forward pass: runs a module on inputs in the type and memory format that the options set."""
 
 import torch
 from torch import Tensor, nn

@@ -1,4 +1,4 @@
-"""Regions: scores summed over the pixels, and for the classes, that a resolved target means."""
+"""Regions: sums scores over the region and for the classes of a resolved target."""
 
 from collections.abc import Callable, Sequence
 

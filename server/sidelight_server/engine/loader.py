@@ -1,4 +1,4 @@
-"""The loader: loads versions of models beside those that serve, each in a thread of its own."""
+"""The loader: loads new versions of models while others serve, each in its own thread."""
 
 import contextlib
 import logging
@@ -24,7 +24,7 @@ _Value = TypeVar("_Value")
 
 
 class Loader:
-    """Loads models for the registry. Tasks that a load runs on a device wait for their turn there.
+    """Loads models for the registry. A load runs its passes on a device between the chunks of requests.
 
     `on_change` is called on the loading thread when another version serves.
     """

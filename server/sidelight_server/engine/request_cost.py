@@ -1,4 +1,4 @@
-"""What a request costs: rows, and bytes of memory."""
+"""The cost of a request, in rows and in bytes of memory."""
 
 import math
 

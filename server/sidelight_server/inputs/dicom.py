@@ -89,7 +89,7 @@ def _read(file: bytes, max_pixels: int, window: tuple[float, float] | None) -> P
         return windowed(colors, 0, np.iinfo(colors.dtype).max)
     if photometric in _COLORS and frame.ndim == 3 and frame.dtype.kind == "u":
         return frame if frame.dtype == np.uint8 else windowed(frame, 0, 2 ** int(dataset.BitsStored) - 1)
-    raise InvalidArgument(f"image file: DICOM of {photometric} {frame.dtype} {list(frame.shape)}, expected grey or RGB")
+    raise InvalidArgument(f"image file: DICOM of {photometric} {frame.dtype} {list(frame.shape)}, expected gray or RGB")
 
 
 def _parse(file: bytes) -> "Dataset":

@@ -1,4 +1,4 @@
-"""The trace of a pass: what each layer returned, and where it lies in the graph that autograd recorded."""
+"""The trace of a pass: each layer's output, and its edge in the autograd graph."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence

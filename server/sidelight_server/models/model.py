@@ -65,8 +65,8 @@ class Model:
         self._layer_layout = dict(spec.layer_layout or {})
         self.preprocessing = preprocessing_of(spec)
         self.trial_shape = trial_shape_of(spec)
-        self.class_count = len(self.labels)  # without labels, and not tried, unknown until the first rows ran: 0
-        self.output_shape: tuple[int, ...] = ()  # K, or K, h, w; as with the classes
+        self.class_count = len(self.labels)  # 0: unknown until the first rows have run, without labels or a trial run
+        self.output_shape: tuple[int, ...] = ()  # K, or K, h, w; empty: unknown, as above
         self.padded_rows = 0  # rows that chunks are padded to, for the same bytes with any neighbors
         self.warm_up: tuple[Trial, ...] = ()
         self.is_measured = False  # whether the chunk size was measured, so that it may be measured again
@@ -83,8 +83,8 @@ class Model:
         self.gradient_fault = result.gradient_fault  # empty: the gradient is right, or there was no trial run
         detected = result.detected
         self.adapter, self.head = detected.adapter, detected.head
-        self.probed = detected.layers  # that a map can be made of, if it was tried
-        # Whether one row's outputs depend on its neighbors: then it runs alone.
+        self.probed = detected.layers  # layers that can be explained; empty without a trial run
+        # If outputs of a row depend on its neighbors, each row runs alone.
         self.is_batch_dependent = detected.is_batch_dependent
         self._row_limit = RowLimit()
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
@@ -114,9 +114,9 @@ class Model:
         elif spec.options.fold:
             message = "no BatchNorm directly follows a convolution or a linear layer; leave fold unset"
             log.warning(Event("not_folded", model=self.name, message=message))
-        # Pixels are normalized, and floats staged, in no less than float32; a half-precision model rounds after that.
+        # Pixels are normalized and floats staged in at least float32; a half-precision model rounds afterwards.
         self._exact = torch.float64 if self.kernel.dtype == torch.float64 else torch.float32
-        self.black: Tensor | None = None  # [C, 1, 1], what pixel 0 becomes
+        self.black: Tensor | None = None  # [C, 1, 1], the normalized value of pixel 0
         if self.is_tried:
             self._try()
         if self.preprocessing is not None:

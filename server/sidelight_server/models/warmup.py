@@ -78,22 +78,22 @@ def measure_again(model: Model) -> None:
 
 
 def _check_with_neighbors(model: Model) -> None:
-    """Run rows alone from now on if an example's outputs depend on those that it shares a chunk with.
+    """Make rows run alone if an example's outputs depend on its neighbors in a chunk.
 
-    What autograd recorded when the model was tried has not told that of statistics that are detached.
+    The autograd graph of the trial does not show a dependence through detached statistics.
     """
     try:
-        touches = is_batch_dependent(
+        depends = is_batch_dependent(
             model.kernel.outputs_of,
             model.inputs_like(1),
             in_turn=model.in_turn,
             most=model.chunk_rows,
             dtype=model.kernel.compute_dtype,
         )
-    except Exception as error:  # the model's own: it takes no such batch
+    except Exception as error:  # raised by the model: it does not accept such a batch
         log.warning(Event("neighbors_failed", model=model.name, message=f"{type(error).__name__}: {error}"))
-        touches = True
-    if touches:
+        depends = True
+    if depends:
         model.run_rows_alone()
 
 

@@ -93,8 +93,8 @@ class Counters:
             "sidelight_prediction_mismatches", "predictions that differ from the served class", ("model",)
         )
         self._spans = [
-            Histogram(f"sidelight_{name}_seconds", told, ("model",), buckets=SECONDS, registry=self.registry)
-            for name, told in SPANS.items()
+            Histogram(f"sidelight_{name}_seconds", description, ("model",), buckets=SECONDS, registry=self.registry)
+            for name, description in SPANS.items()
         ]
         # Cached, because a look-up by labels takes longer than counting.
         self._of_request = functools.cache(lambda *labels: self._requests.labels(*labels))

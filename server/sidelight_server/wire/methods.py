@@ -1,4 +1,4 @@
-"""Methods: converts method messages to methods and back, field by field as the schema has them.
+"""Methods: converts method messages to methods and back, field by field as in the schema.
 
 A message's field is the parameter of the same name of the method class whose `name` is the field of `Method`. A field
 `…_height` is, with its `…_width`, one parameter of two numbers.
@@ -82,10 +82,10 @@ def _parsed(message: Message, name: str, method: str) -> Any:
 
 def _filled(method: Method, name: str) -> Any:
     """Return the value of a message's field."""
-    for place, side in enumerate(("_height", "_width")):
+    for index, side in enumerate(("_height", "_width")):
         if name.endswith(side):
             sides = getattr(method, name.removesuffix(side)) or method.window  # type: ignore[attr-defined]
-            return sides[place]
+            return sides[index]
     value = getattr(method, name)
     if name in ENUMS:
         return number_of(numbers(*ENUMS[name]), value)
