@@ -17,10 +17,10 @@ from ._core import (
     ClientCore,
     OnError,
     check_on_error,
-    passed,
-    requested,
+    raise_if_failed,
     stream_template,
-    telling,
+    translate_errors,
+    unary_request,
 )
 from ._event_loop import CallersBatches, awaited, from_thread, ready
 from ._inputs.batch import Batch, Images, single_batch
@@ -41,7 +41,7 @@ from ._streaming.reorder_buffer import ReorderBuffer
 from ._streaming.results_queue import End
 from ._transport.credentials import TLS, Token
 from ._transport.environment import address_or_default, token_or_default
-from ._transport.retry import Retry
+from ._transport.retry_policy import RetryPolicy
 from .exceptions import SidelightError
 from .methods.baselines import given_array
 from .methods.gradient import Gradient
@@ -104,7 +104,7 @@ class AsyncClient:
     @property
     def address(self) -> str:
         """Where the server is; of several, where all of them are."""
-        return self._core.pool.names
+        return self._core.pool.addresses
 
     async def __aenter__(self) -> Self:
         return self
@@ -141,7 +141,7 @@ class AsyncClient:
         template = options.template()
         batch = await asyncio.to_thread(EncodedBatch, single_batch(images, served_classes))  # it may read files
         check_classes(template, batch)
-        return passed(
+        return raise_if_failed(
             await self._explain(template, batch, timeout_s=timeout, metadata=checked_metadata(metadata)), on_error
         )
 
@@ -210,17 +210,17 @@ class AsyncClient:
     async def _explain(
         self, template: pb.AttributeRequest, batch: EncodedBatch, *, timeout_s: float, metadata: Headers
     ) -> Attribution:
-        core, attempts = self._core, Retry(timeout_s, retry=self._core.retry)
+        core, policy = self._core, RetryPolicy(timeout_s, retry=self._core.retry)
         await ready(self._core.pool, min(self._core.connect_timeout_s, timeout_s))
         if not core.shared_memory:
-            request = requested(template, batch)
+            request = unary_request(template, batch)
             if await asyncio.to_thread(core.fits, request, batch, within_s=timeout_s):
-                return await self._explain_at_once(request, batch, attempts=attempts, metadata=metadata)
+                return await self._call_unary(request, batch, policy=policy, metadata=metadata)
         answers = self._answers(
             [batch],
             template,
-            timeout_s=attempts.left_s,
-            patience_s=min(self._core.connect_timeout_s, attempts.left_s),
+            timeout_s=policy.left_s,
+            patience_s=min(self._core.connect_timeout_s, policy.left_s),
             on_error="return",
             metadata=metadata,
         )
@@ -230,21 +230,21 @@ class AsyncClient:
             raise answer.error
         return answer
 
-    async def _explain_at_once(
-        self, request: pb.AttributeRequest, batch: EncodedBatch, *, attempts: Retry, metadata: Headers
+    async def _call_unary(
+        self, request: pb.AttributeRequest, batch: EncodedBatch, *, policy: RetryPolicy, metadata: Headers
     ) -> Attribution:
         while True:
-            connection = await ready(self._core.pool, min(self._core.connect_timeout_s, attempts.left_s))
+            connection = await ready(self._core.pool, min(self._core.connect_timeout_s, policy.left_s))
             try:
-                with telling(self._core.max_message_bytes):
-                    left_s = min(attempts.left_s, FOR_EVER_S)
+                with translate_errors(self._core.max_message_bytes):
+                    left_s = min(policy.left_s, FOR_EVER_S)
                     call = connection.attribution.Attribute.future(request, timeout=left_s, metadata=metadata)
                     response = await awaited(call)
                 return attribution.read(response.result, batch, baseline=given_array(request.method))
             except SidelightError as error:
                 if self._core.closed.is_set():
                     raise
-                await asyncio.sleep(attempts.delay_after(error))
+                await asyncio.sleep(policy.delay_after(error))
 
     async def _answers(
         self,
@@ -290,8 +290,8 @@ class AsyncClient:
                     break
                 for entry, answer in order.admit(*answered):
                     if answer.final:
-                        stream.taken(entry)
-                    answer = passed(answer, on_error)
+                        stream.release(entry)
+                    answer = raise_if_failed(answer, on_error)
                     yield answer if keep_images else attribution.lent(answer, entry.batch)
             if answered.error is not None:
                 raise answered.error

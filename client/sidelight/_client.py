@@ -15,10 +15,10 @@ from ._core import (
     ClientCore,
     OnError,
     check_on_error,
-    passed,
-    requested,
+    raise_if_failed,
     stream_template,
-    telling,
+    translate_errors,
+    unary_request,
 )
 from ._inputs.batch import Batch, Images, single_batch
 from ._inputs.enums import Channels, MapDtype, Score
@@ -38,7 +38,7 @@ from ._streaming.reorder_buffer import ReorderBuffer
 from ._streaming.results_queue import End
 from ._transport.credentials import TLS, Token
 from ._transport.environment import address_or_default, token_or_default
-from ._transport.retry import Retry
+from ._transport.retry_policy import RetryPolicy
 from .exceptions import SidelightError
 from .methods.baselines import given_array
 from .methods.gradient import Gradient
@@ -123,7 +123,7 @@ class Client:
     @property
     def address(self) -> str:
         """Where the server is; of several, where all of them are."""
-        return self._core.pool.names
+        return self._core.pool.addresses
 
     def __enter__(self) -> Self:
         return self
@@ -172,7 +172,9 @@ class Client:
         batch = EncodedBatch(single_batch(images, served_classes))
         template = options.template()
         check_classes(template, batch)
-        return passed(self._explain(template, batch, timeout_s=timeout, metadata=checked_metadata(metadata)), on_error)
+        return raise_if_failed(
+            self._explain(template, batch, timeout_s=timeout, metadata=checked_metadata(metadata)), on_error
+        )
 
     @options_by_name
     def stream(
@@ -258,16 +260,16 @@ class Client:
         self, template: pb.AttributeRequest, batch: EncodedBatch, *, timeout_s: float, metadata: Headers = ()
     ) -> Attribution:
         """Return the answer to a request for a batch, which is sent in parts where it is too large for one message."""
-        attempts = Retry(timeout_s, retry=self._core.retry)
+        policy = RetryPolicy(timeout_s, retry=self._core.retry)
         if not self._core.shared_memory:
-            request = requested(template, batch)
+            request = unary_request(template, batch)
             if self._core.fits(request, batch, within_s=timeout_s):
-                return self._explain_at_once(request, batch, attempts=attempts, metadata=metadata)
+                return self._call_unary(request, batch, policy=policy, metadata=metadata)
         (answer,) = self._answers(
             [batch],
             template,
-            timeout_s=attempts.left_s,
-            patience_s=min(self._core.connect_timeout_s, attempts.left_s),
+            timeout_s=policy.left_s,
+            patience_s=min(self._core.connect_timeout_s, policy.left_s),
             on_error="return",
             metadata=metadata,
         )
@@ -275,21 +277,21 @@ class Client:
             raise answer.error
         return answer
 
-    def _explain_at_once(
-        self, request: pb.AttributeRequest, batch: EncodedBatch, *, attempts: Retry, metadata: Headers
+    def _call_unary(
+        self, request: pb.AttributeRequest, batch: EncodedBatch, *, policy: RetryPolicy, metadata: Headers
     ) -> Attribution:
         while True:
-            connection = self._core.pool.ready(min(self._core.connect_timeout_s, attempts.left_s))
+            connection = self._core.pool.ready(min(self._core.connect_timeout_s, policy.left_s))
             try:
-                with telling(self._core.max_message_bytes):
+                with translate_errors(self._core.max_message_bytes):
                     response = connection.attribution.Attribute(
-                        request, timeout=min(attempts.left_s, FOR_EVER_S), metadata=metadata
+                        request, timeout=min(policy.left_s, FOR_EVER_S), metadata=metadata
                     )
                 return attribution.read(response.result, batch, baseline=given_array(request.method))
             except SidelightError as error:
                 if self._core.closed.is_set():
                     raise
-                self._core.closed.wait(attempts.delay_after(error))
+                self._core.closed.wait(policy.delay_after(error))
 
     def _answers(
         self,
@@ -324,8 +326,8 @@ class Client:
             while not isinstance(answered := stream.wait(), End):
                 for entry, answer in order.admit(*answered):
                     if answer.final:
-                        stream.taken(entry)
-                    answer = passed(answer, on_error)
+                        stream.release(entry)
+                    answer = raise_if_failed(answer, on_error)
                     yield answer if keep_images else attribution.lent(answer, entry.batch)
             if answered.error is not None:
                 raise answered.error

@@ -21,14 +21,14 @@ from ._inputs.batch import Batch, Images
 from ._inputs.images import EncodedBatch
 from ._inputs.validation import counted, span, whole
 from ._options import AttributeOptions, Headers, Metadata, checked_metadata, model_name
-from ._streaming.in_flight import InFlightBatches
-from ._streaming.limits import map_bytes, refuse_large, spans
+from ._streaming.limits import check_message_size, map_bytes, spans
 from ._streaming.requests import StreamConfig
 from ._streaming.stream import Stream
+from ._streaming.unanswered import UnansweredParts
 from ._transport.channel import Connection
 from ._transport.credentials import TLS, ChannelSecurity, Token
 from ._transport.pool import ConnectionPool
-from ._transport.retry import Retry
+from ._transport.retry_policy import RetryPolicy
 from ._transport.shared_memory import Regions, directory_of
 from .exceptions import InvalidArgument, MessageTooLarge, PartialFailure, Unavailable, from_rpc
 from .methods.baselines import given_array
@@ -90,13 +90,13 @@ class ClientCore:
 
     def close(self) -> None:
         """End the connections. After a fork they are the other process's."""
-        if self.pool.are_here:
+        if self.pool.is_in_own_process:
             self.closed.set()
             self.pool.close()
 
     def info(self, *, metadata: Metadata = ()) -> ServerInfo:
         """Return what the next server says of itself and its models."""
-        self._info = info = self._asked_info(metadata=metadata)
+        self._info = info = self._fetch_info(metadata=metadata)
         return info
 
     def model(self, name: str | None, *, metadata: Metadata) -> ModelInfo:
@@ -120,7 +120,7 @@ class ClientCore:
         known = self._info
         facts = Facts.of(known, name) if known else None
         if facts is None or facts.model is None or facts.model.state != "serving":
-            self._info = known = self._asked_info(within_s=within_s)
+            self._info = known = self._fetch_info(within_s=within_s)
             facts = Facts.of(known, name)
         return facts
 
@@ -129,11 +129,11 @@ class ClientCore:
         facts = self.facts(request.model, within_s=within_s)
         limits = facts.server.limits
         try:
-            refuse_large(
+            check_message_size(
                 request,
                 batch,
-                ours=self.max_message_bytes,
-                theirs=limits.max_message_bytes,
+                client_limit=self.max_message_bytes,
+                server_limit=limits.max_message_bytes,
                 input_size=facts.input_size,
             )
         except MessageTooLarge:
@@ -163,7 +163,7 @@ class ClientCore:
             spans=functools.partial(
                 spans,
                 template,
-                ours=self.max_message_bytes,
+                client_limit=self.max_message_bytes,
                 server=facts.server,
                 input_size=input_size,
                 is_shared=bool(self.shared_memory),
@@ -176,14 +176,14 @@ class ClientCore:
             retry=self.retry,
             metadata=metadata,
             map_bytes=functools.partial(map_bytes, template, input_size=input_size),
-            share=functools.partial(self._regions, n_slots=N_SLOTS) if self.shared_memory else None,
+            make_regions=functools.partial(self._regions, n_slots=N_SLOTS) if self.shared_memory else None,
         )
         # A method of many rows fills chunks with every example; and a timeout would run while batches wait in a row.
-        per_lane = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if is_one_row else 1
+        per_worker = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if is_one_row else 1
         if window:  # an equal share for each, so that one that stalls does not hold it all
-            per_lane = max(1, window // len(connections))
-        in_flight = InFlightBatches(window=per_lane, in_all=window, n_lanes=len(connections))
-        return Stream(connections, batches, config=config, in_flight=in_flight, on_change=on_change)
+            per_worker = max(1, window // len(connections))
+        unanswered = UnansweredParts(window=per_worker, in_all=window, n_workers=len(connections))
+        return Stream(connections, batches, config=config, unanswered=unanswered, on_change=on_change)
 
     def _ask(
         self,
@@ -198,19 +198,19 @@ class ClientCore:
         """Return a server's answer to a small question, after waiting up to `wait_s` for one that is starting."""
         metadata = checked_metadata(metadata)
         wait_s = self.connect_timeout_s if wait_s is None else wait_s
-        attempts = Retry(wait_s, retry=True)
+        policy = RetryPolicy(wait_s, retry=True)
         while True:
             connection = self.pool.ready(wait_s)
             try:
-                with telling(self.max_message_bytes):
+                with translate_errors(self.max_message_bytes):
                     call = getattr(getattr(connection, stub), name)
                     return call(request, timeout=timeout_s, metadata=metadata)
             except Unavailable as error:
                 if error.retry_delay_s is None:
                     raise
-                self.closed.wait(attempts.delay_after(error))
+                self.closed.wait(policy.delay_after(error))
 
-    def _asked_info(self, *, within_s: float = math.inf, metadata: Metadata = ()) -> ServerInfo:
+    def _fetch_info(self, *, within_s: float = math.inf, metadata: Metadata = ()) -> ServerInfo:
         request, timeout_s = pb.GetServerInfoRequest(), min(INFO_TIMEOUT_S, within_s)
         wait_s = min(self.connect_timeout_s, within_s)
         info = self._ask("attribution", "GetServerInfo", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
@@ -218,7 +218,7 @@ class ClientCore:
 
     def _regions(self, connection: Connection, *, n_slots: int) -> Regions:
         """Return a call's regions of shared memory, none of them made. Each server is asked for its own folder."""
-        with telling(self.max_message_bytes):
+        with translate_errors(self.max_message_bytes):
             request = pb.GetServerInfoRequest()
             server = ServerInfo.of(connection.attribution.GetServerInfo(request, timeout=INFO_TIMEOUT_S))
         directory = directory_of(server, self.shared_memory)
@@ -226,7 +226,7 @@ class ClientCore:
         return Regions(directory, max_region_bytes=server.shared_memory.max_region_bytes, n_slots=n_slots)
 
 
-def requested(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.AttributeRequest:
+def unary_request(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.AttributeRequest:
     """Return the message of a unary call."""
     request = pb.AttributeRequest()
     request.CopyFrom(template)
@@ -251,7 +251,7 @@ def stream_template(
     return options.template()
 
 
-def passed(answer: Attribution, on_error: OnError) -> Attribution:
+def raise_if_failed(answer: Attribution, on_error: OnError) -> Attribution:
     """Return an answer, or where it failed and that is to be raised its error.
 
     That is `PartialFailure` where it is final and some examples failed.
@@ -271,7 +271,7 @@ def check_on_error(on_error: str) -> None:
 
 
 @contextlib.contextmanager
-def telling(max_message_bytes: int) -> Iterator[None]:
+def translate_errors(max_message_bytes: int) -> Iterator[None]:
     """Let a failed call out as the exception for its status."""
     try:
         yield

@@ -22,10 +22,10 @@ async def ready(servers: ConnectionPool, timeout_s: float) -> Connection:
     """Return the next server that is there, after waiting for one. `Unavailable` when none has come in time."""
     if found := servers.ready_now():
         return found
-    servers.begin()
+    servers.forget_errors()
     changed = asyncio.Event()
     wake = from_thread(changed.set)
-    telling_of_it = asyncio.get_running_loop().call_later(SILENT_WAIT_S, servers.tell_waiting)
+    log_timer = asyncio.get_running_loop().call_later(SILENT_WAIT_S, servers.log_waiting)
     for connection in servers.connections:
         connection.listen(wake)
     try:
@@ -34,15 +34,15 @@ async def ready(servers: ConnectionPool, timeout_s: float) -> Connection:
                 changed.clear()
                 servers.check()
                 for connection in servers.connections:
-                    connection.seek()
+                    connection.connect()
                 with contextlib.suppress(TimeoutError):  # to look again why there is none
                     async with asyncio.timeout(DIAGNOSE_EVERY_S):
                         await changed.wait()
         return found
     except TimeoutError:
-        raise servers.absent(timeout_s) from None
+        raise servers.unavailable(timeout_s) from None
     finally:
-        telling_of_it.cancel()
+        log_timer.cancel()
         for connection in servers.connections:
             connection.unlisten(wake)
 

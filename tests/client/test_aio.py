@@ -161,7 +161,7 @@ def test_leaving_a_stream_early_ends_it(gate: Gate, gated: str) -> None:
             async with contextlib.aclosing(client.stream(floats(1, i) for i in range(10_000))) as answers:
                 async for _ in answers:
                     break
-            assert not any(each.name in ("sidelight-receive", "sidelight-keep") for each in threading.enumerate())
+            assert not any(each.name in ("sidelight-receive", "sidelight-timer") for each in threading.enumerate())
             assert len(await client.attribute(floats(1), timeout=WAIT_S)) == 1
 
     run(ask())

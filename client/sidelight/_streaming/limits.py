@@ -18,27 +18,27 @@ FILE_BYTES = 16
 EXAMPLE_BYTES = 512
 
 
-def refuse_large(
+def check_message_size(
     request: pb.AttributeRequest,
     batch: EncodedBatch,
     *,
-    ours: int,
-    theirs: int,
+    client_limit: int,
+    server_limit: int,
     input_size: tuple[int, int, int] | None,
 ) -> None:
     """Raise `MessageTooLarge` for a request over either side's `max_message_bytes`, or whose answer is over ours.
 
     `input_size` is the model's C, H, W; None where it is not fixed.
     """
-    _refuse_request(request.ByteSize(), ours=ours, theirs=theirs)
-    _refuse_answer(map_bytes(request, batch, input_size), ours=ours)
+    _check_request_size(request.ByteSize(), client_limit=client_limit, server_limit=server_limit)
+    _check_answer_size(map_bytes(request, batch, input_size), client_limit=client_limit)
 
 
 def spans(
     template: pb.AttributeRequest,
     batch: EncodedBatch,
     *,
-    ours: int,
+    client_limit: int,
     server: ServerInfo,
     input_size: tuple[int, int, int] | None,
     is_shared: bool = False,
@@ -54,13 +54,15 @@ def spans(
         return _through_regions(
             batch.array.nbytes + maps_bytes, n, most=most, limit=server.shared_memory.max_region_bytes
         )
-    limit = min(ours, server.limits.max_message_bytes)
+    limit = min(client_limit, server.limits.max_message_bytes)
     head_bytes = template.ByteSize() + (batch.target.ByteSize() if batch.target else 0) + HEAD_BYTES
     sizes = [size + FILE_BYTES for size in batch.sizes()]
     if sum(sizes) + head_bytes <= limit and maps_bytes + PROVENANCE_BYTES + n * EXAMPLE_BYTES <= limit and n <= most:
         return [range(n)]
-    _refuse_request(max(sizes, default=0) + head_bytes, ours=ours, theirs=server.limits.max_message_bytes)
-    _refuse_answer(maps_bytes // n, ours=ours)
+    _check_request_size(
+        max(sizes, default=0) + head_bytes, client_limit=client_limit, server_limit=server.limits.max_message_bytes
+    )
+    _check_answer_size(maps_bytes // n, client_limit=client_limit)
     fitting = (limit - PROVENANCE_BYTES) // (maps_bytes // n + EXAMPLE_BYTES)
     return list(_packed(sizes, room=limit - head_bytes, most=max(1, min(most, fitting))))
 
@@ -86,23 +88,23 @@ def _packed(sizes: list[int], *, room: int, most: int) -> Iterator[range]:
     yield range(start, len(sizes))
 
 
-def _refuse_request(n_bytes: int, *, ours: int, theirs: int) -> None:
-    if n_bytes > ours:
+def _check_request_size(n_bytes: int, *, client_limit: int, server_limit: int) -> None:
+    if n_bytes > client_limit:
         raise MessageTooLarge(
-            f"the request takes {n_bytes} bytes; max_message_bytes of this client's connect() is {ours}: "
+            f"the request takes {n_bytes} bytes; max_message_bytes of this client's connect() is {client_limit}: "
             "send fewer examples, stream them, or raise it here and on the server"
         )
-    if n_bytes > theirs:
+    if n_bytes > server_limit:
         raise MessageTooLarge(
-            f"the request takes {n_bytes} bytes; max_message_bytes of the server is {theirs}: "
+            f"the request takes {n_bytes} bytes; max_message_bytes of the server is {server_limit}: "
             "send fewer examples, stream them, or start the server with a larger --max-message-bytes"
         )
 
 
-def _refuse_answer(n_bytes: int, *, ours: int) -> None:
-    if n_bytes > ours:
+def _check_answer_size(n_bytes: int, *, client_limit: int) -> None:
+    if n_bytes > client_limit:
         raise MessageTooLarge(
-            f"the answer's maps take {n_bytes} bytes; max_message_bytes of this client's connect() is {ours}: "
+            f"the answer's maps take {n_bytes} bytes; max_message_bytes of this client's connect() is {client_limit}: "
             "send fewer examples, stream them, or raise it here and on the server"
         )
 

@@ -16,7 +16,7 @@ from ..exceptions import from_code
 from ..results import attribution
 from ..results.attribution import Attribution
 from ..results.types import seconds
-from .in_flight import Part
+from .unanswered import Part
 
 _SHORTEST_S = 0.001  # a time of 0 would be refused
 
@@ -35,7 +35,7 @@ class StreamConfig:
     baseline: Array | None  # that was given with the method
     retry: bool = True  # whether what was not answered is sent again
     metadata: Headers = ()  # that each call brings
-    share: Callable[[Connection], Regions] | None = None  # makes a call's regions of shared memory
+    make_regions: Callable[[Connection], Regions] | None = None  # makes a call's regions of shared memory
 
     def shared_bytes(self, batch: EncodedBatch) -> int:
         """Return how many bytes a batch and its maps take in shared memory: files travel inside their messages."""

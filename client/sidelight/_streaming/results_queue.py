@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..results.attribution import Attribution
-from .in_flight import Entry
+from .unanswered import Entry
 
 Answered = tuple[Entry, Attribution]
 

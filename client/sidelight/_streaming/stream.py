@@ -34,11 +34,11 @@ from ..results import attribution
 from ..results.attribution import Attribution
 from ..results.types import seconds
 from .availability import Availability
-from .in_flight import Entry, InFlightBatches, Part
 from .merge import join
 from .reader import BatchReader
 from .requests import StreamConfig
 from .results_queue import Answered, End, ResultQueue
+from .unanswered import Entry, Part, UnansweredParts
 from .worker import StreamWorker
 
 log = logging.getLogger("sidelight")
@@ -63,19 +63,23 @@ class Stream:
         batches: Iterator[Images | Batch | EncodedBatch],
         *,
         config: StreamConfig,
-        in_flight: InFlightBatches,
+        unanswered: UnansweredParts,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.queue = ResultQueue(on_change=on_change)
         self._reader = BatchReader(batches, config)
         self._config = config
-        self._in_flight = in_flight
+        self._unanswered = unanswered
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._keep = threading.Condition(self._lock)  # what wakes the keeper: few things, and rarely
+        self._timer_changed = threading.Condition(self._lock)  # what wakes the keeper: few things, and rarely
         self._workers = [
             StreamWorker(
-                each, self, max_message_bytes=config.max_message_bytes, share=config.share, metadata=config.metadata
+                each,
+                self,
+                max_message_bytes=config.max_message_bytes,
+                make_regions=config.make_regions,
+                metadata=config.metadata,
             )
             for each in connections
         ]
@@ -86,7 +90,7 @@ class Stream:
         self._is_over = False
         self._is_closed = False
         self._origin = Origin()
-        self._keeper = threading.Thread(target=self._watch, name="sidelight-keep", daemon=True)
+        self._timer = threading.Thread(target=self._run_timer, name="sidelight-timer", daemon=True)
 
     def start(self) -> None:
         """Begin to read, send and receive."""
@@ -94,11 +98,11 @@ class Stream:
         for worker in self._workers:
             worker.connection.listen(self._wake)
             worker.start()
-        self._keeper.start()
+        self._timer.start()
 
     def close(self) -> None:
         """End it, cancel what is unanswered, and wait for its threads. After a fork it is the other process's."""
-        if self._is_closed or not self._origin.is_here:
+        if self._is_closed or not self._origin.is_in_own_process:
             return
         self.end(None)
         for worker in self._workers:
@@ -106,7 +110,7 @@ class Stream:
         for worker in self._workers:
             worker.join()
             worker.connection.unlisten(self._wake)
-        self._keeper.join()
+        self._timer.join()
         self._is_closed = True
 
     def wait(self) -> Answered | End:
@@ -114,11 +118,11 @@ class Stream:
         self._origin.check()
         return self.queue.wait()
 
-    def taken(self, entry: Entry) -> None:
+    def release(self, entry: Entry) -> None:
         """Free the room of an answer that the caller has taken."""
         self._origin.check()
         with self._lock:
-            self._in_flight.taken(entry)
+            self._unanswered.release(entry)
             self._changed.notify_all()
 
     def end(self, error: BaseException | None) -> None:
@@ -128,7 +132,7 @@ class Stream:
 
     # What the workers ask for and tell.
 
-    def wait_for(self, connection: Connection, not_before_s: float) -> bool:
+    def wait_until_ready(self, connection: Connection, not_before_s: float) -> bool:
         """Wait for a server, and for a time. False once the stream is over."""
         sought: object = self  # the state in which the channel was told to look for its server
         with self._lock:
@@ -141,16 +145,16 @@ class Stream:
                 elif connection.is_ready:
                     return True
                 elif state is not sought:
-                    connection.seek()
+                    connection.connect()
                     sought = state
                 else:
                     self._changed.wait()
         return False
 
-    def open(self, worker: StreamWorker) -> None:
+    def call_started(self, worker: StreamWorker) -> None:
         """Say that the server has taken the call."""
         with self._lock:
-            self._availability.came(worker)
+            self._availability.mark_live(worker)
             self._refused.discard(worker)
             self._changed.notify_all()
 
@@ -173,12 +177,12 @@ class Stream:
         """Take an answer in. One of a part that is not unanswered is passed over."""
         regions, response = worker.regions, incoming.message
         with self._lock:
-            part = self._in_flight.get(response.id)
-            if part is None or self._has_changed(response):
+            part = self._unanswered.get(response.id)
+            if part is None or self._end_if_model_changed(response):
                 if regions:
-                    self._heard(regions, response)
+                    self._receive_region_response(regions, response)
                 return
-            if response.WhichOneof("outcome") == "failure" and self._is_tried_again(part, response.failure):
+            if response.WhichOneof("outcome") == "failure" and self._requeue_if_retryable(part, response.failure):
                 if regions:
                     regions.free(response.id)
                 self._changed.notify_all()
@@ -191,11 +195,11 @@ class Stream:
         with self._lock:
             if regions:
                 regions.free(response.id)
-            if self._in_flight.answered(response.id) is part:
-                self._settle(part, answer)
+            if self._unanswered.pop(response.id) is part:
+                self._store_answer(part, answer)
                 self._changed.notify_all()
 
-    def lost(self, worker: StreamWorker, cause: SidelightError, *, failed: bool, died: bool) -> None:
+    def call_ended(self, worker: StreamWorker, cause: SidelightError, *, failed: bool, died: bool) -> None:
         """Say that the call has ended, whether it failed, and whether the server may have died of what it held."""
         with self._lock:
             if self._is_over:
@@ -207,17 +211,17 @@ class Stream:
                 logging.WARNING if was_open and failed else logging.INFO,
                 "%s: the stream's call ended, reconnecting: %s", worker.connection.address, cause,
             )  # fmt: skip
-            self._availability.went(worker, cause, time.monotonic())
+            self._availability.mark_gone(worker, cause, time.monotonic())
             if failed and not self._config.retry:
-                for part in self._in_flight.take_back(worker):
+                for part in self._unanswered.remove_sent(worker):
                     self._fail(part, cause)
                 if len(self._refused) == len(self._workers):
                     self._end(cause)
-            for part in self._in_flight.lost(worker, died=died):
+            for part in self._unanswered.requeue_after_call_end(worker, died=died):
                 self._fail(part, ServerDied(
-                    f"{_told(part)}: it was alone at work when its server ended, twice ({cause}); it is not sent again"
+                    f"{_label(part)}: it was alone at work when its server ended, twice ({cause}); it is not sent again"
                 ))  # fmt: skip
-            self._keep.notify()
+            self._timer_changed.notify()
             self._changed.notify_all()
 
     # What happens under the lock.
@@ -228,15 +232,15 @@ class Stream:
             now_s = time.monotonic()
             wait_s = None
             if worker in self._availability:
-                if part := self._in_flight.send(worker, now_s, fits=functools.partial(self._fits, worker)):
+                if part := self._unanswered.send(worker, now_s, fits=functools.partial(self._fits, worker)):
                     return part
                 if worker.regions and worker.regions.is_missing:
                     return Step.REGISTER
-                if not self._is_reading and self._in_flight.may_read(worker, now_s):
+                if not self._is_reading and self._unanswered.may_read(worker, now_s):
                     self._is_reading = True
                     return Step.READ
-                again_s = self._in_flight.next_sending_s(now_s)
-                wait_s = None if again_s is None else again_s - now_s
+                resend_s = self._unanswered.next_sending_s(now_s)
+                wait_s = None if resend_s is None else resend_s - now_s
             self._changed.wait(wait_s)
         return Step.END
 
@@ -244,14 +248,14 @@ class Stream:
         """Take room for a part in shared memory, where the worker has any."""
         if worker.regions is None or not len(part.batch):
             return True
-        return worker.regions.place(part.id, self._config.shared_bytes(part.batch))
+        return worker.regions.allocate(part.id, self._config.shared_bytes(part.batch))
 
-    def _is_tried_again(self, part: Part, failure: pb.Failure) -> bool:
+    def _requeue_if_retryable(self, part: Part, failure: pb.Failure) -> bool:
         """Send a part again where that may go well: it was too large, or its server was full, or on its way out."""
         delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
         if failure.code == ResourceExhausted.code and delay_s is None and len(part.batch) > 1:
-            log.info("%s: split in two: %s", _told(part), failure.message)
-            self._in_flight.halve(part)
+            log.info("%s: split in two: %s", _label(part), failure.message)
+            self._unanswered.requeue_halves(part)
             return True
         if not self._config.retry:
             return False
@@ -262,19 +266,19 @@ class Stream:
         not_before_s = time.monotonic() + (delay_s or 0.0)
         if delay_s is None or not_before_s >= part.entry.deadline_s:
             return False
-        log.info("%s: sent again in %.2g s: %s", _told(part), delay_s, failure.message)
-        self._in_flight.again(part, not_before_s=not_before_s)
+        log.info("%s: sent again in %.2g s: %s", _label(part), delay_s, failure.message)
+        self._unanswered.requeue(part, not_before_s=not_before_s)
         return True
 
-    def _heard(self, regions: Regions, response: pb.AttributeStreamResponse) -> None:
+    def _receive_region_response(self, regions: Regions, response: pb.AttributeStreamResponse) -> None:
         """Take note of a region that the server has open. One that it refuses ends the stream: nothing goes inline."""
         if response.WhichOneof("outcome") == "region_registered":
-            regions.registered(response.region_registered.region)
+            regions.mark_registered(response.region_registered.region)
             self._changed.notify_all()
         elif regions.holds(response.id):
             self._end(from_code(response.failure.code, response.failure.message))
 
-    def _has_changed(self, response: pb.AttributeStreamResponse) -> bool:
+    def _end_if_model_changed(self, response: pb.AttributeStreamResponse) -> bool:
         """Say whether another model answers than the first time; then the stream ends."""
         digest = response.result.provenance.model_digest
         if digest and self._digest and digest != self._digest and not self._config.allow_model_change:
@@ -286,24 +290,24 @@ class Stream:
         self._digest = self._digest or digest
         return False
 
-    def _settle(self, part: Part, answer: Attribution) -> None:
-        if part.entry.settle(part.start, answer):
+    def _store_answer(self, part: Part, answer: Attribution) -> None:
+        if part.entry.add_answer(part.start, answer):
             self._deliver(part.entry, join(part.entry))
 
     def _fail(self, part: Part, error: SidelightError) -> None:
-        self._settle(part, attribution.failed(error, index=part.entry.index, id_=part.entry.id))
+        self._store_answer(part, attribution.failed(error, index=part.entry.index, id_=part.entry.id))
 
     def _deliver(self, entry: Entry, answer: Attribution) -> None:
         self.queue.put(entry, answer)
-        self._in_flight.delivered()
-        if self._in_flight.is_done:
+        self._unanswered.mark_delivered()
+        if self._unanswered.is_done:
             self._end(None)
 
     def _end(self, error: BaseException | None) -> None:
         self._is_over = True
         self.queue.close(End(error))
         self._changed.notify_all()
-        self._keep.notify()
+        self._timer_changed.notify()
 
     def _wake(self) -> None:
         with self._lock:
@@ -324,57 +328,57 @@ class Stream:
         batch, spans, refused = read.batch, read.spans, read.refused
         with self._lock:
             if batch.id is None:
-                batch.id = self._in_flight.free_id(read.index)
-            elif refused is None and self._in_flight.has_id(batch.id):
+                batch.id = self._unanswered.free_id(read.index)
+            elif refused is None and self._unanswered.has_id(batch.id):
                 spans, refused = (), InvalidArgument(f'id: "{batch.id}" is of a batch that is not answered yet')
             entry = Entry(read.index, batch, time.monotonic() + self._config.timeout_s)
             self._is_reading = False
-            self._in_flight.add(entry, spans)
+            self._unanswered.add(entry, spans)
             if refused is not None:
                 self._deliver(entry, attribution.failed(refused, index=entry.index, id_=entry.id))
-            elif self._in_flight.n_unanswered == len(spans):  # the keeper had nothing to wait for
-                self._keep.notify()
+            elif self._unanswered.n_unanswered == len(spans):  # the keeper had nothing to wait for
+                self._timer_changed.notify()
             self._changed.notify_all()
 
     def _exhausted(self) -> None:
         with self._lock:
             self._is_reading = False
-            self._in_flight.is_exhausted = True
-            if self._in_flight.is_done:
+            self._unanswered.is_exhausted = True
+            if self._unanswered.is_done:
                 self._end(None)
 
     # The keeper, who sleeps until the next of these is due.
 
-    def _watch(self) -> None:
+    def _run_timer(self) -> None:
         with self._lock:
             while not self._is_over:
                 now_s = time.monotonic()
-                due_s = self._tidy(now_s)
-                self._keep.wait(None if due_s is None else min(max(0.0, due_s - now_s), threading.TIMEOUT_MAX))
+                due_s = self._expire(now_s)
+                self._timer_changed.wait(None if due_s is None else min(max(0.0, due_s - now_s), threading.TIMEOUT_MAX))
 
-    def _tidy(self, now_s: float) -> float | None:
+    def _expire(self, now_s: float) -> float | None:
         """Fail what is late, and end a stream that has no server any more. Returns when to come again."""
-        late, silent = self._in_flight.overdue(now_s)
+        late, silent = self._unanswered.pop_overdue(now_s)
         for part in late:
-            self._fail(part, self._lateness(part))
+            self._fail(part, self._timeout_error(part))
         for worker in self._workers:
             if worker in silent:
-                worker.cut(Unavailable("the server kept silent past a batch's time"))
+                worker.cancel(Unavailable("the server kept silent past a batch's time"))
         if late:
             self._changed.notify_all()
-        dues_s = [self._in_flight.next_deadline_s(), self._availability.tell(now_s)]
+        dues_s = [self._unanswered.next_deadline_s(), self._availability.log_waiting(now_s)]
         patience_s = self._config.patience_s
-        if not self._in_flight.n_unanswered and (ends_s := self._availability.ends_s(patience_s)) is not None:
+        if not self._unanswered.n_unanswered and (ends_s := self._availability.gives_up_s(patience_s)) is not None:
             if now_s >= ends_s:
-                self._end(self._availability.absence(f"for {patience_s:g} s"))
+                self._end(self._availability.error(f"for {patience_s:g} s"))
             dues_s.append(ends_s)
         return min((due_s for due_s in dues_s if due_s is not None), default=None)
 
-    def _lateness(self, part: Part) -> SidelightError:
+    def _timeout_error(self, part: Part) -> SidelightError:
         if self._availability:
-            return DeadlineExceeded(f"{_told(part)}: the server did not answer in its time")
-        return self._availability.absence(f"{_told(part)}: while its time passed,")
+            return DeadlineExceeded(f"{_label(part)}: the server did not answer in its time")
+        return self._availability.error(f"{_label(part)}: while its time passed,")
 
 
-def _told(part: Part) -> str:
+def _label(part: Part) -> str:
     return f"batch {part.entry.id}"

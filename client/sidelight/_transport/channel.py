@@ -17,7 +17,7 @@ from .credentials import ChannelSecurity
 from .wire import open_stream
 
 PROBE_TIMEOUT_S = 10.0
-LET_GO_S = 1.0
+JOIN_TIMEOUT_S = 1.0
 DIAGNOSE_EVERY_S = 1.0  # while there is no server: gRPC tells of the first failed try alone
 # A server that is silent for as long as both together is gone: its machine died, or something between cut the wire.
 KEEPALIVE_S, KEEPALIVE_TIMEOUT_S = 20.0, 10.0
@@ -100,13 +100,13 @@ class Connection:
         with self._lock, contextlib.suppress(ValueError):
             self._listeners.remove(listener)
 
-    def forget(self) -> None:
+    def forget_error(self) -> None:
         """Forget why there was no server: since then that may have been mended."""
         with self._lock:
             self._diagnosis = None
             self._diagnosed_s = -DIAGNOSE_EVERY_S
 
-    def seek(self) -> None:
+    def connect(self) -> None:
         """Make the channel look for its server. One whose server went away is idle until a call is made."""
         with self._lock:
             state, first = self._state, not self._is_followed
@@ -128,7 +128,7 @@ class Connection:
         """End it, and whatever runs on it."""
         self._channel.unsubscribe(self._follow)
         self._follow(_SHUTDOWN)
-        self._let_go()
+        self._join_followers()
         self._channel.close()
 
     def _follow(self, state: grpc.ChannelConnectivity) -> None:
@@ -138,11 +138,11 @@ class Connection:
             self._state = state
             if state is _READY:
                 self._diagnosis = None
-        self._tell()
+        self._notify()
         if state is _FAILED:
             self._diagnose()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         with self._lock:
             listeners = list(self._listeners)
         for listener in listeners:
@@ -165,15 +165,15 @@ class Connection:
             if not isinstance(call, grpc.Call) or call.code() is not grpc.StatusCode.UNAVAILABLE or self.is_ready:
                 return
             self._diagnosis = diagnose(call.details() or "", is_encrypted=self._is_encrypted)
-        self._tell()
+        self._notify()
 
-    def _let_go(self) -> None:
+    def _join_followers(self) -> None:
         """Wait until gRPC's thread that follows the channel's state has seen that nobody listens any more, and ended.
 
         It looks every 0.2 s, and raises into the process's hook for threads where the channel is closed between two
         looks. A thread that others started at the same moment may be among them: so there is a limit.
         """
-        until_s = time.monotonic() + LET_GO_S
+        until_s = time.monotonic() + JOIN_TIMEOUT_S
         for thread in self._followers:
             if thread is not threading.current_thread():
                 thread.join(max(0.0, until_s - time.monotonic()))

@@ -113,7 +113,7 @@ class ChannelSecurity:
             assert self.tls is not None  # noqa: S101
             named = [("grpc.ssl_target_name_override", self.tls.server_name)] if self.tls.server_name else []
             return grpc.secure_channel(address, self.tls.credentials(), options=[*options, *named])
-        if self.token is not None and not _stays_here(address):
+        if self.token is not None and not _is_local(address):
             raise InvalidArgument(
                 f"token: {address} is another machine, and without TLS others could read the token; say tls="
             )
@@ -183,7 +183,7 @@ def _tokens(text: str) -> Iterator[str]:
     return (line for line in lines if line and not line.startswith("#"))
 
 
-def _stays_here(address: str) -> bool:
+def _is_local(address: str) -> bool:
     """Say whether what is sent to an address stays on this machine."""
     if address.startswith("unix:"):
         return True

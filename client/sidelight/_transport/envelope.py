@@ -72,10 +72,10 @@ def _next(raw: memoryview, at: int) -> _Field | None:
         case 1:
             end += 8
         case 2:
-            told = _varint(raw, start)
-            if told is None:
+            prefix = _varint(raw, start)
+            if prefix is None:
                 return None
-            length, start = told
+            length, start = prefix
             end = start + length
         case 5:
             end += 4

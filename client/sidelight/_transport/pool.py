@@ -41,12 +41,12 @@ class ConnectionPool:
             connection.listen(self._wake)
 
     @property
-    def are_here(self) -> bool:
+    def is_in_own_process(self) -> bool:
         """Whether the connections are this process's, and not those of one that it was forked from."""
-        return self._origin.is_here
+        return self._origin.is_in_own_process
 
     @property
-    def names(self) -> str:
+    def addresses(self) -> str:
         """The addresses, to be told."""
         return ", ".join(each.address for each in self.connections)
 
@@ -54,14 +54,14 @@ class ConnectionPool:
         """Return the next server that is there, after waiting for one. `Unavailable` when none has come in time."""
         if found := self.ready_now():
             return found
-        self.begin()
+        self.forget_errors()
         deadline_s = time.monotonic() + timeout_s
         if found := self._wait(min(timeout_s, SILENT_WAIT_S)):
             return found
-        self.tell_waiting()
+        self.log_waiting()
         if found := self._wait(deadline_s - time.monotonic()):
             return found
-        raise self.absent(timeout_s)
+        raise self.unavailable(timeout_s)
 
     def ready_now(self) -> Connection | None:
         """Return the next server that is there; None where there is none. `FailedPrecondition` after a fork."""
@@ -70,10 +70,10 @@ class ConnectionPool:
         n = len(self.connections)
         return next((each for i in range(n) if (each := self.connections[(first + i) % n]).is_ready), None)
 
-    def begin(self) -> None:
+    def forget_errors(self) -> None:
         """Begin to wait, without regard to what was wrong before."""
         for connection in self.connections:
-            connection.forget()
+            connection.forget_error()
 
     def check(self) -> None:
         """Raise `Unavailable` where it is of no use to wait: TLS fails with every server, or the client is closed."""
@@ -81,18 +81,18 @@ class ConnectionPool:
             raise Unavailable("the client is closed")
         faults = [each.connect_error for each in self.connections]
         if all(fault and fault.is_lasting for fault in faults):
-            raise Unavailable(f"no connection to {self.names}: {self._reasons()}")
+            raise Unavailable(f"no connection to {self.addresses}: {self._reasons()}")
 
-    def tell_waiting(self) -> None:
+    def log_waiting(self) -> None:
         """Say in the log that nobody answers yet, and why."""
         reasons = self._reasons()
-        log.warning("waiting for a server at %s%s", self.names, f" ({reasons})" if reasons else "")
+        log.warning("waiting for a server at %s%s", self.addresses, f" ({reasons})" if reasons else "")
 
-    def absent(self, timeout_s: float) -> Unavailable:
+    def unavailable(self, timeout_s: float) -> Unavailable:
         """Return what to say where nobody answered."""
         reasons = self._reasons()
         return Unavailable(
-            f"no server answers at {self.names} after {timeout_s:g} s; is sidelight-server running there?"
+            f"no server answers at {self.addresses} after {timeout_s:g} s; is sidelight-server running there?"
             + (f" The last try: {reasons}" if reasons else "")
         )
 
@@ -109,7 +109,7 @@ class ConnectionPool:
             self.check()
             seen = self._states()
             for connection in self.connections:
-                connection.seek()
+                connection.connect()
             with self._changed:
                 left_s = min(max(0.0, deadline_s - time.monotonic()), threading.TIMEOUT_MAX)
                 until_look_s = min(left_s, DIAGNOSE_EVERY_S)

@@ -20,13 +20,13 @@ class Origin:
         self._pid = os.getpid()
 
     @property
-    def is_here(self) -> bool:
+    def is_in_own_process(self) -> bool:
         """Whether that is this process."""
         return self._pid == os.getpid()
 
     def check(self) -> None:
         """Raise `FailedPrecondition` in a child of that process."""
-        if not self.is_here:
+        if not self.is_in_own_process:
             raise FailedPrecondition(
                 f"the client was made in process {self._pid} and this one was forked from it: call connect() here again"
             )

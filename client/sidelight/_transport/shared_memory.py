@@ -111,7 +111,7 @@ class Regions:
         """Whether a part waits for a region that has not been asked for."""
         return self._missing > 0
 
-    def place(self, id_: str, n_bytes: int) -> bool:
+    def allocate(self, id_: str, n_bytes: int) -> bool:
         """Take room for a part. False where there is none now; then one may be missing."""
         for region in self._regions:
             if region.is_registered and (offset := region.allocator.take(n_bytes)) is not None:
@@ -140,7 +140,7 @@ class Regions:
         """Say whether a region is one of these."""
         return any(region.name == name for region in self._regions)
 
-    def registered(self, name: str) -> None:
+    def mark_registered(self, name: str) -> None:
         """Take note that the server has a region open. From here on the file needs no name."""
         for region in self._regions:
             if region.name == name:

@@ -36,7 +36,7 @@ class Entry:
         """The batch's id, or if it has none its position."""
         return self.batch.id or str(self.index)
 
-    def settle(self, start: int, answer: Attribution) -> bool:
+    def add_answer(self, start: int, answer: Attribution) -> bool:
         """Take a part's answer in. Returns whether it was the last."""
         self.answers[start] = answer
         self.n_open -= 1
@@ -66,24 +66,24 @@ class Part:
         return len(self.batch) == len(self.entry.batch)
 
     @property
-    def place(self) -> tuple[int, int]:
+    def position(self) -> tuple[int, int]:
         """Where it stands in the stream."""
         return self.entry.index, self.start
 
 
-class InFlightBatches:
+class UnansweredParts:
     """The unanswered parts of a stream. A worker, one server's share of the stream, is known by any name.
 
     `window` bounds the examples that are unanswered, or answered and not yet taken, per worker; there may always be two
     batches. `in_all` bounds them over all workers; None does not.
     """
 
-    def __init__(self, *, window: int, in_all: int | None = None, n_lanes: int = 1) -> None:
+    def __init__(self, *, window: int, in_all: int | None = None, n_workers: int = 1) -> None:
         self._window = window
         self._in_all = in_all
-        self._n_lanes = n_lanes
+        self._n_workers = n_workers
         self._waiting: list[Part] = []  # in the order of their places
-        self._flying: dict[str, tuple[Part, Hashable]] = {}
+        self._sent: dict[str, tuple[Part, Hashable]] = {}
         self._n_examples = 0
         self._n_batches = 0
         self._n_undelivered = 0
@@ -92,7 +92,7 @@ class InFlightBatches:
     @property
     def n_unanswered(self) -> int:
         """How many parts wait or fly."""
-        return len(self._waiting) + len(self._flying)
+        return len(self._waiting) + len(self._sent)
 
     @property
     def is_done(self) -> bool:
@@ -106,7 +106,7 @@ class InFlightBatches:
         self._n_batches += 1
         self._n_undelivered += 1
         for span in spans:
-            self._wait(Part(entry, span.start, entry.batch.part(span)))
+            self._enqueue(Part(entry, span.start, entry.batch.part(span)))
 
     def may_read(self, worker: Hashable, now_s: float) -> bool:
         """Say whether a worker may read another batch: there is room, and none could be sent now or has to be alone."""
@@ -124,21 +124,21 @@ class InFlightBatches:
         if any(part.is_suspect for part in held):
             return None
         for place, part in enumerate(self._waiting):
-            if part.not_before_s > now_s or part.id in self._flying:  # a caller's id may equal that of a part
+            if part.not_before_s > now_s or part.id in self._sent:  # a caller's id may equal that of a part
                 continue
             if part.is_suspect and held:  # it must be alone: the worker runs empty first
                 return None
             if not fits(part):
                 return None
             del self._waiting[place]
-            self._flying[part.id] = part, worker
+            self._sent[part.id] = part, worker
             return part
         return None
 
     def has_id(self, id_: str) -> bool:
         """Say whether an unanswered batch has this id."""
-        flying = (part for part, _ in self._flying.values())
-        return any(part.entry.id == id_ for part in (*self._waiting, *flying))
+        sent = (part for part, _ in self._sent.values())
+        return any(part.entry.id == id_ for part in (*self._waiting, *sent))
 
     def free_id(self, index: int) -> str:
         """Return an id for the batch at a position that has none, and that no unanswered batch has."""
@@ -149,38 +149,38 @@ class InFlightBatches:
 
     def get(self, id_: str) -> Part | None:
         """Return a part that flies."""
-        part, _ = self._flying.get(id_, (None, None))
+        part, _ = self._sent.get(id_, (None, None))
         return part
 
-    def answered(self, id_: str) -> Part | None:
+    def pop(self, id_: str) -> Part | None:
         """Take a part out. None where it was answered before, or given up: an answer comes once."""
-        part, _ = self._flying.pop(id_, (None, None))
+        part, _ = self._sent.pop(id_, (None, None))
         return part
 
-    def again(self, part: Part, *, not_before_s: float) -> None:
+    def requeue(self, part: Part, *, not_before_s: float) -> None:
         """Let a part that flies wait, and be sent again."""
-        del self._flying[part.id]
+        del self._sent[part.id]
         part.not_before_s = not_before_s
-        self._wait(part)
+        self._enqueue(part)
 
-    def halve(self, part: Part) -> None:
+    def requeue_halves(self, part: Part) -> None:
         """Let a part that flies be sent again as two: it was too large for its server."""
-        del self._flying[part.id]
+        del self._sent[part.id]
         half = len(part.batch) // 2
         for span in (range(half), range(half, len(part.batch))):
-            self._wait(Part(part.entry, part.start + span.start, part.batch.part(span), is_suspect=part.is_suspect))
+            self._enqueue(Part(part.entry, part.start + span.start, part.batch.part(span), is_suspect=part.is_suspect))
         part.entry.n_open += 1
 
-    def take_back(self, worker: Hashable) -> list[Part]:
+    def remove_sent(self, worker: Hashable) -> list[Part]:
         """Take out what a worker held when its call ended, to be given up whole."""
         held = self._held_by(worker)
         for part in held:
-            del self._flying[part.id]
+            del self._sent[part.id]
         return held
 
-    def lost(self, worker: Hashable, *, died: bool) -> list[Part]:
+    def requeue_after_call_end(self, worker: Hashable, *, died: bool) -> list[Part]:
         """Take back what a worker held when its call ended. Returns the parts that are given up."""
-        held = self.take_back(worker)
+        held = self.remove_sent(worker)
         for part in held:
             if died:
                 part.is_suspect = True
@@ -188,48 +188,48 @@ class InFlightBatches:
         given_up = [part for part in held if part.n_deaths >= DEATHS]
         for part in held:
             if part not in given_up:
-                self._wait(part)
+                self._enqueue(part)
         return given_up
 
-    def overdue(self, now_s: float) -> tuple[list[Part], set[Hashable]]:
+    def pop_overdue(self, now_s: float) -> tuple[list[Part], set[Hashable]]:
         """Take out the parts whose time is over. Returns them, and workers whose servers were silent about theirs."""
         waiting = [part for part in self._waiting if now_s >= part.entry.deadline_s]
-        silent = {id_: flight for id_, flight in self._flying.items() if now_s >= self._ends_s(flight[0])}
+        silent = {id_: each for id_, each in self._sent.items() if now_s >= self._expires_s(each[0])}
         self._waiting = [part for part in self._waiting if part not in waiting]
         for id_ in silent:
-            del self._flying[id_]
+            del self._sent[id_]
         return waiting + [part for part, _ in silent.values()], {worker for _, worker in silent.values()}
 
     def next_deadline_s(self) -> float | None:
         """Return when the next part will be overdue; None without any."""
-        ends_s = [part.entry.deadline_s for part in self._waiting]
-        ends_s += [self._ends_s(part) for part, _ in self._flying.values()]
-        return min(ends_s, default=None)
+        dues_s = [part.entry.deadline_s for part in self._waiting]
+        dues_s += [self._expires_s(part) for part, _ in self._sent.values()]
+        return min(dues_s, default=None)
 
     def next_sending_s(self, now_s: float) -> float | None:
         """Return when the first of the parts may be sent that have to wait for a full server; None without any."""
         return min((part.not_before_s for part in self._waiting if part.not_before_s > now_s), default=None)
 
-    def delivered(self) -> None:
+    def mark_delivered(self) -> None:
         """Count a batch whose answer waits for the caller, or came before it was sent."""
         self._n_undelivered -= 1
 
-    def taken(self, entry: Entry) -> None:
+    def release(self, entry: Entry) -> None:
         """Free the room of a batch whose answer the caller has taken."""
         self._n_batches -= 1
         self._n_examples -= len(entry.batch)
 
-    def _wait(self, part: Part) -> None:
-        bisect.insort(self._waiting, part, key=lambda each: each.place)
+    def _enqueue(self, part: Part) -> None:
+        bisect.insort(self._waiting, part, key=lambda each: each.position)
 
     def _held_by(self, worker: Hashable) -> list[Part]:
-        return [part for part, its_lane in self._flying.values() if its_lane == worker]
+        return [part for part, sent_to in self._sent.values() if sent_to == worker]
 
     def _has_room(self) -> bool:
         if self._in_all is not None:
             return self._n_batches < MIN_BATCHES or self._n_examples < self._in_all
-        return self._n_batches < MIN_BATCHES * self._n_lanes or self._n_examples < self._window * self._n_lanes
+        return self._n_batches < MIN_BATCHES * self._n_workers or self._n_examples < self._window * self._n_workers
 
     @staticmethod
-    def _ends_s(part: Part) -> float:
+    def _expires_s(part: Part) -> float:
         return part.entry.deadline_s + GRACE_S

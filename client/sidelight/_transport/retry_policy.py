@@ -8,18 +8,18 @@ from ..exceptions import Cancelled, ResourceExhausted, SidelightError, Unavailab
 log = logging.getLogger("sidelight")
 
 DEATHS = 2  # servers that may go away under one call: it may be the cause
-AWAY_DELAY_S = 0.05  # until the channel has seen that its server is gone
+GONE_DELAY_S = 0.05  # until the channel has seen that its server is gone
 # A call that its caller did not cancel was cancelled by a server, or by what stands before it, for another's sake.
 FIRST_CANCELLED_DELAY_S, LONGEST_CANCELLED_DELAY_S = 0.05, 2.0
 
 
-class Retry:
+class RetryPolicy:
     """One call's own time, and what has gone wrong in it."""
 
     def __init__(self, timeout_s: float, *, retry: bool) -> None:
         self._deadline_s = time.monotonic() + timeout_s
         self._retry = retry
-        self._n_away = 0
+        self._n_gone = 0
         self._n_cancelled = 0
 
     @property
@@ -36,8 +36,8 @@ class Retry:
             delay_s = min(FIRST_CANCELLED_DELAY_S * 2 ** min(self._n_cancelled, 8), LONGEST_CANCELLED_DELAY_S)
             self._n_cancelled += 1
         elif isinstance(error, Unavailable) and error.retry_delay_s is None:
-            self._n_away += 1
-            delay_s = AWAY_DELAY_S if self._n_away < DEATHS else None
+            self._n_gone += 1
+            delay_s = GONE_DELAY_S if self._n_gone < DEATHS else None
         else:
             # A server that is full, or is loading its models yet, says so.
             delay_s = error.retry_delay_s if isinstance(error, ResourceExhausted | Unavailable) else None
