@@ -25,6 +25,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, model_pb2_grpc
 from sidelight_server import ConfigurationError, Engine, ModelSpec, Settings
+from sidelight_server.app import embedded
 from sidelight_server.app.metrics_http import N_CALLERS, MetricsServer
 from sidelight_server.app.prometheus import Metrics
 from sidelight_server.app.server import Server
@@ -394,7 +395,7 @@ def test_a_wrong_number_of_served_classes_is_refused(tmp_path: Path) -> None:
 
 @contextlib.contextmanager
 def _in_thread(server: Server) -> Iterator[None]:
-    with sidelight_server.app.embedded._Thread(server, drain_s=5):
+    with embedded._Thread(server, drain_s=5):
         yield
 
 
