@@ -4,8 +4,8 @@ with sidelight.connect("unix:/run/sidelight.sock") as client:
     answer = client.attribute("cat.png")
     answer.overlay(0).save("why.png")
 
-Most programs need no other names than these. `sidelight.exceptions` has every error, `sidelight.results` the types of
-what answers and servers hold, `sidelight.methods` the base class of methods, `sidelight.aio` the asynchronous client.
+The names below are enough for most programs. `sidelight.exceptions` has every exception, `sidelight.results` the types
+of answers and server information, `sidelight.methods` the union of all methods, `sidelight.aio` the asyncio client.
 """
 
 from . import aio, exceptions, methods, results

@@ -25,16 +25,16 @@ _Options = ParamSpec("_Options")
 _Answer = TypeVar("_Answer")
 
 _NAME = re.compile(r"[0-9a-z_.-]+")
-FOR_EVER_S = 1e9  # math.inf is for ever, and so is thirty years
+FOR_EVER_S = 1e9  # about 30 years: sent in place of math.inf, which a Duration cannot hold
 
 
 def options_by_name(method: Callable[_Options, _Answer]) -> Callable[_Options, _Answer]:
-    """Have a method say in plain words that everything after its images is given by name."""
+    """Make a second positional argument a `TypeError` that says to pass options by name."""
 
     def check(given: tuple[object, ...]) -> None:
         if len(given) > 2:  # the first is self
             raise TypeError(
-                f"{method.__name__}() takes only the images by position, and got {summary(given[2])} after them: give "
+                f"{method.__name__}() takes only the images by position, got {summary(given[2])} after them: pass "
                 'every option by name, as in model="resnet50" or target=3'
             )
 
@@ -48,13 +48,13 @@ def options_by_name(method: Callable[_Options, _Answer]) -> Callable[_Options, _
         check(given)
         return await cast(Awaitable[object], method(*given, **options))
 
-    # A coroutine function stays one: frameworks and mocks ask.
+    # A coroutine function must stay one: frameworks and mocks check with inspect.iscoroutinefunction.
     return cast(Callable[_Options, _Answer], awaited) if inspect.iscoroutinefunction(method) else checked
 
 
 @dataclass(frozen=True, slots=True)
 class AttributeOptions:
-    """What is asked of every batch of a call: all of a request but its images."""
+    """The options of a call: everything in its requests except the images."""
 
     model: str | None
     target: Target
@@ -67,7 +67,7 @@ class AttributeOptions:
     partial: bool = False
 
     def template(self) -> pb.AttributeRequest:
-        """Return the message without images, which says what is wrong with the question."""
+        """Return the request message without images. `InvalidArgument` for an invalid option."""
         if not isinstance(self.method, Method):
             raise InvalidArgument(f"method: got {self.method!r}, expected a method, such as sidelight.Gradient()")
         return pb.AttributeRequest(
@@ -86,13 +86,16 @@ class AttributeOptions:
 
 
 def check_classes(template: pb.AttributeRequest, batch: EncodedBatch) -> None:
-    """Refuse a call's list of classes that is not as long as its batch, where the batch has no target of its own."""
+    """Raise `InvalidArgument` if the call's target has one class per example, but not as many as the batch has.
+
+    A batch with its own target was checked when it was encoded.
+    """
     if batch.target is None:
         check_one_for_each(template.target, len(batch))
 
 
 def checked_metadata(metadata: Metadata) -> Headers:
-    """Return the pairs that a call brings. `InvalidArgument` for what no header may carry."""
+    """Return a call's metadata as a tuple of pairs. `InvalidArgument` for a name or value that gRPC does not allow."""
     pairs = tuple(metadata) if isinstance(metadata, Sequence) and not isinstance(metadata, str | bytes) else None
     if pairs is None or not all(isinstance(each, tuple | list) and len(each) == 2 for each in pairs):
         raise InvalidArgument(
@@ -107,7 +110,7 @@ def checked_metadata(metadata: Metadata) -> Headers:
         if not is_right:
             raise InvalidArgument(
                 f"metadata: got {type(value).__name__} as the value of {name}, expected printable ASCII text, "
-                "or for a name that ends in -bin bytes"
+                "or bytes for a name that ends in -bin"
             )
     return tuple((name, value) for name, value in pairs)
 
@@ -117,11 +120,11 @@ def _is_text(value: str) -> bool:
 
 
 def model_name(model: str | None) -> str:
-    """Return a model's name as messages have it: empty is the server's default."""
+    """Return the model name to send: empty for the server's default model."""
     return "" if model is None else text(model, "model")
 
 
 def duration(timeout: float) -> Duration:
-    """Return the message of a time in seconds, which must be positive."""
+    """Convert a positive number of seconds to a `Duration`."""
     span_s = min(span(timeout, "timeout"), FOR_EVER_S)
     return Duration(seconds=int(span_s), nanos=int(span_s % 1 * 1e9))

@@ -1,4 +1,4 @@
-"""`replay`: computes a saved answer again and compares the two."""
+"""`replay`: recompute a saved answer and compare the two."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ from .results import storage
 from .results.replay import Replay, compare
 from .results.storage import Record
 
-TIMEOUT_S = 60.0  # of the second answer
+TIMEOUT_S = 60.0  # of the new request
 
 
 def replay(
@@ -28,36 +28,37 @@ def replay(
     baseline: str | os.PathLike[str] | Array | None = None,
     timeout: float = TIMEOUT_S,
 ) -> Replay:
-    """Compute an answer that `Attribution.save` wrote again, and compare.
+    """Recompute an answer that `Attribution.save` wrote, and compare the two.
 
-    `saved` is the folder or the `answer.json` in it; `images` are the batch that it explained: the same files, byte for
-    byte, or the same arrays. Others are refused as another picture. `baseline` is the array that the method was given,
-    or its file (None: the saved `baseline.npy`). `timeout` is in seconds. Raises as `Client.attribute` does;
-    `UnreadableFile` for a file that cannot be read, and `InvalidArgument` for one that holds something else, or images
-    that are others or not as many.
+    `saved` is the folder, or the `answer.json` in it. `images` is the batch that the answer explains: the same files,
+    byte for byte, or the same arrays. `baseline` is the array that the method was given, or a file of it (None: the
+    saved `baseline.npy`). `timeout` is in seconds.
+
+    Raises what `Client.attribute` raises, `UnreadableFile` for a file that cannot be read, and `InvalidArgument` for a
+    file with other content, or for images that differ from the saved digests.
     """
     record, batch = storage.load(Path(saved)), EncodedBatch(single_batch(images))
     if len(batch) != len(record.digests):
-        raise InvalidArgument(f"images: got {len(batch)}, expected {len(record.digests)}, as many as the answer has")
+        raise InvalidArgument(f"images: got {len(batch)}, expected {len(record.digests)}, one for each saved example")
     _check_examples(record, batch)
     answer = client._explain(_request(record, baseline, timeout), batch, timeout_s=timeout)
     return compare(record, answer)
 
 
 def _check_examples(record: Record, batch: EncodedBatch) -> None:
-    """Refuse examples that are not those that were explained, where the record says which these were."""
+    """Raise `InvalidArgument` for an example whose digest is not the saved one. Older records have no digests."""
     saved = record.provenance.example_digests
     for i, (then, now) in enumerate(zip(saved, batch.digests(), strict=False)):
         if then != now:
-            told = f' "{record.names[i]}"' if record.names[i] else ""
+            name = f' "{record.names[i]}"' if record.names[i] else ""
             raise InvalidArgument(
-                f"images: example {i} is another picture than the one{told} that the answer explains: its SHA-256 is "
-                f"{now}, the record has {then}"
+                f"images: example {i} is not the picture{name} that the answer explains: its SHA-256 is {now}, "
+                f"the record has {then}"
             )
 
 
 def _request(record: Record, baseline: str | os.PathLike[str] | Array | None, timeout: float) -> pb.AttributeRequest:
-    """Return the message that asked for the answer, without its images."""
+    """Return the request that produced the answer, without its images."""
     saved = record.provenance
     return pb.AttributeRequest(
         model=saved.model,
@@ -71,13 +72,13 @@ def _request(record: Record, baseline: str | os.PathLike[str] | Array | None, ti
 
 
 def _method(record: Record, baseline: str | os.PathLike[str] | Array | None) -> pb.Method:
-    """Return the method that was asked for, with the array that it was given: provenance has only its digest."""
+    """Return the saved method with its baseline array, of which provenance has only the digest."""
     method = pb.Method()
     method.CopyFrom(record.provenance.method)
     tensor = given_tensor(method)
     if tensor is None:
         if baseline is not None:
-            raise InvalidArgument("baseline: got one, but the answer's method was not given any")
+            raise InvalidArgument("baseline: got an array, but the saved method has no baseline array")
         return method
     if baseline is None or isinstance(baseline, str | os.PathLike):
         baseline = storage.load_array(Path(baseline or record.folder / storage.BASELINE))

@@ -1,27 +1,27 @@
-"""The exceptions: one for each gRPC status, and a few of the client's own.
+"""Exceptions: one for each gRPC status code, and subclasses for errors that the client tells apart.
 
 SidelightError
 ├── InvalidArgument        an argument or a field of the request is wrong; also a ValueError
 │   └── UnreadableFile     a file that the client cannot read; also an OSError
 ├── NotFound               no such model, label, layer or region
-├── FailedPrecondition     right in itself, but not for this model
-├── OutOfRange
-├── AlreadyExists
-├── Unimplemented          not served by this version of the server
-├── Unauthenticated        no token, or a wrong one
-├── PermissionDenied       not for this caller
-├── ResourceExhausted      over the server's permits or memory: `retry_delay_s` says when to ask again
-│   └── MessageTooLarge    a message over the limit of one side
-├── Unavailable            no server answers, or it is going away
-│   └── ServerDied         a batch was alone with two servers that died: it is not sent a third time
-├── DeadlineExceeded       the batch's time ran out
-├── Cancelled
-├── Aborted
-│   └── ModelChanged       a stream's model is not the one it began with
+├── FailedPrecondition     the request is valid, but this model cannot serve it
+├── OutOfRange             a value is past the valid range
+├── AlreadyExists          the item to create already exists
+├── Unimplemented          this version of the server does not support the call or option
+├── Unauthenticated        the token is missing or invalid
+├── PermissionDenied       the caller may not use this call or model
+├── ResourceExhausted      a limit of the server is reached: wait `retry_delay_s` before a retry
+│   └── MessageTooLarge    a message exceeds the client's or the server's size limit
+├── Unavailable            no server can be reached, or it is shutting down
+│   └── ServerDied         the server died twice while it processed only this batch: no further retry
+├── DeadlineExceeded       the timeout passed before the answer came
+├── Cancelled              the call was cancelled
+├── Aborted                the call was aborted
+│   └── ModelChanged       the model was replaced while a stream was running
 ├── Internal               the model or the server failed
-├── DataLoss
-├── Unknown
-└── PartialFailure         some examples of a batch failed: `answer` holds the others
+├── DataLoss               data was lost or corrupted
+├── Unknown                the server returned an unknown status
+└── PartialFailure         some examples of a batch failed: `answer` has the maps of the others
 """
 
 import errno
@@ -63,8 +63,8 @@ RETRY_TRAILER = "retry-after-ms"
 class SidelightError(Exception):
     """A failed call or batch.
 
-    `code` is the canonical gRPC status code; `retry_delay_s` how long to wait before asking again, None if that is of
-    no use or the server did not say.
+    `code` is the canonical gRPC status code. `retry_delay_s` is how long to wait before a retry; None if the server did
+    not say.
     """
 
     code: ClassVar[int] = 2
@@ -82,25 +82,26 @@ class Cancelled(SidelightError):
 
 
 class Unknown(SidelightError):
-    """A failure without a status of its own."""
+    """The server returned an unknown status."""
 
     code = 2
 
 
 class InvalidArgument(SidelightError, ValueError):
-    """An argument or a field of the request is wrong; the client itself raises it for what it cannot send."""
+    """An argument or a field of the request is wrong. Both the client and the server check."""
 
     code = 3
 
 
 class UnreadableFile(InvalidArgument, OSError):
-    """A file that the client cannot read. `filename` and `errno` are set; of one that is not there, or that is a
-    folder, it is also a `FileNotFoundError` or an `IsADirectoryError`.
+    """A file that the client cannot read. `filename` and `errno` are set.
+
+    If the file does not exist, the exception is also a `FileNotFoundError`; if it is a folder, an `IsADirectoryError`.
     """
 
     @classmethod
     def of(cls, error: OSError, field: str, path: object = None) -> "UnreadableFile":
-        """Return the exception for a failed read of what a field names."""
+        """Return the exception for a failed read of the file that an argument names."""
         name = path if error.filename is None else error.filename
         kind: type[UnreadableFile] = _OF_ERRNO.get(error.errno or 0, cls)
         unreadable = kind(f"{field}: cannot read {name}: {error.strerror or error}")
@@ -115,18 +116,18 @@ class UnreadableFile(InvalidArgument, OSError):
 
 
 class _MissingFile(UnreadableFile, FileNotFoundError):
-    """A file that is not there."""
+    """The file does not exist."""
 
 
 class _FolderForFile(UnreadableFile, IsADirectoryError):
-    """A folder where a file was expected."""
+    """The path is a folder, not a file."""
 
 
 _OF_ERRNO = {errno.ENOENT: _MissingFile, errno.EISDIR: _FolderForFile}
 
 
 class DeadlineExceeded(SidelightError):
-    """The batch's time ran out."""
+    """The timeout passed before the answer came."""
 
     code = 4
 
@@ -138,29 +139,29 @@ class NotFound(SidelightError):
 
 
 class AlreadyExists(SidelightError):
-    """What was to be made is there already."""
+    """The item to create already exists."""
 
     code = 6
 
 
 class PermissionDenied(SidelightError):
-    """Not for this caller."""
+    """The caller may not use this call or model."""
 
     code = 7
 
 
 class ResourceExhausted(SidelightError):
-    """Over the server's permits or memory."""
+    """A limit of the server is reached: requests in flight, or memory."""
 
     code = 8
 
 
 class MessageTooLarge(ResourceExhausted):
-    """A message over the limit of one side: the text names the side, its limit and the setting."""
+    """A message exceeds the client's or the server's size limit. The text names the setting that raises it."""
 
 
 class FailedPrecondition(SidelightError):
-    """Right in itself, but not for this model."""
+    """The request is valid, but this model cannot serve it."""
 
     code = 9
 
@@ -172,13 +173,13 @@ class Aborted(SidelightError):
 
 
 class OutOfRange(SidelightError):
-    """Past the valid range."""
+    """A value is past the valid range."""
 
     code = 11
 
 
 class Unimplemented(SidelightError):
-    """Not served by this version of the server."""
+    """This version of the server does not support the call or option."""
 
     code = 12
 
@@ -190,33 +191,33 @@ class Internal(SidelightError):
 
 
 class Unavailable(SidelightError):
-    """No server answers, or it is going away."""
+    """No server can be reached, or it is shutting down."""
 
     code = 14
 
 
 class ServerDied(Unavailable):
-    """A batch was alone at work when its server died, twice: it is not sent again, for it may be the cause."""
+    """The server died twice while it processed only this batch. The batch may be the cause, so it is not sent again."""
 
 
 class ModelChanged(Aborted):
-    """The model that answers is not the one that a stream began with. `allow_model_change=True` lets it be."""
+    """The model was replaced while a stream was running. `allow_model_change=True` permits this."""
 
 
 class DataLoss(SidelightError):
-    """Data was lost."""
+    """Data was lost or corrupted."""
 
     code = 15
 
 
 class Unauthenticated(SidelightError):
-    """No token, or a wrong one."""
+    """The token is missing or invalid."""
 
     code = 16
 
 
 class PartialFailure(SidelightError):
-    """Some examples of a batch failed. `answer.failures` says which and why; `answer` holds the others' maps."""
+    """Some examples of a batch failed. `answer.failures` has the reasons, `answer.maps` the maps of the others."""
 
     code = 3
 
@@ -261,8 +262,8 @@ def from_rpc(error: grpc.RpcError, *, max_message_bytes: int) -> SidelightError:
 
 
 def _too_large(message: str, max_message_bytes: int) -> MessageTooLarge:
-    """Say in our words what gRPC says: which side refused, and which setting raises its limit."""
-    if "CLIENT:" in message:  # it may stand behind "Stream removed"
+    """Translate gRPC's message: which side rejected the message, and which setting raises its limit."""
+    if "CLIENT:" in message:  # not always at the start: "Stream removed" may come first
         return MessageTooLarge(
             f"the answer is larger than this client takes: max_message_bytes of connect() is {max_message_bytes} "
             f"({message})"

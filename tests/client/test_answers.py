@@ -122,7 +122,7 @@ def test_what_cannot_be_drawn_is_left_out_with_the_reason(
     client: sidelight.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = client.attribute(np.zeros((2, *LARGE), np.uint8))
-    real, said = EncodedBatch.picture, "images: DICOM, which is drawn with pydicom; install sidelight[dicom]"
+    real, said = EncodedBatch.picture, "images: drawing a DICOM file needs pydicom: pip install 'sidelight[dicom]'"
 
     def picture(self: EncodedBatch, example: int, **options: object) -> Image.Image:
         if example == 0:

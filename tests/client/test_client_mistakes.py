@@ -125,14 +125,14 @@ def test_the_images_alone_are_positional() -> None:
     with sidelight.connect("unix:/nowhere/absent") as client:
         for method in (client.attribute, client.stream):
             with pytest.raises(
-                TypeError, match=rf"{method.__name__}\(\) takes only the images by position, and got 'small'"
+                TypeError, match=rf"{method.__name__}\(\) takes only the images by position, got 'small'"
             ):
                 method(IMAGES, "small")  # type: ignore[operator]
     asynchronous = sidelight.aio.connect("unix:/nowhere/absent")
     assert inspect.iscoroutinefunction(asynchronous.attribute)
-    with pytest.raises(TypeError, match="give every option by name, as in model="):
+    with pytest.raises(TypeError, match="pass every option by name, as in model="):
         asyncio.run(asynchronous.attribute(IMAGES, "small"))  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match="give every option by name, as in model="):
+    with pytest.raises(TypeError, match="pass every option by name, as in model="):
         asynchronous.stream(IMAGES, "small")  # type: ignore[call-arg]
 
 

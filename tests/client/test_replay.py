@@ -97,16 +97,16 @@ def test_another_picture_is_told_by_the_name_on_record_before_anything_is_comput
         sidelight.replay(exact, saved, [first, first])
     was, is_ = (hashlib.sha256(path.read_bytes()).hexdigest() for path in (second, first))
     assert caught.value.message == (
-        f'images: example 1 is another picture than the one "{second}" that the answer explains: its SHA-256 is {is_}, '
+        f'images: example 1 is not the picture "{second}" that the answer explains: its SHA-256 is {is_}, '
         f"the record has {was}"
     )
     ended = run(exact, saved, *options([second, second]))
     assert ended.exit_code == 1
-    assert "example 0 is another picture" in ended.output
+    assert "example 0 is not the picture" in ended.output
     assert str(first) in ended.output
     with (
         sidelight.connect("unix:/nowhere/absent", connect_timeout=0) as absent,
-        pytest.raises(sidelight.InvalidArgument, match="another picture"),
+        pytest.raises(sidelight.InvalidArgument, match="is not the picture"),
     ):
         sidelight.replay(absent, saved, [first, first])
 
@@ -159,9 +159,9 @@ def test_an_answer_about_arrays_is_replayed_from_arrays(
     assert sidelight.replay(exact, tmp_path, floats.numpy()).equal
     changed = floats.clone()
     changed[3, 0, 0, 0] += 1
-    with pytest.raises(sidelight.InvalidArgument, match="images: example 3 is another picture than the one that"):
+    with pytest.raises(sidelight.InvalidArgument, match="images: example 3 is not the picture that"):
         sidelight.replay(exact, tmp_path, changed)
-    with pytest.raises(sidelight.InvalidArgument, match="images: example 0 is another picture"):
+    with pytest.raises(sidelight.InvalidArgument, match="images: example 0 is not the picture"):
         sidelight.replay(exact, tmp_path, floats.double())
     _forget_digests(tmp_path)  # as an older server had it: the maps alone tell
     replayed = sidelight.replay(exact, tmp_path, changed)
@@ -396,10 +396,10 @@ def test_what_is_not_there_or_not_as_much_is_said_in_one_line(
     for arguments, message in {
         (tmp_path / "none.json", *options(pictures)): "No such file or directory",
         (tmp_path, *options(pictures)): "answer.json",
-        (saved, *options(pictures[:1])): "images: got 1, expected 2, as many as the answer has",
+        (saved, *options(pictures[:1])): "images: got 1, expected 2, one for each saved example",
         (saved, *options([*pictures, *pictures])): "images: got 4, expected 2",
         (saved, "--image", pictures[0], "--image", tmp_path / "none.png"): "none.png",
-        (saved, *options(pictures), "--baseline", saved / "maps.npy"): "baseline: got one, but the answer's method",
+        (saved, *options(pictures), "--baseline", saved / "maps.npy"): "baseline: got an array, but the saved method",
         (saved, *options(pictures), "--timeout", 0): "timeout: got 0.0 s",
     }.items():
         done = run(exact, *arguments)

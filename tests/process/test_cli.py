@@ -262,7 +262,7 @@ def test_saved_answers_are_replayed(run: Run) -> None:
         assert f"{path.name}: " in again.stdout
     other = run("replay", "runs/a/answer.json", "--image", paths[1])
     assert other.exit_code == 1
-    assert 'example 0 is another picture than the one "x/a.png"' in other.stderr
+    assert 'example 0 is not the picture "x/a.png"' in other.stderr
 
 
 def test_saved_answers_are_overwritten_only_where_that_is_said(run: Run) -> None:

@@ -17,7 +17,7 @@ from sidelight.v1 import tensor_pb2
 
 from ..exceptions import InvalidArgument, UnreadableFile
 from ..visualization import dicom
-from ..visualization.overlay import grey_of, picture_of
+from ..visualization.overlay import gray_of, picture_of
 from .batch import Batch, Images, Picture, batch_id
 from .digests import digest_of_array, digest_of_file
 from .targets import check_one_for_each, choice_message, target_message, target_of_part
@@ -240,7 +240,7 @@ def _upright(image: Image.Image, window: tuple[float, float]) -> Image.Image:
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I"):
         # Pillow's own conversion to 8 bits clips instead of scaling.
-        return Image.fromarray(grey_of(np.asarray(upright), *window)).convert("RGB")
+        return Image.fromarray(gray_of(np.asarray(upright), *window)).convert("RGB")
     if not upright.has_transparency_data:
         return upright.convert("RGB")
     white = Image.new("RGBA", upright.size, "white")

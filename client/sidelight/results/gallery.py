@@ -1,4 +1,4 @@
-"""The gallery of answers: every example with its picture, map and overlay on one sheet."""
+"""The gallery of answers: one sheet with the picture, map and overlay of every example."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,12 +26,14 @@ def gallery(
 ) -> Image.Image:
     """Draw every example of one or more answers on a sheet: picture, map and overlay side by side.
 
-    `answers` is an answer, an example of one, or an iterable of both. With a top-k target an example has a panel for
-    each class; a failed one has its message. `titles` and `subtitles` replace the class with its probability and the
-    file's name, one for each panel. `colormap` is as of `Attribution.overlay`. `FailedPrecondition` where an answer no
-    longer holds its images.
+    `answers` is an answer, an example of one, or an iterable of both. With a top-k target, an example has one panel for
+    each class. The panel of a failed example shows the error message. `titles` replace the predicted class and its
+    probability, `subtitles` the file name; each has one text per panel. `colormap` is that of `Attribution.overlay`.
+    `InvalidArgument` if there are no examples, `FailedPrecondition` if an answer no longer has its images.
     """
     panels = [panel for example in _examples(answers) for panel in _panels(example)]
+    if not panels:
+        raise InvalidArgument("answers: got no examples, expected at least one")
     for name, texts in (("titles", titles), ("subtitles", subtitles)):
         if texts is not None and len(texts) != len(panels):
             raise InvalidArgument(f"{name}: got {len(texts)} for {len(panels)} panels, expected one for each")

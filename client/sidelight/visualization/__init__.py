@@ -1,4 +1,4 @@
 """Pictures of maps: overlays, color maps and galleries.
 
-May import `exceptions` alone.
+May import only `exceptions`.
 """

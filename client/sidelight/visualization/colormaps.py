@@ -1,6 +1,6 @@
 """Color maps: the values of a map as colors.
 
-A sequential color map draws magnitudes, from dark to bright; a diverging one also tells negative values from positive.
+A sequential color map draws magnitudes, from dark to bright; a diverging one also shows the sign.
 """
 
 from dataclasses import dataclass
@@ -120,7 +120,7 @@ def color_bar(width: int, height: int, *, signed: bool = False, colormap: str | 
 
 
 def is_signed(map_: Map) -> bool:
-    """Tell whether a map has a negative value."""
+    """Return whether a map has a negative value."""
     return bool(np.any(map_ < 0))
 
 
@@ -143,7 +143,7 @@ def share_of_scale(values: Map, scale: float | None) -> Map:
 
 
 def checked(map_: Map) -> Map:
-    """Return a map as float64. `InvalidArgument` for what is not [H, W]."""
+    """Return a map as float64. `InvalidArgument` if it is not [H, W], or empty."""
     if map_.ndim != 2 or 0 in map_.shape:
         raise InvalidArgument(f"map_: shape {list(map_.shape)}, expected [H, W] with at least one pixel")
     return map_.astype(np.float64)

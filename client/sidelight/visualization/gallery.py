@@ -1,4 +1,4 @@
-"""The gallery: many pictures, each with its map and its overlay, on one sheet."""
+"""The gallery: one sheet of pictures, each with its map and its overlay."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ CARD = (25, 27, 33)
 BRIGHT = (240, 238, 232)
 DIM = (156, 158, 168)
 
-NOTE = "picture, map, overlay (the map smoothed for the eye)"
+NOTE = "picture, map, overlay (smoothed map)"
 CELL_WIDTH = 3 * TILE + 2 * TILE_GAP + 2 * PADDING
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -32,7 +32,7 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Panel:
-    """What the model saw, its map `[H, W]`, and two lines of text. A failed example has neither picture nor map."""
+    """The input picture, its map `[H, W]`, and two lines of text. A failed example has neither picture nor map."""
 
     picture: Image.Image | None
     map: Map | None
@@ -43,12 +43,12 @@ class Panel:
 def draw_gallery(
     panels: Sequence[Panel], *, heading: str | None = None, columns: int = COLUMNS, colormap: str | None = None
 ) -> Image.Image:
-    """Draw a sheet of panels, each picture, map and overlay side by side, and the colors' meaning below.
+    """Draw a sheet of panels: picture, map and overlay side by side, and a color bar at the bottom.
 
-    Fewer panels than `columns` make a narrower sheet. `InvalidArgument` for no panels or no columns.
+    With fewer panels than `columns` the sheet is narrower. `InvalidArgument` if there are no panels or no columns.
     """
     if not panels:
-        raise InvalidArgument("answers: got none with an example, expected at least one")
+        raise InvalidArgument("panels: got none, expected at least one")
     if columns < 1:
         raise InvalidArgument(f"columns: got {columns}, expected 1 or more")
     columns = min(columns, len(panels))
@@ -70,20 +70,20 @@ def draw_gallery(
 
 
 def shown_size(map_: Map, longest: int) -> tuple[int, int]:
-    """Return the width and height that a map is drawn in, whose longer side is `longest`."""
+    """Return the width and height of a map, scaled so that the longer side has `longest` pixels."""
     height, width = map_.shape
     ratio = longest / max(height, width)
     return max(1, round(width * ratio)), max(1, round(height * ratio))
 
 
-def fitted(part: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Return a picture in another size; much enlarged by repetition, so that a coarse map shows its own pixels."""
-    coarse = 2 * part.width <= size[0]
-    return part.resize(size, Image.Resampling.NEAREST if coarse else Image.Resampling.LANCZOS)
+def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize a picture. At 2× or more, pixels are repeated, so that the pixels of a coarse map stay visible."""
+    coarse = 2 * picture.width <= size[0]
+    return picture.resize(size, Image.Resampling.NEAREST if coarse else Image.Resampling.LANCZOS)
 
 
 def shortened(text: str, font: Font, width: float) -> str:
-    """Return a text, ended by an ellipsis where it would be wider than `width` pixels."""
+    """Return the text, cut and ended by an ellipsis if it is wider than `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text.rstrip() + "…") > width:
@@ -95,20 +95,20 @@ def _draw_panel(sheet: Image.Image, panel: Panel, *, cell: tuple[int, int], heig
     left, top = cell
     corners = (left, top, left + CELL_WIDTH - 1, top + height - 1)
     ImageDraw.Draw(sheet).rounded_rectangle(corners, radius=10, fill=CARD)
-    for index, part in enumerate(_parts(panel, colormap)):
-        x = left + PADDING + index * (TILE + TILE_GAP) + (TILE - part.width) // 2
-        sheet.paste(part, (x, top + PADDING))
+    for index, tile in enumerate(_tiles(panel, colormap)):
+        x = left + PADDING + index * (TILE + TILE_GAP) + (TILE - tile.width) // 2
+        sheet.paste(tile, (x, top + PADDING))
     left, width, bottom = left + PADDING, CELL_WIDTH - 2 * PADDING, top + height
     _write(sheet, (left, bottom - 50), panel.title, size=20, color=BRIGHT, width=width)
     _write(sheet, (left, bottom - 25), panel.subtitle, size=14, color=DIM, width=width)
 
 
-def _parts(panel: Panel, colormap: str | None) -> tuple[Image.Image, ...]:
+def _tiles(panel: Panel, colormap: str | None) -> tuple[Image.Image, ...]:
     if panel.picture is None or panel.map is None:
         return ()
-    laid = overlay(panel.picture, panel.map, colormap=colormap)
-    parts = panel.picture.convert("RGB"), colorize(panel.map, colormap=colormap), laid
-    return tuple(fitted(part, shown_size(panel.map, TILE)) for part in parts)
+    overlaid = overlay(panel.picture, panel.map, colormap=colormap)
+    tiles = panel.picture.convert("RGB"), colorize(panel.map, colormap=colormap), overlaid
+    return tuple(fitted(tile, shown_size(panel.map, TILE)) for tile in tiles)
 
 
 def _draw_footer(sheet: Image.Image, *, signs: Sequence[bool], colormap: str | None) -> None:
@@ -126,7 +126,7 @@ def _draw_footer(sheet: Image.Image, *, signs: Sequence[bool], colormap: str | N
 
 
 def _write(
-    sheet: Image.Image, place: tuple[int, int], text: str, *, size: int, color: tuple[int, int, int], width: int
+    sheet: Image.Image, position: tuple[int, int], text: str, *, size: int, color: tuple[int, int, int], width: int
 ) -> None:
     font = ImageFont.load_default(size=size)
-    ImageDraw.Draw(sheet).text(place, shortened(text, font, width), color, font)
+    ImageDraw.Draw(sheet).text(position, shortened(text, font, width), color, font)

@@ -1,4 +1,4 @@
-"""Overlays: a map laid over the picture that it explains."""
+"""Overlays: a map drawn over the picture that it explains."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,19 +12,19 @@ from .colormaps import Colormap, Map, Pixels, checked, color_scale, colored, fin
 
 MAX_OPACITY = 0.75
 OVERLAY_SMOOTHING = 1 / 56  # of the map's short side: 4 px at 224
-OPACITY_POWER = 1.5  # above 1, the faint floor that every gradient has does not tint the whole picture
-BASE_COLOR, BASE_BRIGHTNESS = 0.55, 0.62  # what is left of the picture's own under the heat
-UNSEEN_COLOR, UNSEEN_BRIGHTNESS = 0.0, 0.36  # and where the model did not look
-BAND_PIXELS = 1 << 20  # that are drawn at once: of a large picture the floats alone would take gigabytes
+OPACITY_POWER = 1.5  # above 1: the low values that a gradient has everywhere do not tint the whole picture
+BASE_COLOR, BASE_BRIGHTNESS = 0.55, 0.62  # of the picture under the map: shares of its saturation and brightness
+UNSEEN_COLOR, UNSEEN_BRIGHTNESS = 0.0, 0.36  # of the parts outside the model's input
+BAND_PIXELS = 1 << 20  # drawn at once: for a large picture, the floats would take gigabytes
 SMOOTHING_REACH = 3.0  # standard deviations after which the Gaussian is cut
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Blend:
-    """How a map and a picture become one.
+    """How a map is blended with a picture.
 
-    With an `alpha` both are blended evenly: 0 is the picture, 1 the color map. Without one the picture is dimmed, and
-    the map the more opaque the greater its magnitude, up to `MAX_OPACITY` at full scale.
+    `alpha` is the same opacity everywhere: 0 is the picture, 1 the colored map. With None the picture is dimmed, and
+    the map's opacity rises with its magnitude, up to `MAX_OPACITY` at full scale.
     """
 
     colormap: Colormap
@@ -32,15 +32,15 @@ class Blend:
     scale: float | None
 
     def base(self, picture: Image.Image) -> Image.Image:
-        """Return the picture as it is where the map is 0."""
+        """Return the picture as drawn where the map is 0."""
         return _dimmed(picture, BASE_COLOR, BASE_BRIGHTNESS) if self.alpha is None else picture
 
     def unseen(self, picture: Image.Image) -> Image.Image:
-        """Return the picture as it is outside of the part that the map covers."""
+        """Return the picture as drawn outside the part that the map covers."""
         return _dimmed(picture, UNSEEN_COLOR, UNSEEN_BRIGHTNESS) if self.alpha is None else picture.copy()
 
     def pixels(self, base: Image.Image, values: Map) -> Pixels:
-        """Lay values [H, W] over a picture of that size."""
+        """Blend values [H, W] with a picture of that size."""
         colors = colored(values, self.scale, self.colormap)  # [H, W, 3]
         opacity = self._opacity(values)
         blended: Pixels = np.rint(np.asarray(base, dtype=np.float64) * (1 - opacity) + colors * opacity).astype(
@@ -65,12 +65,13 @@ def overlay(
     scale: float | None = None,
     smoothing_px: float | None = None,
 ) -> Image.Image:
-    """Lay a map `[H, W]` over the picture that it explains. The picture is resized to the map's size.
+    """Draw a map `[H, W]` over the picture that it explains. The picture is resized to the map's size.
 
-    `colormap` is a name of `colormaps.NAMES`, and `alpha`, 0 to 1, blends evenly: 0 is the picture, 1 the color map.
-    Without it the picture is dimmed, the map the more opaque the greater its magnitude, and for the eye a smoothed copy
-    of the map is drawn, since a gradient is grainy. `smoothing_px` is the standard deviation of that Gaussian (unset:
-    1/56 of the map's short side; with `alpha` 0). `scale` is measured on the copy. Neither picture nor map is changed.
+    `colormap` is one of `colormaps.NAMES`. `alpha`, 0 to 1, is the same opacity everywhere: 0 is the picture, 1 the
+    colored map. With None the picture is dimmed, the map's opacity rises with its magnitude, and the map is smoothed,
+    because gradients are grainy. `smoothing_px` is the standard deviation of the Gaussian; None is 1/56 of the map's
+    short side, or 0 with an `alpha`. `scale` is the magnitude at full scale; None measures it on the smoothed map.
+    Neither picture nor map is changed.
     """
     values = checked(map_)  # [H, W]
     smoothed = _smooth(values, _default_smoothing(values, alpha) if smoothing_px is None else smoothing_px)
@@ -87,10 +88,10 @@ def overlay_part(
     colormap: str | None = None,
     alpha: float | None = None,
 ) -> Image.Image:
-    """Lay a map `[H, W]` over the part of a picture that it covers, and return the whole picture at its own size.
+    """Draw a map `[H, W]` over the part of a picture that it covers, and return the whole picture at its own size.
 
-    `box` is the part's left, top, right and bottom edge in pixels. Its colors are those of `overlay`; the rest of the
-    picture is gray and darker, or with an `alpha` left as it is.
+    `box` has the part's left, top, right and bottom edges in pixels. Colors are those of `overlay`. The rest of the
+    picture is gray and darker, or unchanged with an `alpha`.
     """
     values = checked(map_)
     smoothed = _smooth(values, _default_smoothing(values, alpha))
@@ -111,10 +112,10 @@ def overlay_part(
 
 
 def picture_of(array: npt.NDArray[Any]) -> Image.Image:
-    """Make an RGB picture to look at from uint8 pixels `[H, W, C]` or a model-ready float array `[C, H, W]`.
+    """Return an RGB picture for display of uint8 pixels `[H, W, C]` or a model-ready float array `[C, H, W]`.
 
-    Pixels have 1, 3 or 4 channels; the fourth is opacity, laid over white. Of a float array the first three channels
-    are shown, or the first alone where there are fewer, stretched so that the smallest value is black and the largest
+    Pixels have 1, 3 or 4 channels; the fourth is opacity, over white. For a float array, the first three channels are
+    shown, or only the first if there are fewer. They are scaled so that the smallest value is black and the largest
     white.
     """
     if array.ndim == 3 and array.dtype == np.uint8 and array.shape[2] in (1, 3, 4):
@@ -128,8 +129,8 @@ def picture_of(array: npt.NDArray[Any]) -> Image.Image:
     )
 
 
-def grey_of(values: npt.NDArray[Any], low: float, high: float) -> Pixels:
-    """Return values as pixels that are black at `low` and below, white at `high` and above."""
+def gray_of(values: npt.NDArray[Any], low: float, high: float) -> Pixels:
+    """Return gray pixels: black at `low` and below, white at `high` and above."""
     share = (np.clip(values, low, high, dtype=np.float64) - low) / (high - low)
     pixels: Pixels = np.rint(share * 255).astype(np.uint8)
     return pixels
@@ -155,7 +156,7 @@ def _dimmed(picture: Image.Image, color: float, brightness: float) -> Image.Imag
 
 
 def _span(first: float, last: float, length: int) -> tuple[int, int]:
-    """Return the pixels nearest to a part of a side, as range would take them: at least one."""
+    """Round an interval to whole pixels, at least one, and return the ends as `range` takes them."""
     begin = min(round(first), length - 1)
     return begin, min(max(round(last), begin + 1), length)
 
@@ -166,7 +167,7 @@ def _smooth(values: Map, sigma_px: float) -> Map:
     if sigma_px == 0:
         return values
     known = np.isfinite(values)
-    # Dividing by the weight that fell on known pixels keeps edges, and what surrounds a NaN, as bright as they are.
+    # Dividing by the weight of the finite pixels keeps the brightness at edges and beside NaN.
     total, weight = (_blur(part, sigma_px) for part in (np.where(known, values, 0.0), known.astype(np.float64)))
     return np.where(known, total / np.where(known, weight, 1.0), values)
 

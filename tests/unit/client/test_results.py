@@ -230,7 +230,7 @@ def test_a_gallery_has_the_texts_and_the_colors_that_are_given() -> None:
 def test_what_cannot_be_a_gallery_is_refused() -> None:
     answer = answer_of([example(1)] * 2)
     for answers, options, message in (
-        ([], {}, "answers: got none"),
+        ([], {}, "answers: got no examples"),
         (answer, {"titles": ["one"]}, "titles: got 1 for 2 panels"),
         (answer, {"columns": 0}, "columns: got 0"),
         (answer, {"colormap": "jet"}, "colormap: got 'jet', expected one of heat, "),

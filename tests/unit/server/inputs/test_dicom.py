@@ -410,7 +410,7 @@ def test_without_the_extra_the_server_says_what_its_operator_can_install() -> No
 
 @pytest.mark.usefixtures("without_pydicom")
 def test_without_the_extra_the_client_says_what_to_install() -> None:
-    with pytest.raises(ValueError, match=r"install sidelight\[dicom\]"):
+    with pytest.raises(ValueError, match=r"pip install 'sidelight\[dicom\]"):
         _dicom.picture(GREY_FILE)
 
 
@@ -465,5 +465,5 @@ def test_the_client_draws_what_the_server_reads(path: Path) -> None:
 
 
 def test_what_pydicom_cannot_read_is_no_picture_for_the_client() -> None:
-    with pytest.raises(ValueError, match="images: DICOM that pydicom does not read"):
+    with pytest.raises(ValueError, match="images: pydicom cannot read the DICOM file"):
         _dicom.picture(bytes(128) + b"DICM")
