@@ -23,7 +23,7 @@ from sidelight_server.app.server import Server
 from sidelight_server.app.watchdog import Watchdog
 from sidelight_server.config.model_settings import ModelSettings
 from sidelight_server.engine.device import least_busy
-from sidelight_server.engine.heartbeat import SLACK, Heartbeat
+from sidelight_server.engine.heartbeat import STUCK_FACTOR, Heartbeat
 from sidelight_server.errors import Unavailable
 
 from support.conversation import Conversation
@@ -282,7 +282,7 @@ def test_the_limit_is_the_setting_or_ten_times_the_longest_chunk(chunk_s: float,
         heartbeat.beat()
         clock.now_s += took_s
     heartbeat.beat()
-    assert heartbeat.limit_s == pytest.approx(max(5, SLACK * chunk_s))
+    assert heartbeat.limit_s == pytest.approx(max(5, STUCK_FACTOR * chunk_s))
     clock.now_s += limit_s - 0.01
     assert not heartbeat.is_stuck
     clock.now_s += 0.02
@@ -297,7 +297,7 @@ def test_what_was_stuck_and_what_was_an_errand_does_not_make_the_limit_longer(cl
     clock.now_s += 1000
     heartbeat.beat()
     clock.now_s += 4
-    heartbeat.rest(counts=False)
+    heartbeat.rest(extends_limit=False)
     assert heartbeat.limit_s == 5
 
 

@@ -152,7 +152,7 @@ class DeviceWorker:
             self.loss = lost
             log.critical(Event("device_lost", device=self._device, message=str(lost)), exc_info=lost.__cause__)
         finally:
-            self.heartbeat.rest(counts=False)  # an ended thread is not a stuck one
+            self.heartbeat.rest(extends_limit=False)  # an ended thread is not a stuck one
             with self._changed:
                 self._closed = True
             for _, future in self._tasks:  # otherwise their waiters would wait forever
@@ -192,7 +192,7 @@ class DeviceWorker:
         if task is not None:
             self.heartbeat.beat()
             task[0]()
-            self.heartbeat.rest(counts=False)  # a task may run many chunks, or compile
+            self.heartbeat.rest(extends_limit=False)  # a task may run many chunks, or compile
         return []
 
     def _launch(self, rows: Sequence[Taken]) -> Chunk | SidelightError:

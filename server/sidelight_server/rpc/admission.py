@@ -58,9 +58,9 @@ class _Waiting:
 class Admission:
     """The permits of a server or of one model, shared fairly among callers. Used on the event loop only: no lock.
 
-    A caller that already holds permits gets another only if a third of its new holding stays free, so later callers
-    find room. A caller that holds nothing may take everything that is free. Waiting callers are served round-robin, the
-    requests of one caller in order. Only small requests overtake a request that needs more bytes than are free: they
+    A caller that already holds permits gets another only if what stays free is at least a third of what it would then
+    hold, so later callers find room. A caller that holds nothing may take everything that is free. Waiting callers are
+    served round-robin, the requests of one caller in order. Only small requests overtake a request that needs more bytes than are free: they
     take theirs from a reserve that the large request could not use anyway.
     """
 
@@ -202,7 +202,7 @@ class Admission:
         return (
             f"the server has {self.n_requests} requests of {self.n_bytes} bytes in flight, of which this caller has "
             f"{n_requests} of {n_bytes} (max_in_flight {self._max_requests}, "
-            f"max_in_flight_bytes {self._max_bytes}; a caller must leave free a third of what it holds)"
+            f"max_in_flight_bytes {self._max_bytes}; a caller must leave free at least a third of what it holds)"
         )
 
     def _check_possible(self, n_bytes: int) -> None:
