@@ -374,3 +374,26 @@ def test_a_cancelled_call_leaves_no_message_for_the_garbage_collector(
         with without_circles(server):
             for _ in range(10):
                 cancel_one()
+
+
+def test_messages_of_streams_that_wait_for_a_permit_are_bounded_together(tmp_path: Path, device: str) -> None:
+    images = np.zeros((400, 3, 4, 5), np.float32)  # 96 kB
+    limit = 4 * MEBIBYTE
+    with gated(tmp_path, device=device, max_in_flight=1, max_in_flight_bytes=limit) as (gate, server):
+        waiting = server.server.handler._waiting
+        running = server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S)
+        until(server, lambda: n_held(server) == 1)
+        with contextlib.ExitStack() as stack:
+            for _ in range(40):  # two messages of each are read, 7.7 MB
+                talk = stack.enter_context(Conversation(server.channel))
+                talk.send(attribute("one", images), attribute("two", images))
+            until(server, lambda: waiting.n_bytes > 0.7 * limit)
+            late = stack.enter_context(Conversation(server.channel))
+            late.send(attribute("one", images))
+            refused = late.receive().failure
+            assert refused.code == RESOURCE_EXHAUSTED
+            assert refused.HasField("retry_delay")
+            assert waiting.n_bytes <= 0.75 * limit  # one caller's share
+        until(server, lambda: waiting.n_bytes == 0)
+        gate.open()
+        running.result(TIMEOUT_S)

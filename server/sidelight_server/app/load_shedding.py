@@ -16,7 +16,7 @@ log = logging.getLogger("sidelight")
 
 EVERY_S = 0.25  # between two checks, and the least wait of a stream that is ended, so that busy ones are not
 FREEING_S = 0.25  # time for ended streams to free their memory
-VAIN_PAUSE_S = 5.0  # pause if memory is still short after ending streams: something else uses it
+VAIN_PAUSE_S = 1.0  # pause if memory is still short after ending streams: something else uses it
 MESSAGES_LEFT = 4  # memory is short below this many of the largest messages, which 10 Gbit/s bring between checks
 SHARE_OF_LIMIT = 0.25  # but not above this share of the limit: a small idle server is not short of memory
 

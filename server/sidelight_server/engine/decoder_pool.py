@@ -149,9 +149,11 @@ class _Call:
     def of(self, worker: Worker) -> Iterator[None]:
         with self._lock:
             self._worker = worker
-        yield
-        with self._lock:
-            self._worker = None
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._worker = None
 
     def end(self) -> None:
         """Drop the file, which may still be queued."""

@@ -106,6 +106,9 @@ class Worker:
             )
         except (OSError, EOFError):  # the process has exited or was killed
             return self._why(order)
+        except MemoryError:
+            self.kill()  # its reply was not read to the end
+            return ResourceExhausted("image file: the server has no memory for its pixels now; send it later")
         except SidelightError as error:
             return error
 

@@ -60,8 +60,8 @@ class Admission:
 
     A caller that already holds permits gets another only if what stays free is at least a third of what it would then
     hold, so later callers find room. A caller that holds nothing may take everything that is free. Waiting callers are
-    served round-robin, the requests of one caller in order. Only small requests overtake a request that needs more bytes than are free: they
-    take theirs from a reserve that the large request could not use anyway.
+    served round-robin, the requests of one caller in order. Only small requests overtake a request that needs more
+    bytes than are free: they take theirs from a reserve on top of the limits.
     """
 
     def __init__(self, *, max_requests: int, max_bytes: float, max_caller_rows: int = 0, model: str = "") -> None:
@@ -116,6 +116,8 @@ class Admission:
             if waiting.turn.done() and not waiting.turn.cancelled():  # granted at the same moment: nobody will use it
                 self.release(waiting.turn.result())
             else:
+                if waiting in (queue := self._waiting.get(caller, deque())):
+                    queue.remove(waiting)
                 self._wake()
             raise
 

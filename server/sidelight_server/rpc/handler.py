@@ -27,11 +27,13 @@ from ..wire import requests, responses
 from ..wire.codec import encode_answer
 from ..wire.digests import Hashing
 from ..wire.tensors import encoded, layout_of, map_itemsize
-from .admission import Admission, Permit
+from .admission import RETRY_DELAY_S, Admission, Permit
 from .shared_memory import Regions, Span, span, to_thread_uncancelled
 
 log = logging.getLogger("sidelight")
 
+WAITING_BYTES = 64 * 1024  # smaller messages of streams are not counted while they wait: there are two per stream
+MAX_WAITING = 2**31  # by count there is no limit
 # Larger maps are encoded in a worker thread. numpy, `bytes.join` and file I/O release the GIL there; protobuf never
 # does, so messages are parsed on the event loop.
 MANY_BYTES = 1024 * 1024
@@ -72,6 +74,8 @@ class RequestHandler:
             max_bytes=settings.max_in_flight_bytes,
             max_caller_rows=settings.max_caller_rows,
         )
+        # Messages of streams that were read and wait for a permit.
+        self._waiting = Admission(max_requests=MAX_WAITING, max_bytes=settings.max_in_flight_bytes)
 
     @functools.cached_property
     def _model_admissions(self) -> dict[str, Admission]:
@@ -136,6 +140,23 @@ class RequestHandler:
         if validated.transport == pb.TRANSPORT_SHARED_MEMORY:
             call_record.transport = "shared_memory"
         return validated
+
+    def wait(self, n_bytes: int, caller: str) -> contextlib.ExitStack:
+        """Count a message that waits to be admitted, until the returned stack is closed.
+
+        All waiting messages together take as many bytes as requests in flight, and one caller its share. Raises
+        `ResourceExhausted` for one too many.
+        """
+        with contextlib.ExitStack() as waiting:
+            if n_bytes >= WAITING_BYTES:
+                permit = self._waiting.take(n_bytes, caller)
+                if permit is None:
+                    raise ResourceExhausted(
+                        f"{self._waiting.n_bytes} bytes of messages wait for a permit already (max_in_flight_bytes)",
+                        retry_delay_s=RETRY_DELAY_S,
+                    )
+                waiting.callback(self._waiting.release, permit)
+            return waiting.pop_all()
 
     def enter(self, validated: ValidatedRequest) -> contextlib.ExitStack:
         """Take a permit, released when the returned stack is closed. Raises `ResourceExhausted` if none is free."""

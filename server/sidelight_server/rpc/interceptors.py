@@ -70,15 +70,12 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
         async def answer(_: object, context: Context) -> Any:
             # The call has been authorized, so its caller is known.
             caller = self._callers.of(context)
-            async with self._pace.turn(caller):
-                received = await self._large.read(context, caller)
+            await self._pace.wait(caller)
+            received = await self._large.read(context, caller)
             if isinstance(received, SidelightError):
                 received = Unreadable(received)
             try:
                 return await explain(received, context)
-            except grpc.aio.AbortError:
-                self._pace.refuse(caller, received.n_bytes)
-                raise
             except asyncio.CancelledError as cancelled:
                 # Before Python 3.13 a frame of `TaskGroup` in the traceback refers to the error: a circle of
                 # references, which would keep the message in memory until the garbage collector runs.
@@ -109,6 +106,7 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
         async def answer(_: object, context: Context) -> Any:
             request = await self._small.read(context, host_of(context.peer()))
             if isinstance(request, SidelightError):
+                self._write_timeout.expect()
                 await abort(context, request)
             response = await behavior(request, context)
             self._write_timeout.expect()

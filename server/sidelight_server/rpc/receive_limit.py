@@ -8,9 +8,7 @@ whose large messages were rejected are read at a limited rate.
 """
 
 import asyncio
-import contextlib
 import math
-from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -25,10 +23,11 @@ SLOTS = 32
 QUICK_S = 0.1  # time limit in a slot: together they hold no more than the network delivers in this time
 SLOW_SLOTS = 8  # for messages that take longer
 SMALL_SLOTS = 16  # for calls with small messages
-SMALL_S = 1.0
+SMALL_S = 0.25
 RETRY_DELAY_S = 1.0
 LARGE_BYTES = 2**20  # smaller rejected messages do not count
 REFUSED_BYTES_PER_S = 128 * 2**20  # rate per caller: at most an eighth of the event loop's time
+FORGOTTEN_S = 2.0  # after a caller's last rejected large message its messages are read at once again
 
 
 class ReceiveLimit:
@@ -51,8 +50,11 @@ class ReceiveLimit:
         return self._quick.n_requests + (self._slow.n_requests if self._slow else 0)
 
     async def read(self, context: Context, caller: str) -> Any:
-        """Return a call's message as its deserializer returned it, or the `SidelightError` to answer with."""
-        held: list[_Slot] = [(self._quick, await self._quick.acquire(1, context.peer()))]
+        """Return a call's message as its deserializer returned it, or the `SidelightError` to answer with.
+
+        Where there are no slow slots, callers and not connections take turns: anybody may open many connections.
+        """
+        held: list[_Slot] = [(self._quick, await self._quick.acquire(1, context.peer() if self._slow else caller))]
         timeout = asyncio.timeout(self._within_s)
         slowing_down = self._slow and asyncio.get_running_loop().call_later(
             QUICK_S, self._slow_down, self._slow, held, timeout, caller
@@ -90,45 +92,48 @@ class ReceiveLimit:
 
 
 class Pace:
-    """Limits the rate at which messages are read from callers whose large messages were rejected.
+    """Limits the rate at which messages are read from callers whose large messages were just rejected.
 
-    Used on the event loop only. The messages of such a caller are read one after the other; other callers are not
-    delayed, and small rejected messages do not count.
+    Used on the event loop only. Other callers are not delayed, and small rejected messages do not count.
     """
 
     def __init__(self) -> None:
-        self._behind: dict[str, _Behind] = {}
+        self._rejected: dict[str, _Rejected] = {}
 
     def refuse(self, caller: str, n_bytes: int) -> None:
         """Record that a caller's message was rejected after `n_bytes` of it had been read."""
         if n_bytes < LARGE_BYTES:
             return
         now_s = asyncio.get_running_loop().time()
-        for name in [name for name, each in self._behind.items() if each.until_s < now_s and not each.turn.locked()]:
-            del self._behind[name]
-        behind = self._behind.setdefault(caller, _Behind())
-        behind.until_s = max(now_s, behind.until_s) + n_bytes / REFUSED_BYTES_PER_S
+        for name in [name for name, each in self._rejected.items() if not each.is_recent(now_s)]:
+            del self._rejected[name]
+        self._rejected.setdefault(caller, _Rejected()).add(n_bytes / REFUSED_BYTES_PER_S, now_s)
 
     async def wait(self, caller: str) -> None:
-        """Wait until the caller's next message may be read."""
-        behind = self._behind.get(caller)
-        if behind and (left_s := behind.until_s - asyncio.get_running_loop().time()) > 0:
-            await asyncio.sleep(left_s)
-
-    @contextlib.asynccontextmanager
-    async def turn(self, caller: str) -> AsyncIterator[None]:
-        """As `wait`, and hold the caller's lock, so that one message of such a caller is read at a time."""
-        if behind := self._behind.get(caller):
-            async with behind.turn:
-                await self.wait(caller)
-                yield
-        else:
-            yield
+        """Wait until the caller's next message may be read: calls of one caller pass one after the other."""
+        loop = asyncio.get_running_loop()
+        if (rejected := self._rejected.get(caller)) is None:
+            return
+        async with rejected.turn:
+            if rejected.is_recent(loop.time()):
+                await asyncio.sleep(max(0.0, rejected.next_s - loop.time()))
+                rejected.next_s = loop.time() + rejected.interval_s
 
 
-class _Behind:
-    """The state of a caller whose large messages were rejected."""
+class _Rejected:
+    """The last rejected large message of a caller. Times are the event loop's, in seconds."""
 
     def __init__(self) -> None:
-        self.until_s = 0.0  # no message is read before this, on the event loop's clock
         self.turn = asyncio.Lock()
+        self.at_s = 0.0
+        self.interval_s = 0.0  # between two messages of the caller
+        self.next_s = 0.0  # when the next one may be read
+
+    def add(self, interval_s: float, now_s: float) -> None:
+        """Record another one."""
+        self.at_s, self.interval_s = now_s, interval_s
+        self.next_s = max(self.next_s, now_s + interval_s)
+
+    def is_recent(self, now_s: float) -> bool:
+        """Whether it still delays the caller's messages."""
+        return now_s - self.at_s < FORGOTTEN_S

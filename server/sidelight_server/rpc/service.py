@@ -9,7 +9,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 
 from ..engine.engine import Engine
-from ..errors import DeadlineExceeded, PermissionDenied, ResourceExhausted, SidelightError, Unavailable
+from ..errors import DeadlineExceeded, Internal, PermissionDenied, ResourceExhausted, SidelightError, Unavailable
 from ..security.authorization import Callers
 from ..security.stream_limit import Peers
 from ..wire import responses
@@ -24,6 +24,7 @@ from .stream import Stream
 from .write_timeout import WriteTimeout
 
 DEADLINE_SLACK_S = 0.1
+RAN_ERRORS = (DeadlineExceeded, Unavailable, Internal)  # of requests that may have run
 
 
 class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
@@ -106,6 +107,9 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
             return answer
         except SidelightError as error:
             telemetry.failed(call_record, error)
+            if not isinstance(error, RAN_ERRORS):
+                self._pace.refuse(call_record.caller, received.n_bytes)
+            self._write_timeout.expect()
             await abort(context, error)
         except asyncio.CancelledError:
             if not self._is_given_up or context.cancelled():

@@ -1,6 +1,7 @@
 """`AttributeStream`: many batches in flight on one call. A batch that fails does not end the stream."""
 
 import asyncio
+import contextlib
 import functools
 import time
 from typing import Any, Literal
@@ -8,7 +9,7 @@ from typing import Any, Literal
 import grpc
 from sidelight.v1 import attribution_pb2 as pb
 
-from ..errors import InvalidArgument, SidelightError, Unavailable
+from ..errors import InvalidArgument, ResourceExhausted, SidelightError, Unavailable
 from ..telemetry.call_record import CallRecord
 from ..wire.codec import Decoded, Received, Unreadable
 from .handler import RequestHandler, ValidatedRequest
@@ -172,13 +173,23 @@ class Stream:
         call_record = telemetry.begin(CALL, self._context.invocation_metadata, caller=self._caller)
         request = received.message.attribute
         try:
+            waiting = self._handler.wait(received.n_bytes, self._caller)
+        except ResourceExhausted as error:
+            self._pace.refuse(self._caller, received.n_bytes)
+            telemetry.failed(call_record, error)
+            telemetry.end(call_record)
+            await self._fail(request.id, error)
+            return
+        try:
             await self._admitting.acquire()
         except asyncio.CancelledError:  # the client disconnected
+            waiting.close()
             telemetry.end(call_record)
             raise
         try:
             validated = await self._validate(received, call_record)
         except SidelightError as error:
+            waiting.close()
             self._admitting.release()
             self._pace.refuse(self._caller, received.n_bytes)
             telemetry.failed(call_record, error)
@@ -186,6 +197,7 @@ class Stream:
             await self._fail(request.id, error)
             return
         except asyncio.CancelledError:  # the client disconnected
+            waiting.close()
             telemetry.end(call_record)
             raise
         self._unanswered[request.id] = batch = Batch(
@@ -195,13 +207,19 @@ class Stream:
             self._slots,
             message=request,
             call_record=call_record,
-            on_admitted=self._admitting.release,
+            on_admitted=lambda: self._admitted(waiting),
             on_answer=lambda: self._forget(request.id),
         )
         # Callbacks, because a task that is cancelled before its first step does not run its `finally`.
         running = group.create_task(batch.run(group))
         running.add_done_callback(lambda _: telemetry.end(call_record))
+        running.add_done_callback(lambda _: waiting.close())
         running.add_done_callback(forget_frames)
+
+    def _admitted(self, waiting: contextlib.ExitStack) -> None:
+        """Let the next batch of the stream be admitted."""
+        waiting.close()
+        self._admitting.release()
 
     async def _validate(
         self, received: Received[pb.AttributeStreamRequest], call_record: CallRecord

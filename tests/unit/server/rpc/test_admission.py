@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server.errors import ResourceExhausted
+from sidelight_server.rpc import receive_limit
 from sidelight_server.rpc.admission import Admission, Permit
 from sidelight_server.rpc.handler import RequestHandler
 from sidelight_server.rpc.receive_limit import LARGE_BYTES, REFUSED_BYTES_PER_S, Pace
@@ -414,7 +415,35 @@ async def test_a_caller_pays_for_large_refused_messages_and_catches_up() -> None
         await pace.wait("small")
         await pace.wait("other")
     began_s = asyncio.get_running_loop().time()
-    async with pace.turn("large"):
-        assert asyncio.get_running_loop().time() - began_s >= 0.5 * LARGE_BYTES / REFUSED_BYTES_PER_S
-    async with asyncio.timeout(0):
-        await pace.wait("large")
+    await asyncio.gather(*(pace.wait("large") for _ in range(4)))
+    assert asyncio.get_running_loop().time() - began_s >= 3.5 * LARGE_BYTES / REFUSED_BYTES_PER_S
+
+
+def test_a_caller_is_not_delayed_for_long_after_its_last_refused_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(receive_limit, "FORGOTTEN_S", 0.05)
+
+    async def refused() -> None:
+        pace = Pace()
+        for _ in range(100):
+            pace.refuse("one", 64 * LARGE_BYTES)
+        await asyncio.sleep(0.06)
+        async with asyncio.timeout(0):
+            await pace.wait("one")
+
+    asyncio.run(refused())
+
+
+@on_a_loop
+async def test_those_who_leave_are_forgotten_at_once() -> None:
+    admission = Admission(max_requests=1, max_bytes=100)
+    permit = await admission.acquire(100)
+    first = asyncio.ensure_future(admission.acquire(100))
+    await settle()
+    for _ in range(5):
+        leaving = asyncio.ensure_future(admission.acquire(50))
+        await settle()
+        leaving.cancel()
+        await settle()
+    assert sum(map(len, admission._waiting.values())) == 1
+    admission.release(permit)
+    admission.release(await first)
