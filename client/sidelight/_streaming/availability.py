@@ -1,4 +1,4 @@
-"""Availability: which servers have a call of a stream now, and for how long there has been none."""
+"""Availability: which servers have accepted a call of a stream, and since when none has."""
 
 import logging
 from collections.abc import Hashable, Sequence
@@ -11,14 +11,17 @@ SILENT_WAIT_S = 1.0
 
 
 class Availability:
-    """The workers of a stream that are live. It has no clock and no lock: whoever holds it has both."""
+    """The live workers of a stream, those whose server has accepted a call.
+
+    It has no lock and no clock: the owner holds its own lock and passes the time.
+    """
 
     def __init__(self, addresses: Sequence[str], now_s: float) -> None:
         self._names = ", ".join(addresses)
         self._live: set[Hashable] = set()
-        self._since_s = now_s  # since when there is none
+        self._since_s = now_s  # when the last worker was lost
         self._has_logged = False
-        self._cause: SidelightError | None = None  # of the last call's end
+        self._cause: SidelightError | None = None  # why the last call ended
 
     def __contains__(self, worker: Hashable) -> bool:
         return worker in self._live
@@ -27,19 +30,19 @@ class Availability:
         return bool(self._live)
 
     def mark_live(self, worker: Hashable) -> None:
-        """Count a worker whose server has taken the call."""
+        """Record that a worker's server has accepted the call."""
         self._live.add(worker)
         self._has_logged = False
 
     def mark_gone(self, worker: Hashable, cause: SidelightError, now_s: float) -> None:
-        """Count it no more."""
+        """Record that a worker's call has ended, and why."""
         if self._live == {worker}:
             self._since_s = now_s
         self._live.discard(worker)
         self._cause = cause
 
     def log_waiting(self, now_s: float) -> float | None:
-        """Say in the log, once, that there has been no server for a while. Returns when to ask again, if ever."""
+        """Log once that no server is available for `SILENT_WAIT_S`. Returns when to call again; None for never."""
         if self._live or self._has_logged:
             return None
         if now_s - self._since_s < SILENT_WAIT_S:
@@ -49,11 +52,11 @@ class Availability:
         return None
 
     def gives_up_s(self, patience_s: float) -> float | None:
-        """Return when there will have been none for so long; None while there is one."""
+        """Return when no server will have been available for `patience_s`; None while one is."""
         return None if self._live else self._since_s + patience_s
 
     def error(self, what: str) -> SidelightError:
-        """Return what to say of it: `Unavailable`, or `ResourceExhausted` where the server took no more streams."""
+        """Return the error for having no server: `ResourceExhausted` if the last one accepts no more streams."""
         because = f" (the last call ended with: {self._cause})" if self._cause else ""
         if isinstance(self._cause, ResourceExhausted):
             return ResourceExhausted(f"{what} the server was full at {self._names}{because}")

@@ -1,4 +1,4 @@
-"""Message limits: a batch that either side would refuse is split or not sent, for gRPC would end the stream."""
+"""Message limits: splits or rejects a batch that is too large for a message, before gRPC ends the stream for it."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from ..results.server_info import ServerInfo
 
 _ITEM_BYTES = {tensor_pb2.DATA_TYPE_UINT8: 1, tensor_pb2.DATA_TYPE_FLOAT16: 2}
 _FLOAT32_BYTES = 4
-# What messages take beside images and maps: id and lengths, provenance, a file's head, what is said of an example.
+# Upper bounds for the rest of a message: id and lengths, provenance, a file's header, predictions of an example.
 HEAD_BYTES = 256
 PROVENANCE_BYTES = 2048
 FILE_BYTES = 16
@@ -26,9 +26,9 @@ def check_message_size(
     server_limit: int,
     input_size: tuple[int, int, int] | None,
 ) -> None:
-    """Raise `MessageTooLarge` for a request over either side's `max_message_bytes`, or whose answer is over ours.
+    """Raise `MessageTooLarge` if the request exceeds either limit, or its answer the client's. Limits are in bytes.
 
-    `input_size` is the model's C, H, W; None where it is not fixed.
+    `input_size` is the model's (C, H, W); None if it is not fixed.
     """
     _check_request_size(request.ByteSize(), client_limit=client_limit, server_limit=server_limit)
     _check_answer_size(map_bytes(request, batch, input_size), client_limit=client_limit)
@@ -43,10 +43,10 @@ def spans(
     input_size: tuple[int, int, int] | None,
     is_shared: bool = False,
 ) -> list[range]:
-    """Return the examples of a batch in parts that fit into messages, and into the server's batches.
+    """Return the ranges of examples into which a batch is split, to fit into messages and into `max_batch_examples`.
 
-    `MessageTooLarge` where an example is too large by itself. What is not known here, such as the size of an answer of
-    a model that takes any size, the server refuses. With `is_shared` arrays travel through regions of shared memory.
+    Raises `MessageTooLarge` if a single example is too large. Sizes that the client does not know, such as the maps of
+    a model without a fixed input size, are checked by the server. With `is_shared`, arrays travel in shared memory.
     """
     n, most = len(batch), server.limits.max_batch_examples or len(batch)
     maps_bytes = map_bytes(template, batch, input_size)
@@ -68,7 +68,7 @@ def spans(
 
 
 def _through_regions(n_bytes: int, n: int, *, most: int, limit: int) -> list[range]:
-    """Return the parts of n examples that take so many bytes with their maps, each the same."""
+    """Return the ranges of n examples of equal size that fit into a region; `n_bytes` is for all, with their maps."""
     fitting = min(most, limit // (n_bytes // n)) if n_bytes else most
     if n and not fitting:
         raise MessageTooLarge(
@@ -110,7 +110,7 @@ def _check_answer_size(n_bytes: int, *, client_limit: int) -> None:
 
 
 def map_bytes(request: pb.AttributeRequest, batch: EncodedBatch, input_size: tuple[int, int, int] | None) -> int:
-    """Return how many bytes the maps of a batch take, all that each example has; 0 where that is not known."""
+    """Return the bytes of all maps of a batch; 0 if they are not known."""
     keeps_channels = request.channels == pb.CHANNEL_REDUCTION_NONE
     target = request.target if batch.target is None else batch.target
     n_maps = max(1, target.top_k.k)

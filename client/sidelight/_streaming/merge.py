@@ -1,4 +1,4 @@
-"""Merging: a batch that was sent in parts gets one answer."""
+"""Merging: joins the answers to the parts of a batch into one."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -17,9 +17,9 @@ _Item = TypeVar("_Item")
 
 
 def join(entry: Entry) -> Attribution:
-    """Return the answer of a batch whose every part is answered. The first part that failed fails it whole.
+    """Return the answer to a batch whose parts are all answered. If a part failed, its failure is the batch's.
 
-    Times of preparing and computing are added; for admission, queue and total the longest counts.
+    Preparation and compute times are added; of admission, queue and total times the longest is taken.
     """
     starts = sorted(entry.answers)
     parts = [entry.answers[start] for start in starts]
@@ -64,9 +64,9 @@ def _chained(parts: Iterable[tuple[_Item, ...]]) -> tuple[_Item, ...]:
 
 
 def _provenance(parts: list[pb.Provenance]) -> pb.Provenance:
-    """Return the first part's, with the digests of all parts, and the classes where each example has its own.
+    """Return the first part's provenance, with the digests and per-example classes of all parts.
 
-    Parts that were computed on unlike servers have no one provenance that would promise equal bytes.
+    `reproducible` is unset if the parts' provenances differ: no single server would reproduce the bytes.
     """
     whole = pb.Provenance()
     whole.CopyFrom(parts[0])
@@ -80,7 +80,7 @@ def _provenance(parts: list[pb.Provenance]) -> pb.Provenance:
 
 
 def _shared(part: pb.Provenance) -> pb.Provenance:
-    """Return what is not of single examples."""
+    """Return a copy without the fields that belong to single examples."""
     shared = pb.Provenance()
     shared.CopyFrom(part)
     shared.ClearField("example_digests")

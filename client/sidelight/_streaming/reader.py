@@ -1,4 +1,4 @@
-"""The batch reader: takes the caller's next batch, encodes it, and says in which parts it is sent."""
+"""The batch reader: takes the caller's next batch, encodes it, and splits it into parts."""
 
 import contextvars
 import logging
@@ -16,23 +16,23 @@ log = logging.getLogger("sidelight")
 
 @dataclass(frozen=True, slots=True)
 class ReadBatch:
-    """A batch that was read."""
+    """A batch that was read, and either its parts or the reason why it cannot be sent."""
 
     index: int
     batch: EncodedBatch
-    spans: Sequence[range] = ()  # the parts in which it is sent
+    spans: Sequence[range] = ()  # of the examples of each part
     refused: SidelightError | None = None  # why it cannot be sent
 
 
 class BatchReader:
-    """Reads a caller's batches in the threads of a stream, in one at a time."""
+    """Reads the caller's batches in gRPC's threads, one thread at a time."""
 
     def __init__(self, batches: Iterator[Images | Batch | EncodedBatch], config: StreamConfig) -> None:
         self._batches = batches
         self._config = config
-        self._context = contextvars.copy_context()  # the caller's: the threads are gRPC's
+        self._context = contextvars.copy_context()  # the caller's, for the caller's iterator
         self._n_read = 0
-        self._are_classes_checked = False  # of the call's target, where it has one for each example
+        self._are_classes_checked = False  # of a target that lists one class per example
 
     def read(self) -> ReadBatch | None:
         """Return the next batch; None after the last. Raises what the caller's iterator raises."""
@@ -43,7 +43,7 @@ class BatchReader:
         index = self._n_read
         self._n_read += 1
         batch = EncodedBatch([])
-        if isinstance(given, Batch) and isinstance(given.id, str):  # its error bears its id
+        if isinstance(given, Batch) and isinstance(given.id, str):  # so that an error below carries it
             batch.id = given.id
         try:
             batch = given if isinstance(given, EncodedBatch) else EncodedBatch(given)
@@ -57,7 +57,7 @@ class BatchReader:
         return ReadBatch(index, batch, spans)
 
     def _check_classes(self, batch: EncodedBatch) -> None:
-        """Check the length of the call's list of classes once: later batches may be shorter, as the last often is."""
+        """Check the length of the call's list of classes against the first batch; later batches may be shorter."""
         if batch.target is None and not self._are_classes_checked:
             self._are_classes_checked = True
             check_classes(self._config.template, batch)

@@ -1,4 +1,4 @@
-"""The reorder buffer: hands on a stream's answers in the order of their batches."""
+"""The reorder buffer: yields a stream's answers in the order of their batches."""
 
 from ..results.attribution import Attribution
 from .results_queue import Answered
@@ -6,15 +6,15 @@ from .unanswered import Entry
 
 
 class ReorderBuffer:
-    """As answers come, or as their batches came."""
+    """Holds early answers back if the stream is ordered; passes all on at once if not."""
 
     def __init__(self, *, ordered: bool) -> None:
         self._ordered = ordered
-        self._early: dict[int, Answered] = {}  # bounded: an answer holds its room in the window until it is taken
+        self._early: dict[int, Answered] = {}  # bounded by the window: an answer occupies it until it is released
         self._due = 0
 
     def admit(self, entry: Entry, answer: Attribution) -> list[Answered]:
-        """Return what is to be handed on now. In order, only the batch that is due has answers that are not final."""
+        """Return the answers to yield now. If ordered, only the batch that is due yields non-final answers."""
         if not self._ordered:
             return [(entry, answer)]
         if not answer.final:

@@ -1,4 +1,4 @@
-"""A stream's configuration: the options of every batch, and how its parts become requests."""
+"""A stream's configuration: the options of all batches, and the conversion of parts to requests and back."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -18,31 +18,31 @@ from ..results.attribution import Attribution
 from ..results.types import seconds
 from .unanswered import Part
 
-_SHORTEST_S = 0.001  # a time of 0 would be refused
+_SHORTEST_S = 0.001  # the server rejects a timeout of 0
 
 
 @dataclass(frozen=True, slots=True)
 class StreamConfig:
-    """What is asked of every batch, and how far the client goes to have it answered."""
+    """Options of all batches of a stream, and its timeouts, limits and retries."""
 
-    template: pb.AttributeRequest  # all of a request but id, images and what is left of its time
-    spans: Callable[[EncodedBatch], Sequence[range]]  # the parts in which a batch is sent
-    map_bytes: Callable[[EncodedBatch], int]  # how many bytes a batch's maps take
+    template: pb.AttributeRequest  # the request without id, images and remaining time
+    spans: Callable[[EncodedBatch], Sequence[range]]  # the ranges of examples into which a batch is split
+    map_bytes: Callable[[EncodedBatch], int]  # the size of a batch's maps
     timeout_s: float
-    patience_s: float  # how long there may be no server while nothing is unanswered
+    patience_s: float  # how long to wait for a server while no batch is unanswered
     max_message_bytes: int
     allow_model_change: bool
-    baseline: Array | None  # that was given with the method
-    retry: bool = True  # whether what was not answered is sent again
-    metadata: Headers = ()  # that each call brings
-    make_regions: Callable[[Connection], Regions] | None = None  # makes a call's regions of shared memory
+    baseline: Array | None  # the array given with the method, if any
+    retry: bool = True  # whether unanswered parts are sent again
+    metadata: Headers = ()  # of each call
+    make_regions: Callable[[Connection], Regions] | None = None  # creates a call's shared memory
 
     def shared_bytes(self, batch: EncodedBatch) -> int:
-        """Return how many bytes a batch and its maps take in shared memory: files travel inside their messages."""
+        """Return the bytes that a batch and its maps take in shared memory. Encoded files travel in the message."""
         return _array_bytes(batch) + self.map_bytes(batch)
 
     def request(self, part: Part, regions: Regions | None) -> Outgoing:
-        """Return a part's message, its array written into its place in shared memory where there is any."""
+        """Return a part's message. With shared memory, the part's array is written there."""
         array = part.batch.array
         message = pb.AttributeStreamRequest()
         request = message.attribute
@@ -64,7 +64,7 @@ class StreamConfig:
         return Outgoing(message, array if apart else None)
 
     def answer(self, incoming: Incoming, part: Part, regions: Regions | None) -> Attribution:
-        """Return a part's answer, which may not be final, or its failure."""
+        """Return a part's answer, final or not, or its failure."""
         response = incoming.message
         index, id_, result = part.entry.index, part.entry.id, response.result
         if response.WhichOneof("outcome") == "result":

@@ -1,4 +1,4 @@
-"""The result queue: answers that have come and that the caller of a stream has not taken yet."""
+"""The result queue: answers that have arrived and that the caller has not taken yet."""
 
 import threading
 from collections.abc import Callable
@@ -12,48 +12,48 @@ Answered = tuple[Entry, Attribution]
 
 @dataclass(frozen=True, slots=True)
 class End:
-    """Why nothing more comes: an exception, or None where all is answered."""
+    """The end of a stream: its error, or None if every batch is answered."""
 
     error: BaseException | None
 
 
 class ResultQueue:
-    """Filled by the workers, emptied by the caller. Of each batch it holds the newest answer alone.
+    """Filled by the workers, emptied by the caller. It holds only the newest answer of each batch.
 
-    So a caller who is slow is handed fewer of the answers that are not final, and none that is out of date. `on_change`
-    is called whenever there may be something to take.
+    A slow caller therefore gets fewer non-final answers, and never an outdated one. `on_change` is called after each
+    change.
     """
 
     def __init__(self, *, on_change: Callable[[], None] = lambda: None) -> None:
         self._on_change = on_change
         self._changed = threading.Condition()
-        self._answers: dict[int, Answered] = {}  # by the batch's index, in the order in which they first came
+        self._answers: dict[int, Answered] = {}  # by batch index, ordered by first arrival
         self._end: End | None = None
 
     def put(self, entry: Entry, answer: Attribution) -> None:
-        """Hold an answer, in place of an older one of its batch."""
+        """Store an answer, and replace an older one of the same batch."""
         with self._changed:
             self._answers[entry.index] = entry, answer
             self._changed.notify_all()
         self._on_change()
 
     def close(self, end: End) -> None:
-        """Say that nothing more comes. The first who says it is believed."""
+        """End the queue. Only the first call has an effect."""
         with self._changed:
             self._end = self._end or end
             self._changed.notify_all()
         self._on_change()
 
     def wait(self) -> Answered | End:
-        """Wait for an answer, or when all are taken the end."""
+        """Wait for an answer; return the end once all answers are taken."""
         with self._changed:
             self._changed.wait_for(lambda: self._answers or self._end)
         taken = self.take()
-        assert taken is not None  # noqa: S101  (one caller takes)
+        assert taken is not None  # noqa: S101  (there is one consumer)
         return taken
 
     def take(self) -> Answered | End | None:
-        """Return an answer, or when all are taken the end; None where there is neither."""
+        """Return an answer, or the end once all answers are taken; None if there is neither yet."""
         with self._changed:
             if not self._answers:
                 return self._end

@@ -1,8 +1,8 @@
-"""The stream: many batches in flight to all servers at once. No failure of one server ends it.
+"""The stream: many batches in flight to all servers at once. The failure of one server does not end it.
 
-The caller's batches are read by whichever thread of gRPC's has nothing to send and room for more; each server has a
-worker, whose thread takes answers in; a keeper sees to it that no batch waits longer than its time; the caller takes
-the answers out. What they share is `InFlightBatches`, under one lock, and `ResultQueue`.
+Threads: for each server, one of gRPC's threads sends parts, and reads the caller's next batch when it has none to send
+and the window has room. A worker's thread receives the answers of one server. A timer thread fails batches at their
+deadline. The caller's thread takes the answers. They share `UnansweredParts`, under one lock, and `ResultQueue`.
 """
 
 import enum
@@ -43,11 +43,11 @@ from .worker import StreamWorker
 
 log = logging.getLogger("sidelight")
 
-UNAVAILABLE_DELAY_S = 0.1  # before a batch is sent again that a server refused on its way out
+UNAVAILABLE_DELAY_S = 0.1  # before a batch is sent again that a server rejected while shutting down
 
 
 class Step(enum.Enum):
-    """What a thread of gRPC's does where it has no part to send."""
+    """What gRPC's sending thread does next if it has no part to send."""
 
     READ = "the caller's next batch"
     REGISTER = "a region of shared memory"
@@ -55,7 +55,7 @@ class Step(enum.Enum):
 
 
 class Stream:
-    """What connects a caller and the workers. `end` is final: the first word counts."""
+    """Coordinates the caller, the workers and the timer. Only the first call of `end` has an effect."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class Stream:
         self._unanswered = unanswered
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
-        self._timer_changed = threading.Condition(self._lock)  # what wakes the keeper: few things, and rarely
+        self._timer_changed = threading.Condition(self._lock)  # wakes the timer
         self._workers = [
             StreamWorker(
                 each,
@@ -84,7 +84,7 @@ class Stream:
             for each in connections
         ]
         self._availability = Availability([each.address for each in connections], time.monotonic())
-        self._refused: set[StreamWorker] = set()  # those whose last call was never taken
+        self._refused: set[StreamWorker] = set()  # those whose server did not accept their last call
         self._digest = ""
         self._is_reading = False
         self._is_over = False
@@ -93,7 +93,7 @@ class Stream:
         self._timer = threading.Thread(target=self._run_timer, name="sidelight-timer", daemon=True)
 
     def start(self) -> None:
-        """Begin to read, send and receive."""
+        """Start the workers and the timer."""
         close_at_exit(self)
         for worker in self._workers:
             worker.connection.listen(self._wake)
@@ -101,7 +101,7 @@ class Stream:
         self._timer.start()
 
     def close(self) -> None:
-        """End it, cancel what is unanswered, and wait for its threads. After a fork it is the other process's."""
+        """End the stream, cancel unanswered batches and join the threads. In a forked child it does nothing."""
         if self._is_closed or not self._origin.is_in_own_process:
             return
         self.end(None)
@@ -114,27 +114,27 @@ class Stream:
         self._is_closed = True
 
     def wait(self) -> Answered | End:
-        """Wait for an answer, or when all are taken the end. `FailedPrecondition` after a fork."""
+        """Wait for an answer; return the end once all are taken. Raises `FailedPrecondition` in a forked child."""
         self._origin.check()
         return self.queue.wait()
 
     def release(self, entry: Entry) -> None:
-        """Free the room of an answer that the caller has taken."""
+        """Free the window that a batch occupies, once the caller has taken its final answer."""
         self._origin.check()
         with self._lock:
             self._unanswered.release(entry)
             self._changed.notify_all()
 
     def end(self, error: BaseException | None) -> None:
-        """End the stream: with an error, or because nothing is left."""
+        """End the stream, with an error or because all is done."""
         with self._lock:
             self._end(error)
 
-    # What the workers ask for and tell.
+    # StreamCoordinator: called by the workers.
 
     def wait_until_ready(self, connection: Connection, not_before_s: float) -> bool:
-        """Wait for a server, and for a time. False once the stream is over."""
-        sought: object = self  # the state in which the channel was told to look for its server
+        """Wait until a time has come and the server is connected. Returns False once the stream is over."""
+        sought: object = self  # the channel state in which `connect` was called last; at first none
         with self._lock:
             while not self._is_over:
                 left_s, state = not_before_s - time.monotonic(), connection.state
@@ -152,14 +152,14 @@ class Stream:
         return False
 
     def call_started(self, worker: StreamWorker) -> None:
-        """Say that the server has taken the call."""
+        """Record that the server has accepted the call."""
         with self._lock:
             self._availability.mark_live(worker)
             self._refused.discard(worker)
             self._changed.notify_all()
 
     def next_request(self, worker: StreamWorker, call: object) -> Outgoing | None:
-        """Wait for the next message to send; None once the call, or the stream, is over."""
+        """Wait for the next message to send; None once the call or the stream is over."""
         while True:
             with self._lock:
                 step = self._next(worker, call)
@@ -174,7 +174,7 @@ class Stream:
                     return None
 
     def received(self, worker: StreamWorker, incoming: Incoming) -> None:
-        """Take an answer in. One of a part that is not unanswered is passed over."""
+        """Handle a response. One to a part that has been answered already is ignored."""
         regions, response = worker.regions, incoming.message
         with self._lock:
             part = self._unanswered.get(response.id)
@@ -189,7 +189,7 @@ class Stream:
                 return
         answer = self._config.answer(incoming, part, regions)
         if not answer.final:
-            if part.is_whole:  # of a part the others' maps would be missing
+            if part.is_whole:  # the maps of a batch's other parts would be missing
                 self.queue.put(part.entry, answer)
             return
         with self._lock:
@@ -200,7 +200,10 @@ class Stream:
                 self._changed.notify_all()
 
     def call_ended(self, worker: StreamWorker, cause: SidelightError, *, failed: bool, died: bool) -> None:
-        """Say that the call has ended, whether it failed, and whether the server may have died of what it held."""
+        """Requeue a worker's parts after its call has ended.
+
+        `died` says whether the server may have died, and one of these parts may be the cause.
+        """
         with self._lock:
             if self._is_over:
                 return
@@ -224,10 +227,10 @@ class Stream:
             self._timer_changed.notify()
             self._changed.notify_all()
 
-    # What happens under the lock.
+    # The caller holds the lock.
 
     def _next(self, worker: StreamWorker, call: object) -> "Part | Step":
-        """Wait until there is something to do for a call."""
+        """Wait for the next part or step of a call."""
         while not self._is_over and worker.call is call:
             now_s = time.monotonic()
             wait_s = None
@@ -245,13 +248,13 @@ class Stream:
         return Step.END
 
     def _fits(self, worker: StreamWorker, part: Part) -> bool:
-        """Take room for a part in shared memory, where the worker has any."""
+        """Allocate shared memory for a part, if the worker has any. Returns False if there is no room now."""
         if worker.regions is None or not len(part.batch):
             return True
         return worker.regions.allocate(part.id, self._config.shared_bytes(part.batch))
 
     def _requeue_if_retryable(self, part: Part, failure: pb.Failure) -> bool:
-        """Send a part again where that may go well: it was too large, or its server was full, or on its way out."""
+        """Requeue a part that was too large, or whose server was full or shutting down. Returns whether it did."""
         delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
         if failure.code == ResourceExhausted.code and delay_s is None and len(part.batch) > 1:
             log.info("%s: split in two: %s", _label(part), failure.message)
@@ -271,7 +274,7 @@ class Stream:
         return True
 
     def _receive_region_response(self, regions: Regions, response: pb.AttributeStreamResponse) -> None:
-        """Take note of a region that the server has open. One that it refuses ends the stream: nothing goes inline."""
+        """Mark a region as registered. If the server rejects it, end the stream: there is no inline fallback."""
         if response.WhichOneof("outcome") == "region_registered":
             regions.mark_registered(response.region_registered.region)
             self._changed.notify_all()
@@ -279,7 +282,7 @@ class Stream:
             self._end(from_code(response.failure.code, response.failure.message))
 
     def _end_if_model_changed(self, response: pb.AttributeStreamResponse) -> bool:
-        """Say whether another model answers than the first time; then the stream ends."""
+        """End the stream if another model answers than the first time. Returns whether it did."""
         digest = response.result.provenance.model_digest
         if digest and self._digest and digest != self._digest and not self._config.allow_model_change:
             self._end(ModelChanged(
@@ -313,13 +316,13 @@ class Stream:
         with self._lock:
             self._changed.notify_all()
 
-    # What reads and sends: in gRPC's threads, one at a time in the first, without the lock.
+    # Called by gRPC's sending threads without the lock. `_is_reading` lets one thread at a time read.
 
     def _read(self) -> None:
-        """Read the caller's next batch. One that cannot be sent is answered with its error at once."""
+        """Read and enqueue the caller's next batch. If it cannot be sent, deliver its error at once."""
         try:
             read = self._reader.read()
-        except Exception as error:  # the caller's iterator raised: the caller hears of it
+        except Exception as error:  # raised by the caller's iterator: passed on to the caller
             self.end(error)
             return
         if read is None:
@@ -336,7 +339,7 @@ class Stream:
             self._unanswered.add(entry, spans)
             if refused is not None:
                 self._deliver(entry, attribution.failed(refused, index=entry.index, id_=entry.id))
-            elif self._unanswered.n_unanswered == len(spans):  # the keeper had nothing to wait for
+            elif self._unanswered.n_unanswered == len(spans):  # the timer had no deadline to wait for
                 self._timer_changed.notify()
             self._changed.notify_all()
 
@@ -347,7 +350,7 @@ class Stream:
             if self._unanswered.is_done:
                 self._end(None)
 
-    # The keeper, who sleeps until the next of these is due.
+    # The timer's thread, which sleeps until the next deadline.
 
     def _run_timer(self) -> None:
         with self._lock:
@@ -357,7 +360,7 @@ class Stream:
                 self._timer_changed.wait(None if due_s is None else min(max(0.0, due_s - now_s), threading.TIMEOUT_MAX))
 
     def _expire(self, now_s: float) -> float | None:
-        """Fail what is late, and end a stream that has no server any more. Returns when to come again."""
+        """Fail overdue parts, and end a stream that has had no server for too long. Returns the next deadline."""
         late, silent = self._unanswered.pop_overdue(now_s)
         for part in late:
             self._fail(part, self._timeout_error(part))

@@ -1,6 +1,6 @@
-"""A stream worker: one server's share of a stream. It connects, sends, receives, and reconnects.
+"""A stream worker: makes the calls of a stream to one server, one after another, and reconnects.
 
-Two threads work for it: its own, which receives, and gRPC's, which asks the desk for the next message to send.
+It uses two threads: its own receives, and one of gRPC's asks the coordinator for the next message to send.
 """
 
 import contextvars
@@ -18,45 +18,51 @@ from .._transport.shared_memory import Regions
 from .._transport.wire import Incoming, Outgoing
 from ..exceptions import Cancelled, ResourceExhausted, SidelightError, Unavailable, from_rpc
 
-BEGIN_HEADER = "sidelight-begin"  # with which a server says that it has the call; a proxy without one does not
-END_TRAILER = "sidelight-end"  # with which a server says that it ended the stream itself, all that it read answered
+BEGIN_HEADER = (
+    "sidelight-begin"  # sent by a server that has accepted the call; a proxy without a backend never sends it
+)
+END_TRAILER = "sidelight-end"  # sent by a server that ends a stream in order, after all answers
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 2.0
-# A call that ended so was cut: by the end of the server's process, or by something between, whose reset gRPC tells in
-# one of these ways. Another call may go well. A server ends no stream so by itself without its trailer.
+# Statuses of a call that was cut off: the server's process ended, or a proxy or the network reset the connection, which
+# gRPC reports in one of these ways. Another call may succeed. A server itself never ends a stream with one of these
+# without its trailer.
 _RETRYABLE = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.CANCELLED,
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
 )
-# A server says so of a caller that did not take its answers, as one does not that was stopped for a while.
+# The server ends the call of a client that did not read its answers, for example because it was suspended.
 _STALLED = grpc.StatusCode.ABORTED
 
 
 class StreamCoordinator(Protocol):
-    """What a worker asks for and tells. All of it may be called from any thread."""
+    """What a worker calls; implemented by `Stream`. All methods are thread-safe."""
 
     def wait_until_ready(self, connection: Connection, not_before_s: float) -> bool:
-        """Wait for a server, and for a time. False once the stream is over."""
+        """Wait until a time has come and the server is connected. Returns False once the stream is over."""
 
     def call_started(self, worker: "StreamWorker") -> None:
-        """Say that the server has taken the call."""
+        """Record that the server has accepted the call."""
 
     def next_request(self, worker: "StreamWorker", call: object) -> Outgoing | None:
-        """Wait for the next message to send; None once the call, or the stream, is over."""
+        """Wait for the next message to send; None once the call or the stream is over."""
 
     def received(self, worker: "StreamWorker", incoming: Incoming) -> None:
-        """Take an answer in."""
+        """Handle a response."""
 
     def call_ended(self, worker: "StreamWorker", cause: SidelightError, *, failed: bool, died: bool) -> None:
-        """Say that the call has ended, whether it failed, and whether the server may have died of what it held."""
+        """Record that the call has ended.
+
+        `failed` says whether it ended with an error; `died` whether the server may have died, and a part be the cause.
+        """
 
     def end(self, error: BaseException | None) -> None:
         """End the stream."""
 
 
 class StreamWorker:
-    """One server's share of a stream."""
+    """Sends and receives the parts of a stream that one server is given."""
 
     def __init__(
         self,
@@ -68,11 +74,11 @@ class StreamWorker:
         metadata: Headers = (),
     ) -> None:
         self.connection = connection
-        self.call: object | None = None  # the one that the desk may give messages to
-        self.regions: Regions | None = None  # of that call
+        self.call: object | None = None  # identifies the running call to the coordinator
+        self.regions: Regions | None = None  # of the running call
         self._make_regions = make_regions
         self._metadata = metadata
-        # Tracing reads the caller's span from it; the thread below would begin with an empty one.
+        # Tracing reads the caller's span from it; the thread below starts with an empty context.
         self._context = contextvars.copy_context()
         self._coordinator = coordinator
         self._max_message_bytes = max_message_bytes
@@ -82,23 +88,23 @@ class StreamWorker:
         self._thread = threading.Thread(target=self._run, name="sidelight-receive", daemon=True)
 
     def start(self) -> None:
-        """Begin to look for the server."""
+        """Start the thread, which connects to the server."""
         self._thread.start()
 
     def cancel(self, reason: SidelightError | None = None) -> None:
-        """End the running call, if any, and say why."""
+        """Cancel the running call, if any, for a reason that is passed on as the cause of its end."""
         self._cancel_reason = reason
         rpc = self._rpc
         if rpc is not None:
             rpc.cancel()
 
     def stop(self) -> None:
-        """End the running call, and one that is just being made."""
+        """Cancel the running call, and one that is just being started."""
         self._is_stopped = True
         self.cancel()
 
     def join(self) -> None:
-        """Wait for the thread's end."""
+        """Wait for the thread to end."""
         self._thread.join()
 
     def _run(self) -> None:
@@ -107,16 +113,16 @@ class StreamWorker:
         try:
             while self._coordinator.wait_until_ready(self.connection, not_before_s):
                 answered, is_orderly = self._run_call()
-                # An idle stream may be ended in order any number of times, and its server is there each time.
+                # A server may end an idle stream in order any number of times: the backoff does not grow then.
                 n_failures = 0 if answered else 1 if is_orderly else n_failures + 1
                 backoff_s = min(FIRST_BACKOFF_S * 2 ** min(n_failures, 8), LONGEST_BACKOFF_S)
-                # Spread, so that many clients of a server that comes back do not come all at once.
+                # Jitter, so that the clients of a restarted server do not all reconnect at once.
                 not_before_s = time.monotonic() + backoff_s * random.uniform(0.5, 1.0) if n_failures else 0.0
-        except Exception as error:  # an answer that cannot be read: the caller must not wait for what never comes
+        except Exception as error:  # such as an invalid answer: without this the caller would wait forever
             self._coordinator.end(error)
 
     def _run_call(self) -> tuple[bool, bool]:
-        """Make one call of the stream. Returns whether anything was answered, and whether it ended with OK in order."""
+        """Make one call. Returns whether it received anything, and whether it ended in order with status OK."""
         answered = is_orderly = False
         cause: SidelightError = Unavailable("the server ended the stream")
         failed = died = False
@@ -133,7 +139,7 @@ class StreamWorker:
         if self._is_stopped:
             rpc.cancel()
         try:
-            # It comes at once from a server that is there.
+            # A running server sends its metadata at once.
             if any(key == BEGIN_HEADER for key, _ in rpc.initial_metadata() or ()):
                 self._coordinator.call_started(self)
             for incoming in rpc:
@@ -151,16 +157,16 @@ class StreamWorker:
         return answered, is_orderly
 
     def _requests(self, call: object) -> Iterator[Outgoing]:
-        """Give gRPC what is to be sent. Runs in a thread of gRPC's, which would keep an error to itself."""
+        """Yield the messages to send. Runs in a thread of gRPC's, which would swallow an exception."""
         try:
             while (request := self._coordinator.next_request(self, call)) is not None:
                 yield request
         except Exception as error:
-            if self.call is call:  # a region of a call that has ended cannot be written to, and need not be
+            if self.call is call:  # otherwise the call has ended, and its shared memory is closed
                 self._coordinator.end(error)
 
     def _to_client_error(self, error: grpc.RpcError) -> tuple[SidelightError, bool]:
-        """Return why a call ended, and whether its server may have died. What no other call will mend ends all."""
+        """Return why a call failed, and whether its server may have died. Non-retryable errors end the stream."""
         if self.connection.is_closed:
             cause: SidelightError = Cancelled("the client was closed")
             self._coordinator.end(cause)
@@ -170,9 +176,9 @@ class StreamWorker:
         cause = from_rpc(error, max_message_bytes=self._max_message_bytes)
         trailers = error.trailing_metadata() or ()
         is_orderly = error.code() is _STALLED or any(each.key == END_TRAILER for each in trailers)
-        # This host has too many streams open. One of them may be this one's last call, which the server still counts.
+        # This host has too many open streams. The server may still count this worker's previous call.
         is_orderly |= isinstance(cause, ResourceExhausted) and cause.retry_delay_s is not None
         if not is_orderly and error.code() not in _RETRYABLE:
             self._coordinator.end(cause)
-        # Who cancels a call is alive: a server, or what stands before it, that has too much to do.
+        # A call is cancelled by a live server or proxy, for example under overload: no death.
         return cause, not is_orderly and error.code() is not grpc.StatusCode.CANCELLED

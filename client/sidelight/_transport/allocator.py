@@ -1,19 +1,19 @@
-"""The allocator: which bytes of a shared memory region are taken."""
+"""The allocator: which bytes of a shared memory region are in use."""
 
 import bisect
 
-ALIGNMENT = 64  # a line of the processor's cache: neighbours do not share one
+ALIGNMENT = 64  # a cache line, so that no two ranges share one
 
 
 class Allocator:
-    """Ranges of a number of bytes, taken first fit: as many as a stream has batches in flight, a few dozen."""
+    """First-fit allocation of byte ranges: one for each part in flight, a few dozen."""
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._taken: list[tuple[int, int]] = []  # start and end, in order
+        self._taken: list[tuple[int, int]] = []  # (start, end), sorted
 
     def take(self, n_bytes: int) -> int | None:
-        """Return where a free range begins, which is taken from now on; None where none is large enough."""
+        """Allocate a range and return its start; None if no free range is large enough."""
         start = 0
         for begins, ends in [*self._taken, (self._size, self._size)]:
             if begins - start >= n_bytes:
@@ -23,10 +23,10 @@ class Allocator:
         return None
 
     def free(self, start: int) -> None:
-        """Give a range back."""
+        """Free the range that starts here."""
         self._taken = [taken for taken in self._taken if taken[0] != start]
 
     @property
     def n_taken(self) -> int:
-        """How many ranges are taken."""
+        """The number of allocated ranges."""
         return len(self._taken)

@@ -1,4 +1,4 @@
-"""A connection: one server's channel and its calls, and whether the server can be reached."""
+"""A connection: the channel to one server, its stubs and its connectivity state."""
 
 import contextlib
 import re
@@ -18,12 +18,12 @@ from .wire import open_stream
 
 PROBE_TIMEOUT_S = 10.0
 JOIN_TIMEOUT_S = 1.0
-DIAGNOSE_EVERY_S = 1.0  # while there is no server: gRPC tells of the first failed try alone
-# A server that is silent for as long as both together is gone: its machine died, or something between cut the wire.
+DIAGNOSE_EVERY_S = 1.0  # while there is no server: gRPC reports only the first failed attempt
+# After both together without a response the connection is dead: the host or the network is down.
 KEEPALIVE_S, KEEPALIVE_TIMEOUT_S = 20.0, 10.0
 
 _ADDRESS = re.compile(r"unix:.+|(?!\w+://).+:\d+")
-_subscribing = threading.Lock()  # one at a time, so that each sees its own thread
+_subscribing = threading.Lock()  # one at a time, so that each subscription finds its own thread
 _READY, _IDLE, _FAILED, _SHUTDOWN = (
     grpc.ChannelConnectivity.READY,
     grpc.ChannelConnectivity.IDLE,
@@ -33,7 +33,7 @@ _READY, _IDLE, _FAILED, _SHUTDOWN = (
 
 
 class Connection:
-    """A channel to one server. It follows the channel's state, so that a call need not ask."""
+    """A channel to one server. It subscribes to the channel's state, so that reading the state does not block."""
 
     def __init__(self, address: str, *, max_message_bytes: int, security: ChannelSecurity = ChannelSecurity()) -> None:  # noqa: B008
         if not isinstance(address, str) or not _ADDRESS.fullmatch(address):
@@ -50,11 +50,11 @@ class Connection:
                 ("grpc.max_reconnect_backoff_ms", 1000),
                 ("grpc.keepalive_time_ms", int(KEEPALIVE_S * 1000)),
                 ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
-                ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),  # a minute, if it is not said
-                ("grpc.http2.max_pings_without_data", 0),  # a server at work on a long batch sends nothing
-                # What is sent again is decided here: gRPC knows neither suspects nor deadlines of batches.
+                ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),  # the default is a minute
+                ("grpc.http2.max_pings_without_data", 0),  # a server sends nothing while it computes a long batch
+                # The client retries by itself: gRPC knows neither suspects nor the deadlines of batches.
                 ("grpc.enable_retries", 0),
-                # Otherwise a second client of this process would share, and close, the first one's connection.
+                # Otherwise a second client in this process would share the first one's connection, and close it.
                 ("grpc.use_local_subchannel_pool", 1),
             ],
         )
@@ -65,24 +65,24 @@ class Connection:
         self._lock = threading.Lock()
         self._state: grpc.ChannelConnectivity | None = None
         self._is_followed = False
-        self._followers: list[threading.Thread] = []  # that gRPC follows the channel's state with
+        self._followers: list[threading.Thread] = []  # gRPC's threads that watch the channel's state
         self._diagnosis: ConnectError | None = None
-        self._diagnosed_s = -DIAGNOSE_EVERY_S  # when that was asked for last
+        self._diagnosed_s = -DIAGNOSE_EVERY_S  # when `_diagnose` last made a call
         self._listeners: list[Callable[[], None]] = []
 
     @property
     def state(self) -> grpc.ChannelConnectivity | None:
-        """The channel's state; None before anybody looked for the server."""
+        """The channel's state; None before the first `connect`."""
         return self._state
 
     @property
     def connect_error(self) -> ConnectError | None:
-        """Why the last try to connect came to nothing, where that is known."""
+        """Why the last attempt to connect failed, if known."""
         return self._diagnosis
 
     @property
     def is_ready(self) -> bool:
-        """Whether the server is there."""
+        """Whether the channel is connected."""
         return self._state is _READY
 
     @property
@@ -91,23 +91,23 @@ class Connection:
         return self._state is _SHUTDOWN
 
     def listen(self, listener: Callable[[], None]) -> None:
-        """Call a function whenever the state changes, from a thread of gRPC's."""
+        """Call a function after each state change, from a thread of gRPC's."""
         with self._lock:
             self._listeners.append(listener)
 
     def unlisten(self, listener: Callable[[], None]) -> None:
-        """Call it no more."""
+        """Remove a listener."""
         with self._lock, contextlib.suppress(ValueError):
             self._listeners.remove(listener)
 
     def forget_error(self) -> None:
-        """Forget why there was no server: since then that may have been mended."""
+        """Forget the last connect error: its cause may have been fixed since."""
         with self._lock:
             self._diagnosis = None
             self._diagnosed_s = -DIAGNOSE_EVERY_S
 
     def connect(self) -> None:
-        """Make the channel look for its server. One whose server went away is idle until a call is made."""
+        """Start connecting. A channel that lost its server is idle until the next call, so this makes one."""
         with self._lock:
             state, first = self._state, not self._is_followed
             self._is_followed = True
@@ -125,7 +125,7 @@ class Connection:
                 self._probe = self.attribution.GetServerInfo.future(info, timeout=PROBE_TIMEOUT_S, wait_for_ready=True)
 
     def close(self) -> None:
-        """End it, and whatever runs on it."""
+        """Close the channel and end its calls."""
         self._channel.unsubscribe(self._follow)
         self._follow(_SHUTDOWN)
         self._join_followers()
@@ -133,7 +133,7 @@ class Connection:
 
     def _follow(self, state: grpc.ChannelConnectivity) -> None:
         with self._lock:
-            if self._state is _SHUTDOWN:  # what comes late cannot open a closed connection
+            if self._state is _SHUTDOWN:  # a late callback must not reopen a closed connection
                 return
             self._state = state
             if state is _READY:
@@ -149,7 +149,7 @@ class Connection:
             listener()
 
     def _diagnose(self) -> None:
-        """Find out why there is no server: gRPC says it only to a call, which fails at once."""
+        """Find out why there is no server, by a call that fails at once: gRPC gives the reason only to calls."""
         with self._lock:
             now_s = time.monotonic()
             if self.address.startswith("unix:") or now_s < self._diagnosed_s + DIAGNOSE_EVERY_S:
@@ -168,10 +168,10 @@ class Connection:
         self._notify()
 
     def _join_followers(self) -> None:
-        """Wait until gRPC's thread that follows the channel's state has seen that nobody listens any more, and ended.
+        """Wait until gRPC's thread that watches the channel's state has ended, which it does after the unsubscription.
 
-        It looks every 0.2 s, and raises into the process's hook for threads where the channel is closed between two
-        looks. A thread that others started at the same moment may be among them: so there is a limit.
+        It polls every 0.2 s, and fails in `threading.excepthook` if the channel is closed between two polls. The wait
+        is limited, since `_followers` may contain an unrelated thread that was started at the same moment.
         """
         until_s = time.monotonic() + JOIN_TIMEOUT_S
         for thread in self._followers:

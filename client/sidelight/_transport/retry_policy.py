@@ -1,4 +1,7 @@
-"""Retries: what may be tried again, and when. Attribution changes nothing, so repeating a call is safe."""
+"""The retry policy of unary calls: after which errors a call is repeated, and after which delay.
+
+Attribution has no side effects, so repeating a call is safe.
+"""
 
 import logging
 import time
@@ -7,14 +10,14 @@ from ..exceptions import Cancelled, ResourceExhausted, SidelightError, Unavailab
 
 log = logging.getLogger("sidelight")
 
-DEATHS = 2  # servers that may go away under one call: it may be the cause
-GONE_DELAY_S = 0.05  # until the channel has seen that its server is gone
-# A call that its caller did not cancel was cancelled by a server, or by what stands before it, for another's sake.
+DEATHS = 2  # servers that may go away during one call until it fails: the call may be the cause
+GONE_DELAY_S = 0.05  # until the channel has noticed that its server is gone
+# A call that its caller did not cancel was cancelled by the server or a proxy, for example under overload.
 FIRST_CANCELLED_DELAY_S, LONGEST_CANCELLED_DELAY_S = 0.05, 2.0
 
 
 class RetryPolicy:
-    """One call's own time, and what has gone wrong in it."""
+    """The deadline of one call, and the errors that it has had so far."""
 
     def __init__(self, timeout_s: float, *, retry: bool) -> None:
         self._deadline_s = time.monotonic() + timeout_s
@@ -24,11 +27,11 @@ class RetryPolicy:
 
     @property
     def left_s(self) -> float:
-        """How much of its time is left, in seconds; 0 where it is over."""
+        """The remaining time in seconds; 0 after the deadline."""
         return max(0.0, self._deadline_s - time.monotonic())
 
     def delay_after(self, error: SidelightError) -> float:
-        """Return how long to wait before the next attempt, in seconds; raise the error where there is none."""
+        """Return the delay before the next attempt, in seconds. Raises the error if there is no next attempt."""
         if not self._retry:
             raise error
         delay_s: float | None
@@ -39,7 +42,7 @@ class RetryPolicy:
             self._n_gone += 1
             delay_s = GONE_DELAY_S if self._n_gone < DEATHS else None
         else:
-            # A server that is full, or is loading its models yet, says so.
+            # A server that is full or still loading its models names the delay.
             delay_s = error.retry_delay_s if isinstance(error, ResourceExhausted | Unavailable) else None
         if delay_s is None or delay_s >= self.left_s:
             raise error
