@@ -1,4 +1,4 @@
-"""The asyncio client. It uses the same connections, streams and retries as the other, and never blocks the loop."""
+"""The asyncio client. It shares connections, streams and retries with `Client`, and never blocks the event loop."""
 
 import asyncio
 import contextlib
@@ -61,7 +61,7 @@ def connect(
     tls: bool | str | os.PathLike[str] | TLS | None = None,
     token: Token | None = None,
 ) -> "AsyncClient":
-    """Return a client of one server, or of several of the same model. It takes what `sidelight.connect` takes."""
+    """Return an asyncio client of one or several servers. The arguments are those of `sidelight.connect`."""
     return AsyncClient(
         address_or_default(address),
         connect_timeout=connect_timeout,
@@ -76,8 +76,7 @@ def connect(
 class AsyncClient:
     """A `Client` whose calls are awaited. Close it, or use `async with`.
 
-    It may be used by several tasks of one event loop, or of several loops. Cancelling a task cancels its call, or its
-    stream, on the server too.
+    Tasks of one or several event loops may share it. Cancelling a task also cancels its call or stream on the server.
     """
 
     def __init__(
@@ -103,7 +102,7 @@ class AsyncClient:
 
     @property
     def address(self) -> str:
-        """Where the server is; of several, where all of them are."""
+        """The server's address; of several servers, all addresses with commas between them."""
         return self._core.pool.addresses
 
     async def __aenter__(self) -> Self:
@@ -115,7 +114,7 @@ class AsyncClient:
         await self.close()
 
     async def close(self) -> None:
-        """End the connections. Running calls and streams end with `Cancelled`."""
+        """Close the connections. Running calls and streams end with `Cancelled`."""
         await asyncio.to_thread(self._core.close)
 
     @options_by_name
@@ -131,7 +130,7 @@ class AsyncClient:
         probabilities: bool = False,
         map_dtype: MapDtype = "float32",
         served_classes: Sequence[Choice] | None = None,
-        timeout: float = TIMEOUT_S,  # noqa: ASYNC109  (it is the server's to keep)
+        timeout: float = TIMEOUT_S,  # noqa: ASYNC109  (the server enforces it)
         on_error: OnError = "raise",
         metadata: Metadata = (),
     ) -> Attribution:
@@ -168,9 +167,9 @@ class AsyncClient:
     ) -> AsyncGenerator[Attribution]:
         """Yield the maps of many batches as they are ready, as `Client.stream` does.
 
-        `batches` may be an asynchronous iterable, read in the loop, or an ordinary one, read in a thread: either no
-        further than the window allows. A loop over it that may be left early should close it at once, by
-        `contextlib.aclosing`: it would otherwise go on until the garbage collector finds it.
+        `batches` may be an asynchronous iterable, which is read in the loop, or an ordinary one, which is read in a
+        thread; neither is read beyond the window. If you may leave the loop over the answers early, wrap the generator
+        in `contextlib.aclosing`: otherwise the stream runs on until the garbage collector finds it.
         """
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
         return self._answers(
@@ -203,7 +202,7 @@ class AsyncClient:
         timeout: float = RELOAD_TIMEOUT_S,  # noqa: ASYNC109
         metadata: Metadata = (),
     ) -> ModelInfo:
-        """Have a model loaded again from its source, as `Client.reload` does."""
+        """Reload a model from its source, as `Client.reload` does."""
         await ready(self._core.pool, min(self._core.connect_timeout_s, span(timeout, "timeout")))
         return await asyncio.to_thread(self._core.reload, name, timeout=timeout, metadata=metadata)
 

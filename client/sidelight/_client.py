@@ -1,4 +1,4 @@
-"""The client: connects, asks, and reads answers."""
+"""The client: `connect` and `Client`, with unary calls and streams."""
 
 import os
 from collections.abc import Generator, Iterable, Sequence
@@ -58,27 +58,28 @@ def connect(
     tls: bool | str | os.PathLike[str] | TLS | None = None,
     token: Token | None = None,
 ) -> "Client":
-    """Return a client of the server at an address, "host:port" or "unix:/path". It returns at once.
+    """Return a client of the server at an address, "host:port" or "unix:/path". It does not wait for the server.
 
-    Without an address it is that of the environment variable SIDELIGHT_ADDRESS; without a token it is the text of
-    SIDELIGHT_TOKEN, if that is set. There may be several addresses, in a list or with commas between them, of the same
-    model: calls go to each in turn that is there, and streams to all of them. Calls wait up to `connect_timeout`
-    seconds for a server that is not there yet, and say so in the log after one.
+    The defaults of `address` and `token` are the environment variables SIDELIGHT_ADDRESS and SIDELIGHT_TOKEN. Several
+    addresses of servers with the same model may be given, as a list or separated by commas: calls are distributed
+    round-robin over the connected servers, and a stream uses all of them. Calls wait up to `connect_timeout` seconds
+    for a server, and log a warning after one second.
 
-    `max_message_bytes` bounds each message in both directions, and should be the server's. With `shared_memory` arrays
-    and maps go through memory that a server on the same machine shares (Linux, and its operator has to allow it), or
-    not at all; a folder's name says where that is, if this process sees it by another name than the server.
+    `max_message_bytes` limits each message in both directions, and should equal the server's limit. With
+    `shared_memory`, arrays and maps travel in memory shared with a server on the same machine, with no fallback to
+    messages; this needs Linux, and the server's operator must allow it. A path instead of True is the shared folder as
+    this process sees it, if its path differs from the server's.
 
-    A call that a full server refuses is made again after the delay that it names, and one whose server goes away once
-    more, within its own time; without `retry` it fails at once, and so does a stream's batch.
+    With `retry`, a call that a full server rejects is repeated after the delay that the server names, and a call whose
+    server goes away is repeated once, both within the call's timeout. Without it, calls and batches fail at once.
 
-    With `tls` connections over TCP are encrypted, and the server must show a certificate of an authority that is
-    trusted: True for those that the system trusts, a path for those of a PEM file, `TLS` for more. `token` is what
-    each call brings as a bearer token: its text; a `pathlib.Path` of the file whose first line it is; or a function
-    that returns it. The latter two are asked for every call; text that is a file's path is refused. So is a token that
-    would travel to another machine without TLS. UNIX sockets need none.
+    With `tls`, TCP connections are encrypted, and the server's certificate must be signed by a trusted authority:
+    True trusts those of the system, a path those in a PEM file; see `TLS` for more. `token` is the bearer token of
+    each call: its text, a `pathlib.Path` of a file whose first line it is, or a function that returns it. For each
+    call the file is read, or the function called. Text that is a file's path is rejected, and so is a token that
+    would travel to another machine without TLS. UNIX sockets need no TLS.
 
-    `InvalidArgument` says what is wrong with any of these, `UnreadableFile` which file cannot be read.
+    Raises `InvalidArgument` for a wrong argument, and `UnreadableFile` for a file that cannot be read.
     """
     return Client(
         address_or_default(address),
@@ -94,9 +95,9 @@ def connect(
 class Client:
     """Connections to one server, or to several of the same model. Thread-safe; close it, or use `with`.
 
-    It belongs to the process that made it: in one that was forked from that, calls raise `FailedPrecondition`.
+    It belongs to the process that created it: in a forked child, calls raise `FailedPrecondition`.
 
-    Every failed call raises a `SidelightError` of the status's own type; a file that cannot be read, `UnreadableFile`.
+    A failed call raises the subclass of `SidelightError` for its status; a file that cannot be read `UnreadableFile`.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class Client:
 
     @property
     def address(self) -> str:
-        """Where the server is; of several, where all of them are."""
+        """The server's address; of several servers, all addresses with commas between them."""
         return self._core.pool.addresses
 
     def __enter__(self) -> Self:
@@ -132,7 +133,7 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End the connection. Running calls and streams end with `Cancelled`."""
+        """Close the connections. Running calls and streams end with `Cancelled`."""
         self._core.close()
 
     @options_by_name
@@ -156,16 +157,16 @@ class Client:
 
         `images`: a path, encoded bytes, a PIL image, uint8 pixels [H, W, C] or [N, H, W, C], model-ready floats
         [C, H, W] or [N, C, H, W], or a list of them. `target`: None for the predicted class, a class index, a label, a
-        list with one of these for each example, or `TopK`, `Contrast`, `Dense`. `map_dtype` is how the maps travel:
-        "float16" and "uint8" are shorter and rounded, "uint8" for maps without negative values alone. `served_classes`
-        are the classes, by index or label, that your model server predicted for these examples:
-        `predictions[i].is_mismatch` says where another is predicted here. A `Batch` as images has a target, served
-        classes and an id of its own. `timeout` is in seconds, and includes waiting for a server, which takes at most
-        `connect_timeout` of it. `metadata` are pairs that the call brings, such as a trace's headers. A batch that is
-        too large for a message is sent in parts.
+        list with one of these for each example, or `TopK`, `Contrast`, `Dense`. `map_dtype` is the type in which the
+        maps are sent: "float16" and "uint8" are smaller and rounded, and "uint8" is only for maps without negative
+        values. `served_classes` are the classes, by index or label, that your model server predicted for these
+        examples: `predictions[i].is_mismatch` is set where this server predicts another. A `Batch` as `images` has its
+        own target, served classes and id. `timeout` is in seconds and includes the wait for a server, which is at most
+        `connect_timeout`. `metadata` is sent with the call as (key, value) pairs, such as tracing headers. A batch that
+        is too large for a message is sent in parts.
 
-        Where some examples failed, `on_error="raise"` raises `PartialFailure`, which carries the answer, and "return"
-        returns the answer, whose `failures` are set. A batch that failed whole raises its error.
+        If some examples failed, `on_error="raise"` raises `PartialFailure`, which has the answer, and "return" returns
+        the answer with `failures` set. If the whole batch failed, its error is raised in either case.
         """
         check_on_error(on_error)
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype)
@@ -199,28 +200,29 @@ class Client:
     ) -> Generator[Attribution]:
         """Yield the maps of many batches as they are ready; `answer.index` is the batch's position in `batches`.
 
-        The options are those of `attribute`, asked of every batch; `timeout` is each batch's own. A `Batch` may have a
-        target, served classes and an id of its own; `answer.id` is that id, and a batch whose id an unanswered batch
-        has is refused. A `target` of the call with a class for each example is as long as the first batch that has no
-        target of its own; a later one may be shorter, and takes the first of them.
-        `ordered` yields in the batches' order. `window` bounds the unanswered examples, and is always at least two
-        batches (default: twice the server's chunk for methods of one row; two batches for others, whose every example
-        fills chunks, and whose timeouts would otherwise run while they wait for each other); nothing of `batches` is
-        read beyond it, and it is read in a thread of its own.
+        The options are those of `attribute` and apply to each batch, as does `timeout`. A `Batch` may have its own
+        target, served classes and id; `answer.id` is that id. A batch with the id of an unanswered batch is rejected.
+        If the call's `target` lists one class per example, its length is that of the first batch without a target of
+        its own; later batches may be shorter, and use the first classes of the list.
 
-        With `partial`, a method that refines yields a batch several times, with `final` unset until the last; a caller
-        who is slow gets fewer of these, and with `ordered` only the batch whose turn it is has them.
+        `ordered` yields the answers in the order of the batches. `window` limits the unanswered examples; two batches
+        are always allowed. Its default is twice the server's chunk for methods of one row, and two batches for other
+        methods, since one of their examples already fills chunks, and further batches would time out in the queue.
+        `batches` is read in a thread of the stream, and not beyond the window.
 
-        A batch too large for a message is sent in parts. Where a server goes away, what it has not answered is sent
-        again, to it or to another, until the batch's own time is over; each batch is yielded once. A batch that was
-        alone at work when its server died, twice, fails with `ServerDied`. A server that comes back with another model
-        ends the stream with `ModelChanged`, unless `allow_model_change` lets it be.
+        With `partial`, a method that refines its maps yields a batch several times, with `final` unset until the last
+        time. A slow caller gets fewer of these answers; with `ordered`, only the batch that is due has them.
 
-        `overlay` and `save` draw on the images. An answer keeps those that were files, and arrays until the next answer
-        is taken, so that a list of answers does not hold every batch in memory; with `keep_images` it keeps both.
+        A batch that is too large for a message is sent in parts. If a server goes away, its unanswered batches are sent
+        again, to it or to another server, until their timeout; each batch is yielded once. A batch that was the only
+        one on a server that died, twice, fails with `ServerDied`. If a server returns with another model, the stream
+        ends with `ModelChanged`, unless `allow_model_change` is set.
 
-        With `on_error="return"` a batch that failed is yielded too, with `error` or `failures` set; with "raise" the
-        first failure ends the stream. `close()` on the generator cancels what is unanswered on the servers, and returns
+        `overlay` and `save` need the images. An answer keeps images that were files; it keeps arrays only until the
+        next answer is taken, so that a list of answers does not hold every batch in memory. `keep_images` keeps both.
+
+        With `on_error="return"`, a failed batch is yielded too, with `error` or `failures` set; with "raise", the first
+        failure ends the stream. `close()` of the generator cancels the unanswered batches on the servers, and returns
         when the stream's threads have ended.
         """
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
@@ -248,18 +250,18 @@ class Client:
     def reload(
         self, name: str | None = None, *, timeout: float = RELOAD_TIMEOUT_S, metadata: Metadata = ()
     ) -> ModelInfo:
-        """Have a model loaded again from its source, and return the version that serves then; None is the default.
+        """Reload a model from its source, and return the version that serves afterwards; None is the default model.
 
-        Running requests end on the version that they began on. `PermissionDenied` where the operator does not allow it;
-        `FailedPrecondition` says what is wrong with the new version, and the old one goes on serving. Of several
-        servers, the next one's: connect to each by itself.
+        Running requests finish on the version on which they started. Raises `PermissionDenied` if the operator does not
+        allow reloads, and `FailedPrecondition` if the new version cannot be loaded; the old one then continues to
+        serve. Only one server is reloaded: if there are several, connect to each separately.
         """
         return self._core.reload(name, timeout=timeout, metadata=metadata)
 
     def _explain(
         self, template: pb.AttributeRequest, batch: EncodedBatch, *, timeout_s: float, metadata: Headers = ()
     ) -> Attribution:
-        """Return the answer to a request for a batch, which is sent in parts where it is too large for one message."""
+        """Explain one batch by a unary call, or by a stream if it is too large for one message."""
         policy = RetryPolicy(timeout_s, retry=self._core.retry)
         if not self._core.shared_memory:
             request = unary_request(template, batch)

@@ -1,6 +1,6 @@
-"""The core of both clients: it finds a server, knows its limits, asks it small questions, and opens streams.
+"""The core of both clients: chooses a server, caches its limits, makes metadata calls and opens streams.
 
-All of it may block its thread, and may be called from any.
+All functions may block, and are thread-safe.
 """
 
 import contextlib
@@ -40,32 +40,32 @@ TIMEOUT_S = 60.0
 INFO_TIMEOUT_S = 10.0
 RELOAD_TIMEOUT_S = 600.0
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
-CHUNK_ROWS = 32  # of a model that is not loaded yet, and has not said its own
-N_SLOTS = 8  # batches that a region of shared memory has room for, of the size of the one that it is made for
+CHUNK_ROWS = 32  # assumed for a model that is not loaded yet
+N_SLOTS = 8  # batches that fit into a region of shared memory, of the size of its first batch
 
 OnError = Literal["raise", "return"]
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a server has said of itself, and of one model; None where it has none of that name."""
+    """What a server reports about itself and about one model; `model` is None if it has none of that name."""
 
     server: ServerInfo
     model: ModelInfo | None
 
     @classmethod
     def of(cls, server: ServerInfo, name: str) -> Self:
-        """Return them for a model; empty is the server's default."""
+        """Select a model by name; an empty name is the server's default."""
         return cls(server, next((model for model in server.models if name in ("", model.name)), None))
 
     @property
     def input_size(self) -> tuple[int, int, int] | None:
-        """The model's C, H, W; None where it is not fixed, or not known."""
+        """The model's (C, H, W); None if it is not fixed or not known."""
         return self.model.input_size if self.model else None
 
 
 class ClientCore:
-    """Connections to the servers of one client, and what these have said of themselves."""
+    """The connections of one client, and the cached server info."""
 
     def __init__(
         self,
@@ -89,23 +89,23 @@ class ClientCore:
         self._info: ServerInfo | None = None
 
     def close(self) -> None:
-        """End the connections. After a fork they are the other process's."""
+        """Close the connections. In a forked child it does nothing."""
         if self.pool.is_in_own_process:
             self.closed.set()
             self.pool.close()
 
     def info(self, *, metadata: Metadata = ()) -> ServerInfo:
-        """Return what the next server says of itself and its models."""
+        """Fetch the info of the next server and its models."""
         self._info = info = self._fetch_info(metadata=metadata)
         return info
 
     def model(self, name: str | None, *, metadata: Metadata) -> ModelInfo:
-        """Return one model with its labels and layers."""
+        """Fetch one model with its labels and layers."""
         response = self._ask("models", "GetModel", model_pb2.GetModelRequest(name=model_name(name)), metadata=metadata)
         return ModelInfo.of(response.model, is_whole=True)
 
     def reload(self, name: str | None, *, timeout: float, metadata: Metadata) -> ModelInfo:
-        """Have a model loaded again, and return the version that serves then."""
+        """Reload a model, and return the version that serves afterwards."""
         request = model_pb2.ReloadModelRequest(name=model_name(name))
         timeout_s = span(timeout, "timeout")
         wait_s = min(self.connect_timeout_s, timeout_s)
@@ -113,9 +113,9 @@ class ClientCore:
         return ModelInfo.of(response.model, is_whole=True)
 
     def facts(self, name: str, *, within_s: float) -> Facts:
-        """Return what a server says of itself and of a model; empty is its default.
+        """Return the facts about a server and a model; an empty name is the default model.
 
-        A model that is not loaded says nothing of itself, and may be loaded since: the server is asked again.
+        They are cached, except for a model that is not serving: it may have been loaded since.
         """
         known = self._info
         facts = Facts.of(known, name) if known else None
@@ -125,7 +125,7 @@ class ClientCore:
         return facts
 
     def fits(self, request: pb.AttributeRequest, batch: EncodedBatch, *, within_s: float) -> bool:
-        """Say whether a batch fits into one message. `MessageTooLarge` where a single example does not."""
+        """Return whether a batch fits into one message. Raises `MessageTooLarge` if a single example does not."""
         facts = self.facts(request.model, within_s=within_s)
         limits = facts.server.limits
         try:
@@ -156,7 +156,7 @@ class ClientCore:
         metadata: Headers,
         on_change: Callable[[], None] = lambda: None,
     ) -> Stream:
-        """Return a stream to all servers, not started."""
+        """Return a stream to all servers. It is not started yet."""
         connections, input_size = self.pool.connections, facts.input_size
         config = StreamConfig(
             template=template,
@@ -178,9 +178,9 @@ class ClientCore:
             map_bytes=functools.partial(map_bytes, template, input_size=input_size),
             make_regions=functools.partial(self._regions, n_slots=N_SLOTS) if self.shared_memory else None,
         )
-        # A method of many rows fills chunks with every example; and a timeout would run while batches wait in a row.
+        # One example of a method of many rows fills chunks. A larger window would let batches time out in the queue.
         per_worker = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if is_one_row else 1
-        if window:  # an equal share for each, so that one that stalls does not hold it all
+        if window:  # equal shares, so that a stalled server does not hold all of it
             per_worker = max(1, window // len(connections))
         unanswered = UnansweredParts(window=per_worker, in_all=window, n_workers=len(connections))
         return Stream(connections, batches, config=config, unanswered=unanswered, on_change=on_change)
@@ -195,7 +195,7 @@ class ClientCore:
         wait_s: float | None = None,
         metadata: Metadata = (),
     ) -> Any:
-        """Return a server's answer to a small question, after waiting up to `wait_s` for one that is starting."""
+        """Make a metadata call. Waits up to `wait_s` for a server that is starting or still loading its models."""
         metadata = checked_metadata(metadata)
         wait_s = self.connect_timeout_s if wait_s is None else wait_s
         policy = RetryPolicy(wait_s, retry=True)
@@ -217,7 +217,7 @@ class ClientCore:
         return ServerInfo.of(info)
 
     def _regions(self, connection: Connection, *, n_slots: int) -> Regions:
-        """Return a call's regions of shared memory, none of them made. Each server is asked for its own folder."""
+        """Return the shared memory of a call, still without regions. Each server reports its own folder."""
         with translate_errors(self.max_message_bytes):
             request = pb.GetServerInfoRequest()
             server = ServerInfo.of(connection.attribution.GetServerInfo(request, timeout=INFO_TIMEOUT_S))
@@ -227,7 +227,7 @@ class ClientCore:
 
 
 def unary_request(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.AttributeRequest:
-    """Return the message of a unary call."""
+    """Return the request of a unary call."""
     request = pb.AttributeRequest()
     request.CopyFrom(template)
     request.images.CopyFrom(batch.message)
@@ -242,7 +242,7 @@ def unary_request(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.Attr
 def stream_template(
     batches: object, on_error: str, options: AttributeOptions, *, window: int | None
 ) -> pb.AttributeRequest:
-    """Return what is asked of every batch, after saying what is wrong with it here instead of by every batch."""
+    """Check the options of a stream once, and return the request template of its batches."""
     check_on_error(on_error)
     if isinstance(batches, str | bytes):
         raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")
@@ -252,9 +252,9 @@ def stream_template(
 
 
 def raise_if_failed(answer: Attribution, on_error: OnError) -> Attribution:
-    """Return an answer, or where it failed and that is to be raised its error.
+    """Return an answer. With `on_error="raise"`, raise its error if it failed.
 
-    That is `PartialFailure` where it is final and some examples failed.
+    Raises `PartialFailure` if the answer is final and some examples failed.
     """
     if on_error == "raise":
         if answer.error is not None:
@@ -265,14 +265,14 @@ def raise_if_failed(answer: Attribution, on_error: OnError) -> Attribution:
 
 
 def check_on_error(on_error: str) -> None:
-    """Refuse what is no word for it."""
+    """Raise `InvalidArgument` for an unknown value."""
     if on_error not in get_args(OnError):
         raise InvalidArgument(f"on_error: got {on_error!r}, expected one of {', '.join(get_args(OnError))}")
 
 
 @contextlib.contextmanager
 def translate_errors(max_message_bytes: int) -> Iterator[None]:
-    """Let a failed call out as the exception for its status."""
+    """Raise a failed call as the exception for its status."""
     try:
         yield
     except grpc.RpcError as error:

@@ -1,4 +1,4 @@
-"""The event loop: what lets asyncio wait for gRPC's threads, and a stream's threads read from the loop."""
+"""The event loop: asyncio waits for gRPC's threads, and a stream's threads read from an asynchronous iterable."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ _END = object()
 
 
 async def ready(servers: ConnectionPool, timeout_s: float) -> Connection:
-    """Return the next server that is there, after waiting for one. `Unavailable` when none has come in time."""
+    """Return the next connected server, and wait for one if necessary. Raises `Unavailable` after the timeout."""
     if found := servers.ready_now():
         return found
     servers.forget_errors()
@@ -35,7 +35,7 @@ async def ready(servers: ConnectionPool, timeout_s: float) -> Connection:
                 servers.check()
                 for connection in servers.connections:
                     connection.connect()
-                with contextlib.suppress(TimeoutError):  # to look again why there is none
+                with contextlib.suppress(TimeoutError):  # wakes up to diagnose again why there is none
                     async with asyncio.timeout(DIAGNOSE_EVERY_S):
                         await changed.wait()
         return found
@@ -48,7 +48,7 @@ async def ready(servers: ConnectionPool, timeout_s: float) -> Connection:
 
 
 class CallersBatches:
-    """A caller's batches for the threads of a stream: an asynchronous iterable is read in the loop of the caller."""
+    """A caller's batches, for a stream's threads. An asynchronous iterable is read in the caller's loop."""
 
     def __init__(self, batches: Iterable[Images | Batch | EncodedBatch] | AsyncIterable[Images | Batch]) -> None:
         self._loop = asyncio.get_running_loop()
@@ -73,7 +73,7 @@ class CallersBatches:
         return batch
 
     def close(self) -> None:
-        """Let go of a thread that waits for the next batch. Called in the loop."""
+        """Wake a thread that waits for the next batch. Called in the loop."""
         self._is_closed = True
         if self._reading is not None:
             self._reading.cancel()
@@ -83,7 +83,7 @@ class CallersBatches:
 
 
 async def awaited(call: "grpc.Future[pb.AttributeResponse]") -> pb.AttributeResponse:
-    """Return what a call gives. Cancelling the task cancels the call."""
+    """Wait for a call and return its response. Cancelling the task cancels the call."""
     done = asyncio.Event()
     wake = from_thread(done.set)
     call.add_done_callback(lambda _: wake())
@@ -99,7 +99,7 @@ async def awaited(call: "grpc.Future[pb.AttributeResponse]") -> pb.AttributeResp
 
 
 def from_thread(act: Callable[[], None]) -> Callable[[], None]:
-    """Return what makes this loop act, from any thread. A loop that is closed has nobody left to wake."""
+    """Return a thread-safe function that calls `act` in this loop. Once the loop is closed it does nothing."""
     loop = asyncio.get_running_loop()
 
     def wake() -> None:

@@ -1,8 +1,8 @@
-"""Connect errors: why no connection comes about, from gRPC's account of its last attempt."""
+"""Connect errors: why a connection failed, from gRPC's description of its last attempt."""
 
 from dataclasses import dataclass
 
-# What gRPC and BoringSSL say, and what to do about it. None of these mends itself while one waits.
+# Messages of gRPC and BoringSSL, and what to do about them. Waiting fixes none of these.
 _FAULTS = (
     ("CERTIFICATE_HAS_EXPIRED", "the server's certificate has expired"),
     ("certificate has expired", "the server's certificate has expired"),
@@ -24,21 +24,21 @@ _CLOSED = ("Socket closed", "Connection reset", "recvmsg:", "Broken pipe")
 
 @dataclass(frozen=True, slots=True)
 class ConnectError:
-    """Why the last try to connect came to nothing. `is_lasting` is a fault that waiting does not mend."""
+    """Why the last attempt to connect failed. `is_lasting`: waiting does not fix it."""
 
     text: str
     is_lasting: bool
 
 
 def diagnose(details: str, *, is_encrypted: bool) -> ConnectError:
-    """Return what gRPC's words for a failed connection mean."""
+    """Translate gRPC's details of a failed connection."""
     said = details.rpartition("last error: ")[2]
     if is_encrypted:
         for words, meaning in _FAULTS:
             if words in said:
                 return ConnectError(f"TLS: {meaning} ({said})", is_lasting=True)
     if any(words in said for words in _CLOSED):
-        # So does a server that is just ending, or a proxy without one: it may mend itself.
+        # A server that is shutting down, or a proxy without a backend, does the same: waiting may fix it.
         hint = (
             "it may want a certificate of this client's, TLS(certificate=…, key=…)"
             if is_encrypted

@@ -1,4 +1,4 @@
-"""Credentials: TLS, and a bearer token in each call's metadata."""
+"""Credentials: TLS, and a bearer token in the metadata of each call."""
 
 import collections
 import contextlib
@@ -16,19 +16,19 @@ import grpc
 from ..exceptions import InvalidArgument, UnreadableFile
 
 AUTHORIZATION = "authorization"
-GRPC_ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"  # which gRPC reads by itself
+GRPC_ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"  # read by gRPC itself
 
 Token = str | os.PathLike[str] | Callable[[], str]
 
 
 @dataclass(frozen=True, slots=True)
 class TLS:
-    """How a client speaks TLS.
+    """TLS settings of a client. The files are read when the client is created.
 
-    `ca`: a PEM file of the authorities that it trusts; None for those that the system trusts, as OpenSSL finds them
-    (SSL_CERT_FILE and SSL_CERT_DIR name others), and where it tells of none, those that gRPC brings. `certificate`
-    and `key`: PEM files, for a server that wants to see who calls. `server_name`: the name in the server's certificate,
-    where that is not the address's host. The files are read when a client is made.
+    `ca`: a PEM file of trusted authorities. None trusts those of the system, as OpenSSL finds them (SSL_CERT_FILE and
+    SSL_CERT_DIR override them); if there are none, those that gRPC ships. `certificate` and `key`: PEM files, for a
+    server that requires client certificates. `server_name`: the name in the server's certificate, if it is not the host
+    of the address.
     """
 
     ca: str | os.PathLike[str] | None = None
@@ -37,7 +37,7 @@ class TLS:
     server_name: str | None = None
 
     def credentials(self) -> grpc.ChannelCredentials:
-        """Return gRPC's credentials. `InvalidArgument` where the files are not what they should be."""
+        """Return gRPC's credentials. Raises `InvalidArgument` if a file has the wrong content."""
         if (self.certificate is None) != (self.key is None):
             raise InvalidArgument("tls: got one of certificate and key, expected both or none")
         ca, key, certificate = (None if each is None else Path(each) for each in (self.ca, self.key, self.certificate))
@@ -46,7 +46,7 @@ class TLS:
         except OSError as error:
             raise UnreadableFile.of(error, "tls") from None
         read[0] = read[0] or _system_roots()
-        # gRPC would take anything, and find no server.
+        # gRPC accepts any bytes here, and then fails to connect.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         try:
             if ca:
@@ -64,27 +64,27 @@ class TLS:
 
 
 def _system_roots() -> bytes | None:
-    """Return the PEM certificates that the system trusts. None where gRPC is to choose: it brings public ones."""
+    """Return the PEM certificates that the system trusts. None leaves the choice to gRPC, which ships public ones."""
     if GRPC_ROOTS in os.environ:
         return None
     paths = ssl.get_default_verify_paths()
     if paths.cafile:
         return Path(paths.cafile).read_bytes() or None
-    # Named by a hash of whom they are of, as OpenSSL looks for them.
+    # OpenSSL's names for them: a hash of the subject and a number.
     files = sorted(Path(paths.capath).glob("*.[0-9]")) if paths.capath else []
     return b"\n".join(each.read_bytes() for each in files if each.is_file()) or None
 
 
 @dataclass(frozen=True, slots=True)
 class ChannelSecurity:
-    """How a client reaches its servers. UNIX sockets are plain, whatever `tls` says."""
+    """TLS and token of a client's connections. UNIX sockets never use TLS."""
 
     tls: TLS | None = None
     token: Token | None = field(default=None, repr=False)
 
     @classmethod
     def of(cls, tls: "bool | str | os.PathLike[str] | TLS | None", token: Token | None) -> "ChannelSecurity":
-        """Return what `connect` was told. `InvalidArgument` where that is no TLS, or no token."""
+        """Validate the arguments of `connect`. Raises `InvalidArgument`."""
         if isinstance(tls, str | os.PathLike):
             tls = TLS(ca=tls)
         elif isinstance(tls, bool):
@@ -104,11 +104,11 @@ class ChannelSecurity:
         return cls(tls, token)
 
     def is_encrypted(self, address: str) -> bool:
-        """Say whether a connection to an address is to speak TLS."""
+        """Return whether connections to an address use TLS."""
         return self.tls is not None and not address.startswith("unix:")
 
     def channel(self, address: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
-        """Return a channel to an address. `InvalidArgument` where a token would be sent for others to read."""
+        """Return a channel to an address. Raises `InvalidArgument` if a token would leave this machine without TLS."""
         if self.is_encrypted(address):
             assert self.tls is not None  # noqa: S101
             named = [("grpc.ssl_target_name_override", self.tls.server_name)] if self.tls.server_name else []
@@ -120,12 +120,12 @@ class ChannelSecurity:
         return grpc.insecure_channel(address, options=options)
 
     def authorized(self, channel: grpc.Channel) -> grpc.Channel:
-        """Return the channel, or where there is a token one whose every call brings it."""
+        """Return the channel; if there is a token, one that sends it with every call."""
         return channel if self.token is None else grpc.intercept_channel(channel, _Bearer(self.token))
 
 
 class _Bearer(grpc.UnaryUnaryClientInterceptor, grpc.StreamStreamClientInterceptor):
-    """Brings a token with each call: a callable is asked and a file is read every time, so that it may change."""
+    """Sends a token with each call. A callable is called and a file read each time, so the token may change."""
 
     def __init__(self, token: Token) -> None:
         self._token = token
@@ -147,11 +147,11 @@ class _Details(
     collections.namedtuple("_Details", "method timeout metadata credentials wait_for_ready compression"),
     grpc.ClientCallDetails,
 ):
-    """A call's details, as gRPC has them."""
+    """The call details that gRPC expects."""
 
 
 def _text(token: Token) -> str:
-    """Return a token's text. `InvalidArgument`, without it, where no header may carry it."""
+    """Return a token's text. Raises `InvalidArgument`, which does not show it, if no header may contain it."""
     if callable(token):
         text = token()
     elif isinstance(token, str):
@@ -169,11 +169,11 @@ def _text(token: Token) -> str:
 
 
 def _is_path(text: str) -> bool:
-    """Say whether a text is the path of a file, or looks like one: as a token it would only be refused, and be sent."""
-    with contextlib.suppress(OSError, ValueError):  # longer than any path, or with a zero byte
+    """Return whether a text is the path of a file, or looks like one: a path was given where the token was meant."""
+    with contextlib.suppress(OSError, ValueError):  # too long for a path, or with a null byte
         if Path(text).is_file():
             return True
-        if text.startswith("/"):  # as a token in base64 may: a path begins with a folder that is there
+        if text.startswith("/"):  # so may base64; a path has an existing first folder
             return len(parts := Path(text).parts) > 2 and Path(*parts[:2]).is_dir()
     return re.match(r"\.{1,2}/|~/", text) is not None or re.fullmatch(r"[\w/-]+\.(txt|token|key|pem)", text) is not None
 
@@ -184,7 +184,7 @@ def _tokens(text: str) -> Iterator[str]:
 
 
 def _is_local(address: str) -> bool:
-    """Say whether what is sent to an address stays on this machine."""
+    """Return whether an address is on this machine."""
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].strip("[]")

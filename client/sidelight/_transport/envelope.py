@@ -1,17 +1,18 @@
-"""Envelopes: the one large field of a message is cut out of its bytes as a view, or put in by one join.
+"""Envelopes: cuts the one large field out of a message's bytes as a view, or inserts it with a single join.
 
-protobuf copies a tensor's data when it parses a message, again each time the field is looked at, and twice on the way
-out. So the envelopes around the data are walked here, by hand, and protobuf has the rest: who is not sure leaves it
-all to protobuf, whose rules for repeated and merged fields are the only ones. Client and server both stand on this.
+protobuf copies a tensor's data when it parses a message, again at each access of the field, and twice when it
+serializes. This module therefore parses only the nested headers around the data, and leaves the rest to protobuf. For
+anything unusual, such as repeated fields to be merged, it leaves the whole message to protobuf. Client and server both
+use it.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-LARGE_BYTES = 16 * 1024  # below that, a copy costs less than to walk
-MAX_FIELDS = 64  # of one message on the way to the data; who has more is walked by protobuf, in C
+LARGE_BYTES = 16 * 1024  # below that, a copy costs less than parsing here
+MAX_FIELDS = 64  # of one message; protobuf, in C, is faster for more
 LENGTH_DELIMITED = 2
-VARINT_BYTES = 5  # of a tag or a length: protobuf takes no longer ones
+VARINT_BYTES = 5  # of a tag or a length: protobuf accepts no longer ones
 
 
 class Cut(NamedTuple):
@@ -21,13 +22,13 @@ class Cut(NamedTuple):
 
 class _Field(NamedTuple):
     tag: int
-    at: int  # where its tag begins
-    start: int  # where its content does
+    at: int  # the start of its tag
+    start: int  # the start of its content
     end: int
 
 
 def cut(raw: memoryview, path: Sequence[int]) -> Cut | None:
-    """Cut out the field that a path of field numbers leads to. None where it is not there once, and plainly."""
+    """Cut out the field at a path of field numbers. None unless it occurs exactly once, in the usual encoding."""
     found = _find(raw, path[0])
     if found is None:
         return None
@@ -41,7 +42,7 @@ def cut(raw: memoryview, path: Sequence[int]) -> Cut | None:
 
 
 def _find(raw: memoryview, number: int) -> _Field | None:
-    """Return the one field of a number. None where it is repeated, or anything is unusual."""
+    """Return the field with a number. None if it is missing, repeated or encoded unusually."""
     found, at = None, 0
     for _ in range(MAX_FIELDS):
         if at == len(raw):
@@ -58,7 +59,7 @@ def _find(raw: memoryview, number: int) -> _Field | None:
 
 
 def _next(raw: memoryview, at: int) -> _Field | None:
-    """Return the field that begins at a place. None for groups, unknown wire types and what is cut short."""
+    """Return the field at an offset. None for groups, unknown wire types and truncated fields."""
     begun = _varint(raw, at)
     if begun is None:
         return None
@@ -85,7 +86,7 @@ def _next(raw: memoryview, at: int) -> _Field | None:
 
 
 def _varint(raw: memoryview, at: int) -> tuple[int, int] | None:
-    """Return a tag or a length and where it ends. None for one that is too long or cut short."""
+    """Return a tag or a length, and the offset of its end. None if it is too long or truncated."""
     value = 0
     for place, byte in enumerate(raw[at : at + VARINT_BYTES]):
         value |= (byte & 0x7F) << (7 * place)
@@ -95,7 +96,7 @@ def _varint(raw: memoryview, at: int) -> tuple[int, int] | None:
 
 
 def field(number: int, content: Sequence[bytes | memoryview]) -> list[bytes | memoryview]:
-    """Return a length-delimited field in parts."""
+    """Return the pieces of a length-delimited field."""
     return [_encode_varint(number << 3 | LENGTH_DELIMITED), _encode_varint(sum(map(len, content))), *content]
 
 

@@ -1,4 +1,4 @@
-"""Environment variables: the address and the token that `connect` takes where it is given none."""
+"""Environment variables: the defaults of `connect` for address and token."""
 
 import os
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ TOKEN_VARIABLE = "SIDELIGHT_TOKEN"  # noqa: S105  (it is the name of a variable)
 
 
 def address_or_default(address: str | Sequence[str] | None) -> str | Sequence[str]:
-    """Return an address, or where there is none that of the environment. `InvalidArgument` where neither is set."""
+    """Return the address, or by default that of the environment. Raises `InvalidArgument` if neither is set."""
     if address is not None:
         return address
     if default := os.environ.get(ADDRESS_VARIABLE):
@@ -23,5 +23,5 @@ def address_or_default(address: str | Sequence[str] | None) -> str | Sequence[st
 
 
 def token_or_default(token: Token | None) -> Token | None:
-    """Return a token, or where there is none that of the environment, if any."""
+    """Return the token, or by default that of the environment, if any."""
     return os.environ.get(TOKEN_VARIABLE) or None if token is None else token

@@ -1,4 +1,4 @@
-"""The connection pool: each call goes to the next server that can be reached."""
+"""The connection pool: distributes calls round-robin over the servers that are connected."""
 
 import itertools
 import logging
@@ -42,16 +42,16 @@ class ConnectionPool:
 
     @property
     def is_in_own_process(self) -> bool:
-        """Whether the connections are this process's, and not those of one that it was forked from."""
+        """Whether this process created the connections, and is not a forked child of the one that did."""
         return self._origin.is_in_own_process
 
     @property
     def addresses(self) -> str:
-        """The addresses, to be told."""
+        """All addresses, as text for messages."""
         return ", ".join(each.address for each in self.connections)
 
     def ready(self, timeout_s: float) -> Connection:
-        """Return the next server that is there, after waiting for one. `Unavailable` when none has come in time."""
+        """Return the next connected server, and wait for one if necessary. Raises `Unavailable` after the timeout."""
         if found := self.ready_now():
             return found
         self.forget_errors()
@@ -64,19 +64,19 @@ class ConnectionPool:
         raise self.unavailable(timeout_s)
 
     def ready_now(self) -> Connection | None:
-        """Return the next server that is there; None where there is none. `FailedPrecondition` after a fork."""
+        """Return the next connected server; None if there is none. Raises `FailedPrecondition` in a forked child."""
         self._origin.check()
         first = next(self._turn)
         n = len(self.connections)
         return next((each for i in range(n) if (each := self.connections[(first + i) % n]).is_ready), None)
 
     def forget_errors(self) -> None:
-        """Begin to wait, without regard to what was wrong before."""
+        """Forget the connect errors of all connections: their causes may have been fixed since."""
         for connection in self.connections:
             connection.forget_error()
 
     def check(self) -> None:
-        """Raise `Unavailable` where it is of no use to wait: TLS fails with every server, or the client is closed."""
+        """Raise `Unavailable` if waiting is useless: TLS fails with every server, or the client is closed."""
         if any(each.is_closed for each in self.connections):
             raise Unavailable("the client is closed")
         faults = [each.connect_error for each in self.connections]
@@ -84,12 +84,12 @@ class ConnectionPool:
             raise Unavailable(f"no connection to {self.addresses}: {self._reasons()}")
 
     def log_waiting(self) -> None:
-        """Say in the log that nobody answers yet, and why."""
+        """Log that no server is connected yet, and why."""
         reasons = self._reasons()
         log.warning("waiting for a server at %s%s", self.addresses, f" ({reasons})" if reasons else "")
 
     def unavailable(self, timeout_s: float) -> Unavailable:
-        """Return what to say where nobody answered."""
+        """Return the error for having had no server during the timeout."""
         reasons = self._reasons()
         return Unavailable(
             f"no server answers at {self.addresses} after {timeout_s:g} s; is sidelight-server running there?"
@@ -97,7 +97,7 @@ class ConnectionPool:
         )
 
     def close(self) -> None:
-        """End all connections. Those who wait are let go."""
+        """Close all connections. Waiting calls fail."""
         for connection in self.connections:
             connection.close()
 

@@ -1,4 +1,4 @@
-"""Process exit and fork: what they mean to clients and streams."""
+"""Process exit and fork: closes clients and streams at exit, and rejects their use in a forked child."""
 
 import atexit
 import gc
@@ -14,18 +14,18 @@ class _Closing(Protocol):
 
 
 class Origin:
-    """The process that something was made in. gRPC's threads, and the locks that they hold, do not survive a fork."""
+    """The process in which an object was created. gRPC's threads do not survive a fork, but their locks stay held."""
 
     def __init__(self) -> None:
         self._pid = os.getpid()
 
     @property
     def is_in_own_process(self) -> bool:
-        """Whether that is this process."""
+        """Whether it is the current process."""
         return self._pid == os.getpid()
 
     def check(self) -> None:
-        """Raise `FailedPrecondition` in a child of that process."""
+        """Raise `FailedPrecondition` in a forked child of it."""
         if not self.is_in_own_process:
             raise FailedPrecondition(
                 f"the client was made in process {self._pid} and this one was forked from it: call connect() here again"
@@ -36,10 +36,10 @@ _open: "weakref.WeakSet[_Closing]" = weakref.WeakSet()
 
 
 def close_at_exit(each: _Closing) -> None:
-    """Close something before the interpreter ends.
+    """Close an object before the interpreter shuts down.
 
-    Later its daemon threads are stopped wherever they are, with the locks that they hold: a generator that is closed
-    then, as its module's globals are taken away, would wait for these for ever.
+    Shutdown stops daemon threads wherever they are, even while they hold locks. A generator that is closed only after
+    that, when module globals are cleared, would wait for these locks forever.
     """
     _open.add(each)
 
@@ -50,6 +50,6 @@ def _close_all() -> None:
     for each in closing:
         each.close()
     if closing:
-        # A call that failed is an exception whose traceback holds the call. Collected at the interpreter's end, it
-        # would wait for a lock that a thread of gRPC's was stopped with.
+        # A failed call is an exception whose traceback references the call. If it were collected during shutdown, it
+        # would wait for a lock held by one of gRPC's stopped threads.
         gc.collect()

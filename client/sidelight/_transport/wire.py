@@ -1,4 +1,4 @@
-"""A stream's messages as bytes. Large arrays are joined in and large maps are views: neither is copied."""
+"""Serialization of a stream's messages. protobuf copies neither large arrays nor large maps (see `envelope`)."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ _TO_MAPS = (
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """A request that is to be sent. `images` is the array that it leaves out, if any."""
+    """A request to send. `images` is the array that the message leaves out, if any."""
 
     message: pb.AttributeStreamRequest
     images: Array | None = None
@@ -29,24 +29,24 @@ class Outgoing:
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A response that came. `maps` are the bytes of its maps, where they were cut out: a view on gRPC's."""
+    """A received response. `maps` is a view of the bytes of its maps, if they were cut out of the message."""
 
     message: pb.AttributeStreamResponse
     maps: memoryview | None = None
 
 
 def open_stream(channel: grpc.Channel) -> "grpc.StreamStreamMultiCallable[Outgoing, Incoming]":
-    """Return what makes calls of `AttributeStream`."""
+    """Return the stub of `AttributeStream`, with this module's serialization."""
     return channel.stream_stream(METHOD, request_serializer=encode, response_deserializer=decode)
 
 
 def is_large(array: Array) -> bool:
-    """Say whether an array is worth leaving out of its message."""
+    """Return whether an array is large enough to leave it out of the message."""
     return bool(array.nbytes >= LARGE_BYTES)
 
 
 def encode(outgoing: Outgoing) -> bytes:
-    """Return a request's bytes."""
+    """Serialize a request."""
     array = outgoing.images
     if array is None:
         return outgoing.message.SerializeToString()
@@ -62,7 +62,7 @@ def encode(outgoing: Outgoing) -> bytes:
 
 
 def decode(raw: bytes) -> Incoming:
-    """Return the response that bytes hold."""
+    """Parse a response."""
     if len(raw) >= LARGE_BYTES and (parts := cut(memoryview(raw), _TO_MAPS)):
         return Incoming(pb.AttributeStreamResponse.FromString(b"".join(parts.rest)), parts.data)
     return Incoming(pb.AttributeStreamResponse.FromString(raw))
