@@ -73,7 +73,7 @@ def test_a_streamed_answer_can_be_pickled_without_its_images(client: sidelight.C
     (answer,) = client.stream([np.zeros(LARGE, np.uint8)])
     other = pickle.loads(pickle.dumps(answer))
     assert other.maps.tobytes() == answer.maps.tobytes()
-    with pytest.raises(sidelight.FailedPrecondition, match="no longer holds its images"):
+    with pytest.raises(sidelight.FailedPrecondition, match="no longer has its images"):
         other.picture(0)
 
 
@@ -92,7 +92,7 @@ def test_an_answer_does_not_overwrite_another_unless_that_is_said(client: sideli
     written = {each.name: each.read_bytes() for each in folder.iterdir()}
     (folder / "007.png").write_bytes(b"the caller's own")
     second = client.attribute(np.ones((2, *LARGE), np.uint8))
-    with pytest.raises(sidelight.exceptions.AlreadyExists, match="an answer was saved there already"):
+    with pytest.raises(sidelight.exceptions.AlreadyExists, match="this folder already has an answer"):
         second.save(folder)
     assert {each.name: each.read_bytes() for each in folder.iterdir() if each.name != "007.png"} == written
     second.save(folder, overwrite=True)
@@ -142,7 +142,7 @@ def test_an_answer_without_its_images_is_saved_without_overlays(client: sideligh
     first.save(tmp_path)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["answer.json", "maps.npy"]
     (example,) = json.loads((tmp_path / "answer.json").read_text())["examples"]
-    assert "no longer holds its images" in example["overlay_missing"]
+    assert "no longer has its images" in example["overlay_missing"]
 
 
 def test_what_cannot_be_written_leaves_nothing_behind(

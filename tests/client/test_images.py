@@ -422,7 +422,7 @@ KINDS = "expected a path, encoded bytes, a PIL image, an array, a tensor, or a l
 DTYPES = "expected uint8 pixels [H, W, C], or model-ready float16, float32 or float64 [C, H, W]"
 RANKS = "expected [C, H, W] or [N, C, H, W]"
 PIXEL_RANKS = "expected [H, W, C] or [N, H, W, C]"
-ALIKE = "floating arrays of one batch must be alike"
+ALIKE = "floating arrays of a batch must be of one shape and type"
 IN_A_LIST = "among files or arrays of other sizes, expected uint8 [H, W, C] with 1, 3 or 4 channels"
 
 

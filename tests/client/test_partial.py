@@ -97,7 +97,7 @@ def test_without_top_k_there_is_one_map_for_each_example() -> None:
     answer = read(result(np.ones((1, 3, 2, 2), np.float32), [example(1)]))
     assert not answer.is_top_k
     assert answer.heatmap(0).tolist() == [[1, 1], [1, 1]]
-    with pytest.raises(IndexError, match="k: got 1, but the target was not top-k"):
+    with pytest.raises(IndexError, match="k: got 1, but the target is not top-k"):
         answer.heatmap(0, k=1)
 
 

@@ -327,19 +327,19 @@ def without(key: str) -> object:
 
 
 SPOILT: dict[str, tuple[object, str]] = {
-    "no-json": (corrupt("answer.json", b"{"), "answer.json: no answer that was saved: JSONDecodeError"),
-    "no-text": (corrupt("answer.json", b"\xff\xfe\xff"), "answer.json: no answer that was saved: UnicodeDecodeError"),
-    "a-list": (corrupt("answer.json", b"[1, 2]"), "answer.json: no answer that was saved: TypeError"),
-    "another-json": (corrupt("answer.json", b"{}"), "no answer that was saved: KeyError: 'provenance_message'"),
-    "no-provenance": (without("provenance_message"), "no answer that was saved: KeyError: 'provenance_message'"),
-    "no-examples": (without("examples"), "no answer that was saved: KeyError: 'examples'"),
+    "no-json": (corrupt("answer.json", b"{"), "answer.json: not a saved answer: JSONDecodeError"),
+    "no-text": (corrupt("answer.json", b"\xff\xfe\xff"), "answer.json: not a saved answer: UnicodeDecodeError"),
+    "a-list": (corrupt("answer.json", b"[1, 2]"), "answer.json: not a saved answer: TypeError"),
+    "another-json": (corrupt("answer.json", b"{}"), "not a saved answer: KeyError: 'provenance_message'"),
+    "no-provenance": (without("provenance_message"), "not a saved answer: KeyError: 'provenance_message'"),
+    "no-examples": (without("examples"), "not a saved answer: KeyError: 'examples'"),
     "other-fields": (
         corrupt("answer.json", b'{"provenance_message": {"modell": "x"}}'),
-        "no answer that was saved: ParseError",
+        "not a saved answer: ParseError",
     ),
-    "deep": (corrupt("answer.json", b"[" * 100_000), "no answer that was saved: RecursionError"),
-    "no-array": (corrupt("maps.npy", b"no array"), "maps.npy: no array"),
-    "empty-array": (corrupt("maps.npy", b""), "maps.npy: no array"),
+    "deep": (corrupt("answer.json", b"[" * 100_000), "not a saved answer: RecursionError"),
+    "no-array": (corrupt("maps.npy", b"no array"), "maps.npy: not a .npy array"),
+    "empty-array": (corrupt("maps.npy", b""), "maps.npy: not a .npy array"),
     "one-map": (
         lambda folder: np.save(folder / "maps.npy", np.zeros((1, 32, 32), "f4")),
         "got float32 of [1, 32, 32], expected 2 float32 maps",
@@ -350,7 +350,7 @@ SPOILT: dict[str, tuple[object, str]] = {
     ),
     "other-maps": (
         lambda folder: np.save(folder / "maps.npy", np.load(folder / "maps.npy")[::-1]),
-        "maps.npy: the map of example 0 is not the one whose digest the answer has",
+        "maps.npy: the map of example 0 does not match its digest in answer.json",
     ),
 }
 

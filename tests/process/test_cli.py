@@ -271,7 +271,7 @@ def test_saved_answers_are_overwritten_only_where_that_is_said(run: Run) -> None
     before = Path("runs/a/answer.json").read_bytes()
     again = run("attribute", path, "--save", "runs", "--target", "3")
     assert (again.exit_code, again.stdout) == (1, "")
-    assert again.stderr.startswith("sidelight: runs/a: an answer was saved there already")
+    assert again.stderr.startswith("sidelight: runs/a: this folder already has an answer")
     assert Path("runs/a/answer.json").read_bytes() == before
     assert run("attribute", path, "--save", "runs", "--target", "3", "--overwrite").exit_code == 0
     assert Path("runs/a/answer.json").read_bytes() != before

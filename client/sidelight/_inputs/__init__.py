@@ -1,4 +1,4 @@
-"""Input values: images, targets, tensors and enums are validated and become messages.
+"""Inputs: validate images, targets, tensors and enums, and convert them to messages.
 
 May import `visualization`, `exceptions` and `v1`.
 """

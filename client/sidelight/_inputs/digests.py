@@ -1,4 +1,4 @@
-"""Digests of examples: what an answer is bound to. The server puts them into provenance, and a replay looks at them."""
+"""SHA-256 digests of examples. The server records them in provenance, and a replay checks them."""
 
 import hashlib
 from typing import Any
@@ -13,10 +13,10 @@ def digest_of_file(file: bytes) -> str:
 
 
 def digest_of_array(example: NDArray[Any], *, dtype: str | None = None) -> str:
-    """Return the SHA-256 of one example of an array, in hexadecimal: of its type, its shape and its elements.
+    """Return the SHA-256 of one example's type, shape and elements, in hexadecimal.
 
-    What is hashed is the text "float32 [3, 224, 224]" and a line feed, then the elements, little-endian and without
-    gaps. `dtype` is the type's name where that is not numpy's: "bfloat16" for its bits in uint16.
+    The hashed bytes are the text "float32 [3, 224, 224]", a line feed, and the elements, little-endian and contiguous.
+    `dtype` overrides the type's name: "bfloat16" for its bits in a uint16 array.
     """
     elements = np.ascontiguousarray(example.astype(example.dtype.newbyteorder("<"), copy=False))
     digest = hashlib.sha256(f"{dtype or example.dtype.name} {list(example.shape)}\n".encode())

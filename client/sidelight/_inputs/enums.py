@@ -1,4 +1,4 @@
-"""Enum values as a caller writes them: `SCORE_LOG_PROBABILITY` is "log_probability"."""
+"""Enum values as strings: `SCORE_LOG_PROBABILITY` is "log_probability"."""
 
 import functools
 from typing import Literal, Protocol, TypeVar, get_args
@@ -29,32 +29,32 @@ class Enum(Protocol[_Number]):
 
 
 def score_number(score: Score) -> model_pb2.Score.ValueType:
-    """Return a score's number."""
+    """Return the enum number of a score."""
     return _number(model_pb2.Score, score, get_args(Score), "score")
 
 
 def channels_number(channels: Channels) -> pb.ChannelReduction.ValueType:
-    """Return a reduction's number."""
+    """Return the enum number of a channel reduction."""
     return _number(pb.ChannelReduction, channels, get_args(Channels), "channels")
 
 
 def map_dtype_number(map_dtype: str) -> tensor_pb2.DataType.ValueType:
-    """Return the number of a type that maps can have."""
+    """Return the enum number of a map's data type."""
     return _number(tensor_pb2.DataType, map_dtype, get_args(MapDtype), "map_dtype")
 
 
 def statistic_number(statistic: Statistic) -> pb.SmoothGradMethod.Statistic.ValueType:
-    """Return a statistic's number."""
+    """Return the enum number of a SmoothGrad statistic."""
     return _number(pb.SmoothGradMethod.Statistic, statistic, get_args(Statistic), "method.statistic")
 
 
 def rule_number(rule: Rule) -> pb.PathRule.ValueType:
-    """Return the number of a quadrature rule."""
+    """Return the enum number of a quadrature rule."""
     return _number(pb.PathRule, rule, get_args(Rule), "method.rule")
 
 
 def word(enum: Enum[_Number], number: int) -> str:
-    """Return what is written for a number; a number that this client does not know is its own word."""
+    """Return the string for an enum number; an unknown number is returned as its digits."""
     return _words(enum).get(number, str(number))
 
 

@@ -1,6 +1,6 @@
-"""Images: files and arrays become messages, and stay available to draw overlays on.
+"""Images: converts files and arrays to messages, and keeps them for overlays.
 
-Files and encoded bytes travel as they are. uint8 arrays are pixels, [H, W, C] or [N, H, W, C]; floating arrays are the
+Files and encoded bytes are sent unchanged. uint8 arrays are pixels, [H, W, C] or [N, H, W, C]; floating arrays are the
 model's own input, [C, H, W] or [N, C, H, W]. A torch tensor counts as an array; torch is never imported.
 """
 
@@ -23,30 +23,30 @@ from .digests import digest_of_array, digest_of_file
 from .targets import check_one_for_each, choice_message, target_message, target_of_part
 from .tensors import DTYPES, Array, TorchTensor, host_array, tensor_message
 
-# Modes that no file holds, or YCbCr, whose TIFF Pillow 12 and older cannot read; and those that hold the same.
+# Modes that no file format has, and YCbCr, whose TIFF files Pillow 12 and older cannot read, with equivalent modes.
 _CONVERTED = {"YCbCr": "RGB", "HSV": "RGB", "I;16L": "I", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
-_FRAME_BYTES = 8  # that a message inside another takes beside its own, and more
+_FRAME_BYTES = 8  # upper bound of the tag and length of a nested message
 _KINDS = "a path, encoded bytes, a PIL image, an array, a tensor, or a list of them"
 
 
 class EncodedBatch:
-    """N examples as they are sent: their message, what is asked of them alone, and for each a picture to draw on.
+    """N examples ready to be sent, with the batch's own options, and a picture of each for overlays.
 
-    Raises `InvalidArgument` for what cannot be sent, and `UnreadableFile` for a file that cannot be read.
+    Raises `InvalidArgument` for images that cannot be sent, and `UnreadableFile` for a file that cannot be read.
     """
 
     def __init__(self, given: "Images | Batch") -> None:
         batch = given if isinstance(given, Batch) else Batch(given)
         images = _as_list(batch.images)
         self.names: tuple[str | None, ...]  # the path of each example that came from a file
-        # What was sent, not what the caller holds: that may be a buffer with the next batch in it by now.
+        # A copy: the caller may reuse the array for the next batch before this one is drawn.
         self._examples: Array | tuple[bytes, ...] = (
             tuple(map(_file, images)) if isinstance(images, list) else np.array(images, order="C")
         )
         self._served = () if batch.served_classes is None else _choices(batch.served_classes, len(self))
         self.names = tuple(map(_name, images)) if isinstance(images, list) else (None,) * len(self)
         self.id = None if batch.id is None else batch_id(batch.id)
-        self.target = None if batch.target is None else target_message(batch.target)  # None: that of the call
+        self.target = None if batch.target is None else target_message(batch.target)  # None: the target of the call
         if self.target is not None:
             check_one_for_each(self.target, len(self))
 
@@ -55,23 +55,23 @@ class EncodedBatch:
 
     @property
     def array(self) -> Array | None:
-        """The examples where they are an array, [N, …] and contiguous; None where they are files."""
+        """The examples as a contiguous array [N, …]; None if they are files."""
         return self._examples if isinstance(self._examples, np.ndarray) else None
 
     @property
     def message(self) -> tensor_pb2.Images:
-        """The examples inside a message."""
+        """The message with the examples."""
         if isinstance(self._examples, np.ndarray):
             return tensor_pb2.Images(tensor=tensor_message(self._examples))
         return tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=self._examples))
 
     @property
     def served(self) -> pb.ServedPredictions | None:
-        """The classes that were served, inside a message; None where nobody told them."""
+        """The message with the served classes; None if none were given."""
         return pb.ServedPredictions(classes=self._served) if self._served else None
 
     def part(self, span: range) -> "EncodedBatch":
-        """Return some examples as a batch of their own. Nothing is copied."""
+        """Return a range of examples as another batch, without a copy."""
         if len(span) == len(self):
             return self
         part = object.__new__(EncodedBatch)
@@ -82,13 +82,13 @@ class EncodedBatch:
         return part
 
     def digests(self) -> tuple[str, ...]:
-        """Return the SHA-256 of each example, as the server puts it into provenance."""
+        """Return the SHA-256 of each example, as in `Provenance.example_digests`."""
         if isinstance(self._examples, np.ndarray):
             return tuple(map(digest_of_array, self._examples))
         return tuple(map(digest_of_file, self._examples))
 
     def sizes(self) -> list[int]:
-        """Return how many bytes each example takes in a message, its own overhead left out."""
+        """Return the bytes that each example adds to a message, without the message's own overhead."""
         if isinstance(self._examples, np.ndarray):
             sizes = [self._examples[:1].nbytes] * len(self)
         else:
@@ -98,7 +98,7 @@ class EncodedBatch:
         return sizes
 
     def map_elements(self, input_size: tuple[int, int, int] | None, *, keeps_channels: bool) -> int:
-        """Return how many elements N maps will have, for a model of this C, H, W; 0 where that is not known."""
+        """Return the total elements of the maps for a model input of C, H, W; 0 if the size is unknown."""
         array = self.array
         if array is not None and array.dtype != np.uint8:
             channels, height, width = array.shape[1:]
@@ -109,10 +109,10 @@ class EncodedBatch:
         return int(len(self) * height * width * (channels if keeps_channels else 1))
 
     def picture(self, example: int, *, window: tuple[float, float] | None = None) -> Image.Image:
-        """Return one example as an RGB picture, upright, its alpha laid over white; floats are scaled to be seen.
+        """Return one example as an RGB picture: rotated by EXIF, transparency over white, floats scaled to 0…255.
 
-        `window` has the values of 16-bit and DICOM files that are black and white; unset: as the file says.
-        `InvalidArgument` for DICOM where the package that reads it is not installed.
+        `window` has the values drawn black and white, for 16-bit and DICOM files; None is the file's own window.
+        `InvalidArgument` for a DICOM file if pydicom is not installed.
         """
         given = self._examples[example]
         if isinstance(given, np.ndarray):
@@ -123,14 +123,14 @@ class EncodedBatch:
 
 
 class Lent:
-    """A batch that an answer may draw on for as long as somebody else holds it."""
+    """A weak reference to a batch: an answer can draw its overlays only while the batch is alive elsewhere."""
 
     def __init__(self, batch: EncodedBatch | None) -> None:
         self._find: Callable[[], EncodedBatch | None] = (lambda: None) if batch is None else weakref.ref(batch)
 
     @property
     def batch(self) -> EncodedBatch | None:
-        """The batch, or None once it is let go of."""
+        """The batch, or None once it was released."""
         return self._find()
 
     def __reduce__(self) -> "tuple[type[Lent], tuple[None]]":
@@ -149,7 +149,7 @@ def _choices(classes: object, n_examples: int) -> tuple[pb.ClassChoice, ...]:
 
 
 def _as_list(images: Images) -> list[Picture | Array] | Array:
-    """Return one array [N, …] where all are alike, else a list in which everything can become a file."""
+    """Return one array [N, …] if all images are arrays of equal shape and type, else a list to encode as files."""
     if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
         return [bytes(images) if isinstance(images, bytearray | memoryview) else images]
     if isinstance(images, np.ndarray | TorchTensor):
@@ -159,12 +159,14 @@ def _as_list(images: Images) -> list[Picture | Array] | Array:
     each = [_array(image) if isinstance(image, np.ndarray | TorchTensor) else image for image in images]
     arrays = [image for image in each if isinstance(image, np.ndarray)]
     if not each or len(arrays) < len(each):
-        return each  # type: ignore[return-value]  # a tensor became an array above
+        return each  # type: ignore[return-value]  # tensors were converted to arrays above
     if len({(array.shape, array.dtype) for array in arrays}) == 1:
         return _batched(np.stack(arrays))
     if any(array.dtype != np.uint8 for array in arrays):
         shapes = sorted({f"{array.dtype} {list(array.shape)}" for array in arrays})
-        raise InvalidArgument(f"images: floating arrays of one batch must be alike, got {', '.join(shapes[:4])}")
+        raise InvalidArgument(
+            f"images: floating arrays of a batch must be of one shape and type, got {', '.join(shapes[:4])}"
+        )
     return list(arrays)
 
 
@@ -186,7 +188,7 @@ def _batched(array: Array) -> Array:
 
 
 def _name(image: object) -> str | None:
-    """Return the path that an example came from, as it was given; None where it came from none."""
+    """Return the path of an example as given; None if it is not a path."""
     return os.fspath(image) if isinstance(image, str | os.PathLike) else None
 
 
@@ -202,7 +204,7 @@ def _file(image: object) -> bytes:
                     return file.read()
             except OSError as error:
                 raise UnreadableFile.of(error, "images", image) from None
-            except ValueError as error:  # a path with a zero byte
+            except ValueError as error:  # a path with a null byte
                 raise InvalidArgument(f"images: got {image!r}, expected a path: {error}") from None
         case Image.Image():
             return _encoded(image)
@@ -218,9 +220,9 @@ def _file(image: object) -> bytes:
 
 
 def _encoded(image: Image.Image) -> bytes:
-    """Return a PIL image as a file, without loss: PNG, or TIFF for what PNG cannot hold. The server decodes it.
+    """Encode a PIL image without loss: as PNG, or as TIFF for modes that PNG does not have.
 
-    Of its EXIF only the orientation goes along: where a photograph was taken is nobody's business.
+    Of its EXIF data only the orientation is kept, for privacy: EXIF can hold the place where a photograph was taken.
     """
     file, exif = io.BytesIO(), Image.Exif()
     try:
@@ -231,7 +233,7 @@ def _encoded(image: Image.Image) -> bytes:
             image.save(file, "TIFF", compression="raw", exif=exif)
         else:
             image.save(file, "PNG", compress_level=1, exif=exif)
-    except Exception as error:  # Pillow promises no set of exceptions
+    except Exception as error:  # Pillow documents no set of exceptions
         raise InvalidArgument(f"images: got a PIL image of mode {image.mode}, {image.size}: {error}") from error
     return file.getvalue()
 

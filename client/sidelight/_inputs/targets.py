@@ -1,4 +1,4 @@
-"""Targets: what is explained, as messages and as text."""
+"""Targets: the classes to explain, as messages and as text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,24 +17,24 @@ Region = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """The `k` most probable classes of each example: maps get a dimension of k after N, for k = 1 too."""
+    """The `k` most probable classes of each example. Maps get a dimension of k after N, also for k = 1."""
 
     k: int
 
     def message(self) -> pb.Target:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         return pb.Target(top_k=pb.TopKTarget(k=whole(self.k, "target.k")))
 
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """The score of one class, by index or label, minus the score of another: why this and not that."""
+    """The score of one class minus the score of another, each by index or label."""
 
     positive: Choice
     negative: Choice
 
     def message(self) -> pb.Target:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         positive = choice_message(self.positive, "target.positive")
         return pb.Target(
             contrast=pb.ContrastTarget(positive=positive, negative=choice_message(self.negative, "target.negative"))
@@ -45,15 +45,15 @@ class Contrast:
 class Dense:
     """A class of a model whose output is [N, K, h, w]: the sum of its scores over a region of the output.
 
-    Without a class, `Dense()`, it is each pixel's own largest output that counts. `region` is top, left, height
-    and width in the output's own pixels; None is all of it.
+    Without a class, `Dense()` sums the largest score of each pixel. `region` is (top, left, height, width) in pixels of
+    the output; None is the whole output.
     """
 
     label_or_index: Choice | None = None
     region: Region | None = None
 
     def message(self) -> pb.Target:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         given = self.label_or_index
         choice = None if given is None else choice_message(given, "target.label_or_index")
         return pb.Target(dense=pb.DenseTarget(choice=choice, region=None if self.region is None else _box(self.region)))
@@ -63,7 +63,7 @@ Target = Choice | Sequence[Choice] | TopK | Contrast | Dense | None
 
 
 def target_message(target: Target) -> pb.Target:
-    """Return the message of a target: None is the predicted class, a sequence has one class for each example."""
+    """Convert a target to its message. None is the predicted class; a sequence has one class per example."""
     if to_list := getattr(target, "tolist", None):  # an array or a tensor, of any rank
         target = to_list()
     if target is None:
@@ -84,14 +84,14 @@ def target_message(target: Target) -> pb.Target:
 
 
 def check_one_for_each(target: pb.Target, n_examples: int) -> None:
-    """Refuse a list of classes that is not as long as its batch."""
+    """Raise `InvalidArgument` if a list of classes is not as long as its batch."""
     classes = target.per_example.classes
     if target.WhichOneof("target") == "per_example" and len(classes) != n_examples:
         raise InvalidArgument(f"target: {len(classes)} classes for {n_examples} examples, expected one for each")
 
 
 def target_of_part(target: pb.Target, span: range) -> pb.Target:
-    """Return the target of some examples of a batch: a list of classes is cut to theirs."""
+    """Return the target for a range of a batch's examples: a list of classes is sliced."""
     if target.WhichOneof("target") != "per_example":
         return target
     classes = target.per_example.classes[span.start : span.stop]
@@ -99,7 +99,7 @@ def target_of_part(target: pb.Target, span: range) -> pb.Target:
 
 
 def target_text(target: pb.Target) -> str:
-    """Return a target in words."""
+    """Return a target as text."""
     match target.WhichOneof("target"):
         case "index":
             return f"index {target.index}"
@@ -120,7 +120,7 @@ def target_text(target: pb.Target) -> str:
 
 
 def choice_message(choice: object, field: str, *, place: str = "") -> pb.ClassChoice:
-    """Return the message of a class, by index or label."""
+    """Convert a class index or label to its message."""
     if isinstance(choice, str):
         return pb.ClassChoice(label=text(choice, field))
     if isinstance(choice, int | np.integer):

@@ -1,4 +1,4 @@
-"""Tensors: arrays of any kind become messages. A torch tensor counts as an array; torch is never imported."""
+"""Tensors: converts arrays and torch tensors to messages and back, without importing torch."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -22,41 +22,41 @@ DTYPES: dict[str, tensor_pb2.DataType.ValueType] = {
 
 @runtime_checkable
 class TorchTensor(Protocol):
-    """What of a torch tensor is used here."""
+    """The part of `torch.Tensor` that the client uses."""
 
     dtype: Any
 
     def detach(self) -> "TorchTensor":
-        """Leave the graph."""
+        """Detach from the autograd graph."""
 
     def cpu(self) -> "TorchTensor":
-        """Come to the host."""
+        """Copy to host memory."""
 
     def float(self) -> "TorchTensor":
-        """Become float32."""
+        """Convert to float32."""
 
     def numpy(self) -> Array:
-        """Become an array."""
+        """Convert to a numpy array."""
 
 
 @runtime_checkable
 class ArrayLike(Protocol):
-    """Anything that numpy can make an array of."""
+    """Anything that numpy can convert to an array."""
 
     def __array__(self) -> Array: ...
 
 
 def host_array(tensor: TorchTensor, field: str) -> Array:
-    """Return a torch tensor's elements, bfloat16 widened."""
+    """Convert a torch tensor to an array on the host; bfloat16 becomes float32."""
     try:
         tensor = tensor.detach().cpu()
         return tensor.float().numpy() if str(tensor.dtype) == "torch.bfloat16" else tensor.numpy()
-    except (RuntimeError, TypeError) as error:  # sparse, meta, 8-bit floats: what numpy has no word for
+    except (RuntimeError, TypeError) as error:  # no numpy equivalent: sparse, meta, 8-bit floats
         raise InvalidArgument(f"{field}: got a tensor of {tensor.dtype}, expected a dense one: {error}") from error
 
 
 def floats(given: object, field: str, *, expected: str) -> tensor_pb2.Tensor:
-    """Return the message of an array of floating numbers."""
+    """Convert a floating-point array or tensor to its message."""
     if isinstance(given, TorchTensor):
         array = host_array(given, field)
     elif isinstance(given, ArrayLike):
@@ -69,21 +69,21 @@ def floats(given: object, field: str, *, expected: str) -> tensor_pb2.Tensor:
 
 
 def tensor_message(array: Array) -> tensor_pb2.Tensor:
-    """Return the message of an array whose type is one of `DTYPES`."""
+    """Convert an array of one of `DTYPES` to its message."""
     return tensor_pb2.Tensor(dtype=DTYPES[array.dtype.name], shape=array.shape, data=little_endian(array).tobytes())
 
 
 def little_endian(array: Array) -> Array:
-    """Return an array whose bytes are in the order of the wire: itself, on most machines."""
+    """Return the array in little-endian byte order, without a copy if it already is."""
     return array.astype(array.dtype.newbyteorder("<"), copy=False)
 
 
 def array_of(tensor: tensor_pb2.Tensor, data: memoryview | None = None) -> Array:
-    """Return a message's elements as they are, as a read-only view. `data` stands for bytes that it leaves out."""
+    """Return a message's elements as a read-only view. `data` replaces the message's bytes, for shared memory."""
     return np.frombuffer(tensor.data if data is None else data, dtype_of(tensor)).reshape(tuple(tensor.shape))
 
 
 def dtype_of(tensor: tensor_pb2.Tensor) -> np.dtype[Any]:
-    """Return the type of a message's elements, in the order of the wire."""
+    """Return the little-endian type of a message's elements."""
     name = next(name for name, number in DTYPES.items() if number == tensor.dtype)
     return np.dtype(name).newbyteorder("<")

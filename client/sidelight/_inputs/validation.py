@@ -1,4 +1,4 @@
-"""Validation: a caller's values become values that the schema can hold. The server checks ranges."""
+"""Validation: checks that values have types that the schema can represent. The server checks ranges."""
 
 import numpy as np
 
@@ -6,7 +6,7 @@ from ..exceptions import InvalidArgument
 
 
 def whole(value: object, field: str, *, bits: int = 32) -> int:
-    """Return a whole number of so many bits, with a sign."""
+    """Return the value as an int that fits into a signed number of `bits`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise InvalidArgument(f"{field}: got {summary(value)}, expected a whole number")
     if not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
@@ -15,24 +15,24 @@ def whole(value: object, field: str, *, bits: int = 32) -> int:
 
 
 def counted(value: object, field: str) -> int:
-    """Return a whole number other than 0, which on the wire would mean that it is unset."""
+    """Return the value as a nonzero int: 0 on the wire means that the field is unset."""
     if number := whole(value, field):
         return number
     raise InvalidArgument(f"{field}: got 0, expected at least 1")
 
 
 def real(value: object, field: str) -> float:
-    """Return a number in double precision."""
+    """Return the value as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise InvalidArgument(f"{field}: got {summary(value)}, expected a number")
     try:
         return float(value)
     except OverflowError:
-        raise InvalidArgument(f"{field}: got a whole number beyond every double, expected a smaller one") from None
+        raise InvalidArgument(f"{field}: got a whole number too large for a float, expected a smaller one") from None
 
 
 def span(value: object, field: str, *, is_zero_allowed: bool = False) -> float:
-    """Return a time in seconds, which must be positive; `math.inf` is for ever."""
+    """Return a time in seconds, which must be positive; `math.inf` is no limit."""
     seconds = real(value, field)
     if not (seconds > 0 or (is_zero_allowed and seconds == 0)):
         raise InvalidArgument(f"{field}: got {value} s, expected a positive time")
@@ -40,24 +40,24 @@ def span(value: object, field: str, *, is_zero_allowed: bool = False) -> float:
 
 
 def flag(value: object, field: str) -> bool:
-    """Return a truth value."""
+    """Return the value as a bool."""
     if not isinstance(value, bool | np.bool_):
         raise InvalidArgument(f"{field}: got {summary(value)}, expected True or False")
     return bool(value)
 
 
 def text(value: object, field: str) -> str:
-    """Return a text, which must be one that UTF-8 can hold."""
+    """Return the value as a string that UTF-8 can encode."""
     if not isinstance(value, str):
-        raise InvalidArgument(f"{field}: got {summary(value)}, expected a text")
+        raise InvalidArgument(f"{field}: got {summary(value)}, expected a string")
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise InvalidArgument(f"{field}: got {value!a}, expected a text in Unicode") from None
+        raise InvalidArgument(f"{field}: got {value!a}, expected a string that UTF-8 can encode") from None
     return str(value)
 
 
 def summary(value: object) -> str:
-    """Return a value as an error tells it: a short one itself, any other by its type."""
+    """Describe a value for an error message: simple values by repr, others by type name."""
     plain = value is None or isinstance(value, str | int | float | tuple | np.number)
     return repr(value) if plain else type(value).__name__

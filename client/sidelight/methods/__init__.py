@@ -1,4 +1,4 @@
-"""Attribution methods and their baselines, as a caller writes them and as text.
+"""Attribution methods and their baselines, as dataclasses and as text.
 
 May import `_inputs` and everything below.
 """

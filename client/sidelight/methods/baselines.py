@@ -1,4 +1,4 @@
-"""Baselines: the reference input of a path method, or what hides a window. In the model's own input space."""
+"""Baselines: the reference input of a path method, or the fill of an occluded window, in the model's input space."""
 
 import difflib
 from dataclasses import dataclass
@@ -20,21 +20,21 @@ _EXPECTED = f"{', '.join(_NAMES)}, a number, Blurred() or a floating array [C, H
 
 @dataclass(frozen=True, slots=True)
 class Blurred:
-    """The example under a Gaussian blur whose standard deviation is `sigma` pixels."""
+    """The example, blurred by a Gaussian with a standard deviation of `sigma` pixels."""
 
     sigma: float = BLUR_SIGMA_PX
 
     def message(self) -> pb.Baseline:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         return pb.Baseline(blurred=pb.BlurredBaseline(sigma=real(self.sigma, "method.baseline.sigma")))
 
 
-# One of the names above, a value for every element, a blur, or an array.
+# One of `_NAMES`, one value for all elements, a blur, or an array.
 Baseline = str | float | Blurred | Array | TorchTensor | ArrayLike
 
 
 def baseline_message(baseline: Baseline) -> pb.Baseline:
-    """Return the message of a baseline. `InvalidArgument` for what is none."""
+    """Convert a baseline to its message. `InvalidArgument` for anything else."""
     if isinstance(baseline, str):
         return _named(baseline)
     if isinstance(baseline, Blurred):
@@ -45,7 +45,7 @@ def baseline_message(baseline: Baseline) -> pb.Baseline:
 
 
 def baseline_text(message: pb.Baseline) -> str:
-    """Return a baseline as a caller writes it; of a given array only that it was given."""
+    """Return a baseline as text; an array is only "tensor"."""
     match message.WhichOneof("baseline"):
         case None:
             return "zero"
@@ -59,7 +59,7 @@ def baseline_text(message: pb.Baseline) -> str:
 
 
 def given_tensor(method: pb.Method) -> tensor_pb2.Tensor | None:
-    """Return that part of a method which is an array of the caller's, or None. A change of it changes the method."""
+    """Return the caller's array inside a method message, or None. It is not a copy: changes apply to the method."""
     match method.WhichOneof("method"):
         case "smoothgrad":
             return given_tensor(method.smoothgrad.base)

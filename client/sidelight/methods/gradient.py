@@ -1,4 +1,4 @@
-"""Methods of one row for each example: the gradient, and what looks at a layer or guides the way back."""
+"""Methods that compute one row per example: gradient, layer methods and guided backpropagation."""
 
 from dataclasses import dataclass
 
@@ -22,10 +22,10 @@ class Gradient:
     squared: bool = False
 
     def message(self) -> pb.Method:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         signed, squared = flag(self.signed, "method.signed"), flag(self.squared, "method.squared")
         if signed and squared:
-            raise InvalidArgument("method.squared: got True beside signed, expected one of the two at most")
+            raise InvalidArgument("method.squared: got True together with signed, expected at most one of the two")
         magnitude = pb.MAGNITUDE_SQUARED if squared else pb.MAGNITUDE_SIGNED if signed else pb.MAGNITUDE_ABSOLUTE
         times_input = flag(self.times_input, "method.times_input")
         return pb.Method(gradient=pb.GradientMethod(magnitude=magnitude, times_input=times_input))
@@ -33,18 +33,18 @@ class Gradient:
 
 @dataclass(frozen=True, slots=True)
 class GradCAM:
-    """A layer's channels, weighed by their mean gradient and added; one number with its sign for each pixel.
+    """The sum of a layer's channels, weighted by their mean gradients; one signed value per pixel.
 
     Selvaraju, Cogswell, Das, Vedantam, Parikh and Batra, 2017, "Grad-CAM: Visual Explanations from Deep Networks via
-    Gradient-based Localization". `layer` is a name of `ModelInfo.layers`; empty is the last that all has passed.
-    `keep_negative` leaves out the final ReLU.
+    Gradient-based Localization". `layer` is one of `ModelInfo.layers`; empty is the last layer that every path to the
+    output passes through. `keep_negative` omits the final ReLU.
     """
 
     layer: str = ""
     keep_negative: bool = False
 
     def message(self) -> pb.Method:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         keep_negative = flag(self.keep_negative, "method.keep_negative")
         layer = text(self.layer, "method.layer")
         return pb.Method(grad_cam=pb.GradCamMethod(layer=layer, keep_negative=keep_negative))
@@ -55,26 +55,27 @@ class LayerGradientXActivation:
     """A layer's gradient times its activation.
 
     Ancona, Ceolini, Öztireli and Gross, 2018, "Towards better understanding of gradient-based attribution methods for
-    Deep Neural Networks". `layer` is a name of `ModelInfo.layers`; empty is the last that all has passed.
+    Deep Neural Networks". `layer` is one of `ModelInfo.layers`; empty is the last layer that every path to the output
+    passes through.
     """
 
     layer: str = ""
 
     def message(self) -> pb.Method:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         layer = text(self.layer, "method.layer")
         return pb.Method(layer_gradient_x_activation=pb.LayerGradientXActivationMethod(layer=layer))
 
 
 @dataclass(frozen=True, slots=True)
 class GuidedBackpropagation:
-    """The gradient, of which every ReLU lets only the positive part pass.
+    """The gradient, where the backward pass through each ReLU keeps only positive gradients.
 
     Springenberg, Dosovitskiy, Brox and Riedmiller, 2014, "Striving for Simplicity: The All Convolutional Net".
     """
 
     def message(self) -> pb.Method:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         return pb.Method(guided_backpropagation=pb.GuidedBackpropagationMethod())
 
 

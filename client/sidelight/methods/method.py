@@ -1,7 +1,7 @@
-"""`Method`, any of the methods, and which of them take one row for each example.
+"""`Method`: the union of all attribution methods.
 
-A class holds what was asked for; `message()` says it on the wire with every default filled in, and raises
-`InvalidArgument` for what the wire cannot hold. Whether a number is within its range, the server says.
+Each class holds a method's options. `message()` converts them, including defaults, to the wire message. It raises
+`InvalidArgument` for values that the schema cannot represent; the server checks ranges.
 """
 
 from .gradient import GradCAM, Gradient, GuidedBackpropagation, LayerGradientXActivation
@@ -22,5 +22,5 @@ Method = (
 
 
 def is_one_row(method: Method) -> bool:
-    """Say whether a method runs each example once."""
+    """Return whether a method computes one row per example."""
     return isinstance(method, Gradient | GradCAM | LayerGradientXActivation | GuidedBackpropagation)

@@ -1,7 +1,7 @@
-"""Methods as text, both ways: `smoothgrad(samples=10, base=integrated_gradients(steps=20))`.
+"""Format and parse methods as text: `smoothgrad(samples=10, base=integrated_gradients(steps=20))`.
 
-Names and options are those of the method classes, and what is left out has its default. A value is a number, True,
-False, None, a word, a text in quotes, a tuple or a method.
+Options are those of the method classes; omitted options have their defaults. A value is a number, True, False, None, a
+word, a quoted string, a tuple or a method.
 """
 
 import ast
@@ -37,7 +37,7 @@ _TOKEN = re.compile(
 
 
 def method_text(method: pb.Method) -> str:
-    """Return a method with every option that counts. `parse_method` reads it, unless an array was given."""
+    """Return a method as text, with the options in force. `parse_method` reads it, unless an option is an array."""
     name = method.WhichOneof("method")
     if name is None:
         return ""
@@ -46,7 +46,7 @@ def method_text(method: pb.Method) -> str:
 
 
 def parse_method(text: str) -> Method:
-    """Return the method that a text says. `InvalidArgument` says what is unknown, and what is near it."""
+    """Parse a method. `InvalidArgument` names an unknown word and the closest known one."""
     try:
         node = ast.parse(_TOKEN.sub(_python, text.strip()), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -67,7 +67,7 @@ def _options(message: Message) -> Iterator[tuple[str, str]]:
             yield "stride", str((message.stride_height, message.stride_width))
             yield "baseline", baseline_text(message.baseline)
         case _:
-            # Of the two that exclude each other only the one that is in force.
+            # A tolerance and a fixed count exclude each other: show the one in force.
             idle = ("samples", "steps") if getattr(message, "tolerance", 0) else ("tolerance",)
             yield from (
                 (each.name, _text(message, each.name)) for each in message.DESCRIPTOR.fields if each.name not in idle
@@ -94,16 +94,16 @@ def _text(message: Message, option: str) -> str:
 
 
 def _python(token: _Token) -> str:
-    """Return a token as Python has it: words, and all that names a layer, in quotes."""
+    """Convert a token to Python syntax: words and layer names become quoted strings."""
     bare = token["word"]
     if token["name"] or (bare and not token["layer"] and (bare in _CONSTANTS or _NUMBER.fullmatch(bare))):
         return token[0]
-    # In parentheses, for Python would make one text of two that stand side by side.
+    # In parentheses: Python would concatenate two adjacent strings.
     return f"{token['layer'] or ''}({token['quoted'] or repr(bare)})"
 
 
 def _called(node: ast.expr, known: dict[str, type[_Called]], field: str) -> _Called:
-    """Return what a node calls by its name, with or without options."""
+    """Return the method or baseline of a name or call expression."""
     match node:
         case ast.Constant(value=str(name)):
             keywords: list[ast.keyword] = []
@@ -119,7 +119,7 @@ def _called(node: ast.expr, known: dict[str, type[_Called]], field: str) -> _Cal
 
 
 def _given(name: str, keywords: list[ast.keyword], known: list[str], field: str) -> dict[str, Any]:
-    """Return the options that a call gives, each known and given once."""
+    """Return a call's options. `InvalidArgument` for one that is unknown or repeated."""
     options: dict[str, Any] = {}
     for keyword in keywords:
         option = keyword.arg or "**"
@@ -143,7 +143,7 @@ def _value(node: ast.expr, option: str) -> object:
         return ast.literal_eval(node)
     except (ValueError, TypeError):
         raise InvalidArgument(
-            f"method.{option}: got {ast.unparse(node)}, expected a number, a word or a text"
+            f"method.{option}: got {ast.unparse(node)}, expected a number, a word or a quoted string"
         ) from None
 
 

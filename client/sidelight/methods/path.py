@@ -1,4 +1,4 @@
-"""Methods that average gradients over several points: along a path, or around the example."""
+"""Methods that average gradients over several points: on a path from a baseline, or around the example."""
 
 from dataclasses import dataclass
 
@@ -18,12 +18,13 @@ MAX_ROWS = 300
 class IntegratedGradients:
     """The gradient integrated along the straight path from a baseline to the example, times their difference.
 
-    Sundararajan, Taly and Yan, 2017, "Axiomatic Attribution for Deep Networks". The path has `steps` nodes by a `rule`
-    (None: gauss_legendre). With a `tolerance` in (0, 1) it is refined instead, by the trapezoid rule, until that
-    changes an example's map by at most this share in L2, or `max_rows` have run; `steps` is then not sent.
+    Sundararajan, Taly and Yan, 2017, "Axiomatic Attribution for Deep Networks". `steps` is the number of points, `rule`
+    the quadrature rule (None: gauss_legendre). With a `tolerance` in (0, 1), `steps` is ignored: the trapezoid rule is
+    refined until a refinement changes an example's map by at most this share of its L2 norm and the completeness error
+    is at most this share of its L1 norm, or until `max_rows` have run.
 
     `baseline`: "zero", "black", "mean_color", "blurred", a number, `Blurred(sigma)`, or a floating array [C, H, W] or
-    [N, C, H, W] in the model's own input space.
+    [N, C, H, W] in the model's input space.
     """
 
     steps: int = 50
@@ -33,7 +34,7 @@ class IntegratedGradients:
     max_rows: int = MAX_ROWS
 
     def message(self) -> pb.Method:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         steps = whole(self.steps, "method.steps")
         by_default: Rule = "gauss_legendre" if self.tolerance is None else "trapezoid"
         return pb.Method(
@@ -49,16 +50,16 @@ class IntegratedGradients:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SmoothGrad:
-    """A base method folded over `samples` copies of the example with Gaussian noise.
+    """The mean, mean square or variance of a base method over `samples` copies of the example with Gaussian noise.
 
     Smilkov, Thorat, Kim, Viégas and Wattenberg, 2017, "SmoothGrad: removing noise by adding noise" ("mean"); Hooker,
     Erhan, Kindermans and Kim, 2019, "A Benchmark for Interpretability Methods in Deep Neural Networks" ("mean_square");
     Adebayo, Gilmer, Goodfellow and Kim, 2018, "Local Explanation Methods for Deep Neural Networks Lack Sensitivity to
     Parameter Values" ("variance").
 
-    `noise_level` is the standard deviation as a share of the example's range, or in the input's own unit with
-    `absolute_noise`. With a `tolerance` in (0, 1) an example ends once the standard error's L2 norm over the mean's is
-    at most that, or `max_rows` have run; `samples` is then not sent.
+    `noise_level` is the noise's standard deviation as a share of the example's range, or in units of the model's input
+    with `absolute_noise`. With a `tolerance` in (0, 1), `samples` is ignored: sampling stops when the L2 norm of the
+    standard error is at most this share of that of the mean, or after `max_rows`.
     """
 
     samples: int = 25
@@ -71,7 +72,7 @@ class SmoothGrad:
     base: Gradient | IntegratedGradients = GRADIENT
 
     def message(self) -> pb.Method:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         if not isinstance(self.base, Gradient | IntegratedGradients):
             raise InvalidArgument(
                 f"method.base: got {summary(self.base)}, expected Gradient() or IntegratedGradients()"
@@ -93,11 +94,11 @@ class SmoothGrad:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExpectedGradients:
-    """Gradient times difference, averaged over random baselines and random points of the path (GradientSHAP).
+    """The gradient times (example − baseline), averaged over random baselines and points on the path (GradientSHAP).
 
     Erion, Janizek, Sturmfels, Lundberg and Lee, 2021, "Improving performance of deep learning models with axiomatic
-    attribution priors and expected gradients". `baselines` is a floating array [M, C, H, W] that is drawn from; None is
-    zero alone. `noise_level`, a share of the example's range, is added to the example.
+    attribution priors and expected gradients". `baselines` is a floating array [M, C, H, W] to draw from; None is zero.
+    `noise_level` is the standard deviation of Gaussian noise on the example, as a share of its range.
     """
 
     samples: int = 50
@@ -106,7 +107,7 @@ class ExpectedGradients:
     seed: int = 0
 
     def message(self) -> pb.Method:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         expected = "None or a floating array [M, C, H, W]"
         given = self.baselines
         return pb.Method(
@@ -120,7 +121,7 @@ class ExpectedGradients:
 
 
 def _tolerance(tolerance: float | None) -> float:
-    """Return what is sent: 0 is unset, and so cannot be asked for."""
+    """Return the value to send: 0 if unset, and therefore not a valid tolerance."""
     if tolerance is None:
         return 0.0
     if number := real(tolerance, "method.tolerance"):

@@ -1,4 +1,4 @@
-"""Perturbation methods: they hide parts of the example and watch the score. No gradient is taken."""
+"""Perturbation methods: they occlude parts of the example and measure the score, without gradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,10 +12,11 @@ from .baselines import Baseline, baseline_message
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Occlusion:
-    """How much the score falls when one window after another is hidden; one number with its sign for each pixel.
+    """The drop of the score when a sliding window is occluded; one signed value per pixel.
 
-    Zeiler and Fergus, 2014, "Visualizing and Understanding Convolutional Networks". `window` and `stride` are pixels,
-    one number or (height, width); `stride=None` is the window. `baseline`, as of `IntegratedGradients`, fills it.
+    Zeiler and Fergus, 2014, "Visualizing and Understanding Convolutional Networks". `window` and `stride` are in
+    pixels, one number or (height, width); `stride=None` is the window size. `baseline`, as for `IntegratedGradients`,
+    fills the window.
     """
 
     window: int | tuple[int, int] = 16
@@ -23,7 +24,7 @@ class Occlusion:
     baseline: Baseline = "zero"
 
     def message(self) -> pb.Method:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         height, width = _pair(self.window, "method.window", whole)
         strides = (height, width) if self.stride is None else _pair(self.stride, "method.stride", counted)
         return pb.Method(
@@ -39,10 +40,10 @@ class Occlusion:
 
 @dataclass(frozen=True, slots=True)
 class RISE:
-    """The score with random grids hidden, averaged where they show; one number with its sign for each pixel.
+    """For each pixel, the mean score over random masks that keep it; one signed value per pixel.
 
-    Petsiuk, Das and Saenko, 2018, "RISE: Randomized Input Sampling for Explanation of Black-box Models". A grid has
-    `cells` × `cells`, each of which is shown with `keep_probability`, in (0, 1).
+    Petsiuk, Das and Saenko, 2018, "RISE: Randomized Input Sampling for Explanation of Black-box Models". A mask is
+    an upsampled grid of `cells` × `cells`, each kept with `keep_probability`, in (0, 1).
     """
 
     masks: int = 1000
@@ -51,7 +52,7 @@ class RISE:
     seed: int = 0
 
     def message(self) -> pb.Method:
-        """Return what goes over the wire."""
+        """Convert to the wire message."""
         return pb.Method(
             rise=pb.RiseMethod(
                 masks=whole(self.masks, "method.masks"),
@@ -63,7 +64,7 @@ class RISE:
 
 
 def _pair(value: object, field: str, check: Callable[[object, str], int]) -> tuple[int, int]:
-    """Return height and width, each checked."""
+    """Return (height, width) after checking each."""
     if not isinstance(value, tuple | list):
         return check(value, field), check(value, field)
     if len(value) != 2:

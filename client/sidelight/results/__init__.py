@@ -1,4 +1,4 @@
-"""Answers and what they hold: attributions, server information, saved answers and their replay.
+"""Results: answers and their parts, server information, saved answers and replay.
 
 May import `_options`, `methods`, `_inputs`, `visualization` and `exceptions`.
 """

@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 class Attribution:
     """The answer for one batch of N examples.
 
-    `maps` is float32 whatever `map_dtype` they came in: [N, H, W], or the signed [N, C, H, W] for `channels="none"`;
-    with a top-k target a dimension k follows N, and each entry of `targets` is a tuple of k. A failed example's map
-    is NaN and its entries in `predictions`, `targets`, `geometry` and `convergence` are None; so are, where `final`
-    is False, those of an example that has no map yet. Where the whole batch failed, which only `on_error="return"`
-    lets through, `error` is set and there are no maps.
+    `maps` is float32 for every `map_dtype`: [N, H, W], or signed [N, C, H, W] for `channels="none"`. With a top-k
+    target, a dimension k follows N, and each entry of `targets` is a tuple of k. The map of a failed example is NaN,
+    and its entries in `predictions`, `targets`, `geometry` and `convergence` are None. The same holds for an example
+    without a map yet, if `final` is False. If the whole batch failed and the call has `on_error="return"`, `error` is
+    set and there are no maps.
 
-    `answer[i]` and iteration give the same example by example, as `ExampleAttribution`.
+    `answer[i]` and iteration return single examples as `ExampleAttribution`.
     """
 
     maps: NDArray[np.float32]
@@ -51,16 +51,16 @@ class Attribution:
     provenance: Provenance | None = None
     timing: Timing | None = None
     convergence: tuple[Convergence | None, ...] = ()  # None for methods of one row
-    map_dtype: str = "float32"  # as the maps came over the wire
+    map_dtype: str = "float32"  # of the maps in the response
     transport: str = "inline"
     final: bool = True
     index: int = 0  # the batch's position in a stream
-    id: str = ""  # the batch's: chosen by the caller, or generated
+    id: str = ""  # of the batch: chosen by the caller, or generated
     error: SidelightError | None = None
     names: tuple[str | None, ...] = ()  # the path of each example that came from a file
     _batch: EncodedBatch | Lent | None = None
     _provenance: pb.Provenance | None = None
-    _baseline: Array | None = None  # that was given with the method
+    _baseline: Array | None = None  # the array given as the method's baseline
 
     def __len__(self) -> int:
         return len(self.maps)
@@ -68,7 +68,7 @@ class Attribution:
     def __getitem__(self, i: int) -> ExampleAttribution:
         index = operator.index(i)
         if not -len(self) <= index < len(self):
-            raise IndexError(f"example {index}: the answer has {len(self)}")
+            raise IndexError(f"example {index}: the answer has {len(self)} examples")
         return ExampleAttribution(self, index % len(self))
 
     def __iter__(self) -> Iterator[ExampleAttribution]:
@@ -81,20 +81,20 @@ class Attribution:
         return answer_html(self)
 
     def picture(self, i: int) -> Image.Image:
-        """Return what the model saw of example i, as an RGB picture of the map's size."""
+        """Return the input of example i, resized and cropped as for the model, as an RGB picture of the map's size."""
         picture, geometry = self._original(i), self.geometry[i]
         return picture if geometry is None else _seen(picture, geometry)
 
     def heatmap(self, i: int, *, k: int = 0) -> NDArray[np.float32]:
-        """Return the map of example i as [H, W], to be drawn: without channel reduction, the largest |value|.
+        """Return the map of example i as [H, W] for drawing. Without channel reduction, it is the maximum |value|.
 
-        `k` is the place of a class among those of a top-k target.
+        `k` selects one of the classes of a top-k target.
         """
         map_: NDArray[np.float32] = self.maps[i]
         if self.is_top_k:
             map_ = map_[k]
         elif k != 0:
-            raise IndexError(f"k: got {k}, but the target was not top-k: there is one map for each example")
+            raise IndexError(f"k: got {k}, but the target is not top-k: each example has one map")
         return map_ if map_.ndim == 2 else np.abs(map_).max(axis=0)
 
     @property
@@ -111,13 +111,13 @@ class Attribution:
         alpha: float | None = None,
         original: bool = False,
     ) -> Image.Image:
-        """Return what the model saw of example i with its map laid over it; `k` as in `heatmap`.
+        """Draw the map of example i over its picture; `k` as in `heatmap`.
 
         `colormap` is "heat", "viridis", "magma" or "cividis", which draw magnitudes, or "diverging" or "coolwarm",
-        which draw signs too. Unset, it is "diverging" for a map with negative values, else "heat". `alpha`, 0 to 1,
-        blends evenly: 0 is the picture, 1 the colored map. Unset, the picture is dimmed, the map smoothed for the eye
-        and the more opaque the greater its magnitude. `original` lays the map on the whole picture at its own size;
-        what the model did not see is darker, unless an `alpha` is given.
+        which also show signs. None is "diverging" for a map with negative values, else "heat". `alpha`, 0 to 1, is the
+        same opacity everywhere: 0 is the picture, 1 the colored map. With None the picture is dimmed, the map is
+        smoothed, and its opacity rises with its magnitude. With `original` the whole picture is drawn at its own size,
+        and, without an `alpha`, what was cropped away is darker.
         """
         geometry = self.geometry[i] if original else None
         if geometry is None:
@@ -127,14 +127,14 @@ class Attribution:
         return overlay_part(picture, self.heatmap(i, k=k), box, colormap=colormap, alpha=alpha)
 
     def save(self, folder: str | Path, *, original: bool = False, overwrite: bool = False) -> None:
-        """Write `maps.npy`, `answer.json` and the overlays of the examples into a folder, which is made if need be.
+        """Write `maps.npy`, `answer.json` and one overlay per map into a folder, which is created if it is missing.
 
-        With `original` the overlays are on whole pictures, as `overlay` has them. An array that was given as a baseline
-        is written too, as `baseline.npy`. `sidelight replay` reads all this. An overlay that cannot be drawn is left
-        out, and `overlay_missing` in `answer.json` says why: it is of DICOM and `sidelight[dicom]` is not installed, or
-        the answer no longer holds its images. An answer is written whole or not at all.
+        `original` is that of `overlay`. An array that was given as a baseline is written to `baseline.npy`.
+        `sidelight replay` reads these files. An overlay that cannot be drawn is left out, and `overlay_missing` in
+        `answer.json` has the reason: a DICOM file without `sidelight[dicom]` installed, or an answer that no longer has
+        its images. `answer.json` is written last, so that a folder with one is complete.
 
-        `AlreadyExists` where an answer lies in the folder, unless it is to be overwritten.
+        `AlreadyExists` if the folder has an answer and `overwrite` is False.
         """
         if self.error is not None:
             raise self.error
@@ -148,13 +148,13 @@ class Attribution:
         )
 
     def to_dict(self) -> dict[str, object]:
-        """Return everything but the maps, as JSON can hold it. `save` writes it into `answer.json`."""
+        """Return everything except the maps as values for JSON. `save` writes it into `answer.json`."""
         return storage.to_dict(self)
 
     def to_dataframe(self) -> "pd.DataFrame":
-        """Return predictions, targets, convergence and failures as a table of pandas', one row for each example.
+        """Return predictions, targets, convergence and failures as a pandas DataFrame with one row per example.
 
-        With a top-k target the cells of a target are tuples of k. `ImportError` where pandas is not installed.
+        With a top-k target, the cells of the target columns are tuples of k. `ImportError` if pandas is missing.
         """
         return to_dataframe(self)
 
@@ -162,8 +162,8 @@ class Attribution:
         batch = self._batch.batch if isinstance(self._batch, Lent) else self._batch
         if batch is None or self.error is not None:
             raise self.error or FailedPrecondition(
-                "the answer no longer holds its images: an answer of a stream has them until the next one is taken; "
-                "draw it before, or say keep_images=True"
+                "the answer no longer has its images: on a stream they are kept until the next answer is read; draw "
+                "before that, or pass keep_images=True to stream()"
             )
         if error := next((each for each in self.failures if each.example == range(len(self))[i]), None):
             raise from_code(error.code, error.message)
@@ -171,7 +171,7 @@ class Attribution:
         return batch.picture(i, window=geometry.window if geometry else None)
 
     def _overlays(self, i: int, *, original: bool) -> dict[str, Image.Image]:
-        """Return an example's overlays, by the names of their files."""
+        """Return an example's overlays by file name."""
         if not self.is_top_k:
             return {f"{i:03}.png": self.overlay(i, original=original)}
         return {f"{i:03}-{k}.png": self.overlay(i, k=k, original=original) for k in range(self.maps.shape[1])}
@@ -185,12 +185,12 @@ def read(
     baseline: Array | None = None,
     maps: Array | None = None,
 ) -> Attribution:
-    """Return the answer that a message holds, for the batch and the array as a baseline that were sent.
+    """Convert a response message to an `Attribution`.
 
-    `maps` are its maps, as they are on the wire, where they came another way.
+    `batch` and `baseline` are what was sent. `maps` has the maps, in their wire type, if they came by shared memory.
     """
     failed = {failure.example for failure in message.failures}
-    # Empty are those that failed, and in an answer that is not final those that have no map yet.
+    # None for examples that failed, or that have no map yet in an answer that is not final.
     examples = [
         each if each.HasField("prediction") and i not in failed else None for i, each in enumerate(message.examples)
     ]
@@ -222,25 +222,25 @@ def read(
 
 
 def lent(answer: Attribution, batch: EncodedBatch) -> Attribution:
-    """Return an answer that draws on arrays only while somebody else holds them. Files are small, and kept."""
+    """Return the answer with only a weak reference to its batch of arrays. Files are small, and kept."""
     if answer._batch is None or batch.array is None:
         return answer
     return dataclasses.replace(answer, _batch=Lent(batch))
 
 
 def failed(error: SidelightError, *, index: int, id_: str = "") -> Attribution:
-    """Return the answer of a batch that failed whole."""
+    """Return the answer for a batch that failed as a whole."""
     return Attribution(maps=np.empty((0, 0, 0), np.float32), index=index, id=id_, error=error)
 
 
 def _seen(picture: Image.Image, geometry: Geometry) -> Image.Image:
-    # In one step: of a picture 1 × 60,000 the whole scaled one would take 12 GB.
+    # Crop and resize in one step: a picture of 1 × 60,000 pixels, scaled as a whole, would take 12 GB.
     size = geometry.crop_width, geometry.crop_height
     return picture.resize(size, Image.Resampling.BILINEAR, _box(picture, geometry))
 
 
 def _box(picture: Image.Image, geometry: Geometry) -> tuple[float, float, float, float]:
-    """Return the left, top, right and bottom edge of what the model saw, in the picture's own pixels."""
+    """Return the crop's left, top, right and bottom edges in the original picture's pixels."""
     x, y = picture.width / geometry.scaled_width, picture.height / geometry.scaled_height
     left, top = geometry.crop_left * x, geometry.crop_top * y
     right, bottom = left + geometry.crop_width * x, top + geometry.crop_height * y
@@ -249,11 +249,11 @@ def _box(picture: Image.Image, geometry: Geometry) -> tuple[float, float, float,
 
 def _maps(tensor: tensor_pb2.Tensor, array: Array, are_there: list[bool]) -> NDArray[np.float32]:
     if array.dtype == np.float32:
-        return array  # a view on the message: read only, and not copied
+        return array  # a read-only view of the message, without a copy
     maps = array.astype(np.float32)
     for i, scale in enumerate(tensor.scales):
-        maps[i] = array[i] * np.float64(scale)  # a scale may be smaller than float32 holds
-    if tensor.dtype == tensor_pb2.DATA_TYPE_UINT8:  # it has no NaN: a map that is not there came as 0
+        maps[i] = array[i] * np.float64(scale)  # in float64: a scale may be below the float32 range
+    if tensor.dtype == tensor_pb2.DATA_TYPE_UINT8:  # it has no NaN: the server sends zeros for a missing map
         maps[~np.array(are_there, bool)] = np.nan
     return maps
 

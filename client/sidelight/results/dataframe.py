@@ -1,4 +1,4 @@
-"""An answer as a table of pandas', one row for each example."""
+"""An answer as a pandas DataFrame with one row per example."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def to_dataframe(answer: "Attribution") -> "pd.DataFrame":
-    """Return one row for each example. `ImportError` where pandas is not installed."""
+    """Return a DataFrame with one row per example. `ImportError` if pandas is not installed."""
     try:
         import pandas as pd
     except ImportError:
@@ -42,7 +42,7 @@ def _row(example: "ExampleAttribution") -> dict[str, Any]:
 
 
 def _of_targets(example: "ExampleAttribution", field: str) -> Any:
-    """Return a field of what is explained; with a top-k target a tuple of k."""
+    """Return a field of the explained target; with a top-k target, a tuple of k."""
     target = example.target
     if isinstance(target, tuple):
         return tuple(getattr(each, field) for each in target)

@@ -1,4 +1,4 @@
-"""Answers as text in one line, and as HTML for a notebook."""
+"""Answers as one line of text, and as HTML for notebooks."""
 
 import base64
 import contextlib
@@ -19,14 +19,14 @@ if TYPE_CHECKING:
     from .attribution import Attribution
     from .example import ExampleAttribution
 
-MAX_SHOWN_TEXT = 4  # predictions in a line of text
+MAX_SHOWN_TEXT = 4  # predictions in the text
 MAX_SHOWN_HTML = 8  # examples in a notebook
 THUMBNAIL = 112  # pixels of the longer side
 MAX_LABEL, MAX_METHOD, MAX_MESSAGE = 20, 32, 100  # characters
 
 
 def answer_text(answer: "Attribution") -> str:
-    """Return an answer in a line: how many examples, of which classes, by which method and model."""
+    """Describe an answer in one line: number of examples, predicted classes, method and model."""
     if answer.error is not None:
         return f"failed: {_short(str(answer.error), MAX_MESSAGE)}"
     classes = [_prediction_text(example) for example in itertools.islice(answer, MAX_SHOWN_TEXT)]
@@ -43,7 +43,7 @@ def answer_text(answer: "Attribution") -> str:
 
 
 def answer_html(answer: "Attribution") -> str:
-    """Return an answer as HTML without scripts: thumbnails of picture, map and overlay, and the predicted classes."""
+    """Return an answer as HTML without scripts: predicted classes, and thumbnails of picture, map and overlay."""
     figures = "".join(map(_figure, itertools.islice(answer, MAX_SHOWN_HTML)))
     more = f"<div>… and {len(answer) - MAX_SHOWN_HTML} more</div>" if len(answer) > MAX_SHOWN_HTML else ""
     return (
@@ -53,7 +53,7 @@ def answer_html(answer: "Attribution") -> str:
 
 
 def example_text(example: "ExampleAttribution") -> str:
-    """Return the predicted class of an example and its probability, and what is explained where that is another."""
+    """Return an example's predicted class and probability, and the explained class if it is another one."""
     prediction, targets = example.prediction, example.targets
     if prediction is None or len(targets) != 1 or is_predicted(targets[0], prediction):
         return _prediction_text(example)
@@ -61,14 +61,14 @@ def example_text(example: "ExampleAttribution") -> str:
 
 
 def class_text(each: Prediction | ExplainedTarget) -> str:
-    """Return a class by its label, or where it has none by its index."""
+    """Return a class's label, or its index if it has no label."""
     label = _short(each.label, MAX_LABEL) if each.label else f"class {each.index}"
     against = each.against if isinstance(each, ExplainedTarget) else None
     return label if against is None else f"{label} against class {against}"
 
 
 def is_predicted(target: ExplainedTarget, prediction: Prediction) -> bool:
-    """Say whether the predicted class itself is what a map explains."""
+    """Return whether the explained class is the predicted class, without a contrast."""
     return target.index == prediction.index and target.against is None
 
 
@@ -80,7 +80,7 @@ def _prediction_text(example: "ExampleAttribution") -> str:
 
 
 def _short(text: str, length: int) -> str:
-    text = " ".join(text.split())  # in one line
+    text = " ".join(text.split())  # on one line
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
@@ -100,7 +100,7 @@ def _thumbnails(example: "ExampleAttribution") -> str:
         return ""
     map_ = example.heatmap()
     shown = {"map": colorize(map_)}
-    with contextlib.suppress(Exception):  # the images are gone, or Pillow or pydicom cannot draw them: the map alone
+    with contextlib.suppress(Exception):  # the images were released, or cannot be drawn: show only the map
         picture = example.picture()
         shown = {"picture": picture, **shown, "overlay": overlay(picture, map_)}
     size = shown_size(map_, THUMBNAIL)

@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ExampleAttribution:
-    """One example of an answer, as `answer[i]` and iteration return it. It is a view: nothing is copied.
+    """One example of an answer, as `answer[i]` and iteration return it. A view: nothing is copied.
 
-    What the answer does not have of the example is None: of a failed one everything but `failure`.
+    Values that the answer does not have are None. For a failed example, all except `failure` are None.
     """
 
     answer: "Attribution"
@@ -33,7 +33,7 @@ class ExampleAttribution:
 
     @property
     def map(self) -> NDArray[np.float32]:
-        """The example's part of `answer.maps`; NaN where it failed."""
+        """The example's part of `answer.maps`; NaN if the example failed."""
         map_: NDArray[np.float32] = self.answer.maps[self.index]
         return map_
 
@@ -49,18 +49,18 @@ class ExampleAttribution:
 
     @property
     def targets(self) -> tuple[ExplainedTarget, ...]:
-        """The classes that the example's maps explain, as a tuple whatever the target was."""
+        """The classes that the example's maps explain, always as a tuple."""
         target = self.target
         return target if isinstance(target, tuple) else (target,) if target else ()
 
     @property
     def geometry(self) -> Geometry | None:
-        """How the picture became the model's input; None also for floating arrays."""
+        """How the picture was resized and cropped; None for floating arrays."""
         return self.answer.geometry[self.index]
 
     @property
     def convergence(self) -> Convergence | None:
-        """How good the map is; None for methods of one row."""
+        """The map's error estimates; None for methods of one row."""
         return self.answer.convergence[self.index] if self.answer.convergence else None
 
     @property
@@ -70,7 +70,7 @@ class ExampleAttribution:
 
     @property
     def failure(self) -> Failure | None:
-        """Why the example has no map; None where it has one."""
+        """Why the example has no map; None if it did not fail."""
         return next((each for each in self.answer.failures if each.example == self.index), None)
 
     def heatmap(self, *, k: int = 0) -> NDArray[np.float32]:
@@ -78,25 +78,25 @@ class ExampleAttribution:
         return self.answer.heatmap(self.index, k=k)
 
     def picture(self) -> Image.Image:
-        """Return what the model saw: `Attribution.picture` of this example."""
+        """Return the input picture: `Attribution.picture` of this example."""
         return self.answer.picture(self.index)
 
     def overlay(
         self, *, k: int = 0, colormap: str | None = None, alpha: float | None = None, original: bool = False
     ) -> Image.Image:
-        """Return the picture with the map laid over it: `Attribution.overlay` of this example."""
+        """Draw the map over the picture: `Attribution.overlay` of this example."""
         return self.answer.overlay(self.index, k=k, colormap=colormap, alpha=alpha, original=original)
 
     def __repr__(self) -> str:
         return f"ExampleAttribution({self.index}: {example_text(self)})"
 
     def _repr_png_(self) -> bytes | None:
-        """Return the overlay for a notebook: of an answer that no longer holds its images the map alone."""
+        """Return the overlay for a notebook, or only the map if the answer no longer has its images."""
         if self.prediction is None:
             return None
         try:
             drawn = self.overlay()
-        except Exception:  # Pillow and pydicom promise no set of exceptions, and a cell is shown anyway
+        except Exception:  # Pillow and pydicom document no set of exceptions; a notebook cell must still show the map
             drawn = colorize(self.heatmap())
         file = io.BytesIO()
         drawn.save(file, "PNG")

@@ -1,4 +1,4 @@
-"""Replays: an answer that was computed again, compared with the saved one to the last bit."""
+"""Replay results: a recomputed answer compared with the saved one, bit by bit."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,22 +11,24 @@ from .attribution import Attribution
 from .storage import Record
 from .types import Provenance
 
-TOLERANCE = 1e-5  # of a map's maximum: what an answer beside other examples, that is not reproducible, may differ by
-# Where maps were rounded for their way, a last bit may round the other way: one step of the type more.
+# Permitted difference, as a share of a map's maximum, if the answer is not reproducible: other rows in the same chunk
+# change its rounding.
+TOLERANCE = 1e-5
+# Added for maps that were sent in a shorter type: their last bit may round the other way.
 _STEPS = {"float16": 2.0**-10, "uint8": 1 / 255}
 
 
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """One example, computed again."""
+    """The comparison of one recomputed example."""
 
-    equal: bool  # to the last bit; so are two that failed
-    difference: float | None  # the largest, as a share of the saved map's maximum; None where that map is not there
+    equal: bool  # bit for bit; also if both failed
+    difference: float | None  # the largest, as a share of the saved map's maximum; None if there is no saved map
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One fact of the provenance that is not what it was."""
+    """A field of provenance that changed."""
 
     name: str
     then: str
@@ -35,32 +37,32 @@ class Difference:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replay:
-    """How an answer came out the second time."""
+    """A recomputed answer, and how it differs from the saved one."""
 
     examples: tuple[Replayed, ...]
     differences: tuple[Difference, ...]
-    reproducible: bool  # whether equal bytes were promised
-    tolerance: float  # what else an example may differ by, as a share of its map's maximum
-    answer: Attribution = dataclasses.field(repr=False)  # the second one
+    reproducible: bool  # whether the server guaranteed equal bytes
+    tolerance: float  # permitted difference without that guarantee, as a share of each map's maximum
+    answer: Attribution = dataclasses.field(repr=False)  # the recomputed one
 
     @property
     def equal(self) -> bool:
-        """Whether every map is equal to the last bit."""
+        """Whether every map is equal bit for bit."""
         return all(each.equal for each in self.examples)
 
     @property
     def within_tolerance(self) -> bool:
-        """Whether every map is known to differ by no more than the tolerance."""
+        """Whether the difference of every map is known and at most the tolerance."""
         return all(each.difference is not None and each.difference <= self.tolerance for each in self.examples)
 
     @property
     def kept(self) -> bool:
-        """Whether the answer came out as it was promised: equal, or unless that was promised within the tolerance."""
+        """Whether the server kept its guarantee: equal bytes if `reproducible`, else maps within the tolerance."""
         return self.equal or (self.within_tolerance and not self.reproducible)
 
 
 def compare(record: Record, answer: Attribution) -> Replay:
-    """Compare an answer with a saved one of the same examples."""
+    """Compare a recomputed answer with the saved one."""
     return Replay(
         examples=tuple(_replayed(record, answer, i) for i in range(len(record.digests))),
         differences=_differences(Provenance.of(record.provenance), answer.provenance),
@@ -80,12 +82,12 @@ def _replayed(record: Record, answer: Attribution, i: int) -> Replayed:
 
 
 def _share(then: NDArray[np.float32], now: NDArray[np.float32]) -> float | None:
-    """Return the largest difference as a share of the first map's maximum; None where they cannot be compared."""
+    """Return the largest difference as a share of the saved map's maximum; None if shapes differ or a value is NaN."""
     if then.shape != now.shape or not (np.isfinite(then).all() and np.isfinite(now).all()):
         return None
     difference, most = float(np.abs(now - then).max(initial=0)), float(np.abs(then).max(initial=0))
     if not difference:
-        return 0.0  # a zero has two signs
+        return 0.0  # the bytes differ only in the sign of zeros
     return difference / most if most else float("inf")
 
 
@@ -93,11 +95,11 @@ def _differences(then: Provenance, now: Provenance | None) -> tuple[Difference, 
     before, after = _flat(then), {} if now is None else _flat(now)
     names = [*before, *(name for name in after if name not in before)]
     pairs = ((name, before.get(name, ""), after.get(name, "")) for name in names)
-    return tuple(Difference(*each) for each in pairs if each[1] != each[2] and not _says_nothing(*each))
+    return tuple(Difference(*each) for each in pairs if each[1] != each[2] and not _is_not_comparable(*each))
 
 
-def _says_nothing(name: str, then: str, now: str) -> bool:
-    """Say whether two canaries cannot be compared: one is not known, or they are of inputs of other sizes."""
+def _is_not_comparable(name: str, then: str, now: str) -> bool:
+    """Return whether these are canaries of which one is unknown, or whose inputs differ in size."""
     return name == "model_canary" and (not then or not now or then.partition(":")[0] != now.partition(":")[0])
 
 

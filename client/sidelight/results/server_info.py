@@ -1,4 +1,4 @@
-"""What a server says about itself and its models."""
+"""Server information: limits, models and their preprocessing."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -12,21 +12,21 @@ from .types import seconds
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one caller must stay within."""
+    """The limits for one caller."""
 
     max_message_bytes: int
     max_image_pixels: int
     max_in_flight: int
     max_in_flight_bytes: int
     max_stream_in_flight: int
-    max_example_rows: int  # that a method may ask for one example
-    max_batch_examples: int = 0  # 0: an older server, which does not say
-    max_stream_age_s: float | None = None  # None: without end; a client's stream goes on in another one
+    max_example_rows: int  # rows that a method may need for one example
+    max_batch_examples: int = 0  # 0: unknown, from an older server
+    max_stream_age_s: float | None = None  # None: unlimited. The client continues on a new stream
 
 
 @dataclass(frozen=True, slots=True)
 class SharedMemory:
-    """Where a server allows regions of shared memory, and how large and how many they may be for one stream."""
+    """The directory for shared-memory regions, and the limits for one stream."""
 
     directory: str
     max_region_bytes: int
@@ -35,7 +35,7 @@ class SharedMemory:
 
 @dataclass(frozen=True, slots=True)
 class CancellationStats:
-    """How soon requests ended that were cancelled, or ran out of time, while a row of theirs was on the device."""
+    """Time to end requests that were cancelled, or timed out, while the device computed a row of theirs."""
 
     count: int
     mean_s: float
@@ -43,7 +43,7 @@ class CancellationStats:
 
     @classmethod
     def of(cls, message: pb.CancellationStats) -> "CancellationStats":
-        """Return what a message says."""
+        """Convert from the wire message."""
         return cls(message.count, seconds(message.mean), seconds(message.longest))
 
 
@@ -54,28 +54,28 @@ class WarmupEntry:
     configuration: str
     rows: int  # the size of the chunk
     rows_per_second: float
-    chosen: bool  # whether this one serves
+    chosen: bool  # whether the server uses this configuration
 
     @classmethod
     def of(cls, message: model_pb2.WarmupEntry) -> "WarmupEntry":
-        """Return what a message says."""
+        """Convert from the wire message."""
         return cls(message.configuration, message.rows, message.rows_per_second, message.chosen)
 
 
 @dataclass(frozen=True, slots=True)
 class Preprocessing:
-    """How pixels become a model's input: resized, cropped, scaled to `pixel_range`; then mean and std, by channel."""
+    """Preprocessing of pixels: resize, crop, scale to `pixel_range`, then normalize each channel by mean and std."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     resize: str  # the short side in pixels, "256"; or height and width, "288x256"; or "exact", or "none"
     interpolation: str
     pixel_range: tuple[float, float] = (0.0, 1.0)
-    window: tuple[float, float] | None = None  # of 16-bit and DICOM files; None: as the file says
+    window: tuple[float, float] | None = None  # black and white values of 16-bit and DICOM files; None: the file's own
 
     @classmethod
     def of(cls, message: model_pb2.InputInfo) -> "Preprocessing":
-        """Return what a message says."""
+        """Convert from the wire message."""
         return cls(
             tuple(message.mean),
             tuple(message.std),
@@ -93,29 +93,29 @@ class ModelInfo:
     name: str
     version: int
     digest: str
-    input_size: tuple[int, int, int] | None  # C, H, W; None where it is not fixed
-    class_count: int  # 0 until the first request of a model without a fixed input size
-    labels: tuple[str, ...] | None  # None among ServerInfo.models: `client.model(name)` tells them
+    input_size: tuple[int, int, int] | None  # C, H, W; None if it is not fixed
+    class_count: int  # 0 until the first request if the input size is not fixed
+    labels: tuple[str, ...] | None  # None in ServerInfo.models: `client.model(name)` returns them
     scores: tuple[str, ...]
-    layers: tuple[str, ...] | None  # as labels
+    layers: tuple[str, ...] | None  # None in ServerInfo.models, as for labels
     precision: str
     device: str
     chunk_rows: int
-    reproducible: bool  # equal provenance promises equal bytes
-    warmup: tuple[WarmupEntry, ...]  # empty where the input size is not fixed
-    kernel_options: tuple[str, ...] = ()  # what the operator chose to be faster: "fold", "channels_last", "compile"
-    state: str = "serving"  # or "unloaded" until the first request for it, "loading", "failed": then the rest is empty
-    call: str = ""  # how the model is called, and what of its answer counts
-    outputs: str = ""  # what that is: "logits" or "probabilities"; empty where no rows have shown it yet
-    activation: str = ""  # "softmax" where classes exclude each other, "sigmoid" where they do not
-    preprocessing: Preprocessing | None = None  # None where the input size is not fixed
-    canary: str = ""  # "3×224×224:" and the digest of what the model makes of a fixed input of that size
-    methods: tuple[str, ...] = ()  # that the model serves, as the schema calls them
-    neighbor_difference: float | None = None  # how far neighbors in a chunk moved a gradient, of its largest element
+    reproducible: bool  # whether equal provenance guarantees equal bytes
+    warmup: tuple[WarmupEntry, ...]  # empty if the input size is not fixed
+    kernel_options: tuple[str, ...] = ()  # optimizations chosen by the operator: "fold", "channels_last", "compile"
+    state: str = "serving"  # or "unloaded" (until its first request), "loading", "failed": other fields are empty
+    call: str = ""  # how the model is called, and which part of its output is used
+    outputs: str = ""  # kind of that output: "logits" or "probabilities"; empty until the first row has run
+    activation: str = ""  # "softmax" if classes are mutually exclusive, else "sigmoid"
+    preprocessing: Preprocessing | None = None  # None if the input size is not fixed
+    canary: str = ""  # "3×224×224:" and the digest of the output for a fixed input of that size
+    methods: tuple[str, ...] = ()  # that the model supports, by their names in the schema
+    neighbor_difference: float | None = None  # change of a gradient by other rows of its chunk, relative to its maximum
 
     @classmethod
     def of(cls, message: model_pb2.ModelInfo, *, is_whole: bool = False) -> "ModelInfo":
-        """Return what a message says. Only one that is whole has labels and layers."""
+        """Convert from the wire message. Labels and layers are read only if the message `is_whole`."""
         size = message.input
         return cls(
             name=message.name,
@@ -152,11 +152,11 @@ class ServerInfo:
     methods: tuple[str, ...]
     models: tuple[ModelInfo, ...]
     cancellations: CancellationStats
-    shared_memory: SharedMemory | None = None  # None where the operator does not allow any
+    shared_memory: SharedMemory | None = None  # None if the operator does not allow it
 
     @classmethod
     def of(cls, message: pb.GetServerInfoResponse) -> "ServerInfo":
-        """Return what a message says."""
+        """Convert from the wire message."""
         limits = message.limits
         return cls(
             version=message.version,

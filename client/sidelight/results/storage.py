@@ -1,7 +1,7 @@
-"""Storage: an answer saved in a folder, for people to read and to be replayed.
+"""Storage of answers in folders, for reading and for replay.
 
-`answer.json` holds the facts, the provenance also as the schema's message, and a digest of each map; `maps.npy` the
-maps; `baseline.npy` an array that was given as a baseline.
+`answer.json` has everything except the maps: with a digest of each map, and with the provenance also as the wire
+message. `maps.npy` has the maps, `baseline.npy` an array that was given as a baseline.
 """
 
 import dataclasses
@@ -35,18 +35,18 @@ Draw = Callable[[int], dict[str, Image.Image]]
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Record:
-    """What is needed to compute an answer again, and to compare."""
+    """A saved answer: what is needed to recompute it and to compare."""
 
     folder: Path
     provenance: pb.Provenance
     map_dtype: str
-    digests: tuple[str | None, ...]  # of each example's map; None where it failed
+    digests: tuple[str | None, ...]  # of each example's map; None if the example failed
     names: tuple[str | None, ...]  # the path of each example that came from a file
-    maps: NDArray[np.float32] | None  # None where the file is not there
+    maps: NDArray[np.float32] | None  # None if the file is missing
 
 
 def to_dict(answer: "Attribution") -> dict[str, object]:
-    """Return everything but the maps, as JSON can hold it."""
+    """Return everything except the maps as values for JSON."""
     entries = zip(
         answer.names or (None,) * len(answer), answer.predictions, answer.targets, answer.geometry,
         answer.convergence, digests(answer), strict=True,
@@ -66,7 +66,7 @@ def to_dict(answer: "Attribution") -> dict[str, object]:
 
 
 def digests(answer: "Attribution") -> tuple[str | None, ...]:
-    """Return the digest of each example's map; None for one that has no map."""
+    """Return the digest of each example's map; None for an example without a map."""
     there = (prediction is not None for prediction in answer.predictions)
     return tuple(digest(map_) if is_there else None for map_, is_there in zip(answer.maps, there, strict=True))
 
@@ -85,10 +85,10 @@ def write(
     draw: Draw,
     overwrite: bool,
 ) -> None:
-    """Write an answer into a folder: whole, or not at all. `AlreadyExists` where another lies there.
+    """Write an answer into a folder. `AlreadyExists` if the folder has one and `overwrite` is False.
 
-    `draw` returns an example's overlays by the names of their files. What cannot be drawn is left out, and
-    `overlay_missing` says why: the record does not depend on it.
+    `draw` returns an example's overlays by file name. An overlay that cannot be drawn is left out, with the reason in
+    `overlay_missing`: a replay does not need it.
     """
     check_free(folder, overwrite=overwrite)
     parent = folder if folder.is_dir() else folder.parent
@@ -100,31 +100,29 @@ def write(
         if baseline is not None:
             np.save(made / BASELINE, baseline)
         failed = {failure.example for failure in answer.failures}
-        told: dict[str, Any] = to_dict(answer)
-        for i, example in enumerate(told["examples"]):
+        facts: dict[str, Any] = to_dict(answer)
+        for i, example in enumerate(facts["examples"]):
             example.update(_write_overlays(made, i, draw=draw, is_failed=i in failed))
-        told["provenance_message"] = json_format.MessageToDict(
+        facts["provenance_message"] = json_format.MessageToDict(
             provenance or pb.Provenance(), preserving_proto_field_name=True
         )
-        (made / FACTS).write_text(json.dumps(told, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        (made / FACTS).write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
         _publish(made, folder)
 
 
 def check_free(folder: Path, *, overwrite: bool) -> None:
-    """Raise `AlreadyExists` for a folder in which an answer lies, unless that may be overwritten."""
+    """Raise `AlreadyExists` if the folder has an answer and `overwrite` is False."""
     if not overwrite and (folder / FACTS).exists():
-        raise AlreadyExists(
-            f"{folder}: an answer was saved there already; give each a folder of its own, or allow to overwrite it"
-        )
+        raise AlreadyExists(f"{folder}: this folder already has an answer; choose another folder, or allow overwriting")
 
 
 def _write_overlays(folder: Path, i: int, *, draw: Draw, is_failed: bool) -> dict[str, object]:
-    """Write an example's overlays, and return what the record says of them."""
+    """Write an example's overlays, and return their entries for `answer.json`."""
     if is_failed:
         return {"overlays": None, "overlay_missing": None}
     try:
         overlays = draw(i)
-    except Exception as error:  # Pillow and pydicom promise no set of exceptions
+    except Exception as error:  # Pillow and pydicom document no set of exceptions
         return {"overlays": None, "overlay_missing": str(error) or type(error).__name__}
     for name, overlay in overlays.items():
         overlay.save(folder / name)
@@ -132,7 +130,7 @@ def _write_overlays(folder: Path, i: int, *, draw: Draw, is_failed: bool) -> dic
 
 
 def _publish(made: Path, folder: Path) -> None:
-    """Put a finished answer where it belongs: the facts last, so that whoever finds them finds the rest."""
+    """Move a finished answer into its folder: `answer.json` last, so that a folder with one is complete."""
     if not folder.exists():
         made.rename(folder)
         return
@@ -143,7 +141,7 @@ def _publish(made: Path, folder: Path) -> None:
 
 
 def _files_of(folder: Path) -> list[str]:
-    """Return the files of the answer that lies in a folder, the facts first."""
+    """Return the files of the answer in a folder, `answer.json` first."""
     try:
         examples = json.loads((folder / FACTS).read_bytes())["examples"]
         overlays = [name for each in examples for name in each["overlays"] or () if re.fullmatch(OVERLAY, name)]
@@ -153,9 +151,9 @@ def _files_of(folder: Path) -> list[str]:
 
 
 def load(path: Path) -> Record:
-    """Return what `write` wrote into a folder, or beside an `answer.json`.
+    """Read what `write` wrote. `path` is the folder, or the `answer.json` in it.
 
-    `UnreadableFile` for a file that cannot be read, `InvalidArgument` for one that is something else.
+    `UnreadableFile` for a file that cannot be read, `InvalidArgument` for a file with other content.
     """
     path = path / FACTS if path.is_dir() else path
     try:
@@ -170,27 +168,27 @@ def load(path: Path) -> Record:
         map_dtype, is_final = saved["map_dtype"], saved["final"]
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, json_format.Error) as error:
         why = str(error).partition("\n")[0]
-        raise InvalidArgument(f"{path}: no answer that was saved: {type(error).__name__}: {why}") from None
+        raise InvalidArgument(f"{path}: not a saved answer: {type(error).__name__}: {why}") from None
     if not is_final:
-        raise InvalidArgument(f"{path}: the answer was saved before it was final, and cannot be computed again")
+        raise InvalidArgument(f"{path}: the answer was saved before it was final, and cannot be recomputed")
     return Record(path.parent, provenance, map_dtype, expected, names, _load_maps(path.parent / MAPS, expected))
 
 
 def load_array(path: Path) -> Array:
-    """Return the array in a file. `UnreadableFile` or, where it holds none, `InvalidArgument`."""
+    """Return the array in a .npy file. `UnreadableFile`, or `InvalidArgument` if the file has other content."""
     try:
         array = np.load(path, allow_pickle=False)
     except OSError as error:
         raise UnreadableFile.of(error, "array", path) from None
     except (ValueError, EOFError) as error:
-        raise InvalidArgument(f"{path}: no array: {error}") from None
+        raise InvalidArgument(f"{path}: not a .npy array: {error}") from None
     if not isinstance(array, np.ndarray):
         raise InvalidArgument(f"{path}: got an archive of arrays, expected one array")
     return array
 
 
 def _load_maps(path: Path, expected: Sequence[str | None]) -> NDArray[np.float32] | None:
-    """Return the maps in a file if it is there. They must be those of the answer."""
+    """Return the maps in a file, or None if it is missing. `InvalidArgument` if a digest does not match."""
     if not path.exists():
         return None
     maps = load_array(path)
@@ -198,12 +196,12 @@ def _load_maps(path: Path, expected: Sequence[str | None]) -> NDArray[np.float32
         raise InvalidArgument(f"{path}: got {maps.dtype} of {list(maps.shape)}, expected {len(expected)} float32 maps")
     for i, (map_, each) in enumerate(zip(maps, expected, strict=True)):
         if each is not None and digest(map_) != each:
-            raise InvalidArgument(f"{path}: the map of example {i} is not the one whose digest the answer has")
+            raise InvalidArgument(f"{path}: the map of example {i} does not match its digest in {FACTS}")
     return maps
 
 
 def _plain(value: Any) -> Any:
-    """Return what JSON can hold: it has no word for what is not finite."""
+    """Convert to values for JSON: NaN and infinity become text, because JSON has no such numbers."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain(dataclasses.asdict(value))
     if isinstance(value, dict):

@@ -12,13 +12,13 @@ from .._inputs.targets import target_text
 from ..methods.parsing import method_text
 
 SATURATED = (
-    "the score is so flat here that its gradient is numerically dead, and the map mostly rounding: "
-    'ask for score="logit"; a model that returns probabilities is better served with its logits'
+    "the score is saturated: its gradient vanishes numerically, and the map is mostly rounding error. "
+    'Use score="logit"; if the model returns probabilities, serve its logits instead'
 )
 
 NEGLIGIBLE = (
-    "the map is zero everywhere, or no more than rounding: the score does not depend on what this method looked at; "
-    "ask for another layer, method or target"
+    "the map is zero everywhere, or only rounding error: the score does not depend on what this method varies. "
+    "Use another layer, method or target"
 )
 
 
@@ -27,13 +27,13 @@ class Prediction:
     """The class with the largest output."""
 
     index: int
-    label: str  # empty where the model has no labels
+    label: str  # empty if the model has no labels
     probability: float
-    is_mismatch: bool | None = None  # from the class that was said to be served; None where none was
+    is_mismatch: bool | None = None  # whether it differs from the given served class; None without one
 
     @classmethod
     def of(cls, message: pb.Example) -> "Prediction":
-        """Return what a message says."""
+        """Convert from the wire message."""
         is_mismatch = message.is_mismatch if message.HasField("is_mismatch") else None
         predicted = message.prediction
         return cls(predicted.index, predicted.label, predicted.probability, is_mismatch)
@@ -44,38 +44,38 @@ class ExplainedTarget:
     """The class that a map explains, and the score that was differentiated."""
 
     index: int
-    label: str  # empty where the model has no labels
+    label: str  # empty if the model has no labels
     score: float
-    saturated: bool  # the score's gradient is numerically dead wherever the method took it: the map is rounding
+    saturated: bool  # the gradient vanishes numerically wherever it was taken: the map is rounding error
     against: int | None = None  # the other class of a contrast
-    negligible: bool = False  # the map is zero everywhere, or rounding alone
+    negligible: bool = False  # the map is zero everywhere, or only rounding error
 
     @classmethod
     def of(cls, message: pb.ExplainedTarget) -> "ExplainedTarget":
-        """Return what a message says."""
+        """Convert from the wire message."""
         against = message.against if message.HasField("against") else None
         return cls(message.index, message.label, message.score, message.saturated, against, message.negligible)
 
     @property
     def advice(self) -> str:
-        """What to ask for instead where the score is saturated or the map is nothing; empty where all is well."""
+        """What to change if the map is `saturated` or `negligible`; else empty."""
         return SATURATED if self.saturated else NEGLIGIBLE if self.negligible else ""
 
 
 @dataclass(frozen=True, slots=True)
 class Convergence:
-    """How good a map of many rows is; None where its method has no such measure. With top-k, of the worst map."""
+    """Error estimates of a map of many rows; a field is None if the method has none. With top-k, of the worst map."""
 
-    rows: int  # that were run, those without a gradient too
-    error: float | None  # what a tolerance is compared with: a share of the map's L2 norm
+    rows: int  # that ran, including those without a gradient
+    error: float | None  # estimate compared with the tolerance: a share of the map's L2 norm
     completeness_error: float | None  # |sum of the map − (score of the example − score of the baseline)|
-    relative_completeness_error: float | None  # that over |score of the example − score of the baseline|
-    tolerance: float | None = None  # the method's; None where it has none
+    relative_completeness_error: float | None  # completeness_error / |score of the example − score of the baseline|
+    tolerance: float | None = None  # of the method; None if it has none
     is_met: bool | None = None  # whether the tolerance was met before `max_rows`; with top-k, for every map
 
     @classmethod
     def of(cls, message: pb.Convergence) -> "Convergence":
-        """Return what a message says."""
+        """Convert from the wire message."""
         return cls(
             message.rows,
             message.error if message.HasField("error") else None,
@@ -97,9 +97,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """How a picture became the model's input: resized to the scaled size, then the crop was cut out. In pixels.
+    """How a picture became the model's input: resized to the scaled size, then cropped. In pixels.
 
-    `window` has the values of 16-bit and DICOM files that became black and white; None: as the file says.
+    `window` has the values that became black and white, for 16-bit and DICOM files; None is the file's own window.
     """
 
     original_height: int
@@ -114,7 +114,7 @@ class Geometry:
 
     @classmethod
     def of(cls, message: tensor_pb2.Geometry) -> "Geometry":
-        """Return what a message says."""
+        """Convert from the wire message."""
         crop = message.crop
         return cls(
             message.original_height, message.original_width, message.scaled_height, message.scaled_width,
@@ -125,28 +125,28 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Where the server's time went for one batch, in seconds."""
+    """The server's time for one batch, by stage, in seconds."""
 
     prepare_s: float  # decoding and resizing
     queue_s: float  # waiting for the device
     compute_s: float  # from the first row's start to the last row's end
     total_s: float  # from arrival to answer
-    admission_s: float = 0.0  # from arrival until it was let in: waiting for its model, a slot and the permits
+    admission_s: float = 0.0  # from arrival to admission: waiting for the model, a slot and permits
 
     @classmethod
     def of(cls, message: pb.Timing) -> "Timing":
-        """Return what a message says."""
+        """Convert from the wire message."""
         return cls(*map(seconds, _spans(message)))
 
 
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """All that is needed to compute an answer again."""
+    """Everything that is needed to recompute an answer, except the images."""
 
     model: str
     model_version: int
     model_digest: str
-    method: str  # with every default filled in, as text
+    method: str  # as text, with all defaults
     target: str
     score: str
     channels: str
@@ -155,16 +155,16 @@ class Provenance:
     threads: int
     chunk_rows: int
     software: dict[str, str]
-    reproducible: bool  # equal provenance promises equal bytes
-    baseline_digest: str  # SHA-256 of a baseline that was given as an array, else empty
-    kernel_options: tuple[str, ...] = ()  # what the operator chose to be faster: "fold", "channels_last", "compile"
+    reproducible: bool  # whether equal provenance guarantees equal bytes
+    baseline_digest: str  # SHA-256 of a baseline array, else empty
+    kernel_options: tuple[str, ...] = ()  # optimizations chosen by the operator: "fold", "channels_last", "compile"
     example_digests: tuple[str, ...] = ()  # SHA-256 of each example as the server received it
-    model_canary: str = ""  # digest of what the model makes of a fixed input; empty where that is not known
-    head_precision: str = ""  # of the score and its gradient at the model's outputs; empty from an older server
+    model_canary: str = ""  # digest of the model's output for a fixed input; empty if unknown
+    head_precision: str = ""  # of the score and its gradient at the model's output; empty from an older server
 
     @classmethod
     def of(cls, message: pb.Provenance) -> "Provenance":
-        """Return what a message says."""
+        """Convert from the wire message."""
         return cls(
             model=message.model,
             model_version=message.model_version,
@@ -192,5 +192,5 @@ def _spans(message: pb.Timing) -> tuple[Duration, ...]:
 
 
 def seconds(span: Duration) -> float:
-    """Return a span in seconds."""
+    """Convert a `Duration` to seconds."""
     return float(span.seconds + span.nanos / 1e9)

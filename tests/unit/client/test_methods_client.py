@@ -252,7 +252,7 @@ def test_methods_without_an_array_have_none_to_remember() -> None:
 REFUSED: dict[str, tuple[Callable[[], sidelight.methods.Method], str]] = {
     "signed-and-squared": (
         lambda: sidelight.Gradient(signed=True, squared=True),
-        "method.squared: got True beside signed",
+        "method.squared: got True together with signed",
     ),
     "flag": (lambda: sidelight.Gradient(times_input=1), "method.times_input: got 1, expected True or False"),
     "fraction": (lambda: sidelight.IntegratedGradients(steps=2.5), "method.steps: got 2.5, expected a whole number"),
@@ -263,7 +263,7 @@ REFUSED: dict[str, tuple[Callable[[], sidelight.methods.Method], str]] = {
     "beyond-64-bits": (lambda: sidelight.RISE(seed=2**63), "method.seed: got 9223372036854775808, expected a 64-bit"),
     "beyond-doubles": (
         lambda: sidelight.SmoothGrad(noise_level=10**400),
-        "method.noise_level: got a whole number beyond every",
+        "method.noise_level: got a whole number too large for a float",
     ),
     "no-number": (lambda: sidelight.SmoothGrad(noise_level=None), "method.noise_level: got None, expected a number"),
     "complex": (lambda: sidelight.SmoothGrad(tolerance=1j), "method.tolerance: got complex, expected a number"),
@@ -287,8 +287,8 @@ REFUSED: dict[str, tuple[Callable[[], sidelight.methods.Method], str]] = {
         lambda: sidelight.SmoothGrad(base=sidelight.SmoothGrad()),
         "method.base: got SmoothGrad, expected Gradient() or IntegratedGradients()",
     ),
-    "layer": (lambda: sidelight.GradCAM(layer=4), "method.layer: got 4, expected a text"),
-    "layer-that-is-no-unicode": (lambda: sidelight.GradCAM(layer="\udcff"), "expected a text in Unicode"),
+    "layer": (lambda: sidelight.GradCAM(layer=4), "method.layer: got 4, expected a string"),
+    "layer-that-is-no-unicode": (lambda: sidelight.GradCAM(layer="\udcff"), "expected a string that UTF-8 can encode"),
     "baseline-name": (
         lambda: sidelight.IntegratedGradients(baseline="blured"),
         "method.baseline: got 'blured', expected zero, black, mean_color, blurred, a number, Blurred() or a floating "
@@ -473,10 +473,10 @@ WRONG = {
     "guided_backpropagation(x=1)": "method: guided_backpropagation got the option 'x', expected none",
     "rise(masks=many)": "method.masks: got 'many', expected a whole number",
     "rise(masks=1 + 1)": "expected something like",
-    "rise(masks=not seed)": "method.masks: got 'not'('seed'), expected a number, a word or a text",
-    "grad_cam(layer=layer4 conv)": "method.layer: got 'layer4'('conv'), expected a number, a word or a text",
-    "grad_cam(layer='a' 'b')": "method.layer: got 'a'('b'), expected a number, a word or a text",
-    "rise(masks=(seed)(1))": "method.masks: got 'seed'(1), expected a number, a word or a text",
+    "rise(masks=not seed)": "method.masks: got 'not'('seed'), expected a number, a word or a quoted string",
+    "grad_cam(layer=layer4 conv)": "method.layer: got 'layer4'('conv'), expected a number, a word or a quoted string",
+    "grad_cam(layer='a' 'b')": "method.layer: got 'a'('b'), expected a number, a word or a quoted string",
+    "rise(masks=(seed)(1))": "method.masks: got 'seed'(1), expected a number, a word or a quoted string",
     "rise(masks=[1])": "method.masks: got list, expected a whole number",
     "occlusion(baseline=blured(sigma=1))": "method.baseline: got 'blured', expected one of blurred; did you mean",
     "occlusion(baseline=gradient(signed=True))": "method.baseline: got 'gradient', expected one of blurred",
@@ -488,7 +488,7 @@ WRONG = {
     "1": "method: got 1, expected a name with named options",
     "rise.x(masks=1)": "expected a name with named options",
     "__import__('os').system('true')": "expected a name with named options",
-    "rise(masks=__import__('os'))": "method.masks: got __import__('os'), expected a number, a word or a text",
+    "rise(masks=__import__('os'))": "method.masks: got __import__('os'), expected a number, a word or a quoted string",
     "(" * 10_000: "expected something like",
 }
 
@@ -563,7 +563,7 @@ def test_a_target_says_itself(target: object, message: pb.Target, text: str) -> 
         (sidelight.Dense(1.5), "target.label_or_index: got 1.5, expected class indices or labels"),
         (sidelight.Dense(1, (1, 2, 3)), "target.region: got (1, 2, 3), expected (top, left, height, width)"),
         (sidelight.Dense(1, (1, 2, 3, 4.5)), "target.region: got 4.5, expected a whole number"),
-        ("\udcff", "target: got '\\udcff', expected a text in Unicode"),
+        ("\udcff", "target: got '\\udcff', expected a string that UTF-8 can encode"),
         (True, "target: got True, expected a whole number"),
     ],
     ids=lambda each: "" if isinstance(each, str) else repr(each),
