@@ -21,7 +21,7 @@ from ._inputs.batch import Batch, Images
 from ._inputs.images import EncodedBatch
 from ._inputs.validation import counted, span, whole
 from ._options import AttributeOptions, Headers, Metadata, checked_metadata, model_name
-from ._streaming.limits import check_message_size, map_bytes, spans
+from ._streaming.limits import check_message_size, map_bytes, split
 from ._streaming.requests import StreamConfig
 from ._streaming.stream import Stream
 from ._streaming.unanswered import UnansweredParts
@@ -149,7 +149,7 @@ class ClientCore:
         *,
         facts: Facts,
         timeout_s: float,
-        patience_s: float,
+        server_wait_s: float,
         is_one_row: bool,
         window: int | None,
         allow_model_change: bool,
@@ -160,8 +160,8 @@ class ClientCore:
         connections, input_size = self.pool.connections, facts.input_size
         config = StreamConfig(
             template=template,
-            spans=functools.partial(
-                spans,
+            split=functools.partial(
+                split,
                 template,
                 client_limit=self.max_message_bytes,
                 server=facts.server,
@@ -169,7 +169,7 @@ class ClientCore:
                 is_shared=bool(self.shared_memory),
             ),
             timeout_s=timeout_s,
-            patience_s=patience_s,
+            server_wait_s=server_wait_s,
             max_message_bytes=self.max_message_bytes,
             allow_model_change=allow_model_change,
             baseline=given_array(template.method),
@@ -182,7 +182,7 @@ class ClientCore:
         per_worker = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if is_one_row else 1
         if window:  # equal shares, so that a stalled server does not hold all of it
             per_worker = max(1, window // len(connections))
-        unanswered = UnansweredParts(window=per_worker, in_all=window, n_workers=len(connections))
+        unanswered = UnansweredParts(window=per_worker, total_window=window, n_workers=len(connections))
         return Stream(connections, batches, config=config, unanswered=unanswered, on_change=on_change)
 
     def _ask(

@@ -12,38 +12,38 @@ from sidelight.v1 import attribution_pb2 as pb
 from ._inputs.batch import Batch, Images
 from ._inputs.images import EncodedBatch
 from ._transport.channel import DIAGNOSE_EVERY_S, Connection
-from ._transport.pool import SILENT_WAIT_S, ConnectionPool
+from ._transport.pool import WARN_AFTER_S, ConnectionPool
 from .exceptions import Cancelled
 
 _END = object()
 
 
-async def ready(servers: ConnectionPool, timeout_s: float) -> Connection:
+async def ready(pool: ConnectionPool, timeout_s: float) -> Connection:
     """Return the next connected server, and wait for one if necessary. Raises `Unavailable` after the timeout."""
-    if found := servers.ready_now():
+    if found := pool.ready_now():
         return found
-    servers.forget_errors()
+    pool.forget_errors()
     changed = asyncio.Event()
     wake = from_thread(changed.set)
-    log_timer = asyncio.get_running_loop().call_later(SILENT_WAIT_S, servers.log_waiting)
-    for connection in servers.connections:
+    log_timer = asyncio.get_running_loop().call_later(WARN_AFTER_S, pool.log_waiting)
+    for connection in pool.connections:
         connection.listen(wake)
     try:
         async with asyncio.timeout(timeout_s):
-            while not (found := servers.ready_now()):
+            while not (found := pool.ready_now()):
                 changed.clear()
-                servers.check()
-                for connection in servers.connections:
+                pool.check()
+                for connection in pool.connections:
                     connection.connect()
                 with contextlib.suppress(TimeoutError):  # wakes up to diagnose again why there is none
                     async with asyncio.timeout(DIAGNOSE_EVERY_S):
                         await changed.wait()
         return found
     except TimeoutError:
-        raise servers.unavailable(timeout_s) from None
+        raise pool.unavailable(timeout_s) from None
     finally:
         log_timer.cancel()
-        for connection in servers.connections:
+        for connection in pool.connections:
             connection.unlisten(wake)
 
 

@@ -7,7 +7,7 @@ from ..exceptions import ResourceExhausted, SidelightError, Unavailable
 
 log = logging.getLogger("sidelight")
 
-SILENT_WAIT_S = 1.0
+WARN_AFTER_S = 1.0
 
 
 class Availability:
@@ -42,18 +42,18 @@ class Availability:
         self._cause = cause
 
     def log_waiting(self, now_s: float) -> float | None:
-        """Log once that no server is available for `SILENT_WAIT_S`. Returns when to call again; None for never."""
+        """Log once that no server is available for `WARN_AFTER_S`. Returns when to call again; None for never."""
         if self._live or self._has_logged:
             return None
-        if now_s - self._since_s < SILENT_WAIT_S:
-            return self._since_s + SILENT_WAIT_S
+        if now_s - self._since_s < WARN_AFTER_S:
+            return self._since_s + WARN_AFTER_S
         self._has_logged = True
         log.warning("waiting for a server at %s", self._names)
         return None
 
-    def gives_up_s(self, patience_s: float) -> float | None:
-        """Return when no server will have been available for `patience_s`; None while one is."""
-        return None if self._live else self._since_s + patience_s
+    def gives_up_s(self, server_wait_s: float) -> float | None:
+        """Return when no server will have been available for `server_wait_s`; None while one is."""
+        return None if self._live else self._since_s + server_wait_s
 
     def error(self, what: str) -> SidelightError:
         """Return the error for having no server: `ResourceExhausted` if the last one accepts no more streams."""

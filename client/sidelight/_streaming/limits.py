@@ -34,7 +34,7 @@ def check_message_size(
     _check_answer_size(map_bytes(request, batch, input_size), client_limit=client_limit)
 
 
-def spans(
+def split(
     template: pb.AttributeRequest,
     batch: EncodedBatch,
     *,
@@ -51,7 +51,7 @@ def spans(
     n, most = len(batch), server.limits.max_batch_examples or len(batch)
     maps_bytes = map_bytes(template, batch, input_size)
     if is_shared and server.shared_memory and batch.array is not None:
-        return _through_regions(
+        return _split_for_regions(
             batch.array.nbytes + maps_bytes, n, most=most, limit=server.shared_memory.max_region_bytes
         )
     limit = min(client_limit, server.limits.max_message_bytes)
@@ -64,10 +64,10 @@ def spans(
     )
     _check_answer_size(maps_bytes // n, client_limit=client_limit)
     fitting = (limit - PROVENANCE_BYTES) // (maps_bytes // n + EXAMPLE_BYTES)
-    return list(_packed(sizes, room=limit - head_bytes, most=max(1, min(most, fitting))))
+    return list(_pack(sizes, room=limit - head_bytes, most=max(1, min(most, fitting))))
 
 
-def _through_regions(n_bytes: int, n: int, *, most: int, limit: int) -> list[range]:
+def _split_for_regions(n_bytes: int, n: int, *, most: int, limit: int) -> list[range]:
     """Return the ranges of n examples of equal size that fit into a region; `n_bytes` is for all, with their maps."""
     fitting = min(most, limit // (n_bytes // n)) if n_bytes else most
     if n and not fitting:
@@ -78,7 +78,7 @@ def _through_regions(n_bytes: int, n: int, *, most: int, limit: int) -> list[ran
     return [range(start, min(start + fitting, n)) for start in range(0, n, max(1, fitting))] or [range(n)]
 
 
-def _packed(sizes: list[int], *, room: int, most: int) -> Iterator[range]:
+def _pack(sizes: list[int], *, room: int, most: int) -> Iterator[range]:
     start = n_bytes = 0
     for place, size in enumerate(sizes):
         if place > start and (n_bytes + size > room or place - start >= most):

@@ -16,7 +16,7 @@ from .unanswered import Entry
 _Item = TypeVar("_Item")
 
 
-def join(entry: Entry) -> Attribution:
+def merge_parts(entry: Entry) -> Attribution:
     """Return the answer to a batch whose parts are all answered. If a part failed, its failure is the batch's.
 
     Preparation and compute times are added; of admission, queue and total times the longest is taken.
@@ -42,10 +42,10 @@ def join(entry: Entry) -> Attribution:
     return dataclasses.replace(
         first,
         maps=np.concatenate([part.maps for part in parts]),
-        predictions=_chained(part.predictions for part in parts),
-        targets=_chained(part.targets for part in parts),
-        geometry=_chained(part.geometry for part in parts),
-        convergence=_chained(part.convergence for part in parts),
+        predictions=_concatenate(part.predictions for part in parts),
+        targets=_concatenate(part.targets for part in parts),
+        geometry=_concatenate(part.geometry for part in parts),
+        convergence=_concatenate(part.convergence for part in parts),
         failures=tuple(failures),
         probabilities=None
         if first.probabilities is None
@@ -59,7 +59,7 @@ def join(entry: Entry) -> Attribution:
     )
 
 
-def _chained(parts: Iterable[tuple[_Item, ...]]) -> tuple[_Item, ...]:
+def _concatenate(parts: Iterable[tuple[_Item, ...]]) -> tuple[_Item, ...]:
     return tuple(item for part in parts for item in part)
 
 
@@ -70,7 +70,9 @@ def _provenance(parts: list[pb.Provenance]) -> pb.Provenance:
     """
     whole = pb.Provenance()
     whole.CopyFrom(parts[0])
-    whole.reproducible = all(_shared(part) == _shared(parts[0]) and part.reproducible for part in parts)
+    whole.reproducible = all(
+        _without_examples(part) == _without_examples(parts[0]) and part.reproducible for part in parts
+    )
     for part in parts[1:]:
         whole.example_digests.extend(part.example_digests)
     if whole.target.WhichOneof("target") == "per_example":
@@ -79,7 +81,7 @@ def _provenance(parts: list[pb.Provenance]) -> pb.Provenance:
     return whole
 
 
-def _shared(part: pb.Provenance) -> pb.Provenance:
+def _without_examples(part: pb.Provenance) -> pb.Provenance:
     """Return a copy without the fields that belong to single examples."""
     shared = pb.Provenance()
     shared.CopyFrom(part)

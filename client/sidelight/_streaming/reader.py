@@ -48,7 +48,7 @@ class BatchReader:
         try:
             batch = given if isinstance(given, EncodedBatch) else EncodedBatch(given)
             self._check_classes(batch)
-            spans = self._config.spans(batch)
+            spans = self._config.split(batch)
         except (SidelightError, OSError) as error:
             refused = error if isinstance(error, SidelightError) else InvalidArgument(f"images: {error}")
             return ReadBatch(index, batch, refused=refused)

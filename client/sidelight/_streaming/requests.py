@@ -26,10 +26,10 @@ class StreamConfig:
     """Options of all batches of a stream, and its timeouts, limits and retries."""
 
     template: pb.AttributeRequest  # the request without id, images and remaining time
-    spans: Callable[[EncodedBatch], Sequence[range]]  # the ranges of examples into which a batch is split
+    split: Callable[[EncodedBatch], Sequence[range]]  # the ranges of examples into which a batch is split
     map_bytes: Callable[[EncodedBatch], int]  # the size of a batch's maps
     timeout_s: float
-    patience_s: float  # how long to wait for a server while no batch is unanswered
+    server_wait_s: float  # how long to wait for a server while no batch is unanswered
     max_message_bytes: int
     allow_model_change: bool
     baseline: Array | None  # the array given with the method, if any

@@ -34,7 +34,7 @@ from ..results import attribution
 from ..results.attribution import Attribution
 from ..results.types import seconds
 from .availability import Availability
-from .merge import join
+from .merge import merge_parts
 from .reader import BatchReader
 from .requests import StreamConfig
 from .results_queue import Answered, End, ResultQueue
@@ -133,7 +133,7 @@ class Stream:
     # StreamCoordinator: called by the workers.
 
     def wait_until_ready(self, connection: Connection, not_before_s: float) -> bool:
-        """Wait until a time has come and the server is connected. Returns False once the stream is over."""
+        """Wait until `not_before_s` and until the server is connected. Returns False once the stream is over."""
         sought: object = self  # the channel state in which `connect` was called last; at first none
         with self._lock:
             while not self._is_over:
@@ -242,7 +242,7 @@ class Stream:
                 if not self._is_reading and self._unanswered.may_read(worker, now_s):
                     self._is_reading = True
                     return Step.READ
-                resend_s = self._unanswered.next_sending_s(now_s)
+                resend_s = self._unanswered.next_retry_s(now_s)
                 wait_s = None if resend_s is None else resend_s - now_s
             self._changed.wait(wait_s)
         return Step.END
@@ -295,7 +295,7 @@ class Stream:
 
     def _store_answer(self, part: Part, answer: Attribution) -> None:
         if part.entry.add_answer(part.start, answer):
-            self._deliver(part.entry, join(part.entry))
+            self._deliver(part.entry, merge_parts(part.entry))
 
     def _fail(self, part: Part, error: SidelightError) -> None:
         self._store_answer(part, attribution.failed(error, index=part.entry.index, id_=part.entry.id))
@@ -331,7 +331,7 @@ class Stream:
         batch, spans, refused = read.batch, read.spans, read.refused
         with self._lock:
             if batch.id is None:
-                batch.id = self._unanswered.free_id(read.index)
+                batch.id = self._unanswered.unused_id(read.index)
             elif refused is None and self._unanswered.has_id(batch.id):
                 spans, refused = (), InvalidArgument(f'id: "{batch.id}" is of a batch that is not answered yet')
             entry = Entry(read.index, batch, time.monotonic() + self._config.timeout_s)
@@ -370,10 +370,10 @@ class Stream:
         if late:
             self._changed.notify_all()
         dues_s = [self._unanswered.next_deadline_s(), self._availability.log_waiting(now_s)]
-        patience_s = self._config.patience_s
-        if not self._unanswered.n_unanswered and (ends_s := self._availability.gives_up_s(patience_s)) is not None:
+        server_wait_s = self._config.server_wait_s
+        if not self._unanswered.n_unanswered and (ends_s := self._availability.gives_up_s(server_wait_s)) is not None:
             if now_s >= ends_s:
-                self._end(self._availability.error(f"for {patience_s:g} s"))
+                self._end(self._availability.error(f"for {server_wait_s:g} s"))
             dues_s.append(ends_s)
         return min((due_s for due_s in dues_s if due_s is not None), default=None)
 

@@ -75,13 +75,13 @@ class UnansweredParts:
     """The unanswered parts of a stream: those that wait, and those that are sent to a worker.
 
     A worker stands for one server and may be any hashable value. `window` limits the examples per worker that are
-    unanswered, or answered and not yet released; two batches are always allowed. `in_all` limits them over all workers;
-    None sets no limit.
+    unanswered, or answered and not yet released; two batches are always allowed. `total_window` limits them over all
+    workers; None sets no limit.
     """
 
-    def __init__(self, *, window: int, in_all: int | None = None, n_workers: int = 1) -> None:
+    def __init__(self, *, window: int, total_window: int | None = None, n_workers: int = 1) -> None:
         self._window = window
-        self._in_all = in_all
+        self._total_window = total_window
         self._n_workers = n_workers
         self._waiting: list[Part] = []  # sorted by position
         self._sent: dict[str, tuple[Part, Hashable]] = {}
@@ -112,7 +112,8 @@ class UnansweredParts:
     def may_read(self, worker: Hashable, now_s: float) -> bool:
         """Return whether a worker may read another batch.
 
-        It may if there is room, no waiting part could be sent now, and the worker holds no suspect.
+        It may if the window has room, no waiting part could be sent now, and the worker's own share is not used up by
+        sent parts and holds no suspect.
         """
         if self.is_exhausted or any(part.not_before_s <= now_s for part in self._waiting):
             return False
@@ -144,7 +145,7 @@ class UnansweredParts:
         sent = (part for part, _ in self._sent.values())
         return any(part.entry.id == id_ for part in (*self._waiting, *sent))
 
-    def free_id(self, index: int) -> str:
+    def unused_id(self, index: int) -> str:
         """Return an id that no unanswered batch has, for a batch without one."""
         id_ = str(index)
         while self.has_id(id_):
@@ -210,7 +211,7 @@ class UnansweredParts:
         dues_s += [self._expires_s(part) for part, _ in self._sent.values()]
         return min(dues_s, default=None)
 
-    def next_sending_s(self, now_s: float) -> float | None:
+    def next_retry_s(self, now_s: float) -> float | None:
         """Return when the first part's retry delay ends; None if no part has one."""
         return min((part.not_before_s for part in self._waiting if part.not_before_s > now_s), default=None)
 
@@ -230,8 +231,8 @@ class UnansweredParts:
         return [part for part, sent_to in self._sent.values() if sent_to == worker]
 
     def _has_room(self) -> bool:
-        if self._in_all is not None:
-            return self._n_batches < MIN_BATCHES or self._n_examples < self._in_all
+        if self._total_window is not None:
+            return self._n_batches < MIN_BATCHES or self._n_examples < self._total_window
         return self._n_batches < MIN_BATCHES * self._n_workers or self._n_examples < self._window * self._n_workers
 
     @staticmethod

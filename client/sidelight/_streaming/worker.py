@@ -18,10 +18,10 @@ from .._transport.shared_memory import Regions
 from .._transport.wire import Incoming, Outgoing
 from ..exceptions import Cancelled, ResourceExhausted, SidelightError, Unavailable, from_rpc
 
-BEGIN_HEADER = (
-    "sidelight-begin"  # sent by a server that has accepted the call; a proxy without a backend never sends it
-)
-END_TRAILER = "sidelight-end"  # sent by a server that ends a stream in order, after all answers
+# Sent by a server when it has accepted the call. A proxy without a backend never sends it.
+BEGIN_HEADER = "sidelight-begin"
+# Sent by a server that ends a stream in order, after all answers.
+END_TRAILER = "sidelight-end"
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 0.1, 2.0
 # Statuses of a call that was cut off: the server's process ended, or a proxy or the network reset the connection, which
 # gRPC reports in one of these ways. Another call may succeed. A server itself never ends a stream with one of these
@@ -40,7 +40,7 @@ class StreamCoordinator(Protocol):
     """What a worker calls; implemented by `Stream`. All methods are thread-safe."""
 
     def wait_until_ready(self, connection: Connection, not_before_s: float) -> bool:
-        """Wait until a time has come and the server is connected. Returns False once the stream is over."""
+        """Wait until `not_before_s` and until the server is connected. Returns False once the stream is over."""
 
     def call_started(self, worker: "StreamWorker") -> None:
         """Record that the server has accepted the call."""

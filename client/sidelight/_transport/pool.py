@@ -13,7 +13,7 @@ from .process import Origin
 
 log = logging.getLogger("sidelight")
 
-SILENT_WAIT_S = 1.0
+WARN_AFTER_S = 1.0
 
 
 class ConnectionPool:
@@ -56,7 +56,7 @@ class ConnectionPool:
             return found
         self.forget_errors()
         deadline_s = time.monotonic() + timeout_s
-        if found := self._wait(min(timeout_s, SILENT_WAIT_S)):
+        if found := self._wait(min(timeout_s, WARN_AFTER_S)):
             return found
         self.log_waiting()
         if found := self._wait(deadline_s - time.monotonic()):

@@ -9,7 +9,7 @@ from typing import Protocol
 from ..exceptions import FailedPrecondition
 
 
-class _Closing(Protocol):
+class _Closable(Protocol):
     def close(self) -> None: ...
 
 
@@ -32,10 +32,10 @@ class Origin:
             )
 
 
-_open: "weakref.WeakSet[_Closing]" = weakref.WeakSet()
+_open: "weakref.WeakSet[_Closable]" = weakref.WeakSet()
 
 
-def close_at_exit(each: _Closing) -> None:
+def close_at_exit(each: _Closable) -> None:
     """Close an object before the interpreter shuts down.
 
     Shutdown stops daemon threads wherever they are, even while they hold locks. A generator that is closed only after

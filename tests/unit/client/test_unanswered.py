@@ -16,8 +16,10 @@ def entry(index: int, n: int = 1, *, deadline_s: float = 100.0) -> Entry:
     return Entry(index, EncodedBatch(np.zeros((n, 1, 1, 1), np.float32)), deadline_s)
 
 
-def filled(n_batches: int, *, window: int = 100, n_workers: int = 1, in_all: int | None = None) -> UnansweredParts:
-    unanswered = UnansweredParts(window=window, n_workers=n_workers, in_all=in_all)
+def filled(
+    n_batches: int, *, window: int = 100, n_workers: int = 1, total_window: int | None = None
+) -> UnansweredParts:
+    unanswered = UnansweredParts(window=window, n_workers=n_workers, total_window=total_window)
     for index in range(n_batches):
         unanswered.add(entry(index), [range(1)])
     return unanswered
@@ -105,7 +107,7 @@ def test_a_part_that_has_to_wait_lets_others_pass() -> None:
     assert sent(unanswered, A, 1.0) == ["1"]
     assert unanswered.may_read(A, 1.0)
     assert not unanswered.may_read(A, 5.0)
-    assert (unanswered.next_sending_s(1.0), unanswered.next_sending_s(5.0)) == (5.0, None)
+    assert (unanswered.next_retry_s(1.0), unanswered.next_retry_s(5.0)) == (5.0, None)
     assert sent(unanswered, A, 5.0) == ["0"]
 
 
@@ -148,7 +150,7 @@ def test_a_worker_reads_on_until_its_window_is_full_and_always_two_batches(n_wor
 
 
 def test_a_window_in_all_bounds_all_workers_together() -> None:
-    unanswered, n = UnansweredParts(window=4, in_all=4, n_workers=2), 0
+    unanswered, n = UnansweredParts(window=4, total_window=4, n_workers=2), 0
     while readers := [worker for worker in (A, B) if unanswered.may_read(worker, 0.0)]:
         unanswered.add(entry(n), [range(1)])
         unanswered.send(readers[-1], 0)
