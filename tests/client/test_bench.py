@@ -415,7 +415,7 @@ def test_a_picture_needs_matplotlib_and_says_so_at_once(run: Run, monkeypatch: p
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run("--plot", "out.png")
     assert done.exit_code == 1
-    assert done.stderr == "sidelight: --plot: it needs matplotlib: pip install 'sidelight[plot]'\n"
+    assert done.stderr == "sidelight: --plot: needs matplotlib: pip install 'sidelight[plot]'\n"
 
 
 @pytest.mark.parametrize(
@@ -452,24 +452,24 @@ def test_an_address_that_is_none_is_a_usage_error(run: Run) -> None:
     [
         (
             ["--concurrency", "1,x"],
-            "--concurrency: expected positive whole numbers with commas between them, got '1,x'",
+            "--concurrency: expected positive whole numbers separated by commas, got '1,x'",
         ),
         (["--concurrency", "0"], "--concurrency: expected positive whole numbers"),
         (["--concurrency", ""], "--concurrency: expected positive whole numbers"),
-        (["--rate", "0"], "--rate: expected positive numbers with commas between them, got '0'"),
+        (["--rate", "0"], "--rate: expected positive numbers separated by commas, got '0'"),
         (["--rate", "-5"], "--rate: expected positive numbers"),
         (["--rate", "nan"], "--rate: expected positive numbers"),
-        (["--rate", "5", "--concurrency", "1"], "--concurrency: expected it without --rate"),
-        (["--arrivals", "poisson"], "--arrivals: expected --rate beside it"),
-        (["--outstanding", "5"], "--outstanding: expected --rate beside it"),
-        (["--window", "5"], "--window: expected --mode stream beside it"),
+        (["--rate", "5", "--concurrency", "1"], "--concurrency: expected only without --rate"),
+        (["--arrivals", "poisson"], "--arrivals: expected only with --rate"),
+        (["--outstanding", "5"], "--outstanding: expected only with --rate"),
+        (["--window", "5"], "--window: expected only with --mode stream"),
         (["--shape", "3,4"], "--shape: expected C,H,W, got '3,4'"),
-        (["a.png", "--shape", "3,4,5"], "--shape: expected it without pictures"),
-        (["--pixels"], "--pixels: expected pictures beside it"),
+        (["a.png", "--shape", "3,4,5"], "--shape: expected only without pictures"),
+        (["--pixels"], "--pixels: expected only with pictures"),
         (["--interval", "0"], "--interval: expected a positive number, got 0.0"),
         (["--stable-percentile", "42"], "--stable-percentile: expected one of (50, 90, 95, 99), got 42"),
         (["--method", "smothgrad"], "did you mean 'smoothgrad'?"),
-        (["--json", "no/where.json"], "--json: expected a file in a folder that is there"),
+        (["--json", "no/where.json"], "--json: expected a file in an existing folder"),
         (["--batch", "0"], "--batch"),
         (["--mode", "both"], "--mode"),
     ],

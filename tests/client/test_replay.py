@@ -252,10 +252,10 @@ def test_what_is_not_equal_is_held_to_what_was_promised(
     assert done.exit_code == (0 if replayed.kept else 1)
     assert len(re.findall(r"\.png: differs: at most [\d.]+e-0\d of the map's maximum", done.stdout)) == 2
     verdict = {
-        (True, True): "not equal, though the answer was made reproducible",
-        (True, False): "not equal, though the answer was made reproducible",
-        (False, True): "equal within 1e-05 of each map's maximum: it was not made reproducible",
-        (False, False): "not equal within 1e-05 of each map's maximum: it was not made reproducible",
+        (True, True): "not equal, although the saved answer is reproducible",
+        (True, False): "not equal, although the saved answer is reproducible",
+        (False, True): "equal within 1e-05 of each map's maximum: the answer is not reproducible",
+        (False, False): "not equal within 1e-05 of each map's maximum: the answer is not reproducible",
     }[promised, within]
     assert done.stdout.splitlines()[-1] == verdict
 
@@ -282,7 +282,7 @@ def test_the_command_says_equal_and_ends_with_none(exact: sidelight.Client, pict
     for given in (saved, saved / "answer.json"):
         done = run(exact, given, *options(pictures))
         assert done.exit_code == 0, done.output
-        expected = ["a.png: equal to the last bit", "b.png: equal to the last bit", "equal to the last bit"]
+        expected = ["a.png: equal bit for bit", "b.png: equal bit for bit", "equal bit for bit"]
         assert done.stdout.splitlines() == expected
 
 

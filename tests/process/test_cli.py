@@ -286,7 +286,7 @@ def test_a_saturated_score_is_advised_upon_once(device: str, run: Run) -> None:
     with sidelight_server.serve(spec, device=device) as address:
         done = run("attribute", *paths, "--address", address)
         advised = run("attribute", *paths, "--address", address, "--score", "logit")
-    assert done.stdout.count('ask for score="logit"') == 1
+    assert done.stdout.count('Use score="logit"') == 1
     assert done.stdout.splitlines()[-1].startswith("saturated: ")
     assert "saturated" not in advised.stdout
 
@@ -484,7 +484,7 @@ def test_a_baseline_of_a_method_without_one_is_refused(run: Run, tmp_path: Path)
     np.save(tmp_path / "b.npy", np.ones((3, 32, 32), np.float32))
     done = run("attribute", picture("a.png"), "--baseline", "b.npy")
     assert done.exit_code == 1
-    assert "--baseline: Gradient has none" in done.stderr
+    assert "--baseline: Gradient has no baseline" in done.stderr
     assert "No such file" in run("attribute", "a.png", "--method", "occlusion", "--baseline", "c.npy").stderr
 
 
@@ -501,7 +501,7 @@ def test_info_tells_version_limits_methods_and_models(run: Run, address: str, cl
     assert f"sidelight-server {server.version} at {address} methods gradient, smoothgrad, integrated" in text
     assert "rows 10000 at most for one example" in text
     assert "cancellations" not in text or server.cancellations.count
-    assert "promises equal maps within a tolerance" in text
+    assert "guarantees equal maps within a tolerance" in text
     assert "message 64 MiB at most picture 50 megapixels at most" in text
     assert "in flight 256 batches at most, 32 of them on one stream" in text
     (model,) = server.models
@@ -519,7 +519,7 @@ def test_info_tells_version_limits_methods_and_models(run: Run, address: str, cl
         ({"resize": "48x40"}, "resize 48x40, bilinear; 0 to 1, mean 0, std 1"),
         (
             {"resize": 40, "interpolation": "bicubic", "mean": [0.25], "std": [0.5], "window": (0, 4095)},
-            "short side 40, bicubic; 0 to 1, mean 0.25, std 0.5; of 16 bits and DICOM 0 to 4095",
+            "short side 40, bicubic; 0 to 1, mean 0.25, std 0.5; window of 16-bit and DICOM files 0 to 4095",
         ),
     ],
     ids=["default", "range", "sides", "window"],
@@ -595,17 +595,20 @@ def test_without_a_command_the_help_is_shown(run: Run) -> None:
         (["attribute", "a.png", "--map-dtype", "f4"], "'float32', 'float16', 'uint8'"),
         (["attribute", "a.png", "--method", "smothgrad"], "did you mean 'smoothgrad'?"),
         (["attribute", "a.png", "--method", "smoothgrad(sample=2)"], "did you mean 'samples'?"),
-        (["attribute", "a.png", "--method", "rise", "--signed"], "--signed and --times-input are options of gradient"),
-        (["attribute", "a.png", "--method", "gradient(squared=True)", "--times-input"], "options of gradient alone"),
-        (["attribute", "a.png", "--top-k", "3", "--target", "1"], "expected it without --target"),
-        (["attribute", "a.png", "--against", "1"], "expected --target beside it"),
-        (["attribute", "a.png", "--region", "0,0,1,1"], "expected --target beside it"),
+        (
+            ["attribute", "a.png", "--method", "rise", "--signed"],
+            "--signed and --times-input are options only of gradient",
+        ),
+        (["attribute", "a.png", "--method", "gradient(squared=True)", "--times-input"], "options only of gradient"),
+        (["attribute", "a.png", "--top-k", "3", "--target", "1"], "expected only without --target"),
+        (["attribute", "a.png", "--against", "1"], "expected only with --target"),
+        (["attribute", "a.png", "--region", "0,0,1,1"], "expected only with --target"),
         (["attribute", "a.png", "--target", "1", "--region", "0,0,1"], "expected TOP,LEFT,HEIGHT,WIDTH"),
         (["attribute", "a.png", "--target", "1", "--against", "2", "--region", "0,0,1,1"], "without --region"),
         (["attribute", "a.png", "--option", "samples=2"], "gradient got the option 'samples'"),
         (["attribute", "a.png", "--method", "smoothgrad", "--option", "sample=2"], "did you mean 'samples'?"),
         (["attribute", "a.png", "--method", "smoothgrad", "--option", "samples"], "expected NAME=VALUE"),
-        (["attribute", "a.png", "--method", "rise(masks=2)", "--option", "seed=1"], "expected a name alone"),
+        (["attribute", "a.png", "--method", "rise(masks=2)", "--option", "seed=1"], "expected only a name"),
         (["replay", "answer.json", "--imge", "a.png"], "--image"),
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",

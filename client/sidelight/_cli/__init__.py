@@ -1,4 +1,4 @@
-"""The command `sidelight`: its options, and the tables that it prints.
+"""The command `sidelight`: options, tables and the load generator.
 
 May import everything in the client; needs the extra `sidelight[cli]`.
 """

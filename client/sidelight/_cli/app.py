@@ -1,4 +1,4 @@
-"""The command line: explain pictures, ask about a server, see a demonstration."""
+"""The command line: `attribute`, `replay`, `info`, `reload`, `demo` and `bench`."""
 
 import contextlib
 import dataclasses
@@ -14,7 +14,7 @@ from rich.markup import escape
 from .. import __version__
 from .._core import RELOAD_TIMEOUT_S, TIMEOUT_S
 from .._inputs.enums import Channels, MapDtype, Score
-from .._replay import replay as compute_again
+from .._replay import replay as recompute
 from ..exceptions import SidelightError
 from ..methods.parsing import METHODS
 from ..results.storage import load_array
@@ -24,7 +24,7 @@ from .options import DEFAULT_ADDRESS, Address, Reach, with_access
 from .server_tables import report_server
 from .tables import report, report_replay
 
-METHOD_HELP = f"How: {', '.join(METHODS)}; with options as in 'integrated_gradients(steps=20, baseline=black)'."
+METHOD_HELP = f"One of {', '.join(METHODS)}; options as in 'integrated_gradients(steps=20, baseline=black)'."
 
 app = typer.Typer(help="Which pixels decided each prediction.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -48,42 +48,50 @@ def main(
 @app.command()
 @with_access
 def attribute(
-    images: Annotated[list[Path], typer.Argument(help="Picture files, and folders of them.", show_default=False)],
+    images: Annotated[list[Path], typer.Argument(help="Picture files, or folders with pictures.", show_default=False)],
     *,
     address: Address = DEFAULT_ADDRESS,
-    out: Annotated[Path | None, typer.Option(help="A folder for overlays; without it none are written.")] = None,
-    save: Annotated[Path | None, typer.Option(help="A folder for whole answers, as `sidelight replay` reads.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write overlays to this folder.")] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write complete answers to this folder, for `sidelight replay`.")
+    ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="With --save: answers that lie in the folder already are replaced.")
+        bool, typer.Option("--overwrite", help="With --save: replace answers that the folder already has.")
     ] = False,
     original: Annotated[
-        bool, typer.Option("--original", help="Overlays on the whole pictures, at their size.")
+        bool, typer.Option("--original", help="Draw overlays on the uncropped pictures at full size.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help="The model's name; unset: the server's default.")] = None,
-    target: Annotated[str | None, typer.Option(help="A class index or label; unset: the predicted class.")] = None,
-    against: Annotated[str | None, typer.Option(help="With --target: a class whose score is subtracted.")] = None,
-    region: Annotated[str | None, typer.Option(help=f"With --target, of a dense output: {REGION}.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Explain so many of the most probable classes.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name. Default: the server's default model.")] = None,
+    target: Annotated[str | None, typer.Option(help="A class index or label. Default: the predicted class.")] = None,
+    against: Annotated[str | None, typer.Option(help="With --target: subtract the score of this class.")] = None,
+    region: Annotated[
+        str | None, typer.Option(help=f"With --target and a dense output: {REGION} in output pixels.")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Explain the K most probable classes.")] = None,
     method: Annotated[str, typer.Option(help=METHOD_HELP, autocompletion=method_names)] = "gradient",
     option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="With the name of a --method: an option of it.")
+        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the --method; repeatable.")
     ] = None,
-    baseline: Annotated[Path | None, typer.Option(help="An array, .npy, that is the method's baseline.")] = None,
-    score: Annotated[Score, typer.Option(help="The number whose gradient is taken.")] = "probability",
-    channels: Annotated[Channels, typer.Option(help="How the channels become one.")] = "max_abs",
-    signed: Annotated[bool, typer.Option("--signed", help="gradient(signed=True), for short.")] = False,
-    times_input: Annotated[bool, typer.Option("--times-input", help="gradient(times_input=True), for short.")] = False,
-    map_dtype: Annotated[MapDtype, typer.Option(help="How the maps travel; the shorter ones are rounded.")] = "float32",
-    timeout: Annotated[float, typer.Option(help="Seconds that one picture may take.")] = TIMEOUT_S,
-    json_: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each picture, and no table.")] = False,
+    baseline: Annotated[Path | None, typer.Option(help="A .npy array to use as the method's baseline.")] = None,
+    score: Annotated[Score, typer.Option(help="The score to explain.")] = "probability",
+    channels: Annotated[Channels, typer.Option(help="How to reduce the channels of a map to one.")] = "max_abs",
+    signed: Annotated[bool, typer.Option("--signed", help="Short for gradient(signed=True).")] = False,
+    times_input: Annotated[bool, typer.Option("--times-input", help="Short for gradient(times_input=True).")] = False,
+    map_dtype: Annotated[
+        MapDtype, typer.Option(help="Data type of the maps in responses; the smaller ones round.")
+    ] = "float32",
+    timeout: Annotated[float, typer.Option(help="Timeout for one picture, in seconds.")] = TIMEOUT_S,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per picture and line, and no table.")
+    ] = False,
     reach: Reach,
 ) -> None:
-    """Explain pictures: print class, probability and time of each, and write overlays."""
-    with _errors_in_a_line():
+    """Explain pictures: print the class, probability and time of each, and write overlays."""
+    with _errors_on_one_line():
         images = pictures_of(images)
     how = method_of(method, option, signed=signed, times_input=times_input)
     what = target_of(target, against=against, region=region, top_k=top_k)
-    with _errors_in_a_line(), reach(address) as client:
+    with _errors_on_one_line(), reach(address) as client:
         answers = client.stream(
             images,
             model=model,
@@ -113,20 +121,20 @@ def attribute(
 @app.command()
 @with_access
 def replay(
-    answer: Annotated[Path, typer.Argument(help="An answer.json, or the folder it lies in.", show_default=False)],
+    answer: Annotated[Path, typer.Argument(help="An answer.json, or its folder.", show_default=False)],
     *,
-    image: Annotated[list[Path], typer.Option(help="A picture that it explained; once for each, in order.")],
-    baseline: Annotated[Path | None, typer.Option(help="The array given as a baseline; unset: the saved one.")] = None,
+    image: Annotated[list[Path], typer.Option(help="A picture of the answer; once for each, in order.")],
+    baseline: Annotated[Path | None, typer.Option(help="The baseline array (.npy). Default: the saved one.")] = None,
     address: Address = DEFAULT_ADDRESS,
-    timeout: Annotated[float, typer.Option(help="Seconds that it may take.")] = TIMEOUT_S,
+    timeout: Annotated[float, typer.Option(help="Timeout in seconds.")] = TIMEOUT_S,
     reach: Reach,
 ) -> None:
-    """Compute a saved answer again and compare: ends with 0 where it comes out as promised, else with 1.
+    """Recompute a saved answer and compare. Exits with 0 if the maps match, else with 1.
 
-    Promised are equal bytes where the model is served as reproducible, else maps that are equal within a tolerance.
+    If the model is served as reproducible, maps must be equal bit for bit, otherwise within a tolerance.
     """
-    with _errors_in_a_line(), reach(address) as client:
-        replayed = compute_again(client, answer, image, baseline=baseline, timeout=timeout)
+    with _errors_on_one_line(), reach(address) as client:
+        replayed = recompute(client, answer, image, baseline=baseline, timeout=timeout)
     report_replay(Console(), image, replayed)
     if not replayed.kept:
         raise typer.Exit(1)
@@ -137,11 +145,11 @@ def replay(
 def info(
     *,
     address: Address = DEFAULT_ADDRESS,
-    json_: Annotated[bool, typer.Option("--json", help="Print all of it as one object.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
     reach: Reach,
 ) -> None:
     """Print a server's version, limits, methods and models."""
-    with _errors_in_a_line(), reach(address) as client:
+    with _errors_on_one_line(), reach(address) as client:
         server = client.info()
     if json_:
         typer.echo(json.dumps({"address": address} | dataclasses.asdict(server), indent=2))
@@ -152,14 +160,16 @@ def info(
 @app.command()
 @with_access
 def reload(
-    model: Annotated[str | None, typer.Argument(help="Unset: the default model.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="The model's name. Default: the server's default model.", show_default=False)
+    ] = None,
     *,
     address: Address = DEFAULT_ADDRESS,
-    timeout: Annotated[float, typer.Option(help="Seconds that loading may take.")] = RELOAD_TIMEOUT_S,
+    timeout: Annotated[float, typer.Option(help="Timeout for loading, in seconds.")] = RELOAD_TIMEOUT_S,
     reach: Reach,
 ) -> None:
-    """Have a model loaded again from its source; the server must be started with --allow-reload."""
-    with _errors_in_a_line(), reach(address) as client:
+    """Reload a model from its source. The server must run with --allow-reload."""
+    with _errors_on_one_line(), reach(address) as client:
         loaded = client.reload(model, timeout=timeout)
     Console(soft_wrap=True, highlight=False).print(f"model {loaded.name}, version {loaded.version}, {loaded.digest}")
 
@@ -167,15 +177,15 @@ def reload(
 @app.command()
 def demo(*, out: Annotated[Path, typer.Option(help="A folder for overlays and gallery.png.")] = Path("demo")) -> None:
     """Start a server on a real ImageNet classifier and explain real photographs with it."""
-    # The demonstration's pictures come from packages that only its extra brings.
+    # Imported here: the photographs come from packages of the extra sidelight[demo].
     from .demo import run
 
-    with _errors_in_a_line():
+    with _errors_on_one_line():
         run(out, console=Console())
 
 
 @contextlib.contextmanager
-def _errors_in_a_line() -> Iterator[None]:
+def _errors_on_one_line() -> Iterator[None]:
     try:
         yield
     except (SidelightError, OSError) as error:
@@ -183,4 +193,4 @@ def _errors_in_a_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-app.command()(with_access(_errors_in_a_line()(bench)))
+app.command()(with_access(_errors_on_one_line()(bench)))

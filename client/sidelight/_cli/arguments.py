@@ -1,4 +1,4 @@
-"""Arguments: what a command's words mean, as pictures, methods and targets. A wrong one is a usage error."""
+"""Arguments: parses command-line text as pictures, methods and targets. Invalid text is a usage error."""
 
 import dataclasses
 import re
@@ -21,7 +21,7 @@ PICTURES = (".bmp", ".dcm", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".
 
 
 def pictures_of(paths: Sequence[Path]) -> list[Path]:
-    """Return the files that are meant: in place of a folder the pictures in it, by name. Not those of its folders."""
+    """Replace each folder by its pictures, sorted by name. Subfolders are not searched."""
     files: list[Path] = []
     for path in paths:
         if not path.is_dir():
@@ -35,7 +35,7 @@ def pictures_of(paths: Sequence[Path]) -> list[Path]:
 
 
 def method_of(text: str, options: Sequence[str] | None, *, signed: bool, times_input: bool) -> Method:
-    """Return the method that --method, --option, --signed and --times-input say."""
+    """Return the method of --method, --option, --signed and --times-input."""
     if options:
         text = _with_options(text, options)
     try:
@@ -45,13 +45,13 @@ def method_of(text: str, options: Sequence[str] | None, *, signed: bool, times_i
     if not (signed or times_input):
         return method
     if text.strip() != "gradient":
-        raise typer.BadParameter("--signed and --times-input are options of gradient alone", param_hint="--method")
+        raise typer.BadParameter("--signed and --times-input are options only of gradient", param_hint="--method")
     return Gradient(signed=signed, times_input=times_input)
 
 
 def _with_options(name: str, options: Sequence[str]) -> str:
     if not name.isidentifier():
-        raise typer.BadParameter(f"got {name!r} beside --option, expected a name alone", param_hint="--method")
+        raise typer.BadParameter(f"got {name!r} together with --option, expected only a name", param_hint="--method")
     for each in options:
         option, _, value = each.partition("=")
         if not option.isidentifier() or not value:
@@ -60,12 +60,12 @@ def _with_options(name: str, options: Sequence[str]) -> str:
 
 
 def method_names(incomplete: str) -> list[str]:
-    """Return the methods that begin so, for the shell."""
+    """Return the methods with this prefix, for shell completion."""
     return [name for name in METHODS if name.startswith(incomplete)]
 
 
 def from_baseline(method: Method, array: Array) -> Method:
-    """Return a method with an array for its baseline."""
+    """Return the method with an array as its baseline."""
     match method:
         case IntegratedGradients() | Occlusion():
             return dataclasses.replace(method, baseline=array)
@@ -74,20 +74,20 @@ def from_baseline(method: Method, array: Array) -> Method:
         case SmoothGrad(base=IntegratedGradients() as base):
             return dataclasses.replace(method, base=dataclasses.replace(base, baseline=array))
         case _:
-            raise InvalidArgument(f"--baseline: {type(method).__name__} has none")
+            raise InvalidArgument(f"--baseline: {type(method).__name__} has no baseline")
 
 
 def target_of(text: str | None, *, against: str | None, region: str | None, top_k: int | None) -> Target:
-    """Return the target that --target, --against, --region and --top-k say."""
+    """Return the target of --target, --against, --region and --top-k."""
     beside = [name for name, each in (("--against", against), ("--region", region)) if each is not None]
     if top_k is not None:
         if text is not None or beside:
-            raise typer.BadParameter("expected it without --target, --against and --region", param_hint="--top-k")
+            raise typer.BadParameter("expected only without --target, --against and --region", param_hint="--top-k")
         return TopK(top_k)
     if text is None and beside:
-        raise typer.BadParameter("expected --target beside it", param_hint=beside[0])
+        raise typer.BadParameter("expected only with --target", param_hint=beside[0])
     if len(beside) == 2:
-        raise typer.BadParameter("expected it without --region", param_hint="--against")
+        raise typer.BadParameter("expected only without --region", param_hint="--against")
     if text is not None and against is not None:
         return Contrast(_choice(text), _choice(against))
     if text is not None and region is not None:
@@ -96,7 +96,7 @@ def target_of(text: str | None, *, against: str | None, region: str | None, top_
 
 
 def _choice(text: str) -> Choice:
-    """Return a class index where the text is a number, else a label."""
+    """Return a class index if the text is a number, else a label."""
     return int(text) if re.fullmatch("-?[0-9]+", text) else text
 
 

@@ -1,4 +1,4 @@
-"""The demonstration: a real server on a real ImageNet classifier, real photographs, and a gallery of why."""
+"""The demonstration: starts a server with an ImageNet classifier, explains photographs and draws a gallery."""
 
 import collections
 import contextlib
@@ -23,7 +23,7 @@ from .tables import make_folder, report
 MODEL = "python:sidelight_server.models.sources.demo:efficientnet_lite0"
 START_TIMEOUT_S = 120.0
 
-# Photographs that ship with two packages, the ones with an ImageNet class in them first.
+# Photographs from two packages. Those that show an ImageNet class come first.
 PHOTOGRAPHS = {
     "skimage": (
         "data",
@@ -36,7 +36,7 @@ PHOTOGRAPHS = {
 
 
 def run(folder: Path, *, console: Console) -> None:
-    """Serve, explain every photograph, and write an overlay of each and `gallery.png` into a folder."""
+    """Start a server, explain every photograph, and write one overlay each and `gallery.png` into a folder."""
     paths = photographs()
     make_folder(folder)
     answers: dict[int, Attribution] = {}
@@ -44,15 +44,15 @@ def run(folder: Path, *, console: Console) -> None:
     with _server(console) as address, connect(address, connect_timeout=START_TIMEOUT_S) as client:
         server = client.info()
         console.print(
-            f'"{server.models[0].name}" serves on {server.models[0].device} after {time.monotonic() - began:.1f} s'
+            f'"{server.models[0].name}" is ready on {server.models[0].device} after {time.monotonic() - began:.1f} s'
         )
 
-        def kept() -> Iterator[Attribution]:
+        def collected_answers() -> Iterator[Attribution]:
             for answer in client.stream(paths):
                 answers[answer.index] = answer
                 yield answer
 
-        report(console, paths, kept(), folder=folder)
+        report(console, paths, collected_answers(), folder=folder)
     drawn = gallery([answers[index] for index in range(len(paths))], heading="Which pixels decided?")
     drawn.save(folder / "gallery.png")
     console.print(f"{len(paths)} photographs in {folder / 'gallery.png'}")
@@ -64,14 +64,14 @@ def photographs() -> list[Path]:
     for package, (folder, names) in PHOTOGRAPHS.items():
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise SidelightError("the demonstration needs its extra: pip install 'sidelight[demo]'")
+            raise SidelightError("the demonstration needs more packages: pip install 'sidelight[demo]'")
         found += [Path(spec.origin).parent / folder / name for name in names.split()]
     return found
 
 
 @contextlib.contextmanager
 def _server(console: Console) -> Iterator[str]:
-    """Run the server as a process of its own, as it would run beside a model server, and give its address."""
+    """Run the server in its own process, and yield its address."""
     with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
         address = f"unix:{folder}/socket"
         command = [sys.executable, "-m", "sidelight_server", "--model", MODEL, "--listen", address]
@@ -79,20 +79,20 @@ def _server(console: Console) -> Iterator[str]:
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
             try:
                 _wait(process)
-                # The pipe is read to its end: a server whose log nobody reads would stop once it is full.
-                threading.Thread(target=_drain, args=(process.stderr,), daemon=True).start()
+                # If nobody reads the pipe, the server blocks once its buffer is full.
+                threading.Thread(target=_discard_log, args=(process.stderr,), daemon=True).start()
                 yield address
             finally:
                 process.terminate()
 
 
-def _drain(pipe: IO[str]) -> None:
-    with contextlib.suppress(ValueError):  # closed meanwhile
+def _discard_log(pipe: IO[str]) -> None:
+    with contextlib.suppress(ValueError):  # the pipe was closed
         collections.deque(pipe, maxlen=0)
 
 
 def _wait(process: "subprocess.Popen[str]") -> None:
-    """Wait for the log line that says that the server serves."""
+    """Wait for the log event `serving`."""
     lines: list[str] = []
     for line in process.stderr or ():
         if "event=serving" in line:

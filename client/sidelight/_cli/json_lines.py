@@ -1,4 +1,4 @@
-"""JSON lines: an object for each picture, printed as its answer comes."""
+"""JSON lines: one object per picture, printed as soon as its answer arrives."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,13 @@ from ..results.attribution import Attribution
 
 
 class JsonLines:
-    """What `sidelight attribute --json` prints. It is used as the table is."""
+    """The output of `sidelight attribute --json`, with the interface of the table."""
 
     def __init__(self) -> None:
         self.n_failed = 0
 
     def add(self, path: Path, answer: Attribution) -> bool:
-        """Print a picture's object, and return whether it was explained."""
+        """Print a picture's object, and return whether it has a map."""
         has_failed = bool(answer.error or answer.failures)
         self.n_failed += has_failed
         error = answer.error and {"type": _public_type(answer.error), "message": str(answer.error)}
@@ -25,7 +25,7 @@ class JsonLines:
         return not has_failed
 
     def print(self, console: Console) -> None:
-        """Print nothing more."""
+        """Do nothing: the objects are already printed."""
 
 
 def _public_type(error: SidelightError) -> str:

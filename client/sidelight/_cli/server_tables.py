@@ -1,4 +1,4 @@
-"""Tables of a server: its limits, its methods and its models."""
+"""Tables of server information: limits, methods and models."""
 
 from rich.console import Console
 from rich.markup import escape
@@ -7,7 +7,7 @@ from ..results.server_info import ModelInfo, Preprocessing, ServerInfo
 
 
 def report_server(console: Console, server: ServerInfo, *, address: str) -> None:
-    """Print what a server tells of itself."""
+    """Print the information about a server and its models."""
     console.print(f"sidelight-server {server.version} at {escape(address)}")
     _print(console, _server_facts(server))
     for model in server.models:
@@ -32,8 +32,8 @@ def _server_facts(server: ServerInfo) -> dict[str, str]:
     }
     if cancellations.count:
         mean_ms, longest_ms = cancellations.mean_s * 1e3, cancellations.longest_s * 1e3
-        took = f"ended after {mean_ms:.0f} ms in the mean, {longest_ms:.0f} ms at the longest"
-        facts["cancellations"] = f"{cancellations.count} requests that were cancelled on the device {took}"
+        took = f"ended after {mean_ms:.0f} ms on average, {longest_ms:.0f} ms at most"
+        facts["cancellations"] = f"{cancellations.count} requests cancelled while on the device {took}"
     return facts
 
 
@@ -48,7 +48,7 @@ def _model_facts(model: ModelInfo) -> dict[str, str]:
         "scores": ", ".join(model.scores),
         "methods": ", ".join(model.methods),
         "runs on": f"{model.device} in {configuration}, {model.chunk_rows} rows at once at most",
-        "promises": "equal bytes for equal provenance" if model.reproducible else "equal maps within a tolerance",
+        "guarantees": "equal bytes for equal provenance" if model.reproducible else "equal maps within a tolerance",
         "digest": model.digest,
     }
 
@@ -56,7 +56,7 @@ def _model_facts(model: ModelInfo) -> dict[str, str]:
 def _pixels(fixed: Preprocessing) -> str:
     mean, std = (", ".join(f"{each:g}" for each in values) for values in (fixed.mean, fixed.std))
     low, high = fixed.pixel_range
-    window = "" if fixed.window is None else "; of 16 bits and DICOM {:g} to {:g}".format(*fixed.window)
+    window = "" if fixed.window is None else "; window of 16-bit and DICOM files {:g} to {:g}".format(*fixed.window)
     resize = f"short side {fixed.resize}" if fixed.resize.isdecimal() else f"resize {fixed.resize}"
     return f"{resize}, {fixed.interpolation}; {low:g} to {high:g}, mean {mean}, std {std}{window}"
 

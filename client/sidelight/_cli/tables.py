@@ -1,4 +1,4 @@
-"""Tables of answers as they come, a progress bar, an overlay of each picture, and the result of a replay."""
+"""Output of `attribute` and `replay`: progress bar, table of answers, overlays, and the comparison of a replay."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -31,11 +31,11 @@ def report(
     overwrite: bool = False,
     as_json: bool = False,
 ) -> int:
-    """Print class, probability and time of each picture, and return how many failed.
+    """Print the class, probability and time of each picture, and return how many failed.
 
-    `answers` hold one example each; they may come in any order. Overlays are written into `folder`; `save_folder` gets
-    a folder for each picture with all that `Attribution.save` writes. `original` and `overwrite` are those of `save`.
-    With `as_json` a line of JSON is printed for each picture as it comes, and nothing else.
+    `answers` have one example each and may come in any order. Overlays are written into `folder`. `save_folder` gets
+    one folder per picture, written by `Attribution.save`; `original` and `overwrite` are those of `save`. With
+    `as_json`, only one line of JSON is printed per picture, as soon as its answer arrives.
     """
     write = _writer(paths, folder, save_folder, original=original, overwrite=overwrite)
     sheet = JsonLines() if as_json else _Sheet()
@@ -43,7 +43,7 @@ def report(
         for answer in track(answers, "explaining", total=len(paths), console=console, transient=True, disable=as_json):
             if sheet.add(paths[answer.index], answer):
                 write(answer)
-    finally:  # where the server dies half-way, what it said before is still told
+    finally:  # also if the server dies: print the answers so far
         sheet.print(console)
     for written, where in (("overlays", folder), ("answers", save_folder)):
         if where is not None and not as_json:
@@ -52,13 +52,13 @@ def report(
 
 
 def report_replay(console: Console, paths: Sequence[Path], replayed: Replay) -> None:
-    """Print for each picture whether its map came out equal, and what else is not as it was."""
+    """Print for each picture whether its map is equal, and the differences in provenance."""
     for path, example in zip(paths, replayed.examples, strict=True):
         console.print(f"{escape(path.name)}: {_compared(example)}", soft_wrap=True, highlight=False)
     if replayed.differences:
         table = Table("provenance", "then", "now", box=None, header_style="bold")
         for column in table.columns:
-            column.overflow = "fold"  # of a digest every digit counts
+            column.overflow = "fold"  # print digests in full
         for each in replayed.differences:
             table.add_row(escape(each.name), escape(each.then), escape(each.now))
         console.print(table)
@@ -66,7 +66,7 @@ def report_replay(console: Console, paths: Sequence[Path], replayed: Replay) -> 
 
 
 def make_folder(folder: Path, *, option: str = "--out", content: str = "overlays") -> None:
-    """Make a folder. `OSError` says that the option is wrong."""
+    """Create a folder. The `OSError` of a failure names the option."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,7 +74,7 @@ def make_folder(folder: Path, *, option: str = "--out", content: str = "overlays
 
 
 def overlay_names(paths: Sequence[Path], folder: Path) -> list[str]:
-    """Return a file name for each picture's overlay in a folder: all of them different, and none a picture's own."""
+    """Return a file name for each picture's overlay: all unique, and none that would overwrite a picture."""
     taken = {path.resolve() for path in paths}
     names: list[str] = []
     for path in paths:
@@ -88,7 +88,7 @@ def overlay_names(paths: Sequence[Path], folder: Path) -> list[str]:
 def _writer(
     paths: Sequence[Path], folder: Path | None, save_folder: Path | None, *, original: bool, overwrite: bool
 ) -> Callable[[Attribution], None]:
-    """Make the folders, and return what writes an answer into them."""
+    """Create the folders, and return a function that writes an answer into them."""
     if folder is not None:
         make_folder(folder)
     if save_folder is not None:
@@ -96,7 +96,7 @@ def _writer(
     names, save_names = (overlay_names(paths, each or Path()) for each in (folder, save_folder))
     folders = [(save_folder or Path()) / name.removesuffix(".png") for name in save_names]
     if save_folder is not None:
-        for each in folders:  # before anything is asked
+        for each in folders:  # before the first request
             check_free(each, overwrite=overwrite)
 
     def write(answer: Attribution) -> None:
@@ -109,15 +109,15 @@ def _writer(
 
 
 class _Sheet:
-    """The lines that answers make, and the advice below them."""
+    """The table of answers, with advice below it."""
 
     def __init__(self) -> None:
         self.n_failed = 0
         self._lines: list[tuple[str, ...]] = []
-        self._advice: dict[str, str] = {}  # by the word for what is wrong
+        self._advice: dict[str, str] = {}  # by "saturated" or "negligible"
 
     def add(self, path: Path, answer: Attribution) -> bool:
-        """Add a picture's line, and return whether it was explained."""
+        """Add a picture's line, and return whether it has a map."""
         self._lines.append(_cells(path, answer))
         if answer.error or answer.failures:
             self.n_failed += 1
@@ -128,7 +128,7 @@ class _Sheet:
         return True
 
     def print(self, console: Console) -> None:
-        """Print the table, without those columns that nobody needs."""
+        """Print the table without empty optional columns."""
         if not self._lines:
             return
         kept = [i for i, header in enumerate(HEADERS) if header in ALWAYS or any(line[i] for line in self._lines)]
@@ -152,7 +152,7 @@ def _cells(path: Path, answer: Attribution) -> tuple[str, ...]:
     label = _class(prediction.index, prediction.label)
     targets = _targets(answer)
     if answer.is_top_k or any(each.index != prediction.index or each.against is not None for each in targets):
-        label += f" (explained: {', '.join(map(_told, targets))})"
+        label += f" (explained: {', '.join(map(_target_text, targets))})"
     return (
         escape(path.name),
         escape(label),
@@ -167,7 +167,7 @@ def _targets(answer: Attribution) -> tuple[ExplainedTarget, ...]:
     return target if isinstance(target, tuple) else (target,) if target else ()
 
 
-def _told(target: ExplainedTarget) -> str:
+def _target_text(target: ExplainedTarget) -> str:
     against = "" if target.against is None else f" against class {target.against}"
     return _class(target.index, target.label) + against
 
@@ -193,7 +193,7 @@ def _converged(convergence: Convergence | None) -> tuple[str, str, str]:
 
 
 def _overlays(answer: Attribution, *, original: bool) -> Image.Image:
-    """Return the overlay of the one example; of a top-k target all of them, side by side."""
+    """Return the overlay of the only example; for a top-k target, the k overlays side by side."""
     count = answer.maps.shape[1] if answer.is_top_k else 1
     overlays = [answer.overlay(0, k=k, original=original) for k in range(count)]
     sheet = Image.new("RGB", (sum(each.width for each in overlays), overlays[0].height))
@@ -204,7 +204,7 @@ def _overlays(answer: Attribution, *, original: bool) -> Image.Image:
 
 def _compared(example: Replayed) -> str:
     if example.equal:
-        return "equal to the last bit"
+        return "equal bit for bit"
     if example.difference is None:
         return "differs"
     return f"differs: at most {example.difference:.2g} of the map's maximum"
@@ -212,9 +212,9 @@ def _compared(example: Replayed) -> str:
 
 def _verdict(replayed: Replay) -> str:
     if replayed.equal:
-        return "[green]equal to the last bit[/]"
+        return "[green]equal bit for bit[/]"
     if replayed.reproducible:
-        return "[red]not equal[/], though the answer was made reproducible"
+        return "[red]not equal[/], although the saved answer is reproducible"
     if replayed.within_tolerance:
-        return f"[green]equal within {replayed.tolerance:.2g} of each map's maximum[/]: it was not made reproducible"
-    return f"[red]not equal within {replayed.tolerance:.2g} of each map's maximum[/]: it was not made reproducible"
+        return f"[green]equal within {replayed.tolerance:.2g} of each map's maximum[/]: the answer is not reproducible"
+    return f"[red]not equal within {replayed.tolerance:.2g} of each map's maximum[/]: the answer is not reproducible"

@@ -10,12 +10,12 @@ Arrivals = Literal["constant", "poisson"]
 
 
 def arrivals(kind: Arrivals, rate: float, *, seed: int = 0) -> Iterator[float]:
-    """Yield for ever when requests are due, `rate` of them a second: evenly, or as independent callers would come."""
+    """Yield the due times of requests without end, at `rate` per second: evenly spaced, or a Poisson process."""
     return _constant(rate) if kind == "constant" else _poisson(rate, seed)
 
 
 def _constant(rate: float) -> Iterator[float]:
-    return (i / rate for i in itertools.count())  # not a running sum, whose rounding would grow
+    return (i / rate for i in itertools.count())  # not a running sum: its rounding error would grow
 
 
 def _poisson(rate: float, seed: int) -> Iterator[float]:

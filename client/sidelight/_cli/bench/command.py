@@ -1,4 +1,4 @@
-"""The command `sidelight bench`: its options, and what is wrong with them."""
+"""The command `sidelight bench`: its options and their validation."""
 
 import json
 import math
@@ -26,73 +26,82 @@ from .statistics import PERCENTILES, STABLE_WINDOWS
 from .traffic import Sent, Shape, Traffic, batches_of_files, random_batches
 
 CONCURRENCY = "1,2,4,8"
-INTERRUPTED = 130  # 128 + SIGINT, as a shell has it
+INTERRUPTED = 130  # 128 + SIGINT, as in a shell
 
 _Number = TypeVar("_Number", int, float)
 
 
 def bench(
-    images: Annotated[list[Path] | None, typer.Argument(help="Picture files; without them noise is sent.")] = None,
+    images: Annotated[list[Path] | None, typer.Argument(help="Picture files. Default: send noise.")] = None,
     *,
     address: Annotated[
         str, typer.Option(help='The server: "host:port" or "unix:/path".', envvar="SIDELIGHT_ADDRESS")
     ] = DEFAULT_ADDRESS,
-    mode: Annotated[Literal["unary", "stream"], typer.Option(help="A call for each batch, or streams.")] = "unary",
-    batch: Annotated[int, typer.Option(help="Images of one request.", min=1)] = 1,
+    mode: Annotated[Literal["unary", "stream"], typer.Option(help="Unary calls, or streams.")] = "unary",
+    batch: Annotated[int, typer.Option(help="Images per request.", min=1)] = 1,
     concurrency: Annotated[
-        str | None, typer.Option(help=f"A closed loop of so many callers, or streams; unset: {CONCURRENCY}.")
+        str | None,
+        typer.Option(help=f"Closed loop: callers, or streams, one number or several. Default: {CONCURRENCY}."),
     ] = None,
     rate: Annotated[
-        str | None, typer.Option(help="Instead an open loop: requests a second, one number or several.")
+        str | None, typer.Option(help="Open loop instead: requests per second, one number or several.")
     ] = None,
     arrivals: Annotated[
-        Arrivals | None, typer.Option(help="With --rate: evenly (the default), or as independent callers come.")
+        Arrivals | None, typer.Option(help="With --rate: evenly spaced (the default), or a Poisson process.")
     ] = None,
-    outstanding: Annotated[int | None, typer.Option(help="With --rate: unanswered calls at most.", min=1)] = None,
-    interval: Annotated[float, typer.Option(help="Seconds of a window.")] = 5.0,
-    max_windows: Annotated[int, typer.Option(help="Windows of a load at most.", min=STABLE_WINDOWS)] = 10,
-    duration: Annotated[float | None, typer.Option(help="Instead measure each load for so many seconds.")] = None,
-    stability: Annotated[float, typer.Option(help="Per cent by which three windows that agree may differ.")] = 10.0,
-    stable_percentile: Annotated[int, typer.Option(help="The percentile of latency that is to agree.")] = 95,
-    window: Annotated[int | None, typer.Option(help="Of a stream: its unanswered images.", min=1)] = None,
+    outstanding: Annotated[
+        int | None, typer.Option(help="With --rate: maximum number of unanswered calls.", min=1)
+    ] = None,
+    interval: Annotated[float, typer.Option(help="Length of a window in seconds.")] = 5.0,
+    max_windows: Annotated[int, typer.Option(help="Maximum number of windows per load.", min=STABLE_WINDOWS)] = 10,
+    duration: Annotated[
+        float | None, typer.Option(help="Measure each load for this many seconds, stable or not.")
+    ] = None,
+    stability: Annotated[
+        float, typer.Option(help="Maximum difference in percent between three stable windows.")
+    ] = 10.0,
+    stable_percentile: Annotated[int, typer.Option(help="The latency percentile to compare between windows.")] = 95,
+    window: Annotated[
+        int | None, typer.Option(help="With --mode stream: maximum number of unanswered images.", min=1)
+    ] = None,
     pixels: Annotated[
-        bool, typer.Option("--pixels", help="Send pictures as pixels of the model's input size.")
+        bool, typer.Option("--pixels", help="Send pictures as pixel arrays of the model's input size.")
     ] = False,
-    shape: Annotated[str | None, typer.Option(help="Send noise of this shape, as C,H,W floats.")] = None,
-    model: Annotated[str | None, typer.Option(help="The model's name; unset: the server's default.")] = None,
-    target: Annotated[str | None, typer.Option(help="A class index or label; unset: the predicted class.")] = None,
+    shape: Annotated[str | None, typer.Option(help="Send noise as float arrays of this shape, C,H,W.")] = None,
+    model: Annotated[str | None, typer.Option(help="The model's name. Default: the server's default model.")] = None,
+    target: Annotated[str | None, typer.Option(help="A class index or label. Default: the predicted class.")] = None,
     method: Annotated[
-        str, typer.Option(help="How, as in `sidelight attribute`: 'smoothgrad(samples=8)'.")
+        str, typer.Option(help="The method, as for `sidelight attribute`: 'smoothgrad(samples=8)'.")
     ] = "gradient",
-    score: Annotated[Score, typer.Option(help="The number whose gradient is taken.")] = "probability",
-    map_dtype: Annotated[MapDtype, typer.Option(help="How the maps travel; the shorter ones are rounded.")] = "float32",
-    timeout: Annotated[float, typer.Option(help="Seconds that one request may take.")] = TIMEOUT_S,
-    shared_memory: Annotated[
-        bool, typer.Option("--shared-memory", help="Send arrays through memory that the server shares.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Of the noise and of random arrivals.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="A file for all figures.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="A file for a picture, as figures.png.")] = None,
+    score: Annotated[Score, typer.Option(help="The score to explain.")] = "probability",
+    map_dtype: Annotated[
+        MapDtype, typer.Option(help="Data type of the maps in responses; the smaller ones round.")
+    ] = "float32",
+    timeout: Annotated[float, typer.Option(help="Timeout for one request, in seconds.")] = TIMEOUT_S,
+    shared_memory: Annotated[bool, typer.Option("--shared-memory", help="Send arrays through shared memory.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the noise and of random arrivals.")] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all results to this JSON file.")] = None,
+    plot_file: Annotated[
+        Path | None, typer.Option("--plot", help="Draw a plot into this file, such as plot.png.")
+    ] = None,
     reach: Reach,
 ) -> None:
-    """Measure a server under load: rate, latency, and where the time goes.
+    """Measure a server under load: throughput, latency, and the time spent in each stage.
 
-    Each load is measured in windows until three of them agree. Ends with 1 where they do not, or nothing is answered.
+    Each load is measured until three windows in a row agree. Exits with 1 if they never do, or if a load has no answer.
     """
     is_streamed, is_open = mode == "stream", rate is not None
-    _expect(concurrency is None or not is_open, "--concurrency", "it without --rate")
-    _expect(arrivals is None or is_open, "--arrivals", "--rate beside it")
-    _expect(outstanding is None or (is_open and not is_streamed), "--outstanding", "--rate beside it, and unary calls")
-    _expect(window is None or is_streamed, "--window", "--mode stream beside it")
-    _expect(shape is None or not (images or pixels), "--shape", "it without pictures")
-    _expect(not pixels or bool(images), "--pixels", "pictures beside it")
+    _expect(concurrency is None or not is_open, "--concurrency", "only without --rate")
+    _expect(arrivals is None or is_open, "--arrivals", "only with --rate")
+    _expect(outstanding is None or (is_open and not is_streamed), "--outstanding", "only with --rate and --mode unary")
+    _expect(window is None or is_streamed, "--window", "only with --mode stream")
+    _expect(shape is None or not (images or pixels), "--shape", "only without pictures and --pixels")
+    _expect(not pixels or bool(images), "--pixels", "only with pictures")
     for option, number in (("--interval", interval), ("--duration", duration), ("--stability", stability)):
         _expect(number is None or 0 < number < math.inf, option, f"a positive number, got {number}")
     _expect(stable_percentile in PERCENTILES, "--stable-percentile", f"one of {PERCENTILES}, got {stable_percentile}")
     for option, file in (("--json", json_file), ("--plot", plot_file)):
-        _expect(
-            file is None or file.absolute().parent.is_dir(), option, f"a file in a folder that is there, got {file}"
-        )
+        _expect(file is None or file.absolute().parent.is_dir(), option, f"a file in an existing folder, got {file}")
     if plot_file is not None:
         check_plot(plot_file)
     plan = Plan(
@@ -155,14 +164,14 @@ def _expect(is_right: bool, option: str, expected: str) -> None:
 
 
 def _numbers(text: str, number: type[_Number], option: str) -> tuple[_Number, ...]:
-    """Return positive numbers that stand between commas."""
+    """Parse positive numbers that are separated by commas."""
     try:
         numbers = tuple(map(number, text.split(",")))
     except ValueError:
         numbers = ()
     noun = "whole numbers" if number is int else "numbers"
     is_right = bool(numbers) and all(0 < each < math.inf for each in numbers)
-    _expect(is_right, option, f"positive {noun} with commas between them, got {text!r}")
+    _expect(is_right, option, f"positive {noun} separated by commas, got {text!r}")
     return numbers
 
 
@@ -183,5 +192,5 @@ def _method(text: str) -> Method:
 
 
 def _target(text: str | None) -> Choice | None:
-    """Return a class index where the text is a number, else a label."""
+    """Return a class index if the text is a number, else a label."""
     return text if text is None or not re.fullmatch("-?[0-9]+", text) else int(text)

@@ -1,8 +1,8 @@
-"""A load: callers that keep a server busy, each in a thread of its own, until they are stopped.
+"""A load: callers that send requests to a server, one thread each, until they are stopped.
 
-In a closed loop a caller sends its next request, or as many as its stream's window holds, once it has an answer. In an
-open loop the schedule says when, and a caller that is free takes the next time: where none is, requests leave late,
-but are timed from when they were due, so that a server that stalls is charged with all who would have come meanwhile.
+In a closed loop, a caller sends its next request after an answer, and a stream keeps its window full. In an open loop,
+a schedule sets the times, and the next free caller sends. If no caller is free, a request is sent late, but its latency
+counts from when it was due. So a server that stalls is charged for all requests that were due in the meantime.
 """
 
 import itertools
@@ -17,21 +17,21 @@ from ...exceptions import SidelightError
 from .recorder import Recorder, Ticket
 from .traffic import Sent, Traffic
 
-PAUSE_S = 0.1  # after a stream that failed, where the server does not say how long
+PAUSE_S = 0.1  # before the next stream, after one that failed
 JOIN_S = 10.0
 
 
 class Turn(NamedTuple):
-    """A batch, and when it was due on the clock of `time.perf_counter`; None where no schedule says so."""
+    """A batch, and its due time on the clock of `time.perf_counter`; None in a closed loop."""
 
     due_s: float | None
     batch: Sent
 
 
 class Load:
-    """Callers at work, from `with` to its end, which closes the client: what is on its way then is not counted.
+    """Callers that run inside a `with` block. Its end closes the client; requests in flight then are not counted.
 
-    `arrivals` are seconds from the beginning; None is a closed loop.
+    `arrivals` are in seconds from the start; None is a closed loop.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Load:
         self._recorder = recorder
         self._arrivals = arrivals
         self._batches = itertools.cycle(traffic.batches)
-        self._next = threading.Lock()  # of the arrivals and the batches
+        self._next = threading.Lock()  # guards the arrivals and the batches
         self._stopped = threading.Event()
         self._fault: Exception | None = None
         work = self._stream if traffic.is_streamed else self._call
@@ -66,17 +66,17 @@ class Load:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._stopped.set()
-        self._client.close()  # whoever waits for an answer is woken
+        self._client.close()  # ends the calls that wait for an answer
         self.join(JOIN_S)
 
     def run(self, seconds: float) -> None:
-        """Let the callers work for a time. Raises what stopped one of them."""
+        """Let the callers run for a time. Re-raises an unexpected exception of a caller."""
         self._stopped.wait(seconds)
         if self._fault is not None:
             raise self._fault
 
     def join(self, timeout_s: float | None = None) -> None:
-        """Wait for the callers, which end by themselves where the arrivals do."""
+        """Wait for the callers, which end when the arrivals do."""
         deadline_s = None if timeout_s is None else time.perf_counter() + timeout_s
         for thread in self._threads:
             thread.join(None if deadline_s is None else max(0.0, deadline_s - time.perf_counter()))
@@ -84,7 +84,7 @@ class Load:
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except Exception as error:  # a mistake of ours, or of the end: a closed client cannot be asked
+        except Exception as error:  # a bug, or a call on the client that `__exit__` closed
             if not self._stopped.is_set():
                 self._fault = error
                 self._stopped.set()
@@ -115,7 +115,7 @@ class Load:
                 self._recorder.answered(ticket, answer)
 
     def _stream(self) -> None:
-        """Send on one stream; on another where that ends before its time."""
+        """Send on one stream, and on a new one if that fails."""
         while not self._stopped.is_set():
             tickets: dict[int, Ticket] = {}  # by the batch's position
             try:
@@ -139,4 +139,4 @@ class Load:
         for ticket in tickets:
             self._recorder.failed(ticket, error)
         if self._arrivals is None:
-            self._stopped.wait(error.retry_delay_s or 0.0)  # a caller does as a full server asks
+            self._stopped.wait(error.retry_delay_s or 0.0)  # back off as the server asks

@@ -1,4 +1,4 @@
-"""The measurement: loads one after another, each in windows until three of them agree."""
+"""The measurement: one load after another, each in windows until three in a row agree."""
 
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,35 +12,35 @@ from .sample import joined
 from .statistics import STABLE_WINDOWS, Figures, Histogram, histogram, is_stable
 from .traffic import Traffic
 
-N_OUTSTANDING = 512  # twice what a server takes in flight unless it is set: it will have to refuse
+N_OUTSTANDING = 512  # twice the server's default limit in flight, so that it has to reject some
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How a server is to be measured: by so many callers, or at such rates, and for how long."""
+    """The settings of a measurement: the loads and how long to measure each."""
 
     address: str
-    callers: tuple[int, ...] = ()  # a closed loop for each number
-    rates: tuple[float, ...] = ()  # an open loop for each, in requests a second
+    callers: tuple[int, ...] = ()  # one closed loop per number
+    rates: tuple[float, ...] = ()  # one open loop per rate, in requests per second
     arrivals: Arrivals = "constant"
-    n_outstanding: int = N_OUTSTANDING  # calls of an open loop that may be unanswered
+    n_outstanding: int = N_OUTSTANDING  # maximum unanswered calls of an open loop
     interval_s: float = 5.0  # the length of a window
     max_windows: int = 10
-    until_stable: bool = True  # False: all windows are measured, and need not agree
-    stability: float = 0.1  # the share by which windows that agree may differ
+    until_stable: bool = True  # False: measure all windows, whether they agree or not
+    stability: float = 0.1  # maximum relative difference of windows that agree
     stable_percentile: int = 95
     seed: int = 0
     shared_memory: bool = False
-    reach: Callable[..., Client] = field(default=connect, repr=False)  # which knows patience, TLS and token
+    reach: Callable[..., Client] = field(default=connect, repr=False)  # with connect timeout, TLS and token applied
 
     def connect(self) -> Client:
-        """Return a client of the server, as each load has one of its own."""
-        return self.reach(self.address, shared_memory=self.shared_memory, retry=False)  # a refusal is a figure here
+        """Return a new client. Each load has its own."""
+        return self.reach(self.address, shared_memory=self.shared_memory, retry=False)  # rejections are counted
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One load: a closed loop of so many callers, or an open loop of so many requests a second."""
+    """One load: a closed loop with a number of callers, or an open loop with a rate in requests per second."""
 
     name: str
     callers: int | None = None
@@ -49,14 +49,14 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What one load came to. `figures` and `histogram` are of the last three windows together."""
+    """The result of one load. `figures` and `histogram` cover the last three windows."""
 
     step: Step
     figures: Figures
     histogram: Histogram
     stable: bool
-    unanswered: int  # requests that were on their way when the load ended
-    oldest_unanswered_s: float  # since the first of them was due
+    unanswered: int  # requests in flight when the load ended
+    oldest_unanswered_s: float  # since the oldest of them was due
     windows: tuple[Figures, ...]
 
 
@@ -65,7 +65,7 @@ Watch = Callable[[Step, Sequence[Figures]], None]
 
 @dataclass(slots=True)
 class Bench:
-    """The loads that were measured. `run` may be ended by Ctrl-C: what came before it stays."""
+    """A measurement and its results. After Ctrl-C in `run`, the results so far are kept."""
 
     plan: Plan
     traffic: Traffic
@@ -74,20 +74,20 @@ class Bench:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every load was measured, was answered, and came to windows that agree if it had to."""
-        came_to_rest = all(each.stable or not self.plan.until_stable for each in self.results)
-        return not self.interrupted and came_to_rest and all(each.figures.requests for each in self.results)
+        """Whether every load was measured, has answers, and is stable if the plan asks for it."""
+        are_stable = all(each.stable or not self.plan.until_stable for each in self.results)
+        return not self.interrupted and are_stable and all(each.figures.requests for each in self.results)
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """The loads, in their order."""
+        """The loads in order."""
         noun = "stream" if self.traffic.is_streamed else "caller"
         closed = (Step(f"{n} {noun}{'' if n == 1 else 's'}", callers=n) for n in self.plan.callers)
         opened = (Step(f"{rate:g}/s {self.plan.arrivals}", rate=rate) for rate in self.plan.rates)
         return *closed, *opened
 
     def run(self, watch: Watch) -> None:
-        """Measure every load. `watch` is told of each window."""
+        """Measure every load, and call `watch` after each window."""
         try:
             for step in self.steps:
                 if not self.interrupted:
@@ -112,7 +112,7 @@ class Bench:
 
     def _windows(self, step: Step, load: Load, recorder: Recorder, watch: Watch) -> Measured:
         plan = self.plan
-        last: deque[Window] = deque(maxlen=STABLE_WINDOWS)  # of the others the figures are kept alone
+        last: deque[Window] = deque(maxlen=STABLE_WINDOWS)  # older windows keep only their figures
         windows: list[Figures] = []
 
         def cut() -> None:

@@ -1,4 +1,4 @@
-"""Plots: rate over latency of several loads, or the latencies of one, and where the time went."""
+"""Plots: throughput over latency for several loads, or the latencies of one, and the time in each stage."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,27 +15,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SIZE_INCHES, DOTS_PER_INCH = (11.5, 4.6), 130
-# Of Okabe and Ito 2008, which colour-blind readers tell apart.
-COLOURS = {"p50": "#0072B2", "p95": "#E69F00", "p99": "#D55E00"}
-WIDE = 20  # loads whose medians differ by a larger factor are drawn by factors and shares
-MIN_BARS = 3  # one alone would be a wall
-PART_COLOURS = ("#999999", "#56B4E9", "#F0E442", "#E69F00", "#0072B2", "#CC79A7")
+# The color-blind safe palette of Okabe and Ito, 2008.
+COLORS = {"p50": "#0072B2", "p95": "#E69F00", "p99": "#D55E00"}
+WIDE = 20  # a larger ratio of medians is drawn with a logarithmic axis and relative parts
+MIN_BARS = 3  # a single bar would fill the axes
+PART_COLORS = ("#999999", "#56B4E9", "#F0E442", "#E69F00", "#0072B2", "#CC79A7")
 
 
 def check_plot(path: Path) -> None:
-    """Raise `InvalidArgument` where no such picture can be drawn: before anything is measured."""
+    """Raise `InvalidArgument` if matplotlib is missing or cannot write this kind of file."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InvalidArgument("--plot: it needs matplotlib: pip install 'sidelight[plot]'") from None
+        raise InvalidArgument("--plot: needs matplotlib: pip install 'sidelight[plot]'") from None
     known = Figure().canvas.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in known:
         raise InvalidArgument(f"--plot: got {path.name}, expected a name that ends in one of .{', .'.join(known)}")
 
 
 def plot(path: Path, results: Sequence[Measured], *, title: str) -> None:
-    """Draw what was measured into a file, whose ending says of what kind."""
-    # A figure of its own, and not of pyplot, which would look for a display.
+    """Draw the results into a file. Its suffix selects the format."""
+    # Without pyplot, which would look for a display.
     from matplotlib.figure import Figure
 
     shown = [each for each in results if each.figures.requests]
@@ -55,9 +55,9 @@ def plot(path: Path, results: Sequence[Measured], *, title: str) -> None:
 
 def _draw_sweep(axes: "Axes", shown: Sequence[Measured]) -> None:
     rates = [each.figures.images_per_s for each in shown]
-    for percentile, colour in COLOURS.items():
+    for percentile, color in COLORS.items():
         spans = [_percentile_ms(each, percentile) for each in shown]
-        axes.plot(spans, rates, marker="o", color=colour, label=percentile)
+        axes.plot(spans, rates, marker="o", color=color, label=percentile)
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     for each, rate in zip(shown, rates, strict=True):
         place = _percentile_ms(each, "p99"), rate
@@ -79,12 +79,12 @@ def _draw_latencies(axes: "Axes", measured: Measured) -> None:
     counts = np.array(measured.histogram.counts)
     edges_ms = np.array(measured.histogram.edges_s) * 1e3
     axes.stairs(100 * counts / counts.sum(), edges_ms, fill=True, color="#BFD7EA")
-    for percentile, colour in COLOURS.items():
+    for percentile, color in COLORS.items():
         span = _percentile_ms(measured, percentile)
-        axes.axvline(span, color=colour, label=f"{percentile}: {span:.3g} ms")
+        axes.axvline(span, color=color, label=f"{percentile}: {span:.3g} ms")
     _scale_by_factors(axes)
     note = "" if measured.stable else " (not stable)"
-    axes.set(xlabel="latency (ms)", ylabel="share of the answers (%)", title="latencies" + note)
+    axes.set(xlabel="latency (ms)", ylabel="share of answers (%)", title="latencies" + note)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 
@@ -92,12 +92,12 @@ def _draw_latencies(axes: "Axes", measured: Measured) -> None:
 def _draw_parts(axes: "Axes", shown: Sequence[Measured]) -> None:
     parts = np.array([dataclasses.astuple(each.figures.split) for each in shown if each.figures.split]) * 1e3
     parts = parts.clip(0)  # [loads, parts]
-    if is_wide := _is_wide(shown):  # beside a load of seconds one of milliseconds would not be seen
+    if is_wide := _is_wide(shown):  # beside a load of seconds, one of milliseconds would be invisible
         parts *= 100 / parts.sum(axis=1, keepdims=True)
     left = np.zeros(len(shown))
-    for part, colour, spans in zip(PARTS, PART_COLOURS, parts.T, strict=True):
+    for part, color, spans in zip(PARTS, PART_COLORS, parts.T, strict=True):
         if part != "late" or spans.any():
-            axes.barh([_name(each) for each in shown], spans, left=left, color=colour, label=part, height=0.6)
+            axes.barh([_name(each) for each in shown], spans, left=left, color=color, label=part, height=0.6)
             left += spans
     room = max(0, MIN_BARS - len(shown)) / 2
     axes.set_ylim(len(shown) - 0.5 + room, -0.5 - room)  # the first on top

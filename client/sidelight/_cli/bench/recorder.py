@@ -1,6 +1,6 @@
-"""The recorder: counts what callers observe into the current window.
+"""The recorder: collects the callers' results in the current window.
 
-A request is counted where it ends, and how late it was sent where it was sent.
+A request counts in the window in which it ends; its lateness counts in the window in which it was sent.
 """
 
 import threading
@@ -11,12 +11,12 @@ from ...exceptions import PartialFailure, SidelightError
 from ...results.attribution import Attribution
 from .sample import Sample
 
-LATE_S = 0.010  # a request that is sent so long after it was due was sent late
+LATE_S = 0.010  # a request sent more than this after its due time is late
 
 
 @dataclass(frozen=True, slots=True)
 class Ticket:
-    """A request on its way, and when that was to begin; both on the clock of `time.perf_counter`."""
+    """A request in flight, with its due time and send time on the clock of `time.perf_counter`."""
 
     number: int
     due_s: float
@@ -25,20 +25,20 @@ class Ticket:
 
 @dataclass(slots=True)
 class Fault:
-    """How often requests failed in one way, and what the first of them was told."""
+    """The number of failures of one type, and the first message."""
 
     count: int
     message: str
 
 
 class Window:
-    """What ended in one stretch of time. Sums are in seconds and over the requests that were answered."""
+    """The requests that ended in one interval. Sums are in seconds, over the answered requests."""
 
     def __init__(self, *, seed: int = 0) -> None:
         self.began_s, self.ended_s = time.perf_counter(), 0.0
         self.cpu_s = -time.process_time()
         self.latency = Sample(seed=seed)  # from when a request was due
-        self.lateness = Sample(seed=seed)  # of the requests that a schedule sends
+        self.lateness = Sample(seed=seed)  # of requests in an open loop
         self.n_late = 0
         self.n_images = 0
         self.n_rows = 0
@@ -50,42 +50,42 @@ class Window:
         self.faults: dict[str, Fault] = {}
 
     def end(self) -> None:
-        """Close it."""
+        """Close the window."""
         self.ended_s = time.perf_counter()
         self.cpu_s += time.process_time()
 
 
 class Recorder:
-    """Counts requests. Many threads count, and one cuts the time into windows."""
+    """Counts requests in windows. Thread-safe: callers count, and the measuring thread calls `cut`."""
 
     def __init__(self, *, seed: int = 0) -> None:
         self._lock = threading.Lock()
         self._seed = seed
         self._window = Window(seed=seed)
-        self._on_their_way: dict[int, Ticket] = {}
+        self._in_flight: dict[int, Ticket] = {}
         self._n_sent = 0
 
     def sent(self, due_s: float | None) -> Ticket:
-        """Count a request that is about to be sent, on its time; None where no schedule said when."""
+        """Count a request that is about to be sent. `due_s` is None in a closed loop."""
         now_s = time.perf_counter()
         with self._lock:
             ticket = Ticket(self._n_sent, now_s if due_s is None else due_s, now_s)
             self._n_sent += 1
-            self._on_their_way[ticket.number] = ticket
+            self._in_flight[ticket.number] = ticket
             if due_s is not None:
                 self._window.lateness.add(max(0.0, now_s - due_s))
                 self._window.n_late += now_s - due_s > LATE_S
         return ticket
 
     def answered(self, ticket: Ticket, answer: Attribution) -> None:
-        """Count an answer. One that has failed, in whole or in part, counts as failed."""
+        """Count an answer. A partly failed answer counts as failed."""
         now_s = time.perf_counter()
         if answer.error is not None or answer.failures:
             self.failed(ticket, answer.error or PartialFailure(answer))
             return
         timing = answer.timing
         with self._lock:
-            del self._on_their_way[ticket.number]
+            del self._in_flight[ticket.number]
             window = self._window
             window.latency.add(now_s - ticket.due_s)
             window.late_s += ticket.sent_s - ticket.due_s
@@ -100,7 +100,7 @@ class Recorder:
     def failed(self, ticket: Ticket, error: SidelightError) -> None:
         """Count a failure by its type."""
         with self._lock:
-            del self._on_their_way[ticket.number]
+            del self._in_flight[ticket.number]
             fault = self._window.faults.setdefault(type(error).__name__, Fault(0, str(error)))
             fault.count += 1
 
@@ -113,7 +113,7 @@ class Recorder:
         return ended
 
     def unanswered_s(self) -> list[float]:
-        """Return how long ago the requests were due that are on their way."""
+        """Return the seconds since the due time of each request in flight."""
         with self._lock:
             now_s = time.perf_counter()
-            return [now_s - each.due_s for each in self._on_their_way.values()]
+            return [now_s - each.due_s for each in self._in_flight.values()]

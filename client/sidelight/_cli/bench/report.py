@@ -1,4 +1,4 @@
-"""The report: a line of progress, tables at the end, and everything as JSON."""
+"""The report: a progress line, tables at the end, and all results as JSON."""
 
 import contextlib
 import dataclasses
@@ -15,25 +15,25 @@ from .measurement import Bench, Measured, Plan, Step, Watch
 from .statistics import PARTS, STABLE_WINDOWS, Figures
 from .traffic import Traffic
 
-BUSY_CPU = 0.9  # of one core: Python's threads share little more
+BUSY_CPU = 0.9  # of one core: because of the GIL, threads can use little more
 LATENCIES = ("mean", "p50", "p90", "p95", "p99", "max")
-LATE_SHARE = 0.01  # of the requests: more, and the schedule was not kept
+LATE_SHARE = 0.01  # of the requests: above it, the report says that the schedule was not kept
 
 
 @contextlib.contextmanager
 def progress(console: Console, bench: Bench) -> Iterator[Watch]:
-    """Give what shows the windows of a load as they end, where there is a terminal."""
+    """Yield a function that shows each window in a status line, on a terminal."""
     with console.status("measuring") as status:
 
         def watch(step: Step, windows: Sequence[Figures]) -> None:
-            told = f"{step.name}: window {len(windows) + 1} of at most {bench.plan.max_windows}"
-            status.update(escape(f"{told}{_so_far(windows[-1]) if windows else ''}"))
+            window = f"{step.name}: window {len(windows) + 1} of at most {bench.plan.max_windows}"
+            status.update(escape(f"{window}{_so_far(windows[-1]) if windows else ''}"))
 
         yield watch
 
 
 def report_bench(console: Console, bench: Bench, answer: Attribution) -> None:
-    """Print what was measured, and what there is to say against it."""
+    """Print the results and warnings about them."""
     console.print(escape(question(bench.traffic, answer)), soft_wrap=True, highlight=False)
     if bench.results:
         console.print(_rates(bench.results), _parts(bench.results), sep="\n")
@@ -41,21 +41,21 @@ def report_bench(console: Console, bench: Bench, answer: Attribution) -> None:
         for remark in _remarks(bench.plan, measured):
             console.print(f"{measured.step.name}: {escape(remark)}", soft_wrap=True, highlight=False)
     if bench.interrupted:
-        console.print("interrupted: the figures are of what was measured so far", soft_wrap=True)
+        console.print("interrupted: the figures cover only the measurement so far", soft_wrap=True)
 
 
 def question(traffic: Traffic, answer: Attribution) -> str:
-    """Return in a line what is asked of which model."""
+    """Describe the traffic and the model in one line."""
     way = "streamed" if traffic.is_streamed else "unary calls"
-    told = f"batches of {len(traffic.batches[0])}, {traffic.kind}, {way}"
+    sent = f"batches of {len(traffic.batches[0])}, {traffic.kind}, {way}"
     if (provenance := answer.provenance) is None:
-        return told
+        return sent
     ran = "+".join((provenance.precision, *provenance.kernel_options))
-    return f"{provenance.model} on {provenance.device} in {ran}: {provenance.method}; {told}"
+    return f"{provenance.model} on {provenance.device} in {ran}: {provenance.method}; {sent}"
 
 
 def bench_facts(bench: Bench, server: ServerInfo, answer: Attribution, *, client_version: str) -> dict[str, Any]:
-    """Return everything that is known, as JSON can hold it. Names end in their units."""
+    """Return all results as values for JSON. Names end in their units."""
     traffic, provenance = bench.traffic, answer.provenance
     return {
         "client_version": client_version,
@@ -85,7 +85,7 @@ def _so_far(figures: Figures) -> str:
 
 
 def _rates(results: Sequence[Measured]) -> Table:
-    # Of methods of one row there are as many rows as images: a terminal is narrow.
+    # Methods of one row have equal rates of rows and images: omit the column to save width.
     has_rows = any(each.figures.rows_per_s != each.figures.images_per_s for each in results)
     headers = ["requests/s", "images/s", *(["rows/s"] if has_rows else []), *LATENCIES, "failed"]
     table = _table("latency in ms", headers)
@@ -131,15 +131,15 @@ def _remarks(plan: Plan, measured: Measured) -> Iterator[str]:
     longest_s = 0.0 if figures.latency is None else figures.latency.max_s
     if measured.oldest_unanswered_s > longest_s:
         yield (
-            f"{measured.unanswered} requests were unanswered at the end, the oldest of them for "
-            f"{measured.oldest_unanswered_s:.1f} s: longer than any that was answered"
+            f"{measured.unanswered} requests were unanswered at the end, the oldest for "
+            f"{measured.oldest_unanswered_s:.1f} s: longer than any answered request took"
         )
     if figures.lateness is not None and figures.lateness.late > LATE_SHARE * figures.lateness.sent:
         late = figures.lateness
         yield (
             f"the schedule was not kept: {late.late} of {late.sent} requests were sent over 10 ms late, by "
-            f"{late.max_s:.2f} s at most, for want of calls that may be outstanding, of room on the stream, or of this "
-            "process's own speed; latency counts from when they were due"
+            f"{late.max_s:.2f} s at most, because --outstanding or the stream's window was reached, or because this "
+            "process was too slow; latency counts from when they were due"
         )
     if figures.client_cpu > BUSY_CPU:
         yield f"this process used {figures.client_cpu:.2f} CPU cores: it may be what limits the rate"

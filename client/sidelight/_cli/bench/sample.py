@@ -11,7 +11,7 @@ MAX_VALUES = 1_000_000  # 8 MB
 
 
 class Sample:
-    """Numbers as they come in. Beyond `limit` the values kept are a uniform choice of all: Vitter 1985, algorithm R."""
+    """A sample of at most `limit` numbers, uniform over all that were added: Vitter, 1985, algorithm R."""
 
     def __init__(self, *, limit: int = MAX_VALUES, seed: int = 0) -> None:
         self.count = 0
@@ -22,29 +22,26 @@ class Sample:
         self._values = array("d")
 
     def add(self, value: float) -> None:
-        """Take a number in."""
+        """Add a number."""
         self.count += 1
         self.sum += value
         self.max = max(self.max, value)
         if len(self._values) < self._limit:
             self._values.append(value)
-        elif (place := self._random.randrange(self.count)) < self._limit:
-            self._values[place] = value
+        elif (index := self._random.randrange(self.count)) < self._limit:
+            self._values[index] = value
 
     @property
     def values(self) -> NDArray[np.float64]:
-        """The numbers that are kept."""
+        """The numbers in the sample."""
         return np.array(self._values, np.float64)
 
 
 def joined(samples: Iterable[Sample]) -> NDArray[np.float64]:
-    """Return the numbers that several samples keep."""
+    """Concatenate the numbers of several samples."""
     return np.concatenate([np.empty(0), *(each.values for each in samples)])
 
 
 def percentile(values: NDArray[np.float64], percent: float) -> float:
-    """Return the nearest rank: the smallest of the values that at least so many per cent of them do not exceed.
-
-    It is a value that occurred, and not one between two that did.
-    """
+    """Return a percentile by the nearest-rank method: always one of the values, without interpolation."""
     return float(np.percentile(values, percent, method="inverted_cdf"))

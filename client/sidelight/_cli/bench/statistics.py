@@ -1,4 +1,4 @@
-"""Statistics of windows, and whether windows agree. All durations are in seconds."""
+"""Statistics of windows, and the test whether they agree. All durations are in seconds."""
 
 import math
 from collections.abc import Sequence
@@ -14,12 +14,12 @@ from .sample import joined, percentile
 STABLE_WINDOWS = 3  # that must agree, as in Triton's perf_analyzer
 PERCENTILES = (50, 90, 95, 99)
 PARTS = ("late", "transport", "prepare", "queue", "compute", "other")  # of a `Split`
-BINS_A_DECADE = 50
+BINS_PER_DECADE = 50
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """How long answers took, from when their requests were due; percentiles by the nearest rank."""
+    """Latency of answers, from the due time of the request. Percentiles are nearest-rank."""
 
     mean_s: float
     p50_s: float
@@ -31,10 +31,10 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """Where the mean latency went. The parts add up to it."""
+    """The mean latency by stage. The parts add up to it."""
 
-    late_s: float  # until the request was sent: the generator, or a full window of the stream
-    transport_s: float  # all that the client sees beyond the server's own time: both ways, and the client itself
+    late_s: float  # from the due time until the request was sent
+    transport_s: float  # client-side latency minus the server's time: network and client
     prepare_s: float
     queue_s: float
     compute_s: float
@@ -43,10 +43,10 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Lateness:
-    """How late an open loop sent."""
+    """How late an open loop sent its requests."""
 
     sent: int
-    late: int  # over 10 ms after they were due
+    late: int  # sent over 10 ms after the due time
     mean_s: float
     p99_s: float
     max_s: float
@@ -54,7 +54,7 @@ class Lateness:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How many answers took how long: `counts[i]` took from `edges_s[i]` to `edges_s[i + 1]`."""
+    """A histogram of latency: `counts[i]` answers took from `edges_s[i]` to `edges_s[i + 1]`."""
 
     edges_s: tuple[float, ...]
     counts: tuple[int, ...]
@@ -62,23 +62,23 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What was measured in one window, or in several together."""
+    """The results of one window, or of several combined."""
 
     seconds: float
-    requests: int  # that were answered
+    requests: int  # answered ones
     requests_per_s: float
     images_per_s: float
     rows_per_s: float
     failed: int
     failures: dict[str, Fault]  # by the error's type
-    client_cpu: float  # seconds of this process's CPU time for each second
+    client_cpu: float  # CPU time of this process per second
     latency: Latency | None  # None without an answer
     split: Split | None
     lateness: Lateness | None  # None in a closed loop
 
     @classmethod
     def of(cls, windows: Sequence[Window]) -> Self:
-        """Return what windows come to."""
+        """Combine windows."""
         seconds = math.fsum(each.ended_s - each.began_s for each in windows)
         requests = sum(each.latency.count for each in windows)
         failures = _failures(windows)
@@ -98,14 +98,15 @@ class Figures:
 
 
 def latency_at(figures: Figures, percent: int) -> float:
-    """Return one of the percentiles that are reported; infinite without an answer."""
+    """Return one of the latency percentiles; infinite without an answer."""
     return math.inf if figures.latency is None else float(getattr(figures.latency, f"p{percent}_s"))
 
 
 def is_stable(windows: Sequence[Figures], *, within: float, percent: int) -> bool:
-    """Say whether the last three agree: the largest rate, and the largest percentile, exceed the smallest by no more.
+    """Return whether the last three windows agree in rate and in the latency percentile.
 
-    `within` is a share: 0.1 for 10 %. Windows without an answer agree with nothing.
+    They agree if the largest exceeds the smallest by at most the share `within`: 0.1 for 10 %. Windows without an
+    answer never agree.
     """
     last = windows[-STABLE_WINDOWS:]
     if len(last) < STABLE_WINDOWS or not all(each.requests for each in last):
@@ -116,13 +117,13 @@ def is_stable(windows: Sequence[Figures], *, within: float, percent: int) -> boo
 
 
 def histogram(values: NDArray[np.float64]) -> Histogram:
-    """Return a histogram whose bins are equally wide on a logarithmic scale, 50 for each factor of ten."""
+    """Return a histogram with logarithmic bins, 50 per factor of ten."""
     if not len(values):
         return Histogram((), ())
-    places = np.log10(np.maximum(values, 1e-9)) * BINS_A_DECADE
+    places = np.log10(np.maximum(values, 1e-9)) * BINS_PER_DECADE
     first, last = math.floor(places.min()), math.floor(places.max())
     counts = np.bincount(np.floor(places).astype(int) - first, minlength=last - first + 1)
-    edges_s = tuple(10 ** (i / BINS_A_DECADE) for i in range(first, last + 2))
+    edges_s = tuple(10 ** (i / BINS_PER_DECADE) for i in range(first, last + 2))
     return Histogram(edges_s, tuple(map(int, counts)))
 
 

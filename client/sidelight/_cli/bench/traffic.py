@@ -1,4 +1,4 @@
-"""Traffic: the batches that a load generator repeats, from files or made at random."""
+"""Traffic: the batches that the load generator repeats, from files or random."""
 
 import itertools
 import math
@@ -19,8 +19,8 @@ from ...methods.method import Method
 from ...results.attribution import Attribution
 from ...results.server_info import ModelInfo
 
-RANDOM_IMAGES = 32  # that differ
-_MODES = {1: "L", 3: "RGB"}  # of pictures, by their channels
+RANDOM_IMAGES = 32  # distinct ones
+_MODES = {1: "L", 3: "RGB"}  # Pillow's mode by number of channels
 
 Shape = tuple[int, int, int]
 Sent = list[bytes] | Array  # one batch: files, or an array [N, …]
@@ -28,7 +28,7 @@ Sent = list[bytes] | Array  # one batch: files, or an array [N, …]
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Batches, and what is asked of every one."""
+    """Batches, and the options of every request."""
 
     batches: Sequence[Sent]
     model: str | None = None
@@ -43,12 +43,12 @@ class Traffic:
 
     @property
     def kind(self) -> str:
-        """What the images are sent as."""
+        """The form in which images are sent, as text."""
         batch = self.batches[0]
         return "files" if isinstance(batch, list) else f"{batch.dtype} {' × '.join(map(str, batch.shape[1:]))}"
 
     def call(self, client: Client, batch: Sent) -> Attribution:
-        """Ask about one batch, and raise what failed whole."""
+        """Send one batch in a unary call. Raises if the whole batch failed."""
         return client.attribute(
             batch,
             model=self.model,
@@ -62,7 +62,7 @@ class Traffic:
         )
 
     def stream(self, client: Client, batches: Iterable[Sent]) -> Iterator[Attribution]:
-        """Ask about batches on one stream, and yield their answers, failed ones too, as they come."""
+        """Send batches on one stream, and yield answers as they arrive, including failed ones."""
         return client.stream(
             batches,
             model=self.model,
@@ -77,7 +77,7 @@ class Traffic:
         )
 
     def try_out(self, client: Client) -> Attribution:
-        """Ask about the first batch, and raise what is wrong with all of them."""
+        """Send the first batch. Raises its error, which all other batches would also have."""
         if not self.is_streamed:
             answer = self.call(client, self.batches[0])
         else:
@@ -88,9 +88,9 @@ class Traffic:
 
 
 def batches_of_files(paths: Sequence[Path], batch: int, *, size: Shape | None = None) -> list[Sent]:
-    """Return files in batches that go round them: as they are, or as pixels of a model's input size.
+    """Return batches that cycle through files: unchanged, or as pixels of a model's input size.
 
-    `OSError` names a file that is no picture.
+    The `OSError` for a file that is not a picture names it.
     """
     n_batches = math.lcm(len(paths), batch) // batch
     if size is None:
@@ -117,7 +117,7 @@ def random_batches(batch: int, model: ModelInfo, *, shape: Shape | None = None, 
 
 
 def _file(path: Path) -> bytes:
-    with Image.open(path):  # the server would say it of every batch with this file in it
+    with Image.open(path):  # check here: the server would reject every batch with this file
         return path.read_bytes()
 
 
