@@ -198,7 +198,7 @@ def test_what_is_no_model_is_refused(model: Any) -> None:
 
 def test_a_batch_without_images_names_the_key(make: Make, floats: Tensor) -> None:
     saliency = make(classifier("binary"))
-    with pytest.raises(KeyError, match="image: there are no images of that name; got scan, disease"):
+    with pytest.raises(KeyError, match="image: the batch has no such key; got scan, disease"):
         saliency.attribute(scan=floats, disease=None)
 
 

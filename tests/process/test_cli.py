@@ -506,7 +506,7 @@ def test_info_tells_version_limits_methods_and_models(run: Run, address: str, cl
     assert "in flight 256 batches at most, 32 of them on one stream" in text
     (model,) = server.models
     (chosen,) = (each for each in model.warmup if each.chosen)
-    assert f"* {chosen.rows} rows at once {chosen.rows_per_second:.1f} rows/s {chosen.configuration}" in text
+    assert f"* {chosen.rows} rows per chunk {chosen.rows_per_second:.1f} rows/s {chosen.configuration}" in text
     for fact in ("small", "3 × 32 × 32", "10", "probability, logit, log_probability, margin", "float32", model.digest):
         assert fact in text
 

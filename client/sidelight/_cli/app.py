@@ -89,14 +89,14 @@ def attribute(
     """Explain pictures: print the class, probability and time of each, and write overlays."""
     with _errors_on_one_line():
         images = pictures_of(images)
-    how = method_of(method, option, signed=signed, times_input=times_input)
-    what = target_of(target, against=against, region=region, top_k=top_k)
+    parsed_method = method_of(method, option, signed=signed, times_input=times_input)
+    parsed_target = target_of(target, against=against, region=region, top_k=top_k)
     with _errors_on_one_line(), reach(address) as client:
         answers = client.stream(
             images,
             model=model,
-            target=what,
-            method=how if baseline is None else from_baseline(how, load_array(baseline)),
+            target=parsed_target,
+            method=parsed_method if baseline is None else from_baseline(parsed_method, load_array(baseline)),
             score=score,
             channels=channels,
             map_dtype=map_dtype,

@@ -47,7 +47,7 @@ def _model_facts(model: ModelInfo) -> dict[str, str]:
         "classes": str(model.class_count or "not known yet"),
         "scores": ", ".join(model.scores),
         "methods": ", ".join(model.methods),
-        "runs on": f"{model.device} in {configuration}, {model.chunk_rows} rows at once at most",
+        "runs on": f"{model.device} in {configuration}, {model.chunk_rows} rows per chunk at most",
         "guarantees": "equal bytes for equal provenance" if model.reproducible else "equal maps within a tolerance",
         "digest": model.digest,
     }
@@ -70,5 +70,5 @@ def _print_warmup(console: Console, model: ModelInfo) -> None:
     console.print("  warm-up")
     for entry in model.warmup:
         mark = "*" if entry.chosen else " "
-        rate = f"{entry.rows:>5} rows at once {entry.rows_per_second:>10.1f} rows/s"
+        rate = f"{entry.rows:>5} rows per chunk {entry.rows_per_second:>10.1f} rows/s"
         console.print(f"  {mark} {rate}  {escape(entry.configuration)}")

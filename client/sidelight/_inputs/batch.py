@@ -1,4 +1,4 @@
-"""Batches: images with options and an id of their own."""
+"""`Batch`: images with their own target, served classes and id."""
 
 import dataclasses
 import os

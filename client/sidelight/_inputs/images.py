@@ -145,7 +145,7 @@ def _choices(classes: object, n_examples: int) -> tuple[pb.ClassChoice, ...]:
         raise InvalidArgument(
             f"served_classes: got {count} for {n_examples} examples, expected a list with one for each"
         )
-    return tuple(choice_message(each, "served_classes", place=" in the list") for each in classes)
+    return tuple(choice_message(each, "served_classes", context=" in the list") for each in classes)
 
 
 def _as_list(images: Images) -> list[Picture | Array] | Array:
@@ -222,7 +222,7 @@ def _file(image: object) -> bytes:
 def _encoded(image: Image.Image) -> bytes:
     """Encode a PIL image without loss: as PNG, or as TIFF for modes that PNG does not have.
 
-    Of its EXIF data only the orientation is kept, for privacy: EXIF can hold the place where a photograph was taken.
+    Of its EXIF data only the orientation is kept, for privacy: EXIF can hold the location of a photograph.
     """
     file, exif = io.BytesIO(), Image.Exif()
     try:

@@ -75,7 +75,7 @@ def target_message(target: Target) -> pb.Target:
     if isinstance(target, int | np.integer):
         return pb.Target(index=whole(target, "target", bits=64))
     if isinstance(target, Sequence):
-        classes = [choice_message(each, "target", place=" in the list") for each in target]
+        classes = [choice_message(each, "target", context=" in the list") for each in target]
         return pb.Target(per_example=pb.PerExampleTarget(classes=classes))
     raise InvalidArgument(
         f"target: got {type(target).__name__}, expected None, a class index, a label or a list of them, TopK, Contrast "
@@ -119,13 +119,13 @@ def target_text(target: pb.Target) -> str:
             return other or ""
 
 
-def choice_message(choice: object, field: str, *, place: str = "") -> pb.ClassChoice:
+def choice_message(choice: object, field: str, *, context: str = "") -> pb.ClassChoice:
     """Convert a class index or label to its message."""
     if isinstance(choice, str):
         return pb.ClassChoice(label=text(choice, field))
     if isinstance(choice, int | np.integer):
         return pb.ClassChoice(index=whole(choice, field, bits=64))
-    raise InvalidArgument(f"{field}: got {summary(choice)}{place}, expected class indices or labels")
+    raise InvalidArgument(f"{field}: got {summary(choice)}{context}, expected class indices or labels")
 
 
 def _box(region: object) -> tensor_pb2.Box:

@@ -1,7 +1,7 @@
-"""PyHealth's `BasicGradientSaliencyMaps` with the same answers, from a server or from an engine in this process.
+"""A drop-in replacement for PyHealth's `BasicGradientSaliencyMaps`, with a server or an engine in this process.
 
-One import changes: `from sidelight.pyhealth import BasicGradientSaliencyMaps`. Alone in the client this module needs
-torch; and the server's extra, where the model is a torch module.
+Change one import: `from sidelight.pyhealth import BasicGradientSaliencyMaps`. Unlike the rest of the client, this
+package needs torch. To use a torch module as the model, it also needs the extra `sidelight[server]`.
 """
 
 import operator
@@ -32,16 +32,16 @@ Record = dict[str, Any]
 
 
 class BasicGradientSaliencyMaps:
-    """Saliency maps of an image model: the largest absolute gradient, over the channels, of the predicted probability.
+    """Saliency maps of an image model: the gradient of the predicted probability, the maximum |value| over channels.
 
-    `model` is a `sidelight.Client`, an address, or a torch module. A module runs in this process, each call as one
-    batch, on its own device and in eval mode; it is itself neither frozen, moved nor switched, and training it further
-    shows in the next map. Of a server with several models, `served_model` names the one to ask.
+    `model` is a `sidelight.Client`, an address, or a torch module. A module runs in this process on its own device, in
+    eval mode, with one batch per call. The module itself is not frozen, moved or switched to eval mode, and the next
+    map uses its current weights. `served_model` selects a model of a server with several.
 
-    `input_batch` is a dictionary, a list or tuple of images and labels, or images alone: it is explained at once.
-    `Batch_saliency_maps` keeps the newest `max_history` records. Thread-safe; close it, or use `with`.
+    `input_batch` is a dictionary, a list or tuple of images and labels, or only images. The constructor explains it.
+    `Batch_saliency_maps` keeps the newest `max_history` records. Thread-safe. Call `close`, or use `with`.
 
-    A failed call raises a `sidelight.SidelightError`; a module that cannot be explained, `ValueError`.
+    A failed call raises `sidelight.SidelightError`; a module that cannot be explained raises `ValueError`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class BasicGradientSaliencyMaps:
         self.close()
 
     def __call__(self, **data: Any) -> dict[str, Tensor]:
-        """Return what `attribute` does."""
+        """Call `attribute`."""
         return self.attribute(**data)
 
     def __repr__(self) -> str:
@@ -91,10 +91,10 @@ class BasicGradientSaliencyMaps:
     def attribute(
         self, save_to_batch: bool = False, target_class_idx: "int | Sequence[int] | Tensor | None" = None, **data: Any
     ) -> dict[str, Tensor]:
-        """Return `{image_key: maps}`, [N, H, W] of the images' type and device, for images [N, C, H, W].
+        """Return `{image_key: maps}` for images [N, C, H, W]: maps [N, H, W] with the images' type and device.
 
-        `target_class_idx` is a class, or one for each example; None explains what was predicted. Labels and any other
-        data are tolerated. `save_to_batch` appends a record to `Batch_saliency_maps`.
+        `target_class_idx` is one class, or one per example; None is the predicted class. Labels and other data are
+        ignored. `save_to_batch` appends a record to `Batch_saliency_maps`.
         """
         explained = self._explain(data, _classes(target_class_idx))
         if save_to_batch:
@@ -102,11 +102,11 @@ class BasicGradientSaliencyMaps:
         return {self.Image_key: explained.saliency}
 
     def get_gradient_saliency_maps(self) -> list[Record]:
-        """Return the records: of each batch `saliency`, `image` and `label`."""
+        """Return the records, each with `saliency`, `image` and `label` of a batch."""
         return self.Batch_saliency_maps
 
     def clear(self) -> None:
-        """Forget the records. What belongs to the input batch can still be drawn."""
+        """Delete the records. The input batch can still be drawn."""
         with self._recording:
             self.Batch_saliency_maps.clear()
 
@@ -119,27 +119,27 @@ class BasicGradientSaliencyMaps:
         id2label: "figure.Names | None" = None,
         alpha: float = 0.3,
     ) -> Any:
-        """Draw one image of the input batch with its map over it, and return the figure.
+        """Draw one image of the input batch with its map, and return the figure.
 
-        `plt` is pyplot; where it is None it is imported here, and the figure is closed once it was shown. `id2label`
-        adds the true and the predicted class to the title. Nothing is computed again.
+        `plt` is pyplot; with None it is imported, and the figure is closed after it is shown. `id2label` adds the true
+        and the predicted class to the title. The map is not recomputed.
         """
         shown = self._input
         if shown is None:
-            raise ValueError("there is no input_batch, so there is nothing to draw: give one to the constructor")
-        place = _place(image_index, len(shown.image))
+            raise ValueError("there is no input_batch to draw: pass one to the constructor")
+        index = _index(image_index, len(shown.image))
         return figure.draw(
             plt,
-            _host(shown.image[place]),
-            _host(shown.saliency[place]),
+            _host(shown.image[index]),
+            _host(shown.saliency[index]),
             title=figure.titled(
-                title, true=figure.label_of(shown.label, place), predicted=shown.predicted[place], names=id2label
+                title, true=figure.label_of(shown.label, index), predicted=shown.predicted[index], names=id2label
             ),
             alpha=alpha,
         )
 
     def close(self) -> None:
-        """End the engine, or the connection that was made here; a client that was given stays open."""
+        """Close the engine, or a client that the constructor opened. A client that was passed in stays open."""
         self._explainer.close()
 
     def _explain(self, data: Mapping[str, Any], classes: Classes) -> "_Explained":
@@ -183,7 +183,7 @@ def _explainer(
             f"model: got {type(model).__name__}, expected a sidelight.Client, an address or a torch.nn.Module"
         )
     if served_model is not None:
-        raise ValueError(f"served_model: got {served_model!r}, which is for a server with several models, not a module")
+        raise ValueError(f"served_model: got {served_model!r}, expected None: it applies only to a server")
     import sidelight_server
     from sidelight_server.app import in_process
 
@@ -191,7 +191,7 @@ def _explainer(
 
 
 def _batch(given: object, image_key: str, label_key: str) -> Mapping[str, Any] | None:
-    """Return a batch of any form as a dictionary."""
+    """Convert a batch to a dictionary."""
     if given is None:
         return None
     if isinstance(given, list | tuple) and given:
@@ -209,7 +209,7 @@ def _batch(given: object, image_key: str, label_key: str) -> Mapping[str, Any] |
 
 def _images(data: Mapping[str, Any], key: str) -> Tensor:
     if key not in data:
-        raise KeyError(f"{key}: there are no images of that name; got {', '.join(map(str, data)) or 'nothing'}")
+        raise KeyError(f"{key}: the batch has no such key; got {', '.join(map(str, data)) or 'nothing'}")
     images = data[key]
     if not isinstance(images, Tensor):
         raise ValueError(f"{key}: got {type(images).__name__}, expected a floating tensor [N, C, H, W]")
@@ -228,14 +228,14 @@ def _classes(given: Any) -> Classes:
     return whole(given, "target_class_idx", bits=64)
 
 
-def _place(index: Any, n: int) -> int:
+def _index(image_index: Any, n: int) -> int:
     try:
-        place = operator.index(index)
+        index = operator.index(image_index)
     except TypeError:
-        raise ValueError(f"image_index: got {index!r}, expected a whole number") from None
-    if not -n <= place < n:
-        raise IndexError(f"image_index: got {place}, the batch has {n} images")
-    return place % n
+        raise ValueError(f"image_index: got {image_index!r}, expected a whole number") from None
+    if not -n <= index < n:
+        raise IndexError(f"image_index: got {index}, the batch has {n} images")
+    return index % n
 
 
 def _host(tensor: Tensor) -> NDArray[Any]:

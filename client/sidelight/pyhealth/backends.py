@@ -1,4 +1,4 @@
-"""Backends of PyHealth's class: a server, or an engine in this process."""
+"""Backends of `BasicGradientSaliencyMaps`: a server, or an engine in this process."""
 
 import threading
 from collections.abc import Sequence
@@ -10,21 +10,21 @@ from .._client import Client
 from .._inputs.targets import Dense
 from ..exceptions import from_code
 
-Classes = int | list[int] | None  # for all, for each, or what was predicted
+Classes = int | list[int] | None  # one class for all examples, one per example, or the predicted classes
 
 
 class Explainer(Protocol):
-    """Whoever has the maps."""
+    """A backend that computes maps."""
 
     def explain(self, images: NDArray[Any], classes: Classes) -> tuple[NDArray[Any], list[int]]:
         """Return maps, [N, H, W], and the predicted classes of images, [N, C, H, W]."""
 
     def close(self) -> None:
-        """End what was begun."""
+        """Release the client or engine."""
 
 
 class Remote:
-    """A server."""
+    """A backend that calls a server."""
 
     def __init__(self, client: Client, model: str | None, *, owned: bool, timeout_s: float) -> None:
         self._client = client
@@ -46,16 +46,16 @@ class Remote:
         return answer.maps, [each.index for each in answer.predictions if each]
 
     def close(self) -> None:
-        """End the connection, unless it is the caller's own."""
+        """Close the client, unless the caller passed it in."""
         if self._owned:
             self._client.close()
 
 
 class Local:
-    """An engine on a module of this process, made at the first call, which shows what its images are like."""
+    """An engine for a module in this process. The first call creates it, with the shape of its images."""
 
     def __init__(self, server: Any, in_process: Any, module: Any, image_key: str, label_key: str) -> None:
-        # The package of the server and the module of it that runs an engine: the client imports neither by itself.
+        # sidelight_server and its in_process module are passed in, because the client must not import the server.
         self._server, self._in_process = server, in_process
         self._module = module
         self._keys = {"image_key": image_key, "label_key": label_key}
@@ -81,13 +81,13 @@ class Local:
         return answer.maps, [each.predicted for each in answer.explanations if each]
 
     def close(self) -> None:
-        """End the engine."""
+        """Close the engine."""
         with self._lock:
             self._closed = True
             self._end()
 
     def _ready(self, shape: Any) -> Any:
-        """Return the engine; a new one where the module's weights lie elsewhere than they did."""
+        """Return the engine. If the module's weights moved to other memory, it is a new one."""
         if self._closed:
             raise RuntimeError("the saliency maps are closed")
         storage = self._in_process.storage(self._module)

@@ -1,4 +1,4 @@
-"""Figures: an image with its map over it, by matplotlib's pyplot, with titles as PyHealth writes them."""
+"""Figures: an image with its map, drawn with matplotlib's pyplot and titled as in PyHealth."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.floating[Any]]
-Names = Mapping[Any, object] | Sequence[object]  # of classes, by their number
+Names = Mapping[Any, object] | Sequence[object]  # class names by index
 
 FIGURE_INCHES = (15, 7)
 
@@ -15,7 +15,7 @@ FIGURE_INCHES = (15, 7)
 def draw(plt: Any, picture: Floats, map_: Floats, *, title: str | None, alpha: float) -> Any:
     """Draw a map, [H, W], over a picture, [C, H, W], and return the figure.
 
-    `plt` is pyplot; where it is None it is imported here, and the figure is closed once it was shown.
+    `plt` is pyplot; with None it is imported, and the figure is closed after it is shown.
     """
     own = plt is None
     if own:
@@ -33,19 +33,19 @@ def draw(plt: Any, picture: Floats, map_: Floats, *, title: str | None, alpha: f
 
 
 def titled(title: str | None, *, true: object, predicted: int, names: Names | None) -> str | None:
-    """Return the title, with the names of the true and the predicted class where names are given."""
+    """Return the title, with the true and the predicted class if `names` are given."""
     if names is None:
         return title
-    told = f"Predicted: {_name(predicted, names)}"
+    classes = f"Predicted: {_name(predicted, names)}"
     if true is not None:
-        told = f"True: {_name(true, names)}, {told}"
-    return told if title is None else f"{title} - {told}"
+        classes = f"True: {_name(true, names)}, {classes}"
+    return classes if title is None else f"{title} - {classes}"
 
 
 def label_of(labels: Any, example: int) -> object:
-    """Return an example's class, or the list of its classes, as a batch of any form tells it; None: it does not.
+    """Return an example's class, or a list of its classes; None if the labels have another form.
 
-    `labels` is a tensor, an array or a list of N: of classes, of [class], or multi-hot.
+    `labels` is a tensor, an array or a list with one entry per example: a class, [class], or a multi-hot vector.
     """
     one = labels
     if isinstance(labels, list | tuple) or getattr(labels, "ndim", 0) > 0:
@@ -59,9 +59,9 @@ def label_of(labels: Any, example: int) -> object:
         (one,) = one
     if not isinstance(one, list | tuple):
         return one
-    if any(isinstance(each, list | tuple) for each in one):  # a mask, say
+    if any(isinstance(each, list | tuple) for each in one):  # such as a segmentation mask
         return None
-    return [each if isinstance(each, str) else place for place, each in enumerate(one) if each]
+    return [each if isinstance(each, str) else index for index, each in enumerate(one) if each]
 
 
 def _name(label: Any, names: Names) -> str:
@@ -71,17 +71,17 @@ def _name(label: Any, names: Names) -> str:
         label = int(label)
     try:
         return str(names[label])
-    except (KeyError, IndexError, TypeError):  # what is no key, or no place, is its own name
+    except (KeyError, IndexError, TypeError):  # a class without a name
         return str(label)
 
 
 def _seen(picture: Floats) -> Floats:
-    """Return what is drawn of a picture, [C, H, W]: grey values, or RGB in 0…1."""
+    """Return a picture, [C, H, W], for `imshow`: gray values, or RGB in 0…1."""
     if len(picture) != 3:
-        grey: Floats = np.mean(picture, axis=0)  # [H, W]
-        return grey
+        gray: Floats = np.mean(picture, axis=0)  # [H, W]
+        return gray
     low, high = picture.min(initial=0.0), picture.max(initial=1.0)
-    if low < 0 or high > 1:  # normalised for a model: as RGB, matplotlib would clip it
+    if low < 0 or high > 1:  # normalized for a model: matplotlib would clip it
         low, high = picture.min(), picture.max()
         picture = (picture - low) / max(high - low, np.finfo(picture.dtype).tiny)
     drawn: Floats = np.moveaxis(picture, 0, -1)  # [H, W, C]
@@ -92,5 +92,5 @@ def _pyplot() -> Any:
     try:
         import matplotlib.pyplot as plt
     except ImportError:
-        raise ImportError("plt: got None, and matplotlib is not installed: pip install 'sidelight[plot]'") from None
+        raise ImportError("plt: got None, but matplotlib is not installed: pip install 'sidelight[plot]'") from None
     return plt

@@ -47,7 +47,7 @@ class Attribution:
     targets: tuple[ExplainedTarget | tuple[ExplainedTarget, ...] | None, ...] = ()
     geometry: tuple[Geometry | None, ...] = ()  # None also for floating arrays
     failures: tuple[Failure, ...] = ()
-    probabilities: NDArray[np.float32] | None = None  # [N, K], if asked for
+    probabilities: NDArray[np.float32] | None = None  # [N, K], if requested
     provenance: Provenance | None = None
     timing: Timing | None = None
     convergence: tuple[Convergence | None, ...] = ()  # None for methods of one row

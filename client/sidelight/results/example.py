@@ -65,7 +65,7 @@ class ExampleAttribution:
 
     @property
     def probabilities(self) -> NDArray[np.float32] | None:
-        """The probability of every class [K], if they were asked for."""
+        """The probability of every class [K], if requested."""
         return None if self.answer.probabilities is None else self.answer.probabilities[self.index]
 
     @property

@@ -1,4 +1,4 @@
-"""A Sidelight server for tests of code that calls one: no torch, no GPU, answers in well under a millisecond.
+"""A small Sidelight server for tests: without torch or a GPU, it answers in well under a millisecond.
 
 ```python
 with sidelight.testing.serve(labels=["cat", "dog"]) as server, sidelight.connect(server.address) as client:
@@ -7,8 +7,8 @@ with sidelight.testing.serve(labels=["cat", "dog"]) as server, sidelight.connect
 ```
 
 Its model is linear: the logit of class k is the mean over pixels and channels of x · w_k, with fixed weights w_k, and a
-softmax follows. Pixels count from 0 to 1; files are resized to 32 × 32. A map is the exact gradient of the target's
-probability, whatever method, score or number of samples is asked for: what a method computes is not simulated.
+softmax follows. Pixels are scaled to 0…1; files are resized to 32 × 32. A map is the exact gradient of the target's
+probability for every method, score and number of samples: methods are not simulated.
 """
 
 import tempfile
@@ -35,14 +35,14 @@ _STATUSES: dict[int, grpc.StatusCode] = {status.value[0]: status for status in g
 
 
 def serve(*, labels: Sequence[str] = (), n_classes: int = 10) -> "TestServer":
-    """Start a server on a fresh UNIX socket. It has as many classes as labels, or `n_classes` without names."""
+    """Start a server on a new UNIX socket. It has one class per label, or `n_classes` without labels."""
     return TestServer(tuple(labels), len(labels) or n_classes)
 
 
 class TestServer:
-    """A running server; `close`, or the end of a `with` block, stops it. Its methods may be called by any thread."""
+    """A running server. `close`, or the end of a `with` block, stops it. Thread-safe."""
 
-    __test__ = False  # pytest would collect it by its name
+    __test__ = False  # the name would make pytest collect it
 
     def __init__(self, labels: tuple[str, ...], n_classes: int) -> None:
         self._service = _Service(Linear(labels, n_classes))
@@ -63,18 +63,18 @@ class TestServer:
         self.close()
 
     def close(self) -> None:
-        """Stop. Calls that are running end as UNAVAILABLE."""
+        """Stop the server. Running calls end with UNAVAILABLE."""
         self._server.stop(0).wait()
         self._threads.shutdown()
         self._folder.cleanup()
 
     @property
     def requests(self) -> tuple[pb.AttributeRequest, ...]:
-        """The requests that have come, in order, also those that failed. Batches of streams are among them."""
+        """The requests received so far, in order: unary calls and batches of streams, also those that failed."""
         return self._service.seen()
 
     def fail_next(self, error: SidelightError, *, times: int = 1) -> None:
-        """Answer the next unary calls and batches of streams with this error."""
+        """Answer the next `times` unary calls or batches of streams with this error."""
         self._service.failures.extend([error] * times)
 
 
@@ -86,7 +86,7 @@ class _Service(attribution_pb2_grpc.AttributionServiceServicer):
         self._lock = threading.Lock()
 
     def seen(self) -> tuple[pb.AttributeRequest, ...]:
-        """Return the requests that have come."""
+        """Return the requests received so far."""
         with self._lock:
             return tuple(self._requests)
 
@@ -105,9 +105,9 @@ class _Service(attribution_pb2_grpc.AttributionServiceServicer):
                 case "attribute":
                     yield self._respond(message.attribute)
                 case "register_region":
-                    error = Unimplemented("shared memory: this server has none")
+                    error = Unimplemented("shared memory: not supported by the test server")
                     yield pb.AttributeStreamResponse(id=message.register_region.id, failure=_failure(error))
-                case _:  # a cancel comes too late: the answer was sent before the cancel was read
+                case _:  # a cancellation is read only after the answer was sent
                     pass
 
     def GetServerInfo(  # noqa: N802

@@ -1,4 +1,4 @@
-"""The model of the test server, and its answers: linear, with gradients in closed form."""
+"""The linear model of the test server, with gradients in closed form, and its answers."""
 
 import io
 from typing import Any
@@ -14,7 +14,7 @@ from .._inputs.tensors import array_of
 from ..exceptions import InvalidArgument, Unimplemented
 
 MODEL = "linear"
-SIDE = 32  # pixels, of a file
+SIDE = 32  # pixels to which files are resized
 MAX_EXAMPLES = 4096
 _FILE_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
@@ -22,14 +22,14 @@ Floats = NDArray[np.float64]
 
 
 class Linear:
-    """The model."""
+    """A linear model with softmax."""
 
     def __init__(self, labels: tuple[str, ...], n_classes: int) -> None:
         self.labels = labels
         self.n_classes = n_classes
 
     def weights(self, height: int, width: int) -> Floats:
-        """Return w, [K, H, W]: waves of other directions and lengths for each class, the same for all channels."""
+        """Return w, [K, H, W]: a wave per class, each of its own direction and length, the same for all channels."""
         k = np.arange(1, self.n_classes + 1)[:, None, None]
         rows, columns = np.arange(height)[:, None] / height, np.arange(width) / width
         return np.cos(2 * np.pi * k * (rows + (1 + k % 3) * columns)) * 8.0
@@ -47,7 +47,7 @@ class Linear:
         return np.repeat((one / (n_channels * one.size))[None], n_channels, axis=0)
 
     def info(self) -> model_pb2.ModelInfo:
-        """Return what the server says of the model."""
+        """Return the model's entry in server information."""
         return model_pb2.ModelInfo(
             name=MODEL, version=1, digest="testing", state=model_pb2.MODEL_STATE_SERVING,
             class_count=self.n_classes, labels=self.labels, scores=[model_pb2.SCORE_PROBABILITY],
@@ -55,7 +55,7 @@ class Linear:
         )  # fmt: skip
 
     def index(self, choice: pb.ClassChoice, field: str) -> int:
-        """Return a class's number. `InvalidArgument` where the model has no such class."""
+        """Return a class's index. `InvalidArgument` for an unknown class."""
         if choice.WhichOneof("choice") == "label":
             if choice.label not in self.labels:
                 raise InvalidArgument(f'{field}: the model has no label "{choice.label}"')
@@ -65,12 +65,12 @@ class Linear:
         return choice.index
 
     def label(self, index: int) -> str:
-        """Return a class's label; empty where the model has none."""
+        """Return a class's label; empty if the model has no labels."""
         return self.labels[index] if self.labels else ""
 
 
 class Answer:
-    """The answer to one request. `InvalidArgument` where its images are wrong."""
+    """The answer to one request. `InvalidArgument` for invalid images."""
 
     def __init__(self, model: Linear, request: pb.AttributeRequest) -> None:
         self._model = model
@@ -80,7 +80,7 @@ class Answer:
         self._probabilities = model.probabilities(self._images, self._weights)  # [N, K]
 
     def attribution(self) -> pb.Attribution:
-        """Return the answer. `InvalidArgument` where the target is none of the model's."""
+        """Return the answer. `InvalidArgument` for an invalid target."""
         request = self._request
         kind = request.target.WhichOneof("target")
         if request.HasField("served") and len(request.served.classes) != len(self._images):
@@ -112,7 +112,7 @@ class Answer:
         return result
 
     def _targets(self, i: int) -> list[tuple[int, int | None]]:
-        """Return the classes that example i's maps explain, each with the one that it is held against."""
+        """Return the explained classes of example i, each with the negative class of a contrast, or None."""
         target, model = self._request.target, self._model
         match target.WhichOneof("target"):
             case "predicted":
@@ -136,7 +136,9 @@ class Answer:
                 positive = model.index(target.contrast.positive, "target.positive")
                 return [(positive, model.index(target.contrast.negative, "target.negative"))]
             case _:
-                raise Unimplemented(f"target: {target.WhichOneof('target') or 'none'} is not served in tests")
+                raise Unimplemented(
+                    f"target: {target.WhichOneof('target') or 'none'} is not supported by the test server"
+                )
 
     def _maps(self, i: int) -> Floats:
         """Return example i's maps, [k, H, W], or [k, C, H, W] with all channels."""
@@ -189,7 +191,7 @@ class Answer:
 
 
 def _images(images: tensor_pb2.Images) -> tuple[Floats, dict[int, str]]:
-    """Return a request's images, [N, C, H, W] in 0 to 1, and by example what is wrong with its file."""
+    """Return a request's images, [N, C, H, W] in 0…1, and the error of each file that cannot be decoded."""
     match images.WhichOneof("source"):
         case "tensor":
             return _elements(images.tensor), {}
@@ -200,14 +202,16 @@ def _images(images: tensor_pb2.Images) -> tuple[Floats, dict[int, str]]:
             pixels = [empty if isinstance(file, str) else file for file in files]
             return np.stack(pixels) if pixels else np.zeros((0, 3, SIDE, SIDE)), failures
         case _:
-            raise InvalidArgument("images: none; expected a tensor or files")
+            raise InvalidArgument("images: got none, expected a tensor or files")
 
 
 def _elements(tensor: tensor_pb2.Tensor) -> Floats:
     try:
         array: NDArray[Any] = array_of(tensor)
     except (ValueError, StopIteration) as error:
-        raise InvalidArgument(f"images: shape {list(tensor.shape)} and {len(tensor.data)} bytes do not fit") from error
+        raise InvalidArgument(
+            f"images: shape {list(tensor.shape)} and {len(tensor.data)} bytes do not match"
+        ) from error
     array = array[None] if array.ndim == 3 else array
     if array.ndim != 4 or 0 in array.shape[1:]:
         raise InvalidArgument(
@@ -219,16 +223,16 @@ def _elements(tensor: tensor_pb2.Tensor) -> Floats:
 
 
 def _file(file: bytes) -> Floats | str:
-    """Return a file's pixels, [3, H, W], or what is wrong with it."""
+    """Return a file's pixels, [3, H, W], or an error message."""
     try:
         picture = Image.open(io.BytesIO(file)).convert("RGB").resize((SIDE, SIDE))
     except _FILE_ERRORS as error:
-        return f"image file: {len(file)} bytes that cannot be decoded: {error}"
+        return f"image file: cannot decode {len(file)} bytes: {error}"
     return np.asarray(picture).transpose(2, 0, 1) / 255.0
 
 
 def _encoded(array: Floats, dtype: tensor_pb2.DataType.ValueType) -> tensor_pb2.Tensor:
-    """Return the message of maps or probabilities. In fewer bits they are shares of each example's largest value."""
+    """Convert maps or probabilities to a message. float16 and uint8 are scaled by each example's largest value."""
     if dtype not in (tensor_pb2.DATA_TYPE_UINT8, tensor_pb2.DATA_TYPE_FLOAT16):
         data = array.astype("<f4").tobytes()
         return tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_FLOAT32, shape=array.shape, data=data)

@@ -28,7 +28,7 @@ class Colormap:
 
     @property
     def is_diverging(self) -> bool:
-        """Whether the two signs have colors of their own."""
+        """Whether negative values have different colors from positive ones."""
         return self.above is not self.below
 
 

@@ -18,7 +18,7 @@ def is_dicom(file: bytes) -> bool:
 
 
 def picture(file: bytes, window: tuple[float, float] | None = None) -> Image.Image:
-    """Return a file's first frame as an RGB picture, with `window`, or with the file's own window if None.
+    """Return a file's first frame as an RGB picture, with `window`, or the file's own window if None.
 
     `InvalidArgument` if pydicom is not installed, or cannot read the file.
     """
@@ -37,7 +37,7 @@ def picture(file: bytes, window: tuple[float, float] | None = None) -> Image.Ima
         elif frame.ndim == 2:
             frame = processing.apply_modality_lut(frame, dataset)
             frame = processing.apply_voi_lut(frame, dataset) if window is None else gray_of(frame, *window)
-    except Exception as error:  # pydicom promises no set of exceptions
+    except Exception as error:  # pydicom documents no set of exceptions
         raise InvalidArgument(f"images: pydicom cannot read the DICOM file: {error}") from error
     if frame.dtype != np.uint8 or (frame.ndim == 2 and window is None):
         low, high = float(frame.min()), float(frame.max())

@@ -119,15 +119,15 @@ def bench(
         shared_memory=shared_memory,
         reach=reach,
     )
-    how, what, size = _method(method), _target(target), _shape(shape)
+    parsed_method, parsed_target, parsed_shape = _method(method), _target(target), _shape(shape)
     with plan.connect() as client:
         server = client.info()
         info = client.model(model)
         traffic = Traffic(
-            _batches(images or [], batch, info, pixels=pixels, shape=size, seed=seed),
+            _batches(images or [], batch, info, pixels=pixels, shape=parsed_shape, seed=seed),
             model,
-            target=what,
-            method=how,
+            target=parsed_target,
+            method=parsed_method,
             score=score,
             map_dtype=map_dtype,
             timeout_s=timeout,

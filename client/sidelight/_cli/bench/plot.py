@@ -60,8 +60,8 @@ def _draw_sweep(axes: "Axes", shown: Sequence[Measured]) -> None:
         axes.plot(spans, rates, marker="o", color=color, label=percentile)
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     for each, rate in zip(shown, rates, strict=True):
-        place = _percentile_ms(each, "p99"), rate
-        axes.annotate(_name(each), place, (7, -13), textcoords="offset points", fontsize=9, bbox=paper)
+        point = _percentile_ms(each, "p99"), rate
+        axes.annotate(_name(each), point, (7, -13), textcoords="offset points", fontsize=9, bbox=paper)
     note = "" if all(each.stable for each in shown) else " (* not stable)"
     axes.set(xlabel="latency (ms)", ylabel="throughput (images/s)", title="throughput over latency" + note)
     left, right = axes.get_xlim()
