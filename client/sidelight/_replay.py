@@ -46,7 +46,7 @@ def replay(
 
 
 def _check_examples(record: Record, batch: EncodedBatch) -> None:
-    """Raise `InvalidArgument` for an example whose digest is not the saved one. Older records have no digests."""
+    """Raise `InvalidArgument` if an example's digest is not the saved one. Answers of older servers have none."""
     saved = record.provenance.example_digests
     for i, (then, now) in enumerate(zip(saved, batch.digests(), strict=False)):
         if then != now:

@@ -20,7 +20,7 @@ from ..methods.parsing import METHODS
 from ..results.storage import load_array
 from .arguments import REGION, from_baseline, method_names, method_of, pictures_of, target_of
 from .bench.command import bench
-from .options import DEFAULT_ADDRESS, Address, Reach, with_access
+from .options import DEFAULT_ADDRESS, Address, Connector, with_connection_options
 from .server_tables import report_server
 from .tables import report, report_replay
 
@@ -46,7 +46,7 @@ def main(
 
 
 @app.command()
-@with_access
+@with_connection_options
 def attribute(
     images: Annotated[list[Path], typer.Argument(help="Picture files, or folders with pictures.", show_default=False)],
     *,
@@ -84,14 +84,14 @@ def attribute(
     json_: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per picture and line, and no table.")
     ] = False,
-    reach: Reach,
+    connect_to: Connector,
 ) -> None:
     """Explain pictures: print the class, probability and time of each, and write overlays."""
     with _errors_on_one_line():
         images = pictures_of(images)
     parsed_method = method_of(method, option, signed=signed, times_input=times_input)
     parsed_target = target_of(target, against=against, region=region, top_k=top_k)
-    with _errors_on_one_line(), reach(address) as client:
+    with _errors_on_one_line(), connect_to(address) as client:
         answers = client.stream(
             images,
             model=model,
@@ -119,7 +119,7 @@ def attribute(
 
 
 @app.command()
-@with_access
+@with_connection_options
 def replay(
     answer: Annotated[Path, typer.Argument(help="An answer.json, or its folder.", show_default=False)],
     *,
@@ -127,13 +127,13 @@ def replay(
     baseline: Annotated[Path | None, typer.Option(help="The baseline array (.npy). Default: the saved one.")] = None,
     address: Address = DEFAULT_ADDRESS,
     timeout: Annotated[float, typer.Option(help="Timeout in seconds.")] = TIMEOUT_S,
-    reach: Reach,
+    connect_to: Connector,
 ) -> None:
     """Recompute a saved answer and compare. Exits with 0 if the maps match, else with 1.
 
     If the model is served as reproducible, maps must be equal bit for bit, otherwise within a tolerance.
     """
-    with _errors_on_one_line(), reach(address) as client:
+    with _errors_on_one_line(), connect_to(address) as client:
         replayed = recompute(client, answer, image, baseline=baseline, timeout=timeout)
     report_replay(Console(), image, replayed)
     if not replayed.kept:
@@ -141,15 +141,15 @@ def replay(
 
 
 @app.command()
-@with_access
+@with_connection_options
 def info(
     *,
     address: Address = DEFAULT_ADDRESS,
     json_: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
-    reach: Reach,
+    connect_to: Connector,
 ) -> None:
     """Print a server's version, limits, methods and models."""
-    with _errors_on_one_line(), reach(address) as client:
+    with _errors_on_one_line(), connect_to(address) as client:
         server = client.info()
     if json_:
         typer.echo(json.dumps({"address": address} | dataclasses.asdict(server), indent=2))
@@ -158,7 +158,7 @@ def info(
 
 
 @app.command()
-@with_access
+@with_connection_options
 def reload(
     model: Annotated[
         str | None, typer.Argument(help="The model's name. Default: the server's default model.", show_default=False)
@@ -166,10 +166,10 @@ def reload(
     *,
     address: Address = DEFAULT_ADDRESS,
     timeout: Annotated[float, typer.Option(help="Timeout for loading, in seconds.")] = RELOAD_TIMEOUT_S,
-    reach: Reach,
+    connect_to: Connector,
 ) -> None:
     """Reload a model from its source. The server must run with --allow-reload."""
-    with _errors_on_one_line(), reach(address) as client:
+    with _errors_on_one_line(), connect_to(address) as client:
         loaded = client.reload(model, timeout=timeout)
     Console(soft_wrap=True, highlight=False).print(f"model {loaded.name}, version {loaded.version}, {loaded.digest}")
 
@@ -193,4 +193,4 @@ def _errors_on_one_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-app.command()(with_access(_errors_on_one_line()(bench)))
+app.command()(with_connection_options(_errors_on_one_line()(bench)))

@@ -19,19 +19,19 @@ TOKEN_HELP = f"A file whose first line is the token. Default: ${TOKEN_VARIABLE},
 
 Address = Annotated[str, typer.Option(help=ADDRESS_HELP, envvar=ADDRESS_VARIABLE)]
 _file = functools.partial(typer.Option, exists=True, dir_okay=False)
-Reach = Callable[..., Client]
+Connector = Callable[..., Client]
 
 
-def with_access(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the connection options to a command, which gets them as `reach`: `connect` with these options applied."""
-    asked = inspect.signature(_reaching).parameters
+def with_connection_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the connection options to a command. Its `connect_to` is `connect` with these options applied."""
+    asked = inspect.signature(_connector).parameters
     own = inspect.signature(command)
-    parameters = [*(each for name, each in own.parameters.items() if name != "reach"), *asked.values()]
+    parameters = [*(each for name, each in own.parameters.items() if name != "connect_to"), *asked.values()]
 
     @functools.wraps(command)
     def with_options(**given: Any) -> None:
         options = {name: given.pop(name) for name in asked}
-        command(**given, reach=_reaching(**options))
+        command(**given, connect_to=_connector(**options))
 
     # typer reads these to build the options.
     with_options.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -39,7 +39,7 @@ def with_access(command: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
-def _reaching(
+def _connector(
     *,
     connect_timeout: Annotated[
         float, typer.Option(help="Seconds to wait until a server can be reached.")
@@ -53,15 +53,15 @@ def _reaching(
         typer.Option(help="With TLS: the name in the server's certificate, if it is not that of the address."),
     ] = None,
     token_file: Annotated[Path | None, _file(help=TOKEN_HELP)] = None,
-) -> Reach:
+) -> Connector:
     """Return `connect` with the options applied. An invalid option is a usage error."""
     uses_tls = tls or any((ca, certificate, key, server_name))
     access = TLS(ca=ca, certificate=certificate, key=key, server_name=server_name) if uses_tls else None
 
-    def reach(address: str, **options: Any) -> Client:
+    def connect_to(address: str, **options: Any) -> Client:
         try:
             return connect(address, connect_timeout=connect_timeout, tls=access, token=token_file, **options)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 
-    return reach
+    return connect_to

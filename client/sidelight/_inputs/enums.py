@@ -19,7 +19,7 @@ _Number = TypeVar("_Number", bound=int)
 
 
 class Enum(Protocol[_Number]):
-    """A generated enum, whose first name is `…_UNSPECIFIED`."""
+    """A generated enum. Its first name ends in `_UNSPECIFIED`."""
 
     def Name(self, number: _Number) -> str: ...  # noqa: N802
     def Value(self, name: str) -> _Number: ...  # noqa: N802

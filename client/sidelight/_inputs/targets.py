@@ -43,7 +43,7 @@ class Contrast:
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """A class of a model whose output is [N, K, h, w]: the sum of its scores over a region of the output.
+    """For a model with a dense output [N, K, h, w]: the sum of a class's scores over a region of the output.
 
     Without a class, `Dense()` sums the largest score of each pixel. `region` is (top, left, height, width) in pixels of
     the output; None is the whole output.

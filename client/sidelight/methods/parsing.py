@@ -114,7 +114,7 @@ def _called(node: ast.expr, known: dict[str, type[_Called]], field: str) -> _Cal
                 f"{field}: got {ast.unparse(node)}, expected a name with named options, one of {', '.join(known)}"
             )
     if name not in known:
-        raise InvalidArgument(f"{field}: got {name!r}, expected one of {', '.join(known)}{_near(name, known)}")
+        raise InvalidArgument(f"{field}: got {name!r}, expected one of {', '.join(known)}{_did_you_mean(name, known)}")
     return known[name](**_given(name, keywords, [each.name for each in dataclasses.fields(known[name])], field))
 
 
@@ -126,7 +126,7 @@ def _given(name: str, keywords: list[ast.keyword], known: list[str], field: str)
         if option not in known:
             expected = f"one of {', '.join(known)}" if known else "none"
             raise InvalidArgument(
-                f"{field}: {name} got the option {option!r}, expected {expected}{_near(option, known)}"
+                f"{field}: {name} got the option {option!r}, expected {expected}{_did_you_mean(option, known)}"
             )
         if option in options:
             raise InvalidArgument(f"{field}: {name} got the option {option!r} twice, expected it once")
@@ -147,6 +147,6 @@ def _value(node: ast.expr, option: str) -> object:
         ) from None
 
 
-def _near(name: str, known: Iterable[str]) -> str:
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name.lower(), known, n=1)
     return f"; did you mean {near[0]!r}?" if near else ""

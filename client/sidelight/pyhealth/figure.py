@@ -22,7 +22,7 @@ def draw(plt: Any, picture: Floats, map_: Floats, *, title: str | None, alpha: f
         plt = _pyplot()
     figure = plt.figure(figsize=FIGURE_INCHES)
     plt.axis("off")
-    plt.imshow(_seen(picture), cmap="gray")
+    plt.imshow(_for_imshow(picture), cmap="gray")
     plt.imshow(map_, cmap="hot", alpha=alpha)
     if title:
         plt.title(title)
@@ -75,7 +75,7 @@ def _name(label: Any, names: Names) -> str:
         return str(label)
 
 
-def _seen(picture: Floats) -> Floats:
+def _for_imshow(picture: Floats) -> Floats:
     """Return a picture, [C, H, W], for `imshow`: gray values, or RGB in 0…1."""
     if len(picture) != 3:
         gray: Floats = np.mean(picture, axis=0)  # [H, W]

@@ -83,7 +83,7 @@ class Attribution:
     def picture(self, i: int) -> Image.Image:
         """Return the input of example i, resized and cropped as for the model, as an RGB picture of the map's size."""
         picture, geometry = self._original(i), self.geometry[i]
-        return picture if geometry is None else _seen(picture, geometry)
+        return picture if geometry is None else _cropped(picture, geometry)
 
     def heatmap(self, i: int, *, k: int = 0) -> NDArray[np.float32]:
         """Return the map of example i as [H, W] for drawing. Without channel reduction, it is the maximum |value|.
@@ -233,7 +233,7 @@ def failed(error: SidelightError, *, index: int, id_: str = "") -> Attribution:
     return Attribution(maps=np.empty((0, 0, 0), np.float32), index=index, id=id_, error=error)
 
 
-def _seen(picture: Image.Image, geometry: Geometry) -> Image.Image:
+def _cropped(picture: Image.Image, geometry: Geometry) -> Image.Image:
     # Crop and resize in one step: a picture of 1 × 60,000 pixels, scaled as a whole, would take 12 GB.
     size = geometry.crop_width, geometry.crop_height
     return picture.resize(size, Image.Resampling.BILINEAR, _box(picture, geometry))

@@ -99,7 +99,7 @@ def _differences(then: Provenance, now: Provenance | None) -> tuple[Difference, 
 
 
 def _is_not_comparable(name: str, then: str, now: str) -> bool:
-    """Return whether these are canaries of which one is unknown, or whose inputs differ in size."""
+    """Return whether the field is the canary, and the two cannot be compared: one is unknown, or input sizes differ."""
     return name == "model_canary" and (not then or not now or then.partition(":")[0] != now.partition(":")[0])
 
 

@@ -35,7 +35,7 @@ class SharedMemory:
 
 @dataclass(frozen=True, slots=True)
 class CancellationStats:
-    """Time to end requests that were cancelled, or timed out, while the device computed a row of theirs."""
+    """Times from cancellation, or timeout, to the end of requests that had a row on the device."""
 
     count: int
     mean_s: float

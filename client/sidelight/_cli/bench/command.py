@@ -17,7 +17,7 @@ from ...exceptions import InvalidArgument, SidelightError
 from ...methods.method import Method
 from ...methods.parsing import parse_method
 from ...results.server_info import ModelInfo
-from ..options import DEFAULT_ADDRESS, Reach
+from ..options import DEFAULT_ADDRESS, Connector
 from .arrivals import Arrivals
 from .measurement import N_OUTSTANDING, Bench, Plan
 from .plot import check_plot, plot
@@ -84,7 +84,7 @@ def bench(
     plot_file: Annotated[
         Path | None, typer.Option("--plot", help="Draw a plot into this file, such as plot.png.")
     ] = None,
-    reach: Reach,
+    connect_to: Connector,
 ) -> None:
     """Measure a server under load: throughput, latency, and the time spent in each stage.
 
@@ -117,7 +117,7 @@ def bench(
         stable_percentile=stable_percentile,
         seed=seed,
         shared_memory=shared_memory,
-        reach=reach,
+        connect_to=connect_to,
     )
     parsed_method, parsed_target, parsed_shape = _method(method), _target(target), _shape(shape)
     with plan.connect() as client:

@@ -31,11 +31,11 @@ class Plan:
     stable_percentile: int = 95
     seed: int = 0
     shared_memory: bool = False
-    reach: Callable[..., Client] = field(default=connect, repr=False)  # with connect timeout, TLS and token applied
+    connect_to: Callable[..., Client] = field(default=connect, repr=False)  # with timeout, TLS and token applied
 
     def connect(self) -> Client:
         """Return a new client. Each load has its own."""
-        return self.reach(self.address, shared_memory=self.shared_memory, retry=False)  # rejections are counted
+        return self.connect_to(self.address, shared_memory=self.shared_memory, retry=False)  # rejections are counted
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,7 @@ def bench_facts(bench: Bench, server: ServerInfo, answer: Attribution, *, client
     return {
         "client_version": client_version,
         "server_version": server.version,
-        "settings": {name: each for name, each in dataclasses.asdict(bench.plan).items() if name != "reach"}
+        "settings": {name: each for name, each in dataclasses.asdict(bench.plan).items() if name != "connect_to"}
         | {
             "mode": "stream" if traffic.is_streamed else "unary",
             "window": traffic.window,
