@@ -652,10 +652,9 @@ def test_pixels_are_scaled_to_the_models_range(device: str) -> None:
     ("name", "value"), [("pixel_range", (1, 0)), ("window", (4095, 0)), ("pixel_range", (1, 2, 3))]
 )
 def test_a_range_that_is_none_is_refused_at_the_start(name: str, value: object) -> None:
-    spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32), **{name: value})
     with (
-        pytest.raises(sidelight_server.ConfigurationError, match=f"{name}: got .*, expected two"),
-        sidelight_server.serve(spec),
+        pytest.raises(sidelight_server.ConfigurationError, match=rf"{name}: got .*(, expected two|at most 2 items)"),
+        sidelight_server.serve(sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32), **{name: value})),
     ):
         pass
 
