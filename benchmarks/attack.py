@@ -151,8 +151,29 @@ def _long_work(address: str, stop: Event) -> None:
     _repeat(address, stop, [request(_pixels(1), sidelight.SmoothGrad(samples=9_000))], at_once=300)
 
 
+def _small_calls(address: str, stop: Event) -> None:
+    """500 calls of 64 rows each at once, over ten connections: small enough for the reserve of small requests."""
+    _repeat(address, stop, [request(_pixels(1), sidelight.SmoothGrad(samples=64))], at_once=10 * CALLS)
+
+
+def _waiting_batches(address: str, stop: Event) -> None:
+    """Forty streams that each send two batches of 47 MiB behind long ones, all at once."""
+    long = request(_pixels(1), sidelight.SmoothGrad(samples=9_000), "long")
+    batches = [request(_pixels(4000), sidelight.Gradient(), each) for each in ("first", "second")]
+    messages = [pb.AttributeStreamRequest(attribute=each) for each in (long, *batches)]
+    while not stop.is_set():
+        with contextlib.ExitStack() as stack:
+            channels = [stack.enter_context(_channel(address, number)) for number in range(4)]
+            calls = [channel.stream_stream(STREAM) for channel in channels]
+            encoded = [each.SerializeToString() for each in messages]
+            running = [calls[number % 4](iter(encoded), timeout=30) for number in range(40)]
+            stop.wait(10)
+            for call in running:
+                call.cancel()
+
+
 def _large_batches(address: str, stop: Event) -> None:
-    """Batches of 60 MiB, of which few fit at once."""
+    """Batches of 47 MiB, of which few fit at once."""
     _repeat(address, stop, [request(_pixels(4000), sidelight.Gradient())], at_once=30)
 
 
@@ -196,7 +217,9 @@ ATTACKS: Mapping[str, Attack] = {
     "pictures of 50 megapixels": _huge_pictures,
     "4,000 broken files": _broken_files,
     "300 calls of 10,000 rows": _long_work,
+    "500 small calls": _small_calls,
     "large batches": _large_batches,
+    "batches that wait on streams": _waiting_batches,
     "very many examples": _many_examples,
     "numbers that overflow": _odd_numbers,
 }
