@@ -156,7 +156,7 @@ def test_the_client_sends_more_examples_than_a_batch_may_have_in_parts() -> None
 
 STARTED = """
 import gc
-from sidelight_server import ConfigurationError, __main__; from sidelight_server.app import server
+from sidelight_server import ConfigurationError, __main__; from sidelight_server.app import process
 
 before = len(gc.get_objects())
 
@@ -164,7 +164,7 @@ def load(settings):
     assert len(gc.get_objects()) < before / 10
     raise ConfigurationError("it is looked through no more")
 
-server.load = load
+process.load = load
 assert __main__.main() == 2
 """
 
