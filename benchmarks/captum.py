@@ -6,7 +6,6 @@ As a program, `python -m benchmarks.captum --peak ours|captum` prints the peak o
 
 import argparse
 import asyncio
-import dataclasses
 import functools
 import subprocess
 import sys
@@ -93,8 +92,8 @@ def run() -> list[Line]:
     x = images()
     base = resnet18().module
     exact = ModelSpec(base, input_size=(3, SIZE, SIZE), name="float32")
-    folded = dataclasses.replace(exact, name="float32+fold+channels_last", fold=True, channels_last=True)
-    half = dataclasses.replace(folded, name="bfloat16+fold+channels_last", precision="bfloat16")
+    folded = exact.replace(name="float32+fold+channels_last", fold=True, channels_last=True)
+    half = folded.replace(name="bfloat16+fold+channels_last", precision="bfloat16")
     specs = [exact, folded, half]
     captum = Captum(base)
     with Engine(specs, Settings(device="cpu")) as engine:

@@ -1,7 +1,5 @@
 """The models that are measured: factories for `sidelight-server --model python:benchmarks.nets:…`."""
 
-import dataclasses
-
 import torch
 from sidelight_server import ModelSpec
 from sidelight_server.models.sources.demo import efficientnet_lite0
@@ -42,7 +40,7 @@ def resnet18() -> ModelSpec:
 
 def resnet18_small() -> ModelSpec:
     """Return the same at 64², where a row is quick and chunks of many rows pay."""
-    return dataclasses.replace(resnet18(), input_size=(3, SMALL, SMALL))
+    return resnet18().replace(input_size=(3, SMALL, SMALL))
 
 
 def resnet50() -> ModelSpec:
@@ -50,7 +48,7 @@ def resnet50() -> ModelSpec:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
-    return dataclasses.replace(resnet18(), module=Logits(ResNetForImageClassification(ResNetConfig(num_labels=1000))))
+    return resnet18().replace(module=Logits(ResNetForImageClassification(ResNetConfig(num_labels=1000))))
 
 
 def resnet50_tf32() -> ModelSpec:

@@ -379,7 +379,8 @@ def test_a_cancelled_call_leaves_no_message_for_the_garbage_collector(
 def test_messages_of_streams_that_wait_for_a_permit_are_bounded_together(tmp_path: Path, device: str) -> None:
     images = np.zeros((400, 3, 4, 5), np.float32)  # 96 kB
     limit = 4 * MEBIBYTE
-    with gated(tmp_path, device=device, max_in_flight=1, max_in_flight_bytes=limit) as (gate, server):
+    sizes = {"max_in_flight_bytes": 4 * limit, "max_message_bytes": limit}
+    with gated(tmp_path, device=device, max_in_flight=1, **sizes) as (gate, server):
         waiting = server.server.handler._waiting
         running = server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S)
         until(server, lambda: n_held(server) == 1)

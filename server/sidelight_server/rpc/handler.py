@@ -33,6 +33,7 @@ from .shared_memory import Regions, Span, span, to_thread_uncancelled
 log = logging.getLogger("sidelight")
 
 WAITING_BYTES = 64 * 1024  # smaller messages of streams are not counted while they wait: there are two per stream
+WAITING_SHARE = 4  # they may take max_in_flight_bytes divided by this
 MAX_WAITING = 2**31  # by count there is no limit
 # Larger maps are encoded in a worker thread. numpy, `bytes.join` and file I/O release the GIL there; protobuf never
 # does, so messages are parsed on the event loop.
@@ -75,7 +76,10 @@ class RequestHandler:
             max_caller_rows=settings.max_caller_rows,
         )
         # Messages of streams that were read and wait for a permit.
-        self._waiting = Admission(max_requests=MAX_WAITING, max_bytes=settings.max_in_flight_bytes)
+        self._waiting = Admission(
+            max_requests=MAX_WAITING,
+            max_bytes=max(settings.max_message_bytes, settings.max_in_flight_bytes // WAITING_SHARE),
+        )
 
     @functools.cached_property
     def _model_admissions(self) -> dict[str, Admission]:
@@ -144,7 +148,7 @@ class RequestHandler:
     def wait(self, n_bytes: int, caller: str) -> contextlib.ExitStack:
         """Count a message that waits to be admitted, until the returned stack is closed.
 
-        All waiting messages together take as many bytes as requests in flight, and one caller its share. Raises
+        All waiting messages together may take a quarter of `max_in_flight_bytes`, and one caller its share of that. Raises
         `ResourceExhausted` for one too many.
         """
         with contextlib.ExitStack() as waiting:
@@ -152,7 +156,7 @@ class RequestHandler:
                 permit = self._waiting.take(n_bytes, caller)
                 if permit is None:
                     raise ResourceExhausted(
-                        f"{self._waiting.n_bytes} bytes of messages wait for a permit already (max_in_flight_bytes)",
+                        f"{self._waiting.n_bytes} bytes of messages of streams wait for a permit (at most a quarter of max_in_flight_bytes)",
                         retry_delay_s=RETRY_DELAY_S,
                     )
                 waiting.callback(self._waiting.release, permit)
