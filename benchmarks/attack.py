@@ -157,7 +157,7 @@ def _small_calls(address: str, stop: Event) -> None:
 
 
 def _waiting_batches(address: str, stop: Event) -> None:
-    """Forty streams that each send two batches of 47 MiB behind long ones, all at once."""
+    """Eight streams that each send two batches of 47 MiB behind a long one, all at once."""
     long = request(_pixels(1), sidelight.SmoothGrad(samples=9_000), "long")
     batches = [request(_pixels(4000), sidelight.Gradient(), each) for each in ("first", "second")]
     messages = [pb.AttributeStreamRequest(attribute=each) for each in (long, *batches)]
@@ -166,7 +166,7 @@ def _waiting_batches(address: str, stop: Event) -> None:
             channels = [stack.enter_context(_channel(address, number)) for number in range(4)]
             calls = [channel.stream_stream(STREAM) for channel in channels]
             encoded = [each.SerializeToString() for each in messages]
-            running = [calls[number % 4](iter(encoded), timeout=30) for number in range(40)]
+            running = [calls[number % 4](iter(encoded), timeout=30) for number in range(8)]
             stop.wait(10)
             for call in running:
                 call.cancel()

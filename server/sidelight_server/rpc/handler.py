@@ -148,15 +148,16 @@ class RequestHandler:
     def wait(self, n_bytes: int, caller: str) -> contextlib.ExitStack:
         """Count a message that waits to be admitted, until the returned stack is closed.
 
-        All waiting messages together may take a quarter of `max_in_flight_bytes`, and one caller its share of that. Raises
-        `ResourceExhausted` for one too many.
+        All waiting messages together may take a quarter of `max_in_flight_bytes`, and one caller its share of that.
+        Raises `ResourceExhausted` for one too many.
         """
         with contextlib.ExitStack() as waiting:
             if n_bytes >= WAITING_BYTES:
                 permit = self._waiting.take(n_bytes, caller)
                 if permit is None:
                     raise ResourceExhausted(
-                        f"{self._waiting.n_bytes} bytes of messages of streams wait for a permit (at most a quarter of max_in_flight_bytes)",
+                        f"{self._waiting.n_bytes} bytes of messages of streams wait for a permit "
+                        "(at most a quarter of max_in_flight_bytes)",
                         retry_delay_s=RETRY_DELAY_S,
                     )
                 waiting.callback(self._waiting.release, permit)
