@@ -9,7 +9,7 @@ from typing import Any, Literal
 import grpc
 from sidelight.v1 import attribution_pb2 as pb
 
-from ..errors import InvalidArgument, ResourceExhausted, SidelightError, Unavailable
+from ..errors import InvalidArgument, SidelightError, Unavailable
 from ..telemetry.call_record import CallRecord
 from ..wire.codec import Decoded, Received, Unreadable
 from .handler import RequestHandler, ValidatedRequest
@@ -172,25 +172,14 @@ class Stream:
         telemetry = self._handler.telemetry
         call_record = telemetry.begin(CALL, self._context.invocation_metadata, caller=self._caller)
         request = received.message.attribute
+        waiting = contextlib.ExitStack()  # closed, perhaps twice, once the batch is admitted or has failed
         try:
-            waiting = self._handler.wait(received.n_bytes, self._caller)
-        except ResourceExhausted as error:
-            self._pace.refuse(self._caller, received.n_bytes)
-            telemetry.failed(call_record, error)
-            telemetry.end(call_record)
-            await self._fail(request.id, error)
-            return
-        try:
+            waiting.enter_context(self._handler.wait(received.n_bytes, self._caller))
             await self._admitting.acquire()
-        except asyncio.CancelledError:  # the client disconnected
-            waiting.close()
-            telemetry.end(call_record)
-            raise
-        try:
+            waiting.callback(self._admitting.release)
             validated = await self._validate(received, call_record)
         except SidelightError as error:
             waiting.close()
-            self._admitting.release()
             self._pace.refuse(self._caller, received.n_bytes)
             telemetry.failed(call_record, error)
             telemetry.end(call_record)
@@ -207,7 +196,7 @@ class Stream:
             self._slots,
             message=request,
             call_record=call_record,
-            on_admitted=lambda: self._admitted(waiting),
+            on_admitted=waiting.close,
             on_answer=lambda: self._forget(request.id),
         )
         # Callbacks, because a task that is cancelled before its first step does not run its `finally`.
@@ -215,11 +204,6 @@ class Stream:
         running.add_done_callback(lambda _: telemetry.end(call_record))
         running.add_done_callback(lambda _: waiting.close())
         running.add_done_callback(forget_frames)
-
-    def _admitted(self, waiting: contextlib.ExitStack) -> None:
-        """Let the next batch of the stream be admitted."""
-        waiting.close()
-        self._admitting.release()
 
     async def _validate(
         self, received: Received[pb.AttributeStreamRequest], call_record: CallRecord

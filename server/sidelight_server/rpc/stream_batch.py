@@ -24,7 +24,8 @@ class Batch:
     """One batch of a stream, answered by the task that runs `run`.
 
     It takes one of the stream's slots and a permit, and holds both until its answer is written. `on_admitted` is called
-    once it has both or has failed, so that the next batch can wait for them; `on_answer` before the answer is written.
+    when it has both or has failed, so that the next batch can wait for them, and may be called twice; `on_answer` is
+    called before the answer is written.
 
     If the model is not loaded yet, `validated` is a coroutine function that waits for the model and then validates.
     Such a batch counts as admitted once it has a slot, so that it does not delay the stream's other batches.
@@ -50,7 +51,6 @@ class Batch:
         self._call_record = call_record
         self._on_admitted = on_admitted
         self._on_answer = on_answer
-        self._is_admitted = False
         self._has_slot = False
         self._permit: contextlib.ExitStack | None = None
         self._refusal: SidelightError | None = None  # the error that the batch was dropped with, if any
@@ -88,7 +88,7 @@ class Batch:
                     raise self._refusal
                 validated = await self._acquire()
             finally:
-                self._admitted()
+                self._on_admitted()
             return await self._explain(validated, group)
         except SidelightError as error:
             return self._failed(error)
@@ -103,11 +103,6 @@ class Batch:
         self._handler.telemetry.failed(self._call_record, error)
         return failed(self._message.id, error)
 
-    def _admitted(self) -> None:
-        if not self._is_admitted:
-            self._is_admitted = True
-            self._on_admitted()
-
     async def _acquire(self) -> ValidatedRequest:
         """Take a slot and a permit within the batch's timeout; return the validated request."""
         validated = self._validated
@@ -115,7 +110,7 @@ class Batch:
             await self._take_slot(validated.deadline_s)
         else:
             await self._take_slot(deadline_of(self._message, self._call_record))
-            self._admitted()
+            self._on_admitted()
             validated = await validated()
         self._permit = await self._handler.admit(validated)
         return validated
