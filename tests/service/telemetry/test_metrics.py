@@ -256,7 +256,7 @@ class Faulty(nn.Module):
 def test_a_caller_whose_deadline_passes_has_not_gone(tmp_path: Path) -> None:
     with gated(tmp_path, device="cpu") as (gate, server):
         grpc.channel_ready_future(server.channel).result(TIMEOUT_S)
-        for timeout_s in (0.3, 0.4, 0.5):
+        for timeout_s in (1.0, 1.1, 1.2):  # long beside what a busy machine takes to deliver a call
             with pytest.raises(grpc.RpcError) as caught:
                 server.stub.Attribute(ask(floats(1)), timeout=timeout_s)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
