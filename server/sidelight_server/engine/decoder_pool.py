@@ -10,14 +10,13 @@ import contextlib
 import logging
 import threading
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
 
 from ..errors import Cancelled, ResourceExhausted, Unavailable
 from ..inputs.decode_worker import Order
 from ..telemetry.logs import Event, Throttle
 from .decoder_process import Fitted, Worker
+from .fair_thread_pool import FairThreadPool
 
 # Time that a worker has to finish after its call was cancelled: most do, and a new worker takes longer to start.
 GRACE_S = 0.05
@@ -33,8 +32,7 @@ class DecoderPool:
     def __init__(self, size: int) -> None:
         self._size = size
         self._faults = Throttle()
-        self._queue = _Queue()
-        self._threads = ThreadPoolExecutor(size, thread_name_prefix="sidelight-decode")  # one thread per worker
+        self._threads = FairThreadPool(size, name="sidelight-decode")  # one thread per worker
         self._lock = threading.Lock()  # guards the fields below
         self._is_closed = False
         self._idle: list[Worker] = []
@@ -76,22 +74,18 @@ class DecoderPool:
             self._idle.clear()
         for worker in workers:
             worker.kill()
-        self._threads.shutdown(wait=True)
+        self._threads.close(wait=True)
         self._ended()
 
     async def _fit(self, file: bytes, order: Order, caller: str) -> Fitted:
         call = _Call(file)
         try:
-            fitted = self._queue.add(caller, lambda: self._run(call, order))
-            self._threads.submit(self._queue.run_next)
-            return await asyncio.wrap_future(fitted)
+            return await asyncio.wrap_future(self._threads.submit(caller, lambda: self._run(call, order)))
         except asyncio.CancelledError:
             asyncio.get_running_loop().call_later(GRACE_S, call.kill)
             raise
-        except RuntimeError:  # the thread pool is shut down
-            if not self._is_closed:
-                raise
-            return Unavailable("the server is shutting down")
+        except Unavailable as error:  # the pool is closed
+            return error
         finally:
             call.end()
 
@@ -163,36 +157,6 @@ class _Call:
         with self._lock:
             if self._worker:
                 self._worker.kill()
-
-
-class _Queue:
-    """Queue of decoding functions, round-robin by caller; those of one caller in order."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        # In round-robin order; no deque is empty.
-        self._callers: dict[str, deque[tuple[Future[Fitted], Callable[[], Fitted]]]] = {}
-
-    def add(self, caller: str, decode: Callable[[], Fitted]) -> "Future[Fitted]":
-        future: Future[Fitted] = Future()
-        with self._lock:
-            self._callers.setdefault(caller, deque()).append((future, decode))
-        return future
-
-    def run_next(self) -> None:
-        """Decode the next file. Called once for each that was added."""
-        with self._lock:
-            caller, waiting = next(iter(self._callers.items()))
-            del self._callers[caller]
-            future, decode = waiting.popleft()
-            if waiting:
-                self._callers[caller] = waiting
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            future.set_result(decode())
-        except BaseException as error:
-            future.set_exception(error)
 
 
 def _end_all(workers: set[Worker]) -> None:

@@ -6,7 +6,6 @@ import logging
 import threading
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import TracebackType
 from typing import Self, TypeVar
@@ -18,7 +17,6 @@ from ..config.model_settings import ModelSettings
 from ..config.settings import Settings
 from ..config.spec import ModelSpec
 from ..domain import MANY_EXAMPLES, Answer, Files, Request
-from ..errors import Unavailable
 from ..methods.method import Shape
 from ..models.model import Model
 from ..telemetry.call_record import CallRecord
@@ -30,6 +28,7 @@ from .completion import call_soon, complete
 from .decoder_pool import DecoderPool
 from .decoder_process import Fitted
 from .device import Device, least_busy
+from .fair_thread_pool import FairThreadPool
 from .model_entry import Version
 from .preparation import Prepared, check, needs_resizing, order, prepare, resolve_layer, runs_inline
 from .registry import Registry
@@ -83,8 +82,8 @@ class Engine:
             self.registry.load()
         self._closing = threading.Event()
         # One pool per kind of work, so that short work does not wait behind another caller's long work.
-        self._preparing = ThreadPoolExecutor(1, thread_name_prefix="sidelight-prepare")
-        self._resizing = ThreadPoolExecutor(self.threads, thread_name_prefix="sidelight-resize")
+        self._preparing = FairThreadPool(1, name="sidelight-prepare")
+        self._resizing = FairThreadPool(self.threads, name="sidelight-resize")
         self._decoders = DecoderPool(self.threads)
         self._unanswered: dict[ActiveRequest, tuple[asyncio.Future[None], Device]] = {}
         self._assemble = functools.partial(assemble_answer, threads=self.threads, software=software_versions())
@@ -119,8 +118,8 @@ class Engine:
         self._closing.set()
         self.registry.close()
         self._decoders.close()
-        for executor in (self._preparing, self._resizing):
-            executor.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._preparing, self._resizing):
+            pool.close()
         until_s = None if within_s is None else time.monotonic() + within_s
         has_ended = True
         for device in self._devices:
@@ -241,13 +240,9 @@ class Engine:
         preparing = functools.partial(
             prepare, model, request, is_gone=lambda: left.is_set() or self._closing.is_set(), decoded=decoded
         )
-        executor = self._resizing if needs_resizing(request.images) else self._preparing
+        pool = self._resizing if needs_resizing(request.images) else self._preparing
         try:
-            return await asyncio.get_running_loop().run_in_executor(executor, preparing)
-        except RuntimeError as error:  # the executor is shut down
-            if not self._closing.is_set():
-                raise
-            raise Unavailable("the server is shutting down") from error
+            return await asyncio.wrap_future(pool.submit(caller, preparing))
         finally:
             left.set()
 
