@@ -176,13 +176,14 @@ class ExampleFailure:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Time that one request spent in each stage, in seconds."""
+    """Time that one request spent in each stage, and the server's backlog at its answer, in seconds."""
 
     prepare_s: float
     queue_s: float
     compute_s: float
     total_s: float
     admission_s: float = 0.0
+    backlog_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,4 +97,5 @@ def _timing(parts: list[Timing]) -> Timing:
         compute_s=sum(part.compute_s for part in parts),
         total_s=max(part.total_s for part in parts),
         admission_s=max(part.admission_s for part in parts),
+        backlog_s=max(part.backlog_s for part in parts),
     )

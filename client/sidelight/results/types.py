@@ -125,13 +125,14 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """The server's time for one batch, by stage, in seconds."""
+    """The server's time for one batch, by stage, and its backlog, in seconds."""
 
     prepare_s: float  # decoding and resizing
     queue_s: float  # waiting for the device
     compute_s: float  # from the first row's start to the last row's end
     total_s: float  # from arrival to answer
     admission_s: float = 0.0  # from arrival to admission: waiting for the model, a slot and permits
+    backlog_s: float = 0.0  # the work of all callers that waited or ran on the server when it answered
 
     @classmethod
     def of(cls, message: pb.Timing) -> "Timing":
@@ -188,7 +189,7 @@ class Provenance:
 
 
 def _spans(message: pb.Timing) -> tuple[Duration, ...]:
-    return message.prepare, message.queue, message.compute, message.total, message.admission
+    return message.prepare, message.queue, message.compute, message.total, message.admission, message.backlog
 
 
 def seconds(span: Duration) -> float:

@@ -1705,7 +1705,7 @@ global___SoftwareVersion = SoftwareVersion
 
 @typing.final
 class Timing(google.protobuf.message.Message):
-    """Timing is the time that one batch spent in each stage on the server."""
+    """Timing is the time that one batch spent in each stage on the server, and the server's backlog."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -1714,6 +1714,7 @@ class Timing(google.protobuf.message.Message):
     COMPUTE_FIELD_NUMBER: builtins.int
     TOTAL_FIELD_NUMBER: builtins.int
     ADMISSION_FIELD_NUMBER: builtins.int
+    BACKLOG_FIELD_NUMBER: builtins.int
     @property
     def prepare(self) -> google.protobuf.duration_pb2.Duration:
         """prepare is the time for decoding and resizing."""
@@ -1736,6 +1737,13 @@ class Timing(google.protobuf.message.Message):
         stream and for permits.
         """
 
+    @property
+    def backlog(self) -> google.protobuf.duration_pb2.Duration:
+        """backlog is not of this batch: it is the work that waited or ran on the server when the answer was made, as the rows of
+        all requests at its devices divided by the rows that the devices run per second. Clients send to the replica with the
+        shortest. Zero if the server is idle or does not report it.
+        """
+
     def __init__(
         self,
         *,
@@ -1744,8 +1752,9 @@ class Timing(google.protobuf.message.Message):
         compute: google.protobuf.duration_pb2.Duration | None = ...,
         total: google.protobuf.duration_pb2.Duration | None = ...,
         admission: google.protobuf.duration_pb2.Duration | None = ...,
+        backlog: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["admission", b"admission", "compute", b"compute", "prepare", b"prepare", "queue", b"queue", "total", b"total"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["admission", b"admission", "compute", b"compute", "prepare", b"prepare", "queue", b"queue", "total", b"total"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["admission", b"admission", "backlog", b"backlog", "compute", b"compute", "prepare", b"prepare", "queue", b"queue", "total", b"total"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["admission", b"admission", "backlog", b"backlog", "compute", b"compute", "prepare", b"prepare", "queue", b"queue", "total", b"total"]) -> None: ...
 
 global___Timing = Timing

@@ -66,6 +66,11 @@ class Metrics(Collector):
         for name, device in _named(devices):
             in_flight.add_metric([name], device.n_rows)
         yield in_flight
+        yield GaugeMetricFamily(
+            "sidelight_backlog_seconds",
+            "work that waits or runs: rows in flight / rows per second",
+            value=self._engine.backlog_s,
+        )
         yield GaugeMetricFamily("sidelight_streams_open", "open streams", value=self._service.n_streams)
         yield CounterMetricFamily(
             "sidelight_shed_streams",

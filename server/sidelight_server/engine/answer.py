@@ -34,7 +34,7 @@ def software_versions() -> Software:
 
 
 def assemble_answer(
-    active: ActiveRequest, clock: Clock, *, threads: int, software: Software, final: bool = True
+    active: ActiveRequest, clock: Clock, *, backlog_s: float, threads: int, software: Software, final: bool = True
 ) -> Answer:
     """Return the answer to a request; with `final` unset, the partial answer so far."""
     model, identity, now_s = active.model, active.identity, time.monotonic()
@@ -64,6 +64,7 @@ def assemble_answer(
             queue_s=max(0.0, started_s - clock.prepared_s),
             compute_s=max(0.0, (active.ended_s if final else now_s) - started_s),
             total_s=now_s - clock.arrived_s,
+            backlog_s=backlog_s,
         ),
         final=final,
     )

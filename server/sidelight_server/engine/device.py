@@ -40,6 +40,11 @@ class Device:
         """Whether the worker thread runs and is not stuck."""
         return self.worker.is_alive and not self.worker.heartbeat.is_stuck
 
+    @property
+    def backlog_s(self) -> float:
+        """Seconds of work that wait or run here: the rows of all requests ÷ the rows per second."""
+        return self.worker.row_rate.seconds(self.n_rows)
+
     @contextlib.contextmanager
     def holds(self, active: ActiveRequest) -> Iterator[None]:
         """Submit a request; on exit, drop its rows that have not run. Raises `Unavailable` if the worker has ended."""

@@ -24,6 +24,7 @@ from .chunk import Chunk, to_host
 from .chunk_errors import ChunkErrors, DeviceLostError
 from .example_run import ExampleRun, Result, Row
 from .heartbeat import Heartbeat
+from .row_rate import RowRate
 from .scheduler import Ring
 
 log = logging.getLogger("sidelight")
@@ -74,6 +75,7 @@ class DeviceWorker:
         self.stops = CancellationLatency()
         self.chunk_rows = Histogram("sidelight_chunk_rows", "rows that ran at once", buckets=CHUNK_ROWS, registry=None)
         self.heartbeat = Heartbeat(stuck_s=stuck_s)
+        self.row_rate = RowRate()
 
     def start(self) -> None:
         """Start the thread."""
@@ -227,7 +229,9 @@ class DeviceWorker:
         if isinstance(chunk, Chunk):
             try:
                 outputs = chunk.read()
-                _record_times(rows, chunk)
+                ended_s = time.monotonic()
+                self.row_rate.add(len(rows), began_s=chunk.began_s, ended_s=ended_s)
+                _record_times(rows, chunk, ended_s)
                 identity = chunk.identity  # read once: it inspects the whole module
                 for active in {active for active, _ in rows}:
                     active.add_identity(identity)
@@ -301,9 +305,9 @@ class DeviceWorker:
             self._read(part, self._launch(part))
 
 
-def _record_times(rows: Sequence[Taken], chunk: Chunk) -> None:
+def _record_times(rows: Sequence[Taken], chunk: Chunk, ended_s: float) -> None:
     """Record a chunk's times in the requests that collect them. Called before they are answered."""
     collecting = {id(active.chunks): active.chunks for active, _ in rows if active.chunks is not None}
     for chunks in collecting.values():
         if len(chunks) < MAX_CHUNKS:
-            chunks.append(ChunkTimes(chunk.began_s, time.monotonic(), len(rows)))
+            chunks.append(ChunkTimes(chunk.began_s, ended_s, len(rows)))

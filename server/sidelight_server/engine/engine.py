@@ -86,7 +86,7 @@ class Engine:
         self._resizing = FairThreadPool(self.threads, name="sidelight-resize")
         self._decoders = DecoderPool(self.threads)
         self._unanswered: dict[ActiveRequest, tuple[asyncio.Future[None], Device]] = {}
-        self._assemble = functools.partial(assemble_answer, threads=self.threads, software=software_versions())
+        self._software = software_versions()
 
     def __enter__(self) -> Self:
         self.start()
@@ -151,6 +151,11 @@ class Engine:
     def n_unanswered(self) -> int:
         """Number of requests that run on a device or wait for it."""
         return len(self._unanswered)
+
+    @property
+    def backlog_s(self) -> float:
+        """Seconds of work that wait or run: the mean of the devices."""
+        return sum(device.backlog_s for device in self._devices) / len(self._devices)
 
     @property
     def models(self) -> dict[str, Model]:
@@ -223,6 +228,11 @@ class Engine:
                 del self._unanswered[active]
                 call_record.started_s, call_record.rows = active.started_s, active.n_taken
         return await to_thread_if_many(request.n_examples, self._assemble, active, clock)
+
+    def _assemble(self, active: ActiveRequest, clock: Clock, *, final: bool = True) -> Answer:
+        return assemble_answer(
+            active, clock, backlog_s=self.backlog_s, threads=self.threads, software=self._software, final=final
+        )
 
     async def _prepare(self, model: Model, request: Request, caller: str) -> Prepared:
         if runs_inline(model, request):

@@ -36,6 +36,7 @@ def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attributi
             compute=duration(answer.timing.compute_s),
             total=duration(answer.timing.total_s),
             admission=duration(answer.timing.admission_s),
+            backlog=duration(answer.timing.backlog_s),
         ),
         transport=transport,
         final=answer.final,

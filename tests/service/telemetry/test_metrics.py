@@ -170,6 +170,27 @@ def test_what_is_in_flight_is_told_while_it_is(tmp_path: Path) -> None:
     assert during.sum("sidelight_in_flight_bytes") >= 3 * 3 * 4 * 5 * 4
 
 
+def test_the_backlog_is_the_rows_in_flight_over_the_rows_per_second(tmp_path: Path) -> None:
+    with gated(tmp_path, device="cpu") as (gate, server), Conversation(server.channel) as stream:
+        gate.open()
+        idle = server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S).result.timing
+        gate.shut()
+        seconds_per_row = []
+        with exposed(server) as address:
+            for n, id_ in enumerate("ab", 1):
+                stream.send(attribute(id_, floats(3)))
+                until_s = time.monotonic() + TIMEOUT_S
+                while (now := scrape(address)).sum("sidelight_rows_in_flight") < 3 * n:
+                    assert time.monotonic() < until_s
+                seconds_per_row.append(now.sum("sidelight_backlog_seconds") / (3 * n))
+        gate.open()
+        first, last = [each.result.timing.backlog.ToNanoseconds() for each in stream.finish()]
+    assert seconds_per_row[0] > 0
+    assert seconds_per_row[1] == pytest.approx(seconds_per_row[0])  # no chunk has ended between the two
+    assert idle.backlog.ToNanoseconds() == last == 0  # nothing else was there
+    assert first > 0
+
+
 def test_time_in_line_is_told_as_admission(tmp_path: Path) -> None:
     with (
         gated(tmp_path, device="cpu", max_stream_in_flight=1) as (gate, server),
