@@ -212,7 +212,7 @@ def test_a_stream_whose_caller_never_reads_again_is_reset(
     with stalling as server, leaving_nothing(server), Caller(address(server), window=0) as caller:
         call = caller.begin(STREAM)
         caller.send(call, b"".join(framed(each.SerializeToString()) for each in requests))
-        until(server, lambda: not server.server._service._streams)
+        until(server, lambda: not server.server.calls._streams)
         # gRPC keeps the call that came last until another comes.
         server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
         assert caller.result(call).status == CANCELLED

@@ -144,7 +144,7 @@ def test_what_freed_memory_gives_is_taken_first(n_looks: int) -> None:
 
 def shed(server: Running, *, n: int) -> None:
     """Let memory be short until so many streams more have been ended for it."""
-    service = server.server._service
+    service = server.server.calls
     shedding = LoadShedding(service.end_waiting, max_message_bytes=1000, room=lambda: NONE)
     wanted = service.n_shed + n
 
@@ -199,7 +199,7 @@ def test_a_stream_that_is_not_read_is_left_alone(tmp_path: Path, device: str) ->
     ):
         stream.send(*(attribute(str(i), floats(1, seed=i)) for i in range(4)))
         assert gate.reached.wait(TIMEOUT_S)
-        service = server.server._service
+        service = server.server.calls
         until(server, lambda: all(not each.waited_s for each in service._streams))
         assert server.run(_end_waiting(server)) == 0
         gate.open()
@@ -208,7 +208,7 @@ def test_a_stream_that_is_not_read_is_left_alone(tmp_path: Path, device: str) ->
 
 
 async def _end_waiting(server: Running) -> int:
-    return server.server._service.end_waiting(0.0)
+    return server.server.calls.end_waiting(0.0)
 
 
 # Callers whose streams are ended open others once they have something to send.

@@ -343,7 +343,7 @@ def test_what_is_not_answered_in_time_is_told_so_by_its_id(tmp_path: Path, gate:
 
 def _n_read(server: Running) -> int:
     """Return how many batches a server's only stream has read and not answered."""
-    (stream,) = server.server._service._streams
+    (stream,) = server.server.calls._streams
     return len(stream._unanswered)
 
 

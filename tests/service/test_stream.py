@@ -543,7 +543,7 @@ def test_what_was_read_before_the_greatest_age_is_answered_after_it(tmp_path: Pa
 async def until_it_ends(server: Running) -> None:
     """Wait until the one stream takes nothing more."""
     async with asyncio.timeout(TIMEOUT_S):
-        while not any(stream._end for stream in server.server._service._streams):  # noqa: ASYNC110  (this loop sets it)
+        while not any(stream._end for stream in server.server.calls._streams):  # noqa: ASYNC110  (this loop sets it)
             await asyncio.sleep(0)
 
 

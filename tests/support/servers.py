@@ -124,7 +124,7 @@ class Counts:
             requests=admission.n_requests,
             bytes=admission.n_bytes,
             unanswered=engine.n_unanswered,
-            streams=len(server.server._service._streams) + len(server.server._service._calls),
+            streams=len(server.server.calls._streams) + len(server.server.calls._unary),
             watchers=len(server.server._health._watchers),
             rows=sum(station.n_rows for station in engine.devices),
             descriptors=len(os.listdir("/proc/self/fd")),

@@ -16,8 +16,8 @@ from prometheus_client.samples import Sample
 from ..compute.host_memory import resident_bytes
 from ..engine.device import Device
 from ..engine.engine import Engine
+from ..rpc.calls import Calls
 from ..rpc.handler import RequestHandler
-from ..rpc.service import AttributionService
 from ..security.reloadable_files import SecretFiles
 from .health import MODEL, statuses
 
@@ -29,13 +29,13 @@ class Metrics(Collector):
         self,
         engine: Engine,
         handler: RequestHandler,
-        service: AttributionService,
+        calls: Calls,
         files: Sequence[SecretFiles[Any]] = (),
     ) -> None:
         self._engine = engine
         self._files = files
         self._handler = handler
-        self._service = service
+        self._calls = calls
 
     def collect(self) -> Iterator[Metric]:
         """Yield the current values of all metrics."""
@@ -71,11 +71,11 @@ class Metrics(Collector):
             "work that waits or runs: rows in flight / rows per second",
             value=self._engine.backlog_s,
         )
-        yield GaugeMetricFamily("sidelight_streams_open", "open streams", value=self._service.n_streams)
+        yield GaugeMetricFamily("sidelight_streams_open", "open streams", value=self._calls.n_streams)
         yield CounterMetricFamily(
             "sidelight_shed_streams",
             "idle streams that were ended because memory was short",
-            value=self._service.n_shed,
+            value=self._calls.n_shed,
         )
         stops = self._engine.stops
         yield CounterMetricFamily(

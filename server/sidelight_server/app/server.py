@@ -14,6 +14,7 @@ from ..engine.completion import call_soon
 from ..engine.engine import Engine
 from ..engine.recalibration import Recalibration
 from ..engine.reloader import Reloader
+from ..rpc.calls import Calls
 from ..rpc.handler import RequestHandler
 from ..rpc.interceptors import MessageInterceptor
 from ..rpc.log_filter import hide_failed_writes
@@ -93,7 +94,7 @@ class Server:
             self._run_in_background(Reloader(self._engine.registry, every_s=settings.watch_s).run())
         if settings.stuck_s:
             self._run_in_background(Watchdog(self._engine, on_look=self._update_health).run())
-        shedding = LoadShedding(self._service.end_waiting, max_message_bytes=settings.max_message_bytes)
+        shedding = LoadShedding(self.calls.end_waiting, max_message_bytes=settings.max_message_bytes)
         self._run_in_background(shedding.run())
 
     async def _open(self) -> None:
@@ -115,10 +116,9 @@ class Server:
         self._server = grpc.aio.server(
             interceptors=[authorization, self._gate, self._interceptor], options=channel_options(settings)
         )
-        self._service = AttributionService(
-            self._engine, self.handler, self._shared, callers=callers, write_timeout=write_timeout, pace=pace
-        )
-        attribution_pb2_grpc.add_AttributionServiceServicer_to_server(self._service, self._server)
+        self.calls = Calls(self.handler, callers=callers, write_timeout=write_timeout, pace=pace, settings=settings)
+        service = AttributionService(self._engine, self.handler, self.calls, self._shared)
+        attribution_pb2_grpc.add_AttributionServiceServicer_to_server(service, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._engine), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         enable_reflection(self._server, (*SERVICES, HEALTH))
@@ -151,7 +151,7 @@ class Server:
         from .metrics_http import MetricsServer
         from .prometheus import Metrics
 
-        metrics = Metrics(self._engine, self.handler, self._service, files)
+        metrics = Metrics(self._engine, self.handler, self.calls, files)
         try:
             self._metrics = MetricsServer(metrics, self._metrics_listen, plaintext=self._plaintext)
             self.metrics = self._metrics.address
@@ -168,10 +168,10 @@ class Server:
         self._update_health()
         self._health.close()
         self._engine.registry.close()
-        self._service.drain()
+        self.calls.drain()
         # Unanswered calls get a status shortly before `drain_s` ends, instead of being cut off.
         status_s = min(STATUS_S, drain_s / 10)
-        timer = loop.call_at(until_s - status_s, self._service.give_up)
+        timer = loop.call_at(until_s - status_s, self.calls.give_up)
         await self._server.stop(drain_s)
         timer.cancel()
         is_stuck = any(device.worker.heartbeat.is_stuck for device in self._engine.devices)

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import TracebackType
 
@@ -28,7 +28,7 @@ from ..wire.codec import encode_answer
 from ..wire.digests import Hashing
 from ..wire.tensors import encoded, layout_of, map_itemsize
 from .admission import RETRY_DELAY_S, Admission, Permit
-from .shared_memory import Regions, Span, span, to_thread_uncancelled
+from .shared_memory import RegionLookup, Span, span, to_thread_uncancelled
 
 log = logging.getLogger("sidelight")
 
@@ -38,6 +38,9 @@ MAX_WAITING = 2**31  # by count there is no limit
 # Larger maps are encoded in a worker thread. numpy, `bytes.join` and file I/O release the GIL there; protobuf never
 # does, so messages are parsed on the event loop.
 MANY_BYTES = 1024 * 1024
+
+
+Encode = Callable[[Answer, "ValidatedRequest"], bytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class ValidatedRequest:
     source: Span | None  # where the images are, unless in the message
     sink: Span | None  # where the maps are written, unless in the answer
     call_record: CallRecord
+    encode: Encode
 
     @property
     def transport(self) -> pb.Transport.ValueType:
@@ -103,12 +107,14 @@ class RequestHandler:
         n_bytes: int,
         call_record: CallRecord,
         data: memoryview | None = None,
-        regions: Regions | None = None,
+        regions: RegionLookup | None = None,
+        encode: Encode | None = None,
     ) -> ValidatedRequest:
         """Validate a message of `n_bytes`, waiting for its model to load if necessary.
 
-        `data` holds the images' tensor data if the codec cut it out of the message; `regions` are the stream's shared
-        memory regions, None for a unary call. Raises a `SidelightError` if the message is invalid.
+        `data` holds the images' tensor data if the codec cut it out of the message; `regions` are the shared memory
+        regions that it may name, None for a unary call of `sidelight.v1`. `encode` serializes the answer, by default
+        for `sidelight.v1`. Raises a `SidelightError` if the message is invalid.
         """
         with _hide_internal_errors(message.id, self._faults):
             deadline_s = deadline_of(message, call_record)
@@ -140,6 +146,7 @@ class RequestHandler:
             source=source,
             sink=sink,
             call_record=call_record,
+            encode=encode or encode_own,
         )
         if validated.transport == pb.TRANSPORT_SHARED_MEMORY:
             call_record.transport = "shared_memory"
@@ -247,7 +254,8 @@ class RequestHandler:
     async def _reply(self, answer: Answer, validated: ValidatedRequest) -> bytes:
         is_large = answer.maps.nbytes > MANY_BYTES or len(answer.explanations) > MANY_EXAMPLES
         blocks = is_large or (answer.final and validated.sink is not None)
-        reply = await to_thread_uncancelled(_encode, answer, validated) if blocks else _encode(answer, validated)
+        encode = validated.encode
+        reply = await to_thread_uncancelled(encode, answer, validated) if blocks else encode(answer, validated)
         self._refuse_long_answer(len(reply))
         return reply
 
@@ -269,18 +277,18 @@ def deadline_of(message: pb.AttributeRequest, call_record: CallRecord) -> float 
     return None if timeout_s is None else call_record.arrived_s + timeout_s
 
 
-def _source(images: tensor_pb2.Images, regions: Regions | None) -> Span | None:
+def _source(images: tensor_pb2.Images, regions: RegionLookup | None) -> Span | None:
     if images.WhichOneof("source") != "shared":
         return None
     shared, field = images.shared, "images.shared"
     return _span(shared, layout_of(shared, field=field).n_bytes, regions, field=field)
 
 
-def _sink(output: pb.Output, maps_bytes: int, regions: Regions | None) -> Span | None:
+def _sink(output: pb.Output, maps_bytes: int, regions: RegionLookup | None) -> Span | None:
     return _span(output.region, maps_bytes, regions, field="output.region") if output.HasField("region") else None
 
 
-def _span(shared: tensor_pb2.SharedTensor, n_bytes: int, regions: Regions | None, *, field: str) -> Span:
+def _span(shared: tensor_pb2.SharedTensor, n_bytes: int, regions: RegionLookup | None, *, field: str) -> Span:
     if regions is None:
         raise InvalidArgument(f"{field}: regions of shared memory belong to streams; a unary call has none")
     return span(regions.find(shared.region, field=field), shared.offset_bytes, n_bytes, field=field)
@@ -308,8 +316,8 @@ async def _fetched(validated: ValidatedRequest) -> Request:
     return replace(request, images=images.reshape(request.images.shape))
 
 
-def _encode(answer: Answer, validated: ValidatedRequest) -> bytes:
-    """Encode the answer; write its maps into the output region if there is one."""
+def encode_own(answer: Answer, validated: ValidatedRequest) -> bytes:
+    """Encode the answer for `sidelight.v1`; write its maps into the output region if there is one."""
     message = validated.message
     maps = encoded(answer.maps, message.output.map_dtype or tensor_pb2.DATA_TYPE_FLOAT32)
     sink = validated.sink if answer.final else None

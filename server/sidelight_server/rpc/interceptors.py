@@ -5,7 +5,7 @@ and encodes messages with tensors. A call whose client does not accept the answe
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -15,7 +15,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from ..errors import ResourceExhausted, SidelightError
 from ..security.authorization import Callers
 from ..security.stream_limit import Peers, host_of
-from ..wire.codec import Unreadable, decode_request, decode_stream_request, encode, unreadable
+from ..wire.codec import Decode, Unreadable, decode_request, decode_stream_request, encode, unreadable
 from .receive_limit import SLOTS, SLOW_SLOTS, SMALL_S, SMALL_SLOTS, Pace, ReceiveLimit
 from .status import Context, abort
 from .write_timeout import WriteTimeout
@@ -24,6 +24,12 @@ SMALL_BYTES = 64 * 1024  # limit of a message of any call but Attribute and Attr
 MAX_PEER_REFLECTIONS = 8  # open reflection streams from one host
 MAX_REFLECTIONS = 64
 REFLECTION_S = 10.0  # the longest that a reflection stream may last
+
+# By the deserializer that a service was registered with, the one that reads its messages with tensors.
+DECODERS: dict[Any, Decode[Any]] = {
+    pb.AttributeRequest.FromString: decode_request,
+    pb.AttributeStreamRequest.FromString: decode_stream_request,
+}
 
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
@@ -36,7 +42,16 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
     So every call is registered as a streaming one; both are the same on the wire.
     """
 
-    def __init__(self, callers: Callers, write_timeout: WriteTimeout, pace: Pace, *, max_arrival_s: float) -> None:
+    def __init__(
+        self,
+        callers: Callers,
+        write_timeout: WriteTimeout,
+        pace: Pace,
+        *,
+        max_arrival_s: float,
+        decoders: Mapping[Any, Decode[Any]] = DECODERS,
+    ) -> None:
+        self._decoders = decoders
         self._callers = callers
         self._write_timeout = write_timeout
         self._pace = pace
@@ -58,13 +73,11 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
         handler = await continuation(handler_call_details)
         if handler is None or handler.request_deserializer is None:
             return handler
-        if handler.request_deserializer == pb.AttributeRequest.FromString:
-            return self._explaining(handler)
-        if handler.request_deserializer == pb.AttributeStreamRequest.FromString:
-            return self._streaming(handler)
+        if decode := self._decoders.get(handler.request_deserializer):
+            return self._streaming(handler, decode) if handler.stream_stream else self._explaining(handler, decode)
         return self._reflecting(handler) if handler.stream_stream else self._small_call(handler)
 
-    def _explaining(self, handler: "Handler") -> "Handler":
+    def _explaining(self, handler: "Handler", decode: Decode[Any]) -> "Handler":
         explain: Any = handler.unary_unary
 
         async def answer(_: object, context: Context) -> Any:
@@ -81,11 +94,9 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
                 # references, which would keep the message in memory until the garbage collector runs.
                 raise cancelled.with_traceback(None) from None
 
-        return grpc.stream_unary_rpc_method_handler(
-            answer, request_deserializer=decode_request, response_serializer=encode
-        )
+        return grpc.stream_unary_rpc_method_handler(answer, request_deserializer=decode, response_serializer=encode)
 
-    def _streaming(self, handler: "Handler") -> "Handler":
+    def _streaming(self, handler: "Handler", decode: Decode[Any]) -> "Handler":
         talk: Any = handler.stream_stream
 
         async def converse(requests: object, context: Context) -> None:
@@ -95,9 +106,7 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
                 raise cancelled.with_traceback(None) from None
             self._write_timeout.expect()
 
-        return grpc.stream_stream_rpc_method_handler(
-            converse, request_deserializer=decode_stream_request, response_serializer=encode
-        )
+        return grpc.stream_stream_rpc_method_handler(converse, request_deserializer=decode, response_serializer=encode)
 
     def _small_call(self, handler: "Handler") -> "Handler":
         """Return the handler of a call with small messages. It may need no token, and rejects large messages."""

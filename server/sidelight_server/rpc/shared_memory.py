@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -37,13 +37,21 @@ _FLAGS = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0) | os.O_NONBLOCK
 _Result = TypeVar("_Result")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Region:
     """A caller's file, opened."""
 
     name: str
     file: int
     n_bytes: int
+    start: int = 0  # where it begins in the file
+
+
+class RegionLookup(Protocol):
+    """Where regions are found by name."""
+
+    def find(self, name: str, *, field: str) -> Region:
+        """Return a region by its name. Raises `NotFound`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +71,12 @@ class Span:
 
     def write(self, data: memoryview) -> None:
         """Write the bytes. Raises `DataLoss` if the file was truncated; the file is never extended."""
-        if self._file_bytes() < self.offset + self.n_bytes:
+        if self._file_bytes() < self.region.start + self.offset + self.n_bytes:
             raise self._cut_short()
         self._move(os.pwritev, data)
 
     def _move(self, move: Callable[[int, list[memoryview], int], int], data: memoryview) -> None:
-        left, at = data, self.offset
+        left, at = data, self.region.start + self.offset
         while left:
             try:
                 n_moved = move(self.region.file, [left], at)
@@ -80,8 +88,8 @@ class Span:
 
     def _cut_short(self) -> DataLoss:
         return DataLoss(
-            f"{self._label} holds {self._file_bytes()} bytes, {self.region.n_bytes} were registered and "
-            f"{self.offset + self.n_bytes} are needed: its file was cut short"
+            f"{self._label}: its file of {self._file_bytes()} bytes was cut short, "
+            f"{self.region.start + self.offset + self.n_bytes} are needed"
         )
 
     def _file_bytes(self) -> int:
@@ -110,11 +118,12 @@ class SharedMemory:
         """Close the folder. Regions that streams have open stay open until the streams end."""
         os.close(self._folder)
 
-    def open(self, name: str, n_bytes: int) -> Region:
+    def open(self, name: str, n_bytes: int, *, may_be_sparse: bool = False) -> Region:
         """Open a caller's file. Raises `SidelightError` if it is missing, no regular file, too short or sparse."""
+        _check_name(name)
         file = self._open(name)
         try:
-            self._check(name, os.fstat(file), n_bytes)
+            self._check(name, os.fstat(file), n_bytes, may_be_sparse=may_be_sparse)
         except BaseException:
             os.close(file)
             raise
@@ -137,12 +146,12 @@ class SharedMemory:
             case _:
                 return FailedPrecondition(f'region: "{name}" cannot be opened: {os.strerror(number)}')
 
-    def _check(self, name: str, status: os.stat_result, n_bytes: int) -> None:
+    def _check(self, name: str, status: os.stat_result, n_bytes: int, *, may_be_sparse: bool) -> None:
         if not stat.S_ISREG(status.st_mode):
             raise _not_plain(name)
         if status.st_size < n_bytes:
             raise DataLoss(f'size_bytes: {n_bytes}, but the file of region "{name}" has {status.st_size} bytes')
-        if status.st_blocks * BLOCK < n_bytes:
+        if status.st_blocks * BLOCK < n_bytes and not may_be_sparse:
             # Writing maps into a hole may fail because the file system is full.
             raise FailedPrecondition(
                 f'size_bytes: {n_bytes}, but of the file of region "{name}" only {status.st_blocks * BLOCK} bytes are '
@@ -166,7 +175,6 @@ class Regions:
             raise FailedPrecondition(
                 "register_region: this server's operator has not allowed shared memory (the setting shared_memory)"
             )
-        _check_name(name)
         self._check_bounds(self._shared, name, n_bytes)
         await to_thread_uncancelled(self._add, self._shared, name, n_bytes)
 

@@ -1,35 +1,50 @@
-"""`AttributeStream`: many batches in flight on one call. A batch that fails does not end the stream."""
+"""Streams: many batches in flight on one call. A batch that fails does not end the stream."""
 
 import asyncio
 import contextlib
-import functools
 import time
-from typing import Any, Literal
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import grpc
-from sidelight.v1 import attribution_pb2 as pb
+from google.protobuf.message import Message
 
-from ..errors import InvalidArgument, SidelightError, Unavailable
+from ..errors import SidelightError, Unavailable
 from ..telemetry.call_record import CallRecord
 from ..wire.codec import Decoded, Received, Unreadable
 from .handler import RequestHandler, ValidatedRequest
 from .receive_limit import Pace
 from .response_writer import ResponseWriter, StalledError
-from .shared_memory import Regions
 from .status import forget_frames
-from .stream_batch import Batch, Validate, failed
+from .stream_batch import Batch, Unloaded
 from .write_timeout import WriteTimeout
 
-CALL = "AttributeStream"
 STALLED_STATUS_S = 10.0  # how long a client that did not accept an answer has to read the final status
 BEGIN_HEADER, END_TRAILER = "sidelight-begin", "sidelight-end"
 
+M = TypeVar("M", bound=Message)
 Cause = Literal["age", "shutdown", "stalled"]
 Context = grpc.aio.ServicerContext[Any, Any]
+Fail = Callable[[SidelightError], bytes]
+Prepare = Callable[[CallRecord], Awaitable[ValidatedRequest | Unloaded]]
 
 
-class Stream:
-    """One call of `AttributeStream`.
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """Whose a stream is, and its limits."""
+
+    caller: str
+    max_in_flight: int
+    max_age_s: float  # 0: no limit
+    stalled_write_s: float  # 0: no limit
+    write_timeout: WriteTimeout
+    pace: Pace
+
+
+class Stream(ABC, Generic[M]):
+    """One streaming call. A subclass knows its messages: it gives batches to `_begin`.
 
     Backpressure: each batch takes one of the stream's slots and a permit before the next batch is read, so gRPC's flow
     control slows down a client that sends faster than the device runs or that does not read its answers. While a batch
@@ -37,52 +52,59 @@ class Stream:
     needs neither slot nor permit, takes effect.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        handler: RequestHandler,
-        regions: Regions,
-        *,
-        caller: str,
-        max_in_flight: int,
-        max_age_s: float,
-        write_timeout: WriteTimeout,
-        pace: Pace,
-        stalled_write_s: float,
-    ) -> None:
+    call: ClassVar[str]  # its name in telemetry
+    is_ordered: ClassVar[bool] = False  # answers are written in the order of their batches, not as they are ready
+
+    def __init__(self, context: Context, handler: RequestHandler, options: StreamOptions) -> None:
         self._context = context
         self._handler = handler
-        self._regions = regions
-        self._caller = caller
-        self._max_age_s = max_age_s
-        self._write_timeout = write_timeout
-        self._pace = pace
-        self._stalled_write_s = stalled_write_s
-        self._writer = ResponseWriter(context, stalled_write_s=stalled_write_s)
-        self._slots = asyncio.Semaphore(max_in_flight)
+        self._options = options
+        self._writer = ResponseWriter(context, stalled_write_s=options.stalled_write_s)
+        self._slots = asyncio.Semaphore(options.max_in_flight)
         self._admitting = asyncio.Lock()  # held by the one batch that waits for a slot and a permit
-        self._unanswered: dict[str, Batch] = {}
+        self._unanswered: dict[str, Batch] = {}  # by an id that is unique among them
+        self._last: asyncio.Event | None = None  # set once the last batch is answered, if answers are ordered
         self._reader: asyncio.Task[None] | None = None  # the task that waits for a message, if any
         self._waits_since_s = 0.0
         self._end: Cause | None = None
         self._is_given_up = False
+
+    @abstractmethod
+    async def _receive(self, received: Received[M], group: asyncio.TaskGroup) -> None:
+        """Handle one message."""
+
+    @abstractmethod
+    def _failed(self, id_: str, error: SidelightError) -> bytes:
+        """Return the serialized response that carries a failure; the id is empty if the message has none."""
+
+    def _close(self) -> None:
+        """Release what the stream holds; every batch is answered."""
+
+    async def _send_age_status(self, trailers: tuple[tuple[str, str], ...]) -> None:
+        """End a stream that has reached its maximum age: with OK."""
+        self._context.set_trailing_metadata(trailers)
 
     async def run(self) -> None:
         """Serve until the client half-closes or `end` is called, and every batch that was read is answered."""
         # Sent at once, so that the client knows that a server is there before it sends a batch. It has a key of its own
         # because a proxy without a backend also sends initial metadata before its error status.
         await self._context.send_initial_metadata(((BEGIN_HEADER, "1"),))
-        age_timer = asyncio.get_running_loop().call_later(self._max_age_s, self.end, "age") if self._max_age_s else None
+        max_age_s = self._options.max_age_s
+        age_timer = asyncio.get_running_loop().call_later(max_age_s, self.end, "age") if max_age_s else None
         try:
             async with asyncio.TaskGroup() as group:
                 while received := await self._read():
-                    await self._receive(received, group)
+                    if isinstance(received, Unreadable):
+                        self._options.pace.refuse(self._options.caller, received.n_bytes)
+                        await self._refuse(received.error)
+                    else:
+                        await self._receive(received, group)
         except* StalledError:
             self._end = "stalled"
         finally:
             if age_timer:
                 age_timer.cancel()
-            self._regions.close()
+            self._close()
         await self._send_status()
 
     def release(self) -> None:
@@ -110,9 +132,11 @@ class Stream:
             batch.drop(_given_up())
 
     async def _send_status(self) -> None:
-        """End the call: with OK after a half-close or at the maximum age, else with the status of the cause."""
+        """End the call: with OK after a half-close, else with the status of the cause."""
         trailers = ((END_TRAILER, self._end),) if self._end else ()
         match self._end:
+            case "age":
+                await self._send_age_status(trailers)
             case "shutdown":
                 unavailable = "the server is shutting down; batches without an answer were not started"
                 await self._context.abort(grpc.StatusCode.UNAVAILABLE, unavailable, trailers)
@@ -120,27 +144,25 @@ class Stream:
                 # gRPC sends the status after the answer that is still pending. Permits and files are already released,
                 # so a client that starts reading again gets the status; after STALLED_STATUS_S the call is cut off.
                 stalled = (
-                    f"an answer was not accepted within {self._stalled_write_s:g} s (the server's stalled_write_s): "
-                    "read answers while batches are sent"
+                    f"an answer was not accepted within {self._options.stalled_write_s:g} s (the server's "
+                    "stalled_write_s): read answers while batches are sent"
                 )
                 try:
                     async with asyncio.timeout(STALLED_STATUS_S):
                         await self._context.abort(grpc.StatusCode.ABORTED, stalled, trailers)
                 except TimeoutError:
                     if call := asyncio.current_task():
-                        self._write_timeout.cut_off(call)
+                        self._options.write_timeout.cut_off(call)
                         await asyncio.sleep(0)  # the cancellation is raised here
-            case _:
-                self._context.set_trailing_metadata(trailers)
 
-    async def _read(self) -> Decoded[pb.AttributeStreamRequest] | None:
+    async def _read(self) -> Decoded[M] | None:
         """Return the next message or its decoding error; None at the end of the stream or once it is ending."""
         if self._end:
             return None
         self._reader, self._waits_since_s = asyncio.current_task(), time.monotonic()
         try:
-            await self._pace.wait(self._caller)
-            message = await self._context.read()
+            await self._options.pace.wait(self._options.caller)
+            message: Any = await self._context.read()
         except asyncio.CancelledError:
             # Cancelled by `end`, which has cleared `_reader`; by gRPC, if the client disconnected; or by the task
             # group, if a write stalled.
@@ -152,113 +174,61 @@ class Stream:
             self._reader = None
         return None if message is grpc.aio.EOF else message
 
-    async def _receive(self, received: Decoded[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
-        if isinstance(received, Unreadable):
-            self._pace.refuse(self._caller, received.n_bytes)
-            await self._refuse(received.error)
-            return
-        match received.message.WhichOneof("request"):
-            case "attribute":
-                await self._begin(received, group)
-            case "cancel":
-                if batch := self._unanswered.get(received.message.cancel.id):
-                    batch.cancel()
-            case "register_region":
-                await self._register(received.message.register_region)
-            case _:
-                await self._refuse(InvalidArgument("request: unset; expected attribute, cancel or register_region"))
-
-    async def _begin(self, received: Received[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
+    async def _begin(self, id_: str, n_bytes: int, prepare: Prepare, fail: Fail, group: asyncio.TaskGroup) -> None:
+        """Start to answer a batch of `n_bytes`: `prepare` validates it, `fail` makes the response if it fails."""
         telemetry = self._handler.telemetry
-        call_record = telemetry.begin(CALL, self._context.invocation_metadata, caller=self._caller)
-        request = received.message.attribute
+        call_record = telemetry.begin(self.call, self._context.invocation_metadata, caller=self._options.caller)
         waiting = contextlib.ExitStack()  # closed, perhaps twice, once the batch is admitted or has failed
+        turn = self._last
         try:
-            waiting.enter_context(self._handler.wait(received.n_bytes, self._caller))
+            waiting.enter_context(self._handler.wait(n_bytes, self._options.caller))
             await self._admitting.acquire()
             waiting.callback(self._admitting.release)
-            validated = await self._validate(received, call_record)
+            if self._is_given_up:
+                raise _given_up()
+            validated = await prepare(call_record)
+            if self._is_given_up:  # meanwhile
+                raise _given_up()
         except SidelightError as error:
             waiting.close()
-            self._pace.refuse(self._caller, received.n_bytes)
+            self._options.pace.refuse(self._options.caller, n_bytes)
             telemetry.failed(call_record, error)
             telemetry.end(call_record)
-            await self._fail(request.id, error)
+            if turn:
+                await turn.wait()
+            await self._writer.write(fail(error))
             return
         except asyncio.CancelledError:  # the client disconnected
             waiting.close()
             telemetry.end(call_record)
             raise
-        self._unanswered[request.id] = batch = Batch(
+        self._unanswered[id_] = batch = Batch(
             validated,
             self._handler,
             self._writer,
             self._slots,
-            message=request,
+            fail=fail,
             call_record=call_record,
+            turn=turn,
             on_admitted=waiting.close,
-            on_answer=lambda: self._forget(request.id),
+            on_answer=lambda: self._forget(id_),
         )
         # Callbacks, because a task that is cancelled before its first step does not run its `finally`.
         running = group.create_task(batch.run(group))
         running.add_done_callback(lambda _: telemetry.end(call_record))
         running.add_done_callback(lambda _: waiting.close())
         running.add_done_callback(forget_frames)
-
-    async def _validate(
-        self, received: Received[pb.AttributeStreamRequest], call_record: CallRecord
-    ) -> ValidatedRequest | Validate:
-        """Validate a batch, or if its model is not loaded return the coroutine function that will validate it.
-
-        Raises `Unavailable` after `give_up`.
-        """
-        request = received.message.attribute
-        self._check_id(request.id)
-        if self._is_given_up:
-            raise _given_up()
-        validate = functools.partial(
-            self._handler.validate,
-            request,
-            n_bytes=received.n_bytes,
-            data=received.data,
-            regions=self._regions,
-            call_record=call_record,
-        )
-        if self._handler.must_load(request):
-            return validate
-        validated = await validate()
-        if self._is_given_up:  # meanwhile
-            raise _given_up()
-        return validated
-
-    def _check_id(self, id_: str) -> None:
-        if not id_:
-            raise InvalidArgument("id: empty; on a stream it is required, to match the answer")
-        if id_ in self._unanswered:
-            raise InvalidArgument(f'id: "{id_}" is used by a batch that is not answered yet')
+        if self.is_ordered:
+            self._last = answered = asyncio.Event()
+            running.add_done_callback(lambda _: answered.set())
 
     def _forget(self, id_: str) -> None:
         del self._unanswered[id_]
 
-    async def _register(self, request: pb.RegisterRegionRequest) -> None:
-        try:
-            if not request.id:
-                raise InvalidArgument("id: empty; it is required, to match the answer")
-            await self._regions.register(request.region, request.size_bytes)
-        except SidelightError as error:
-            await self._fail(request.id, error)
-            return
-        registered = pb.RegionRegistered(region=request.region)
-        response = pb.AttributeStreamResponse(id=request.id, region_registered=registered)
-        await self._writer.write(response.SerializeToString())
-
     async def _refuse(self, error: SidelightError) -> None:
         """Reply to a message that has no usable id."""
-        self._handler.telemetry.refuse(CALL, self._context.invocation_metadata, error)
-        await self._fail("", error)
-
-    async def _fail(self, id_: str, error: SidelightError) -> None:
-        await self._writer.write(failed(id_, error))
+        self._handler.telemetry.refuse(self.call, self._context.invocation_metadata, error)
+        await self._writer.write(self._failed("", error))
 
 
 def _given_up() -> Unavailable:

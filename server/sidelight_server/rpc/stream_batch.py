@@ -4,20 +4,24 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable
-
-from sidelight.v1 import attribution_pb2 as pb
+from dataclasses import dataclass
 
 from ..engine.engine import Progress
 from ..errors import Cancelled, DeadlineExceeded, SidelightError
 from ..telemetry.call_record import CallRecord
-from ..wire import responses
-from .handler import RequestHandler, ValidatedRequest, deadline_of
+from .handler import RequestHandler, ValidatedRequest
 from .response_writer import ResponseWriter, StalledError
-
-Validate = Callable[[], Awaitable[ValidatedRequest]]
 
 _Explaining = asyncio.Task[bytes | SidelightError]
 _NO_WAIT = contextlib.nullcontext()
+
+
+@dataclass(frozen=True, slots=True)
+class Unloaded:
+    """A batch whose model is not loaded yet. `validate` waits for the model and then validates."""
+
+    validate: Callable[[], Awaitable[ValidatedRequest]]
+    deadline_s: float | None  # on the event loop's clock
 
 
 class Batch:
@@ -25,21 +29,21 @@ class Batch:
 
     It takes one of the stream's slots and a permit, and holds both until its answer is written. `on_admitted` is called
     when it has both or has failed, so that the next batch can wait for them, and may be called twice; `on_answer` is
-    called before the answer is written.
+    called before the answer is written, which waits for `turn`.
 
-    If the model is not loaded yet, `validated` is a coroutine function that waits for the model and then validates.
-    Such a batch counts as admitted once it has a slot, so that it does not delay the stream's other batches.
+    An unloaded batch counts as admitted once it has a slot, so that it does not delay the stream's other batches.
     """
 
     def __init__(
         self,
-        validated: ValidatedRequest | Validate,
+        validated: ValidatedRequest | Unloaded,
         handler: RequestHandler,
         writer: ResponseWriter,
         slots: asyncio.Semaphore,
         *,
-        message: pb.AttributeRequest,
+        fail: Callable[[SidelightError], bytes],
         call_record: CallRecord,
+        turn: asyncio.Event | None,
         on_admitted: Callable[[], None],
         on_answer: Callable[[], None],
     ) -> None:
@@ -47,8 +51,9 @@ class Batch:
         self._handler = handler
         self._writer = writer
         self._slots = slots
-        self._message = message
+        self._fail = fail
         self._call_record = call_record
+        self._turn = turn
         self._on_admitted = on_admitted
         self._on_answer = on_answer
         self._has_slot = False
@@ -61,6 +66,8 @@ class Batch:
         try:
             response = await self._respond(group)
             self._on_answer()
+            if self._turn:
+                await self._turn.wait()
             self._call_record.writing_s = time.monotonic()
             await self._writer.write(response)
         except StalledError:
@@ -101,7 +108,7 @@ class Batch:
 
     def _failed(self, error: SidelightError) -> bytes:
         self._handler.telemetry.failed(self._call_record, error)
-        return failed(self._message.id, error)
+        return self._fail(error)
 
     async def _acquire(self) -> ValidatedRequest:
         """Take a slot and a permit within the batch's timeout; return the validated request."""
@@ -109,9 +116,9 @@ class Batch:
         if isinstance(validated, ValidatedRequest):
             await self._take_slot(validated.deadline_s)
         else:
-            await self._take_slot(deadline_of(self._message, self._call_record))
+            await self._take_slot(validated.deadline_s)
             self._on_admitted()
-            validated = await validated()
+            validated = await validated.validate()
         self._permit = await self._handler.admit(validated)
         return validated
 
@@ -130,7 +137,7 @@ class Batch:
             self._slots.release()
 
     async def _explain(self, validated: ValidatedRequest, group: asyncio.TaskGroup) -> bytes:
-        if not self._message.output.partial:
+        if not validated.message.output.partial:
             return await self._handler.explain(validated)
         progress = Progress()
         explaining = group.create_task(self._outcome(validated, progress))
@@ -161,8 +168,3 @@ class Batch:
                     with contextlib.suppress(SidelightError):  # the final answer will carry the error
                         partial = await self._handler.reply(await progress.take(), validated)
                         await self._writer.write_now(partial)
-
-
-def failed(id_: str, error: SidelightError) -> bytes:
-    """Return the serialized response that carries the failure of one batch."""
-    return pb.AttributeStreamResponse(id=id_, failure=responses.failure(error)).SerializeToString()

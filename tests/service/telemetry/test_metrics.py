@@ -73,7 +73,7 @@ def scrape(address: str) -> Told:
 @contextlib.contextmanager
 def exposed(server: Running) -> Iterator[str]:
     """Tell the metrics of a server that runs, and give the address."""
-    metrics = Metrics(server.engine, server.server.handler, server.server._service)
+    metrics = Metrics(server.engine, server.server.handler, server.server.calls)
     exposition = MetricsServer(metrics, "127.0.0.1:0", plaintext=False)
     try:
         yield exposition.address
@@ -212,7 +212,7 @@ def test_time_in_line_is_told_as_admission(tmp_path: Path) -> None:
 
 
 async def _waits(server: Running) -> bool:
-    (stream,) = server.server._service._streams
+    (stream,) = server.server.calls._streams
     return len(stream._unanswered) == 2
 
 
@@ -250,7 +250,7 @@ def test_each_way_to_fail_has_its_reason(tmp_path: Path) -> None:
 
 async def _since(server: Running) -> float:
     """Return when the batch that waits came."""
-    (stream,) = server.server._service._streams
+    (stream,) = server.server.calls._streams
     return stream._unanswered["second"]._call_record.arrived_s
 
 
@@ -500,7 +500,7 @@ def _names(tmp_path: Path) -> set[str]:
         server.stub.Attribute(ask(floats(1), served=served), timeout=TIMEOUT_S)
         with pytest.raises(grpc.RpcError):
             server.stub.Attribute(ask(floats(1), method=pb.Method()), timeout=TIMEOUT_S)
-        families = Metrics(server.engine, server.server.handler, server.server._service).collect()
+        families = Metrics(server.engine, server.server.handler, server.server.calls).collect()
         empty = {f"{each.name}_total" if each.type == "counter" else each.name for each in families}
         return told(server).names | empty
 
