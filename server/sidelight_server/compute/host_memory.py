@@ -56,6 +56,11 @@ def room(proc: Path = PROC, groups: Path = GROUPS) -> Room | None:
     return min([*_of_groups(proc, groups), *_of_machine(proc)], key=lambda each: each.left, default=None)
 
 
+def limit_bytes() -> int | None:
+    """Return the least limit of the process's cgroups and the machine; None if unknown."""
+    return min((each.limit for each in (*_of_groups(PROC, GROUPS), *_of_machine(PROC))), default=None)
+
+
 def _of_groups(proc: Path, groups: Path) -> Iterator[Room]:
     """Yield the available memory of each cgroup with a limit: the process's own and its ancestors."""
     with contextlib.suppress(OSError):

@@ -8,18 +8,25 @@ again in every worker (spawn, forkserver), or fork a process that has threads an
 import asyncio
 import contextlib
 import logging
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from ..errors import Cancelled, ResourceExhausted, Unavailable
-from ..inputs.decode_worker import Order
+from ..inputs.decode_worker import BYTES_PER_PIXEL, Order
 from ..telemetry.logs import Event, Throttle
-from .decoder_process import Fitted, Worker
+from .decoder_process import Fitted, NeedsMore, Worker
 from .fair_thread_pool import FairThreadPool
 
 # Time that a worker has to finish after its call was cancelled: most do, and a new worker takes longer to start.
 GRACE_S = 0.05
+
+# Of memory, for the pixels of all files that are decoded at once, not counting a larger one. Each worker may take
+# `decode_worker.SPARE_BYTES` more, of which small pictures use little.
+ORDINARY_SHARE = 1 / 8
+MIN_ORDINARY_PIXELS = 1_000_000
 
 
 class DecoderPool:
@@ -27,12 +34,17 @@ class DecoderPool:
 
     Files are decoded round-robin by caller, those of one caller in order. So a caller that sends many large files
     delays others by no more than the limit of one file.
+
+    Files that take more memory than their worker's part of `memory_bytes` are decoded one at a time.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, memory_bytes: int | None = None) -> None:
+        """`memory_bytes`: the limit of this process's cgroup or of the machine; None if unknown."""
         self._size = size
+        self._ordinary_pixels = _ordinary_pixels(size, memory_bytes)
         self._faults = Throttle()
         self._threads = FairThreadPool(size, name="sidelight-decode")  # one thread per worker
+        self._large = FairThreadPool(1, name="sidelight-decode-large")
         self._lock = threading.Lock()  # guards the fields below
         self._is_closed = False
         self._idle: list[Worker] = []
@@ -74,13 +86,23 @@ class DecoderPool:
             self._idle.clear()
         for worker in workers:
             worker.kill()
-        self._threads.close(wait=True)
+        for threads in (self._threads, self._large):
+            threads.close(wait=True)
         self._ended()
 
     async def _fit(self, file: bytes, order: Order, caller: str) -> Fitted:
+        if order.max_pixels <= self._ordinary_pixels:
+            return await self._decode(file, order, caller, on=self._threads)
+        ordinary = replace(order, max_pixels=self._ordinary_pixels, may_need_more=True)
+        fitted = await self._decode(file, ordinary, caller, on=self._threads)
+        if not isinstance(fitted, NeedsMore):
+            return fitted
+        return await self._decode(file, order, caller, on=self._large)
+
+    async def _decode(self, file: bytes, order: Order, caller: str, *, on: FairThreadPool) -> Fitted:
         call = _Call(file)
         try:
-            return await asyncio.wrap_future(self._threads.submit(caller, lambda: self._run(call, order)))
+            return await asyncio.wrap_future(on.submit(caller, lambda: self._run(call, order)))
         except asyncio.CancelledError:
             asyncio.get_running_loop().call_later(GRACE_S, call.kill)
             raise
@@ -157,6 +179,13 @@ class _Call:
         with self._lock:
             if self._worker:
                 self._worker.kill()
+
+
+def _ordinary_pixels(size: int, memory_bytes: int | None) -> int:
+    """Return the number of pixels up to which `size` files at once take `ORDINARY_SHARE` of the memory."""
+    if memory_bytes is None:
+        return sys.maxsize
+    return max(MIN_ORDINARY_PIXELS, int(ORDINARY_SHARE * memory_bytes / size / BYTES_PER_PIXEL))
 
 
 def _end_all(workers: set[Worker]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..domain import Array
 from ..errors import Cancelled, FailedPrecondition, Internal, InvalidArgument, ResourceExhausted, SidelightError
-from ..inputs.decode_worker import HEAD, MAX_MESSAGE_BYTES, OK, READY, REPLY, Order
+from ..inputs.decode_worker import HEAD, MAX_MESSAGE_BYTES, NEEDS_MORE, OK, READY, REPLY, Order
 from ..inputs.preprocessing import Geometry
 from ..telemetry.logs import Event, Throttle
 
@@ -47,6 +47,10 @@ _ENVIRONMENT = {
     "MALLOC_TOP_PAD_": str(8 << 20),
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }  # fmt: skip
+
+
+class NeedsMore(ResourceExhausted):
+    """A file takes more pixels or memory than an order allows that `may_need_more`."""
 
 
 class Worker:
@@ -132,6 +136,8 @@ class Worker:
         if status == OK and n_bytes == np.prod(shape) and min(height, width) > 0:
             return np.frombuffer(body, np.uint8).reshape(shape), preprocessing.geometry(height, width)
         message = body.decode(errors="replace")
+        if status == NEEDS_MORE and order.may_need_more:
+            return NeedsMore(message)
         if status in _FAILURES:
             return _FAILURES[status](message)
         self._faults.log(logging.ERROR, Event("decoder_failed", traceback=message))

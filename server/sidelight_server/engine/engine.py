@@ -12,6 +12,7 @@ from typing import Self, TypeVar
 
 import numpy as np
 
+from ..compute.host_memory import limit_bytes
 from ..compute.torch_device import choose_devices, cpu_quota, make_deterministic
 from ..config.model_settings import ModelSettings
 from ..config.settings import Settings
@@ -84,7 +85,7 @@ class Engine:
         # One pool per kind of work, so that short work does not wait behind another caller's long work.
         self._preparing = FairThreadPool(1, name="sidelight-prepare")
         self._resizing = FairThreadPool(self.threads, name="sidelight-resize")
-        self._decoders = DecoderPool(self.threads)
+        self._decoders = DecoderPool(self.threads, memory_bytes=limit_bytes())
         self._unanswered: dict[ActiveRequest, tuple[asyncio.Future[None], Device]] = {}
         self._software = software_versions()
 

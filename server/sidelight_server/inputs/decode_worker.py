@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import Internal, ResourceExhausted, SidelightError
+from .pixels import TooManyPixels
 from .preprocessing import Preprocessing
 
 READY = b"+"  # the first byte that a worker sends, once it can take orders
@@ -31,6 +32,7 @@ HEAD = struct.Struct("!II")  # an order: sizes of the pickled `Order` and of the
 REPLY = struct.Struct("!B?III")  # a `Reply`, with the size of its body, which follows
 
 OK = 0
+NEEDS_MORE = 100  # in place of a status code: the file takes more pixels or memory than the order allows
 MAX_MESSAGE_BYTES = 16 * 1024  # of a reply without pixels
 
 BYTES_PER_PIXEL = 12  # memory while decoding: a progressive CMYK JPEG takes 8 for coefficients and Pillow 4
@@ -45,6 +47,7 @@ class Order:
     preprocessing: Preprocessing
     max_pixels: int
     max_s: float  # of CPU time
+    may_need_more: bool = False  # whether the server may order the file again, with a higher limit
 
     @property
     def max_bytes(self) -> int:
@@ -56,7 +59,7 @@ class Order:
 class Reply:
     """The result for a file: pixels of the model's input size, or a canonical status code and a message in UTF-8.
 
-    For INTERNAL the message is a traceback.
+    For INTERNAL the message is a traceback. The status may also be `NEEDS_MORE`.
     """
 
     status: int
@@ -127,9 +130,13 @@ def _decoded(file: bytes, order: Order) -> Reply:
         fitted, geometry = preprocessing.fit(pixels)
         body = np.ascontiguousarray(fitted).reshape(-1).data
         return Reply(OK, False, geometry.original_height, geometry.original_width, body)
+    except TooManyPixels as error:
+        return _failure(NEEDS_MORE if order.may_need_more else error.code, error.message)
     except SidelightError as error:
         return _failure(error.code, error.message)
     except MemoryError:
+        if order.may_need_more:
+            return _failure(NEEDS_MORE, "")
         limit = f"{order.max_bytes / 2**20:,.0f} MiB"
         return _failure(
             ResourceExhausted.code,

@@ -18,7 +18,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from ..errors import InvalidArgument
 from . import dicom
-from .pixels import lay_over_white, windowed
+from .pixels import TooManyPixels, lay_over_white, windowed
 
 # Set once for the whole process, because `warnings.catch_warnings` is not thread-safe before Python 3.14. Pillow's
 # warnings quote the file, so each new text would be logged and kept forever.
@@ -134,7 +134,7 @@ def _check_size(image: ImageFile, max_pixels: int) -> None:
         width = max(width, image.tag_v2[TILEWIDTH])
         height = max(height, image.tag_v2[TILELENGTH])
     if height * width > max_pixels:
-        raise InvalidArgument(
+        raise TooManyPixels(
             f"image file: {height:,} × {width:,} are {height * width:,} pixels, max_image_pixels is {max_pixels:,}"
         )
 
@@ -142,7 +142,7 @@ def _check_size(image: ImageFile, max_pixels: int) -> None:
 def _check_webp(image: ImageFile, max_pixels: int) -> None:
     limit = max_pixels * 3 // 4  # libwebp and Pillow take 16 bytes per pixel, all other formats at most 12
     if image.height * image.width > limit:
-        raise InvalidArgument(
+        raise TooManyPixels(
             f"image file: a WebP of {image.height:,} × {image.width:,} pixels, which takes more memory than other "
             f"formats, expected at most {limit:,} (three quarters of max_image_pixels); send it as JPEG or PNG"
         )

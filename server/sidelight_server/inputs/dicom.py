@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FailedPrecondition, InvalidArgument
-from .pixels import Pixels, windowed
+from .pixels import Pixels, TooManyPixels, windowed
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -112,7 +112,7 @@ def _parse(file: bytes) -> "Dataset":
 def _check_size(dataset: "Dataset", max_pixels: int) -> None:
     height, width = int(dataset.Rows), int(dataset.Columns)
     if height * width > max_pixels:
-        raise InvalidArgument(
+        raise TooManyPixels(
             f"image file: {height:,} × {width:,} are {height * width:,} pixels, max_image_pixels is {max_pixels:,}"
         )
 

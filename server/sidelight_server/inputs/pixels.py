@@ -9,9 +9,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ..errors import InvalidArgument
+
 Pixels = npt.NDArray[np.uint8]
 
 _BECOMES = {1: (3,), 3: (1,), 4: (1, 3)}  # gray, RGB and RGBA
+
+
+class TooManyPixels(InvalidArgument):
+    """A picture has more pixels than allowed. Raised before its pixels are decoded."""
 
 
 def can_become(channels: int, wanted: int) -> bool:
