@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo test check lint proto proto-check bench peers pyhealth soak soak-long fuzz zoo properties nightly image envoy breaking dist oldest pythons lock clean
+.PHONY: setup demo page test check lint proto proto-check bench peers pyhealth soak soak-long fuzz zoo properties nightly image envoy breaking dist oldest pythons lock clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -34,6 +34,10 @@ ONNX := ml_dtypes onnx onnx2torch rapidocr-onnxruntime torchvision
 
 demo: .venv/.ready
 	$(BIN)/sidelight demo --out demo
+
+# The same classifier and photographs, on a page in the browser.
+page: .venv/.ready
+	$(BIN)/sidelight page --demo --open
 
 # What the tests must find: all that `setup` brings. Other components are in tests/support/components.py.
 REQUIRE ?= floor,kubernetes,onnx,torchvision

@@ -41,7 +41,7 @@ def run(folder: Path, *, console: Console) -> None:
     make_folder(folder)
     answers: dict[int, Attribution] = {}
     began = time.monotonic()
-    with _server(console) as address, connect(address, connect_timeout=START_TIMEOUT_S) as client:
+    with demo_server(console) as address, connect(address, connect_timeout=START_TIMEOUT_S) as client:
         server = client.info()
         console.print(
             f'"{server.models[0].name}" is ready on {server.models[0].device} after {time.monotonic() - began:.1f} s'
@@ -70,7 +70,7 @@ def photographs() -> list[Path]:
 
 
 @contextlib.contextmanager
-def _server(console: Console) -> Iterator[str]:
+def demo_server(console: Console) -> Iterator[str]:
     """Run the server in its own process, and yield its address."""
     with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
         address = f"unix:{folder}/socket"

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .._client import Client, connect
+from .._client import connect
 from .._core import CONNECT_TIMEOUT_S
 from .._transport.credentials import TLS
 from .._transport.environment import ADDRESS_VARIABLE, TOKEN_VARIABLE
@@ -19,7 +19,7 @@ TOKEN_HELP = f"A file whose first line is the token. Default: ${TOKEN_VARIABLE},
 
 Address = Annotated[str, typer.Option(help=ADDRESS_HELP, envvar=ADDRESS_VARIABLE)]
 _file = functools.partial(typer.Option, exists=True, dir_okay=False)
-Connector = Callable[..., Client]
+Connector = Callable[..., Any]  # returns a `Client`, or what its `factory` makes
 
 
 def with_connection_options(command: Callable[..., None]) -> Callable[..., None]:
@@ -58,9 +58,10 @@ def _connector(
     uses_tls = tls or any((ca, certificate, key, server_name))
     access = TLS(ca=ca, certificate=certificate, key=key, server_name=server_name) if uses_tls else None
 
-    def connect_to(address: str, **options: Any) -> Client:
+    def connect_to(address: str, *, factory: Callable[..., Any] = connect, **options: Any) -> Any:
+        options = {"connect_timeout": connect_timeout, "tls": access, "token": token_file} | options
         try:
-            return connect(address, connect_timeout=connect_timeout, tls=access, token=token_file, **options)
+            return factory(address, **options)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
 

@@ -55,10 +55,10 @@ def to_dict(answer: "Attribution") -> dict[str, object]:
     return {
         "id": answer.id,
         "example_count": len(answer),
-        "examples": [dict(zip(names, map(_plain, entry), strict=True)) for entry in entries],
-        "failures": _plain(answer.failures),
-        "provenance": _plain(answer.provenance),
-        "timing": _plain(answer.timing),
+        "examples": [dict(zip(names, map(plain, entry), strict=True)) for entry in entries],
+        "failures": plain(answer.failures),
+        "provenance": plain(answer.provenance),
+        "timing": plain(answer.timing),
         "map_dtype": answer.map_dtype,
         "transport": answer.transport,
         "final": answer.final,
@@ -200,12 +200,12 @@ def _load_maps(path: Path, expected: Sequence[str | None]) -> NDArray[np.float32
     return maps
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Convert to values for JSON: NaN and infinity become text, because JSON has no such numbers."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return _plain(dataclasses.asdict(value))
+        return plain(dataclasses.asdict(value))
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
+        return {key: plain(each) for key, each in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(each) for each in value]
+        return [plain(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
