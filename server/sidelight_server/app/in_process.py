@@ -136,8 +136,7 @@ class _Engine(Engine):
     def close(self, within_s: float | None = None) -> bool:
         """Stop after the running chunk and after running preparation."""
         has_ended = super().close(within_s)
-        for pool in (self._preparing, self._resizing):
-            pool.close(wait=True)
+        self._pool.close(wait=True)
         return has_ended
 
 

@@ -47,6 +47,7 @@ class ActiveRequest:
         self.id = id_  # the client's request id, for the log
         self.caller = caller
         self.chunks = chunks  # the chunks that its rows ran in are appended here; None: not recorded
+        self.max_rows = _max_rows(request, prepared)
         self.n_taken = 0  # rows that were sent to the device
         self.n_running = 0  # rows in flight; guarded by the device worker's lock
         self.cancelled_s: float | None = None  # None also if it was cancelled after its last example
@@ -96,13 +97,6 @@ class ActiveRequest:
     def max_chunk_rows(self) -> int:
         """The largest number of rows of a chunk that begins with this request's next row."""
         return self.model.rows_at_once(self.prepared.shape)
-
-    @property
-    def max_rows(self) -> int:
-        """Upper bound of the rows that the request takes."""
-        rows, top_k = self.request.method.rows(self.prepared.shape), self.prepared.top_k
-        # One more row per example finds the classes to explain.
-        return len(self.prepared.examples) * (1 + top_k * rows if top_k else rows)
 
     @property
     def is_done(self) -> bool:
@@ -223,6 +217,13 @@ class ActiveRequest:
         if self.is_done:
             self.ended_s = time.monotonic()
             self._on_done()
+
+
+def _max_rows(request: Request, prepared: Prepared) -> int:
+    """Return an upper bound of the rows that the request takes."""
+    rows, top_k = request.method.rows(prepared.shape), prepared.top_k
+    # One more row per example finds the classes to explain.
+    return len(prepared.examples) * (1 + top_k * rows if top_k else rows)
 
 
 def _with_negligible(target: ExplainedTarget, is_negligible: bool | None, map_: Array) -> ExplainedTarget:

@@ -1,7 +1,7 @@
 """A chunk: rows that run together in one pass. The constructor launches it; `read` waits for its output."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from ..domain import PREDICTED, Array
 from ..errors import Internal
 from ..methods.method import RowOutput
 from ..models.model import Model
+from ..telemetry.call_record import MAX_CHUNKS, ChunkTimes
 from .active_request import ActiveRequest
 from .example_run import Result, Row
 
@@ -54,6 +55,13 @@ class Chunk:
     def identity(self) -> Identity:
         """Identity of the model that computed the chunk. Valid after `read`."""
         return self._identity if self._model.identity.is_current else Identity()
+
+    def record_times(self, requests: Iterable[ActiveRequest], ended_s: float) -> None:
+        """Record when it was launched and read in the requests that collect this. Call it before they are answered."""
+        collecting = {id(active.chunks): active.chunks for active in requests if active.chunks is not None}
+        for chunks in collecting.values():
+            if len(chunks) < MAX_CHUNKS:
+                chunks.append(ChunkTimes(self.began_s, ended_s, len(self._mapped)))
 
     def read(self) -> list[RowOutput]:
         """Wait for the device and return the output of each row."""

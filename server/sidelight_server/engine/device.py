@@ -1,8 +1,7 @@
 """A device of the engine: the torch device, and the one thread that owns it."""
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -45,17 +44,16 @@ class Device:
         """Seconds of work that wait or run here: the rows of all requests ÷ the rows per second."""
         return self.worker.row_rate.seconds(self.n_rows)
 
-    @contextlib.contextmanager
-    def holds(self, active: ActiveRequest) -> Iterator[None]:
-        """Submit a request; on exit, drop its rows that have not run. Raises `Unavailable` if the worker has ended."""
-        n_rows = active.max_rows
-        self.n_rows += n_rows
-        try:
-            self.worker.submit(active)
-            yield
-        finally:
+    def add(self, active: ActiveRequest) -> None:
+        """Submit a request. Raises `Unavailable` if the worker has ended."""
+        self.worker.submit(active)
+        self.n_rows += active.max_rows
+
+    def remove(self, active: ActiveRequest) -> None:
+        """Drop the rows of a request that have not run."""
+        self.n_rows -= active.max_rows
+        if not active.is_done:
             self.worker.withdraw(active)
-            self.n_rows -= n_rows
 
     def in_turn(self, task: Callable[[], _Value]) -> _Value:
         """Run a function on the device's thread, between two chunks, and wait for its result.

@@ -16,12 +16,12 @@ from ..compute.staging import Staging, is_finite
 from ..compute.torch_device import check_works
 from ..errors import ResourceExhausted, SidelightError, Unavailable
 from ..methods.method import RowOutput
-from ..telemetry.call_record import MAX_CHUNKS, ChunkTimes
 from ..telemetry.cancellation_latency import CancellationLatency
 from ..telemetry.logs import Event
 from .active_request import ActiveRequest
 from .chunk import Chunk, to_host
 from .chunk_errors import ChunkErrors, DeviceLostError
+from .completion import Completions
 from .example_run import ExampleRun, Result, Row
 from .heartbeat import Heartbeat
 from .row_rate import RowRate
@@ -72,6 +72,7 @@ class DeviceWorker:
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"sidelight-{device}", daemon=True)
+        self.completions = Completions()
         self.stops = CancellationLatency()
         self.chunk_rows = Histogram("sidelight_chunk_rows", "rows that ran at once", buckets=CHUNK_ROWS, registry=None)
         self.heartbeat = Heartbeat(stuck_s=stuck_s)
@@ -160,6 +161,7 @@ class DeviceWorker:
             for _, future in self._tasks:  # otherwise their waiters would wait forever
                 if future.set_running_or_notify_cancel():
                     future.set_exception(self.unavailable("the server is shutting down"))
+            self.completions.hand_over()  # of a chunk that the device was lost in
             self._on_end()
 
     def _step(self) -> bool:
@@ -223,6 +225,7 @@ class DeviceWorker:
                     self._ring.add(active)
                 elif not active.pending:  # its remaining rows were those of an example that failed
                     self._ring.remove(active)
+        self.completions.hand_over()
 
     def _read(self, rows: Sequence[Taken], chunk: Chunk | SidelightError) -> None:
         failure, outputs = chunk if isinstance(chunk, SidelightError) else None, []
@@ -231,7 +234,7 @@ class DeviceWorker:
                 outputs = chunk.read()
                 ended_s = time.monotonic()
                 self.row_rate.add(len(rows), began_s=chunk.began_s, ended_s=ended_s)
-                _record_times(rows, chunk, ended_s)
+                chunk.record_times((active for active, _ in rows), ended_s)
                 identity = chunk.identity  # read once: it inspects the whole module
                 for active in {active for active, _ in rows}:
                     active.add_identity(identity)
@@ -303,11 +306,3 @@ class DeviceWorker:
         for start in range(0, len(rows), size) if size else ():
             part = rows[start : start + size]
             self._read(part, self._launch(part))
-
-
-def _record_times(rows: Sequence[Taken], chunk: Chunk, ended_s: float) -> None:
-    """Record a chunk's times in the requests that collect them. Called before they are answered."""
-    collecting = {id(active.chunks): active.chunks for active, _ in rows if active.chunks is not None}
-    for chunks in collecting.values():
-        if len(chunks) < MAX_CHUNKS:
-            chunks.append(ChunkTimes(chunk.began_s, ended_s, len(rows)))

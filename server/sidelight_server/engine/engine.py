@@ -3,21 +3,18 @@
 import asyncio
 import functools
 import logging
-import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 
-from ..compute.host_memory import limit_bytes
 from ..compute.torch_device import choose_devices, cpu_quota, make_deterministic
 from ..config.model_settings import ModelSettings
 from ..config.settings import Settings
 from ..config.spec import ModelSpec
-from ..domain import MANY_EXAMPLES, Answer, Files, Request
+from ..domain import Answer, Request
 from ..methods.method import Shape
 from ..models.model import Model
 from ..telemetry.call_record import CallRecord
@@ -25,33 +22,13 @@ from ..telemetry.cancellation_latency import CancellationTimes
 from ..telemetry.logs import Event
 from .active_request import ActiveRequest
 from .answer import Clock, assemble_answer, software_versions
-from .completion import call_soon, complete
-from .decoder_pool import DecoderPool
-from .decoder_process import Fitted
 from .device import Device, least_busy
-from .fair_thread_pool import FairThreadPool
 from .model_entry import Version
-from .preparation import Prepared, check, needs_resizing, order, prepare, resolve_layer, runs_inline
+from .preparation_pool import PreparationPool
 from .registry import Registry
+from .submission import OnDone, Outcome, Submission, Surroundings
 
 log = logging.getLogger("sidelight")
-
-
-_Value = TypeVar("_Value")
-
-
-class Progress:
-    """Access to the partial answer of a request in progress. Used on the event loop."""
-
-    def __init__(self) -> None:
-        self.improved = asyncio.Event()  # set when a newer partial answer exists
-        self.snapshot: Callable[[], Awaitable[Answer]] | None = None
-
-    async def take(self) -> Answer:
-        """Return the newest partial answer. Called once `improved` is set."""
-        self.improved.clear()
-        assert self.snapshot is not None  # noqa: S101
-        return await self.snapshot()
 
 
 class Engine:
@@ -81,12 +58,14 @@ class Engine:
         self.registry = Registry(offered, settings, self._devices, on_change=lambda: self.on_change())
         if load:  # otherwise the caller must load, before `start`
             self.registry.load()
-        self._closing = threading.Event()
-        # One pool per kind of work, so that short work does not wait behind another caller's long work.
-        self._preparing = FairThreadPool(1, name="sidelight-prepare")
-        self._resizing = FairThreadPool(self.threads, name="sidelight-resize")
-        self._decoders = DecoderPool(self.threads, memory_bytes=limit_bytes())
-        self._unanswered: dict[ActiveRequest, tuple[asyncio.Future[None], Device]] = {}
+        self._pool = PreparationPool(self.threads)
+        self._unanswered: set[Submission] = set()
+        self._surroundings = Surroundings(
+            self._pool,
+            functools.partial(least_busy, self._devices),
+            self._assemble,
+            self._unanswered,
+        )
         self._software = software_versions()
 
     def __enter__(self) -> Self:
@@ -109,18 +88,15 @@ class Engine:
     def start_decoders(self) -> None:
         """Start the decoder processes now if a model takes files; otherwise they start with the first file."""
         if any(model.preprocessing for model in self.models.values()):
-            self._decoders.start()
+            self._pool.start_decoders()
 
     def close(self, within_s: float | None = None) -> bool:
         """Stop after the running chunk, failing unanswered requests with `Unavailable`.
 
         Returns False if a worker thread has not ended within `within_s` seconds.
         """
-        self._closing.set()
         self.registry.close()
-        self._decoders.close()
-        for pool in (self._preparing, self._resizing):
-            pool.close()
+        self._pool.close()
         until_s = None if within_s is None else time.monotonic() + within_s
         has_ended = True
         for device in self._devices:
@@ -129,13 +105,11 @@ class Engine:
 
     def _abandon(self, device: Device) -> None:
         """Fail a device's unanswered requests: its thread has ended."""
-        unanswered = [(active, answered) for active, (answered, at) in list(self._unanswered.items()) if at is device]
-        if not (self._closing.is_set() or device.worker.loss):  # for a lost device the worker has logged the cause
+        unanswered = [each for each in list(self._unanswered) if each.device is device]
+        if not (self._pool.is_closed or device.worker.loss):  # for a lost device the worker has logged the cause
             log.critical(Event("device_thread_ended", device=device.torch_device, unanswered=len(unanswered)))
-        for active, answered in unanswered:
-            active.cancel()
-            failure = device.worker.unavailable("the server is shutting down")
-            complete(answered, failure)
+        for each in unanswered:
+            each.fail_soon(device.worker.unavailable("the server is shutting down"))
         self.on_change()
 
     @property
@@ -167,95 +141,59 @@ class Engine:
         """Return the serving version of a model; empty means the default. Raises `NotFound`."""
         return self.registry.serving(name)[0]
 
+    def submit(
+        self,
+        request: Request,
+        on_done: OnDone,
+        *,
+        version: Version | None = None,
+        on_improved: Callable[[], None] | None = None,
+        call_record: CallRecord | None = None,
+        device: Device | None = None,
+    ) -> Submission:
+        """Explain one batch. Returns at once; `on_done` gets the `Answer`, or the exception that it failed with.
+
+        Call it on a running event loop, on which `on_done` is then called, once and after this has returned. Raises a
+        `SidelightError` if the request is rejected at once; an example that fails alone is in `Answer.failures`.
+        `on_improved` is called when `Submission.partial` has a newer answer to give. `version` defaults to the version
+        that serves now, which a lazy model loads first; a reload in between does not change it. The stages' times are
+        written to `call_record`. `device` defaults to the one with the fewest rows.
+        """
+        submission = Submission(
+            request, on_done, self._surroundings, on_improved=on_improved, call_record=call_record, device=device
+        )
+        if version := version or self.registry.find(request.model).models:
+            submission.start(version)
+        else:
+            submission.start_when(functools.partial(self.registry.ready, request.model))
+        return submission
+
     async def attribute(
         self,
         request: Request,
-        progress: Progress | None = None,
+        *,
         version: Version | None = None,
         call_record: CallRecord | None = None,
+        device: Device | None = None,
     ) -> Answer:
-        """Return the maps of one batch. Cancelling the call drops its rows that have not run.
-
-        Raises a `SidelightError` if the request is invalid; an example that fails alone is in `Answer.failures`.
-        `progress` gives access to partial maps. `version` defaults to the version that serves now; a reload in between
-        does not change it. The stages' times are written to `call_record`.
-        """
-        version = version or await self.registry.ready(request.model)
-        return await self._attribute(request, progress, version, call_record=call_record)
-
-    async def _attribute(
-        self,
-        request: Request,
-        progress: Progress | None,
-        version: Version,
-        *,
-        at: Device | None = None,
-        call_record: CallRecord | None = None,
-    ) -> Answer:
-        admitted_s = time.monotonic()
-        call_record = call_record or CallRecord("", admitted_s)
-        model = version[0]
-        method = resolve_layer(model, request)
-        if method is not request.method:
-            request = replace(request, method=method)
-        loop = asyncio.get_running_loop()
-        prepared = await self._prepare(model, request, call_record.caller)
-        clock = Clock(call_record.arrived_s, admitted_s, time.monotonic())
-        call_record.examples, call_record.prepared_s = len(prepared.examples), clock.prepared_s
-        answered: asyncio.Future[None] = loop.create_future()
-        device = at or least_busy(self._devices)
-        active = await to_thread_if_many(
-            request.n_examples,
-            ActiveRequest,
+        """`submit` a request and wait for its answer. Cancelling the call drops its rows that have not run."""
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        submission = self.submit(
             request,
-            version[device.index],
-            prepared,
-            on_done=functools.partial(complete, answered),
-            on_improved=functools.partial(call_soon, loop, progress.improved.set) if progress else None,
-            id_=call_record.id,
-            caller=call_record.caller,
-            chunks=call_record.chunks,
+            functools.partial(store_outcome, answered),
+            version=version,
+            call_record=call_record,
+            device=device,
         )
-        if progress:
-            progress.snapshot = functools.partial(
-                to_thread_if_many, request.n_examples, self._assemble, active, clock, final=False
-            )
-        if active.pending:
-            self._unanswered[active] = answered, device
-            try:
-                with device.holds(active):
-                    await answered
-            finally:
-                del self._unanswered[active]
-                call_record.started_s, call_record.rows = active.started_s, active.n_taken
-        return await to_thread_if_many(request.n_examples, self._assemble, active, clock)
+        try:
+            return await answered
+        finally:
+            submission.cancel()
 
     def _assemble(self, active: ActiveRequest, clock: Clock, *, final: bool = True) -> Answer:
         return assemble_answer(
             active, clock, backlog_s=self.backlog_s, threads=self.threads, software=self._software, final=final
         )
-
-    async def _prepare(self, model: Model, request: Request, caller: str) -> Prepared:
-        if runs_inline(model, request):
-            return prepare(model, request, is_gone=self._closing.is_set)
-        decoded: Sequence[Fitted] = ()
-        if isinstance(request.images, Files):
-            await to_thread_if_many(request.n_examples, check, model, request)  # before any file is decoded
-            decoded = await self._decoders.fit(request.images.files, order(model), caller)
-            if request.method.given is None:
-                is_gone = self._closing.is_set
-                return await to_thread_if_many(
-                    request.n_examples, prepare, model, request, is_gone=is_gone, decoded=decoded
-                )
-        left = threading.Event()
-        preparing = functools.partial(
-            prepare, model, request, is_gone=lambda: left.is_set() or self._closing.is_set(), decoded=decoded
-        )
-        pool = self._resizing if needs_resizing(request.images) else self._preparing
-        try:
-            return await asyncio.wrap_future(pool.submit(caller, preparing))
-        finally:
-            left.set()
 
     async def warm_up(self) -> None:
         """Calibrate every model's chunk size, check its settings, and run zeros through the whole path.
@@ -272,15 +210,16 @@ class Engine:
         c, h, w = shape
         for n in sorted({1, model.chunk_rows}):
             zeros = np.zeros((n, h, w, c), np.uint8) if model.preprocessing else np.zeros((n, c, h, w), np.float32)
-            answer = await self._attribute(Request(zeros), None, self.registry.serving(model.name), at=device)
+            answer = await self.attribute(Request(zeros, model=model.name), device=device)
             if answer.failures:
                 log.warning(Event("warm_up_failed", model=model.name, message=answer.failures[0].message))
 
 
-async def to_thread_if_many(
-    n_examples: int, function: Callable[..., _Value], *arguments: object, **named: object
-) -> _Value:
-    """Call a function whose time grows with the examples: in a worker thread if there are many, else directly."""
-    if n_examples <= MANY_EXAMPLES:
-        return function(*arguments, **named)
-    return await asyncio.to_thread(function, *arguments, **named)
+def store_outcome(answered: "asyncio.Future[Answer]", outcome: Outcome) -> None:
+    """Complete a future with an outcome, unless it was cancelled."""
+    if answered.done():
+        return
+    if isinstance(outcome, Exception):
+        answered.set_exception(outcome)
+    else:
+        answered.set_result(outcome)

@@ -15,9 +15,11 @@ from sidelight.v1 import tensor_pb2
 
 from ..compute.torch_device import is_out_of_memory
 from ..domain import MANY_EXAMPLES, Answer, Files, Request
-from ..engine.engine import Engine, Progress, to_thread_if_many
+from ..engine.engine import Engine, store_outcome
 from ..engine.model_entry import Version
+from ..engine.preparation_pool import to_thread_if_many
 from ..engine.request_cost import BYTES_OF_FLOAT32, held_bytes, max_rows
+from ..engine.submission import Submission
 from ..errors import DeadlineExceeded, Internal, InvalidArgument, NotFound, ResourceExhausted, SidelightError
 from ..telemetry.call_record import CallRecord
 from ..telemetry.counters import Tally
@@ -63,6 +65,20 @@ class ValidatedRequest:
         """How the images and the final maps travel."""
         all_shared = self.sink is not None and self.source is not None
         return pb.TRANSPORT_SHARED_MEMORY if all_shared else pb.TRANSPORT_INLINE
+
+
+class Progress:
+    """Access to the partial answer of a request in progress. Used on the event loop."""
+
+    def __init__(self) -> None:
+        self.improved = asyncio.Event()  # set when a newer partial answer exists
+        self.submission: Submission | None = None
+
+    async def take(self) -> Answer | None:
+        """Return the newest partial answer, once `improved` is set; None if the request has ended."""
+        self.improved.clear()
+        assert self.submission is not None  # noqa: S101
+        return await self.submission.partial()
 
 
 class RequestHandler:
@@ -241,15 +257,29 @@ class RequestHandler:
             raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
 
     async def _explained(self, validated: ValidatedRequest, progress: Progress | None) -> Answer:
-        call_record = validated.call_record
-        call_record.admitted_s = time.monotonic()
+        validated.call_record.admitted_s = time.monotonic()
         request = await _fetched(validated)
         hashing = Hashing(request.images, dtype=_dtype(validated.message.images))
         try:
-            answer = await self._engine.attribute(request, progress, validated.version, call_record)
-            return replace(answer, example_digests=await hashing.digests())
+            return replace(await self._computed(request, validated, progress), example_digests=await hashing.digests())
         finally:
             hashing.cancel()
+
+    async def _computed(self, request: Request, validated: ValidatedRequest, progress: Progress | None) -> Answer:
+        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        submission = self._engine.submit(
+            request,
+            functools.partial(store_outcome, answered),
+            version=validated.version,
+            on_improved=progress.improved.set if progress else None,
+            call_record=validated.call_record,
+        )
+        if progress:
+            progress.submission = submission
+        try:
+            return await answered
+        finally:
+            submission.cancel()
 
     async def _reply(self, answer: Answer, validated: ValidatedRequest) -> bytes:
         is_large = answer.maps.nbytes > MANY_BYTES or len(answer.explanations) > MANY_EXAMPLES

@@ -6,10 +6,9 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from ..engine.engine import Progress
 from ..errors import Cancelled, DeadlineExceeded, SidelightError
 from ..telemetry.call_record import CallRecord
-from .handler import RequestHandler, ValidatedRequest
+from .handler import Progress, RequestHandler, ValidatedRequest
 from .response_writer import ResponseWriter, StalledError
 
 _Explaining = asyncio.Task[bytes | SidelightError]
@@ -166,5 +165,5 @@ class Batch:
             async with self._writer.lock:  # take the newest maps only once they can be written
                 if not explaining.done():
                     with contextlib.suppress(SidelightError):  # the final answer will carry the error
-                        partial = await self._handler.reply(await progress.take(), validated)
-                        await self._writer.write_now(partial)
+                        if partial := await progress.take():
+                            await self._writer.write_now(await self._handler.reply(partial, validated))

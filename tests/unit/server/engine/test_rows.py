@@ -22,7 +22,6 @@ from sidelight_server import (
     SmoothGrad,
     TopK,
 )
-from sidelight_server.engine.engine import Progress
 from sidelight_server.engine.example_run import ExampleRun
 from torch import Tensor
 
@@ -127,8 +126,8 @@ def test_few_examples_of_a_request_are_in_progress_at_a_time(device: str) -> Non
         nonlocal most
         asked = asyncio.create_task(engine.attribute(Request(images, method=IntegratedGradients(steps=10))))
         while not asked.done():
-            for active in list(engine._unanswered):
-                most = max(most, len(active._open))
+            for submission in list(engine._unanswered):
+                most = max(most, len(submission.active._open))
             await asyncio.sleep(0)
         assert not asked.result().failures
 
@@ -275,25 +274,33 @@ def test_maps_that_improve_come_nearer_to_the_final_one(method: object, device: 
     partial: list[Answer] = []
 
     async def run() -> Answer:
-        progress = Progress()
-        asked = asyncio.create_task(engine.attribute(Request(floats[:1].numpy(), method=method), progress))
-        while not asked.done():
-            improving = asyncio.create_task(progress.improved.wait())
-            await asyncio.wait([asked, improving], return_when=asyncio.FIRST_COMPLETED)
-            if improving.done():
-                partial.append(await progress.take())
-            improving.cancel()
-        return await asked
+        improved, answered = asyncio.Event(), asyncio.Event()
+        outcomes: list[Answer | Exception] = []
+
+        def on_done(outcome: Answer | Exception) -> None:
+            outcomes.append(outcome)
+            improved.set()
+            answered.set()
+
+        request = Request(floats[:1].numpy(), method=method)
+        submission = engine.submit(request, on_done, on_improved=improved.set)
+        while not answered.is_set():
+            await improved.wait()
+            improved.clear()
+            if newest := await submission.partial():
+                partial.append(newest)
+        (final,) = outcomes
+        assert isinstance(final, Answer)
+        return final
 
     with engine:
         final = asyncio.run(run())
     assert final.final
-    early = [each for each in partial if not each.explanations[0] or not each.final]
-    assert len(early) >= 3
-    assert not any(each.final for each in early)
-    rows = [each.explanations[0].convergence.rows for each in early if each.explanations[0]]
+    assert len(partial) >= 3
+    assert not any(each.final for each in partial)
+    rows = [each.explanations[0].convergence.rows for each in partial if each.explanations[0]]
     assert rows == sorted(rows)
-    away = [np.linalg.norm(each.maps - final.maps) for each in early]
+    away = [np.linalg.norm(each.maps - final.maps) for each in partial]
     assert away[-1] < 0.5 * away[0]
 
 
