@@ -38,6 +38,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "fold+channels_last": FOLDED,
     "float16": {"precision": "float16"},
     "float16+fold+channels_last": {"precision": "float16"} | FOLDED,
+    "mixed": {"precision": "mixed"},
+    "mixed+fold+channels_last": {"precision": "mixed"} | FOLDED,
     "bfloat16": {"precision": "bfloat16"},
     "bfloat16+fold+channels_last": {"precision": "bfloat16"} | FOLDED,
 }

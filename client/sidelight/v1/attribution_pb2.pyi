@@ -1610,7 +1610,9 @@ class Provenance(google.protobuf.message.Message):
     channels: global___ChannelReduction.ValueType
     """channels is the reduction with its default filled in."""
     precision: builtins.str
-    """precision is the type that the model computed in."""
+    """precision is the type that the model computed in, such as "float32"; or "mixed": "float32", except for the products
+    of the backward pass in "bfloat16".
+    """
     device: builtins.str
     """device is the device that it ran on."""
     threads: builtins.int

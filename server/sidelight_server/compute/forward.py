@@ -1,10 +1,13 @@
 """The forward pass: runs a module on inputs in the type and memory format that the options set."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 
 from ..config.options import KernelOptions
 from .adapter import Adapter
+from .bfloat16_backward import Bfloat16Backward
 
 
 class Forward:
@@ -20,11 +23,13 @@ class Forward:
         self._options = options
         self._dtype = dtype
         self._compute_dtype = compute_dtype
+        self.backward = Bfloat16Backward() if options.precision == "mixed" else None
         self._copies_inputs: bool | None = None  # whether the module writes to its input; None: not known yet
 
     def __call__(self, inputs: Tensor, module: nn.Module, *, copies: bool = False) -> Tensor:
         """Return the module's outputs, [n, K] or [n, K, h, w], for inputs [n, C, H, W] or a copy of them."""
-        outputs = self.adapter(module, self._arranged(inputs.clone())) if copies else self._run(inputs, module)
+        with self.backward or contextlib.nullcontext():
+            outputs = self.adapter(module, self._arranged(inputs.clone())) if copies else self._run(inputs, module)
         return outputs.to(self._dtype) if self._options.precision else outputs
 
     def _arranged(self, inputs: Tensor) -> Tensor:

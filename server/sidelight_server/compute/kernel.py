@@ -92,14 +92,29 @@ class Kernel:
         return self._replica.dtype
 
     @property
+    def eps(self) -> float:
+        """The rounding step of gradients, relative to their size."""
+        return torch.finfo(torch.bfloat16 if self._forward.backward else self.compute_dtype).eps
+
+    @property
+    def has_mixed(self) -> bool:
+        """Whether any product of a backward pass was computed in bfloat16 while the rest is float32."""
+        return self._forward.backward is not None and self._forward.backward.n_products > 0
+
+    @property
     def n_folded(self) -> int:
         """Number of BatchNorms that were fused into the layer before them."""
         return self._replica.n_folded
 
     @property
     def summary(self) -> str:
-        """The computing type and options, such as "float32" or "bfloat16+fold"."""
-        return self.options.summary(str(self.compute_dtype).removeprefix("torch."))
+        """The precision and options, such as "float32" or "bfloat16+fold"."""
+        return self.options.summary(self.precision)
+
+    @property
+    def precision(self) -> str:
+        """The type that the module computes in, or "mixed"."""
+        return "mixed" if self._forward.backward else str(self.compute_dtype).removeprefix("torch.")
 
     @property
     def _hooked(self) -> nn.Module:
@@ -178,6 +193,8 @@ class Kernel:
     def _refresh(self) -> None:
         if self._replica.is_stale:
             self._replica.refresh()
+            if self._forward.backward:
+                self._forward.backward.forget()
             self._hooked_replica = self._recordings = None
 
     def fingerprint(self, inputs: Tensor) -> str:

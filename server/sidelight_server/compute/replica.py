@@ -129,6 +129,8 @@ class Replica:
         trial: Tensor | None,
         isolation: Isolation,
     ) -> None:
+        if options.precision == "mixed" and options.compile:
+            raise ConfigurationError("precision: mixed has no effect on a compiled model; leave one of them unset")
         if options.cuda_graphs and device.type != "cuda":
             raise ConfigurationError(f"cuda_graphs: needs a CUDA device, the server runs on {device}")
         self._watch = watch
@@ -139,7 +141,7 @@ class Replica:
         self._isolation = isolation
         self._holds_copies = False
         self._seen = watch.look()
-        self.dtype = getattr(torch, options.precision) if options.precision else weights_dtype(watch.module)
+        self.dtype = _dtype(options, watch.module)
         self.n_folded = 0
         self._make()
 
@@ -175,6 +177,12 @@ class Replica:
         self.module: nn.Module = torch.compile(module, dynamic=True) if options.compile else module  # type: ignore[assignment]
         self._holds_copies = not options.is_exact or _addresses(module) != _addresses(source)
         self._seen = seen  # set last, so that the replica stays stale if making it fails
+
+
+def _dtype(options: KernelOptions, module: nn.Module) -> torch.dtype:
+    if options.precision == "mixed":
+        return torch.float32
+    return getattr(torch, options.precision) if options.precision else weights_dtype(module)
 
 
 def _addresses(module: nn.Module) -> list[int]:

@@ -9,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Outputs = Literal["logits", "probabilities"]  # kind of the model's outputs
 Activation = Literal["softmax", "sigmoid"]  # mutually exclusive classes, or independent ones
-Precision = Literal["float32", "bfloat16", "float16"]  # names of torch's types
+# Names of torch's types; "mixed" is float32 forward, and bfloat16 in the products of the backward pass.
+Precision = Literal["float32", "mixed", "bfloat16", "float16"]
 
 
 class KernelFields(BaseModel):
@@ -19,7 +20,7 @@ class KernelFields(BaseModel):
 
     precision: Precision | None = Field(
         None,
-        description="type that the model computes in; unset: that of its weights; half precision: less accurate maps",
+        description="type that the model computes in; mixed: bfloat16 only backward; unset: that of its weights",
     )
     fold: bool = Field(False, description="fold BatchNorm into convolutions: faster, other rounding")
     channels_last: bool = Field(False, description="use the channels-last memory format: faster on most CPUs and GPUs")

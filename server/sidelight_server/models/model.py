@@ -199,8 +199,8 @@ class Model:
 
     @property
     def precision(self) -> str:
-        """The type that the model computes in, such as "float32"; "tf32" if convolutions on a GPU may round to it."""
-        name = str(self.kernel.compute_dtype).removeprefix("torch.")
+        """The type that the model computes in, or "mixed"; "tf32" if convolutions on a GPU may round to it."""
+        name = self.kernel.precision
         rounds = self.kernel.device.type == "cuda" and torch.backends.cudnn.allow_tf32
         return "tf32" if rounds and name == "float32" else name
 
@@ -328,6 +328,11 @@ class Model:
         with refusing(self.name, f"{failed} on an input of {list(inputs.shape)}"):
             answer = self.in_turn(
                 lambda: self.kernel.run(inputs, [PREDICTED], [self.scores[0]], gradient=self.serves_gradients)
+            )
+        if self.kernel.precision == "mixed" and self.serves_gradients and not self.kernel.has_mixed:
+            raise ConfigurationError(
+                f'precision: mixed has no effect on model "{self.name}": its code calls no dense convolution or linear '
+                "layer from Python; leave precision unset"
             )
         n_classes = answer.output_shape[0]
         if self.labels and len(self.labels) != n_classes:

@@ -26,13 +26,24 @@ CPU = torch.device("cpu")
 OPTIONS = {
     "fold": KernelOptions(fold=True),
     "channels_last": KernelOptions(channels_last=True),
+    "mixed": KernelOptions(precision="mixed"),
+    "mixed, folded": KernelOptions(precision="mixed", fold=True, channels_last=True),
     "bfloat16": KernelOptions(precision="bfloat16"),
     "float16": KernelOptions(precision="float16"),
     "all": KernelOptions(precision="bfloat16", fold=True, channels_last=True),
 }
 # Relative L2, as measured with room: in float32 the order of additions; with 8 and 11 bits of mantissa a ReLU near its
 # corner and a near tie of a max-pool go the other way, which moves single elements by up to half of the maximum.
-SHARES = {"fold": 4e-6, "channels_last": 4e-6, "bfloat16": 0.15, "float16": 0.04, "all": 0.15}
+# With "mixed" no ReLU moves, and each of a few products rounds by at most 2^-8.
+SHARES = {
+    "fold": 4e-6,
+    "channels_last": 4e-6,
+    "mixed": 0.01,
+    "mixed, folded": 0.01,
+    "bfloat16": 0.15,
+    "float16": 0.04,
+    "all": 0.15,
+}
 
 
 def inputs(n: int = 6) -> Tensor:
@@ -89,6 +100,39 @@ def test_what_the_caller_trains_shows_in_the_next_map(name: str) -> None:
     again = run(before, inputs())
     assert not torch.equal(first, again)
     assert torch.equal(again, run(kernel(module, OPTIONS[name]), inputs()))
+
+
+# Mixed precision.
+
+
+def test_mixed_precision_leaves_outputs_as_they_are() -> None:
+    x = inputs()
+    exact = Kernel(small_cnn(), device=CPU).outputs_of(x)
+    assert torch.equal(kernel(small_cnn(), OPTIONS["mixed"]).outputs_of(x.requires_grad_()), exact)
+
+
+def test_the_gradient_of_a_linear_layer_is_its_weights_rounded_to_bfloat16() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5))
+    gradients = kernel(module, OPTIONS["mixed"]).run(inputs(), [PREDICTED] * 6, [Score.LOGIT] * 6).gradients
+    predicted = module(inputs()).argmax(dim=1)
+    assert torch.equal(gradients.flatten(1), module[1].weight[predicted].bfloat16().float())
+
+
+def test_grouped_convolutions_stay_in_float32() -> None:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3, padding="same"), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    exact = run(Kernel(module, device=CPU), inputs(), Score.LOGIT)
+    assert torch.equal(run(kernel(module, OPTIONS["mixed"]), inputs(), Score.LOGIT), exact)
+
+
+@pytest.mark.filterwarnings("ignore")  # of tracing
+def test_mixed_precision_that_has_no_effect_is_refused() -> None:
+    scripted = torch.jit.trace(small_cnn().eval(), inputs(2))
+    with pytest.raises(ConfigurationError, match="precision: mixed has no effect on model"):
+        Engine([ModelSpec(module=scripted, input_size=(3, 32, 32), precision="mixed")])
+    with pytest.raises(ConfigurationError, match="precision: mixed has no effect on a compiled model"):
+        Engine([ModelSpec(module=small_cnn(), input_size=(3, 32, 32), precision="mixed", compile=True)])
 
 
 # Folding.
