@@ -162,7 +162,7 @@ def _map_event(answer: Attribution, model: ModelInfo | None) -> Event:
 
 def _layer(values: NDArray[np.float32]) -> Event:
     """Return a map's values, and the magnitudes that its colors begin and end with."""
-    low, high = 0.0, color_scale(values)
+    low, high = color_scale(values)
     return {"low": low, "high": high, "data": base64.b64encode(values.astype("<f4").tobytes()).decode()}
 
 

@@ -5,7 +5,7 @@ import functools
 import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from .._inputs.images import EncodedBatch, Lent
 from .._inputs.tensors import Array, array_of
 from ..exceptions import FailedPrecondition, SidelightError, from_code
 from ..visualization.overlay import overlay, overlay_part
+from ..visualization.styles import TOP_PERCENT, StyleName
 from . import storage
 from .dataframe import to_dataframe
 from .display import answer_html, answer_text
@@ -110,21 +111,26 @@ class Attribution:
         colormap: str | None = None,
         alpha: float | None = None,
         original: bool = False,
+        style: StyleName = "color",
+        top_percent: float = TOP_PERCENT,
     ) -> Image.Image:
         """Draw the map of example i over its picture; `k` as in `heatmap`.
 
-        `colormap` is "heat", "viridis", "magma" or "cividis", which draw magnitudes, or "diverging" or "coolwarm",
-        which also show signs. None is "diverging" for a map with negative values, else "heat". `alpha`, 0 to 1, is the
-        same opacity everywhere: 0 is the picture, 1 the colored map. With None the picture is dimmed, the map is
-        smoothed, and its opacity rises with its magnitude. With `original` the whole picture is drawn at its own size,
-        and, without an `alpha`, what was cropped away is darker.
+        `colormap` is "heat", "viridis", "magma" or "cividis", which draw magnitudes, or "diverging", "blue_gold" or
+        "coolwarm", which also show signs. None is "diverging" for a map with negative values, else "heat". `alpha`, 0
+        to 1, is the same opacity everywhere: 0 is the picture, 1 the colored map. With None the picture is dimmed, the
+        map is smoothed, and its opacity rises with its magnitude. With `original` the whole picture is drawn at its own
+        size, and, without an `alpha`, what was cropped away is darker.
+
+        `style` "contours" draws lines around the `top_percent` of the pixels with the largest magnitudes, a half and a
+        quarter of them; "mask" leaves these pixels as they are, and the others gray and dark.
         """
+        look: Any = {"colormap": colormap, "alpha": alpha, "style": style, "top_percent": top_percent}
         geometry = self.geometry[i] if original else None
         if geometry is None:
-            return overlay(self.picture(i), self.heatmap(i, k=k), colormap=colormap, alpha=alpha)
+            return overlay(self.picture(i), self.heatmap(i, k=k), **look)
         picture = self._original(i)
-        box = _box(picture, geometry)
-        return overlay_part(picture, self.heatmap(i, k=k), box, colormap=colormap, alpha=alpha)
+        return overlay_part(picture, self.heatmap(i, k=k), _box(picture, geometry), **look)
 
     def save(self, folder: str | Path, *, original: bool = False, overwrite: bool = False) -> None:
         """Write `maps.npy`, `answer.json` and one overlay per map into a folder, which is created if it is missing.

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ..visualization.colormaps import colorize
-from ..visualization.gallery import fitted, shown_size
 from ..visualization.overlay import overlay
+from ..visualization.sheet import fitted, shown_size
 from .types import ExplainedTarget, Prediction
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..visualization.colormaps import colorize
+from ..visualization.styles import TOP_PERCENT, StyleName
 from .display import example_text
 from .types import Convergence, ExplainedTarget, Failure, Geometry, Prediction
 
@@ -82,10 +83,19 @@ class ExampleAttribution:
         return self.answer.picture(self.index)
 
     def overlay(
-        self, *, k: int = 0, colormap: str | None = None, alpha: float | None = None, original: bool = False
+        self,
+        *,
+        k: int = 0,
+        colormap: str | None = None,
+        alpha: float | None = None,
+        original: bool = False,
+        style: StyleName = "color",
+        top_percent: float = TOP_PERCENT,
     ) -> Image.Image:
         """Draw the map over the picture: `Attribution.overlay` of this example."""
-        return self.answer.overlay(self.index, k=k, colormap=colormap, alpha=alpha, original=original)
+        return self.answer.overlay(
+            self.index, k=k, colormap=colormap, alpha=alpha, original=original, style=style, top_percent=top_percent
+        )
 
     def __repr__(self) -> str:
         return f"ExampleAttribution({self.index}: {example_text(self)})"

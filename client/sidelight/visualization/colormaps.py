@@ -4,7 +4,7 @@ A sequential color map draws magnitudes, from dark to bright; a diverging one al
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,18 @@ from ..exceptions import InvalidArgument
 Map = npt.NDArray[np.floating[Any]]
 Pixels = npt.NDArray[np.uint8]
 
-PERCENTILE = 99.5  # a few pixels far above the rest would otherwise leave the map black
+HIGH_PERCENTILE = 99.5  # a few pixels far above the rest would otherwise leave the map black
+LOW_PERCENTILE = 1.0
+CONSTANT_SHARE = 0.2  # of full scale: more would hide the rest of the map. A smoothed gradient has up to 0.15
+MIN_RANGE = 1e-3  # of full scale: less is drawn as one color, because it may be rounding
 NAN_COLOR = (128, 128, 128)
+
+
+class Scale(NamedTuple):
+    """The magnitudes that the colors of a map begin and end with."""
+
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +65,7 @@ def _diverging(anchors: str) -> Colormap:
 
 # "heat" and "diverging" are chosen in OKLCH so that lightness rises evenly with magnitude. The two halves of
 # "diverging" are equally light at the same distance from their common zero: neither sign looks stronger.
+# "blue_gold" grows lighter from one end to the other, so that signs differ in gray print, too.
 # The others are anchors of matplotlib's color maps of those names: Smith and van der Walt, 2015 (viridis, magma);
 # Nunez, Anderton and Renslow, 2018 (cividis); Moreland, 2009 (coolwarm).
 _COLORMAPS = {
@@ -75,6 +86,7 @@ _COLORMAPS = {
         "efd748 f8df3c fee838"
     ),
     "diverging": _diverging("b9f4fb 58cef8 0199f0 1957d2 0d2c7c 0c0d12 6a0016 bb0522 f25914 ffa746 fde6ab"),
+    "blue_gold": _diverging("001a57 153064 2d446f 465879 616c80 808080 9f9578 bbaa74 d8bf74 f3d57b ffed95"),
     "coolwarm": _diverging(
         "3b4cc0 445acc 4e68d8 5875e1 6282ea 6c8ff1 779af7 82a6fb 8db0fe 98b9ff a3c2fe aec9fc b8d0f9 c2d5f4 ccd9ed "
         "d5dbe5 dcdcdc e4d9d2 ebd3c6 f1cdb9 f4c5ad f7bba0 f7b194 f7a687 f49a7b f18d6f ec7f63 e57058 de614d d55042 "
@@ -92,22 +104,32 @@ def find_colormap(name: str | None, *, signed: bool) -> Colormap:
     return _COLORMAPS[name]
 
 
-def color_scale(map_: Map) -> float:
-    """Return the magnitude that is drawn brightest: the 99.5th percentile of the finite absolute values.
+def color_scale(map_: Map) -> Scale:
+    """Return the magnitudes that a map is drawn with; those that are not finite do not count.
 
-    Where that is 0 but the map is not, the largest magnitude; 0.0 for a map without a finite value other than 0.
+    Colors end at the 99.5th percentile of the magnitudes, or at the largest where that percentile is 0. They begin at
+    0. If all values have one sign, and their 1st percentile is more than a fifth of full scale, they begin at that
+    percentile: a large constant part, as RISE has it, would otherwise leave the map nearly one color.
     """
-    magnitudes = np.abs(checked(map_))
-    magnitudes = magnitudes[np.isfinite(magnitudes)]
+    values = checked(map_)
+    values = values[np.isfinite(values)]
+    magnitudes = np.abs(values)
     if not magnitudes.any():
-        return 0.0
-    return float(np.percentile(magnitudes, PERCENTILE) or magnitudes.max())
+        return Scale(0.0, 0.0)
+    low, high = (float(each) for each in np.percentile(magnitudes, [LOW_PERCENTILE, HIGH_PERCENTILE]))
+    high = high or float(magnitudes.max())
+    has_one_sign = bool((values >= 0).all() or (values <= 0).all())
+    is_constant_large = has_one_sign and low > CONSTANT_SHARE * high and high - low > MIN_RANGE * high
+    return Scale(low if is_constant_large else 0.0, high)
 
 
-def colorize(map_: Map, scale: float | None = None, *, colormap: str | None = None) -> Image.Image:
+def colorize(
+    map_: Map, scale: float | tuple[float, float] | None = None, *, colormap: str | None = None
+) -> Image.Image:
     """Draw a map `[H, W]` as an RGB picture of its own size.
 
-    Magnitudes are clipped at `scale` (unset: `color_scale(map_)`); NaN is mid-gray.
+    `scale` has the magnitudes at which colors begin and end, or only the end; None is `color_scale(map_)`. NaN is
+    mid-gray.
     """
     values = checked(map_)
     return Image.fromarray(colored(values, scale, find_colormap(colormap, signed=is_signed(values))))
@@ -124,7 +146,7 @@ def is_signed(map_: Map) -> bool:
     return bool(np.any(map_ < 0))
 
 
-def colored(values: Map, scale: float | None, colormap: Colormap) -> Pixels:
+def colored(values: Map, scale: float | tuple[float, float] | None, colormap: Colormap) -> Pixels:
     """Return the colors of values [H, W] as pixels [H, W, 3]."""
     share = share_of_scale(values, scale)  # [H, W]
     steps = np.rint(255 * np.nan_to_num(np.abs(share))).astype(np.intp)
@@ -133,13 +155,21 @@ def colored(values: Map, scale: float | None, colormap: Colormap) -> Pixels:
     return pixels
 
 
-def share_of_scale(values: Map, scale: float | None) -> Map:
-    """Return values clipped at the scale and divided by it: -1 to 1."""
-    scale = color_scale(values) if scale is None else scale
-    if not 0 <= scale < np.inf:
-        raise InvalidArgument(f"scale: got {scale}, expected a finite number of 0 or more")
-    clipped = np.clip(values, -scale, scale)  # before the division, which a tiny scale would overflow
-    return clipped / scale if scale else clipped
+def share_of_scale(values: Map, scale: float | tuple[float, float] | None) -> Map:
+    """Return each value's position between the ends of the scale, 0 to 1, with the value's sign."""
+    low, high = color_scale(values) if scale is None else _scale_of(scale)
+    if low == high:
+        return np.clip(values, 0.0, 0.0)  # keeps NaN
+    magnitudes = np.clip(np.abs(values), low, high)  # before the division, which a tiny scale would overflow
+    shares: Map = np.copysign((magnitudes - low) / (high - low), values)
+    return shares
+
+
+def _scale_of(scale: float | tuple[float, float]) -> Scale:
+    low, high = scale if isinstance(scale, tuple) else (0.0, scale)
+    if not 0 <= low <= high < np.inf:
+        raise InvalidArgument(f"scale: got {scale}, expected a finite number of 0 or more, or two in ascending order")
+    return Scale(low, high)
 
 
 def checked(map_: Map) -> Map:

@@ -1,33 +1,49 @@
-"""The gallery: one sheet of pictures, each with its map and its overlay."""
+"""Sheets of pictures: the gallery, with a card for each map, and the comparison, with a column for each method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..exceptions import InvalidArgument
-from .colormaps import PERCENTILE, Map, color_bar, colorize, is_signed
+from .colormaps import HIGH_PERCENTILE, LOW_PERCENTILE, Map, colorize
 from .overlay import overlay
+from .sheet import BAR_SPACE, Color, Theme, draw_bar, find_theme, fitted, shown_size, write
+from .styles import TOP_PERCENT, StyleName
 
-TILE = 224  # pixels of a picture's longer side
+TILE, COMPARED_TILE = 224, 168  # pixels of a picture's longer side
 TILE_GAP = 4
+GROUP_GAP = 22  # between the methods of a comparison
 MARGIN = 32
 PADDING = 14
 CAPTION_HEIGHT = 58
-HEADER_HEIGHT = 84
-FOOTER_HEIGHT = 72
-BAR_WIDTH, BAR_HEIGHT = 240, 12
+HEADER_HEIGHT, HEADS_HEIGHT = 84, 58
+FOOTER_HEIGHT = 50
 COLUMNS = 2
 
-BACKGROUND = (15, 16, 20)
-CARD = (25, 27, 33)
-BRIGHT = (240, 238, 232)
-DIM = (156, 158, 168)
-
-NOTE = "picture, map, overlay (smoothed map)"
+NOTE = (
+    f"A color bar ends at the {HIGH_PERCENTILE:g}th percentile of its map. It begins at 0 or, after “from”, at the "
+    f"{LOW_PERCENTILE:g}st: that map is large everywhere.  Overlays show the smoothed map."
+)
 CELL_WIDTH = 3 * TILE + 2 * TILE_GAP + 2 * PADDING
 
-Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """How the maps and the texts of a sheet are drawn."""
+
+    colormap: str | None = None
+    style: StyleName = "color"
+    top_percent: float = TOP_PERCENT
+    theme: str = "dark"
+
+    @property
+    def colors(self) -> Theme:
+        return find_theme(self.theme)
+
+    def overlay(self, picture: Image.Image, map_: Map) -> Image.Image:
+        """Draw a map over its picture."""
+        return overlay(picture, map_, colormap=self.colormap, style=self.style, top_percent=self.top_percent)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,9 +57,9 @@ class Panel:
 
 
 def draw_gallery(
-    panels: Sequence[Panel], *, heading: str | None = None, columns: int = COLUMNS, colormap: str | None = None
+    panels: Sequence[Panel], *, heading: str | None = None, columns: int = COLUMNS, look: Look = Look()
 ) -> Image.Image:
-    """Draw a sheet of panels: picture, map and overlay side by side, and a color bar at the bottom.
+    """Draw a sheet of panels: picture, map with its color bar, and overlay side by side.
 
     With fewer panels than `columns` the sheet is narrower. `InvalidArgument` if there are no panels or no columns.
     """
@@ -52,81 +68,100 @@ def draw_gallery(
     if columns < 1:
         raise InvalidArgument(f"columns: got {columns}, expected 1 or more")
     columns = min(columns, len(panels))
-    tallest = max((shown_size(panel.map, TILE)[1] for panel in panels if panel.map is not None), default=0)
-    step_x, step_y = CELL_WIDTH + MARGIN, PADDING + tallest + CAPTION_HEIGHT + MARGIN
+    tallest = _tallest(panels, TILE)
+    step_x, step_y = CELL_WIDTH + MARGIN, PADDING + tallest + BAR_SPACE + CAPTION_HEIGHT + MARGIN
     top = HEADER_HEIGHT if heading else MARGIN
     n_rows = -(-len(panels) // columns)
-    sheet = Image.new("RGB", (MARGIN + columns * step_x, top + n_rows * step_y + FOOTER_HEIGHT - MARGIN), BACKGROUND)
+    size = MARGIN + columns * step_x, top + n_rows * step_y + FOOTER_HEIGHT - MARGIN
+    sheet = _empty_sheet(size, heading, look)
     for index, panel in enumerate(panels):
         row, column = divmod(index, columns)
-        cell = (MARGIN + column * step_x, top + row * step_y)
-        _draw_panel(sheet, panel, cell=cell, height=step_y - MARGIN, colormap=colormap)
-    if heading:
-        _write(sheet, (MARGIN, 28), heading, size=28, color=BRIGHT, width=sheet.width - 2 * MARGIN)
-    _draw_footer(
-        sheet, signs=sorted({is_signed(panel.map) for panel in panels if panel.map is not None}), colormap=colormap
-    )
+        left, top_ = MARGIN + column * step_x, top + row * step_y
+        corners = (left, top_, left + CELL_WIDTH - 1, top_ + step_y - MARGIN - 1)
+        ImageDraw.Draw(sheet).rounded_rectangle(corners, radius=10, fill=look.colors.card)
+        left += PADDING
+        _draw_picture(sheet, panel, (left, top_ + PADDING), tile=TILE)
+        _draw_map(sheet, panel, (left + TILE + TILE_GAP, top_ + PADDING), tile=TILE, look=look)
+        place = left, top_ + step_y - MARGIN - 50
+        _draw_texts(sheet, (panel.title, panel.subtitle), place, width=CELL_WIDTH - 2 * PADDING, look=look)
     return sheet
 
 
-def shown_size(map_: Map, longest: int) -> tuple[int, int]:
-    """Return the width and height of a map, scaled so that the longer side has `longest` pixels."""
-    height, width = map_.shape
-    ratio = longest / max(height, width)
-    return max(1, round(width * ratio)), max(1, round(height * ratio))
+def draw_comparison(
+    rows: Sequence[tuple[Panel, Sequence[Panel]]],
+    names: Sequence[str],
+    *,
+    heading: str | None = None,
+    look: Look = Look(),
+) -> Image.Image:
+    """Draw one row for each picture, with its map and overlay by each method.
+
+    A row has the panel of its picture and texts, and one panel for each name. A name may have a second line, which is
+    written smaller.
+    """
+    tile = COMPARED_TILE
+    group = 2 * tile + TILE_GAP
+    tallest = max(_tallest(panels, tile) for _, panels in rows)
+    step_x, step_y = group + GROUP_GAP, tallest + BAR_SPACE + PADDING
+    first = MARGIN + tile + GROUP_GAP
+    top = (HEADER_HEIGHT if heading else MARGIN) + HEADS_HEIGHT
+    size = first + len(names) * step_x - GROUP_GAP + MARGIN, top + len(rows) * step_y + FOOTER_HEIGHT
+    sheet = _empty_sheet(size, heading, look)
+    for column, name in enumerate(names):
+        title, _, note = name.partition("\n")
+        place = first + column * step_x, top - HEADS_HEIGHT
+        _draw_texts(sheet, (title, note), place, width=group, look=look)
+    for index, (shown, panels) in enumerate(rows):
+        y = top + index * step_y
+        height = _draw_picture(sheet, shown, (MARGIN, y), tile=tile)
+        _draw_texts(sheet, (shown.title, shown.subtitle), (MARGIN, y + height + 2), width=tile, look=look, size=14)
+        for column, panel in enumerate(panels):
+            _draw_map(sheet, panel, (first + column * step_x, y), tile=tile, look=look)
+    return sheet
 
 
-def fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Resize a picture. At 2× or more, pixels are repeated, so that the pixels of a coarse map stay visible."""
-    coarse = 2 * picture.width <= size[0]
-    return picture.resize(size, Image.Resampling.NEAREST if coarse else Image.Resampling.LANCZOS)
+def _empty_sheet(size: tuple[int, int], heading: str | None, look: Look) -> Image.Image:
+    sheet = Image.new("RGB", size, look.colors.background)
+    width = sheet.width - 2 * MARGIN
+    if heading:
+        write(sheet, (MARGIN, 28), heading, size=28, color=look.colors.bright, width=width)
+    write(sheet, (MARGIN, sheet.height - 34), NOTE, size=14, color=look.colors.dim, width=width)
+    return sheet
 
 
-def shortened(text: str, font: Font, width: float) -> str:
-    """Return the text, cut and ended by an ellipsis if it is wider than `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text.rstrip() + "…") > width:
-        text = text[:-1]
-    return text.rstrip() + "…"
+def _tallest(panels: Sequence[Panel], tile: int) -> int:
+    return max((shown_size(panel.map, tile)[1] for panel in panels if panel.map is not None), default=0)
 
 
-def _draw_panel(sheet: Image.Image, panel: Panel, *, cell: tuple[int, int], height: int, colormap: str | None) -> None:
-    left, top = cell
-    corners = (left, top, left + CELL_WIDTH - 1, top + height - 1)
-    ImageDraw.Draw(sheet).rounded_rectangle(corners, radius=10, fill=CARD)
-    for index, tile in enumerate(_tiles(panel, colormap)):
-        x = left + PADDING + index * (TILE + TILE_GAP) + (TILE - tile.width) // 2
-        sheet.paste(tile, (x, top + PADDING))
-    left, width, bottom = left + PADDING, CELL_WIDTH - 2 * PADDING, top + height
-    _write(sheet, (left, bottom - 50), panel.title, size=20, color=BRIGHT, width=width)
-    _write(sheet, (left, bottom - 25), panel.subtitle, size=14, color=DIM, width=width)
-
-
-def _tiles(panel: Panel, colormap: str | None) -> tuple[Image.Image, ...]:
+def _draw_picture(sheet: Image.Image, panel: Panel, position: tuple[int, int], *, tile: int) -> int:
+    """Draw a panel's picture, and return its height."""
     if panel.picture is None or panel.map is None:
-        return ()
-    overlaid = overlay(panel.picture, panel.map, colormap=colormap)
-    tiles = panel.picture.convert("RGB"), colorize(panel.map, colormap=colormap), overlaid
-    return tuple(fitted(tile, shown_size(panel.map, TILE)) for tile in tiles)
+        return 0
+    return _paste(sheet, panel.picture.convert("RGB"), panel.map, position, tile)
 
 
-def _draw_footer(sheet: Image.Image, *, signs: Sequence[bool], colormap: str | None) -> None:
-    top = sheet.height - FOOTER_HEIGHT + 22
-    for index, signed in enumerate(signs):
-        left = MARGIN + index * (BAR_WIDTH + MARGIN)
-        sheet.paste(color_bar(BAR_WIDTH, BAR_HEIGHT, signed=signed, colormap=colormap), (left, top))
-        most = f"{PERCENTILE:g}th percentile of each map"
-        labels = ((0.0, "-"), (0.5, "0"), (1.0, f"+ {PERCENTILE:g}th pct.")) if signed else ((0.0, "0"), (1.0, most))
-        for share, label in labels:
-            x = left + share * (BAR_WIDTH - ImageFont.load_default(size=13).getlength(label))
-            _write(sheet, (round(x), top + BAR_HEIGHT + 5), label, size=13, color=DIM, width=BAR_WIDTH)
-    left = MARGIN + len(signs) * (BAR_WIDTH + MARGIN)
-    _write(sheet, (left, top - 3), NOTE, size=14, color=DIM, width=sheet.width - left - MARGIN)
+def _draw_map(sheet: Image.Image, panel: Panel, position: tuple[int, int], *, tile: int, look: Look) -> None:
+    """Draw a panel's map with its color bar, and to the right the overlay."""
+    if panel.picture is None or panel.map is None:
+        return
+    left, top = position
+    height = _paste(sheet, colorize(panel.map, colormap=look.colormap), panel.map, position, tile)
+    color: Color = look.colors.dim
+    draw_bar(sheet, (left, top + height + 6), panel.map, width=tile, colormap=look.colormap, color=color)
+    _paste(sheet, look.overlay(panel.picture, panel.map), panel.map, (left + tile + TILE_GAP, top), tile)
 
 
-def _write(
-    sheet: Image.Image, position: tuple[int, int], text: str, *, size: int, color: tuple[int, int, int], width: int
+def _paste(sheet: Image.Image, picture: Image.Image, map_: Map, position: tuple[int, int], tile: int) -> int:
+    """Paste a picture in the shape of its map, centered in the width of a tile, and return its height."""
+    width, height = shown_size(map_, tile)
+    sheet.paste(fitted(picture, (width, height)), (position[0] + (tile - width) // 2, position[1]))
+    return height
+
+
+def _draw_texts(
+    sheet: Image.Image, texts: tuple[str, str], position: tuple[int, int], *, width: int, look: Look, size: int = 20
 ) -> None:
-    font = ImageFont.load_default(size=size)
-    ImageDraw.Draw(sheet).text(position, shortened(text, font, width), color, font)
+    """Write a title, and below it a smaller note."""
+    (left, top), (title, note) = position, texts
+    write(sheet, (left, top), title, size=size, color=look.colors.bright, width=width)
+    write(sheet, (left, top + round(1.25 * size)), note, size=max(13, size - 6), color=look.colors.dim, width=width)

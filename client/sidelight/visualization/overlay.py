@@ -1,59 +1,18 @@
 """Overlays: a map drawn over the picture that it explains."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageEnhance
+from PIL import Image
 
 from ..exceptions import InvalidArgument
-from .colormaps import Colormap, Map, Pixels, checked, color_scale, colored, find_colormap, is_signed, share_of_scale
+from .colormaps import Map, Pixels, checked, color_scale, find_colormap, is_signed
+from .styles import CONTOUR_WIDTH, STYLES, TOP_PERCENT, Colors, Contours, Mask, Style, StyleName, top_levels
 
-MAX_OPACITY = 0.75
 OVERLAY_SMOOTHING = 1 / 56  # of the map's short side: 4 px at 224
-OPACITY_POWER = 1.5  # above 1: the low values that a gradient has everywhere do not tint the whole picture
-BASE_COLOR, BASE_BRIGHTNESS = 0.55, 0.62  # of the picture under the map: shares of its saturation and brightness
-UNSEEN_COLOR, UNSEEN_BRIGHTNESS = 0.0, 0.36  # of the parts outside the model's input
 BAND_PIXELS = 1 << 20  # drawn at once: for a large picture, the floats would take gigabytes
 SMOOTHING_REACH = 3.0  # standard deviations after which the Gaussian is cut
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Blend:
-    """How a map is blended with a picture.
-
-    `alpha` is the same opacity everywhere: 0 is the picture, 1 the colored map. With None the picture is dimmed, and
-    the map's opacity rises with its magnitude, up to `MAX_OPACITY` at full scale.
-    """
-
-    colormap: Colormap
-    alpha: float | None
-    scale: float | None
-
-    def base(self, picture: Image.Image) -> Image.Image:
-        """Return the picture as drawn where the map is 0."""
-        return _dimmed(picture, BASE_COLOR, BASE_BRIGHTNESS) if self.alpha is None else picture
-
-    def unseen(self, picture: Image.Image) -> Image.Image:
-        """Return the picture as drawn outside the part that the map covers."""
-        return _dimmed(picture, UNSEEN_COLOR, UNSEEN_BRIGHTNESS) if self.alpha is None else picture.copy()
-
-    def pixels(self, base: Image.Image, values: Map) -> Pixels:
-        """Blend values [H, W] with a picture of that size."""
-        colors = colored(values, self.scale, self.colormap)  # [H, W, 3]
-        opacity = self._opacity(values)
-        blended: Pixels = np.rint(np.asarray(base, dtype=np.float64) * (1 - opacity) + colors * opacity).astype(
-            np.uint8
-        )
-        return blended
-
-    def _opacity(self, values: Map) -> Map | float:
-        if self.alpha is not None:
-            return self.alpha
-        share = np.nan_to_num(np.abs(share_of_scale(values, self.scale)), nan=1.0)  # [H, W]
-        opacity: Map = MAX_OPACITY * share[..., np.newaxis] ** OPACITY_POWER  # [H, W, 1]
-        return opacity
 
 
 def overlay(
@@ -62,22 +21,28 @@ def overlay(
     *,
     colormap: str | None = None,
     alpha: float | None = None,
-    scale: float | None = None,
+    scale: float | tuple[float, float] | None = None,
     smoothing_px: float | None = None,
+    style: StyleName = "color",
+    top_percent: float = TOP_PERCENT,
 ) -> Image.Image:
     """Draw a map `[H, W]` over the picture that it explains. The picture is resized to the map's size.
 
     `colormap` is one of `colormaps.NAMES`. `alpha`, 0 to 1, is the same opacity everywhere: 0 is the picture, 1 the
     colored map. With None the picture is dimmed, the map's opacity rises with its magnitude, and the map is smoothed,
     because gradients are grainy. `smoothing_px` is the standard deviation of the Gaussian; None is 1/56 of the map's
-    short side, or 0 with an `alpha`. `scale` is the magnitude at full scale; None measures it on the smoothed map.
+    short side, or 0 with an `alpha`. `scale` has the magnitudes at which colors begin and end, or only the end; None is
+    `color_scale` of the smoothed map.
+
+    `style` "contours" draws lines around the `top_percent` of the pixels with the largest magnitudes, a half and a
+    quarter of them; "mask" leaves these pixels as they are, and the others gray and dark. Both take the smoothed map.
     Neither picture nor map is changed.
     """
     values = checked(map_)  # [H, W]
     smoothed = _smooth(values, _default_smoothing(values, alpha) if smoothing_px is None else smoothing_px)
-    blend = Blend(find_colormap(colormap, signed=is_signed(values)), _checked_alpha(alpha), scale)
-    base = blend.base(_fitted(picture, (values.shape[1], values.shape[0])))
-    return Image.fromarray(blend.pixels(base, smoothed))
+    size = values.shape[1], values.shape[0]
+    drawn = _style(style, values, smoothed, size, colormap=colormap, alpha=alpha, scale=scale, top_percent=top_percent)
+    return Image.fromarray(drawn.pixels(drawn.base(_fitted(picture, size)), smoothed))
 
 
 def overlay_part(
@@ -87,28 +52,31 @@ def overlay_part(
     *,
     colormap: str | None = None,
     alpha: float | None = None,
+    style: StyleName = "color",
+    top_percent: float = TOP_PERCENT,
 ) -> Image.Image:
     """Draw a map `[H, W]` over the part of a picture that it covers, and return the whole picture at its own size.
 
-    `box` has the part's left, top, right and bottom edges in pixels. Colors are those of `overlay`. The rest of the
-    picture is gray and darker, or unchanged with an `alpha`.
+    `box` has the part's left, top, right and bottom edges in pixels. The part looks as `overlay` draws it. The rest of
+    the picture is gray and darker; with an `alpha`, or with contours, it is unchanged.
     """
     values = checked(map_)
     smoothed = _smooth(values, _default_smoothing(values, alpha))
-    colors = find_colormap(colormap, signed=is_signed(values))
-    blend = Blend(colors, _checked_alpha(alpha), color_scale(smoothed))
     heat, picture = Image.fromarray(smoothed.astype(np.float32)), picture.convert("RGB")
     left, right = _span(box[0], box[2], picture.width)
     top, bottom = _span(box[1], box[3], picture.height)
-    drawn = blend.unseen(picture)
-    step, ratio = max(1, BAND_PIXELS // (right - left)), heat.height / (bottom - top)
+    size = right - left, bottom - top
+    drawn = _style(style, values, smoothed, size, colormap=colormap, alpha=alpha, scale=None, top_percent=top_percent)
+    sheet = drawn.unseen(picture)
+    step, ratio = max(1, BAND_PIXELS // size[0]), heat.height / size[1]
     for begin in range(top, bottom, step):
         end = min(begin + step, bottom)
-        rows = (0, (begin - top) * ratio, heat.width, min((end - top) * ratio, heat.height))
-        band = np.asarray(heat.resize((right - left, end - begin), Image.Resampling.BILINEAR, rows))
-        base = blend.base(picture.crop((left, begin, right, end)))
-        drawn.paste(Image.fromarray(blend.pixels(base, band)), (left, begin))
-    return drawn
+        first, last = max(top, begin - 1), min(end + 1, bottom)  # contours need the rows beside the band
+        rows = (0, (first - top) * ratio, heat.width, min((last - top) * ratio, heat.height))
+        band = np.asarray(heat.resize((size[0], last - first), Image.Resampling.BILINEAR, rows))
+        pixels = drawn.pixels(drawn.base(picture.crop((left, first, right, last))), band)
+        sheet.paste(Image.fromarray(pixels[begin - first : end - first]), (left, begin))
+    return sheet
 
 
 def smoothed_map(map_: Map) -> Map:
@@ -142,10 +110,29 @@ def gray_of(values: npt.NDArray[Any], low: float, high: float) -> Pixels:
     return pixels
 
 
-def _checked_alpha(alpha: float | None) -> float | None:
+def _style(
+    name: StyleName,
+    values: Map,
+    smoothed: Map,
+    size: tuple[int, int],
+    *,
+    colormap: str | None,
+    alpha: float | None,
+    scale: float | tuple[float, float] | None,
+    top_percent: float,
+) -> Style:
+    """Return the style of an overlay that is drawn with a width and height in pixels."""
+    if name not in STYLES:
+        raise InvalidArgument(f"style: got {name!r}, expected one of {', '.join(STYLES)}")
     if alpha is not None and not 0 <= alpha <= 1:
         raise InvalidArgument(f"alpha: got {alpha}, expected 0 to 1, or None")
-    return alpha
+    if alpha is not None and name != "color":
+        raise InvalidArgument(f'alpha: got {alpha} with style="{name}", expected None: only "color" has an opacity')
+    colors = find_colormap(colormap, signed=is_signed(values))
+    if name == "color":
+        return Colors(colors, alpha, color_scale(smoothed) if scale is None else scale)
+    levels = top_levels(smoothed, top_percent)
+    return Contours(colors, levels, max(1.0, CONTOUR_WIDTH * min(size))) if name == "contours" else Mask(*levels[:1])
 
 
 def _default_smoothing(values: Map, alpha: float | None) -> float:
@@ -155,10 +142,6 @@ def _default_smoothing(values: Map, alpha: float | None) -> float:
 def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     picture = picture.convert("RGB")
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
-
-
-def _dimmed(picture: Image.Image, color: float, brightness: float) -> Image.Image:
-    return ImageEnhance.Brightness(ImageEnhance.Color(picture).enhance(color)).enhance(brightness)
 
 
 def _span(first: float, last: float, length: int) -> tuple[int, int]:

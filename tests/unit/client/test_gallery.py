@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 from PIL import Image, ImageFont
-from sidelight.visualization.gallery import BACKGROUND, MARGIN, TILE, Panel, draw_gallery, shortened
+from sidelight.visualization.gallery import COMPARED_TILE, MARGIN, TILE, Look, Panel, draw_comparison, draw_gallery
+from sidelight.visualization.sheet import THEMES, draw_bar, shortened
 
 RED = (250, 0, 0)
 
@@ -42,14 +43,56 @@ def test_a_picture_keeps_the_shape_of_its_map() -> None:
 
 def test_a_long_label_ends_within_its_place() -> None:
     sheet = np.asarray(draw_gallery([panel(title="a very long label " * 20)], heading="a very long heading " * 20))
-    assert (sheet[:, -MARGIN:] == BACKGROUND).all()
+    assert (sheet[:, -MARGIN:] == THEMES["dark"].background).all()
 
 
-def test_a_signed_map_brings_its_own_colors_to_the_sheet() -> None:
-    signed = Panel(Image.new("RGB", (9, 9)), np.linspace(-1, 1, 81).reshape(9, 9), "", "")
-    unsigned = Panel(Image.new("RGB", (9, 9)), np.linspace(0, 1, 81).reshape(9, 9), "", "")
-    footers = [np.asarray(draw_gallery(panels))[-60:, :300] for panels in ([signed], [unsigned])]
-    assert (footers[0] != footers[1]).any()
+def color_bar_of(map_: np.ndarray) -> np.ndarray:
+    sheet = Image.new("RGB", (200, 40))
+    draw_bar(sheet, (0, 0), map_, width=200, colormap=None, color=(255, 255, 255))
+    return np.asarray(sheet)
+
+
+def test_a_color_bar_has_the_colors_and_ends_of_its_map() -> None:
+    unsigned = np.linspace(0, 1, 81).reshape(9, 9)
+    bars = [color_bar_of(map_) for map_ in (unsigned, 2 * unsigned - 1, unsigned + 9, 2 * unsigned)]
+    assert (bars[0][:8] != bars[1][:8]).any()
+    assert (bars[0][:8] == bars[2][:8]).all()
+    assert all((bars[0][8:] != other[8:]).any() for other in bars[1:])  # the text of the ends
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_texts_stand_out_from_every_background(theme: str) -> None:
+    """By 4.5 to 1, as WCAG 2.1 asks of text (level AA)."""
+
+    def luminance(color: tuple[int, int, int]) -> float:
+        encoded = np.array(color) / 255
+        linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
+        return float(linear @ np.array([0.2126, 0.7152, 0.0722]))
+
+    colors = THEMES[theme]
+    for text in (colors.bright, colors.dim):
+        for background in (colors.background, colors.card):
+            low, high = sorted(map(luminance, (text, background)))
+            assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+@pytest.mark.parametrize("theme", THEMES)
+def test_a_theme_colors_the_sheet(theme: str) -> None:
+    assert draw_gallery([panel()], look=Look(theme=theme)).getpixel((0, 0)) == THEMES[theme].background
+
+
+def test_a_comparison_has_a_row_for_each_picture_and_a_column_for_each_name() -> None:
+    colors = [(250, 40 * i, 10) for i in range(3)]
+    rows = [(panel(color), [panel(color)] * 2) for color in colors]
+    sheet = draw_comparison(rows, ["gradient\nfine", "Grad-CAM\ncoarse"], heading="Which pixels decided?")
+    assert areas(sheet, *colors) == [COMPARED_TILE * COMPARED_TILE] * 3
+    taller = draw_comparison([*rows, rows[0]], ["one", "two"], heading="Which pixels decided?")
+    wider = draw_comparison(
+        [(first, [first] * 3) for first, _ in rows], ["1", "2", "3"], heading="Which pixels decided?"
+    )
+    assert (taller.width, wider.height) == sheet.size
+    assert taller.height > sheet.height
+    assert wider.width > sheet.width
 
 
 def test_a_text_is_shortened_only_where_it_must_be() -> None:
@@ -65,3 +108,5 @@ def test_no_panels_and_no_columns_are_refused() -> None:
         draw_gallery([])
     with pytest.raises(ValueError, match="columns: got 0"):
         draw_gallery([panel()], columns=0)
+    with pytest.raises(ValueError, match="theme: got 'sepia'"):
+        draw_gallery([panel()], look=Look(theme="sepia"))

@@ -5,7 +5,8 @@ import pytest
 from PIL import Image
 from sidelight.visualization import overlay as _picture
 from sidelight.visualization.colormaps import NAMES, NAN_COLOR, color_bar, color_scale, colorize
-from sidelight.visualization.overlay import MAX_OPACITY, overlay, overlay_part, picture_of
+from sidelight.visualization.overlay import overlay, overlay_part, picture_of
+from sidelight.visualization.styles import MAX_OPACITY, STYLES
 
 # Linear sRGB to cone responses, and those to lightness: Ottosson 2020, "A perceptual color space for image processing".
 CONES = np.array([[0.4122, 0.5363, 0.0514], [0.2119, 0.6807, 0.1074], [0.0883, 0.2817, 0.6300]])
@@ -34,20 +35,40 @@ def test_the_scale_is_the_percentile_of_the_finite_magnitudes() -> None:
     map_ = grainy().astype(np.float64)
     map_[0, :3] = np.nan, np.inf, -np.inf
     map_[1] *= -1
-    assert color_scale(map_) == np.percentile(np.abs(map_[np.isfinite(map_)]), 99.5)
+    assert color_scale(map_) == (0.0, np.percentile(np.abs(map_[np.isfinite(map_)]), 99.5))
 
 
 @pytest.mark.parametrize("value", [0.0, np.nan], ids=["zeros", "nan"])
 def test_a_map_without_values_has_no_scale_and_is_one_color(value: float) -> None:
     map_ = np.full((6, 7), value)
-    assert color_scale(map_) == 0.0
+    assert color_scale(map_) == (0.0, 0.0)
     assert len(np.unique(drawn(map_).reshape(-1, 3), axis=0)) == 1
 
 
 def test_a_map_that_is_almost_all_zero_is_scaled_by_its_maximum() -> None:
     map_ = np.zeros((40, 50))
     map_[3, 4] = 2.0
-    assert color_scale(map_) == 2.0
+    assert color_scale(map_) == (0.0, 2.0)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_large_constant_part_is_left_out_of_the_colors(sign: int) -> None:
+    """Added to a map, a constant changes no color: it moves both ends of the scale."""
+    map_ = grainy().astype(np.float64)
+    raised, higher = (sign * (map_ + constant) for constant in (100.0, 300.0))
+    low, high = color_scale(raised)
+    assert (low, high) == tuple(np.percentile(np.abs(raised), [1.0, 99.5]))
+    np.testing.assert_allclose(drawn(raised), drawn(higher), atol=1)
+    assert np.ptp(drawn(raised).sum(axis=-1)) > 0.9 * np.ptp(drawn(map_).sum(axis=-1))
+
+
+@pytest.mark.parametrize(
+    "map_",
+    [grainy(), grainy() + 0.1, np.full((40, 50), 3.0), 1 + 1e-5 * grainy(), 100 * np.where(grainy() > 1, -1, 1)],
+    ids=["gradient", "small constant", "constant", "rounding", "both signs"],
+)
+def test_other_maps_are_drawn_from_zero(map_: np.ndarray) -> None:
+    assert color_scale(map_)[0] == 0.0
 
 
 def test_an_outlier_does_not_change_the_other_pixels() -> None:
@@ -206,11 +227,57 @@ def test_the_hot_spot_lies_where_the_part_has_it() -> None:
     assert abs(column - (200 + 105)) <= 5
 
 
-def test_bands_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("style", STYLES)
+def test_bands_leave_no_seam(monkeypatch: pytest.MonkeyPatch, style: str) -> None:
     photo, box = photograph(300, 200), (13.4, 5.5, 280.0, 191.7)
-    whole = np.asarray(overlay_part(photo, grainy(), box)).astype(int)
+    whole = np.asarray(overlay_part(photo, grainy(), box, style=style)).astype(int)
     monkeypatch.setattr(_picture, "BAND_PIXELS", 1000)
-    np.testing.assert_allclose(np.asarray(overlay_part(photo, grainy(), box)), whole, atol=1)
+    np.testing.assert_allclose(np.asarray(overlay_part(photo, grainy(), box, style=style)), whole, atol=1)
+
+
+def disc(height: int = 80, width: int = 100, *, radius: float = 20.0) -> np.ndarray:
+    """Return a cone with its peak in the middle: within a distance of the peak lie its largest values."""
+    y, x = np.ogrid[:height, :width]
+    return np.maximum(0.0, 1 - np.hypot(y - (height - 1) / 2, x - (width - 1) / 2) / (2 * radius))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("constant", [0.0, 50.0])
+def test_a_mask_leaves_the_top_percent_of_a_picture(sign: int, constant: float) -> None:
+    photo = photograph(100, 80)
+    masked = np.asarray(overlay(photo, sign * (disc() + constant), style="mask", top_percent=20.0, smoothing_px=0))
+    kept = (masked == np.asarray(photo)).all(axis=-1)
+    assert abs(kept.mean() - 0.20) < 0.02  # the edge is blended
+    assert disc()[kept].min() >= disc()[~kept].max() - 0.05  # two pixels
+
+
+def test_contours_lie_where_the_top_percent_ends() -> None:
+    white = Image.new("RGB", (100, 80), "white")
+    lines = np.asarray(overlay(white, disc(), style="contours", top_percent=20.0, smoothing_px=0)).min(axis=-1) < 250
+    distances = np.hypot(*(np.indices((80, 100)) - np.array([39.5, 49.5])[:, np.newaxis, np.newaxis]))
+    radii = np.sqrt(80 * 100 * np.array([0.2, 0.1, 0.05]) / np.pi)
+    reach = 3.0  # of a line with its halo, in pixels
+    assert lines.any()
+    assert np.abs(distances[lines][:, np.newaxis] - radii).min(axis=1).max() < reach
+    for radius in radii:
+        assert lines[np.abs(distances - radius) < 0.5].all()
+
+
+@pytest.mark.parametrize("style", ["contours", "mask"])
+@pytest.mark.parametrize("map_", [np.zeros((40, 50)), np.full((40, 50), np.nan)], ids=["zeros", "nan"])
+def test_nothing_stands_out_in_a_map_without_values(style: str, map_: np.ndarray) -> None:
+    drawn_ = np.asarray(overlay(Image.new("RGB", (50, 40), "white"), map_, style=style))
+    assert len(np.unique(drawn_)) == 1
+
+
+@pytest.mark.parametrize("style", ["contours", "mask"])
+def test_styles_are_the_same_on_a_part_of_a_picture(style: str) -> None:
+    photo = photograph(100, 80)
+    whole = np.asarray(overlay(photo, disc(), style=style)).astype(int)
+    np.testing.assert_allclose(np.asarray(overlay_part(photo, disc(), (0, 0, 100, 80), style=style)), whole, atol=1)
+    part = np.asarray(overlay_part(photograph(300, 200), disc(), (100, 50, 200, 130), style=style)).astype(int)
+    cropped = overlay(photograph(300, 200).crop((100, 50, 200, 130)), disc(), style=style)
+    np.testing.assert_allclose(part[50:130, 100:200], np.asarray(cropped), atol=1)
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -253,7 +320,12 @@ def test_what_is_no_picture_is_refused(array: np.ndarray) -> None:
         {"colormap": "jet"},
         {"scale": -1.0},
         {"scale": np.nan},
+        {"scale": (2.0, 1.0)},
         {"smoothing_px": -1.0},
+        {"style": "lines"},
+        {"alpha": 0.5, "style": "mask"},
+        {"top_percent": 0.0, "style": "mask"},
+        {"top_percent": 100.0, "style": "contours"},
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:

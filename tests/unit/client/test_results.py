@@ -227,6 +227,20 @@ def test_a_gallery_has_the_texts_and_the_colors_that_are_given() -> None:
         assert sidelight.gallery(answer, **options).tobytes() != drawn
 
 
+def test_a_gallery_of_named_answers_has_a_row_for_each_picture() -> None:
+    two = answer_of([example(1)] * 2)
+    one_name, two_names = sidelight.gallery({"gradient": two}), sidelight.gallery({"gradient": two, "mask\nnote": two})
+    assert one_name.height == two_names.height
+    assert one_name.width < two_names.width
+    assert sidelight.gallery({"gradient": [two, two[0]]}).height > one_name.height
+    titled = sidelight.gallery({"gradient": two, "mask": two}, titles=["a", "b"], style="mask", theme="light")
+    assert titled.tobytes() != two_names.tobytes()
+    with pytest.raises(sidelight.InvalidArgument, match="2 by a, 1 by b; expected the same images"):
+        sidelight.gallery({"a": two, "b": two[0]})
+    with pytest.raises(sidelight.InvalidArgument, match="answers: got no names"):
+        sidelight.gallery({})
+
+
 def test_what_cannot_be_a_gallery_is_refused() -> None:
     answer = answer_of([example(1)] * 2)
     for answers, options, message in (
