@@ -37,6 +37,7 @@ from ._options import (
     checked_metadata,
     options_by_name,
 )
+from ._progress import Progress, progress_of
 from ._streaming.reorder_buffer import ReorderBuffer
 from ._streaming.results_queue import End
 from ._transport.credentials import TLS, Token
@@ -163,6 +164,7 @@ class AsyncClient:
         window: int | None = None,
         allow_model_change: bool = False,
         keep_images: bool = False,
+        progress: bool = False,
         metadata: Metadata = (),
     ) -> AsyncGenerator[Attribution]:
         """Yield the maps of many batches as they are ready, as `Client.stream` does.
@@ -183,6 +185,7 @@ class AsyncClient:
             window=window,
             allow_model_change=allow_model_change,
             keep_images=flag(keep_images, "keep_images"),
+            progress=progress_of(batches, is_shown=flag(progress, "progress")),
         )
 
     async def info(self, *, metadata: Metadata = ()) -> ServerInfo:
@@ -258,6 +261,7 @@ class AsyncClient:
         window: int | None = None,
         allow_model_change: bool = False,
         keep_images: bool = True,
+        progress: Progress | None = None,
         metadata: Headers = (),
     ) -> AsyncGenerator[Attribution]:
         await ready(self._core.pool, min(self._core.connect_timeout_s, timeout_s))
@@ -279,19 +283,21 @@ class AsyncClient:
         order = ReorderBuffer(ordered=ordered)
         stream.start()
         try:
-            while True:
-                changed.clear()
-                answered = stream.queue.take()
-                if answered is None:
-                    await changed.wait()
-                    continue
-                if isinstance(answered, End):
-                    break
-                for entry, answer in order.admit(*answered):
-                    if answer.final:
-                        stream.release(entry)
-                    answer = raise_if_failed(answer, on_error)
-                    yield answer if keep_images else attribution.lent(answer, entry.batch)
+            with progress or Progress() as progress:
+                while True:
+                    changed.clear()
+                    answered = stream.queue.take()
+                    if answered is None:
+                        await changed.wait()
+                        continue
+                    if isinstance(answered, End):
+                        break
+                    for entry, answer in order.admit(*answered):
+                        if answer.final:
+                            stream.release(entry)
+                        progress.add(answer, n_retries=stream.n_retries)
+                        answer = raise_if_failed(answer, on_error)
+                        yield answer if keep_images else attribution.lent(answer, entry.batch)
             if answered.error is not None:
                 raise answered.error
         finally:

@@ -34,6 +34,7 @@ from ._options import (
     checked_metadata,
     options_by_name,
 )
+from ._progress import Progress, progress_of
 from ._streaming.reorder_buffer import ReorderBuffer
 from ._streaming.results_queue import End
 from ._transport.credentials import TLS, Token
@@ -196,6 +197,7 @@ class Client:
         window: int | None = None,
         allow_model_change: bool = False,
         keep_images: bool = False,
+        progress: bool = False,
         metadata: Metadata = (),
     ) -> Generator[Attribution]:
         """Yield the maps of many batches as they are ready; `answer.index` is the batch's position in `batches`.
@@ -221,6 +223,9 @@ class Client:
         `overlay` and `save` need the images. An answer keeps images that were files; it keeps arrays only until the
         next answer is taken, so that a list of answers does not hold every batch in memory. `keep_images` keeps both.
 
+        `progress` shows examples per second, rows, retries and failures: as a bar of rich or tqdm on the error output,
+        or, in a notebook, above a live gallery of the newest maps.
+
         With `on_error="return"`, a failed batch is yielded too, with `error` or `failures` set; with "raise", the first
         failure ends the stream. `close()` of the generator cancels the unanswered batches on the servers, and returns
         when the stream's threads have ended.
@@ -236,6 +241,7 @@ class Client:
             window=window,
             allow_model_change=allow_model_change,
             keep_images=flag(keep_images, "keep_images"),
+            progress=progress_of(batches, is_shown=flag(progress, "progress")),
             metadata=checked_metadata(metadata),
         )
 
@@ -308,6 +314,7 @@ class Client:
         window: int | None = None,
         allow_model_change: bool = False,
         keep_images: bool = True,
+        progress: Progress | None = None,
         metadata: Headers = (),
     ) -> Generator[Attribution]:
         self._core.pool.ready(min(self._core.connect_timeout_s, timeout_s))
@@ -325,12 +332,14 @@ class Client:
         order = ReorderBuffer(ordered=ordered)
         stream.start()
         try:
-            while not isinstance(answered := stream.wait(), End):
-                for entry, answer in order.admit(*answered):
-                    if answer.final:
-                        stream.release(entry)
-                    answer = raise_if_failed(answer, on_error)
-                    yield answer if keep_images else attribution.lent(answer, entry.batch)
+            with progress or Progress() as progress:
+                while not isinstance(answered := stream.wait(), End):
+                    for entry, answer in order.admit(*answered):
+                        if answer.final:
+                            stream.release(entry)
+                        progress.add(answer, n_retries=stream.n_retries)
+                        answer = raise_if_failed(answer, on_error)
+                        yield answer if keep_images else attribution.lent(answer, entry.batch)
             if answered.error is not None:
                 raise answered.error
         finally:

@@ -104,6 +104,7 @@ def attribute(
             timeout=timeout,
             ordered=True,
             on_error="return",
+            progress=Console(stderr=True).is_terminal and not json_,
         )
         n_failed = report(
             Console(),
@@ -176,8 +177,8 @@ def reload(
 
 
 @app.command()
-def demo(*, out: Annotated[Path, typer.Option(help="A folder for overlays and gallery.png.")] = Path("demo")) -> None:
-    """Start a server on a real ImageNet classifier and explain real photographs with it."""
+def demo(*, out: Annotated[Path, typer.Option(help="A folder for gallery.png.")] = Path("demo")) -> None:
+    """Start a server on a real ImageNet classifier and explain real photographs by three methods."""
     # Imported here: the photographs come from packages of the extra sidelight[demo].
     from .demo import run
 

@@ -1,4 +1,4 @@
-"""The demonstration: starts a server with an ImageNet classifier, explains photographs and draws a gallery."""
+"""The demonstration: starts a server with an ImageNet classifier, and compares methods on photographs."""
 
 import collections
 import contextlib
@@ -8,20 +8,36 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
 from rich.console import Console
+from rich.table import Table
 
 from .._client import connect
 from ..exceptions import SidelightError
+from ..methods.gradient import GradCAM
+from ..methods.method import Method
+from ..methods.path import IntegratedGradients, SmoothGrad
+from ..methods.perturbation import Occlusion
 from ..results.attribution import Attribution
 from ..results.gallery import gallery
-from .tables import make_folder, report
+from .tables import make_folder
 
 MODEL = "python:sidelight_server.models.sources.demo:efficientnet_lite0"
 START_TIMEOUT_S = 120.0
+
+# What each is good for is the second line of its column.
+METHODS: dict[str, Method] = {
+    "Integrated gradients\nfine, smoothed: which details count": SmoothGrad(
+        samples=8, base=IntegratedGradients(steps=4)
+    ),
+    "Grad-CAM\ncoarse, in one step: where the object is": GradCAM(),
+    "Occlusion\nwhat speaks for the class (red) and against it (blue)": Occlusion(window=32, stride=24),
+}
+# The astronaut is taken for a football helmet: the maps say why.
+COMPARED = ("chelsea.png", "coffee.png", "rocket.jpg", "camera.png", "astronaut.png", "flower.jpg")
 
 # Photographs from two packages. Those that show an ImageNet class come first.
 PHOTOGRAPHS = {
@@ -36,26 +52,36 @@ PHOTOGRAPHS = {
 
 
 def run(folder: Path, *, console: Console) -> None:
-    """Start a server, explain every photograph, and write one overlay each and `gallery.png` into a folder."""
-    paths = photographs()
+    """Start a server, explain six photographs by three methods, and write `gallery.png` into a folder."""
+    found = {path.name: path for path in photographs()}
+    paths = [found[name] for name in COMPARED]
     make_folder(folder)
-    answers: dict[int, Attribution] = {}
     began = time.monotonic()
     with demo_server(console) as address, connect(address, connect_timeout=START_TIMEOUT_S) as client:
         server = client.info()
         console.print(
             f'"{server.models[0].name}" is ready on {server.models[0].device} after {time.monotonic() - began:.1f} s'
         )
+        answers = {
+            name: list(client.stream(paths, method=method, ordered=True, progress=console.is_terminal))
+            for name, method in METHODS.items()
+        }
+    _print_table(console, paths, answers)
+    gallery(answers, heading="Which pixels decided?").save(folder / "gallery.png")
+    console.print(f"{len(paths)} photographs by {len(METHODS)} methods in {folder / 'gallery.png'}")
 
-        def collected_answers() -> Iterator[Attribution]:
-            for answer in client.stream(paths):
-                answers[answer.index] = answer
-                yield answer
 
-        report(console, paths, collected_answers(), folder=folder)
-    drawn = gallery([answers[index] for index in range(len(paths))], heading="Which pixels decided?")
-    drawn.save(folder / "gallery.png")
-    console.print(f"{len(paths)} photographs in {folder / 'gallery.png'}")
+def _print_table(console: Console, paths: Sequence[Path], answers: Mapping[str, Sequence[Attribution]]) -> None:
+    """Print each photograph's class and probability, and the time of each method."""
+    table = Table("photograph", "class", "probability", *(name.partition("\n")[0] for name in answers), box=None)
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for path, *each in zip(paths, *answers.values(), strict=True):
+        prediction = each[0][0].prediction
+        times = [f"{answer.timing.compute_s:.2f} s" for answer in each if answer.timing]
+        if prediction:
+            table.add_row(path.name, prediction.label, f"{prediction.probability:.2f}", *times)
+    console.print(table)
 
 
 def photographs() -> list[Path]:

@@ -1,4 +1,4 @@
-"""Output of `attribute` and `replay`: progress bar, table of answers, overlays, and the comparison of a replay."""
+"""Output of `attribute` and `replay`: table of answers, overlays, and the comparison of a replay."""
 
 import itertools
 from collections.abc import Callable, Iterable, Sequence
@@ -7,7 +7,6 @@ from pathlib import Path
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import track
 from rich.table import Table
 
 from ..results.attribution import Attribution
@@ -40,7 +39,7 @@ def report(
     write = _writer(paths, folder, save_folder, original=original, overwrite=overwrite)
     sheet = JsonLines() if as_json else _Sheet()
     try:
-        for answer in track(answers, "explaining", total=len(paths), console=console, transient=True, disable=as_json):
+        for answer in answers:
             if sheet.add(paths[answer.index], answer):
                 write(answer)
     finally:  # also if the server dies: print the answers so far

@@ -92,6 +92,11 @@ class Stream:
         self._origin = Origin()
         self._timer = threading.Thread(target=self._run_timer, name="sidelight-timer", daemon=True)
 
+    @property
+    def n_retries(self) -> int:
+        """How many parts were sent again, because their server was full or went away."""
+        return self._unanswered.n_retries
+
     def start(self) -> None:
         """Start the workers and the timer."""
         close_at_exit(self)

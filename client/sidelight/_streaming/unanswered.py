@@ -88,6 +88,7 @@ class UnansweredParts:
         self._n_examples = 0
         self._n_batches = 0
         self._n_undelivered = 0
+        self.n_retries = 0  # parts that were enqueued again
         self.is_exhausted = False  # whether the caller's iterator has ended
 
     @property
@@ -167,6 +168,7 @@ class UnansweredParts:
         del self._sent[part.id]
         part.not_before_s = not_before_s
         self._enqueue(part)
+        self.n_retries += 1
 
     def requeue_halves(self, part: Part) -> None:
         """Enqueue a sent part again as two halves: it was too large for its server."""
@@ -194,6 +196,7 @@ class UnansweredParts:
         for part in held:
             if part not in given_up:
                 self._enqueue(part)
+                self.n_retries += 1
         return given_up
 
     def pop_overdue(self, now_s: float) -> tuple[list[Part], set[Hashable]]:

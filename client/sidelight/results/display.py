@@ -5,6 +5,7 @@ import contextlib
 import html
 import io
 import itertools
+from collections.abc import Iterable
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_SHOWN_TEXT = 4  # predictions in the text
 MAX_SHOWN_HTML = 8  # examples in a notebook
+MAX_SHOWN_LIVE = 6  # examples while a stream runs
 THUMBNAIL = 112  # pixels of the longer side
 MAX_LABEL, MAX_METHOD, MAX_MESSAGE = 20, 32, 100  # characters
 
@@ -44,12 +46,31 @@ def answer_text(answer: "Attribution") -> str:
 
 def answer_html(answer: "Attribution") -> str:
     """Return an answer as HTML without scripts: predicted classes, and thumbnails of picture, map and overlay."""
-    figures = "".join(map(_figure, itertools.islice(answer, MAX_SHOWN_HTML)))
+    strip = _strip(map(_figure, itertools.islice(answer, MAX_SHOWN_HTML)))
     more = f"<div>… and {len(answer) - MAX_SHOWN_HTML} more</div>" if len(answer) > MAX_SHOWN_HTML else ""
-    return (
-        f'<div style="font:12px sans-serif"><div>{html.escape(answer_text(answer))}</div>'
-        f'<div style="display:flex;flex-wrap:wrap;gap:12px;margin-top:6px">{figures}</div>{more}</div>'
-    )
+    return f'<div style="font:12px sans-serif"><div>{html.escape(answer_text(answer))}</div>{strip}{more}</div>'
+
+
+class LiveGallery:
+    """The newest examples of a stream as HTML. An example's next map replaces its last one."""
+
+    def __init__(self) -> None:
+        self._figures: dict[tuple[int, int], str] = {}  # by batch and example
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._figures) == MAX_SHOWN_LIVE
+
+    def add(self, answer: "Attribution") -> None:
+        """Draw an answer's first examples, and forget the oldest ones."""
+        for example in itertools.islice(answer, MAX_SHOWN_LIVE):
+            self._figures[answer.index, example.index] = _figure(example)
+        for key in list(self._figures)[:-MAX_SHOWN_LIVE]:
+            del self._figures[key]
+
+    def html(self) -> str:
+        """Return the strip of examples."""
+        return _strip(self._figures.values())
 
 
 def example_text(example: "ExampleAttribution") -> str:
@@ -82,6 +103,10 @@ def _prediction_text(example: "ExampleAttribution") -> str:
 def _short(text: str, length: int) -> str:
     text = " ".join(text.split())  # on one line
     return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _strip(figures: Iterable[str]) -> str:
+    return f'<div style="display:flex;flex-wrap:wrap;gap:12px;margin-top:6px">{"".join(figures)}</div>'
 
 
 def _figure(example: "ExampleAttribution") -> str:

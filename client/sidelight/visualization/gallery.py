@@ -22,8 +22,8 @@ FOOTER_HEIGHT = 50
 COLUMNS = 2
 
 NOTE = (
-    f"A color bar ends at the {HIGH_PERCENTILE:g}th percentile of its map. It begins at 0 or, after “from”, at the "
-    f"{LOW_PERCENTILE:g}st: that map is large everywhere.  Overlays show the smoothed map."
+    f"Colors end at a map's {HIGH_PERCENTILE:g}th percentile. They begin at 0, or, where the bar says “from”, at the "
+    f"{LOW_PERCENTILE:g}st percentile, because the map is large everywhere. Overlays show the smoothed map."
 )
 CELL_WIDTH = 3 * TILE + 2 * TILE_GAP + 2 * PADDING
 

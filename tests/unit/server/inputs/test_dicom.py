@@ -342,8 +342,8 @@ def test_a_file_that_lies_is_refused(file: bytes, message: str) -> None:
 def test_a_syntax_without_a_codec_is_named() -> None:
     path = FOLDER / "test_files" / "SC_rgb_jpeg_gdcm.dcm"
     assert refusal(path.read_bytes()) == (
-        "image file: DICOM in JPEG Lossless, Non-Hierarchical, First-Order Prediction (Process 14 [Selection Value 1]), "
-        "which this server has no codec for"
+        "image file: DICOM in JPEG Lossless, Non-Hierarchical, First-Order Prediction "
+        "(Process 14 [Selection Value 1]), which this server has no codec for"
     )
 
 
