@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo page test check lint proto proto-check bench peers pyhealth soak soak-long fuzz zoo properties nightly image envoy breaking dist oldest pythons lock clean
+.PHONY: setup demo page test browser check lint proto proto-check bench peers pyhealth soak soak-long fuzz zoo properties nightly image envoy breaking dist oldest pythons lock clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -54,6 +54,11 @@ test: setup
 CHECKED = tests/unit tests/oracle/test_methods.py tests/service/test_service.py
 check: lint
 	$(PYTEST) -q -m 'not slow and not serial' --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile $(CHECKED)
+
+# The page in the system's Chromium; screenshots at three sizes are left in screenshots/.
+browser: setup
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group browser
+	SCREENSHOTS=screenshots $(BIN)/python -m pytest --require=chromium tests/interop/test_page_browser.py
 
 lint: setup proto-check
 	$(BIN)/ruff check .

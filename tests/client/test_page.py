@@ -109,7 +109,7 @@ def test_an_answer_can_be_replayed_from_its_download(
     for name in ("answer.json", "maps.npy"):
         (saved / name).write_bytes(page.get(f"/answers/{event['id']}/{name}").content)
     np.testing.assert_array_equal(np.load(saved / "maps.npy")[0], values(event))
-    assert sidelight.replay(client, saved, [folder / "one.png"]).equal
+    assert sidelight.replay(client, saved, [folder / "one.png"]).kept
     assert page.get(f"/answers/{event['id']}/one.png").status_code == 404
 
 

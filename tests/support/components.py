@@ -39,6 +39,12 @@ def _runs_triton() -> bool:
 
 
 COMPONENTS = {
+    "chromium": Component(
+        lambda: (
+            bool(shutil.which("chromium")) and _is_installed("playwright") and _is_installed("axe_playwright_python")
+        ),
+        "apt-get install chromium, then make browser",
+    ),
     "envoy": Component(ENVOY.exists, "make envoy brings the proxy"),
     "floor": Component(FLOOR.exists, "make setup makes the environment of the oldest versions"),
     "kubernetes": Component(lambda: _is_installed("kubernetes_validate"), "pip install kubernetes-validate"),

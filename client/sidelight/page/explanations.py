@@ -67,8 +67,7 @@ class Explainer:
                     _check(answer)
                     if answer.predictions[0] is None:
                         continue  # no map yet
-                    model = await self._model(answer) if answer.final else None
-                    event = await asyncio.to_thread(_map_event, answer, model)
+                    event = await asyncio.to_thread(_map_event, answer, await self._model(answer))
                     if answer.final:
                         event["id"] = self._keep(answer, picture)
                     event["elapsed_s"] = time.perf_counter() - began

@@ -128,7 +128,10 @@ on("loaded", () => {
   state.panes.forEach((pane) => pane.place());
 });
 on("viewport", () => state.panes.forEach((pane) => pane.place()));
-on("partial", () => state.view.scale === "shared" && drawAll());
+on("partial", () => {
+  if (state.view.scale === "shared") drawAll();
+  renderClasses();
+});
 
 const drawAll = () => state.panes.forEach((pane) => pane.draw());
 
@@ -230,6 +233,7 @@ async function start() {
     explainAll();
     $("method-name").focus();
   });
+  addEventListener("hashchange", () => location.reload()); // another link was pasted
   watchServer();
 }
 

@@ -5,7 +5,7 @@ import { $, className, make, percent, state, tell } from "./store.js";
 let shownLabels = null;
 
 export function renderClasses() {
-  const answer = state.panes.map((pane) => pane.answer).find((each) => each?.final && each.picture === state.picture);
+  const answer = state.panes.map((pane) => pane.answer).find((each) => each?.classes.length && each.picture === state.picture);
   const list = $("classes");
   if (state.model?.labels !== shownLabels) {
     shownLabels = state.model?.labels;

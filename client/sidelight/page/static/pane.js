@@ -118,7 +118,7 @@ export class Pane {
   }
 
   render() {
-    const changed = Object.entries(this.options).map(([name, value]) => `${name.replaceAll("_", " ")} ${value}`);
+    const changed = Object.entries(this.options).map(([name, value]) => name.replaceAll("_", " ") + (value === true ? "" : ` ${value}`));
     this.title.replaceChildren(methodTitle(this.method), make("span", { class: "dim" }, changed.join(", ")));
     this.title.setAttribute("aria-pressed", String(state.active === this));
     this.element.classList.toggle("active", state.active === this && state.panes.length > 1);
