@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 import sidelight
-from sidelight_server.app.load_shedding import MESSAGES_LEFT, SHARE_OF_LIMIT, LoadShedding
+from sidelight_server.app.load_shedding import FALL_CHECKS, FALLS_AHEAD, MESSAGES_LEFT, SHARE_OF_LIMIT, LoadShedding
 from sidelight_server.compute import host_memory
 from sidelight_server.compute.host_memory import Room
 
@@ -136,10 +136,38 @@ def test_streams_are_ended_only_while_memory_is_short(room: Room | None, *, is_s
 @pytest.mark.parametrize("n_looks", [1, 2])
 def test_what_freed_memory_gives_is_taken_first(n_looks: int) -> None:
     """Memory is enough again once the C library has given back what it kept, or once streams have ended."""
-    rooms, ended = itertools.chain([NONE] * n_looks, itertools.repeat(Room(1 << 30, 1 << 30))), []
+    short = Room(MESSAGES_LEFT * 1000 - 1, 1 << 40)
+    rooms, ended = itertools.chain([short] * n_looks, itertools.repeat(Room(1 << 30, 1 << 30))), []
     shedding = LoadShedding(lambda _: ended.append(1) or 3, max_message_bytes=1000, room=lambda: next(rooms))
     assert asyncio.run(shedding.look())
     assert len(ended) == n_looks - 1
+
+
+def test_streams_are_ended_before_memory_that_falls_fast_is_short() -> None:
+    least, step = MESSAGES_LEFT * 1000, 300
+    rooms = (Room(left, 1 << 40) for left in itertools.count(3 * least, -step))
+    last = [next(rooms)]
+
+    def room() -> Room:
+        last.append(next(rooms))
+        return last[-1]
+
+    async def ended_at() -> int:
+        ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def end_waiting(_: float) -> int:
+            if not ended.done():
+                ended.set_result(last[-1].left)
+            return 1
+
+        running = asyncio.create_task(LoadShedding(end_waiting, max_message_bytes=1000, room=room).run())
+        try:
+            return await asyncio.wait_for(ended, TIMEOUT_S)
+        finally:
+            running.cancel()
+
+    left = asyncio.run(ended_at())
+    assert least + (FALLS_AHEAD - 1) * (FALL_CHECKS - 1) * step < left < least + (FALLS_AHEAD + 1) * FALL_CHECKS * step
 
 
 def shed(server: Running, *, n: int) -> None:

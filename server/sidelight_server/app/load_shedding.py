@@ -7,6 +7,8 @@ frees the buffered part of its next message.
 
 import asyncio
 import logging
+import threading
+from collections import deque
 from collections.abc import Callable
 
 from ..compute.host_memory import Room, give_back, room
@@ -14,17 +16,22 @@ from ..telemetry.logs import Event
 
 log = logging.getLogger("sidelight")
 
-EVERY_S = 0.25  # between two checks, and the least wait of a stream that is ended, so that busy ones are not
-FREEING_S = 0.25  # time for ended streams to free their memory
-VAIN_PAUSE_S = 1.0  # pause if memory is still short after ending streams: something else uses it
-MESSAGES_LEFT = 4  # memory is short below this many of the largest messages, which 10 Gbit/s bring between checks
+EVERY_S = 0.02  # between two checks, each of which takes 0.1 ms
+FALL_CHECKS = 5  # how fast memory falls is measured over this many checks,
+FALLS_AHEAD = 2  # and it is short if it would be after this many times as long
+BUSY_S = 0.1  # a stream is not ended if it has waited for a shorter time
+FREEING_S = 0.1  # time for ended streams to free their memory
+VAIN_PAUSE_S = 0.25  # pause if memory is still short and no stream can be ended: something else uses it
+MESSAGES_LEFT = 6  # memory is short below this many of the largest messages
 SHARE_OF_LIMIT = 0.25  # but not above this share of the limit: a small idle server is not short of memory
 
 
 class LoadShedding:
-    """Checks the available memory, and ends waiting streams while it is short. Used on the event loop only.
+    """Checks the available memory, and ends waiting streams while it is short.
 
-    Freed memory that the C library keeps is returned to the system first, which may be sufficient.
+    A thread checks, because the event loop may be busy with messages for longer than the memory lasts. Streams are
+    ended on the event loop. Freed memory that the C library keeps is returned to the system first, which may be
+    sufficient; where memory is very short that would take too long, and comes second.
     """
 
     def __init__(
@@ -38,30 +45,50 @@ class LoadShedding:
         self._end_waiting = end_waiting
         self._max_message_bytes = max_message_bytes
         self._room = room
+        self._fall_bytes = 0  # of the available memory, over the last checks
+        self._is_closed = threading.Event()
 
     async def run(self) -> None:
         """Check periodically, until cancelled."""
-        while True:
-            pause_s = EVERY_S if await self.look() else VAIN_PAUSE_S
-            await asyncio.sleep(pause_s)
+        try:
+            while True:
+                await asyncio.to_thread(self._wait_until_short)
+                if not await self.look():
+                    await asyncio.sleep(VAIN_PAUSE_S)
+        finally:
+            self._is_closed.set()
 
     async def look(self) -> bool:
-        """Check once, and end streams if memory is short. Return False if it still is."""
-        if not self._shortage():
-            return True
-        await asyncio.to_thread(give_back)
+        """Check once, and end streams if memory is short. Return False if it is, and none could be ended."""
         if not (short := self._shortage()):
             return True
-        n_ended = self._end_waiting(EVERY_S)
+        if not self._is_short(short, share=0.5):
+            await asyncio.to_thread(give_back)
+            if not (short := self._shortage()):
+                return True
+        n_ended = self._end_waiting(BUSY_S)
         if n_ended:
             log.warning(Event("streams_shed", streams=n_ended, left_bytes=short.left, limit_bytes=short.limit))
             await asyncio.sleep(FREEING_S)
-            await asyncio.to_thread(give_back)
-        return not self._shortage()
+        await asyncio.to_thread(give_back)
+        return n_ended > 0 or not self._shortage()
+
+    def _wait_until_short(self) -> None:
+        """Return once memory is short, or once this is closed."""
+        last: deque[int] = deque(maxlen=FALL_CHECKS)
+        while not self._is_closed.wait(EVERY_S):
+            if now := self._room():
+                last.append(now.left)
+                self._fall_bytes = max(0, last[0] - now.left)
+                if self._is_short(now):
+                    return
 
     def _shortage(self) -> Room | None:
         """Return the available memory if it is short; None if it is sufficient or unknown."""
         now = self._room()
-        if now is None or now.left >= min(MESSAGES_LEFT * self._max_message_bytes, SHARE_OF_LIMIT * now.limit):
-            return None
-        return now
+        return now if now and self._is_short(now) else None
+
+    def _is_short(self, now: Room, *, share: float = 1.0) -> bool:
+        """Whether less than a share of what should be left is left, or will be soon."""
+        least_bytes = min(MESSAGES_LEFT * self._max_message_bytes, SHARE_OF_LIMIT * now.limit)
+        return now.left - FALLS_AHEAD * self._fall_bytes < share * least_bytes
