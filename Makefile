@@ -119,13 +119,13 @@ pyhealth: .venv/.ready .venv-pyhealth/.ready
 SOAKS = faults kills memory attack
 soak-long: SOAKS += storm messages
 soak soak-long: .venv/.ready
-	@code=0; for each in $(SOAKS); do $(BIN)/python -m benchmarks.$$each || code=1; done; exit $$code
+	@code=0; for each in $(SOAKS); do $(BIN)/python -m benchmarks.soak.$$each || code=1; done; exit $$code
 
 # Bytes found by coverage, a minute for each target. The newest release for each Python; 3.0.0 is the last for 3.11.
 fuzz: .venv/.ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps 'atheris>=3.0,<4'
-	$(BIN)/python -m benchmarks.fuzz wire --seconds 60
-	$(BIN)/python -m benchmarks.fuzz files --seconds 60
+	$(BIN)/python -m benchmarks.soak.fuzz wire --seconds 60
+	$(BIN)/python -m benchmarks.soak.fuzz files --seconds 60
 
 # Each method of 24 architectures against its oracle, and the table of docs/reference/models.md against what they gave.
 zoo: .venv/.ready

@@ -15,7 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from sidelight_server.compute.torch_device import cpu_quota
 
-from . import (
+from . import peers
+from .soak import memory, messages
+from .speed import (
     captum,
     contention,
     counting,
@@ -23,15 +25,12 @@ from . import (
     fairness,
     fidelity,
     kernel,
-    memory,
-    messages,
     models,
-    peers,
     service,
     tolerance,
     transport,
 )
-from .measure import Line
+from .support.measure import Line
 
 RESULTS = Path(__file__).parent / "results"
 MODULES = {

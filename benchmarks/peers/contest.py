@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from sidelight_server.compute.torch_device import cpu_quota
 
-from ..measure import Line
-from ..nets import SIZE, resnet18
+from ..support.measure import Line
+from ..support.nets import SIZE, resnet18
 from .field import FAST, OURS, PEERS
 from .record import Record, Round
 from .rival import Flags, NotRun, Rival, Setting

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.nets import resnet18
-from benchmarks.original import PyHealthModel, original_class
+from benchmarks.support.nets import resnet18
+from benchmarks.support.original import PyHealthModel, original_class
 
 from .driver import Answer, Image, Loop, drive
 from .rival import arguments

@@ -11,7 +11,7 @@ import sidelight
 from .driver import Answer, Image, Loop, drive
 from .rival import arguments
 
-MODEL = "python:benchmarks.nets:resnet18"
+MODEL = "python:benchmarks.support.nets:resnet18"
 FAST = ("--precision", "bfloat16", "--fold", "--channels-last")
 CONNECT_TIMEOUT_S = 120.0  # the server loads torch, and measures its chunks
 

@@ -22,7 +22,7 @@ from sidelight_server.app.health import MAX_PEER_WATCHES
 from sidelight_server.rpc import interceptors, receive_limit, stream
 from torch import Tensor, nn
 
-from benchmarks.hostile import ATTRIBUTE, CHECK, INFO, STREAM, WATCH, Caller, framed
+from benchmarks.support.http2_caller import ATTRIBUTE, CHECK, INFO, STREAM, WATCH, Caller, framed
 from support.certificates import secret
 from support.conversation import Conversation
 from support.counters import count_of

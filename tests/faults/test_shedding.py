@@ -17,8 +17,8 @@ from sidelight_server.app.load_shedding import FALL_CHECKS, FALLS_AHEAD, MESSAGE
 from sidelight_server.compute import host_memory
 from sidelight_server.compute.host_memory import Room
 
-from benchmarks.attack import Limited
-from benchmarks.hostile import STREAM, Caller, framed
+from benchmarks.support.cgroup import MemoryGroup
+from benchmarks.support.http2_caller import STREAM, Caller, framed
 from support.conversation import Conversation
 from support.messages import assert_explains, attribute, floats, linear_maps
 from support.models import Linear
@@ -309,15 +309,15 @@ def test_a_client_whose_streams_are_ended_all_the_time_gets_every_answer_once(tm
 
 
 @pytest.fixture
-def group() -> Iterator[Limited]:
-    with contextlib.closing(Limited(700 * MEBIBYTE)) as group:
+def group() -> Iterator[MemoryGroup]:
+    with contextlib.closing(MemoryGroup(700 * MEBIBYTE)) as group:
         if group.path is None:
             pytest.skip("no control group can be made")
         yield group
 
 
 @pytest.mark.slow
-def test_unfinished_messages_that_hold_more_than_the_limit_end_no_process(group: Limited, tmp_path: Path) -> None:
+def test_unfinished_messages_that_hold_more_than_the_limit_end_no_process(group: MemoryGroup, tmp_path: Path) -> None:
     """Fourteen of 62 MiB of which the last byte never comes: 868 MiB of 700, and a good stream beside them."""
     n, size, to = 14, 62 * MEBIBYTE, f"unix:{tmp_path}/socket"
     calls: list[tuple[Caller, int]] = []

@@ -87,7 +87,7 @@ def original() -> Iterator[Any]:
     sys.path.insert(0, str(ROOT))
     before = {name for name in sys.modules if name.startswith("pyhealth")}
     try:
-        from benchmarks.original import original_class
+        from benchmarks.support.original import original_class
 
         yield original_class()
     finally:

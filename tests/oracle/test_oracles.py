@@ -211,7 +211,7 @@ def test_maps_are_equal_to_the_originals(
     torch.save(x, files[1])
     # The original needs stand-ins for the rest of its package, so it runs in a process of its own.
     subprocess.run(
-        [sys.executable, "-m", "benchmarks.original", *files],
+        [sys.executable, "-m", "benchmarks.support.original", *files],
         check=True,
         timeout=100,
         cwd=ROOT,

@@ -29,7 +29,7 @@ from sidelight_server.inputs.decode_worker import BYTES_PER_PIXEL, SPARE_BYTES, 
 from sidelight_server.inputs.decoding import decode
 from sidelight_server.inputs.preprocessing import Preprocessing
 
-from benchmarks.bombs import many_scans
+from benchmarks.support.bombs import many_scans
 from support import TESTS
 from support.models import sized_cnn
 from support.processes import counts_memory

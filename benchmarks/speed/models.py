@@ -19,12 +19,12 @@ from sidelight_server.compute.kernel import Kernel
 from sidelight_server.compute.torch_device import cpu_quota
 from sidelight_server.inputs.preprocessing import Preprocessing
 
+from ..support.measure import Line, in_turns, ratio, server
+from ..support.nets import SIZE, resnet18
+from ..support.original import PyHealthModel, original_class
 from .kernel import maps
-from .measure import Line, in_turns, ratio, server
-from .nets import SIZE, resnet18
-from .original import PyHealthModel, original_class
 
-SOURCE = "python:benchmarks.nets:resnet18"
+SOURCE = "python:benchmarks.support.nets:resnet18"
 LOADING_GOAL = 1.5
 PREPROCESSING_GOAL = 0.1
 RELOAD_GOAL = 2.0

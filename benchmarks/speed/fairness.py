@@ -10,10 +10,11 @@ import grpc
 import numpy as np
 import sidelight
 from sidelight.v1 import attribution_pb2 as pb
-from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
+from sidelight.v1 import attribution_pb2_grpc
 
-from .measure import Line, in_turns, ratio, server
-from .nets import SMALL
+from ..support.measure import Line, in_turns, ratio, server
+from ..support.nets import SMALL
+from ..support.requests import request
 
 FLOOD_STEPS, FLOOD_BATCH, N_FLOODS = 300, 4, 4
 N_CALLS = 150
@@ -24,19 +25,12 @@ STREAM_GOAL, UNARY_GOAL = 0.85, 0.75
 
 def run() -> list[Line]:
     """Measure both on a ResNet-18 at 64²."""
-    with server("python:benchmarks.nets:resnet18_small") as (address, _), sidelight.connect(address) as client:
+    with server("python:benchmarks.support.nets:resnet18_small") as (address, _), sidelight.connect(address) as client:
         model = client.info().models[0]
         return [
             *asyncio.run(_beside_a_flood(address, chunk_rows=model.chunk_rows)),
             *_many_callers(address, client, batch=model.chunk_rows),
         ]
-
-
-def request(images: np.ndarray, method: sidelight.methods.Method, id_: str = "") -> pb.AttributeRequest:
-    """Return the message that explains pixels, uint8 [N, H, W, C]."""
-    tensor = tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_UINT8, shape=images.shape, data=images.tobytes())
-    target = pb.Target(predicted=pb.PredictedTarget())
-    return pb.AttributeRequest(id=id_, images=tensor_pb2.Images(tensor=tensor), target=target, method=method.message())
 
 
 async def _beside_a_flood(address: str, *, chunk_rows: int) -> list[Line]:

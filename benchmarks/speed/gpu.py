@@ -1,8 +1,8 @@
 """Given a GPU: its kernels against the CPU's, and how fast they are, for `docs/explanation/performance.md`.
 
-`python -m benchmarks.gpu` prints two tables and writes `benchmarks/results/gpu.json`. It exits with 1 where a map or a
-goal is missed, and with 2 where there is no GPU: then nothing was measured. `--rehearse` runs the same lines on the CPU
-with a small net, to see that they run; its figures mean nothing.
+`python -m benchmarks.speed.gpu` prints two tables and writes `benchmarks/results/gpu.json`. It exits with 1 where a map
+or a goal is missed, and with 2 where there is no GPU: then nothing was measured. `--rehearse` runs the same lines on
+the CPU with a small net, to see that they run; its figures mean nothing.
 """
 
 import argparse
@@ -32,10 +32,10 @@ from sidelight_server.domain import PREDICTED, Score
 from sidelight_server.models.model import Model
 from torch import Tensor
 
-from . import nets
-from .measure import server
+from ..support import nets
+from ..support.measure import server
 
-RESULTS = Path(__file__).parent / "results" / "gpu.json"
+RESULTS = Path(__file__).parent.parent / "results" / "gpu.json"
 FASTER = {"fold": True, "channels_last": True}
 STREAM_GOAL, SEED_GOAL = 0.9, 3.0
 # Of the mean rank correlation with the CPU's exact maps. TF32 has 10 bits of mantissa, bf16 has 7.
@@ -233,7 +233,7 @@ class Bench:
         """Run a server, and give a client that shares memory with it."""
         flags += ["--max-chunk-rows", str(self.n_rows)]
         with (
-            server(f"python:benchmarks.nets:{factory}", *flags) as (address, _),
+            server(f"python:benchmarks.support.nets:{factory}", *flags) as (address, _),
             sidelight.connect(address, shared_memory=True) as client,
         ):
             yield client

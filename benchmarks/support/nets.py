@@ -1,14 +1,26 @@
-"""The models that are measured: factories for `sidelight-server --model python:benchmarks.nets:…`."""
+"""The models that are measured: factories for `sidelight-server --model python:benchmarks.support.nets:…`."""
 
 import torch
 from sidelight_server import ModelSpec
 from sidelight_server.models.sources.demo import efficientnet_lite0
 from torch import Tensor, nn
 
+from .held import without_reserve
+
 SIZE = 224
 SMALL = 64
 
-__all__ = ["SIZE", "SMALL", "efficientnet_lite0", "resnet18", "resnet18_small", "resnet50", "resnet50_tf32"]
+__all__ = [
+    "SIZE",
+    "SMALL",
+    "efficientnet_lite0",
+    "resnet18",
+    "resnet18_small",
+    "resnet50",
+    "resnet50_tf32",
+    "small_cnn",
+    "trimmed_cnn",
+]
 
 
 class Logits(nn.Module):
@@ -55,3 +67,16 @@ def resnet50_tf32() -> ModelSpec:
     """Return the same, where a GPU's convolutions and products may round float32 to TF32: for all of the process."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     return resnet50()
+
+
+def small_cnn() -> ModelSpec:
+    """Return a small CNN at 64², fast enough for tests of thousands of requests."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10))
+    return ModelSpec(module, input_size=(3, SMALL, SMALL))
+
+
+def trimmed_cnn() -> ModelSpec:
+    """Return the same, for a server whose resident memory is what it uses."""
+    without_reserve()
+    return small_cnn()

@@ -66,7 +66,7 @@ def _drain(pipe: IO[str]) -> None:
 @contextlib.contextmanager
 def server(model: str, *flags: str, address: str = "") -> Iterator[tuple[str, int]]:
     """Run a server as a process of its own; give its address, a fresh one if none is named, and process id."""
-    root = Path(__file__).parent.parent
+    root = Path(__file__).parent.parent.parent
     with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
         address = address or f"unix:{folder}/socket"
         command = [sys.executable, "-m", "sidelight_server", "--model", model, "--listen", address, *flags]

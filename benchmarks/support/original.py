@@ -1,7 +1,7 @@
 """The original: PyHealth 2.1.0's `BasicGradientSaliencyMaps`, loaded without the rest of its package.
 
-As a program, `python -m benchmarks.original MODULE.pt IMAGES.pt MAPS.npy` explains a batch by it: a process of its own
-keeps the stand-ins for PyHealth's packages out of the caller's.
+`python -m benchmarks.support.original MODULE.pt IMAGES.pt MAPS.npy` explains a batch by it in a process of its own, so
+that the caller does not get the stand-ins for PyHealth's packages.
 """
 
 import functools

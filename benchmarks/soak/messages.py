@@ -1,6 +1,6 @@
 """Messages without end on streams, one in ten taken back and one in twenty bad: what the server holds stays the same.
 
-`python -m benchmarks.messages --messages 100000`.
+`python -m benchmarks.soak.messages --messages 100000`.
 """
 
 import argparse
@@ -15,10 +15,10 @@ import sidelight
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
 
-from .fairness import request
-from .held import growth, settled
-from .measure import Line, report, server
-from .memory import SIZE
+from ..support.held import growth, settled
+from ..support.measure import Line, report, server
+from ..support.nets import SMALL
+from ..support.requests import request
 
 N_MESSAGES, N_STREAMS, WINDOW = 100_000, 4, 16
 WARM_UP_SHARE = 5  # the first fifth of them
@@ -26,7 +26,7 @@ WARM_UP_SHARE = 5  # the first fifth of them
 
 def run(n_messages: int = N_MESSAGES) -> list[Line]:
     """Send them over four streams at once, and compare what the server held after the first fifth and at the end."""
-    with server("python:benchmarks.memory:trimmed", "--threads", "1") as (address, pid):
+    with server("python:benchmarks.support.nets:trimmed_cnn", "--threads", "1") as (address, pid):
         process = psutil.Process(pid)
         asyncio.run(_send(address, n_messages // WARM_UP_SHARE))
         before = settled(process)
@@ -45,7 +45,7 @@ async def _send(address: str, n_messages: int) -> collections.Counter[str]:
 
 
 async def _stream(stub: attribution_pb2_grpc.AttributionServiceStub, n_messages: int) -> collections.Counter[str]:
-    images = np.random.default_rng(0).integers(0, 256, (4, SIZE, SIZE, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (4, SMALL, SMALL, 3), np.uint8)
     asked = [request(images[: 1 + n], sidelight.Gradient()) for n in range(4)]
     bad = request(images, sidelight.Gradient())
     bad.images.tensor.shape[0] = 5

@@ -10,9 +10,9 @@ from sidelight_server.compute.kernel import Kernel
 from sidelight_server.compute.torch_device import cpu_quota
 from sidelight_server.config.options import KernelOptions
 
+from ..support.measure import Line, in_turns, ratio, server
+from ..support.nets import SIZE, resnet18
 from .kernel import maps
-from .measure import Line, in_turns, ratio, server
-from .nets import SIZE, resnet18
 
 BATCH = 8
 N_BATCHES = 16
@@ -31,7 +31,10 @@ def run() -> list[Line]:
     for options in (KernelOptions(), HALF):
         precision = ("--precision", options.precision) if options.precision else ()
         flags = (*precision, *(f"--{name.replace('_', '-')}" for name in options.names))
-        with server("python:benchmarks.nets:resnet18", *flags) as (address, _), sidelight.connect(address) as client:
+        with (
+            server("python:benchmarks.support.nets:resnet18", *flags) as (address, _),
+            sidelight.connect(address) as client,
+        ):
             lines.append(_stream(client, batches, options))
             if options.is_exact:
                 lines.append(_call(client, batches[0][:1]))

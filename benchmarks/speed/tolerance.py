@@ -1,6 +1,7 @@
 """Integrated gradients to a tolerance: how many rows they take, and how far they stay from the integral.
 
-`python -m benchmarks.tolerance --photographs 22` takes them all; a reference of 1,025 nodes takes most of the time.
+`python -m benchmarks.speed.tolerance --photographs 22` uses all of them. Most of the time is for the reference of
+1,025 nodes.
 """
 
 import argparse
@@ -11,7 +12,7 @@ import numpy as np
 import sidelight
 from sidelight._cli.demo import photographs
 
-from .measure import Line, report, server
+from ..support.measure import Line, report, server
 
 TOLERANCE = 0.05
 REFERENCE_NODES = 1025
@@ -26,7 +27,7 @@ def run(n_photographs: int = PHOTOGRAPHS) -> list[Line]:
     reference = sidelight.IntegratedGradients(steps=REFERENCE_NODES, rule="trapezoid")
     rows, away, completeness = [], [], []
     with (
-        server("python:benchmarks.nets:efficientnet_lite0") as (address, _),
+        server("python:benchmarks.support.nets:efficientnet_lite0") as (address, _),
         sidelight.connect(address) as client,
     ):
         for path in paths:

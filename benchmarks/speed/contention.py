@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 from sidelight_server.app.openmp import SPIN_COUNT, VARIABLES
 
-from .measure import Line, ratio
+from ..support.measure import Line, ratio
 
 POLICIES: dict[str, dict[str, str]] = {
     "OpenMP's own": {"GOMP_SPINCOUNT": "300000"},  # said, since `benchmarks` would put in another where nothing is said

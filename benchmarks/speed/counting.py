@@ -10,8 +10,8 @@ from sidelight_server.domain import Answer
 from sidelight_server.telemetry.counters import Tally
 from sidelight_server.telemetry.recorder import Telemetry
 
-from .measure import Line, in_turns, ratio, server
-from .memory import SIZE, small
+from ..support.measure import Line, in_turns, ratio, server
+from ..support.nets import SMALL, small_cnn
 
 N_CALLS = 500
 N_COUNTED = 20_000
@@ -20,7 +20,7 @@ GOAL = 0.01
 
 def run() -> list[Line]:
     """Compare the two, from one run."""
-    image = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+    image = np.zeros((1, SMALL, SMALL, 3), np.uint8)
     answer, telemetry = _answer(image), Telemetry()
 
     def counted() -> None:
@@ -29,7 +29,7 @@ def run() -> list[Line]:
             telemetry.answered(call_record, answer, Tally.of(answer))
             telemetry.end(call_record)
 
-    with server("python:benchmarks.memory:small") as (address, _), sidelight.connect(address) as client:
+    with server("python:benchmarks.support.nets:small_cnn") as (address, _), sidelight.connect(address) as client:
 
         def called() -> None:
             for _ in range(N_CALLS):
@@ -51,5 +51,5 @@ def run() -> list[Line]:
 
 
 def _answer(image: np.ndarray) -> Answer:
-    with Engine([small()], Settings(device="cpu")) as engine:
+    with Engine([small_cnn()], Settings(device="cpu")) as engine:
         return asyncio.run(engine.attribute(Request(image)))

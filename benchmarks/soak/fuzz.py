@@ -1,6 +1,6 @@
 """Fuzz: bytes that atheris finds by coverage, into what reads messages and files. `make fuzz`.
 
-`python -m benchmarks.fuzz wire --seconds 60`, or `files`. It ends at the first exception that is not foreseen, and
+`python -m benchmarks.soak.fuzz wire --seconds 60`, or `files`. It ends at the first exception that is not foreseen, and
 writes the bytes that caused it beside itself.
 """
 
@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["sidelight_server", "sidelight", "PIL"]
 
 import sidelight
 
-from .fairness import request
+from ..support.requests import request
 
 MAX_PIXELS = 1_000_000
 METHODS = (

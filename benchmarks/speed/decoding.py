@@ -11,7 +11,7 @@ from sidelight_server.inputs.decode_worker import Order
 from sidelight_server.inputs.decoding import decode
 from sidelight_server.inputs.preprocessing import Preprocessing
 
-from .measure import Line, in_turns
+from ..support.measure import Line, in_turns
 
 PREPROCESSING = Preprocessing(3, 224, 224, (0.0,) * 3, (1.0,) * 3, 256, "bilinear")
 ORDER = Order(PREPROCESSING, max_pixels=50_000_000, max_s=60.0)

@@ -1,4 +1,4 @@
-"""Kills: servers killed under a stream, and callers killed in the middle of one. `python -m benchmarks.kills`."""
+"""Kills: servers killed under a stream, and callers killed in the middle of one. `python -m benchmarks.soak.kills`."""
 
 import argparse
 import asyncio
@@ -22,8 +22,8 @@ import torch
 from sidelight_server import Engine, Settings
 from sidelight_server.app.server import Server
 
-from .measure import Line, report, server
-from .memory import SIZE, small
+from ..support.measure import Line, report, server
+from ..support.nets import SMALL, small_cnn
 
 N_SERVER_KILLS, N_BATCHES = 20, 2000
 N_CALLER_KILLS = 100
@@ -32,7 +32,7 @@ SETTLE_S = 30.0
 
 CALLER = f"""
 import itertools, numpy, sidelight, sys
-pixels = numpy.zeros((4, {SIZE}, {SIZE}, 3), numpy.uint8)
+pixels = numpy.zeros((4, {SMALL}, {SMALL}, 3), numpy.uint8)
 with sidelight.connect(sys.argv[1], shared_memory=sys.argv[2] == "shared") as client:
     for answer in client.stream(itertools.repeat(pixels)):
         print("answered", flush=True)
@@ -48,7 +48,7 @@ def run(n_server_kills: int = N_SERVER_KILLS, n_caller_kills: int = N_CALLER_KIL
 def batches(n: int) -> Iterator[np.ndarray]:
     """Yield batches of one to four pictures, each time the same."""
     for i in range(n):
-        yield np.random.default_rng(i).integers(0, 256, (1 + i % 4, SIZE, SIZE, 3), np.uint8)
+        yield np.random.default_rng(i).integers(0, 256, (1 + i % 4, SMALL, SMALL, 3), np.uint8)
 
 
 @contextlib.contextmanager
@@ -83,7 +83,7 @@ def _servers(n_kills: int) -> Line:
     with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
         address = f"unix:{folder}/socket"
         with (
-            rising("python:benchmarks.memory:small", address) as ids,
+            rising("python:benchmarks.support.nets:small_cnn", address) as ids,
             sidelight.connect(address, connect_timeout=120) as client,
         ):
             expected = {answer.index: answer.maps for answer in client.stream(batches(N_BATCHES))}
@@ -130,7 +130,7 @@ def _slowly(n_kills: int) -> Iterator[np.ndarray]:
 async def _callers(n_kills: int) -> Line:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="sidelight-", dir="/dev/shm") as shared:
-        engine = Engine([small()], Settings(device="cpu", threads=1, shared_memory=Path(shared)))
+        engine = Engine([small_cnn()], Settings(device="cpu", threads=1, shared_memory=Path(shared)))
         running = Server(engine, listen=(f"unix:{shared}/socket",), plaintext=False)
         await running.start()
         try:

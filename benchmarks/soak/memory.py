@@ -1,4 +1,4 @@
-"""Memory: the server's resident bytes over thousands of requests. `python -m benchmarks.memory --requests 5000`."""
+"""Resident memory of the server over thousands of requests: `python -m benchmarks.soak.memory --requests 5000`."""
 
 import argparse
 import sys
@@ -7,33 +7,20 @@ from collections.abc import Iterator
 import numpy as np
 import psutil
 import sidelight
-import sidelight_server
-import torch
-from torch import nn
 
-from .held import growth, settled, without_reserve
-from .measure import Line, report, server
+from ..support.held import growth, settled
+from ..support.measure import Line, report, server
+from ..support.nets import SMALL
 
-SIZE = 64
 WARM_UP = 500
-
-
-def small() -> sidelight_server.ModelSpec:
-    """Return a small CNN: the requests are many, so the model must be quick."""
-    torch.manual_seed(0)
-    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10))
-    return sidelight_server.ModelSpec(module, input_size=(3, SIZE, SIZE))
-
-
-def trimmed() -> sidelight_server.ModelSpec:
-    """Return it, in a server whose resident memory is what it uses."""
-    without_reserve()
-    return small()
 
 
 def run(n_requests: int = 5000) -> list[Line]:
     """Send requests of every kind, half of them on streams, one in twenty of them bad, and compare resident memory."""
-    with server("python:benchmarks.memory:trimmed") as (address, pid), sidelight.connect(address) as client:
+    with (
+        server("python:benchmarks.support.nets:trimmed_cnn") as (address, pid),
+        sidelight.connect(address) as client,
+    ):
         process = psutil.Process(pid)
         _send(client, WARM_UP)
         before = settled(process)
@@ -47,7 +34,7 @@ def _send(client: sidelight.Client, n_requests: int) -> None:
 
     def images(n: int) -> Iterator[object]:
         for i in range(n):
-            shape = (1 + i % 8, SIZE + i % 3, SIZE, 3)  # some are resized
+            shape = (1 + i % 8, SMALL + i % 3, SMALL, 3)  # some are resized
             yield b"no picture" if i % 20 == 0 else rng.integers(0, 256, shape, np.uint8)
 
     for answer in client.stream(images(n_requests // 2), on_error="return"):

@@ -10,9 +10,9 @@ from sidelight_server.domain import PREDICTED, Score
 from sidelight_server.methods.channels import Channels, Magnitude, reduce
 from torch import Tensor, nn
 
-from .measure import Line, in_turns, ratio
-from .nets import SIZE, efficientnet_lite0, resnet18
-from .original import PyHealthModel, original_class
+from ..support.measure import Line, in_turns, ratio
+from ..support.nets import SIZE, efficientnet_lite0, resnet18
+from ..support.original import PyHealthModel, original_class
 
 BATCH = 8
 GOAL = 1.4

@@ -1,93 +1,29 @@
-"""Faults: malformed inputs and failing models beside good requests; a drain, deaths. `python -m benchmarks.faults`.
+"""Malformed inputs of many kinds, and examples that make the model fail, beside good requests."""
 
-The figures of `docs/explanation/reliability.md`.
-"""
-
-import argparse
 import contextlib
 import itertools
-import os
 import random
-import resource
-import signal
 import socket
-import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import grpc
 import numpy as np
 import psutil
 import sidelight
-import sidelight_server
-import torch
 from sidelight.v1 import attribution_pb2_grpc
-from torch import Tensor, nn
 
-from .fairness import request
-from .held import growth, settled, without_reserve
-from .measure import Line, report, server
+from ...support.held import growth, settled
+from ...support.measure import Line, server
+from ...support.requests import request
+from .model import FAULTS, MODEL, images
 
-SECONDS = 60.0
-SIZE = 16
 N_CONNECTIONS = 1000
-SHARE = 4e-6  # of a map's maximum: the contract for an example in other company
-NOTICE_GOAL_S = {signal.SIGKILL: 5.0, signal.SIGSTOP: 45.0}
-DRAIN_S = 5.0
-FAULTS = ("raises", "is not finite", "has no memory", "exits", "gives another shape")
+SHARE = 4e-6  # of a map's maximum: the contract for an example beside other neighbors
 SETTINGS = b"\4"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
-
-
-class Moody(nn.Module):
-    """A small CNN that fails on inputs that begin with 1001, 1002, …: one number for each of `FAULTS`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.inner = nn.Sequential(
-            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 10)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.inner(x)
-        first = x.detach().flatten(1)[:, 0]
-        moods = set(first.tolist())
-        if 1001.0 in moods:
-            raise RuntimeError("in a bad mood")
-        if 1003.0 in moods:
-            raise MemoryError
-        if 1004.0 in moods:
-            raise SystemExit(3)
-        if 1005.0 in moods:
-            return out[:, None, None, None]
-        return out * torch.where(first == 1002.0, torch.nan, 1.0)[:, None]
-
-
-def moody() -> sidelight_server.ModelSpec:
-    """Return it, for `python:benchmarks.faults:moody`."""
-    without_reserve()
-    return sidelight_server.ModelSpec(Moody(), input_size=(3, SIZE, SIZE), name="moody")
-
-
-def run(seconds: float = SECONDS) -> Iterator[Line]:
-    """Run all of it: `seconds` and a third of them, and about a minute and a half."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 65536) if hard > 0 else 65536, hard))
-    try:
-        yield from _storm(seconds)
-        yield _drain()
-        yield _deaths(signal.SIGKILL)
-        yield _deaths(signal.SIGSTOP)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-def images(n: int, seed: int = 0) -> np.ndarray:
-    """Return n model-ready examples."""
-    return np.random.default_rng(seed).standard_normal((n, 3, SIZE, SIZE)).astype(np.float32)
 
 
 class Storm:
@@ -197,11 +133,11 @@ class Storm:
             connection.sendall(sent)
 
 
-def _storm(seconds: float) -> list[Line]:
+def storm(seconds: float) -> list[Line]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     address = f"127.0.0.1:{port}"
-    with server("python:benchmarks.faults:moody", address=address) as (_, pid):
+    with server(MODEL, address=address) as (_, pid):
         process = psutil.Process(pid)
         with sidelight.connect(address) as client:
             expected = client.attribute(images(2)).maps
@@ -251,70 +187,3 @@ def _crowd(address: str, port: int) -> int:
         with sidelight.connect(address) as client:
             assert not client.attribute(images(2)).failures
     return n_connected
-
-
-def _drain() -> Line:
-    """Stop a server that has work in hand, and say how long it took to end with 0."""
-    with server("python:benchmarks.faults:moody", "--drain-s", str(DRAIN_S)) as (address, pid):
-        process = psutil.Process(pid)
-        n_answered = 0
-        with sidelight.connect(address) as client:
-            stream = client.stream(itertools.repeat(images(8)), method=sidelight.SmoothGrad(samples=25), timeout=60)
-            for _ in itertools.islice(stream, 10):
-                n_answered += 1
-            began = time.perf_counter()
-            process.terminate()
-            code = process.wait(60)
-            took_s = time.perf_counter() - began
-    return Line(
-        what="drain of a server under a stream, from SIGTERM to its end",
-        figure=took_s,
-        unit="s",
-        goal=f"≤ {DRAIN_S:g}",
-        met=took_s <= DRAIN_S + 0.5 and not code,
-        detail=f"exit code {code}, {n_answered} batches answered before",
-    )
-
-
-def _deaths(number: signal.Signals) -> Line:
-    """Kill or stop one of two servers under a stream, and see when all that it had was answered by the other."""
-    model = "python:benchmarks.faults:moody"
-    with server(model) as (first, pid), server(model) as (second, _), sidelight.connect([first, second]) as client:
-        list(client.stream(images(2) for _ in range(50)))
-        n_read, killed_s, waits, n_before = 0, 0.0, 0.0, 0
-        places: list[int] = []
-
-        def batches() -> Iterator[np.ndarray]:
-            nonlocal n_read
-            until_s = time.monotonic() + NOTICE_GOAL_S[number] + 20
-            while time.monotonic() < until_s and not (killed_s and waits):
-                n_read += 1
-                yield images(2)
-
-        for answer in client.stream(batches(), method=sidelight.SmoothGrad(samples=20), timeout=120):
-            places.append(answer.index)
-            if len(places) == 50:
-                os.kill(pid, number)
-                killed_s, n_before = time.monotonic(), n_read
-                missing = set(range(n_before)) - set(places)
-            elif killed_s and not waits:
-                missing.discard(answer.index)
-                if not missing:
-                    waits = time.monotonic() - killed_s
-        if number is signal.SIGSTOP:
-            os.kill(pid, signal.SIGCONT)
-    once = sorted(places) == list(range(n_read))
-    return Line(
-        what=f"time until what a server had was answered by the other, after {number.name}",
-        figure=waits,
-        unit="s",
-        goal=f"≤ {NOTICE_GOAL_S[number]:g}",
-        met=once and 0 < waits <= NOTICE_GOAL_S[number],
-        detail=f"{n_read} batches, each answered once: {once}",
-    )
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=SECONDS)
-    sys.exit(report(run(parser.parse_args().seconds)))

@@ -1,7 +1,7 @@
 """Integrated gradients and SmoothGrad against Captum doing the same work: rate, maps, peak memory.
 
 Both run on the engine's own thread, in turns, so that neither has other threads or another allocator than the other.
-As a program, `python -m benchmarks.captum --peak ours|captum` prints the peak of one of them alone.
+As a program, `python -m benchmarks.speed.captum --peak ours|captum` prints the peak of one of them alone.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from sidelight_server import SmoothGrad as OurSmoothGrad
 from sidelight_server.compute.replica import replicate
 from torch import Tensor, nn
 
-from .measure import Line, in_turns, ratio
-from .nets import SIZE, resnet18
+from ..support.measure import Line, in_turns, ratio
+from ..support.nets import SIZE, resnet18
 
 BATCH, STEPS, SAMPLES, NOISE = 8, 50, 25, 0.15
 INTERNAL_BATCH_SIZES = (8, 16, 50)
@@ -155,7 +155,7 @@ def _distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
 
 
 def _peak_line() -> Line:
-    command = [sys.executable, "-m", "benchmarks.captum", "--peak"]
+    command = [sys.executable, "-m", "benchmarks.speed.captum", "--peak"]
     peaks = {
         who: float(subprocess.run([*command, who], check=True, capture_output=True, text=True).stdout)
         for who in ("ours", "captum")

@@ -1,4 +1,4 @@
-"""A storm: thousands of calls, half of them cancelled at random moments. `python -m benchmarks.storm`."""
+"""A storm: thousands of calls, half of them cancelled at random moments. `python -m benchmarks.soak.storm`."""
 
 import argparse
 import asyncio
@@ -12,10 +12,10 @@ import psutil
 import sidelight
 from sidelight.v1 import attribution_pb2_grpc
 
-from .fairness import request
-from .held import growth, settled
-from .measure import Line, report, server
-from .memory import SIZE
+from ..support.held import growth, settled
+from ..support.measure import Line, report, server
+from ..support.nets import SMALL
+from ..support.requests import request
 
 N_REQUESTS, AT_ONCE = 10_000, 64
 
@@ -31,7 +31,10 @@ METHODS = (
 
 def run(n_requests: int = N_REQUESTS) -> list[Line]:
     """Send the storm twice, and compare what the server holds after each. The next call must be served at once."""
-    with server("python:benchmarks.memory:trimmed") as (address, pid), sidelight.connect(address) as client:
+    with (
+        server("python:benchmarks.support.nets:trimmed_cnn") as (address, pid),
+        sidelight.connect(address) as client,
+    ):
         process = psutil.Process(pid)
         client.attribute(_images(1))
         asyncio.run(_storm(address, n_requests // 2))
@@ -92,7 +95,7 @@ async def _storm(address: str, n_requests: int) -> tuple[int, int]:
 
 
 def _images(n: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (n, SIZE, SIZE, 3), np.uint8)
+    return np.random.default_rng(0).integers(0, 256, (n, SMALL, SMALL, 3), np.uint8)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The maps of the faster kernels against the exact one's, on the demonstration's photographs.
 
-`python -m benchmarks.fidelity` prints the table of `docs/explanation/performance.md`; `--compile` adds torch.compile.
+`python -m benchmarks.speed.fidelity` prints the table of `docs/explanation/performance.md`; `--compile` adds
+torch.compile.
 """
 
 import argparse
@@ -28,8 +29,8 @@ from sidelight_server import (
 )
 from sidelight_server.methods import Method
 
-from .measure import Line
-from .nets import efficientnet_lite0
+from ..support.measure import Line
+from ..support.nets import efficientnet_lite0
 
 FOLDED = {"fold": True, "channels_last": True}
 CONFIGURATIONS: dict[str, dict[str, Any]] = {

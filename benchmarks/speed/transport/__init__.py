@@ -1,0 +1,154 @@
+"""The stream against a bare gRPC echo of the same bytes, and shared memory against both, on a model that costs nothing.
+
+Both servers run in processes of their own; both clients are the same few lines of raw stubs. `python -m benchmarks
+transport` runs it alone.
+"""
+
+import asyncio
+import contextlib
+import os
+import statistics
+import tempfile
+from pathlib import Path
+
+import grpc
+import psutil
+import sidelight_server
+from torch import Tensor, nn
+
+from ...support.measure import Line, in_turns, ratio, server
+from .echo import METHOD as ECHO
+from .echo import OPTIONS, echo
+from .exchange import STREAM, exchange, exchange_shared
+from .messages import CASES, Case, attribute, check_answer
+
+CHUNK_ROWS = 32
+N_IDLE, N_IDLE_CHANNELS, IDLE_GOAL_MB = 256, 8, 20
+SHARED_GOAL = 3.0
+ADDED_CASE, ADDED_GOAL_MS = "150 kB", 1.2
+
+
+class First(nn.Module):
+    """Logits that are ten of the input's elements: the gradient is there at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1)[:, :10]
+
+
+def costless() -> sidelight_server.ModelSpec:
+    """Return a model that takes arrays of any shape and computes nothing."""
+    return sidelight_server.ModelSpec(First())
+
+
+def run() -> list[Line]:
+    """Measure each size inline, the largest in shared memory too, and what idle streams hold."""
+    flags = ("--threads", "1", "--max-chunk-rows", str(CHUNK_ROWS))
+    with (
+        tempfile.TemporaryDirectory(prefix="sidelight-", dir=_memory()) as folder,
+        server("python:benchmarks.speed.transport:costless", *flags, "--shared-memory", folder) as (address, _),
+        echo() as echo_address,
+    ):
+        lines = [line for case in CASES for line in _inline(case, address, echo_address)]
+        lines.append(_shared(CASES[-1], address, Path(folder)))
+    # A server of its own: after a load, memory that was freed is reused or given back, and the figure would be chance.
+    with server("python:benchmarks.speed.transport:costless", *flags) as (address, pid):
+        return [*lines, _idle(address, pid)]
+
+
+def _inline(case: Case, address: str, echo: str) -> list[Line]:
+    requests = [attribute(case, str(n)) for n in range(4 * case.window)]
+
+    def stream() -> None:
+        asyncio.run(exchange(address, STREAM, requests, case, check=True))
+
+    def bare() -> None:
+        asyncio.run(exchange(echo, ECHO, requests, case, check=False))
+
+    seconds = in_turns({"echo": bare, "stream": stream})
+    share = ratio(seconds["echo"], seconds["stream"])
+    rates = {name: case.n / statistics.median(each) for name, each in seconds.items()}
+    line = Line(
+        what=f"stream over a bare gRPC echo, messages of {case.name}, a model that costs nothing",
+        figure=share,
+        unit="×",
+        goal=f"≥ {case.goal}",
+        met=share >= case.goal,
+        detail=f"{rates['stream']:.0f} against {rates['echo']:.0f} messages/s",
+    )
+    return [line, _added(rates)] if case.name == ADDED_CASE else [line]
+
+
+def _added(rates: dict[str, float]) -> Line:
+    """Decoding and encoding are a part of what a message takes beyond an echo: the engine's work is the rest."""
+    added_ms = 1e3 / rates["stream"] - 1e3 / rates["echo"]
+    return Line(
+        what=f"what the service adds to a message of {ADDED_CASE}, engine and scheduler included",
+        figure=added_ms,
+        unit="ms",
+        goal=f"≤ {ADDED_GOAL_MS}",
+        met=added_ms <= ADDED_GOAL_MS,
+        detail="time a message takes in a full stream, less that in a full echo",
+    )
+
+
+def _shared(case: Case, address: str, folder: Path) -> Line:
+    inline_requests = [attribute(case, str(n)) for n in range(4 * case.window)]
+
+    def inline() -> None:
+        asyncio.run(exchange(address, STREAM, inline_requests, case, check=True))
+
+    def shared() -> None:
+        asyncio.run(exchange_shared(address, case, folder))
+
+    seconds = in_turns({"inline": inline, "shared": shared})
+    faster = ratio(seconds["inline"], seconds["shared"])
+    rate = case.n / statistics.median(seconds["shared"])
+    return Line(
+        what=f"shared memory over inline, messages of {case.name}",
+        figure=faster,
+        unit="×",
+        goal=f"≥ {SHARED_GOAL:g}",
+        met=faster >= SHARED_GOAL,
+        detail=f"{rate:.0f} messages/s; the caller's copies into the region and out of it are counted",
+    )
+
+
+def _idle(address: str, pid: int) -> Line:
+    """Open streams that have had one answer each and stay silent."""
+    process = psutil.Process(pid)
+
+    async def measure() -> float:
+        request = attribute(CASES[0], "idle")
+        async with contextlib.AsyncExitStack() as stack:
+            channels = [
+                await stack.enter_async_context(grpc.aio.insecure_channel(address, [*OPTIONS, ("n", n)]))
+                for n in range(N_IDLE_CHANNELS)
+            ]
+            await asyncio.gather(*(_answered(channel, request) for channel in channels))
+            before = process.memory_info().rss
+            calls = [await _answered(channels[n % len(channels)], request) for n in range(N_IDLE)]
+            grown = process.memory_info().rss - before
+            for call in calls:
+                call.cancel()
+            return grown / 1e6
+
+    grown_mb = asyncio.run(measure())
+    return Line(
+        what=f"memory of {N_IDLE} idle streams",
+        figure=grown_mb,
+        unit="MB",
+        goal=f"0 to {IDLE_GOAL_MB}",
+        met=0 < grown_mb < IDLE_GOAL_MB,  # nothing, or less, is no measurement
+        detail=f"resident, {1000 * grown_mb / N_IDLE:.0f} kB each, on {N_IDLE_CHANNELS} connections",
+    )
+
+
+async def _answered(channel: grpc.aio.Channel, request: bytes) -> grpc.aio.StreamStreamCall[bytes, bytes]:
+    call = channel.stream_stream(STREAM)()
+    await call.write(request)
+    check_answer(await call.read())
+    return call
+
+
+def _memory() -> str | None:
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
