@@ -139,7 +139,7 @@ async def _callers(n_kills: int) -> Line:
                 await asyncio.to_thread(_kill_a_caller, f"unix:{shared}/socket", "shared" if n % 2 else "inline")
                 if n >= 2:  # what the first ones make for good is made
                     n_files = counts[0][2] if counts else None
-                    counts.append(await _settled(running, engine, Path(shared), n_files))
+                    counts.append(await _settled(running, Path(shared), n_files))
         finally:
             await running.stop(drain_s=0)
     first, last = counts[0], counts[-1]
@@ -160,13 +160,13 @@ def _kill_a_caller(address: str, way: str) -> None:
         caller.kill()
 
 
-async def _settled(running: Server, engine: Engine, folder: Path, n_files: int | None) -> tuple[int, int, int, int]:
+async def _settled(running: Server, folder: Path, n_files: int | None) -> tuple[int, int, int, int]:
     """Return the counts once nothing is at work any more, or as they are after a while."""
     until_s = time.monotonic() + SETTLE_S
     while True:
         counts = (
-            running.handler.admission.n_requests,
-            engine.n_unanswered,
+            running.counts().permits,
+            running.counts().requests,
             len(os.listdir("/proc/self/fd")),
             len(os.listdir(folder)) - 1,  # the socket
         )

@@ -235,11 +235,11 @@ def test_closing_a_stream_frees_the_servers_slots(gate: Gate, tmp_path: Path, ki
     """The server's permits are counted: taken while the batches are unanswered, and all back after `close()`."""
     endless = (floats(1, i) for i in itertools.count())
     with running(Gated(gate), tmp_path, device=device, max_chunk_rows=1) as server:
-        admission, address = server.server.handler.admission, server.server.addresses[0]
+        address = server.server.addresses[0]
         first = floats(1)
 
         def taken() -> int:
-            return int(admission.n_requests)
+            return server.counts().permits
 
         def synchronous() -> None:
             with sidelight.connect(address) as client:

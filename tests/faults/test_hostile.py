@@ -49,7 +49,7 @@ def address(server: Running) -> str:
 
 
 def n_held(server: Running) -> int:
-    return server.server.handler.admission.n_requests
+    return server.counts().permits
 
 
 def test_a_connection_has_so_many_calls_and_no_more(tmp_path: Path, device: str) -> None:
@@ -89,7 +89,7 @@ def test_watches_of_one_host_are_bounded_over_all_its_connections(tmp_path: Path
             second.until(lambda: all(call.is_over or call.data for call in second.calls.values()))
             assert [call for call in more if second.calls[call].status == RESOURCE_EXHAUSTED] == refused
             first.reset(half[0])
-            until(server, lambda: len(server.server._health._watchers) == MAX_PEER_WATCHES - 1)
+            until(server, lambda: server.counts().watches == MAX_PEER_WATCHES - 1)
             again = second.ask(WATCH, message)
             second.until(lambda: bool(second.calls[again].data))
 
@@ -128,7 +128,7 @@ def test_of_a_message_that_nobody_reads_yet_64_kib_are_taken(
         for _ in range(5):
             waiting = caller.begin(ATTRIBUTE)
             assert caller.send(waiting, framed(bytes(MEBIBYTE)), patience_s=0.3) <= 65_535
-        assert server.server._interceptor.n_arriving == 1
+        assert server.counts().arriving == 1
 
 
 def test_a_message_has_so_long_to_arrive_and_then_its_place_is_free(tmp_path: Path, device: str) -> None:
@@ -138,7 +138,7 @@ def test_a_message_has_so_long_to_arrive_and_then_its_place_is_free(tmp_path: Pa
         for call in calls:
             caller.send(call, framed(bytes(10), n_bytes=1000))
         assert [caller.result(call).status for call in calls] == [DEADLINE_EXCEEDED] * 3
-        until(server, lambda: server.server._interceptor.n_arriving == 0)
+        until(server, lambda: server.counts().arriving == 0)
 
 
 def test_a_caller_whose_large_messages_are_refused_has_the_next_ones_read_at_a_limited_rate(
@@ -212,7 +212,7 @@ def test_a_stream_whose_caller_never_reads_again_is_reset(
     with stalling as server, leaving_nothing(server), Caller(address(server), window=0) as caller:
         call = caller.begin(STREAM)
         caller.send(call, b"".join(framed(each.SerializeToString()) for each in requests))
-        until(server, lambda: not server.server.calls._streams)
+        until(server, lambda: not server.counts().streams)
         # gRPC keeps the call that came last until another comes.
         server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
         assert caller.result(call).status == CANCELLED
@@ -228,7 +228,7 @@ def test_small_calls_pass_a_large_batch_that_waits(tmp_path: Path, device: str) 
     ):
         stream.send(attribute("runs", large), attribute("waits", large))
         assert gate.reached.wait(TIMEOUT_S)
-        until(server, lambda: bool(server.server.handler.admission._waiting))
+        until(server, lambda: bool(server.counts().waiting))
         small = [server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S) for _ in range(10)]
         until(server, lambda: n_held(server) == 1 + len(small))
         gate.open()

@@ -199,7 +199,7 @@ def test_unfinished_messages_are_freed_and_streams_end_well(
             results = [caller.result(call) for call in calls]
             assert {(each.status, each.trailers["sidelight-end"]) for each in results} == {(0, "age")}
             assert good.end() == ([], grpc.StatusCode.OK, "age")
-            until(server, lambda: not counts(server).streams > quiet.streams)
+            until(server, lambda: not server.counts().streams > quiet.server.streams)
         lines = [str(record.msg) for record in caplog.records if "event=streams_shed" in str(record.msg)]
         assert lines
         assert sum(int(line.partition("streams=")[2].split()[0]) for line in lines) == 6

@@ -33,7 +33,7 @@ from support.messages import ask, attribute, floats
 from support.models import Linear
 from support.models.reloadable import SIZE, SOURCE, write_weights
 from support.processes import FACTORIES, LOCAL, start, started
-from support.servers import TIMEOUT_S, Running, serving
+from support.servers import TIMEOUT_S, serving
 
 Status = health_pb2.HealthCheckResponse
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = Status.SERVING, Status.NOT_SERVING, Status.SERVICE_UNKNOWN
@@ -328,7 +328,7 @@ def test_what_is_not_answered_in_time_is_told_so_by_its_id(tmp_path: Path, gate:
         stream.send(*(attribute(f"{n}", PICTURES) for n in range(3)))  # one more than there are slots
         unary = server.stub.Attribute.future(ask(PICTURES), timeout=TIMEOUT_S)
         assert gate.reached.wait(TIMEOUT_S)
-        server.run(_until(lambda: engine.n_unanswered == 3 and _n_read(server) == 3))
+        server.run(_until(lambda: engine.n_unanswered == 3 and server.counts().unanswered == 3))
         stopping = asyncio.run_coroutine_threadsafe(server.server.stop(drain_s=0.5), server.loop)
         answers, status, cause = stream.end()
         assert sorted(answer.id for answer in answers) == ["0", "1", "2"]
@@ -339,12 +339,6 @@ def test_what_is_not_answered_in_time_is_told_so_by_its_id(tmp_path: Path, gate:
         assert "drain_s" in unary.details()
         gate.open()
         assert stopping.result(TIMEOUT_S)
-
-
-def _n_read(server: Running) -> int:
-    """Return how many batches a server's only stream has read and not answered."""
-    (stream,) = server.server.calls._streams
-    return len(stream._unanswered)
 
 
 async def _until(reached: object) -> None:

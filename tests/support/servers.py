@@ -5,7 +5,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import grpc
 import torch
 from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Settings
+from sidelight_server.app.counts import ServerCounts
 from sidelight_server.app.server import Server
 from torch import Tensor, nn
 
@@ -35,6 +36,9 @@ class Running:
     @property
     def stub(self) -> attribution_pb2_grpc.AttributionServiceStub:
         return attribution_pb2_grpc.AttributionServiceStub(self.channel)
+
+    def counts(self) -> ServerCounts:
+        return self.server.counts()
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(TIMEOUT_S)
@@ -102,31 +106,17 @@ def gated(folder: Path, **settings: object) -> Iterator[tuple[Gate, Running]]:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a server holds."""
+    """What a server and its process hold."""
 
-    requests: int
-    bytes: int
-    unanswered: int
-    streams: int
-    watchers: int
-    rows: int
+    server: ServerCounts
     descriptors: int
     threads: int
 
     def exceeds(self, other: "Counts") -> bool:
         """Whether there is more of anything. (Of what came with the first requests there may be less.)"""
-        return any(getattr(self, name) > getattr(other, name) for name in Counts.__slots__)
+        pairs = zip(astuple(self.server), astuple(other.server), strict=True)
+        return any(a > b for a, b in (*pairs, (self.descriptors, other.descriptors), (self.threads, other.threads)))
 
     @classmethod
     def of(cls, server: Running) -> "Counts":
-        admission, engine = server.server.handler.admission, server.engine
-        return cls(
-            requests=admission.n_requests,
-            bytes=admission.n_bytes,
-            unanswered=engine.n_unanswered,
-            streams=len(server.server.calls._streams) + len(server.server.calls._unary),
-            watchers=len(server.server._health._watchers),
-            rows=sum(station.n_rows for station in engine.devices),
-            descriptors=len(os.listdir("/proc/self/fd")),
-            threads=threading.active_count(),
-        )
+        return cls(replace(server.counts(), shed_streams=0), len(os.listdir("/proc/self/fd")), threading.active_count())

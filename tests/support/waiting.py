@@ -16,7 +16,7 @@ from support.servers import TIMEOUT_S, Counts, Running
 def until_no_stream_is_left(server: Running) -> None:
     async def until() -> None:
         async with asyncio.timeout(TIMEOUT_S):
-            while server.server.calls._streams:  # noqa: ASYNC110  (it is the loop that removes them)
+            while server.counts().streams:  # noqa: ASYNC110  (it is the loop that removes them)
                 await asyncio.sleep(0)
 
     server.run(until())

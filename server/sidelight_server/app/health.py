@@ -46,6 +46,11 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the packa
         self._peers = Peers("Watches", each=MAX_PEER_WATCHES, all_=MAX_WATCHES)
         self._is_closed = False
 
+    @property
+    def n_watches(self) -> int:
+        """Number of open Watches."""
+        return len(self._watchers)
+
     def set(self, statuses: Mapping[str, bool]) -> None:
         """Set whether each name serves. All other names are unknown."""
         new = {name: _Status.SERVING if serves else _Status.NOT_SERVING for name, serves in statuses.items()}

@@ -4,7 +4,7 @@
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,9 +16,9 @@ from prometheus_client.samples import Sample
 from ..compute.host_memory import resident_bytes
 from ..engine.device import Device
 from ..engine.engine import Engine
-from ..rpc.calls import Calls
-from ..rpc.handler import RequestHandler
 from ..security.reloadable_files import SecretFiles
+from ..telemetry.counters import Counters
+from .counts import ServerCounts
 from .health import MODEL, statuses
 
 
@@ -28,20 +28,19 @@ class Metrics(Collector):
     def __init__(
         self,
         engine: Engine,
-        handler: RequestHandler,
-        calls: Calls,
+        counters: Counters,
+        counts: Callable[[], ServerCounts],
         files: Sequence[SecretFiles[Any]] = (),
     ) -> None:
         self._engine = engine
+        self._counters = counters
+        self._counts = counts
         self._files = files
-        self._handler = handler
-        self._calls = calls
 
     def collect(self) -> Iterator[Metric]:
         """Yield the current values of all metrics."""
-        counts = self._handler.telemetry.counts
-        counts.start_at_zero(list(self._engine.registry.entries))
-        for family in counts.registry.collect():
+        self._counters.start_at_zero(list(self._engine.registry.entries))
+        for family in self._counters.registry.collect():
             family.samples = _samples(family)
             yield family
         yield from self._work()
@@ -50,15 +49,15 @@ class Metrics(Collector):
         yield self._stale()
 
     def _work(self) -> Iterator[Metric]:
-        devices, admission = self._engine.devices, self._handler.admission
+        devices, counts = self._engine.devices, self._counts()
         rows = HistogramMetricFamily("sidelight_chunk_rows", "rows that ran at once", labels=("device",))
         for name, device in _named(devices):
             for sample in itertools.chain.from_iterable(map(_samples, device.worker.chunk_rows.collect())):
                 rows.add_sample(sample.name, {"device": name, **sample.labels}, sample.value)
         yield rows
-        yield GaugeMetricFamily("sidelight_batches_in_flight", "batches that hold a permit", value=admission.n_requests)
+        yield GaugeMetricFamily("sidelight_batches_in_flight", "batches that hold a permit", value=counts.permits)
         yield GaugeMetricFamily(
-            "sidelight_in_flight_bytes", "bytes of those batches and their answers", value=admission.n_bytes
+            "sidelight_in_flight_bytes", "bytes of those batches and their answers", value=counts.permit_bytes
         )
         in_flight = GaugeMetricFamily(
             "sidelight_rows_in_flight", "upper bound of the rows of batches on a device", labels=("device",)
@@ -71,11 +70,11 @@ class Metrics(Collector):
             "work that waits or runs: rows in flight / rows per second",
             value=self._engine.backlog_s,
         )
-        yield GaugeMetricFamily("sidelight_streams_open", "open streams", value=self._calls.n_streams)
+        yield GaugeMetricFamily("sidelight_streams_open", "open streams", value=counts.streams)
         yield CounterMetricFamily(
             "sidelight_shed_streams",
             "idle streams that were ended because memory was short",
-            value=self._calls.n_shed,
+            value=counts.shed_streams,
         )
         stops = self._engine.stops
         yield CounterMetricFamily(

@@ -30,6 +30,7 @@ from ..telemetry.recorder import Telemetry
 from ..telemetry.tracing import Tracing
 from .addresses import bind
 from .channel_options import channel_options
+from .counts import ServerCounts
 from .health import SERVICES, Health, ReadinessGate, statuses
 from .load_shedding import LoadShedding
 from .reflection import enable_reflection
@@ -138,6 +139,23 @@ class Server:
         self._update_health()
         await self._server.start()
 
+    def counts(self) -> ServerCounts:
+        """Return what the server holds now. Called once it is started, on any thread."""
+        engine, admission, calls = self._engine, self.handler.admission, self.calls
+        return ServerCounts(
+            permits=admission.n_requests,
+            permit_bytes=admission.n_bytes,
+            waiting=admission.n_waiting,
+            arriving=self._interceptor.n_arriving,
+            unary_calls=calls.n_unary,
+            streams=calls.n_streams,
+            unanswered=calls.n_unanswered,
+            requests=engine.n_unanswered,
+            rows=sum(device.n_rows for device in engine.devices),
+            watches=self._health.n_watches,
+            shed_streams=calls.n_shed,
+        )
+
     @property
     def has_metrics(self) -> bool:
         """Whether the metrics endpoint is running."""
@@ -151,7 +169,7 @@ class Server:
         from .metrics_http import MetricsServer
         from .prometheus import Metrics
 
-        metrics = Metrics(self._engine, self.handler, self.calls, files)
+        metrics = Metrics(self._engine, self.handler.telemetry.counts, self.counts, files)
         try:
             self._metrics = MetricsServer(metrics, self._metrics_listen, plaintext=self._plaintext)
             self.metrics = self._metrics.address

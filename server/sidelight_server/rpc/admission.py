@@ -84,6 +84,11 @@ class Admission:
         """Number of bytes that those requests and their answers take."""
         return self._total.n_bytes + self._total.n_extra_bytes
 
+    @property
+    def n_waiting(self) -> int:
+        """Number of requests that wait for a permit."""
+        return sum(map(len, list(self._waiting.values())))
+
     @contextlib.contextmanager
     def enter(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Iterator[None]:
         """Hold a permit. Raises `ResourceExhausted` with a retry delay if none is free."""

@@ -54,6 +54,16 @@ class Calls:
         """Number of open streams."""
         return len(self._streams)
 
+    @property
+    def n_unary(self) -> int:
+        """Number of unary calls in progress."""
+        return len(self._unary)
+
+    @property
+    def n_unanswered(self) -> int:
+        """Number of batches that streams have read and not answered."""
+        return sum(stream.n_unanswered for stream in list(self._streams))
+
     def end_waiting(self, waited_s: float) -> int:
         """End the streams that have waited longer than this for a message; return how many. Clients open new ones."""
         waiting = [stream for stream in self._streams if stream.waited_s > waited_s]

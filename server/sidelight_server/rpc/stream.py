@@ -118,6 +118,11 @@ class Stream(ABC, Generic[M]):
         """Seconds since it began to wait for the current message or the rest of it; 0 while it does not wait."""
         return time.monotonic() - self._waits_since_s if self._reader else 0.0
 
+    @property
+    def n_unanswered(self) -> int:
+        """Number of batches that were read and are not answered."""
+        return len(self._unanswered)
+
     def end(self, cause: Cause) -> None:
         """Stop reading. Batches that were read are answered, then the stream ends."""
         self._end = self._end or cause
