@@ -5,7 +5,7 @@ with sidelight.connect("unix:/run/sidelight.sock") as client:
     answer.overlay(0).save("why.png")
 
 The names below are enough for most programs. `sidelight.exceptions` has every exception, `sidelight.results` the types
-of answers and server information, `sidelight.methods` the union of all methods, `sidelight.aio` the asyncio client.
+of answers and server information, `sidelight.methods` the base class of methods, `sidelight.aio` the asyncio client.
 """
 
 from . import aio, exceptions, methods, results

@@ -43,7 +43,7 @@ from ._transport.retry_policy import RetryPolicy
 from .exceptions import SidelightError
 from .methods.baselines import given_array
 from .methods.gradient import Gradient
-from .methods.method import Method, is_one_row
+from .methods.method import Method
 from .results import attribution
 from .results.attribution import Attribution
 from .results.server_info import ModelInfo, ServerInfo
@@ -235,7 +235,7 @@ class Client:
             batches,
             stream_template(batches, on_error, options, window=window),
             timeout_s=timeout,
-            is_one_row=is_one_row(method),
+            is_one_row=method.is_one_row,
             ordered=ordered,
             on_error=on_error,
             window=window,

@@ -151,7 +151,8 @@ def test_the_places_to_touch_are_those_that_an_existing_method_has() -> None:
     }
     own = {"server/sidelight_server/methods/expected_gradients.py", "client/sidelight/methods/path.py"}
     assert own < touched
-    assert {name for name in FILE.findall(table) if name not in MADE} == touched - own
+    named = {name for name in FILE.findall(table) if name not in MADE}
+    assert named == (touched - own) | {"tests/oracle/test_methods.py"}
 
 
 def test_the_method_of_the_worked_example_is_the_mean_of_both_gradients() -> None:
@@ -179,7 +180,7 @@ def test_the_steps_of_the_worked_example_are_all_that_is_needed(tmp_path: Path) 
     for folder in ("client", "server", "proto"):
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
     steps = list(STEP.finditer(METHOD_PAGE.read_text(encoding="utf-8")))
-    assert len(steps) == 9
+    assert len(steps) == 4
     for step in steps:
         path, text = tmp_path / (step["new"] or step["end"] or step["path"]), step["text"]
         before = [] if step["new"] else path.read_text(encoding="utf-8").splitlines(keepends=True)

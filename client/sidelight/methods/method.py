@@ -1,26 +1,21 @@
-"""`Method`: the union of all attribution methods.
+"""`Method`: the base class of all attribution methods."""
 
-Each class holds a method's options. `message()` converts them, including defaults, to the wire message. It raises
-`InvalidArgument` for values that the schema cannot represent; the server checks ranges.
-"""
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
 
-from .gradient import GradCAM, Gradient, GuidedBackpropagation, LayerGradientXActivation
-from .path import ExpectedGradients, IntegratedGradients, SmoothGrad
-from .perturbation import RISE, Occlusion
-
-Method = (
-    Gradient
-    | SmoothGrad
-    | IntegratedGradients
-    | ExpectedGradients
-    | GradCAM
-    | LayerGradientXActivation
-    | Occlusion
-    | RISE
-    | GuidedBackpropagation
-)
+from sidelight.v1 import attribution_pb2 as pb
 
 
-def is_one_row(method: Method) -> bool:
-    """Return whether a method computes one row per example."""
-    return isinstance(method, Gradient | GradCAM | LayerGradientXActivation | GuidedBackpropagation)
+@dataclass(frozen=True, slots=True, eq=False)
+class Method(ABC):
+    """An attribution method with its options: its fields are also the options of the method as text."""
+
+    is_one_row: ClassVar[bool] = False  # it computes one row per example
+
+    @abstractmethod
+    def message(self) -> pb.Method:
+        """Convert to the wire message, with all defaults filled in.
+
+        Raises `InvalidArgument` for values that the schema cannot represent; the server checks ranges.
+        """

@@ -7,9 +7,13 @@ word, a quoted string, a tuple or a method.
 import ast
 import dataclasses
 import difflib
+import importlib
+import inspect
+import pkgutil
 import re
+import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
@@ -20,8 +24,20 @@ from ..exceptions import InvalidArgument
 from .baselines import Blurred, baseline_text
 from .method import Method
 
-_CLASSES: dict[str | None, type[Method]] = {each().message().WhichOneof("method"): each for each in get_args(Method)}
-METHODS = {name: _CLASSES[name] for name in pb.Method.DESCRIPTOR.fields_by_name if name in _CLASSES}
+
+def _classes() -> Iterator[type[Method]]:
+    """Yield the methods of all modules of this package."""
+    for found in pkgutil.iter_modules(sys.modules[__package__].__path__):
+        module = importlib.import_module(f"{__package__}.{found.name}")
+        for each in vars(module).values():
+            if isinstance(each, type) and issubclass(each, Method) and each.__module__ == module.__name__:
+                yield each
+
+
+_BY_NAME = {each().message().WhichOneof("method"): each for each in _classes() if not inspect.isabstract(each)}
+METHODS: dict[str, type[Method]] = {
+    name: _BY_NAME[name] for name in pb.Method.DESCRIPTOR.fields_by_name if name in _BY_NAME
+}
 _BASELINES = {"blurred": Blurred}
 _CONSTANTS = ("True", "False", "None")
 

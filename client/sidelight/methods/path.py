@@ -10,12 +10,13 @@ from .._inputs.validation import counted, flag, real, summary, whole
 from ..exceptions import InvalidArgument
 from .baselines import Baseline, baseline_message
 from .gradient import GRADIENT, Gradient
+from .method import Method
 
 MAX_ROWS = 300
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class IntegratedGradients:
+class IntegratedGradients(Method):
     """The gradient integrated along the straight path from a baseline to the example, times their difference.
 
     Sundararajan, Taly and Yan, 2017, "Axiomatic Attribution for Deep Networks". `steps` is the number of points, `rule`
@@ -34,7 +35,6 @@ class IntegratedGradients:
     max_rows: int = MAX_ROWS
 
     def message(self) -> pb.Method:
-        """Convert to the wire message."""
         steps = whole(self.steps, "method.steps")
         by_default: Rule = "gauss_legendre" if self.tolerance is None else "trapezoid"
         return pb.Method(
@@ -49,7 +49,7 @@ class IntegratedGradients:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SmoothGrad:
+class SmoothGrad(Method):
     """The mean, mean square or variance of a base method over `samples` copies of the example with Gaussian noise.
 
     Smilkov, Thorat, Kim, Viégas and Wattenberg, 2017, "SmoothGrad: removing noise by adding noise" ("mean"); Hooker,
@@ -72,7 +72,6 @@ class SmoothGrad:
     base: Gradient | IntegratedGradients = GRADIENT
 
     def message(self) -> pb.Method:
-        """Convert to the wire message."""
         if not isinstance(self.base, Gradient | IntegratedGradients):
             raise InvalidArgument(
                 f"method.base: got {summary(self.base)}, expected Gradient() or IntegratedGradients()"
@@ -93,7 +92,7 @@ class SmoothGrad:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class ExpectedGradients:
+class ExpectedGradients(Method):
     """The gradient times (example − baseline), averaged over random baselines and points on the path (GradientSHAP).
 
     Erion, Janizek, Sturmfels, Lundberg and Lee, 2021, "Improving performance of deep learning models with axiomatic
@@ -107,7 +106,6 @@ class ExpectedGradients:
     seed: int = 0
 
     def message(self) -> pb.Method:
-        """Convert to the wire message."""
         expected = "None or a floating array [M, C, H, W]"
         given = self.baselines
         return pb.Method(

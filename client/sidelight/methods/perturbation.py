@@ -8,10 +8,11 @@ from sidelight.v1 import attribution_pb2 as pb
 from .._inputs.validation import counted, real, whole
 from ..exceptions import InvalidArgument
 from .baselines import Baseline, baseline_message
+from .method import Method
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Occlusion:
+class Occlusion(Method):
     """The drop of the score when a sliding window is occluded; one signed value per pixel.
 
     Zeiler and Fergus, 2014, "Visualizing and Understanding Convolutional Networks". `window` and `stride` are in
@@ -24,7 +25,6 @@ class Occlusion:
     baseline: Baseline = "zero"
 
     def message(self) -> pb.Method:
-        """Convert to the wire message."""
         height, width = _pair(self.window, "method.window", whole)
         strides = (height, width) if self.stride is None else _pair(self.stride, "method.stride", counted)
         return pb.Method(
@@ -39,7 +39,7 @@ class Occlusion:
 
 
 @dataclass(frozen=True, slots=True)
-class RISE:
+class RISE(Method):
     """For each pixel, the mean score over random masks that keep it; one signed value per pixel.
 
     Petsiuk, Das and Saenko, 2018, "RISE: Randomized Input Sampling for Explanation of Black-box Models". A mask is
@@ -52,7 +52,6 @@ class RISE:
     seed: int = 0
 
     def message(self) -> pb.Method:
-        """Convert to the wire message."""
         return pb.Method(
             rise=pb.RiseMethod(
                 masks=whole(self.masks, "method.masks"),

@@ -3,6 +3,11 @@
 May import only `errors` and torch. A method has no access to models or requests.
 """
 
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterator
+
 from .expected_gradients import ExpectedGradients
 from .grad_cam import GradCAM, LayerGradientXActivation
 from .gradient import Gradient, GuidedBackpropagation
@@ -11,17 +16,18 @@ from .method import Method
 from .occlusion import RISE, Occlusion
 from .smoothgrad import SmoothGrad
 
-METHODS: tuple[type[Method], ...] = (
-    Gradient,
-    SmoothGrad,
-    IntegratedGradients,
-    ExpectedGradients,
-    GradCAM,
-    LayerGradientXActivation,
-    Occlusion,
-    RISE,
-    GuidedBackpropagation,
-)
+
+def _methods() -> Iterator[type[Method]]:
+    """Yield the methods of all modules of this package, sorted by module."""
+    for found in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f".{found.name}", __name__)
+        for each in vars(module).values():
+            is_own = isinstance(each, type) and issubclass(each, Method) and each.__module__ == module.__name__
+            if is_own and not inspect.isabstract(each):
+                yield each
+
+
+METHODS = tuple(_methods())
 
 __all__ = [
     "METHODS",

@@ -22,7 +22,8 @@ from ..methods.smoothgrad import Statistic
 from .enums import meaning, number_of, numbers
 from .tensors import DTYPES, floats_of
 
-CLASSES = {each.name: each for each in METHODS}
+_BY_NAME = {each.name: each for each in METHODS}
+CLASSES = {name: _BY_NAME[name] for name in pb.Method.DESCRIPTOR.fields_by_name if name in _BY_NAME}
 SERVED_METHODS = tuple(CLASSES)
 OPTIONAL = ("tolerance", "max_rows")  # numbers of which 0 means unset, and the class has a default
 
