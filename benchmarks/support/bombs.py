@@ -6,7 +6,7 @@ from PIL import Image
 
 
 def many_scans(side: int, n_scans: int) -> bytes:
-    """Return a progressive JPEG of one grey whose last scan comes again and again: small, and slow to decode."""
+    """Return a progressive JPEG of one gray whose last scan comes again and again: small, and slow to decode."""
     buffer = io.BytesIO()
     Image.new("L", (side, side), 128).save(buffer, "JPEG", progressive=True)
     file = buffer.getvalue()

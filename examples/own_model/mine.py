@@ -5,7 +5,7 @@ from torch import nn
 
 
 def digits() -> ModelSpec:
-    """Return an untrained CNN for grey 8 × 8 digits. Trained weights come from `--weights digits.safetensors`."""
+    """Return an untrained CNN for gray 8 × 8 digits. Trained weights come from `--weights digits.safetensors`."""
     module = nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1),
         nn.ReLU(),

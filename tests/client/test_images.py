@@ -110,15 +110,15 @@ def test_a_picture_gives_the_same_map_in_every_form(
 
 
 def over_white(rgba: np.ndarray) -> np.ndarray:
-    colour, alpha = rgba[..., :3].astype(int), rgba[..., 3:].astype(int)
-    return ((colour * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
+    color, alpha = rgba[..., :3].astype(int), rgba[..., 3:].astype(int)
+    return ((color * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
 
 
 def as_rgb(image: Image.Image) -> np.ndarray:
     """Return what a model should see of an image: alpha over white, 16 bits scaled, all else as Pillow converts."""
     if image.mode.startswith("I"):
-        grey = ((np.asarray(image).astype(int) + 128) // 257).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        gray = ((np.asarray(image).astype(int) + 128) // 257).astype(np.uint8)
+        return np.repeat(gray[..., None], 3, axis=2)
     if image.mode == "La":  # of what is multiplied by its alpha, Pillow can only undo that
         image = image.convert("LA")
     if image.has_transparency_data:
@@ -133,21 +133,21 @@ def of_mode(mode: str) -> Image.Image:
     match mode:
         case "P":
             return rgb.quantize(64)
-        case "P with one transparent colour":
+        case "P with one transparent color":
             image = rgb.quantize(64)
             image.info["transparency"] = 5
             return image
-        case "P with an alpha for each colour":
+        case "P with an alpha for each color":
             image = rgb.quantize(64)
             image.info["transparency"] = bytes(range(0, 256, 4))
             return image
-        case "RGB with a transparent colour":
+        case "RGB with a transparent color":
             rgb.info["transparency"] = rgb.getpixel((0, 0))
             return rgb
-        case "L with a transparent grey":
-            grey = rgb.convert("L")
-            grey.info["transparency"] = 100
-            return grey
+        case "L with a transparent gray":
+            gray = rgb.convert("L")
+            gray.info["transparency"] = 100
+            return gray
         case "PA":
             return rgb.quantize(64).convert("PA")
         case "RGBa" | "RGBA":
@@ -167,8 +167,8 @@ def of_mode(mode: str) -> Image.Image:
 
 
 MODES = (
-    "RGB", "L", "1", "P", "P with one transparent colour", "P with an alpha for each colour",
-    "RGB with a transparent colour", "L with a transparent grey", "RGBA", "LA", "CMYK", "YCbCr", "LAB", "HSV",
+    "RGB", "L", "1", "P", "P with one transparent color", "P with an alpha for each color",
+    "RGB with a transparent color", "L with a transparent gray", "RGBA", "LA", "CMYK", "YCbCr", "LAB", "HSV",
     "I;16", "I;16B", "I;16L", "I", "PA", "La", "RGBa", "RGBX",
 )  # fmt: skip
 
@@ -297,12 +297,12 @@ def test_pictures_of_different_sizes_share_a_batch(client: sidelight.Client, tmp
     assert_same(client.attribute([torch.from_numpy(each) for each in arrays]).maps, expected)
 
 
-def test_in_a_list_of_different_sizes_grey_counts_for_three_channels_and_alpha_is_laid_over_white(
+def test_in_a_list_of_different_sizes_gray_counts_for_three_channels_and_alpha_is_laid_over_white(
     client: sidelight.Client,
 ) -> None:
-    grey, rgba = noise(40, 50, 1), noise(41, 50, 4)
-    expected = [client.attribute(each).maps for each in (np.repeat(grey, 3, axis=2), over_white(rgba))]
-    assert_same(client.attribute([grey, rgba]).maps, np.concatenate(expected))
+    gray, rgba = noise(40, 50, 1), noise(41, 50, 4)
+    expected = [client.attribute(each).maps for each in (np.repeat(gray, 3, axis=2), over_white(rgba))]
+    assert_same(client.attribute([gray, rgba]).maps, np.concatenate(expected))
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -456,7 +456,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str, str]] = {
     "torch-8-bit-float": (lambda: torch.zeros(3, 32, 32).to(torch.float8_e4m3fn), "got a tensor of", "expected"),
     "torch-sparse": (lambda: torch.zeros(3, 32, 32).to_sparse(), "got a tensor of", "expected a dense one"),
     "torch-meta": (lambda: torch.zeros(3, 32, 32, device="meta"), "got a tensor of", "expected a dense one"),
-    "grey-[H,W]": (lambda: np.zeros((32, 32), np.uint8), "got uint8 of [32, 32]", PIXEL_RANKS),
+    "gray-[H,W]": (lambda: np.zeros((32, 32), np.uint8), "got uint8 of [32, 32]", PIXEL_RANKS),
     "no-dimension": (lambda: np.array(1, np.uint8), "got uint8 of []", PIXEL_RANKS),
     "pixels-of-five-dimensions": (lambda: np.zeros((1, 1, 4, 4, 3), np.uint8), "[1, 1, 4, 4, 3]", PIXEL_RANKS),
     "floats-of-two-dimensions": (lambda: F32[0], "got float32 of [32, 32]", RANKS),
@@ -468,7 +468,7 @@ REFUSED: dict[str, tuple[Callable[[], object], str, str]] = {
     "floats-and-pixels": (lambda: [F32, noise(32, 32)], "float32 [3, 32, 32], uint8 [32, 32, 3]", ALIKE),
     "floats-and-files": (lambda: [b"", F32], "got float32 of [3, 32, 32]", IN_A_LIST),
     "two-channels-among-others": (lambda: [noise(9, 9, 2), noise(8, 8)], "got uint8 of [9, 9, 2]", IN_A_LIST),
-    "grey-among-others": (lambda: [noise(9, 9)[:, :, 0], noise(8, 8)], "got uint8 of [9, 9]", IN_A_LIST),
+    "gray-among-others": (lambda: [noise(9, 9)[:, :, 0], noise(8, 8)], "got uint8 of [9, 9]", IN_A_LIST),
     "empty-among-others": (lambda: [noise(0, 9), noise(8, 8)], "got uint8 of [0, 9, 3]", IN_A_LIST),
     "empty-PIL": (lambda: Image.new("RGB", (0, 4)), "got a PIL image of mode RGB, (0, 4)", "empty"),
     "closed-PIL": (closed_image, "got a PIL image of mode RGB, (8, 8)", ""),
@@ -576,7 +576,7 @@ def test_the_picture_is_of_the_images_as_they_were_sent(client: sidelight.Client
 def test_an_overlay_on_the_original_is_of_its_size_and_bright_where_the_model_looked(
     client: sidelight.Client, size: tuple[int, int]
 ) -> None:
-    pixels = np.full((*size, 3), (200, 30, 30), np.uint8)  # a colour: what the model did not see has none
+    pixels = np.full((*size, 3), (200, 30, 30), np.uint8)  # a color: what the model did not see has none
     answer = client.attribute(pixels)
     overlay, geometry = np.asarray(answer.overlay(0, original=True)).astype(int), answer.geometry[0]
     assert overlay.shape == pixels.shape
@@ -679,9 +679,9 @@ def test_the_geometry_says_what_the_model_saw_however_it_resizes(
     side = 32 * min(size) / 36  # of the crop, in the picture's own pixels
     extents = {36: (side, side), "40x37": (32 * height / 40, 32 * width / 37), "exact": size, "none": (32, 32)}
     spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32), resize=resize)
-    colour = np.full((*size, 3), (200, 30, 30), np.uint8)
+    color = np.full((*size, 3), (200, 30, 30), np.uint8)
     with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
-        answer = client.attribute([colour, noise(*size)])
+        answer = client.attribute([color, noise(*size)])
     seen = np.argwhere(np.ptp(np.asarray(answer.overlay(0, original=True)).astype(int), axis=-1) > 0)
     (top, left), (bottom, right) = seen.min(axis=0), seen.max(axis=0) + 1
     middle = ((top + bottom) / 2, (left + right) / 2)

@@ -184,7 +184,7 @@ def test_pictures_of_any_kind_are_drawn_without_a_warning(channels: int, dtype: 
         np.testing.assert_array_equal(drawn, images[0].double().mean(dim=0))
 
 
-def test_a_picture_of_one_colour_beyond_the_range_is_drawn() -> None:
+def test_a_picture_of_one_color_beyond_the_range_is_drawn() -> None:
     with BasicGradientSaliencyMaps(Bright(), torch.full((1, 3, 2, 3), 7.0)) as saliency:
         drawn = saliency.visualize_saliency_map(plt, image_index=0).axes[0].images[0].get_array()
     assert np.isfinite(drawn).all()

@@ -183,13 +183,13 @@ def test_no_container_has_more_rights_than_it_needs(path: Path) -> None:
             assert rights["capabilities"] == {"drop": ["ALL"]}
 
 
-def test_the_sidecar_opens_no_port_for_calls_and_shares_memory_and_socket_with_its_neighbour() -> None:
+def test_the_sidecar_opens_no_port_for_calls_and_shares_memory_and_socket_with_its_neighbor() -> None:
     ((pod, container, settings),) = sidelights(ROOT / "deploy" / "kubernetes" / "sidecar.yaml")
     assert all(each.startswith("unix:") for each in settings.listen)
     assert [each["name"] for each in container["ports"]] == ["metrics"]
     in_memory = {each["name"] for each in pod["volumes"] if each.get("emptyDir", {}).get("medium") == "Memory"}
-    (neighbour,) = pod["containers"]
-    for each in (container, neighbour):
+    (neighbor,) = pod["containers"]
+    for each in (container, neighbor):
         folders = {mount["mountPath"] for mount in each["volumeMounts"] if mount["name"] in in_memory}
         assert {str(settings.shared_memory), str(Path(settings.listen[0].removeprefix("unix:")).parent)} == folders
 

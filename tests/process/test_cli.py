@@ -114,7 +114,7 @@ def test_overlays_are_written_into_a_folder_that_is_made(run: Run, client: sidel
     with Image.open(out / "a.png") as overlay:
         assert overlay.size == (32, 32)
         expected = np.asarray(client.attribute(paths[0]).overlay(0)).astype(int)
-        # A map in company differs from one alone in its last bits: a colour may round the other way.
+        # A map in company differs from one alone in its last bits: a color may round the other way.
         np.testing.assert_allclose(np.asarray(overlay), expected, atol=1)
 
 

@@ -161,7 +161,7 @@ def assert_fitted(fitted: Fitted, file: bytes, preprocessing: Preprocessing = PR
         Preprocessing(1, 24, 40, (0.0,), (1.0,), "exact", "bicubic", window=(100.0, 3000.0)),
         Preprocessing(4, 48, 64, (*ZEROS, 0.0), (*ONES, 1.0), "none", "nearest"),
     ],
-    ids=["colour", "grey", "alpha"],
+    ids=["color", "gray", "alpha"],
 )
 def test_a_worker_gives_the_pixels_that_decoding_here_gives(preprocessing: Preprocessing) -> None:
     with decoders(2) as pool:

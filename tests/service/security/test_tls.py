@@ -457,8 +457,8 @@ def test_half_open_connections_neither_block_others_nor_remain(address: str, aut
 
 
 def test_the_commands_speak_it(spec: ModelSpec, authority: Authority, other: Authority, tmp_path: Path) -> None:
-    picture = tmp_path / "grey.png"
-    Image.new("RGB", (32, 32), "grey").save(picture)
+    picture = tmp_path / "gray.png"
+    Image.new("RGB", (32, 32), "gray").save(picture)
     mine = authority.pair()
 
     def run(*arguments: object, ca: Path = authority.path) -> Result:

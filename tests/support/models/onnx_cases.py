@@ -99,7 +99,7 @@ def packaged(found: dict[str, object]) -> None:
     module = sources.load(f"onnx:{path}").module
     outputs = module(x)
     held = onnx.load(str(path))
-    held.opset_import[0].version = 15  # of the older ones the reference normalises as in training
+    held.opset_import[0].version = 15  # of the older ones the reference normalizes as in training
     (expected,) = ReferenceEvaluator(held).run(None, {held.graph.input[0].name: x.detach().numpy()})
     found["packaged outputs"] = float(np.abs(outputs.detach().numpy() - expected).max())
     found["packaged gradient"] = float(torch.autograd.grad(outputs[:, 0].sum(), x)[0].abs().max())

@@ -112,7 +112,7 @@ def test_zero_has_one_color_in_a_signed_map() -> None:
     assert lightness(drawn(map_))[0].argmin() in (1, 2)
 
 
-def test_nan_is_grey_and_infinity_is_the_brightest() -> None:
+def test_nan_is_gray_and_infinity_is_the_brightest() -> None:
     map_ = grainy()
     map_[0, :2] = np.nan, np.inf
     assert tuple(drawn(map_)[0, 0]) == NAN_COLOR
@@ -172,7 +172,7 @@ def test_smoothing_keeps_an_even_map_even_up_to_its_edges() -> None:
     )
 
 
-def test_a_nan_is_grey_in_an_overlay_and_does_not_spread() -> None:
+def test_a_nan_is_gray_in_an_overlay_and_does_not_spread() -> None:
     map_ = np.full((40, 50), 0.5)
     map_[20, 20] = np.nan
     laid = np.asarray(overlay(Image.new("RGB", (50, 40)), map_, scale=1.0))
@@ -194,14 +194,14 @@ def test_a_map_over_the_whole_of_a_picture_of_its_size_is_the_plain_overlay() ->
         np.testing.assert_allclose(part, np.asarray(overlay(photograph(), map_)), atol=1)
 
 
-def test_outside_of_the_part_a_picture_is_grey_and_dark_and_free_of_heat() -> None:
+def test_outside_of_the_part_a_picture_is_gray_and_dark_and_free_of_heat() -> None:
     photo = photograph(300, 200)
     drawn_ = np.asarray(overlay_part(photo, grainy(), (100, 50, 150, 90))).astype(int)
     inside = np.zeros((200, 300), bool)
     inside[50:90, 100:150] = True
     assert np.ptp(drawn_[~inside], axis=-1).max() == 0
-    grey = np.asarray(photo.convert("L")).astype(int)
-    assert (drawn_[..., 0] <= grey)[~inside].all()
+    gray = np.asarray(photo.convert("L")).astype(int)
+    assert (drawn_[..., 0] <= gray)[~inside].all()
     assert (drawn_[~inside] == np.asarray(overlay_part(photo, grainy() * 0, (100, 50, 150, 90)))[~inside]).all()
     part = overlay(photo.crop((100, 50, 150, 90)), grainy())
     np.testing.assert_allclose(drawn_[50:90, 100:150], np.asarray(part), atol=1)

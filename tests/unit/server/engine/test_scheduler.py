@@ -96,7 +96,7 @@ def test_every_row_runs_exactly_once_unless_cancelled(made: list[tuple[int, str,
 def test_a_row_waits_for_its_round_and_one_chunk_of_each_other_key(
     made: list[tuple[int, str]], key: str, limit: int
 ) -> None:
-    """However many rows its neighbours brought: ⌈active requests ÷ chunk rows⌉ chunks, plus one for each other key."""
+    """However many rows its neighbors brought: ⌈active requests ÷ chunk rows⌉ chunks, plus one for each other key."""
     ring = ring_of(*(Asked(str(i), n, other) for i, (n, other) in enumerate(made)))
     newcomer = Asked("new", 1, key)
     ring.add(newcomer)

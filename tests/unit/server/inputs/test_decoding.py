@@ -43,12 +43,12 @@ def picture(mode: str) -> Image.Image:
     return bands[0] if mode == "L" else Image.merge(mode, bands)
 
 
-def over_white(colour: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+def over_white(color: np.ndarray, alpha: np.ndarray) -> np.ndarray:
     share = alpha.astype(np.float64) / 255
-    return np.floor(colour * share + 255 * (1 - share) + 0.5).astype(np.uint8)
+    return np.floor(color * share + 255 * (1 - share) + 0.5).astype(np.uint8)
 
 
-def grey_of(rgb: np.ndarray) -> np.ndarray:
+def gray_of(rgb: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(rgb).convert("L"))[..., None]
 
 
@@ -101,12 +101,12 @@ def test_pixels_are_uint8_contiguous_and_free_to_be_written_to(kind: str, option
     assert decoded.flags.writeable
 
 
-def test_colour_becomes_grey_and_grey_becomes_colour() -> None:
-    rgb, grey = noise(3), noise(1)
-    np.testing.assert_array_equal(to_pixels(to_file(Image.fromarray(rgb), "PNG"), 1), grey_of(rgb))
-    grey_file = to_file(Image.fromarray(grey[..., 0]), "PNG")
-    np.testing.assert_array_equal(to_pixels(grey_file, 1), grey)
-    np.testing.assert_array_equal(to_pixels(grey_file, 3), np.repeat(grey, 3, axis=-1))
+def test_color_becomes_gray_and_gray_becomes_color() -> None:
+    rgb, gray = noise(3), noise(1)
+    np.testing.assert_array_equal(to_pixels(to_file(Image.fromarray(rgb), "PNG"), 1), gray_of(rgb))
+    gray_file = to_file(Image.fromarray(gray[..., 0]), "PNG")
+    np.testing.assert_array_equal(to_pixels(gray_file, 1), gray)
+    np.testing.assert_array_equal(to_pixels(gray_file, 3), np.repeat(gray, 3, axis=-1))
 
 
 def test_without_transparency_a_model_of_four_channels_gets_full_alpha() -> None:
@@ -117,30 +117,30 @@ def test_without_transparency_a_model_of_four_channels_gets_full_alpha() -> None
 @each(WITH_ALPHA)
 def test_alpha_is_laid_over_white_or_kept(kind: str, options: dict) -> None:
     rgba = noise(4)
-    # WebP's encoder may clear colours that cannot be seen.
+    # WebP's encoder may clear colors that cannot be seen.
     rgba[rgba[..., 3] == 0] = 0
     file = to_file(Image.fromarray(rgba), kind, **options)
     white = over_white(rgba[..., :3], rgba[..., 3:])
     np.testing.assert_array_equal(to_pixels(file, 4), rgba)
     np.testing.assert_array_equal(to_pixels(file, 3), white)
-    np.testing.assert_array_equal(to_pixels(file, 1), grey_of(white))
+    np.testing.assert_array_equal(to_pixels(file, 1), gray_of(white))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_grey_with_alpha_is_laid_over_white_or_kept(kind: str) -> None:
+def test_gray_with_alpha_is_laid_over_white_or_kept(kind: str) -> None:
     image = picture("LA")
-    grey, alpha = (np.asarray(band)[..., None] for band in image.split())
+    gray, alpha = (np.asarray(band)[..., None] for band in image.split())
     file = to_file(image, kind)
-    white = over_white(grey, alpha)
+    white = over_white(gray, alpha)
     np.testing.assert_array_equal(to_pixels(file, 1), white)
     np.testing.assert_array_equal(to_pixels(file, 3), np.repeat(white, 3, axis=-1))
-    np.testing.assert_array_equal(to_pixels(file, 4), np.concatenate([grey, grey, grey, alpha], axis=-1))
+    np.testing.assert_array_equal(to_pixels(file, 4), np.concatenate([gray, gray, gray, alpha], axis=-1))
 
 
-def test_over_white_is_exact_for_every_colour_and_alpha() -> None:
-    colour, alpha = (plane.astype(np.uint8) for plane in np.mgrid[0:256, 0:256])
-    file = to_file(Image.merge("LA", (Image.fromarray(colour), Image.fromarray(alpha))), "PNG")
-    np.testing.assert_array_equal(to_pixels(file, 1)[..., 0], over_white(colour, alpha))
+def test_over_white_is_exact_for_every_color_and_alpha() -> None:
+    color, alpha = (plane.astype(np.uint8) for plane in np.mgrid[0:256, 0:256])
+    file = to_file(Image.merge("LA", (Image.fromarray(color), Image.fromarray(alpha))), "PNG")
+    np.testing.assert_array_equal(to_pixels(file, 1)[..., 0], over_white(color, alpha))
 
 
 PALETTE = np.random.default_rng(7).integers(0, 256, (256, 3), dtype=np.uint8)
@@ -158,7 +158,7 @@ def test_a_palette_is_looked_up(kind: str) -> None:
     image, indices = palette_picture()
     file = to_file(image, kind)
     np.testing.assert_array_equal(to_pixels(file), PALETTE[indices])
-    np.testing.assert_array_equal(to_pixels(file, 1), grey_of(PALETTE[indices]))
+    np.testing.assert_array_equal(to_pixels(file, 1), gray_of(PALETTE[indices]))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "GIF"])
@@ -180,7 +180,7 @@ def test_a_palette_of_many_alphas_is_laid_over_white() -> None:
     np.testing.assert_array_equal(to_pixels(file, 4), np.dstack([PALETTE[indices], alphas[indices]]))
 
 
-def test_a_transparent_colour_of_an_rgb_file_is_white() -> None:
+def test_a_transparent_color_of_an_rgb_file_is_white() -> None:
     rgb = noise(3)
     hidden = tuple(int(value) for value in rgb[3, 4])
     file = to_file(Image.fromarray(rgb), "PNG", transparency=hidden)
@@ -189,13 +189,13 @@ def test_a_transparent_colour_of_an_rgb_file_is_white() -> None:
     np.testing.assert_array_equal(to_pixels(file, 4)[..., 3], np.where(matches, 0, 255))
 
 
-def test_a_transparent_grey_is_white() -> None:
-    grey = noise(1)
-    file = to_file(Image.fromarray(grey[..., 0]), "PNG", transparency=int(grey[3, 4, 0]))
-    np.testing.assert_array_equal(to_pixels(file, 1), np.where(grey == grey[3, 4, 0], 255, grey))
+def test_a_transparent_gray_is_white() -> None:
+    gray = noise(1)
+    file = to_file(Image.fromarray(gray[..., 0]), "PNG", transparency=int(gray[3, 4, 0]))
+    np.testing.assert_array_equal(to_pixels(file, 1), np.where(gray == gray[3, 4, 0], 255, gray))
 
 
-def test_a_transparent_16_bit_grey_is_white() -> None:
+def test_a_transparent_16_bit_gray_is_white() -> None:
     values = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH)
     file = to_file(Image.fromarray(values), "PNG")
     at = file.index(b"IDAT") - 4
@@ -217,12 +217,12 @@ def test_a_transparent_16_bit_grey_is_white() -> None:
     ],
     ids=["cmyk-jpeg", "cmyk-tiff", "cmyk-tiff-lzw", "ycbcr-jpeg", "ycbcr-tiff", "rgbx-tiff"],
 )
-def test_other_colour_spaces_become_rgb_as_pillow_makes_them(mode: str, kind: str, options: dict) -> None:
+def test_other_color_spaces_become_rgb_as_pillow_makes_them(mode: str, kind: str, options: dict) -> None:
     file = to_file(picture(mode), kind, **options)
     with Image.open(io.BytesIO(file)) as image:
         expected = np.asarray(image.convert("RGB"))
     np.testing.assert_array_equal(to_pixels(file), expected)
-    np.testing.assert_array_equal(to_pixels(file, 1), grey_of(expected))
+    np.testing.assert_array_equal(to_pixels(file, 1), gray_of(expected))
     np.testing.assert_array_equal(to_pixels(file, 4), np.dstack([expected, np.full((HEIGHT, WIDTH), 255)]))
 
 
@@ -230,11 +230,11 @@ def test_lab_becomes_the_rgb_that_it_was_made_of() -> None:
     rgb = Image.new("RGB", (WIDTH, HEIGHT), (200, 120, 40))
     lab_profile, srgb_profile = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     lab = ImageCms.profileToProfile(rgb, srgb_profile, lab_profile, outputMode="LAB")
-    # Lab in 8 bits has steps of a unit, which are up to 2 units of sRGB for this colour.
+    # Lab in 8 bits has steps of a unit, which are up to 2 units of sRGB for this color.
     np.testing.assert_allclose(to_pixels(to_file(lab, "TIFF")), np.asarray(rgb), atol=3)
 
 
-def test_premultiplied_colour_is_divided_by_its_alpha() -> None:
+def test_premultiplied_color_is_divided_by_its_alpha() -> None:
     premultiplied = np.broadcast_to(np.array([100, 50, 25, 128], np.uint8), (HEIGHT, WIDTH, 4))
     decoded = to_pixels(tiff_of_rgba(premultiplied, extra_samples=1), 4)
     # 100 · 255 / 128 is 199.2; Pillow may round either way.
@@ -291,7 +291,7 @@ def test_a_window_spreads_its_values_from_black_to_white(mode: str, kind: str, w
         np.testing.assert_array_equal(decoded, np.repeat(expected[..., None], channels, axis=-1))
 
 
-def test_a_window_leaves_a_transparent_16_bit_grey_white() -> None:
+def test_a_window_leaves_a_transparent_16_bit_gray_white() -> None:
     values = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH)
     file = to_file(Image.fromarray(values), "PNG")
     at = file.index(b"IDAT") - 4
@@ -335,14 +335,14 @@ def test_one_bit_is_black_or_white(kind: str) -> None:
     ids=["gif", "apng", "webp", "tiff", "tiff-lzw"],
 )
 def test_the_first_frame_is_taken(kind: str, options: dict) -> None:
-    frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "lime", "blue")]
+    frames = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "lime", "blue")]
     file = to_file(frames[0], kind, save_all=True, append_images=frames[1:], **options)
     np.testing.assert_array_equal(to_pixels(file), np.asarray(frames[0]))
 
 
 @pytest.mark.parametrize("disposal", [0, 1, 2, 3])
 def test_how_a_gif_disposes_of_its_first_frame_does_not_matter(disposal: int) -> None:
-    frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "lime")]
+    frames = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "lime")]
     file = to_file(frames[0], "GIF", save_all=True, append_images=frames[1:], disposal=disposal)
     np.testing.assert_array_equal(to_pixels(file), np.asarray(frames[0]))
 

@@ -106,7 +106,7 @@ def spread(values: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def oracle(file: bytes) -> np.ndarray:
-    """What pydicom's own steps give for grey: the modality's, the window's over its whole range, then 8 bits."""
+    """What pydicom's own steps give for gray: the modality's, the window's over its whole range, then 8 bits."""
     dataset = pydicom.dcmread(io.BytesIO(file))
     frame = pixel_array(dataset, index=0)
     values = apply_modality_lut(frame, dataset)
@@ -255,15 +255,15 @@ def test_a_file_of_many_frames_keeps_slope_and_window_in_sequences() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "top"), [(np.uint8, 255), (np.uint16, 65535)])
-def test_colour_is_scaled_to_8_bits(dtype: type, top: int) -> None:
+def test_color_is_scaled_to_8_bits(dtype: type, top: int) -> None:
     frame = np.random.default_rng(0).integers(0, top + 1, (13, 21, 3)).astype(dtype)
     np.testing.assert_array_equal(read(written(frame)), np.round(frame * (255 / top)))
 
 
 def test_a_model_gets_the_channels_that_it_takes() -> None:
     rgb = np.random.default_rng(0).integers(0, 256, (13, 21, 3), dtype=np.uint8)
-    grey = np.asarray(Image.fromarray(rgb).convert("L"))
-    np.testing.assert_array_equal(decode(written(rgb), channels=1, max_pixels=LIMIT)[..., 0], grey)
+    gray = np.asarray(Image.fromarray(rgb).convert("L"))
+    np.testing.assert_array_equal(decode(written(rgb), channels=1, max_pixels=LIMIT)[..., 0], gray)
     own = read(written(RAMP))
     np.testing.assert_array_equal(decode(written(RAMP), channels=3, max_pixels=LIMIT), np.stack([own] * 3, axis=-1))
     assert (decode(written(RAMP), channels=4, max_pixels=LIMIT)[..., 3] == 255).all()
@@ -274,7 +274,7 @@ def test_the_limit_is_the_last_size_that_passes() -> None:
     assert refusal(written(RAMP), max_pixels=4095) == "image file: 64 × 64 are 4,096 pixels, max_image_pixels is 4,095"
 
 
-GREY_FILE = written(RAMP)
+GRAY_FILE = written(RAMP)
 
 
 def deflated(file: bytes) -> bytes:
@@ -319,7 +319,7 @@ LIES = {
     "rle-header": (rle(b"short"), "broken or truncated"),
     "deflated": (deflated(written(RAMP)), "Deflated Explicit VR Little Endian, which is not read"),
     "table-of-another-type": (written(RAMP, VOILUTSequence=Sequence([lut_of(99)])), "broken or truncated"),
-    "colours": (
+    "colors": (
         written(np.zeros((4, 5, 3), np.uint8), PhotometricInterpretation="HSV"),
         "DICOM of HSV uint8 [4, 5, 3]",
     ),
@@ -406,13 +406,13 @@ def without_pydicom(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("without_pydicom")
 def test_without_the_extra_the_server_says_what_its_operator_can_install() -> None:
     with pytest.raises(FailedPrecondition, match=r"its operator can install sidelight\[dicom\]"):
-        read(GREY_FILE)
+        read(GRAY_FILE)
 
 
 @pytest.mark.usefixtures("without_pydicom")
 def test_without_the_extra_the_client_says_what_to_install() -> None:
     with pytest.raises(ValueError, match=r"pip install 'sidelight\[dicom\]"):
-        _dicom.picture(GREY_FILE)
+        _dicom.picture(GRAY_FILE)
 
 
 def served(**fields: Any) -> Any:
@@ -449,7 +449,7 @@ def test_without_the_extra_a_file_fails_its_own_example_alone(tmp_path: Path, mo
     png = io.BytesIO()
     Image.new("L", (40, 50)).save(png, "PNG")
     with served() as address, sidelight.connect(address) as client:
-        answer = client.attribute([png.getvalue(), GREY_FILE], on_error="return")
+        answer = client.attribute([png.getvalue(), GRAY_FILE], on_error="return")
     assert [(each.example, each.code) for each in answer.failures] == [(1, FailedPrecondition.code)]
     assert np.isfinite(answer.maps[0]).all()
 

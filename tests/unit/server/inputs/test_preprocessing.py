@@ -62,7 +62,7 @@ def test_each_channel_is_resized_by_itself(channels: int, resize: int | str) -> 
     np.testing.assert_array_equal(fitted, cut(resized(pixels, geometry.scaled_height, geometry.scaled_width), geometry))
 
 
-def test_a_fourth_channel_of_zeros_hides_no_colour() -> None:
+def test_a_fourth_channel_of_zeros_hides_no_color() -> None:
     pixels = np.full((50, 81, 4), 200, np.uint8)
     pixels[..., 3] = 0
     fitted, _ = prepare(4).fit(pixels)
@@ -71,7 +71,7 @@ def test_a_fourth_channel_of_zeros_hides_no_colour() -> None:
 
 @pytest.mark.parametrize("interpolation", FILTERS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (300, 2), (32, 32), (1000, 1000)])
-def test_one_colour_stays_that_colour(shape: tuple[int, int], interpolation: str) -> None:
+def test_one_color_stays_that_color(shape: tuple[int, int], interpolation: str) -> None:
     fitted, _ = prepare(interpolation=interpolation).fit(np.full((*shape, 3), (7, 130, 255), np.uint8))
     np.testing.assert_array_equal(fitted, np.broadcast_to(np.array([7, 130, 255], np.uint8), (32, 32, 3)))
 
@@ -285,12 +285,12 @@ def test_an_array_becomes_what_a_file_of_it_becomes(
     np.testing.assert_array_equal(pixels, before)
 
 
-def test_colour_becomes_its_luma_and_grey_is_repeated() -> None:
-    rgb, grey = noise(32, 32), noise(32, 32, 1)
+def test_color_becomes_its_luma_and_gray_is_repeated() -> None:
+    rgb, gray = noise(32, 32), noise(32, 32, 1)
     # ITU-R 601-2 in 16 bits of fixed point, as Pillow has it for its mode "L".
     luma = (rgb.astype(np.uint32) @ np.array([19595, 38470, 7471], np.uint32) + 0x8000) >> 16
     np.testing.assert_array_equal(prepare(1).fit(rgb)[0], prepare(1).fit(luma[..., None].astype(np.uint8))[0])
-    np.testing.assert_array_equal(prepare(3).fit(grey)[0], np.repeat(prepare(1).fit(grey)[0], 3, axis=-1))
+    np.testing.assert_array_equal(prepare(3).fit(gray)[0], np.repeat(prepare(1).fit(gray)[0], 3, axis=-1))
 
 
 def test_alpha_of_an_array_is_laid_over_white() -> None:

@@ -66,7 +66,7 @@ BASELINES = {
     "zero": (Constant(), lambda x: np.zeros_like(x)),
     "constant": (Constant(-1.25), lambda x: np.full_like(x, -1.25)),
     "black": (Black(), lambda x: constant([-m / s for m, s in zip(MEAN, STD, strict=True)])),
-    "mean colour": (MeanColor(), lambda x: np.broadcast_to(x.numpy().mean(axis=(2, 3), keepdims=True), x.shape)),
+    "mean color": (MeanColor(), lambda x: np.broadcast_to(x.numpy().mean(axis=(2, 3), keepdims=True), x.shape)),
     "hardly blurred": (Blurred(0.1), lambda x: blurred(x, 0.1)),
     "blurred": (Blurred(1.5), lambda x: blurred(x, 1.5)),
     "blurred to about its size": (Blurred(8.0), lambda x: blurred(x, 8.0)),

@@ -147,14 +147,14 @@ def test_every_baseline_is_drawn_about_equally_often() -> None:
     assert abs(counts - 1000).max() < 5 * np.sqrt(5000 * 0.2 * 0.8)
 
 
-def test_draws_are_standard_normal_and_uniform_and_of_no_relation_to_their_neighbours() -> None:
+def test_draws_are_standard_normal_and_uniform_and_of_no_relation_to_their_neighbors() -> None:
     like = torch.empty(3, 32, 32, dtype=torch.float64)
     noise = torch.stack([random.noise(like, seed, "smoothgrad", k) for seed in (0, 1) for k in range(8)]).flatten(1)
     n = noise.numel()
     assert abs(float(noise.mean())) < 5 / np.sqrt(n)
     assert abs(float(noise.var()) - 1) < 5 * np.sqrt(2 / n)
     related = (torch.corrcoef(noise) - torch.eye(16, dtype=torch.float64)).abs().max()
-    assert float(related) < 5 / np.sqrt(noise.shape[1])  # seeds and points that are neighbours begin alike in torch
+    assert float(related) < 5 / np.sqrt(noise.shape[1])  # seeds and points that are neighbors begin alike in torch
     places = np.array([random.uniform(0, "place", k) for k in range(2000)])
     assert abs(places.mean() - 0.5) < 5 / np.sqrt(12 * 2000)
     assert 0 <= places.min() < 0.01 < 0.99 < places.max() < 1

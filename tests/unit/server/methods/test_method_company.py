@@ -119,7 +119,7 @@ def alone() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("rows", range(1, 10), ids=lambda rows: f"{rows} rows")
-def test_one_example_has_one_map_in_every_place_and_neighbourhood(rows: int, alone: dict[str, np.ndarray]) -> None:
+def test_one_example_has_one_map_in_every_place_and_neighborhood(rows: int, alone: dict[str, np.ndarray]) -> None:
     with engine_of(rows) as engine:
         for place in range(rows):
             neighbors = images(rows, seed=100 + 10 * rows + place)

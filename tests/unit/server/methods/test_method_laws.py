@@ -215,7 +215,7 @@ def test_pixels_that_a_model_does_not_see_have_no_share_in_a_map(module: nn.Modu
 
     with explaining(Masked(), input_size=SHAPE) as explain:
         for name in METHODS:
-            # Those that look at a layer see by its receptive field, RISE and wide windows by their neighbours.
+            # Those that look at a layer see by its receptive field, RISE and wide windows by their neighbors.
             if name not in ("grad-cam", "layer gradient times activation", "occlusion", "rise"):
                 assert not explain(x, METHODS[name]).maps[..., :5].any(), name
         assert not explain(x, Occlusion((4, 5))).maps[..., :5].any()

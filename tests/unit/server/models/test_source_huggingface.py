@@ -83,7 +83,7 @@ def mobilevit() -> PreTrainedModel:
     for each in module.modules():
         if isinstance(each, torch.nn.BatchNorm2d):
             each.momentum = 1.0
-    with torch.no_grad():  # untrained it is so deep that no gradient comes through, unless each layer is normalised
+    with torch.no_grad():  # untrained it is so deep that no gradient comes through, unless each layer is normalized
         module(torch.rand(8, 3, 64, 64))
     return module.eval()
 
@@ -103,7 +103,7 @@ FOLDERS: Mapping[str, Callable[[], tuple[PreTrainedModel, object]]] = {
             size={"height": 48, "width": 48}, do_rescale=False, image_mean=[120.0] * 3, image_std=[60.0] * 3
         ),
     ),
-    "vit, pixels from 0 to 2, unnormalised": lambda: (
+    "vit, pixels from 0 to 2, unnormalized": lambda: (
         vit(),
         ViTImageProcessorPil(size={"height": 48, "width": 48}, rescale_factor=2 / 255, do_normalize=False, resample=3),
     ),
@@ -461,7 +461,7 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     ),
     "an unknown filter": (processor(resample=9), ("preprocessor_config.json: resample: got 9, expected one of 0, 1",)),
     "means of two channels": (processor(image_mean=[0.5, 0.5]), ("image_mean: got [0.5, 0.5], expected 3 numbers",)),
-    "a mean that is a text": (processor(image_mean="grey"), ("preprocessor_config.json: ",)),
+    "a mean that is a text": (processor(image_mean="gray"), ("preprocessor_config.json: ",)),
 }
 
 
