@@ -235,7 +235,7 @@ def unary_request(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.Attr
     if batch.target is not None:
         request.target.CopyFrom(batch.target)
     if served := batch.served:
-        request.served.CopyFrom(served)
+        request.served_classes.CopyFrom(served)
     return request
 
 

@@ -43,7 +43,7 @@ def batch(kind: str, n: int) -> pb.AttributeRequest:
         id="many",
         target=pb.Target(per_example=pb.PerExampleTarget(classes=classes)),
         method=pb.Method(gradient=pb.GradientMethod()),
-        served=pb.ServedPredictions(classes=classes),
+        served_classes=pb.ServedPredictions(classes=classes),
     )
     if kind in ("files", "no files"):
         request.images.encoded.files.extend([png() if kind == "files" else b"no file"] * n)
@@ -97,7 +97,7 @@ def calls_on_the_loop(server: Running, request: pb.AttributeRequest, *, by_strea
     finally:
         server.run(profile(None))
         gc.enable()
-    assert len(answer.result.examples) == len(request.served.classes)
+    assert len(answer.result.examples) == len(request.served_classes.classes)
     return most
 
 

@@ -558,7 +558,7 @@ WITH_NUMBERS = {
     },
     "output": {"output": pb.Output(region=tensor_pb2.SharedTensor(region="r"))},
     "timeout": {"timeout": Duration(seconds=20)},
-    "served": {"served": pb.ServedPredictions(classes=[pb.ClassChoice(index=3)])},
+    "served_classes": {"served_classes": pb.ServedPredictions(classes=[pb.ClassChoice(index=3)])},
     "images": {"images": images_of(pixels(1, 32, 32, 3))},
     "images.shared": {
         "images": tensor_pb2.Images(

@@ -54,7 +54,7 @@ class StreamConfig:
         if not apart and not request.images.HasField("shared"):
             request.images.CopyFrom(part.batch.message)
         if served := part.batch.served:
-            request.served.CopyFrom(served)
+            request.served_classes.CopyFrom(served)
         if part.batch.target is not None:
             request.target.CopyFrom(part.batch.target)
         elif request.target.WhichOneof("target") == "per_example":  # a stream's last batch may be shorter than the list

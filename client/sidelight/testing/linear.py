@@ -83,10 +83,10 @@ class Answer:
         """Return the answer. `InvalidArgument` for an invalid target."""
         request = self._request
         kind = request.target.WhichOneof("target")
-        if request.HasField("served") and len(request.served.classes) != len(self._images):
+        n_served = len(request.served_classes.classes)
+        if request.HasField("served_classes") and n_served != len(self._images):
             raise InvalidArgument(
-                f"served: got {len(request.served.classes)} classes, expected one for each of {len(self._images)} "
-                "examples"
+                f"served_classes: got {n_served} classes, expected one for each of {len(self._images)} examples"
             )
         maps = np.stack([self._maps(i) for i in range(len(self._images))]) if len(self._images) else self._no_maps()
         if kind != "top_k":
@@ -184,9 +184,9 @@ class Answer:
                 for index, against in self._targets(i)
             ],
         )  # fmt: skip
-        if self._request.HasField("served"):
-            served = self._request.served.classes[i]
-            example.is_mismatch = model.index(served, f"served[{i}]") != predicted
+        if self._request.HasField("served_classes"):
+            served = self._request.served_classes.classes[i]
+            example.is_mismatch = model.index(served, f"served_classes[{i}]") != predicted
         return example
 
 

@@ -163,7 +163,7 @@ class AttributeRequest(google.protobuf.message.Message):
     CHANNELS_FIELD_NUMBER: builtins.int
     OUTPUT_FIELD_NUMBER: builtins.int
     TIMEOUT_FIELD_NUMBER: builtins.int
-    SERVED_FIELD_NUMBER: builtins.int
+    SERVED_CLASSES_FIELD_NUMBER: builtins.int
     id: builtins.str
     """id identifies the batch and is echoed in the answer. At most 128 bytes. Optional in unary calls; required on a
     stream, and unique among its unanswered batches.
@@ -195,9 +195,9 @@ class AttributeRequest(google.protobuf.message.Message):
         """timeout counts from the request's arrival. Positive. Optional: unset means no limit but the call's deadline."""
 
     @property
-    def served(self) -> global___ServedPredictions:
-        """served are the classes that the caller's model server predicted for these examples. If this server predicts another
-        class, it sets Example.is_mismatch and counts the difference in its metrics. Optional.
+    def served_classes(self) -> global___ServedPredictions:
+        """served_classes are the classes that the caller's model server predicted for these examples. If this server predicts
+        another class, it sets Example.is_mismatch and counts the difference in its metrics. Optional.
         """
 
     def __init__(
@@ -212,10 +212,10 @@ class AttributeRequest(google.protobuf.message.Message):
         channels: global___ChannelReduction.ValueType = ...,
         output: global___Output | None = ...,
         timeout: google.protobuf.duration_pb2.Duration | None = ...,
-        served: global___ServedPredictions | None = ...,
+        served_classes: global___ServedPredictions | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["images", b"images", "method", b"method", "output", b"output", "served", b"served", "target", b"target", "timeout", b"timeout"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["channels", b"channels", "id", b"id", "images", b"images", "method", b"method", "model", b"model", "output", b"output", "score", b"score", "served", b"served", "target", b"target", "timeout", b"timeout"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["images", b"images", "method", b"method", "output", b"output", "served_classes", b"served_classes", "target", b"target", "timeout", b"timeout"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["channels", b"channels", "id", b"id", "images", b"images", "method", b"method", "model", b"model", "output", b"output", "score", b"score", "served_classes", b"served_classes", "target", b"target", "timeout", b"timeout"]) -> None: ...
 
 global___AttributeRequest = AttributeRequest
 
@@ -1386,7 +1386,9 @@ class Example(google.protobuf.message.Message):
     rendered: builtins.bytes
     """rendered is a PNG image of the map, if requested."""
     is_mismatch: builtins.bool
-    """is_mismatch is whether the prediction differs from the class in AttributeRequest.served. Unset without it."""
+    """is_mismatch is whether the prediction differs from the class in AttributeRequest.served_classes. Unset without
+    it.
+    """
     @property
     def prediction(self) -> global___Prediction:
         """prediction is the class with the largest output."""

@@ -49,7 +49,7 @@ def parse(message: pb.AttributeRequest, data: memoryview | None = None) -> Reque
         score=meaning(message.score, SCORES, "score", model_pb2.Score, unset=Score.PROBABILITY),
         channels=meaning(message.channels, CHANNELS, "channels", pb.ChannelReduction, unset=Channels.MAX_ABS),
         probabilities=message.output.probabilities,
-        served=_served(message.served, n_examples) if message.HasField("served") else (),
+        served=_served(message.served_classes, n_examples) if message.HasField("served_classes") else (),
     )
     _check_output(message.output, request)
     return request
@@ -57,7 +57,11 @@ def parse(message: pb.AttributeRequest, data: memoryview | None = None) -> Reque
 
 def takes_long(message: pb.AttributeRequest) -> bool:
     """Whether a message has so many files or classes that `parse` should not run on the event loop."""
-    counts = len(message.images.encoded.files), len(message.target.per_example.classes), len(message.served.classes)
+    counts = (
+        len(message.images.encoded.files),
+        len(message.target.per_example.classes),
+        len(message.served_classes.classes),
+    )
     return max(counts) > MANY_EXAMPLES
 
 
@@ -150,8 +154,10 @@ def _choice(choice: pb.ClassChoice, *, field: str = "target") -> Choice:
 
 def _served(served: pb.ServedPredictions, n_examples: int) -> tuple[Choice, ...]:
     if len(served.classes) != n_examples:  # before parsing any of them
-        raise InvalidArgument(f"served: {len(served.classes)} classes for {n_examples} examples, expected one for each")
-    return tuple(_choice(each, field="served") for each in served.classes)
+        raise InvalidArgument(
+            f"served_classes: {len(served.classes)} classes for {n_examples} examples, expected one for each"
+        )
+    return tuple(_choice(each, field="served_classes") for each in served.classes)
 
 
 def _check_output(output: pb.Output, request: Request) -> None:

@@ -401,9 +401,12 @@ def test_a_wrong_number_of_served_classes_is_refused(tmp_path: Path) -> None:
     served = pb.ServedPredictions(classes=[pb.ClassChoice(index=0)])
     unset = pb.ServedPredictions(classes=[pb.ClassChoice()] * 2)
     with running(Linear(), tmp_path, device="cpu") as server:
-        for wrong, words in ((served, "served: 1 classes for 2 examples"), (unset, "served: a class choice is unset")):
+        for wrong, words in (
+            (served, "served_classes: 1 classes for 2 examples"),
+            (unset, "served_classes: a class choice is unset"),
+        ):
             with pytest.raises(grpc.RpcError) as caught:
-                server.stub.Attribute(ask(floats(2), served=wrong), timeout=TIMEOUT_S)
+                server.stub.Attribute(ask(floats(2), served_classes=wrong), timeout=TIMEOUT_S)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
             assert words in caught.value.details()
 
@@ -491,7 +494,7 @@ def _names(tmp_path: Path) -> set[str]:
     """Every name that a server tells, once it has something to tell of each."""
     with running(Linear(), tmp_path, device="cpu") as server:
         served = pb.ServedPredictions(classes=[pb.ClassChoice(index=0)])
-        server.stub.Attribute(ask(floats(1), served=served), timeout=TIMEOUT_S)
+        server.stub.Attribute(ask(floats(1), served_classes=served), timeout=TIMEOUT_S)
         with pytest.raises(grpc.RpcError):
             server.stub.Attribute(ask(floats(1), method=pb.Method()), timeout=TIMEOUT_S)
         families = Metrics(server.engine, server.server.handler.telemetry.counts, server.counts).collect()
