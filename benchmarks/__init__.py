@@ -1,4 +1,4 @@
-"""What is measured, each module by itself or all by `make bench`. OpenMP is set as the server's own process sets it."""
+"""Measurements: `make bench` runs most of them, each module can be run alone. OpenMP is configured as in the server."""
 
 from sidelight_server.app.openmp import sleep_soon
 

@@ -51,13 +51,13 @@ class Contest:
     def __init__(self, folder: Path, *, hurry: bool) -> None:
         self.folder = folder
         self.swept: dict[str, dict[str, Round]] = {}
-        self.absent: dict[str, str] = {}  # why a rival takes no part
+        self.absent: dict[str, str] = {}  # reason, by the name of a peer that cannot run
         self.fidelity = float("nan")
         self._hurry = hurry
         self._exact = _lay_out(folder)
 
     def run(self, rivals: Sequence[Rival]) -> dict[str, Contestant]:
-        """Measure the rivals; who cannot be had is left out, and `absent` says why."""
+        """Measure the peers. Those that cannot run are in `absent`, with the reason."""
         with contextlib.ExitStack() as stack:
             contestants = {}
             for rival in rivals:
@@ -159,14 +159,14 @@ def _line(contest: Contest, contestants: dict[str, Contestant], us: Rival, peer:
     within = ours.record.fastest_within(theirs.record.p99_s(n_theirs))
     n_ours = ours.record.best() if within is None else within
     times = ours.record.times(n_ours, theirs.record, n_theirs)
-    detail = f"{_told(ours, n_ours)}; peer {_told(theirs, n_theirs)}"
+    detail = f"{_summary(ours, n_ours)}; peer {_summary(theirs, n_theirs)}"
     if not us.exact:
         detail += f"; rank correlation of its maps with the exact ones {contest.fidelity:.3f}"
     met = times >= goal and within is not None
     return Line(what=what, figure=times, unit="×", goal=f"≥ {goal:g}", met=met, detail=detail)
 
 
-def _told(contestant: Contestant, at_once: int) -> str:
+def _summary(contestant: Contestant, at_once: int) -> str:
     rate, p99_ms = contestant.record.rate(at_once), 1e3 * contestant.record.p99_s(at_once)
     return f"{rate:.1f} images/s, p99 {p99_ms:.0f} ms ({Setting(contestant.running.flags, at_once)})"
 

@@ -78,7 +78,7 @@ def closed_loop(connect: Connection) -> ExplainAll:
 
 
 def wait_for(connect: Connection, image: Image) -> None:
-    """Wait until a server answers. None of the peers says that it is ready in a way of the others'."""
+    """Wait until a server answers: each peer reports readiness in its own way."""
     until = time.monotonic() + FIRST_ANSWER_S
     while True:
         try:

@@ -1,4 +1,4 @@
-"""A rival: whose module it is, and the settings under which it may show its best.
+"""A peer: its module, and the settings that are tried.
 
 The peers' own environments import this for its arguments and ports, so at its top is the standard library alone.
 """
@@ -13,7 +13,7 @@ Flags = tuple[str, ...]
 
 
 class NotRun(Exception):
-    """A rival could not be had, and why."""
+    """A peer could not run, with the reason."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,7 +53,7 @@ class InputOnly:
 
 
 class Captum:
-    """Captum's `Saliency`. It has to be told the class: a pass to predict comes before its own two."""
+    """Captum's `Saliency`. It needs the class, so a forward pass comes before its own two passes."""
 
     def __init__(self, module: nn.Module) -> None:
         from captum.attr import Saliency

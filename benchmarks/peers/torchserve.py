@@ -1,7 +1,7 @@
 """TorchServe's `/explanations` with a handler of Captum. Run in `.venv-torchserve`: torch, numpy, captum, torchserve.
 
 The handler is this module's `handle`. TorchServe's own `explain_handle` has one target for a whole batch, and returns
-lists for JSON; this one has a target for each image, and returns bytes if it is not told otherwise.
+lists for JSON; this one has a target for each image, and returns bytes by default.
 """
 
 import json

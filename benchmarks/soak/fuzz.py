@@ -1,4 +1,4 @@
-"""Fuzz: bytes that atheris finds by coverage, into what reads messages and files. `make fuzz`.
+"""Coverage-guided fuzzing with atheris of the code that reads messages and files. `make fuzz`.
 
 `python -m benchmarks.soak.fuzz wire --seconds 60`, or `files`. It ends at the first exception that is not foreseen, and
 writes the bytes that caused it beside itself.
@@ -39,7 +39,7 @@ METHODS = (
 
 
 def messages(content: bytes) -> None:
-    """Read bytes as a request, and as one of a stream, and validate it."""
+    """Parse bytes as a unary and as a stream request, and validate it."""
     for read in (decode_request, decode_stream_request):
         received = read(content)
         if isinstance(received, SidelightError):
@@ -53,14 +53,14 @@ def messages(content: bytes) -> None:
 
 
 def files(content: bytes) -> None:
-    """Read bytes as a picture."""
+    """Decode bytes as an image file."""
     for channels in (1, 3):
         with contextlib.suppress(SidelightError):
             decode(content, channels=channels, max_pixels=MAX_PIXELS)
 
 
 def seeds(target: str) -> list[bytes]:
-    """Return good inputs to begin with."""
+    """Return valid inputs, the initial corpus."""
     if target == "wire":
         image = np.zeros((1, 3, 2, 2), np.float32)
         return [request(image, method).SerializeToString() for method in METHODS]

@@ -27,7 +27,7 @@ from ..support.nets import SMALL, small_cnn
 
 N_SERVER_KILLS, N_BATCHES = 20, 2000
 N_CALLER_KILLS = 100
-SHARE = 4e-6  # of a map's maximum: the contract for an example in other company
+SHARE = 4e-6  # of a map's maximum: the contract for an example beside other neighbors
 SETTLE_S = 30.0
 
 CALLER = f"""
@@ -41,7 +41,7 @@ with sidelight.connect(sys.argv[1], shared_memory=sys.argv[2] == "shared") as cl
 
 def run(n_server_kills: int = N_SERVER_KILLS, n_caller_kills: int = N_CALLER_KILLS) -> list[Line]:
     """Kill servers under one stream, then callers of one server."""
-    logging.getLogger("sidelight").setLevel(logging.ERROR)  # the client says that it waits, after each kill
+    logging.getLogger("sidelight").setLevel(logging.ERROR)  # the client logs a warning after each kill
     return [_servers(n_server_kills), asyncio.run(_callers(n_caller_kills))]
 
 
@@ -53,7 +53,7 @@ def batches(n: int) -> Iterator[np.ndarray]:
 
 @contextlib.contextmanager
 def rising(model: str, address: str, *flags: str) -> Iterator[list[int]]:
-    """Run a server that is started again whenever it dies; give the process ids that it has had."""
+    """Run a server that is restarted whenever it dies; yield the list of its process ids."""
     ids: list[int] = []
     ended, started = threading.Event(), threading.Event()
 
@@ -121,7 +121,7 @@ def _servers(n_kills: int) -> Line:
 
 
 def _slowly(n_kills: int) -> Iterator[np.ndarray]:
-    """Yield the batches over the time that so many kills take: a stream that is over cannot be disturbed."""
+    """Yield the batches for as long as the kills take."""
     for batch in batches(N_BATCHES):
         time.sleep(0.8 * n_kills / N_BATCHES)
         yield batch
@@ -137,7 +137,7 @@ async def _callers(n_kills: int) -> Line:
             counts: list[tuple[int, int, int, int]] = []
             for n in range(n_kills + 3):
                 await asyncio.to_thread(_kill_a_caller, f"unix:{shared}/socket", "shared" if n % 2 else "inline")
-                if n >= 2:  # what the first ones make for good is made
+                if n >= 2:  # caches and pools are filled
                     n_files = counts[0][2] if counts else None
                     counts.append(await _settled(running, Path(shared), n_files))
         finally:
@@ -161,7 +161,7 @@ def _kill_a_caller(address: str, way: str) -> None:
 
 
 async def _settled(running: Server, folder: Path, n_files: int | None) -> tuple[int, int, int, int]:
-    """Return the counts once nothing is at work any more, or as they are after a while."""
+    """Return the counts once the server is idle, or as they are after `SETTLE_S`."""
     until_s = time.monotonic() + SETTLE_S
     while True:
         counts = (

@@ -1,4 +1,4 @@
-"""Messages without end on streams, one in ten taken back and one in twenty bad: what the server holds stays the same.
+"""Many messages on streams, one in ten cancelled and one in twenty invalid: the server's memory does not grow.
 
 `python -m benchmarks.soak.messages --messages 100000`.
 """
@@ -25,16 +25,16 @@ WARM_UP_SHARE = 5  # the first fifth of them
 
 
 def run(n_messages: int = N_MESSAGES) -> list[Line]:
-    """Send them over four streams at once, and compare what the server held after the first fifth and at the end."""
+    """Send the messages over four streams; compare the server after the first fifth with the server at the end."""
     with server("python:benchmarks.support.nets:trimmed_cnn", "--threads", "1") as (address, pid):
         process = psutil.Process(pid)
         asyncio.run(_send(address, n_messages // WARM_UP_SHARE))
         before = settled(process)
         counts = asyncio.run(_send(address, n_messages))
         after = settled(process, before)
-    told = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
+    summary = ", ".join(f"{n} {what}" for what, n in sorted(counts.items()))
     during = f"over {n_messages:,} messages, 10 % of them cancelled, 5 % bad"
-    return [growth(during, before, after, detail=told)]
+    return [growth(during, before, after, detail=summary)]
 
 
 async def _send(address: str, n_messages: int) -> collections.Counter[str]:
@@ -74,7 +74,7 @@ async def _stream(stub: attribution_pb2_grpc.AttributionServiceStub, n_messages:
 
 
 def grpc_name(code: int) -> str:
-    """Return a status in words."""
+    """Return a status as text."""
     return next(each.value[1] for each in grpc.StatusCode if each.value[0] == code)
 
 

@@ -1,4 +1,4 @@
-"""A storm: thousands of calls, half of them cancelled at random moments. `python -m benchmarks.soak.storm`."""
+"""Thousands of calls, half of them cancelled at random moments. `python -m benchmarks.soak.storm`."""
 
 import argparse
 import asyncio
@@ -30,7 +30,7 @@ METHODS = (
 
 
 def run(n_requests: int = N_REQUESTS) -> list[Line]:
-    """Send the storm twice, and compare what the server holds after each. The next call must be served at once."""
+    """Run twice, and compare what the server holds after each run. The next call must be served at once."""
     with (
         server("python:benchmarks.support.nets:trimmed_cnn") as (address, pid),
         sidelight.connect(address) as client,
@@ -60,7 +60,7 @@ def run(n_requests: int = N_REQUESTS) -> list[Line]:
             what="stop of cancelled work, the mean",
             figure=1e3 * cancelled.mean_s,
             unit="ms",
-            goal=f"≤ two unloaded chunks, {2e3 * chunk_s:.0f} ms",  # loaded ones take longer, beside the callers
+            goal=f"≤ two unloaded chunks, {2e3 * chunk_s:.0f} ms",  # under load, chunks take longer
             met=cancelled.mean_s <= 2 * chunk_s,
             detail=f"{cancelled.count} with a row at the device, {1e3 * cancelled.longest_s:.1f} ms the longest; "
             f"the next call took {1e3 * next_s:.1f} ms",

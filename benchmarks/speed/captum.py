@@ -27,7 +27,7 @@ from ..support.nets import SIZE, resnet18
 
 BATCH, STEPS, SAMPLES, NOISE = 8, 50, 25, 0.15
 INTERNAL_BATCH_SIZES = (8, 16, 50)
-EQUAL = 1e-4  # relative L2: where another chunk moves a last bit, a ReLU at a tie may open or close
+EQUAL = 1e-4  # relative L2: rounding in a chunk of another size may switch a ReLU that is near 0
 ROUNDS = 2  # of twenty seconds for each: they need no warming up
 GOALS = {"float32": 0.95, "float32+fold+channels_last": 1.1, "bfloat16+fold+channels_last": 1.9}
 STATUS = Path("/proc/self/status")
@@ -172,7 +172,7 @@ def _peak_line() -> Line:
 
 
 def _peak(who: str) -> float:
-    """Return by how many MiB the process grew at its peak while it explained one batch."""
+    """Return the growth of the process's peak memory, in MiB, while it explained one batch."""
     x, module = images(), resnet18().module
     method = OurIntegratedGradients(steps=STEPS)
     spec = ModelSpec(module, input_size=(3, SIZE, SIZE), name="float32")

@@ -1,4 +1,4 @@
-"""A kernel that shares its cores: how long OpenMP's threads should spin, alone and beside one and three busy processes.
+"""How long OpenMP's threads should spin: the kernel alone, and beside one and three busy processes.
 
 OpenMP reads its variables once, so each policy has a process of its own. They take turns, so that each meets the same
 neighbors. A neighbor is a torch process that never rests, under OpenMP's own policy.
@@ -56,7 +56,7 @@ def _compared(network: str, n_neighbors: int, rounds: int) -> list[Line]:
             what=f"kernel of {network}, {where}: {name} over OpenMP's own policy",
             figure=(times := ratio(own, taken)),
             unit="×",
-            goal=f"≥ {goal:g}" if goal and name == OURS else "told",
+            goal=f"≥ {goal:g}" if goal and name == OURS else "no goal",
             met=not goal or name != OURS or times >= goal,
             detail=f"{_rate(taken):.1f} images/s, {_rate(own):.1f} with OpenMP's own",
         )
@@ -86,7 +86,7 @@ def _process(role: str, network: str, policy: dict[str, str]) -> Iterator["subpr
 
 
 def _turn(worker: "subprocess.Popen[str]") -> float:
-    """Let a worker run for a moment, and return the seconds that a chunk took."""
+    """Run a worker for `TURN_S`, and return the seconds of a chunk."""
     assert worker.stdin
     assert worker.stdout
     worker.stdin.write("\n")

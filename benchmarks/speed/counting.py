@@ -1,4 +1,4 @@
-"""Counting: what the metrics cost the event loop for each batch, over one call of a model that is quick."""
+"""The cost of the metrics on the event loop for each batch, as a share of one call of a small model."""
 
 import asyncio
 import statistics
@@ -19,7 +19,7 @@ GOAL = 0.01
 
 
 def run() -> list[Line]:
-    """Compare the two, from one run."""
+    """Measure both in one run."""
     image = np.zeros((1, SMALL, SMALL, 3), np.uint8)
     answer, telemetry = _answer(image), Telemetry()
 

@@ -1,4 +1,4 @@
-"""What it costs to decode files in processes of their own: through a worker, against the call in this process."""
+"""Decoding of files in a decoder process against decoding in the calling process."""
 
 import asyncio
 import io
@@ -20,7 +20,7 @@ GOAL_MS, GOAL_SHARE = 1.0, 0.05  # whichever is more
 
 
 def run() -> list[Line]:
-    """Decode JPEG files of three sizes both ways, one after the other, as a caller does who waits for each."""
+    """Decode JPEG files of three sizes both ways, one file after the other."""
     return list(_measured())
 
 
@@ -37,7 +37,7 @@ def _measured() -> Iterator[Line]:
                 PREPROCESSING.fit(decode(file, channels=3, max_pixels=ORDER.max_pixels))
 
             seconds = in_turns({"worker": work, "call": call}, rounds=rounds)
-            # The fastest round: what other processes take is neither's.
+            # The fastest round, which other processes disturbed least.
             worker_ms, call_ms = (1000 * min(each) for each in seconds.values())
             cost_ms = worker_ms - call_ms
             what = f"a JPEG of {width} × {height} decoded and resized in a worker, beyond the call in one process"
@@ -50,7 +50,7 @@ def _measured() -> Iterator[Line]:
 
 
 def _jpeg(height: int, width: int) -> bytes:
-    """Return a file of a smooth picture with some noise, which compresses as photographs do."""
+    """Return a JPEG of a smooth picture with some noise, which compresses like a photograph."""
     random = np.random.default_rng(0)
     small = Image.fromarray(random.integers(0, 256, (height // 16, width // 16, 3), np.uint8))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)

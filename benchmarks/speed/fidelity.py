@@ -45,7 +45,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "bfloat16+fold+channels_last": {"precision": "bfloat16"} | FOLDED,
 }
 COMPILED = {"compile": {"compile": True}, "compile+fold+channels_last": {"compile": True} | FOLDED}
-# What averages many gradients averages their rounding too.
+# The mean of many gradients also averages their rounding.
 AVERAGES: dict[str, Method] = {"SmoothGrad-25": SmoothGrad(25), "IG-32": IntegratedGradients(32)}
 AVERAGED = "bfloat16+fold+channels_last"
 # float32 in another order must not move pixels; what bf16 does to a network's maps is for its operator to judge.
@@ -92,7 +92,7 @@ def _compared(name: str, exact: Answer, other: Answer) -> Fidelity:
 
 
 def run() -> list[Line]:
-    """Measure what `make bench` tells: the configurations that it also times."""
+    """Measure the configurations that `make bench` also times."""
     measured = measure({name: CONFIGURATIONS[name] for name in GOALS}, Gradient())
     return [
         Line(

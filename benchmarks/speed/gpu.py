@@ -46,7 +46,7 @@ CHECKED = 8
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """What is measured in turn: its name, the model's factory, and what the server is told."""
+    """What is measured in turn: its name, the model's factory, and the server's options."""
 
     name: str
     factory: str
@@ -67,7 +67,7 @@ PRECISIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Images a second of one precision, and what follows of them."""
+    """Images per second in one precision, and ratios of them."""
 
     precision: str
     seed: float  # forward, and back to every weight, as the original does

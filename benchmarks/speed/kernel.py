@@ -23,7 +23,7 @@ FAST = {
 
 
 def maps(kernel: Kernel, images: Tensor) -> Tensor:
-    """Return what a gradient request asks of the kernel: the largest |d probability of the predicted class|."""
+    """Run the kernel as a gradient request does: the largest |d probability of the predicted class|."""
     answer = kernel.run(images, [PREDICTED] * len(images), [Score.PROBABILITY] * len(images))
     assert answer.gradients is not None
     return torch.stack([reduce(each, Channels.MAX_ABS, Magnitude.ABSOLUTE) for each in answer.gradients])
@@ -50,7 +50,7 @@ def against_original(name: str, module: nn.Module) -> Line:
 
 
 def fast_against_original(name: str, module: nn.Module) -> list[Line]:
-    """Measure one model with what an operator may choose, all in turns."""
+    """Measure one model with each option, alternately."""
     images = torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     explainer = original_class()(PyHealthModel(module).eval())
     device, trial = torch.device("cpu"), images[:2]

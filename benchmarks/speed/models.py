@@ -1,4 +1,4 @@
-"""Models of any kind: PyHealth's class and ours, what loading and preprocessing cost, what callers feel of a reload."""
+"""PyHealth's class against ours, the time of loading and preprocessing, and latencies during a reload."""
 
 import contextlib
 import statistics
@@ -35,7 +35,7 @@ QUIET_S = 20.0
 
 
 def run() -> list[Line]:
-    """Measure all of it on a ResNet-18."""
+    """Measure everything on a ResNet-18."""
     torch.set_num_threads(cpu_quota())
     with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
         weights = Path(folder) / "resnet18.safetensors"
@@ -44,7 +44,7 @@ def run() -> list[Line]:
 
 
 def _drop_in() -> Line:
-    """Compare the two classes of one name on a batch of 8, in this process."""
+    """Compare the original class and ours on a batch of 8, in this process."""
     model, images = PyHealthModel(resnet18().module).eval(), torch.rand(8, 3, SIZE, SIZE)
     with BasicGradientSaliencyMaps(model) as ours:
         theirs = original_class()(model)
@@ -63,7 +63,7 @@ def _drop_in() -> Line:
 
 
 def _loading(weights: Path) -> Line:
-    """Compare an engine that was made of a source with what anybody does: make it, read the weights, try it once."""
+    """Compare loading an engine from a source with making the module, reading its weights and one forward pass."""
     settings = Settings(model=SOURCE, weights=weights, device="cpu", threads=cpu_quota())
     trial = torch.rand(2, 3, SIZE, SIZE)
 
@@ -93,7 +93,7 @@ def _loading(weights: Path) -> Line:
 
 
 def _preprocessing() -> Line:
-    """Compare what is done on the CPU, one picture after the other in one thread, with the kernel's time for them."""
+    """Compare preprocessing, one picture after the other in one thread, with the kernel's time."""
     spec: ModelSpec = resnet18()
     preprocessing = Preprocessing(
         channels=3, height=SIZE, width=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3, resize=256, interpolation="bilinear"
@@ -124,7 +124,7 @@ def _preprocessing() -> Line:
 
 
 def _reloads(weights: Path) -> list[Line]:
-    """Let callers ask without a pause, and reload the model under them: compare their latencies with those before."""
+    """Reload the model while callers call without a pause; compare their latencies with those before."""
     image = np.zeros((1, SIZE, SIZE, 3), np.uint8)
     with (
         server(SOURCE, "--weights", str(weights), "--allow-reload") as (address, _),
@@ -165,7 +165,7 @@ def _reloads(weights: Path) -> list[Line]:
 
 
 def _latencies(client: sidelight.Client, image: np.ndarray, meanwhile: Callable[[], None]) -> tuple[list[float], int]:
-    """Return the seconds that each call took while something else went on, and how many failed."""
+    """Return the seconds of each call while another function runs, and the number of failed calls."""
     over = threading.Event()
     failed: list[str] = []
 

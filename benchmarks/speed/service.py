@@ -1,4 +1,4 @@
-"""The service against its own kernel: what streaming and one unary call cost on top, from a process of their own."""
+"""The service against its own kernel: the overhead of a stream and of a unary call."""
 
 import statistics
 import time

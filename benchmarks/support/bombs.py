@@ -1,4 +1,4 @@
-"""Files that take long, or much memory, to decode."""
+"""Files that take a long time or much memory to decode."""
 
 import io
 
@@ -6,7 +6,7 @@ from PIL import Image
 
 
 def many_scans(side: int, n_scans: int) -> bytes:
-    """Return a progressive JPEG of one gray whose last scan comes again and again: small, and slow to decode."""
+    """Return a progressive JPEG of one gray value that repeats its last scan: small, and slow to decode."""
     buffer = io.BytesIO()
     Image.new("L", (side, side), 128).save(buffer, "JPEG", progressive=True)
     file = buffer.getvalue()

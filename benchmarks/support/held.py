@@ -1,4 +1,4 @@
-"""What a process holds, before something is done to it and after: memory, descriptors and threads."""
+"""Memory, descriptors and threads of a process, before and after a load."""
 
 import contextlib
 import ctypes
@@ -21,7 +21,7 @@ TRIM_S = 0.25
 
 
 def without_reserve() -> None:
-    """Let this process, a server under measurement, give freed memory back to the system all the time.
+    """Return freed memory to the system continuously, in a server that is measured.
 
     A server keeps it for the next chunk. How much that is after a storm is chance, 300 to 450 MiB of resident memory
     for the same load: a leak of a few would not be seen in it.
@@ -41,8 +41,8 @@ def _trim(trim: Callable[[int], int]) -> None:
 class Held:
     """Counts of one moment; `memory` is what is resident, in bytes.
 
-    gRPC starts and ends the threads of its pool as it sees fit, four to six of them on two cores; they are told, and
-    not judged.
+    gRPC changes the number of threads of its pool at any time, four to six on two cores. They are reported, but no part
+    of the goal.
     """
 
     memory: int
@@ -52,7 +52,7 @@ class Held:
 
     @classmethod
     def by(cls, process: psutil.Process) -> Self:
-        """Look at a process."""
+        """Return what a process holds now."""
         names = [_name(thread) for thread in Path(f"/proc/{process.pid}/task").iterdir()]
         n_pool = names.count(POOL)
         return cls(process.memory_info().rss, process.num_fds(), len(names) - n_pool, n_pool)
@@ -65,12 +65,12 @@ class Held:
 def _name(thread: Path) -> str:
     try:
         return (thread / "comm").read_text().strip()
-    except OSError:  # it has just ended
+    except OSError:  # the thread has ended
         return ""
 
 
 def settled(process: psutil.Process, before: Held | None = None) -> Held:
-    """Look at a process once it is at rest: nothing changes any more, and it has let go of what it did not hold before.
+    """Return what an idle process holds: once nothing changes, and descriptors and threads are back where they were.
 
     It hears of a caller's end a moment later, and lets go after that: a look while it is at work is no measure.
     """

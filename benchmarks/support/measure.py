@@ -1,4 +1,4 @@
-"""How things are measured: rivals take turns in one run, and ratios are of medians. The machine is shared and noisy."""
+"""How to measure on a shared machine: alternate the candidates in one run, and compare medians."""
 
 import collections
 import contextlib
@@ -19,7 +19,7 @@ ROUNDS = 7
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table: what was measured, the ratio or figure that counts, and what it should be."""
+    """One line of the table: what was measured, the figure, its goal and whether it was met."""
 
     what: str
     figure: float
@@ -30,7 +30,7 @@ class Line:
 
 
 def report(lines: Iterable[Line]) -> int:
-    """Print each line as it comes. Returns what a process should exit with: 1 if a goal was not met."""
+    """Print each line when it is measured. Returns the exit status: 1 if a goal was not met."""
     n_missed = 0
     for line in lines:
         met = "met" if line.met else "NOT MET"
@@ -42,7 +42,7 @@ def report(lines: Iterable[Line]) -> int:
 def in_turns(
     rivals: Mapping[str, Callable[[], object]], *, rounds: int = ROUNDS, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Run the rivals in turn and return the seconds that each round took. A round to warm up is not counted."""
+    """Run the candidates alternately and return the seconds of each round, without the warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for round_ in range(rounds + warm_up):
         for name, rival in rivals.items():
@@ -54,7 +54,7 @@ def in_turns(
 
 
 def ratio(slow: list[float], fast: list[float]) -> float:
-    """Return how many times as fast: the median over the rounds of each round's own ratio."""
+    """Return the speedup: the median of the ratios of the rounds."""
     return statistics.median(a / b for a, b in zip(slow, fast, strict=True))
 
 
@@ -65,7 +65,7 @@ def _drain(pipe: IO[str]) -> None:
 
 @contextlib.contextmanager
 def server(model: str, *flags: str, address: str = "") -> Iterator[tuple[str, int]]:
-    """Run a server as a process of its own; give its address, a fresh one if none is named, and process id."""
+    """Run a server in a process of its own; yield its address, a new one by default, and its process id."""
     root = Path(__file__).parent.parent.parent
     with tempfile.TemporaryDirectory(prefix="sidelight-") as folder:
         address = address or f"unix:{folder}/socket"
@@ -78,7 +78,7 @@ def server(model: str, *flags: str, address: str = "") -> Iterator[tuple[str, in
                         break
                 else:
                     raise RuntimeError(f"the server did not start: {' '.join(command)}")
-                # The pipe is read to its end: a server whose log nobody reads would stop once it is full.
+                # Read the pipe to its end: the server would block once it is full.
                 threading.Thread(target=_drain, args=(process.stderr,), daemon=True).start()
                 yield address, process.pid
             finally:

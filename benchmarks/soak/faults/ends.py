@@ -18,7 +18,7 @@ DRAIN_S = 5.0
 
 
 def drain() -> Line:
-    """Stop a server that has work in hand, and say how long it took to end with 0."""
+    """Stop a server that has unanswered batches, and measure the time until it exits."""
     with server(MODEL, "--drain-s", str(DRAIN_S)) as (address, pid):
         process = psutil.Process(pid)
         n_answered = 0
@@ -31,7 +31,7 @@ def drain() -> Line:
             code = process.wait(60)
             took_s = time.perf_counter() - began
     return Line(
-        what="drain of a server under a stream, from SIGTERM to its end",
+        what="drain of a server under a stream, from SIGTERM to exit",
         figure=took_s,
         unit="s",
         goal=f"≤ {DRAIN_S:g}",
@@ -41,7 +41,7 @@ def drain() -> Line:
 
 
 def death(number: signal.Signals) -> Line:
-    """Kill or stop one of two servers under a stream, and see when all that it had was answered by the other."""
+    """Kill or stop one of two servers under a stream; measure the time until the other has answered its batches."""
     with server(MODEL) as (first, pid), server(MODEL) as (second, _), sidelight.connect([first, second]) as client:
         list(client.stream(images(2) for _ in range(50)))
         n_read, killed_s, waits, n_before = 0, 0.0, 0.0, 0

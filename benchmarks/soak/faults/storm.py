@@ -27,7 +27,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
 
 
 class Storm:
-    """Counts of what was tried, and how it went."""
+    """Callers of all kinds, with counts of what they tried and of its outcome."""
 
     def __init__(self, address: str, port: int, expected: np.ndarray) -> None:
         self.address = address
@@ -42,7 +42,7 @@ class Storm:
             self.counts[what] += n
 
     def good(self) -> None:
-        """Ask good questions, one call and one stream after the other; check every map."""
+        """Make good calls and streams alternately, and check every map."""
         with sidelight.connect(self.address) as client:
             while not self.done.is_set():
                 try:
@@ -55,7 +55,7 @@ class Storm:
                     print(f"lost: {error!r}")
 
     def failing(self) -> None:
-        """Ask for examples on which the model fails, between two on which it does not."""
+        """Send batches whose middle example makes the model fail."""
         with sidelight.connect(self.address) as client:
             for fault in itertools.cycle(range(len(FAULTS))):
                 if self.done.wait(0.02):
@@ -71,7 +71,7 @@ class Storm:
                 self.count("wrong", not right)
 
     def malformed(self, seed: int) -> None:
-        """Send what is no good request, of every kind in turn."""
+        """Send invalid input, one kind after the other."""
         rng = random.Random(seed)
         with grpc.insecure_channel(f"127.0.0.1:{self.port}") as channel:
             kinds: tuple[Callable[[], None], ...] = (
@@ -91,7 +91,7 @@ class Storm:
                 self.count("malformed")
 
     def slow(self) -> None:
-        """Hold connections on which a byte comes now and then."""
+        """Hold connections that send a byte every 0.2 s."""
         while not self.done.is_set():
             with contextlib.ExitStack() as stack:
                 held = [stack.enter_context(socket.create_connection(("127.0.0.1", self.port))) for _ in range(20)]
@@ -142,7 +142,7 @@ def storm(seconds: float) -> list[Line]:
         with sidelight.connect(address) as client:
             expected = client.attribute(images(2)).maps
         _crowd(address, port)
-        _for(seconds / 3, Storm(address, port, expected))  # what the first ones make for good is made
+        _for(seconds / 3, Storm(address, port, expected))  # caches and pools are filled
         before = settled(process)
         storm = Storm(address, port, expected)
         n_connected = _crowd(address, port)
@@ -160,7 +160,7 @@ def storm(seconds: float) -> list[Line]:
             detail=f"{counts['served']} served, {counts['malformed']} malformed inputs tried, "
             f"{counts['faults']} faults injected in {seconds:g} s; {n_connected} HTTP/2 connections held at once",
         ),
-        growth("meanwhile", before, after),
+        growth("beside malformed inputs and faults", before, after),
     ]
 
 
@@ -176,7 +176,7 @@ def _for(seconds: float, storm: Storm) -> None:
 
 
 def _crowd(address: str, port: int) -> int:
-    """Hold many HTTP/2 connections, and ask a good question over one more. Returns how many the server greeted."""
+    """Hold many HTTP/2 connections, and make a good call over another. Returns how many got the server's settings."""
     with contextlib.ExitStack() as stack:
         held = [
             stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)) for _ in range(N_CONNECTIONS)

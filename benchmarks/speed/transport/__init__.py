@@ -29,7 +29,7 @@ ADDED_CASE, ADDED_GOAL_MS = "150 kB", 1.2
 
 
 class First(nn.Module):
-    """Logits that are ten of the input's elements: the gradient is there at once."""
+    """Logits that are ten of the input's elements, so that the gradient costs nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1)[:, :10]
@@ -50,7 +50,7 @@ def run() -> list[Line]:
     ):
         lines = [line for case in CASES for line in _inline(case, address, echo_address)]
         lines.append(_shared(CASES[-1], address, Path(folder)))
-    # A server of its own: after a load, memory that was freed is reused or given back, and the figure would be chance.
+    # A new server: after a load, memory that was freed would be reused.
     with server("python:benchmarks.speed.transport:costless", *flags) as (address, pid):
         return [*lines, _idle(address, pid)]
 
@@ -79,7 +79,7 @@ def _inline(case: Case, address: str, echo: str) -> list[Line]:
 
 
 def _added(rates: dict[str, float]) -> Line:
-    """Decoding and encoding are a part of what a message takes beyond an echo: the engine's work is the rest."""
+    """The time of a message beyond that of an echo: decoding, encoding and the engine."""
     added_ms = 1e3 / rates["stream"] - 1e3 / rates["echo"]
     return Line(
         what=f"what the service adds to a message of {ADDED_CASE}, engine and scheduler included",
@@ -114,7 +114,7 @@ def _shared(case: Case, address: str, folder: Path) -> Line:
 
 
 def _idle(address: str, pid: int) -> Line:
-    """Open streams that have had one answer each and stay silent."""
+    """Measure the memory of streams that have had one answer each and are idle."""
     process = psutil.Process(pid)
 
     async def measure() -> float:
@@ -138,7 +138,7 @@ def _idle(address: str, pid: int) -> Line:
         figure=grown_mb,
         unit="MB",
         goal=f"0 to {IDLE_GOAL_MB}",
-        met=0 < grown_mb < IDLE_GOAL_MB,  # nothing, or less, is no measurement
+        met=0 < grown_mb < IDLE_GOAL_MB,  # 0 or less means that the measurement failed
         detail=f"resident, {1000 * grown_mb / N_IDLE:.0f} kB each, on {N_IDLE_CHANNELS} connections",
     )
 

@@ -20,7 +20,7 @@ STREAM = "/sidelight.v1.AttributionService/AttributeStream"
 
 
 async def exchange(address: str, method: str, requests: Sequence[bytes], case: Case, *, check: bool) -> None:
-    """Send and receive, a window of messages under way."""
+    """Send and receive messages, with at most a window of them unanswered."""
     async with grpc.aio.insecure_channel(address, OPTIONS) as channel:
         call = channel.stream_stream(method)()
         room = asyncio.Semaphore(case.window)
@@ -43,7 +43,7 @@ async def exchange(address: str, method: str, requests: Sequence[bytes], case: C
 
 
 async def exchange_shared(address: str, case: Case, folder: Path) -> None:
-    """Do the same through a region: the caller writes each batch into a slot, and reads its maps out of it."""
+    """As `exchange`, through a region: the caller writes each batch into a slot and reads its maps from it."""
     images = np.random.default_rng(0).standard_normal(case.shape).astype(np.float32)
     maps = np.empty_like(images)
     slot_bytes = 2 * case.n_bytes
