@@ -1,4 +1,4 @@
-"""The command line: `attribute`, `replay`, `info`, `reload`, `page`, `demo` and `bench`."""
+"""The command line: `attribute`, `replay`, `info`, `reload`, `page`, `demo`, `bench` and `job`."""
 
 import contextlib
 import dataclasses
@@ -21,6 +21,7 @@ from ..methods.parsing import METHODS
 from ..results.storage import load_array
 from .arguments import REGION, from_baseline, method_names, method_of, pictures_of, target_of
 from .bench.command import bench
+from .job import job
 from .options import DEFAULT_ADDRESS, Address, Connector, with_connection_options
 from .server_tables import report_server
 from .tables import report, report_replay
@@ -232,3 +233,4 @@ def _errors_on_one_line() -> Iterator[None]:
 
 
 app.command()(with_connection_options(_errors_on_one_line()(bench)))
+app.command()(_errors_on_one_line()(job))

@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import tempfile
 import threading
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -66,13 +67,8 @@ def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> 
     OpenMP belongs to the whole process: if other processes use the same cores, set `GOMP_SPINCOUNT=1000` in the
     environment before importing torch, as `sidelight-server` does. `dedicated_cpus` has no effect here.
     """
-    try:
-        chosen = Settings(**settings)
-    except ValidationError as error:
-        raise ConfigurationError(first_fault(error, known=Settings.model_fields, where="serve()")) from None
-    if not chosen.threads:
-        chosen = chosen.model_copy(update={"threads": torch.get_num_threads()})
-    engine = Engine(_offered(model, chosen), chosen)
+    engine = create_engine(model, settings, where="serve()")
+    chosen = engine.settings
     if "listen" not in settings:  # the socket is in a private folder, so callers are of this user
         engine.expose_causes()
     with contextlib.ExitStack() as resources:
@@ -82,6 +78,20 @@ def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> 
         server = Server(engine, listen=listen, plaintext=chosen.plaintext, metrics_listen=chosen.metrics_listen or "")
         resources.enter_context(_Thread(server, drain_s=chosen.drain_s))
         return EmbeddedServer(server, folder, resources.pop_all())
+
+
+def create_engine(model: nn.Module | ModelSpec | str | None, settings: Mapping[str, Any], where: str) -> Engine:
+    """Return an engine with its models loaded, for a caller who gives `settings` as keywords of `where`.
+
+    `threads` defaults to `torch.get_num_threads()`. Raises `ConfigurationError`.
+    """
+    try:
+        chosen = Settings(**settings)
+    except ValidationError as error:
+        raise ConfigurationError(first_fault(error, known=Settings.model_fields, where=where)) from None
+    if not chosen.threads:
+        chosen = chosen.model_copy(update={"threads": torch.get_num_threads()})
+    return Engine(_offered(model, chosen), chosen)
 
 
 def _offered(model: nn.Module | ModelSpec | str | None, settings: Settings) -> list[ModelSpec | ModelSettings]:
