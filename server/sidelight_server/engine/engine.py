@@ -26,7 +26,7 @@ from .device import Device, least_busy
 from .model_entry import Version
 from .preparation_pool import PreparationPool
 from .registry import Registry
-from .submission import OnDone, Outcome, Submission, Surroundings
+from .submission import OnDone, Outcome, Submission, Surroundings, store_outcome
 
 log = logging.getLogger("sidelight")
 
@@ -177,7 +177,7 @@ class Engine:
         device: Device | None = None,
     ) -> Answer:
         """`submit` a request and wait for its answer. Cancelling the call drops its rows that have not run."""
-        answered: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         submission = self.submit(
             request,
             functools.partial(store_outcome, answered),
@@ -186,9 +186,12 @@ class Engine:
             device=device,
         )
         try:
-            return await answered
+            outcome = await answered
         finally:
             submission.cancel()
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
 
     def _assemble(self, active: ActiveRequest, clock: Clock, *, final: bool = True) -> Answer:
         return assemble_answer(
@@ -213,13 +216,3 @@ class Engine:
             answer = await self.attribute(Request(zeros, model=model.name), device=device)
             if answer.failures:
                 log.warning(Event("warm_up_failed", model=model.name, message=answer.failures[0].message))
-
-
-def store_outcome(answered: "asyncio.Future[Answer]", outcome: Outcome) -> None:
-    """Complete a future with an outcome, unless it was cancelled."""
-    if answered.done():
-        return
-    if isinstance(outcome, Exception):
-        answered.set_exception(outcome)
-    else:
-        answered.set_result(outcome)

@@ -182,3 +182,9 @@ class Submission:
         return await to_thread_if_many(
             self._request.n_examples, self._engine.assemble, active, self._clock, final=final
         )
+
+
+def store_outcome(answered: "asyncio.Future[Outcome]", outcome: Outcome) -> None:
+    """Complete a future with an outcome, unless it was cancelled. With `functools.partial`, it is an `on_done`."""
+    if not answered.done():
+        answered.set_result(outcome)

@@ -64,12 +64,12 @@ class Admission:
     bytes than are free: they take theirs from a reserve on top of the limits.
     """
 
-    def __init__(self, *, max_requests: int, max_bytes: float, max_caller_rows: int = 0, model: str = "") -> None:
-        """`max_caller_rows` 0 means no limit."""
+    def __init__(self, *, max_requests: int, max_bytes: float, max_caller_rows: int = 0, limits: str = "") -> None:
+        """`max_caller_rows` 0 means no limit. `limits` says in errors what is limited, and by which setting."""
         self._max_requests = max_requests
         self._max_bytes = max_bytes
         self._max_caller_rows = max_caller_rows
-        self._model = model
+        self._limits = limits
         self._waiting: dict[str, deque[_Waiting]] = {}  # by caller, in round-robin order
         self._held: defaultdict[str, _Held] = defaultdict(_Held)  # by caller
         self._total = _Held()
@@ -92,13 +92,18 @@ class Admission:
     @contextlib.contextmanager
     def enter(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Iterator[None]:
         """Hold a permit. Raises `ResourceExhausted` with a retry delay if none is free."""
-        permit = self.take(n_bytes, caller, n_rows=n_rows)
-        if permit is None:
-            raise ResourceExhausted(self._refusal(caller, n_rows), retry_delay_s=RETRY_DELAY_S)
+        permit = self.claim(n_bytes, caller, n_rows=n_rows)
         try:
             yield
         finally:
             self.release(permit)
+
+    def claim(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Permit:
+        """Take a permit. Raises `ResourceExhausted` with a retry delay if none is free."""
+        permit = self.take(n_bytes, caller, n_rows=n_rows)
+        if permit is None:
+            raise ResourceExhausted(self._refusal(caller, n_rows), retry_delay_s=RETRY_DELAY_S)
+        return permit
 
     def take(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Permit | None:
         """Take a permit if one is free, else return None. Raises `ResourceExhausted` if the request can never fit."""
@@ -198,8 +203,8 @@ class Admission:
 
     def _refusal(self, caller: str, n_rows: int) -> str:
         held = self._held.get(caller, _Held())
-        if self._model:
-            return f'model "{self._model}" has {self.n_requests} requests in flight (max_model_in_flight)'
+        if self._limits:
+            return f"{self._limits}: {self.n_requests} requests of {self.n_bytes} bytes are there already"
         if self._max_caller_rows and held.n_rows + n_rows > self._max_caller_rows and held.n_rows:
             return (
                 f"this caller's requests in flight take up to {held.n_rows} rows, and this one {n_rows} more "
@@ -220,6 +225,23 @@ class Admission:
                 f"the request and its answer take {n_bytes} bytes, the server's max_in_flight_bytes is "
                 f"{self._max_bytes}: send fewer examples"
             )
+
+
+class Permits:
+    """The permits of one request: of the server and of its model. Held until `close`."""
+
+    def __init__(self) -> None:
+        self._held: list[tuple[Admission, Permit]] = []
+
+    def add(self, admission: Admission, permit: Permit) -> None:
+        """Hold another permit."""
+        self._held.append((admission, permit))
+
+    def close(self) -> None:
+        """Release all permits."""
+        while self._held:
+            admission, permit = self._held.pop()
+            admission.release(permit)
 
 
 def _may_take(n: int, held: int, free: float) -> bool:

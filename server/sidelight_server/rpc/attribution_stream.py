@@ -1,6 +1,5 @@
 """`AttributeStream`: batches, cancels and shared memory regions on one call. Answers are written when ready."""
 
-import asyncio
 import functools
 
 from sidelight.v1 import attribution_pb2 as pb
@@ -9,7 +8,8 @@ from ..errors import InvalidArgument, SidelightError
 from ..telemetry.call_record import CallRecord
 from ..wire import responses
 from ..wire.codec import Received
-from .handler import RequestHandler, ValidatedRequest, deadline_of
+from .execution import ValidatedRequest
+from .handler import RequestHandler, deadline_of
 from .shared_memory import Regions
 from .stream import Context, Stream, StreamOptions
 from .stream_batch import Unloaded
@@ -27,13 +27,13 @@ class AttributionStream(Stream[pb.AttributeStreamRequest]):
     def _close(self) -> None:
         self._regions.close()
 
-    async def _receive(self, received: Received[pb.AttributeStreamRequest], group: asyncio.TaskGroup) -> None:
+    async def _receive(self, received: Received[pb.AttributeStreamRequest]) -> None:
         message = received.message
         match message.WhichOneof("request"):
             case "attribute":
                 id_ = message.attribute.id
                 fail = functools.partial(self._failed, id_)
-                await self._begin(id_, received.n_bytes, functools.partial(self._validate, received), fail, group)
+                await self._begin(id_, received.n_bytes, functools.partial(self._validate, received), fail)
             case "cancel":
                 if batch := self._unanswered.get(message.cancel.id):
                     batch.cancel()

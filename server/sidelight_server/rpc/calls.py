@@ -13,7 +13,8 @@ from ..security.authorization import Callers
 from ..security.stream_limit import Peers
 from ..telemetry.call_record import CallRecord
 from ..wire.codec import Decoded, Received, Unreadable
-from .handler import RequestHandler, ValidatedRequest
+from .execution import ValidatedRequest
+from .handler import RequestHandler
 from .receive_limit import Pace
 from .status import Context, abort
 from .stream import Stream, StreamOptions

@@ -15,7 +15,8 @@ from ..wire.methods import SERVED_METHODS
 from ..wire.requests import MAX_EXAMPLES
 from .attribution_stream import AttributionStream
 from .calls import Calls
-from .handler import RequestHandler, ValidatedRequest
+from .execution import ValidatedRequest
+from .handler import RequestHandler
 from .shared_memory import Regions, SharedMemory
 from .status import Context, abort
 

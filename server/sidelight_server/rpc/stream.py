@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
@@ -14,11 +15,11 @@ from google.protobuf.message import Message
 from ..errors import SidelightError, Unavailable
 from ..telemetry.call_record import CallRecord
 from ..wire.codec import Decoded, Received, Unreadable
-from .handler import RequestHandler, ValidatedRequest
+from .execution import ValidatedRequest
+from .handler import RequestHandler
 from .receive_limit import Pace
 from .response_writer import ResponseWriter, StalledError
-from .status import forget_frames
-from .stream_batch import Batch, Unloaded
+from .stream_batch import Batch, BatchContext, Unloaded
 from .write_timeout import WriteTimeout
 
 STALLED_STATUS_S = 10.0  # how long a client that did not accept an answer has to read the final status
@@ -63,14 +64,17 @@ class Stream(ABC, Generic[M]):
         self._slots = asyncio.Semaphore(options.max_in_flight)
         self._admitting = asyncio.Lock()  # held by the one batch that waits for a slot and a permit
         self._unanswered: dict[str, Batch] = {}  # by an id that is unique among them
-        self._last: asyncio.Event | None = None  # set once the last batch is answered, if answers are ordered
+        self._batches: set[Batch] = set()  # unanswered ones, and those whose answer is not written yet
+        self._batch_context: BatchContext  # while it runs
+        self._all_answered: asyncio.Future[None] | None = None  # what the reader waits for in the end
+        self._last: asyncio.Future[None] | None = None  # done once the last batch's answer is queued, if ordered
         self._reader: asyncio.Task[None] | None = None  # the task that waits for a message, if any
         self._waits_since_s = 0.0
         self._end: Cause | None = None
         self._is_given_up = False
 
     @abstractmethod
-    async def _receive(self, received: Received[M], group: asyncio.TaskGroup) -> None:
+    async def _receive(self, received: Received[M]) -> None:
         """Handle one message."""
 
     @abstractmethod
@@ -93,24 +97,35 @@ class Stream(ABC, Generic[M]):
         age_timer = asyncio.get_running_loop().call_later(max_age_s, self.end, "age") if max_age_s else None
         try:
             async with asyncio.TaskGroup() as group:
+                group.create_task(self._writer.run())
+                self._batch_context = BatchContext(
+                    self._handler, self._writer, self._slots, group.create_task, self._batches.discard
+                )
                 while received := await self._read():
                     if isinstance(received, Unreadable):
                         self._options.pace.refuse(self._options.caller, received.n_bytes)
                         await self._refuse(received.error)
                     else:
-                        await self._receive(received, group)
+                        await self._receive(received)
+                if self._unanswered:
+                    self._all_answered = asyncio.get_running_loop().create_future()
+                    await self._all_answered
+                self._writer.close()
         except* StalledError:
             self._end = "stalled"
         finally:
             if age_timer:
                 age_timer.cancel()
+            for batch in list(self._batches):
+                batch.release(is_cut_off=self._end == "stalled")
             self._close()
         await self._send_status()
 
     def release(self) -> None:
-        """Drop the references to the call. gRPC ends it once nothing refers to it; batch tasks may be in cycles."""
+        """Drop the references to the call. gRPC ends it once nothing refers to it, and batches may be in cycles."""
         self._writer.release()
         self._unanswered.clear()
+        self._batches.clear()
         del self._context
 
     @property
@@ -179,14 +194,14 @@ class Stream(ABC, Generic[M]):
             self._reader = None
         return None if message is grpc.aio.EOF else message
 
-    async def _begin(self, id_: str, n_bytes: int, prepare: Prepare, fail: Fail, group: asyncio.TaskGroup) -> None:
+    async def _begin(self, id_: str, n_bytes: int, prepare: Prepare, fail: Fail) -> None:
         """Start to answer a batch of `n_bytes`: `prepare` validates it, `fail` makes the response if it fails."""
         telemetry = self._handler.telemetry
         call_record = telemetry.begin(self.call, self._context.invocation_metadata, caller=self._options.caller)
         waiting = contextlib.ExitStack()  # closed, perhaps twice, once the batch is admitted or has failed
         turn = self._last
         try:
-            waiting.enter_context(self._handler.wait(n_bytes, self._options.caller))
+            waiting.callback(self._handler.wait(n_bytes, self._options.caller).close)
             await self._admitting.acquire()
             waiting.callback(self._admitting.release)
             if self._is_given_up:
@@ -200,35 +215,31 @@ class Stream(ABC, Generic[M]):
             telemetry.failed(call_record, error)
             telemetry.end(call_record)
             if turn:
-                await turn.wait()
+                await asyncio.wait([turn])
             await self._writer.write(fail(error))
             return
         except asyncio.CancelledError:  # the client disconnected
             waiting.close()
             telemetry.end(call_record)
             raise
-        self._unanswered[id_] = batch = Batch(
-            validated,
-            self._handler,
-            self._writer,
-            self._slots,
+        batch = Batch(
+            self._batch_context,
             fail=fail,
             call_record=call_record,
             turn=turn,
             on_admitted=waiting.close,
-            on_answer=lambda: self._forget(id_),
+            on_answer=functools.partial(self._forget, id_),
         )
-        # Callbacks, because a task that is cancelled before its first step does not run its `finally`.
-        running = group.create_task(batch.run(group))
-        running.add_done_callback(lambda _: telemetry.end(call_record))
-        running.add_done_callback(lambda _: waiting.close())
-        running.add_done_callback(forget_frames)
         if self.is_ordered:
-            self._last = answered = asyncio.Event()
-            running.add_done_callback(lambda _: answered.set())
+            self._last = batch.queued = asyncio.get_running_loop().create_future()
+        self._unanswered[id_] = batch
+        self._batches.add(batch)
+        batch.start(validated)
 
     def _forget(self, id_: str) -> None:
         del self._unanswered[id_]
+        if self._all_answered and not self._unanswered and not self._all_answered.done():
+            self._all_answered.set_result(None)
 
     async def _refuse(self, error: SidelightError) -> None:
         """Reply to a message that has no usable id."""

@@ -1,18 +1,20 @@
 """One batch of a stream: from the validated message to the written response."""
 
 import asyncio
-import contextlib
+import functools
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from ..engine.submission import Outcome
 from ..errors import Cancelled, DeadlineExceeded, SidelightError
 from ..telemetry.call_record import CallRecord
-from .handler import Progress, RequestHandler, ValidatedRequest
-from .response_writer import ResponseWriter, StalledError
-
-_Explaining = asyncio.Task[bytes | SidelightError]
-_NO_WAIT = contextlib.nullcontext()
+from .admission import Permits
+from .eager import CreateTask, run_eagerly
+from .execution import Execution, ValidatedRequest
+from .handler import RequestHandler
+from .response_writer import ResponseWriter
+from .status import forget_frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,57 +25,66 @@ class Unloaded:
     deadline_s: float | None  # on the event loop's clock
 
 
+@dataclass(frozen=True, slots=True)
+class BatchContext:
+    """What the batches of one stream share."""
+
+    handler: RequestHandler
+    writer: ResponseWriter
+    slots: asyncio.Semaphore
+    create_task: CreateTask
+    on_end: "Callable[[Batch], None]"
+
+
 class Batch:
-    """One batch of a stream, answered by the task that runs `run`.
+    """One batch of a stream. Used on the event loop.
 
-    It takes one of the stream's slots and a permit, and holds both until its answer is written. `on_admitted` is called
-    when it has both or has failed, so that the next batch can wait for them, and may be called twice; `on_answer` is
-    called before the answer is written, which waits for `turn`.
+    It takes one of the stream's slots and a permit, and holds both until its answer is written. It has no task: the
+    stream's reader starts it, a callback of the engine answers it, and the stream's writer ends it. A step goes on in a
+    task only if it has to wait for a slot, a permit, its model, or a worker thread.
 
-    An unloaded batch counts as admitted once it has a slot, so that it does not delay the stream's other batches.
+    `fail` makes the response if it fails. `on_admitted` is called when it has its slot and permit or has failed, so
+    that the next batch can wait for them, and may be called several times; `on_answer` is called when its answer is
+    ready. The answer is queued after `turn`, if given, and then completes `queued`.
     """
 
     def __init__(
         self,
-        validated: ValidatedRequest | Unloaded,
-        handler: RequestHandler,
-        writer: ResponseWriter,
-        slots: asyncio.Semaphore,
+        context: BatchContext,
         *,
         fail: Callable[[SidelightError], bytes],
         call_record: CallRecord,
-        turn: asyncio.Event | None,
+        turn: "asyncio.Future[None] | None",
         on_admitted: Callable[[], None],
         on_answer: Callable[[], None],
     ) -> None:
-        self._validated = validated
-        self._handler = handler
-        self._writer = writer
-        self._slots = slots
+        self._context = context
         self._fail = fail
         self._call_record = call_record
         self._turn = turn
         self._on_admitted = on_admitted
         self._on_answer = on_answer
+        self.queued: asyncio.Future[None] | None = None
+        self._execution: Execution | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._late = ""  # what to say if its deadline passes now
         self._has_slot = False
-        self._permit: contextlib.ExitStack | None = None
+        self._permits: Permits | None = None
         self._refusal: SidelightError | None = None  # the error that the batch was dropped with, if any
-        self._explaining: asyncio.Task[object] | None = None  # what `drop` cancels: this task or its child
+        self._is_answered = self._is_offered = self._is_over = False
 
-    async def run(self, group: asyncio.TaskGroup) -> None:
-        """Write the answer or the failure. Raises `StalledError` if the client does not accept it in time."""
-        try:
-            response = await self._respond(group)
-            self._on_answer()
-            if self._turn:
-                await self._turn.wait()
-            self._call_record.writing_s = time.monotonic()
-            await self._writer.write(response)
-        except StalledError:
-            self._call_record.cut_off()
-            raise
-        finally:
-            self._release()
+    def start(self, validated: ValidatedRequest | Unloaded) -> None:
+        """Admit the batch and submit it to the engine.
+
+        An unloaded batch counts as admitted once it has a slot, so that it does not delay the stream's other batches.
+        """
+        self._set_deadline(validated.deadline_s)
+        if isinstance(validated, Unloaded):
+            # Never eagerly: while it waits for the model, validation asks for its own task.
+            self._go_on_in(self._context.create_task(self._step(functools.partial(self._load, validated))))
+        else:
+            self._run(functools.partial(self._explain, validated))
 
     def cancel(self) -> None:
         """Drop the rows that have not run and answer CANCELLED, unless the batch is already answered."""
@@ -81,89 +92,137 @@ class Batch:
 
     def drop(self, error: SidelightError) -> None:
         """Drop the rows that have not run and answer with this error, unless the batch is already answered."""
-        if not self._refusal:
-            self._refusal = error
-            if self._explaining:
-                self._explaining.cancel()
-
-    async def _respond(self, group: asyncio.TaskGroup) -> bytes:
-        self._explaining = this = asyncio.current_task()
-        try:
-            try:
-                if self._refusal:  # dropped before this task started
-                    raise self._refusal
-                validated = await self._acquire()
-            finally:
-                self._on_admitted()
-            return await self._explain(validated, group)
-        except SidelightError as error:
-            return self._failed(error)
-        except asyncio.CancelledError:
-            if this and self._refusal and self._explaining is this:
-                this.uncancel()
-            if not self._refusal or (this and this.cancelling()):  # the whole stream ends
-                raise
-            return self._failed(self._refusal)
-
-    def _failed(self, error: SidelightError) -> bytes:
-        self._handler.telemetry.failed(self._call_record, error)
-        return self._fail(error)
-
-    async def _acquire(self) -> ValidatedRequest:
-        """Take a slot and a permit within the batch's timeout; return the validated request."""
-        validated = self._validated
-        if isinstance(validated, ValidatedRequest):
-            await self._take_slot(validated.deadline_s)
+        if self._refusal or self._is_answered:
+            return
+        self._refusal = error
+        if self._execution:
+            self._execution.cancel()
+        if self._task:  # it answers once it has ended: until then a thread may use the caller's region
+            self._task.cancel()
         else:
-            await self._take_slot(validated.deadline_s)
-            self._on_admitted()
-            validated = await validated.validate()
-        self._permit = await self._handler.admit(validated)
-        return validated
+            self._answer_failure(error)
 
-    async def _take_slot(self, deadline_s: float | None) -> None:
-        try:
-            async with asyncio.timeout_at(deadline_s) if self._slots.locked() else _NO_WAIT:
-                await self._slots.acquire()
-        except TimeoutError:
-            raise DeadlineExceeded("timeout: it passed while all slots of the stream were taken") from None
-        self._has_slot = True
+    def release(self, *, is_cut_off: bool = False) -> None:
+        """Give back slot and permit and end the call record: the answer is written, or the stream has ended.
 
-    def _release(self) -> None:
-        if self._permit:
-            self._permit.close()
+        `is_cut_off`: the client did not accept an answer in time.
+        """
+        if self._is_over:
+            return
+        self._is_over = True
+        self._stop_timer()
+        if self._execution:
+            self._execution.cancel()
+        self._execution = None
+        self._on_admitted()
+        if self._permits:
+            self._permits.close()
         if self._has_slot:
-            self._slots.release()
+            self._context.slots.release()
+        if is_cut_off and self._is_answered:
+            self._call_record.cut_off()
+        self._context.handler.telemetry.end(self._call_record)
+        self._context.on_end(self)
 
-    async def _explain(self, validated: ValidatedRequest, group: asyncio.TaskGroup) -> bytes:
-        if not validated.message.output.partial:
-            return await self._handler.explain(validated)
-        progress = Progress()
-        explaining = group.create_task(self._outcome(validated, progress))
-        self._explaining = explaining
-        await self._report(explaining, validated, progress)
-        outcome = await explaining
-        if isinstance(outcome, SidelightError):
-            raise outcome
-        return outcome
-
-    async def _outcome(self, validated: ValidatedRequest, progress: Progress) -> bytes | SidelightError:
-        """Return the failure instead of raising it: a task that raises ends its group, and so the stream."""
+    async def _load(self, unloaded: Unloaded) -> None:
         try:
-            return await self._handler.explain(validated, progress)
-        except SidelightError as error:
-            return error
+            await self._take_slot()
+        finally:
+            self._on_admitted()
+        self._stop_timer()  # validation applies the deadline itself
+        validated = await unloaded.validate()
+        self._set_deadline(validated.deadline_s)
+        await self._explain(validated)
 
-    async def _report(self, explaining: _Explaining, validated: ValidatedRequest, progress: Progress) -> None:
-        """Write the newest partial maps each time the stream can be written to, until the final ones are ready."""
-        while not explaining.done():
-            improving = asyncio.ensure_future(progress.improved.wait())
-            try:
-                await asyncio.wait([explaining, improving], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                improving.cancel()
-            async with self._writer.lock:  # take the newest maps only once they can be written
-                if not explaining.done():
-                    with contextlib.suppress(SidelightError):  # the final answer will carry the error
-                        if partial := await progress.take():
-                            await self._writer.write_now(await self._handler.reply(partial, validated))
+    async def _explain(self, validated: ValidatedRequest) -> None:
+        try:
+            await self._take_slot()
+            self._late = "it passed while the server was full"
+            self._permits = await self._context.handler.admit(validated)
+        finally:
+            self._on_admitted()
+        self._late = "it passed; rows that had not run were dropped"
+        self._execution = execution = self._context.handler.execution(validated)
+        await execution.start(self._on_outcome, self._offer if validated.message.output.partial else None)
+
+    async def _take_slot(self) -> None:
+        if not self._has_slot:
+            self._late = "it passed while all slots of the stream were taken"
+            await self._context.slots.acquire()
+            self._has_slot = True
+
+    def _on_outcome(self, outcome: Outcome) -> None:
+        if self._execution and not self._refusal:
+            self._run(functools.partial(self._reply, self._execution, outcome))
+
+    async def _reply(self, execution: Execution, outcome: Outcome) -> None:
+        self._answer(await execution.reply(outcome))
+
+    def _offer(self) -> None:
+        """Write the newest partial maps as soon as the stream can be written to, unless the final ones come first."""
+        if not self._is_offered:
+            self._is_offered = True
+            self._context.writer.put(self._partial)
+
+    async def _partial(self) -> bytes | None:
+        self._is_offered = False
+        if self._execution is None or self._is_answered:
+            return None
+        try:
+            return await self._execution.partial()
+        except SidelightError:  # the final answer will carry it
+            return None
+
+    def _run(self, step: Callable[[], Awaitable[None]]) -> None:
+        self._go_on_in(run_eagerly(self._step(step), self._context.create_task))
+
+    async def _step(self, step: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await step()
+        except SidelightError as error:
+            self._answer_failure(error)
+
+    def _go_on_in(self, task: "asyncio.Task[None] | None") -> None:
+        self._task = task
+        if task:
+            # A callback, because a task that is cancelled before its first step runs nothing of its coroutine.
+            task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: "asyncio.Task[None]") -> None:
+        if self._task is task:
+            self._task = None
+        forget_frames(task)
+        if self._refusal and not self._is_over:
+            self._answer_failure(self._refusal)
+
+    def _answer_failure(self, error: SidelightError) -> None:
+        if not self._is_answered:
+            self._context.handler.telemetry.failed(self._call_record, error)
+            self._answer(self._fail(error))
+
+    def _answer(self, response: bytes) -> None:
+        self._is_answered = True
+        self._stop_timer()
+        self._on_admitted()
+        self._on_answer()
+        if self._turn is None or self._turn.done():
+            self._queue(response)
+        else:
+            self._turn.add_done_callback(lambda _: self._queue(response))
+
+    def _queue(self, response: bytes) -> None:
+        self._call_record.writing_s = time.monotonic()
+        self._context.writer.put(response, self.release)
+        if self.queued and not self.queued.done():
+            self.queued.set_result(None)
+
+    def _set_deadline(self, deadline_s: float | None) -> None:
+        if deadline_s is not None:
+            self._timer = asyncio.get_running_loop().call_at(deadline_s, self._expire)
+
+    def _expire(self) -> None:
+        self.drop(DeadlineExceeded(f"timeout: {self._late}"))
+
+    def _stop_timer(self) -> None:
+        if self._timer:
+            self._timer.cancel()

@@ -1,0 +1,46 @@
+"""Eager tasks: run a coroutine to its first wait at once, and in a task only from there.
+
+As `asyncio.Task(…, eager_start=True)`, which needs Python 3.12 and makes a task for a coroutine that never waits too.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any
+
+CreateTask = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
+
+
+def run_eagerly(coroutine: Coroutine[Any, Any, None], create_task: CreateTask) -> "asyncio.Task[None] | None":
+    """Run a coroutine until it waits; return the task that goes on with it, or None if it has ended.
+
+    Until its first wait it runs in the caller's task: it must not ask for the current task, as `asyncio.timeout` does.
+    """
+    try:
+        waits_for = coroutine.send(None)
+    except StopIteration:
+        return None
+    return create_task(_Started(coroutine, waits_for))
+
+
+class _Started(Coroutine[Any, Any, None]):
+    """A coroutine that has run to its first wait, from where a task goes on."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], waits_for: object) -> None:
+        self._coroutine = coroutine
+        self._waits_for: object | None = waits_for
+
+    def send(self, value: object) -> object:
+        if self._waits_for is not None:
+            waits_for, self._waits_for = self._waits_for, None
+            return waits_for
+        return self._coroutine.send(value)
+
+    def throw(self, *error: Any) -> object:  # as `generator.throw`
+        self._waits_for = None
+        return self._coroutine.throw(*error)
+
+    def close(self) -> None:
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        raise TypeError("only a task runs it")

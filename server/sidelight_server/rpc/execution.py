@@ -1,0 +1,186 @@
+"""The execution of a validated request: reads its images, submits it to the engine, encodes its answer."""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import tensor_pb2
+
+from ..compute.torch_device import is_out_of_memory
+from ..domain import MANY_EXAMPLES, Answer, Files, Request
+from ..engine.engine import Engine
+from ..engine.model_entry import Version
+from ..engine.preparation_pool import to_thread_if_many
+from ..engine.submission import OnDone, Outcome, Submission
+from ..errors import Internal, ResourceExhausted, SidelightError
+from ..telemetry.call_record import CallRecord
+from ..telemetry.counters import Tally
+from ..telemetry.logs import Event, Throttle
+from ..telemetry.recorder import Telemetry
+from ..wire import responses
+from ..wire.codec import encode_answer
+from ..wire.digests import Hashing
+from ..wire.tensors import encoded, layout_of
+from .shared_memory import Span, to_thread_uncancelled
+
+log = logging.getLogger("sidelight")
+
+# Larger maps are encoded in a worker thread. numpy, `bytes.join` and file I/O release the GIL there; protobuf never
+# does, so messages are parsed on the event loop.
+MANY_BYTES = 1024 * 1024
+
+Encode = Callable[[Answer, "ValidatedRequest"], bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class ValidatedRequest:
+    """A validated request with its memory cost and its deadline."""
+
+    message: pb.AttributeRequest
+    request: Request
+    version: Version  # of its model, as it was when the request arrived
+    n_bytes: int
+    n_rows: int  # upper bound of the rows that it takes
+    deadline_s: float | None  # on the event loop's clock
+    source: Span | None  # where the images are, unless in the message
+    sink: Span | None  # where the maps are written, unless in the answer
+    call_record: CallRecord
+    encode: Encode
+
+    @property
+    def transport(self) -> pb.Transport.ValueType:
+        """How the images and the final maps travel."""
+        all_shared = self.sink is not None and self.source is not None
+        return pb.TRANSPORT_SHARED_MEMORY if all_shared else pb.TRANSPORT_INLINE
+
+
+class Execution:
+    """One execution of a validated request. Used on the event loop.
+
+    `start` and `reply` wait for nothing unless the request is large or its images are in shared memory.
+    """
+
+    def __init__(
+        self, validated: ValidatedRequest, engine: Engine, telemetry: Telemetry, faults: Throttle, *, limit_bytes: int
+    ) -> None:
+        """`limit_bytes` limits the encoded answer."""
+        self._validated = validated
+        self._engine = engine
+        self._telemetry = telemetry
+        self._faults = faults
+        self._limit_bytes = limit_bytes
+        self._hashing: Hashing | None = None
+        self._submission: Submission | None = None
+
+    async def start(self, on_done: OnDone, on_improved: Callable[[], None] | None = None) -> None:
+        """Submit the request: see `Engine.submit`. Raises only `SidelightError`."""
+        validated = self._validated
+        validated.call_record.admitted_s = time.monotonic()
+        with self._hiding():
+            request = await _fetched(validated)
+            self._hashing = Hashing(request.images, dtype=_dtype(validated.message.images))
+            self._submission = self._engine.submit(
+                request,
+                on_done,
+                version=validated.version,
+                on_improved=on_improved,
+                call_record=validated.call_record,
+            )
+
+    async def reply(self, outcome: Outcome) -> bytes:
+        """Return the encoded answer. Raises only `SidelightError`: of the outcome, or if it cannot be sent."""
+        with self._hiding():
+            if isinstance(outcome, Exception):
+                raise outcome
+            assert self._hashing is not None  # noqa: S101
+            answer = replace(outcome, example_digests=await self._hashing.digests())
+            reply = await self._encoded(answer)
+            tally = await to_thread_if_many(len(answer.explanations), Tally.of, answer)
+        self._telemetry.answered(self._validated.call_record, answer, tally)
+        return reply
+
+    async def partial(self) -> bytes | None:
+        """Return the encoded answer so far; None if the request has ended. Raises only `SidelightError`."""
+        with self._hiding():
+            answer = await self._submission.partial() if self._submission else None
+            return None if answer is None else await self._encoded(answer)
+
+    def cancel(self) -> None:
+        """Drop the rows that have not run. No effect once the request is answered."""
+        if self._submission:
+            self._submission.cancel()
+        if self._hashing:
+            self._hashing.cancel()
+
+    def _hiding(self) -> "HideInternalErrors":
+        return HideInternalErrors(self._validated.message.id, self._faults)
+
+    async def _encoded(self, answer: Answer) -> bytes:
+        validated = self._validated
+        is_large = answer.maps.nbytes > MANY_BYTES or len(answer.explanations) > MANY_EXAMPLES
+        blocks = is_large or (answer.final and validated.sink is not None)
+        encode = validated.encode
+        reply = await to_thread_uncancelled(encode, answer, validated) if blocks else encode(answer, validated)
+        check_length(len(reply), self._limit_bytes)
+        return reply
+
+
+def check_length(n_bytes: int, limit_bytes: int) -> None:
+    """Raise `ResourceExhausted` if an answer is longer than a message may be."""
+    if n_bytes > limit_bytes:
+        raise ResourceExhausted(
+            f"the answer takes {n_bytes} bytes, the server's max_message_bytes is {limit_bytes}: send fewer examples"
+        )
+
+
+def encode_own(answer: Answer, validated: ValidatedRequest) -> bytes:
+    """Encode the answer for `sidelight.v1`; write its maps into the output region if there is one."""
+    message = validated.message
+    maps = encoded(answer.maps, message.output.map_dtype or tensor_pb2.DATA_TYPE_FLOAT32)
+    sink = validated.sink if answer.final else None
+    if sink:
+        sink.write(maps.data)
+    result = responses.result(answer, transport=validated.transport if answer.final else pb.TRANSPORT_INLINE)
+    return encode_answer(message.id, result, responses.provenance(answer, message), maps, is_inline=sink is None)
+
+
+class HideInternalErrors:
+    """Context manager that logs an unexpected exception and raises `Internal` without its details instead.
+
+    A class, because `contextlib.contextmanager` costs more than what runs in it.
+    """
+
+    def __init__(self, id_: str, faults: Throttle) -> None:
+        self._id = id_
+        self._faults = faults
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if not isinstance(error, Exception) or isinstance(error, SidelightError):
+            return
+        if is_out_of_memory(error):
+            self._faults.log(logging.WARNING, Event("out_of_host_memory", id=self._id))
+            raise ResourceExhausted(
+                "the server has no memory for the batch now; send it later, or fewer examples"
+            ) from error
+        self._faults.log(logging.ERROR, Event("unexpected", id=self._id), error)
+        raise Internal("the server failed; its log has the cause") from error
+
+
+def _dtype(images: tensor_pb2.Images) -> tensor_pb2.DataType.ValueType:
+    return images.shared.dtype if images.WhichOneof("source") == "shared" else images.tensor.dtype
+
+
+async def _fetched(validated: ValidatedRequest) -> Request:
+    """Return the request with its images, read from shared memory if they are there."""
+    source, request = validated.source, validated.request
+    if source is None or isinstance(request.images, Files):
+        return request
+    data = await to_thread_uncancelled(source.read)
+    images = layout_of(validated.message.images.shared, field="images.shared").array(data)
+    return replace(request, images=images.reshape(request.images.shape))
