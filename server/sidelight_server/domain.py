@@ -196,6 +196,7 @@ class Provenance:
     precision: str
     head_precision: str
     kernel_options: tuple[str, ...]
+    fidelity: float | None  # rank correlation with exact maps, as measured at load; None: not measured
     device: str
     threads: int
     chunk_rows: int

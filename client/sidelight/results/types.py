@@ -161,6 +161,7 @@ class Provenance:
     kernel_options: tuple[str, ...] = ()  # optimizations chosen by the operator: "fold", "channels_last", "compile"
     example_digests: tuple[str, ...] = ()  # SHA-256 of each example as the server received it
     model_canary: str = ""  # digest of the model's output for a fixed input; empty if unknown
+    fidelity: float | None = None  # rank correlation with exact maps, measured at load on random inputs
     head_precision: str = ""  # of the score and its gradient at the model's output; empty from an older server
 
     @classmethod
@@ -185,6 +186,7 @@ class Provenance:
             example_digests=tuple(message.example_digests),
             model_canary=message.model_canary,
             head_precision=message.head_precision,
+            fidelity=message.fidelity if message.HasField("fidelity") else None,
         )
 
 

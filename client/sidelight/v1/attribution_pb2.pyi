@@ -1598,6 +1598,7 @@ class Provenance(google.protobuf.message.Message):
     KERNEL_OPTIONS_FIELD_NUMBER: builtins.int
     EXAMPLE_DIGESTS_FIELD_NUMBER: builtins.int
     HEAD_PRECISION_FIELD_NUMBER: builtins.int
+    FIDELITY_FIELD_NUMBER: builtins.int
     MODEL_CANARY_FIELD_NUMBER: builtins.int
     model: builtins.str
     """model is the model's name."""
@@ -1631,6 +1632,11 @@ class Provenance(google.protobuf.message.Message):
     """head_precision is the type in which the score and its gradient at the model's outputs were computed: "float64";
     "float32, float64 near saturation" for a probability, which is computed in float64 beyond log-odds of 4; or
     "float32", as in plain torch.
+    """
+    fidelity: builtins.float
+    """fidelity is how similar gradient maps of this precision and these kernel options are to those without any: the mean
+    rank correlation over a few random inputs, measured when the model was loaded. Unset if it was not measured, as for a
+    model without a known input size. It need not hold for other inputs.
     """
     model_canary: builtins.str
     """model_canary is ModelInfo.canary of the model that computed this answer. Empty if model_digest is."""
@@ -1678,10 +1684,12 @@ class Provenance(google.protobuf.message.Message):
         kernel_options: collections.abc.Iterable[builtins.str] | None = ...,
         example_digests: collections.abc.Iterable[builtins.str] | None = ...,
         head_precision: builtins.str = ...,
+        fidelity: builtins.float | None = ...,
         model_canary: builtins.str = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["method", b"method", "target", b"target"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["baseline_digest", b"baseline_digest", "channels", b"channels", "chunk_rows", b"chunk_rows", "device", b"device", "example_digests", b"example_digests", "head_precision", b"head_precision", "kernel_options", b"kernel_options", "method", b"method", "model", b"model", "model_canary", b"model_canary", "model_digest", b"model_digest", "model_version", b"model_version", "precision", b"precision", "reproducible", b"reproducible", "score", b"score", "software", b"software", "target", b"target", "threads", b"threads"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_fidelity", b"_fidelity", "fidelity", b"fidelity", "method", b"method", "target", b"target"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_fidelity", b"_fidelity", "baseline_digest", b"baseline_digest", "channels", b"channels", "chunk_rows", b"chunk_rows", "device", b"device", "example_digests", b"example_digests", "fidelity", b"fidelity", "head_precision", b"head_precision", "kernel_options", b"kernel_options", "method", b"method", "model", b"model", "model_canary", b"model_canary", "model_digest", b"model_digest", "model_version", b"model_version", "precision", b"precision", "reproducible", b"reproducible", "score", b"score", "software", b"software", "target", b"target", "threads", b"threads"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_fidelity", b"_fidelity"]) -> typing.Literal["fidelity"] | None: ...
 
 global___Provenance = Provenance
 

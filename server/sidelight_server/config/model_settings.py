@@ -40,6 +40,12 @@ class ModelSettings(ModelTraits, ModelSource):
         False,
         description="serve gradients although a check at load found that they are incomplete",
     )
+    fidelity: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="least rank correlation with exact maps, measured at load, for the model to be served; 0: no check",
+    )
     reproducible: bool = Field(
         False, description="the same bytes whatever the load, the index in the batch and the neighbors"
     )

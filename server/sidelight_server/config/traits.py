@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from pydantic_settings import NoDecode
 
 from ..inputs.preprocessing import RESIZES, Interpolation, is_resize
-from .options import Activation, KernelFields, Outputs
+from .options import Activation, KernelFields, Outputs, Precision
 
 
 def _listed(value: object) -> object:
@@ -77,6 +77,10 @@ class ModelTraits(KernelFields):
     output_kind: Outputs | None = Field(None, description="what they are, [N, K] or [N, K, h, w]; unset: detected")
     activation: Activation | None = Field(
         None, description="softmax if classes are mutually exclusive, else sigmoid; unset: detected"
+    )
+    method_precision: dict[str, Precision] | None = Field(
+        None,
+        description="precision of single methods by name, as JSON or a table of the file; unset: that of the model",
     )
     layer_layout: dict[str, str] | None = Field(
         None,

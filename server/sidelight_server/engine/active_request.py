@@ -43,6 +43,7 @@ class ActiveRequest:
     ) -> None:
         self.request = request
         self.model = model
+        self.kernel = model.kernels.of(request.method.name)
         self.prepared = prepared
         self.id = id_  # the client's request id, for the log
         self.caller = caller
@@ -74,14 +75,14 @@ class ActiveRequest:
 
     @property
     def key(self) -> Hashable:
-        """What rows must share to run in one chunk: model version, shape, head, and the probe if a gradient is taken.
+        """What rows must share to run in one chunk: kernel, shape, head, and the probe if a gradient is taken.
 
         The input type is not part of it: staging converts pixels and floats to the model's own type.
         """
         gradient = self._next().wants_gradient
         probe = self.request.method.probe if gradient else None
         request = self.request
-        return self.model.name, self.model.version, self.prepared.shape, request.plain_head, gradient, probe
+        return self.kernel, self.prepared.shape, request.plain_head, gradient, probe
 
     @property
     def cancelled(self) -> bool:

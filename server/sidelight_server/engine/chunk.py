@@ -34,7 +34,7 @@ class Chunk:
         model.check_memory(self._inputs)
         if model.is_batch_dependent and len(rows) > model.chunk_rows:
             raise Internal("rows depend on each other")  # just found by `find_out`; the worker splits the chunk
-        self._answer = model.kernel.run(
+        self._answer = active.kernel.run(
             self._inputs,
             [row.example_run.resolved for _, row in rows] + [PREDICTED] * padding,
             [active.request.score for active, _ in rows] + [active.request.score] * padding,

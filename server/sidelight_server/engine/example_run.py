@@ -140,7 +140,7 @@ class ExampleRun:
             if top_k:
                 self._n_gradients = self._n_dead = 0
             start = (yield from read(first.input, gradient=method.begins_with_gradient)) if top_k else first
-            step = self._model.kernel.eps
+            step = self._model.kernels.of(method.name).eps
             steps = method.run(Example(first.input, self.index, self._model.black, start, self._is_watched, step))
             outcome = self._finished((yield from self._watched(steps, first)))
             targets.append(self._target(start))

@@ -99,20 +99,21 @@ def _has_choice(model: "Model") -> bool:
     return model.adapter.least <= 1 and not 0 < model.adapter.most <= DEFAULT_CHUNK_ROWS
 
 
-def compare_exact(model: "Model") -> tuple[tuple[Trial, ...], float]:
-    """Measure a kernel without the operator's options; return the trials and the similarity of its maps to the model's.
-
-    The model's own chunk size is measured too if the settings fixed it. The similarity is the mean Spearman rank
-    correlation of maps of random inputs; maps of photographs may be less similar.
-    """
+def compare_exact(model: "Model") -> tuple[Trial, ...]:
+    """Measure a kernel without the operator's options, and the model's own chunk size if the settings fixed it."""
     exact, rows = model.exact_kernel(), max(1, model.chunk_rows)
-    inputs = model.inputs_like(rows)
     trial = Trial(rows, rows / _seconds(model, rows, kernel=exact), exact.summary)
-    ours, theirs = (
-        model.in_turn(functools.partial(_mapped, model, inputs, kernel)) for kernel in (model.kernel, exact)
-    )
-    chosen = () if model.warm_up else (replace(_trial(model, rows), chosen=True),)
-    return (trial, *chosen), float(np.mean([_rank_correlation(a, b) for a, b in zip(ours, theirs, strict=True)]))
+    return (trial,) if model.warm_up else (trial, replace(_trial(model, rows), chosen=True))
+
+
+def rank_correlation(model: "Model", kernel: Kernel, exact: Kernel) -> float:
+    """Return the mean Spearman rank correlation of two kernels' maps of random inputs.
+
+    Maps of photographs may be less similar.
+    """
+    inputs = model.inputs_like(max(1, model.chunk_rows))
+    ours, theirs = (model.in_turn(functools.partial(_mapped, model, inputs, each)) for each in (kernel, exact))
+    return float(np.mean([_rank_correlation(a, b) for a, b in zip(ours, theirs, strict=True)]))
 
 
 def _mapped(model: "Model", inputs: Tensor, kernel: Kernel) -> Array:

@@ -25,6 +25,7 @@ from .checks import noise
 from .class_names import ClassNames
 from .identity import ModelIdentity
 from .input_format import preprocessing_of, trial_shape_of
+from .method_kernels import MethodKernels
 from .row_limit import RowLimit
 from .row_memory import RowMemory, shape_of
 from .trial_run import InTurn, TrialRun, at_once, detect_on, refusing
@@ -70,6 +71,7 @@ class Model:
         self.padded_rows = 0  # rows that chunks are padded to, for the same bytes with any neighbors
         self.warm_up: tuple[Trial, ...] = ()
         self.is_measured = False  # whether the chunk size was measured, so that it may be measured again
+        self.fidelity: dict[str, float] = {}  # of each kernel by its summary, see `warmup`
         self.neighbor_difference: float | None = None  # see `calibration`; None: not measured
         self._names = [name for name, _ in spec.module.named_modules() if name]
         trial: Tensor | None = None
@@ -89,19 +91,21 @@ class Model:
         self._row_limit = RowLimit()
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
         with refusing(self.name, "cannot be replicated and moved to the device"):
-            self.kernel = in_turn(
-                lambda: Kernel(
-                    spec.module,
-                    device=device,
-                    adapter=self.adapter,
-                    head=self.head,
-                    layers=self.probed,
-                    options=spec.options,
-                    trial=trial,
-                    isolation=self._isolation,
-                    is_shared=is_shared,
-                )
+            make = functools.partial(
+                Kernel,
+                spec.module,
+                device=device,
+                adapter=self.adapter,
+                head=self.head,
+                layers=self.probed,
+                trial=trial,
+                isolation=self._isolation,
+                is_shared=is_shared,
             )
+            self.kernels = in_turn(
+                lambda: MethodKernels(lambda options: make(options=options), spec.options, spec.method_precision)
+            )
+            self.kernel = self.kernels.default
             self._memory = RowMemory(self.name, self.kernel, device_memory_limit=self.settings.device_memory_limit)
             self.identity = ModelIdentity(
                 self.name,
@@ -200,9 +204,12 @@ class Model:
     @property
     def precision(self) -> str:
         """The type that the model computes in, or "mixed"; "tf32" if convolutions on a GPU may round to it."""
-        name = self.kernel.precision
-        rounds = self.kernel.device.type == "cuda" and torch.backends.cudnn.allow_tf32
-        return "tf32" if rounds and name == "float32" else name
+        return self.precision_of(self.kernel)
+
+    def precision_of(self, kernel: Kernel) -> str:
+        """The precision of one of the model's kernels, as `precision`."""
+        rounds = kernel.device.type == "cuda" and torch.backends.cudnn.allow_tf32
+        return "tf32" if rounds and kernel.precision == "float32" else kernel.precision
 
     @property
     def staged_dtype(self) -> np.dtype[np.generic]:
@@ -293,7 +300,8 @@ class Model:
             return
         self.adapter, self.head, self.is_batch_dependent = detected.adapter, detected.head, detected.is_batch_dependent
         self.probed = detected.layers
-        self.kernel.adopt(adapter=detected.adapter, head=detected.head, layers=detected.layers)
+        for kernel in self.kernels:
+            kernel.adopt(adapter=detected.adapter, head=detected.head, layers=detected.layers)
         self._to_find_out = None
         log.info(Event(
             "found_out", model=self.name, call=self.adapter.summary, outputs=self.head.outputs,
@@ -325,15 +333,16 @@ class Model:
     def _try(self) -> None:
         inputs = self.inputs_like(1)
         failed = "failed" if self.kernel.options.is_exact else f"failed as {self.kernel.summary}"
-        with refusing(self.name, f"{failed} on an input of {list(inputs.shape)}"):
-            answer = self.in_turn(
-                lambda: self.kernel.run(inputs, [PREDICTED], [self.scores[0]], gradient=self.serves_gradients)
-            )
-        if self.kernel.precision == "mixed" and self.serves_gradients and not self.kernel.has_mixed:
-            raise ConfigurationError(
-                f'precision: mixed has no effect on model "{self.name}": its code calls no dense convolution or linear '
-                "layer from Python; leave precision unset"
-            )
+        for kernel in self.kernels:
+            with refusing(self.name, f"{failed} on an input of {list(inputs.shape)}"):
+                answer = self.in_turn(
+                    functools.partial(kernel.run, inputs, [PREDICTED], [self.scores[0]], gradient=self.serves_gradients)
+                )
+            if kernel.precision == "mixed" and self.serves_gradients and not kernel.has_mixed:
+                raise ConfigurationError(
+                    f'precision: mixed has no effect on model "{self.name}": its code calls no dense convolution or '
+                    "linear layer from Python; leave precision unset"
+                )
         n_classes = answer.output_shape[0]
         if self.labels and len(self.labels) != n_classes:
             file = f"{self.settings.class_names}: " if self.settings.class_names else ""

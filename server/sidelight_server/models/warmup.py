@@ -4,7 +4,14 @@ import logging
 
 from ..errors import ConfigurationError
 from ..telemetry.logs import Event
-from .calibration import can_grow, choose_chunk_rows, compare_exact, neighbor_difference, same_bytes
+from .calibration import (
+    can_grow,
+    choose_chunk_rows,
+    compare_exact,
+    neighbor_difference,
+    rank_correlation,
+    same_bytes,
+)
 from .checks import is_batch_dependent
 from .model import Model
 
@@ -18,6 +25,8 @@ def limit(model: Model) -> None:
     """Apply the settings that fix a model's chunk size; otherwise `warm_up` measures it."""
     settings = model.settings
     if settings.reproducible:
+        if len(list(model.kernels)) > 1:
+            raise ConfigurationError("method_precision: a reproducible model has one precision; unset one of the two")
         most = model.adapter.most
         if most and settings.reproducible_rows > most:
             raise ConfigurationError(
@@ -54,8 +63,10 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
     if model.is_tried and not settings.reproducible and not model.is_batch_dependent and model.chunk_rows > 1:
         _check_with_neighbors(model)
     _measure_neighbors(model)
-    if model.is_tried and model.serves_gradients and not model.kernel.options.is_exact and before is None:
-        _compare(model)
+    if model.is_tried and model.serves_gradients:
+        _measure_fidelity(model)
+        if not model.kernel.options.is_exact and before is None:
+            _measure_gain(model)
 
 
 def measure_again(model: Model) -> None:
@@ -110,20 +121,40 @@ def _measure_neighbors(model: Model) -> None:
         ))  # fmt: skip
 
 
-def _compare(model: Model) -> None:
-    """Compare the kernel with and without the operator's options; log all trials."""
-    trials, likeness = compare_exact(model)
+def _measure_fidelity(model: Model) -> None:
+    """Measure how similar each kernel's maps are to the exact kernel's.
+
+    Raises `ConfigurationError` if one is less similar than the setting `fidelity` demands.
+    """
+    least = model.settings.fidelity
+    for kernel in model.kernels:
+        likeness = 1.0 if kernel.options.is_exact else rank_correlation(model, kernel, model.exact_kernel())
+        model.fidelity[kernel.summary] = likeness
+        if not kernel.options.is_exact:
+            log.info(Event(
+                "compared", model=model.name, configuration=kernel.summary, rank_correlation=round(likeness, 4)
+            ))  # fmt: skip
+        if not likeness >= least:  # also if it is NaN
+            raise ConfigurationError(
+                f'fidelity: maps of model "{model.name}" in {kernel.summary} have a rank correlation of {likeness:.4f} '
+                f"with exact ones, the setting demands {least}; choose another precision, such as mixed"
+            )
+
+
+def _measure_gain(model: Model) -> None:
+    """Measure the speed without the operator's options; log all trials, and warn if the options are slower."""
+    trials = compare_exact(model)
+    exact = trials[0]
     model.warm_up = (*trials, *model.warm_up)
     for trial in model.warm_up:
         log.info(Event(
             "tried", model=model.name, configuration=trial.configuration, rows=trial.rows,
             rows_per_s=round(trial.rows_per_second, 1), chosen=trial.chosen,
         ))  # fmt: skip
-    log.info(
-        Event(
-            "compared", model=model.name, configuration=model.kernel.summary, rank_correlation=round(float(likeness), 4)
-        )
-    )
+    chosen = next(trial for trial in model.warm_up if trial.chosen)
+    if chosen.rows_per_second < exact.rows_per_second:
+        message = f"slower than {exact.configuration}, which runs {exact.rows_per_second:.1f} rows/s; leave it unset"
+        log.warning(Event("options_slow", model=model.name, configuration=chosen.configuration, message=message))
 
 
 def _check_promise(model: Model, rows: int) -> None:

@@ -204,6 +204,7 @@ def _facts(facts: Provenance) -> bytes:
         reproducible=facts.reproducible,
         baseline_digest=facts.baseline_digest,
         kernel_options=facts.kernel_options,
+        fidelity=facts.fidelity,
     ).SerializeToString()
 
 

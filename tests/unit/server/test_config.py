@@ -55,6 +55,8 @@ FLAGS = {
     "input": (["--input", "pixel_values"], "pixel_values"),
     "arguments": (["--arguments", '{"return_dict": true}'], {"return_dict": True}),
     "layer_layout": (["--layer-layout", '{"blocks.10": "tokens:1:14x14"}'], {"blocks.10": "tokens:1:14x14"}),
+    "method_precision": (["--method-precision", '{"smoothgrad": "bfloat16"}'], {"smoothgrad": "bfloat16"}),
+    "fidelity": (["--fidelity", "0.99"], 0.99),
     "accept_partial_gradient": (["--accept-partial-gradient"], True),
     "label_argument": (["--label-argument", "disease"], "disease"),
     "output_key": (["--output-key", "y_prob"], "y_prob"),

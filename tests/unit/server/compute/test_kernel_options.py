@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +10,17 @@ import sidelight
 import sidelight_server
 import torch
 from scipy.stats import spearmanr
-from sidelight_server import Channels, Engine, GradCAM, GuidedBackpropagation, IntegratedGradients, ModelSpec, Settings
+from sidelight_server import (
+    Channels,
+    Engine,
+    GradCAM,
+    Gradient,
+    GuidedBackpropagation,
+    IntegratedGradients,
+    ModelSpec,
+    Settings,
+    SmoothGrad,
+)
 from sidelight_server.compute.batchnorm_fusion import fuse_batchnorm
 from sidelight_server.compute.kernel import Kernel
 from sidelight_server.config.options import KernelOptions
@@ -133,6 +144,63 @@ def test_mixed_precision_that_has_no_effect_is_refused() -> None:
         Engine([ModelSpec(module=scripted, input_size=(3, 32, 32), precision="mixed")])
     with pytest.raises(ConfigurationError, match="precision: mixed has no effect on a compiled model"):
         Engine([ModelSpec(module=small_cnn(), input_size=(3, 32, 32), precision="mixed", compile=True)])
+
+
+# The precision of a method, and what it costs.
+
+
+def test_a_method_runs_in_its_own_precision_beside_the_others(spec: ModelSpec) -> None:
+    x = inputs(2)
+    plain = {name: Settings(device="cpu", threads=1, precision=name) for name in ("mixed", "bfloat16")}
+    asked = {"float32": Gradient(), "mixed": SmoothGrad(4), "bfloat16": IntegratedGradients(4)}
+    precisions = {"smoothgrad": "mixed", "integrated_gradients": "bfloat16"}
+    with Engine([spec], Settings(device="cpu", threads=1, method_precision=precisions)) as engine:
+        asyncio.run(engine.warm_up())
+        own = {name: ask(engine, x, method=method) for name, method in asked.items()}
+    for name, method in asked.items():
+        with Engine([spec], plain.get(name, Settings(device="cpu", threads=1))) as engine:
+            assert np.array_equal(own[name].maps, ask(engine, x, method=method).maps)
+        assert own[name].provenance.precision == name
+    fidelity = {name: answer.provenance.fidelity for name, answer in own.items()}
+    assert fidelity["float32"] == 1 > fidelity["mixed"] > fidelity["bfloat16"] > 0.9
+
+
+def test_a_precision_of_no_method_is_refused(spec: ModelSpec) -> None:
+    with pytest.raises(ConfigurationError, match='method_precision: no method "smothgrad"; did you mean "smoothgrad"'):
+        Engine([spec], Settings(device="cpu", method_precision={"smothgrad": "mixed"}))
+    with pytest.raises(ConfigurationError, match="method_precision: a reproducible model has one precision"):
+        Engine([spec], Settings(device="cpu", reproducible=True, method_precision={"smoothgrad": "mixed"}))
+    double = ModelSpec(small_cnn().double(), input_size=(3, 32, 32))
+    with pytest.raises(ConfigurationError, match="method_precision: needs a model of float32 weights"):
+        Engine([double], Settings(device="cpu", method_precision={"smoothgrad": "mixed"}))
+
+
+def test_a_model_below_the_demanded_fidelity_is_refused(spec: ModelSpec) -> None:
+    with Engine([spec], Settings(device="cpu", precision="bfloat16", fidelity=0.9)) as engine:
+        asyncio.run(engine.warm_up())
+    with (
+        Engine([spec], Settings(device="cpu", precision="bfloat16", fidelity=0.99999)) as engine,
+        pytest.raises(ConfigurationError, match=r"fidelity: .* in bfloat16 have a rank correlation of 0\.9"),
+    ):
+        asyncio.run(engine.warm_up())
+
+
+class SlowInHalfPrecision(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3 * 32 * 32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16:
+            time.sleep(0.02)
+        return self.linear(x.flatten(1))
+
+
+def test_a_precision_that_is_slower_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    slow = ModelSpec(SlowInHalfPrecision(), input_size=(3, 32, 32))
+    with Engine([slow], Settings(device="cpu", precision="float16", max_chunk_rows=4)) as engine:
+        asyncio.run(engine.warm_up())
+    assert 'event=options_slow model="model" configuration=float16' in caplog.text
 
 
 # Folding.
