@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo page test browser check lint proto proto-check bench peers pyhealth soak soak-long fuzz zoo properties nightly image envoy breaking dist oldest pythons lock clean
+.PHONY: setup demo page test browser check lint proto proto-check bench bench-docs peers pyhealth soak soak-long fuzz zoo properties nightly image envoy breaking dist oldest pythons lock clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -87,6 +87,10 @@ proto-check: .venv-floor/.ready
 bench: .venv/.ready
 	-$(MAKE) --keep-going peers
 	$(BIN)/python -m benchmarks
+
+# The newest figures of `make bench` into the tables of README.md and docs/.
+bench-docs: .venv/.ready
+	$(BIN)/python -m benchmarks.tables
 
 # Whom `make bench` compares with. Each has an environment of its own, for their pins exclude each other's. Triton's
 # Python backend is built for the Python 3.11 of Debian, and fails under some others; TorchServe wants Java 17.

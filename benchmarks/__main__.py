@@ -5,8 +5,10 @@
 
 import argparse
 import dataclasses
+import datetime as dt
 import json
 import platform
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from .speed import (
     fairness,
     fidelity,
     kernel,
+    mixed,
     models,
     service,
     tolerance,
@@ -37,6 +40,7 @@ MODULES = {
     module.__name__.rpartition(".")[2]: module
     for module in (
         kernel,
+        mixed,
         contention,
         service,
         transport,
@@ -64,8 +68,9 @@ def main() -> int:
     lines: list[Line] = []
     for name in names:
         with console.status(f"measuring: {name}"):
-            lines += MODULES[name].run()
-        _write(lines)  # what was measured is kept, should the next one fail
+            measured = MODULES[name].run()
+        _write(name, measured)  # what was measured is kept, should the next one fail
+        lines += measured
     for line in lines:
         met = "[green]yes[/]" if line.met else "[red]no[/]"
         table.add_row(line.what, f"{line.figure:.2f} {line.unit}", line.goal, met, line.detail)
@@ -75,10 +80,24 @@ def main() -> int:
     return 0 if all(line.met for line in lines) else 1
 
 
-def _write(lines: list[Line]) -> None:
+def _write(name: str, lines: list[Line]) -> None:
+    """Write the lines of a module beside what other modules measured before, on this machine."""
     RESULTS.mkdir(exist_ok=True)
-    results = {"machine": _machine(), "lines": [dataclasses.asdict(line) for line in lines]}
-    (RESULTS / "bench.json").write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    file, machine = RESULTS / "bench.json", _machine()
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    modules = before.get("modules", {}) if before.get("machine") == machine else {}
+    run = {
+        "date": f"{dt.date.today()}",
+        "commit": _commit(),
+        "lines": [dataclasses.asdict(each) for each in lines],
+    }
+    results = {"machine": machine, "modules": modules | {name: run}}
+    file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _commit() -> str:
+    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
+    return found.stdout.strip() or "an unknown commit"
 
 
 def _machine() -> dict[str, object]:

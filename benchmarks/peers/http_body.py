@@ -6,7 +6,6 @@ Imported in the peers' own environments: the standard library and numpy.
 import argparse
 import contextlib
 import http.client
-import json
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,13 +36,7 @@ def read_bytes(body: bytes) -> Answer:
     return Answer(np.frombuffer(body, np.float32, offset=HEAD.size).reshape(SIZE, SIZE), predicted)
 
 
-def read_json(body: bytes) -> Answer:
-    """Return the answer in a body of JSON."""
-    said = json.loads(body)
-    return Answer(np.array(said["map"], np.float32), said["predicted"])
-
-
-def connection(port: int, path: str, *, read: Callable[[bytes], Answer]) -> Connection:
+def connection(port: int, path: str) -> Connection:
     """Return how to connect to a server of this machine; a connection is kept alive."""
 
     @contextlib.contextmanager
@@ -56,7 +49,7 @@ def connection(port: int, path: str, *, read: Callable[[bytes], Answer]) -> Conn
                 body = reply.read()
                 if reply.status != 200:
                     raise RuntimeError(f"{path}: {reply.status} {body[:200]!r}")
-                return read(body)
+                return read_bytes(body)
 
             yield ask
 
@@ -66,6 +59,6 @@ def connection(port: int, path: str, *, read: Callable[[bytes], Answer]) -> Conn
 def drive_http(args: argparse.Namespace, path: str) -> None:
     """Follow the contest's orders against the server at `args.port`."""
     images = np.load(Path(args.folder) / "images.npy")
-    connect = connection(args.port, path, read=read_json if args.json else read_bytes)
+    connect = connection(args.port, path)
     wait_for(connect, images[0])
     drive(closed_loop(connect), images)

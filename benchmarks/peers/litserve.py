@@ -1,4 +1,4 @@
-"""LitServe with Captum behind it, over HTTP. Run in `.venv-litserve`: torch, numpy, captum, litserve."""
+"""LitServe with Captum or the plain gradient, over HTTP. Run in `.venv-litserve`: torch, numpy, captum, litserve."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from fastapi import Body, Response
 
 from .http_body import TYPE, body_of, drive_http, pixels_of
 from .rival import arguments
-from .saliency import Captum, Explained, Pixels, load
+from .saliency import Explained, Pixels, explainer, load
 
 BATCH_TIMEOUT_S = 0.02  # for which the first request of a batch waits for others
 REQUEST_TIMEOUT_S = 60.0
@@ -19,13 +19,14 @@ PATH = "/predict"
 class Explain(litserve.LitAPI):
     """One image a request; LitServe puts them together."""
 
-    def __init__(self, folder: Path, *, threads: int, batch: int) -> None:
+    def __init__(self, folder: Path, *, threads: int, batch: int, input_only: bool) -> None:
         super().__init__(max_batch_size=batch, batch_timeout=BATCH_TIMEOUT_S, api_path=PATH)
         self.folder = folder
         self.threads = threads
+        self.input_only = input_only
 
     def setup(self, device: str) -> None:
-        self.captum = Captum(load(self.folder, threads=self.threads))
+        self.explainer = explainer(load(self.folder, threads=self.threads), input_only=self.input_only)
 
     # Annotated so, the body comes as it is: LitServe would parse JSON or a form otherwise.
     def decode_request(self, request: Annotated[bytes, Body(media_type=TYPE)]) -> Pixels:
@@ -35,7 +36,7 @@ class Explain(litserve.LitAPI):
         return np.stack(inputs)
 
     def predict(self, x: Pixels) -> Explained:
-        return self.captum.explain(x if x.ndim == 4 else x[None])
+        return self.explainer.explain(x if x.ndim == 4 else x[None])
 
     def unbatch(self, output: Explained) -> list[Explained]:
         return [Explained(*each) for each in zip(*output, strict=True)]
@@ -50,7 +51,7 @@ def main() -> None:
     args = arguments(__doc__)
     if args.role == "drive":
         return drive_http(args, PATH)
-    api = Explain(args.folder, threads=args.threads, batch=args.batch)
+    api = Explain(args.folder, threads=args.threads, batch=args.batch, input_only=args.input_only)
     # fast_queue: by ZeroMQ, which is LitServe's own for high rates.
     server = litserve.LitServer(
         api,

@@ -12,7 +12,7 @@ from .driver import Answer, Image, Loop, drive
 from .rival import arguments
 
 MODEL = "python:benchmarks.support.nets:resnet18"
-FAST = ("--precision", "bfloat16", "--fold", "--channels-last")
+FOLDED = ("--fold", "--channels-last")
 CONNECT_TIMEOUT_S = 120.0  # the server loads torch, and measures its chunks
 
 
@@ -47,9 +47,9 @@ def main() -> None:
     args = arguments(__doc__)
     address = f"127.0.0.1:{args.port}"
     if args.role == "serve":
-        fast = FAST if args.fast else ()
+        precision = ("--precision", args.precision) if args.precision else ()
         command = ["-m", "sidelight_server", "--model", MODEL, "--listen", address, "--threads", str(args.threads)]
-        os.execv(sys.executable, [sys.executable, *command, *fast])
+        os.execv(sys.executable, [sys.executable, *command, *precision, *(FOLDED if args.folded else ())])
     images = np.load(args.folder / "images.npy")
     with sidelight.connect(address, connect_timeout=CONNECT_TIMEOUT_S) as client:
         client.attribute(images[0], timeout=CONNECT_TIMEOUT_S)

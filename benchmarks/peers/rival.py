@@ -26,9 +26,9 @@ class Rival:
     at_once: tuple[int, ...]
     python: Path = Path(sys.executable)
     serves: bool = True
-    exact: bool = True
+    alike: float | None = None  # the least rank correlation of its maps with the exact ones; None: they are equal
     is_ours: bool = False
-    goal: float = 1.0  # of a peer: how many times as fast ours should be in float32
+    goals: tuple[float, ...] = ()  # of a peer: how many times as fast each of ours should be, in their order
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,11 @@ def arguments(description: str | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="of one worker")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--batch", type=int, default=1, help="images that the server may put together")
-    parser.add_argument("--json", action="store_true", help="TorchServe: answers in JSON, not in bytes")
+    parser.add_argument("--input-only", action="store_true", help="LitServe: the input's gradient alone, not Captum")
+    parser.add_argument("--delay-us", type=int, default=0, help="Triton: for which a batch waits for more images")
     parser.add_argument("--original", action="store_true", help="in process: the original class, not Captum")
-    parser.add_argument("--fast", action="store_true", help="sidelight: bfloat16, folded, channels last")
+    parser.add_argument("--precision", default="", help="sidelight: of the model")
+    parser.add_argument("--folded", action="store_true", help="sidelight: BatchNorm folded, channels last")
     return parser.parse_args()
 
 

@@ -17,7 +17,7 @@ MODEL_NAME = "saliency"
 SIZE = 224
 
 
-def serve(folder: Path, *, port: int, threads: int, workers: int, batch: int) -> None:
+def serve(folder: Path, *, port: int, threads: int, workers: int, batch: int, delay_us: int) -> None:
     """Serve until killed."""
     from pytriton.decorators import batch as batched
     from pytriton.model_config import DynamicBatcher, ModelConfig, Tensor
@@ -57,7 +57,7 @@ def serve(folder: Path, *, port: int, threads: int, workers: int, batch: int) ->
                 Tensor(name="predicted", dtype=np.int32, shape=(1,)),
                 Tensor(name="probability", dtype=np.float32, shape=(1,)),
             ],
-            config=ModelConfig(max_batch_size=batch, batcher=DynamicBatcher(max_queue_delay_microseconds=0)),
+            config=ModelConfig(max_batch_size=batch, batcher=DynamicBatcher(max_queue_delay_microseconds=delay_us)),
         )
         triton.serve()
 
@@ -87,7 +87,14 @@ def main() -> None:
     args = arguments(__doc__)
     if args.role == "drive":
         return drive_grpc(args)
-    serve(args.folder, port=args.port, threads=args.threads, workers=args.workers, batch=args.batch)
+    serve(
+        args.folder,
+        port=args.port,
+        threads=args.threads,
+        workers=args.workers,
+        batch=args.batch,
+        delay_us=args.delay_us,
+    )
 
 
 if __name__ == "__main__":
