@@ -162,6 +162,7 @@ class AsyncClient:
         on_error: OnError = "raise",
         partial: bool = False,
         window: int | None = None,
+        hedge_after: float | None = None,
         allow_model_change: bool = False,
         keep_images: bool = False,
         progress: bool = False,
@@ -176,13 +177,14 @@ class AsyncClient:
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
         return self._answers(
             batches,
-            stream_template(batches, on_error, options, window=window),
+            stream_template(batches, on_error, options, window=window, hedge_after=hedge_after),
             timeout_s=timeout,
             is_one_row=method.is_one_row,
             metadata=checked_metadata(metadata),
             on_error=on_error,
             ordered=ordered,
             window=window,
+            hedge_after=hedge_after,
             allow_model_change=allow_model_change,
             keep_images=flag(keep_images, "keep_images"),
             progress=progress_of(batches, is_shown=flag(progress, "progress")),
@@ -238,11 +240,13 @@ class AsyncClient:
         while True:
             connection = await ready(self._core.pool, min(self._core.connect_timeout_s, policy.left_s))
             try:
-                with translate_errors(self._core.max_message_bytes):
+                with translate_errors(self._core.max_message_bytes), connection.calling(len(batch)):
                     left_s = min(policy.left_s, FOR_EVER_S)
                     call = connection.attribution.Attribute.future(request, timeout=left_s, metadata=metadata)
                     response = await awaited(call)
-                return attribution.read(response.result, batch, baseline=given_array(request.method))
+                answer = attribution.read(response.result, batch, baseline=given_array(request.method))
+                connection.told(answer)
+                return answer
             except SidelightError as error:
                 if self._core.closed.is_set():
                     raise
@@ -259,6 +263,7 @@ class AsyncClient:
         is_one_row: bool = False,
         ordered: bool = False,
         window: int | None = None,
+        hedge_after: float | None = None,
         allow_model_change: bool = False,
         keep_images: bool = True,
         progress: Progress | None = None,
@@ -276,6 +281,7 @@ class AsyncClient:
             server_wait_s=self._core.connect_timeout_s if server_wait_s is None else server_wait_s,
             is_one_row=is_one_row,
             window=window,
+            hedge_after=hedge_after,
             allow_model_change=allow_model_change,
             metadata=metadata,
             on_change=from_thread(changed.set),

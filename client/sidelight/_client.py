@@ -62,9 +62,10 @@ def connect(
     """Return a client of the server at an address, "host:port" or "unix:/path". It does not wait for the server.
 
     The defaults of `address` and `token` are the environment variables SIDELIGHT_ADDRESS and SIDELIGHT_TOKEN. Several
-    addresses of servers with the same model may be given, as a list or separated by commas: calls are distributed
-    round-robin over the connected servers, and a stream uses all of them. Calls wait up to `connect_timeout` seconds
-    for a server, and log a warning after one second.
+    addresses of servers with the same model may be given, as a list or separated by commas. "dns:host:port" means all
+    addresses of a DNS name, which is looked up every two seconds: servers that appear are used, and those that
+    disappear are sent nothing more. A call goes to the connected server with the least work, and a stream uses all of
+    them. Calls wait up to `connect_timeout` seconds for a server, and log a warning after one second.
 
     `max_message_bytes` limits each message in both directions, and should equal the server's limit. With
     `shared_memory`, arrays and maps travel in memory shared with a server on the same machine, with no fallback to
@@ -195,6 +196,7 @@ class Client:
         on_error: OnError = "raise",
         partial: bool = False,
         window: int | None = None,
+        hedge_after: float | None = None,
         allow_model_change: bool = False,
         keep_images: bool = False,
         progress: bool = False,
@@ -220,6 +222,10 @@ class Client:
         one on a server that died, twice, fails with `ServerDied`. If a server returns with another model, the stream
         ends with `ModelChanged`, unless `allow_model_change` is set.
 
+        Of several servers, a batch is sent to the one that should be done with it first. With `hedge_after`, a batch
+        that has no answer after so many seconds is also sent to a second server: the first answer is yielded, and the
+        other server is told to cancel.
+
         `overlay` and `save` need the images. An answer keeps images that were files; it keeps arrays only until the
         next answer is taken, so that a list of answers does not hold every batch in memory. `keep_images` keeps both.
 
@@ -233,12 +239,13 @@ class Client:
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
         return self._answers(
             batches,
-            stream_template(batches, on_error, options, window=window),
+            stream_template(batches, on_error, options, window=window, hedge_after=hedge_after),
             timeout_s=timeout,
             is_one_row=method.is_one_row,
             ordered=ordered,
             on_error=on_error,
             window=window,
+            hedge_after=hedge_after,
             allow_model_change=allow_model_change,
             keep_images=flag(keep_images, "keep_images"),
             progress=progress_of(batches, is_shown=flag(progress, "progress")),
@@ -291,11 +298,13 @@ class Client:
         while True:
             connection = self._core.pool.ready(min(self._core.connect_timeout_s, policy.left_s))
             try:
-                with translate_errors(self._core.max_message_bytes):
+                with translate_errors(self._core.max_message_bytes), connection.calling(len(batch)):
                     response = connection.attribution.Attribute(
                         request, timeout=min(policy.left_s, FOR_EVER_S), metadata=metadata
                     )
-                return attribution.read(response.result, batch, baseline=given_array(request.method))
+                answer = attribution.read(response.result, batch, baseline=given_array(request.method))
+                connection.told(answer)
+                return answer
             except SidelightError as error:
                 if self._core.closed.is_set():
                     raise
@@ -312,6 +321,7 @@ class Client:
         is_one_row: bool = False,
         ordered: bool = False,
         window: int | None = None,
+        hedge_after: float | None = None,
         allow_model_change: bool = False,
         keep_images: bool = True,
         progress: Progress | None = None,
@@ -326,6 +336,7 @@ class Client:
             server_wait_s=self._core.connect_timeout_s if server_wait_s is None else server_wait_s,
             is_one_row=is_one_row,
             window=window,
+            hedge_after=hedge_after,
             allow_model_change=allow_model_change,
             metadata=metadata,
         )

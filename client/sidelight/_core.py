@@ -152,12 +152,13 @@ class ClientCore:
         server_wait_s: float,
         is_one_row: bool,
         window: int | None,
+        hedge_after: float | None,
         allow_model_change: bool,
         metadata: Headers,
         on_change: Callable[[], None] = lambda: None,
     ) -> Stream:
         """Return a stream to all servers. It is not started yet."""
-        connections, input_size = self.pool.connections, facts.input_size
+        input_size = facts.input_size
         config = StreamConfig(
             template=template,
             split=functools.partial(
@@ -180,10 +181,8 @@ class ClientCore:
         )
         # One example of a method of many rows fills chunks. A larger window would let batches time out in the queue.
         per_worker = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if is_one_row else 1
-        if window:  # equal shares, so that a stalled server does not hold all of it
-            per_worker = max(1, window // len(connections))
-        unanswered = UnansweredParts(window=per_worker, total_window=window, n_workers=len(connections))
-        return Stream(connections, batches, config=config, unanswered=unanswered, on_change=on_change)
+        unanswered = UnansweredParts(window=per_worker, total_window=window, hedge_after_s=hedge_after)
+        return Stream(self.pool, batches, config=config, unanswered=unanswered, on_change=on_change)
 
     def _ask(
         self,
@@ -202,7 +201,7 @@ class ClientCore:
         while True:
             connection = self.pool.ready(wait_s)
             try:
-                with translate_errors(self.max_message_bytes):
+                with translate_errors(self.max_message_bytes), connection.used():
                     call = getattr(getattr(connection, stub), name)
                     return call(request, timeout=timeout_s, metadata=metadata)
             except Unavailable as error:
@@ -240,7 +239,7 @@ def unary_request(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.Attr
 
 
 def stream_template(
-    batches: object, on_error: str, options: AttributeOptions, *, window: int | None
+    batches: object, on_error: str, options: AttributeOptions, *, window: int | None, hedge_after: float | None
 ) -> pb.AttributeRequest:
     """Check the options of a stream once, and return the request template of its batches."""
     check_on_error(on_error)
@@ -248,6 +247,8 @@ def stream_template(
         raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")
     if window is not None and whole(window, "window") < 1:
         raise InvalidArgument(f"window: got {window}, expected at least 1 example")
+    if hedge_after is not None:
+        span(hedge_after, "hedge_after")
     return options.template()
 
 

@@ -19,22 +19,20 @@ _END = object()
 
 
 async def ready(pool: ConnectionPool, timeout_s: float) -> Connection:
-    """Return the next connected server, and wait for one if necessary. Raises `Unavailable` after the timeout."""
+    """Return a connected server, and wait for one if necessary. Raises `Unavailable` after the timeout."""
     if found := pool.ready_now():
         return found
     pool.forget_errors()
     changed = asyncio.Event()
     wake = from_thread(changed.set)
     log_timer = asyncio.get_running_loop().call_later(WARN_AFTER_S, pool.log_waiting)
-    for connection in pool.connections:
-        connection.listen(wake)
+    pool.listen(wake)
     try:
         async with asyncio.timeout(timeout_s):
             while not (found := pool.ready_now()):
                 changed.clear()
                 pool.check()
-                for connection in pool.connections:
-                    connection.connect()
+                pool.connect()
                 with contextlib.suppress(TimeoutError):  # wakes up to diagnose again why there is none
                     async with asyncio.timeout(DIAGNOSE_EVERY_S):
                         await changed.wait()
@@ -43,8 +41,7 @@ async def ready(pool: ConnectionPool, timeout_s: float) -> Connection:
         raise pool.unavailable(timeout_s) from None
     finally:
         log_timer.cancel()
-        for connection in pool.connections:
-            connection.unlisten(wake)
+        pool.unlisten(wake)
 
 
 class CallersBatches:

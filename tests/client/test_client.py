@@ -153,7 +153,9 @@ def test_a_port_where_nobody_listens_is_named() -> None:
 
 @pytest.mark.parametrize("address", ["", 50051, b"unix:/run/x"], ids=repr)
 def test_what_is_no_address_is_refused(address: object) -> None:
-    with pytest.raises(sidelight.InvalidArgument, match=r'address: got .*, expected "host:port" or "unix:/path"'):
+    with pytest.raises(
+        sidelight.InvalidArgument, match=r'address: got .*, expected "host:port", "dns:host:port" or "unix:/path"'
+    ):
         sidelight.connect(address)
 
 

@@ -1,7 +1,7 @@
 """Availability: which servers have accepted a call of a stream, and since when none has."""
 
 import logging
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable
 
 from ..exceptions import ResourceExhausted, SidelightError, Unavailable
 
@@ -16,8 +16,8 @@ class Availability:
     It has no lock and no clock: the owner holds its own lock and passes the time.
     """
 
-    def __init__(self, addresses: Sequence[str], now_s: float) -> None:
-        self._names = ", ".join(addresses)
+    def __init__(self, addresses: Callable[[], str], now_s: float) -> None:
+        self._addresses = addresses
         self._live: set[Hashable] = set()
         self._since_s = now_s  # when the last worker was lost
         self._has_logged = False
@@ -48,7 +48,7 @@ class Availability:
         if now_s - self._since_s < WARN_AFTER_S:
             return self._since_s + WARN_AFTER_S
         self._has_logged = True
-        log.warning("waiting for a server at %s", self._names)
+        log.warning("waiting for a server at %s", self._addresses())
         return None
 
     def gives_up_s(self, server_wait_s: float) -> float | None:
@@ -59,5 +59,5 @@ class Availability:
         """Return the error for having no server: `ResourceExhausted` if the last one accepts no more streams."""
         because = f" (the last call ended with: {self._cause})" if self._cause else ""
         if isinstance(self._cause, ResourceExhausted):
-            return ResourceExhausted(f"{what} the server was full at {self._names}{because}")
-        return Unavailable(f"{what} no server answered at {self._names}{because}")
+            return ResourceExhausted(f"{what} the server was full at {self._addresses()}{because}")
+        return Unavailable(f"{what} no server answered at {self._addresses()}{because}")

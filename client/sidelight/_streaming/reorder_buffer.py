@@ -1,8 +1,8 @@
 """The reorder buffer: yields a stream's answers in the order of their batches."""
 
 from ..results.attribution import Attribution
+from .parts import Entry
 from .results_queue import Answered
-from .unanswered import Entry
 
 
 class ReorderBuffer:

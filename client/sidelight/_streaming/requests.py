@@ -16,7 +16,7 @@ from ..exceptions import from_code
 from ..results import attribution
 from ..results.attribution import Attribution
 from ..results.types import seconds
-from .unanswered import Part
+from .parts import Part
 
 _SHORTEST_S = 0.001  # the server rejects a timeout of 0
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..results.attribution import Attribution
-from .unanswered import Entry
+from .parts import Entry
 
 Answered = tuple[Entry, Attribution]
 

@@ -5,20 +5,21 @@ and the window has room. A worker's thread receives the answers of one server. A
 deadline. The caller's thread takes the answers. They share `UnansweredParts`, under one lock, and `ResultQueue`.
 """
 
+import contextvars
 import enum
 import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 from sidelight.v1 import attribution_pb2 as pb
 
 from .._inputs.batch import Batch, Images
 from .._inputs.images import EncodedBatch
 from .._transport.channel import Connection
+from .._transport.pool import ConnectionPool
 from .._transport.process import Origin, close_at_exit
-from .._transport.shared_memory import Regions
 from .._transport.wire import Incoming, Outgoing
 from ..exceptions import (
     DeadlineExceeded,
@@ -34,11 +35,13 @@ from ..results import attribution
 from ..results.attribution import Attribution
 from ..results.types import seconds
 from .availability import Availability
+from .dispatcher import Dispatcher
 from .merge import merge_parts
+from .parts import Entry, Part
 from .reader import BatchReader
 from .requests import StreamConfig
 from .results_queue import Answered, End, ResultQueue
-from .unanswered import Entry, Part, UnansweredParts
+from .unanswered import UnansweredParts
 from .worker import StreamWorker
 
 log = logging.getLogger("sidelight")
@@ -51,6 +54,7 @@ class Step(enum.Enum):
 
     READ = "the caller's next batch"
     REGISTER = "a region of shared memory"
+    CANCEL = "the cancel of a batch that another server has answered"
     END = "the call"
 
 
@@ -59,7 +63,7 @@ class Stream:
 
     def __init__(
         self,
-        connections: Sequence[Connection],
+        pool: ConnectionPool,
         batches: Iterator[Images | Batch | EncodedBatch],
         *,
         config: StreamConfig,
@@ -70,20 +74,16 @@ class Stream:
         self._reader = BatchReader(batches, config)
         self._config = config
         self._unanswered = unanswered
+        self._pool = pool
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
+        self._dispatcher = Dispatcher(unanswered, on_choice=self._changed.notify_all)
         self._timer_changed = threading.Condition(self._lock)  # wakes the timer
-        self._workers = [
-            StreamWorker(
-                each,
-                self,
-                max_message_bytes=config.max_message_bytes,
-                make_regions=config.make_regions,
-                metadata=config.metadata,
-            )
-            for each in connections
-        ]
-        self._availability = Availability([each.address for each in connections], time.monotonic())
+        # Tracing reads the caller's span from it; the threads of workers start with an empty context.
+        self._context = contextvars.copy_context()
+        self._workers: dict[Connection, StreamWorker] = {}
+        self._leaving: list[StreamWorker] = []  # those whose server is no longer listed
+        self._availability = Availability(lambda: pool.addresses, time.monotonic())
         self._refused: set[StreamWorker] = set()  # those whose server did not accept their last call
         self._digest = ""
         self._is_reading = False
@@ -100,21 +100,22 @@ class Stream:
     def start(self) -> None:
         """Start the workers and the timer."""
         close_at_exit(self)
-        for worker in self._workers:
-            worker.connection.listen(self._wake)
-            worker.start()
+        self._pool.listen(self._wake)
+        self._wake()
         self._timer.start()
 
     def close(self) -> None:
         """End the stream, cancel unanswered batches and join the threads. In a forked child it does nothing."""
         if self._is_closed or not self._origin.is_in_own_process:
             return
+        self._pool.unlisten(self._wake)
         self.end(None)
-        for worker in self._workers:
+        with self._lock:
+            workers = [*self._workers.values(), *self._leaving]
+        for worker in workers:
             worker.stop()
-        for worker in self._workers:
+        for worker in workers:
             worker.join()
-            worker.connection.unlisten(self._wake)
         self._timer.join()
         self._is_closed = True
 
@@ -137,11 +138,15 @@ class Stream:
 
     # StreamCoordinator: called by the workers.
 
-    def wait_until_ready(self, connection: Connection, not_before_s: float) -> bool:
-        """Wait until `not_before_s` and until the server is connected. Returns False once the stream is over."""
+    def wait_until_ready(self, worker: StreamWorker, not_before_s: float) -> bool:
+        """Wait until `not_before_s` and until the server is connected.
+
+        Returns False once the stream is over or the server is no longer listed.
+        """
+        connection = worker.connection
         sought: object = self  # the channel state in which `connect` was called last; at first none
         with self._lock:
-            while not self._is_over:
+            while not self._is_over and worker not in self._leaving:
                 left_s, state = not_before_s - time.monotonic(), connection.state
                 if connection.is_closed:
                     self._end(Unavailable("the client is closed"))
@@ -154,6 +159,9 @@ class Stream:
                     sought = state
                 else:
                     self._changed.wait()
+            if worker in self._leaving:
+                self._unanswered.remove_worker(worker)
+                self._changed.notify_all()
         return False
 
     def call_started(self, worker: StreamWorker) -> None:
@@ -172,9 +180,11 @@ class Stream:
                 case Part() as part:
                     return self._config.request(part, worker.regions)
                 case Step.READ:
-                    self._read()
+                    self._read(worker, call)
                 case Step.REGISTER if worker.regions:
                     return Outgoing(worker.regions.make())
+                case pb.CancelRequest() as cancel:
+                    return Outgoing(pb.AttributeStreamRequest(cancel=cancel))
                 case _:
                     return None
 
@@ -182,15 +192,14 @@ class Stream:
         """Handle a response. One to a part that has been answered already is ignored."""
         regions, response = worker.regions, incoming.message
         with self._lock:
-            part = self._unanswered.get(response.id)
+            part = self._unanswered.get(response.id, worker)
             if part is None or self._end_if_model_changed(response):
-                if regions:
-                    self._receive_region_response(regions, response)
+                self._receive_other(worker, response)
                 return
-            if response.WhichOneof("outcome") == "failure" and self._requeue_if_retryable(part, response.failure):
-                if regions:
-                    regions.free(response.id)
-                self._changed.notify_all()
+            if response.WhichOneof("outcome") == "failure" and self._requeue_if_retryable(
+                part, worker, response.failure
+            ):
+                self._free(worker, response.id)
                 return
         answer = self._config.answer(incoming, part, regions)
         if not answer.final:
@@ -198,11 +207,13 @@ class Stream:
                 self.queue.put(part.entry, answer)
             return
         with self._lock:
-            if regions:
-                regions.free(response.id)
-            if self._unanswered.pop(response.id) is part:
+            is_first = self._unanswered.pop(response.id, worker) is part
+            self._free(worker, response.id)
+            worker.connection.told(answer)
+            if is_first:
                 self._store_answer(part, answer)
-                self._changed.notify_all()
+            else:
+                self._unanswered.forget(response.id, worker)
 
     def call_ended(self, worker: StreamWorker, cause: SidelightError, *, failed: bool, died: bool) -> None:
         """Requeue a worker's parts after its call has ended.
@@ -211,10 +222,13 @@ class Stream:
         """
         with self._lock:
             if self._is_over:
+                self._unanswered.remove_sent(worker)  # other streams share the server's load
                 return
             was_open = worker in self._availability
             if not was_open:
                 self._refused.add(worker)
+            self._dispatcher.leave(worker)
+            self._dispatcher.unblock(worker)
             log.log(
                 logging.WARNING if was_open and failed else logging.INFO,
                 "%s: the stream's call ended, reconnecting: %s", worker.connection.address, cause,
@@ -223,7 +237,7 @@ class Stream:
             if failed and not self._config.retry:
                 for part in self._unanswered.remove_sent(worker):
                     self._fail(part, cause)
-                if len(self._refused) == len(self._workers):
+                if self._refused.issuperset(self._workers.values()):
                     self._end(cause)
             for part in self._unanswered.requeue_after_call_end(worker, died=died):
                 self._fail(part, ServerDied(
@@ -234,36 +248,55 @@ class Stream:
 
     # The caller holds the lock.
 
-    def _next(self, worker: StreamWorker, call: object) -> "Part | Step":
+    def _next(self, worker: StreamWorker, call: object) -> "Part | pb.CancelRequest | Step":
         """Wait for the next part or step of a call."""
         while not self._is_over and worker.call is call:
             now_s = time.monotonic()
             wait_s = None
-            if worker in self._availability:
-                if part := self._unanswered.send(worker, now_s, fits=functools.partial(self._fits, worker)):
-                    return part
-                if worker.regions and worker.regions.is_missing:
-                    return Step.REGISTER
-                if not self._is_reading and self._unanswered.may_read(worker, now_s):
-                    self._is_reading = True
-                    return Step.READ
+            if worker in self._leaving:
+                if not self._unanswered.holds(worker):
+                    break
+            elif worker in self._availability:
+                if step := self._step(worker, now_s):
+                    self._dispatcher.leave(worker)
+                    if self._dispatcher.has_idle:  # another one may have its turn now
+                        self._changed.notify_all()
+                    return step
                 resend_s = self._unanswered.next_retry_s(now_s)
                 wait_s = None if resend_s is None else resend_s - now_s
             self._changed.wait(wait_s)
+        self._dispatcher.leave(worker)
         return Step.END
+
+    def _step(self, worker: StreamWorker, now_s: float) -> "Part | pb.CancelRequest | Step | None":
+        """Return what a worker does now; None if it has to wait."""
+        if (id_ := self._unanswered.next_cancel(worker)) is not None:
+            return pb.CancelRequest(id=id_)
+        self._dispatcher.ask(worker)
+        if part := self._dispatcher.take(worker, now_s, fits=functools.partial(self._fits, worker)):
+            return part
+        if worker.regions and worker.regions.is_missing:
+            return Step.REGISTER
+        if not self._is_reading and self._dispatcher.next_to_read(now_s) is worker:
+            self._is_reading = True
+            return Step.READ
+        return None
 
     def _fits(self, worker: StreamWorker, part: Part) -> bool:
         """Allocate shared memory for a part, if the worker has any. Returns False if there is no room now."""
         if worker.regions is None or not len(part.batch):
             return True
-        return worker.regions.allocate(part.id, self._config.shared_bytes(part.batch))
+        if worker.regions.allocate(part.id, self._config.shared_bytes(part.batch)):
+            return True
+        self._changed.notify_all()  # another worker may have room
+        return False
 
-    def _requeue_if_retryable(self, part: Part, failure: pb.Failure) -> bool:
+    def _requeue_if_retryable(self, part: Part, worker: StreamWorker, failure: pb.Failure) -> bool:
         """Requeue a part that was too large, or whose server was full or shutting down. Returns whether it did."""
         delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
         if failure.code == ResourceExhausted.code and delay_s is None and len(part.batch) > 1:
             log.info("%s: split in two: %s", _label(part), failure.message)
-            self._unanswered.requeue_halves(part)
+            self._unanswered.requeue_halves(part, worker)
             return True
         if not self._config.retry:
             return False
@@ -275,16 +308,33 @@ class Stream:
         if delay_s is None or not_before_s >= part.entry.deadline_s:
             return False
         log.info("%s: sent again in %.2g s: %s", _label(part), delay_s, failure.message)
-        self._unanswered.requeue(part, not_before_s=not_before_s)
+        self._unanswered.requeue(part, worker, not_before_s=not_before_s)
         return True
 
-    def _receive_region_response(self, regions: Regions, response: pb.AttributeStreamResponse) -> None:
-        """Mark a region as registered. If the server rejects it, end the stream: there is no inline fallback."""
-        if response.WhichOneof("outcome") == "region_registered":
+    def _receive_other(self, worker: StreamWorker, response: pb.AttributeStreamResponse) -> None:
+        """Handle a response to no part: one that came late, or one about a region.
+
+        If the server rejects a region, end the stream: there is no inline fallback.
+        """
+        regions = worker.regions
+        is_final = response.WhichOneof("outcome") != "result" or response.result.final
+        if is_final and self._unanswered.forget(response.id, worker):
+            self._free(worker, response.id)
+        elif regions is None:
+            return
+        elif response.WhichOneof("outcome") == "region_registered":
             regions.mark_registered(response.region_registered.region)
+            self._dispatcher.unblock(worker)
             self._changed.notify_all()
         elif regions.holds(response.id):
             self._end(from_code(response.failure.code, response.failure.message))
+
+    def _free(self, worker: StreamWorker, id_: str) -> None:
+        """Free what a part held of a worker's shared memory, and wake whoever waits for a part or room."""
+        if worker.regions:
+            worker.regions.free(id_)
+            self._dispatcher.unblock(worker)
+        self._changed.notify_all()
 
     def _end_if_model_changed(self, response: pb.AttributeStreamResponse) -> bool:
         """End the stream if another model answers than the first time. Returns whether it did."""
@@ -318,12 +368,31 @@ class Stream:
         self._timer_changed.notify()
 
     def _wake(self) -> None:
+        """Follow the pool: its connections, and their states. Called by threads of the pool and of gRPC."""
         with self._lock:
+            if not self._is_over:
+                connections = self._pool.connections
+                self._leaving += [self._workers.pop(gone) for gone in set(self._workers).difference(connections)]
+                for added in connections:
+                    if added not in self._workers:
+                        self._add_worker(added)
             self._changed.notify_all()
+
+    def _add_worker(self, connection: Connection) -> None:
+        worker = self._workers[connection] = StreamWorker(
+            connection,
+            self,
+            max_message_bytes=self._config.max_message_bytes,
+            make_regions=self._config.make_regions,
+            metadata=self._config.metadata,
+            context=self._context.copy(),
+        )
+        self._unanswered.add_worker(worker, connection.load)
+        worker.start()
 
     # Called by gRPC's sending threads without the lock. `_is_reading` lets one thread at a time read.
 
-    def _read(self) -> None:
+    def _read(self, worker: StreamWorker, call: object) -> None:
         """Read and enqueue the caller's next batch. If it cannot be sent, deliver its error at once."""
         try:
             read = self._reader.read()
@@ -342,6 +411,8 @@ class Stream:
             entry = Entry(read.index, batch, time.monotonic() + self._config.timeout_s)
             self._is_reading = False
             self._unanswered.add(entry, spans)
+            if worker in self._availability and worker.call is call:
+                self._dispatcher.ask(worker)
             if refused is not None:
                 self._deliver(entry, attribution.failed(refused, index=entry.index, id_=entry.id))
             elif self._unanswered.n_unanswered == len(spans):  # the timer had no deadline to wait for
@@ -369,7 +440,7 @@ class Stream:
         late, silent = self._unanswered.pop_overdue(now_s)
         for part in late:
             self._fail(part, self._timeout_error(part))
-        for worker in self._workers:
+        for worker in [*self._workers.values(), *self._leaving]:
             if worker in silent:
                 worker.cancel(Unavailable("the server kept silent past a batch's time"))
         if late:

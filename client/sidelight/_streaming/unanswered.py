@@ -1,19 +1,23 @@
 """Unanswered parts: which of them wait, which are sent and to which server, and which is sent next.
 
-The module has no threads, no lock and no clock: the caller holds its own lock and passes the time.
+The module has no threads, no lock and no clock: the caller holds its own lock and passes the time. It needs only the
+standard library, as do `parts`, `dispatcher` and `_transport.balancing`: `benchmarks.simulation` runs all four on a
+virtual clock.
 
 A batch is sent as one part, or as several parts if it exceeds a limit. If a server's call ends before it has answered a
 part, the part is sent again: it is executed at least once and answered once. The parts that a server held when it died
 are suspects, because one of them may have killed it. Each suspect is sent alone. A suspect that was alone on two
 servers that died is given up, so that it cannot kill every replica.
+
+With hedging, a part that has not been answered for a while is sent to a second server. The first answer counts. The
+other server is told to cancel, and its answer is ignored.
 """
 
 import bisect
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from .._inputs.images import EncodedBatch
-from ..results.attribution import Attribution
+from .._transport.balancing import Load
+from .parts import Entry, Part
 
 MIN_BATCHES = 2  # one is computed while the next is transferred
 DEATHS = 2  # of servers, until a part is given up: one death may be a coincidence
@@ -21,70 +25,24 @@ DEATHS = 2  # of servers, until a part is given up: one death may be a coinciden
 GRACE_S = 5.0
 
 
-@dataclass(eq=False, slots=True)
-class Entry:
-    """A batch that was read, and the answers to its parts."""
-
-    index: int
-    batch: EncodedBatch
-    deadline_s: float
-    n_open: int = 0  # parts without an answer
-    answers: dict[int, Attribution] = field(default_factory=dict)  # by the index of the part's first example
-
-    @property
-    def id(self) -> str:
-        """The batch's id; its position if it has none."""
-        return self.batch.id or str(self.index)
-
-    def add_answer(self, start: int, answer: Attribution) -> bool:
-        """Store a part's answer. Returns whether all parts are answered."""
-        self.answers[start] = answer
-        self.n_open -= 1
-        return not self.n_open
-
-
-@dataclass(eq=False, slots=True)
-class Part:
-    """The examples of a batch that are sent as one message; usually all of them."""
-
-    entry: Entry
-    start: int
-    batch: EncodedBatch
-    not_before_s: float = 0.0  # a full server's retry delay
-    is_suspect: bool = False
-    n_deaths: int = 0  # of servers that held no other part of this stream
-
-    @property
-    def id(self) -> str:
-        """The part's id on the wire: the batch's id, and the range of its examples unless it is the whole batch."""
-        id_ = self.entry.id
-        return id_ if self.is_whole else f"{id_}:{self.start}-{self.start + len(self.batch)}"
-
-    @property
-    def is_whole(self) -> bool:
-        """Whether it has all examples of its batch."""
-        return len(self.batch) == len(self.entry.batch)
-
-    @property
-    def position(self) -> tuple[int, int]:
-        """Its position in the stream: the batch's index and the first example."""
-        return self.entry.index, self.start
-
-
 class UnansweredParts:
     """The unanswered parts of a stream: those that wait, and those that are sent to a worker.
 
     A worker stands for one server and may be any hashable value. `window` limits the examples per worker that are
     unanswered, or answered and not yet released; two batches are always allowed. `total_window` limits them over all
-    workers; None sets no limit.
+    workers, who get equal shares, so that a stalled server does not hold all of it; None sets no limit. `hedge_after_s`
+    is the age at which a sent part is sent to a second worker; None means never.
     """
 
-    def __init__(self, *, window: int, total_window: int | None = None, n_workers: int = 1) -> None:
+    def __init__(self, *, window: int, total_window: int | None = None, hedge_after_s: float | None = None) -> None:
         self._window = window
         self._total_window = total_window
-        self._n_workers = n_workers
+        self._hedge_after_s = hedge_after_s
         self._waiting: list[Part] = []  # sorted by position
-        self._sent: dict[str, tuple[Part, Hashable]] = {}
+        self._sent: dict[str, Part] = {}
+        self._held: dict[Hashable, dict[str, Part]] = {}  # the sent parts of each worker
+        self._loads: dict[Hashable, Load] = {}
+        self._abandoned: dict[Hashable, dict[str, bool]] = {}  # answered elsewhere; whether the server was told
         self._n_examples = 0
         self._n_batches = 0
         self._n_undelivered = 0
@@ -97,9 +55,27 @@ class UnansweredParts:
         return len(self._waiting) + len(self._sent)
 
     @property
+    def has_parts(self) -> bool:
+        """Whether there are parts that may be sent, now or later."""
+        return bool(self._waiting) or (self._hedge_after_s is not None and bool(self._sent))
+
+    @property
     def is_done(self) -> bool:
         """Whether all batches have been read and all answers delivered."""
         return self.is_exhausted and not self._n_undelivered
+
+    def add_worker(self, worker: Hashable, load: Load | None = None) -> None:
+        """Add a worker, whose window is added to that of the others."""
+        self._held[worker], self._abandoned[worker] = {}, {}
+        self._loads[worker] = load or Load()
+
+    def remove_worker(self, worker: Hashable) -> None:
+        """Remove a worker that holds no part."""
+        del self._held[worker], self._abandoned[worker], self._loads[worker]
+
+    def load(self, worker: Hashable) -> Load:
+        """Return the load of a worker's server."""
+        return self._loads[worker]
 
     def add(self, entry: Entry, spans: Sequence[range]) -> None:
         """Enqueue a batch as one part for each range of its examples."""
@@ -116,35 +92,50 @@ class UnansweredParts:
         It may if the window has room, no waiting part could be sent now, and the worker's own share is not used up by
         sent parts and holds no suspect.
         """
+        if not self.has_room(now_s) or self._holds_suspect(worker):
+            return False
+        held = self._held[worker].values()
+        return len(held) < MIN_BATCHES or sum(len(part.batch) for part in held) < self._share
+
+    def has_room(self, now_s: float) -> bool:
+        """Return whether the windows of all workers together have room, and no waiting part could be sent now."""
         if self.is_exhausted or any(part.not_before_s <= now_s for part in self._waiting):
             return False
-        held = self._held_by(worker)
-        if any(part.is_suspect for part in held):
-            return False
-        has_turn = len(held) < MIN_BATCHES or sum(len(part.batch) for part in held) < self._window
-        return has_turn and self._has_room()
+        n_workers = len(self._held)
+        n_batches = MIN_BATCHES if self._total_window is not None else MIN_BATCHES * n_workers
+        n_examples = self._window * n_workers if self._total_window is None else self._total_window
+        return self._n_batches < n_batches or self._n_examples < n_examples
 
     def send(self, worker: Hashable, now_s: float, *, fits: Callable[[Part], bool] = lambda _: True) -> Part | None:
         """Return the next part for a worker and mark it sent; None if there is none for it now, or it does not fit."""
-        held = self._held_by(worker)
-        if any(part.is_suspect for part in held):
+        part = self.next_part(worker, now_s)
+        if part is None or not fits(part):
             return None
-        for place, part in enumerate(self._waiting):
-            if part.not_before_s > now_s or part.id in self._sent:  # a caller's batch id may equal a part's id
-                continue
+        if not part.holders:
+            self._waiting.remove(part)
+            self._sent[part.id] = part
+        part.sent_s = now_s
+        part.holders.append(worker)
+        self._held[worker][part.id] = part
+        self._loads[worker].sent(len(part.batch))
+        return part
+
+    def next_part(self, worker: Hashable, now_s: float) -> Part | None:
+        """Return the part that a worker would be sent now; None if there is none for it."""
+        if not self.has_parts or self._holds_suspect(worker):
+            return None
+        held = self._held[worker]
+        for part in self._waiting:
+            if part.not_before_s > now_s or part.id in self._sent or part.id in self._abandoned[worker]:
+                continue  # a caller's batch id may equal a part's id, or that of an earlier batch
             if part.is_suspect and held:  # sent alone: the worker's other parts are answered first
                 return None
-            if not fits(part):
-                return None
-            del self._waiting[place]
-            self._sent[part.id] = part, worker
             return part
-        return None
+        return self._late_part(worker, now_s) if self._hedge_after_s is not None and len(held) < MIN_BATCHES else None
 
     def has_id(self, id_: str) -> bool:
         """Return whether an unanswered batch has this id."""
-        sent = (part for part, _ in self._sent.values())
-        return any(part.entry.id == id_ for part in (*self._waiting, *sent))
+        return any(part.entry.id == id_ for part in (*self._waiting, *self._sent.values()))
 
     def unused_id(self, index: int) -> str:
         """Return an id that no unanswered batch has, for a batch without one."""
@@ -153,37 +144,57 @@ class UnansweredParts:
             id_ += "'"
         return id_
 
-    def get(self, id_: str) -> Part | None:
-        """Return a sent part; None if none has this id."""
-        part, _ = self._sent.get(id_, (None, None))
+    def get(self, id_: str, worker: Hashable | None = None) -> Part | None:
+        """Return a sent part; None if none has this id, or a worker is given and does not hold it."""
+        part = self._sent.get(id_)
+        return part if part and (worker is None or worker in part.holders) else None
+
+    def pop(self, id_: str, worker: Hashable | None = None) -> Part | None:
+        """Remove a sent part that a worker has answered.
+
+        None if it has been answered or given up already, so that no part is answered twice. Other workers that hold it
+        are to cancel it.
+        """
+        part = self.get(id_, worker)
+        if part is None:
+            return None
+        for each in self._unsend(part):
+            if worker is not None and each != worker:
+                self._abandoned[each][id_] = False
         return part
 
-    def pop(self, id_: str) -> Part | None:
-        """Remove a sent part. None if it has been answered or given up already, so that no part is answered twice."""
-        part, _ = self._sent.pop(id_, (None, None))
-        return part
+    def next_cancel(self, worker: Hashable) -> str | None:
+        """Return the id of a part that a worker's server should cancel, once; None if there is none."""
+        abandoned = self._abandoned[worker]
+        id_ = next((id_ for id_, is_told in abandoned.items() if not is_told), None)
+        if id_ is not None:
+            abandoned[id_] = True
+        return id_
 
-    def requeue(self, part: Part, *, not_before_s: float) -> None:
-        """Enqueue a sent part again, to be sent not before a time."""
-        del self._sent[part.id]
-        part.not_before_s = not_before_s
-        self._enqueue(part)
+    def forget(self, id_: str, worker: Hashable) -> bool:
+        """Return whether a response is to a part that was answered elsewhere; it is the last one to this id."""
+        return self._abandoned[worker].pop(id_, None) is not None
+
+    def requeue(self, part: Part, worker: Hashable, *, not_before_s: float) -> None:
+        """Enqueue a part again that a worker's server did not accept, to be sent not before a time."""
         self.n_retries += 1
+        if self._is_left(part, worker):
+            part.not_before_s = not_before_s
+            self._enqueue(part)
 
-    def requeue_halves(self, part: Part) -> None:
+    def requeue_halves(self, part: Part, worker: Hashable) -> None:
         """Enqueue a sent part again as two halves: it was too large for its server."""
-        del self._sent[part.id]
+        if not self._is_left(part, worker):
+            return
         half = len(part.batch) // 2
         for span in (range(half), range(half, len(part.batch))):
             self._enqueue(Part(part.entry, part.start + span.start, part.batch.part(span), is_suspect=part.is_suspect))
         part.entry.n_open += 1
 
     def remove_sent(self, worker: Hashable) -> list[Part]:
-        """Remove and return the parts that were sent to a worker."""
-        held = self._held_by(worker)
-        for part in held:
-            del self._sent[part.id]
-        return held
+        """Remove and return the parts that were sent to a worker alone."""
+        self._abandoned[worker].clear()
+        return [part for part in list(self._held[worker].values()) if self._is_left(part, worker)]
 
     def requeue_after_call_end(self, worker: Hashable, *, died: bool) -> list[Part]:
         """Enqueue the parts again that were sent to a worker whose call has ended. Returns those that are given up."""
@@ -199,24 +210,29 @@ class UnansweredParts:
                 self.n_retries += 1
         return given_up
 
+    def holds(self, worker: Hashable) -> bool:
+        """Return whether a worker's server has parts to answer."""
+        return bool(self._held[worker])
+
     def pop_overdue(self, now_s: float) -> tuple[list[Part], set[Hashable]]:
         """Remove the parts whose time is over. Returns them, and the workers whose servers did not answer sent ones."""
         waiting = [part for part in self._waiting if now_s >= part.entry.deadline_s]
-        silent = {id_: each for id_, each in self._sent.items() if now_s >= self._expires_s(each[0])}
         self._waiting = [part for part in self._waiting if part not in waiting]
-        for id_ in silent:
-            del self._sent[id_]
-        return waiting + [part for part, _ in silent.values()], {worker for _, worker in silent.values()}
+        silent = [part for part in self._sent.values() if now_s >= self._expires_s(part)]
+        return waiting + silent, {worker for part in silent for worker in self._unsend(part)}
 
     def next_deadline_s(self) -> float | None:
         """Return when the next part will be overdue; None if there are no parts."""
         dues_s = [part.entry.deadline_s for part in self._waiting]
-        dues_s += [self._expires_s(part) for part, _ in self._sent.values()]
+        dues_s += [self._expires_s(part) for part in self._sent.values()]
         return min(dues_s, default=None)
 
     def next_retry_s(self, now_s: float) -> float | None:
-        """Return when the first part's retry delay ends; None if no part has one."""
-        return min((part.not_before_s for part in self._waiting if part.not_before_s > now_s), default=None)
+        """Return when the first retry delay ends, or the first part can be sent to a second worker; None if none."""
+        dues_s = [part.not_before_s for part in self._waiting]
+        if self._hedge_after_s is not None and len(self._held) > 1:
+            dues_s += [part.sent_s + self._hedge_after_s for part in self._sent.values() if len(part.holders) == 1]
+        return min((due_s for due_s in dues_s if due_s > now_s), default=None)
 
     def mark_delivered(self) -> None:
         """Record that a batch's answer is in the result queue."""
@@ -227,16 +243,47 @@ class UnansweredParts:
         self._n_batches -= 1
         self._n_examples -= len(entry.batch)
 
+    def _holds_suspect(self, worker: Hashable) -> bool:
+        held = self._held[worker]  # a suspect is sent alone
+        return len(held) == 1 and next(iter(held.values())).is_suspect
+
     def _enqueue(self, part: Part) -> None:
         bisect.insort(self._waiting, part, key=lambda each: each.position)
 
-    def _held_by(self, worker: Hashable) -> list[Part]:
-        return [part for part, sent_to in self._sent.values() if sent_to == worker]
+    def _late_part(self, worker: Hashable, now_s: float) -> Part | None:
+        """Return the oldest part that another worker has held for too long, alone."""
+        assert self._hedge_after_s is not None  # noqa: S101
+        late = (
+            part
+            for part in self._sent.values()
+            if len(part.holders) == 1 and worker not in part.holders and not part.is_suspect
+            and part.sent_s + self._hedge_after_s <= now_s and part.id not in self._abandoned[worker]
+        )  # fmt: skip
+        return next(late, None)
 
-    def _has_room(self) -> bool:
-        if self._total_window is not None:
-            return self._n_batches < MIN_BATCHES or self._n_examples < self._total_window
-        return self._n_batches < MIN_BATCHES * self._n_workers or self._n_examples < self._window * self._n_workers
+    def _unsend(self, part: Part) -> Iterable[Hashable]:
+        """Take a part from all its holders, and return them."""
+        del self._sent[part.id]
+        holders, part.holders = part.holders, []
+        for worker in holders:
+            self._drop(part, worker)
+        return holders
+
+    def _is_left(self, part: Part, worker: Hashable) -> bool:
+        """Take a part from one worker. Returns whether no other one has it, and then it is not sent any more."""
+        self._drop(part, worker)
+        part.holders.remove(worker)
+        if not part.holders:
+            del self._sent[part.id]
+        return not part.holders
+
+    def _drop(self, part: Part, worker: Hashable) -> None:
+        del self._held[worker][part.id]
+        self._loads[worker].ended(len(part.batch))
+
+    @property
+    def _share(self) -> int:
+        return self._window if self._total_window is None else max(1, self._total_window // max(1, len(self._held)))
 
     @staticmethod
     def _expires_s(part: Part) -> float:

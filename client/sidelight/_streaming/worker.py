@@ -39,8 +39,8 @@ _STALLED = grpc.StatusCode.ABORTED
 class StreamCoordinator(Protocol):
     """What a worker calls; implemented by `Stream`. All methods are thread-safe."""
 
-    def wait_until_ready(self, connection: Connection, not_before_s: float) -> bool:
-        """Wait until `not_before_s` and until the server is connected. Returns False once the stream is over."""
+    def wait_until_ready(self, worker: "StreamWorker", not_before_s: float) -> bool:
+        """Wait until `not_before_s` and until the server is connected. Returns False once the worker must end."""
 
     def call_started(self, worker: "StreamWorker") -> None:
         """Record that the server has accepted the call."""
@@ -72,14 +72,14 @@ class StreamWorker:
         max_message_bytes: int,
         make_regions: Callable[[Connection], Regions] | None = None,
         metadata: Headers = (),
+        context: contextvars.Context,
     ) -> None:
         self.connection = connection
         self.call: object | None = None  # identifies the running call to the coordinator
         self.regions: Regions | None = None  # of the running call
         self._make_regions = make_regions
         self._metadata = metadata
-        # Tracing reads the caller's span from it; the thread below starts with an empty context.
-        self._context = contextvars.copy_context()
+        self._context = context  # of the stream's caller
         self._coordinator = coordinator
         self._max_message_bytes = max_message_bytes
         self._rpc: grpc.Call | None = None
@@ -111,13 +111,14 @@ class StreamWorker:
         n_failures = 0  # calls in a row without an answer
         not_before_s = 0.0
         try:
-            while self._coordinator.wait_until_ready(self.connection, not_before_s):
-                answered, is_orderly = self._run_call()
-                # A server may end an idle stream in order any number of times: the backoff does not grow then.
-                n_failures = 0 if answered else 1 if is_orderly else n_failures + 1
-                backoff_s = min(FIRST_BACKOFF_S * 2 ** min(n_failures, 8), LONGEST_BACKOFF_S)
-                # Jitter, so that the clients of a restarted server do not all reconnect at once.
-                not_before_s = time.monotonic() + backoff_s * random.uniform(0.5, 1.0) if n_failures else 0.0
+            with self.connection.used():
+                while self._coordinator.wait_until_ready(self, not_before_s):
+                    answered, is_orderly = self._run_call()
+                    # A server may end an idle stream in order any number of times: the backoff does not grow then.
+                    n_failures = 0 if answered else 1 if is_orderly else n_failures + 1
+                    backoff_s = min(FIRST_BACKOFF_S * 2 ** min(n_failures, 8), LONGEST_BACKOFF_S)
+                    # Jitter, so that the clients of a restarted server do not all reconnect at once.
+                    not_before_s = time.monotonic() + backoff_s * random.uniform(0.5, 1.0) if n_failures else 0.0
         except Exception as error:  # such as an invalid answer: without this the caller would wait forever
             self._coordinator.end(error)
 

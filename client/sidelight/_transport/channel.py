@@ -4,7 +4,7 @@ import contextlib
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import grpc
 
@@ -12,6 +12,8 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2_grpc
 
 from ..exceptions import InvalidArgument
+from ..results.attribution import Attribution
+from .balancing import Load
 from .connect_errors import ConnectError, diagnose
 from .credentials import ChannelSecurity
 from .wire import open_stream
@@ -33,15 +35,27 @@ _READY, _IDLE, _FAILED, _SHUTDOWN = (
 
 
 class Connection:
-    """A channel to one server. It subscribes to the channel's state, so that reading the state does not block."""
+    """A channel to one server. It subscribes to the channel's state, so that reading the state does not block.
 
-    def __init__(self, address: str, *, max_message_bytes: int, security: ChannelSecurity = ChannelSecurity()) -> None:  # noqa: B008
+    `host` is the name that the server's certificate is for, if the address is not.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        max_message_bytes: int,
+        security: ChannelSecurity = ChannelSecurity(),  # noqa: B008
+        host: str | None = None,
+    ) -> None:
         if not isinstance(address, str) or not _ADDRESS.fullmatch(address):
-            raise InvalidArgument(f'address: got {address!r}, expected "host:port" or "unix:/path"')
+            raise InvalidArgument(f'address: got {address!r}, expected "host:port", "dns:host:port" or "unix:/path"')
         self.address = address
         self._is_encrypted = security.is_encrypted(address)
+        self.load = Load()
         self._channel = security.channel(
             address,
+            host=host,
             options=[
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_send_message_length", -1),  # checked here, with a better message
@@ -62,6 +76,7 @@ class Connection:
         self.attribution = attribution_pb2_grpc.AttributionServiceStub(channel)
         self.open_stream = open_stream(channel)
         self.models = model_pb2_grpc.ModelServiceStub(channel)
+        self._n_users = 0  # calls and workers
         self._lock = threading.Lock()
         self._state: grpc.ChannelConnectivity | None = None
         self._is_followed = False
@@ -89,6 +104,37 @@ class Connection:
     def is_closed(self) -> bool:
         """Whether `close` was called."""
         return self._state is _SHUTDOWN
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a call or a stream uses it."""
+        return bool(self._n_users)
+
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Keep the connection open meanwhile, even if its server is no longer listed."""
+        with self._lock:
+            self._n_users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._n_users -= 1
+
+    @contextlib.contextmanager
+    def calling(self, n_examples: int) -> Iterator[None]:
+        """Keep the connection open during a unary call, and count its examples in the server's load."""
+        self.load.sent(n_examples)
+        try:
+            with self.used():
+                yield
+        finally:
+            self.load.ended(n_examples)
+
+    def told(self, answer: Attribution) -> None:
+        """Take from an answer what it tells of the server's load."""
+        if timing := answer.timing:
+            self.load.told(len(answer), compute_s=timing.compute_s, backlog_s=timing.backlog_s, now_s=time.monotonic())
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call a function after each state change, from a thread of gRPC's."""

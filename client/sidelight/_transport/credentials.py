@@ -107,17 +107,25 @@ class ChannelSecurity:
         """Return whether connections to an address use TLS."""
         return self.tls is not None and not address.startswith("unix:")
 
-    def channel(self, address: str, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
-        """Return a channel to an address. Raises `InvalidArgument` if a token would leave this machine without TLS."""
+    def channel(self, address: str, options: Sequence[tuple[str, Any]], *, host: str | None = None) -> grpc.Channel:
+        """Return a channel to an address, whose certificate is for `host` if that is given.
+
+        Raises `InvalidArgument` if a token would leave this machine without TLS.
+        """
         if self.is_encrypted(address):
             assert self.tls is not None  # noqa: S101
-            named = [("grpc.ssl_target_name_override", self.tls.server_name)] if self.tls.server_name else []
+            name = self.tls.server_name or host
+            named = [("grpc.ssl_target_name_override", name)] if name else []
             return grpc.secure_channel(address, self.tls.credentials(), options=[*options, *named])
-        if self.token is not None and not _is_local(address):
+        self.check_token(address)
+        return grpc.insecure_channel(address, options=options)
+
+    def check_token(self, address: str) -> None:
+        """Raise `InvalidArgument` if a token would leave this machine without TLS."""
+        if self.token is not None and not self.is_encrypted(address) and not _is_local(address):
             raise InvalidArgument(
                 f"token: {address} is another machine, and without TLS others could read the token; say tls="
             )
-        return grpc.insecure_channel(address, options=options)
 
     def authorized(self, channel: grpc.Channel) -> grpc.Channel:
         """Return the channel; if there is a token, one that sends it with every call."""

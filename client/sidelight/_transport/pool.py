@@ -1,15 +1,18 @@
-"""The connection pool: distributes calls round-robin over the servers that are connected."""
+"""The connection pool: the servers of a client, and the choice of one for each call."""
 
-import itertools
+import contextlib
+import functools
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..exceptions import InvalidArgument, Unavailable
+from .balancing import least_loaded
 from .channel import DIAGNOSE_EVERY_S, Connection
 from .credentials import ChannelSecurity
 from .process import Origin
+from .resolver import Resolver, parse_name
 
 log = logging.getLogger("sidelight")
 
@@ -17,7 +20,11 @@ WARN_AFTER_S = 1.0
 
 
 class ConnectionPool:
-    """One connection for each address."""
+    """One connection for each address, and for each address that a DNS name has now.
+
+    `connections` is replaced when the addresses of a name change. A connection that has left is closed once nothing
+    uses it.
+    """
 
     def __init__(
         self,
@@ -29,29 +36,34 @@ class ConnectionPool:
         given = addresses.split(",") if isinstance(addresses, str) else addresses
         if not isinstance(given, list | tuple) or not given:
             raise InvalidArgument(
-                f'address: got {addresses!r}, expected "host:port" or "unix:/path", or a list of them'
+                f'address: got {addresses!r}, expected "host:port", "dns:host:port" or "unix:/path", or a list of them'
             )
         if len(set(given)) < len(given):
             raise InvalidArgument(f"address: got {list(given)}, expected each once")
-        self.connections = [Connection(each, max_message_bytes=max_message_bytes, security=security) for each in given]
+        self.addresses = ", ".join(map(str, given))
+        self._connect = functools.partial(Connection, max_message_bytes=max_message_bytes, security=security)
         self._origin = Origin()
-        self._turn = itertools.count()
         self._changed = threading.Condition()
-        for connection in self.connections:
+        self._listeners: list[Callable[[], None]] = []
+        self._n_chosen = 0
+        self._is_closed = False
+        self._left: list[Connection] = []
+        self._fixed = [self._connect(each) for each in given if parse_name(each) is None]
+        self.connections: tuple[Connection, ...] = tuple(self._fixed)
+        for connection in self._fixed:
             connection.listen(self._wake)
+        names = [name for each in given if (name := parse_name(each))]
+        for host, port in names:
+            security.check_token(f"{host}:{port}")
+        self._resolver = Resolver(names, self._update) if names else None
 
     @property
     def is_in_own_process(self) -> bool:
         """Whether this process created the connections, and is not a forked child of the one that did."""
         return self._origin.is_in_own_process
 
-    @property
-    def addresses(self) -> str:
-        """All addresses, as text for messages."""
-        return ", ".join(each.address for each in self.connections)
-
     def ready(self, timeout_s: float) -> Connection:
-        """Return the next connected server, and wait for one if necessary. Raises `Unavailable` after the timeout."""
+        """Return a connected server, and wait for one if necessary. Raises `Unavailable` after the timeout."""
         if found := self.ready_now():
             return found
         self.forget_errors()
@@ -64,11 +76,32 @@ class ConnectionPool:
         raise self.unavailable(timeout_s)
 
     def ready_now(self) -> Connection | None:
-        """Return the next connected server; None if there is none. Raises `FailedPrecondition` in a forked child."""
+        """Return the least loaded connected server; None if there is none.
+
+        Raises `FailedPrecondition` in a forked child.
+        """
         self._origin.check()
-        first = next(self._turn)
-        n = len(self.connections)
-        return next((each for i in range(n) if (each := self.connections[(first + i) % n]).is_ready), None)
+        connections = self.connections
+        with self._changed:
+            self._n_chosen += 1
+            first = self._n_chosen % max(1, len(connections))
+        turned = (*connections[first:], *connections[:first])
+        return least_loaded([(each, each.load) for each in turned if each.is_ready], 1, time.monotonic())
+
+    def listen(self, listener: Callable[[], None]) -> None:
+        """Call a function after each change of a connection's state or of `connections`, from any thread."""
+        with self._changed:
+            self._listeners.append(listener)
+
+    def unlisten(self, listener: Callable[[], None]) -> None:
+        """Remove a listener."""
+        with self._changed, contextlib.suppress(ValueError):
+            self._listeners.remove(listener)
+
+    def connect(self) -> None:
+        """Start connecting to all servers."""
+        for connection in self.connections:
+            connection.connect()
 
     def forget_errors(self) -> None:
         """Forget the connect errors of all connections: their causes may have been fixed since."""
@@ -77,10 +110,10 @@ class ConnectionPool:
 
     def check(self) -> None:
         """Raise `Unavailable` if waiting is useless: TLS fails with every server, or the client is closed."""
-        if any(each.is_closed for each in self.connections):
+        if self._is_closed:
             raise Unavailable("the client is closed")
         faults = [each.connect_error for each in self.connections]
-        if all(fault and fault.is_lasting for fault in faults):
+        if faults and all(fault and fault.is_lasting for fault in faults):
             raise Unavailable(f"no connection to {self.addresses}: {self._reasons()}")
 
     def log_waiting(self) -> None:
@@ -98,8 +131,34 @@ class ConnectionPool:
 
     def close(self) -> None:
         """Close all connections. Waiting calls fail."""
-        for connection in self.connections:
+        with self._changed:
+            self._is_closed = True
+        if self._resolver:
+            self._resolver.close()
+        for connection in (*self.connections, *self._left):
             connection.close()
+        self._wake()
+
+    def _update(self, found: dict[str, str]) -> None:
+        """Take the addresses that the names have now, each with its name. Called by the resolver's thread."""
+        for connection in [each for each in self._left if not each.is_used]:
+            self._left.remove(connection)
+            connection.close()
+        known = {each.address: each for each in self.connections[len(self._fixed) :]}
+        if known.keys() == found.keys():
+            return
+        added = {address: self._connect(address, host=host) for address, host in found.items() if address not in known}
+        left = [each for address, each in known.items() if address not in found]
+        with self._changed:
+            if self._is_closed:
+                return
+            self.connections = (*self._fixed, *({**known, **added}[address] for address in found))
+            self._left += left
+        log.info("%s: %d added, %d left: %d servers", self.addresses, len(added), len(left), len(self.connections))
+        for connection in added.values():
+            connection.listen(self._wake)
+            connection.connect()
+        self._wake()
 
     def _wait(self, timeout_s: float) -> Connection | None:
         deadline_s = time.monotonic() + timeout_s
@@ -108,8 +167,7 @@ class ConnectionPool:
                 return found
             self.check()
             seen = self._states()
-            for connection in self.connections:
-                connection.connect()
+            self.connect()
             with self._changed:
                 left_s = min(max(0.0, deadline_s - time.monotonic()), threading.TIMEOUT_MAX)
                 until_look_s = min(left_s, DIAGNOSE_EVERY_S)
@@ -126,3 +184,6 @@ class ConnectionPool:
     def _wake(self) -> None:
         with self._changed:
             self._changed.notify_all()
+            listeners = list(self._listeners)
+        for listener in listeners:
+            listener()

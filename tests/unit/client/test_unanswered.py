@@ -1,11 +1,14 @@
 """Unanswered parts: which are sent, sent again, sent alone and given up. These tests need no clock and no threads."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sidelight._inputs.images import EncodedBatch
-from sidelight._streaming.unanswered import GRACE_S, Entry, Part, UnansweredParts
+from sidelight._streaming.parts import Entry, Part
+from sidelight._streaming.unanswered import GRACE_S, UnansweredParts
 from sidelight.exceptions import Internal
 from sidelight.results import attribution
 
@@ -17,9 +20,11 @@ def entry(index: int, n: int = 1, *, deadline_s: float = 100.0) -> Entry:
 
 
 def filled(
-    n_batches: int, *, window: int = 100, n_workers: int = 1, total_window: int | None = None
+    n_batches: int, *, window: int = 100, workers: Sequence[str] = (A,), hedge_after_s: float | None = None
 ) -> UnansweredParts:
-    unanswered = UnansweredParts(window=window, n_workers=n_workers, total_window=total_window)
+    unanswered = UnansweredParts(window=window, hedge_after_s=hedge_after_s)
+    for worker in workers:
+        unanswered.add_worker(worker)
     for index in range(n_batches):
         unanswered.add(entry(index), [range(1)])
     return unanswered
@@ -38,7 +43,7 @@ def test_parts_are_sent_in_the_order_of_their_batches() -> None:
 
 
 def test_a_batch_in_parts_is_sent_as_spans_that_cover_it() -> None:
-    unanswered = UnansweredParts(window=10)
+    unanswered = filled(0, window=10)
     unanswered.add(entry(4, 5), [range(2), range(2, 4), range(4, 5)])
     assert sent(unanswered, A) == ["4:0-2", "4:2-4", "4:4-5"]
     assert [len(unanswered.get(id_).batch) for id_ in ("4:0-2", "4:2-4", "4:4-5")] == [2, 2, 1]
@@ -72,7 +77,7 @@ def test_what_a_server_held_when_it_died_is_sent_alone() -> None:
 
 
 def test_a_worker_runs_empty_before_it_is_sent_a_suspect_and_another_goes_on() -> None:
-    unanswered = filled(2, n_workers=2)
+    unanswered = filled(2, workers=(A, B))
     assert (unanswered.send(A, 0).id, unanswered.send(B, 0).id) == ("0", "1")
     unanswered.requeue_after_call_end(A, died=True)
     unanswered.add(entry(2), [range(1)])
@@ -83,7 +88,7 @@ def test_a_worker_runs_empty_before_it_is_sent_a_suspect_and_another_goes_on() -
 
 
 def test_a_part_that_was_alone_with_two_dying_servers_is_given_up() -> None:
-    unanswered = filled(2)
+    unanswered = filled(2, workers=(A, B))
     sent(unanswered, A)
     assert unanswered.requeue_after_call_end(A, died=True) == []  # in company
     assert sent(unanswered, A) == ["0"]
@@ -103,7 +108,7 @@ def test_the_end_of_a_server_that_says_so_accuses_nobody() -> None:
 def test_a_part_that_has_to_wait_lets_others_pass() -> None:
     unanswered = filled(2)
     unanswered.send(A, 0)
-    unanswered.requeue(unanswered.get("0"), not_before_s=5.0)
+    unanswered.requeue(unanswered.get("0"), A, not_before_s=5.0)
     assert sent(unanswered, A, 1.0) == ["1"]
     assert unanswered.may_read(A, 1.0)
     assert not unanswered.may_read(A, 5.0)
@@ -112,18 +117,18 @@ def test_a_part_that_has_to_wait_lets_others_pass() -> None:
 
 
 def test_a_part_that_was_too_large_is_sent_as_two() -> None:
-    unanswered = UnansweredParts(window=10)
+    unanswered = filled(0, window=10)
     batch = entry(0, 5)
     unanswered.add(batch, [range(5)])
     unanswered.send(A, 0)
-    unanswered.requeue_halves(unanswered.get("0"))
+    unanswered.requeue_halves(unanswered.get("0"), A)
     assert sent(unanswered, A) == ["0:0-2", "0:2-5"]
     failed = attribution.failed(Internal(""), index=0, id_="0")
     assert [batch.add_answer(start, failed) for start in (2, 0)] == [False, True]
 
 
 def test_a_waiting_part_is_late_at_its_deadline_and_a_sent_one_a_grace_later() -> None:
-    unanswered = UnansweredParts(window=10)
+    unanswered = filled(0, window=10)
     for index in range(2):
         unanswered.add(entry(index, deadline_s=10.0), [range(1)])
     unanswered.send(A, 0)
@@ -140,7 +145,7 @@ def test_a_waiting_part_is_late_at_its_deadline_and_a_sent_one_a_grace_later() -
 def test_a_worker_reads_on_until_its_window_is_full_and_always_two_batches(n_workers: int) -> None:
     workers = [f"worker {i}" for i in range(n_workers)]
     for window, most in ((1, 2), (4, 4), (5, 5)):
-        unanswered, n = UnansweredParts(window=window, n_workers=n_workers), 0
+        unanswered, n = filled(0, window=window, workers=workers), 0
         for worker in workers:
             while unanswered.may_read(worker, 0.0):
                 unanswered.add(entry(n), [range(1)])
@@ -150,7 +155,9 @@ def test_a_worker_reads_on_until_its_window_is_full_and_always_two_batches(n_wor
 
 
 def test_a_window_in_all_bounds_all_workers_together() -> None:
-    unanswered, n = UnansweredParts(window=4, total_window=4, n_workers=2), 0
+    unanswered, n = UnansweredParts(window=100, total_window=4), 0
+    for worker in (A, B):
+        unanswered.add_worker(worker)
     while readers := [worker for worker in (A, B) if unanswered.may_read(worker, 0.0)]:
         unanswered.add(entry(n), [range(1)])
         unanswered.send(readers[-1], 0)
@@ -159,7 +166,7 @@ def test_a_window_in_all_bounds_all_workers_together() -> None:
 
 
 def test_answers_that_nobody_takes_hold_the_window() -> None:
-    unanswered = UnansweredParts(window=1)
+    unanswered = filled(0, window=1)
     entries = [entry(index) for index in range(2)]
     for each in entries:
         unanswered.add(each, [range(1)])
@@ -184,7 +191,7 @@ def test_it_is_done_when_the_batches_are_at_their_end_and_all_is_delivered() -> 
 @given(st.data())
 def test_whatever_happens_each_part_is_waiting_sent_answered_or_given_up(data: st.DataObject) -> None:
     """The law behind "yielded exactly once": no part is ever in two places, and none is lost."""
-    unanswered, workers, over = UnansweredParts(window=4, n_workers=2), (A, B), []
+    unanswered, workers, over = filled(0, window=4, workers=(A, B)), (A, B), []
     in_flight: dict[str, Part] = {}
     n_read, now_s = 0, 0.0
     for _ in range(data.draw(st.integers(1, 60))):
@@ -209,9 +216,9 @@ def test_whatever_happens_each_part_is_waiting_sent_answered_or_given_up(data: s
                 assert unanswered.pop(id_) is part
                 over.append(part)
             elif act == "again":
-                unanswered.requeue(part, not_before_s=now_s)
+                unanswered.requeue(part, part.holders[0], not_before_s=now_s)
             elif act == "halve" and len(part.batch) > 1:
-                unanswered.requeue_halves(part)
+                unanswered.requeue_halves(part, part.holders[0])
             else:
                 in_flight[id_] = part
     while unanswered.n_unanswered:
@@ -224,3 +231,40 @@ def test_whatever_happens_each_part_is_waiting_sent_answered_or_given_up(data: s
             over.append(part)
     covered = sorted((part.entry.index, part.start + i) for part in over for i in range(len(part.batch)))
     assert covered == [(index, i) for index in range(n_read) for i in range(4)]
+
+
+def test_a_part_that_is_late_is_sent_to_one_other_worker_and_answered_once() -> None:
+    unanswered = filled(1, workers=(A, B, "worker C"), hedge_after_s=2.0)
+    part = unanswered.send(A, 0.0)
+    assert unanswered.next_retry_s(0.0) == 2.0
+    assert unanswered.send(B, 1.9) is None
+    assert unanswered.send(A, 2.0) is None
+    assert unanswered.send(B, 2.0) is part
+    assert unanswered.send("worker C", 99.0) is None
+    assert unanswered.pop("0", B) is part
+    assert unanswered.pop("0", A) is None
+    assert (unanswered.next_cancel(A), unanswered.next_cancel(A), unanswered.next_cancel(B)) == ("0", None, None)
+    assert unanswered.load(A).n_unanswered == unanswered.load(B).n_unanswered == 0
+
+
+def test_an_id_is_not_sent_again_to_a_server_that_still_answers_an_earlier_batch_of_it() -> None:
+    unanswered = filled(1, workers=(A, B), hedge_after_s=2.0)
+    unanswered.send(A, 0.0)
+    unanswered.send(B, 2.0)
+    unanswered.pop("0", B)
+    unanswered.add(entry(0), [range(1)])
+    assert unanswered.send(A, 3.0) is None
+    assert unanswered.get("0", A) is None
+    assert unanswered.forget("0", A)
+    assert not unanswered.forget("0", A)
+    assert unanswered.send(A, 3.0) is not None
+
+
+def test_a_part_that_another_worker_holds_too_is_not_sent_again_when_one_of_them_loses_it() -> None:
+    unanswered = filled(1, workers=(A, B), hedge_after_s=2.0)
+    part = unanswered.send(A, 0.0)
+    unanswered.send(B, 2.0)
+    assert unanswered.requeue_after_call_end(A, died=True) == []
+    assert unanswered.n_unanswered == 1
+    unanswered.requeue(part, B, not_before_s=0.0)
+    assert unanswered.send(A, 3.0) is part

@@ -1,0 +1,93 @@
+"""The dispatcher: which worker of a stream is given the next part, and which one reads the caller's next batch.
+
+It has no threads, no lock and no clock, as `UnansweredParts`.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Hashable
+
+from .._transport.balancing import least_loaded
+from .parts import Part
+from .unanswered import UnansweredParts
+
+CANDIDATES = 32  # so many idle workers are compared at a time
+
+
+class Dispatcher:
+    """Gives work to the idle worker whose server should be done with it first.
+
+    A worker is idle while it asks for work. Nobody waits for a worker that does not ask: its connection may be stalled.
+    A choice holds until that worker has acted, so that two workers never leave a part to each other; `on_choice` is
+    called to wake it.
+    """
+
+    def __init__(self, unanswered: UnansweredParts, *, on_choice: Callable[[], None] = lambda: None) -> None:
+        self._unanswered = unanswered
+        self._on_choice = on_choice
+        self._sender: Hashable | None = None
+        self._reader: Hashable | None = None
+        self._idle: dict[Hashable, None] = {}  # in the order in which they began to ask
+        self._blocked: set[Hashable] = set()  # those without shared memory for their next part
+
+    @property
+    def has_idle(self) -> bool:
+        """Whether a worker asks for work."""
+        return bool(self._idle)
+
+    def ask(self, worker: Hashable) -> None:
+        """Record that a worker asks for work, until it gets some or leaves."""
+        self._idle.setdefault(worker)
+
+    def leave(self, worker: Hashable) -> None:
+        """Record that a worker asks no more."""
+        self._idle.pop(worker, None)
+        self._sender = None if self._sender == worker else self._sender
+        self._reader = None if self._reader == worker else self._reader
+
+    def unblock(self, worker: Hashable) -> None:
+        """Record that a worker has shared memory again."""
+        self._blocked.discard(worker)
+
+    def take(self, worker: Hashable, now_s: float, *, fits: Callable[[Part], bool] = lambda _: True) -> Part | None:
+        """Return a worker's next part and mark it sent; None if there is none, or another worker should have it."""
+        part = self._unanswered.next_part(worker, now_s)
+        if part is None or worker != self.next_to_send(now_s, len(part.batch)):
+            return None
+        if (part := self._unanswered.send(worker, now_s, fits=fits)) is None:
+            self._blocked.add(worker)
+        else:
+            self.leave(worker)
+        return part
+
+    def next_to_send(self, now_s: float, n_examples: int = 1) -> Hashable | None:
+        """Return the idle worker that should be sent a part of `n_examples` now; None if there is no part for any."""
+        if not self._unanswered.has_parts:
+            return None
+        can = functools.partial(self._unanswered.next_part, now_s=now_s)
+        self._sender = self._first(can, n_examples, now_s, kept=self._sender)
+        return self._sender
+
+    def next_to_read(self, now_s: float) -> Hashable | None:
+        """Return the idle worker that should read the next batch; None if the window has no room."""
+        if not self._unanswered.has_room(now_s):
+            return None
+        can = functools.partial(self._unanswered.may_read, now_s=now_s)
+        self._reader = self._first(can, 1, now_s, kept=self._reader)
+        return self._reader
+
+    def _first(
+        self, can: Callable[[Hashable], object], n_examples: int, now_s: float, *, kept: Hashable | None
+    ) -> Hashable | None:
+        if kept is not None and kept not in self._blocked and can(kept):
+            return kept
+        idle = (each for each in self._idle if each not in self._blocked and can(each))
+        first = [(each, self._unanswered.load(each)) for each in itertools.islice(idle, CANDIDATES)]
+        chosen = least_loaded(first, n_examples, now_s)
+        if len(self._idle) > CANDIDATES:  # the others are compared next time
+            for each, _ in first:
+                del self._idle[each]
+                self._idle[each] = None
+        if chosen is not None:
+            self._on_choice()
+        return chosen
