@@ -82,7 +82,7 @@ def test_a_map_is_the_one_that_the_client_gets(
     answer = client.attribute(png(), probabilities=True, **options)
     assert event["final"]
     np.testing.assert_array_equal(values(event), answer.heatmap(0))
-    assert event["raw"]["high"] == color_scale(answer.heatmap(0))
+    assert (event["raw"]["low"], event["raw"]["high"]) == color_scale(answer.heatmap(0))
     assert event["signed"] == bool((answer.heatmap(0) < 0).any())
     assert event["target"]["index"] == answer.targets[0].index
     assert event["geometry"]["original_width"] == 50

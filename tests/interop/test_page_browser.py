@@ -136,6 +136,17 @@ def pixels(page: Any, pane: int = 0) -> Any:
     return page.evaluate("n => document.querySelectorAll('.box canvas')[n].toDataURL()", pane)
 
 
+def described(page: Any) -> dict[str, Any]:
+    """Return what is shown, in words: bits of a map may differ where the server is not reproducible."""
+    return {
+        "maps": page.locator(".box canvas").evaluate_all("all => all.map(each => each.ariaLabel)"),
+        "methods": page.locator(".pane-title").all_inner_texts(),
+        "picture": page.locator("#thumbnails [aria-current] .name").all_inner_texts(),
+        "class": page.locator("#classes [aria-pressed=true].class").all_inner_texts(),
+        "drawing": [page.input_value(f"#{name}") for name in ("style", "colormap", "opacity", "top", "scale")],
+    }
+
+
 def until(page: Any, expression: str, argument: Any = None) -> None:
     """Wait until an expression is true. Playwright's own way evaluates text in the page, which its policy forbids."""
     end_s = time.monotonic() + PATIENCE_MS / 1000
@@ -290,14 +301,13 @@ def test_a_link_opens_the_same_view(page: Any, url: str) -> None:
     until_final(page)
     page.get_by_role("button", name="Copy link").click()
     link = page.evaluate("navigator.clipboard.readText()")
-    drawn = [pixels(page, pane) for pane in range(2)]
+    shown = described(page)
     page.goto("about:blank")
     page.goto(link)
     until(page, "document.querySelectorAll('.ends').length === 2")
     page.locator("#classes .chosen").wait_for()
     until_final(page)
-    assert page.locator("#classes .class").nth(3).get_attribute("aria-pressed") == "true"
-    assert [pixels(page, pane) for pane in range(2)] == drawn
+    assert described(page) == shown
 
 
 def test_downloads_are_what_is_shown(page: Any, url: str, folder: Path, server: Server, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ export class Pane {
   constructor({ method, options }) {
     this.method = method;
     this.options = options;
-    this.answer = null; // the newest event with a map, its layers read
+    this.answer = null; // the newest event with a map
     this.asked = ""; // the question that `answer` or `failure` belongs to
     this.failure = null;
     this.isRunning = false;
@@ -24,7 +24,7 @@ export class Pane {
     this.close = make("button", { type: "button", class: "quiet", "aria-label": "Remove this map", onclick: () => tell("remove", this) }, "×");
     this.image = make("img", { alt: "", draggable: "false" });
     this.image.addEventListener("load", () => tell("loaded"));
-    this.image.addEventListener("error", () => this.image.removeAttribute("src"));
+    this.image.addEventListener("error", () => this._showPictureOfServer());
     this.canvas = make("canvas", { role: "img", "aria-label": "no map yet" });
     this.box = make("div", { class: "box" }, this.canvas);
     this.layers = make("div", { class: "layers" }, this.image, this.box);
@@ -83,7 +83,7 @@ export class Pane {
     for await (const event of events("/explain", question, signal)) {
       if (signal.aborted) return;
       if (event.event === "error") throw new Failure(event);
-      this.answer = { ...event, raw: readLayer(event.raw), smooth: readLayer(event.smooth), picture: question.picture };
+      this.answer = { ...event, picture: question.picture };
       this.render();
       if (!event.final) tell("partial", this);
     }
@@ -109,7 +109,7 @@ export class Pane {
   }
 
   scale() {
-    return this.answer?.[state.view.smooth ? "smooth" : "raw"] ?? null;
+    return this.answer ? readLayer(this.answer[state.view.smooth ? "smooth" : "raw"]) : null;
   }
 
   colormap() {
@@ -166,11 +166,17 @@ export class Pane {
   }
 
   showPicture() {
-    const url = state.picture ? pictureUrl(state.picture, "picture", this.answer?.geometry?.window) : "";
-    if (this.url === url) return;
-    this.url = url;
-    if (url) this.image.src = url;
-    else this.image.removeAttribute("src");
+    const picture = state.pictures.get(state.picture), window = this.answer?.geometry?.window;
+    const url = window || !picture?.local ? pictureUrl(state.picture, "picture", window) : picture.local;
+    if (this.url === url || !picture) return;
+    this.url = this.image.src = url;
+  }
+
+  // The browser cannot show every file that the server takes: DICOM and TIFF come as PNG.
+  _showPictureOfServer() {
+    const url = pictureUrl(state.picture, "picture", this.answer?.geometry?.window);
+    if (this.url === url) this.image.removeAttribute("src");
+    else this.url = this.image.src = url;
   }
 
   draw() {

@@ -11,17 +11,23 @@ let notUploaded = [];
 export function addPictures(pictures) {
   for (const picture of pictures) {
     if (state.pictures.has(picture.id)) continue;
-    state.pictures.set(picture.id, { prediction: null, error: null, file: null, ...picture });
-    items.set(picture.id, item(picture));
+    // The browser shows what it has itself; it asks the server for the pictures of the command line.
+    const local = picture.file ? URL.createObjectURL(picture.file) : null;
+    state.pictures.set(picture.id, { prediction: null, error: null, file: null, local, ...picture });
+    items.set(picture.id, item(state.pictures.get(picture.id)));
   }
   $("thumbnails").append(...[...items.values()].filter((each) => !each.isConnected));
   $("count").textContent = state.pictures.size || "";
   $("empty").hidden = state.pictures.size > 0;
 }
 
-function item({ id, name }) {
-  const image = make("img", { src: pictureUrl(id, "thumbnail"), alt: "", loading: "lazy", decoding: "async", width: 56, height: 56 });
-  image.addEventListener("error", () => image.replaceWith(make("span", { class: "broken", "aria-hidden": "true" }, "?")));
+function item({ id, name, local }) {
+  const ofServer = pictureUrl(id, "thumbnail");
+  const image = make("img", { src: local ?? ofServer, alt: "", loading: "lazy", decoding: "async", width: 56, height: 56 });
+  image.addEventListener("error", () => {
+    if (image.getAttribute("src") === ofServer) image.replaceWith(make("span", { class: "broken", "aria-hidden": "true" }, "?"));
+    else image.src = ofServer; // such as DICOM
+  });
   const button = make("button", { type: "button", "data-id": id, tabindex: "-1", onclick: () => tell("select", id) },
     image, make("span", { class: "words" }, make("span", { class: "name", title: name }, name),
       make("span", { class: "class" }), make("span", { class: "number" })));
