@@ -6,12 +6,14 @@ frees the buffered part of its next message.
 """
 
 import asyncio
+import functools
 import logging
 import threading
 from collections import deque
 from collections.abc import Callable
 
 from ..compute.host_memory import Room, give_back, room
+from ..engine.completion import call_soon
 from ..telemetry.logs import Event
 
 log = logging.getLogger("sidelight")
@@ -50,13 +52,20 @@ class LoadShedding:
 
     async def run(self) -> None:
         """Check periodically, until cancelled."""
+        is_short = asyncio.Event()
+        watch = functools.partial(self._watch, asyncio.get_running_loop(), is_short)
+        # A daemon thread, and not the loop's executor: it must not keep a process from exiting.
+        watching = threading.Thread(target=watch, name="sidelight-memory", daemon=True)
+        watching.start()
         try:
             while True:
-                await asyncio.to_thread(self._wait_until_short)
+                await is_short.wait()
+                is_short.clear()
                 if not await self.look():
                     await asyncio.sleep(VAIN_PAUSE_S)
         finally:
             self._is_closed.set()
+            watching.join()
 
     async def look(self) -> bool:
         """Check once, and end streams if memory is short. Return False if it is, and none could be ended."""
@@ -73,15 +82,15 @@ class LoadShedding:
         await asyncio.to_thread(give_back)
         return n_ended > 0 or not self._shortage()
 
-    def _wait_until_short(self) -> None:
-        """Return once memory is short, or once this is closed."""
+    def _watch(self, loop: asyncio.AbstractEventLoop, is_short: asyncio.Event) -> None:
+        """Set the event whenever memory is short, until this is closed. Runs in the thread."""
         last: deque[int] = deque(maxlen=FALL_CHECKS)
         while not self._is_closed.wait(EVERY_S):
             if now := self._room():
                 last.append(now.left)
                 self._fall_bytes = max(0, last[0] - now.left)
                 if self._is_short(now):
-                    return
+                    call_soon(loop, is_short.set)
 
     def _shortage(self) -> Room | None:
         """Return the available memory if it is short; None if it is sufficient or unknown."""
