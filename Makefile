@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo page test browser check lint proto proto-check bench bench-docs peers pyhealth soak soak-long fuzz zoo properties nightly image envoy helm breaking dist oldest pythons lock clean
+.PHONY: setup demo page test browser check lint proto proto-check bench bench-docs peers pyhealth soak soak-long fuzz zoo properties nightly image envoy helm inference breaking dist oldest pythons lock clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -47,6 +47,7 @@ PYTEST = $(BIN)/python -m pytest --require=$(REQUIRE)
 # Each worker computes with one thread. What measures time or counts threads runs after the others, alone.
 test: setup
 	-$(MAKE) envoy
+	-$(MAKE) inference
 	@code=0; $(PYTEST) -m 'not serial' --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile || code=1; \
 	$(PYTEST) -m serial || code=1; exit $$code
 
@@ -75,13 +76,21 @@ GENERATE = $(FLOOR)/python -m grpc_tools.protoc --proto_path=proto \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=$(1) --mypy_grpc_out=$(1) \
 	proto/sidelight/v1/tensor.proto proto/sidelight/v1/model.proto proto/sidelight/v1/attribution.proto
 
+# Other projects' packages have messages of the same names, so these get a descriptor pool of their own.
+INFERENCE := server/sidelight_server/interop/open_inference
+GENERATE_INFERENCE = $(FLOOR)/python -m grpc_tools.protoc --proto_path=$(INFERENCE) \
+	--plugin=protoc-gen-mypy=$(FLOOR)/protoc-gen-mypy --python_out=$(1) --mypy_out=quiet:$(1) inference.proto && \
+	sed -i 's/_descriptor_pool.Default()/_descriptor_pool.DescriptorPool()/' $(1)/inference_pb2.py
+
 proto: .venv-floor/.ready
 	$(call GENERATE,client)
+	$(call GENERATE_INFERENCE,$(INFERENCE))
 
 proto-check: .venv-floor/.ready
-	@fresh=$$(mktemp -d) && $(call GENERATE,$$fresh) && \
-	diff --recursive --exclude=__init__.py --exclude=__pycache__ $$fresh/sidelight/v1 client/sidelight/v1 \
-	|| { echo 'client/sidelight/v1 is not what proto/ says: run `make proto`'; exit 1; }; rm -rf $$fresh
+	@fresh=$$(mktemp -d) && $(call GENERATE,$$fresh) && $(call GENERATE_INFERENCE,$$fresh) && \
+	diff --recursive --exclude=__init__.py --exclude=__pycache__ $$fresh/sidelight/v1 client/sidelight/v1 && \
+	diff $$fresh/inference_pb2.py $(INFERENCE) && diff $$fresh/inference_pb2.pyi $(INFERENCE) \
+	|| { echo 'the generated modules are not what the schemas say: run `make proto`'; exit 1; }; rm -rf $$fresh
 
 # A peer that cannot be had is a line in the table.
 bench: .venv/.ready
@@ -117,6 +126,13 @@ pyhealth: .venv/.ready .venv-pyhealth/.ready
 	.venv-pyhealth/bin/python -m pip install --quiet --requirement $<
 	.venv-pyhealth/bin/python -m pip install --quiet --no-deps --ignore-requires-python pyhealth==2.1.0
 	.venv-pyhealth/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# Clients of Triton and KServe, unchanged, against this server.
+inference: .venv-inference/.ready
+.venv-inference/.ready: tests/interop/inference_clients.txt
+	$(PYTHON) -m venv --clear .venv-inference
+	.venv-inference/bin/python -m pip install --quiet --requirement $<
 	touch $@
 
 # All of them run, and a goal that is not met is the code it ends with. The first four take nine minutes, the rest eight more.
@@ -222,4 +238,4 @@ dist: .venv-tools/.ready
 	touch $@
 
 clean:
-	rm -rf .envoy .helm .venv .venv-floor .venv-tools .venv-oldest .venv-3.1? .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth dist demo
+	rm -rf .envoy .helm .venv .venv-floor .venv-tools .venv-oldest .venv-3.1? .venv-inference .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth dist demo

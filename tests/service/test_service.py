@@ -162,11 +162,13 @@ def test_reflection_lists_the_services(channel: grpc.Channel) -> None:
         "sidelight.v1.ModelService",
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
+        "inference.GRPCInferenceService",
     }
 
 
-def test_reflection_answers_in_v1_what_it_answers_in_v1alpha(channel: grpc.Channel) -> None:
-    asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol="sidelight.v1.AttributionService")
+@pytest.mark.parametrize("service", ["sidelight.v1.AttributionService", "inference.GRPCInferenceService"])
+def test_reflection_answers_in_v1_what_it_answers_in_v1alpha(service: str, channel: grpc.Channel) -> None:
+    asked = reflection_pb2.ServerReflectionRequest(file_containing_symbol=service)
     answers = [
         list(
             channel.stream_stream(

@@ -17,6 +17,7 @@ from support import ROOT
 
 ENVOY = ROOT / ".envoy" / "envoy" / "_bin" / "envoy"
 HELM = ROOT / ".helm" / "helm" / "helm"
+INFERENCE = ROOT / ".venv-inference"
 FLOOR = ROOT / ".venv-floor" / "bin" / "python"
 PYHEALTH = ROOT / ".venv-pyhealth"
 # The extra onnx lies beside the environment: torchvision, which comes with it, would change what transformers imports.
@@ -49,6 +50,9 @@ COMPONENTS = {
     "envoy": Component(ENVOY.exists, "make envoy brings the proxy"),
     "floor": Component(FLOOR.exists, "make setup makes the environment of the oldest versions"),
     "helm": Component(HELM.exists, "make helm brings it"),
+    "inference": Component(
+        (INFERENCE / ".ready").exists, "make inference makes the environment of the clients of Triton and KServe"
+    ),
     "kubernetes": Component(lambda: _is_installed("kubernetes_validate"), "pip install kubernetes-validate"),
     "onnx": Component((ONNX / "onnx2torch").is_dir, "make setup brings onnx2torch"),
     "pandas": Component(lambda: _is_installed("pandas"), "pip install pandas"),

@@ -1,6 +1,6 @@
 """Health checking by `grpc.health.v1` for the server and each model, and the gate for calls before readiness.
 
-Names: "" and the two services for the server, "model/NAME" for each model. The server is SERVING from the end of its
+Names: "" and the services for the server, "model/NAME" for each model. The server is SERVING from the end of its
 warm-up until it begins to stop, while at least one device's worker makes progress. A model is SERVING while the server
 is and a version of it is loaded; a lazy model only after its first request.
 """
@@ -15,13 +15,16 @@ from sidelight.v1 import attribution_pb2, model_pb2
 
 from ..engine.engine import Engine
 from ..errors import ResourceExhausted, Unavailable
+from ..interop.open_inference import service as open_inference
 from ..rpc.status import Context, abort, refusing
+from ..security.authorization import INFERENCE_PROBES
 from ..security.stream_limit import Peers
 from ..telemetry.counters import Counters
 
 SERVICES = (
     attribution_pb2.DESCRIPTOR.services_by_name["AttributionService"].full_name,
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
+    open_inference.SERVICE,
 )
 MODEL = "model/"  # prefix of a model's name, which could be the same as a service's
 OPEN = ("/grpc.health.v1.", "/grpc.reflection.")  # services that are available before the server is ready
@@ -57,6 +60,10 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the packa
         if new != self._statuses:
             self._statuses = new
             self._wake()
+
+    def serves(self, name: str) -> bool:
+        """Whether a name serves."""
+        return bool(self._statuses.get(name) == _Status.SERVING)
 
     def close(self) -> None:
         """End every Watch after it has sent the last status."""
@@ -122,7 +129,8 @@ class ReadinessGate(grpc.aio.ServerInterceptor):
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler | None":
         """Return the call's handler, or one that rejects it with UNAVAILABLE."""
-        if self.is_open or handler_call_details.method.startswith(OPEN):
+        method = handler_call_details.method
+        if self.is_open or method.startswith(OPEN) or method in INFERENCE_PROBES:
             return await continuation(handler_call_details)
         starting = Unavailable("the server is starting: its models are not loaded yet", retry_delay_s=RETRY_DELAY_S)
         return refusing(starting, self._counts)

@@ -14,9 +14,12 @@ from ..engine.completion import call_soon
 from ..engine.engine import Engine
 from ..engine.recalibration import Recalibration
 from ..engine.reloader import Reloader
+from ..interop.open_inference.service import DECODERS as INFERENCE_DECODERS
+from ..interop.open_inference.service import InferenceService
+from ..interop.open_inference.shared_memory import SystemSharedMemory
 from ..rpc.calls import Calls
 from ..rpc.handler import RequestHandler
-from ..rpc.interceptors import MessageInterceptor
+from ..rpc.interceptors import DECODERS, MessageInterceptor
 from ..rpc.log_filter import hide_failed_writes
 from ..rpc.receive_limit import Pace
 from ..rpc.service import AttributionService, ModelService
@@ -97,6 +100,8 @@ class Server:
             self._run_in_background(Watchdog(self._engine, on_look=self._update_health).run())
         shedding = LoadShedding(self.calls.end_waiting, max_message_bytes=settings.max_message_bytes)
         self._run_in_background(shedding.run())
+        if self._regions.is_allowed:
+            self._run_in_background(self._regions.sweep_forever())
 
     async def _open(self) -> None:
         settings = self._engine.settings
@@ -113,7 +118,13 @@ class Server:
         write_timeout = WriteTimeout(within_s=settings.stalled_write_s)
         write_timeout.watch(loop)
         pace = Pace()
-        self._interceptor = MessageInterceptor(callers, write_timeout, pace, max_arrival_s=settings.max_arrival_s)
+        self._interceptor = MessageInterceptor(
+            callers,
+            write_timeout,
+            pace,
+            max_arrival_s=settings.max_arrival_s,
+            decoders={**DECODERS, **INFERENCE_DECODERS},
+        )
         self._server = grpc.aio.server(
             interceptors=[authorization, self._gate, self._interceptor], options=channel_options(settings)
         )
@@ -122,6 +133,11 @@ class Server:
         attribution_pb2_grpc.add_AttributionServiceServicer_to_server(service, self._server)
         model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._engine), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        self._regions = SystemSharedMemory(self._shared)
+        inference = InferenceService(
+            self._engine, self.handler, self.calls, self._regions, callers=callers, serves=self._health.serves
+        )
+        self._server.add_generic_rpc_handlers((inference.handlers(),))
         enable_reflection(self._server, (*SERVICES, HEALTH))
         certificates = Certificates.of(settings)
         self.addresses = [

@@ -111,7 +111,9 @@ class Settings(ModelSettings):
         None, description="folder for shared memory regions, such as /dev/shm; unset: not allowed"
     )
     max_region_bytes: int = Field(1024 * MEBIBYTE, ge=1, description="limit of the bytes of one shared memory region")
-    max_stream_regions: int = Field(8, ge=1, description="limit of the shared memory regions of one stream")
+    max_stream_regions: int = Field(
+        8, ge=1, description="limit of the shared memory regions of one stream, or of one caller of Open Inference"
+    )
 
     def of_models(self) -> dict[str, ModelSettings]:
         """Return the settings of every model by name, in order; without `models`, of the single model."""

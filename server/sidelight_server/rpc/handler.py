@@ -86,7 +86,7 @@ class RequestHandler:
         regions that it may name, None for a unary call of `sidelight.v1`. `encode` serializes the answer, by default
         for `sidelight.v1`. Raises a `SidelightError` if the message is invalid.
         """
-        with HideInternalErrors(message.id, self._faults):
+        with self.hide_internal_errors(message.id):
             deadline_s = deadline_of(message, call_record)
             request = await _parsed(message, data)
             call_record.id = message.id
@@ -121,6 +121,10 @@ class RequestHandler:
         if validated.transport == pb.TRANSPORT_SHARED_MEMORY:
             call_record.transport = "shared_memory"
         return validated
+
+    def hide_internal_errors(self, id_: str) -> HideInternalErrors:
+        """Return a context that logs an unexpected exception, and raises `Internal` without its details instead."""
+        return HideInternalErrors(id_, self._faults)
 
     def wait(self, n_bytes: int, caller: str) -> Permits:
         """Count a message that waits to be admitted, until the result is closed.

@@ -13,7 +13,10 @@ from ..errors import ConfigurationError, PermissionDenied, SidelightError, Unaut
 from .reloadable_files import SecretFiles, read_secret
 
 # Calls that need no token: health probes have none, and the answer is only "serving" or "not serving".
-OPEN = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"})
+INFERENCE_PROBES = frozenset(
+    f"/inference.GRPCInferenceService/{name}" for name in ("ServerLive", "ServerReady", "ModelReady")
+)
+OPEN = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Health/Watch"}) | INFERENCE_PROBES
 ADMIN = frozenset({"/sidelight.v1.ModelService/ReloadModel"})
 
 _SCHEME = "bearer "

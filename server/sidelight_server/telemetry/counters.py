@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 import prometheus_client
-from prometheus_client import CollectorRegistry, Histogram
+from prometheus_client import CollectorRegistry, Gauge, Histogram
 
 from ..domain import Answer, Timing
 from ..errors import ResourceExhausted, SidelightError, Status
@@ -65,6 +65,16 @@ class Tally:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """The counters of one model, summed over calls and methods. Times are in seconds."""
+
+    n_examples: int
+    n_failed: int  # batches
+    last_answer_s: float  # Unix time; 0: none yet
+    seconds: dict[str, tuple[int, float]]  # of the stages in `SPANS`: number of answers, and their total
+
+
 class Counters:
     """The counters of one server's calls and batches, in a registry of its own."""
 
@@ -81,6 +91,13 @@ class Counters:
         )
         self._failures = counter(
             "sidelight_failures", "failed batches and examples by reason", ("of", "model", "reason")
+        )
+        self._examples = counter("sidelight_examples", "examples of answered batches", ("model",))
+        self._last = Gauge(
+            "sidelight_last_answer_timestamp_seconds",
+            "Unix time of the last answer",
+            ("model",),
+            registry=self.registry,
         )
         self._answers = counter("sidelight_answers", "answers by transport of images and maps", ("transport",))
         self._tolerances = counter(
@@ -99,6 +116,7 @@ class Counters:
         # Cached, because a look-up by labels takes longer than counting.
         self._of_request = functools.cache(lambda *labels: self._requests.labels(*labels))
         self._of_model = functools.cache(lambda model: [each.labels(model) for each in self._spans])
+        self._examples_of = functools.cache(lambda model: (self._examples.labels(model), self._last.labels(model)))
         self._by_transport = functools.cache(self._answers.labels)
 
     def start_at_zero(self, models: Sequence[str]) -> None:
@@ -113,6 +131,30 @@ class Counters:
             for outcome in ("met", "missed"):
                 self._tolerances.labels(model, outcome)
 
+    def statistics(self, model: str) -> Statistics:
+        """Return what was counted of a model."""
+        value = functools.partial(self._value, {"model": model})
+        failed = (
+            sample.value
+            for family in self._requests.collect()
+            for sample in family.samples
+            if sample.name.endswith("_total")
+            and sample.labels["model"] == model
+            and sample.labels["code"] != Status.OK.name
+        )
+        return Statistics(
+            n_examples=int(value("sidelight_examples_total")),
+            n_failed=int(sum(failed)),
+            last_answer_s=value("sidelight_last_answer_timestamp_seconds"),
+            seconds={
+                name: (int(value(f"sidelight_{name}_seconds_count")), value(f"sidelight_{name}_seconds_sum"))
+                for name in SPANS
+            },
+        )
+
+    def _value(self, labels: dict[str, str], name: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0.0
+
     def refused(self, code: int) -> None:
         """Count a call that was rejected before its message was read."""
         self._refused.labels(Status(code).name).inc()
@@ -124,6 +166,9 @@ class Counters:
         seconds = (timing.admission_s, timing.prepare_s, timing.queue_s, timing.compute_s, timing.total_s)
         for span, value in zip(self._of_model(model), seconds, strict=True):
             span.observe(value)
+        examples, last = self._examples_of(model)
+        examples.inc(call_record.examples)
+        last.set_to_current_time()
         for reason, n in tally.failures.items():
             self._failures.labels("example", model, reason).inc(n)
         for outcome, n in tally.refined.items():
