@@ -94,7 +94,7 @@ proto-check: .venv-floor/.ready
 
 # A peer that cannot be had is a line in the table.
 bench: .venv/.ready
-	-$(MAKE) --keep-going peers
+	-$(MAKE) --keep-going peers inference
 	$(BIN)/python -m benchmarks
 
 # The newest figures of `make bench` into the tables of README.md and docs/.
@@ -133,6 +133,7 @@ inference: .venv-inference/.ready
 .venv-inference/.ready: tests/interop/inference_clients.txt
 	$(PYTHON) -m venv --clear .venv-inference
 	.venv-inference/bin/python -m pip install --quiet --requirement $<
+	.venv-inference/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
 # All of them run, and a goal that is not met is the code it ends with. The first four take nine minutes, the rest eight more.

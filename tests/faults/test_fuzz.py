@@ -20,14 +20,17 @@ from hypothesis import strategies as st
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Settings
+from sidelight_server.interop.open_inference import inference_pb2 as oip
+from sidelight_server.interop.open_inference.service import DESCRIPTOR
 from torch import Tensor, nn
 
+from support.inference import call, stream
 from support.messages import DOCUMENTED, ask, attribute, code_of, floats, linear_maps, maps_of
 from support.models import Linear
 from support.processes import FACTORIES, LOCAL, started
 from support.profiles import n_examples
 from support.servers import TIMEOUT_S, Counts, Running, serving
-from support.strategies import REQUESTS, anything
+from support.strategies import INFER_REQUESTS, REQUESTS, anything
 from support.tolerances import CLOSED_FORM
 
 N_CONNECTIONS = 200
@@ -123,6 +126,38 @@ def test_any_request_is_answered_or_refused_as_documented(shared: Running, reque
     assert code in DOCUMENTED_CODES | {grpc.StatusCode.OK}
 
 
+@FUZZ
+@given(request=INFER_REQUESTS)
+def test_any_inference_is_answered_or_refused_as_documented(shared: Running, request: oip.ModelInferRequest) -> None:
+    code = outcome(lambda: call(shared.channel, "ModelInfer", request))
+    assert code in DOCUMENTED_CODES | {grpc.StatusCode.OK}
+
+
+@FUZZ
+@given(requests=st.lists(INFER_REQUESTS, min_size=1, max_size=3))
+def test_any_inferences_on_a_stream_are_all_answered(shared: Running, requests: list[oip.ModelInferRequest]) -> None:
+    answers = list(stream(shared.channel, requests))
+    assert [each.infer_response.id for each in answers] == [each.id for each in requests]
+    documented = {f"{code.name}: " for code in DOCUMENTED_CODES}
+    for error in filter(None, (each.error_message for each in answers)):
+        assert error[: error.index(" ") + 1] in documented, error
+
+
+OF_INFERENCE = sorted(each.name for each in DESCRIPTOR.methods if each.name not in ("ModelInfer", "ModelStreamInfer"))
+
+
+@pytest.mark.parametrize("name", OF_INFERENCE)
+def test_any_small_question_of_inference_is_answered_or_refused(shared: Running, name: str) -> None:
+    @FUZZ
+    @given(request=anything(DESCRIPTOR.methods_by_name[name].input_type))
+    def check(request: Message) -> None:
+        request = getattr(oip, f"{name}Request").FromString(request.SerializeToString())
+        code = outcome(lambda: call(shared.channel, name, request))
+        assert code in DOCUMENTED_CODES | {grpc.StatusCode.OK}
+
+    check()
+
+
 UNARY: dict[str, tuple[object, type[Message]]] = {
     "GetServerInfo": (attribution_pb2_grpc.AttributionServiceStub, pb.GetServerInfoRequest),
     "ListModels": (model_pb2_grpc.ModelServiceStub, model_pb2.ListModelsRequest),
@@ -151,6 +186,9 @@ METHODS = [
     "/sidelight.v1.AttributionService/Attribute",
     "/sidelight.v1.AttributionService/AttributeStream",
     "/sidelight.v1.AttributionService/GetServerInfo",
+    "/inference.GRPCInferenceService/ModelInfer",
+    "/inference.GRPCInferenceService/ModelStreamInfer",
+    "/inference.GRPCInferenceService/SystemSharedMemoryRegister",
     "/sidelight.v1.ModelService/GetModel",
     "/grpc.health.v1.Health/Check",
     "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import safetensors.torch
+import torch
 import yaml
 from sidelight_server.app.health_check import is_health_check
 from sidelight_server.config.reading import read_settings
@@ -23,7 +24,9 @@ from torch import nn
 
 from support import ROOT
 
-MANIFESTS = sorted((ROOT / "deploy" / "kubernetes").glob("*.yaml"))
+KSERVE = ROOT / "deploy" / "kserve"
+MANIFESTS = sorted([*(ROOT / "deploy" / "kubernetes").glob("*.yaml"), *KSERVE.glob("*.yaml")])
+OF_KSERVE = ("annotations", "minReplicas", "maxReplicas")  # fields of a component beside those of a pod
 ENVOY = yaml.safe_load((ROOT / "deploy" / "envoy" / "envoy.yaml").read_text())
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PAGE = (ROOT / "deploy" / "README.md").read_text()
@@ -49,8 +52,18 @@ def of_kind(path: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def pods(path: Path) -> list[dict[str, Any]]:
-    templates = [each["spec"]["template"] for each in of_kind(path, "Deployment")]
-    return [each["spec"] for each in of_kind(path, "Pod") + templates]
+    return [each["spec"] for each in templates(path)]
+
+
+def templates(path: Path) -> list[dict[str, Any]]:
+    """Return the pods of a manifest and of its deployments, and those that KServe makes of its custom components."""
+    found = of_kind(path, "Pod") + [each["spec"]["template"] for each in of_kind(path, "Deployment")]
+    for each in of_kind(path, "InferenceService"):
+        for component in each["spec"].values():
+            if "containers" in component:
+                spec = {name: value for name, value in component.items() if name not in OF_KSERVE}
+                found.append({"metadata": {"annotations": component["annotations"]}, "spec": spec})
+    return found
 
 
 def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
@@ -62,7 +75,7 @@ def sidelights(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], Set
     maps = {each["metadata"]["name"]: each["data"] for each in of_kind(path, "ConfigMap")}
     for pod in pods(path):
         for container in containers(pod):
-            if container["name"] == "sidelight":
+            if container["image"] == "sidelight:latest":
                 volumes = {each["name"]: each.get("configMap", {}).get("name") for each in pod["volumes"]}
                 folders = {each["mountPath"]: volumes[each["name"]] for each in container["volumeMounts"]}
                 text = maps[folders[container["workingDir"]]]["sidelight.toml"]
@@ -75,8 +88,12 @@ def test_manifests_are_of_kubernetes_own_schema(path: Path) -> None:
     import kubernetes_validate as validate
 
     assert len(documents(path)) > 1
-    for each in documents(path):
-        validate.validate(each, validate.latest_version(), strict=True)
+    pods_of_kserve = [
+        {"apiVersion": "v1", "kind": "Pod", **each, "metadata": {"name": "pod"}} for each in templates(path)
+    ]
+    for each in (*documents(path), *pods_of_kserve):
+        if each["kind"] != "InferenceService":
+            validate.validate(each, validate.latest_version(), strict=True)
 
 
 @every_manifest
@@ -130,6 +147,7 @@ def check(probe: dict[str, Any], moved: Callable[[str], str]) -> subprocess.Comp
     return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # it is what Triton's repositories hold
 @every_manifest
 def test_a_server_with_the_settings_of_a_manifest_passes_its_probes(path: Path, tmp_path: Path) -> None:
     ((_, container, settings),) = sidelights(path)
@@ -150,8 +168,14 @@ def test_a_server_with_the_settings_of_a_manifest_passes_its_probes(path: Path, 
     )
     (here / "sidelight.toml").write_text(moved(text))
     (here / "mine.py").write_text(MINE)
-    assert settings.weights
-    safetensors.torch.save_file(nn.Linear(12, 3).state_dict(prefix="1."), moved(str(settings.weights)))
+    if settings.weights:
+        safetensors.torch.save_file(nn.Linear(12, 3).state_dict(prefix="1."), moved(str(settings.weights)))
+    else:  # the file of a Triton's model repository
+        file = Path(moved(settings.model.removeprefix("torchscript:")))
+        file.parent.mkdir(parents=True)
+        torch.jit.trace(nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 3)), torch.zeros(1, 3, 224, 224)).save(
+            file
+        )
     environment = os.environ | {"SIDELIGHT_THREADS": "1"}
     environment |= {each["name"]: each["value"] for each in container.get("env", [])}
     with subprocess.Popen([sys.executable, "-m", "sidelight_server"], cwd=here, env=environment) as server:
@@ -196,8 +220,7 @@ def test_the_sidecar_opens_no_port_for_calls_and_shares_memory_and_socket_with_i
 
 @every_manifest
 def test_prometheus_is_sent_where_the_server_tells_metrics(path: Path) -> None:
-    annotated = [each["metadata"] for each in of_kind(path, "Pod")]
-    annotated += [each["spec"]["template"]["metadata"] for each in of_kind(path, "Deployment")]
+    annotated = [each["metadata"] for each in templates(path)]
     (port,) = {each["annotations"]["prometheus.io/port"] for each in annotated if "annotations" in each}
     ((_, container, settings),) = sidelights(path)
     assert settings.metrics_listen == f"0.0.0.0:{port}"
@@ -250,3 +273,24 @@ def test_commands_that_are_shown_are_read_by_the_server(
     variables = set(re.findall(r"SIDELIGHT_([A-Z_]+)=", text))
     assert variables
     assert {each.lower() for each in variables} <= set(Settings.model_fields)
+
+
+@pytest.mark.parametrize("path", sorted(KSERVE.glob("*.yaml")), ids=lambda path: path.stem)
+def test_kserve_finds_one_container_that_speaks_grpc_without_tls(path: Path) -> None:
+    ((pod, container, settings),) = sidelights(path)
+    assert [each["name"] for each in pod["containers"]] == ["kserve-container"]
+    first = container["ports"][0]  # which its service leads to
+    assert first["name"] == "h2c"
+    assert settings.listen == (f"0.0.0.0:{first['containerPort']}",)
+    (service,) = of_kind(path, "InferenceService")
+    assert container["readinessProbe"]["grpc"]["service"] == f"model/{service['metadata']['name']}"
+
+
+def test_triton_and_sidelight_serve_the_same_file() -> None:
+    ((pod, container, settings),) = sidelights(ROOT / "deploy" / "kubernetes" / "triton.yaml")
+    (triton,) = pod["containers"]
+    repository = {each["mountPath"] for each in triton["volumeMounts"] if each["name"] == "models"}
+    assert repository == {each["mountPath"] for each in container["volumeMounts"] if each["name"] == "models"}
+    (folder,) = repository
+    assert f"--model-repository={folder}" in triton["args"]
+    assert settings.model == f"torchscript:{folder}/{settings.name}/1/model.pt"  # as Triton lays it out

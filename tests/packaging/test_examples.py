@@ -5,9 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from support import ROOT
+from support.components import INFERENCE, TRITON_SERVER
 
 EXAMPLES = ROOT / "examples"
 
@@ -78,3 +80,15 @@ def test_two_models_stand_side_by_side(tmp_path: Path) -> None:
     assert "fast: version 1, bfloat16+fold+channels_last, " in printed
     assert printed.splitlines()[-1] == "fast: version 2 serves now"
     assert (tmp_path / "why.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.requires("inference", "triton_server")
+def test_a_triton_and_sidelight_agree_until_one_has_another_file() -> None:
+    pythons = (each / "bin" / "python" for each in (TRITON_SERVER, INFERENCE))
+    first, replaced, second = run("triton_beside/run.py", *pythons).splitlines()
+    assert first == "1797 explained, 0 of another class than Triton's"
+    assert "Sidelight serves version 2" in replaced
+    explained, _, differ = second.partition(" explained, ")
+    assert explained == "1797"
+    assert int(differ.split()[0]) > 0

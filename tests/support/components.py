@@ -18,6 +18,7 @@ from support import ROOT
 ENVOY = ROOT / ".envoy" / "envoy" / "_bin" / "envoy"
 HELM = ROOT / ".helm" / "helm" / "helm"
 INFERENCE = ROOT / ".venv-inference"
+TRITON_SERVER = ROOT / ".venv-triton"
 FLOOR = ROOT / ".venv-floor" / "bin" / "python"
 PYHEALTH = ROOT / ".venv-pyhealth"
 # The extra onnx lies beside the environment: torchvision, which comes with it, would change what transformers imports.
@@ -61,5 +62,8 @@ COMPONENTS = {
     ),
     "pyhealth": Component((PYHEALTH / ".ready").exists, "make pyhealth makes the environment of the whole of PyHealth"),
     "torchvision": Component((ONNX / "torchvision").is_dir, "make setup brings torchvision"),
+    "triton_server": Component(
+        (TRITON_SERVER / ".ready").exists, "make .venv-triton/.ready makes the environment of a Triton"
+    ),
     "triton": Component(_runs_triton, "pip install triton; without a GPU also TRITON_INTERPRET=1"),
 }

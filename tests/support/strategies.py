@@ -11,17 +11,23 @@ from hypothesis import strategies as st
 from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
+from sidelight_server.interop.open_inference import inference_pb2 as oip
 
-from support.messages import ask
+from support.inference import infer_request
+from support.messages import ask, floats
 from support.models import LABELS
 
 INTEGERS = [-(2**31), -1, 0, 1, 2, 3, 32, 99, 2**31 - 1]
 
 
+# Names that some message gives a meaning, so that random ones get somewhere.
+OF_INFERENCE = ["images", "maps", "score", "UINT8", "FP32", "BYTES", "sidelight_method", "sidelight_target", "timeout"]
+PLACES = ["shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"]
 WORDS = ["", "small", "smal", "cat", *LABELS]
 
 
 SCALARS = {
+    FieldDescriptor.CPPTYPE_UINT64: st.sampled_from([0, 1, 240, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1),
     FieldDescriptor.CPPTYPE_INT32: st.sampled_from(INTEGERS) | st.integers(-(2**31), 2**31 - 1),
     FieldDescriptor.CPPTYPE_INT64: st.sampled_from([-(2**63), *INTEGERS, 2**63 - 1]) | st.integers(-(2**63), 2**63 - 1),
     FieldDescriptor.CPPTYPE_DOUBLE: st.floats(),
@@ -38,9 +44,12 @@ def png() -> bytes:
 
 def value(field: FieldDescriptor, depth: int) -> st.SearchStrategy[object]:
     if field.type == FieldDescriptor.TYPE_STRING:
-        one: st.SearchStrategy[object] = st.sampled_from(WORDS) | st.text(max_size=8)
+        one: st.SearchStrategy[object] = st.sampled_from(WORDS + OF_INFERENCE + PLACES) | st.text(max_size=8)
     elif field.type == FieldDescriptor.TYPE_BYTES:
         one = st.sampled_from([b"", b"\0" * 12, png(), png()[:40]]) | st.binary(max_size=64)
+    elif field.message_type is not None and field.message_type.GetOptions().map_entry:
+        key, of = field.message_type.fields
+        return st.dictionaries(value(key, depth), value(of, depth), max_size=3)
     elif field.message_type is not None:
         one = anything(field.message_type, depth - 1)
     else:
@@ -103,3 +112,26 @@ REQUESTS = anything(pb.AttributeRequest.DESCRIPTOR) | nearly_good() | corrupted(
 STREAM_REQUESTS = REQUESTS.map(lambda request: pb.AttributeStreamRequest(attribute=request)) | anything(
     pb.AttributeStreamRequest.DESCRIPTOR
 )
+
+
+def nearly_good_inference() -> st.SearchStrategy[oip.ModelInferRequest]:
+    """A good request of the Open Inference Protocol in which some fields, or some of its input, are anything."""
+
+    def with_input(fields: dict[str, object], image: dict[str, object]) -> oip.ModelInferRequest:
+        request = infer_request(floats(1), parameters=None)
+        request.inputs[0].MergeFrom(type(request.inputs[0])(**image))
+        for name in fields:
+            request.ClearField(name)
+        request.MergeFrom(oip.ModelInferRequest(**fields))
+        return request
+
+    changes = {each.name: value(each, 4) for each in oip.ModelInferRequest.DESCRIPTOR.fields}
+    image = oip.ModelInferRequest.InferInputTensor.DESCRIPTOR
+    return st.builds(
+        with_input,
+        st.fixed_dictionaries({}, optional=changes),
+        st.fixed_dictionaries({}, optional={each.name: value(each, 4) for each in image.fields}),
+    )
+
+
+INFER_REQUESTS = anything(oip.ModelInferRequest.DESCRIPTOR) | nearly_good_inference()

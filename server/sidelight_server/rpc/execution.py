@@ -49,6 +49,7 @@ class ValidatedRequest:
     sink: Span | None  # where the maps are written, unless in the answer
     call_record: CallRecord
     encode: Encode
+    writes_regions: bool  # whether `encode` writes to shared memory, and so belongs in a worker thread
 
     @property
     def transport(self) -> pb.Transport.ValueType:
@@ -121,7 +122,7 @@ class Execution:
     async def _encoded(self, answer: Answer) -> bytes:
         validated = self._validated
         is_large = answer.maps.nbytes > MANY_BYTES or len(answer.explanations) > MANY_EXAMPLES
-        blocks = is_large or (answer.final and validated.sink is not None)
+        blocks = is_large or (answer.final and validated.writes_regions)
         encode = validated.encode
         reply = await to_thread_uncancelled(encode, answer, validated) if blocks else encode(answer, validated)
         check_length(len(reply), self._limit_bytes)

@@ -79,12 +79,14 @@ class RequestHandler:
         data: memoryview | None = None,
         regions: RegionLookup | None = None,
         encode: Encode | None = None,
+        writes_regions: bool = False,
     ) -> ValidatedRequest:
         """Validate a message of `n_bytes`, waiting for its model to load if necessary.
 
         `data` holds the images' tensor data if the codec cut it out of the message; `regions` are the shared memory
         regions that it may name, None for a unary call of `sidelight.v1`. `encode` serializes the answer, by default
-        for `sidelight.v1`. Raises a `SidelightError` if the message is invalid.
+        for `sidelight.v1`; `writes_regions` says that it writes more than the maps to shared memory. Raises a
+        `SidelightError` if the message is invalid.
         """
         with self.hide_internal_errors(message.id):
             deadline_s = deadline_of(message, call_record)
@@ -117,6 +119,7 @@ class RequestHandler:
             sink=sink,
             call_record=call_record,
             encode=encode or encode_own,
+            writes_regions=writes_regions or sink is not None,
         )
         if validated.transport == pb.TRANSPORT_SHARED_MEMORY:
             call_record.transport = "shared_memory"

@@ -45,11 +45,14 @@ class InferHandler:
     ) -> ValidatedRequest:
         message, regions = received.message, self._shared.of(call_record.caller)
         self.check_version(message.model_name, message.model_version)
-        is_long = received.data is None and received.n_bytes > MANY_BYTES
+        copies = received.data is None or any(each.datatype == tensors.FILES for each in message.inputs)
         request = (
-            await asyncio.to_thread(translate, message, received.data) if is_long else translate(message, received.data)
+            await asyncio.to_thread(translate, message, received.data)
+            if copies and received.n_bytes > MANY_BYTES
+            else translate(message, received.data)
         )
-        n_bytes = received.n_bytes
+        # `RequestHandler` counts a second copy of the message where there is no `data`.
+        n_bytes = received.n_bytes * (2 if received.data is None and request.data is not None else 1)
         with contextlib.ExitStack() as waiting:
             if request.files:
                 n_bytes += request.files.n_bytes
@@ -73,6 +76,7 @@ class InferHandler:
             call_record=call_record,
             regions=regions,
             encode=encoder(request, regions, on_stream=on_stream),
+            writes_regions=any(each.shared for each in request.outputs),
         )
         if (images := request.images) and validated.source:
             tensors.check_n_bytes(validated.source.n_bytes, images.n_bytes, field=images.field)
@@ -85,4 +89,4 @@ class InferHandler:
 
 async def _read_files(request: InferRequest, files: Shared, regions: CallerRegions) -> InferRequest:
     at = span(regions.find(files.region, field=files.field), files.offset, files.n_bytes, field=files.field)
-    return request.with_files(await to_thread_uncancelled(at.read))
+    return await to_thread_uncancelled(lambda: request.with_files(at.read()))
