@@ -131,7 +131,7 @@ def test_two_unanswered_batches_with_one_id_are_refused_before_anything_is_sent(
     batches = [Batch(ONE, id="same"), Batch(ONE, id="same"), Batch(ONE, id="other")]
     with scripted(late) as address:
         if on_error == "raise":
-            with pytest.raises(sidelight.InvalidArgument, match='id: "same" is of a batch that is not answered yet'):
+            with pytest.raises(sidelight.InvalidArgument, match='id: "same" is used by a batch'):
                 stream(address, batches, on_error="raise", ordered=False)
             return
         answers = stream(address, batches, window=3)

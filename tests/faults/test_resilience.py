@@ -719,7 +719,7 @@ def test_what_the_client_cut_itself_is_not_told_as_cancelled_by_the_application(
         assert type(next(answers).error) is sidelight.DeadlineExceeded
         with pytest.raises(sidelight.Unavailable) as caught:
             list(answers)
-    assert "kept silent" in caught.value.message
+    assert "did not answer within" in caught.value.message
     assert "Locally cancelled" not in caught.value.message
 
 

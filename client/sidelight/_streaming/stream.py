@@ -241,7 +241,7 @@ class Stream:
                     self._end(cause)
             for part in self._unanswered.requeue_after_call_end(worker, died=died):
                 self._fail(part, ServerDied(
-                    f"{_label(part)}: it was alone at work when its server ended, twice ({cause}); it is not sent again"
+                    f"{_label(part)}: two servers ended while it was their only batch ({cause}); it is not sent again"
                 ))  # fmt: skip
             self._timer_changed.notify()
             self._changed.notify_all()
@@ -342,7 +342,7 @@ class Stream:
         if digest and self._digest and digest != self._digest and not self._config.allow_model_change:
             self._end(ModelChanged(
                 f"the model that answers is {digest[:12]}…, the stream began with {self._digest[:12]}…; "
-                "allow_model_change=True lets that be"
+                "set allow_model_change=True to continue"
             ))  # fmt: skip
             return True
         self._digest = self._digest or digest
@@ -407,7 +407,7 @@ class Stream:
             if batch.id is None:
                 batch.id = self._unanswered.unused_id(read.index)
             elif refused is None and self._unanswered.has_id(batch.id):
-                spans, refused = (), InvalidArgument(f'id: "{batch.id}" is of a batch that is not answered yet')
+                spans, refused = (), InvalidArgument(f'id: "{batch.id}" is used by a batch that is not answered yet')
             entry = Entry(read.index, batch, time.monotonic() + self._config.timeout_s)
             self._is_reading = False
             self._unanswered.add(entry, spans)
@@ -442,7 +442,7 @@ class Stream:
             self._fail(part, self._timeout_error(part))
         for worker in [*self._workers.values(), *self._leaving]:
             if worker in silent:
-                worker.cancel(Unavailable("the server kept silent past a batch's time"))
+                worker.cancel(Unavailable("the server did not answer within a batch's timeout"))
         if late:
             self._changed.notify_all()
         dues_s = [self._unanswered.next_deadline_s(), self._availability.log_waiting(now_s)]
@@ -455,8 +455,8 @@ class Stream:
 
     def _timeout_error(self, part: Part) -> SidelightError:
         if self._availability:
-            return DeadlineExceeded(f"{_label(part)}: the server did not answer in its time")
-        return self._availability.error(f"{_label(part)}: while its time passed,")
+            return DeadlineExceeded(f"{_label(part)}: the server did not answer within its timeout")
+        return self._availability.error(f"{_label(part)}: until its timeout")
 
 
 def _label(part: Part) -> str:

@@ -94,7 +94,7 @@ class ChannelSecurity:
                 f"tls: got {type(tls).__name__}, expected True, the path of a CA's file, or sidelight.TLS"
             )
         if not (token is None or callable(token) or isinstance(token, str | os.PathLike)):
-            raise InvalidArgument(f"token: got {type(token).__name__}, expected text, a path, or what returns the text")
+            raise InvalidArgument(f"token: got {type(token).__name__}, expected a str, a path or a function")
         if isinstance(token, str) and _is_path(token):
             raise InvalidArgument(
                 "token: the text is a file's path; say pathlib.Path(…), and the token is what it holds"

@@ -39,7 +39,7 @@ class ConnectionPool:
                 f'address: got {addresses!r}, expected "host:port", "dns:host:port" or "unix:/path", or a list of them'
             )
         if len(set(given)) < len(given):
-            raise InvalidArgument(f"address: got {list(given)}, expected each once")
+            raise InvalidArgument(f"address: got {list(given)}, expected each address once")
         self.addresses = ", ".join(map(str, given))
         self._connect = functools.partial(Connection, max_message_bytes=max_message_bytes, security=security)
         self._origin = Origin()

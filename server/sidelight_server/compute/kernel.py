@@ -8,7 +8,7 @@ shared module crash the process if two threads call them.)
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .adapter import PLAIN, Adapter
 from .cuda_graphs import Recordings, recorder
 from .forward import Forward
 from .head import Head
+from .kernel_output import KernelOutput, at_least_float32, read_outputs
 from .layer_hooks import NOTHING_TO_GUIDE, Guided, capture
 from .layers import Layers
 from .replica import SHARED, Isolation, Replica, replicate, weights_dtype
@@ -31,21 +32,6 @@ from .weights import Watch
 _Read = Callable[[Tensor], "tuple[KernelOutput, Tensor | None]"]
 
 LEAST_EXPONENT = -125  # of the smallest power of two whose inverse is a float32
-
-
-@dataclass(frozen=True, slots=True)
-class KernelOutput:
-    """The output of one run of the kernel, on the device."""
-
-    explained: Tensor  # [n], class indices
-    scores: Tensor  # [n], usually float64
-    is_dead: Tensor  # bool, [n]: whether the gradient at the outputs is numerically zero
-    predicted: Tensor  # [n], class indices
-    probabilities: Tensor  # [n, K]
-    output_shape: tuple[int, ...]  # K, or K, h, w
-    # At least float32: [n, C, H, W], or [n, c, h, w] of a layer; None if not requested
-    gradients: Tensor | None = None
-    activations: Tensor | None = None  # [n, c, h, w] of a layer
 
 
 class Kernel:
@@ -152,7 +138,15 @@ class Kernel:
         inputs = inputs.detach()
 
         def read(outputs: Tensor) -> tuple[KernelOutput, Tensor | None]:
-            return self._read(outputs, resolved_targets, wanted, gradient=gradient, plain_head=plain_head)
+            return read_outputs(
+                outputs,
+                self.head,
+                resolved_targets,
+                wanted,
+                gradient=gradient,
+                plain_head=plain_head,
+                step=torch.finfo(self.compute_dtype).eps,
+            )
 
         if not gradient:
             with torch.no_grad():
@@ -261,13 +255,13 @@ class Kernel:
         """Backpropagate `sent`, the gradients at the outputs, with `back`; return at least float32."""
         assert sent is not None  # noqa: S101
         if self.compute_dtype != torch.float16 or sent.dtype == torch.float16:
-            return _at_least_float32(back(sent))
+            return at_least_float32(back(sent))
         # The gradient of a probability near 1 underflows in float16. So each row is scaled by a power of two to about 1
         # before the backward pass, and scaled back after it, without another rounding.
         largest = sent.flatten(1).abs().amax(dim=1)  # [n]
         exponent = torch.frexp(largest).exponent.clamp(min=LEAST_EXPONENT)
         scale = torch.ldexp(torch.ones_like(largest), -exponent)
-        return _row_by_row(_at_least_float32(back(_row_by_row(sent, scale))), 1 / scale)
+        return _row_by_row(at_least_float32(back(_row_by_row(sent, scale))), 1 / scale)
 
     def _at_layer(self, inputs: Tensor, read: _Read, name: str) -> KernelOutput:
         name = self._layers.chosen(name, [])  # only known now if the model takes any input size
@@ -280,42 +274,6 @@ class Kernel:
         gradients = layout.arranged(self._gradients(sent, outputs, leaf), size)
         return replace(answer, gradients=gradients, activations=layout.arranged(leaf.detach(), size).to(self.dtype))
 
-    def _read(
-        self,
-        outputs: Tensor,
-        resolved_targets: Sequence[ResolvedTarget],
-        wanted: Sequence[Score],
-        *,
-        gradient: bool,
-        plain_head: bool,
-    ) -> tuple[KernelOutput, Tensor | None]:
-        """Evaluate the outputs: classes, probabilities and scores, and the gradients of the scores at the outputs."""
-        values = outputs.detach() if plain_head else _at_least_float32(outputs.detach())
-        with torch.no_grad():
-            probabilities = self.head.probabilities(values)  # [n, K]
-            predicted = self.head.predicted(values, probabilities)
-            explained = _classes(resolved_targets, predicted, probabilities.shape[1])
-        step = torch.finfo(self.compute_dtype).eps
-        scored = self.head.read(
-            values, explained, resolved_targets, wanted, gradient=gradient, is_plain=plain_head, step=step
-        )
-        shape = (probabilities.shape[1], *outputs.shape[2:])
-        return KernelOutput(explained, scored.scores, scored.is_dead, predicted, probabilities, shape), scored.sent
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
 
 def _row_by_row(rows: Tensor, factors: Tensor) -> Tensor:
     return rows * factors.view(-1, *[1] * (rows.ndim - 1)).to(rows.dtype)
-
-
-def _classes(resolved_targets: Sequence[ResolvedTarget], predicted: Tensor, n_classes: int) -> Tensor:
-    if all(resolved.positive is None for resolved in resolved_targets):
-        return predicted
-    given = torch.tensor(
-        [-1 if resolved.positive is None else min(resolved.positive, n_classes - 1) for resolved in resolved_targets]
-    )
-    given = given.to(predicted.device)
-    return torch.where(given < 0, predicted, given)

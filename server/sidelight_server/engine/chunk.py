@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compute.kernel import KernelOutput
+from ..compute.kernel_output import KernelOutput
 from ..compute.max_abs import largest_absolute
 from ..compute.staging import Staging
 from ..compute.weights import Identity

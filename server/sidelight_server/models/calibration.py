@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compute.kernel import Kernel, KernelOutput
+from ..compute.kernel import Kernel
+from ..compute.kernel_output import KernelOutput
 from ..compute.saved_memory import SavedMemory
 from ..compute.torch_device import free_memory
 from ..domain import PREDICTED, Array

@@ -14,6 +14,7 @@ from ..compute.kernel import Kernel
 from ..compute.replica import weights_dtype
 from ..compute.staging import normalize
 from ..config.model_settings import ModelSettings
+from ..config.options import KernelOptions
 from ..config.spec import ModelSpec
 from ..domain import PREDICTED, Choice, Score
 from ..errors import ConfigurationError, OutputsError
@@ -74,10 +75,7 @@ class Model:
         self.fidelity: dict[str, float] = {}  # of each kernel by its summary, see `warmup`
         self.neighbor_difference: float | None = None  # see `calibration`; None: not measured
         self._names = [name for name, _ in spec.module.named_modules() if name]
-        trial: Tensor | None = None
-        if self.trial_shape is not None:
-            most = spec.batch[1] if spec.batch else 0
-            trial = noise(self.trial_shape, 1 if most == 1 else 2).to(device, weights_dtype(spec.module))
+        trial = self._trial_input(spec, device)
         self._to_find_out = spec if trial is None else None  # detect on the first rows: there is no trial input
         result = TrialRun(self.name, spec, trial, device=device, in_turn=in_turn).run()
         self._isolation = result.isolation
@@ -91,20 +89,8 @@ class Model:
         self._row_limit = RowLimit()
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
         with refusing(self.name, "cannot be replicated and moved to the device"):
-            make = functools.partial(
-                Kernel,
-                spec.module,
-                device=device,
-                adapter=self.adapter,
-                head=self.head,
-                layers=self.probed,
-                trial=trial,
-                isolation=self._isolation,
-                is_shared=is_shared,
-            )
-            self.kernels = in_turn(
-                lambda: MethodKernels(lambda options: make(options=options), spec.options, spec.method_precision)
-            )
+            make = functools.partial(self._kernel, device=device, trial=trial, is_shared=is_shared)
+            self.kernels = in_turn(lambda: MethodKernels(make, spec.options, spec.method_precision))
             self.kernel = self.kernels.default
             self._memory = RowMemory(self.name, self.kernel, device_memory_limit=self.settings.device_memory_limit)
             self.identity = ModelIdentity(
@@ -113,11 +99,7 @@ class Model:
                 facts=json.dumps(self._facts(), sort_keys=True),
                 trial=functools.partial(self.inputs_like, 1) if self.is_tried else None,
             )
-        if self.kernel.options.fold:
-            log.info(Event("folded", model=self.name, norms=self.kernel.n_folded))
-        elif spec.options.fold:
-            message = "no BatchNorm directly follows a convolution or a linear layer; leave fold unset"
-            log.warning(Event("not_folded", model=self.name, message=message))
+        self._log_fold(spec.options)
         # Pixels are normalized and floats staged in at least float32; a half-precision model rounds afterwards.
         self._exact = torch.float64 if self.kernel.dtype == torch.float64 else torch.float32
         self.black: Tensor | None = None  # [C, 1, 1], the normalized value of pixel 0
@@ -129,6 +111,39 @@ class Model:
                 for each in (self.preprocessing.mean_in_pixels, self.preprocessing.std_in_pixels)
             )
             self.black = (-self._mean / self._std).to(self.kernel.dtype)
+
+    def _trial_input(self, spec: ModelSpec, device: torch.device) -> Tensor | None:
+        if self.trial_shape is None:
+            return None
+        most = spec.batch[1] if spec.batch else 0
+        return noise(self.trial_shape, 1 if most == 1 else 2).to(device, weights_dtype(spec.module))
+
+    def _kernel(
+        self,
+        options: KernelOptions | None = None,
+        *,
+        device: torch.device,
+        trial: Tensor | None = None,
+        is_shared: bool = False,
+    ) -> Kernel:
+        return Kernel(
+            self._module,
+            device=device,
+            adapter=self.adapter,
+            head=self.head,
+            layers=self.probed,
+            options=options,
+            trial=trial,
+            isolation=self._isolation,
+            is_shared=is_shared,
+        )
+
+    def _log_fold(self, options: KernelOptions) -> None:
+        if self.kernel.options.fold:
+            log.info(Event("folded", model=self.name, norms=self.kernel.n_folded))
+        elif options.fold:
+            message = "no BatchNorm directly follows a convolution or a linear layer; leave fold unset"
+            log.warning(Event("not_folded", model=self.name, message=message))
 
     def _facts(self) -> dict[str, object]:
         """Return everything besides the weights that a map depends on."""
@@ -322,13 +337,7 @@ class Model:
 
     def exact_kernel(self) -> Kernel:
         """Return a kernel of the same module without options, for comparison."""
-        return Kernel(
-            self._module,
-            device=self.kernel.device,
-            adapter=self.adapter,
-            head=self.head,
-            isolation=self._isolation,
-        )
+        return self._kernel(device=self.kernel.device)
 
     def _try(self) -> None:
         inputs = self.inputs_like(1)
