@@ -141,7 +141,7 @@ REFUSALS = {
     "half of the weights": (weights("half.pt"), ("weights: half.pt: ", "zip archive")),
     "half of the safetensors": (weights("half.safetensors"), ("weights: half.safetensors: ", "header")),
     "empty weights": (weights("empty.pt"), ("weights: empty.pt: EOFError",)),
-    "empty safetensors": (weights("empty.safetensors"), ("weights: empty.safetensors: ", "header too small")),
+    "empty safetensors": (weights("empty.safetensors"), ("weights: empty.safetensors: ", "deserializing header")),
     "junk": (weights("junk.pt"), ("weights: junk.pt: ",)),
     "weights of another model": (weights("others.pt"), ("weights: others.pt: ", "1.bias", "2.bias")),
     "safetensors of another model": (weights("others.safetensors"), ("weights: others.safetensors: ", "1.bias")),

@@ -381,7 +381,9 @@ def test_callers_who_go_away_at_any_moment_leave_nothing_behind(
         with Conversation(server.channel) as stream:
             stream.send(*(attribute(str(n), floats(2)) for n in range(10)))
             assert len(stream.finish()) == 10
-    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]  # it is no fault
+    # It is no fault. (Older grpcio logs a BlockingIOError where two event loops of one process poll its queue.)
+    logged = [record for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not [record for record in logged if "PollerCompletionQueue" not in record.getMessage()]
 
 
 async def _has_gone(context: Context) -> None:

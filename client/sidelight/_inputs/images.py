@@ -224,6 +224,8 @@ def _encoded(image: Image.Image) -> bytes:
 
     Of its EXIF data only the orientation is kept, for privacy: EXIF can hold the location of a photograph.
     """
+    if not all(image.size):
+        raise InvalidArgument(f"images: got a PIL image of mode {image.mode}, {image.size}: it is empty")
     file, exif = io.BytesIO(), Image.Exif()
     try:
         exif[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+_OTHER_NAME = "the server's certificate is for another name; connect by its own, or say it, TLS(server_name=…)"
+
 # Messages of gRPC and BoringSSL, and what to do about them. Waiting fixes none of these.
 _FAULTS = (
     ("CERTIFICATE_HAS_EXPIRED", "the server's certificate has expired"),
@@ -11,10 +13,8 @@ _FAULTS = (
         "CERTIFICATE_VERIFY_FAILED",
         'the server\'s certificate is not signed by an authority that this client trusts; name its file, tls="ca.pem"',
     ),
-    (
-        "Hostname Verification Check failed",
-        "the server's certificate is for another name; connect by its own, or say it, TLS(server_name=…)",
-    ),
+    ("Hostname Verification Check failed", _OTHER_NAME),
+    ("is not in peer certificate", _OTHER_NAME),  # of older releases
     ("WRONG_VERSION_NUMBER", "what answers there speaks no TLS; has the server --tls-certificate?"),
     ("Tls handshake failed", "the handshake failed"),
     ("Ssl handshake failed", "the handshake failed"),

@@ -150,7 +150,9 @@ def _halved(array: NDArray[np.float32 | np.float64]) -> Encoded:
 
     Gradients may be smaller than float16 can hold. The scale is a power of two, so scaling loses no digits.
     """
-    scales = np.ldexp(1.0, np.frexp(_largest(np.nan_to_num(np.abs(array), nan=0.0)))[1])  # [N]
+    largest = _largest(np.nan_to_num(np.abs(array), nan=0.0))  # [N]
+    # Not `ldexp(1.0, …)`: numpy 1 would compute that in float16.
+    scales = np.ldexp(np.ones_like(largest), np.frexp(largest)[1])
     # Keep it below 1 after rounding too: otherwise a product of 2¹²⁸ would overflow the caller's float32.
     shares = np.clip(array / _along(scales, array), -LARGEST_HALF_BELOW_1, LARGEST_HALF_BELOW_1)
     return Encoded(tensor_pb2.DATA_TYPE_FLOAT16, shares.astype("<f2"), tuple(scales))
