@@ -258,7 +258,7 @@ def _maps(tensor: tensor_pb2.Tensor, array: Array, are_there: list[bool]) -> NDA
         return array  # a read-only view of the message, without a copy
     maps = array.astype(np.float32)
     for i, scale in enumerate(tensor.scales):
-        maps[i] = array[i] * np.float64(scale)  # in float64: a scale may be below the float32 range
+        maps[i] = np.multiply(array[i], scale, dtype=np.float64)  # a scale may be below the range of float32
     if tensor.dtype == tensor_pb2.DATA_TYPE_UINT8:  # it has no NaN: the server sends zeros for a missing map
         maps[~np.array(are_there, bool)] = np.nan
     return maps
