@@ -22,7 +22,8 @@ THROUGHPUT_GOAL, P99_GOAL, LOAD = 0.95, 2.0, 0.8
 def lines(share: float) -> Iterator[Line]:
     for base in (*SINGLE, *SEVERAL):
         system = replace(base, n_batches=max(1000, int(base.n_batches * share)))
-        yield _throughput(replace(system, n_batches=max(system.n_batches // 10, 100 * system.n_servers)))
+        if system.n_clients == 1:
+            yield _throughput(replace(system, n_batches=max(system.n_batches // 10, 100 * system.n_servers)))
         for mean_life_s in (0.0, MEAN_LIFE_S):
             yield _latency(replace(system, load=LOAD, mean_life_s=mean_life_s, restart_s=RESTART_S))
 

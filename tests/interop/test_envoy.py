@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -67,6 +68,12 @@ def replica(port: int = 0) -> Iterator[Replica]:
             process.kill()
 
 
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
 @dataclass
 class Envoy:
     """The proxy, and what it tells of its replicas by their ports."""
@@ -113,8 +120,8 @@ def localized(ports: list[int]) -> dict:
 
 
 @contextlib.contextmanager
-def envoy(folder: Path, ports: list[int]) -> Iterator[Envoy]:
-    """Run the proxy in front of replicas, and wait until all of them serve."""
+def envoy(folder: Path, ports: list[int], *, n_serving: int | None = None) -> Iterator[Envoy]:
+    """Run the proxy in front of replicas, and wait until all of them serve, or so many."""
     (folder / "envoy.yaml").write_text(yaml.safe_dump(localized(ports)))
     admin = folder / "admin"
     command = [ENVOY, "-c", folder / "envoy.yaml", "--admin-address-path", admin, "--disable-hot-restart"]
@@ -125,7 +132,7 @@ def envoy(folder: Path, ports: list[int]) -> Iterator[Envoy]:
         try:
             until(lambda: admin.exists() and bool(admin.read_text()), "Envoy is there")
             proxy = Envoy(admin.read_text().strip(), ports)
-            until(lambda: all(map(proxy.serves, ports)), "all replicas serve")
+            until(lambda: all(map(proxy.serves, ports[:n_serving])), "all replicas serve")
             yield proxy
         finally:
             process.kill()
@@ -244,3 +251,23 @@ def test_messages_as_large_as_the_server_takes_pass_envoy(tmp_path: Path) -> Non
         assert client.attribute(pixels).maps.shape == (60, 256, 256)
         (answer,) = client.stream([pixels])
         assert answer.maps.shape == (60, 256, 256)
+
+
+@pytest.mark.slow
+def test_a_rolling_replacement_of_three_replicas_loses_no_batch(tmp_path: Path) -> None:
+    """As a Deployment with maxSurge 1 and maxUnavailable 0: a new one serves before an old one is told to end."""
+    with contextlib.ExitStack() as stack:
+        replicas = [stack.enter_context(replica()) for _ in range(3)]
+        spare = free_port()
+        proxy = stack.enter_context(envoy(tmp_path, [*(each.port for each in replicas), spare], n_serving=3))
+        load = stack.enter_context(loaded(proxy, n_streams=6))
+        load.more()
+        for old in replicas:
+            new = stack.enter_context(replica(spare))
+            until(lambda: proxy.serves(new.port), "Envoy knows the new one")  # noqa: B023
+            old.process.send_signal(signal.SIGTERM)
+            assert old.process.wait(WITHIN_S) == 0
+            spare = old.port
+            load.more()
+        assert not any(proxy.calls(old.port, "rq_active") for old in replicas[2:])
+        load.end()

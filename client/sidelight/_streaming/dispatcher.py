@@ -3,7 +3,6 @@
 It has no threads, no lock and no clock, as `UnansweredParts`.
 """
 
-import functools
 import itertools
 from collections.abc import Callable, Hashable
 
@@ -62,32 +61,32 @@ class Dispatcher:
 
     def next_to_send(self, now_s: float, n_examples: int = 1) -> Hashable | None:
         """Return the idle worker that should be sent a part of `n_examples` now; None if there is no part for any."""
-        if not self._unanswered.has_parts:
-            return None
-        can = functools.partial(self._unanswered.next_part, now_s=now_s)
-        self._sender = self._first(can, n_examples, now_s, kept=self._sender)
+        if self._sender is None or not self._can_send(self._sender, now_s):
+            self._sender = self._least_loaded(now_s, n_examples)
+            if self._sender is not None:
+                self._on_choice()
         return self._sender
 
     def next_to_read(self, now_s: float) -> Hashable | None:
         """Return the idle worker that should read the next batch; None if the window has no room."""
         if not self._unanswered.has_room(now_s):
             return None
-        can = functools.partial(self._unanswered.may_read, now_s=now_s)
-        self._reader = self._first(can, 1, now_s, kept=self._reader)
+        if self._reader is None or not self._unanswered.may_read(self._reader, now_s):
+            self._reader = next((each for each in self._idle if self._unanswered.may_read(each, now_s)), None)
+            if self._reader is not None:
+                self._on_choice()
         return self._reader
 
-    def _first(
-        self, can: Callable[[Hashable], object], n_examples: int, now_s: float, *, kept: Hashable | None
-    ) -> Hashable | None:
-        if kept is not None and kept not in self._blocked and can(kept):
-            return kept
-        idle = (each for each in self._idle if each not in self._blocked and can(each))
-        first = [(each, self._unanswered.load(each)) for each in itertools.islice(idle, CANDIDATES)]
-        chosen = least_loaded(first, n_examples, now_s)
+    def _can_send(self, worker: Hashable, now_s: float) -> bool:
+        return worker not in self._blocked and self._unanswered.next_part(worker, now_s) is not None
+
+    def _least_loaded(self, now_s: float, n_examples: int) -> Hashable | None:
+        if not self._unanswered.has_parts:
+            return None
+        idle = (each for each in self._idle if self._can_send(each, now_s))
+        compared = [(each, self._unanswered.load(each)) for each in itertools.islice(idle, CANDIDATES)]
         if len(self._idle) > CANDIDATES:  # the others are compared next time
-            for each, _ in first:
+            for each, _ in compared:
                 del self._idle[each]
                 self._idle[each] = None
-        if chosen is not None:
-            self._on_choice()
-        return chosen
+        return least_loaded(compared, n_examples, now_s)

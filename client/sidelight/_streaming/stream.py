@@ -372,7 +372,10 @@ class Stream:
         with self._lock:
             if not self._is_over:
                 connections = self._pool.connections
-                self._leaving += [self._workers.pop(gone) for gone in set(self._workers).difference(connections)]
+                for gone in set(self._workers).difference(connections):
+                    worker = self._workers.pop(gone)
+                    self._leaving.append(worker)
+                    self._dispatcher.leave(worker)
                 for added in connections:
                     if added not in self._workers:
                         self._add_worker(added)
@@ -411,7 +414,7 @@ class Stream:
             entry = Entry(read.index, batch, time.monotonic() + self._config.timeout_s)
             self._is_reading = False
             self._unanswered.add(entry, spans)
-            if worker in self._availability and worker.call is call:
+            if worker in self._availability and worker not in self._leaving and worker.call is call:
                 self._dispatcher.ask(worker)
             if refused is not None:
                 self._deliver(entry, attribution.failed(refused, index=entry.index, id_=entry.id))

@@ -17,7 +17,7 @@ def test_one_client_uses_all_servers_nearly_as_one_queue_would(n_servers: int, n
 
 @pytest.mark.parametrize("hedge_after_s", [None, 0.2])
 def test_nothing_is_lost_or_doubled_while_servers_die(hedge_after_s: float | None) -> None:
-    system = System(8, 3000, n_clients=3, load=0.7, mean_life_s=5.0, restart_s=1.0, hedge_after_s=hedge_after_s)
+    system = System(8, 3000, n_clients=3, load=0.7, mean_life_s=10.0, restart_s=1.0, hedge_after_s=hedge_after_s)
     outcome = simulate(system)
     assert (outcome.n_lost, outcome.n_doubled) == (0, 0)
     assert outcome.n_given_up <= 3  # alone on two servers that died: rare, and told as an error
