@@ -71,6 +71,7 @@ class Server:
         self._health = Health()
         self._is_stopping = False
         self._shared: SharedMemory | None = None
+        self._regions = SystemSharedMemory(None)
         self._background: list[asyncio.Task[None]] = []
         self._metrics_listen = metrics_listen
         self._metrics: MetricsServer | None = None
@@ -224,6 +225,7 @@ class Server:
         if self._metrics:
             self._metrics.close()
             self._metrics = None
+        self._regions.close()
         if self._shared:
             self._shared.close()
             self._shared = None
