@@ -48,6 +48,7 @@ COMPONENTS = {
         ),
         "apt-get install chromium, then make browser",
     ),
+    "dciodvfy": Component(lambda: shutil.which("dciodvfy") is not None, "apt-get install dicom3tools"),
     "envoy": Component(ENVOY.exists, "make envoy brings the proxy"),
     "floor": Component(FLOOR.exists, "make setup makes the environment of the oldest versions"),
     "helm": Component(HELM.exists, "make helm brings it"),

@@ -121,6 +121,11 @@ class EncodedBatch:
             return dicom.picture(given, window)
         return _upright(Image.open(io.BytesIO(given)), window or (0, 0xFFFF))
 
+    def dicom_file(self, example: int) -> bytes | None:
+        """Return one example as the DICOM file that was given; None if it was something else."""
+        given = self._examples[example]
+        return given if isinstance(given, bytes) and dicom.is_dicom(given) else None
+
 
 class Lent:
     """A weak reference to a batch: an answer can draw its overlays only while the batch is alive elsewhere."""

@@ -17,10 +17,10 @@ from sidelight.v1 import tensor_pb2
 from .._inputs.enums import word
 from .._inputs.images import EncodedBatch, Lent
 from .._inputs.tensors import Array, array_of
-from ..exceptions import FailedPrecondition, SidelightError, from_code
+from ..exceptions import FailedPrecondition, InvalidArgument, SidelightError, from_code
 from ..visualization.overlay import overlay, overlay_part
 from ..visualization.styles import TOP_PERCENT, StyleName
-from . import storage
+from . import dicom, storage
 from .dataframe import to_dataframe
 from .display import answer_html, answer_text
 from .example import ExampleAttribution
@@ -153,6 +153,26 @@ class Attribution:
             overwrite=overwrite,
         )
 
+    def save_dicom(self, folder: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Write the maps of DICOM images as DICOM objects for clinical viewers, and return their paths.
+
+        `000-map.dcm` is a Parametric Map: float32 values on the grid of the source image, 0 where the model did not
+        look, the source's position in the patient, and the range of values to show. `000-overlay.dcm` is a Secondary
+        Capture of the overlay in color; a map of floating-point values cannot have colors of its own. A source without
+        a frame of reference, such as a plain radiograph, gets only the overlay, because a Parametric Map must have one.
+
+        All objects are in the source's study, refer to it, repeat what it says about the patient, and have the
+        provenance in the header. Failed examples are left out. With a top-k target, `000-1-map.dcm` is that of the
+        second class. Needs `sidelight[dicom]`. `InvalidArgument` for an example that is no DICOM image of one frame,
+        `AlreadyExists` if a file exists and `overwrite` is False.
+        """
+        if self.error is not None or self.provenance is None:
+            raise self.error or FailedPrecondition("the answer has no provenance")
+        drawings = [
+            each for i, there in enumerate(self.predictions) if there is not None for each in self._dicom_drawings(i)
+        ]
+        return dicom.write(drawings, Path(folder), provenance=self.provenance, overwrite=overwrite)
+
     def to_dict(self) -> dict[str, object]:
         """Return everything except the maps as values for JSON. `save` writes it into `answer.json`."""
         return storage.to_dict(self)
@@ -164,8 +184,28 @@ class Attribution:
         """
         return to_dataframe(self)
 
+    def _dicom_drawings(self, i: int) -> Iterator[dicom.Drawing]:
+        picture, geometry = self._original(i), self.geometry[i]
+        batch = self._kept_batch
+        file = None if batch is None else batch.dicom_file(i)
+        if file is None or geometry is None:
+            raise InvalidArgument(f"images: example {i} is no DICOM file, which save_dicom refers to")
+        for k, target in enumerate(self[i].targets):
+            yield dicom.drawing(
+                f"{i:03}-{k}" if self.is_top_k else f"{i:03}",
+                file,
+                self.heatmap(i, k=k),
+                box=_box(picture, geometry),
+                overlay=self.overlay(i, k=k, original=True),
+                target=target,
+            )
+
+    @property
+    def _kept_batch(self) -> EncodedBatch | None:
+        return self._batch.batch if isinstance(self._batch, Lent) else self._batch
+
     def _original(self, i: int) -> Image.Image:
-        batch = self._batch.batch if isinstance(self._batch, Lent) else self._batch
+        batch = self._kept_batch
         if batch is None or self.error is not None:
             raise self.error or FailedPrecondition(
                 "the answer no longer has its images: on a stream they are kept until the next answer is read; draw "

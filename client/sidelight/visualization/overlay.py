@@ -79,6 +79,18 @@ def overlay_part(
     return sheet
 
 
+def placed_map(map_: Map, box: tuple[float, float, float, float], size: tuple[int, int]) -> Map:
+    """Return a map `[H, W]` on the grid of a picture with a width and height in pixels; 0 outside `box`.
+
+    `box` has the left, top, right and bottom edges of the part that the map covers, as in `overlay_part`.
+    """
+    (left, right), (top, bottom) = _span(box[0], box[2], size[0]), _span(box[1], box[3], size[1])
+    part = Image.fromarray(checked(map_).astype(np.float32))
+    placed = np.zeros((size[1], size[0]))
+    placed[top:bottom, left:right] = np.asarray(part.resize((right - left, bottom - top), Image.Resampling.BILINEAR))
+    return placed
+
+
 def smoothed_map(map_: Map) -> Map:
     """Return a map `[H, W]` as overlays draw it by default: smoothed, because gradients are grainy."""
     values = checked(map_)
