@@ -188,7 +188,7 @@ def _secondary_capture(
         **instance,
     )
     if _orientation(source) is None:
-        capture.PatientOrientation = None  # unknown; highdicom asks for one
+        capture.PatientOrientation = []  # unknown; highdicom asks for one
     capture.ManufacturerModelName = equipment["manufacturer_model_name"]
     capture.SoftwareVersions = equipment["software_versions"]
     capture.SourceImageSequence = [_reference(source)]
