@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo page test browser check lint proto proto-check bench bench-docs peers pyhealth soak soak-long fuzz zoo properties nightly image envoy helm inference breaking dist oldest pythons lock clean
+.PHONY: setup demo page docs notebooks test browser check lint proto proto-check bench bench-docs peers pyhealth soak soak-long fuzz zoo properties nightly image envoy helm inference breaking dist oldest pythons lock clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -38,6 +38,20 @@ demo: .venv/.ready
 # The same classifier and photographs, on a page in the browser.
 page: .venv/.ready
 	$(BIN)/sidelight page --demo --open
+
+# The manual as a site in site/: strict, so that a broken link is an error. Its environment is its own.
+docs: .venv-docs/.ready
+	.venv-docs/bin/mkdocs build --strict --quiet --config-file docs/site/mkdocs.yml
+
+.venv-docs/.ready: docs/site/requirements.txt
+	$(PYTHON) -m venv --clear .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --requirement $<
+	.venv-docs/bin/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# Runs the notebooks again and keeps their outputs: after a change of what they show.
+notebooks: .venv/.ready
+	$(BIN)/python docs/site/run_notebooks.py
 
 # What the tests must find: all that `setup` brings. Other components are in tests/support/components.py.
 REQUIRE ?= floor,kubernetes,onnx,torchvision
@@ -239,4 +253,4 @@ dist: .venv-tools/.ready
 	touch $@
 
 clean:
-	rm -rf .envoy .helm .venv .venv-floor .venv-tools .venv-oldest .venv-3.1? .venv-inference .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth dist demo
+	rm -rf .envoy .helm .venv .venv-floor .venv-tools .venv-docs site .venv-oldest .venv-3.1? .venv-inference .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth dist demo

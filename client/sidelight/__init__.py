@@ -31,6 +31,7 @@ from .methods.path import ExpectedGradients, IntegratedGradients, SmoothGrad
 from .methods.perturbation import RISE, Occlusion
 from .results.attribution import Attribution
 from .results.gallery import gallery
+from .results.plot import plot
 
 __version__ = "0.1.0"
 
@@ -66,6 +67,7 @@ __all__ = [
     "exceptions",
     "gallery",
     "methods",
+    "plot",
     "replay",
     "results",
 ]

@@ -66,14 +66,14 @@ def test_each_file_that_is_named_exists(page: Path) -> None:
 
 def test_the_folders_say_the_purpose_of_a_page() -> None:
     assert {path.name for path in DOCS.iterdir()} == {
-        "README.md", "explanation", "how-to", "images", "reference", "tutorial",
+        "README.md", "explanation", "how-to", "images", "notebooks", "reference", "site", "tutorial",
     }  # fmt: skip
 
 
 def test_the_index_lists_every_page() -> None:
     index = DOCS / "README.md"
     listed = {(index.parent / link).resolve() for link in LINK.findall(_prose(index))}
-    assert {page for page in DOCS.glob("*/*.md") if page not in listed} == set()
+    assert {page for page in [*DOCS.glob("*/*.md"), *DOCS.glob("*/*.ipynb")] if page not in listed} == set()
 
 
 def test_the_architecture_lists_every_package() -> None:

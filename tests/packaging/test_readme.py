@@ -1,4 +1,4 @@
-"""The code of README.md, the tutorial and three how-to guides runs as shown: Python, commands and ways to install.
+"""The code of README.md, the tutorial and the how-to guides of the client runs as shown: Python, commands, installing.
 
 It runs in a folder of its own; only the socket's path differs.
 """
@@ -33,6 +33,8 @@ PAGES = {
         "README.md",
         "docs/tutorial/first-maps.md",
         "docs/how-to/call-from-python.md",
+        "docs/how-to/choose-a-method.md",
+        "docs/how-to/migrate.md",
         "docs/how-to/use-the-command-line.md",
         "docs/how-to/replace-pyhealth.md",
         "docs/how-to/load-test.md",
@@ -115,7 +117,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folder]:
 @pytest.mark.parametrize(("page", "text"), CLIENT, ids=[page for page, _ in CLIENT])
 def test_the_client_does_what_is_shown(folder: Folder, monkeypatch: pytest.MonkeyPatch, page: str, text: str) -> None:
     monkeypatch.chdir(folder.path)
-    made = [*re.findall(r'\.save\("(.+?)"', text)]
+    made = re.findall(r'\.save(?:fig)?\("(.+?)"', text)
     for name in made:
         if Path(name).is_file():
             Path(name).unlink()
@@ -160,7 +162,7 @@ def test_a_command_does_what_is_shown(folder: Folder, line: str) -> None:
 
 def test_all_code_is_run() -> None:
     others = [text for text in PYTHON if "sidelight.connect(" not in text]
-    assert len(CLIENT) == 3
+    assert len(CLIENT) == 5
     assert len(others) == 3  # the factory, its weights, PyHealth's class
     others = {line.split()[0] for line in COMMANDS if line} - {"sidelight", "sidelight-server"}
     assert others == {"make", "pip"}

@@ -42,14 +42,14 @@ def gallery(
     look = Look(colormap, style, top_percent, theme)
     if not isinstance(answers, Mapping):
         return draw_gallery(_retitled(_panels(answers), titles, subtitles), heading=heading, columns=columns, look=look)
-    rows = _rows(answers)
+    rows = rows_of(answers)
     firsts = [next((panel for panel in row if panel.picture is not None), row[0]) for row in rows]
     return draw_comparison(
         list(zip(_retitled(firsts, titles, subtitles), rows, strict=True)), list(answers), heading=heading, look=look
     )
 
 
-def _rows(answers: Mapping[str, Answers]) -> list[tuple[Panel, ...]]:
+def rows_of(answers: Mapping[str, Answers]) -> list[tuple[Panel, ...]]:
     """Return for each image its panels, one by each name."""
     columns = {name: _panels(each) for name, each in answers.items()}
     if not columns:

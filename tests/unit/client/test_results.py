@@ -241,6 +241,24 @@ def test_a_gallery_of_named_answers_has_a_row_for_each_picture() -> None:
         sidelight.gallery({})
 
 
+def test_a_plot_has_a_row_for_each_picture_and_a_column_for_each_name() -> None:
+    two = answer_of([example(1)] * 2)
+    for style in ("color", "contours", "mask", "map"):
+        figure = sidelight.plot({"gradient": two, "mask\nnote": two}, style=style)
+        tiles = [axes for axes in figure.axes if axes.images]
+        assert len(tiles) == 2 * 3
+        assert figure._repr_jpeg_()[:2] == b"\xff\xd8"
+    assert len(sidelight.plot(two[0]).axes) == 2
+    with pytest.raises(sidelight.InvalidArgument, match="style: got 'lines'"):
+        sidelight.plot(two, style="lines")
+
+
+def test_without_matplotlib_a_plot_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(sidelight.InvalidArgument, match=r"pip install 'sidelight\[plot\]'"):
+        sidelight.plot(answer_of([example(1)]))
+
+
 def test_what_cannot_be_a_gallery_is_refused() -> None:
     answer = answer_of([example(1)] * 2)
     for answers, options, message in (
