@@ -137,4 +137,4 @@ def _image(picture: Image.Image, alt: str) -> str:
     picture.save(file, "JPEG", quality=90)  # a third of the size of a PNG: notebooks are committed with their outputs
     data = base64.b64encode(file.getvalue()).decode()
     size = f'width="{picture.width}" height="{picture.height}"'
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{alt}" {size} style="margin-right:2px">'
+    return f'<img src="data:image/jpeg;base64,{data}" alt="{alt}" {size} style="display:inline;margin:0 2px 0 0">'
