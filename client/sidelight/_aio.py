@@ -308,4 +308,6 @@ class AsyncClient:
                 raise answered.error
         finally:
             source.close()
-            await asyncio.to_thread(stream.close)
+            # Shielded: a second cancellation, which anyio's scopes always send, would take the call from the queue of
+            # the executor, and the stream would run on.
+            await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, stream.close))

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
@@ -163,6 +164,35 @@ def test_leaving_a_stream_early_ends_it(gate: Gate, gated: str) -> None:
                     break
             assert not any(each.name in ("sidelight-receive", "sidelight-timer") for each in threading.enumerate())
             assert len(await client.attribute(floats(1), timeout=WAIT_S)) == 1
+
+    run(ask())
+
+
+def test_a_stream_ends_although_its_task_is_cancelled_again_and_no_thread_is_free(gate: Gate, gated: str) -> None:
+    """As under anyio, whose scopes cancel at every await."""
+    is_free = threading.Event()
+
+    async def consume(client: sidelight.AsyncClient) -> None:
+        async for _ in client.stream([floats(1)]):
+            pass
+
+    async def ask() -> None:
+        executor = ThreadPoolExecutor(1)
+        asyncio.get_running_loop().set_default_executor(executor)
+        async with sidelight.aio.connect(gated) as client:
+            gate.shut()
+            task = asyncio.ensure_future(consume(client))
+            while not gate.reached.is_set():  # noqa: ASYNC110  (the only thread has other work)
+                await asyncio.sleep(0.01)
+            blocked = executor.submit(is_free.wait, WAIT_S)
+            while not task.done():
+                task.cancel()
+                await asyncio.sleep(0)
+            is_free.set()
+            gate.open()
+            assert await asyncio.wrap_future(blocked)
+            await asyncio.to_thread(lambda: None)  # behind the end of the stream
+            assert not any(each.name in ("sidelight-receive", "sidelight-timer") for each in threading.enumerate())
 
     run(ask())
 

@@ -4,6 +4,7 @@ import base64
 import dataclasses
 import io
 import json
+import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 import sidelight
 import sidelight.aio
 from PIL import Image
+from sidelight._cli.app import app as command
 from sidelight.methods.parsing import METHODS, parse_method
 from sidelight.page import controls, pictures
 from sidelight.page.app import make_app
 from sidelight.visualization.colormaps import color_scale
 from starlette.testclient import TestClient
+from typer.testing import CliRunner
 
 from support.models import LABELS
 
@@ -229,6 +232,16 @@ def test_the_policy_allows_nothing_from_elsewhere(page: TestClient) -> None:
         assert "http:" not in text
         assert "https:" not in text
         assert "innerHTML" not in text
+
+
+def test_the_command_refuses_what_it_cannot_listen_on() -> None:
+    everywhere = CliRunner().invoke(command, ["page", "--host", "0.0.0.0"])
+    assert everywhere.exit_code == 2
+    assert "--host-name" in everywhere.output
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        refused = CliRunner().invoke(command, ["page", "--port", str(taken.getsockname()[1])])
+    assert refused.exit_code == 1
+    assert "in use" in refused.output
 
 
 @pytest.mark.parametrize("name", METHODS)

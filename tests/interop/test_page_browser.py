@@ -243,14 +243,18 @@ def test_methods_stand_side_by_side_on_one_scale(page: Any, url: str) -> None:
     assert shared[0] == shared[1] == max(float(text.split()[-1]) for text in own)
 
 
-def test_maps_improve_and_can_be_cancelled(page: Any, url: str) -> None:
+def test_maps_improve_and_can_be_cancelled(page: Any, url: str, server: Server) -> None:
     opened(page, url, map=SLOW)
     status = page.locator(".pane-status")
     status.filter(has_text=re.compile(r"improving · \d+ rows · error")).wait_for()
     rows = int(re.search(r"(\d+) rows", status.inner_text())[1])
     until(page, "n => parseInt(/(\\d+) rows/.exec(document.querySelector('.pane-status').textContent)[1]) > n", rows)
-    page.get_by_role("button", name="Cancel").click()
-    status.filter(has_text="cancelled").wait_for()
+    with sidelight.connect(server.address) as client:
+        before = client.info().cancellations.count
+        page.get_by_role("button", name="Cancel").click()
+        status.filter(has_text="cancelled").wait_for()
+        while client.info().cancellations.count == before:  # on the server, too
+            page.wait_for_timeout(20)
     page.select_option("#method-name", "gradient")
     until_final(page)
     assert page.locator(".pane .problem").is_hidden()

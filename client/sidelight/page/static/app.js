@@ -127,7 +127,13 @@ on("loaded", () => {
   arrange();
   state.panes.forEach((pane) => pane.place());
 });
-on("viewport", () => state.panes.forEach((pane) => pane.place()));
+let redraw;
+on("viewport", () => {
+  state.panes.forEach((pane) => pane.place());
+  if (state.view.style !== "contours") return;
+  clearTimeout(redraw); // lines are as wide on the screen, however large the picture is
+  redraw = setTimeout(drawAll, 100);
+});
 on("partial", () => {
   if (state.view.scale === "shared") drawAll();
   renderClasses();

@@ -55,7 +55,7 @@ function optionField(pane, option) {
     return field(title, select(id, choices, value ?? "", (given) => set(given || null)), about);
   }
   if (option.kind === "layer") {
-    const layers = [["", "the last that all pass"], ...(state.model?.layers ?? []).map((each) => [each, each])];
+    const layers = [["", "automatic"], ...(state.model?.layers ?? []).map((each) => [each, each])];
     return field(title, select(id, layers, value ?? "", set), about);
   }
   const input = make("input", {

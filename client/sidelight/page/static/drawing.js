@@ -1,6 +1,8 @@
 // Draws maps onto canvases. Values, smoothing and scale come from the server; the color tables are Python's.
 
 const CONTOUR_DETAIL = 4; // canvas pixels per map pixel
+const CONTOUR_WIDTH = 2; // on the screen, in CSS pixels
+const CONTOUR_COLORS = ["#ffdc4f", "#ff9d36", "#f14634"]; // of the top percent, a half and a quarter of them
 const OPACITY_POWER = 1.5; // low values, which a gradient has everywhere, do not tint the whole picture
 const VEIL = [12, 13, 16, 205]; // over what is not among the top areas
 
@@ -24,8 +26,8 @@ export function readLayer(layer) {
   return layer;
 }
 
-// Draw a map [height, width]. `scale` has the magnitudes at which colors begin and end.
-export function drawMap(canvas, { values, shape: [height, width], scale, colormap, view }) {
+// Draw a map [height, width]. `scale` has the magnitudes at which colors begin and end; `shownWidth` is in CSS pixels.
+export function drawMap(canvas, { values, shape: [height, width], scale, colormap, view, shownWidth }) {
   const detail = view.style === "contours" ? CONTOUR_DETAIL : 1;
   if (canvas.width !== width * detail || canvas.height !== height * detail) {
     canvas.width = width * detail;
@@ -33,7 +35,7 @@ export function drawMap(canvas, { values, shape: [height, width], scale, colorma
   }
   const context = canvas.getContext("2d");
   context.clearRect(0, 0, canvas.width, canvas.height);
-  if (view.style === "contours") drawContours(context, values, width, height, view);
+  if (view.style === "contours") drawContours(context, values, [width, height], view, (CONTOUR_WIDTH * canvas.width) / shownWidth);
   else context.putImageData(new ImageData(pixelsOf(values, { scale, colormap, view }), width, height), 0, 0);
 }
 
@@ -69,15 +71,15 @@ export function topLevels(values, top) {
   return [1, 2, 4].map((part) => sorted[Math.min(sorted.length - 1, Math.floor(sorted.length * (1 - top / 100 / part)))]);
 }
 
-function drawContours(context, values, width, height, view) {
+function drawContours(context, values, [width, height], view, line) {
   const magnitudes = Float32Array.from(values, (each) => (Number.isNaN(each) ? 0 : Math.abs(each)));
   context.lineCap = "round";
+  context.globalAlpha = 0.25 + 0.75 * view.opacity;
   topLevels(values, view.top).forEach((level, n) => {
     const path = contour(magnitudes, width, height, level);
-    for (const [color, line] of [["rgb(10 10 14 / 0.7)", 5.5], [["#ffdc4f", "#ff9d36", "#f14634"][n], 2.6]]) {
+    for (const [color, times] of [["rgb(10 10 14 / 0.7)", 2.2], [CONTOUR_COLORS[n], 1]]) { // a dark edge: seen on any picture
       context.strokeStyle = color;
-      context.lineWidth = line;
-      context.globalAlpha = Math.max(0.25, view.opacity / 0.75 > 1 ? 1 : view.opacity / 0.75);
+      context.lineWidth = times * line;
       context.stroke(path);
     }
   });

@@ -83,7 +83,7 @@ export class Pane {
     for await (const event of events("/explain", question, signal)) {
       if (signal.aborted) return;
       if (event.event === "error") throw new Failure(event);
-      this.answer = { ...event, picture: question.picture };
+      this.answer = { ...event, picture: question.picture, at: performance.now() };
       this.render();
       if (!event.final) tell("partial", this);
     }
@@ -184,17 +184,18 @@ export class Pane {
     const colors = view.style === "color" || view.style === "even";
     this.element.querySelector(".scale").hidden = !layer || !colors;
     this.frame.classList.toggle("dimmed", Boolean(layer) && view.style === "color");
+    this.frame.classList.toggle("masked", Boolean(layer) && view.style === "mask");
     this.frame.classList.toggle("coarse", !view.smooth);
     this.frame.classList.toggle("has-map", Boolean(layer));
     this.place();
     if (!layer) return;
     const scale = view.scale === "shared" ? sharedScale() : layer;
-    drawMap(this.canvas, { values: layer.values, shape: answer.shape, scale, colormap: this.colormap(), view });
+    drawMap(this.canvas, { values: layer.values, shape: answer.shape, scale, colormap: this.colormap(), view, shownWidth: this.box.getBoundingClientRect().width || 1 });
     drawColorbar(this.bar, this.colormap(), answer.signed);
     const isTwoSided = answer.signed && this.colormap().diverging;
-    const ends = isTwoSided ? [-scale.high, 0, scale.high] : [scale.low, "", scale.high];
-    this.ends.forEach((span, n) => (span.textContent = ends[n] === "" ? "" : short(ends[n])));
-    this.ends[0].title = scale.low ? "the low percentile of the map: its constant part is not drawn" : "";
+    const middle = scale.low ? "from its 1st percentile" : ""; // a large constant part is not drawn
+    const ends = isTwoSided ? [-scale.high, 0, scale.high] : [scale.low, middle, scale.high];
+    this.ends.forEach((span, n) => (span.textContent = typeof ends[n] === "number" ? short(ends[n]) : ends[n]));
   }
 
   // Lay the map over the part of the picture that the model saw.

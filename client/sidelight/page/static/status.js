@@ -4,6 +4,7 @@ import { getJson } from "./api.js";
 import { $, seconds, state, tell } from "./store.js";
 
 const PERIOD_MS = 3000;
+const RECENT_MS = 10_000;
 
 export async function watchServer() {
   for (;;) {
@@ -29,7 +30,8 @@ export async function askServer() {
 export function renderStatus() {
   const { server } = state;
   const model = server.models?.find((each) => each.name === state.model?.name) ?? server.models?.[0];
-  const backlog = state.active?.answer?.timing?.backlog_s; // of all callers, when it last answered
+  const answer = state.active?.answer; // it tells the work of all callers, as it was then
+  const backlog = answer && performance.now() - answer.at < RECENT_MS ? answer.timing.backlog_s : undefined;
   $("server").className = server.reachable ? (model?.state === "serving" ? "good" : "waiting") : "away";
   const parts = !server.reachable ? [`Server away: ${server.message ?? "not reached yet"}`] : [
     model ? `${model.name}, version ${model.version}` : "no model",
