@@ -19,7 +19,7 @@ N_BATCHES = 16
 N_CALLS = 200
 STREAM_GOAL = 0.97
 HALF = KernelOptions(precision="bfloat16", fold=True, channels_last=True)
-CALL_GOAL_MS = 3.0
+CALL_GOAL_MS = 1.5
 
 
 def run() -> list[Line]:

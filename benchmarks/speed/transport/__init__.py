@@ -1,7 +1,7 @@
 """The stream against a bare gRPC echo of the same bytes, and shared memory against both, on a model that costs nothing.
 
-Both servers run in processes of their own; both clients are the same few lines of raw stubs. `python -m benchmarks
-transport` runs it alone.
+Both servers run in processes of their own; both clients are the same few lines of raw stubs. The Python clients are
+measured against these. `python -m benchmarks transport` runs it alone.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ import sidelight_server
 from torch import Tensor, nn
 
 from ...support.measure import Line, in_turns, ratio, server
+from .clients import exchange_by_async_client, exchange_by_client
 from .echo import METHOD as ECHO
 from .echo import OPTIONS, echo
 from .exchange import STREAM, exchange, exchange_shared
@@ -24,7 +25,8 @@ from .messages import CASES, Case, attribute, check_answer
 
 CHUNK_ROWS = 32
 N_IDLE, N_IDLE_CHANNELS, IDLE_GOAL_MB = 256, 8, 20
-SHARED_GOAL = 3.0
+CLIENT_GOAL = 0.8
+SHARED_GOAL = 2.5
 ADDED_CASE, ADDED_GOAL_MS = "150 kB", 1.2
 
 
@@ -64,18 +66,38 @@ def _inline(case: Case, address: str, echo: str) -> list[Line]:
     def bare() -> None:
         asyncio.run(exchange(echo, ECHO, requests, case, check=False))
 
-    seconds = in_turns({"echo": bare, "stream": stream})
+    rivals = {
+        "echo": bare,
+        "stream": stream,
+        "connect": lambda: exchange_by_client(address, case),
+        "aio.connect": lambda: asyncio.run(exchange_by_async_client(address, case)),
+    }
+    seconds = in_turns(rivals)
     share = ratio(seconds["echo"], seconds["stream"])
     rates = {name: case.n / statistics.median(each) for name, each in seconds.items()}
-    line = Line(
-        what=f"stream over a bare gRPC echo, messages of {case.name}, a model that costs nothing",
-        figure=share,
-        unit="×",
-        goal=f"≥ {case.goal}",
-        met=share >= case.goal,
-        detail=f"{rates['stream']:.0f} against {rates['echo']:.0f} messages/s",
-    )
-    return [line, _added(rates)] if case.name == ADDED_CASE else [line]
+    lines = [
+        Line(
+            what=f"stream over a bare gRPC echo, messages of {case.name}, a model that costs nothing",
+            figure=share,
+            unit="×",
+            goal=f"≥ {case.goal}",
+            met=share >= case.goal,
+            detail=f"{rates['stream']:.0f} against {rates['echo']:.0f} messages/s",
+        )
+    ]
+    for name in ("connect", "aio.connect"):
+        share = ratio(seconds["stream"], seconds[name])
+        lines.append(
+            Line(
+                what=f"stream of `sidelight.{name}` over that of raw stubs, messages of {case.name}",
+                figure=share,
+                unit="×",
+                goal=f"≥ {CLIENT_GOAL}",
+                met=share >= CLIENT_GOAL,
+                detail=f"{rates[name]:.0f} messages/s",
+            )
+        )
+    return [*lines, _added(rates)] if case.name == ADDED_CASE else lines
 
 
 def _added(rates: dict[str, float]) -> Line:
