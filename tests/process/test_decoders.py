@@ -23,7 +23,7 @@ from PIL import Image
 from sidelight_server import Engine, Files, Request, Settings
 from sidelight_server.engine.decoder_pool import DecoderPool
 from sidelight_server.engine.decoder_process import Fitted
-from sidelight_server.engine.request_cost import held_bytes
+from sidelight_server.engine.request_cost import cost_of
 from sidelight_server.errors import InvalidArgument, ResourceExhausted, SidelightError, Unavailable
 from sidelight_server.inputs.decode_worker import BYTES_PER_PIXEL, SPARE_BYTES, Order
 from sidelight_server.inputs.decoding import decode
@@ -464,8 +464,8 @@ def test_pixels_do_not_wait_for_files() -> None:
 def test_the_pixels_that_files_become_count_in_the_permit() -> None:
     running = engine()
     version = running.registry.serving("")
-    held = [sum(held_bytes(Request(Files((GOOD,) * n)), version[0])) for n in (1, 9)]
-    floats = [sum(held_bytes(Request(np.zeros((n, 3, 32, 32), np.float32)), version[0])) for n in (1, 9)]
+    held = [sum(cost_of(Request(Files((GOOD,) * n)), version[0])[:2]) for n in (1, 9)]
+    floats = [sum(cost_of(Request(np.zeros((n, 3, 32, 32), np.float32)), version[0])[:2]) for n in (1, 9)]
     # Once for each picture, and once more when the batch is made of them.
     assert (held[1] - held[0]) - (floats[1] - floats[0]) == 2 * 8 * 3 * 32 * 32
 

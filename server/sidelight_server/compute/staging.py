@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..domain import Array
@@ -105,6 +106,13 @@ def _stream(device: torch.device) -> torch.cuda.Stream | None:
 def is_finite(array: Array) -> bool:
     """Return whether every element is finite."""
     return bool(np.isfinite(array).all())
+
+
+def magnitudes(maps: Array) -> NDArray[np.floating]:
+    """Return the largest absolute value of each map, [k], of [k, ...]; not finite where a map has such an element."""
+    flat = maps.reshape(len(maps), -1)
+    largest: NDArray[np.floating] = np.maximum(flat.max(axis=1, initial=0), -flat.min(axis=1, initial=0))
+    return largest  # NaN propagates through each of the three
 
 
 def normalize(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:

@@ -127,12 +127,22 @@ class ActiveRequest:
         """Record the identity of the model that computed some of its rows."""
         self._identity = identity if self._identity in (None, identity) else Identity()
 
-    def store_result(self, example_run: ExampleRun, maps: Array, result: Result, probabilities: Array | None) -> None:
-        """Store an example run's newest result: maps, [k, …], and probabilities, [K], on the host."""
+    def store_result(
+        self,
+        example_run: ExampleRun,
+        maps: Array,
+        magnitudes: NDArray[np.floating],
+        result: Result,
+        probabilities: Array | None,
+    ) -> None:
+        """Store an example run's newest result, on the host.
+
+        `maps` are [k, …], `magnitudes` the largest absolute value of each, [k], and `probabilities` [K].
+        """
         explanation = Explanation(
             result.predicted,
             result.probability,
-            tuple(map(_with_negligible, result.targets, result.is_negligible, maps)),
+            tuple(map(_with_negligible, result.targets, result.is_negligible, magnitudes)),
             self.prepared.geometries[example_run.index],
             result.convergence,
         )
@@ -227,9 +237,8 @@ def _max_rows(request: Request, prepared: Prepared) -> int:
     return len(prepared.examples) * (1 + top_k * rows if top_k else rows)
 
 
-def _with_negligible(target: ExplainedTarget, is_negligible: bool | None, map_: Array) -> ExplainedTarget:
+def _with_negligible(target: ExplainedTarget, is_negligible: bool | None, magnitude: np.floating) -> ExplainedTarget:
     """Return a target with `negligible` set if the map is below the smallest normal number of its type."""
     if is_negligible is None:
-        least = np.finfo(np.float64 if map_.dtype == np.float64 else np.float32).tiny
-        is_negligible = bool(max(map_.max(initial=0), -map_.min(initial=0)) < least)
+        is_negligible = bool(magnitude < np.finfo(magnitude.dtype).tiny)
     return replace(target, negligible=True) if is_negligible else target

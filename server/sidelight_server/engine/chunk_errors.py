@@ -15,6 +15,7 @@ from ..errors import (
     ResourceExhausted,
     SidelightError,
 )
+from ..models.model import Model
 from ..telemetry.logs import Event, Throttle
 from .active_request import ActiveRequest
 from .example_run import ExampleRun
@@ -38,6 +39,22 @@ class ChunkErrors:
         self.n_out_of_memory = 0  # chunks that ran out of device memory
         self._device = device
         self._faults = Throttle()  # throttles log lines: each example of a batch may fail
+
+    def part_size(self, model: Model, n_rows: int, failure: SidelightError) -> int:
+        """Return how many rows of a failed chunk to run at once now; 0: none can.
+
+        That is what fits into memory, else half of the rows, which stays the limit for a while after a lack of memory.
+        """
+        if isinstance(failure, TooLarge):
+            return failure.fitting
+        lacks_memory = isinstance(failure, ResourceExhausted)
+        if lacks_memory and self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if n_rows == 1 or (lacks_memory and model.padded_rows):  # a half would be padded to the same number of rows
+            return 0
+        if lacks_memory:
+            model.lacks_memory(above=n_rows // 2)
+        return (n_rows + 1) // 2
 
     def to_domain_error(
         self, active: ActiveRequest, example_run: ExampleRun, error: BaseException, *, n_rows: int = 1

@@ -8,13 +8,13 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from prometheus_client import Histogram
 
-from ..compute.saved_memory import TooLarge
-from ..compute.staging import Staging, is_finite
+from ..compute.staging import Staging, magnitudes
 from ..compute.torch_device import check_works
-from ..errors import ResourceExhausted, SidelightError, Unavailable
+from ..errors import SidelightError, Unavailable
 from ..methods.method import RowOutput
 from ..telemetry.cancellation_latency import CancellationLatency
 from ..telemetry.logs import Event
@@ -67,7 +67,7 @@ class DeviceWorker:
         self._on_end = on_end
         self._staging = Staging(device)
         self._ring: Ring[Taken] = Ring()
-        self._tasks: deque[tuple[Callable[[], None], Future[Any]]] = deque()
+        self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._in_flight: deque[_InFlight] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -109,19 +109,9 @@ class DeviceWorker:
         that does not run.
         """
         future: Future[_Value] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(task())
-            except BaseException as error:
-                future.set_exception(error)
-                self.errors.check_device(error)
-
         with self._changed:
             self._check_alive()
-            self._tasks.append((run, future))
+            self._tasks.append((task, future))
             self._changed.notify()
         return future
 
@@ -194,10 +184,19 @@ class DeviceWorker:
             if task is None and isinstance(head, ActiveRequest):
                 return self._ring.take_chunk(head.max_chunk_rows)
         if task is not None:
-            self.heartbeat.beat()
-            task[0]()
-            self.heartbeat.rest(extends_limit=False)  # a task may run many chunks, or compile
+            self._run_task(*task)
         return []
+
+    def _run_task(self, task: Callable[[], _Value], future: "Future[_Value]") -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        self.heartbeat.beat()
+        try:
+            future.set_result(task())
+        except BaseException as error:
+            future.set_exception(error)
+            self.errors.check_device(error)
+        self.heartbeat.rest(extends_limit=False)  # a task may run many chunks, or compile
 
     def _launch(self, rows: Sequence[Taken]) -> Chunk | SidelightError:
         self.heartbeat.beat()
@@ -272,37 +271,20 @@ class DeviceWorker:
     def _store_results(self, finished: dict[ExampleRun, tuple[ActiveRequest, Result]]) -> None:
         maps = to_host([result for _, result in finished.values()], self._staging)
         for (example_run, (active, result)), map_ in zip(finished.items(), maps, strict=True):
-            if not is_finite(map_):
+            sizes = magnitudes(map_)
+            if not np.isfinite(sizes).all():
                 active.fail(example_run, self.errors.to_domain_error(active, example_run, example_run.not_finite()))
                 continue
             probabilities = result.probabilities.float().cpu().numpy() if active.request.probabilities else None
-            active.store_result(example_run, map_, result, probabilities)
+            active.store_result(example_run, map_, sizes, result, probabilities)
 
     def _split(self, rows: Sequence[Taken], failure: SidelightError) -> None:
-        """Fail a single row; run both halves of several. After a lack of memory, half stays the limit for a while."""
-        if isinstance(failure, TooLarge):
-            self._split_to_fit(rows, failure)
-            return
-        lacks_memory = isinstance(failure, ResourceExhausted)
-        if lacks_memory and self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        model = rows[0][0].model
-        if len(rows) == 1 or (lacks_memory and model.padded_rows):  # a half would be padded to the same number of rows
-            for active, row in rows:
-                active.fail(row.example_run, failure)
-            return
-        half = len(rows) // 2
-        if lacks_memory:
-            model.lacks_memory(above=half)
-        for part in (rows[:half], rows[half:]):
-            self._read(part, self._launch(part))
-
-    def _split_to_fit(self, rows: Sequence[Taken], failure: TooLarge) -> None:
-        """Run the rows, all of one shape, in chunks that fit into memory; fail them if not even one row fits."""
-        size = failure.fitting
+        """Run the rows of a failed chunk again in smaller parts; fail them if there are none."""
+        size = self.errors.part_size(rows[0][0].model, len(rows), failure)
         if not size:
             for active, row in rows:
                 active.fail(row.example_run, failure)
-        for start in range(0, len(rows), size) if size else ():
+            return
+        for start in range(0, len(rows), size):
             part = rows[start : start + size]
             self._read(part, self._launch(part))

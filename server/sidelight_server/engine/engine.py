@@ -106,7 +106,7 @@ class Engine:
     def _abandon(self, device: Device) -> None:
         """Fail a device's unanswered requests: its thread has ended."""
         unanswered = [each for each in list(self._unanswered) if each.device is device]
-        if not (self._pool.is_closed or device.worker.loss):  # for a lost device the worker has logged the cause
+        if not (self._pool.is_gone() or device.worker.loss):  # for a lost device the worker has logged the cause
             log.critical(Event("device_thread_ended", device=device.torch_device, unanswered=len(unanswered)))
         for each in unanswered:
             each.fail_soon(device.worker.unavailable("the server is shutting down"))

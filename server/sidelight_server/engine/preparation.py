@@ -49,9 +49,12 @@ class Prepared:
     baseline_digest: str  # SHA-256 in hexadecimal, if the request gave baselines as an array
 
 
-def check(model: Model, request: Request) -> list[ResolvedTarget]:
-    """Check a request against a model and return each example's resolved target. Raises `SidelightError`."""
-    n, shape = request.n_examples, input_shape(model, request.images)
+def check(model: Model, request: Request, shape: Shape | None = None) -> list[ResolvedTarget]:
+    """Check a request against a model and return each example's resolved target. Raises `SidelightError`.
+
+    `shape` is that of the model's input, if it is known.
+    """
+    n, shape = request.n_examples, shape or input_shape(model, request.images)
     _check_score(model, request)
     request.method.check(shape, n)
     if request.method.largest > model.largest:
@@ -74,14 +77,16 @@ def prepare(
     request: Request,
     *,
     is_gone: Callable[[], bool],
+    shape: Shape | None = None,
     decoded: Sequence[Fitted] = (),
 ) -> Prepared:
     """Resize and check a request's examples. Raises `SidelightError` if the whole request is invalid.
 
-    `decoded` holds the decoded files. `is_gone` is called before each image is resized; if it returns True, because the
-    client has disconnected, this raises `Cancelled`.
+    `shape` is that of the model's input, if it is known; `decoded` holds the decoded files. `is_gone` is called before
+    each image is resized; if it returns True, because the client has disconnected, this raises `Cancelled`.
     """
-    resolved_targets, shape = check(model, request), input_shape(model, request.images)
+    shape = shape or input_shape(model, request.images)
+    resolved_targets = check(model, request, shape)
     fitted = decoded if isinstance(request.images, Files) else _fit(model, request.images, is_gone=is_gone)
     return Prepared(
         examples=[each if isinstance(each, SidelightError) else each[0] for each in fitted],
@@ -89,13 +94,13 @@ def prepare(
         resolved_targets=resolved_targets,
         top_k=_top_k(request.target),
         shape=shape,
-        maps_shape=maps_shape(model, request),
+        maps_shape=maps_shape(shape, request),
         baseline_digest=_digest(request.method.given),
     )
 
 
-def resolve_layer(model: Model, request: Request) -> Method:
-    """Return the request's method with its layer resolved.
+def resolve_layer(model: Model, request: Request, shape: Shape) -> Method:
+    """Return the request's method with its layer resolved. `shape` is that of the model's input.
 
     Raises `InvalidArgument` if it takes more rows than allowed, `FailedPrecondition` if the method needs a gradient or
     rectifiers that the model does not have.
@@ -108,7 +113,7 @@ def resolve_layer(model: Model, request: Request) -> Method:
         )
     if method.probe is Rectifiers.GUIDED and not model.has_rectifiers:
         raise FailedPrecondition(NOTHING_TO_GUIDE)
-    rows = method.rows(input_shape(model, request.images)) * max(1, _top_k(request.target))
+    rows = method.rows(shape) * max(1, _top_k(request.target))
     if rows > model.settings.max_example_rows:
         raise InvalidArgument(
             f"method.{method.name}: it takes {rows} rows for one example, the server's max_example_rows is "
@@ -140,9 +145,9 @@ def needs_resizing(images: Files | Array) -> bool:
     return not isinstance(images, Files) and images.dtype == np.uint8
 
 
-def maps_shape(model: Model, request: Request) -> tuple[int, ...]:
+def maps_shape(shape: Shape, request: Request) -> tuple[int, ...]:
     """Return the shape of the answer's maps: [N, H, W], with k after N for k targets, and C before H if not reduced."""
-    c, h, w = input_shape(model, request.images)
+    c, h, w = shape
     k = _top_k(request.target)
     return (
         request.n_examples,

@@ -27,8 +27,7 @@ class PreparationPool:
         self._decoders = DecoderPool(n_threads, memory_bytes=limit_bytes())
         self._closed = threading.Event()
 
-    @property
-    def is_closed(self) -> bool:
+    def is_gone(self) -> bool:
         """Whether `close` was called."""
         return self._closed.is_set()
 
@@ -50,7 +49,7 @@ class PreparationPool:
             await to_thread_if_many(request.n_examples, check, model, request)  # before any file is decoded
             decoded = await self._decoders.fit(request.images.files, order(model), caller)
             if request.method.given is None:
-                is_gone = self._closed.is_set
+                is_gone = self.is_gone
                 return await to_thread_if_many(
                     request.n_examples, prepare, model, request, is_gone=is_gone, decoded=decoded
                 )

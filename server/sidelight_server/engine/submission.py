@@ -13,7 +13,7 @@ from .answer import Clock
 from .completion import call_soon
 from .device import Device
 from .model_entry import Version
-from .preparation import Prepared, prepare, resolve_layer, runs_inline
+from .preparation import Prepared, input_shape, prepare, resolve_layer, runs_inline
 from .preparation_pool import PreparationPool, to_thread_if_many
 
 Outcome = Answer | Exception
@@ -57,17 +57,17 @@ class Submission:
         self._call_record = call_record or CallRecord("", self._admitted_s)
         self._task: asyncio.Task[None] | None = None
         self._clock = Clock(self._call_record.arrived_s, self._admitted_s, self._admitted_s)
-        self.device = device  # whose requests may be answered by no other; None: not chosen yet
+        self.device = device  # that it runs on; None: not chosen yet
         self.active: ActiveRequest | None = None  # from its preparation to its answer
 
     def start(self, version: Version) -> None:
         """Prepare the request and submit it to a device. Raises `SidelightError` if it is rejected at once."""
-        model = version[0]
-        method = resolve_layer(model, self._request)
+        model, shape = version[0], input_shape(version[0], self._request.images)
+        method = resolve_layer(model, self._request, shape)
         if method is not self._request.method:
             self._request = replace(self._request, method=method)
         if runs_inline(model, self._request):
-            prepared = prepare(model, self._request, is_gone=lambda: self._engine.pool.is_closed)
+            prepared = prepare(model, self._request, is_gone=self._engine.pool.is_gone, shape=shape)
             self._join(self._activate(version, prepared))
         else:
             self._wait_in_task(functools.partial(self._prepare, version))

@@ -60,20 +60,19 @@ class ExpectedGradients(Method):
         spread = self.noise_level * (example.x.max() - example.x.min())
         moments = Moments(example.x)
 
-        def ends(k: int) -> tuple[Tensor, Tensor]:
-            noisy = (
-                example.x + spread * random.noise(example.x, self.seed, "noise", k) if self.noise_level else example.x
-            )
-            return self._baseline(k, example.x), noisy
+        differences: dict[int, Tensor] = {}  # of the rows at the device, from the baseline to the noisy example
 
         def point(k: int) -> Tensor:
-            start, end = ends(k)
-            return start + random.uniform(self.seed, "place", k) * (end - start)
+            end = example.x
+            if self.noise_level:
+                end = end + spread * random.noise(example.x, self.seed, "noise", k)
+            start = self._baseline(k, example.x)
+            differences[k] = difference = end - start
+            return start + random.uniform(self.seed, "place", k) * difference
 
         def fold(k: int, output: RowOutput) -> None:
-            start, end = ends(k)
             assert output.gradient is not None  # noqa: S101
-            moments.add(output.gradient * (end - start))
+            moments.add(output.gradient * differences.pop(k))
 
         block = BLOCK if example.is_watched else self.samples
         while moments.n < self.samples:

@@ -138,13 +138,15 @@ class RISE(Method):
         """Sum the masks, weighted by their scores."""
         total = accumulator(example.x[0])  # [H, W]
         scores: list[float] = []
+        masks: dict[int, Tensor] = {}  # of the rows at the device
+
+        def shown(k: int) -> Tensor:
+            masks[k] = mask = self.mask(k, total)
+            return example.x * mask.to(example.x.dtype)
 
         def fold(k: int, output: RowOutput) -> None:
             scores.append(output.score)
-            total.add_(self.mask(k, total), alpha=output.score)
-
-        def shown(k: int) -> Tensor:
-            return example.x * self.mask(k, total).to(example.x.dtype)
+            total.add_(masks.pop(k), alpha=output.score)
 
         yield Sweep(self.masks, shown, fold, gradient=False)
         are_equal = len(scores) > 1 and _are_equal(scores, step=example.step)

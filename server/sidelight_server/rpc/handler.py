@@ -12,7 +12,7 @@ from sidelight.v1 import tensor_pb2
 from ..domain import Request
 from ..engine.engine import Engine
 from ..engine.model_entry import Version
-from ..engine.request_cost import BYTES_OF_FLOAT32, held_bytes, max_rows
+from ..engine.request_cost import BYTES_OF_FLOAT32, cost_of
 from ..engine.submission import Outcome, store_outcome
 from ..errors import DeadlineExceeded, InvalidArgument, NotFound
 from ..telemetry.call_record import CallRecord
@@ -95,9 +95,8 @@ class RequestHandler:
             parsed_bytes = n_bytes if data is None else 0
             version = await self._serving_version(request.model, n_bytes + parsed_bytes, deadline_s, call_record.caller)
             call_record.model, call_record.method = version[0].name, request.method.name
-            answer_bytes, state_bytes = held_bytes(request, version[0])
-            n_rows = max_rows(request, version[0])
-            maps_bytes = answer_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32
+            cost = cost_of(request, version[0])
+            maps_bytes = cost.maps_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32
             source = _source(message.images, regions)
             sink = _sink(message.output, maps_bytes, regions)
         # Parsing copies the message unless `data` was cut out; encoding copies the maps unless they go to a region.
@@ -110,10 +109,10 @@ class RequestHandler:
             n_bytes=n_bytes
             + parsed_bytes
             + (source.n_bytes if source else 0)
-            + answer_bytes
+            + cost.maps_bytes
             + encoded_bytes
-            + state_bytes,
-            n_rows=n_rows,
+            + cost.state_bytes,
+            n_rows=cost.n_rows,
             deadline_s=deadline_s,
             source=source,
             sink=sink,

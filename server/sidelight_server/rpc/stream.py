@@ -118,6 +118,7 @@ class Stream(ABC, Generic[M]):
                 age_timer.cancel()
             for batch in list(self._batches):
                 batch.release(is_cut_off=self._end == "stalled")
+            del self._batch_context  # which refers to this call's task
             self._close()
         await self._send_status()
 

@@ -7,16 +7,20 @@ from google.protobuf.duration_pb2 import Duration
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, tensor_pb2
 
-from ..domain import Answer, Convergence, ExplainedTarget, Explanation, Provenance
+from ..domain import Answer, Convergence, ExplainedTarget, Explanation, Provenance, Score
 from ..engine.engine import Engine
 from ..engine.model_entry import Entry, State
 from ..errors import SidelightError
 from ..inputs.preprocessing import Geometry
+from ..methods import Method
+from ..methods.channels import Channels
 from ..models.model import Model
 from .enums import number_of, numbers
 from .methods import method_message
 from .requests import CHANNELS, SCORES
 from .tensors import encoded
+
+MAX_CACHED_BYTES = 256  # of a target that is cached: callers choose its size
 
 
 def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attribution:
@@ -44,16 +48,23 @@ def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attributi
 
 
 def provenance(answer: Answer, message: pb.AttributeRequest) -> bytes:
-    """Return a serialized `Provenance`: the fields of the request, and those of the server, which are cached."""
-    request = answer.request
-    requested = pb.Provenance(
-        method=method_message(request.method),
-        target=message.target,
-        score=number_of(SCORES, request.score),
-        channels=number_of(CHANNELS, request.channels),
-        example_digests=answer.example_digests,
-    )
-    return requested.SerializeToString() + _facts(answer.provenance)
+    """Return a serialized `Provenance`: the digests of the examples, appended to what requests of a kind share."""
+    request, target = answer.request, message.target.SerializeToString()
+    is_small = request.method.given is None and len(target) <= MAX_CACHED_BYTES
+    shared = (_shared if is_small else _shared.__wrapped__)(request.method, request.score, request.channels, target)
+    digests = pb.Provenance(example_digests=answer.example_digests).SerializeToString()
+    return b"".join((shared, digests, _facts(answer.provenance)))
+
+
+@functools.lru_cache(maxsize=64)
+def _shared(method: Method, score: Score, channels: Channels, target: bytes) -> bytes:
+    """Return the fields of `Provenance` that do not depend on the examples, of a serialized target."""
+    return pb.Provenance(
+        method=method_message(method),
+        target=pb.Target.FromString(target),
+        score=number_of(SCORES, score),
+        channels=number_of(CHANNELS, channels),
+    ).SerializeToString()
 
 
 def failure(error: SidelightError) -> pb.Failure:
