@@ -4,11 +4,13 @@ Arrays are numpy's; N examples, C channels, height H and width W.
 """
 
 import enum
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import SidelightError
 from .inputs.preprocessing import Geometry
 from .methods import Method
 from .methods.channels import Channels
@@ -184,6 +186,7 @@ class Timing:
     total_s: float
     admission_s: float = 0.0
     backlog_s: float = 0.0
+    rendering_s: float = 0.0  # for drawing pictures of the maps
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +226,7 @@ class Answer:
     probabilities: NDArray[np.float32] | None = field(default=None)  # [N, K]
     final: bool = True
     example_digests: tuple[str, ...] = ()  # of the examples as received; empty without gRPC
+    rendered: tuple[tuple[bytes, ...], ...] = ()  # PNG images of each example's maps; empty unless requested
 
     @property
     def mismatches(self) -> tuple[bool | None, ...]:
@@ -231,6 +235,20 @@ class Answer:
         return tuple(
             None if choice is None or explanation is None else not self._is(explanation.predicted, choice)
             for explanation, choice in zip(self.explanations, served, strict=True)
+        )
+
+    def failing(self, failures: Mapping[int, SidelightError]) -> "Answer":
+        """Return the answer with these examples failed too."""
+        if not failures:
+            return self
+        maps = self.maps.copy()
+        maps[list(failures)] = np.nan
+        added = (ExampleFailure(i, error.code, error.message) for i, error in failures.items())
+        return replace(
+            self,
+            maps=maps,
+            explanations=tuple(None if i in failures else each for i, each in enumerate(self.explanations)),
+            failures=tuple(sorted((*self.failures, *added), key=lambda each: each.example)),
         )
 
     def _is(self, predicted: int, choice: Choice) -> bool:

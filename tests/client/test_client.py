@@ -238,6 +238,7 @@ def test_info_tells_version_limits_methods_and_models(client: sidelight.Client) 
         max_example_rows=10_000,
         max_batch_examples=4096,
         max_stream_age_s=3600.0,
+        max_rendered_pixels=2**20,
     )
     assert info.shared_memory is None
     assert set(info.methods) == {field.name for field in pb.Method.DESCRIPTOR.fields}

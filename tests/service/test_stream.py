@@ -107,7 +107,7 @@ BAD = {
     "no such model": ({"model": "other"}, 5),
     "no method": ({"method": pb.Method()}, 3),
     "a bad parameter": ({"method": pb.Method(rise=pb.RiseMethod())}, 3),
-    "what is not served": ({"output": pb.Output(rendered=True)}, 12),
+    "a bad picture": ({"output": pb.Output(rendered=pb.Rendering(alpha=2))}, 3),
     "files for a model without input size": (
         {"images": tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=[b""]))},
         9,

@@ -635,11 +635,6 @@ def test_methods_are_not_nested_without_end(small: Service) -> None:
     assert why.startswith("method.smoothgrad.base: smoothgrad, expected")
 
 
-def test_what_is_not_served_is_unimplemented(small: Service) -> None:
-    why = small.refuse(ask(pixels(1, 32, 32, 3), output=pb.Output(rendered=True)), Status.UNIMPLEMENTED)
-    assert "output.rendered" in why
-
-
 REGION = tensor_pb2.SharedTensor(region="r", dtype=tensor_pb2.DATA_TYPE_UINT8, shape=[1, 32, 32, 3])
 SHARED = {
     "images": ({"images": tensor_pb2.Images(shared=REGION)}, "images.shared: "),

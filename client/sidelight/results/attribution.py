@@ -5,7 +5,7 @@ import functools
 import operator
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,9 @@ from .._inputs.enums import word
 from .._inputs.images import EncodedBatch, Lent
 from .._inputs.tensors import Array, array_of
 from ..exceptions import FailedPrecondition, InvalidArgument, SidelightError, from_code
-from ..visualization.overlay import overlay, overlay_part
+from ..visualization.colormaps import HIGH_PERCENTILE, flat
+from ..visualization.crop import crop_box, cropped
+from ..visualization.overlay import draw
 from ..visualization.styles import TOP_PERCENT, StyleName
 from . import dicom, storage
 from .dataframe import to_dataframe
@@ -84,7 +86,7 @@ class Attribution:
     def picture(self, i: int) -> Image.Image:
         """Return the input of example i, resized and cropped as for the model, as an RGB picture of the map's size."""
         picture, geometry = self._original(i), self.geometry[i]
-        return picture if geometry is None else _cropped(picture, geometry)
+        return picture if geometry is None else cropped(picture, geometry)
 
     def heatmap(self, i: int, *, k: int = 0) -> NDArray[np.float32]:
         """Return the map of example i as [H, W] for drawing. Without channel reduction, it is the maximum |value|.
@@ -96,7 +98,7 @@ class Attribution:
             map_ = map_[k]
         elif k != 0:
             raise IndexError(f"k: got {k}, but the target is not top-k: each example has one map")
-        return map_ if map_.ndim == 2 else np.abs(map_).max(axis=0)
+        return flat(map_)
 
     @property
     def is_top_k(self) -> bool:
@@ -110,6 +112,7 @@ class Attribution:
         k: int = 0,
         colormap: str | None = None,
         alpha: float | None = None,
+        percentile: float = HIGH_PERCENTILE,
         original: bool = False,
         style: StyleName = "color",
         top_percent: float = TOP_PERCENT,
@@ -119,18 +122,25 @@ class Attribution:
         `colormap` is "heat", "viridis", "magma" or "cividis", which draw magnitudes, or "diverging", "blue_gold" or
         "coolwarm", which also show signs. None is "diverging" for a map with negative values, else "heat". `alpha`, 0
         to 1, is the same opacity everywhere: 0 is the picture, 1 the colored map. With None the picture is dimmed, the
-        map is smoothed, and its opacity rises with its magnitude. With `original` the whole picture is drawn at its own
-        size, and, without an `alpha`, what was cropped away is darker.
+        map is smoothed, and its opacity rises with its magnitude. Colors end at `percentile` of the map's magnitudes.
+        With `original` the whole picture is drawn at its own size, and, without an `alpha`, what was cropped away is
+        darker.
 
         `style` "contours" draws lines around the `top_percent` of the pixels with the largest magnitudes, a half and a
         quarter of them; "mask" leaves these pixels as they are, and the others gray and dark.
         """
-        look: Any = {"colormap": colormap, "alpha": alpha, "style": style, "top_percent": top_percent}
         geometry = self.geometry[i] if original else None
-        if geometry is None:
-            return overlay(self.picture(i), self.heatmap(i, k=k), **look)
-        picture = self._original(i)
-        return overlay_part(picture, self.heatmap(i, k=k), _box(picture, geometry), **look)
+        picture = self.picture(i) if geometry is None else self._original(i)
+        return draw(
+            picture,
+            self.heatmap(i, k=k),
+            None if geometry is None else crop_box(picture.size, geometry),
+            colormap=colormap,
+            alpha=alpha,
+            percentile=percentile,
+            style=style,
+            top_percent=top_percent,
+        )
 
     def save(self, folder: str | Path, *, original: bool = False, overwrite: bool = False) -> None:
         """Write `maps.npy`, `answer.json` and one overlay per map into a folder, which is created if it is missing.
@@ -195,7 +205,7 @@ class Attribution:
                 f"{i:03}-{k}" if self.is_top_k else f"{i:03}",
                 file,
                 self.heatmap(i, k=k),
-                box=_box(picture, geometry),
+                box=crop_box(picture.size, geometry),
                 overlay=self.overlay(i, k=k, original=True),
                 target=target,
             )
@@ -277,20 +287,6 @@ def lent(answer: Attribution, batch: EncodedBatch) -> Attribution:
 def failed(error: SidelightError, *, index: int, id_: str = "") -> Attribution:
     """Return the answer for a batch that failed as a whole."""
     return Attribution(maps=np.empty((0, 0, 0), np.float32), index=index, id=id_, error=error)
-
-
-def _cropped(picture: Image.Image, geometry: Geometry) -> Image.Image:
-    # Crop and resize in one step: a picture of 1 × 60,000 pixels, scaled as a whole, would take 12 GB.
-    size = geometry.crop_width, geometry.crop_height
-    return picture.resize(size, Image.Resampling.BILINEAR, _box(picture, geometry))
-
-
-def _box(picture: Image.Image, geometry: Geometry) -> tuple[float, float, float, float]:
-    """Return the crop's left, top, right and bottom edges in the original picture's pixels."""
-    x, y = picture.width / geometry.scaled_width, picture.height / geometry.scaled_height
-    left, top = geometry.crop_left * x, geometry.crop_top * y
-    right, bottom = left + geometry.crop_width * x, top + geometry.crop_height * y
-    return left, top, min(right, picture.width), min(bottom, picture.height)
 
 
 def _maps(tensor: tensor_pb2.Tensor, array: Array, are_there: list[bool]) -> NDArray[np.float32]:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..visualization.colormaps import colorize
+from ..visualization.colormaps import HIGH_PERCENTILE, colorize
 from ..visualization.styles import TOP_PERCENT, StyleName
 from .display import example_text
 from .types import Convergence, ExplainedTarget, Failure, Geometry, Prediction
@@ -88,13 +88,21 @@ class ExampleAttribution:
         k: int = 0,
         colormap: str | None = None,
         alpha: float | None = None,
+        percentile: float = HIGH_PERCENTILE,
         original: bool = False,
         style: StyleName = "color",
         top_percent: float = TOP_PERCENT,
     ) -> Image.Image:
         """Draw the map over the picture: `Attribution.overlay` of this example."""
         return self.answer.overlay(
-            self.index, k=k, colormap=colormap, alpha=alpha, original=original, style=style, top_percent=top_percent
+            self.index,
+            k=k,
+            colormap=colormap,
+            alpha=alpha,
+            percentile=percentile,
+            original=original,
+            style=style,
+            top_percent=top_percent,
         )
 
     def __repr__(self) -> str:

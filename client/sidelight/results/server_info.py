@@ -22,6 +22,7 @@ class Limits:
     max_example_rows: int  # rows that a method may need for one example
     max_batch_examples: int = 0  # 0: unknown, from an older server
     max_stream_age_s: float | None = None  # None: unlimited. The client continues on a new stream
+    max_rendered_pixels: int = 0  # of a picture that the server draws. 0: it draws none
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,7 @@ class ServerInfo:
                 limits.max_message_bytes, limits.max_image_pixels, limits.max_in_flight, limits.max_in_flight_bytes,
                 limits.max_stream_in_flight, limits.max_example_rows, limits.max_batch_examples,
                 seconds(limits.max_stream_age) if limits.HasField("max_stream_age") else None,
+                limits.max_rendered_pixels,
             ),
             methods=tuple(message.methods),
             models=tuple(map(ModelInfo.of, message.models)),

@@ -124,6 +124,50 @@ pixel repeat it in every channel; the channels of a layer are summed.
 """
 global___ChannelReduction = ChannelReduction
 
+class _Colormap:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _ColormapEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_Colormap.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    COLORMAP_UNSPECIFIED: _Colormap.ValueType  # 0
+    """COLORMAP_UNSPECIFIED means COLORMAP_DIVERGING for a map with negative values, else COLORMAP_HEAT."""
+    COLORMAP_HEAT: _Colormap.ValueType  # 1
+    """COLORMAP_HEAT is sequential: black, purple, red, yellow."""
+    COLORMAP_VIRIDIS: _Colormap.ValueType  # 2
+    """COLORMAP_VIRIDIS is matplotlib's, sequential."""
+    COLORMAP_MAGMA: _Colormap.ValueType  # 3
+    """COLORMAP_MAGMA is matplotlib's, sequential."""
+    COLORMAP_CIVIDIS: _Colormap.ValueType  # 4
+    """COLORMAP_CIVIDIS is matplotlib's, sequential."""
+    COLORMAP_DIVERGING: _Colormap.ValueType  # 5
+    """COLORMAP_DIVERGING is black at zero, red above and blue below."""
+    COLORMAP_BLUE_GOLD: _Colormap.ValueType  # 6
+    """COLORMAP_BLUE_GOLD is gray at zero, gold above and blue below: signs differ in gray print, too."""
+    COLORMAP_COOLWARM: _Colormap.ValueType  # 7
+    """COLORMAP_COOLWARM is matplotlib's: gray at zero, red above and blue below."""
+
+class Colormap(_Colormap, metaclass=_ColormapEnumTypeWrapper):
+    """Colormap has the colors of a map. Sequential ones draw magnitudes, whatever their sign; diverging ones show signs."""
+
+COLORMAP_UNSPECIFIED: Colormap.ValueType  # 0
+"""COLORMAP_UNSPECIFIED means COLORMAP_DIVERGING for a map with negative values, else COLORMAP_HEAT."""
+COLORMAP_HEAT: Colormap.ValueType  # 1
+"""COLORMAP_HEAT is sequential: black, purple, red, yellow."""
+COLORMAP_VIRIDIS: Colormap.ValueType  # 2
+"""COLORMAP_VIRIDIS is matplotlib's, sequential."""
+COLORMAP_MAGMA: Colormap.ValueType  # 3
+"""COLORMAP_MAGMA is matplotlib's, sequential."""
+COLORMAP_CIVIDIS: Colormap.ValueType  # 4
+"""COLORMAP_CIVIDIS is matplotlib's, sequential."""
+COLORMAP_DIVERGING: Colormap.ValueType  # 5
+"""COLORMAP_DIVERGING is black at zero, red above and blue below."""
+COLORMAP_BLUE_GOLD: Colormap.ValueType  # 6
+"""COLORMAP_BLUE_GOLD is gray at zero, gold above and blue below: signs differ in gray print, too."""
+COLORMAP_COOLWARM: Colormap.ValueType  # 7
+"""COLORMAP_COOLWARM is matplotlib's: gray at zero, red above and blue below."""
+global___Colormap = Colormap
+
 class _Transport:
     ValueType = typing.NewType("ValueType", builtins.int)
     V: typing_extensions.TypeAlias = ValueType
@@ -567,6 +611,7 @@ class Limits(google.protobuf.message.Message):
     MAX_EXAMPLE_ROWS_FIELD_NUMBER: builtins.int
     MAX_BATCH_EXAMPLES_FIELD_NUMBER: builtins.int
     MAX_STREAM_AGE_FIELD_NUMBER: builtins.int
+    MAX_RENDERED_PIXELS_FIELD_NUMBER: builtins.int
     max_message_bytes: builtins.int
     """max_message_bytes limits every message in both directions."""
     max_image_pixels: builtins.int
@@ -581,6 +626,8 @@ class Limits(google.protobuf.message.Message):
     """max_example_rows limits the rows that a method may take for one example."""
     max_batch_examples: builtins.int
     """max_batch_examples limits N, the number of examples in a batch. Unset if the server does not report it."""
+    max_rendered_pixels: builtins.int
+    """max_rendered_pixels limits height × width of one image that Output.rendered requests."""
     @property
     def max_stream_age(self) -> google.protobuf.duration_pb2.Duration:
         """max_stream_age is how long a stream accepts new batches. Then the server answers the batches that it has read and
@@ -598,9 +645,10 @@ class Limits(google.protobuf.message.Message):
         max_example_rows: builtins.int = ...,
         max_batch_examples: builtins.int = ...,
         max_stream_age: google.protobuf.duration_pb2.Duration | None = ...,
+        max_rendered_pixels: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["max_stream_age", b"max_stream_age"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["max_batch_examples", b"max_batch_examples", "max_example_rows", b"max_example_rows", "max_image_pixels", b"max_image_pixels", "max_in_flight", b"max_in_flight", "max_in_flight_bytes", b"max_in_flight_bytes", "max_message_bytes", b"max_message_bytes", "max_stream_age", b"max_stream_age", "max_stream_in_flight", b"max_stream_in_flight"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["max_batch_examples", b"max_batch_examples", "max_example_rows", b"max_example_rows", "max_image_pixels", b"max_image_pixels", "max_in_flight", b"max_in_flight", "max_in_flight_bytes", b"max_in_flight_bytes", "max_message_bytes", b"max_message_bytes", "max_rendered_pixels", b"max_rendered_pixels", "max_stream_age", b"max_stream_age", "max_stream_in_flight", b"max_stream_in_flight"]) -> None: ...
 
 global___Limits = Limits
 
@@ -1280,8 +1328,6 @@ class Output(google.protobuf.message.Message):
     """map_dtype is the type of the maps: FLOAT32, or FLOAT16 or UINT8 with one entry of Tensor.scales per example. UINT8
     is INVALID_ARGUMENT for maps that may be negative; a failed example is 0 in it. Optional: unset means FLOAT32.
     """
-    rendered: builtins.bool
-    """rendered requests a PNG image of each map. Optional."""
     probabilities: builtins.bool
     """probabilities requests the probabilities of all classes. Optional."""
     partial: builtins.bool
@@ -1289,6 +1335,10 @@ class Output(google.protobuf.message.Message):
     yet has NaN and an empty Example. Only iterative methods have partial maps: SmoothGrad, expected gradients, and
     integrated gradients with a tolerance. A slow reader gets fewer partial maps, always the newest. Optional.
     """
+    @property
+    def rendered(self) -> global___Rendering:
+        """rendered requests a PNG image of each map, for callers who want to show it and have no image code. Optional."""
+
     @property
     def region(self) -> sidelight.v1.tensor_pb2.SharedTensor:
         """region requests that the final maps are written into a registered region, from offset_bytes on; leave its dtype and
@@ -1299,15 +1349,118 @@ class Output(google.protobuf.message.Message):
         self,
         *,
         map_dtype: sidelight.v1.tensor_pb2.DataType.ValueType = ...,
-        rendered: builtins.bool = ...,
+        rendered: global___Rendering | None = ...,
         probabilities: builtins.bool = ...,
         partial: builtins.bool = ...,
         region: sidelight.v1.tensor_pb2.SharedTensor | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["region", b"region"]) -> builtins.bool: ...
+    def HasField(self, field_name: typing.Literal["region", b"region", "rendered", b"rendered"]) -> builtins.bool: ...
     def ClearField(self, field_name: typing.Literal["map_dtype", b"map_dtype", "partial", b"partial", "probabilities", b"probabilities", "region", b"region", "rendered", b"rendered"]) -> None: ...
 
 global___Output = Output
+
+@typing.final
+class Rendering(google.protobuf.message.Message):
+    """Rendering is how a map is drawn."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    class _Style:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _StyleEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Rendering._Style.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        STYLE_UNSPECIFIED: Rendering._Style.ValueType  # 0
+        """STYLE_UNSPECIFIED means STYLE_OVERLAY."""
+        STYLE_OVERLAY: Rendering._Style.ValueType  # 1
+        """STYLE_OVERLAY draws the map over the image: over the picture in a file, over pixels, or over floating arrays
+        scaled to 0 … 255.
+        """
+        STYLE_HEATMAP: Rendering._Style.ValueType  # 2
+        """STYLE_HEATMAP draws the map alone."""
+
+    class Style(_Style, metaclass=_StyleEnumTypeWrapper):
+        """Style is what is drawn."""
+
+    STYLE_UNSPECIFIED: Rendering.Style.ValueType  # 0
+    """STYLE_UNSPECIFIED means STYLE_OVERLAY."""
+    STYLE_OVERLAY: Rendering.Style.ValueType  # 1
+    """STYLE_OVERLAY draws the map over the image: over the picture in a file, over pixels, or over floating arrays
+    scaled to 0 … 255.
+    """
+    STYLE_HEATMAP: Rendering.Style.ValueType  # 2
+    """STYLE_HEATMAP draws the map alone."""
+
+    class _Size:
+        ValueType = typing.NewType("ValueType", builtins.int)
+        V: typing_extensions.TypeAlias = ValueType
+
+    class _SizeEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[Rendering._Size.ValueType], builtins.type):
+        DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+        SIZE_UNSPECIFIED: Rendering._Size.ValueType  # 0
+        """SIZE_UNSPECIFIED means SIZE_INPUT."""
+        SIZE_INPUT: Rendering._Size.ValueType  # 1
+        """SIZE_INPUT is the map's size. The image is cropped and resized as for the model."""
+        SIZE_ORIGINAL: Rendering._Size.ValueType  # 2
+        """SIZE_ORIGINAL is the whole image's size, or, for an image of more than Limits.max_rendered_pixels, the largest
+        size of that shape within the limit. The map covers the part that the model saw; outside, an overlay is gray and
+        darker, or unchanged with an alpha, and a heat map is black. The same as SIZE_INPUT for floating arrays.
+        """
+
+    class Size(_Size, metaclass=_SizeEnumTypeWrapper):
+        """Size is the size of the PNG image."""
+
+    SIZE_UNSPECIFIED: Rendering.Size.ValueType  # 0
+    """SIZE_UNSPECIFIED means SIZE_INPUT."""
+    SIZE_INPUT: Rendering.Size.ValueType  # 1
+    """SIZE_INPUT is the map's size. The image is cropped and resized as for the model."""
+    SIZE_ORIGINAL: Rendering.Size.ValueType  # 2
+    """SIZE_ORIGINAL is the whole image's size, or, for an image of more than Limits.max_rendered_pixels, the largest
+    size of that shape within the limit. The map covers the part that the model saw; outside, an overlay is gray and
+    darker, or unchanged with an alpha, and a heat map is black. The same as SIZE_INPUT for floating arrays.
+    """
+
+    STYLE_FIELD_NUMBER: builtins.int
+    SIZE_FIELD_NUMBER: builtins.int
+    COLORMAP_FIELD_NUMBER: builtins.int
+    ALPHA_FIELD_NUMBER: builtins.int
+    PERCENTILE_FIELD_NUMBER: builtins.int
+    style: global___Rendering.Style.ValueType
+    """style is what is drawn. Optional: unset means STYLE_OVERLAY."""
+    size: global___Rendering.Size.ValueType
+    """size is the size of the PNG image. Optional: unset means SIZE_INPUT. A map of more than Limits.max_rendered_pixels
+    is INVALID_ARGUMENT.
+    """
+    colormap: global___Colormap.ValueType
+    """colormap has the colors. Optional: unset means COLORMAP_DIVERGING for a map with negative values, else
+    COLORMAP_HEAT.
+    """
+    alpha: builtins.float
+    """alpha is the same opacity everywhere, in [0, 1]: 0 is the image, 1 the colored map. Optional: unset dims the image
+    and smooths the map, and the map's opacity rises with its magnitude. INVALID_ARGUMENT for STYLE_HEATMAP.
+    """
+    percentile: builtins.float
+    """percentile of a map's magnitudes is drawn as full scale; larger magnitudes are drawn like it. Above 0, at most 100.
+    Optional: unset means 99.5.
+    """
+    def __init__(
+        self,
+        *,
+        style: global___Rendering.Style.ValueType = ...,
+        size: global___Rendering.Size.ValueType = ...,
+        colormap: global___Colormap.ValueType = ...,
+        alpha: builtins.float | None = ...,
+        percentile: builtins.float | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["_alpha", b"_alpha", "_percentile", b"_percentile", "alpha", b"alpha", "percentile", b"percentile"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_alpha", b"_alpha", "_percentile", b"_percentile", "alpha", b"alpha", "colormap", b"colormap", "percentile", b"percentile", "size", b"size", "style", b"style"]) -> None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_alpha", b"_alpha"]) -> typing.Literal["alpha"] | None: ...
+    @typing.overload
+    def WhichOneof(self, oneof_group: typing.Literal["_percentile", b"_percentile"]) -> typing.Literal["percentile"] | None: ...
+
+global___Rendering = Rendering
 
 @typing.final
 class Attribution(google.protobuf.message.Message):
@@ -1383,8 +1536,6 @@ class Example(google.protobuf.message.Message):
     CONVERGENCE_FIELD_NUMBER: builtins.int
     RENDERED_FIELD_NUMBER: builtins.int
     IS_MISMATCH_FIELD_NUMBER: builtins.int
-    rendered: builtins.bytes
-    """rendered is a PNG image of the map, if requested."""
     is_mismatch: builtins.bool
     """is_mismatch is whether the prediction differs from the class in AttributeRequest.served_classes. Unset without
     it.
@@ -1405,6 +1556,12 @@ class Example(google.protobuf.message.Message):
     def convergence(self) -> global___Convergence:
         """convergence has error measures of the map; for k maps, of the worst. Unset for methods of one row."""
 
+    @property
+    def rendered(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.bytes]:
+        """rendered has a PNG image of each map, if requested: one, or k of them, as in `targets`. They are drawn from the
+        float32 map, whatever Output.map_dtype. Empty in partial answers.
+        """
+
     def __init__(
         self,
         *,
@@ -1412,7 +1569,7 @@ class Example(google.protobuf.message.Message):
         targets: collections.abc.Iterable[global___ExplainedTarget] | None = ...,
         geometry: sidelight.v1.tensor_pb2.Geometry | None = ...,
         convergence: global___Convergence | None = ...,
-        rendered: builtins.bytes = ...,
+        rendered: collections.abc.Iterable[builtins.bytes] | None = ...,
         is_mismatch: builtins.bool | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_is_mismatch", b"_is_mismatch", "convergence", b"convergence", "geometry", b"geometry", "is_mismatch", b"is_mismatch", "prediction", b"prediction"]) -> builtins.bool: ...
@@ -1727,6 +1884,7 @@ class Timing(google.protobuf.message.Message):
     TOTAL_FIELD_NUMBER: builtins.int
     ADMISSION_FIELD_NUMBER: builtins.int
     BACKLOG_FIELD_NUMBER: builtins.int
+    RENDERING_FIELD_NUMBER: builtins.int
     @property
     def prepare(self) -> google.protobuf.duration_pb2.Duration:
         """prepare is the time for decoding and resizing."""
@@ -1756,6 +1914,10 @@ class Timing(google.protobuf.message.Message):
         shortest. Zero if the server is idle or does not report it.
         """
 
+    @property
+    def rendering(self) -> google.protobuf.duration_pb2.Duration:
+        """rendering is the time for drawing PNG images, with the wait for a thread that draws."""
+
     def __init__(
         self,
         *,
@@ -1765,8 +1927,9 @@ class Timing(google.protobuf.message.Message):
         total: google.protobuf.duration_pb2.Duration | None = ...,
         admission: google.protobuf.duration_pb2.Duration | None = ...,
         backlog: google.protobuf.duration_pb2.Duration | None = ...,
+        rendering: google.protobuf.duration_pb2.Duration | None = ...,
     ) -> None: ...
-    def HasField(self, field_name: typing.Literal["admission", b"admission", "backlog", b"backlog", "compute", b"compute", "prepare", b"prepare", "queue", b"queue", "total", b"total"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["admission", b"admission", "backlog", b"backlog", "compute", b"compute", "prepare", b"prepare", "queue", b"queue", "total", b"total"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["admission", b"admission", "backlog", b"backlog", "compute", b"compute", "prepare", b"prepare", "queue", b"queue", "rendering", b"rendering", "total", b"total"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["admission", b"admission", "backlog", b"backlog", "compute", b"compute", "prepare", b"prepare", "queue", b"queue", "rendering", b"rendering", "total", b"total"]) -> None: ...
 
 global___Timing = Timing

@@ -104,19 +104,21 @@ def find_colormap(name: str | None, *, signed: bool) -> Colormap:
     return _COLORMAPS[name]
 
 
-def color_scale(map_: Map) -> Scale:
+def color_scale(map_: Map, percentile: float = HIGH_PERCENTILE) -> Scale:
     """Return the magnitudes that a map is drawn with; those that are not finite do not count.
 
-    Colors end at the 99.5th percentile of the magnitudes, or at the largest where that percentile is 0. They begin at
+    Colors end at this percentile of the magnitudes, or at the largest where that percentile is 0. They begin at
     0. If all values have one sign, and their 1st percentile is more than a fifth of full scale, they begin at that
     percentile: a large constant part, as RISE has it, would otherwise leave the map nearly one color.
     """
+    if not 0 < percentile <= 100:
+        raise InvalidArgument(f"percentile: got {percentile}, expected above 0 and at most 100")
     values = checked(map_)
     values = values[np.isfinite(values)]
     magnitudes = np.abs(values)
     if not magnitudes.any():
         return Scale(0.0, 0.0)
-    low, high = (float(each) for each in np.percentile(magnitudes, [LOW_PERCENTILE, HIGH_PERCENTILE]))
+    low, high = (float(each) for each in np.percentile(magnitudes, [LOW_PERCENTILE, percentile]))
     high = high or float(magnitudes.max())
     has_one_sign = bool((values >= 0).all() or (values <= 0).all())
     is_constant_large = has_one_sign and low > CONSTANT_SHARE * high and high - low > MIN_RANGE * high
@@ -139,6 +141,12 @@ def color_bar(width: int, height: int, *, signed: bool = False, colormap: str | 
     """Draw the colors of a map from 0 to full scale, left to right; signed, from minus to plus full scale."""
     ramp = np.linspace(-1.0 if signed else 0.0, 1.0, width)
     return Image.fromarray(colored(np.tile(ramp, (height, 1)), 1.0, find_colormap(colormap, signed=signed)))
+
+
+def flat(map_: npt.NDArray[np.floating[Any]]) -> npt.NDArray[np.floating[Any]]:
+    """Return a map as [H, W] for drawing. Without channel reduction, [C, H, W], it is the maximum |value|."""
+    largest: Map = map_ if map_.ndim == 2 else np.abs(map_).max(axis=0)
+    return largest
 
 
 def is_signed(map_: Map) -> bool:

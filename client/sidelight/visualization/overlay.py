@@ -7,12 +7,18 @@ import numpy.typing as npt
 from PIL import Image
 
 from ..exceptions import InvalidArgument
-from .colormaps import Map, Pixels, checked, color_scale, find_colormap, is_signed
+from .colormaps import HIGH_PERCENTILE, Map, Pixels, Scale, checked, color_scale, find_colormap, is_signed
+from .crop import Box
 from .styles import CONTOUR_WIDTH, STYLES, TOP_PERCENT, Colors, Contours, Mask, Style, StyleName, top_levels
 
 OVERLAY_SMOOTHING = 1 / 56  # of the map's short side: 4 px at 224
-BAND_PIXELS = 1 << 20  # drawn at once: for a large picture, the floats would take gigabytes
+BAND_PIXELS = 1 << 18  # drawn at once: for a large picture, the floats would take gigabytes
 SMOOTHING_REACH = 3.0  # standard deviations after which the Gaussian is cut
+
+
+def draw(picture: Image.Image, map_: Map, box: Box | None, **look: Any) -> Image.Image:
+    """Draw a map over the part of a picture in a box, with `overlay_part`, or without a box with `overlay`."""
+    return overlay(picture, map_, **look) if box is None else overlay_part(picture, map_, box, **look)
 
 
 def overlay(
@@ -23,6 +29,7 @@ def overlay(
     alpha: float | None = None,
     scale: float | tuple[float, float] | None = None,
     smoothing_px: float | None = None,
+    percentile: float = HIGH_PERCENTILE,
     style: StyleName = "color",
     top_percent: float = TOP_PERCENT,
 ) -> Image.Image:
@@ -32,7 +39,7 @@ def overlay(
     colored map. With None the picture is dimmed, the map's opacity rises with its magnitude, and the map is smoothed,
     because gradients are grainy. `smoothing_px` is the standard deviation of the Gaussian; None is 1/56 of the map's
     short side, or 0 with an `alpha`. `scale` has the magnitudes at which colors begin and end, or only the end; None is
-    `color_scale` of the smoothed map.
+    `color_scale` of the smoothed map, which ends at `percentile` of its magnitudes.
 
     `style` "contours" draws lines around the `top_percent` of the pixels with the largest magnitudes, a half and a
     quarter of them; "mask" leaves these pixels as they are, and the others gray and dark. Both take the smoothed map.
@@ -41,6 +48,7 @@ def overlay(
     values = checked(map_)  # [H, W]
     smoothed = _smooth(values, _default_smoothing(values, alpha) if smoothing_px is None else smoothing_px)
     size = values.shape[1], values.shape[0]
+    scale = color_scale(smoothed, percentile) if scale is None else scale
     drawn = _style(style, values, smoothed, size, colormap=colormap, alpha=alpha, scale=scale, top_percent=top_percent)
     return Image.fromarray(drawn.pixels(drawn.base(_fitted(picture, size)), smoothed))
 
@@ -48,10 +56,11 @@ def overlay(
 def overlay_part(
     picture: Image.Image,
     map_: Map,
-    box: tuple[float, float, float, float],
+    box: Box,
     *,
     colormap: str | None = None,
     alpha: float | None = None,
+    percentile: float = HIGH_PERCENTILE,
     style: StyleName = "color",
     top_percent: float = TOP_PERCENT,
 ) -> Image.Image:
@@ -66,7 +75,8 @@ def overlay_part(
     left, right = _span(box[0], box[2], picture.width)
     top, bottom = _span(box[1], box[3], picture.height)
     size = right - left, bottom - top
-    drawn = _style(style, values, smoothed, size, colormap=colormap, alpha=alpha, scale=None, top_percent=top_percent)
+    scale = color_scale(smoothed, percentile)
+    drawn = _style(style, values, smoothed, size, colormap=colormap, alpha=alpha, scale=scale, top_percent=top_percent)
     sheet = drawn.unseen(picture)
     step, ratio = max(1, BAND_PIXELS // size[0]), heat.height / size[1]
     for begin in range(top, bottom, step):
@@ -130,7 +140,7 @@ def _style(
     *,
     colormap: str | None,
     alpha: float | None,
-    scale: float | tuple[float, float] | None,
+    scale: Scale | float | tuple[float, float],
     top_percent: float,
 ) -> Style:
     """Return the style of an overlay that is drawn with a width and height in pixels."""
@@ -142,7 +152,7 @@ def _style(
         raise InvalidArgument(f'alpha: got {alpha} with style="{name}", expected None: only "color" has an opacity')
     colors = find_colormap(colormap, signed=is_signed(values))
     if name == "color":
-        return Colors(colors, alpha, color_scale(smoothed) if scale is None else scale)
+        return Colors(colors, alpha, scale)
     levels = top_levels(smoothed, top_percent)
     return Contours(colors, levels, max(1.0, CONTOUR_WIDTH * min(size))) if name == "contours" else Mask(*levels[:1])
 

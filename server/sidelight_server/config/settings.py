@@ -86,6 +86,9 @@ class Settings(ModelSettings):
         ge=0,
         description="limit of the rows of one caller's batches in flight, if several; 0: no limit",
     )
+    max_rendered_pixels: int = Field(
+        1024 * 1024, ge=1, description="limit of height × width of a picture of a map that the server draws"
+    )
     max_stream_in_flight: int = Field(
         32, ge=1, description="limit of unanswered batches of one stream, at which reading pauses"
     )

@@ -60,7 +60,7 @@ class DecoderPool:
                 self._return(worker)
 
     async def fit(self, files: Sequence[bytes], order: Order, caller: str = "") -> list[Fitted]:
-        """Return each file's pixels in the model's input size, or its error.
+        """Return each file's pixels as ordered, or its error.
 
         Cancelling this ends the decoding of the remaining files. Raises `Unavailable` once the pool is closed.
         """
@@ -69,7 +69,7 @@ class DecoderPool:
 
         async def fit_next() -> None:
             for index in indices:
-                fitted[index] = await self._fit(files[index], order, caller)
+                fitted[index] = await self.fit_one(files[index], order, caller)
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(min(self._size, len(files))):
@@ -90,7 +90,8 @@ class DecoderPool:
             threads.close(wait=True)
         self._ended()
 
-    async def _fit(self, file: bytes, order: Order, caller: str) -> Fitted:
+    async def fit_one(self, file: bytes, order: Order, caller: str = "") -> Fitted:
+        """Return one file's pixels as ordered, or its error. Cancelling this ends the decoding."""
         if order.max_pixels <= self._ordinary_pixels:
             return await self._decode(file, order, caller, on=self._threads)
         ordinary = replace(order, max_pixels=self._ordinary_pixels, may_need_more=True)

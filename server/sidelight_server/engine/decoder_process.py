@@ -1,6 +1,7 @@
 """A decoder process: decodes one file at a time, with bounded time and memory, and ends with the server."""
 
 import logging
+import math
 import os
 import pickle
 import signal
@@ -92,7 +93,7 @@ class Worker:
             return self.process.wait()
 
     def fit(self, file: bytes, order: Order) -> Fitted:
-        """Return a file's pixels, uint8 [H, W, C] of the model's input size, or its error."""
+        """Return a file's pixels, uint8 of `order.shape`, or its error."""
         wall_s = WALL_TIMES * order.max_s
         try:
             self._wait_until_ready()
@@ -126,15 +127,14 @@ class Worker:
     def _reply(self, order: Order, until_s: float) -> Fitted:
         """Read and validate the reply. It is not trusted: a malicious file may have taken over the worker."""
         status, is_last, height, width, n_bytes = REPLY.unpack(self._receive(REPLY.size, until_s))
-        preprocessing = order.preprocessing
-        shape = preprocessing.height, preprocessing.width, preprocessing.channels
-        if n_bytes > MAX_MESSAGE_BYTES and (status != OK or n_bytes != np.prod(shape)):
+        n_ordered = math.prod(order.shape)
+        if n_bytes > MAX_MESSAGE_BYTES and (status != OK or n_bytes != n_ordered):
             raise EOFError
         body = self._receive(n_bytes, until_s)
         if is_last:
             self._has_ended = True
-        if status == OK and n_bytes == np.prod(shape) and min(height, width) > 0:
-            return np.frombuffer(body, np.uint8).reshape(shape), preprocessing.geometry(height, width)
+        if status == OK and n_bytes == n_ordered and min(height, width) > 0:
+            return np.frombuffer(body, np.uint8).reshape(order.shape), order.geometry(height, width)
         message = body.decode(errors="replace")
         if status == NEEDS_MORE and order.may_need_more:
             return NeedsMore(message)

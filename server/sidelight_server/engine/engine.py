@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from ..compute.torch_device import choose_devices, cpu_quota, make_deterministic
 from ..config.model_settings import ModelSettings
 from ..config.settings import Settings
 from ..config.spec import ModelSpec
-from ..domain import Answer, Request
+from ..domain import Answer, Array, Request
+from ..inputs.decode_worker import PictureOrder
 from ..methods.method import Shape
 from ..models.model import Model
 from ..telemetry.call_record import CallRecord
@@ -29,6 +30,8 @@ from .registry import Registry
 from .submission import OnDone, Outcome, Submission, Surroundings, store_outcome
 
 log = logging.getLogger("sidelight")
+
+_Value = TypeVar("_Value")
 
 
 class Engine:
@@ -192,6 +195,14 @@ class Engine:
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+    async def picture(self, file: bytes, order: PictureOrder, caller: str) -> Array:
+        """Return a file as an RGB picture, uint8 [H, W, 3]. Raises `SidelightError`."""
+        return await self._pool.picture(file, order, caller)
+
+    async def draw(self, drawing: Callable[[], _Value], caller: str) -> _Value:
+        """Call a function that draws a picture in one of the threads for that. Raises `Unavailable` once closed."""
+        return await self._pool.draw(drawing, caller)
 
     def _assemble(self, active: ActiveRequest, clock: Clock, *, final: bool = True) -> Answer:
         return assemble_answer(

@@ -23,7 +23,7 @@ from ..domain import (
     TopK,
 )
 from ..errors import Cancelled, FailedPrecondition, InvalidArgument, SidelightError
-from ..inputs.decode_worker import Order
+from ..inputs.decode_worker import Order, PictureOrder
 from ..inputs.preprocessing import Geometry
 from ..methods import Method
 from ..methods.channels import Channels
@@ -70,6 +70,14 @@ def order(model: Model) -> Order:
     assert model.preprocessing is not None  # noqa: S101  (`input_shape` has checked it)
     settings = model.settings
     return Order(model.preprocessing, max_pixels=settings.max_image_pixels, max_s=settings.max_decode_s)
+
+
+def picture_order(
+    model: Model, *, size: tuple[int, int], box: tuple[float, float, float, float] | None
+) -> PictureOrder:
+    """Return the order for a picture of a file that the model has an input size for; see `PictureOrder`."""
+    fitting = order(model)
+    return PictureOrder(fitting.preprocessing, fitting.max_pixels, fitting.max_s, size=size, box=box)
 
 
 def prepare(

@@ -1,4 +1,4 @@
-"""The preparation pool: the threads and processes that decode, resize and check requests."""
+"""The preparation pool: the threads and processes that decode, resize and check requests, and draw their maps."""
 
 import asyncio
 import functools
@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from ..compute.host_memory import limit_bytes
-from ..domain import MANY_EXAMPLES, Files, Request
+from ..domain import MANY_EXAMPLES, Array, Files, Request
+from ..errors import SidelightError
+from ..inputs.decode_worker import PictureOrder
 from ..models.model import Model
 from .decoder_pool import DecoderPool
 from .decoder_process import Fitted
@@ -18,12 +20,13 @@ _Value = TypeVar("_Value")
 
 
 class PreparationPool:
-    """Prepares the requests whose preparation takes longer than waking a thread."""
+    """Prepares the requests whose preparation takes longer than waking a thread, and draws pictures."""
 
     def __init__(self, n_threads: int) -> None:
         # One pool per kind of work, so that short work does not wait behind another caller's long work.
         self._checking = FairThreadPool(1, name="sidelight-prepare")
         self._resizing = FairThreadPool(n_threads, name="sidelight-resize")
+        self._drawing = FairThreadPool(n_threads, name="sidelight-draw")
         self._decoders = DecoderPool(n_threads, memory_bytes=limit_bytes())
         self._closed = threading.Event()
 
@@ -39,7 +42,7 @@ class PreparationPool:
         """End the processes and, after their current work, the threads; with `wait`, wait for the threads."""
         self._closed.set()
         self._decoders.close()
-        for pool in (self._checking, self._resizing):
+        for pool in (self._checking, self._resizing, self._drawing):
             pool.close(wait=wait)
 
     async def prepare(self, model: Model, request: Request, caller: str) -> Prepared:
@@ -62,6 +65,17 @@ class PreparationPool:
             return await asyncio.wrap_future(pool.submit(caller, preparing))
         finally:
             left.set()
+
+    async def picture(self, file: bytes, order: PictureOrder, caller: str) -> Array:
+        """Return a file as an RGB picture, uint8 [H, W, 3]. Raises `SidelightError`."""
+        decoded = await self._decoders.fit_one(file, order, caller)
+        if isinstance(decoded, SidelightError):
+            raise decoded
+        return decoded[0]
+
+    async def draw(self, drawing: Callable[[], _Value], caller: str) -> _Value:
+        """Call a function that draws a picture in one of the threads for that. Raises `Unavailable` once closed."""
+        return await asyncio.wrap_future(self._drawing.submit(caller, drawing))
 
 
 async def to_thread_if_many(

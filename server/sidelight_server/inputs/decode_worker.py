@@ -18,14 +18,15 @@ import struct
 import sys
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from ..errors import Internal, ResourceExhausted, SidelightError
 from .pixels import TooManyPixels
-from .preprocessing import Preprocessing
+from .preprocessing import Geometry, Pixels, Preprocessing
 
 READY = b"+"  # the first byte that a worker sends, once it can take orders
 HEAD = struct.Struct("!II")  # an order: sizes of the pickled `Order` and of the file, which both follow
@@ -42,7 +43,7 @@ MAX_KEPT_BYTES = 32 * 1024 * 1024  # memory that a worker may keep between files
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """How to decode a file, with its limits."""
+    """How to decode a file for a model, with its limits."""
 
     preprocessing: Preprocessing
     max_pixels: int
@@ -54,10 +55,55 @@ class Order:
         """Memory that decoding may take beyond the process and the file."""
         return BYTES_PER_PIXEL * self.max_pixels + SPARE_BYTES
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape of the pixels in the reply."""
+        return self.preprocessing.height, self.preprocessing.width, self.preprocessing.channels
+
+    def geometry(self, height: int, width: int) -> Geometry | None:
+        """Return the geometry of an image of this size."""
+        return self.preprocessing.geometry(height, width)
+
+    def decode(self, file: bytes) -> tuple[Pixels, tuple[int, int]]:
+        """Return the pixels of the model's input, and height and width of the image."""
+        from .decoding import decode
+
+        channels, window = self.preprocessing.channels, self.preprocessing.window
+        pixels = decode(file, channels=channels, max_pixels=self.max_pixels, window=window)  # [H, W, C]
+        return self.preprocessing.fit(pixels)[0], (pixels.shape[0], pixels.shape[1])
+
+
+@dataclass(frozen=True, slots=True)
+class PictureOrder(Order):
+    """How to decode a file as an RGB picture to be shown: the part of it in `box`, in another height and width.
+
+    `box` has the part's left, top, right and bottom edges in pixels; None is the whole picture.
+    """
+
+    size: tuple[int, int] = field(kw_only=True)
+    box: tuple[float, float, float, float] | None = field(kw_only=True)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return *self.size, 3
+
+    def geometry(self, height: int, width: int) -> Geometry | None:
+        return None
+
+    def decode(self, file: bytes) -> tuple[Pixels, tuple[int, int]]:
+        from .decoding import decode
+
+        pixels = decode(file, channels=3, max_pixels=self.max_pixels, window=self.preprocessing.window)  # [H, W, 3]
+        height, width = pixels.shape[:2]
+        if self.box is None and self.size == (height, width):
+            return pixels, self.size
+        shown = Image.fromarray(pixels).resize(self.size[::-1], Image.Resampling.BILINEAR, self.box)
+        return np.asarray(shown), (height, width)
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The result for a file: pixels of the model's input size, or a canonical status code and a message in UTF-8.
+    """The result for a file: the pixels that were ordered, or a canonical status code and a message in UTF-8.
 
     For INTERNAL the message is a traceback. The status may also be `NEEDS_MORE`.
     """
@@ -120,16 +166,9 @@ def silence() -> None:
 
 
 def _decoded(file: bytes, order: Order) -> Reply:
-    from .decoding import decode
-
-    preprocessing = order.preprocessing
     try:
-        pixels = decode(
-            file, channels=preprocessing.channels, max_pixels=order.max_pixels, window=preprocessing.window
-        )  # [H, W, C]
-        fitted, geometry = preprocessing.fit(pixels)
-        body = np.ascontiguousarray(fitted).reshape(-1).data
-        return Reply(OK, False, geometry.original_height, geometry.original_width, body)
+        pixels, (height, width) = order.decode(file)
+        return Reply(OK, False, height, width, np.ascontiguousarray(pixels).reshape(-1).data)
     except TooManyPixels as error:
         return _failure(NEEDS_MORE if order.may_need_more else error.code, error.message)
     except SidelightError as error:

@@ -10,7 +10,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
 from ..compute.torch_device import is_out_of_memory
-from ..domain import MANY_EXAMPLES, Answer, Files, Request
+from ..domain import MANY_EXAMPLES, Answer, Array, Files, Request
 from ..engine.engine import Engine
 from ..engine.model_entry import Version
 from ..engine.preparation_pool import to_thread_if_many
@@ -23,6 +23,7 @@ from ..telemetry.recorder import Telemetry
 from ..wire import responses
 from ..wire.codec import encode_answer
 from ..wire.digests import Hashing
+from ..wire.rendering import Rendering, with_pictures
 from ..wire.tensors import encoded, layout_of
 from .shared_memory import Span, to_thread_uncancelled
 
@@ -47,6 +48,7 @@ class ValidatedRequest:
     deadline_s: float | None  # on the event loop's clock
     source: Span | None  # where the images are, unless in the message
     sink: Span | None  # where the maps are written, unless in the answer
+    rendering: Rendering | None  # how the maps are drawn, if they are
     call_record: CallRecord
     encode: Encode
     writes_regions: bool  # whether `encode` writes to shared memory, and so belongs in a worker thread
@@ -61,7 +63,8 @@ class ValidatedRequest:
 class Execution:
     """One execution of a validated request. Used on the event loop.
 
-    `start` and `reply` wait for nothing unless the request is large or its images are in shared memory.
+    `start` and `reply` wait for nothing unless the request is large, its images are in shared memory, or its maps are
+    drawn.
     """
 
     def __init__(
@@ -74,6 +77,7 @@ class Execution:
         self._faults = faults
         self._limit_bytes = limit_bytes
         self._hashing: Hashing | None = None
+        self._images: Files | Array | None = None  # kept for drawing
         self._submission: Submission | None = None
 
     async def start(self, on_done: OnDone, on_improved: Callable[[], None] | None = None) -> None:
@@ -83,6 +87,7 @@ class Execution:
         with self._hiding():
             request = await _fetched(validated)
             self._hashing = Hashing(request.images, dtype=_dtype(validated.message.images))
+            self._images = request.images if validated.rendering else None
             self._submission = self._engine.submit(
                 request,
                 on_done,
@@ -98,6 +103,7 @@ class Execution:
                 raise outcome
             assert self._hashing is not None  # noqa: S101
             answer = replace(outcome, example_digests=await self._hashing.digests())
+            answer = await self._drawn(answer)
             reply = await self._encoded(answer)
             tally = await to_thread_if_many(len(answer.explanations), Tally.of, answer)
         self._telemetry.answered(self._validated.call_record, answer, tally)
@@ -118,6 +124,19 @@ class Execution:
 
     def _hiding(self) -> "HideInternalErrors":
         return HideInternalErrors(self._validated.message.id, self._faults)
+
+    async def _drawn(self, answer: Answer) -> Answer:
+        validated = self._validated
+        if validated.rendering is None or self._images is None:
+            return answer
+        return await with_pictures(
+            answer,
+            self._images,
+            validated.rendering,
+            engine=self._engine,
+            model=validated.version[0],
+            caller=validated.call_record.caller,
+        )
 
     async def _encoded(self, answer: Answer) -> bytes:
         validated = self._validated

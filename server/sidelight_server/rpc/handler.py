@@ -19,6 +19,7 @@ from ..telemetry.call_record import CallRecord
 from ..telemetry.logs import Throttle
 from ..telemetry.recorder import Telemetry
 from ..wire import requests
+from ..wire.rendering import parse_rendering
 from ..wire.tensors import layout_of, map_itemsize
 from .admission import Admission, Permits
 from .execution import Encode, Execution, HideInternalErrors, ValidatedRequest, check_length, encode_own
@@ -99,6 +100,8 @@ class RequestHandler:
             maps_bytes = cost.maps_bytes * map_itemsize(message.output) // BYTES_OF_FLOAT32
             source = _source(message.images, regions)
             sink = _sink(message.output, maps_bytes, regions)
+            rendering, max_pixels = parse_rendering(message.output), self._engine.settings.max_rendered_pixels
+            pictures_bytes = rendering.held_bytes(request, version[0], max_pixels=max_pixels) if rendering else 0
         # Parsing copies the message unless `data` was cut out; encoding copies the maps unless they go to a region.
         encoded_bytes = maps_bytes if sink is None else 0
         check_length(encoded_bytes, self._limit_bytes)
@@ -111,11 +114,13 @@ class RequestHandler:
             + (source.n_bytes if source else 0)
             + cost.maps_bytes
             + encoded_bytes
-            + cost.state_bytes,
+            + cost.state_bytes
+            + pictures_bytes,
             n_rows=cost.n_rows,
             deadline_s=deadline_s,
             source=source,
             sink=sink,
+            rendering=rendering,
             call_record=call_record,
             encode=encode or encode_own,
             writes_regions=writes_regions or sink is not None,

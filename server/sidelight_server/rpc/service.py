@@ -64,6 +64,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
                 max_stream_in_flight=settings.max_stream_in_flight,
                 max_example_rows=settings.max_example_rows,
                 max_batch_examples=MAX_EXAMPLES,
+                max_rendered_pixels=settings.max_rendered_pixels,
                 max_stream_age=responses.duration(settings.max_stream_age_s) if settings.max_stream_age_s else None,
             ),
             methods=SERVED_METHODS,

@@ -170,7 +170,5 @@ def _check_output(output: pb.Output, request: Request) -> None:
             f"output.map_dtype: UINT8 has no sign, and a map of {request.method.name} with channels "
             f"{request.channels.value} may be negative; ask for FLOAT16, or another reduction"
         )
-    if output.rendered:
-        raise Unimplemented("output.rendered: pictures of maps are not served by this version")
     if output.region.dtype or output.region.shape:
         raise InvalidArgument("output.region: dtype and shape are to be left unset; map_dtype and the model give them")

@@ -27,8 +27,13 @@ def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attributi
     """Return the message of an answer without its maps and its provenance: `wire.codec` adds them."""
     return pb.Attribution(
         examples=[
-            _example(each, answer.labels, is_mismatch=is_mismatch)
-            for each, is_mismatch in zip(answer.explanations, answer.mismatches, strict=True)
+            _example(each, answer.labels, is_mismatch=is_mismatch, rendered=rendered)
+            for each, is_mismatch, rendered in zip(
+                answer.explanations,
+                answer.mismatches,
+                answer.rendered or ((),) * len(answer.explanations),
+                strict=True,
+            )
         ],
         failures=[
             pb.ExampleFailure(example=each.example, code=each.code, message=each.message) for each in answer.failures
@@ -41,6 +46,7 @@ def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attributi
             total=duration(answer.timing.total_s),
             admission=duration(answer.timing.admission_s),
             backlog=duration(answer.timing.backlog_s),
+            rendering=duration(answer.timing.rendering_s) if answer.rendered else None,
         ),
         transport=transport,
         final=answer.final,
@@ -141,7 +147,9 @@ def _interval(ends: tuple[float, float]) -> tensor_pb2.Interval:
     return tensor_pb2.Interval(low=ends[0], high=ends[1])
 
 
-def _example(explanation: Explanation | None, labels: tuple[str, ...], *, is_mismatch: bool | None) -> pb.Example:
+def _example(
+    explanation: Explanation | None, labels: tuple[str, ...], *, is_mismatch: bool | None, rendered: Iterable[bytes]
+) -> pb.Example:
     if explanation is None:
         return pb.Example()
     return pb.Example(
@@ -154,6 +162,7 @@ def _example(explanation: Explanation | None, labels: tuple[str, ...], *, is_mis
         geometry=_geometry(explanation.geometry) if explanation.geometry else None,
         convergence=_convergence(explanation.convergence) if explanation.convergence else None,
         is_mismatch=is_mismatch,
+        rendered=rendered,
     )
 
 

@@ -110,6 +110,7 @@ FLAGS = {
     "max_arrival_s": (["--max-arrival-s", "5"], 5.0),
     "keepalive_s": (["--keepalive-s", "10"], 10.0),
     "shared_memory": (["--shared-memory", "/dev/shm"], Path("/dev/shm")),
+    "max_rendered_pixels": (["--max-rendered-pixels", "100"], 100),
     "max_region_bytes": (["--max-region-bytes", "4096"], 4096),
     "max_stream_regions": (["--max-stream-regions", "2"], 2),
 }
