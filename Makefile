@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo page docs notebooks test browser check lint proto proto-check bench bench-docs peers pyhealth soak soak-long fuzz zoo properties nightly image envoy helm inference breaking dist oldest pythons lock clean
+.PHONY: setup demo page docs notebooks test browser check lint proto proto-check bench bench-docs peers pyhealth soak soak-long fuzz zoo properties nightly image clients interop envoy helm inference breaking dist oldest pythons lock clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -105,6 +105,37 @@ proto-check: .venv-floor/.ready
 	diff --recursive --exclude=__init__.py --exclude=__pycache__ $$fresh/sidelight/v1 client/sidelight/v1 && \
 	diff $$fresh/inference_pb2.py $(INFERENCE) && diff $$fresh/inference_pb2.pyi $(INFERENCE) \
 	|| { echo 'the generated modules are not what the schemas say: run `make proto`'; exit 1; }; rm -rf $$fresh
+
+# The example clients in other languages. What Debian has for them is in docs/how-to/other-languages.md.
+SCHEMA := $(addprefix proto/sidelight/v1/,tensor.proto model.proto attribution.proto)
+EXAMPLES := examples/clients
+STUBS = protoc --proto_path=proto $(SCHEMA)
+clients: .interop/node/.ready .interop/go/.ready
+
+interop: setup clients .interop/java/.ready .interop/cpp/.ready
+	$(BIN)/python -m pytest --require=node,go,java,cpp tests/interop/test_languages.py
+
+.interop/node/.ready: $(EXAMPLES)/node/package-lock.json
+	npm ci --no-audit --no-fund --prefix $(EXAMPLES)/node
+	mkdir -p $(@D) && touch $@
+
+.interop/go/.ready: $(SCHEMA) $(wildcard $(EXAMPLES)/go/*/main.go)
+	rm -rf $(@D) && mkdir -p $(@D)/src
+	$(STUBS) --go_out=$(@D)/src --go-grpc_out=$(@D)/src
+	cd $(EXAMPLES)/go && GO111MODULE=off GOPATH=$(CURDIR)/$(@D):/usr/share/gocode go build -o $(CURDIR)/$(@D)/ ./explain ./stream
+	touch $@
+
+.interop/java/.ready: $(SCHEMA) $(EXAMPLES)/java/Explain.java
+	rm -rf $(@D) && mkdir -p $(@D)/src $(@D)/classes
+	$(STUBS) --java_out=$(@D)/src --grpc-java_out=$(@D)/src --plugin=protoc-gen-grpc-java=$$(command -v grpc_java_plugin)
+	javac -nowarn -d $(@D)/classes -cp '/usr/share/java/*' $$(find $(@D)/src -name '*.java') $(EXAMPLES)/java/Explain.java
+	touch $@
+
+.interop/cpp/.ready: $(SCHEMA) $(EXAMPLES)/cpp/explain.cc
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(STUBS) --cpp_out=$(@D) --grpc_out=$(@D) --plugin=protoc-gen-grpc=$$(command -v grpc_cpp_plugin)
+	$(CXX) -std=c++17 -I$(@D) $(EXAMPLES)/cpp/explain.cc $(@D)/sidelight/v1/*.cc -o $(@D)/explain $$(pkg-config --cflags --libs grpc++ protobuf)
+	touch $@
 
 # A peer that cannot be had is a line in the table.
 bench: .venv/.ready

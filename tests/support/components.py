@@ -19,6 +19,7 @@ ENVOY = ROOT / ".envoy" / "envoy" / "_bin" / "envoy"
 HELM = ROOT / ".helm" / "helm" / "helm"
 INFERENCE = ROOT / ".venv-inference"
 TRITON_SERVER = ROOT / ".venv-triton"
+INTEROP = ROOT / ".interop"
 FLOOR = ROOT / ".venv-floor" / "bin" / "python"
 PYHEALTH = ROOT / ".venv-pyhealth"
 # The extra onnx lies beside the environment: torchvision, which comes with it, would change what transformers imports.
@@ -48,6 +49,10 @@ COMPONENTS = {
         ),
         "apt-get install chromium, then make browser",
     ),
+    **{
+        name: Component((INTEROP / name / ".ready").exists, "make interop builds the example clients")
+        for name in ("node", "go", "java", "cpp")
+    },
     "dciodvfy": Component(lambda: shutil.which("dciodvfy") is not None, "apt-get install dicom3tools"),
     "envoy": Component(ENVOY.exists, "make envoy brings the proxy"),
     "floor": Component(FLOOR.exists, "make setup makes the environment of the oldest versions"),
