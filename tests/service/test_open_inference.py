@@ -37,6 +37,7 @@ def server() -> Iterator[Running]:
     """Two models: one of closed form, and one that takes files."""
     engine = Engine([ModelSpec(Linear(), name="linear"), sized_cnn()], Settings(device="cpu", threads=1))
     with serving(engine, "127.0.0.1:0") as server:
+        infer(server, infer_request(floats(1)))  # without an input size, the first rows show how many classes there are
         yield server
 
 
