@@ -19,9 +19,11 @@ from google.protobuf import descriptor_pool
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from PIL import Image
 from sidelight.methods.parsing import parse_method
+from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import tensor_pb2
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.interop.open_inference import inference_pb2 as oip
-from sidelight_server.interop.open_inference.outputs import NAMES
+from sidelight_server.interop.open_inference.outputs import DEFAULT
 
 from support.inference import call, infer_request, parameter, stream, tensor, tensors_of, wanted
 from support.messages import ask, floats, maps_of
@@ -73,7 +75,7 @@ def test_a_request_without_parameters_gets_the_map_of_the_predicted_class(server
     images = floats(2)
     got = infer(server, infer_request(images))
     ours = server.stub.Attribute(ask(images), timeout=TIMEOUT_S)
-    assert tuple(got) == NAMES
+    assert tuple(got) == DEFAULT
     assert got["maps"].tobytes() == maps_of(ours).tobytes()
     assert got["predicted"].tolist() == [each.prediction.index for each in ours.result.examples]
     assert got["probability"].tolist() == [each.prediction.probability for each in ours.result.examples]
@@ -85,6 +87,25 @@ def test_a_request_without_parameters_gets_the_map_of_the_predicted_class(server
     provenance = json.loads(got["provenance"][0])
     assert provenance["model_digest"] == ours.result.provenance.model_digest
     assert provenance["example_digests"] == list(ours.result.provenance.example_digests)
+
+
+def test_the_server_draws_the_maps_if_it_is_asked_to(server: Running) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    files = [png(picture), b"no picture", png(picture)]
+    request = files_request(3, raw_input_contents=[packed(*files)])
+    request.outputs.add(name="rendered")
+    got = infer(server, request)
+    ours = pb.AttributeRequest(
+        model="small",
+        images=tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=files)),
+        method=pb.Method(gradient=pb.GradientMethod()),
+        target=pb.Target(predicted=pb.PredictedTarget()),
+        output=pb.Output(rendered=pb.Rendering()),
+    )
+    examples = server.stub.Attribute(ours, timeout=TIMEOUT_S).result.examples
+    pictures = [example.rendered[0] if example.rendered else b"" for example in examples]
+    assert got["rendered"].tolist() == pictures
+    assert [each[:4] for each in pictures] == [b"\x89PNG", b"", b"\x89PNG"]
 
 
 METHODS = {
@@ -411,7 +432,7 @@ def test_metadata_are_those_of_an_answer(server: Running) -> None:
         ("images", "UINT8", [-1, -1, -1, 3])
     ]
     answer = call(server.channel, "ModelInfer", infer_request(PIXELS, model_name="small"))
-    for expected, got in zip(told.outputs, answer.outputs, strict=True):
+    for expected, got in zip((each for each in told.outputs if each.name in DEFAULT), answer.outputs, strict=True):
         assert (expected.name, expected.datatype) == (got.name, got.datatype)
         assert all(size in (-1, each) for size, each in zip(expected.shape, got.shape, strict=True)), got
     config = call(server.channel, "ModelConfig", oip.ModelConfigRequest(name="small")).config

@@ -16,7 +16,7 @@ from ...wire import responses
 from ...wire.tensors import Encoded, encoded
 from .tensors import pack_bytes
 
-MAPS, PROBABILITIES = "maps", "probabilities"
+MAPS, PROBABILITIES, RENDERED = "maps", "probabilities", "rendered"
 MAP_TYPES = {
     tensor_pb2.DATA_TYPE_FLOAT32: "FP32",
     tensor_pb2.DATA_TYPE_FLOAT16: "FP16",
@@ -97,6 +97,11 @@ class Outputs:
         text = json.dumps(MessageToDict(provenance, preserving_proto_field_name=True), ensure_ascii=False)
         return Tensor("BYTES", (1,), pack_bytes([text.encode()]))
 
+    def _make_rendered(self) -> Tensor:
+        k = math.prod(self._shape[1:])
+        pictures = [each or (b"",) * k for each in self._answer.rendered]  # none of an example that failed
+        return Tensor("BYTES", self._shape, pack_bytes(picture for each in pictures for picture in each))
+
     def _targets(self) -> Iterator[ExplainedTarget | None]:
         """Yield the target of each map, in order; None for those of an example that failed."""
         k = self._shape[1] if len(self._shape) == 2 else 1
@@ -128,8 +133,10 @@ _MAKERS: dict[str, Callable[[Outputs], Tensor]] = {
     PROBABILITIES: Outputs._make_probabilities,
     "failures": Outputs._make_failures,
     "provenance": Outputs._make_provenance,
+    RENDERED: Outputs._make_rendered,
 }
 NAMES = tuple(_MAKERS)
+DEFAULT = tuple(name for name in NAMES if name != RENDERED)  # of a request that names none; drawing takes time
 
 # Types and shapes without parameters: N examples of K classes, maps of H × W.
 SHAPES: dict[str, tuple[str, tuple[str | int, ...]]] = {
@@ -143,4 +150,5 @@ SHAPES: dict[str, tuple[str, tuple[str | int, ...]]] = {
     PROBABILITIES: ("FP32", ("N", "K")),
     "failures": ("BYTES", ("N",)),
     "provenance": ("BYTES", (1,)),
+    RENDERED: ("BYTES", ("N",)),
 }

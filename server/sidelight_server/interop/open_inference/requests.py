@@ -66,6 +66,8 @@ def translate(request: oip.ModelInferRequest, data: memoryview | None) -> InferR
     parameters.fill_in(message, request.parameters)
     requested = _outputs(request.outputs)
     message.output.probabilities = any(each.name == outputs.PROBABILITIES for each in requested)
+    if any(each.name == outputs.RENDERED for each in requested):
+        message.output.rendered.SetInParent()  # as by default: the overlay, in the input's size
     if maps := next((each.shared for each in requested if each.name == outputs.MAPS), None):
         message.output.region.CopyFrom(tensor_pb2.SharedTensor(region=maps.region, offset_bytes=maps.offset))
     image = _only(request.inputs)
@@ -124,9 +126,9 @@ def _dtype(datatype: str) -> tensor_pb2.DataType.ValueType:
 
 
 def _outputs(requested: Sequence[oip.ModelInferRequest.InferRequestedOutputTensor]) -> tuple[RequestedOutput, ...]:
-    """Return the outputs that are asked for; all of them if none is, as the protocol has it."""
+    """Return the outputs that are asked for; all but the pictures if none is."""
     if not requested:
-        return tuple(map(RequestedOutput, outputs.NAMES))
+        return tuple(map(RequestedOutput, outputs.DEFAULT))
     seen: dict[str, RequestedOutput] = {}
     for each in requested:
         if each.name not in outputs.NAMES:
