@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo page docs notebooks test browser check lint proto proto-check bench bench-docs peers pyhealth soak soak-long fuzz zoo properties nightly image clients interop envoy helm inference breaking dist oldest pythons lock clean
+.PHONY: setup demo page docs notebooks test browser check lint proto proto-check bench bench-docs peers pyhealth scale soak soak-long fuzz zoo properties nightly image clients interop envoy helm inference breaking dist oldest pythons lock clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -181,6 +181,18 @@ inference: .venv-inference/.ready
 	.venv-inference/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
+# A deployment on Ray Serve.
+SCALED = tests/interop/test_ray_serve.py
+scale: .venv/.ready .venv-serve/.ready
+	$(BIN)/python -m pytest --require=serve $(SCALED)
+
+.venv-serve/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear .venv-serve
+	.venv-serve/bin/python -m pip install --quiet --upgrade pip
+	.venv-serve/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-serve/bin/python -m pip install --quiet --constraint constraints.txt 'ray[serve,serve-grpc]' --editable '.[ray]'
+	touch $@
+
 # All of them run, and a goal that is not met is the code it ends with. The first four take nine minutes, the rest eight more.
 SOAKS = faults kills memory attack
 soak-long: SOAKS += storm messages
@@ -284,4 +296,4 @@ dist: .venv-tools/.ready
 	touch $@
 
 clean:
-	rm -rf .envoy .helm .venv .venv-floor .venv-tools .venv-docs site .venv-oldest .venv-3.1? .venv-inference .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth dist demo
+	rm -rf .envoy .helm .venv .venv-floor .venv-tools .venv-docs site .venv-oldest .venv-3.1? .venv-inference .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth .venv-serve dist demo

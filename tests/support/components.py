@@ -22,6 +22,7 @@ TRITON_SERVER = ROOT / ".venv-triton"
 INTEROP = ROOT / ".interop"
 FLOOR = ROOT / ".venv-floor" / "bin" / "python"
 PYHEALTH = ROOT / ".venv-pyhealth"
+SERVE = ROOT / ".venv-serve"
 # The extra onnx lies beside the environment: torchvision, which comes with it, would change what transformers imports.
 ONNX = Path(sys.prefix) / "onnx"
 
@@ -67,6 +68,7 @@ COMPONENTS = {
         lambda: bool(shutil.which("prometheus") and shutil.which("promtool")), "apt-get install prometheus"
     ),
     "pyhealth": Component((PYHEALTH / ".ready").exists, "make pyhealth makes the environment of the whole of PyHealth"),
+    "serve": Component((SERVE / ".ready").exists, "make scale makes the environment of Ray Serve"),
     "torchvision": Component((ONNX / "torchvision").is_dir, "make setup brings torchvision"),
     "triton_server": Component(
         (TRITON_SERVER / ".ready").exists, "make .venv-triton/.ready makes the environment of a Triton"

@@ -4,7 +4,8 @@ import contextlib
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,27 @@ def other_size():
 """
 
 
+WITHIN_S = 240.0  # for what Ray does: processes start on it in tens of seconds
+PAUSE_S = 0.05
 LOCAL = ["--listen", "127.0.0.1:0"]
+
+
+def until(is_so: Callable[[], bool], what: str) -> None:
+    """Ask again and again: what another process knows, it tells nobody by itself."""
+    ends_s = time.monotonic() + WITHIN_S
+    while not is_so():
+        assert time.monotonic() < ends_s, f"not within {WITHIN_S:g} s: {what}"
+        time.sleep(PAUSE_S)
+
+
+def ray_environment() -> dict[str, str]:
+    """Return the variables of processes that share a Ray: where its models are, and its token."""
+    return {
+        "PYTHONPATH": str(TESTS),
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0" * 64,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -53,29 +53,7 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
         self, request: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse:
         """Return version, limits, methods and models."""
-        settings, cancelled = self._engine.settings, self._engine.stops
-        return pb.GetServerInfoResponse(
-            version=metadata.version("sidelight"),
-            limits=pb.Limits(
-                max_message_bytes=settings.max_message_bytes,
-                max_image_pixels=settings.max_image_pixels,
-                max_in_flight=settings.max_in_flight,
-                max_in_flight_bytes=settings.max_in_flight_bytes,
-                max_stream_in_flight=settings.max_stream_in_flight,
-                max_example_rows=settings.max_example_rows,
-                max_batch_examples=MAX_EXAMPLES,
-                max_rendered_pixels=settings.max_rendered_pixels,
-                max_stream_age=responses.duration(settings.max_stream_age_s) if settings.max_stream_age_s else None,
-            ),
-            methods=SERVED_METHODS,
-            models=_models(self._engine),
-            cancellations=pb.CancellationStats(
-                count=cancelled.count,
-                mean=responses.duration(cancelled.mean_s),
-                longest=responses.duration(cancelled.longest_s),
-            ),
-            shared_memory=_shared_memory(self._shared) if self._shared else None,
-        )
+        return server_info(self._engine, self._shared)
 
 
 class ModelService(model_pb2_grpc.ModelServiceServicer):
@@ -88,7 +66,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         self, request: model_pb2.ListModelsRequest, context: Context
     ) -> model_pb2.ListModelsResponse:
         """Return every model, without labels and layers."""
-        return model_pb2.ListModelsResponse(models=_models(self._engine))
+        return model_pb2.ListModelsResponse(models=models(self._engine))
 
     async def GetModel(  # noqa: N802
         self, request: model_pb2.GetModelRequest, context: Context
@@ -113,7 +91,35 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         return model_pb2.ReloadModelResponse(model=responses.model_info(self._engine, entry, whole=True))
 
 
-def _models(engine: Engine) -> list[model_pb2.ModelInfo]:
+def server_info(engine: Engine, shared: SharedMemory | None = None) -> pb.GetServerInfoResponse:
+    """Return version, limits, methods and models."""
+    settings, cancelled = engine.settings, engine.stops
+    return pb.GetServerInfoResponse(
+        version=metadata.version("sidelight"),
+        limits=pb.Limits(
+            max_message_bytes=settings.max_message_bytes,
+            max_image_pixels=settings.max_image_pixels,
+            max_in_flight=settings.max_in_flight,
+            max_in_flight_bytes=settings.max_in_flight_bytes,
+            max_stream_in_flight=settings.max_stream_in_flight,
+            max_example_rows=settings.max_example_rows,
+            max_batch_examples=MAX_EXAMPLES,
+            max_rendered_pixels=settings.max_rendered_pixels,
+            max_stream_age=responses.duration(settings.max_stream_age_s) if settings.max_stream_age_s else None,
+        ),
+        methods=SERVED_METHODS,
+        models=models(engine),
+        cancellations=pb.CancellationStats(
+            count=cancelled.count,
+            mean=responses.duration(cancelled.mean_s),
+            longest=responses.duration(cancelled.longest_s),
+        ),
+        shared_memory=_shared_memory(shared) if shared else None,
+    )
+
+
+def models(engine: Engine) -> list[model_pb2.ModelInfo]:
+    """Return every model, without labels and layers."""
     return [responses.model_info(engine, entry, whole=False) for entry in engine.registry.entries.values()]
 
 

@@ -21,9 +21,8 @@ if TYPE_CHECKING:
 
 async def abort(context: Context, error: SidelightError) -> NoReturn:
     """End a call with an error's status; a retry delay goes into the trailing metadata."""
-    trailers = () if error.retry_delay_s is None else ((RETRY_TRAILER, str(round(error.retry_delay_s * 1000))),)
     try:
-        await context.abort(STATUSES[error.code], error.message, trailers)
+        await context.abort(STATUSES[error.code], error.message, retry_trailers(error))
     except grpc.aio.AbortError as aborted:
         # gRPC keeps this exception with the call, and its traceback keeps the message: a reference cycle. Without this
         # callback, such messages would fill the memory long before the garbage collector runs.
@@ -31,6 +30,11 @@ async def abort(context: Context, error: SidelightError) -> NoReturn:
             call.add_done_callback(functools.partial(_clear_tracebacks, (aborted, error)))
         raise
     raise AssertionError("abort always raises")
+
+
+def retry_trailers(error: SidelightError) -> tuple[tuple[str, str], ...]:
+    """Return the trailing metadata of an error: its retry delay, if it has one."""
+    return () if error.retry_delay_s is None else ((RETRY_TRAILER, str(round(error.retry_delay_s * 1000))),)
 
 
 def _clear_tracebacks(errors: Iterable[BaseException], _call: object) -> None:

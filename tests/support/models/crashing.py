@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import sidelight_server
 import torch
@@ -23,6 +24,19 @@ class Poisoned(nn.Module):
         return self.inner(x)
 
 
+class Stalled(nn.Module):
+    """A model that does not end at such a picture."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        if bool((x == POISON).any()):
+            time.sleep(3600)
+        return self.inner(x)
+
+
 def small() -> sidelight_server.ModelSpec:
     """Return a CNN that takes floating arrays of any size."""
     torch.manual_seed(0)
@@ -33,3 +47,8 @@ def small() -> sidelight_server.ModelSpec:
 def poisoned() -> sidelight_server.ModelSpec:
     """Return the same behind the poison."""
     return sidelight_server.ModelSpec(Poisoned(small().module), name="small")
+
+
+def stalled() -> sidelight_server.ModelSpec:
+    """Return the same in a model that stalls."""
+    return sidelight_server.ModelSpec(Stalled(small().module), name="small")
