@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
-from sidelight_server.engine.decoder_pool import DecoderPool
+from sidelight_server.engine.preparation.decoder_pool import DecoderPool
 from sidelight_server.inputs.decode_worker import Order
 from sidelight_server.inputs.decoding import decode
 from sidelight_server.inputs.preprocessing import Preprocessing

@@ -21,8 +21,8 @@ import pytest
 import sidelight
 from PIL import Image
 from sidelight_server import Engine, Files, Request, Settings
-from sidelight_server.engine.decoder_pool import DecoderPool
-from sidelight_server.engine.decoder_process import Fitted
+from sidelight_server.engine.preparation.decoder_pool import DecoderPool
+from sidelight_server.engine.preparation.decoder_process import Fitted
 from sidelight_server.engine.request_cost import cost_of
 from sidelight_server.errors import InvalidArgument, ResourceExhausted, SidelightError, Unavailable
 from sidelight_server.inputs.decode_worker import BYTES_PER_PIXEL, SPARE_BYTES, Order

@@ -22,7 +22,7 @@ import torch
 from google.protobuf.duration_pb2 import Duration
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.config.model_settings import ModelSettings
-from sidelight_server.engine.reloader import Reloader
+from sidelight_server.engine.registry.reloader import Reloader
 
 from support import TESTS
 from support.conversation import Conversation
@@ -547,7 +547,7 @@ def test_a_server_that_watches_loads_what_changes(weights: Path, caplog: pytest.
 
 def _hanging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate) -> Settings:
     """Two models, of which the first hangs while the gate is shut."""
-    monkeypatch.setattr("sidelight_server.engine.registry.PATIENCE_S", 0.05)
+    monkeypatch.setattr("sidelight_server.engine.registry.registry.PATIENCE_S", 0.05)
     paths = {name: tmp_path / f"{name}.safetensors" for name in ("hanging", "other")}
     for path in paths.values():
         write_weights(path, seed=1)

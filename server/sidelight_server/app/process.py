@@ -10,7 +10,7 @@ import torch
 from ..compute.host_memory import keep_freed
 from ..config.settings import Settings
 from ..engine.engine import Engine
-from ..engine.loader import loaded_event
+from ..engine.registry.loader import loaded_event
 from ..telemetry.logs import Event
 from ..telemetry.tracing import from_environment
 from .server import Server

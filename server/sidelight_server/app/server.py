@@ -12,8 +12,8 @@ from sidelight.v1 import attribution_pb2_grpc, model_pb2_grpc
 
 from ..engine.completion import call_soon
 from ..engine.engine import Engine
-from ..engine.recalibration import Recalibration
-from ..engine.reloader import Reloader
+from ..engine.registry.recalibration import Recalibration
+from ..engine.registry.reloader import Reloader
 from ..interop.open_inference.service import DECODERS as INFERENCE_DECODERS
 from ..interop.open_inference.service import InferenceService
 from ..interop.open_inference.shared_memory import SystemSharedMemory

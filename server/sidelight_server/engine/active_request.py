@@ -16,7 +16,7 @@ from ..errors import SidelightError
 from ..models.model import Model
 from ..telemetry.call_record import ChunkTimes
 from .example_run import ExampleRun, Result, Row
-from .preparation import Prepared
+from .preparation.examples import Prepared
 
 Callback = Callable[[], None]
 

@@ -24,9 +24,9 @@ from ..telemetry.logs import Event
 from .active_request import ActiveRequest
 from .answer import Clock, assemble_answer, software_versions
 from .device import Device, least_busy
-from .model_entry import Version
-from .preparation_pool import PreparationPool
-from .registry import Registry
+from .preparation.pool import PreparationPool
+from .registry.entry import Version
+from .registry.registry import Registry
 from .submission import OnDone, Outcome, Submission, Surroundings, store_outcome
 
 log = logging.getLogger("sidelight")

@@ -11,7 +11,7 @@ from ..domain import Array, Convergence, Dense, ExplainedTarget, Request, Resolv
 from ..errors import Internal, InvalidArgument, SidelightError
 from ..methods.method import Example, Improved, Outcome, RowOutput, Sweep, read
 from ..models.model import Model
-from .preparation import Prepared, not_dense
+from .preparation.examples import Prepared, not_dense
 
 # For inputs up to this, an output that is not finite is the model's fault: float32 can hold the square.
 LARGEST_INPUT = 1e18

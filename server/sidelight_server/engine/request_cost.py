@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ..domain import Request, TopK
 from ..models.model import Model
-from .preparation import input_shape, is_taken_as_it_is, maps_shape
+from .preparation.examples import input_shape, is_taken_as_it_is, maps_shape
 
 BYTES_OF_FLOAT32 = 4
 

@@ -12,9 +12,9 @@ from .active_request import ActiveRequest
 from .answer import Clock
 from .completion import call_soon
 from .device import Device
-from .model_entry import Version
-from .preparation import Prepared, input_shape, prepare, resolve_layer, runs_inline
-from .preparation_pool import PreparationPool, to_thread_if_many
+from .preparation.examples import Prepared, input_shape, prepare, resolve_layer, runs_inline
+from .preparation.pool import PreparationPool, to_thread_if_many
+from .registry.entry import Version
 
 Outcome = Answer | Exception
 OnDone = Callable[[Outcome], None]

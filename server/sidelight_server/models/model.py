@@ -22,14 +22,14 @@ from ..methods import METHODS, GuidedBackpropagation
 from ..methods.method import Shape
 from ..telemetry.logs import Event
 from .calibration import DEFAULT_CHUNK_ROWS, Trial
-from .checks import noise
 from .class_names import ClassNames
 from .identity import ModelIdentity
 from .input_format import preprocessing_of, trial_shape_of
 from .method_kernels import MethodKernels
 from .row_limit import RowLimit
 from .row_memory import RowMemory, shape_of
-from .trial_run import InTurn, TrialRun, at_once, detect_on, refusing
+from .trial.checks import noise
+from .trial.trial_run import InTurn, TrialRun, at_once, detect_on, refusing
 
 log = logging.getLogger("sidelight")
 

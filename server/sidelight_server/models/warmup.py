@@ -12,8 +12,8 @@ from .calibration import (
     rank_correlation,
     same_bytes,
 )
-from .checks import is_batch_dependent
 from .model import Model
+from .trial.checks import is_batch_dependent
 
 log = logging.getLogger("sidelight")
 

@@ -12,8 +12,8 @@ from sidelight.v1 import tensor_pb2
 from ..compute.torch_device import is_out_of_memory
 from ..domain import MANY_EXAMPLES, Answer, Array, Files, Request
 from ..engine.engine import Engine
-from ..engine.model_entry import Version
-from ..engine.preparation_pool import to_thread_if_many
+from ..engine.preparation.pool import to_thread_if_many
+from ..engine.registry.entry import Version
 from ..engine.submission import OnDone, Outcome, Submission
 from ..errors import Internal, ResourceExhausted, SidelightError
 from ..telemetry.call_record import CallRecord

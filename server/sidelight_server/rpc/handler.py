@@ -11,7 +11,7 @@ from sidelight.v1 import tensor_pb2
 
 from ..domain import Request
 from ..engine.engine import Engine
-from ..engine.model_entry import Version
+from ..engine.registry.entry import Version
 from ..engine.request_cost import BYTES_OF_FLOAT32, cost_of
 from ..engine.submission import Outcome, store_outcome
 from ..errors import DeadlineExceeded, InvalidArgument, NotFound

@@ -18,7 +18,7 @@ from sidelight.visualization.overlay import draw, picture_of
 
 from ..domain import Answer, Array, Files, Request, TopK
 from ..engine.engine import Engine
-from ..engine.preparation import input_shape, picture_order
+from ..engine.preparation.examples import input_shape, picture_order
 from ..errors import InvalidArgument, SidelightError
 from ..inputs.preprocessing import Geometry
 from ..models.model import Model

@@ -9,7 +9,7 @@ from sidelight.v1 import model_pb2, tensor_pb2
 
 from ..domain import Answer, Convergence, ExplainedTarget, Explanation, Provenance, Score
 from ..engine.engine import Engine
-from ..engine.model_entry import Entry, State
+from ..engine.registry.entry import Entry, State
 from ..errors import SidelightError
 from ..inputs.preprocessing import Geometry
 from ..methods import Method

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from importlib import metadata
 
-from ...engine.model_entry import Entry, State
+from ...engine.registry.entry import Entry, State
 from ...telemetry.counters import Statistics
 from ...wire.requests import MAX_EXAMPLES
 from . import inference_pb2 as oip

@@ -8,7 +8,7 @@ import grpc
 from google.protobuf.message import Message
 
 from ...engine.engine import Engine
-from ...engine.model_entry import Entry
+from ...engine.registry.entry import Entry
 from ...errors import NotFound, SidelightError
 from ...rpc.calls import Calls
 from ...rpc.handler import RequestHandler

@@ -8,7 +8,7 @@ from concurrent.futures import Future
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sidelight_server.engine.fair_thread_pool import FairThreadPool
+from sidelight_server.engine.preparation.fair_thread_pool import FairThreadPool
 from sidelight_server.errors import Unavailable
 
 UNTIL_S = 60.0

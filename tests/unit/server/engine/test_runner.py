@@ -260,7 +260,7 @@ def test_a_failed_pass_keeps_no_tensor_alive_while_its_halves_run(device: str, i
 
 
 def test_resizing_ends_with_its_caller(device: str) -> None:
-    from sidelight_server.engine.preparation import prepare
+    from sidelight_server.engine.preparation.examples import prepare
     from sidelight_server.errors import Cancelled
 
     n_asked = 0

@@ -12,8 +12,8 @@ import sidelight
 import sidelight_server
 import torch
 from sidelight_server import Engine, ModelSpec, Settings
-from sidelight_server.engine import recalibration
-from sidelight_server.engine.recalibration import Recalibration
+from sidelight_server.engine.registry import recalibration
+from sidelight_server.engine.registry.recalibration import Recalibration
 from sidelight_server.models import calibration
 from torch import Tensor, nn
 

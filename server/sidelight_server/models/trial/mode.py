@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import fx, nn
 
-from ..errors import ConfigurationError
+from ...errors import ConfigurationError
 
 _TRAINS = ("train", "training")  # names of the argument in operators
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..domain import Array
-from ..errors import Cancelled, FailedPrecondition, Internal, InvalidArgument, ResourceExhausted, SidelightError
-from ..inputs.decode_worker import HEAD, MAX_MESSAGE_BYTES, NEEDS_MORE, OK, READY, REPLY, Order
-from ..inputs.preprocessing import Geometry
-from ..telemetry.logs import Event, Throttle
+from ...domain import Array
+from ...errors import Cancelled, FailedPrecondition, Internal, InvalidArgument, ResourceExhausted, SidelightError
+from ...inputs.decode_worker import HEAD, MAX_MESSAGE_BYTES, NEEDS_MORE, OK, READY, REPLY, Order
+from ...inputs.preprocessing import Geometry
+from ...telemetry.logs import Event, Throttle
 
 Fitted = tuple[Array, Geometry | None] | SidelightError
 
@@ -34,7 +34,7 @@ END_S = 1.0  # time that a worker has to exit by itself before it is killed
 _BOOT = "import sys; sys.path[:] = sys.argv[1:]; from sidelight_server.inputs.decode_worker import main; main()"
 
 
-_PARENT = str(Path(__file__).parent.parent.parent)
+_PARENT = str(Path(__file__).parents[3])
 
 
 _FAILURES = {each.code: each for each in (InvalidArgument, FailedPrecondition, ResourceExhausted)}

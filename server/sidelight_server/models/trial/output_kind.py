@@ -7,11 +7,11 @@ from typing import Literal
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ..compute.adapter import Adapter, items, summary
-from ..compute.head import Head
-from ..config.options import Activation, Outputs
-from ..config.spec import ModelSpec
-from ..errors import ConfigurationError
+from ...compute.adapter import Adapter, items, summary
+from ...compute.head import Head
+from ...config.options import Activation, Outputs
+from ...config.spec import ModelSpec
+from ...errors import ConfigurationError
 
 Step = Literal["softmax", "sigmoid", "logarithm", "linear", "unknown"]
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ..compute.layer_hooks import NOTHING_TO_GUIDE
-from ..compute.staging import is_finite
-from ..domain import (
+from ...compute.layer_hooks import NOTHING_TO_GUIDE
+from ...compute.staging import is_finite
+from ...domain import (
     MANY_EXAMPLES,
     PREDICTED,
     Array,
@@ -22,14 +22,14 @@ from ..domain import (
     Target,
     TopK,
 )
-from ..errors import Cancelled, FailedPrecondition, InvalidArgument, SidelightError
-from ..inputs.decode_worker import Order, PictureOrder
-from ..inputs.preprocessing import Geometry
-from ..methods import Method
-from ..methods.channels import Channels
-from ..methods.grad_cam import LayerMethod
-from ..methods.method import Rectifiers, Shape
-from ..models.model import Model
+from ...errors import Cancelled, FailedPrecondition, InvalidArgument, SidelightError
+from ...inputs.decode_worker import Order, PictureOrder
+from ...inputs.preprocessing import Geometry
+from ...methods import Method
+from ...methods.channels import Channels
+from ...methods.grad_cam import LayerMethod
+from ...methods.method import Rectifiers, Shape
+from ...models.model import Model
 from .decoder_process import Fitted
 
 FEW_BYTES = 1024 * 1024  # the finiteness check takes 0.1 ms, as long as it takes to wake a thread

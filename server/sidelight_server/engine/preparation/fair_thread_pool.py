@@ -6,7 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from ..errors import Unavailable
+from ...errors import Unavailable
 
 _Value = TypeVar("_Value")
 

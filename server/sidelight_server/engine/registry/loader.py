@@ -10,17 +10,19 @@ from typing import TypeVar
 
 import torch
 
-from ..errors import ConfigurationError, FailedPrecondition, Unavailable
-from ..models.model import Model
-from ..models.trial_run import InTurn, at_once
-from ..models.warmup import limit, measure_again, warm_up
-from ..telemetry.logs import Event
-from .device import Device
-from .model_entry import Entry, Version
+from ...errors import ConfigurationError, FailedPrecondition, Unavailable
+from ...models.model import Model
+from ...models.trial.trial_run import InTurn, at_once
+from ...models.warmup import limit, measure_again, warm_up
+from ...telemetry.logs import Event
+from ..device import Device
+from .entry import Entry, Version
 
 log = logging.getLogger("sidelight")
 
 _Value = TypeVar("_Value")
+
+NO_TURN = contextlib.nullcontext()
 
 
 class Loader:
@@ -43,12 +45,11 @@ class Loader:
         """Run a load in a thread that holds `turn`. It raises `Unavailable` once the loader is closed."""
 
         def run() -> None:
-            with turn:
-                if self._is_closed:
-                    raise Unavailable("the server is shutting down")
-                load()
+            if self._is_closed:
+                raise Unavailable("the server is shutting down")
+            load()
 
-        return in_thread(run, name="sidelight-load")
+        return in_thread(run, name="sidelight-load", turn=turn)
 
     def load(self, entry: Entry) -> None:
         """Load a version and make it the serving one. Runs on the loader's thread."""
@@ -124,16 +125,23 @@ class Loader:
         return models
 
 
-def in_thread(run: Callable[[], _Value], *, name: str) -> "Future[_Value]":
-    """Run a function in a new daemon thread, so that a hanging function does not keep the process from exiting."""
+def in_thread(
+    run: Callable[[], _Value], *, name: str, turn: contextlib.AbstractContextManager[object] = NO_TURN
+) -> "Future[_Value]":
+    """Run a function in a new daemon thread, so that a hanging function does not keep the process from exiting.
+
+    The future is running once the thread has entered `turn`. Shield it: several callers may wait for it.
+    """
     future: Future[_Value] = Future()
-    future.set_running_or_notify_cancel()  # several callers may wait for it, so it cannot be cancelled
 
     def set_result() -> None:
-        try:
-            future.set_result(run())
-        except BaseException as error:
-            future.set_exception(error)
+        with turn:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(run())
+            except BaseException as error:
+                future.set_exception(error)
 
     threading.Thread(target=set_result, name=name, daemon=True).start()
     return future

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ..compute.adapter import Adapter, Labels, items, summary
-from ..compute.head import Head
-from ..compute.layers import Layers
-from ..config.spec import ModelSpec
-from ..errors import ConfigurationError
+from ...compute.adapter import Adapter, Labels, items, summary
+from ...compute.head import Head
+from ...compute.layers import Layers
+from ...config.spec import ModelSpec
+from ...errors import ConfigurationError
 from .layer_search import find
 from .layer_trace import Traces, recording_slopes, trace
 from .mode import check_mode

@@ -5,10 +5,10 @@ import threading
 from concurrent.futures import Future
 from pathlib import Path
 
-from ..config.model_settings import ModelSettings
-from ..config.spec import ModelSpec
-from ..models import sources
-from ..models.model import Model
+from ...config.model_settings import ModelSettings
+from ...config.spec import ModelSpec
+from ...models import sources
+from ...models.model import Model
 
 Version = tuple[Model, ...]  # one version of a model: its replica on each device
 
@@ -41,8 +41,8 @@ class Entry:
         self.failure = ""  # why the last attempt to load it failed
         self.n_failed = 0  # failed attempts to load it
         self.failed_s = 0.0  # when the last attempt failed
-        self.loading: Future[None] | None = None  # the first load, while it runs
-        self.waiting: Future[None] | None = None  # a queued reload, shared by all who request one before it starts
+        self.loading: Future[None] | None = None  # the last attempt of a first load
+        self.reloading: Future[None] | None = None  # the last reload, shared by all who request one before it starts
         self._spec = spec  # the spec of a module passed in by the caller
         self.turn = threading.Lock()  # one load at a time per model; a factory that hangs blocks no other model
 
@@ -51,9 +51,14 @@ class Entry:
         """The model's loading state."""
         if self.models:
             return State.SERVING
-        if self.loading:
+        if self.is_loading:
             return State.LOADING
         return State.FAILED if self.failure else State.UNLOADED
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether the first load is waiting or running."""
+        return self.loading is not None and not self.loading.done()
 
     @property
     def has_source(self) -> bool:

@@ -13,16 +13,16 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..compute.adapter import Adapter
-from ..compute.layer_hooks import Guided
-from ..compute.replica import Isolation, n_hooks, replicate
-from ..compute.saved_memory import SavedMemory
-from ..config.spec import ModelSpec
-from ..errors import ConfigurationError, OutputsError, SidelightError
-from ..telemetry.logs import Event
+from ...compute.adapter import Adapter
+from ...compute.layer_hooks import Guided
+from ...compute.replica import Isolation, n_hooks, replicate
+from ...compute.saved_memory import SavedMemory
+from ...config.spec import ModelSpec
+from ...errors import ConfigurationError, OutputsError, SidelightError
+from ...telemetry.logs import Event
+from ..row_memory import RowMemory
 from .checks import gradient_fault
 from .introspection import Detected, NotNumbersError, detect
-from .row_memory import RowMemory
 
 log = logging.getLogger("sidelight")
 

@@ -10,17 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import TypeVar
 
-from ..config.model_settings import SOURCES, ModelSettings
-from ..config.settings import Settings
-from ..config.spec import ModelSpec
-from ..errors import ConfigurationError, FailedPrecondition, NotFound, Unavailable, did_you_mean
-from ..models.calibration import can_grow
-from ..models.model import Model
-from ..models.trial_run import at_once
-from ..models.warmup import warm_up
-from .device import Device
+from ...config.model_settings import SOURCES, ModelSettings
+from ...config.settings import Settings
+from ...config.spec import ModelSpec
+from ...errors import ConfigurationError, FailedPrecondition, NotFound, Unavailable, did_you_mean
+from ...models.calibration import can_grow
+from ...models.model import Model
+from ...models.trial.trial_run import at_once
+from ...models.warmup import warm_up
+from ..device import Device
+from .entry import Entry, Version
 from .loader import Loader
-from .model_entry import Entry, Version
 
 log = logging.getLogger("sidelight")
 
@@ -32,7 +32,10 @@ _Value = TypeVar("_Value")
 
 
 class Registry:
-    """The models of an engine. Each load has its own thread; its passes run on the device's thread, between chunks."""
+    """The models of an engine. Each load has its own thread; its passes run on the device's thread, between chunks.
+
+    Loads are begun by one thread at a time: the event loop.
+    """
 
     def __init__(
         self,
@@ -45,7 +48,6 @@ class Registry:
         self._settings = settings
         self._devices = devices
         self._loader = Loader(devices, on_change=on_change)
-        self._lock = threading.Lock()  # guards `loading` and `waiting` of the entries
         self._reloading = asyncio.Lock()  # held by background reloads: by the reloader or a signal
         self._offered = [_entry(each, settings) for each in offered]
         self.is_loaded = False  # whether `load` has completed
@@ -144,26 +146,19 @@ class Registry:
         self._loader.close()
 
     def _start_load(self, entry: Entry) -> "Future[None]":
-        """Return the first load of a model: the running one, or a new one."""
-        with self._lock:
-            if entry.loading is None:
-                if entry.failure and time.monotonic() - entry.failed_s < RETRY_S:
-                    raise _failed(entry)
-                entry.loading = self._loader.submit(lambda: self._load_first(entry), entry.turn)
-            return entry.loading
+        """Return the first load of a model: the unfinished one, or a new one."""
+        if not entry.is_loading:
+            if entry.failure and time.monotonic() - entry.failed_s < RETRY_S:
+                raise _failed(entry)
+            entry.loading = self._loader.submit(lambda: self._load_first(entry), entry.turn)
+        assert entry.loading  # noqa: S101
+        return entry.loading
 
     def _start_reload(self, entry: Entry) -> "Future[None]":
-        """Return the queued reload, which will read the files when it starts, or queue a new one."""
-
-        def load() -> None:
-            with self._lock:
-                entry.waiting = None
-            self._loader.load(entry)
-
-        with self._lock:
-            if entry.waiting is None:
-                entry.waiting = self._loader.submit(load, entry.turn)
-            return entry.waiting
+        """Return the reload that has not started, which will read the files when it does, or queue a new one."""
+        if entry.reloading is None or entry.reloading.running() or entry.reloading.done():
+            entry.reloading = self._loader.submit(lambda: self._loader.load(entry), entry.turn)
+        return entry.reloading
 
     def _load_first(self, entry: Entry) -> None:
         try:
@@ -171,9 +166,6 @@ class Registry:
                 self._loader.load(entry)
         except FailedPrecondition:
             raise _failed(entry) from None
-        finally:
-            with self._lock:
-                entry.loading = None
 
 
 @contextlib.contextmanager

@@ -14,9 +14,9 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..errors import Cancelled, ResourceExhausted, Unavailable
-from ..inputs.decode_worker import BYTES_PER_PIXEL, Order
-from ..telemetry.logs import Event, Throttle
+from ...errors import Cancelled, ResourceExhausted, Unavailable
+from ...inputs.decode_worker import BYTES_PER_PIXEL, Order
+from ...telemetry.logs import Event, Throttle
 from .decoder_process import Fitted, NeedsMore, Worker
 from .fair_thread_pool import FairThreadPool
 

@@ -6,15 +6,15 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from ..compute.host_memory import limit_bytes
-from ..domain import MANY_EXAMPLES, Array, Files, Request
-from ..errors import SidelightError
-from ..inputs.decode_worker import PictureOrder
-from ..models.model import Model
+from ...compute.host_memory import limit_bytes
+from ...domain import MANY_EXAMPLES, Array, Files, Request
+from ...errors import SidelightError
+from ...inputs.decode_worker import PictureOrder
+from ...models.model import Model
 from .decoder_pool import DecoderPool
 from .decoder_process import Fitted
+from .examples import Prepared, check, needs_resizing, order, prepare
 from .fair_thread_pool import FairThreadPool
-from .preparation import Prepared, check, needs_resizing, order, prepare
 
 _Value = TypeVar("_Value")
 

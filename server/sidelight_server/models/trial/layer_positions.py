@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..compute.layers import Layout, Size, first_tensor, grids
-from ..telemetry.logs import Event
+from ...compute.layers import Layout, Size, first_tensor, grids
+from ...telemetry.logs import Event
 from .layer_trace import hooked_layers
 
 log = logging.getLogger("sidelight")

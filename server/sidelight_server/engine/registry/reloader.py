@@ -3,9 +3,9 @@
 import asyncio
 import contextlib
 
-from ..errors import SidelightError
+from ...errors import SidelightError
+from .entry import Entry, Fingerprint
 from .loader import in_thread
-from .model_entry import Entry, Fingerprint
 from .registry import Registry
 
 
