@@ -181,8 +181,8 @@ inference: .venv-inference/.ready
 	.venv-inference/bin/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
-# A deployment on Ray Serve.
-SCALED = tests/interop/test_ray_serve.py
+# A Ray cluster of two nodes whose actors and nodes are killed, jobs that are killed, and a deployment on Ray Serve.
+SCALED = tests/interop/test_ray_cluster.py tests/interop/test_ray_serve.py
 scale: .venv/.ready .venv-serve/.ready
 	$(BIN)/python -m pytest --require=serve $(SCALED)
 

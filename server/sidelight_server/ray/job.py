@@ -2,6 +2,7 @@
 
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ PART_ROWS = 256
 BATCH_ROWS = 32
 CALLS = 2  # parts that an actor works on at once: one is read and written while the other computes
 MAX_BLOCKS = 1000  # of the parts, for Ray's driver
+CONNECT_S = 10.0
 OBJECT_STORE_BYTES = 256 * 1024 * 1024  # of a Ray of the job's own: maps do not travel through it
 
 Options = dict[str, Any]  # the keywords of `Explainer`
@@ -40,7 +42,11 @@ class Resources:
     gpus: float = 0.0
 
     def n_actors(self, n_parts: int) -> int:
-        """Return the number of actors for so many parts. Raises `ConfigurationError` if there is no room for one."""
+        """Return the number of actors for so many parts."""
+        return min(self.actors or self.room(), max(1, n_parts))
+
+    def room(self) -> int:
+        """Return the number of actors that Ray has room for. Raises `ConfigurationError` if there is none."""
         there = ray.cluster_resources()
         room = int(there.get("CPU", 0) // self.threads)
         if self.gpus:
@@ -50,7 +56,7 @@ class Resources:
                 f"threads, gpus: got {self.threads} and {self.gpus:g} for each actor; Ray has {there.get('CPU', 0):g} "
                 f"CPUs and {there.get('GPU', 0):g} GPUs"
             )
-        return min(self.actors or room, max(1, n_parts))
+        return room
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +93,7 @@ def run(
     folder = JobFolder(output.absolute())
     with folder.open(), _ray(resources.address):
         try:
+            resources.room()  # Ray would wait for what it does not have
             check = ray.remote(num_cpus=resources.threads, num_gpus=resources.gpus)(_facts)
             folder.check_asked(ray.get(check.remote(os.getcwd(), options)) | {"map_dtype": options.get("map_dtype")})
             parts = folder.plan(pictures, part_rows=part_rows)
@@ -165,6 +172,8 @@ class _ray:  # noqa: N801  (a context manager)
         self._address = address
 
     def __enter__(self) -> None:
+        if self._address:
+            _check_listens(self._address)
         sleep_soon()  # the actors share the cores
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         own: dict[str, Any] = {} if self._address else {
@@ -180,6 +189,16 @@ class _ray:  # noqa: N801  (a context manager)
 
     def __exit__(self, *_: object) -> None:
         ray.shutdown()
+
+
+def _check_listens(address: str) -> None:
+    """Raise `ConfigurationError` if nothing listens at HOST:PORT: Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if port.isdigit() and "/" not in host:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+        except OSError as error:
+            raise ConfigurationError(f"address: {address}: {error}; expected that of a Ray cluster") from None
 
 
 def _enter(working_directory: str) -> None:
