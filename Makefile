@@ -193,9 +193,9 @@ scale: .venv/.ready .venv-serve/.ready
 	.venv-serve/bin/python -m pip install --quiet --constraint constraints.txt 'ray[serve,serve-grpc]' --editable '.[ray]'
 	touch $@
 
-# All of them run, and a goal that is not met is the code it ends with. The first four take nine minutes, the rest eight more.
+# All of them run, and a goal that is not met is the code it ends with. The first four take nine minutes, the rest ten more.
 SOAKS = faults kills memory attack
-soak-long: SOAKS += storm messages
+soak-long: SOAKS += storm messages jobs
 soak soak-long: .venv/.ready
 	@code=0; for each in $(SOAKS); do $(BIN)/python -m benchmarks.soak.$$each || code=1; done; exit $$code
 

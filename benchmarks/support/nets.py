@@ -13,6 +13,7 @@ SMALL = 64
 __all__ = [
     "SIZE",
     "SMALL",
+    "digits_cnn",
     "efficientnet_lite0",
     "resnet18",
     "resnet18_small",
@@ -80,3 +81,10 @@ def trimmed_cnn() -> ModelSpec:
     """Return the same, for a server whose resident memory is what it uses."""
     without_reserve()
     return small_cnn()
+
+
+def digits_cnn() -> ModelSpec:
+    """Return a small CNN for gray pictures of 8×8, the size of scikit-learn's digits."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10))
+    return ModelSpec(module, input_size=(1, 8, 8))
