@@ -16,7 +16,7 @@ import sidelight
 from ...support.cgroup import MemoryGroup
 from ...support.held import growth, settled
 from ...support.measure import Line
-from .attacks import ATTACKS, Attack
+from .attacks import ATTACKS, BY_NAME, Attack
 from .good import Good, p99
 from .server import Served, attacked, served
 
@@ -45,7 +45,7 @@ def run_alone(names: list[str], seconds: float) -> Iterator[Line]:
         group.take(running.pid)
         quiet, chunk_s = _quiet(running)
         for name in names:
-            yield _latency(name, _beside({name: ATTACKS[name]}, running, seconds), quiet, chunk_s)
+            yield _latency(name, _beside({name: BY_NAME[name]}, running, seconds), quiet, chunk_s)
         yield _peak(group, psutil.Process(running.pid))
 
 
