@@ -246,7 +246,7 @@ pythons: .venv/.ready
 
 # What takes too long for every change. All of it runs, and what failed is the code that it ends with.
 nightly:
-	@code=0; for each in zoo properties soak-long fuzz oldest pythons; do $(MAKE) $$each || code=1; done; exit $$code
+	@code=0; for each in zoo properties browser soak-long fuzz oldest pythons; do $(MAKE) $$each || code=1; done; exit $$code
 
 # IMAGE_BASE is another base than the Dockerfile's, IMAGE_ARGS is whatever else the builder is to be told:
 # make image IMAGE_ARGS="--build-arg TORCH_BUILD=cu130 --build-arg TORCH_INDEX=…"
