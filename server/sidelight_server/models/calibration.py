@@ -100,9 +100,9 @@ def _has_choice(model: "Model") -> bool:
     return model.adapter.least <= 1 and not 0 < model.adapter.most <= DEFAULT_CHUNK_ROWS
 
 
-def compare_exact(model: "Model") -> tuple[Trial, ...]:
+def compare_exact(model: "Model", exact: Kernel) -> tuple[Trial, ...]:
     """Measure a kernel without the operator's options, and the model's own chunk size if the settings fixed it."""
-    exact, rows = model.exact_kernel(), max(1, model.chunk_rows)
+    rows = max(1, model.chunk_rows)
     trial = Trial(rows, rows / _seconds(model, rows, kernel=exact), exact.summary)
     return (trial,) if model.warm_up else (trial, replace(_trial(model, rows), chosen=True))
 

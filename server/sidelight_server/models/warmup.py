@@ -2,6 +2,7 @@
 
 import logging
 
+from ..compute.kernel import Kernel
 from ..errors import ConfigurationError
 from ..telemetry.logs import Event
 from .calibration import (
@@ -64,9 +65,10 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
         _check_with_neighbors(model)
     _measure_neighbors(model)
     if model.is_tried and model.serves_gradients:
-        _measure_fidelity(model)
+        exact = next((kernel for kernel in model.kernels if kernel.options.is_exact), None) or model.exact_kernel()
+        _measure_fidelity(model, exact)
         if not model.kernel.options.is_exact and before is None:
-            _measure_gain(model)
+            _measure_gain(model, exact)
 
 
 def measure_again(model: Model) -> None:
@@ -121,14 +123,14 @@ def _measure_neighbors(model: Model) -> None:
         ))  # fmt: skip
 
 
-def _measure_fidelity(model: Model) -> None:
+def _measure_fidelity(model: Model, exact: Kernel) -> None:
     """Measure how similar each kernel's maps are to the exact kernel's.
 
     Raises `ConfigurationError` if one is less similar than the setting `fidelity` demands.
     """
     least = model.settings.fidelity
     for kernel in model.kernels:
-        likeness = 1.0 if kernel.options.is_exact else rank_correlation(model, kernel, model.exact_kernel())
+        likeness = 1.0 if kernel.options.is_exact else rank_correlation(model, kernel, exact)
         model.fidelity[kernel.summary] = likeness
         if not kernel.options.is_exact:
             log.info(Event(
@@ -141,10 +143,9 @@ def _measure_fidelity(model: Model) -> None:
             )
 
 
-def _measure_gain(model: Model) -> None:
+def _measure_gain(model: Model, exact: Kernel) -> None:
     """Measure the speed without the operator's options; log all trials, and warn if the options are slower."""
-    trials = compare_exact(model)
-    exact = trials[0]
+    trials = compare_exact(model, exact)
     model.warm_up = (*trials, *model.warm_up)
     for trial in model.warm_up:
         log.info(Event(
@@ -152,8 +153,8 @@ def _measure_gain(model: Model) -> None:
             rows_per_s=round(trial.rows_per_second, 1), chosen=trial.chosen,
         ))  # fmt: skip
     chosen = next(trial for trial in model.warm_up if trial.chosen)
-    if chosen.rows_per_second < exact.rows_per_second:
-        message = f"slower than {exact.configuration}, which runs {exact.rows_per_second:.1f} rows/s; leave it unset"
+    if chosen.rows_per_second < (plain := trials[0]).rows_per_second:
+        message = f"slower than {plain.configuration}, which runs {plain.rows_per_second:.1f} rows/s; leave it unset"
         log.warning(Event("options_slow", model=model.name, configuration=chosen.configuration, message=message))
 
 
