@@ -1,23 +1,17 @@
-"""`make bench`: measures everything, prints one table, and writes it to `benchmarks/results/bench.json`.
+"""`make bench`: measures everything, prints each line and a row for each goal, and writes
+`benchmarks/results/bench.json`.
 
 `python -m benchmarks kernel service` measures what is named alone.
 """
 
 import argparse
-import dataclasses
-import datetime as dt
-import json
-import platform
-import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Sequence
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from sidelight_server.compute.torch_device import cpu_quota
 
-from . import peers
+from . import peers, results
 from .soak import memory, messages
 from .speed import (
     captum,
@@ -38,8 +32,8 @@ from .speed import (
     transport,
 )
 from .support.measure import Line
+from .tables import summary
 
-RESULTS = Path(__file__).parent / "results"
 MODULES = {
     module.__name__.rpartition(".")[2]: module
     for module in (
@@ -72,52 +66,34 @@ def main() -> int:
     names = parser.parse_args().names or list(MODULES)
     if unknown := set(names) - set(MODULES):
         parser.error(f"there is no {sorted(unknown)}")
-    console, table = Console(), Table("measured", "figure", "goal", "met", "detail")
+    console, machine = Console(), results.machine()
     lines: list[Line] = []
     for name in names:
         with console.status(f"measuring: {name}"):
-            measured = MODULES[name].run()
-        _write(name, measured)  # what was measured is kept, should the next one fail
-        lines += measured
-    for line in lines:
-        met = "[green]yes[/]" if line.met else "[red]no[/]"
-        table.add_row(line.what, f"{line.figure:.2f} {line.unit}", line.goal, met, line.detail)
-    console.print(table)
-    machine = _machine()
-    console.print(f"{machine['cpus']} CPUs ({machine['cpu']}), torch {machine['torch']}; {RESULTS / 'bench.json'}")
+            run = results.Run.now(MODULES[name].run())
+        # What was measured is kept, should the next one fail.
+        results.Results(machine, {name: run}).merge_into(results.NEWEST)
+        lines += run.lines
+    console.print(_lines_table(lines), _summary_table(lines))
+    console.print(f"{machine['cpus']} CPUs ({machine['cpu']}), torch {machine['torch']}; {results.NEWEST}")
     return 0 if all(line.met for line in lines) else 1
 
 
-def _write(name: str, lines: list[Line]) -> None:
-    """Write the lines of a module beside what other modules measured before, on this machine."""
-    RESULTS.mkdir(exist_ok=True)
-    file, machine = RESULTS / "bench.json", _machine()
-    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    modules = before.get("modules", {}) if before.get("machine") == machine else {}
-    run = {
-        "date": f"{dt.date.today()}",
-        "commit": _commit(),
-        "lines": [dataclasses.asdict(each) for each in lines],
-    }
-    results = {"machine": machine, "modules": modules | {name: run}}
-    file.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _lines_table(lines: Sequence[Line]) -> Table:
+    table = Table("measured", "figure", "goal", "met", "detail")
+    for line in lines:
+        met = "[green]yes[/]" if line.met else "[red]no[/]"
+        table.add_row(line.what, line.figure_text, line.goal, met, line.detail)
+    return table
 
 
-def _commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=RESULTS)
-    return found.stdout.strip() or "an unknown commit"
-
-
-def _machine() -> dict[str, object]:
-    return {"cpu": _cpu(), "cpus": cpu_quota(), "torch": torch.__version__, "python": platform.python_version()}
-
-
-def _cpu() -> str:
-    try:
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        return names[0].partition(": ")[2]
-    except (OSError, IndexError):
-        return platform.processor()
+def _summary_table(lines: Sequence[Line]) -> Table:
+    table = Table("goal of", "figure", "goal", "")
+    for row in summary(lines):
+        color = "green" if all(line.met for line in row.lines) else "red"
+        figures = " / ".join(line.figure_text for line in row.lines)
+        table.add_row(row.name, figures, row.goal, f"[{color}]{row.verdict}[/]")
+    return table
 
 
 if __name__ == "__main__":

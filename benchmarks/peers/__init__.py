@@ -8,7 +8,7 @@ what `benchmarks` needs: what a peer's process imports is said at the top of its
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..measure import Line
+    from ..support.measure import Line
 
 
 def run() -> "list[Line]":

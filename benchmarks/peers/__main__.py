@@ -4,6 +4,7 @@ import argparse
 import signal
 import sys
 
+from ..support.measure import report
 from .contest import run
 from .field import OURS, PEERS
 
@@ -14,5 +15,4 @@ parser.add_argument("--hurry", action="store_true", help="too few images to coun
 parser.add_argument("--only", default="", metavar="WORD", help="peers with this word in their names")
 args = parser.parse_args()
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers are to end with it
-for line in run([each for each in RIVALS if each.is_ours or args.only in each.name], hurry=args.hurry):
-    print(f"{line.what}: {line.figure:.2f} {line.unit} (goal {line.goal}); {line.detail}")
+sys.exit(report(run([each for each in RIVALS if each.is_ours or args.only in each.name], hurry=args.hurry)))

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from sidelight_server.compute.torch_device import cpu_quota
 
+from ..results import RESULTS
 from ..support.measure import Line
 from ..support.nets import SIZE, resnet18
 from .field import OURS, PEERS
@@ -26,11 +27,9 @@ from .rival import Flags, NotRun, Rival, Setting
 from .running import Running
 from .saliency import IMAGES, MODEL, InputOnly
 
-RESULTS = Path(__file__).parent.parent / "results"
-
 N_IMAGES = 16  # different ones
 TYPICAL = 8  # asked at once, where flags are compared
-SWEEP_IMAGES, ROUND_IMAGES, ROUND_S, ROUNDS = 32, 80, 5.0, 3
+SWEEP_IMAGES, ROUND_S, ROUNDS = 32, 6.0, 3
 EQUAL = 1e-5  # of the map's maximum: a chunk of another size moves last bits
 TOP = 0.05  # share of a map's pixels whose places are compared
 
@@ -66,7 +65,8 @@ class Contest:
         self.absent: dict[str, str] = {}  # reason, by the name of a peer that cannot run
         self.fidelity: dict[str, Fidelity] = {}
         self._order = random.Random(0)
-        self._hurry = hurry
+        self._sweep_images, self._rounds = (N_IMAGES, 1) if hurry else (SWEEP_IMAGES, ROUNDS)
+        self._round_s = 0.0 if hurry else ROUND_S
         self._exact = _lay_out(folder)
 
     def run(self, rivals: Sequence[Rival]) -> dict[str, Contestant]:
@@ -76,7 +76,7 @@ class Contest:
             for rival in rivals:
                 with self._excusing(rival):
                     contestants[rival.name] = self._enter(stack, rival)
-            for _ in range(ROUNDS):
+            for _ in range(self._rounds):
                 for name in self._order.sample(list(contestants), len(contestants)):
                     with self._excusing(contestants[name].rival):
                         self._turn(contestants[name])
@@ -96,8 +96,8 @@ class Contest:
             stack.push(own.pop_all())
         # What ours has to offer is chosen for each peer, when all is measured.
         at_once = rival.at_once if rival.is_ours else (sweep.best(),)
-        many = round(max(map(sweep.rate, rival.at_once)) * ROUND_S / 16) * 16
-        return Contestant(rival, running, at_once, SWEEP_IMAGES if self._hurry else max(ROUND_IMAGES, many))
+        many = round(max(map(sweep.rate, rival.at_once)) * self._round_s / 16) * 16
+        return Contestant(rival, running, at_once, max(N_IMAGES, many))
 
     def _best_flags(self, rival: Rival) -> Flags:
         rates = {}
@@ -108,7 +108,7 @@ class Contest:
         return max(rates, key=rates.__getitem__, default=rival.flags[0])
 
     def _try(self, running: Running, at_once: int) -> Round:
-        round_ = running.measure(at_once, SWEEP_IMAGES)
+        round_ = running.measure(at_once, self._sweep_images)
         _report(running, at_once, round_)
         self.swept.setdefault(running.rival.name, {})[str(Setting(running.flags, at_once))] = round_
         return round_
@@ -161,10 +161,12 @@ def run(rivals: Sequence[Rival] = (*PEERS, *OURS), *, hurry: bool = False) -> li
 
 def _line(contest: Contest, contestants: dict[str, Contestant], us: Rival, peer: Rival, goal: float | None) -> Line:
     what, wanted = f"{us.name}, over {peer.name}, at no worse p99", "stated" if goal is None else f"≥ {goal:g}"
+    kinds = " / ".join(each.name.removeprefix("Sidelight, ") for each in OURS)
+    row = "" if goal is None else f"images/s at no worse p99 over {peer.name}: {kinds}"
     for each in (us, peer):
         if each.name not in contestants:
             reason = f"not run: {each.name}: {contest.absent[each.name]}"
-            return Line(what=what, figure=0.0, unit="×", goal=wanted, met=False, detail=reason)
+            return Line(what=what, figure=None, unit="×", goal=wanted, met=False, detail=reason, row=row)
     ours, theirs = contestants[us.name], contestants[peer.name]
     (n_theirs,) = theirs.at_once
     within = ours.record.fastest_within(theirs.record.p99_s(n_theirs))
@@ -174,7 +176,7 @@ def _line(contest: Contest, contestants: dict[str, Contestant], us: Rival, peer:
     if us.alike is not None:
         detail += f"; {contest.fidelity[us.name]}"
     met = times >= (goal or 0.0) and within is not None
-    return Line(what=what, figure=times, unit="×", goal=wanted, met=met, detail=detail)
+    return Line(what=what, figure=times, unit="×", goal=wanted, met=met, detail=detail, row=row)
 
 
 def _summary(contestant: Contestant, at_once: int) -> str:

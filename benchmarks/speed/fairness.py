@@ -20,7 +20,7 @@ FLOOD_STEPS, FLOOD_BATCH, N_FLOODS = 300, 4, 4
 N_CALLS = 150
 P99_GOAL, FLOOD_GOAL = 3.0, 0.95
 N_CALLERS, N_IMAGES = 64, 1024
-STREAM_GOAL, UNARY_GOAL = 0.85, 0.75
+UNARY_GOAL, STREAM_GOAL = 0.85, 0.92
 
 
 def run() -> list[Line]:
@@ -102,18 +102,18 @@ def _many_callers(address: str, client: sidelight.Client, *, batch: int) -> list
 
     seconds = in_turns({"one": one_caller, "streams": each_by(_by_stream), "unary": each_by(_by_unary)}, rounds=5)
     lines = []
-    for name, goal in (("streams", STREAM_GOAL), ("unary", UNARY_GOAL)):
+    for name, how, goal in (("unary", "by unary calls", UNARY_GOAL), ("streams", "by streams", STREAM_GOAL)):
         share = ratio(seconds["one"], seconds[name])
-        what = "over streams" if name == "streams" else "over unary calls"
         lines.append(
             Line(
-                what=f"{N_CALLERS} callers of one image each, {what}, over one caller of batches of {batch}",
+                what=f"{N_CALLERS} callers of one image each, {how}, over one caller of batches of {batch}",
                 figure=share,
                 unit="×",
                 goal=f"≥ {goal}",
                 met=share >= goal,
                 detail=f"{N_IMAGES / statistics.median(seconds[name]):.0f} and "
                 f"{N_IMAGES / statistics.median(seconds['one']):.0f} images/s",
+                row=f"{N_CALLERS} callers of one image each, by unary calls / streams, over one caller of full batches",
             )
         )
     return lines

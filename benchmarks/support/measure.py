@@ -22,11 +22,16 @@ class Line:
     """One line of the table: what was measured, the figure, its goal and whether it was met."""
 
     what: str
-    figure: float
+    figure: float | None  # None: it could not be measured, for the reason in `detail`
     unit: str
     goal: str
     met: bool
     detail: str
+    row: str = ""  # of the summary, which it shares with the other lines of one goal
+
+    @property
+    def figure_text(self) -> str:
+        return "not run" if self.figure is None else f"{self.figure:.2f} {self.unit}".strip()
 
 
 def report(lines: Iterable[Line]) -> int:
@@ -34,7 +39,7 @@ def report(lines: Iterable[Line]) -> int:
     n_missed = 0
     for line in lines:
         met = "met" if line.met else "NOT MET"
-        print(f"{line.what}: {line.figure:.2f} {line.unit} (goal {line.goal}, {met}); {line.detail}", flush=True)
+        print(f"{line.what}: {line.figure_text} (goal {line.goal}, {met}); {line.detail}", flush=True)
         n_missed += not line.met
     return 1 if n_missed else 0
 
