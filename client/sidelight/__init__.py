@@ -9,11 +9,11 @@ of answers and server information, `sidelight.methods` the base class of methods
 """
 
 from . import aio, exceptions, methods, results
-from ._aio import AsyncClient
-from ._client import Client, connect
+from ._clients.aio import AsyncClient
+from ._clients.client import Client, connect
+from ._clients.replay import replay
 from ._inputs.batch import Batch
 from ._inputs.targets import Contrast, Dense, TopK
-from ._replay import replay
 from ._transport.credentials import TLS
 from .exceptions import (
     DeadlineExceeded,

@@ -6,6 +6,6 @@ async with sidelight.aio.connect("unix:/run/sidelight.sock") as client:
         ...
 """
 
-from ._aio import AsyncClient, connect
+from ._clients.aio import AsyncClient, connect
 
 __all__ = ["AsyncClient", "connect"]

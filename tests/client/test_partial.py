@@ -10,7 +10,7 @@ import sidelight
 from sidelight._inputs.images import EncodedBatch
 from sidelight._streaming.parts import Entry
 from sidelight._streaming.results_queue import End, ResultQueue
-from sidelight.results import attribution
+from sidelight.results.messages import read_answer
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
@@ -40,7 +40,7 @@ def result(
 
 def read(message: pb.Attribution) -> sidelight.Attribution:
     n = len(message.examples)
-    return attribution.read(message, EncodedBatch(np.zeros((n, 3, 2, 2), np.float32)))
+    return read_answer(message, EncodedBatch(np.zeros((n, 3, 2, 2), np.float32)))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from .. import __version__
-from .._core import RELOAD_TIMEOUT_S, TIMEOUT_S
+from .._clients.core import RELOAD_TIMEOUT_S, TIMEOUT_S
+from .._clients.replay import replay as recompute
 from .._inputs.enums import Channels, MapDtype, Score
-from .._replay import replay as recompute
 from ..exceptions import SidelightError
 from ..methods.parsing import METHODS
 from ..results.storage import load_array

@@ -15,7 +15,7 @@ from typing import IO
 from rich.console import Console
 from rich.table import Table
 
-from .._client import connect
+from .._clients.client import connect
 from ..exceptions import SidelightError
 from ..methods.gradient import GradCAM
 from ..methods.method import Method

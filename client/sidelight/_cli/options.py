@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .._client import connect
-from .._core import CONNECT_TIMEOUT_S
+from .._clients.client import connect
+from .._clients.core import CONNECT_TIMEOUT_S
 from .._transport.credentials import TLS
 from .._transport.environment import ADDRESS_VARIABLE, TOKEN_VARIABLE
 

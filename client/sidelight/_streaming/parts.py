@@ -24,6 +24,11 @@ class Entry:
         """The batch's id; its position if it has none."""
         return self.batch.id or str(self.index)
 
+    @property
+    def label(self) -> str:
+        """The batch's name in messages."""
+        return f"batch {self.id}"
+
     def add_answer(self, start: int, answer: "Attribution") -> bool:
         """Store a part's answer. Returns whether all parts are answered."""
         self.answers[start] = answer

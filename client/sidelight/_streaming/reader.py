@@ -2,6 +2,7 @@
 
 import contextvars
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,10 @@ from .._inputs.batch import Batch, Images
 from .._inputs.images import EncodedBatch
 from .._options import check_classes
 from ..exceptions import InvalidArgument, SidelightError
+from .parts import Entry
 from .requests import StreamConfig
+from .state import StreamState
+from .worker import StreamWorker
 
 log = logging.getLogger("sidelight")
 
@@ -25,16 +29,53 @@ class ReadBatch:
 
 
 class BatchReader:
-    """Reads the caller's batches in gRPC's threads, one thread at a time."""
+    """Reads the caller's batches in gRPC's threads, without the lock; `is_reading` lets one thread at a time do so."""
 
-    def __init__(self, batches: Iterator[Images | Batch | EncodedBatch], config: StreamConfig) -> None:
+    def __init__(
+        self, batches: Iterator[Images | Batch | EncodedBatch], *, config: StreamConfig, state: StreamState
+    ) -> None:
+        self.is_reading = False
         self._batches = batches
         self._config = config
+        self._state = state
         self._context = contextvars.copy_context()  # the caller's, for the caller's iterator
         self._n_read = 0
         self._are_classes_checked = False  # of a target that lists one class per example
 
-    def read(self) -> ReadBatch | None:
+    def read_next(self, worker: StreamWorker, call: object) -> None:
+        """Read and enqueue the next batch, for a worker's call. If it cannot be sent, deliver its error at once."""
+        try:
+            read = self._read()
+        except Exception as error:  # raised by the caller's iterator: passed on to the caller
+            with self._state.lock:
+                self._state.end(error)
+            return
+        with self._state.lock:
+            self.is_reading = False
+            if read is None:
+                self._state.unanswered.is_exhausted = True
+                if self._state.unanswered.is_done:
+                    self._state.end(None)
+            else:
+                self._enqueue(read)
+                if worker in self._state.availability and worker not in self._state.leaving and worker.call is call:
+                    self._state.dispatcher.ask(worker)
+                self._state.changed.notify_all()
+
+    def _enqueue(self, read: ReadBatch) -> None:
+        state, batch, spans, refused = self._state, read.batch, read.spans, read.refused
+        if batch.id is None:
+            batch.id = state.unanswered.unused_id(read.index)
+        elif refused is None and state.unanswered.has_id(batch.id):
+            spans, refused = (), InvalidArgument(f'id: "{batch.id}" is used by a batch that is not answered yet')
+        entry = Entry(read.index, batch, time.monotonic() + self._config.timeout_s)
+        state.unanswered.add(entry, spans)
+        if refused is not None:
+            state.refuse(entry, refused)
+        elif state.unanswered.n_unanswered == len(spans):  # the timer had no deadline to wait for
+            state.timer_changed.notify()
+
+    def _read(self) -> ReadBatch | None:
         """Return the next batch; None after the last. Raises what the caller's iterator raises."""
         try:
             given = self._context.run(next, self._batches)

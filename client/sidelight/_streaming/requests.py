@@ -13,8 +13,8 @@ from .._transport.channel import Connection
 from .._transport.shared_memory import Regions
 from .._transport.wire import Incoming, Outgoing, is_large
 from ..exceptions import from_code
-from ..results import attribution
-from ..results.attribution import Attribution
+from ..results.attribution import Attribution, failed
+from ..results.messages import read_answer
 from ..results.types import seconds
 from .parts import Part
 
@@ -73,10 +73,10 @@ class StreamConfig:
                 maps = array_of(result.maps, incoming.maps)
             elif regions and regions.has(part.id) and not result.maps.data:
                 maps = regions.read(part.id, result.maps, skip=_array_bytes(part.batch))
-            return attribution.read(result, part.batch, index=index, baseline=self.baseline, maps=maps)
+            return read_answer(result, part.batch, index=index, baseline=self.baseline, maps=maps)
         failure = response.failure
         delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
-        return attribution.failed(from_code(failure.code, failure.message, retry_delay_s=delay_s), index=index, id_=id_)
+        return failed(from_code(failure.code, failure.message, retry_delay_s=delay_s), index=index, id_=id_)
 
 
 def _array_bytes(batch: EncodedBatch) -> int:

@@ -37,7 +37,7 @@ _STALLED = grpc.StatusCode.ABORTED
 
 
 class StreamCoordinator(Protocol):
-    """What a worker calls; implemented by `Stream`. All methods are thread-safe."""
+    """What a worker calls; implemented by `Coordinator`. All methods are thread-safe."""
 
     def wait_until_ready(self, worker: "StreamWorker", not_before_s: float) -> bool:
         """Wait until `not_before_s` and until the server is connected. Returns False once the worker must end."""

@@ -14,8 +14,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .._client import Client, connect
-from .._core import CONNECT_TIMEOUT_S, TIMEOUT_S
+from .._clients.client import Client, connect
+from .._clients.core import CONNECT_TIMEOUT_S, TIMEOUT_S
 from .._inputs.validation import whole
 from . import figure
 from .backends import Classes, Explainer, Local, Remote

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from .._client import Client
+from .._clients.client import Client
 from .._inputs.targets import Dense
 from ..exceptions import from_code
 

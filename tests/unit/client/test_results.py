@@ -16,6 +16,7 @@ from PIL import Image
 from sidelight._inputs.batch import Images
 from sidelight._inputs.images import EncodedBatch
 from sidelight.results import attribution
+from sidelight.results.messages import read_answer
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight.visualization.colormaps import colorize
@@ -55,7 +56,7 @@ def answer_of(
     )
     if images is None:
         images = np.random.default_rng(1).integers(0, 256, (n, 4, 6, 3), np.uint8)
-    return attribution.read(message, EncodedBatch(images))
+    return read_answer(message, EncodedBatch(images))
 
 
 def failing() -> sidelight.Attribution:

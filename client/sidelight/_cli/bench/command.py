@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from ... import __version__
-from ..._core import TIMEOUT_S
+from ..._clients.core import TIMEOUT_S
 from ..._inputs.enums import MapDtype, Score
 from ..._inputs.targets import Choice
 from ...exceptions import InvalidArgument, SidelightError

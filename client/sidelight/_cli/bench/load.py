@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from ..._client import Client
+from ..._clients.client import Client
 from ...exceptions import SidelightError
 from .recorder import Recorder, Ticket
 from .traffic import Sent, Traffic

@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..._client import Client, connect
+from ..._clients.client import Client, connect
 from .arrivals import Arrivals, arrivals
 from .load import Load
 from .recorder import Recorder, Window

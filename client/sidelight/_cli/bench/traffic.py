@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..._client import Client
+from ..._clients.client import Client
 from ..._inputs.enums import Channels, MapDtype, Score
 from ..._inputs.targets import Target
 from ..._inputs.tensors import Array

@@ -9,11 +9,11 @@ import grpc
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from ._inputs.batch import Batch, Images
-from ._inputs.images import EncodedBatch
-from ._transport.channel import DIAGNOSE_EVERY_S, Connection
-from ._transport.pool import WARN_AFTER_S, ConnectionPool
-from .exceptions import Cancelled
+from .._inputs.batch import Batch, Images
+from .._inputs.images import EncodedBatch
+from .._transport.channel import DIAGNOSE_EVERY_S, Connection
+from .._transport.pool import WARN_AFTER_S, ConnectionPool
+from ..exceptions import Cancelled
 
 _END = object()
 

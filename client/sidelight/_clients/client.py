@@ -7,25 +7,11 @@ from typing import Self
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from ._core import (
-    CONNECT_TIMEOUT_S,
-    MAX_MESSAGE_BYTES,
-    RELOAD_TIMEOUT_S,
-    TIMEOUT_S,
-    ClientCore,
-    OnError,
-    check_on_error,
-    raise_if_failed,
-    stream_template,
-    translate_errors,
-    unary_request,
-)
-from ._inputs.batch import Batch, Images, single_batch
-from ._inputs.enums import Channels, MapDtype, Score
-from ._inputs.images import EncodedBatch
-from ._inputs.targets import Choice, Target
-from ._inputs.validation import flag
-from ._options import (
+from .._inputs.batch import Batch, Images, single_batch
+from .._inputs.enums import Channels, MapDtype, Score
+from .._inputs.images import EncodedBatch
+from .._inputs.targets import Choice, Target
+from .._options import (
     FOR_EVER_S,
     AttributeOptions,
     Headers,
@@ -34,19 +20,28 @@ from ._options import (
     checked_metadata,
     options_by_name,
 )
-from ._progress import Progress, progress_of
-from ._streaming.reorder_buffer import ReorderBuffer
-from ._streaming.results_queue import End
-from ._transport.credentials import TLS, Token
-from ._transport.environment import address_or_default, token_or_default
-from ._transport.retry_policy import RetryPolicy
-from .exceptions import SidelightError
-from .methods.baselines import given_array
-from .methods.gradient import Gradient
-from .methods.method import Method
-from .results import attribution
-from .results.attribution import Attribution
-from .results.server_info import ModelInfo, ServerInfo
+from .._streaming.results_queue import End
+from .._transport.credentials import TLS, Token
+from .._transport.environment import address_or_default, token_or_default
+from .._transport.retry_policy import RetryPolicy
+from ..exceptions import SidelightError
+from ..methods.baselines import given_array
+from ..methods.gradient import Gradient
+from ..methods.method import Method
+from ..results.attribution import Attribution
+from ..results.messages import read_answer
+from ..results.server_info import ModelInfo, ServerInfo
+from .core import (
+    CONNECT_TIMEOUT_S,
+    MAX_MESSAGE_BYTES,
+    RELOAD_TIMEOUT_S,
+    TIMEOUT_S,
+    ClientBase,
+    translate_errors,
+    unary_request,
+)
+from .delivery import Delivery
+from .stream_options import OnError, StreamOptions, check_on_error, raise_if_failed
 
 
 def connect(
@@ -94,39 +89,13 @@ def connect(
     )
 
 
-class Client:
+class Client(ClientBase):
     """Connections to one server, or to several of the same model. Thread-safe; close it, or use `with`.
 
     It belongs to the process that created it: in a forked child, calls raise `FailedPrecondition`.
 
     A failed call raises the subclass of `SidelightError` for its status; a file that cannot be read `UnreadableFile`.
     """
-
-    def __init__(
-        self,
-        address: str | Sequence[str],
-        *,
-        connect_timeout: float = CONNECT_TIMEOUT_S,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
-        shared_memory: bool | str | os.PathLike[str] = False,
-        retry: bool = True,
-        tls: bool | str | os.PathLike[str] | TLS | None = None,
-        token: Token | None = None,
-    ) -> None:
-        self._core = ClientCore(
-            address,
-            connect_timeout=connect_timeout,
-            max_message_bytes=max_message_bytes,
-            shared_memory=shared_memory,
-            retry=retry,
-            tls=tls,
-            token=token,
-        )
-
-    @property
-    def address(self) -> str:
-        """The server's address; of several servers, all addresses with commas between them."""
-        return self._core.pool.addresses
 
     def __enter__(self) -> Self:
         return self
@@ -237,20 +206,19 @@ class Client:
         when the stream's threads have ended.
         """
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
-        return self._answers(
+        chosen = StreamOptions.checked(
+            options,
             batches,
-            stream_template(batches, on_error, options, window=window, hedge_after=hedge_after),
-            timeout_s=timeout,
-            is_one_row=method.is_one_row,
             ordered=ordered,
             on_error=on_error,
             window=window,
             hedge_after=hedge_after,
             allow_model_change=allow_model_change,
-            keep_images=flag(keep_images, "keep_images"),
-            progress=progress_of(batches, is_shown=flag(progress, "progress")),
-            metadata=checked_metadata(metadata),
+            keep_images=keep_images,
+            progress=progress,
+            metadata=metadata,
         )
+        return self._answers(batches, chosen)
 
     def info(self, *, metadata: Metadata = ()) -> ServerInfo:
         """Return the server's version, limits, methods and models; of several servers, the next one's."""
@@ -280,14 +248,13 @@ class Client:
             request = unary_request(template, batch)
             if self._core.fits(request, batch, within_s=timeout_s):
                 return self._call_unary(request, batch, policy=policy, metadata=metadata)
-        (answer,) = self._answers(
-            [batch],
+        options = StreamOptions(
             template,
             timeout_s=policy.left_s,
             server_wait_s=min(self._core.connect_timeout_s, policy.left_s),
-            on_error="return",
             metadata=metadata,
         )
+        (answer,) = self._answers([batch], options)
         if answer.error is not None:
             raise answer.error
         return answer
@@ -302,7 +269,7 @@ class Client:
                     response = connection.attribution.Attribute(
                         request, timeout=min(policy.left_s, FOR_EVER_S), metadata=metadata
                     )
-                answer = attribution.read(response.result, batch, baseline=given_array(request.method))
+                answer = read_answer(response.result, batch, baseline=given_array(request.method))
                 connection.told(answer)
                 return answer
             except SidelightError as error:
@@ -311,46 +278,16 @@ class Client:
                 self._core.closed.wait(policy.delay_after(error))
 
     def _answers(
-        self,
-        batches: Iterable[Images | Batch | EncodedBatch],
-        template: pb.AttributeRequest,
-        *,
-        timeout_s: float,
-        on_error: OnError,
-        server_wait_s: float | None = None,
-        is_one_row: bool = False,
-        ordered: bool = False,
-        window: int | None = None,
-        hedge_after: float | None = None,
-        allow_model_change: bool = False,
-        keep_images: bool = True,
-        progress: Progress | None = None,
-        metadata: Headers = (),
+        self, batches: Iterable[Images | Batch | EncodedBatch], options: StreamOptions
     ) -> Generator[Attribution]:
-        self._core.pool.ready(min(self._core.connect_timeout_s, timeout_s))
-        stream = self._core.open_stream(
-            iter(batches),
-            template,
-            facts=self._core.facts(template.model, within_s=timeout_s),
-            timeout_s=timeout_s,
-            server_wait_s=self._core.connect_timeout_s if server_wait_s is None else server_wait_s,
-            is_one_row=is_one_row,
-            window=window,
-            hedge_after=hedge_after,
-            allow_model_change=allow_model_change,
-            metadata=metadata,
-        )
-        order = ReorderBuffer(ordered=ordered)
+        self._core.pool.ready(min(self._core.connect_timeout_s, options.timeout_s))
+        stream = self._core.open_stream(iter(batches), options)
+        delivery = Delivery(stream, options)
         stream.start()
         try:
-            with progress or Progress() as progress:
+            with delivery.progress:
                 while not isinstance(answered := stream.wait(), End):
-                    for entry, answer in order.admit(*answered):
-                        if answer.final:
-                            stream.release(entry)
-                        progress.add(answer, n_retries=stream.n_retries)
-                        answer = raise_if_failed(answer, on_error)
-                        yield answer if keep_images else attribution.lent(answer, entry.batch)
+                    yield from delivery.answers(answered)
             if answered.error is not None:
                 raise answered.error
         finally:

@@ -5,17 +5,17 @@ from pathlib import Path
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from ._client import Client
-from ._inputs.batch import Images, single_batch
-from ._inputs.enums import map_dtype_number
-from ._inputs.images import EncodedBatch
-from ._inputs.tensors import Array, floats
-from ._options import duration
-from .exceptions import InvalidArgument
-from .methods.baselines import given_tensor
-from .results import storage
-from .results.replay import Replay, compare
-from .results.storage import Record
+from .._inputs.batch import Images, single_batch
+from .._inputs.enums import map_dtype_number
+from .._inputs.images import EncodedBatch
+from .._inputs.tensors import Array, floats
+from .._options import duration
+from ..exceptions import InvalidArgument
+from ..methods.baselines import given_tensor
+from ..results import storage
+from ..results.replay import Replay, compare
+from ..results.storage import Record
+from .client import Client
 
 TIMEOUT_S = 60.0  # of the new request
 

@@ -9,26 +9,12 @@ from typing import Self
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from ._core import (
-    CONNECT_TIMEOUT_S,
-    MAX_MESSAGE_BYTES,
-    RELOAD_TIMEOUT_S,
-    TIMEOUT_S,
-    ClientCore,
-    OnError,
-    check_on_error,
-    raise_if_failed,
-    stream_template,
-    translate_errors,
-    unary_request,
-)
-from ._event_loop import CallersBatches, awaited, from_thread, ready
-from ._inputs.batch import Batch, Images, single_batch
-from ._inputs.enums import Channels, MapDtype, Score
-from ._inputs.images import EncodedBatch
-from ._inputs.targets import Choice, Target
-from ._inputs.validation import flag, span
-from ._options import (
+from .._inputs.batch import Batch, Images, single_batch
+from .._inputs.enums import Channels, MapDtype, Score
+from .._inputs.images import EncodedBatch
+from .._inputs.targets import Choice, Target
+from .._inputs.validation import span
+from .._options import (
     FOR_EVER_S,
     AttributeOptions,
     Headers,
@@ -37,19 +23,29 @@ from ._options import (
     checked_metadata,
     options_by_name,
 )
-from ._progress import Progress, progress_of
-from ._streaming.reorder_buffer import ReorderBuffer
-from ._streaming.results_queue import End
-from ._transport.credentials import TLS, Token
-from ._transport.environment import address_or_default, token_or_default
-from ._transport.retry_policy import RetryPolicy
-from .exceptions import SidelightError
-from .methods.baselines import given_array
-from .methods.gradient import Gradient
-from .methods.method import Method
-from .results import attribution
-from .results.attribution import Attribution
-from .results.server_info import ModelInfo, ServerInfo
+from .._streaming.results_queue import End
+from .._transport.credentials import TLS, Token
+from .._transport.environment import address_or_default, token_or_default
+from .._transport.retry_policy import RetryPolicy
+from ..exceptions import SidelightError
+from ..methods.baselines import given_array
+from ..methods.gradient import Gradient
+from ..methods.method import Method
+from ..results.attribution import Attribution
+from ..results.messages import read_answer
+from ..results.server_info import ModelInfo, ServerInfo
+from .core import (
+    CONNECT_TIMEOUT_S,
+    MAX_MESSAGE_BYTES,
+    RELOAD_TIMEOUT_S,
+    TIMEOUT_S,
+    ClientBase,
+    translate_errors,
+    unary_request,
+)
+from .delivery import Delivery
+from .event_loop import CallersBatches, awaited, from_thread, ready
+from .stream_options import OnError, StreamOptions, check_on_error, raise_if_failed
 
 
 def connect(
@@ -74,37 +70,11 @@ def connect(
     )
 
 
-class AsyncClient:
+class AsyncClient(ClientBase):
     """A `Client` whose calls are awaited. Close it, or use `async with`.
 
     Tasks of one or several event loops may share it. Cancelling a task also cancels its call or stream on the server.
     """
-
-    def __init__(
-        self,
-        address: str | Sequence[str],
-        *,
-        connect_timeout: float = CONNECT_TIMEOUT_S,
-        max_message_bytes: int = MAX_MESSAGE_BYTES,
-        shared_memory: bool | str | os.PathLike[str] = False,
-        retry: bool = True,
-        tls: bool | str | os.PathLike[str] | TLS | None = None,
-        token: Token | None = None,
-    ) -> None:
-        self._core = ClientCore(
-            address,
-            connect_timeout=connect_timeout,
-            max_message_bytes=max_message_bytes,
-            shared_memory=shared_memory,
-            retry=retry,
-            tls=tls,
-            token=token,
-        )
-
-    @property
-    def address(self) -> str:
-        """The server's address; of several servers, all addresses with commas between them."""
-        return self._core.pool.addresses
 
     async def __aenter__(self) -> Self:
         return self
@@ -175,20 +145,19 @@ class AsyncClient:
         in `contextlib.aclosing`: otherwise the stream runs on until the garbage collector finds it.
         """
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
-        return self._answers(
+        chosen = StreamOptions.checked(
+            options,
             batches,
-            stream_template(batches, on_error, options, window=window, hedge_after=hedge_after),
-            timeout_s=timeout,
-            is_one_row=method.is_one_row,
-            metadata=checked_metadata(metadata),
-            on_error=on_error,
             ordered=ordered,
+            on_error=on_error,
             window=window,
             hedge_after=hedge_after,
             allow_model_change=allow_model_change,
-            keep_images=flag(keep_images, "keep_images"),
-            progress=progress_of(batches, is_shown=flag(progress, "progress")),
+            keep_images=keep_images,
+            progress=progress,
+            metadata=metadata,
         )
+        return self._answers(batches, chosen)
 
     async def info(self, *, metadata: Metadata = ()) -> ServerInfo:
         """Return the server's version, limits, methods and models; of several servers, the next one's."""
@@ -220,14 +189,13 @@ class AsyncClient:
             request = unary_request(template, batch)
             if await asyncio.to_thread(core.fits, request, batch, within_s=timeout_s):
                 return await self._call_unary(request, batch, policy=policy, metadata=metadata)
-        answers = self._answers(
-            [batch],
+        options = StreamOptions(
             template,
             timeout_s=policy.left_s,
             server_wait_s=min(self._core.connect_timeout_s, policy.left_s),
-            on_error="return",
             metadata=metadata,
         )
+        answers = self._answers([batch], options)
         async with contextlib.aclosing(answers):
             answer = await anext(answers)
         if answer.error is not None:
@@ -244,7 +212,7 @@ class AsyncClient:
                     left_s = min(policy.left_s, FOR_EVER_S)
                     call = connection.attribution.Attribute.future(request, timeout=left_s, metadata=metadata)
                     response = await awaited(call)
-                answer = attribution.read(response.result, batch, baseline=given_array(request.method))
+                answer = read_answer(response.result, batch, baseline=given_array(request.method))
                 connection.told(answer)
                 return answer
             except SidelightError as error:
@@ -253,57 +221,23 @@ class AsyncClient:
                 await asyncio.sleep(policy.delay_after(error))
 
     async def _answers(
-        self,
-        batches: Iterable[Images | Batch | EncodedBatch] | AsyncIterable[Images | Batch],
-        template: pb.AttributeRequest,
-        *,
-        timeout_s: float,
-        on_error: OnError,
-        server_wait_s: float | None = None,
-        is_one_row: bool = False,
-        ordered: bool = False,
-        window: int | None = None,
-        hedge_after: float | None = None,
-        allow_model_change: bool = False,
-        keep_images: bool = True,
-        progress: Progress | None = None,
-        metadata: Headers = (),
+        self, batches: Iterable[Images | Batch | EncodedBatch] | AsyncIterable[Images | Batch], options: StreamOptions
     ) -> AsyncGenerator[Attribution]:
-        await ready(self._core.pool, min(self._core.connect_timeout_s, timeout_s))
-        facts = await asyncio.to_thread(self._core.facts, template.model, within_s=timeout_s)
+        await ready(self._core.pool, min(self._core.connect_timeout_s, options.timeout_s))
         changed = asyncio.Event()
         source = CallersBatches(batches)
-        stream = self._core.open_stream(
-            source,
-            template,
-            facts=facts,
-            timeout_s=timeout_s,
-            server_wait_s=self._core.connect_timeout_s if server_wait_s is None else server_wait_s,
-            is_one_row=is_one_row,
-            window=window,
-            hedge_after=hedge_after,
-            allow_model_change=allow_model_change,
-            metadata=metadata,
-            on_change=from_thread(changed.set),
-        )
-        order = ReorderBuffer(ordered=ordered)
+        stream = await asyncio.to_thread(self._core.open_stream, source, options, on_change=from_thread(changed.set))
+        delivery = Delivery(stream, options)
         stream.start()
         try:
-            with progress or Progress() as progress:
-                while True:
-                    changed.clear()
-                    answered = stream.queue.take()
+            with delivery.progress:
+                while not isinstance(answered := stream.queue.take(), End):
                     if answered is None:
                         await changed.wait()
+                        changed.clear()
                         continue
-                    if isinstance(answered, End):
-                        break
-                    for entry, answer in order.admit(*answered):
-                        if answer.final:
-                            stream.release(entry)
-                        progress.add(answer, n_retries=stream.n_retries)
-                        answer = raise_if_failed(answer, on_error)
-                        yield answer if keep_images else attribution.lent(answer, entry.batch)
+                    for answer in delivery.answers(answered):
+                        yield answer
             if answered.error is not None:
                 raise answered.error
         finally:

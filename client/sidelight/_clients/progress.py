@@ -8,9 +8,9 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from .exceptions import InvalidArgument
-from .results.attribution import Attribution
-from .results.display import LiveGallery
+from ..exceptions import InvalidArgument
+from ..results.attribution import Attribution
+from ..results.display import LiveGallery
 
 UPDATE_S = 0.2  # between two updates of a notebook's cell
 DESCRIPTION = "explaining"

@@ -10,30 +10,30 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import grpc
 
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2
 
-from ._inputs.batch import Batch, Images
-from ._inputs.images import EncodedBatch
-from ._inputs.validation import counted, span, whole
-from ._options import AttributeOptions, Headers, Metadata, checked_metadata, model_name
-from ._streaming.limits import check_message_size, map_bytes, split
-from ._streaming.requests import StreamConfig
-from ._streaming.stream import Stream
-from ._streaming.unanswered import UnansweredParts
-from ._transport.channel import Connection
-from ._transport.credentials import TLS, ChannelSecurity, Token
-from ._transport.pool import ConnectionPool
-from ._transport.retry_policy import RetryPolicy
-from ._transport.shared_memory import Regions, directory_of
-from .exceptions import InvalidArgument, MessageTooLarge, PartialFailure, Unavailable, from_rpc
-from .methods.baselines import given_array
-from .results.attribution import Attribution
-from .results.server_info import ModelInfo, ServerInfo
+from .._inputs.batch import Batch, Images
+from .._inputs.images import EncodedBatch
+from .._inputs.validation import counted, span
+from .._options import Metadata, checked_metadata, model_name
+from .._streaming.limits import check_message_size, map_bytes, split
+from .._streaming.requests import StreamConfig
+from .._streaming.stream import Stream
+from .._streaming.unanswered import UnansweredParts
+from .._transport.channel import Connection
+from .._transport.credentials import TLS, ChannelSecurity, Token
+from .._transport.pool import ConnectionPool
+from .._transport.retry_policy import RetryPolicy
+from .._transport.shared_memory import Regions, directory_of
+from ..exceptions import MessageTooLarge, Unavailable, from_rpc
+from ..methods.baselines import given_array
+from ..results.server_info import ModelInfo, ServerInfo
+from .stream_options import StreamOptions
 
 CONNECT_TIMEOUT_S = 30.0
 TIMEOUT_S = 60.0
@@ -42,8 +42,6 @@ RELOAD_TIMEOUT_S = 600.0
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 CHUNK_ROWS = 32  # assumed for a model that is not loaded yet
 N_SLOTS = 8  # batches that fit into a region of shared memory, of the size of its first batch
-
-OnError = Literal["raise", "return"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,20 +67,16 @@ class ClientCore:
 
     def __init__(
         self,
-        address: str | Sequence[str],
+        pool: ConnectionPool,
         *,
-        connect_timeout: float,
+        connect_timeout_s: float,
         max_message_bytes: int,
         shared_memory: bool | str | os.PathLike[str],
         retry: bool,
-        tls: bool | str | os.PathLike[str] | TLS | None,
-        token: Token | None,
     ) -> None:
-        self.max_message_bytes = counted(max_message_bytes, "max_message_bytes")
-        self.connect_timeout_s = span(connect_timeout, "connect_timeout", is_zero_allowed=True)
-        self.pool = ConnectionPool(
-            address, max_message_bytes=max_message_bytes, security=ChannelSecurity.of(tls, token)
-        )
+        self.pool = pool
+        self.connect_timeout_s = connect_timeout_s
+        self.max_message_bytes = max_message_bytes
         self.shared_memory = shared_memory
         self.retry = retry
         self.closed = threading.Event()
@@ -145,19 +139,13 @@ class ClientCore:
     def open_stream(
         self,
         batches: Iterator[Images | Batch | EncodedBatch],
-        template: pb.AttributeRequest,
+        options: StreamOptions,
         *,
-        facts: Facts,
-        timeout_s: float,
-        server_wait_s: float,
-        is_one_row: bool,
-        window: int | None,
-        hedge_after: float | None,
-        allow_model_change: bool,
-        metadata: Headers,
         on_change: Callable[[], None] = lambda: None,
     ) -> Stream:
         """Return a stream to all servers. It is not started yet."""
+        template = options.template
+        facts = self.facts(template.model, within_s=options.timeout_s)
         input_size = facts.input_size
         config = StreamConfig(
             template=template,
@@ -169,19 +157,21 @@ class ClientCore:
                 input_size=input_size,
                 is_shared=bool(self.shared_memory),
             ),
-            timeout_s=timeout_s,
-            server_wait_s=server_wait_s,
+            timeout_s=options.timeout_s,
+            server_wait_s=self.connect_timeout_s if options.server_wait_s is None else options.server_wait_s,
             max_message_bytes=self.max_message_bytes,
-            allow_model_change=allow_model_change,
+            allow_model_change=options.allow_model_change,
             baseline=given_array(template.method),
             retry=self.retry,
-            metadata=metadata,
+            metadata=options.metadata,
             map_bytes=functools.partial(map_bytes, template, input_size=input_size),
             make_regions=functools.partial(self._regions, n_slots=N_SLOTS) if self.shared_memory else None,
         )
         # One example of a method of many rows fills chunks. A larger window would let batches time out in the queue.
-        per_worker = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if is_one_row else 1
-        unanswered = UnansweredParts(window=per_worker, total_window=window, hedge_after_s=hedge_after)
+        per_worker = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if options.is_one_row else 1
+        unanswered = UnansweredParts(
+            window=per_worker, total_window=options.window, hedge_after_s=options.hedge_after_s
+        )
         return Stream(self.pool, batches, config=config, unanswered=unanswered, on_change=on_change)
 
     def _ask(
@@ -225,6 +215,36 @@ class ClientCore:
         return Regions(directory, max_region_bytes=server.shared_memory.max_region_bytes, n_slots=n_slots)
 
 
+class ClientBase:
+    """What both clients have: the arguments of their constructor, and the address."""
+
+    def __init__(
+        self,
+        address: str | Sequence[str],
+        *,
+        connect_timeout: float = CONNECT_TIMEOUT_S,
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        shared_memory: bool | str | os.PathLike[str] = False,
+        retry: bool = True,
+        tls: bool | str | os.PathLike[str] | TLS | None = None,
+        token: Token | None = None,
+    ) -> None:
+        counted(max_message_bytes, "max_message_bytes")
+        connect_timeout_s = span(connect_timeout, "connect_timeout", is_zero_allowed=True)
+        self._core = ClientCore(
+            ConnectionPool(address, max_message_bytes=max_message_bytes, security=ChannelSecurity.of(tls, token)),
+            connect_timeout_s=connect_timeout_s,
+            max_message_bytes=max_message_bytes,
+            shared_memory=shared_memory,
+            retry=retry,
+        )
+
+    @property
+    def address(self) -> str:
+        """The server's address; of several servers, all addresses with commas between them."""
+        return self._core.pool.addresses
+
+
 def unary_request(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.AttributeRequest:
     """Return the request of a unary call."""
     request = pb.AttributeRequest()
@@ -236,39 +256,6 @@ def unary_request(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.Attr
     if served := batch.served:
         request.served_classes.CopyFrom(served)
     return request
-
-
-def stream_template(
-    batches: object, on_error: str, options: AttributeOptions, *, window: int | None, hedge_after: float | None
-) -> pb.AttributeRequest:
-    """Check the options of a stream once, and return the request template of its batches."""
-    check_on_error(on_error)
-    if isinstance(batches, str | bytes):
-        raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")
-    if window is not None and whole(window, "window") < 1:
-        raise InvalidArgument(f"window: got {window}, expected at least 1 example")
-    if hedge_after is not None:
-        span(hedge_after, "hedge_after")
-    return options.template()
-
-
-def raise_if_failed(answer: Attribution, on_error: OnError) -> Attribution:
-    """Return an answer. With `on_error="raise"`, raise its error if it failed.
-
-    Raises `PartialFailure` if the answer is final and some examples failed.
-    """
-    if on_error == "raise":
-        if answer.error is not None:
-            raise answer.error
-        if answer.final and answer.failures:
-            raise PartialFailure(answer)
-    return answer
-
-
-def check_on_error(on_error: str) -> None:
-    """Raise `InvalidArgument` for an unknown value."""
-    if on_error not in get_args(OnError):
-        raise InvalidArgument(f"on_error: got {on_error!r}, expected one of {', '.join(get_args(OnError))}")
 
 
 @contextlib.contextmanager
