@@ -1,7 +1,7 @@
 """`make bench`: measures everything, prints each line and a row for each goal, and writes
 `benchmarks/results/bench.json`.
 
-`python -m benchmarks kernel service` measures what is named alone.
+`python -m benchmarks kernel service` runs only the named modules.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def main() -> int:
     for name in names:
         with console.status(f"measuring: {name}"):
             run = results.Run.now(MODULES[name].run())
-        # What was measured is kept, should the next one fail.
+        # Saved at once, in case the next one fails.
         results.Results(machine, {name: run}).merge_into(results.NEWEST)
         lines += run.lines
     console.print(_lines_table(lines), _summary_table(lines))

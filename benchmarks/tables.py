@@ -13,7 +13,7 @@ from .results import NEWEST, Results, Run
 from .support.measure import Line
 
 ROOT = Path(__file__).parent.parent
-FIGURES = ROOT / "docs" / "explanation" / "figures.json"  # committed, unlike the results of a run
+FIGURES = ROOT / "docs" / "explanation" / "figures.json"  # committed, unlike the results of single runs
 PAGES = (ROOT / "README.md", ROOT / "docs" / "explanation" / "performance.md")
 TABLE = re.compile(r"(<!-- (figures|summary): ([a-z_ ]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
 
@@ -44,7 +44,7 @@ def summary(lines: Iterable[Line]) -> list[SummaryRow]:
 
 
 def written(page: str, results: Results) -> str:
-    """Return a page with its tables written anew."""
+    """Return a page with new tables."""
     return TABLE.sub(lambda found: f"{found[1]}{_table(found[2], found[3].split(), results)}\n{found[4]}", page)
 
 

@@ -1,8 +1,8 @@
-"""Sidelight against others who explain the same images by the same model: `python -m benchmarks.peers`.
+"""Sidelight compared with other ways to explain the same images by the same model: `python -m benchmarks.peers`.
 
-The original class and Captum in process, LitServe and TorchServe with Captum behind them, a function bound in a Triton.
-A peer is a module here. Each runs in an environment of its own (`make peers`), which has neither sidelight nor most of
-what `benchmarks` needs: what a peer's process imports is said at the top of its module.
+The original class and Captum in process, LitServe and TorchServe running Captum, a Python function served by Triton.
+Each peer is a module here and runs in its own environment (`make peers`), which has neither sidelight nor most of what
+`benchmarks` needs. The top of its module says what its process imports.
 """
 
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def run() -> "list[Line]":
-    """Hold the contest."""
+    """Run the comparison."""
     from .contest import run
 
     return run()

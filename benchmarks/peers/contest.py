@@ -1,4 +1,4 @@
-"""The contest: every rival at its best settings, in turns; ours at settings whose p99 is no worse.
+"""The comparison of Sidelight with its peers: theirs at their best settings, ours where its p99 is no worse.
 
 The CPUs are shared by clients and servers, so each server sleeps while another is measured.
 """
@@ -27,27 +27,27 @@ from .rival import Flags, NotRun, Rival, Setting
 from .running import Running
 from .saliency import IMAGES, MODEL, InputOnly
 
-N_IMAGES = 16  # different ones
-TYPICAL = 8  # asked at once, where flags are compared
+N_IMAGES = 16  # number of different images
+TYPICAL = 8  # unanswered images while flags are compared
 SWEEP_IMAGES, ROUND_S, ROUNDS = 32, 6.0, 3
-EQUAL = 1e-5  # of the map's maximum: a chunk of another size moves last bits
-TOP = 0.05  # share of a map's pixels whose places are compared
+EQUAL = 1e-5  # of the map's maximum: another chunk size changes the last bits
+TOP = 0.05  # share of a map's pixels whose positions are compared
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """A rival that runs, under the flags that suit it best."""
+    """A running rival with its best flags."""
 
     rival: Rival
     running: Running
     at_once: tuple[int, ...]
     n_images: int
-    record: Record = field(default_factory=Record)  # of the rounds that count: those of the sweep are not among them
+    record: Record = field(default_factory=Record)  # of the final rounds, without those of the sweep
 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How similar a rival's maps are to the exact ones, as means over the images."""
+    """Similarity of a rival's maps to the exact ones, as means over the images."""
 
     rank_correlation: float
     same_top: float
@@ -57,12 +57,12 @@ class Fidelity:
 
 
 class Contest:
-    """One contest in one folder, where the model, the images and the exact maps lie."""
+    """One comparison. Its folder has the model, the images and the exact maps."""
 
     def __init__(self, folder: Path, *, hurry: bool) -> None:
         self.folder = folder
         self.swept: dict[str, dict[str, Round]] = {}
-        self.absent: dict[str, str] = {}  # reason, by the name of a peer that cannot run
+        self.absent: dict[str, str] = {}  # why a peer cannot run, by its name
         self.fidelity: dict[str, Fidelity] = {}
         self._order = random.Random(0)
         self._sweep_images, self._rounds = (N_IMAGES, 1) if hurry else (SWEEP_IMAGES, ROUNDS)
@@ -85,7 +85,7 @@ class Contest:
         return contestants
 
     def _enter(self, stack: contextlib.ExitStack, rival: Rival) -> Contestant:
-        """Start a rival under its best flags, and leave it asleep."""
+        """Start a rival with its best flags, and leave it paused."""
         flags, sweep = self._best_flags(rival), Record()
         with contextlib.ExitStack() as own:
             running = own.enter_context(Running(rival, flags, self.folder))
@@ -94,7 +94,7 @@ class Contest:
                 sweep.add(n, self._try(running, n))
             running.pause()
             stack.push(own.pop_all())
-        # What ours has to offer is chosen for each peer, when all is measured.
+        # Our settings are chosen for each peer, once everything is measured.
         at_once = rival.at_once if rival.is_ours else (sweep.best(),)
         many = round(max(map(sweep.rate, rival.at_once)) * self._round_s / 16) * 16
         return Contestant(rival, running, at_once, max(N_IMAGES, many))
@@ -146,7 +146,7 @@ class Contest:
 
 
 def run(rivals: Sequence[Rival] = (*PEERS, *OURS), *, hurry: bool = False) -> list[Line]:
-    """Hold the contest. `hurry` is to see that it works: too few images to count."""
+    """Run the comparison. `hurry` only checks that it works, with too few images for a result."""
     with tempfile.TemporaryDirectory(prefix="contest-") as folder:
         contest = Contest(Path(folder), hurry=hurry)
         contestants = contest.run(rivals)
@@ -207,7 +207,7 @@ def _apart(map_: NDArray[np.float32], exact: NDArray[np.float32]) -> float:
 
 
 def _same_top(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
-    """Return which share of the largest pixels of one map is among those of the other."""
+    """Return the share of one map's largest pixels that are also among the other's."""
     n = round(TOP * a.size)
     tops = [set(np.argpartition(each.ravel(), -n)[-n:].tolist()) for each in (a, b)]
     return len(tops[0] & tops[1]) / n

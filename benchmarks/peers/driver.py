@@ -1,7 +1,7 @@
-"""The driver: a process that asks one rival, as the contest orders, and says how long each answer took.
+"""The driver: a process that sends images to one rival, as commanded, and reports how long each answer took.
 
-An order is a line of JSON on its standard input, `{"n_images": 64, "at_once": 8, "answers": "PATH.npz" or null}`, and
-so is its answer. Imported in the peers' own environments: the standard library and numpy.
+A command is a line of JSON on its standard input, `{"n_images": 64, "at_once": 8, "answers": "PATH.npz" or null}`.
+The reply is a line of JSON too. Imported in the peers' own environments: the standard library and numpy.
 """
 
 import contextlib
@@ -34,19 +34,19 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Loop:
-    """What a closed loop saw."""
+    """The result of one closed loop."""
 
     wall_s: float
     latencies_s: Sequence[float]
     answers: Sequence[Answer]
 
 
-ExplainAll = Callable[[Sequence[Image], int], Loop]  # so many of them at once
+ExplainAll = Callable[[Sequence[Image], int], Loop]  # the images, and how many are unanswered at a time
 Connection = Callable[[], AbstractContextManager[Callable[[Image], Answer]]]
 
 
 def closed_loop(connect: Connection) -> ExplainAll:
-    """Return the loop of callers who each ask for one image, on a connection of their own, and then for the next."""
+    """Return a closed loop of callers. Each has a connection of its own, and sends one image after the other."""
 
     def explain_all(images: Sequence[Image], at_once: int) -> Loop:
         turns, latencies = itertools.count(), [0.0] * len(images)
@@ -92,7 +92,7 @@ def wait_for(connect: Connection, image: Image) -> None:
 
 
 def drive(explain_all: ExplainAll, images: NDArray[np.uint8]) -> None:
-    """Follow orders until there are no more. The first line says that the rival is there."""
+    """Execute commands until standard input ends. The first line of output says that the rival is ready."""
     sys.stdout = sys.stderr  # libraries print
     _say({"ready": True})
     for line in sys.stdin:
@@ -105,5 +105,5 @@ def drive(explain_all: ExplainAll, images: NDArray[np.uint8]) -> None:
 
 
 def _say(words: dict[str, object]) -> None:
-    with contextlib.suppress(BrokenPipeError):  # the contest is over
+    with contextlib.suppress(BrokenPipeError):  # the comparison is over
         print(json.dumps(words), file=sys.__stdout__, flush=True)

@@ -1,4 +1,4 @@
-"""The field: who takes part, and under which settings each may show its best."""
+"""The rivals, and the settings among which the best of each is chosen."""
 
 from pathlib import Path
 
@@ -7,10 +7,10 @@ from sidelight_server.compute.torch_device import cpu_quota
 from .rival import Rival
 from .running import ROOT
 
-_WHOLE = ("--threads", str(cpu_quota()))  # one worker that has all CPUs
-_SPLIT = ("--threads", "1", "--workers", str(cpu_quota()))  # a worker for each CPU: no thread waits for another
+_WHOLE = ("--threads", str(cpu_quota()))  # one worker with all CPUs
+_SPLIT = ("--threads", "1", "--workers", str(cpu_quota()))  # one worker per CPU, so that no thread waits for another
 _SERVED = ((*_WHOLE, "--batch", "8"), (*_SPLIT, "--batch", "8"), (*_SPLIT, "--batch", "1"))
-_AT_ONCE = (4, 8, 16)  # calls, or in process the images of a batch
+_AT_ONCE = (4, 8, 16)  # concurrent calls; in process, the images of a batch
 
 
 def _ours(name: str, *flags: str, alike: float | None = None) -> Rival:
@@ -43,7 +43,7 @@ PEERS = (
     _litserve("LitServe + Captum in one pass", goals=(1.1, 1.35, 1.5)),
     _litserve("LitServe, input-only gradient", "--input-only", goals=(1.0, 1.2, 1.4)),
     Rival(
-        "TorchServe + Captum in one pass, in bytes",  # its own handlers answer in JSON, which takes far longer
+        "TorchServe + Captum in one pass, in bytes",  # its own handlers answer in JSON, which takes much longer
         "torchserve",
         _SERVED,
         at_once=_AT_ONCE,

@@ -1,4 +1,4 @@
-"""HTTP as LitServe and TorchServe are asked here: raw pixels in, raw bytes out; or JSON out.
+"""The HTTP bodies for LitServe and TorchServe: raw pixels in the request, raw bytes or JSON in the response.
 
 Imported in the peers' own environments: the standard library and numpy.
 """
@@ -31,13 +31,13 @@ def body_of(map_: NDArray[np.float32], predicted: int, probability: float) -> by
 
 
 def read_bytes(body: bytes) -> Answer:
-    """Return the answer in such a body."""
+    """Return the answer that a body holds."""
     predicted, _ = HEAD.unpack_from(body)
     return Answer(np.frombuffer(body, np.float32, offset=HEAD.size).reshape(SIZE, SIZE), predicted)
 
 
 def connection(port: int, path: str) -> Connection:
-    """Return how to connect to a server of this machine; a connection is kept alive."""
+    """Return a function that connects to a server on this machine; connections are kept alive."""
 
     @contextlib.contextmanager
     def connect() -> Iterator[Callable[[Image], Answer]]:
@@ -57,7 +57,7 @@ def connection(port: int, path: str) -> Connection:
 
 
 def drive_http(args: argparse.Namespace, path: str) -> None:
-    """Follow the contest's orders against the server at `args.port`."""
+    """Run the driver for the server at `args.port`."""
     images = np.load(Path(args.folder) / "images.npy")
     connect = connection(args.port, path)
     wait_for(connect, images[0])

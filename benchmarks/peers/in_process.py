@@ -1,4 +1,4 @@
-"""Peers without a server: the original class, and Captum. A batch at a time, in a process of their own.
+"""Peers without a server: the original class, and Captum. One batch at a time, in a process of their own.
 
 Run in sidelight's environment.
 """
@@ -19,7 +19,7 @@ from .saliency import IMAGES, Captum, Explained, Pixels, explained, load, prepar
 
 
 class Remembering(PyHealthModel):
-    """The model as the original expects it. The original keeps the prediction to itself: here it is read in passing."""
+    """The model as the original expects it. The original does not return its prediction, so this wrapper records it."""
 
     def forward(self, image: Tensor, disease: Tensor | None = None) -> dict[str, Tensor]:
         self.last = super().forward(image, disease)
@@ -29,7 +29,7 @@ class Remembering(PyHealthModel):
 class Original:
     """PyHealth's class. It asks for the gradients of all parameters too.
 
-    It calls `train()`, which an exported module has not: its model is the one that was exported.
+    It calls `train()`, which an exported module does not have, so its model is the module from before the export.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Original:
 
 
 def by_batches(explain: Callable[[Pixels], Explained], images: Sequence[Image], at_once: int) -> Loop:
-    """Explain images in batches of `at_once`. Each image of a batch waits for all of it."""
+    """Explain images in batches of `at_once`. The latency of each image is that of its batch."""
     latencies: list[float] = []
     answers: list[Answer] = []
     began = time.perf_counter()

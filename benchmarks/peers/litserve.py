@@ -11,13 +11,13 @@ from .http_body import TYPE, body_of, drive_http, pixels_of
 from .rival import arguments
 from .saliency import Explained, Pixels, explainer, load
 
-BATCH_TIMEOUT_S = 0.02  # for which the first request of a batch waits for others
+BATCH_TIMEOUT_S = 0.02  # how long the first request of a batch waits for others
 REQUEST_TIMEOUT_S = 60.0
 PATH = "/predict"
 
 
 class Explain(litserve.LitAPI):
-    """One image a request; LitServe puts them together."""
+    """One image per request; LitServe batches them."""
 
     def __init__(self, folder: Path, *, threads: int, batch: int, input_only: bool) -> None:
         super().__init__(max_batch_size=batch, batch_timeout=BATCH_TIMEOUT_S, api_path=PATH)
@@ -28,7 +28,7 @@ class Explain(litserve.LitAPI):
     def setup(self, device: str) -> None:
         self.explainer = explainer(load(self.folder, threads=self.threads), input_only=self.input_only)
 
-    # Annotated so, the body comes as it is: LitServe would parse JSON or a form otherwise.
+    # With this annotation LitServe passes the raw body on. Otherwise it would parse JSON or a form.
     def decode_request(self, request: Annotated[bytes, Body(media_type=TYPE)]) -> Pixels:
         return pixels_of(request)
 
@@ -42,7 +42,7 @@ class Explain(litserve.LitAPI):
         return [Explained(*each) for each in zip(*output, strict=True)]
 
     def encode_response(self, output: Explained) -> Response:
-        if output.maps.ndim == 3:  # without batches there was none to take apart
+        if output.maps.ndim == 3:  # without batching there is no batch to split
             (output,) = self.unbatch(output)
         return Response(body_of(output.maps, int(output.predicted), float(output.probabilities)))
 
@@ -52,7 +52,7 @@ def main() -> None:
     if args.role == "drive":
         return drive_http(args, PATH)
     api = Explain(args.folder, threads=args.threads, batch=args.batch, input_only=args.input_only)
-    # fast_queue: by ZeroMQ, which is LitServe's own for high rates.
+    # fast_queue: ZeroMQ, which LitServe recommends for high rates.
     server = litserve.LitServer(
         api,
         accelerator="cpu",

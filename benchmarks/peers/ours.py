@@ -13,12 +13,12 @@ from .rival import arguments
 
 MODEL = "python:benchmarks.support.nets:resnet18"
 FOLDED = ("--fold", "--channels-last")
-CONNECT_TIMEOUT_S = 120.0  # the server loads torch, and measures its chunks
+CONNECT_TIMEOUT_S = 120.0  # the server imports torch and measures its chunk size
 
 
 def streamed(address: str, images: Sequence[Image], at_once: int) -> Loop:
-    """Stream the images, so many unanswered at once. Each one's time runs from when the client asked for it."""
-    with sidelight.connect(address) as client:  # a new one, as the peers have: the server may have been paused
+    """Stream the images, `at_once` of them unanswered. An image's latency begins when the client reads it."""
+    with sidelight.connect(address) as client:  # a new connection, as for the peers: the server may have been paused
         client.info()
         return _streamed(client, images, at_once)
 

@@ -1,4 +1,4 @@
-"""A rival's record: what its closed loops showed, by how many images were asked for at once."""
+"""The record of a rival: rates and latencies of its closed loops, by the number of unanswered images."""
 
 import math
 import statistics
@@ -10,7 +10,7 @@ NEAR_BEST = 0.97
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one closed loop showed."""
+    """Rate and latency of one closed loop."""
 
     rate: float  # images/s
     p99_s: float
@@ -18,7 +18,7 @@ class Round:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Round by round, for each number of images at once."""
+    """The rounds, by the number of unanswered images."""
 
     rounds: dict[int, list[Round]] = field(default_factory=dict)
 
@@ -30,24 +30,24 @@ class Record:
         return statistics.median(each.rate for each in self.rounds[at_once])
 
     def p99_s(self, at_once: int) -> float:
-        """Return the median of the rounds' own: on a shared machine one round in a few has a hiccup."""
+        """Return the median of the rounds' percentiles: on a shared machine a round may be disturbed."""
         return statistics.median(each.p99_s for each in self.rounds[at_once])
 
     def best(self) -> int:
-        """Return where it shows its best: the lowest p99 among those that reach 97 % of the best rate."""
+        """Return its best operating point: the lowest p99 among those with at least 97 % of the best rate."""
         fastest = max(self.rate(n) for n in self.rounds)
         return min((n for n in self.rounds if self.rate(n) >= NEAR_BEST * fastest), key=self.p99_s)
 
     def fastest_within(self, p99_s: float) -> int | None:
-        """Return where it is fastest among those whose p99 is no worse; None if there is none."""
+        """Return the fastest operating point whose p99 is no worse; None if there is none."""
         return max((n for n in self.rounds if self.p99_s(n) <= p99_s), key=self.rate, default=None)
 
     def times(self, at_once: int, other: "Record", other_at_once: int) -> float:
-        """Return how many times as fast: the median over the rounds of each round's own ratio."""
+        """Return the speedup: the median of the ratios of the rounds."""
         pairs = zip(self.rounds[at_once], other.rounds[other_at_once], strict=True)
         return statistics.median(ours.rate / theirs.rate for ours, theirs in pairs)
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """Return the smallest value that at least such a share of all values does not exceed."""
+    """Return the smallest value that at least a given share of all values does not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

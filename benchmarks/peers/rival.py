@@ -1,6 +1,6 @@
-"""A peer: its module, and the settings that are tried.
+"""A rival: its module, and the settings that are tried. A peer is a rival other than Sidelight.
 
-The peers' own environments import this for its arguments and ports, so at its top is the standard library alone.
+The peers' own environments import this, so it imports only the standard library at its top.
 """
 
 import argparse
@@ -13,12 +13,12 @@ Flags = tuple[str, ...]
 
 
 class NotRun(Exception):
-    """A peer could not run, with the reason."""
+    """A peer could not run; the message has the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rival:
-    """One contestant. Its server and its driver get the `flags`, of which the best count."""
+    """A rival. Its server and its driver get `flags`; the fastest are used."""
 
     name: str
     module: str
@@ -26,14 +26,14 @@ class Rival:
     at_once: tuple[int, ...]
     python: Path = Path(sys.executable)
     serves: bool = True
-    alike: float | None = None  # the least rank correlation of its maps with the exact ones; None: they are equal
+    alike: float | None = None  # the lowest rank correlation of its maps with the exact ones; None: they must be equal
     is_ours: bool = False
-    goals: tuple[float, ...] = ()  # of a peer: how many times as fast each of ours should be, in their order
+    goals: tuple[float, ...] = ()  # of a peer: the speedup that each of ours should have over it, in their order
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """Under what a rival was measured."""
+    """The conditions under which a rival was measured."""
 
     flags: Flags
     at_once: int

@@ -1,4 +1,4 @@
-"""A rival while it runs: its processes, and the orders that are given to its driver."""
+"""A running rival: its processes, and the commands to its driver."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ READY_S, ORDER_S, STOP_S = 150.0, 120.0, 10.0
 
 
 class Running:
-    """A rival's processes under one set of flags: a server, and the driver that asks it. Use `with`."""
+    """A rival's processes with one set of flags: a server, and the driver that calls it. Use `with`."""
 
     def __init__(self, rival: Rival, flags: Flags, folder: Path) -> None:
         self.rival = rival
@@ -43,24 +43,24 @@ class Running:
         self.stop()
 
     def measure(self, at_once: int, n_images: int, *, answers: Path | None = None) -> Round:
-        """Let the driver ask for so many images."""
+        """Have the driver send `n_images` images."""
         order = {"at_once": at_once, "n_images": n_images, "answers": answers and str(answers)}
         driver = self._driver
         assert driver is not None
         assert driver.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # its end is found when it is listened to
+        with contextlib.suppress(BrokenPipeError):  # if it has ended, reading its reply fails
             driver.stdin.write(json.dumps(order) + "\n")
             driver.stdin.flush()
         said = self._listen(ORDER_S)
         return Round(n_images / said["wall_s"], percentile(said["latencies_s"], 0.99))
 
     def pause(self) -> None:
-        """Take the CPUs from its server: even idle ones wake now and then."""
+        """Pause its server: even an idle one wakes up now and then."""
         for process in self._servers():
             process.suspend()
 
     def resume(self) -> None:
-        """Give them back."""
+        """Resume its server."""
         for process in self._servers():
             process.resume()
 
@@ -74,7 +74,7 @@ class Running:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
         family = self._servers()
-        for process in family:  # all of them: not every server ends its workers
+        for process in family:  # all of them: some servers do not end their workers
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
                 process.terminate()
@@ -102,7 +102,7 @@ class Running:
         self._listen(READY_S)
 
     def _give_up_with_server(self) -> None:
-        """End the driver once its server is gone: it would wait for it."""
+        """End the driver once its server is gone: it would wait for it forever."""
         if self._server is not None:
             self._server.wait()
             assert self._driver is not None
@@ -127,7 +127,7 @@ class Running:
         return telling[-1][:200] if telling else ""
 
     def _servers(self) -> list[psutil.Process]:
-        """Return the server's process and its children, the eldest first."""
+        """Return the server's process and its descendants, oldest first."""
         if self._server is None:
             return []
         try:

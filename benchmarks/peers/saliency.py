@@ -1,4 +1,4 @@
-"""What every peer computes: the saliency of the predicted class and the prediction, from pixels.
+"""The computation of every peer: from pixels to the saliency of the predicted class and the prediction.
 
 Imported in the peers' own environments: torch, numpy and, for Captum, captum.
 """
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 Pixels = NDArray[np.uint8]  # [n, H, W, C]
 
-MODEL, IMAGES = "model.pt2", "images.npy"  # in the folder that all processes of a contest are given
+MODEL, IMAGES = "model.pt2", "images.npy"  # in the folder that all processes share
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -26,7 +26,7 @@ class Explained(NamedTuple):
 
 
 def load(folder: Path, *, threads: int) -> nn.Module:
-    """Return the exported model, whose maps are bit-equal to its source's, for so many threads of an operation."""
+    """Return the exported model, whose maps are bit-equal to its source's. `threads` are those of one operation."""
     torch.set_num_threads(threads)
     return torch.export.load(folder / MODEL).module()
 
@@ -37,14 +37,14 @@ def explainer(module: nn.Module, *, input_only: bool) -> "InputOnly | Captum":
 
 
 def prepared(pixels: Pixels) -> Tensor:
-    """Return the model's input, float32 [n, C, H, W]. Contiguous: other strides would choose other kernels."""
+    """Return the model's input, float32 [n, C, H, W]. Contiguous, because torch chooses its kernels by the strides."""
     mean, std = (torch.tensor(each, dtype=torch.float64)[:, None, None].mul(255).float() for each in (MEAN, STD))
     channels_first = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
     return (channels_first.float() - mean) / std
 
 
 class InputOnly:
-    """One forward and one backward pass, the gradient with respect to the input alone."""
+    """One forward and one backward pass; only the gradient with respect to the input."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module.requires_grad_(False)
@@ -58,7 +58,7 @@ class InputOnly:
 
 
 class Captum:
-    """Captum's `Saliency` at its fastest: of the largest probability, so that one forward pass also predicts."""
+    """Captum's `Saliency` at its fastest: for the largest probability, so that one forward pass also predicts."""
 
     def __init__(self, module: nn.Module) -> None:
         from captum.attr import Saliency
@@ -77,7 +77,7 @@ class Captum:
 
 
 def explained(maps: Tensor, predicted: Tensor, probabilities: Tensor) -> Explained:
-    """Return tensors as an answer."""
+    """Convert tensors to an answer."""
     return Explained(
         maps.detach().numpy(), predicted.numpy().astype(np.int32), probabilities.detach().numpy().astype(np.float32)
     )

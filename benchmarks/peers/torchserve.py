@@ -24,7 +24,7 @@ _captum: "Captum | None" = None
 
 
 def handle(requests: list[dict[str, bytes]] | None, context: Any) -> list[bytes] | None:
-    """Explain a batch of requests. The first call, without any, is to load the model."""
+    """Explain a batch of requests. The first call has none, and loads the model."""
     global _captum
     from .saliency import Captum, load
 
@@ -37,11 +37,11 @@ def handle(requests: list[dict[str, bytes]] | None, context: Any) -> list[bytes]
 
 
 def serve(folder: Path, *, port: int, threads: int, workers: int, batch: int) -> None:
-    """Become TorchServe, with a model store and a scratch folder of its own."""
+    """Replace this process by TorchServe, with a model store and a scratch folder of its own."""
     home = folder / f"torchserve-{port}"
     about = home / "models" / MODEL_NAME / "MAR-INF" / "MANIFEST.json"
     about.parent.mkdir(parents=True)
-    # An archive that holds one folder alone would be taken for a folder around an archive.
+    # TorchServe takes an archive with only one folder for a folder that contains an archive.
     (about.parent.parent / "empty").touch()
     model = {"modelName": MODEL_NAME, "modelVersion": "1.0", "handler": f"{__spec__.name}:{handle.__name__}"}
     about.write_text(json.dumps({"runtime": "python", "model": model, "archiverVersion": "0.12.0"}))
@@ -67,7 +67,7 @@ def serve(folder: Path, *, port: int, threads: int, workers: int, batch: int) ->
         "LOG_LOCATION": str(home),
         "METRICS_LOCATION": str(home),
         "TEMP": str(home),  # where the JVM puts its sockets
-        "TMPDIR": str(home),  # and its starter the number of the process
+        "TMPDIR": str(home),  # and its launcher the process id
     }
     flags = ["--model-store", str(home / "models"), "--ts-config", str(settings)]
     flags += ["--start", "--foreground", "--disable-token-auth", "--no-config-snapshots"]

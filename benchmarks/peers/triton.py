@@ -1,4 +1,4 @@
-"""A function bound in a Triton, by gRPC: the gradient with respect to the input alone, in one forward and one backward.
+"""A Python function served by Triton over gRPC: the input gradient, in one forward and one backward pass.
 
 Run in `.venv-triton`: torch, numpy below 2, nvidia-pytriton and with it tritonclient.
 """
@@ -63,7 +63,7 @@ def serve(folder: Path, *, port: int, threads: int, workers: int, batch: int, de
 
 
 def drive_grpc(args: argparse.Namespace) -> None:
-    """Follow the contest's orders with Triton's own client."""
+    """Run the driver with Triton's own client."""
     from tritonclient.grpc import InferenceServerClient, InferInput
 
     @contextlib.contextmanager

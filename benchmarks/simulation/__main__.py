@@ -11,9 +11,9 @@ from dataclasses import replace
 from ..support.measure import Line, report
 from .system import System, ideal, simulate
 
-# One client that uses all servers, at 0.8 of their capacity; a tenth of the batches more is run saturated.
+# One client that uses all servers, at 0.8 of their capacity, and another run of a tenth of the batches, saturated.
 SINGLE = (System(1, 20_000), System(3, 40_000), System(10, 80_000), System(100, 160_000), System(1000, 300_000))
-# Several clients, none of which knows what the others send.
+# Several clients that do not know what the others send.
 SEVERAL = (System(10, 100_000, n_clients=4), System(100, 150_000, n_clients=40), System(1000, 150_000, n_clients=400))
 MEAN_LIFE_S, RESTART_S = 60.0, 5.0
 THROUGHPUT_GOAL, P99_GOAL, LOAD = 0.95, 2.0, 0.8

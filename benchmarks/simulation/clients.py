@@ -11,7 +11,7 @@ from sidelight._streaming.parts import Entry, Part
 from sidelight._streaming.unanswered import UnansweredParts
 
 from .events import Events
-from .servers import Server, Told
+from .servers import ReportedLoad, Server
 
 NETWORK_S = 0.001  # each way
 FOREVER_S = 1e12  # no batch has a deadline
@@ -20,7 +20,7 @@ Delivered = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class SimulatedBatch:
-    """So many examples."""
+    """A number of examples."""
 
     n_examples: int
     id: str | None = None
@@ -29,7 +29,7 @@ class SimulatedBatch:
         return self.n_examples
 
     def part(self, span: range) -> "SimulatedBatch":
-        """Return so many of its examples."""
+        """Return a part of it."""
         return SimulatedBatch(len(span))
 
 
@@ -55,7 +55,7 @@ class Client:
             server.on_return.append(functools.partial(self._found, server))
 
     def give(self, number: int, batch: SimulatedBatch) -> None:
-        """Let the caller's iterator have another batch."""
+        """Add a batch to the caller's iterator."""
         self._arrived.append((number, batch))
         self._act()
 
@@ -92,10 +92,10 @@ class Client:
             self._wake_s = due_s
             self._events.after(due_s - now_s, self._act)
 
-    def _answer(self, server: Server, part: Part, told: Told) -> None:
-        self._events.after(NETWORK_S, functools.partial(self._receive, server, part, told))
+    def _answer(self, server: Server, part: Part, reported: ReportedLoad) -> None:
+        self._events.after(NETWORK_S, functools.partial(self._receive, server, part, reported))
 
-    def _receive(self, server: Server, part: Part, told: Told) -> None:
+    def _receive(self, server: Server, part: Part, reported: ReportedLoad) -> None:
         load = self._unanswered.load(server)
         if self._unanswered.pop(part.id, server) is part:
             self._unanswered.mark_delivered()
@@ -104,7 +104,9 @@ class Client:
         else:
             self._unanswered.forget(part.id, server)
             self.n_late += 1
-        load.told(len(part.batch), compute_s=told.compute_s, backlog_s=told.backlog_s, now_s=self._events.now_s)
+        load.record(
+            len(part.batch), compute_s=reported.compute_s, backlog_s=reported.backlog_s, now_s=self._events.now_s
+        )
         self._act()
 
     def _lost(self, server: Server) -> None:
@@ -143,7 +145,7 @@ class IdealQueue:
             self._running[server] = self._waiting.popleft()
             server.submit(len(self._running[server][1]), functools.partial(self._answer, server))
 
-    def _answer(self, server: Server, _: Told) -> None:
+    def _answer(self, server: Server, _: ReportedLoad) -> None:
         number, _batch = self._running.pop(server)
         self._deliver(number)
         self._release(server)

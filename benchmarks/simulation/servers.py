@@ -12,14 +12,14 @@ JITTER = 0.2  # a batch takes its mean time ± this share
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
-    """What a server's answer tells of its load."""
+class ReportedLoad:
+    """The server's load, as an answer reports it."""
 
     compute_s: float
     backlog_s: float
 
 
-Answered = Callable[[Told], None]
+Answered = Callable[[ReportedLoad], None]
 
 
 class Server:
@@ -34,11 +34,11 @@ class Server:
         self.on_death: list[Callable[[], None]] = []
         self.on_return: list[Callable[[], None]] = []
         self._events, self._rng = events, rng
-        self._deaths = random.Random(rng.random())  # apart: they must not depend on the load
+        self._deaths = random.Random(rng.random())  # a generator of its own, so that deaths do not depend on the load
         self._mean_life_s, self._restart_s = mean_life_s, restart_s
         self._queue: deque[tuple[int, Answered]] = deque()  # the first one runs
         self._n_examples = 0
-        self._life = 0  # number of the current life: what an earlier one began has no effect
+        self._life = 0  # number of the current life: events of an earlier one have no effect
         self._live()
 
     def submit(self, n_examples: int, answered: Answered) -> None:
@@ -63,7 +63,7 @@ class Server:
         self.busy_s += took_s
         if self._queue:
             self._begin()
-        answered(Told(took_s, self._n_examples / self.examples_per_s))
+        answered(ReportedLoad(took_s, self._n_examples / self.examples_per_s))
 
     def _live(self) -> None:
         if self._mean_life_s:

@@ -1,4 +1,4 @@
-"""One run of the simulation: a system of replicas and clients under a load, and what became of each batch."""
+"""One run of the simulation: a system of replicas and clients under a load, and its outcome."""
 
 import random
 import statistics
@@ -14,7 +14,7 @@ from .servers import Server
 
 EXAMPLES = 8  # of a batch
 WINDOW = 64  # of a stream for each server: twice the chunk of 32 rows
-SPREAD = 4.0  # the fastest server is so many times as fast as the slowest
+SPREAD = 4.0  # speed of the fastest server over that of the slowest
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class System:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What came of a run. Times are in seconds."""
+    """The result of a run. Times are in seconds."""
 
     n_lost: int
     n_doubled: int
@@ -113,7 +113,7 @@ def simulate(system: System) -> Outcome:
             assert system.load is not None
             events.after(arrivals.expovariate(system.load * capacity / EXAMPLES), arrive)
 
-    if system.load is None:  # so many that every window is full, and a few batches wait in the caller's iterator
+    if system.load is None:  # enough that every window is full and a few batches wait in the caller's iterator
         n_full = 2 + WINDOW // EXAMPLES * n_seen
         for client in range(len(clients)):
             for _ in range(n_full):

@@ -1,1 +1,1 @@
-"""Long runs under load, faults and attacks: nothing is lost, wrong or kept. `make soak` runs them."""
+"""Long runs under load, faults and attacks: they check that nothing is lost, wrong or leaked. `make soak` runs them."""

@@ -1,7 +1,7 @@
 """Coverage-guided fuzzing with atheris of the code that reads messages and files. `make fuzz`.
 
-`python -m benchmarks.soak.fuzz wire --seconds 60`, or `files`. It ends at the first exception that is not foreseen, and
-writes the bytes that caused it beside itself.
+`python -m benchmarks.soak.fuzz wire --seconds 60`, or `files`. It ends at the first unexpected exception, and
+writes the bytes that caused it into the current folder.
 """
 
 import argparse
@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--seconds", type=int, default=60)
     chosen = parser.parse_args()
-    warnings.simplefilter("ignore")  # Pillow's, of files that are nearly right
+    warnings.simplefilter("ignore")  # of Pillow, for files that are nearly valid
     with tempfile.TemporaryDirectory(prefix="sidelight-") as corpus:
         for number, seed in enumerate(seeds(chosen.target)):
             (Path(corpus) / str(number)).write_bytes(seed)

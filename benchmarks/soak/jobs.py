@@ -1,4 +1,4 @@
-"""Jobs: 20,000 pictures, and a job that is killed three times. `python -m benchmarks.soak.jobs`."""
+"""A job of 20,000 pictures that is killed three times. `python -m benchmarks.soak.jobs`."""
 
 import argparse
 import collections
@@ -58,7 +58,7 @@ def run() -> list[Line]:
 
 
 def _write_digits(folder: Path) -> None:
-    """Write scikit-learn's 1,797 digits again and again, each time with other noise."""
+    """Write scikit-learn's 1,797 digits repeatedly, each time with different noise."""
     digits = load_digits().images  # [1797, 8, 8], 0…16
     random = np.random.default_rng(0)
     for index in range(N_PICTURES):
@@ -72,7 +72,7 @@ def _command(pictures: Path, output: Path) -> list[str]:
 
 
 def _killed(pictures: Path, output: Path, *, n_parts: int) -> None:
-    """Start a job, and kill it (SIGKILL) once there are so many parts."""
+    """Start a job, and kill it (SIGKILL) once it has written a number of parts."""
     with subprocess.Popen(_command(pictures, output), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as job:
         while len(_parts(output)) < n_parts:
             if job.poll() is not None:

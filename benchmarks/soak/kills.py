@@ -27,7 +27,7 @@ from ..support.nets import SMALL, small_cnn
 
 N_SERVER_KILLS, N_BATCHES = 20, 2000
 N_CALLER_KILLS = 100
-SHARE = 4e-6  # of a map's maximum: the contract for an example beside other neighbors
+SHARE = 4e-6  # of a map's maximum: the promise for an example with other neighbors
 SETTLE_S = 30.0
 
 CALLER = f"""
@@ -46,7 +46,7 @@ def run(n_server_kills: int = N_SERVER_KILLS, n_caller_kills: int = N_CALLER_KIL
 
 
 def batches(n: int) -> Iterator[np.ndarray]:
-    """Yield batches of one to four pictures, each time the same."""
+    """Yield batches of one to four pictures, the same ones each time."""
     for i in range(n):
         yield np.random.default_rng(i).integers(0, 256, (1 + i % 4, SMALL, SMALL, 3), np.uint8)
 
@@ -121,7 +121,7 @@ def _servers(n_kills: int) -> Line:
 
 
 def _slowly(n_kills: int) -> Iterator[np.ndarray]:
-    """Yield the batches for as long as the kills take."""
+    """Yield batches until the kills are done."""
     for batch in batches(N_BATCHES):
         time.sleep(0.8 * n_kills / N_BATCHES)
         yield batch
@@ -137,7 +137,7 @@ async def _callers(n_kills: int) -> Line:
             counts: list[tuple[int, int, int, int]] = []
             for n in range(n_kills + 3):
                 await asyncio.to_thread(_kill_a_caller, f"unix:{shared}/socket", "shared" if n % 2 else "inline")
-                if n >= 2:  # caches and pools are filled
+                if n >= 2:  # fills caches and pools
                     n_files = counts[0][2] if counts else None
                     counts.append(await _settled(running, Path(shared), n_files))
         finally:
@@ -161,7 +161,7 @@ def _kill_a_caller(address: str, way: str) -> None:
 
 
 async def _settled(running: Server, folder: Path, n_files: int | None) -> tuple[int, int, int, int]:
-    """Return the counts once the server is idle, or as they are after `SETTLE_S`."""
+    """Return the counts once the server is idle, or after `SETTLE_S` at the latest."""
     until_s = time.monotonic() + SETTLE_S
     while True:
         counts = (

@@ -16,7 +16,7 @@ WARM_UP = 500
 
 
 def run(n_requests: int = 5000) -> list[Line]:
-    """Send requests of every kind, half of them on streams, one in twenty of them bad, and compare resident memory."""
+    """Send requests of every kind, half of them on streams and one in twenty invalid, and compare resident memory."""
     with (
         server("python:benchmarks.support.nets:trimmed_cnn") as (address, pid),
         sidelight.connect(address) as client,

@@ -1,7 +1,7 @@
 """Integrated gradients and SmoothGrad against Captum doing the same work: rate, maps, peak memory.
 
-Both run on the engine's own thread, in turns, so that neither has other threads or another allocator than the other.
-As a program, `python -m benchmarks.speed.captum --peak ours|captum` prints the peak of one of them alone.
+Both run alternately on the engine's own thread, so that they have the same threads and allocator.
+`python -m benchmarks.speed.captum --peak ours|captum` prints the peak memory of one of them.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from ..support.nets import SIZE, resnet18
 
 BATCH, STEPS, SAMPLES, NOISE = 8, 50, 25, 0.15
 INTERNAL_BATCH_SIZES = (8, 16, 50)
-EQUAL = 1e-4  # relative L2: rounding in a chunk of another size may switch a ReLU that is near 0
-ROUNDS = 2  # of twenty seconds for each: they need no warming up
+EQUAL = 1e-4  # relative L2: another chunk size rounds differently, which may switch a ReLU whose input is close to 0
+ROUNDS = 2  # of twenty seconds each, so no warm-up is needed
 GOALS = {"float32": 0.95, "float32+fold+channels_last": 1.1, "bfloat16+fold+channels_last": 1.9}
 STATUS = Path("/proc/self/status")
 
@@ -42,7 +42,7 @@ def images() -> Tensor:
 
 
 class Captum:
-    """Captum's work: the prediction, the map, and for integrated gradients the completeness error."""
+    """Compute with Captum: the prediction, the map, and for integrated gradients the completeness error."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = replicate(module)
@@ -119,7 +119,7 @@ def run() -> list[Line]:
             rivals = {"captum": run_captum} | {name: functools.partial(run_ours, name) for name in GOALS}
             seconds = in_turns(rivals, rounds=ROUNDS, warm_up=False)
             apart = _distance(maps["float32"], maps["captum"])
-            method_draws = isinstance(method, OurSmoothGrad)  # others than Captum: equal maps are for the tests
+            method_draws = isinstance(method, OurSmoothGrad)  # not Captum's maps: tests check that those are equal
             for name in GOALS:
                 times = ratio(seconds["captum"], seconds[name])
                 lines.append(
@@ -172,11 +172,11 @@ def _peak_line() -> Line:
 
 
 def _peak(who: str) -> float:
-    """Return the growth of the process's peak memory, in MiB, while it explained one batch."""
+    """Return by how much one batch raises the process's peak memory, in MiB."""
     x, module = images(), resnet18().module
     method = OurIntegratedGradients(steps=STEPS)
     spec = ModelSpec(module, input_size=(3, SIZE, SIZE), name="float32")
-    # Captum runs with the threads of the engine, and like it after a first pass.
+    # Captum runs with the engine's number of threads and, like the engine, after a first pass.
     with Engine([spec], Settings(device="cpu", max_chunk_rows=8)) as engine:
         captum = Captum(module)
         engine._devices[0].worker.call(lambda: captum.module(x[:1])).result()

@@ -1,7 +1,7 @@
-"""How long OpenMP's threads should spin: the kernel alone, and beside one and three busy processes.
+"""How long OpenMP's threads should spin: the kernel alone, and with one and three other busy processes.
 
-OpenMP reads its variables once, so each policy has a process of its own. They take turns, so that each meets the same
-neighbors. A neighbor is a torch process that never rests, under OpenMP's own policy.
+OpenMP reads its variables once, so each policy has a process of its own. They run alternately, so that all are
+disturbed alike. A neighbor is a torch process that computes without a pause, with OpenMP's default policy.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from sidelight_server.app.openmp import SPIN_COUNT, VARIABLES
 from ..support.measure import Line, ratio
 
 POLICIES: dict[str, dict[str, str]] = {
-    "OpenMP's own": {"GOMP_SPINCOUNT": "300000"},  # said, since `benchmarks` would put in another where nothing is said
+    "OpenMP's own": {"GOMP_SPINCOUNT": "300000"},  # set, because `benchmarks` sets another value if there is none
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
     "100 spins": {"GOMP_SPINCOUNT": "100"},
     "1,000 spins": {"GOMP_SPINCOUNT": "1000"},
@@ -28,14 +28,14 @@ OURS = f"{SPIN_COUNT:,} spins"
 NETWORKS = ("ResNet-18", "a small CNN")
 NEIGHBORS = (0, 1, 3)
 ROUNDS = 9
-TURN_S = 1.0  # of one policy, and its last chunk to the end: OpenMP's own may take ten seconds for one
+TURN_S = 1.0  # of one policy, until its last chunk ends: with OpenMP's default one may take ten seconds
 ROWS = 8
 ALONE_GOAL = 0.97
 BESIDE_ONE_GOAL = 1.5
 
 
 def run(rounds: int = ROUNDS) -> list[Line]:
-    """Measure every policy with every network and number of neighbors; judge ours against OpenMP's own."""
+    """Measure every policy with every network and number of neighbors; compare ours with OpenMP's default."""
     return [line for network in NETWORKS for n in NEIGHBORS for line in _compared(network, n, rounds)]
 
 
@@ -95,7 +95,7 @@ def _turn(worker: "subprocess.Popen[str]") -> float:
 
 
 def work(network: str) -> None:
-    """Run chunks for a moment for each line that comes in, and say how many seconds one took."""
+    """For each line of standard input, run chunks for a moment and print the seconds per chunk."""
     chunk = _chunk(network)
     for _ in range(3):
         chunk()

@@ -19,7 +19,7 @@ GOAL = 0.01
 
 
 def run() -> list[Line]:
-    """Measure both in one run."""
+    """Measure the metrics and the call in one run."""
     image = np.zeros((1, SMALL, SMALL, 3), np.uint8)
     answer, telemetry = _answer(image), Telemetry()
 

@@ -15,8 +15,8 @@ from ..support.measure import Line, in_turns
 
 PREPROCESSING = Preprocessing(3, 224, 224, (0.0,) * 3, (1.0,) * 3, 256, "bilinear")
 ORDER = Order(PREPROCESSING, max_pixels=50_000_000, max_s=60.0)
-SIZES = {(224, 224): 1000, (480, 640): 300, (3000, 4000): 15}  # and how many rounds, each of one file
-GOAL_MS, GOAL_SHARE = 1.0, 0.05  # whichever is more
+SIZES = {(224, 224): 1000, (480, 640): 300, (3000, 4000): 15}  # and the number of rounds, each of one file
+GOAL_MS, GOAL_SHARE = 1.0, 0.05  # the larger of both counts
 
 
 def run() -> list[Line]:
@@ -37,7 +37,7 @@ def _measured() -> Iterator[Line]:
                 PREPROCESSING.fit(decode(file, channels=3, max_pixels=ORDER.max_pixels))
 
             seconds = in_turns({"worker": work, "call": call}, rounds=rounds)
-            # The fastest round, which other processes disturbed least.
+            # The fastest round is the one that other processes disturbed least.
             worker_ms, call_ms = (1000 * min(each) for each in seconds.values())
             cost_ms = worker_ms - call_ms
             what = f"a JPEG of {width} × {height} decoded and resized in a worker, beyond the call in one process"

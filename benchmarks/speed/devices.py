@@ -1,6 +1,6 @@
-"""Several devices: two that sleep through each chunk, over one. A CPU stands in for a GPU that is waited for.
+"""Two devices compared with one. The model sleeps for each chunk, as a thread does that waits for a GPU.
 
-Everything but the device is real: the engine's choice of a device, one worker thread each, chunks, answers.
+Everything except the device is real: the choice of a device, its worker thread, chunks and answers.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""Fairness: cheap calls beside a flood of long integrals, and many callers of one image beside one of full batches."""
+"""Fairness: cheap calls while many long integrals run, and many callers with one image while one sends full batches."""
 
 import asyncio
 import contextlib
@@ -61,7 +61,7 @@ async def _beside_a_flood(address: str, *, chunk_rows: int) -> list[Line]:
         together_s = flooding.result()
         solo_s.append(await floods())
     rates = (rows_of_flood + len(loaded)) / together_s, rows_of_flood / statistics.mean(solo_s)
-    chunk_s = chunk_rows / rates[1]  # what the flood's own chunks take in this run
+    chunk_s = chunk_rows / rates[1]  # the duration of the long integrals' chunks in this run
     over = (_p99(loaded) - _p99(unloaded)) / chunk_s
     share = rates[0] / rates[1]
     return [

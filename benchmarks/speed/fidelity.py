@@ -1,4 +1,4 @@
-"""The maps of the faster kernels against the exact one's, on the demonstration's photographs.
+"""The maps of the faster kernels compared with those of the exact one, on the demonstration's photographs.
 
 `python -m benchmarks.speed.fidelity` prints the table of `docs/explanation/performance.md`; `--compile` adds
 torch.compile.
@@ -48,22 +48,22 @@ COMPILED = {"compile": {"compile": True}, "compile+fold+channels_last": {"compil
 # The mean of many gradients also averages their rounding.
 AVERAGES: dict[str, Method] = {"SmoothGrad-25": SmoothGrad(25), "IG-32": IntegratedGradients(32)}
 AVERAGED = "bfloat16+fold+channels_last"
-# float32 in another order must not move pixels; what bf16 does to a network's maps is for its operator to judge.
+# Another order of summation in float32 must not move pixels. Whether bf16 is accurate enough, operators decide.
 GOALS = {"fold+channels_last": 0.999, AVERAGED: 0.0}
 
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """How a configuration's maps of the photographs compare with the exact ones."""
+    """Comparison of one configuration's maps of the photographs with the exact ones."""
 
     name: str
-    ranks: list[float]  # Spearman's correlation of each pair of maps
-    apart: list[float]  # the largest difference of each pair, of the exact map's maximum
-    same_class: int  # of how many photographs the predicted class is the exact kernel's
+    ranks: list[float]  # Spearman's rank correlation of each pair of maps
+    apart: list[float]  # the largest difference of each pair, as a share of the exact map's maximum
+    same_class: int  # photographs for which the predicted class is that of the exact kernel
 
 
 def measure(configurations: dict[str, dict[str, Any]], method: Method, *, suffix: str = "") -> list[Fidelity]:
-    """Explain every photograph by the exact kernel and by each of the others: the class that the exact one predicts."""
+    """Explain every photograph with all kernels, each time the class that the exact kernel predicts."""
     files = Files(tuple(path.read_bytes() for path in photographs()))
     exact = _explained(files, PerExample(()), method)
     classes = PerExample(tuple(each.predicted for each in exact.explanations if each))
@@ -72,7 +72,7 @@ def measure(configurations: dict[str, dict[str, Any]], method: Method, *, suffix
 
 
 def _explained(files: Files, target: PerExample, method: Method, **options: Any) -> Answer:
-    # The logit: of a photograph without an ImageNet class in it the probability says little about its class.
+    # The logit: for a photograph without an ImageNet class, the probability depends little on the class.
     request = Request(files, method=method, score=Score.LOGIT, **({"target": target} if target.choices else {}))
     with Engine([efficientnet_lite0()], Settings(device="cpu", max_chunk_rows=8, **options)) as engine:
         answer = asyncio.run(engine.attribute(request))

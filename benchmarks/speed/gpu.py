@@ -1,8 +1,8 @@
-"""Given a GPU: its kernels against the CPU's, and how fast they are, for `docs/explanation/performance.md`.
+"""The kernel on a GPU: its maps compared with the CPU's, and its speed, for `docs/explanation/performance.md`.
 
-`python -m benchmarks.speed.gpu` prints two tables and writes `benchmarks/results/gpu.json`. It exits with 1 where a map
-or a goal is missed, and with 2 where there is no GPU: then nothing was measured. `--rehearse` runs the same lines on
-the CPU with a small net, to see that they run; its figures mean nothing.
+`python -m benchmarks.speed.gpu` prints two tables and writes `benchmarks/results/gpu.json`. It exits with 1 if a map
+differs or a goal is missed, and with 2 without a GPU. `--rehearse` runs the same code on the CPU with a small network,
+to check that it works; its figures mean nothing.
 """
 
 import argparse
@@ -38,7 +38,7 @@ from ..support.measure import server
 RESULTS = Path(__file__).parent.parent / "results" / "gpu.json"
 FASTER = {"fold": True, "channels_last": True}
 STREAM_GOAL, SEED_GOAL = 0.9, 3.0
-# Of the mean rank correlation with the CPU's exact maps. TF32 has 10 bits of mantissa, bf16 has 7.
+# Goals of the mean rank correlation with the CPU's exact maps. TF32 has 10 bits of mantissa, bf16 has 7.
 FIDELITY = {"float32": 0.999, "tf32": 0.95, "bfloat16": 0.9}
 ROUNDS, CHUNKS, BATCHES = 5, 12, 60
 CHECKED = 8
@@ -46,7 +46,7 @@ CHECKED = 8
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """What is measured in turn: its name, the model's factory, and the server's options."""
+    """One precision to measure: its name, the model's factory, and the server's options."""
 
     name: str
     factory: str
@@ -70,22 +70,22 @@ class Rates:
     """Images per second in one precision, and ratios of them."""
 
     precision: str
-    seed: float  # forward, and back to every weight, as the original does
+    seed: float  # forward, and backward to every weight, as the original does
     ours: float  # the gradient at the input alone
     faster: float  # and folded, channels-last
-    graphs: float  # and recorded
-    replay: float  # the recording alone: neither head nor copies
-    stream: float  # a server in a process of its own, and the client
-    copies_hidden: float  # of the time that copies take
+    graphs: float  # and as a CUDA graph
+    replay: float  # only the graph: neither head nor copies
+    stream: float  # of a server in a process of its own
+    copies_hidden: float  # share of the copies' time that overlaps with computation
 
     @property
     def of_replay(self) -> float:
-        """The stream's share of the recording's own rate."""
+        """The stream's rate as a share of the graph's own."""
         return self.stream / self.replay
 
     @property
     def over_seed(self) -> float:
-        """How many times as fast as the seed the kernel is."""
+        """The speedup of the kernel over the original."""
         return max(self.ours, self.faster, self.graphs) / self.seed
 
 
@@ -95,17 +95,17 @@ class Bench:
     def __init__(self, device: torch.device, *, n_rows: int, is_rehearsal: bool) -> None:
         self.device = device
         if device.type == "cuda":
-            torch.cuda.set_device(device)  # where Triton launches
+            torch.cuda.set_device(device)  # the GPU on which Triton launches kernels
         self.n_rows = n_rows
         self.is_rehearsal = is_rehearsal
 
     def spec(self, precision: Precision) -> ModelSpec:
-        """Return the model. TF32 is on or off for all of the process from here on."""
+        """Return the model. TF32 is on or off for the whole process from now on."""
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
         return nets.resnet18_small() if self.is_rehearsal else getattr(nets, precision.factory)()
 
     def fidelity(self, precision: Precision) -> tuple[float, float]:
-        """Return the mean rank correlation with the exact maps of the CPU, and the largest difference of a maximum."""
+        """Return the mean rank correlation with the CPU's exact maps, and the largest relative difference."""
         spec = self.spec(precision)
         x = torch.rand(CHECKED, *spec.input_size, generator=torch.Generator().manual_seed(1))
         exact = _maps(Kernel(spec.module, device=torch.device("cpu")), x)
@@ -114,7 +114,7 @@ class Bench:
         return float(np.mean(ranks)), float((ours - exact).abs().max() / exact.abs().max())
 
     def rates(self, precision: Precision) -> Rates:
-        """Measure all that runs in one precision."""
+        """Measure everything in one precision."""
         spec = self.spec(precision)
         pixels = np.random.default_rng(0).integers(0, 256, (self.n_rows, *spec.input_size[1:], 3), np.uint8)
         plain, faster = self.model(spec, precision), self.model(spec, precision, **FASTER)
@@ -134,16 +134,16 @@ class Bench:
         )
 
     def model(self, spec: ModelSpec, precision: Precision, **options: bool) -> Model:
-        """Return the model with options, tried and ready."""
+        """Return the model with options, after its trial."""
         chosen = spec.replace(**precision.option, **options)
         return Model(chosen.completed({}), device=self.device)
 
     def recorded(self) -> dict[str, bool]:
-        """Return the option to record, which the CPU cannot have."""
+        """Return the option for CUDA graphs, which a CPU does not have."""
         return {} if self.is_rehearsal else {"cuda_graphs": True}
 
     def seed(self, spec: ModelSpec, precision: Precision, x: Tensor) -> Callable[[], Tensor]:
-        """Return what the original does: a backward pass through all weights, which collect gradients."""
+        """Return the original's computation: a backward pass that also computes the gradients of all weights."""
         module = (
             copy.deepcopy(spec.module)
             .to(self.device, getattr(torch, precision.option.get("precision", "float32")))
@@ -160,7 +160,7 @@ class Bench:
         return explain
 
     def replayed(self, model: Model, x: Tensor) -> Callable[[], object]:
-        """Return the two passes and nothing around them."""
+        """Return only the forward and the backward pass."""
         if self.is_rehearsal:
             return lambda: _maps(model.kernel, x)
         recording = model.kernel._recorded.of(x)
@@ -172,13 +172,13 @@ class Bench:
         return replay
 
     def rate(self, work: Callable[[], object]) -> float:
-        """Return how many images a second some work on one chunk gives: the median of the rounds."""
+        """Return the images per second of work on one chunk: the median of the rounds."""
         work()
         seconds = [self.seconds(lambda: [work() for _ in range(CHUNKS)]) / CHUNKS for _ in range(ROUNDS)]
         return self.n_rows / statistics.median(seconds)
 
     def seconds(self, work: Callable[[], object]) -> float:
-        """Return how long some work takes, until the device has done it."""
+        """Return the duration of some work, until the device has finished it."""
         self.synchronize()
         began = time.perf_counter()
         work()
@@ -191,7 +191,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def hidden(self, model: Model, pixels: np.ndarray, *, computed_s: float) -> float:
-        """Return how much of the time that copies take alone is not seen in a pipeline of two chunks."""
+        """Return the share of the copies' time that a pipeline of two chunks hides."""
         staging, rows = Staging(self.device), list(pixels)
         maps = torch.zeros(pixels.shape[:3], device=self.device)
 
@@ -217,7 +217,7 @@ class Bench:
         return min(1.0, max(0.0, 1 - (whole_s - computed_s) / copied_s))
 
     def streamed(self, precision: Precision, pixels: np.ndarray) -> float:
-        """Return the images a second that a client has of a server in a process of its own, by shared memory."""
+        """Return the images per second that a client receives by shared memory from a server in another process."""
         flags = [*precision.flags, "--fold", "--channels-last", "--shared-memory", "/dev/shm"]
         factory = "resnet18_small" if self.is_rehearsal else precision.factory
         if not self.is_rehearsal:
@@ -230,7 +230,7 @@ class Bench:
 
     @contextlib.contextmanager
     def served(self, factory: str, flags: list[str]) -> Iterator[sidelight.Client]:
-        """Run a server, and give a client that shares memory with it."""
+        """Run a server; yield a client that shares memory with it."""
         flags += ["--max-chunk-rows", str(self.n_rows)]
         with (
             server(f"python:benchmarks.support.nets:{factory}", *flags) as (address, _),
@@ -240,7 +240,7 @@ class Bench:
 
 
 def _maps(kernel: Kernel, inputs: Tensor) -> Tensor:
-    """Return what a gradient request asks of the kernel."""
+    """Return what a gradient request has the kernel compute."""
     answer = kernel.run(inputs, [PREDICTED] * len(inputs), [Score.PROBABILITY] * len(inputs))
     assert answer.gradients is not None
     return largest_absolute(answer.gradients)
@@ -257,7 +257,7 @@ def _timed(work: Callable[[], object]) -> float:
 
 
 def main(bench: Bench) -> int:
-    """Print the tables. Return 0, or 1 where something is missed."""
+    """Print the tables. Return 0, or 1 if a goal is missed."""
     console = Console()
     faithful = {each.name: bench.fidelity(each) for each in PRECISIONS}
     table = Table("maps against the CPU's exact ones", "rank correlation", "largest difference", "goal")

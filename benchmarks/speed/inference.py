@@ -1,7 +1,7 @@
-"""Triton's client over ours: the same batches on a stream each, on a model that costs nothing.
+"""Triton's client compared with ours: each streams the same batches, to a model that computes almost nothing.
 
 tritonclient runs in an environment and a process of its own (`make inference`). `python -m benchmarks inference` runs
-this alone.
+only this.
 """
 
 import contextlib
@@ -78,7 +78,7 @@ def _shared(case: Case, triton: Round) -> Line:
 
 @contextlib.contextmanager
 def _driver(address: str) -> Iterator[Round]:
-    """Start the driver; give the function that has it run a round."""
+    """Start the driver; yield a function that has it run a round."""
     command = [PYTHON, Path(__file__).parent / "triton_stream.py", address]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin

@@ -1,4 +1,4 @@
-"""The kernel against the original: one batch of 8 at 224², maps equal to the last bit, how many times as fast."""
+"""The kernel compared with the original on a batch of 8 at 224²: equality of the maps to the last bit, and speedup."""
 
 import functools
 
@@ -52,7 +52,7 @@ def against_original(name: str, module: nn.Module) -> Line:
 
 
 def fast_against_original(name: str, module: nn.Module) -> list[Line]:
-    """Measure one model with each option, alternately."""
+    """Measure one model alternately with each option."""
     images = torch.randn(BATCH, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     explainer = original_class()(PyHealthModel(module).eval())
     device, trial = torch.device("cpu"), images[:2]

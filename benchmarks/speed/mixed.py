@@ -1,4 +1,4 @@
-"""Mixed precision: how much faster than the exact kernel, and how near to float64; and SmoothGrad in half precision.
+"""Mixed precision: its speedup over the exact kernel and its distance to float64; and SmoothGrad in half precision.
 
 Speed is that of the kernel on batches of 8 at 224², in turns. Fidelity is that of the maps of the demonstration's
 photographs, for the logit of the class that float64 predicts.
@@ -40,7 +40,7 @@ from .kernel import maps
 BATCH = 8
 NETWORKS = {"EfficientNet-Lite0": efficientnet_lite0, "ResNet-18": resnet18}
 FOLDED = {"fold": True, "channels_last": True}
-GOALS = ((0.99, 1.35), (0.95, 1.5))  # of the rank correlation, at which speed
+GOALS = ((0.99, 1.35), (0.95, 1.5))  # goal of the rank correlation at that speed
 SAMPLES, DRAWS, NOISE, N_IMAGES = 25, 600, 0.15, 2
 
 

@@ -1,4 +1,4 @@
-"""PyHealth's class against ours, the time of loading and preprocessing, and latencies during a reload."""
+"""PyHealth's class compared with ours, the time for loading and preprocessing, and latencies during a reload."""
 
 import contextlib
 import statistics
@@ -93,7 +93,7 @@ def _loading(weights: Path) -> Line:
 
 
 def _preprocessing() -> Line:
-    """Compare preprocessing, one picture after the other in one thread, with the kernel's time."""
+    """Compare the time for preprocessing pictures in one thread with the kernel's time."""
     spec: ModelSpec = resnet18()
     preprocessing = Preprocessing(
         channels=3, height=SIZE, width=SIZE, mean=(0.0,) * 3, std=(1.0,) * 3, resize=256, interpolation="bilinear"
@@ -124,7 +124,7 @@ def _preprocessing() -> Line:
 
 
 def _reloads(weights: Path) -> list[Line]:
-    """Reload the model while callers call without a pause; compare their latencies with those before."""
+    """Reload the model while callers call without a pause; compare their latencies with earlier ones."""
     image = np.zeros((1, SIZE, SIZE, 3), np.uint8)
     with (
         server(SOURCE, "--weights", str(weights), "--allow-reload") as (address, _),

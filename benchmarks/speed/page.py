@@ -1,6 +1,6 @@
 """The page in headless Chromium: from a drop to the first map, and 200 thumbnails. `python -m benchmarks.speed.page`.
 
-It needs what `make browser` brings. Pictures are made in the browser, each different from all before.
+It needs what `make browser` installs. Pictures are generated in the browser; no two are equal.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ N_THUMBNAILS = 200
 MAX_EXTRA_S, MAX_TASK_S, MAX_START_S = 0.15, 0.2, 1.0
 PATIENCE_MS = 300_000
 
-# A photograph's worth of shapes and noise, as a JPEG file of 640 × 480.
+# Shapes and noise as a JPEG file of 640 × 480, about the size of a photograph.
 MAKE = """async n => {
     window.made = [];
     for (let i = 0; i < n; i += 1) {
@@ -83,7 +83,7 @@ def _first_map(page: Any, client: sidelight.Client) -> Line:
         began = time.perf_counter()
         client.attribute(picture)
         call_s, page_s = time.perf_counter() - began, page.evaluate(DROP_AND_TIME) / 1e3
-        if round_:  # the first warms up
+        if round_:  # the first one is a warm-up
             own.append(page_s)
             called.append(call_s)
     extra_s = statistics.median(a - b for a, b in zip(own, called, strict=True))
@@ -106,7 +106,7 @@ def _thumbnails(page: Any) -> Line:
     while (
         page.evaluate("document.querySelectorAll('#thumbnails .number:not(:empty)').length") < n_before + N_THUMBNAILS
     ):
-        page.mouse.wheel(0, 300)  # over the maps, as somebody who does not wait
+        page.mouse.wheel(0, 300)  # over the maps, as an impatient user
         page.wait_for_timeout(100)
     took_s = time.perf_counter() - began
     tasks_s = [each / 1e3 for each in page.evaluate("window.tasks")]
@@ -139,7 +139,7 @@ def _start(address: str) -> Line:
 
 @contextlib.contextmanager
 def _page_server(address: str) -> Iterator[tuple[str, float]]:
-    """Run `sidelight page`; give its URL, and the seconds until it said so."""
+    """Run `sidelight page`; yield its URL, and the seconds until it printed it."""
     command = [str(Path(sys.executable).with_name("sidelight")), "page", "--port", "0", "--address", address]
     began = time.perf_counter()
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -1,4 +1,4 @@
-"""Ray Data: two actors of one thread each, over one plain process with two threads, on the same folder of pictures."""
+"""Ray Data: two actors of one thread each, compared with one process of two threads, on the same folder of pictures."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ ROUNDS = 3
 GOAL = 0.9
 MODEL = "python:benchmarks.support.nets:resnet18_small"
 
-# Both print the pictures per second from their first batch on: how long a process takes to start is another question.
+# Both print the pictures per second from their first batch on, so that the start of a process does not count.
 COMMON = f"""
 import glob, sys, time
 from sidelight_server.app.openmp import sleep_soon
@@ -75,7 +75,7 @@ def run() -> list[Line]:
 
 def _rate(program: str, folder: str) -> float:
     root = Path(__file__).parent.parent.parent
-    # Ray starts its workers at priority 15, so that programs beside the benchmark would slow them alone.
+    # Ray starts its workers at priority 15, so that other programs would slow down only them.
     environment = os.environ | {"PYTHONPATH": str(root), "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
     environment.pop("OMP_NUM_THREADS", None)
     command = [sys.executable, "-c", program, folder]

@@ -1,4 +1,4 @@
-"""Replicas: three behind Envoy against one server on the same cores, and how soon a new replica has its first batch.
+"""Replicas: three behind Envoy compared with one server on the same cores, and how soon a new replica gets a batch.
 
 The first needs Envoy (`make envoy`) and is left out without it.
 """
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent.parent
 ENVOY = ROOT / ".envoy" / "envoy" / "_bin" / "envoy"
 CONFIGURATION = ROOT / "deploy" / "envoy" / "envoy.yaml"
 MODEL = "python:benchmarks.support.nets:resnet18"
-N_REPLICAS, N_STREAMS = 3, 6  # Envoy leads each stream to one replica
+N_REPLICAS, N_STREAMS = 3, 6  # Envoy sends each stream to one replica
 N_BATCHES, BATCH = 24, 4
 N_STARTS = 5
 TIMEOUT_S = 600.0
@@ -68,7 +68,7 @@ def _throughput(batches: Sequence[np.ndarray]) -> Line:
 
 
 def _streams(client: sidelight.Client, batches: Sequence[np.ndarray]) -> None:
-    """Explain all batches, in several streams at once."""
+    """Explain all batches in several concurrent streams."""
 
     def explain(own: Sequence[np.ndarray]) -> None:
         for _ in client.stream(own, timeout=TIMEOUT_S):
@@ -82,7 +82,7 @@ def _streams(client: sidelight.Client, batches: Sequence[np.ndarray]) -> None:
 
 
 def _first_batch(batches: Sequence[np.ndarray]) -> Line:
-    """The name servers are a list in this process; all else is real. A replica is listed once it serves."""
+    """DNS is replaced by a list in this process; everything else is real. A replica is listed once it serves."""
     port, took_s = _free_port(), []
     hosts = ["127.0.0.1"]
     look_up = socket.getaddrinfo

@@ -1,4 +1,4 @@
-"""The service against its own kernel: the overhead of a stream and of a unary call."""
+"""The service compared with its own kernel: the overhead of a stream and of a unary call."""
 
 import statistics
 import time
@@ -68,7 +68,7 @@ def _stream(client: sidelight.Client, batches: list[np.ndarray], options: Kernel
 def _call(client: sidelight.Client, image: np.ndarray) -> Line:
     """Compare each call with the chunk's own time in the same answer.
 
-    A kernel of another process is no measure here: on a shared machine the two drift apart by more than is looked for.
+    A kernel in another process is no reference: on a shared machine the two differ by more than the overhead.
     """
     called, computed = [], []
     for _ in range(N_CALLS):

@@ -1,7 +1,7 @@
-"""Integrated gradients to a tolerance: how many rows they take, and how far they stay from the integral.
+"""Integrated gradients with a tolerance: the number of rows, and the distance to the integral.
 
-`python -m benchmarks.speed.tolerance --photographs 22` uses all of them. Most of the time is for the reference of
-1,025 nodes.
+`python -m benchmarks.speed.tolerance --photographs 22` uses all of them. The reference of 1,025
+nodes takes most of the time.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The driver of `benchmarks.speed.inference` in `.venv-inference`: tritonclient's stream. Imports nothing of ours.
+"""The driver of `benchmarks.speed.inference` in `.venv-inference`: tritonclient's stream. Imports nothing of Sidelight.
 
 Called with an address; each line of stdin is a round as JSON, and is answered with its seconds.
 """
@@ -40,7 +40,7 @@ def inline(client: triton.InferenceServerClient, images: np.ndarray, n: int, win
 
 
 def through_regions(client: triton.InferenceServerClient, images: np.ndarray, n: int, window: int) -> float:
-    """Each message has a slot: images are copied into it and maps out of it, as a caller would."""
+    """Each message has a slot. Images are copied into it and maps out of it, as a caller would do."""
     with region(client, "in", images.nbytes * window) as given, region(client, "out", images.nbytes * window) as maps:
 
         def ask(slot: int) -> None:
@@ -63,7 +63,7 @@ def send(client: triton.InferenceServerClient, image: object, output: object, sl
 
 
 def exchange(client: triton.InferenceServerClient, n: int, window: int, ask: object, take: object) -> float:
-    """Send and receive n messages, a window of them under way; return the seconds."""
+    """Send and receive n messages, at most a window of them unanswered; return the seconds."""
     answers: queue.SimpleQueue[tuple[object, object]] = queue.SimpleQueue()
     client.start_stream(lambda result, error: answers.put((result, error)))
     began = time.perf_counter()

@@ -1,1 +1,1 @@
-"""What the measurements share: models, requests, clients that speak raw HTTP/2, and how to measure."""
+"""Shared code of the benchmarks: models, requests, a raw HTTP/2 client, and functions that measure."""

@@ -10,5 +10,5 @@ def many_scans(side: int, n_scans: int) -> bytes:
     buffer = io.BytesIO()
     Image.new("L", (side, side), 128).save(buffer, "JPEG", progressive=True)
     file = buffer.getvalue()
-    start, end = file.rindex(b"\xff\xc4"), file.rindex(b"\xff\xd9")  # its tables, and the scan
+    start, end = file.rindex(b"\xff\xc4"), file.rindex(b"\xff\xd9")  # its tables and its scan
     return file[:start] + file[start:end] * n_scans + file[end:]

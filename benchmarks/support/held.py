@@ -13,20 +13,20 @@ import psutil
 
 from .measure import Line
 
-IDLE_S = 30.0  # gRPC ends a thread that it needed for a while after 20 idle seconds
-POOL = "event_engine"  # what gRPC calls the threads of its pool
+IDLE_S = 30.0  # gRPC ends an additional thread after 20 idle seconds
+POOL = "event_engine"  # gRPC's name for the threads of its pool
 REST_S = 0.5
-GROWTH_GOAL = 0.02  # of what was resident before
+GROWTH_GOAL = 0.02  # of the resident memory before
 TRIM_S = 0.25
 
 
 def without_reserve() -> None:
-    """Return freed memory to the system continuously, in a server that is measured.
+    """Have a measured server return freed memory to the system at once.
 
-    A server keeps it for the next chunk. How much that is after a storm is chance, 300 to 450 MiB of resident memory
-    for the same load: a leak of a few would not be seen in it.
+    A server keeps it for the next chunk. How much it keeps varies, from 300 to 450 MiB of resident memory after the
+    same load, which would hide a leak of a few MiB.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library, which keeps none
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which keeps nothing
         trim = ctypes.CDLL("libc.so.6").malloc_trim
         threading.Thread(target=_trim, args=(trim,), daemon=True).start()
 
@@ -39,10 +39,10 @@ def _trim(trim: Callable[[int], int]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Counts of one moment; `memory` is what is resident, in bytes.
+    """Counts at one moment; `memory` is the resident memory in bytes.
 
-    gRPC changes the number of threads of its pool at any time, four to six on two cores. They are reported, but no part
-    of the goal.
+    gRPC changes the number of threads of its pool at any time, four to six on two cores. They are reported, but
+    have no goal.
     """
 
     memory: int
@@ -70,9 +70,9 @@ def _name(thread: Path) -> str:
 
 
 def settled(process: psutil.Process, before: Held | None = None) -> Held:
-    """Return what an idle process holds: once nothing changes, and descriptors and threads are back where they were.
+    """Wait until nothing changes and descriptors and threads are no more than before; return what the process holds.
 
-    It hears of a caller's end a moment later, and lets go after that: a look while it is at work is no measure.
+    A process notices the end of a caller only after a moment, and releases its resources after that.
     """
     until_s = time.monotonic() + IDLE_S
     held = Held.by(process)
@@ -85,7 +85,7 @@ def settled(process: psutil.Process, before: Held | None = None) -> Held:
 
 
 def growth(during: str, before: Held, after: Held, *, detail: str = "") -> Line:
-    """Return the line of the table: memory may grow by less than `GROWTH_GOAL`, the rest not at all."""
+    """Return the line of the table: memory may grow by less than `GROWTH_GOAL`, descriptors and threads not at all."""
     share = after.memory / before.memory - 1
     counts = f"descriptors {before.descriptors} → {after.descriptors}, threads {before.threads} → {after.threads}"
     pools = f"gRPC's pool {before.pool} → {after.pool}"

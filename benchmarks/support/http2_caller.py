@@ -1,4 +1,4 @@
-"""A caller who speaks HTTP/2 frame by frame, and so does what gRPC's own clients do not."""
+"""A caller that sends HTTP/2 frames itself, and can therefore do what gRPC's own clients cannot."""
 
 import socket
 import time
@@ -24,14 +24,14 @@ FRAME = 16_384
 
 @dataclass
 class Call:
-    """What came of a call so far."""
+    """The state of a call."""
 
     path: str
     n_sent: int = 0
     data: bytearray = field(default_factory=bytearray)
     has_begun: bool = False
     trailers: dict[str, str] = field(default_factory=dict)
-    reset: int | None = None  # with which code
+    reset: int | None = None  # the error code
 
     @property
     def is_over(self) -> bool:
@@ -39,12 +39,12 @@ class Call:
 
     @property
     def status(self) -> int | None:
-        """The status of gRPC's; None where the call was reset, or is not over."""
+        """gRPC's status; None if the call was reset or has not ended."""
         return int(self.trailers["grpc-status"]) if self.trailers else None
 
 
 class Caller:
-    """One connection. `window`: how many bytes of each answer the server may send before more are asked for."""
+    """One connection. `window`: the bytes of each answer that the server may send before it needs a window update."""
 
     def __init__(self, address: str, *, window: int = LARGEST_WINDOW) -> None:
         if address.startswith("unix:"):
@@ -74,27 +74,27 @@ class Caller:
         self.close()
 
     def close(self) -> None:
-        """Go away without a word."""
+        """Close the socket without GOAWAY."""
         self._socket.close()
 
     def n_over(self) -> int:
-        """Return how many calls are over, of what has come."""
+        """Return how many calls have ended, by the frames received so far."""
         self.look()
         return sum(call.is_over for call in self.calls.values())
 
     @property
     def room(self) -> int:
-        """How many calls more the server lets this connection have."""
+        """How many more calls the server allows on this connection."""
         return self._h2.remote_settings.max_concurrent_streams - self._h2.open_outbound_streams
 
     def begin(self, path: str, *metadata: tuple[str, str]) -> int:
-        """Begin a call, of which nothing is sent but its headers."""
+        """Begin a call: send only its headers."""
         call = self._begin(path, *metadata)
         self._flush()
         return call
 
     def begin_and_reset(self, path: str, message: bytes, n_calls: int) -> None:
-        """Make calls, as far as the server lets their messages come, and cancel each in the same moment."""
+        """Make calls, as far as flow control allows, and cancel each at once."""
         content = framed(message)
         for _ in range(n_calls):
             if self._h2.outbound_flow_control_window < len(content):
@@ -112,14 +112,14 @@ class Caller:
         return call
 
     def ask(self, path: str, message: bytes, *metadata: tuple[str, str]) -> int:
-        """Make a call of one message, as is usual."""
+        """Make a complete call with one message."""
         call = self.begin(path, *metadata)
         assert self.send(call, framed(message)) == len(message) + 5
         self.end(call)
         return call
 
     def send(self, call: int, content: bytes, *, patience_s: float = TIMEOUT_S) -> int:
-        """Send bytes of a call as far as the server lets them come within a time; return how many."""
+        """Send bytes of a call as far as flow control allows within a time; return how many."""
         n_sent, until_s = 0, time.monotonic() + patience_s
         while n_sent < len(content) and not self.calls[call].is_over and not self.is_closed:
             room = min(self._h2.local_flow_control_window(call), FRAME, len(content) - n_sent)
@@ -133,7 +133,7 @@ class Caller:
         return n_sent
 
     def end(self, call: int) -> None:
-        """Say that no more comes."""
+        """Half-close the call."""
         self._h2.end_stream(call)
         self._flush()
 
@@ -143,28 +143,28 @@ class Caller:
         self._flush()
 
     def take(self, call: int, n_bytes: int) -> None:
-        """Let the server send so many bytes more of an answer."""
+        """Increase an answer's window by a number of bytes."""
         self._h2.increment_flow_control_window(n_bytes, call)
         self._flush()
 
     def look(self, within_s: float = 0.001) -> None:
-        """Take in what has come, and what comes in a moment."""
+        """Process the frames that have arrived or arrive within a moment."""
         while self._receive(within_s):
             pass
 
     def until(self, reached: Callable[[], bool], *, patience_s: float = TIMEOUT_S) -> None:
-        """Receive until something is so."""
+        """Process frames until a condition is met."""
         until_s = time.monotonic() + patience_s
         while not reached():
             assert self._receive(until_s - time.monotonic()), "it has not come to that in time"
 
     def result(self, call: int) -> Call:
-        """Return what became of a call, once it is over."""
+        """Wait for the end of a call and return its state."""
         self.until(lambda: self.calls[call].is_over)
         return self.calls[call]
 
     def _receive(self, within_s: float) -> bool:
-        """Take in what has come, after waiting for it; False where nothing comes in time, or ever again."""
+        """Wait for frames and process them. Returns False if none arrive in time, or the connection is closed."""
         if within_s <= 0 or self.is_closed:
             return False
         self._socket.settimeout(within_s)
@@ -179,7 +179,7 @@ class Caller:
             return False
         try:
             events = self._h2.receive_data(received)
-        except h2.exceptions.ProtocolError:  # what still comes of a connection that the server has ended
+        except h2.exceptions.ProtocolError:  # frames that arrive after the server has closed the connection
             self.is_closed = True
             return False
         for event in events:
@@ -198,7 +198,7 @@ class Caller:
                 self._note_trailers(event)
             case h2.events.DataReceived():
                 self.calls[event.stream_id].data += event.data
-                self._h2.increment_flow_control_window(event.flow_controlled_length)  # of the connection alone
+                self._h2.increment_flow_control_window(event.flow_controlled_length)  # of the connection only
             case h2.events.StreamReset():
                 self.calls[event.stream_id].reset = int(event.error_code)
             case h2.events.ConnectionTerminated():
@@ -218,7 +218,7 @@ class Caller:
 
 
 def framed(message: bytes, *, n_bytes: int | None = None) -> bytes:
-    """Return a message as gRPC frames it; `n_bytes`: as one of so many, of which these are the first."""
+    """Return a message with gRPC's prefix. `n_bytes` is the length in the prefix, if only a first part follows."""
     return b"\0" + (len(message) if n_bytes is None else n_bytes).to_bytes(4, "big") + message
 
 

@@ -1,4 +1,4 @@
-"""How to measure on a shared machine: alternate the candidates in one run, and compare medians."""
+"""Measurements on a shared machine: candidates alternate in one run, and medians are compared."""
 
 import collections
 import contextlib
@@ -19,7 +19,7 @@ ROUNDS = 7
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One line of the table: what was measured, the figure, its goal and whether it was met."""
+    """One line of the table: a measurement, its figure, its goal, and whether the goal was met."""
 
     what: str
     figure: float | None  # None: it could not be measured, for the reason in `detail`
@@ -35,7 +35,7 @@ class Line:
 
 
 def report(lines: Iterable[Line]) -> int:
-    """Print each line when it is measured. Returns the exit status: 1 if a goal was not met."""
+    """Print each line as it is measured. Returns the exit status: 1 if a goal was not met."""
     n_missed = 0
     for line in lines:
         met = "met" if line.met else "NOT MET"
@@ -83,7 +83,7 @@ def server(model: str, *flags: str, address: str = "") -> Iterator[tuple[str, in
                         break
                 else:
                     raise RuntimeError(f"the server did not start: {' '.join(command)}")
-                # Read the pipe to its end: the server would block once it is full.
+                # Read the pipe to its end: the server would block if it were full.
                 threading.Thread(target=_drain, args=(process.stderr,), daemon=True).start()
                 yield address, process.pid
             finally:

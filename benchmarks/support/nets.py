@@ -36,7 +36,7 @@ class Logits(nn.Module):
 
 
 def resnet18() -> ModelSpec:
-    """Return a ResNet-18 for 1,000 classes at 224², its weights random: speed does not depend on them."""
+    """Return a ResNet-18 for 1,000 classes at 224² with random weights: speed does not depend on them."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
@@ -52,12 +52,12 @@ def resnet18() -> ModelSpec:
 
 
 def resnet18_small() -> ModelSpec:
-    """Return the same at 64², where a row is quick and chunks of many rows pay."""
+    """Return the same at 64², where rows are fast and large chunks pay off."""
     return resnet18().replace(input_size=(3, SMALL, SMALL))
 
 
 def resnet50() -> ModelSpec:
-    """Return a ResNet-50 for 1,000 classes at 224², its weights random."""
+    """Return a ResNet-50 for 1,000 classes at 224² with random weights."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(0)
@@ -65,7 +65,7 @@ def resnet50() -> ModelSpec:
 
 
 def resnet50_tf32() -> ModelSpec:
-    """Return the same, where a GPU's convolutions and products may round float32 to TF32: for all of the process."""
+    """Return the same. Convolutions and products on a GPU may round float32 to TF32, in the whole process."""
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     return resnet50()
 
@@ -78,7 +78,7 @@ def small_cnn() -> ModelSpec:
 
 
 def trimmed_cnn() -> ModelSpec:
-    """Return the same, for a server whose resident memory is what it uses."""
+    """Return the same, in a server that returns freed memory to the system at once."""
     without_reserve()
     return small_cnn()
 

@@ -1,7 +1,7 @@
 """The original: PyHealth 2.1.0's `BasicGradientSaliencyMaps`, loaded without the rest of its package.
 
-`python -m benchmarks.support.original MODULE.pt IMAGES.pt MAPS.npy` explains a batch by it in a process of its own, so
-that the caller does not get the stand-ins for PyHealth's packages.
+`python -m benchmarks.support.original MODULE.pt IMAGES.pt MAPS.npy` explains a batch with it in its own process, so
+that the caller's process does not get the stand-ins for PyHealth's packages.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class PyHealthModel(nn.Module):
-    """A classifier in the form that the original expects: keywords in, `{"y_prob": …}` out."""
+    """A classifier as the original calls it: keywords in, `{"y_prob": …}` out."""
 
     def __init__(self, logits: nn.Module) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class PyHealthModel(nn.Module):
 
 @functools.cache
 def original_class() -> Any:
-    """Return the class. Importing its package whole would need two gigabytes of dependencies that it does not use."""
+    """Return the class. Its whole package would need two gigabytes of dependencies that the class does not use."""
     found = importlib.util.find_spec("pyhealth")
     if found is None or found.submodule_search_locations is None:
         raise ModuleNotFoundError("pyhealth is not installed: make setup")
@@ -58,5 +58,5 @@ def maps(module: nn.Module, images: Tensor) -> Tensor:
 
 if __name__ == "__main__":
     module_path, images_path, maps_path = sys.argv[1:]
-    loaded = torch.load(module_path, weights_only=False)  # the caller's own module, out of its own process
+    loaded = torch.load(module_path, weights_only=False)  # the caller's module, from its process
     np.save(maps_path, maps(loaded, torch.load(images_path)).numpy())

@@ -126,7 +126,7 @@ def test_where_hedging_is_asked_for_nobody_waits_for_a_server_that_hangs(two: si
 def test_calls_go_to_the_server_with_the_shorter_backlog(two: sidelight.Client) -> None:
     pool = two._core.pool
     for each, backlog_s in zip(pool.connections, (50.0, 0.0), strict=True):
-        each.load.told(1, compute_s=0.01, backlog_s=backlog_s, now_s=time.monotonic())
+        each.load.record(1, compute_s=0.01, backlog_s=backlog_s, now_s=time.monotonic())
     assert {pool.ready_now() for _ in range(10)} == {pool.connections[1]}
 
 

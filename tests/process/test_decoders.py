@@ -389,7 +389,7 @@ def test_scarce_memory_changes_no_picture_and_no_error() -> None:
 
 
 @counts_memory
-def test_a_picture_that_takes_more_memory_than_it_may_is_told_so_and_the_next_one_is_decoded() -> None:
+def test_a_picture_that_takes_too_much_memory_is_refused_and_the_next_one_is_decoded() -> None:
     side = 4500  # floats, which take 22 bytes a pixel
     file = dicom(noise(side, side, dtype=np.uint16).astype(np.float32))
     with decoders() as pool:

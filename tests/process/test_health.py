@@ -321,7 +321,7 @@ def test_running_work_is_answered_while_the_server_drains_and_nothing_new_is_let
         assert stopping.result(TIMEOUT_S)
 
 
-def test_what_is_not_answered_in_time_is_told_so_by_its_id(tmp_path: Path, gate: Gate) -> None:
+def test_a_batch_that_is_not_answered_in_time_fails_with_its_id(tmp_path: Path, gate: Gate) -> None:
     engine = gated(gate, max_stream_in_flight=2)
     with serving(engine, f"unix:{tmp_path}/socket") as server, Conversation(server.channel) as stream:
         gate.shut()

@@ -126,7 +126,7 @@ def test_a_caller_who_goes_away_frees_rows_and_permit(explain: Explain, tmp_path
 
 
 @both
-def test_a_call_that_is_not_answered_within_the_drain_is_told_so(explain: Explain, tmp_path: Path) -> None:
+def test_a_call_that_is_not_answered_within_the_drain_fails(explain: Explain, tmp_path: Path) -> None:
     with gated(tmp_path, device="cpu") as (gate, server):
         call = explain(server.channel, floats(1))
         assert gate.reached.wait(TIMEOUT_S)

@@ -1,8 +1,8 @@
 """Attacks by hostile callers on a server with default settings. `python -m benchmarks.soak.attack`.
 
-Each attack runs alone, then all run together, in processes of their own, beside one good streaming and one good unary
-caller. The server may use 2 GiB of memory: a cgroup ends it above that, where one can be created. Finally each attack
-runs while the server is told to end.
+Each attack runs alone, then all run together, in processes of their own, while one well-behaved streaming and one unary
+caller run. The server may use 2 GiB of memory: a cgroup ends it above that, where one can be created. Finally each
+attack runs while the server is stopped.
 """
 
 import contextlib
@@ -21,13 +21,13 @@ from .good import Good, p99
 from .server import Served, attacked, served
 
 SECONDS = 120.0
-SHARE_ALONE = 0.5  # of them, for each attack alone
+SHARE_ALONE = 0.5  # processes of each attack
 MEMORY_LIMIT = 2 * 2**30
 DRAIN_S = 3.0
 END_GOAL_S = DRAIN_S + 2
-CHUNKS_GOAL = 4  # how many chunks longer a good call may wait than without an attack
+CHUNKS_GOAL = 4  # how many chunks longer a good call may wait than without the attack
 REST_S = 30.0
-WARM_UP_S = 45.0  # of all attacks together: then caches are filled and pools have all their threads
+WARM_UP_S = 45.0  # of all attacks together; after that, caches are full and pools have all their threads
 QUIET_S = 10.0
 
 
@@ -40,7 +40,7 @@ def run(seconds: float = SECONDS) -> Iterator[Line]:
 
 
 def run_alone(names: list[str], seconds: float) -> Iterator[Line]:
-    """Run some attacks, each alone for a time, without what comes before and after."""
+    """Run some attacks, each alone, and nothing else."""
     with contextlib.closing(MemoryGroup(MEMORY_LIMIT)) as group, served() as running:
         group.take(running.pid)
         quiet, chunk_s = _quiet(running)
@@ -89,7 +89,7 @@ def _beside(attacks: Mapping[str, Attack], running: Served, seconds: float) -> G
 
 
 def _held(running: Served) -> Line:
-    """Compare what the server holds for requests and streams with nothing."""
+    """Check that the server holds nothing for requests and streams."""
     held = running.held()
     return Line(
         what="permits, bytes, rows and streams that the server still holds",
@@ -113,7 +113,7 @@ def _peak(group: MemoryGroup, process: psutil.Process) -> Line:
 
 
 def _latency(name: str, good: Good, quiet: Good, chunk_s: float, *, is_stated: bool = False) -> Line:
-    """Return the line of good callers beside an attack. `is_stated`: there is no goal for the time."""
+    """Return the line of good callers beside an attack. `is_stated`: the time has no goal."""
     unary_s, stream_s = p99(good.unary_s), p99(good.stream_s)
     lost = good.counts["lost"] + good.counts["wrong"]
     goal_s = p99(quiet.unary_s) + CHUNKS_GOAL * chunk_s
@@ -130,7 +130,7 @@ def _latency(name: str, good: Good, quiet: Good, chunk_s: float, *, is_stated: b
 
 
 def _end(name: str, attack: Attack) -> Line:
-    """Tell a server to end in the middle of an attack, and say how long that took."""
+    """Stop a server in the middle of an attack, and measure how long it takes to exit."""
     with served("--drain-s", str(DRAIN_S)) as running:
         process = psutil.Process(running.pid)
         with attacked(running.address, {name: attack}, is_last=True):

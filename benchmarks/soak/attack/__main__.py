@@ -1,4 +1,4 @@
-"""Runs all attacks, or the named ones alone, and exits with 1 if a goal was missed."""
+"""Runs all attacks, or only the named ones, and exits with 1 if a goal was missed."""
 
 import argparse
 import sys

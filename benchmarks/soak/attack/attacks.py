@@ -28,7 +28,7 @@ N_FAST = 40
 
 
 def _unread_answers(address: str, stop: Event) -> None:
-    """256 unary calls, as many at once as are let in, that leave their answers unread by a receive window of 0."""
+    """256 unary calls, as many at once as the server admits, that read no answers: their receive window is 0."""
     message = request(pixels(4), sidelight.Gradient()).SerializeToString()
     while not stop.is_set():
         with contextlib.ExitStack() as stack:
@@ -36,13 +36,13 @@ def _unread_answers(address: str, stop: Event) -> None:
             for number, caller in enumerate(itertools.islice(itertools.cycle(callers), 256)):
                 if caller.room and not stop.is_set():
                     call = caller.begin(ATTRIBUTE, ("number", str(number)))
-                    if caller.send(call, framed(message)) == len(message) + 5:  # else it was refused meanwhile
+                    if caller.send(call, framed(message)) == len(message) + 5:  # otherwise it was refused
                         caller.end(call)
             stop.wait(20)
 
 
 def _slow_reader(address: str, stop: Event) -> None:
-    """A stream that takes 200 bytes of its answers a second."""
+    """A stream that reads 200 bytes of its answers per second."""
     message = pb.AttributeStreamRequest(attribute=request(pixels(4), sidelight.Gradient(), "slow"))
     with Caller(address, window=0) as caller:
         call = caller.begin(STREAM)
@@ -52,7 +52,7 @@ def _slow_reader(address: str, stop: Event) -> None:
 
 
 def _unfinished_messages(address: str, stop: Event) -> None:
-    """Twenty messages of 62 MiB of which the last byte never comes: on streams, to `Attribute`, to health."""
+    """Twenty messages of 62 MiB without their last byte: on streams, to `Attribute`, to health."""
     while not stop.is_set():
         with contextlib.ExitStack() as stack:
             for number in range(20):
@@ -78,7 +78,7 @@ def _resets(address: str, stop: Event) -> None:
 
 
 def _watches(address: str, stop: Event) -> None:
-    """Health watches, as many as a connection takes, on many connections."""
+    """Health watches on many connections, as many as a connection allows."""
     with contextlib.ExitStack() as stack:
         channels = [stack.enter_context(_channel(address, n)) for n in range(20)]
         calls = [channel.unary_stream("/grpc.health.v1.Health/Watch")(b"") for channel in channels for _ in range(100)]
@@ -118,7 +118,7 @@ def _small_calls(address: str, stop: Event) -> None:
 
 
 def _waiting_batches(address: str, stop: Event) -> None:
-    """Eight streams that each send two batches of 47 MiB behind a long one, all at once."""
+    """Eight concurrent streams that each send two batches of 47 MiB after one that runs long."""
     long = request(pixels(1), sidelight.SmoothGrad(samples=9_000), "long")
     batches = [request(pixels(4000), sidelight.Gradient(), each) for each in ("first", "second")]
     messages = [pb.AttributeStreamRequest(attribute=each) for each in (long, *batches)]
@@ -134,12 +134,12 @@ def _waiting_batches(address: str, stop: Event) -> None:
 
 
 def _large_batches(address: str, stop: Event) -> None:
-    """Batches of 47 MiB, of which few fit at once."""
+    """Batches of 47 MiB, of which the server admits few at a time."""
     _repeat(address, stop, [request(pixels(4000), sidelight.Gradient())], at_once=30)
 
 
 def _many_examples(address: str, stop: Event) -> None:
-    """Messages that say 65,536 empty files, or 4,096 examples, in few bytes."""
+    """Small messages that claim 65,536 empty files or 4,096 examples."""
     messages = [
         pb.AttributeRequest(images=_files([b""] * n), target=_predicted(), method=sidelight.Gradient().message())
         for n in (65_536, 4_096)
@@ -148,7 +148,7 @@ def _many_examples(address: str, stop: Event) -> None:
 
 
 def _odd_numbers(address: str, stop: Event) -> None:
-    """Shapes, settings and bits that overflow somewhere."""
+    """Shapes, settings and bit patterns that may overflow."""
     flat = io.BytesIO()
     Image.fromarray(np.zeros((1, 65_000), np.uint8)).save(flat, "PNG")
     nan = np.full(3 * SMALL * SMALL, 0x7FC1, np.uint16)
@@ -203,7 +203,7 @@ ATTACKS: dict[str, Attack] = {
     "very many examples": _many_examples,
     "numbers that overflow": _odd_numbers,
 }
-# Only by name: beside the others it can end a server of 2 GiB, see docs/explanation/security.md.
+# Runs only if named: with the others it can end a server of 2 GiB, see docs/explanation/security.md.
 BY_NAME: dict[str, Attack] = ATTACKS | {"forty fast streams": _fast_streams}
 
 
@@ -221,7 +221,7 @@ def _predicted() -> pb.Target:
 
 
 def _channel(address: str, number: int = 0) -> grpc.Channel:
-    # Options that differ keep channels of one process from sharing a connection.
+    # Channels of one process share a connection unless their options differ.
     options = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1), ("attack", number)]
     return grpc.insecure_channel(address, options)
 

@@ -11,7 +11,7 @@ import sidelight
 
 from .attacks import pixels
 
-TOLERANCE = 4e-6  # share of a map's maximum: the contract for an example beside other neighbors
+TOLERANCE = 4e-6  # share of a map's maximum: the promise for an example with other neighbors
 TIMEOUT_S = 60.0
 PAUSE_S = 0.1  # between two calls of a caller; the device is idle most of the time
 
@@ -30,7 +30,7 @@ class Good:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Run both callers meanwhile."""
+        """Run both callers while the block runs."""
         self._done.clear()
         threads = [threading.Thread(target=each) for each in (self._unary, self._stream)]
         for thread in threads:

@@ -1,4 +1,4 @@
-"""The attacked server, the processes of the attackers, and what the server still holds after them."""
+"""The attacked server, the attackers' processes, and what the server holds afterwards."""
 
 import contextlib
 import multiprocessing
@@ -28,7 +28,7 @@ def spec() -> object:
 
 
 class Served(NamedTuple):
-    """A running server. The good callers use an address of their own, so that they are other callers."""
+    """A running server. The good callers use another address than the attackers, so that they do not share a quota."""
 
     address: str
     good_address: str
@@ -36,7 +36,7 @@ class Served(NamedTuple):
     pid: int
 
     def held(self) -> dict[str, float]:
-        """Return what requests and streams hold, by the name of the metric."""
+        """Return what requests and streams hold, by metric name."""
         with urllib.request.urlopen(f"http://{self.metrics_address}/metrics") as response:
             families = text_string_to_metric_families(response.read().decode())
             return {each.name: sum(sample.value for sample in each.samples) for each in families if each.name in HELD}
@@ -60,7 +60,7 @@ def _free_ports(n: int) -> list[int]:
 
 
 def _patiently(attack: Attack, address: str, stop: Event, is_last: bool) -> None:
-    """Attack with the CPU time that is left: real attackers have their own machines."""
+    """Attack at the lowest priority: real attackers use their own machines."""
     os.nice(19)
     with contextlib.suppress(Exception) if is_last else contextlib.nullcontext():
         attack(address, stop)
@@ -68,7 +68,7 @@ def _patiently(attack: Attack, address: str, stop: Event, is_last: bool) -> None
 
 @contextlib.contextmanager
 def attacked(address: str, attacks: Mapping[str, Attack], *, is_last: bool = False) -> Iterator[None]:
-    """Run attacks meanwhile, each in a process of its own. `is_last`: the server may end before they do."""
+    """Run attacks while the block runs, each in a process of its own. `is_last`: the server may end before they do."""
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     processes = {

@@ -1,4 +1,4 @@
-"""Malformed inputs and failing models beside good requests, a drain, and servers that die.
+"""Malformed inputs and failing models while good requests run, a drain, and servers that die.
 
 `python -m benchmarks.soak.faults` prints figures of `docs/explanation/reliability.md`.
 """

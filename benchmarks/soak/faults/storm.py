@@ -1,4 +1,4 @@
-"""Malformed inputs of many kinds, and examples that make the model fail, beside good requests."""
+"""Many kinds of malformed inputs, and examples on which the model fails, while good requests run."""
 
 import contextlib
 import itertools
@@ -21,13 +21,13 @@ from ...support.requests import request
 from .model import FAULTS, MODEL, images
 
 N_CONNECTIONS = 1000
-SHARE = 4e-6  # of a map's maximum: the contract for an example beside other neighbors
+SHARE = 4e-6  # of a map's maximum: the promise for an example with other neighbors
 SETTINGS = b"\4"
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\x04\0\0\0\0\0"
 
 
 class Storm:
-    """Callers of all kinds, with counts of what they tried and of its outcome."""
+    """Callers of all kinds, with counts of their attempts and outcomes."""
 
     def __init__(self, address: str, port: int, expected: np.ndarray) -> None:
         self.address = address
@@ -142,7 +142,7 @@ def storm(seconds: float) -> list[Line]:
         with sidelight.connect(address) as client:
             expected = client.attribute(images(2)).maps
         _crowd(address, port)
-        _for(seconds / 3, Storm(address, port, expected))  # caches and pools are filled
+        _for(seconds / 3, Storm(address, port, expected))  # fills caches and pools
         before = settled(process)
         storm = Storm(address, port, expected)
         n_connected = _crowd(address, port)
@@ -183,7 +183,7 @@ def _crowd(address: str, port: int) -> int:
         ]
         for each in held:
             each.sendall(PREFACE)
-        n_connected = sum(each.recv(9)[3:4] == SETTINGS for each in held)  # the first frame of a server's
+        n_connected = sum(each.recv(9)[3:4] == SETTINGS for each in held)  # the first frame that a server sends
         with sidelight.connect(address) as client:
             assert not client.attribute(images(2)).failures
     return n_connected

@@ -1,7 +1,7 @@
-"""The stream against a bare gRPC echo of the same bytes, and shared memory against both, on a model that costs nothing.
+"""The stream, inline and in shared memory, compared with a bare gRPC echo of the same bytes. Models compute nothing.
 
-Both servers run in processes of their own; both clients are the same few lines of raw stubs. The Python clients are
-measured against these. `python -m benchmarks transport` runs it alone.
+Both servers run in processes of their own; both are called through raw stubs. The Python clients are compared with
+these. `python -m benchmarks transport` runs only this.
 """
 
 import asyncio
@@ -32,7 +32,7 @@ ADDED_CASE, ADDED_GOAL_MS = "150 kB", 1.2
 
 
 class First(nn.Module):
-    """Logits that are ten of the input's elements, so that the gradient costs nothing."""
+    """A model whose logits are ten of the input's elements, so that the gradient costs nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.flatten(1)[:, :10]
@@ -44,7 +44,7 @@ def costless() -> sidelight_server.ModelSpec:
 
 
 def run() -> list[Line]:
-    """Measure each size inline, the largest in shared memory too, and what idle streams hold."""
+    """Measure each size inline, the largest also in shared memory, and the memory of idle streams."""
     flags = ("--threads", "1", "--max-chunk-rows", str(CHUNK_ROWS))
     with (
         tempfile.TemporaryDirectory(prefix="sidelight-", dir=_memory()) as folder,
@@ -53,7 +53,7 @@ def run() -> list[Line]:
     ):
         lines = [line for case in CASES for line in _inline(case, address, echo_address)]
         lines.append(_shared(CASES[-1], address, Path(folder)))
-    # A new server: after a load, memory that was freed would be reused.
+    # A new server: one that was under load would reuse freed memory.
     with server("python:benchmarks.speed.transport:costless", *flags) as (address, pid):
         return [*lines, _idle(address, pid)]
 
@@ -104,7 +104,7 @@ def _inline(case: Case, address: str, echo: str) -> list[Line]:
 
 
 def _added(rates: dict[str, float]) -> Line:
-    """The time of a message beyond that of an echo: decoding, encoding and the engine."""
+    """The time of a message minus that of an echo: decoding, encoding and the engine."""
     added_ms = 1e3 / rates["stream"] - 1e3 / rates["echo"]
     return Line(
         what=f"what the service adds to a message of {ADDED_CASE}, engine and scheduler included",

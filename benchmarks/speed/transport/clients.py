@@ -10,7 +10,7 @@ from .messages import Case
 
 
 def exchange_by_client(address: str, case: Case) -> None:
-    """Stream a round of messages with `sidelight.connect`, with as many batches in flight as raw stubs have."""
+    """Stream a round of messages with `sidelight.connect`, with as many batches in flight as with raw stubs."""
     with sidelight.connect(address) as client:
         answers = client.stream(_batches(case), channels="none", window=case.window * case.shape[0])
         _check(case, sum(answer.maps.shape == case.shape for answer in answers))

@@ -1,4 +1,4 @@
-"""A bare gRPC echo: what gRPC itself costs in Python. `python -m benchmarks.speed.transport.echo ADDRESS` serves it."""
+"""A bare gRPC echo, to measure gRPC's own cost in Python: `python -m benchmarks.speed.transport.echo ADDRESS`."""
 
 import asyncio
 import contextlib

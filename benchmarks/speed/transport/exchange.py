@@ -43,7 +43,7 @@ async def exchange(address: str, method: str, requests: Sequence[bytes], case: C
 
 
 async def exchange_shared(address: str, case: Case, folder: Path) -> None:
-    """As `exchange`, through a region: the caller writes each batch into a slot and reads its maps from it."""
+    """Do the same through a region: the caller writes each batch into a slot and reads its maps from there."""
     images = np.random.default_rng(0).standard_normal(case.shape).astype(np.float32)
     maps = np.empty_like(images)
     slot_bytes = 2 * case.n_bytes

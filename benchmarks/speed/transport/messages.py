@@ -1,4 +1,4 @@
-"""The messages that are measured, and the cases: sizes of messages."""
+"""The messages and their sizes."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
-RESULT_TAG = 0x12  # the field of AttributeStreamResponse behind the id
+RESULT_TAG = 0x12  # the field of AttributeStreamResponse after the id
 
 
 class Case(NamedTuple):

@@ -213,7 +213,7 @@ class AsyncClient(ClientBase):
                     call = connection.attribution.Attribute.future(request, timeout=left_s, metadata=metadata)
                     response = await awaited(call)
                 answer = read_answer(response.result, batch, baseline=given_array(request.method))
-                connection.told(answer)
+                connection.record_load(answer)
                 return answer
             except SidelightError as error:
                 if self._core.closed.is_set():

@@ -270,7 +270,7 @@ class Client(ClientBase):
                         request, timeout=min(policy.left_s, FOR_EVER_S), metadata=metadata
                     )
                 answer = read_answer(response.result, batch, baseline=given_array(request.method))
-                connection.told(answer)
+                connection.record_load(answer)
                 return answer
             except SidelightError as error:
                 if self._core.closed.is_set():

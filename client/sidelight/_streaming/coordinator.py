@@ -115,7 +115,7 @@ class Coordinator(StreamCoordinator):
         with state.lock:
             is_first = state.unanswered.pop(response.id, worker) is part
             self._free(worker, response.id)
-            worker.connection.told(answer)
+            worker.connection.record_load(answer)
             if is_first:
                 state.store_answer(part, answer)
             else:

@@ -1,8 +1,8 @@
 """Balancing: what a client knows of each server's load, and which server it chooses. Standard library only, no clock.
 
-Each answer tells its server's backlog, the seconds of work of all callers that waited there. The client adds what it
-has sent since, and chooses the server that should be done first. A backlog that was told more than a second ago is
-replaced by the average of those that were told.
+Each answer reports its server's backlog, the seconds of work of all callers that waited there. The client adds what it
+has sent since, and chooses the server that should be done first. A backlog that was reported more than a second ago is
+replaced by the average of those that were reported.
 """
 
 import math
@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterable
 from typing import TypeVar
 
-STALE_S = 1.0  # so long a backlog counts as it was told
+STALE_S = 1.0  # how long a reported backlog counts unchanged
 FORGET_S = 10.0  # after this time nothing is known of a server: one that was slow once is tried again
 WEIGHT = 0.2  # of the newest answer in the moving averages of speed and backlog
 EQUAL = 1.25  # servers that differ by less are taken in turn: estimates are noisy, and clients must spread
@@ -23,11 +23,11 @@ class Load:
 
     def __init__(self) -> None:
         self.n_unanswered = 0  # examples of this client
-        self._n_since = 0  # examples sent since the backlog was told
+        self._n_since = 0  # examples sent since the backlog was reported
         self._backlog_s = 0.0
         self._mean_backlog_s = 0.0
         self._example_s = 0.0
-        self._told_s = -math.inf
+        self._reported_s = -math.inf
         self._lock = threading.Lock()
 
     def sent(self, n_examples: int) -> None:
@@ -42,18 +42,18 @@ class Load:
             self.n_unanswered -= n_examples
             self._n_since = min(self._n_since, self.n_unanswered)
 
-    def told(self, n_examples: int, *, compute_s: float, backlog_s: float, now_s: float) -> None:
-        """Record what an answer tells: how long its examples were computed, and what waited then."""
+    def record(self, n_examples: int, *, compute_s: float, backlog_s: float, now_s: float) -> None:
+        """Record what an answer reports: the time to compute its examples, and the work that waited then."""
         with self._lock:
-            is_known = now_s - self._told_s < FORGET_S
+            is_known = now_s - self._reported_s < FORGET_S
             if n_examples and compute_s:
                 self._example_s = _average(self._example_s if is_known else 0.0, compute_s / n_examples)
             self._mean_backlog_s = _average(self._mean_backlog_s, backlog_s) if is_known else backlog_s
-            self._backlog_s, self._told_s, self._n_since = backlog_s, now_s, 0
+            self._backlog_s, self._reported_s, self._n_since = backlog_s, now_s, 0
 
     def example_s(self, now_s: float) -> float:
         """Return the server's time for one example; 0 if it is not known."""
-        return self._example_s if now_s - self._told_s < FORGET_S else 0.0
+        return self._example_s if now_s - self._reported_s < FORGET_S else 0.0
 
     def finish_s(self, n_examples: int, now_s: float, *, unknown_s: float) -> float:
         """Return the estimated time until examples that are sent now are computed, in seconds.
@@ -61,7 +61,7 @@ class Load:
         `unknown_s` is the time for one example of a server that has not answered lately.
         """
         example_s = self.example_s(now_s) or unknown_s
-        age_s = now_s - self._told_s
+        age_s = now_s - self._reported_s
         backlog_s = self._backlog_s if age_s < STALE_S else self._mean_backlog_s if age_s < FORGET_S else 0.0
         waiting_s = max(backlog_s + self._n_since * example_s, self.n_unanswered * example_s)
         return waiting_s + n_examples * example_s

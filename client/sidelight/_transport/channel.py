@@ -131,10 +131,12 @@ class Connection:
         finally:
             self.load.ended(n_examples)
 
-    def told(self, answer: Attribution) -> None:
-        """Take from an answer what it tells of the server's load."""
+    def record_load(self, answer: Attribution) -> None:
+        """Record the load that an answer reports."""
         if timing := answer.timing:
-            self.load.told(len(answer), compute_s=timing.compute_s, backlog_s=timing.backlog_s, now_s=time.monotonic())
+            self.load.record(
+                len(answer), compute_s=timing.compute_s, backlog_s=timing.backlog_s, now_s=time.monotonic()
+            )
 
     def listen(self, listener: Callable[[], None]) -> None:
         """Call a function after each state change, from a thread of gRPC's."""

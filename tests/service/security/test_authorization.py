@@ -148,7 +148,7 @@ def test_health_needs_no_token_and_reflection_does(place: str, tokens: Path) -> 
         assert next(reflection.ServerReflectionInfo(iter(asked), timeout=PATIENCE_S, metadata=metadata))
 
 
-def test_a_method_that_is_not_there_needs_a_token_to_be_told_so(place: str, tokens: Path) -> None:
+def test_a_method_that_is_not_there_needs_a_token_to_be_reported_as_unimplemented(place: str, tokens: Path) -> None:
     with serving(place, tokens=tokens) as address, grpc.insecure_channel(address) as channel:
         call = channel.unary_unary("/sidelight.v1.AttributionService/Nothing")
         for metadata, code in (

@@ -16,9 +16,9 @@ from sidelight._transport.balancing import EQUAL, FORGET_S, STALE_S, Load, least
 A, B, C = "A", "B", "C"
 
 
-def load(*, example_s: float = 0.1, backlog_s: float = 0.0, n_sent: int = 0, told_s: float = 0.0) -> Load:
+def load(*, example_s: float = 0.1, backlog_s: float = 0.0, n_sent: int = 0, reported_s: float = 0.0) -> Load:
     known = Load()
-    known.told(1, compute_s=example_s, backlog_s=backlog_s, now_s=told_s)
+    known.record(1, compute_s=example_s, backlog_s=backlog_s, now_s=reported_s)
     known.sent(n_sent)
     return known
 
@@ -33,7 +33,7 @@ def test_no_other_server_is_much_sooner_done_than_the_chosen_one(told: list[tupl
 
 def test_a_backlog_counts_as_told_for_a_second_and_then_as_the_average() -> None:
     busy = load(backlog_s=1.0)
-    busy.told(1, compute_s=0.1, backlog_s=6.0, now_s=0.0)
+    busy.record(1, compute_s=0.1, backlog_s=6.0, now_s=0.0)
     waits_s = [busy.finish_s(0, now_s, unknown_s=1.0) for now_s in (0.0, STALE_S - 0.01, STALE_S, FORGET_S)]
     assert waits_s == [6.0, 6.0, pytest.approx(2.0), 0.0]
 

@@ -415,7 +415,7 @@ def refusal(file: bytes, max_pixels: int = 1_000_000) -> str:
     return caught.value.message
 
 
-def test_what_is_no_picture_is_told_so() -> None:
+def test_a_file_that_is_no_picture_is_refused() -> None:
     assert refusal(b"seventeen letters") == "image file: 17 bytes are no PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM"
     assert refusal(b"") == "image file: 0 bytes are no PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM"
 
