@@ -4,8 +4,7 @@ import bisect
 import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -16,11 +15,9 @@ from ..compute.kernel_output import KernelOutput
 from ..compute.saved_memory import SavedMemory
 from ..compute.torch_device import free_memory
 from ..domain import PREDICTED, Array
+from .chunk_size import DEFAULT_CHUNK_ROWS, ChunkRate
+from .model import Model
 
-if TYPE_CHECKING:
-    from .model import Model
-
-DEFAULT_CHUNK_ROWS = 8  # if nothing can be measured
 MAX_MEASURED_ROWS = {"cuda": 256, "cpu": 32, "mps": 32}
 SHARE_OF_BEST = 0.95  # of the best rate that the chosen size must reach
 PAST_ITS_BEST = 0.9  # larger sizes are not measured once the rate is below this share of the best
@@ -31,19 +28,9 @@ MAX_RUNS_S = 1.0  # no further runs after this: loading must not take long on a 
 CHECKED_EXAMPLES = 3
 
 
-@dataclass(frozen=True, slots=True)
-class Trial:
-    """A measured chunk size, with the kernel's configuration."""
-
-    rows: int
-    rows_per_second: float
-    configuration: str
-    chosen: bool = False
-
-
 def choose_chunk_rows(
-    model: "Model", *, max_chunk_s: float, device_memory_limit: int, known: Sequence[Trial] = ()
-) -> tuple[int, tuple[Trial, ...]]:
+    model: Model, *, max_chunk_s: float, device_memory_limit: int, known: Sequence[ChunkRate] = ()
+) -> tuple[int, tuple[ChunkRate, ...]]:
     """Return the chunk size to serve with, and all measurements.
 
     It is the smallest power of two from 8 up that reaches 95 % of the best measured rate. It is less than 8 only if 8
@@ -54,60 +41,60 @@ def choose_chunk_rows(
     device can only slow a run down, and the chosen size never becomes smaller than before.
     """
     if not _has_choice(model):
-        only = _trial(model, model.at_most(max(model.adapter.least, DEFAULT_CHUNK_ROWS)))
+        only = _rate(model, model.at_most(max(model.adapter.least, DEFAULT_CHUNK_ROWS)))
         return only.rows, (replace(only, chosen=True),)
     room = model.at_most(_rows_of_memory(model, device_memory_limit or free_memory(model.kernel.device)))
     sizes = [1 << n for n in range(MAX_MEASURED_ROWS[model.kernel.device.type].bit_length())]
-    fastest = {trial.rows: trial for trial in known}
+    fastest = {rate.rows: rate for rate in known}
 
-    def tried(rows: int) -> Trial:
-        new = _trial(model, rows)
-        fastest[rows] = max(fastest.get(rows, new), new, key=lambda trial: trial.rows_per_second)
+    def tried(rows: int) -> ChunkRate:
+        new = _rate(model, rows)
+        fastest[rows] = max(fastest.get(rows, new), new, key=lambda rate: rate.rows_per_second)
         return fastest[rows]
 
-    trials = [tried(1)]
+    rates = [tried(1)]
 
     def measured(rows: int) -> bool:
         """Measure a size unless it is expected to exceed a limit; return whether larger sizes may be faster."""
-        if rows > room or rows / trials[-1].rows_per_second > 2 * max_chunk_s:
+        if rows > room or rows / rates[-1].rows_per_second > 2 * max_chunk_s:
             return False
-        trials.append(tried(rows))
-        return trials[-1].rows_per_second >= PAST_ITS_BEST * max(trial.rows_per_second for trial in trials)
+        rates.append(tried(rows))
+        return rates[-1].rows_per_second >= PAST_ITS_BEST * max(rate.rows_per_second for rate in rates)
 
     for rows in sizes[sizes.index(DEFAULT_CHUNK_ROWS) :]:
         if not measured(rows):
             break
-    fitting = [each for each in trials[1:] if _fits(each, max_chunk_s)]
+    fitting = [each for each in rates[1:] if _fits(each, max_chunk_s)]
     if not fitting:  # 8 rows do not fit: measure smaller sizes, at least a single row
         for rows in sizes[1 : sizes.index(DEFAULT_CHUNK_ROWS)]:
             measured(rows)
-        less = [each for each in trials if each.rows < DEFAULT_CHUNK_ROWS]
-        fitting = [max((each for each in less if _fits(each, max_chunk_s)), key=_rows, default=trials[0])]
-    best = max(trial.rows_per_second for trial in fitting)
-    chosen = next(trial.rows for trial in fitting if trial.rows_per_second >= SHARE_OF_BEST * best)
-    chosen = max([chosen, *(trial.rows for trial in known if trial.chosen)])
+        less = [each for each in rates if each.rows < DEFAULT_CHUNK_ROWS]
+        fitting = [max((each for each in less if _fits(each, max_chunk_s)), key=_rows, default=rates[0])]
+    best = max(rate.rows_per_second for rate in fitting)
+    chosen = next(rate.rows for rate in fitting if rate.rows_per_second >= SHARE_OF_BEST * best)
+    chosen = max([chosen, *(rate.rows for rate in known if rate.chosen)])
     return chosen, tuple(replace(each, chosen=each.rows == chosen) for each in sorted(fastest.values(), key=_rows))
 
 
-def can_grow(model: "Model") -> bool:
+def can_grow(model: Model) -> bool:
     """Return whether a model's chunk size was measured and may become larger."""
     most = model.at_most(MAX_MEASURED_ROWS[model.kernel.device.type])
     return model.is_measured and _has_choice(model) and model.set_chunk_rows < most
 
 
-def _has_choice(model: "Model") -> bool:
+def _has_choice(model: Model) -> bool:
     """Return whether different chunk sizes are possible: the model neither pads chunks nor limits them to 8 rows."""
     return model.adapter.least <= 1 and not 0 < model.adapter.most <= DEFAULT_CHUNK_ROWS
 
 
-def compare_exact(model: "Model", exact: Kernel) -> tuple[Trial, ...]:
+def compare_exact(model: Model, exact: Kernel) -> tuple[ChunkRate, ...]:
     """Measure a kernel without the operator's options, and the model's own chunk size if the settings fixed it."""
     rows = max(1, model.chunk_rows)
-    trial = Trial(rows, rows / _seconds(model, rows, kernel=exact), exact.summary)
-    return (trial,) if model.warm_up else (trial, replace(_trial(model, rows), chosen=True))
+    rate = ChunkRate(rows, rows / _seconds(model, rows, kernel=exact), exact.summary)
+    return (rate,) if model.warm_up else (rate, replace(_rate(model, rows), chosen=True))
 
 
-def rank_correlation(model: "Model", kernel: Kernel, exact: Kernel) -> float:
+def rank_correlation(model: Model, kernel: Kernel, exact: Kernel) -> float:
     """Return the mean Spearman rank correlation of two kernels' maps of random inputs.
 
     Maps of photographs may be less similar.
@@ -117,7 +104,7 @@ def rank_correlation(model: "Model", kernel: Kernel, exact: Kernel) -> float:
     return float(np.mean([_rank_correlation(a, b) for a, b in zip(ours, theirs, strict=True)]))
 
 
-def _mapped(model: "Model", inputs: Tensor, kernel: Kernel) -> Array:
+def _mapped(model: Model, inputs: Tensor, kernel: Kernel) -> Array:
     answer = _run(model, inputs, kernel=kernel)
     assert answer.gradients is not None  # noqa: S101
     maps: Array = answer.gradients.abs().amax(dim=1).flatten(1).double().cpu().numpy()  # [n, H × W]
@@ -129,19 +116,19 @@ def _rank_correlation(a: Array, b: Array) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1]) if len(a) > 1 else 1.0
 
 
-def _trial(model: "Model", rows: int) -> Trial:
-    return Trial(rows, rows / _seconds(model, rows), model.kernel.summary)
+def _rate(model: Model, rows: int) -> ChunkRate:
+    return ChunkRate(rows, rows / _seconds(model, rows), model.kernel.summary)
 
 
-def _fits(trial: Trial, max_chunk_s: float) -> bool:
-    return trial.rows / trial.rows_per_second <= max_chunk_s
+def _fits(rate: ChunkRate, max_chunk_s: float) -> bool:
+    return rate.rows / rate.rows_per_second <= max_chunk_s
 
 
-def _rows(trial: Trial) -> int:
-    return trial.rows
+def _rows(rate: ChunkRate) -> int:
+    return rate.rows
 
 
-def same_bytes(model: "Model", rows: int) -> bool:
+def same_bytes(model: Model, rows: int) -> bool:
     """Return whether an example gets the same bytes in every run, at every index and with any neighbors."""
     for seed in range(CHECKED_EXAMPLES):
         example = model.inputs_like(1, seed=seed)[0]
@@ -155,7 +142,7 @@ def same_bytes(model: "Model", rows: int) -> bool:
     return True
 
 
-def neighbor_difference(model: "Model") -> float:
+def neighbor_difference(model: Model) -> float:
     """Return how much an example's gradient changes in a full chunk, relative to its largest element.
 
     The maximum over a few random examples. Another order of summation changes results by about 1e-6; a ReLU whose input
@@ -174,13 +161,13 @@ def neighbor_difference(model: "Model") -> float:
     return worst
 
 
-def _rows_of_memory(model: "Model", limit: int) -> int:
+def _rows_of_memory(model: Model, limit: int) -> int:
     one, two = (model.in_turn(functools.partial(_bytes, model, rows)) for rows in (1, 2))
     a_row = max(1, two - one)
     return max(1, (limit - max(0, one - a_row)) // a_row)
 
 
-def _bytes(model: "Model", rows: int) -> int:
+def _bytes(model: Model, rows: int) -> int:
     """Return the bytes that a run takes: on a GPU the peak, elsewhere what autograd saves, which is most of it."""
     inputs = model.inputs_like(rows)
     if model.kernel.device.type == "cuda":
@@ -193,7 +180,7 @@ def _bytes(model: "Model", rows: int) -> int:
     return kept.n_bytes + 2 * inputs.nbytes
 
 
-def _seconds(model: "Model", rows: int, *, kernel: Kernel | None = None) -> float:
+def _seconds(model: Model, rows: int, *, kernel: Kernel | None = None) -> float:
     """Return the time of the fastest run, after one cold run and as many runs as it takes for two to agree."""
     inputs = model.inputs_like(rows)
 
@@ -207,7 +194,7 @@ def _seconds(model: "Model", rows: int, *, kernel: Kernel | None = None) -> floa
     return times[0]
 
 
-def _run(model: "Model", inputs: Tensor, *, kernel: Kernel | None = None) -> KernelOutput:
+def _run(model: Model, inputs: Tensor, *, kernel: Kernel | None = None) -> KernelOutput:
     resolved_targets, scores = [PREDICTED] * len(inputs), [model.scores[0]] * len(inputs)
     answer = (kernel or model.kernel).run(inputs, resolved_targets, scores, gradient=model.serves_gradients)
     if inputs.device.type == "cuda":
@@ -215,13 +202,13 @@ def _run(model: "Model", inputs: Tensor, *, kernel: Kernel | None = None) -> Ker
     return answer
 
 
-def _timed(model: "Model", inputs: Tensor, *, kernel: Kernel | None) -> float:
+def _timed(model: Model, inputs: Tensor, *, kernel: Kernel | None) -> float:
     began = time.perf_counter()
     _run(model, inputs, kernel=kernel)
     return time.perf_counter() - began
 
 
-def _outputs_of(model: "Model", inputs: Tensor, index: int) -> list[Tensor]:
+def _outputs_of(model: Model, inputs: Tensor, index: int) -> list[Tensor]:
     answer = _run(model, inputs)
     looked = model.kernel.run(inputs, [PREDICTED] * len(inputs), [model.scores[0]] * len(inputs), gradient=False)
     outputs = (answer.gradients, answer.scores, answer.probabilities, looked.probabilities)

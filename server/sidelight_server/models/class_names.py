@@ -1,7 +1,9 @@
 """Class names: resolves a label or an index from a request to a class index."""
 
+from pathlib import Path
+
 from ..domain import Choice
-from ..errors import InvalidArgument, NotFound, did_you_mean
+from ..errors import ConfigurationError, InvalidArgument, NotFound, did_you_mean
 
 
 class ClassNames:
@@ -13,6 +15,14 @@ class ClassNames:
         self._indices: dict[str, list[int]] = {}
         for index, label in enumerate(labels):
             self._indices.setdefault(label, []).append(index)
+
+    def check(self, n_classes: int, *, file: Path | None) -> None:
+        """Raise `ConfigurationError` if the model has labels, but not one for each class. `file` has the labels."""
+        if self._labels and len(self._labels) != n_classes:
+            where = f"{file}: " if file else ""
+            raise ConfigurationError(
+                f'class_names: {where}got {len(self._labels)}, model "{self._model}" has {n_classes} classes'
+            )
 
     def index(self, choice: Choice, *, n_classes: int) -> int:
         """Return a class index. Raises `NotFound` for an unknown label, `InvalidArgument` for an index out of range.

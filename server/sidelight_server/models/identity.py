@@ -1,15 +1,36 @@
 """The identity of a model: the digest of its weights, and the canary, which differs if the computation does."""
 
+import json
 import logging
 from collections.abc import Callable
+from dataclasses import asdict
 
 from torch import Tensor
 
+from ..compute.adapter import Adapter
+from ..compute.head import Head
 from ..compute.kernel import Kernel
 from ..compute.weights import Identity, Seen, Weights
+from ..config.spec import ModelSpec
+from ..inputs.preprocessing import Preprocessing
 from ..telemetry.logs import Event
 
 log = logging.getLogger("sidelight")
+
+
+def facts_of(spec: ModelSpec, preprocessing: Preprocessing | None, head: Head | None, adapter: Adapter) -> str:
+    """Return as JSON everything besides the weights that a map depends on.
+
+    Without a trial run `head` is None, and the values of the spec count: the digest must not change after detection.
+    """
+    facts = {
+        "preprocessing": preprocessing and asdict(preprocessing),
+        "adapter": asdict(adapter),
+        "outputs": head.outputs if head else spec.output_kind,
+        "activation": head.activation if head else spec.activation,
+        "labels": spec.class_names or (),
+    }
+    return json.dumps(facts | ({"layer_layout": dict(spec.layer_layout)} if spec.layer_layout else {}), sort_keys=True)
 
 
 class ModelIdentity:

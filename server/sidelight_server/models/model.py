@@ -1,42 +1,34 @@
 """A serving model: its kernel, preprocessing, labels and digest."""
 
 import functools
-import json
 import logging
-from dataclasses import asdict
-from typing import TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..compute.kernel import Kernel
-from ..compute.replica import weights_dtype
-from ..compute.staging import normalize
 from ..config.model_settings import ModelSettings
-from ..config.options import KernelOptions
 from ..config.spec import ModelSpec
-from ..domain import PREDICTED, Choice, Score
-from ..errors import ConfigurationError, OutputsError
+from ..domain import Choice, Score
+from ..errors import OutputsError
 from ..methods import METHODS, GuidedBackpropagation
 from ..methods.method import Shape
 from ..telemetry.logs import Event
-from .calibration import DEFAULT_CHUNK_ROWS, Trial
+from .chunk_size import DEFAULT_CHUNK_ROWS, ChunkRate, RowLimit
 from .class_names import ClassNames
-from .identity import ModelIdentity
-from .input_format import preprocessing_of, trial_shape_of
+from .identity import ModelIdentity, facts_of
+from .input_format import InputConversion, preprocessing_of, trial_input, trial_shape_of
 from .method_kernels import MethodKernels
-from .row_limit import RowLimit
 from .row_memory import RowMemory, shape_of
 from .trial.checks import noise
-from .trial.trial_run import InTurn, TrialRun, at_once, detect_on, refusing
+from .trial.in_turn import InTurn, at_once
+from .trial.introspection import Detected
+from .trial.trial_run import TrialRun, detect_on, refusing
 
 log = logging.getLogger("sidelight")
 
 DEFAULT_NAME = "model"
 BATCH_DEPENDENT = "rows of this model depend on each other: each runs alone"
-
-_Value = TypeVar("_Value")
 
 
 class Model:
@@ -64,98 +56,56 @@ class Model:
         self.version = version
         self.labels = tuple(spec.class_names or ())
         self._class_names = ClassNames(self.name, self.labels)
-        self._layer_layout = dict(spec.layer_layout or {})
         self.preprocessing = preprocessing_of(spec)
         self.trial_shape = trial_shape_of(spec)
         self.class_count = len(self.labels)  # 0: unknown until the first rows have run, without labels or a trial run
         self.output_shape: tuple[int, ...] = ()  # K, or K, h, w; empty: unknown, as above
         self.padded_rows = 0  # rows that chunks are padded to, for the same bytes with any neighbors
-        self.warm_up: tuple[Trial, ...] = ()
+        self.warm_up: tuple[ChunkRate, ...] = ()
         self.is_measured = False  # whether the chunk size was measured, so that it may be measured again
         self.fidelity: dict[str, float] = {}  # of each kernel by its summary, see `warmup`
         self.neighbor_difference: float | None = None  # see `calibration`; None: not measured
         self._names = [name for name, _ in spec.module.named_modules() if name]
-        trial = self._trial_input(spec, device)
+        trial = trial_input(spec, device)
         self._to_find_out = spec if trial is None else None  # detect on the first rows: there is no trial input
         result = TrialRun(self.name, spec, trial, device=device, in_turn=in_turn).run()
         self._isolation = result.isolation
         self.has_rectifiers = result.has_rectifiers  # True without a trial run
         self.gradient_fault = result.gradient_fault  # empty: the gradient is right, or there was no trial run
-        detected = result.detected
-        self.adapter, self.head = detected.adapter, detected.head
-        self.probed = detected.layers  # layers that can be explained; empty without a trial run
-        # If outputs of a row depend on its neighbors, each row runs alone.
-        self.is_batch_dependent = detected.is_batch_dependent
+        self._adopt(result.detected)
         self._row_limit = RowLimit()
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
+        self._make_kernel = functools.partial(
+            Kernel,
+            spec.module,
+            device=device,
+            adapter=self.adapter,
+            head=self.head,
+            layers=self.probed,
+            isolation=result.isolation,
+        )
         with refusing(self.name, "cannot be replicated and moved to the device"):
-            make = functools.partial(self._kernel, device=device, trial=trial, is_shared=is_shared)
+            make = functools.partial(self._make_kernel, trial=trial, is_shared=is_shared)
             self.kernels = in_turn(lambda: MethodKernels(make, spec.options, spec.method_precision))
             self.kernel = self.kernels.default
             self._memory = RowMemory(self.name, self.kernel, device_memory_limit=self.settings.device_memory_limit)
             self.identity = ModelIdentity(
                 self.name,
                 self.kernel,
-                facts=json.dumps(self._facts(), sort_keys=True),
+                facts=facts_of(spec, self.preprocessing, None if self._to_find_out else self.head, self.adapter),
                 trial=functools.partial(self.inputs_like, 1) if self.is_tried else None,
             )
-        self._log_fold(spec.options)
-        # Pixels are normalized and floats staged in at least float32; a half-precision model rounds afterwards.
-        self._exact = torch.float64 if self.kernel.dtype == torch.float64 else torch.float32
-        self.black: Tensor | None = None  # [C, 1, 1], the normalized value of pixel 0
+        self.kernels.log_fold(self.name)
+        self.inputs = InputConversion(self.preprocessing, dtype=self.kernel.dtype, device=device)
+        self.staged_dtype, self.black = self.inputs.staged_dtype, self.inputs.black
         if self.is_tried:
             self._try()
-        if self.preprocessing is not None:
-            self._mean, self._std = (
-                torch.tensor(each, dtype=torch.float64)[:, None, None].to(device, self._exact)
-                for each in (self.preprocessing.mean_in_pixels, self.preprocessing.std_in_pixels)
-            )
-            self.black = (-self._mean / self._std).to(self.kernel.dtype)
 
-    def _trial_input(self, spec: ModelSpec, device: torch.device) -> Tensor | None:
-        if self.trial_shape is None:
-            return None
-        most = spec.batch[1] if spec.batch else 0
-        return noise(self.trial_shape, 1 if most == 1 else 2).to(device, weights_dtype(spec.module))
-
-    def _kernel(
-        self,
-        options: KernelOptions | None = None,
-        *,
-        device: torch.device,
-        trial: Tensor | None = None,
-        is_shared: bool = False,
-    ) -> Kernel:
-        return Kernel(
-            self._module,
-            device=device,
-            adapter=self.adapter,
-            head=self.head,
-            layers=self.probed,
-            options=options,
-            trial=trial,
-            isolation=self._isolation,
-            is_shared=is_shared,
-        )
-
-    def _log_fold(self, options: KernelOptions) -> None:
-        if self.kernel.options.fold:
-            log.info(Event("folded", model=self.name, norms=self.kernel.n_folded))
-        elif options.fold:
-            message = "no BatchNorm directly follows a convolution or a linear layer; leave fold unset"
-            log.warning(Event("not_folded", model=self.name, message=message))
-
-    def _facts(self) -> dict[str, object]:
-        """Return everything besides the weights that a map depends on."""
-        return {
-            "preprocessing": self.preprocessing and asdict(self.preprocessing),
-            "adapter": asdict(self.adapter),
-            # Without a trial run, the values of the spec: the digest must not change after detection.
-            "outputs": self._to_find_out.output_kind if self._to_find_out else self.head.outputs,
-            "activation": self._to_find_out.activation if self._to_find_out else self.head.activation,
-            "labels": self.labels,
-            **({"layer_layout": self._layer_layout} if self._layer_layout else {}),
-        }
+    def _adopt(self, detected: Detected) -> None:
+        self.adapter, self.head = detected.adapter, detected.head
+        self.probed = detected.layers  # layers that can be explained; empty without a trial run
+        # If outputs of a row depend on its neighbors, each row runs alone.
+        self.is_batch_dependent = detected.is_batch_dependent
 
     def at_most(self, rows: int) -> int:
         """Return `rows`, or the module's largest batch size if that is less."""
@@ -227,11 +177,6 @@ class Model:
         return "tf32" if rounds and kernel.precision == "float32" else kernel.precision
 
     @property
-    def staged_dtype(self) -> np.dtype[np.generic]:
-        """The type in which floating arrays are copied to the device."""
-        return np.dtype(np.float64 if self._exact == torch.float64 else np.float32)
-
-    @property
     def largest(self) -> float:
         """The largest number that the model's type holds."""
         return float(torch.finfo(self.kernel.compute_dtype).max)
@@ -280,12 +225,6 @@ class Model:
             return self.probed.chosen(name, self._names)
         return name
 
-    def inputs(self, staged: Tensor) -> Tensor:
-        """Convert staged pixels, uint8 [n, H, W, C], or staged floating arrays to kernel inputs, [n, C, H, W]."""
-        if staged.dtype == torch.uint8:
-            staged = normalize(staged, self._mean, self._std)
-        return staged.to(self.kernel.dtype)
-
     def class_of(self, choice: Choice) -> int:
         """Return a class index. Raises `NotFound` for an unknown label, `InvalidArgument` for an index out of range."""
         return self._class_names.index(choice, n_classes=self.class_count)
@@ -313,8 +252,7 @@ class Model:
         detected = detect_on(inputs, spec, self._module, self._isolation, adapter=self.adapter, memory=self._memory)
         if detected is None:  # the outputs are NaN; this example will fail
             return
-        self.adapter, self.head, self.is_batch_dependent = detected.adapter, detected.head, detected.is_batch_dependent
-        self.probed = detected.layers
+        self._adopt(detected)
         for kernel in self.kernels:
             kernel.adopt(adapter=detected.adapter, head=detected.head, layers=detected.layers)
         self._to_find_out = None
@@ -337,28 +275,14 @@ class Model:
 
     def exact_kernel(self) -> Kernel:
         """Return a kernel of the same module without options, for comparison."""
-        return self._kernel(device=self.kernel.device)
+        return self._make_kernel()
 
     def _try(self) -> None:
-        inputs = self.inputs_like(1)
-        failed = "failed" if self.kernel.options.is_exact else f"failed as {self.kernel.summary}"
-        for kernel in self.kernels:
-            with refusing(self.name, f"{failed} on an input of {list(inputs.shape)}"):
-                answer = self.in_turn(
-                    functools.partial(kernel.run, inputs, [PREDICTED], [self.scores[0]], gradient=self.serves_gradients)
-                )
-            if kernel.precision == "mixed" and self.serves_gradients and not kernel.has_mixed:
-                raise ConfigurationError(
-                    f'precision: mixed has no effect on model "{self.name}": its code calls no dense convolution or '
-                    "linear layer from Python; leave precision unset"
-                )
-        n_classes = answer.output_shape[0]
-        if self.labels and len(self.labels) != n_classes:
-            file = f"{self.settings.class_names}: " if self.settings.class_names else ""
-            raise ConfigurationError(
-                f'class_names: {file}got {len(self.labels)}, model "{self.name}" has {n_classes} classes'
-            )
-        self.learn_output(answer.output_shape)
+        output_shape = self.kernels.run_first(
+            self.name, self.inputs_like(1), self.scores[0], gradient=self.serves_gradients, in_turn=self.in_turn
+        )
+        self._class_names.check(output_shape[0], file=self.settings.class_names)
+        self.learn_output(output_shape)
         if self.gradient_fault:
             served = "served (accept_partial_gradient)" if self.serves_gradients else "not served"
             message = f"{self.gradient_fault}; gradient methods are {served}; available: {', '.join(self.methods)}"

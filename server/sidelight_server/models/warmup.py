@@ -79,12 +79,12 @@ def measure_again(model: Model) -> None:
     if not can_grow(model):
         return
     settings, before = model.settings, model.set_chunk_rows
-    known = [trial for trial in model.warm_up if trial.configuration == model.kernel.summary]
-    others = [trial for trial in model.warm_up if trial not in known]
-    rows, trials = choose_chunk_rows(
+    known = [rate for rate in model.warm_up if rate.configuration == model.kernel.summary]
+    others = [rate for rate in model.warm_up if rate not in known]
+    rows, rates = choose_chunk_rows(
         model, max_chunk_s=settings.max_chunk_s, device_memory_limit=settings.device_memory_limit, known=known
     )
-    model.chunk_rows, model.warm_up = rows, (*others, *trials)
+    model.chunk_rows, model.warm_up = rows, (*others, *rates)
     if rows != before:
         _measure_neighbors(model)
         log.info(Event("chunk_rows_grown", model=model.name, before=before, chunk_rows=rows))
@@ -144,16 +144,16 @@ def _measure_fidelity(model: Model, exact: Kernel) -> None:
 
 
 def _measure_gain(model: Model, exact: Kernel) -> None:
-    """Measure the speed without the operator's options; log all trials, and warn if the options are slower."""
-    trials = compare_exact(model, exact)
-    model.warm_up = (*trials, *model.warm_up)
-    for trial in model.warm_up:
+    """Measure the speed without the operator's options; log all rates, and warn if the options are slower."""
+    rates = compare_exact(model, exact)
+    model.warm_up = (*rates, *model.warm_up)
+    for rate in model.warm_up:
         log.info(Event(
-            "tried", model=model.name, configuration=trial.configuration, rows=trial.rows,
-            rows_per_s=round(trial.rows_per_second, 1), chosen=trial.chosen,
+            "tried", model=model.name, configuration=rate.configuration, rows=rate.rows,
+            rows_per_s=round(rate.rows_per_second, 1), chosen=rate.chosen,
         ))  # fmt: skip
-    chosen = next(trial for trial in model.warm_up if trial.chosen)
-    if chosen.rows_per_second < (plain := trials[0]).rows_per_second:
+    chosen = next(rate for rate in model.warm_up if rate.chosen)
+    if chosen.rows_per_second < (plain := rates[0]).rows_per_second:
         message = f"slower than {plain.configuration}, which runs {plain.rows_per_second:.1f} rows/s; leave it unset"
         log.warning(Event("options_slow", model=model.name, configuration=chosen.configuration, message=message))
 

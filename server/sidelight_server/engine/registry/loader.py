@@ -12,7 +12,7 @@ import torch
 
 from ...errors import ConfigurationError, FailedPrecondition, Unavailable
 from ...models.model import Model
-from ...models.trial.trial_run import InTurn, at_once
+from ...models.trial.in_turn import InTurn, at_once
 from ...models.warmup import limit, measure_again, warm_up
 from ...telemetry.logs import Event
 from ..device import Device

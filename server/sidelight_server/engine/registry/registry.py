@@ -16,7 +16,7 @@ from ...config.spec import ModelSpec
 from ...errors import ConfigurationError, FailedPrecondition, NotFound, Unavailable, did_you_mean
 from ...models.calibration import can_grow
 from ...models.model import Model
-from ...models.trial.trial_run import at_once
+from ...models.trial.in_turn import at_once
 from ...models.warmup import warm_up
 from ..device import Device
 from .entry import Entry, Version

@@ -6,15 +6,12 @@ outputs with outputs.
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from .trial_run import InTurn
+from .in_turn import InTurn
 
 # The tolerance is eps ** (2/3) of the largest output, 2.4e-5 in float32: matrix products of another number of rows sum
 # in another order, which changes outputs by about 1e-6 in deep networks. Batch statistics change them by far more.
@@ -43,7 +40,7 @@ ROUNDINGS = 16.0  # rounding error of a network's outputs, in steps of its type
 Run = Callable[[Tensor], Tensor]
 
 
-def is_batch_dependent(run: Run, example: Tensor, *, in_turn: "InTurn", most: int, dtype: torch.dtype) -> bool:
+def is_batch_dependent(run: Run, example: Tensor, *, in_turn: InTurn, most: int, dtype: torch.dtype) -> bool:
     """Return whether the outputs of an example, [1, C, H, W], depend on the rows beside it.
 
     `run` computes the outputs, [n, K] or [n, K, h, w], in the type `dtype`. The example runs alone and with 2, 3 and 8
@@ -67,7 +64,7 @@ def _forward(run: Run, inputs: Tensor) -> Tensor:
         return run(inputs).detach().clone()
 
 
-def gradient_fault(run: Run, example: Tensor, *, in_turn: "InTurn", most: int = ROWS) -> str:
+def gradient_fault(run: Run, example: Tensor, *, in_turn: InTurn, most: int = ROWS) -> str:
     """Return a description of what is wrong with the gradient at an example, [1, C, H, W]; empty if it is right.
 
     Raises `ConfigurationError` if the outputs do not depend on the input. `most` is the number of rows that may run at
@@ -81,7 +78,7 @@ def gradient_fault(run: Run, example: Tensor, *, in_turn: "InTurn", most: int = 
     return fault if ratio > RATIO else ""
 
 
-def _judged(run: Run, example: Tensor, *, seed: int, in_turn: "InTurn", most: int) -> tuple[float, str]:
+def _judged(run: Run, example: Tensor, *, seed: int, in_turn: InTurn, most: int) -> tuple[float, str]:
     """Return the ratio that is compared with `RATIO`, and a description of the fault."""
     slope, size, has_graph = in_turn(lambda: _slope(run, example))
     directions = _directions(example, seed=seed)

@@ -6,9 +6,8 @@ device's thread, once that serves other models.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +21,10 @@ from ...errors import ConfigurationError, OutputsError, SidelightError
 from ...telemetry.logs import Event
 from ..row_memory import RowMemory
 from .checks import gradient_fault
+from .in_turn import InTurn
 from .introspection import Detected, NotNumbersError, detect
 
 log = logging.getLogger("sidelight")
-
-_Value = TypeVar("_Value")
-
-
-class InTurn(Protocol):
-    """Runs a function between the chunks of a device, and returns its result."""
-
-    def __call__(self, task: Callable[[], _Value]) -> _Value:
-        """Run the task and return its result."""
-
-
-def at_once(task: Callable[[], _Value]) -> _Value:
-    """Run a function directly, for a device that serves no requests yet."""
-    return task()
 
 
 @dataclass(frozen=True, slots=True)

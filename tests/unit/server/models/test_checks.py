@@ -14,7 +14,7 @@ import torch
 import transformers
 from sidelight_server import Engine, ModelSpec, Occlusion, Settings
 from sidelight_server.models.trial.checks import gradient_fault, is_batch_dependent
-from sidelight_server.models.trial.trial_run import at_once
+from sidelight_server.models.trial.in_turn import at_once
 from torch import Tensor, nn
 
 from support.engines import ask

@@ -1,14 +1,28 @@
-"""The row limit of chunks: lowered after an out-of-memory error, raised again after successful chunks."""
+"""Chunk sizes: the measured rate of one, and the limit while memory is short."""
+
+from dataclasses import dataclass
+
+DEFAULT_CHUNK_ROWS = 8  # if nothing can be measured
 
 GOOD_CHUNKS = 16  # successful chunks at the limit before the limit is doubled
 MOST_GOOD_CHUNKS = 1024  # the most that this becomes after repeated failures
 
 
-class RowLimit:
-    """The number of rows of one model that fit into memory. Used on the device's thread only.
+@dataclass(frozen=True, slots=True)
+class ChunkRate:
+    """The rate of one chunk size, with the kernel's configuration."""
 
-    Another process may free memory, so a lowered limit rises again: it doubles after `GOOD_CHUNKS` chunks at the limit,
-    and after twice as many each time that the doubled limit fails.
+    rows: int
+    rows_per_second: float
+    configuration: str
+    chosen: bool = False
+
+
+class RowLimit:
+    """The number of rows of one model that fit into memory, lowered after an out-of-memory error.
+
+    Used on the device's thread only. Another process may free memory, so a lowered limit rises again: it doubles after
+    `GOOD_CHUNKS` chunks at the limit, and after twice as many each time that the doubled limit fails.
     """
 
     def __init__(self) -> None:
