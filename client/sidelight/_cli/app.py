@@ -15,18 +15,24 @@ from rich.markup import escape
 from .. import __version__
 from .._clients.core import RELOAD_TIMEOUT_S, TIMEOUT_S
 from .._clients.replay import replay as recompute
-from .._inputs.enums import Channels, MapDtype, Score
 from ..exceptions import SidelightError
-from ..methods.parsing import METHODS
 from ..results.storage import load_array
-from .arguments import REGION, from_baseline, method_names, method_of, pictures_of, target_of
+from .arguments import from_baseline, pictures_of
 from .bench.command import bench
 from .job import job
-from .options import DEFAULT_ADDRESS, Address, Connector, with_connection_options
+from .options import (
+    DEFAULT_ADDRESS,
+    Address,
+    Connector,
+    Explanation,
+    ModelName,
+    Timeout,
+    connection,
+    explanation,
+    with_options,
+)
 from .server_tables import report_server
 from .tables import report, report_replay
-
-METHOD_HELP = f"One of {', '.join(METHODS)}; options as in 'integrated_gradients(steps=20, baseline=black)'."
 
 app = typer.Typer(help="Which pixels decided each prediction.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -48,7 +54,7 @@ def main(
 
 
 @app.command()
-@with_connection_options
+@with_options(explained=explanation, connect_to=connection)
 def attribute(
     images: Annotated[list[Path], typer.Argument(help="Picture files, or folders with pictures.", show_default=False)],
     *,
@@ -63,26 +69,10 @@ def attribute(
     original: Annotated[
         bool, typer.Option("--original", help="Draw overlays on the uncropped pictures at full size.")
     ] = False,
-    model: Annotated[str | None, typer.Option(help="The model's name. Default: the server's default model.")] = None,
-    target: Annotated[str | None, typer.Option(help="A class index or label. Default: the predicted class.")] = None,
-    against: Annotated[str | None, typer.Option(help="With --target: subtract the score of this class.")] = None,
-    region: Annotated[
-        str | None, typer.Option(help=f"With --target and a dense output: {REGION} in output pixels.")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Explain the K most probable classes.")] = None,
-    method: Annotated[str, typer.Option(help=METHOD_HELP, autocompletion=method_names)] = "gradient",
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the --method; repeatable.")
-    ] = None,
+    model: ModelName = None,
     baseline: Annotated[Path | None, typer.Option(help="A .npy array to use as the method's baseline.")] = None,
-    score: Annotated[Score, typer.Option(help="The score to explain.")] = "probability",
-    channels: Annotated[Channels, typer.Option(help="How to reduce the channels of a map to one.")] = "max_abs",
-    signed: Annotated[bool, typer.Option("--signed", help="Short for gradient(signed=True).")] = False,
-    times_input: Annotated[bool, typer.Option("--times-input", help="Short for gradient(times_input=True).")] = False,
-    map_dtype: Annotated[
-        MapDtype, typer.Option(help="Data type of the maps in responses; the smaller ones round.")
-    ] = "float32",
-    timeout: Annotated[float, typer.Option(help="Timeout for one picture, in seconds.")] = TIMEOUT_S,
+    explained: Explanation,
+    timeout: Timeout = TIMEOUT_S,
     json_: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per picture and line, and no table.")
     ] = False,
@@ -91,17 +81,14 @@ def attribute(
     """Explain pictures: print the class, probability and time of each, and write overlays."""
     with _errors_on_one_line():
         images = pictures_of(images)
-    parsed_method = method_of(method, option, signed=signed, times_input=times_input)
-    parsed_target = target_of(target, against=against, region=region, top_k=top_k)
     with _errors_on_one_line(), connect_to(address) as client:
+        if baseline is not None:
+            method = from_baseline(explained.method, load_array(baseline))
+            explained = dataclasses.replace(explained, method=method)
         answers = client.stream(
             images,
             model=model,
-            target=parsed_target,
-            method=parsed_method if baseline is None else from_baseline(parsed_method, load_array(baseline)),
-            score=score,
-            channels=channels,
-            map_dtype=map_dtype,
+            **explained.options,
             timeout=timeout,
             ordered=True,
             on_error="return",
@@ -122,7 +109,7 @@ def attribute(
 
 
 @app.command()
-@with_connection_options
+@with_options(connect_to=connection)
 def replay(
     answer: Annotated[Path, typer.Argument(help="An answer.json, or its folder.", show_default=False)],
     *,
@@ -144,7 +131,7 @@ def replay(
 
 
 @app.command()
-@with_connection_options
+@with_options(connect_to=connection)
 def info(
     *,
     address: Address = DEFAULT_ADDRESS,
@@ -161,7 +148,7 @@ def info(
 
 
 @app.command()
-@with_connection_options
+@with_options(connect_to=connection)
 def reload(
     model: Annotated[
         str | None, typer.Argument(help="The model's name. Default: the server's default model.", show_default=False)
@@ -188,7 +175,7 @@ def demo(*, out: Annotated[Path, typer.Option(help="A folder for gallery.png.")]
 
 
 @app.command()
-@with_connection_options
+@with_options(connect_to=connection)
 def page(
     pictures: Annotated[
         list[Path] | None, typer.Argument(help="Picture files, or folders with pictures, to begin with.")
@@ -232,5 +219,5 @@ def _errors_on_one_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-app.command()(with_connection_options(_errors_on_one_line()(bench)))
+app.command()(_errors_on_one_line()(bench))
 app.command()(_errors_on_one_line()(job))

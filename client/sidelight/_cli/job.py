@@ -4,20 +4,21 @@ import glob
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from .._inputs.enums import Channels, MapDtype, Score
 from ..exceptions import SidelightError
-from .arguments import PICTURES, method_names, method_of, pictures_of, target_of
+from .arguments import PICTURES, pictures_of
+from .options import Explanation, explanation, with_options
 
 NEEDS = "sidelight job needs {}: pip install 'sidelight[ray]'"
 
 
+@with_options(explained=explanation)
 def job(
     *,
     input_: Annotated[
@@ -26,20 +27,10 @@ def job(
     ],
     output: Annotated[Path, typer.Option(help="The folder for the rows, in Parquet. An unfinished job goes on there.")],
     model: Annotated[str, typer.Option(help="The model's source, as of `sidelight-server --model`.")],
-    method: Annotated[str, typer.Option(help="As of `sidelight attribute`.", autocompletion=method_names)] = "gradient",
-    option: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=VALUE", help="An option of the --method; repeatable.")
-    ] = None,
     setting: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the server, as weights; repeatable.")
     ] = None,
-    target: Annotated[str | None, typer.Option(help="A class index or label. Default: the predicted class.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Explain the K most probable classes.")] = None,
-    score: Annotated[Score, typer.Option(help="The score to explain.")] = "probability",
-    channels: Annotated[Channels, typer.Option(help="How to reduce the channels of a map to one.")] = "max_abs",
-    map_dtype: Annotated[
-        MapDtype, typer.Option(help="Data type of the maps; the smaller ones have a scale.")
-    ] = "float32",
+    explained: Explanation,
     actors: Annotated[int, typer.Option(min=0, help="Engines to run; 0: as many as fit.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each engine.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of each engine.")] = 0.0,
@@ -53,14 +44,7 @@ def job(
     A picture that cannot be explained is a row with a failure. It needs sidelight[ray].
     """
     pictures = _pictures(input_)
-    options: dict[str, Any] = _settings(setting or []) | {
-        "model": model,
-        "method": method_of(method, option, signed=False, times_input=False),
-        "target": target_of(target, against=None, region=None, top_k=top_k),
-        "score": score,
-        "channels": channels,
-        "map_dtype": map_dtype,
-    }
+    options = _settings(setting or []) | {"model": model} | explained.options
     try:
         from sidelight_server.ray import job as jobs
     except ModuleNotFoundError as error:

@@ -121,7 +121,7 @@ class _Sheet:
         if answer.error or answer.failures:
             self.n_failed += 1
             return False
-        for each in _targets(answer):
+        for each in answer[0].targets:
             if each.advice:
                 self._advice.setdefault("saturated" if each.saturated else "negligible", each.advice)
         return True
@@ -149,7 +149,7 @@ def _cells(path: Path, answer: Attribution) -> tuple[str, ...]:
     if prediction is None or timing is None:
         raise ValueError("the answer is empty")
     label = _class(prediction.index, prediction.label)
-    targets = _targets(answer)
+    targets = answer[0].targets
     if answer.is_top_k or any(each.index != prediction.index or each.against is not None for each in targets):
         label += f" (explained: {', '.join(map(_target_text, targets))})"
     return (
@@ -159,11 +159,6 @@ def _cells(path: Path, answer: Attribution) -> tuple[str, ...]:
         *_converged(answer.convergence[0]),
         f"{timing.compute_s * 1e3:.0f} ms",
     )
-
-
-def _targets(answer: Attribution) -> tuple[ExplainedTarget, ...]:
-    target = answer.targets[0]
-    return target if isinstance(target, tuple) else (target,) if target else ()
 
 
 def _target_text(target: ExplainedTarget) -> str:

@@ -5,19 +5,17 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from ..._clients.client import Client
-from ..._inputs.enums import Channels, MapDtype, Score
-from ..._inputs.targets import Target
 from ..._inputs.tensors import Array
 from ...exceptions import InvalidArgument
-from ...methods.gradient import Gradient
-from ...methods.method import Method
 from ...results.attribution import Attribution
 from ...results.server_info import ModelInfo
+from ..options import Explanation
 
 RANDOM_IMAGES = 32  # distinct ones
 _MODES = {1: "L", 3: "RGB"}  # Pillow's mode by number of channels
@@ -32,11 +30,7 @@ class Traffic:
 
     batches: Sequence[Sent]
     model: str | None = None
-    target: Target = None
-    method: Method = Gradient()  # noqa: RUF009  # it is frozen
-    score: Score = "probability"
-    channels: Channels = "max_abs"
-    map_dtype: MapDtype = "float32"
+    explained: Explanation = Explanation()  # noqa: RUF009  (it is frozen)
     timeout_s: float = 60.0
     is_streamed: bool = False
     window: int | None = None  # of a stream
@@ -49,32 +43,15 @@ class Traffic:
 
     def call(self, client: Client, batch: Sent) -> Attribution:
         """Send one batch in a unary call. Raises if the whole batch failed."""
-        return client.attribute(
-            batch,
-            model=self.model,
-            target=self.target,
-            method=self.method,
-            score=self.score,
-            channels=self.channels,
-            map_dtype=self.map_dtype,
-            timeout=self.timeout_s,
-            on_error="return",
-        )
+        return client.attribute(batch, **self._options)
 
     def stream(self, client: Client, batches: Iterable[Sent]) -> Iterator[Attribution]:
         """Send batches on one stream, and yield answers as they arrive, including failed ones."""
-        return client.stream(
-            batches,
-            model=self.model,
-            target=self.target,
-            method=self.method,
-            score=self.score,
-            channels=self.channels,
-            map_dtype=self.map_dtype,
-            timeout=self.timeout_s,
-            on_error="return",
-            window=self.window,
-        )
+        return client.stream(batches, window=self.window, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        return self.explained.options | {"model": self.model, "timeout": self.timeout_s, "on_error": "return"}
 
     def try_out(self, client: Client) -> Attribution:
         """Send the first batch. Raises its error, which all other batches would also have."""
