@@ -85,7 +85,7 @@ def device(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """A server's own process loads with one thread; what others compute in this one must not, or bits would move."""
+    """Restore torch's number of threads, which loading a model may change: other tests' last bits depend on it."""
     before = torch.get_num_threads()
     yield
     if torch.get_num_threads() != before:
@@ -106,7 +106,7 @@ def spec(module: nn.Module) -> sidelight_server.ModelSpec:
 
 @pytest.fixture(scope="session")
 def address(spec: sidelight_server.ModelSpec, device: str) -> Iterator[str]:
-    """The address of a server on the small CNN, for tests that leave it as it was."""
+    """The address of a server on the small CNN, for tests that do not change it."""
     with sidelight_server.serve(spec, device=device) as address:
         yield address
 

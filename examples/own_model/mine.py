@@ -1,4 +1,4 @@
-"""A factory for a model of one's own: what `--model python:mine:digits` calls."""
+"""A factory for your own model, which `--model python:mine:digits` calls."""
 
 from sidelight_server import ModelSpec
 from torch import nn

@@ -1,7 +1,7 @@
 """A service that has Triton classify images and Sidelight explain them: `service.py IMAGES TRITON SIDELIGHT`.
 
-Run it where tritonclient and sidelight are installed. It tells Sidelight the classes that Triton answered, so that each
-answer says whether the model that is explained agrees. It prints how many images were explained, and how many differ.
+Run it where tritonclient and sidelight are installed. It passes the classes that Triton returned to Sidelight, so that
+each answer says whether the explained model agrees. It prints how many images were explained, and how many differ.
 """
 
 import sys

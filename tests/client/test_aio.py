@@ -1,4 +1,4 @@
-"""The client for asyncio: it says the same as the other, blocks no loop, and cancelling reaches the server."""
+"""The asyncio client: it returns what `Client` returns, never blocks the loop, and passes on cancellation."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""An answer: what it keeps of its images, what it is bound to, and how it is written to disk."""
+"""Answers: which images they keep, their index and id, and how they are saved."""
 
 import asyncio
 import errno

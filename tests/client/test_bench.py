@@ -1,4 +1,4 @@
-"""The load generator: its schedules, its arithmetic, and what `sidelight bench` says of a real server."""
+"""The load generator: schedules, statistics, and the output of `sidelight bench` for a real server."""
 
 import contextlib
 import functools
@@ -63,7 +63,7 @@ def gated(gate: Gate, device: str) -> Iterator[str]:
 
 
 def window(latencies: Sequence[float] = (), *, seconds: float = 1.0) -> Window:
-    """A window of so many seconds, in which requests were answered, each in its time."""
+    """A window of `seconds` with one answered request for each latency."""
     window = Window()
     window.began_s, window.ended_s, window.cpu_s = 10.0, 10.0 + seconds, 0.5 * seconds
     for latency in latencies:
@@ -193,7 +193,7 @@ def test_noise_is_seeded_and_of_the_models_size(client: sidelight.Client) -> Non
 
 @pytest.mark.parametrize("is_streamed", [False, True], ids=["unary", "stream"])
 def test_a_stalled_server_is_charged_from_when_requests_were_due(gate: Gate, gated: str, is_streamed: bool) -> None:
-    """The server stands still for 0.2 s. Whoever was due in its first half waited for 0.1 s at least, sent or not."""
+    """The server pauses for 0.2 s. Requests due in its first half have a latency of at least 0.1 s, sent or not."""
     n, rate, stall_s = 40, 200.0, 0.2
     recorder = Recorder()
     client = sidelight.connect(gated, connect_timeout=10)
@@ -214,7 +214,7 @@ def test_a_stalled_server_is_charged_from_when_requests_were_due(gate: Gate, gat
 
 
 def test_refusals_are_counted_by_their_type(gate: Gate, gated: str) -> None:
-    """The client asks again until the call's own time is over: in its last moment that may run out instead."""
+    """The client retries until the call's timeout; in its last attempt the deadline may pass instead."""
     recorder = Recorder()
     with sidelight.connect(gated, connect_timeout=10) as busy:
         gate.shut()

@@ -1,4 +1,4 @@
-"""The client: connecting, calls and their answers, and what goes wrong, against a real server."""
+"""The client against a real server: connecting, calls, answers and errors."""
 
 import copy
 import dataclasses
@@ -48,7 +48,7 @@ def gated(gate: Gate, device: str) -> Iterator[str]:
 
 @pytest.fixture
 def waiting() -> Iterator[tuple[threading.Event, list[str]]]:
-    """An event that comes when a client logs, and what it logged."""
+    """An event that is set when a client logs, and the log messages."""
     came, lines = threading.Event(), []
 
     class Handler(logging.Handler):

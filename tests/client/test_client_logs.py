@@ -1,4 +1,4 @@
-"""The client's log: one line for each retry, reconnect and split, and none where all goes well."""
+"""The client's log: one line for each retry, reconnect and split, and none without them."""
 
 import logging
 from collections.abc import Iterable, Iterator

@@ -1,4 +1,4 @@
-"""The same mistake raises the same type at every door: a call, a stream, `connect`, async code, the command line."""
+"""The same mistake raises the same type everywhere: in a call, a stream, `connect`, async code and the command line."""
 
 import asyncio
 import inspect
@@ -166,7 +166,7 @@ def test_another_grpc_server_is_asked_about(ask: Callable[..., None], tmp_path: 
 
 
 def check_unreadable(ask: Callable[[], object], path: object, *, field: str) -> None:
-    """An unreadable file is one type everywhere, and still what Python calls it."""
+    """An unreadable file raises the same type everywhere, which is also Python's own exception."""
     with pytest.raises(sidelight.exceptions.UnreadableFile, match=f"^{field}: cannot read ") as caught:
         ask()
     error = caught.value
@@ -223,7 +223,7 @@ TOKENS = ["secret", "a1b2c3", "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.sig/na+ture=
 def test_text_that_is_the_path_of_a_token_s_file_is_refused(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There or not, where it looks like a path; and without any look of it, where it is there."""
+    """Text is rejected if it looks like a path, or if a file of that name exists."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "token").write_text("secret")

@@ -1,4 +1,4 @@
-"""Streams of batches: each is answered exactly once, no more is read than the window holds, and ends leave nothing."""
+"""Streams of batches: each is answered exactly once, reading stops at the window, and no thread remains."""
 
 import contextlib
 import itertools
@@ -35,7 +35,7 @@ def gated(gate: Gate, device: str) -> Iterator[sidelight.Client]:
 
 
 def client_threads() -> set[threading.Thread]:
-    """Return the threads that run, but those that the server under test keeps for the next request."""
+    """Return the running threads, without those that the server under test keeps."""
     kept = ("sidelight-prepare", "asyncio_")
     return {thread for thread in threading.enumerate() if not thread.name.startswith(kept)}
 
@@ -48,7 +48,7 @@ def assert_ended(threads: Iterable[threading.Thread]) -> None:
 
 @pytest.fixture
 def no_thread_stays(client: sidelight.Client) -> Iterator[None]:
-    """Fail where a thread that began in the test does not end after it."""
+    """Fail if a thread that was started in the test does not end."""
     client.info()
     before = client_threads()
     yield
@@ -56,7 +56,7 @@ def no_thread_stays(client: sidelight.Client) -> Iterator[None]:
 
 
 class Counted:
-    """Batches that count how many of them were read, and wake whoever waits for a number of them."""
+    """Batches that count how many were read, and notify a test that waits for a number."""
 
     def __init__(self, batches: Iterable[object]) -> None:
         self._batches = iter(batches)
@@ -236,7 +236,7 @@ def test_a_buffer_may_be_used_again_for_the_next_batch(client: sidelight.Client)
 
 
 class Broken(Exception):
-    """What the caller's own code raises."""
+    """An exception of the caller's own code."""
 
 
 @pytest.mark.parametrize("n_before", [0, 1, 5])
@@ -523,7 +523,7 @@ def test_a_call_inside_the_loop_of_a_stream_is_answered(client: sidelight.Client
 
 
 def test_a_stream_inside_the_batches_of_a_stream_is_answered(client: sidelight.Client) -> None:
-    """A pipeline: the maps of one stream are weighed into the batches of another."""
+    """A pipeline: the maps of one stream become the batches of another."""
 
     def weighted() -> Iterator[np.ndarray]:
         for answer in client.stream([tiny(2, seed=i) for i in range(5)], ordered=True):
@@ -538,7 +538,7 @@ def test_a_stream_inside_the_batches_of_a_stream_is_answered(client: sidelight.C
 def test_a_stream_can_be_closed_while_its_batches_are_awaited(
     gated: sidelight.Client, gate: Gate, slow: Callable[[Gate], None]
 ) -> None:
-    """The caller's iterator hangs, say on a socket: closing does not wait for it."""
+    """The caller's iterator blocks, for example on a socket: closing does not wait for it."""
     answered, hangs, go_on = threading.Event(), threading.Event(), threading.Event()
 
     def batches() -> Iterator[np.ndarray]:

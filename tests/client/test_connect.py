@@ -1,4 +1,4 @@
-"""Where `connect` finds its server: what it is given, and what the environment says."""
+"""Where `connect` finds its server: arguments and environment variables."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Maps as DICOM objects: they lie on the grid of their source, refer to it, and standard readers accept them."""
+"""Maps as DICOM objects: they have the grid of their source, refer to it, and standard readers accept them."""
 
 import json
 import subprocess
@@ -118,7 +118,7 @@ def test_a_foreign_validator_finds_no_error(written: tuple[Path, sidelight.Attri
 
 
 def test_an_image_without_a_frame_of_reference_gets_the_overlay(client: sidelight.Client, tmp_path: Path) -> None:
-    """As a plain radiograph: there is no map without a place in space."""
+    """Like a plain radiograph: without a frame of reference there is no Parametric Map."""
     source = pydicom.dcmread(packaged("CT_small.dcm"))
     del source.FrameOfReferenceUID, source.ImageOrientationPatient
     source.save_as(tmp_path / "plain.dcm")

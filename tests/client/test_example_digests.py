@@ -20,7 +20,7 @@ LITTLE = {"uint8": "B", "float16": "e", "float32": "f", "float64": "d"}
 
 
 def by_hand(example: np.ndarray) -> str:
-    """Return what the schema's comment says, with nothing but the standard library."""
+    """Return the digest as the schema's comment defines it, with only the standard library."""
     text = f"{example.dtype.name} [{', '.join(map(str, example.shape))}]\n".encode("ascii")
     elements = example.ravel().tolist()
     return hashlib.sha256(text + struct.pack(f"<{len(elements)}{LITTLE[example.dtype.name]}", *elements)).hexdigest()

@@ -1,4 +1,4 @@
-"""Images in every form that a caller may have: each form of a picture gives the same map, and none is changed."""
+"""All forms of images: each form of a picture gives the same map, and no input is changed."""
 
 import io
 from collections.abc import Callable, Iterator
@@ -43,7 +43,7 @@ def pixels() -> np.ndarray:
 
 @pytest.fixture
 def nobody() -> Iterator[sidelight.Client]:
-    """A client without a server: what it refuses, it refuses by itself."""
+    """A client without a server: it rejects these inputs by itself."""
     with sidelight.connect("unix:/nonexistent/socket", connect_timeout=0) as client:
         yield client
 

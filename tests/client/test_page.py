@@ -1,4 +1,4 @@
-"""The page's own server: what it answers, and whom it refuses."""
+"""The page's HTTP server: its responses, and which requests it rejects."""
 
 import base64
 import dataclasses

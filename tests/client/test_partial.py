@@ -1,4 +1,4 @@
-"""Answers that are not final: how they are read, and how a stream hands them on, from a server that is a script."""
+"""Answers that are not final: how they are read, and how a stream yields them. The server follows a script."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""Progress of streams: what is counted is what was answered, on a terminal, in a notebook, or not at all."""
+"""Progress of streams: the counts equal the answers, on a terminal, in a notebook, and without a display."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""Replay: what was saved is computed again, from files and from arrays, and every difference is told."""
+"""Replay: saved answers are recomputed, from files and arrays, and every difference is reported."""
 
 import contextlib
 import copy
@@ -46,7 +46,7 @@ TARGETS = {
 
 @pytest.fixture(scope="module")
 def exact(module: nn.Module, device: str) -> Iterator[sidelight.Client]:
-    """A client of a server that promises equal bytes."""
+    """A client of a reproducible server."""
     spec = sidelight_server.ModelSpec(
         module, input_size=(3, 32, 32), mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3), class_names=LABELS, name="small"
     )

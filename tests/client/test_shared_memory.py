@@ -1,4 +1,4 @@
-"""Shared memory from the client's side: the same maps another way, and nothing that remains."""
+"""Shared memory in the client: the maps are the same, and no file remains."""
 
 import os
 import time
@@ -21,7 +21,7 @@ SHM = Path("/dev/shm")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder of the machine's memory where there is one; the protocol is the same on a disk."""
+    """A folder in memory if there is one; the protocol is the same on a disk."""
     return tmp_path
 
 

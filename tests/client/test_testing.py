@@ -1,4 +1,4 @@
-"""The server for users' own tests: its maps are the gradients that torch finds, and it fails as it is told to."""
+"""The server for users' own tests: its maps are the gradients that torch computes, and it fails on demand."""
 
 import io
 import subprocess

@@ -1,4 +1,4 @@
-"""Faults: whatever comes in, and whatever a model does, the next good request is answered right and nothing is left."""
+"""Faults: after any input and any failure of a model, a good request is answered and nothing is leaked."""
 
 import contextlib
 import functools
@@ -44,7 +44,7 @@ RAISES, NOT_A_NUMBER, OTHER_SHAPE, NO_MEMORY, NO_MEMORY_OF_TORCH, EXITS, NO_TENS
 
 
 class Moody(nn.Module):
-    """The linear model, but for inputs that begin with certain numbers."""
+    """The linear model, which fails on inputs that begin with certain numbers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""A lack of host memory fails what lacks it, as RESOURCE_EXHAUSTED, and nothing more: no thread ends of it.
+"""If host memory runs out, only the request that needs it fails, with RESOURCE_EXHAUSTED, and no thread ends.
 
-Each case is a process of its own whose address space is limited while it works, and is not any more afterwards.
+Each case runs in a process of its own, whose address space is limited during the case.
 """
 
 import subprocess

@@ -1,4 +1,4 @@
-"""Callers who mean harm: what they can take is bounded, and a good caller beside them is served."""
+"""Hostile callers: the resources that they can use are bounded, and a good caller is served at the same time."""
 
 import contextlib
 import functools
@@ -190,7 +190,7 @@ def test_answers_that_nobody_reads_give_their_permits_back_and_their_calls_are_r
 
 
 def test_a_reader_who_takes_each_answer_slowly_loses_its_stream(tmp_path: Path, device: str) -> None:
-    """Each in less than `stalled_write_s`, but eight of them are there."""
+    """Each takes less than `stalled_write_s`, but there are eight of them."""
     requests = [attribute(str(n), LARGE, channels=pb.CHANNEL_REDUCTION_NONE) for n in range(8)]
     patient = running(Linear(), tmp_path, device=device, max_chunk_rows=512, stalled_write_s=1.5)
     with patient as server, leaving_nothing(server), Caller(address(server), window=0) as caller:
@@ -220,7 +220,7 @@ def test_a_stream_whose_caller_never_reads_again_is_reset(
 
 
 def test_small_calls_pass_a_large_batch_that_waits(tmp_path: Path, device: str) -> None:
-    """Of the same caller, who has most of the bytes: over UNIX sockets all are one."""
+    """Of the same caller, who holds most of the bytes: over UNIX sockets all callers are one."""
     large = floats(2000)
     with (
         gated(tmp_path, device=device, max_in_flight_bytes=16 * MEBIBYTE) as (gate, server),
@@ -297,7 +297,7 @@ class Watched(nn.Module):
 def test_a_good_caller_beside_300_calls_of_10_000_rows_waits_for_two_chunks(
     tmp_path: Path, device: str, tokens: Path
 ) -> None:
-    """The one that runs, and perhaps one more of another kind: rows without a gradient."""
+    """The running one, and possibly one more of another kind: rows without a gradient."""
     flood = ask(floats(1), method=pb.Method(smoothgrad=pb.SmoothGradMethod(samples=9_999))).SerializeToString()
     marked = floats(1)
     marked[0, 0, 0, 0] = Watched.MARK

@@ -1,6 +1,6 @@
-"""Streams that lose nothing: servers that die, that end in order, that are full, that are others than they were.
+"""Streams lose no batch when servers die, shut down, are full, or return with another model.
 
-What a real server can be made to do is done to a real one, in a process of its own; the rest by a script.
+Where possible the server is a real one in a process of its own; otherwise it follows a script.
 """
 
 import asyncio
@@ -611,7 +611,7 @@ def test_a_streams_call_is_made_in_the_callers_context_and_brings_its_metadata()
 
 
 def test_a_model_that_is_not_loaded_yet_gets_as_many_batches_as_a_loaded_one() -> None:
-    """What the server says of it is asked for again, and until then it is taken for an ordinary one."""
+    """The server's info is fetched again; until then the model counts as an ordinary one."""
     n_waiting: list[int] = []
 
     def patient(requests: Requests) -> Responses:
@@ -690,7 +690,7 @@ def test_without_retry_what_a_server_at_its_greatest_age_has_not_read_is_still_s
 
 @pytest.mark.parametrize("retry", [True, False])
 def test_a_full_server_is_told_as_full_in_the_calls_own_time(retry: bool) -> None:
-    """A batch that is too large for one message goes through a stream, which the server does not take."""
+    """A batch that is too large for one message is sent on a stream, which the server does not accept."""
 
     def full(requests: Requests) -> Responses:
         raise Ended(grpc.StatusCode.RESOURCE_EXHAUSTED, "as many streams as may be", FULL)

@@ -1,4 +1,4 @@
-"""Memory that is short: streams that wait for a message are ended. It frees what has come of it; nothing is lost."""
+"""Low memory: streams that wait for a message are ended, which frees their partial messages; no batch is lost."""
 
 import asyncio
 import contextlib
@@ -37,7 +37,7 @@ MEMINFO = "MemTotal:       4000 kB\nMemFree:         100 kB\nMemAvailable:   300
 
 
 def files(folder: Path, memberships: str, contents: dict[str, str]) -> tuple[Path, Path]:
-    """Write what the system would tell: the groups that a process is in, and files below `proc` and `groups`."""
+    """Write the files below `proc` and `groups` in which the system reports a process's control groups and memory."""
     for name, content in ({"proc/self/cgroup": memberships} | contents).items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def test_streams_are_ended_before_memory_that_falls_fast_is_short() -> None:
 
 
 def shed(server: Running, *, n: int) -> None:
-    """Let memory be short until so many streams more have been ended for it."""
+    """Report little memory until `n` more streams have been ended."""
     service = server.server.calls
     shedding = LoadShedding(service.end_waiting, max_message_bytes=1000, room=lambda: NONE)
     wanted = service.n_shed + n
@@ -220,7 +220,7 @@ def test_what_was_read_is_answered_before_a_stream_ends(tmp_path: Path, device: 
 
 
 def test_a_stream_that_is_not_read_is_left_alone(tmp_path: Path, device: str) -> None:
-    """It holds no more than 64 KiB of a message, and its caller is held back, not silent."""
+    """It holds no more than 64 KiB of a message; its caller is held back by flow control."""
     with (
         gated(tmp_path, device=device, max_stream_in_flight=1) as (gate, server),
         Conversation(server.channel) as stream,
@@ -318,7 +318,7 @@ def group() -> Iterator[MemoryGroup]:
 
 @pytest.mark.slow
 def test_unfinished_messages_that_hold_more_than_the_limit_end_no_process(group: MemoryGroup, tmp_path: Path) -> None:
-    """Fourteen of 62 MiB of which the last byte never comes: 868 MiB of 700, and a good stream beside them."""
+    """Fourteen messages of 62 MiB without their last byte, 868 MiB of 700, and a good stream at the same time."""
     n, size, to = 14, 62 * MEBIBYTE, f"unix:{tmp_path}/socket"
     calls: list[tuple[Caller, int]] = []
 

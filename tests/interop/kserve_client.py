@@ -1,4 +1,4 @@
-"""A client of KServe, as its users write it: explains one batch with arrays, then with lists. Imports nothing of ours.
+"""A client of KServe, as its users write it: explains one batch with arrays, then with lists. Imports no Sidelight.
 
 Called as `kserve_client.py ADDRESS FOLDER`; the folder has `images.npy`.
 """

@@ -38,7 +38,7 @@ pytestmark = [
 
 
 def until(is_so: Callable[[], bool], what: str) -> None:
-    """Ask again and again: what another process knows, it tells nobody by itself."""
+    """Poll another process until a condition holds: it sends no event."""
     ends_s = time.monotonic() + WITHIN_S
     while not is_so():
         assert time.monotonic() < ends_s, f"not within {WITHIN_S:g} s: {what}"
@@ -76,7 +76,7 @@ def free_port() -> int:
 
 @dataclass
 class Envoy:
-    """The proxy, and what it tells of its replicas by their ports."""
+    """The proxy, and its statistics of the replicas by port."""
 
     admin: str
     ports: list[int]
@@ -100,7 +100,7 @@ class Envoy:
         return not any(value is True for key, value in status.items() if key.startswith("failed_"))
 
     def calls(self, port: int, name: str = "rq_total") -> int:
-        """Return how many calls were led to a replica, or another of its counts."""
+        """Return how many calls were routed to a replica, or another of its counts."""
         counts = {each["name"]: int(each.get("value", 0)) for each in self.hosts()[port]["stats"]}
         return counts[name]
 
@@ -121,7 +121,7 @@ def localized(ports: list[int]) -> dict:
 
 @contextlib.contextmanager
 def envoy(folder: Path, ports: list[int], *, n_serving: int | None = None) -> Iterator[Envoy]:
-    """Run the proxy in front of replicas, and wait until all of them serve, or so many."""
+    """Run the proxy in front of replicas, and wait until all of them serve, or `n` of them."""
     (folder / "envoy.yaml").write_text(yaml.safe_dump(localized(ports)))
     admin = folder / "admin"
     command = [ENVOY, "-c", folder / "envoy.yaml", "--admin-address-path", admin, "--disable-hot-restart"]
@@ -178,7 +178,7 @@ class Load:
             raise
 
     def more(self, n: int = 20) -> None:
-        """Wait until every stream has had so many more answers."""
+        """Wait until every stream has received `n` more answers."""
         goals = [len(each) + n for each in self.places]
         until(
             lambda: self.wrong or all(len(each) >= goal for each, goal in zip(self.places, goals, strict=True)),
@@ -187,7 +187,7 @@ class Load:
         assert self.wrong == []
 
     def end(self) -> None:
-        """End all streams. Each batch that was sent was answered, once, and with its own maps."""
+        """End all streams, and check that each batch was answered once, with its own maps."""
         self.ended.set()
         for each in self.threads:
             each.join(WITHIN_S)
@@ -255,7 +255,7 @@ def test_messages_as_large_as_the_server_takes_pass_envoy(tmp_path: Path) -> Non
 
 @pytest.mark.slow
 def test_a_rolling_replacement_of_three_replicas_loses_no_batch(tmp_path: Path) -> None:
-    """As a Deployment with maxSurge 1 and maxUnavailable 0: a new one serves before an old one is told to end."""
+    """As a Deployment with maxSurge 1 and maxUnavailable 0: a new one serves before an old one is stopped."""
     with contextlib.ExitStack() as stack:
         replicas = [stack.enter_context(replica()) for _ in range(3)]
         spare = free_port()

@@ -1,4 +1,4 @@
-"""The page in Chromium: what a person does with it, by mouse and by keyboard. `make browser` runs this.
+"""The page in Chromium, operated by mouse and by keyboard. `make browser` runs this.
 
 Screenshots go to the folder that the variable SCREENSHOTS names, else to the test's own.
 """

@@ -47,7 +47,7 @@ class Sometimes(nn.Module):
 
 
 class Prometheus:
-    """A Prometheus that runs."""
+    """A running Prometheus."""
 
     def __init__(self, address: str) -> None:
         self._address = address
@@ -82,7 +82,7 @@ def metrics_port() -> int:
 
 @pytest.fixture(scope="module")
 def prometheus(folder: Path, metrics_port: int) -> Iterator[Prometheus]:
-    """One that looks each second at a server that is used all the while: good requests, bad ones, ones that fail."""
+    """A Prometheus that scrapes a server each second, while good, invalid and failing requests run."""
     (folder / "prometheus.yml").write_text(
         yaml.safe_dump(
             {

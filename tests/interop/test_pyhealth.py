@@ -1,4 +1,4 @@
-"""The drop-in class, beside the original: a module in this process, a client of a server, or a server's address."""
+"""The drop-in class compared with the original: on a module in this process, a client, or a server's address."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ Make = Callable[..., BasicGradientSaliencyMaps]
 
 
 class Classifier(nn.Module):
-    """A model in PyHealth's manner."""
+    """A model with PyHealth's call."""
 
     def __init__(self, logits: nn.Module, activation: Callable[[Tensor], Tensor] = torch.sigmoid) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ KINDS = ("multiclass", "binary", "multilabel", "dense", "dense, one output", "de
 
 @pytest.fixture(scope="module")
 def original() -> Iterator[Any]:
-    """The original class; what stands in for the rest of its package is taken away again."""
+    """The original class; the stand-ins for the rest of its package are removed again."""
     sys.path.insert(0, str(ROOT))
     before = {name for name in sys.modules if name.startswith("pyhealth")}
     try:

@@ -138,7 +138,7 @@ def test_a_binary_model_names_the_predicted_side(n_classes: int, predicted: list
 
 
 def test_what_was_stored_is_drawn_and_the_model_does_not_run_again() -> None:
-    """Whatever has become of the model, of the batch and of the history."""
+    """Even if the model, the batch or the history has changed."""
     images = pictures()
     with BasicGradientSaliencyMaps(Bright(), [images, [0] * N]) as saliency:
         expected = saliency.Batch_saliency_maps[0]["saliency"].clone()

@@ -1,4 +1,4 @@
-"""A client of Triton, as its users write it: explains a batch in each way and saves the maps. Imports nothing of ours.
+"""A client of Triton, as its users write it: explains a batch in each way and saves the maps. Imports no Sidelight.
 
 Called as `triton_client.py ADDRESS FOLDER [TOKEN] [CA]`; the folder has `images.npy` and pictures `*.png`.
 """

@@ -1,4 +1,4 @@
-"""The whole of PyHealth beside the drop-in class, in the environment that `make pyhealth` makes.
+"""All of PyHealth compared with the drop-in class, in the environment that `make pyhealth` makes.
 
 As a program it explains one of PyHealth's own models, on a data set of PyHealth's own, by both classes, and fails where
 they differ. A process of its own: the tests' environment has PyHealth without what it depends on.

@@ -1,4 +1,4 @@
-"""Methods that look at a layer, against Captum's and against a net that is cut there by hand. In float64."""
+"""Layer methods compared with Captum's and with a network that is cut at the layer by hand. In float64."""
 
 from collections.abc import Iterator
 
@@ -127,7 +127,7 @@ def test_before_global_pooling_gradient_times_activation_adds_up_to_the_logit_wi
 
 
 class Statement(nn.Module):
-    """Rectifies as a statement, so that nothing but the tensor itself carries the result."""
+    """Rectifies in a statement, so that only the tensor itself carries the result."""
 
     def __init__(self, inner: nn.Module, *, in_place: bool) -> None:
         super().__init__()

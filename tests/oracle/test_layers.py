@@ -1,4 +1,4 @@
-"""Which layers a map can be made of, and where positions lie in them: against pytorch-grad-cam's way. In float64."""
+"""Which layers can be explained, and the layout of their positions, compared with pytorch-grad-cam. In float64."""
 
 from collections.abc import Callable, Iterator
 
@@ -162,7 +162,7 @@ def test_channels_that_come_last_are_read_as_that_where_all_sides_are_equal() ->
 
 
 class Traps(nn.Module):
-    """A network of which most layers are no places for a map."""
+    """A network most of whose layers cannot be explained."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +226,7 @@ def test_the_default_is_what_all_that_reaches_the_outputs_has_passed(traps: Engi
 
 
 class Branches(nn.Module):
-    """Two networks side by side: neither says all that the outputs depend on."""
+    """Two parallel networks: the outputs depend on more than either of them."""
 
     def __init__(self) -> None:
         super().__init__()

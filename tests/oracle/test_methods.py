@@ -1,4 +1,4 @@
-"""Methods of gradients at points against Captum's, in float64 and from the same draws."""
+"""Gradient methods compared with Captum's, in float64 and with the same random draws."""
 
 from collections.abc import Callable, Iterator
 
@@ -70,7 +70,7 @@ def spreads(x: Tensor, share: float) -> Tensor:
 
 
 def give_captum_our_noise(patch: pytest.MonkeyPatch, x: Tensor, *, spread: Tensor, kind: str, n: int) -> None:
-    """Let Captum's noise tunnel, which knows one absolute spread alone, draw what we draw: example after example."""
+    """Have Captum's noise tunnel, which has only one absolute noise level, use our draws, example by example."""
     ours = torch.stack([random.noise(x[0], SEED, kind, k) for k in range(n)])  # [n, C, H, W]
     noise = torch.cat([each * ours for each in spread.expand(len(x), 1, 1, 1)])
     patch.setattr(torch, "normal", lambda mean, spread: noise.reshape(spread.shape))

@@ -1,4 +1,4 @@
-"""Methods that hide parts: occlusion against Captum's, RISE against masks made by scikit-image. In float64."""
+"""Perturbation methods: occlusion compared with Captum's, RISE with masks made by scikit-image. In float64."""
 
 from collections.abc import Iterator
 from math import ceil

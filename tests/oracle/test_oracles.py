@@ -1,4 +1,4 @@
-"""Maps against others' code and closed forms, through a real server and a real client.
+"""Maps compared with other libraries and closed forms, through a real server and a real client.
 
 On the CPU in float32 they are equal to the last bit while a batch fits one chunk: the same operations run in the same
 order. On a GPU other algorithms may be chosen for another chunk, so a share of the map's maximum is allowed: 1e-4 is

@@ -1,4 +1,4 @@
-"""What the papers promise of maps, on scikit-learn's digits with a small CNN that is trained here."""
+"""Properties of maps that papers report, on scikit-learn's digits with a small CNN that is trained here."""
 
 import copy
 from collections.abc import Iterator
@@ -53,7 +53,7 @@ METHODS: dict[str, Method] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Nothing here is large enough for two."""
+    """One thread: nothing here is large enough for two."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -209,5 +209,5 @@ def test_random_weights_from_the_top_destroy_a_map(method: Method, module: nn.Se
 def test_of_random_weights_at_the_top_guided_backpropagation_takes_little_notice(
     module: nn.Sequential, x: Tensor
 ) -> None:
-    """As those authors found, and the reason to prefer others: it is much the same picture of the digit."""
+    """As those authors found: the map remains almost the same picture of the digit."""
     assert min(cascade(GuidedBackpropagation(Magnitude.SIGNED), module, x)[:2]) > 0.6

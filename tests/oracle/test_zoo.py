@@ -1,4 +1,4 @@
-"""Six networks of the zoo give what docs/reference/models.md says of each method. `make nightly` runs all."""
+"""Six networks of the zoo give, for each method, the results in docs/reference/models.md. `make nightly` runs all."""
 
 import pytest
 

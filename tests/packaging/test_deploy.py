@@ -1,4 +1,4 @@
-"""What deploy/ and the Dockerfile say: of Kubernetes' own schema, of settings that there are, and of each other."""
+"""deploy/ and the Dockerfile: they follow Kubernetes' schema, name existing settings, and agree with each other."""
 
 import os
 import re

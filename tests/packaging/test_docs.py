@@ -1,4 +1,4 @@
-"""The documentation: links, anchors and paths resolve, and the worked example computes what it says."""
+"""The documentation: links, anchors and paths resolve, and the worked example gives the results it states."""
 
 import os
 import re

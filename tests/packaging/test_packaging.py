@@ -1,6 +1,6 @@
-"""What is installed: two packages in one wheel, a light client, and floors that the stubs agree with.
+"""Installation: two packages in one wheel, a light client, and minimum versions that fit the stubs.
 
-Environments here are new and hold the wheel and what its metadata asks for, taken by links from the tests' own.
+Environments here are new. They hold the wheel and its requirements, linked from the tests' environment.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The command `sidelight`: what it prints and writes, and how it ends."""
+"""The command `sidelight`: output, files and exit codes."""
 
 import dataclasses
 import json
@@ -63,7 +63,7 @@ def process(
 
 
 def objects(done: Result) -> list[dict[str, Any]]:
-    """Return what was printed as lines of JSON, and nothing else was."""
+    """Return the printed lines of JSON, and check that there are no others."""
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
@@ -84,7 +84,7 @@ main()
 
 
 def rows(output: str) -> dict[str, list[str]]:
-    """Return the table's rows by their pictures' names: what stands between two spaces or more."""
+    """Return the table's rows by picture name; cells are separated by two or more spaces."""
     cells = [re.split(r"\s{2,}", line.strip()) for line in output.splitlines()]
     return {row[0]: row[1:] for row in cells if len(row) > 1}
 

@@ -1,4 +1,4 @@
-"""Files are decoded in processes that end with their call: results, bounds of time and memory, nothing left over."""
+"""Files are decoded in processes that end with their call: results, limits of time and memory, and no remains."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Health: who is told SERVING and when, stuck devices, and the end of a server with work in hand."""
+"""Health: when it is SERVING, stuck devices, and the shutdown of a server with running requests."""
 
 import asyncio
 import logging
@@ -43,7 +43,7 @@ PICTURES = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
 
 
 class Watching:
-    """A Watch in the hands of a test."""
+    """A Watch that a test reads."""
 
     def __init__(self, channel: grpc.Channel, service: str = "") -> None:
         request = health_pb2.HealthCheckRequest(service=service)
@@ -56,7 +56,7 @@ class Watching:
         self._call.cancel()
 
     def rest(self) -> list[int]:
-        """What still comes until the server ends the call, which must end well."""
+        """Return the remaining statuses until the server ends the call, which must end with OK."""
         told = [each.status for each in self._call]
         assert self._call.code() is grpc.StatusCode.OK
         return told

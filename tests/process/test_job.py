@@ -1,4 +1,4 @@
-"""The command `sidelight job`, with a Ray of its own: what it writes, and how it ends."""
+"""The command `sidelight job`, with a Ray of its own: files and exit codes."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Logs: a line for each event, whatever is in it, as key=value or as JSON; and a stream that fails stops nothing."""
+"""Logs: one line for each event, with any content, as key=value or JSON; a failing output stops nothing."""
 
 import contextlib
 import io
@@ -63,7 +63,7 @@ def line(log_format: LogFormat, message: object, *arguments: object, error: Base
 
 
 def parsed(text: str) -> dict[str, str]:
-    """Read key=value as any reader of it would: quoted values are JSON strings."""
+    """Parse key=value; quoted values are JSON strings."""
     fields, rest = {}, text
     while rest:
         name, _, rest = rest.partition("=")

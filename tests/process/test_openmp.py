@@ -1,4 +1,4 @@
-"""OpenMP's threads in the server's process sleep soon, unless somebody says otherwise. The library itself tells."""
+"""OpenMP's threads in the server's process spin briefly, unless the environment says otherwise."""
 
 import os
 import re

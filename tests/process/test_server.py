@@ -1,4 +1,4 @@
-"""The server's life: it starts, or says in a line why not; it drains; and it leaves nothing behind."""
+"""The life cycle of a server: it starts or reports why not in one line, it drains, and nothing remains."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""What holds for both services alike: tokens, limits, permits, deadlines, cancellation, the drain and health."""
+"""Properties of both services: tokens, limits, permits, deadlines, cancellation, the drain and health."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a caller is told where a model fails: what it returned always, what it raised in one's own process alone."""
+"""The message when a model fails: it has what the model returned, and its exception only in one's own process."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Many callers at once: every map is the serial one, whatever its company."""
+"""Many concurrent callers: every map equals the serial one, with any neighbors."""
 
 import threading
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The kernel's replica: it shares storage, and leaves the module that was handed in as it was."""
+"""The kernel's replica: it shares storage and does not change the caller's module."""
 
 import copy
 import threading

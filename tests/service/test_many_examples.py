@@ -1,4 +1,4 @@
-"""Batches of many examples: nothing on the event loop takes time for each of them, and each is paid for."""
+"""Batches of many examples: no work per example runs on the event loop, and each example counts in the permit."""
 
 import asyncio
 import gc

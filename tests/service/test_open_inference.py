@@ -1,4 +1,4 @@
-"""The Open Inference Protocol: what a request may hold, what an answer has, and what bad input gets."""
+"""The Open Inference Protocol: requests, answers, and errors for invalid input."""
 
 import asyncio
 import contextlib

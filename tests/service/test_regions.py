@@ -1,4 +1,4 @@
-"""Shared memory: images and maps go through a caller's file. Whatever becomes of the file, the server lives."""
+"""Shared memory: images and maps pass through a caller's file. The server survives whatever happens to the file."""
 
 import asyncio
 import contextlib

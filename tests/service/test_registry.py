@@ -1,4 +1,4 @@
-"""Many models in one server; models that are loaded when first asked for; models that are loaded again."""
+"""Several models in one server, models loaded with the first request, and reloads."""
 
 import asyncio
 import contextlib

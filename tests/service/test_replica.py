@@ -1,4 +1,4 @@
-"""The replica: nothing of the caller's module is written, kept or run, and what torch cannot copy is no obstacle."""
+"""The replica: the caller's module is not written to, kept or run, and modules that torch cannot copy are served."""
 
 import copy
 import logging

@@ -1,4 +1,4 @@
-"""The contract: by default within a stated share of the maximum, and where it is promised the same bytes."""
+"""Precision of maps: within the stated share of the maximum by default, and equal bytes for reproducible models."""
 
 import asyncio
 import random

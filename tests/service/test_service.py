@@ -1,4 +1,4 @@
-"""The service: the calls of `sidelight.v1` beside reflection and health, the permits, and callers who go away."""
+"""The service: the calls of `sidelight.v1`, reflection and health, permits, and callers that disconnect."""
 
 import concurrent.futures
 import logging

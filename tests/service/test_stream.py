@@ -1,4 +1,4 @@
-"""The stream: many batches on one connection, answered as they are ready. Nothing about one batch ends it."""
+"""The stream: many batches on one connection, answered as they are ready. No fault of one batch ends the stream."""
 
 import asyncio
 import contextlib

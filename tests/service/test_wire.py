@@ -1,4 +1,4 @@
-"""The wire, inwards: whatever a caller sends is answered, or refused by the name of the field that is wrong."""
+"""Parsing of requests: each is answered, or rejected with the name of the wrong field."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""What the tests share: models, servers, processes, messages, and ways to wait. A test module imports no other."""
+"""Shared code of the tests: models, servers, processes, messages, and ways to wait. A test module imports no other."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""An authority that signs certificates for tests, as the operator's own would."""
+"""A certificate authority for tests."""
 
 import datetime as dt
 import ipaddress

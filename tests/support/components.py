@@ -1,4 +1,4 @@
-"""What some tests need and not every machine has: `@pytest.mark.requires("envoy")`.
+"""Components that some tests need and not every machine has: `@pytest.mark.requires("envoy")`.
 
 Such a test is skipped where its component is missing, unless the run names it: with `--require=envoy` it fails.
 """

@@ -1,4 +1,4 @@
-"""What a server has counted, read from its own registry."""
+"""The counters of a server, read from its registry."""
 
 from sidelight_server.telemetry.recorder import Telemetry
 

@@ -1,4 +1,4 @@
-"""Engines for the tests of methods: questions and answers without a network, on the CPU.
+"""Engines for the tests of methods: requests and answers without a network, on the CPU.
 
 A module in float64 is served in float64. Its maps come back as float32, half a unit in the last place of which is 6e-8
 of a value: that is the tolerance of a law, and `atol` a share of the largest value where values cancel.

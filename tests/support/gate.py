@@ -1,4 +1,4 @@
-"""A module that waits: what is in flight stays there until a test lets it go."""
+"""A module that waits at a gate, so that requests stay in flight until a test opens it."""
 
 import threading
 

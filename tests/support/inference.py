@@ -1,4 +1,4 @@
-"""The Open Inference Protocol in the tests: requests by its messages, and the tensors of an answer."""
+"""Messages of the Open Inference Protocol for tests: requests, and the tensors of an answer."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Messages for the tests of the service: requests, and what their answers hold."""
+"""Messages for the tests of the service: requests, and the contents of their answers."""
 
 import numpy as np
 import torch

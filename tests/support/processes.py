@@ -1,4 +1,4 @@
-"""Processes of their own: servers that a command starts, and files decoded where the memory can be measured."""
+"""Processes for tests: servers, and a process that decodes files so that its memory can be measured."""
 
 import contextlib
 import os
@@ -95,7 +95,7 @@ LOCAL = ["--listen", "127.0.0.1:0"]
 
 
 def until(is_so: Callable[[], bool], what: str) -> None:
-    """Ask again and again: what another process knows, it tells nobody by itself."""
+    """Poll another process until a condition holds: it sends no event."""
     ends_s = time.monotonic() + WITHIN_S
     while not is_so():
         assert time.monotonic() < ends_s, f"not within {WITHIN_S:g} s: {what}"

@@ -1,6 +1,6 @@
 """How much Hypothesis searches: `ci`, which is the default, or `--hypothesis-profile=nightly`.
 
-A change is judged by the same examples every time; the night looks for new ones, ten times as many.
+`ci` always uses the same examples; `nightly` draws new ones, ten times as many.
 """
 
 from hypothesis import HealthCheck, settings

@@ -1,4 +1,4 @@
-"""A proxy between client and server that stalls, delays and cuts: a network at its worst."""
+"""A proxy between client and server that stalls, delays and cuts connections."""
 
 import asyncio
 import contextlib
@@ -38,7 +38,7 @@ class Proxy:
         self._folder.cleanup()
 
     def cut(self) -> None:
-        """End every connection; new ones are taken."""
+        """End every connection; new ones are accepted."""
 
         def cut() -> None:
             for writer in self._open:

@@ -1,4 +1,4 @@
-"""A server whose streams go by a script: for what no real server would say, or not at the moment that a test needs."""
+"""A server whose streams follow a script, for responses that no real server sends, or not at the right moment."""
 
 import contextlib
 import itertools
@@ -16,7 +16,7 @@ Script = Callable[[Iterator[pb.AttributeStreamRequest]], Iterable[pb.AttributeSt
 
 
 class Ended(Exception):
-    """What a script raises to end its call with a status, and with trailers."""
+    """Raised by a script to end its call with a status and trailers."""
 
     def __init__(self, status: grpc.StatusCode, words: str = "", trailers: tuple[tuple[str, str], ...] = ()) -> None:
         super().__init__(words)
@@ -24,12 +24,12 @@ class Ended(Exception):
 
 
 def nobody(requests: Iterator[pb.AttributeStreamRequest]) -> Iterable[pb.AttributeStreamResponse]:
-    """Stand for a proxy that has no server: the call ends without having begun."""
+    """Act as a proxy without a server: the call ends before it has begun."""
     raise NotImplementedError
 
 
 def mute(requests: Iterator[pb.AttributeStreamRequest]) -> Iterable[pb.AttributeStreamResponse]:
-    """Stand for a server that has too much to do to say that it has the call."""
+    """Act as a server that is too busy to accept the call."""
     raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""A server in a thread of its own, with its internals in reach."""
+"""A server in a thread of its own, with access to its internals."""
 
 import asyncio
 import contextlib
@@ -44,7 +44,7 @@ class Running:
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop).result(TIMEOUT_S)
 
     def until_all_permits_are_back(self) -> None:
-        """Take all the bytes there are, which waits until no request holds any, and give them back."""
+        """Wait until no request holds bytes: take all of them and give them back."""
         admission, n_bytes = self.server.handler.admission, self.engine.settings.max_in_flight_bytes
         permit = self.run(admission.acquire(n_bytes))
         assert admission.n_requests == 1
@@ -54,7 +54,7 @@ class Running:
 
 @contextlib.contextmanager
 def serving(engine: Engine, listen: str, *, started: bool = True) -> Iterator[Running]:
-    """Serve an engine; with `started` False the server is told to start and may take its time."""
+    """Serve an engine; with `started` False this does not wait until the server has started."""
     server, loop = Server(engine, listen=[listen]), asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
@@ -106,14 +106,14 @@ def gated(folder: Path, **settings: object) -> Iterator[tuple[Gate, Running]]:
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """What a server and its process hold."""
+    """Resources that a server and its process hold."""
 
     server: ServerCounts
     descriptors: int
     threads: int
 
     def exceeds(self, other: "Counts") -> bool:
-        """Whether there is more of anything. (Of what came with the first requests there may be less.)"""
+        """Whether there is more of any resource. (There may be less of what the first requests created.)"""
         pairs = zip(astuple(self.server), astuple(other.server), strict=True)
         return any(a > b for a, b in (*pairs, (self.descriptors, other.descriptors), (self.threads, other.threads)))
 

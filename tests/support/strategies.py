@@ -1,4 +1,4 @@
-"""Hypothesis strategies for requests: any message of the schema, nearly good ones, and corrupted bytes."""
+"""Hypothesis strategies for requests: any message of the schema, nearly valid ones, and corrupted bytes."""
 
 import functools
 import io
@@ -99,7 +99,7 @@ def corrupted(draw: st.DrawFn) -> pb.AttributeRequest:
 
 
 def parsed(content: bytes) -> pb.AttributeRequest:
-    """Return what bytes say; empty where they say nothing, for gRPC does not deliver those."""
+    """Return the message that bytes encode; empty if they are invalid, because gRPC does not deliver those."""
     try:
         return pb.AttributeRequest.FromString(content)
     except DecodeError:

@@ -1,4 +1,4 @@
-"""How near two results must be, and why. A share is of the largest value of the map that is expected."""
+"""Tolerances of tests, with reasons. A share is relative to the largest value of the expected map."""
 
 # docs/explanation/precision.md promises it: in float32 on the CPU, a map depends on the other rows in its chunk by this
 # share at most, because matrix products of other sizes add in another order.

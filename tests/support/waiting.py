@@ -1,4 +1,4 @@
-"""Waiting for what a test causes, without sleeping and never for ever."""
+"""Waiting for conditions, without sleeping and with a timeout."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ def until_none(batches: queue.Queue[np.ndarray | None]) -> Iterator[np.ndarray]:
 
 
 def until(server: Running, reached: Callable[[], bool]) -> None:
-    """Let the server go on until something is so."""
+    """Let the server run until a condition holds."""
 
     until_s = time.monotonic() + TIMEOUT_S
     while not reached():
@@ -37,7 +37,7 @@ def until(server: Running, reached: Callable[[], bool]) -> None:
 
 
 def counts(server: Running) -> Counts:
-    """What a server holds, but for threads: some of them begin with the first batch that needs them."""
+    """Resources that a server holds, except threads, some of which start with the first batch that needs them."""
     return replace(Counts.of(server), threads=0)
 
 

@@ -1,4 +1,4 @@
-"""Tokens: who may call what, tokens that change while calls run, and how many streams a host may have open."""
+"""Tokens: which calls they allow, changes of tokens during calls, and the limit on a host's streams."""
 
 import asyncio
 import contextlib

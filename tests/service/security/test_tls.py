@@ -1,4 +1,4 @@
-"""TLS: who is let in, who turns away, what either is told, and certificates that change while calls run."""
+"""TLS: which clients and servers accept each other, the error messages, and certificates that change during calls."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Metrics: what is counted, what is told over HTTP, and that neither is in anybody's way."""
+"""Metrics: the counts, the HTTP endpoint, and that neither delays requests."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Tracing: a batch's spans lie below its caller's, in order, and cost nothing where nobody asked for them."""
+"""Tracing: a batch's spans are children of its caller's, in order, and cost nothing unless enabled."""
 
 import itertools
 import subprocess

@@ -1,4 +1,4 @@
-"""Sources for the tests of what is loaded, and loaded again: `python:support.models.reloadable:net`."""
+"""Sources for the tests of loading and reloading: `python:support.models.reloadable:net`."""
 
 import weakref
 from pathlib import Path

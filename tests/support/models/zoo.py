@@ -1,7 +1,7 @@
-"""A zoo of small networks with random weights, and what each method gives of them, against Captum and by hand.
+"""A zoo of small networks with random weights, and the results of each method, compared with Captum and with formulas.
 
 `make zoo` runs all of it, and writes the table of docs/reference/models.md; with --check it compares that instead. A
-cell is what a run gave: "yes" where the maps are those of the oracle, or why there are none.
+cell is the result of a run: "yes" if the maps equal the oracle's, or why there are none.
 """
 
 import argparse

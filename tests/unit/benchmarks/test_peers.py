@@ -1,4 +1,4 @@
-"""What `make bench` compares with peers by: the arithmetic and the closed loop, without the peers."""
+"""The comparison with peers: its arithmetic and the closed loop, without the peers."""
 
 import contextlib
 import threading

@@ -1,4 +1,4 @@
-"""The simulation as a law: the client's scheduling code on a virtual clock, with deaths, against the ideal queue."""
+"""Laws of the simulation: the client's scheduling on a virtual clock, with deaths, compared with the ideal queue."""
 
 import pytest
 

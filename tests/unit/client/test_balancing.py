@@ -1,4 +1,4 @@
-"""Which server is chosen: by what it told, by what was sent to it, and by its speed. No clock and no threads."""
+"""Which server is chosen: by its reported backlog, by what was sent to it, and by its speed. No clock, no threads."""
 
 import subprocess
 import sys

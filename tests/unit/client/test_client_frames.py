@@ -1,4 +1,4 @@
-"""The client's frames: what it sends and sees is what protobuf would have made of the same messages."""
+"""The client's frames: bytes sent and messages read equal those of protobuf for the same messages."""
 
 import numpy as np
 import pytest

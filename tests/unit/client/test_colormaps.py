@@ -1,6 +1,6 @@
-"""Color maps: those that others know are theirs, magnitudes rise in luminance, and signs are told apart.
+"""Color maps: known ones equal matplotlib's, luminance rises with magnitude, and signs can be distinguished.
 
-Both also in gray print, and as people see them who lack one kind of cone.
+Both also in gray print and for color-blind readers.
 """
 
 import matplotlib as mpl

@@ -1,4 +1,4 @@
-"""The gallery: every panel is on the sheet in its own shape, and no text leaves its place."""
+"""The gallery: every panel is on the sheet with its aspect ratio, and no text overflows."""
 
 import numpy as np
 import pytest

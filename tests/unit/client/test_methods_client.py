@@ -1,4 +1,4 @@
-"""Methods and targets as a caller says them: the messages they become, their text both ways, and what is refused."""
+"""Methods and targets of the client: their messages, their text in both directions, and invalid ones."""
 
 import contextlib
 import math
@@ -210,7 +210,7 @@ def test_a_baseline_has_many_forms(baseline: object, message: pb.Baseline) -> No
 
 
 class Foreign:
-    """An array of some other library."""
+    """An array of another library."""
 
     def __array__(self, dtype: object = None, copy: object = None) -> np.ndarray:
         return np.arange(6, dtype=np.float64).reshape(1, 2, 3)

@@ -1,4 +1,4 @@
-"""Settings: flags, then variables, then the file, then the defaults; what is wrong is named."""
+"""Settings: flags, then variables, then the file, then defaults; errors name the field."""
 
 import os
 from pathlib import Path
@@ -24,7 +24,7 @@ def write_file(text: str) -> None:
 
 
 def changed(settings: Settings) -> dict[str, object]:
-    """What is not as by default."""
+    """Return the settings that differ from their defaults."""
     default = Settings()
     return {name: value for name, value in settings.model_dump().items() if value != getattr(default, name)}
 

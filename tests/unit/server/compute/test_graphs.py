@@ -1,4 +1,4 @@
-"""Recorded kernels. Without a GPU their passes simply run again: the ladder, its buffers and its company are tested.
+"""CUDA graphs. Without a GPU their passes run again instead of a replay; sizes, buffers and neighbors are tested.
 
 `pytest --device cuda tests/unit/server/compute/test_graphs.py` records and replays.
 """

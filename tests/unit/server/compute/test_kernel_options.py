@@ -1,4 +1,4 @@
-"""What an operator may choose to be faster: it stays within what is stated, and each answer says that it ran."""
+"""Kernel options: maps stay within the stated tolerances, and each answer names the kernel."""
 
 import asyncio
 import copy
@@ -442,7 +442,7 @@ def test_a_probability_of_next_to_nothing_has_a_finite_gradient_in_half_precisio
 
 
 def test_copies_that_cannot_be_folded_again_serve_no_more() -> None:
-    """The digest is that of the new weights: a map of the old ones would be a lie."""
+    """The digest is that of the new weights, and so must the map be."""
     module = small_cnn()
     folded = kernel(module, OPTIONS["fold"])
     first = run(folded, inputs())
@@ -492,7 +492,7 @@ def test_without_a_compiler_the_server_does_not_start(spec: ModelSpec) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler uses what torch deprecates
 def test_a_compiled_kernel_gives_the_same_maps() -> None:
-    """Another order of additions: within the tolerance of any company."""
+    """Another order of additions: within the tolerance for any neighbors."""
     exact, compiled = (kernel(small_cnn(), KernelOptions(compile=each)) for each in (False, True))
     for n in (2, 5, 1):
         a, b = (run(each, inputs(n)) for each in (exact, compiled))

@@ -1,4 +1,4 @@
-"""Half precision: what the model computes is rounded, what is folded of it is not."""
+"""Half precision: the model's results are rounded, sums over rows are not."""
 
 import asyncio
 
@@ -55,7 +55,7 @@ def test_hundreds_of_rows_of_a_bfloat16_model_are_folded_in_float32(method: obje
 
 
 class Constantly(nn.Module):
-    """Says the same whatever it sees."""
+    """Returns the same logits for every input."""
 
     def __init__(self) -> None:
         super().__init__()

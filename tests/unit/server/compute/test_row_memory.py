@@ -1,6 +1,6 @@
-"""Models of any input size: what a row takes is measured for each size that callers choose, and bounds a chunk.
+"""Models of any input size: the memory of a row is measured for each size and limits the chunk.
 
-The limit of the device's memory stands for a machine that has no more.
+`device_memory_limit` simulates a device with that much memory.
 """
 
 import asyncio

@@ -58,7 +58,7 @@ def gated(gate: Gate) -> Iterator[Engine]:
 
 
 async def until(reached: Callable[[], bool]) -> None:
-    """Let everything else go on until a condition holds that no event tells of."""
+    """Let other tasks run until a condition holds that has no event."""
     while not reached():  # noqa: ASYNC110
         await asyncio.sleep(0.0005)
 
@@ -203,7 +203,7 @@ ERRORS = [torch.AcceleratorError, RuntimeError]
 
 
 class Breaking(nn.Module):
-    """A model that raises what CUDA does, on every device where it was told to."""
+    """A model that raises CUDA's error on the devices that a test names."""
 
     def __init__(self, error: type[Exception]) -> None:
         super().__init__()

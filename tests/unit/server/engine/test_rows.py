@@ -1,4 +1,4 @@
-"""Rows of all methods in one ring: fair, cancellable, bounded, whatever their company."""
+"""Rows of all methods in one ring: fair, cancellable and bounded."""
 
 import asyncio
 import gc
@@ -37,7 +37,7 @@ TO_TOLERANCE = IntegratedGradients(steps=0, rule=Rule.TRAPEZOID, tolerance=1e-6,
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Let everything else go on until a condition holds that no event tells of."""
+    """Let other tasks run until a condition holds that has no event."""
     while not condition():  # noqa: ASYNC110
         await asyncio.sleep(0.0005)
 
@@ -75,7 +75,7 @@ class Ordered(torch.nn.Module):
 
 
 def test_a_call_of_one_row_overtakes_integrals_of_three_hundred(device: str, floats: Tensor) -> None:
-    """Counted in chunks, by the model itself: after the running one it waits for its round and no longer."""
+    """Counted in chunks by the model: after the running chunk it waits for at most one round."""
     module, chunk_rows, n_floods = Ordered(), 4, 10
     engine = Engine([ModelSpec(module)], Settings(device=device, max_chunk_rows=chunk_rows))
     call = floats[:1].clone()
@@ -235,7 +235,7 @@ def test_the_answer_is_the_same_with_another_chunk_already_at_the_device(
 
 
 class Faulty(torch.nn.Module):
-    """Fails on the rows of an example that is marked, once they are past the first look."""
+    """Fails on the rows of a marked example, except the first one."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -26,7 +26,7 @@ BAD = 255
 
 
 class Moody(nn.Module):
-    """A model that fails in one way on an example that is marked, or on chunks that are too large."""
+    """A model that fails on a marked example, or on chunks that are too large."""
 
     def __init__(self, mood: str, *, fits: int = 100) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_rows_that_are_left_when_the_engine_closes_are_unavailable(device: str, 
 
 
 class Wayward(nn.Module):
-    """A model that does what is told at each call."""
+    """A model that executes one instruction of the test at each call."""
 
     def __init__(self) -> None:
         super().__init__()

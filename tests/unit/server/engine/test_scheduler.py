@@ -1,4 +1,4 @@
-"""The ring: fair between requests, whole chunks of one key, nothing of the cancelled."""
+"""The ring: fair between requests, chunks of one key, no rows of cancelled requests."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from sidelight_server.engine.scheduler import Ring
 
 @dataclass
 class Asked:
-    """A request of so many rows."""
+    """A request with `n` rows."""
 
     name: str
     pending: int

@@ -1,4 +1,4 @@
-"""A file becomes pixels: every mode and format against Pillow or a formula, or else InvalidArgument."""
+"""Decoding of files: every mode and format compared with Pillow or a formula, or InvalidArgument."""
 
 import io
 import re

@@ -1,4 +1,4 @@
-"""DICOM files become pixels: pydicom's own steps are the oracle; its test files, whole and damaged, the material."""
+"""Decoding of DICOM files, compared with pydicom's own steps, on its test files, whole and damaged."""
 
 import builtins
 import io

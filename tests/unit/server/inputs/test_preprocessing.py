@@ -1,4 +1,4 @@
-"""Pixels become the model's input size: plain Pillow is the oracle, the geometry says where the input lies."""
+"""Resizing and cropping to the model's input size, compared with Pillow; the geometry is correct."""
 
 import io
 from typing import Any

@@ -1,4 +1,4 @@
-"""Connections: the kernel's tables, asked about real ones, and read as other machines would write them."""
+"""Connections: the operating system's tables, of real connections and in the formats of other machines."""
 
 import ipaddress
 import socket

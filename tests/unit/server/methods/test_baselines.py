@@ -1,4 +1,4 @@
-"""Baselines, seen through a model whose logit is the sum of its input: its integrated gradients are x − baseline."""
+"""Baselines, tested with a model whose logit is the sum of its input: its integrated gradients are x − baseline."""
 
 from collections.abc import Iterator
 
@@ -141,7 +141,7 @@ def test_a_baseline_that_is_not_finite_is_refused(bad: float) -> None:
 
 
 def test_a_blur_that_is_wider_than_the_picture_by_far_is_refused() -> None:
-    """Its kernel would take the device's thread for as long as the caller likes."""
+    """Otherwise its filter could occupy the device's thread for any time."""
     Blurred(4.0 * 12).check((3, 10, 12), 1)
     with pytest.raises(InvalidArgument, match=r"blurred\.sigma: got 250000, expected at most 48"):
         IntegratedGradients(baseline=Blurred(250_000)).check((3, 10, 12), 1)

@@ -1,4 +1,4 @@
-"""Models that answer for each pixel, [N, K, h, w]: a class is explained over all of that, or over a region of it."""
+"""Dense models, [N, K, h, w]: a class is explained over the whole output, or over a region."""
 
 from collections.abc import Callable, Iterator
 

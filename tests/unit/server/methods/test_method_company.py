@@ -1,6 +1,6 @@
-"""Rows of all methods side by side: every map is the serial one, whatever ran beside it, before it or in its chunk.
+"""Rows of all methods together: every map equals the serial one, with any neighbors and any earlier rows.
 
-Company changes the last bits alone: a library may add up in another order in a chunk of another size, about 1e-6 of a
+Neighbors change only the last bits: a library may add up in another order in a chunk of another size, about 1e-6 of a
 map's maximum in float32 for one gradient. A map that is the difference of two forward passes, or that ends near zero
 where many gradients cancel, keeps that much of what it was computed from: so 4e-6 is allowed.
 """

@@ -1,4 +1,4 @@
-"""Maps that are numerically nothing are told, and those that are small but right are not."""
+"""Maps of only rounding errors are marked as negligible, and small correct ones are not."""
 
 import pytest
 import torch

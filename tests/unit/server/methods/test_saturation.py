@@ -1,4 +1,4 @@
-"""Scores of confident predictions: the head keeps their digits, and says so where the rest of the model did not.
+"""Scores of confident predictions: the head keeps their precision, and reports where the rest of the model lost it.
 
 The truth is a float64 copy of the module with p = 1 / (1 + Σ exp(zⱼ − zₖ)), which has all its digits at both ends.
 """

@@ -1,4 +1,4 @@
-"""Targets and scores: which number is explained, of which class. In float64, against torch.autograd where it can be."""
+"""Targets and scores: which number of which class is explained. In float64, compared with torch.autograd."""
 
 from collections.abc import Callable, Iterator
 

@@ -1,4 +1,4 @@
-"""Methods that stop when they are good enough: what they report is what can be computed from outside. In float64."""
+"""Methods with a tolerance: the reported errors equal those computed independently. In float64."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Modules of every shape of call and answer: what is found out of them at load, and that their maps are autograd's."""
+"""Modules with all kinds of calls and outputs: what the trial finds out, and that their maps equal autograd's."""
 
 import collections
 import warnings
@@ -55,7 +55,7 @@ Point = collections.namedtuple("Point", ["features", "logits"])
 
 
 class Answer:
-    """An object of somebody's own making."""
+    """An object of a class of one's own."""
 
     def __init__(self, logits: Tensor) -> None:
         self.logits = logits

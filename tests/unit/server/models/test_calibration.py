@@ -1,4 +1,4 @@
-"""The size of a chunk: measured at load, within a time and a memory that are never exceeded to find out."""
+"""The chunk size: measured at load, without ever exceeding the limits of time and memory."""
 
 import asyncio
 import contextlib
@@ -24,7 +24,7 @@ SIZE = (3, 32, 32)
 
 
 class Paced(nn.Module):
-    """A model whose chunks take what a test says: the clock is the test's."""
+    """A model whose chunks take the time that a test sets on its own clock."""
 
     def __init__(self, seconds: dict[int, float]) -> None:
         super().__init__()
@@ -198,11 +198,11 @@ def test_a_measurement_that_fails_changes_nothing(
 
 
 class Enough(Exception):
-    """The test has seen what it wanted to see."""
+    """Ends a test's measurement."""
 
 
 class Registry:
-    """It counts how often chunks are to be measured."""
+    """Counts the measurements of chunks."""
 
     def __init__(self) -> None:
         self.n_measured = 0

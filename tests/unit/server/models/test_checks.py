@@ -1,4 +1,4 @@
-"""Checks at load: no map of a gradient that is not the model's, and no company for rows that touch each other."""
+"""Checks at load: wrong gradients are detected, and so are rows that depend on each other."""
 
 import asyncio
 import functools

@@ -1,4 +1,4 @@
-"""An answer names what computed it: the weights, by their digest, and what the network makes of them, by its canary."""
+"""An answer identifies its model: the weights by their digest, the computation by its canary."""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Sources: `export:FILE.pt2`. What a program says of its inputs, and that nothing in a file is run."""
+"""Sources: `export:FILE.pt2`. The inputs of a program, and that no code in a file runs."""
 
 import contextlib
 import io

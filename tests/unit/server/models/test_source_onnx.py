@@ -1,4 +1,4 @@
-"""Sources: `onnx:FILE`. In a process of its own, for onnx2torch and what it brings are in no tests' environment."""
+"""Sources: `onnx:FILE`. In a process of its own, because the tests' environment does not have onnx2torch."""
 
 import json
 import os
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """What the cases found out, each by its name."""
+    """The results of the cases, by name."""
     path = os.pathsep.join([str(ONNX), str(TESTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     ran = subprocess.run(
         [sys.executable, "-m", "support.models.onnx_cases"],

@@ -1,4 +1,4 @@
-"""The explainer of Ray Data, on the batches that Ray gives it: what it adds, and what does not stop it."""
+"""The explainer of Ray Data, on batches as Ray passes them: the columns that it adds, and faults that it survives."""
 
 import hashlib
 import io

@@ -1,4 +1,4 @@
-"""A job's folder: which part has which pictures, whatever run asks, and when a part is there."""
+"""A job's folder: each part has the same pictures in every run, and when a part counts as complete."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Admission: permits by count and by bytes, first come, first served, and none is lost."""
+"""Admission: permits by count and bytes, in order of arrival, and none is lost."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -29,7 +29,7 @@ def on_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], Non
 
 
 async def settle() -> None:
-    """Let every task go as far as it can: each step here wakes at most the next one."""
+    """Run every task as far as possible: each step wakes at most the next task."""
     for _ in range(10):
         await asyncio.sleep(0)
 
@@ -115,7 +115,7 @@ async def test_those_who_wait_are_served_in_order() -> None:
 
 @on_a_loop
 async def test_what_is_not_small_does_not_overtake_a_large_one_that_waits() -> None:
-    """Or else a stream of smaller batches would starve a large one."""
+    """Otherwise a stream of smaller batches would starve a large one."""
     admission = Admission(max_requests=10, max_bytes=100)
     permit = await admission.acquire(60, "a")
     large = asyncio.create_task(admission.acquire(80, "b"))

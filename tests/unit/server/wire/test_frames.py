@@ -1,4 +1,4 @@
-"""Frames: what is cut out and spliced in by hand is what protobuf would have read and written."""
+"""Frames: tensors that are cut out and joined in by hand equal what protobuf reads and writes."""
 
 from collections.abc import Sequence
 
@@ -67,7 +67,7 @@ def assert_as_protobuf(raw: bytes, decode: Decode[Message], kind: type[Message])
 
 @pytest.fixture(autouse=True, scope="module")
 def _cut_all() -> object:
-    """Let small messages go the way of large ones."""
+    """Treat small messages as large ones."""
     before, codec.LARGE_BYTES = codec.LARGE_BYTES, 0
     yield
     codec.LARGE_BYTES = before
