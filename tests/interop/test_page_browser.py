@@ -26,7 +26,11 @@ from sidelight_server import ModelSpec
 
 from support.models import LABELS, small_cnn
 
-pytestmark = [pytest.mark.requires("chromium"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.requires("chromium"),
+    pytest.mark.slow,
+    pytest.mark.timeout(240, method="thread"),  # an exception out of a signal would leave Playwright's loop waiting
+]
 
 PATIENCE_MS = 30_000
 SIZES = ((1440, 900), (1024, 768), (390, 844))
@@ -70,7 +74,10 @@ def serving_page(*arguments: str) -> Iterator[str]:
             yield next(found[0] for line in process.stdout if (found := re.search(r"http://\S+", line)))
         finally:
             process.send_signal(signal.SIGINT)
-            process.wait(20)
+            try:
+                process.wait(20)
+            finally:
+                process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +260,9 @@ def test_maps_improve_and_can_be_cancelled(page: Any, url: str, server: Server) 
         before = client.info().cancellations.count
         page.get_by_role("button", name="Cancel").click()
         status.filter(has_text="cancelled").wait_for()
+        end_s = time.monotonic() + PATIENCE_MS / 1000
         while client.info().cancellations.count == before:  # on the server, too
+            assert time.monotonic() < end_s
             page.wait_for_timeout(20)
     page.select_option("#method-name", "gradient")
     until_final(page)
