@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo page docs notebooks test browser check lint proto proto-check bench bench-docs peers pyhealth scale soak soak-long fuzz zoo properties nightly image clients interop envoy helm inference breaking dist oldest pythons lock clean
+.PHONY: setup demo page docs notebooks test browser check lint proto proto-check bench bench-docs peers pyhealth scale soak soak-long fuzz zoo properties sweeps nightly image clients interop envoy helm inference breaking dist oldest pythons lock clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -58,17 +58,24 @@ REQUIRE ?= floor,kubernetes,onnx,torchvision
 WORKERS ?= logical
 PYTEST = $(BIN)/python -m pytest --require=$(REQUIRE)
 
-# Each worker computes with one thread. What measures time or counts threads runs after the others, alone.
+# Each worker computes with one thread, and takes tests from another that has more left. What measures time or counts
+# threads runs after the others, alone.
+PARALLEL = --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
+SERIAL = $(shell grep --recursive --files-with-matches --include='test_*.py' 'mark\.serial' tests)
 test: setup
 	-$(MAKE) envoy
 	-$(MAKE) inference
-	@code=0; $(PYTEST) -m 'not serial' --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile || code=1; \
-	$(PYTEST) -m serial || code=1; exit $$code
+	@code=0; $(PYTEST) -m 'not serial and not nightly' $(PARALLEL) || code=1; \
+	$(PYTEST) -m serial $(SERIAL) || code=1; exit $$code
+
+# The sweeps of which `make test` runs a part.
+sweeps: setup
+	$(PYTEST) -m nightly $(PARALLEL)
 
 # Under a minute: lint, the unit tests that are quick, and one test module each against oracles and a server.
 CHECKED = tests/unit tests/oracle/test_methods.py tests/service/test_service.py
 check: lint
-	$(PYTEST) -q -m 'not slow and not serial' --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile $(CHECKED)
+	$(PYTEST) -q -m 'not slow and not serial and not nightly' $(PARALLEL) $(CHECKED)
 
 # The page in the system's Chromium; screenshots at three sizes are left in screenshots/.
 browser: setup
@@ -211,7 +218,7 @@ zoo: .venv/.ready
 
 # Ten times the examples of each property, and others every night.
 properties: setup
-	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile nightly --timeout 1200 --numprocesses $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -m hypothesis --hypothesis-profile nightly --timeout 1200 $(PARALLEL)
 
 # The oldest releases that pyproject.toml allows together, on the client and the core of the server. They warn of much that
 # newer ones have mended, so deprecations are no errors here. Exported programs are left out: they need torch 2.8.
@@ -246,7 +253,7 @@ pythons: .venv/.ready
 
 # What takes too long for every change. All of it runs, and what failed is the code that it ends with.
 nightly:
-	@code=0; for each in zoo properties browser soak-long fuzz oldest pythons; do $(MAKE) $$each || code=1; done; exit $$code
+	@code=0; for each in sweeps zoo properties browser soak-long fuzz oldest pythons; do $(MAKE) $$each || code=1; done; exit $$code
 
 # IMAGE_BASE is another base than the Dockerfile's, IMAGE_ARGS is whatever else the builder is to be told:
 # make image IMAGE_ARGS="--build-arg TORCH_BUILD=cu130 --build-arg TORCH_INDEX=…"

@@ -4,6 +4,7 @@
 instead of being skipped: see `support.components`. Hypothesis has two profiles: see `support.profiles`.
 """
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -11,6 +12,8 @@ import pytest
 from sidelight_server.app.openmp import sleep_soon
 
 sleep_soon()  # before torch is loaded: where tests run side by side, threads that spin take each other's cores
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the workers, and the processes that they start, share the cores
 pytest.register_assert_rewrite("support")
 
 import sidelight
@@ -52,8 +55,6 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError(f"--require: got {','.join(sorted(unknown))}, expected some of {','.join(COMPONENTS)}")
     for kind, meaning in KINDS.items():
         config.addinivalue_line("markers", f"{kind}: {meaning} (set by the folder)")
-    if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores
-        torch.set_num_threads(1)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,6 +63,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         kind = item.path.relative_to(TESTS).parts[0]
         if kind in KINDS:
             item.add_marker(kind)
+
+
+def pytest_collection_finish() -> None:
+    """Leave out what is imported by now where garbage is looked for: torch's objects alone take half a second."""
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

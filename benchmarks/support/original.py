@@ -1,7 +1,7 @@
 """The original: PyHealth 2.1.0's `BasicGradientSaliencyMaps`, loaded without the rest of its package.
 
-`python -m benchmarks.support.original MODULE.pt IMAGES.pt MAPS.npy` explains a batch with it in its own process, so
-that the caller's process does not get the stand-ins for PyHealth's packages.
+`python -m benchmarks.support.original FOLDER…` explains the images.pt of each folder by its module.pt, into maps.npy.
+It runs in its own process, so that the caller's does not get the stand-ins for PyHealth's packages.
 """
 
 import functools
@@ -57,6 +57,6 @@ def maps(module: nn.Module, images: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    module_path, images_path, maps_path = sys.argv[1:]
-    loaded = torch.load(module_path, weights_only=False)  # the caller's module, from its process
-    np.save(maps_path, maps(loaded, torch.load(images_path)).numpy())
+    for folder in map(Path, sys.argv[1:]):
+        loaded = torch.load(folder / "module.pt", weights_only=False)  # the caller's module, from its process
+        np.save(folder / "maps.npy", maps(loaded, torch.load(folder / "images.pt")).numpy())

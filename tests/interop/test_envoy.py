@@ -253,7 +253,7 @@ def test_messages_as_large_as_the_server_takes_pass_envoy(tmp_path: Path) -> Non
         assert answer.maps.shape == (60, 256, 256)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_rolling_replacement_of_three_replicas_loses_no_batch(tmp_path: Path) -> None:
     """As a Deployment with maxSurge 1 and maxUnavailable 0: a new one serves before an old one is stopped."""
     with contextlib.ExitStack() as stack:

@@ -200,21 +200,32 @@ def test_channel_reductions_follow_their_definitions(
     np.testing.assert_allclose(maps, expected, rtol=0, atol=1e-6 * np.abs(raw).max())
 
 
-@pytest.mark.parametrize("net", ["linear", "cnn-1-channel", "cnn-3-channels", "cnn-4-channels", "efficientnet-lite0"])
-def test_maps_are_equal_to_the_originals(
-    net: str, tmp_path: Path, explain: Callable[..., Explain], device: str
-) -> None:
-    module, shape = NETS[net]()
-    x = torch.randn(4, *shape, generator=torch.Generator().manual_seed(10))
-    files = [tmp_path / name for name in ("module.pt", "images.pt", "maps.npy")]
-    torch.save(module, files[0])
-    torch.save(x, files[1])
+OF_THE_ORIGINAL = ["linear", "cnn-1-channel", "cnn-3-channels", "cnn-4-channels", "efficientnet-lite0"]
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder of each network: its module, images and the original's maps of them."""
+    folders = {net: tmp_path_factory.mktemp(net) for net in OF_THE_ORIGINAL}
+    for net, folder in folders.items():
+        module, shape = NETS[net]()
+        torch.save(module, folder / "module.pt")
+        torch.save(torch.randn(4, *shape, generator=torch.Generator().manual_seed(10)), folder / "images.pt")
     # The original needs stand-ins for the rest of its package, so it runs in a process of its own.
     subprocess.run(
-        [sys.executable, "-m", "benchmarks.support.original", *files],
+        [sys.executable, "-m", "benchmarks.support.original", *folders.values()],
         check=True,
         timeout=100,
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
-    assert_equal(explain(module)(x).maps, torch.from_numpy(np.load(files[2])), device)
+    return folders
+
+
+@pytest.mark.parametrize("net", OF_THE_ORIGINAL)
+def test_maps_are_equal_to_the_originals(
+    net: str, originals: dict[str, Path], explain: Callable[..., Explain], device: str
+) -> None:
+    module = torch.load(originals[net] / "module.pt", weights_only=False)
+    maps = explain(module)(torch.load(originals[net] / "images.pt")).maps
+    assert_equal(maps, torch.from_numpy(np.load(originals[net] / "maps.npy")), device)

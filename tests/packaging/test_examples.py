@@ -12,6 +12,9 @@ from support import ROOT
 from support.components import INFERENCE, TRITON_SERVER
 
 EXAMPLES = ROOT / "examples"
+TIMEOUT_S = 280
+
+pytestmark = pytest.mark.timeout(300)  # some train a network
 
 
 def run(script: str, *arguments: object) -> str:
@@ -20,7 +23,7 @@ def run(script: str, *arguments: object) -> str:
         check=True,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=TIMEOUT_S,
         env=os.environ | {"PYTHONWARNINGS": "error"},
     ).stdout
 
@@ -74,6 +77,7 @@ def test_a_hugging_face_folder_is_served(tmp_path: Path) -> None:
         assert picture.width > 600
 
 
+@pytest.mark.nightly
 def test_two_models_stand_side_by_side(tmp_path: Path) -> None:
     printed = run("two_models.py", tmp_path / "why.png")
     assert "exact: version 1, float32, " in printed

@@ -225,24 +225,21 @@ def test_a_named_port_that_is_taken_is_a_warning_and_the_server_serves(tmp_path:
     assert [each["event"] for each in events] == ["loaded", "metrics_off", "serving"]
 
 
-@pytest.mark.parametrize("log_format", ["text", "json"])
-def test_a_full_disk_or_a_reader_who_has_gone_fail_no_request(tmp_path: Path, log_format: LogFormat) -> None:
-    for name in ("full", "gone"):
-        folder = tmp_path / name
-        folder.mkdir()
-        if name == "full":
-            stderr = os.open("/dev/full", os.O_WRONLY)
-        else:
-            reader, stderr = os.pipe()
-            os.close(reader)
-        with process(folder, "--log-format", log_format, stderr=stderr) as server:
-            os.close(stderr)
-            with sidelight.connect(f"unix:{folder}/s", connect_timeout=TIMEOUT_S) as client:
-                for _ in range(3):
-                    assert client.attribute(images(101), on_error="return").failures  # each of which has a line
-                    assert not client.attribute(images(0)).failures
-            server.send_signal(signal.SIGTERM)
-            assert server.wait(TIMEOUT_S) == 0
+@pytest.mark.parametrize(("name", "log_format"), [("full", "text"), ("gone", "json")])
+def test_a_full_disk_or_a_reader_who_has_gone_fail_no_request(name: str, log_format: LogFormat, tmp_path: Path) -> None:
+    if name == "full":
+        stderr = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stderr = os.pipe()
+        os.close(reader)
+    with process(tmp_path, "--log-format", log_format, stderr=stderr) as server:
+        os.close(stderr)
+        with sidelight.connect(f"unix:{tmp_path}/s", connect_timeout=TIMEOUT_S) as client:
+            for _ in range(3):
+                assert client.attribute(images(101), on_error="return").failures  # each of which has a line
+                assert not client.attribute(images(0)).failures
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(TIMEOUT_S) == 0
 
 
 def raised(text: str) -> ValueError:

@@ -13,7 +13,7 @@ import torch
 from support.models import small_cnn
 from support.tolerances import COMPANY, GPU
 
-N_THREADS, N_CALLS = 8, 200
+N_THREADS, N_CALLS = 8, 60
 # An example's place and neighbors in a chunk may choose another summation order: about 1e-6 of a map's maximum on the
 # CPU. A GPU's library may choose another convolution algorithm for another chunk.
 SHARES = {"cpu": COMPANY, "cuda": GPU, "mps": GPU}

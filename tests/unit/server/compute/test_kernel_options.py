@@ -491,10 +491,13 @@ def test_without_a_compiler_the_server_does_not_start(spec: ModelSpec) -> None:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own compiler uses what torch deprecates
-def test_a_compiled_kernel_gives_the_same_maps() -> None:
+@pytest.mark.parametrize(
+    "sizes", [(2, 5), pytest.param((1,), marks=pytest.mark.nightly)], ids=["several examples", "one, compiled apart"]
+)
+def test_a_compiled_kernel_gives_the_same_maps(sizes: tuple[int, ...]) -> None:
     """Another order of additions: within the tolerance for any neighbors."""
     exact, compiled = (kernel(small_cnn(), KernelOptions(compile=each)) for each in (False, True))
-    for n in (2, 5, 1):
+    for n in sizes:
         a, b = (run(each, inputs(n)) for each in (exact, compiled))
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(a.abs().max()))
 

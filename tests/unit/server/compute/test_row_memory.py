@@ -78,7 +78,7 @@ def test_a_picture_that_memory_lacks_for_is_refused_and_the_next_one_answered(
     assert any("event=too_large" in message for message in caplog.messages)
 
 
-@pytest.mark.parametrize("method", [None, IntegratedGradients(steps=20), Occlusion(window=(64, 64), stride=(64, 64))])
+@pytest.mark.parametrize("method", [None, IntegratedGradients(steps=4), Occlusion(window=(64, 64), stride=(64, 64))])
 def test_rows_that_memory_lacks_for_together_run_in_smaller_chunks(method: object, device: str) -> None:
     module, question = Sized(), {} if method is None else {"method": method}
     n = 8
