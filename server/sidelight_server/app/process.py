@@ -1,9 +1,10 @@
 """The server's process: load the models, serve until a signal, drain, stop."""
 
 import asyncio
+import logging
 import signal
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,12 +15,6 @@ from ..engine.registry.loader import loaded_event
 from ..telemetry.logs import Event
 from ..telemetry.tracing import from_environment
 from .server import Server
-
-if TYPE_CHECKING:
-    pass
-
-
-import logging
 
 log = logging.getLogger("sidelight")
 

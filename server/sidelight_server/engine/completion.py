@@ -1,9 +1,14 @@
-"""Completion: how the device's thread hands finished requests to event loops."""
+"""Completion: how work that a thread has finished reaches those who wait: futures, and requests on event loops."""
 
 import asyncio
 import contextlib
 import functools
+import traceback
 from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+_Value = TypeVar("_Value")
 
 Callback = Callable[[], None]
 
@@ -12,6 +17,20 @@ def call_soon(loop: asyncio.AbstractEventLoop, callback: Callback) -> None:
     """Schedule a callback on a loop from any thread, unless the loop is closed."""
     with contextlib.suppress(RuntimeError):
         loop.call_soon_threadsafe(callback)
+
+
+def complete(future: "Future[_Value]", function: Callable[[], _Value]) -> BaseException | None:
+    """Call a function and store its result or exception in a future that is running. Return the exception, if any."""
+    try:
+        future.set_result(function())
+        return None
+    except BaseException as error:
+        # The traceback holds the frames of the function and, by `f_back`, of this thread, so it is in a cycle with the
+        # future. What those frames hold, such as a request's arrays, must not wait for the garbage collector.
+        traceback.clear_frames(error.__traceback__)
+        future.set_exception(error)
+        del function
+        return error
 
 
 class Completions:

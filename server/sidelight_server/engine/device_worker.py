@@ -21,7 +21,7 @@ from ..telemetry.logs import Event
 from .active_request import ActiveRequest
 from .chunk import Chunk, to_host
 from .chunk_errors import ChunkErrors, DeviceLostError
-from .completion import Completions
+from .completion import Completions, complete
 from .example_run import ExampleRun, Result, Row
 from .heartbeat import Heartbeat
 from .row_rate import RowRate
@@ -191,10 +191,7 @@ class DeviceWorker:
         if not future.set_running_or_notify_cancel():
             return
         self.heartbeat.beat()
-        try:
-            future.set_result(task())
-        except BaseException as error:
-            future.set_exception(error)
+        if error := complete(future, task):
             self.errors.check_device(error)
         self.heartbeat.rest(extends_limit=False)  # a task may run many chunks, or compile
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from ...errors import Unavailable
+from ..completion import complete
 
 _Value = TypeVar("_Value")
 
@@ -65,13 +66,14 @@ class _Work(Future[_Value]):
         return was_cancelled
 
     def run(self) -> None:
+        if self.set_running_or_notify_cancel():
+            complete(self, self._take())
+
+    def _take(self) -> Callable[[], _Value]:
+        """Return the function, which this no longer holds."""
         function, self._function = self._function, None
-        if not self.set_running_or_notify_cancel() or function is None:
-            return
-        try:
-            self.set_result(function())
-        except BaseException as error:
-            self.set_exception(error)
+        assert function is not None  # noqa: S101  (only what was cancelled has none)
+        return function
 
     def fail(self, error: Exception) -> None:
         self._function = None

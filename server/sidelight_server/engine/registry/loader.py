@@ -15,6 +15,7 @@ from ...models.model import Model
 from ...models.trial.in_turn import InTurn, at_once
 from ...models.warmup import limit, measure_again, warm_up
 from ...telemetry.logs import Event
+from ..completion import complete
 from ..device import Device
 from .entry import Entry, Version
 
@@ -138,10 +139,7 @@ def in_thread(
         with turn:
             if not future.set_running_or_notify_cancel():
                 return
-            try:
-                future.set_result(run())
-            except BaseException as error:
-                future.set_exception(error)
+            complete(future, run)
 
     threading.Thread(target=set_result, name=name, daemon=True).start()
     return future

@@ -1,5 +1,6 @@
 """The fair thread pool: callers take turns, cancelled work is dropped, and closing fails what waits."""
 
+import gc
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -52,6 +53,27 @@ def test_callers_take_turns_and_the_work_of_one_keeps_its_order(callers: list[st
         before = [name for name, _ in done[:index]]
         last = len(before) - 1 - before[::-1].index(caller) if caller in before else -1
         assert len(set(before[last + 1 :])) == len(before[last + 1 :]), (done, n)
+
+
+def test_work_that_fails_drops_what_it_held_at_once(pool: FairThreadPool) -> None:
+    class Message:
+        pass
+
+    left: list[weakref.ref[Message]] = []
+
+    def fail() -> None:
+        message = Message()
+        left.append(weakref.ref(message))
+        raise ValueError(id(message))
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert isinstance(pool.submit("first", fail).exception(UNTIL_S), ValueError)
+        pool.submit("first", int).result(UNTIL_S)  # the thread has left the work before
+        assert left[0]() is None
+    finally:
+        gc.enable()
 
 
 def test_cancelled_work_is_dropped_at_once_with_what_it_holds(pool: FairThreadPool) -> None:
