@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sidelight_server import Channels, Engine, ModelSpec, Request, Settings
 from sidelight_server import IntegratedGradients as OurIntegratedGradients
 from sidelight_server import SmoothGrad as OurSmoothGrad
-from sidelight_server.compute.replica import replicate
+from sidelight_server.compute.replica.replica import replicate
 from torch import Tensor, nn
 
 from ..support.measure import Line, in_turns, ratio

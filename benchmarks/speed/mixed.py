@@ -29,7 +29,7 @@ from sidelight_server import (
     SmoothGrad,
 )
 from sidelight_server.compute.kernel import Kernel
-from sidelight_server.compute.replica import replicate
+from sidelight_server.compute.replica.replica import replicate
 from sidelight_server.compute.torch_device import cpu_quota
 from sidelight_server.config.options import KernelOptions
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from sidelight_server import Channels, Engine, GradCAM, LayerGradientXActivation, ModelSpec, Settings
-from sidelight_server.compute.layers import Layers, Layout
+from sidelight_server.compute.passes.layers import Layers, Layout
 from sidelight_server.errors import ConfigurationError, InvalidArgument, NotFound
 from torch import Tensor, nn
 

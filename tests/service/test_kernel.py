@@ -9,7 +9,7 @@ import sidelight
 import sidelight_server
 import torch
 from sidelight_server.compute.kernel import Kernel
-from sidelight_server.compute.replica import replicate
+from sidelight_server.compute.replica.replica import replicate
 from sidelight_server.compute.staging import Staging, normalize
 from sidelight_server.domain import ResolvedTarget, Score
 from torch import nn

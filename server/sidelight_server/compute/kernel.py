@@ -17,14 +17,14 @@ from ..config.options import KernelOptions
 from ..domain import ResolvedTarget, Score
 from ..errors import FailedPrecondition
 from ..methods.method import Layer, Probe, Rectifiers
-from .adapter import PLAIN, Adapter
-from .cuda_graphs import Recordings, recorder
-from .forward import Forward
 from .head import Head
 from .kernel_output import KernelOutput, at_least_float32, read_outputs
-from .layer_hooks import NOTHING_TO_GUIDE, Guided, capture
-from .layers import Layers
-from .replica import SHARED, Isolation, Replica, replicate, weights_dtype
+from .passes.adapter import PLAIN, Adapter
+from .passes.cuda_graphs import Recordings, recorder
+from .passes.forward import Forward
+from .passes.layer_hooks import NOTHING_TO_GUIDE, Guided, capture
+from .passes.layers import Layers
+from .replica.replica import SHARED, Isolation, Replica, replicate, weights_dtype
 from .saved_memory import SavedMemory
 from .weights import Watch
 

@@ -7,9 +7,9 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from ..compute.adapter import Adapter
 from ..compute.head import Head
 from ..compute.kernel import Kernel
+from ..compute.passes.adapter import Adapter
 from ..compute.weights import Identity, Seen, Weights
 from ..config.spec import ModelSpec
 from ..inputs.preprocessing import Preprocessing

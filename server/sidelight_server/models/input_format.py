@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..compute.replica import weights_dtype
+from ..compute.replica.replica import weights_dtype
 from ..compute.staging import normalize
 from ..config.spec import ModelSpec
 from ..errors import ConfigurationError

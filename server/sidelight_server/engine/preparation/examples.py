@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ...compute.layer_hooks import NOTHING_TO_GUIDE
+from ...compute.passes.layer_hooks import NOTHING_TO_GUIDE
 from ...compute.staging import is_finite
 from ...domain import (
     MANY_EXAMPLES,

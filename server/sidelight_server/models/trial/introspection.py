@@ -11,9 +11,9 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ...compute.adapter import Adapter, Labels, items, summary
 from ...compute.head import Head
-from ...compute.layers import Layers
+from ...compute.passes.adapter import Adapter, Labels, items, summary
+from ...compute.passes.layers import Layers
 from ...config.spec import ModelSpec
 from ...errors import ConfigurationError
 from .layer_search import find

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...compute.layers import Layout, Size, first_tensor, grids
+from ...compute.passes.layers import Layout, Size, first_tensor, grids
 from ...telemetry.logs import Event
 from .layer_trace import hooked_layers
 

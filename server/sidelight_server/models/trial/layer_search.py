@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from ...compute.layers import Layers, Layout, Size, layout
+from ...compute.passes.layers import Layers, Layout, Size, layout
 from ...errors import ConfigurationError, InvalidArgument, did_you_mean
 from .layer_positions import Call, Positions
 from .layer_trace import Trace, Traces, cuts_of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from ...compute.layers import first_tensor, with_first_tensor
+from ...compute.passes.layers import first_tensor, with_first_tensor
 
 
 @dataclass(slots=True)

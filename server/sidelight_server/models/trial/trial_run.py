@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ...compute.adapter import Adapter
-from ...compute.layer_hooks import Guided
-from ...compute.replica import Isolation, n_hooks, replicate
+from ...compute.passes.adapter import Adapter
+from ...compute.passes.layer_hooks import Guided
+from ...compute.replica.replica import Isolation, n_hooks, replicate
 from ...compute.saved_memory import SavedMemory
 from ...config.spec import ModelSpec
 from ...errors import ConfigurationError, OutputsError, SidelightError

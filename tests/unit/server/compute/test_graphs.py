@@ -8,11 +8,11 @@ import weakref
 
 import pytest
 import torch
-from sidelight_server.compute.adapter import PLAIN
-from sidelight_server.compute.cuda_graphs import MAX_SHAPES, Recording, Recordings, Replay, recorder
 from sidelight_server.compute.head import Head
 from sidelight_server.compute.kernel import Kernel
-from sidelight_server.compute.layers import Layers, Layout
+from sidelight_server.compute.passes.adapter import PLAIN
+from sidelight_server.compute.passes.cuda_graphs import MAX_SHAPES, Recording, Recordings, Replay, recorder
+from sidelight_server.compute.passes.layers import Layers, Layout
 from sidelight_server.config.options import KernelOptions
 from sidelight_server.domain import PREDICTED, ResolvedTarget, Score
 from sidelight_server.methods.method import Layer, Rectifiers

@@ -21,8 +21,8 @@ from sidelight_server import (
     Settings,
     SmoothGrad,
 )
-from sidelight_server.compute.batchnorm_fusion import fuse_batchnorm
 from sidelight_server.compute.kernel import Kernel
+from sidelight_server.compute.replica.batchnorm_fusion import fuse_batchnorm
 from sidelight_server.config.options import KernelOptions
 from sidelight_server.domain import PREDICTED, Score
 from sidelight_server.errors import ConfigurationError

@@ -18,8 +18,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 from torch.utils.hooks import RemovableHandle
 
-from ..errors import ConfigurationError
-from .adapter import PLAIN, Adapter
+from ...errors import ConfigurationError
+from ..passes.adapter import PLAIN, Adapter
 
 # torch's own hooks that compute a weight before each pass: they are part of the network.
 COMPUTING = (WeightNorm, SpectralNorm, BasePruningMethod)

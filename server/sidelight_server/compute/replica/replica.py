@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ..config.options import KernelOptions
-from ..errors import ConfigurationError
-from .adapter import Adapter
+from ...config.options import KernelOptions
+from ...errors import ConfigurationError
+from ..passes.adapter import Adapter
+from ..weights import Watch, address, tensors_of
 from .batchnorm_fusion import COMPUTING, fuse_batchnorm
-from .weights import Watch, address, tensors_of
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..config.traits import Constant
-from ..errors import OutputsError
+from ...config.traits import Constant
+from ...errors import OutputsError
 
 LabelForm = Literal["classes", "column", "row"]  # int64 [n], or floating [n, 1] or [n, K]
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..errors import ConfigurationError, InvalidArgument, NotFound, did_you_mean
+from ...errors import ConfigurationError, InvalidArgument, NotFound, did_you_mean
 
 MANY_LAYERS = 8  # layers that an error message lists
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import InvalidArgument
+from ...errors import InvalidArgument
 from .layers import first_tensor, with_first_tensor
 
 

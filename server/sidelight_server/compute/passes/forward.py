@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor, nn
 
-from ..config.options import KernelOptions
+from ...config.options import KernelOptions
 from .adapter import Adapter
 from .bfloat16_backward import Bfloat16Backward
 
