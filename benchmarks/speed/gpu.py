@@ -6,14 +6,13 @@ to check that it works; its figures mean nothing.
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,24 +218,18 @@ class Bench:
     def streamed(self, precision: Precision, pixels: np.ndarray) -> float:
         """Return the images per second that a client receives by shared memory from a server in another process."""
         flags = [*precision.flags, "--fold", "--channels-last", "--shared-memory", "/dev/shm"]
+        flags += ["--max-chunk-rows", str(self.n_rows)]
         factory = "resnet18_small" if self.is_rehearsal else precision.factory
         if not self.is_rehearsal:
             flags += ["--cuda-graphs", "--device", str(self.device)]
-        with self.served(factory, flags) as client:
-            batches = [pixels] * BATCHES
-            _drain(client, batches[: BATCHES // 4])
-            seconds = [_timed(lambda: _drain(client, batches)) for _ in range(3)]
-        return BATCHES * len(pixels) / statistics.median(seconds)
-
-    @contextlib.contextmanager
-    def served(self, factory: str, flags: list[str]) -> Iterator[sidelight.Client]:
-        """Run a server; yield a client that shares memory with it."""
-        flags += ["--max-chunk-rows", str(self.n_rows)]
         with (
             server(f"python:benchmarks.support.nets:{factory}", *flags) as (address, _),
             sidelight.connect(address, shared_memory=True) as client,
         ):
-            yield client
+            batches = [pixels] * BATCHES
+            _drain(client, batches[: BATCHES // 4])
+            seconds = [_timed(lambda: _drain(client, batches)) for _ in range(3)]
+        return BATCHES * len(pixels) / statistics.median(seconds)
 
 
 def _maps(kernel: Kernel, inputs: Tensor) -> Tensor:

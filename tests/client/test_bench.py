@@ -307,6 +307,15 @@ def test_the_json_holds_every_load_and_adds_up(run: Run, client: sidelight.Clien
     )
 
 
+def test_what_is_explained_has_the_options_of_attribute(run: Run) -> None:
+    explained = ["--top-k", 2, "--method", "smoothgrad", "--option", "samples=2", "--channels", "sum"]
+    done = run(*explained, "--concurrency", 1, *SHORT, "--json", "out.json")
+    assert done.exit_code == 0, done.output
+    provenance = json.loads(Path("out.json").read_text())["provenance"]
+    assert (provenance["target"], provenance["channels"]) == ("top 2", "sum")
+    assert provenance["method"].startswith("smoothgrad(samples=2")
+
+
 def test_pictures_are_sent_as_files_or_as_pixels(run: Run) -> None:
     Image.new("RGB", (50, 40)).save("a.png")
     for options, images in (

@@ -193,7 +193,7 @@ def page(
     ] = False,
     connect_to: Connector,
 ) -> None:
-    """Serve a web page that explains pictures. Listens on this machine alone, unless --host says otherwise."""
+    """Serve a web page that explains pictures. Listens only on this machine, unless --host says otherwise."""
     # Imported here: the other commands do not need its packages.
     from .page import run
 

@@ -39,7 +39,7 @@ def job(
         str | None, typer.Option(help="A Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Default: this machine alone.")
     ] = None,
 ) -> None:
-    """Explain many pictures, and write a row for each to a folder in Parquet. Run it again after a kill: it goes on.
+    """Explain many pictures, and write a row for each to a folder in Parquet. Run it again after a kill: it continues.
 
     A picture that cannot be explained is a row with a failure. It needs sidelight[ray].
     """

@@ -192,7 +192,7 @@ class Client(ClientBase):
         ends with `ModelChanged`, unless `allow_model_change` is set.
 
         Of several servers, a batch is sent to the one that should be done with it first. With `hedge_after`, a batch
-        that has no answer after so many seconds is also sent to a second server: the first answer is yielded, and the
+        that has no answer after this many seconds is also sent to a second server: the first answer is yielded, and the
         other server is told to cancel.
 
         `overlay` and `save` need the images. An answer keeps images that were files; it keeps arrays only until the

@@ -1,8 +1,8 @@
-"""Delivery of a stream's answers to the caller."""
+"""Delivery of a stream's answers to the caller, in order if asked for."""
 
 from collections.abc import Iterator
 
-from .._streaming.reorder_buffer import ReorderBuffer
+from .._streaming.parts import Entry
 from .._streaming.results_queue import Answered
 from .._streaming.stream import Stream
 from ..results.attribution import Attribution, lent
@@ -17,13 +17,24 @@ class Delivery:
         self.progress = options.progress or Progress()  # to be entered while the stream runs
         self._stream = stream
         self._options = options
-        self._order = ReorderBuffer(ordered=options.ordered)
+        self._early: dict[int, Answered] = {}  # bounded by the window: an answer occupies it until it is released
+        self._due = 0  # index of the batch that is yielded next, if ordered
 
     def answers(self, answered: Answered) -> Iterator[Attribution]:
         """Yield the answers that are due once another one has arrived. With `on_error="raise"`, raise their errors."""
-        for entry, answer in self._order.admit(*answered):
+        for entry, answer in self._in_order(*answered):
             if answer.final:
                 self._stream.release(entry)
             self.progress.add(answer, n_retries=self._stream.n_retries)
             answer = raise_if_failed(answer, self._options.on_error)
             yield answer if self._options.keep_images else lent(answer, entry.batch)
+
+    def _in_order(self, entry: Entry, answer: Attribution) -> Iterator[Answered]:
+        """Yield what is due. If ordered, only the batch that is due yields answers that are not final."""
+        if not self._options.ordered or (not answer.final and entry.index == self._due):
+            yield entry, answer
+        elif answer.final:
+            self._early[entry.index] = entry, answer
+            while self._due in self._early:
+                yield self._early.pop(self._due)
+                self._due += 1

@@ -1,4 +1,4 @@
-"""Streams: many batches in flight to one or several servers, with retries and reordering.
+"""Streams: many batches in flight to one or several servers, with retries.
 
 May import `_transport` and everything below.
 """

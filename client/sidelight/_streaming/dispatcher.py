@@ -10,7 +10,7 @@ from .._transport.balancing import least_loaded
 from .parts import Part
 from .unanswered import UnansweredParts
 
-CANDIDATES = 32  # so many idle workers are compared at a time
+CANDIDATES = 32  # idle workers that are compared at a time
 
 
 class Dispatcher:

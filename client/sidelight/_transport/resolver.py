@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 log = logging.getLogger("sidelight")
 
 REFRESH_S = 2.0  # a new server is found within this time, once the name servers know it
-# One client connects to so many servers of a name at most: each stream has two threads for every server.
+# The most servers of one name that a client connects to: each stream has two threads for every server.
 MAX_SERVERS = 32
 
 _NAME = re.compile(r"dns:(?:///)?(?P<host>[^/]+):(?P<port>\d+)")

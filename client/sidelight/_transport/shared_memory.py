@@ -71,7 +71,7 @@ class Region:
             os.close(file)
 
     def unlink(self) -> None:
-        """Unlink the file. Whoever has it open can still use it."""
+        """Unlink the file. Processes that have it open can still use it."""
         with contextlib.suppress(FileNotFoundError):
             self._path.unlink()
 

@@ -42,7 +42,7 @@ class Picture:
         return content
 
     def to_dict(self) -> dict[str, str]:
-        """Return what the browser is told."""
+        """Return the values that the browser gets."""
         return {"id": self.id, "name": self.name}
 
 

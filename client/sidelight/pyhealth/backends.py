@@ -35,13 +35,9 @@ class Remote:
     def explain(self, images: NDArray[Any], classes: Classes) -> tuple[NDArray[Any], list[int]]:
         """Return maps, [N, H, W], and the predicted classes of images, [N, C, H, W]."""
         target = Dense() if classes is None else classes
-        options: dict[str, Any] = {
-            "model": self._model,
-            "target": target,
-            "timeout": self._timeout_s,
-            "on_error": "return",
-        }
-        answer = self._client.attribute(images, **options)
+        answer = self._client.attribute(
+            images, model=self._model, target=target, timeout=self._timeout_s, on_error="return"
+        )
         _raise_first(answer.failures)
         return answer.maps, [each.index for each in answer.predictions if each]
 

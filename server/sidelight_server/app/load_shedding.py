@@ -43,7 +43,7 @@ class LoadShedding:
         max_message_bytes: int,
         room: Callable[[], Room | None] = room,
     ) -> None:
-        """`end_waiting` ends the streams that have waited longer than so many seconds; it returns their number."""
+        """`end_waiting` ends the streams that have waited longer than a number of seconds; it returns their number."""
         self._end_waiting = end_waiting
         self._max_message_bytes = max_message_bytes
         self._room = room

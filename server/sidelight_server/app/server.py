@@ -130,16 +130,7 @@ class Server:
             interceptors=[authorization, self._gate, self._interceptor], options=channel_options(settings)
         )
         self.calls = Calls(self.handler, callers=callers, write_timeout=write_timeout, pace=pace, settings=settings)
-        service = AttributionService(self._engine, self.handler, self.calls, self._shared)
-        attribution_pb2_grpc.add_AttributionServiceServicer_to_server(service, self._server)
-        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._engine), self._server)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        self._regions = SystemSharedMemory(self._shared)
-        inference = InferenceService(
-            self._engine, self.handler, self.calls, self._regions, callers=callers, serves=self._health.serves
-        )
-        self._server.add_generic_rpc_handlers((inference.handlers(),))
-        enable_reflection(self._server, (*SERVICES, HEALTH))
+        self._add_services(self._server, callers)
         certificates = Certificates.of(settings)
         self.addresses = [
             bind(
@@ -155,6 +146,18 @@ class Server:
         self._engine.on_change = functools.partial(call_soon, loop, self._update_health)
         self._update_health()
         await self._server.start()
+
+    def _add_services(self, server: grpc.aio.Server, callers: Callers) -> None:
+        service = AttributionService(self._engine, self.handler, self.calls, self._shared)
+        attribution_pb2_grpc.add_AttributionServiceServicer_to_server(service, server)
+        model_pb2_grpc.add_ModelServiceServicer_to_server(ModelService(self._engine), server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        self._regions = SystemSharedMemory(self._shared)
+        inference = InferenceService(
+            self._engine, self.handler, self.calls, self._regions, callers=callers, serves=self._health.serves
+        )
+        server.add_generic_rpc_handlers((inference.handlers(),))
+        enable_reflection(server, (*SERVICES, HEALTH))
 
     def counts(self) -> ServerCounts:
         """Return what the server holds now. Called once it is started, on any thread."""

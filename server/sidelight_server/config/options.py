@@ -14,7 +14,7 @@ Precision = Literal["float32", "mixed", "bfloat16", "float16"]
 
 
 class KernelFields(BaseModel):
-    """The options, as fields of whatever has them."""
+    """The options, as fields that other classes inherit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

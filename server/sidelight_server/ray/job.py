@@ -1,4 +1,4 @@
-"""A job: explains the pictures of a folder on Ray Data, and goes on where an earlier run was ended."""
+"""A job: explains the pictures of a folder on Ray Data, and continues where an earlier run ended."""
 
 import logging
 import os
@@ -42,7 +42,7 @@ class Resources:
     gpus: float = 0.0
 
     def n_actors(self, n_parts: int) -> int:
-        """Return the number of actors for so many parts."""
+        """Return the number of actors for a number of parts."""
         return min(self.actors or self.room(), max(1, n_parts))
 
     def room(self) -> int:

@@ -92,7 +92,7 @@ def _draw_latencies(axes: "Axes", measured: Measured) -> None:
 def _draw_parts(axes: "Axes", shown: Sequence[Measured]) -> None:
     parts = np.array([dataclasses.astuple(each.figures.split) for each in shown if each.figures.split]) * 1e3
     parts = parts.clip(0)  # [loads, parts]
-    if is_wide := _is_wide(shown):  # beside a load of seconds, one of milliseconds would be invisible
+    if is_wide := _is_wide(shown):  # next to a load of seconds, one of milliseconds would be invisible
         parts *= 100 / parts.sum(axis=1, keepdims=True)
     left = np.zeros(len(shown))
     for part, color, spans in zip(PARTS, PART_COLORS, parts.T, strict=True):

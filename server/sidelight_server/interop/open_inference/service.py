@@ -87,7 +87,7 @@ class InferenceService:
         await self._calls.converse(context, functools.partial(InferStream, infer_handler=self._infer))
 
     async def ServerLive(self, request: oip.ServerLiveRequest, context: Context) -> oip.ServerLiveResponse:  # noqa: N802
-        """Return true: whoever reads it was answered."""
+        """Return true: a server that answers is live."""
         return oip.ServerLiveResponse(live=True)
 
     async def ServerReady(self, request: oip.ServerReadyRequest, context: Context) -> oip.ServerReadyResponse:  # noqa: N802

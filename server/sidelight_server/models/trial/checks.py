@@ -41,7 +41,7 @@ Run = Callable[[Tensor], Tensor]
 
 
 def is_batch_dependent(run: Run, example: Tensor, *, in_turn: InTurn, most: int, dtype: torch.dtype) -> bool:
-    """Return whether the outputs of an example, [1, C, H, W], depend on the rows beside it.
+    """Return whether the outputs of an example, [1, C, H, W], depend on the other rows.
 
     `run` computes the outputs, [n, K] or [n, K, h, w], in the type `dtype`. The example runs alone and with 2, 3 and 8
     other rows of different spread, at different indices, but with at most `most` rows. Raises what the module raises.
