@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from sidelight._streaming.dispatcher import Dispatcher
-from sidelight._streaming.parts import Entry, Part
-from sidelight._streaming.unanswered import UnansweredParts
+from sidelight._streaming.scheduling.dispatcher import Dispatcher
+from sidelight._streaming.scheduling.parts import Entry, Part
+from sidelight._streaming.scheduling.unanswered import UnansweredParts
 
 from .events import Events
 from .servers import ReportedLoad, Server

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import sidelight
 from sidelight._inputs.images import EncodedBatch
-from sidelight._streaming.parts import Entry
 from sidelight._streaming.results_queue import End, ResultQueue
+from sidelight._streaming.scheduling.parts import Entry
 from sidelight.results.messages import read_answer
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2

@@ -239,7 +239,7 @@ def test_a_batch_has_what_is_left_of_its_time_when_it_is_sent_again() -> None:
 
 
 def test_a_server_that_keeps_silent_past_a_batchs_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sidelight._streaming.unanswered.GRACE_S", 0.1)
+    monkeypatch.setattr("sidelight._streaming.scheduling.unanswered.GRACE_S", 0.1)
 
     def silent(requests: Requests) -> Responses:
         list(requests)
@@ -708,7 +708,7 @@ def test_a_full_server_is_told_as_full_in_the_calls_own_time(retry: bool) -> Non
 def test_what_the_client_cut_itself_is_not_told_as_cancelled_by_the_application(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sidelight._streaming.unanswered.GRACE_S", 0.1)
+    monkeypatch.setattr("sidelight._streaming.scheduling.unanswered.GRACE_S", 0.1)
 
     def silent(requests: Requests) -> Responses:
         list(requests)

@@ -23,8 +23,8 @@ from .._inputs.validation import counted, span
 from .._options import Metadata, checked_metadata, model_name
 from .._streaming.limits import check_message_size, map_bytes, split
 from .._streaming.requests import StreamConfig
+from .._streaming.scheduling.unanswered import UnansweredParts
 from .._streaming.stream import Stream
-from .._streaming.unanswered import UnansweredParts
 from .._transport.channel import Connection
 from .._transport.credentials import TLS, ChannelSecurity, Token
 from .._transport.pool import ConnectionPool

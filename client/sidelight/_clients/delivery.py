@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from .._streaming.parts import Entry
 from .._streaming.results_queue import Answered
+from .._streaming.scheduling.parts import Entry
 from .._streaming.stream import Stream
 from ..results.attribution import Attribution, lent
 from .progress import Progress

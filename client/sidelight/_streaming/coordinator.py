@@ -14,9 +14,9 @@ from sidelight.v1 import attribution_pb2 as pb
 from .._transport.wire import Incoming, Outgoing
 from ..exceptions import ResourceExhausted, ServerDied, SidelightError, Unavailable, from_code
 from ..results.types import seconds
-from .parts import Part
 from .reader import BatchReader
 from .requests import StreamConfig
+from .scheduling.parts import Part
 from .state import StreamState
 from .worker import StreamCoordinator, StreamWorker
 

@@ -11,7 +11,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from ..exceptions import ModelChanged
 from ..results.attribution import Attribution, failed
 from ..results.types import Provenance, Timing
-from .parts import Entry
+from .scheduling.parts import Entry
 
 _Item = TypeVar("_Item")
 

@@ -10,8 +10,8 @@ from .._inputs.batch import Batch, Images
 from .._inputs.images import EncodedBatch
 from .._options import check_classes
 from ..exceptions import InvalidArgument, SidelightError
-from .parts import Entry
 from .requests import StreamConfig
+from .scheduling.parts import Entry
 from .state import StreamState
 from .worker import StreamWorker
 

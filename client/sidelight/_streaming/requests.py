@@ -16,7 +16,7 @@ from ..exceptions import from_code
 from ..results.attribution import Attribution, failed
 from ..results.messages import read_answer
 from ..results.types import seconds
-from .parts import Part
+from .scheduling.parts import Part
 
 _SHORTEST_S = 0.001  # the server rejects a timeout of 0
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..results.attribution import Attribution
-from .parts import Entry
+from .scheduling.parts import Entry
 
 Answered = tuple[Entry, Attribution]
 

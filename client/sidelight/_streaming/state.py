@@ -10,11 +10,11 @@ from .._transport.channel import Connection
 from ..exceptions import ModelChanged, SidelightError
 from ..results.attribution import Attribution, failed
 from .availability import Availability
-from .dispatcher import Dispatcher
 from .merge import merge_parts
-from .parts import Entry, Part
 from .results_queue import End, ResultQueue
-from .unanswered import UnansweredParts
+from .scheduling.dispatcher import Dispatcher
+from .scheduling.parts import Entry, Part
+from .scheduling.unanswered import UnansweredParts
 from .worker import StreamWorker
 
 

@@ -16,12 +16,12 @@ from .._transport.pool import ConnectionPool
 from .._transport.process import Origin, close_at_exit
 from ..exceptions import DeadlineExceeded, SidelightError, Unavailable
 from .coordinator import Coordinator
-from .parts import Entry, Part
 from .reader import BatchReader
 from .requests import StreamConfig
 from .results_queue import Answered, End, ResultQueue
+from .scheduling.parts import Entry, Part
+from .scheduling.unanswered import UnansweredParts
 from .state import StreamState
-from .unanswered import UnansweredParts
 from .worker import StreamWorker
 
 

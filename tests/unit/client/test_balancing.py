@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sidelight._inputs.images import EncodedBatch
-from sidelight._streaming.dispatcher import CANDIDATES, Dispatcher
-from sidelight._streaming.parts import Entry
-from sidelight._streaming.unanswered import UnansweredParts
+from sidelight._streaming.scheduling.dispatcher import CANDIDATES, Dispatcher
+from sidelight._streaming.scheduling.parts import Entry
+from sidelight._streaming.scheduling.unanswered import UnansweredParts
 from sidelight._transport.balancing import EQUAL, FORGET_S, STALE_S, Load, least_loaded
 
 A, B, C = "A", "B", "C"
@@ -111,10 +111,10 @@ def test_scheduling_needs_the_standard_library_alone() -> None:
     code = """
 import sys, types, pathlib
 root = pathlib.Path(sys.argv[1])
-for name in ("sidelight", "sidelight._transport", "sidelight._streaming"):  # without what their __init__ imports
+for name in ("sidelight", "sidelight._transport", "sidelight._streaming"):  # without what their __init__ import
     package = sys.modules[name] = types.ModuleType(name)
     package.__path__ = [str(root / name.replace(".", "/"))]
-import sidelight._streaming.dispatcher
+import sidelight._streaming.scheduling.dispatcher
 print([each for each in ("numpy", "grpc", "google", "PIL") if each in sys.modules])
 """
     import sidelight

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sidelight._inputs.images import EncodedBatch
-from sidelight._streaming.parts import Entry, Part
-from sidelight._streaming.unanswered import GRACE_S, UnansweredParts
+from sidelight._streaming.scheduling.parts import Entry, Part
+from sidelight._streaming.scheduling.unanswered import GRACE_S, UnansweredParts
 from sidelight.exceptions import Internal
 from sidelight.results import attribution
 

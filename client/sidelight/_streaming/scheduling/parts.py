@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # scheduling needs the standard library alone
-    from .._inputs.images import EncodedBatch
-    from ..results.attribution import Attribution
+    from ..._inputs.images import EncodedBatch
+    from ...results.attribution import Attribution
 
 
 @dataclass(eq=False, slots=True)

@@ -1,12 +1,9 @@
-"""The dispatcher: which worker of a stream is given the next part, and which one reads the caller's next batch.
-
-It has no threads, no lock and no clock, as `UnansweredParts`.
-"""
+"""The dispatcher: which worker of a stream is given the next part, and which one reads the caller's next batch."""
 
 import itertools
 from collections.abc import Callable, Hashable
 
-from .._transport.balancing import least_loaded
+from ..._transport.balancing import least_loaded
 from .parts import Part
 from .unanswered import UnansweredParts
 

@@ -1,9 +1,5 @@
 """Unanswered parts: which of them wait, which are sent and to which server, and which is sent next.
 
-The module has no threads, no lock and no clock: the caller holds its own lock and passes the time. It needs only the
-standard library, as do `parts`, `dispatcher` and `_transport.balancing`: `benchmarks.simulation` runs all four on a
-virtual clock.
-
 A batch is sent as one part, or as several parts if it exceeds a limit. If a server's call ends before it has answered a
 part, the part is sent again: it is executed at least once and answered once. The parts that a server held when it died
 are suspects, because one of them may have killed it. Each suspect is sent alone. A suspect that was alone on two
@@ -16,7 +12,7 @@ other server is told to cancel, and its answer is ignored.
 import bisect
 from collections.abc import Callable, Hashable, Iterable, Sequence
 
-from .._transport.balancing import Load
+from ..._transport.balancing import Load
 from .parts import Entry, Part
 
 MIN_BATCHES = 2  # one is computed while the next is transferred
