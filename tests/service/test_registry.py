@@ -359,7 +359,7 @@ def test_no_request_is_lost_or_mixed_while_models_are_reloaded(weights: Path) ->
 
 
 def test_a_running_request_ends_on_the_version_it_began_on(weights: Path) -> None:
-    method = sidelight.IntegratedGradients(steps=2000)
+    method = sidelight.IntegratedGradients(steps=1000)
     with (
         serving(model=SOURCE, weights=weights, allow_reload=True, max_chunk_rows=1) as client,
         ThreadPoolExecutor(1) as pool,

@@ -118,7 +118,11 @@ def alone() -> dict[str, np.ndarray]:
         return {name: asyncio.run(engine.attribute(asked(each, EXAMPLE))).maps[0] for name, each in REQUESTS.items()}
 
 
-@pytest.mark.parametrize("rows", range(1, 10), ids=lambda rows: f"{rows} rows")
+@pytest.mark.parametrize(
+    "rows",
+    [1, 2, 3, 5, 8, *(pytest.param(rows, marks=pytest.mark.nightly) for rows in (4, 6, 7, 9))],
+    ids=lambda rows: f"{rows} rows",
+)
 def test_one_example_has_one_map_in_every_place_and_neighborhood(rows: int, alone: dict[str, np.ndarray]) -> None:
     with engine_of(rows) as engine:
         for place in range(rows):
