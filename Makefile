@@ -227,7 +227,7 @@ CORE := aio answers client client_frames client_stream cli colormaps config dico
 CORE_TESTS = $(shell find tests $(patsubst %,-name test_%.py -o,$(CORE)) -false)
 EXTRAS := server,cli,plot,dicom,hf,otel,demo
 oldest: .venv/.ready .venv-oldest/.ready
-	.venv-oldest/bin/python -m pytest -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning $(CORE_TESTS)
+	.venv-oldest/bin/python -m pytest $(PARALLEL) -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning $(CORE_TESTS)
 
 .venv-oldest/.ready: pyproject.toml .venv-tools/.ready
 	$(PYTHON) -m venv --clear .venv-oldest
