@@ -7,7 +7,7 @@ import os
 import sys
 
 from . import missing_package
-from .app.health_check import check_health, is_health_check
+from .app.health.health_check import check_health, is_health_check
 from .app.openmp import sleep_soon
 from .errors import ConfigurationError
 from .telemetry.logs import Event, configure

@@ -18,7 +18,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.app.channel_options import MAX_CONNECTION_CALLS
-from sidelight_server.app.health import MAX_PEER_WATCHES
+from sidelight_server.app.health.health import MAX_PEER_WATCHES
 from sidelight_server.domain import Request
 from sidelight_server.rpc import interceptors, receive_limit, stream
 from torch import Tensor, nn

@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from sidelight_server.app.health_check import check_health, is_health_check
+from sidelight_server.app.health.health_check import check_health, is_health_check
 from sidelight_server.config.reading import read_settings
 from sidelight_server.config.settings import Settings
 from torch import nn

@@ -18,9 +18,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Request, Settings
-from sidelight_server.app.health import SERVICES
+from sidelight_server.app.health.health import SERVICES
+from sidelight_server.app.health.watchdog import Watchdog
 from sidelight_server.app.server import Server
-from sidelight_server.app.watchdog import Watchdog
 from sidelight_server.config.model_settings import ModelSettings
 from sidelight_server.engine.device import least_busy
 from sidelight_server.engine.heartbeat import STUCK_FACTOR, Heartbeat

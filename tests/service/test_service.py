@@ -16,7 +16,7 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
 from sidelight_server import ModelSpec, Settings, serve
-from sidelight_server.app.health import SERVICES
+from sidelight_server.app.health.health import SERVICES
 from sidelight_server.engine.request_cost import BYTES_OF_EXAMPLE
 from sidelight_server.wire.requests import MAX_EXAMPLES
 from torch import Tensor, nn

@@ -13,7 +13,7 @@ import grpc
 import torch
 from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Settings
-from sidelight_server.app.counts import ServerCounts
+from sidelight_server.app.metrics.counts import ServerCounts
 from sidelight_server.app.server import Server
 from torch import Tensor, nn
 

@@ -33,15 +33,15 @@ from ..telemetry.recorder import Telemetry
 from ..telemetry.tracing import Tracing
 from .addresses import bind
 from .channel_options import channel_options
-from .counts import ServerCounts
-from .health import SERVICES, Health, ReadinessGate, statuses
+from .health.health import SERVICES, Health, ReadinessGate, statuses
+from .health.watchdog import Watchdog
 from .load_shedding import LoadShedding
+from .metrics.counts import ServerCounts
 from .reflection import enable_reflection
-from .watchdog import Watchdog
 
 if TYPE_CHECKING:
     from ..security.reloadable_files import SecretFiles
-    from .metrics_http import MetricsServer
+    from .metrics.metrics_http import MetricsServer
 
 log = logging.getLogger("sidelight")
 
@@ -186,8 +186,8 @@ class Server:
         if not self._metrics_listen:
             return
         # Imported here: they take 30 ms, and most tests do not need them.
-        from .metrics_http import MetricsServer
-        from .prometheus import Metrics
+        from .metrics.metrics_http import MetricsServer
+        from .metrics.prometheus import Metrics
 
         metrics = Metrics(self._engine, self.handler.telemetry.counts, self.counts, files)
         try:

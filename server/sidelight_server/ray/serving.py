@@ -13,7 +13,7 @@ from ray.serve.grpc_util import RayServegRPCContext
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2
 
-from ..app.health import statuses
+from ..app.health.health import statuses
 from ..engine.engine import Engine
 from ..errors import SidelightError, Unavailable
 from ..rpc.handler import RequestHandler

@@ -1,4 +1,4 @@
-"""Counters and histograms of requests, as objects of prometheus_client. `app.prometheus` exports them."""
+"""Counters and histograms of requests, as objects of prometheus_client. `app.metrics.prometheus` exports them."""
 
 import functools
 import itertools

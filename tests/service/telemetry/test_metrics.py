@@ -26,8 +26,8 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, model_pb2_grpc
 from sidelight_server import ConfigurationError, Engine, ModelSpec, Settings
 from sidelight_server.app import embedded
-from sidelight_server.app.metrics_http import N_CALLERS, MetricsServer
-from sidelight_server.app.prometheus import Metrics
+from sidelight_server.app.metrics.metrics_http import N_CALLERS, MetricsServer
+from sidelight_server.app.metrics.prometheus import Metrics
 from sidelight_server.app.server import Server
 from sidelight_server.domain import Answer, Explanation, Provenance, Request, Timing
 from sidelight_server.errors import Cancelled, Internal, ResourceExhausted, Unavailable

@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.exposition import MetricsHandler
 from prometheus_client.registry import Collector
 
-from ..errors import ConfigurationError
-from .addresses import host_and_port, is_loopback
+from ...errors import ConfigurationError
+from ..addresses import host_and_port, is_loopback
 
 CALLER_S = 10.0  # socket timeout of a connection
 N_CALLERS = 16  # open connections, each with a thread; above it the oldest is closed

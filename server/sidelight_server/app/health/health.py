@@ -13,13 +13,13 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from sidelight.v1 import attribution_pb2, model_pb2
 
-from ..engine.engine import Engine
-from ..errors import ResourceExhausted, Unavailable
-from ..interop.open_inference import service as open_inference
-from ..rpc.status import Context, abort, refusing
-from ..security.authorization import INFERENCE_PROBES
-from ..security.stream_limit import Peers
-from ..telemetry.counters import Counters
+from ...engine.engine import Engine
+from ...errors import ResourceExhausted, Unavailable
+from ...interop.open_inference import service as open_inference
+from ...rpc.status import Context, abort, refusing
+from ...security.authorization import INFERENCE_PROBES
+from ...security.stream_limit import Peers
+from ...telemetry.counters import Counters
 
 SERVICES = (
     attribution_pb2.DESCRIPTOR.services_by_name["AttributionService"].full_name,
@@ -34,7 +34,7 @@ MAX_WATCHES = 1024
 
 _Status = health_pb2.HealthCheckResponse
 if TYPE_CHECKING:
-    from ..rpc.status import Handler
+    from ...rpc.status import Handler
 
 
 class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the package has no types

@@ -1,6 +1,6 @@
 """Prometheus metrics of one server: the counters of its requests, and gauges that are read at each scrape.
 
-`app.metrics_http` serves them. Each server has a registry of its own; see `telemetry.counters`.
+`app.metrics.metrics_http` serves them. Each server has a registry of its own; see `telemetry.counters`.
 """
 
 import itertools
@@ -13,13 +13,13 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-from ..compute.host_memory import resident_bytes
-from ..engine.device import Device
-from ..engine.engine import Engine
-from ..security.reloadable_files import SecretFiles
-from ..telemetry.counters import Counters
+from ...compute.host_memory import resident_bytes
+from ...engine.device import Device
+from ...engine.engine import Engine
+from ...security.reloadable_files import SecretFiles
+from ...telemetry.counters import Counters
+from ..health.health import MODEL, statuses
 from .counts import ServerCounts
-from .health import MODEL, statuses
 
 
 class Metrics(Collector):

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..security.pem import check_authority, check_pair
+from ...security.pem import check_authority, check_pair
 
 if TYPE_CHECKING:
     import grpc

@@ -4,9 +4,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from ..engine.device import Device
-from ..engine.engine import Engine
-from ..telemetry.logs import Event
+from ...engine.device import Device
+from ...engine.engine import Engine
+from ...telemetry.logs import Event
 
 log = logging.getLogger("sidelight")
 
