@@ -77,7 +77,7 @@ def test_a_streamed_answer_can_be_pickled_without_its_images(client: sidelight.C
         other.picture(0)
 
 
-def test_an_answer_tells_which_file_each_example_came_from(client: sidelight.Client, tmp_path: Path) -> None:
+def test_an_answer_reports_which_file_each_example_came_from(client: sidelight.Client, tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("RGB", (40, 50)).save(path)
     answer = client.attribute([path, path.read_bytes(), str(path)])

@@ -245,7 +245,7 @@ def test_an_example_that_fails_fails_its_request(address: str, is_streamed: bool
     assert (fault[0], fault[1].count) == ("PartialFailure", 6)
 
 
-def test_what_is_on_its_way_at_the_end_is_told_with_its_age(gate: Gate, gated: str) -> None:
+def test_what_is_on_its_way_at_the_end_is_reported_with_its_age(gate: Gate, gated: str) -> None:
     recorder = Recorder()
     gate.shut()
     with Load(sidelight.connect(gated, connect_timeout=10), Traffic([PIXELS]), recorder, n_callers=1) as load:
@@ -329,7 +329,7 @@ def test_pictures_are_sent_as_files_or_as_pixels(run: Run) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is shared on Linux alone")
-def test_arrays_go_through_shared_memory_where_they_are_told_to(device: str, run: Run, tmp_path: Path) -> None:
+def test_arrays_go_through_shared_memory_if_asked_to(device: str, run: Run, tmp_path: Path) -> None:
     spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32))
     folder = tmp_path / "shared"
     folder.mkdir(mode=0o700)
@@ -440,7 +440,7 @@ def test_a_picture_needs_matplotlib_and_says_so_at_once(run: Run, monkeypatch: p
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )
-def test_a_mistake_is_told_in_one_line_before_anything_is_measured(
+def test_a_mistake_is_reported_in_one_line_before_anything_is_measured(
     run: Run, arguments: list[str], message: str
 ) -> None:
     Path("bad.png").write_bytes(b"no picture")

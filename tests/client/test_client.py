@@ -226,7 +226,7 @@ def test_threads_share_a_client_and_get_what_serial_calls_get(client: sidelight.
         assert [each.index for each in answer.targets] == [each.index for each in expected[place].targets]
 
 
-def test_info_tells_version_limits_methods_and_models(client: sidelight.Client) -> None:
+def test_info_reports_version_limits_methods_and_models(client: sidelight.Client) -> None:
     info = client.info()
     assert info.version == sidelight.__version__
     assert info.limits == sidelight.results.Limits(
@@ -253,7 +253,7 @@ def test_info_tells_version_limits_methods_and_models(client: sidelight.Client) 
 
 
 @pytest.mark.parametrize("name", [None, "", "small"], ids=repr)
-def test_a_model_is_told_with_its_labels_and_layers(client: sidelight.Client, name: str | None) -> None:
+def test_a_model_is_reported_with_its_labels_and_layers(client: sidelight.Client, name: str | None) -> None:
     model = client.model(name)
     assert model.labels == LABELS
     assert model.layers == tuple(map(str, range(7)))  # up to where the features are flattened
@@ -325,7 +325,7 @@ def test_every_status_has_an_exception_of_its_own(status: grpc.StatusCode) -> No
         assert error.message.startswith("why")  # UNIMPLEMENTED has a question behind it
 
 
-def test_a_status_without_words_or_delay_is_told_by_its_name() -> None:
+def test_a_status_without_words_or_delay_is_reported_by_its_name() -> None:
     error = exceptions.from_rpc(FailedCall(grpc.StatusCode.DATA_LOSS), max_message_bytes=1)
     assert (str(error), error.retry_delay_s) == ("DATA_LOSS", None)
 
@@ -590,7 +590,7 @@ def test_a_target_changes_what_is_explained_and_not_what_is_predicted(
     assert client.attribute(floats, target=0).predictions == client.attribute(floats).predictions
 
 
-def test_a_sure_prediction_is_told_to_be_saturated(device: str, module: nn.Module, floats: torch.Tensor) -> None:
+def test_a_sure_prediction_is_reported_to_be_saturated(device: str, module: nn.Module, floats: torch.Tensor) -> None:
     sure = nn.Sequential(copy.deepcopy(module), nn.Linear(N_CLASSES, N_CLASSES, bias=False))
     with torch.no_grad():
         sure[1].weight.copy_(1e6 * torch.eye(N_CLASSES))
@@ -666,7 +666,7 @@ METHODS: dict[str, sidelight.methods.Method] = {
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS.keys())
-def test_every_method_is_called_and_told_in_the_provenance_as_it_was_asked(
+def test_every_method_is_called_and_reported_in_the_provenance_as_it_was_asked(
     client: sidelight.Client, floats: torch.Tensor, method: sidelight.methods.Method
 ) -> None:
     answer = client.attribute(floats, method=method)
@@ -787,7 +787,7 @@ def test_what_the_server_knows_to_be_out_of_range_it_says_by_field_got_and_expec
         client.attribute(floats, method=sidelight.GradCAM(layer="10"))
 
 
-def test_the_geometry_tells_how_a_picture_was_resized_and_cropped(client: sidelight.Client) -> None:
+def test_the_geometry_reports_how_a_picture_was_resized_and_cropped(client: sidelight.Client) -> None:
     answer = client.attribute([np.zeros((40, 50, 3), np.uint8), np.zeros((64, 64, 3), np.uint8)])
     assert answer.geometry[0] == sidelight.results.Geometry(
         original_height=40,

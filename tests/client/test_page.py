@@ -146,7 +146,7 @@ def test_an_error_names_the_control_that_it_concerns(page: TestClient, asked: di
     assert event["field"].startswith(field), event["message"]
 
 
-def test_a_server_that_is_away_is_told_and_the_page_goes_on(folder: Path, tmp_path: Path) -> None:
+def test_a_server_that_is_away_is_reported_and_the_page_goes_on(folder: Path, tmp_path: Path) -> None:
     with page_of(f"unix:{tmp_path}/nobody", [folder / "one.png"], connect_timeout=0.1) as page:
         assert page.get("/").status_code == 200
         assert not page.get("/server").json()["reachable"]

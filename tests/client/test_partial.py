@@ -101,7 +101,7 @@ def test_without_top_k_there_is_one_map_for_each_example() -> None:
         answer.heatmap(0, k=1)
 
 
-def test_convergence_is_told_as_far_as_the_method_measures_it() -> None:
+def test_convergence_is_reported_as_far_as_the_method_measures_it() -> None:
     examples = [
         example(1, convergence=pb.Convergence(rows=9, error=0.0)),
         example(1, convergence=pb.Convergence(rows=52, completeness_error=0.5, relative_completeness_error=0.25)),
@@ -115,7 +115,7 @@ def test_convergence_is_told_as_far_as_the_method_measures_it() -> None:
     )
 
 
-def test_a_contrast_tells_its_other_class_even_if_it_is_the_first() -> None:
+def test_a_contrast_reports_its_other_class_even_if_it_is_the_first() -> None:
     contrast = pb.Example(prediction=pb.Prediction(index=2), targets=[pb.ExplainedTarget(index=2, against=0)])
     answer = read(result(np.zeros((2, 2, 2), np.float32), [contrast, example(2)]))
     assert [each.against for each in answer.targets] == [0, None]

@@ -89,7 +89,7 @@ def _forget_digests(folder: Path) -> None:
     (folder / "answer.json").write_text(json.dumps(record))
 
 
-def test_another_picture_is_told_by_the_name_on_record_before_anything_is_computed(
+def test_another_picture_is_reported_by_the_name_on_record_before_anything_is_computed(
     exact: sidelight.Client, pictures: list[Path], saved: Path
 ) -> None:
     first, second = pictures
@@ -286,7 +286,7 @@ def test_the_command_says_equal_and_ends_with_none(exact: sidelight.Client, pict
         assert done.stdout.splitlines() == expected
 
 
-def test_another_model_is_told_fact_by_fact(
+def test_another_model_is_reported_fact_by_fact(
     exact: sidelight.Client, module: nn.Module, device: str, pictures: list[Path], saved: Path
 ) -> None:
     other = copy.deepcopy(module)

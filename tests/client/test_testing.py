@@ -94,7 +94,7 @@ def test_files_are_decoded_and_a_broken_one_fails_alone(client: sidelight.Client
     assert [failure.example for failure in answer.failures] == [1]
 
 
-def test_it_fails_as_it_is_told_to(server: sidelight.testing.TestServer, client: sidelight.Client) -> None:
+def test_it_fails_on_demand(server: sidelight.testing.TestServer, client: sidelight.Client) -> None:
     server.fail_next(exceptions.Internal("broken"))
     with pytest.raises(exceptions.Internal, match="broken"):
         client.attribute(IMAGES)

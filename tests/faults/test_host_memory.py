@@ -125,7 +125,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_a_lack_of_host_memory_is_told_and_the_device_goes_on(case: str) -> None:
+def test_a_lack_of_host_memory_is_reported_and_the_device_continues(case: str) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", BEGIN + textwrap.dedent(case)],
         capture_output=True, text=True, timeout=100, cwd=TESTS, check=False,

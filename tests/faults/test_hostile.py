@@ -53,7 +53,7 @@ def n_held(server: Running) -> int:
     return server.counts().permits
 
 
-def test_a_connection_has_so_many_calls_and_no_more(tmp_path: Path, device: str) -> None:
+def test_a_connection_has_a_limited_number_of_calls(tmp_path: Path, device: str) -> None:
     with running(Linear(), tmp_path, device=device) as server, Caller(address(server)) as caller:
         assert caller.room == MAX_CONNECTION_CALLS
 

@@ -689,7 +689,7 @@ def test_without_retry_what_a_server_at_its_greatest_age_has_not_read_is_still_s
 
 
 @pytest.mark.parametrize("retry", [True, False])
-def test_a_full_server_is_told_as_full_in_the_calls_own_time(retry: bool) -> None:
+def test_a_full_server_is_reported_as_full_within_the_calls_timeout(retry: bool) -> None:
     """A batch that is too large for one message is sent on a stream, which the server does not accept."""
 
     def full(requests: Requests) -> Responses:
@@ -705,7 +705,7 @@ def test_a_full_server_is_told_as_full_in_the_calls_own_time(retry: bool) -> Non
         client.attribute(large, timeout=0.5 if retry else 600)
 
 
-def test_what_the_client_cut_itself_is_not_told_as_cancelled_by_the_application(
+def test_a_call_that_the_client_cut_is_not_reported_as_cancelled_by_the_application(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sidelight._streaming.scheduling.unanswered.GRACE_S", 0.1)

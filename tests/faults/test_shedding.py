@@ -91,7 +91,7 @@ def test_what_is_left_is_the_least_of_what_groups_and_machine_have(
     assert host_memory.room(*files(tmp_path, memberships, contents)) == expected
 
 
-def test_a_system_without_these_files_tells_nothing(tmp_path: Path) -> None:
+def test_a_system_without_these_files_reports_nothing(tmp_path: Path) -> None:
     assert host_memory.room(tmp_path / "none", tmp_path / "neither") is None
 
 

@@ -169,5 +169,5 @@ def test_each_alert_can_be_asked_and_the_right_ones_fire(prometheus: Prometheus)
     until(lambda: firing() == {"SidelightFailing", "SidelightPredictionsDiffer"})
 
 
-def test_the_page_tells_of_each_alert() -> None:
+def test_the_page_describes_each_alert() -> None:
     assert re.findall(r"^\| `(Sidelight\w+)` \|", PAGE, re.MULTILINE) == [alert["alert"] for alert in alerts()]

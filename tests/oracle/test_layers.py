@@ -238,7 +238,7 @@ class Branches(nn.Module):
         return self.head((self.left(x) * self.right(x)).mean(dim=(2, 3)))
 
 
-def test_where_no_layer_says_all_none_is_chosen_and_those_that_can_be_named_are_told() -> None:
+def test_where_no_layer_says_all_none_is_chosen_and_those_that_can_be_named_are_reported() -> None:
     module = Branches().double().eval()
     with Engine([ModelSpec(module, input_size=SIZE)], Settings(device="cpu", threads=1)) as engine:
         with pytest.raises(NotFound, match=r'name one of .*"left".*"right"'):

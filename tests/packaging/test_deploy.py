@@ -218,7 +218,7 @@ def test_the_sidecar_opens_no_port_for_calls_and_shares_memory_and_socket_with_i
 
 
 @every_manifest
-def test_prometheus_is_sent_where_the_server_tells_metrics(path: Path) -> None:
+def test_prometheus_scrapes_where_the_server_has_metrics(path: Path) -> None:
     annotated = [each["metadata"] for each in templates(path)]
     (port,) = {each["annotations"]["prometheus.io/port"] for each in annotated if "annotations" in each}
     ((_, container, settings),) = sidelights(path)

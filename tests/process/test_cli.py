@@ -89,7 +89,7 @@ def rows(output: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in cells if len(row) > 1}
 
 
-def test_pictures_are_told_with_label_probability_and_time(run: Run, client: sidelight.Client) -> None:
+def test_each_picture_is_printed_with_label_probability_and_time(run: Run, client: sidelight.Client) -> None:
     paths = [picture(f"{seed}.png", seed=seed) for seed in range(3)]
     done = run("attribute", *paths)
     assert done.exit_code == 0, done.output
@@ -169,7 +169,7 @@ def test_a_target_is_a_class_index_or_a_label(run: Run, target: str, explained: 
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )
-def test_what_the_server_refuses_is_told_beside_the_picture(run: Run, options: list[str], message: str) -> None:
+def test_a_rejected_picture_is_printed_with_the_reason(run: Run, options: list[str], message: str) -> None:
     done = run("attribute", picture("a.png"), *options)
     assert done.exit_code == 1
     assert message in rows(done.stdout)["a.png"][0]
@@ -197,7 +197,7 @@ def test_every_method_is_served_by_its_bare_name(run: Run, name: str) -> None:
     assert name in " ".join(run("attribute", "--help").stdout.split())
 
 
-def test_the_table_tells_rows_and_errors_of_the_methods_that_have_them(run: Run, client: sidelight.Client) -> None:
+def test_the_table_has_rows_and_errors_for_methods_that_have_them(run: Run, client: sidelight.Client) -> None:
     good = picture("good.png")
     Path("bad.png").write_bytes(b"no picture")
     done = run("attribute", good, "bad.png", "--method", "integrated_gradients(tolerance=0.2, baseline=blurred)")
@@ -390,7 +390,7 @@ def test_names_and_labels_are_no_markup(device: str, run: Run) -> None:
     assert "net[bold]v2" in told.stdout
 
 
-def test_a_model_without_labels_is_told_by_class_numbers(device: str, run: Run) -> None:
+def test_a_model_without_labels_is_printed_with_class_numbers(device: str, run: Run) -> None:
     spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32))
     with sidelight_server.serve(spec, device=device) as address:
         done = run("attribute", picture("a.png"), "--address", address)
@@ -446,7 +446,7 @@ def test_an_overlay_folder_that_is_a_file_is_named(run: Run) -> None:
     assert done.stderr.startswith("sidelight: --save: a.png cannot be a folder for answers: File exists")
 
 
-def test_what_is_wrong_with_every_picture_is_told_once(run: Run) -> None:
+def test_a_fault_of_every_picture_is_printed_once(run: Run) -> None:
     done = run("attribute", picture("a.png"), picture("b.png"), "--timeout", "0")
     assert (done.exit_code, done.stdout) == (1, "")
     assert done.stderr.count("timeout: got 0.0 s, expected a positive time") == 1
@@ -493,7 +493,7 @@ def test_the_address_is_that_of_the_option_before_that_of_the_variable(run: Run,
     assert run("info", "--connect-timeout", "0.1", SIDELIGHT_ADDRESS=ABSENT).exit_code == 1
 
 
-def test_info_tells_version_limits_methods_and_models(run: Run, address: str, client: sidelight.Client) -> None:
+def test_info_reports_version_limits_methods_and_models(run: Run, address: str, client: sidelight.Client) -> None:
     before, server = None, client.info()
     while before != server.models:  # the chunk size is measured again some time after the start
         before = server.models
@@ -527,14 +527,14 @@ def test_info_tells_version_limits_methods_and_models(run: Run, address: str, cl
     ],
     ids=["default", "range", "sides", "window"],
 )
-def test_info_tells_what_becomes_of_pixels(device: str, run: Run, fields: dict[str, object], told: str) -> None:
+def test_info_reports_what_becomes_of_pixels(device: str, run: Run, fields: dict[str, object], told: str) -> None:
     spec = sidelight_server.ModelSpec(small_cnn(1), input_size=(1, 32, 32), **fields)
     with sidelight_server.serve(spec, device=device) as address:
         done = run("info", "--address", address)
     assert told in [" ".join(line.split()).removeprefix("pixels ") for line in done.stdout.splitlines()]
 
 
-def test_info_tells_of_a_model_that_takes_any_size(device: str, run: Run) -> None:
+def test_info_describes_a_model_that_takes_any_size(device: str, run: Run) -> None:
     with sidelight_server.serve(small_cnn(), device=device) as address:
         done = run("info", "--address", address)
     assert "any C × H × W" in done.stdout

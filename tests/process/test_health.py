@@ -101,7 +101,7 @@ def test_another_name_is_unknown(name: str, tmp_path: Path) -> None:
 # The life
 
 
-def test_the_port_tells_health_while_models_load_and_refuses_what_it_cannot_do_yet(tmp_path: Path) -> None:
+def test_the_port_answers_health_while_models_load_and_rejects_other_calls(tmp_path: Path) -> None:
     fifo = tmp_path / "go"
     os.mkfifo(fifo)
     (tmp_path / "waiting_factory.py").write_text(f"def net():\n    open({str(fifo)!r}).close()\n" + NET)
@@ -176,7 +176,7 @@ def test_a_lazy_model_serves_once_it_was_asked_for_and_the_server_before(tmp_pat
 # Stuck and dead
 
 
-def test_a_stuck_device_is_told_and_so_is_that_it_moves_again(
+def test_a_stuck_device_is_reported_and_so_is_that_it_moves_again(
     tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
     with (
@@ -407,7 +407,7 @@ def folder(tmp_path: Path) -> Path:
 HANGING = ["--model", "python:factories:Slow", *LOCAL, "--device", "cpu"]
 
 
-def test_a_process_with_a_stuck_device_ends_with_0_within_its_time_and_tells_its_callers(folder: Path) -> None:
+def test_a_process_with_a_stuck_device_ends_with_0_in_time_and_fails_its_callers(folder: Path) -> None:
     with started(folder, *HANGING, "--drain-s", "1", "--stuck-s", "0.2") as (process, (address,)):
         with grpc.insecure_channel(address) as channel, Conversation(channel) as stream:
             watching = Watching(channel)

@@ -204,7 +204,7 @@ def test_a_process_that_cannot_start_ends_with_one_line(tmp_path: Path, log_form
     assert line.removeprefix("sidelight-server: ") == "weights: absent.pt is not there"
 
 
-def test_metrics_are_told_by_a_process_that_was_not_told_to(tmp_path: Path) -> None:
+def test_metrics_are_served_by_default(tmp_path: Path) -> None:
     with process(tmp_path) as server:
         server.stderr.readline()
         (metrics,) = [word for word in shlex.split(server.stderr.readline()) if word.startswith("metrics=")]

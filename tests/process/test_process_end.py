@@ -90,5 +90,5 @@ def test_a_script_ends_whose_stream_is_unfinished(kind: str, serving: str, tmp_p
     run(UNFINISHED[kind], serving, n=N_RUNS, folder=tmp_path)
 
 
-def test_a_forked_child_is_told_to_connect_anew_and_both_processes_go_on(serving: str, tmp_path: Path) -> None:
+def test_a_forked_child_must_connect_again_and_both_processes_continue(serving: str, tmp_path: Path) -> None:
     run(FORKED, serving, n=2, folder=tmp_path)

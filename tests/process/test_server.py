@@ -234,7 +234,7 @@ def ask_net(address: str) -> pb.AttributeResponse:
         return stub.Attribute(ask(images), timeout=TIMEOUT_S, wait_for_ready=True)
 
 
-def test_a_process_serves_on_a_port_and_a_socket_until_it_is_told_to_stop(folder: Path) -> None:
+def test_a_process_serves_on_a_port_and_a_socket_until_it_is_stopped(folder: Path) -> None:
     model = ["--model", "python:factories:spec", "--weights", "good.pt", "--name", "renamed", "--device", "cpu"]
     with started(folder, *model, *LOCAL, "--listen", "unix:here.sock") as (process, addresses):
         port, path = addresses

@@ -80,7 +80,7 @@ def test_tls_is_spoken(explain: Explain, tmp_path: Path) -> None:
 
 
 @both
-def test_over_the_permits_a_call_is_told_when_to_come_again(explain: Explain, tmp_path: Path) -> None:
+def test_over_the_permits_a_call_gets_a_retry_delay(explain: Explain, tmp_path: Path) -> None:
     with gated(tmp_path, max_in_flight=1, device="cpu") as (gate, server):
         first = explain(server.channel, floats(1))
         assert gate.reached.wait(TIMEOUT_S)

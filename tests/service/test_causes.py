@@ -48,7 +48,7 @@ RETURNED = {
 
 @pytest.mark.parametrize("is_own", [True, False], ids=["own-process", "other-process"])
 @pytest.mark.parametrize(("answer", "said"), RETURNED.values(), ids=RETURNED.keys())
-def test_outputs_that_cannot_be_understood_are_told_to_every_caller(
+def test_outputs_that_cannot_be_understood_are_reported_to_every_caller(
     answer: Callable[[Tensor], object], said: str, is_own: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {} if is_own else listening(tmp_path)
@@ -64,7 +64,7 @@ def test_outputs_that_cannot_be_understood_are_told_to_every_caller(
     assert sum("model_failed" in str(record.msg) for record in caplog.records) == 1  # the operator hears of it too
 
 
-def test_another_number_of_classes_than_before_is_told(tmp_path: Path) -> None:
+def test_another_number_of_classes_than_before_is_reported(tmp_path: Path) -> None:
     module = Strange(lambda y: y if float(y.detach().sum()) >= 0 else y[:, :2])
     with (
         sidelight_server.serve(ModelSpec(module, output_kind="logits"), device="cpu", **listening(tmp_path)) as address,
@@ -79,7 +79,7 @@ def raising(_: Tensor) -> object:
     raise ZeroDivisionError("the secret of /etc/weights")
 
 
-def test_what_a_model_raises_is_told_in_ones_own_process_alone(tmp_path: Path) -> None:
+def test_what_a_model_raises_is_reported_in_ones_own_process_alone(tmp_path: Path) -> None:
     said = {}
     module = Strange(lambda y: y if float(y.detach().sum()) >= 0 else raising(y))
     for is_own, settings in ((True, {}), (False, listening(tmp_path))):
@@ -94,7 +94,7 @@ def test_what_a_model_raises_is_told_in_ones_own_process_alone(tmp_path: Path) -
     assert said[False].message == 'model "model" failed on example 0; the server\'s log has the cause'
 
 
-def test_the_drop_in_class_tells_what_a_module_raised_later() -> None:
+def test_the_drop_in_class_reports_what_a_module_raised_later() -> None:
     state = {"fails": False}
 
     def fail(y: Tensor) -> object:

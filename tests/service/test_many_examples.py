@@ -111,7 +111,7 @@ def test_what_the_event_loop_does_in_one_go_does_not_grow_with_a_batchs_examples
     assert many < few + 256
 
 
-def test_a_batch_of_more_examples_is_refused_and_told(server: Running) -> None:
+def test_a_batch_of_more_examples_is_refused_and_reported(server: Running) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         server.stub.Attribute(batch("floats", MAX_EXAMPLES + 1), timeout=TIMEOUT_S)
     assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT

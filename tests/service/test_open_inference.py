@@ -412,7 +412,7 @@ def _wait_forever() -> Iterator[oip.ModelInferRequest]:
 # What the server tells
 
 
-def test_the_server_tells_what_it_is(server: Running) -> None:
+def test_the_server_reports_its_metadata(server: Running) -> None:
     told = call(server.channel, "ServerMetadata", oip.ServerMetadataRequest())
     assert told.name == "sidelight"
     assert {"model_configuration", "statistics", "sidelight"} <= set(told.extensions)

@@ -130,7 +130,7 @@ def test_images_and_maps_go_through_a_region(server: Running, folder: Path) -> N
     assert os.stat(folder / "kept").st_size == SIZE
 
 
-def test_half_the_way_through_a_region_is_told_as_inline(server: Running, folder: Path) -> None:
+def test_a_batch_with_one_direction_in_a_region_is_reported_as_inline(server: Running, folder: Path) -> None:
     path, images = make(folder / "a"), floats(3)
     put(path, images)
     with Conversation(server.channel) as stream:

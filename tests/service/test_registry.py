@@ -283,7 +283,7 @@ def test_messages_that_wait_for_their_model_hold_permits(monkeypatch: pytest.Mon
         server.until_all_permits_are_back()
 
 
-def test_what_is_wrong_with_a_batch_is_told_though_its_model_must_be_loaded(
+def test_a_fault_of_a_batch_is_reported_although_its_model_must_be_loaded(
     monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     with _conversing(monkeypatch, gate) as (_, stream):

@@ -86,7 +86,7 @@ def test_the_times_of_an_answer_add_up(channel: grpc.Channel) -> None:
     assert sum(parts) <= timing.total.ToNanoseconds() + 10  # each is rounded to a nanosecond
 
 
-def test_the_server_tells_its_version_limits_methods_and_models(channel: grpc.Channel) -> None:
+def test_the_server_reports_its_version_limits_methods_and_models(channel: grpc.Channel) -> None:
     stub = attribution_pb2_grpc.AttributionServiceStub(channel)
     info = stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=TIMEOUT_S)
     default = Settings()
@@ -109,7 +109,7 @@ def test_models_are_listed_without_labels_and_layers(channel: grpc.Channel) -> N
 
 
 @pytest.mark.parametrize("name", ["", "small"], ids=["by default", "by name"])
-def test_a_model_is_told_whole(name: str, channel: grpc.Channel, module: nn.Module) -> None:
+def test_a_model_is_reported_whole(name: str, channel: grpc.Channel, module: nn.Module) -> None:
     stub = model_pb2_grpc.ModelServiceStub(channel)
     model = stub.GetModel(model_pb2.GetModelRequest(name=name), timeout=TIMEOUT_S).model
     assert model.name == "small"
@@ -190,7 +190,7 @@ def test_health_says_serving(service: str, channel: grpc.Channel) -> None:
     assert answer.status == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_over_the_permits_a_unary_call_is_told_when_to_come_again(tmp_path: Path, device: str) -> None:
+def test_over_the_permits_a_unary_call_gets_a_retry_delay(tmp_path: Path, device: str) -> None:
     with gated(tmp_path, max_in_flight=1, device=device) as (gate, server):
         first = server.stub.Attribute.future(ask(floats(2)), timeout=TIMEOUT_S)
         assert gate.reached.wait(TIMEOUT_S)
@@ -207,7 +207,7 @@ def test_over_the_permits_a_unary_call_is_told_when_to_come_again(tmp_path: Path
         assert maps_of(server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)).shape == (1, 4, 5)
 
 
-def test_over_the_bytes_a_unary_call_is_told_when_to_come_again(tmp_path: Path, device: str) -> None:
+def test_over_the_bytes_a_unary_call_gets_a_retry_delay(tmp_path: Path, device: str) -> None:
     batch = floats(100)
     room = 2 * (batch.nbytes + 100 * BYTES_OF_EXAMPLE)  # but not for the answers of both
     with gated(tmp_path, max_in_flight_bytes=room, device=device) as (gate, server):
@@ -274,7 +274,7 @@ class Failing(nn.Module):
         return x.flatten(1)[:, :2]
 
 
-def test_what_fails_in_a_model_is_logged_and_not_told(
+def test_what_fails_in_a_model_is_logged_and_not_reported(
     device: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     with (
@@ -305,7 +305,7 @@ def test_why_a_model_has_never_run_is_logged(device: str, caplog: pytest.LogCapt
     assert "Traceback" in caplog.text
 
 
-def test_what_fails_in_the_server_is_logged_and_not_told(
+def test_what_fails_in_the_server_is_logged_and_not_reported(
     device: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     class Short(nn.Module):

@@ -177,7 +177,7 @@ def test_a_batch_whose_rows_are_running_can_be_cancelled(tmp_path: Path, device:
         assert gate.n_rows == 3
 
 
-def test_a_cancel_is_read_while_all_slots_are_taken_and_the_server_tells_how_soon_it_stopped(
+def test_a_cancel_is_read_while_all_slots_are_taken_and_the_server_reports_how_soon_it_stopped(
     tmp_path: Path, device: str
 ) -> None:
     one_slot = gated(tmp_path, device=device, max_chunk_rows=1, max_stream_in_flight=1)

@@ -270,7 +270,7 @@ def test_a_broken_file_is_refused_at_first_and_later_leaves_the_old_one(
     assert USER not in known
 
 
-def test_a_file_that_everybody_may_read_is_told_once(tokens: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_that_everybody_may_read_is_reported_once(tokens: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokens.chmod(0o644)
     known = Tokens(tokens, setting="tokens")
     assert USER in known

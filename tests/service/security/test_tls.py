@@ -126,7 +126,7 @@ def faults() -> dict[str, tuple[Callable[[Authority, Authority], Pair], Callable
 
 
 @pytest.mark.parametrize("case", faults())
-def test_a_certificate_that_is_not_right_is_told_at_once(case: str, authority: Authority, other: Authority) -> None:
+def test_a_certificate_that_is_not_right_is_reported_at_once(case: str, authority: Authority, other: Authority) -> None:
     pair, trusted, words = faults()[case]
     with (
         serving(pair(authority, other)) as address,
@@ -136,7 +136,7 @@ def test_a_certificate_that_is_not_right_is_told_at_once(case: str, authority: A
         client.info()
 
 
-def test_the_asynchronous_client_is_told_at_once_too(address: str, other: Authority) -> None:
+def test_the_asynchronous_client_gets_the_error_at_once_too(address: str, other: Authority) -> None:
     async def ask() -> None:
         async with sidelight.aio.connect(address, tls=other.path, connect_timeout=1e9) as client:
             await client.info()
@@ -145,7 +145,7 @@ def test_the_asynchronous_client_is_told_at_once_too(address: str, other: Author
         asyncio.run(ask())
 
 
-def test_a_stream_is_told_at_once_too(address: str, other: Authority) -> None:
+def test_a_stream_gets_the_error_at_once_too(address: str, other: Authority) -> None:
     with (
         sidelight.connect(address, tls=other.path, connect_timeout=1e9) as client,
         pytest.raises(sidelight.Unavailable, match=r"TLS: .*not signed by an authority"),
@@ -153,7 +153,7 @@ def test_a_stream_is_told_at_once_too(address: str, other: Authority) -> None:
         list(client.stream([IMAGE]))
 
 
-def test_a_server_without_tls_is_told_at_once(authority: Authority) -> None:
+def test_a_server_without_tls_is_reported_at_once(authority: Authority) -> None:
     with (
         sidelight_server.serve(small_cnn(), listen=("127.0.0.1:0",), device="cpu", threads=1) as address,
         sidelight.connect(address, tls=authority.path, connect_timeout=1e9) as client,
@@ -162,7 +162,7 @@ def test_a_server_without_tls_is_told_at_once(authority: Authority) -> None:
         client.info()
 
 
-def test_a_client_without_tls_is_told_what_may_be_wrong(address: str) -> None:
+def test_a_client_without_tls_is_given_the_likely_cause(address: str) -> None:
     with (
         sidelight.connect(address, connect_timeout=1) as client,
         pytest.raises(sidelight.Unavailable, match="ends each connection at once: if it speaks TLS, say tls="),
@@ -309,7 +309,7 @@ def test_a_broken_new_pair_leaves_the_old_one_and_says_so_once(
         assert handshake(address, authority) == der(new)
 
 
-def test_files_that_are_not_good_are_told_as_stale_until_they_are(authority: Authority, tmp_path: Path) -> None:
+def test_files_that_are_not_good_are_reported_as_stale_until_they_are(authority: Authority, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         metrics = f"127.0.0.1:{free.getsockname()[1]}"
     pair, new, tokens = authority.pair(), authority.pair(), tmp_path / "tokens"
@@ -380,7 +380,7 @@ def test_a_key_with_a_password_is_refused_instead_of_asked_for(authority: Author
         sidelight.connect("127.0.0.1:1", tls=TLS(certificate=pair.certificate, key=locked))
 
 
-def test_a_key_that_everybody_may_read_is_told(authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_key_that_everybody_may_read_is_reported(authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
     pair = authority.pair()
     Certificates(pair.certificate, pair.key).credentials()
     assert not caplog.messages

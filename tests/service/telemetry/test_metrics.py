@@ -153,7 +153,7 @@ def test_every_answer_is_in_the_histograms_once(tmp_path: Path) -> None:
     assert parts <= counted.sum("sidelight_total_seconds_sum")
 
 
-def test_what_is_in_flight_is_told_while_it_is(tmp_path: Path) -> None:
+def test_requests_in_flight_are_reported(tmp_path: Path) -> None:
     with gated(tmp_path, device="cpu") as (gate, server), Conversation(server.channel) as stream:
         stream.send(attribute("a", floats(3)))
         assert gate.reached.wait(TIMEOUT_S)
@@ -191,7 +191,7 @@ def test_the_backlog_is_the_rows_in_flight_over_the_rows_per_second(tmp_path: Pa
     assert first > 0
 
 
-def test_time_in_line_is_told_as_admission(tmp_path: Path) -> None:
+def test_time_in_line_is_reported_as_admission(tmp_path: Path) -> None:
     with (
         gated(tmp_path, device="cpu", max_stream_in_flight=1) as (gate, server),
         Conversation(server.channel) as stream,
@@ -328,7 +328,7 @@ def test_errors_have_reasons(error: sidelight_server.errors.SidelightError, reas
     assert count_of(telemetry, "sidelight_failures_total") == 1
 
 
-def test_a_device_and_the_versions_of_models_are_told(tmp_path: Path) -> None:
+def test_a_device_and_the_versions_of_models_are_reported(tmp_path: Path) -> None:
     with running(Linear(), tmp_path, device="cpu") as server:
         digest = server.engine.model("").digest
         counted = told(server)
@@ -351,7 +351,7 @@ def test_loads_that_fail_are_counted(tmp_path: Path) -> None:
         assert engine.registry.find("bad").n_failed == 1
 
 
-def test_two_devices_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_two_devices_of_one_name_are_distinguished(tmp_path: Path) -> None:
     with running(Linear(), tmp_path, device="cpu,cpu") as server:
         counted = told(server)
     assert [each["device"] for each in counted.labels("sidelight_device_moves")] == ["cpu", "cpu#1"]
@@ -420,7 +420,7 @@ def _in_thread(server: Server) -> Iterator[None]:
 # Over HTTP
 
 
-def test_several_servers_in_one_process_tell_their_own(spec: ModelSpec, tmp_path: Path) -> None:
+def test_several_servers_in_one_process_report_their_own(spec: ModelSpec, tmp_path: Path) -> None:
     told = []
     with contextlib.ExitStack() as stack:
         for n in (1, 2):

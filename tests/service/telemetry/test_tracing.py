@@ -126,7 +126,7 @@ def test_a_batch_that_is_late_ends_in_the_queue(tmp_path: Path, exporter: InMemo
     assert names(whole) == ["admission", "prepare", "queue", "chunk", "write"]
 
 
-def test_what_the_caller_does_not_sample_is_not_told(tmp_path: Path, exporter: InMemorySpanExporter) -> None:
+def test_what_the_caller_does_not_sample_is_not_reported(tmp_path: Path, exporter: InMemorySpanExporter) -> None:
     with running(Linear(), tmp_path, device="cpu") as server:
         trace(server, exporter)
         server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=NOT_SAMPLED)

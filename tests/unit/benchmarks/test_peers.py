@@ -54,7 +54,7 @@ def test_pixels_of_another_size_are_refused():
         pixels_of(b"123")
 
 
-def test_a_closed_loop_asks_for_every_image_once_and_for_no_more_at_once_than_told():
+def test_a_closed_loop_asks_for_every_image_once_and_within_its_concurrency():
     images = [np.full((1, 1, 3), n, np.uint8) for n in range(20)]
     together = threading.Barrier(4)  # broken, should fewer than four ever ask at once
     lock, asking, most = threading.Lock(), 0, 0

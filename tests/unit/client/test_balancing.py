@@ -31,7 +31,7 @@ def test_no_other_server_is_much_sooner_done_than_the_chosen_one(told: list[tupl
     assert finish_s[chosen] <= EQUAL * min(finish_s) * (1 + 1e-9)
 
 
-def test_a_backlog_counts_as_told_for_a_second_and_then_as_the_average() -> None:
+def test_a_backlog_counts_as_reported_for_a_second_and_then_as_the_average() -> None:
     busy = load(backlog_s=1.0)
     busy.record(1, compute_s=0.1, backlog_s=6.0, now_s=0.0)
     waits_s = [busy.finish_s(0, now_s, unknown_s=1.0) for now_s in (0.0, STALE_S - 0.01, STALE_S, FORGET_S)]

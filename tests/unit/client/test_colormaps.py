@@ -90,7 +90,7 @@ def test_blue_gold_rises_in_luminance_from_one_end_to_the_other(vision: str) -> 
 
 @every_vision
 @pytest.mark.parametrize("name", DIVERGING)
-def test_the_signs_of_a_diverging_color_map_are_told_apart(name: str, vision: str) -> None:
+def test_the_signs_of_a_diverging_color_map_are_distinguished(name: str, vision: str) -> None:
     """From a quarter of full scale on, by five times what is just noticeable."""
     colors = lab(bar(name, signed=True), vision)
     below, above = colors[:255][::-1], colors[256:]
@@ -98,7 +98,7 @@ def test_the_signs_of_a_diverging_color_map_are_told_apart(name: str, vision: st
 
 
 @pytest.mark.parametrize("name", DIVERGING)
-def test_a_diverging_color_map_tells_the_signs_apart(name: str) -> None:
+def test_a_diverging_color_map_distinguishes_signs(name: str) -> None:
     colors = bar(name, signed=True)
     below, above = colors[:255][::-1], colors[256:]
     assert (below[64:, 2] > below[64:, 0]).all()  # blue

@@ -421,11 +421,11 @@ TEXTS: dict[str, sidelight.methods.Method] = {
 
 
 @pytest.mark.parametrize(("text", "method"), TEXTS.items(), ids=[text.partition("(")[0] for text in TEXTS])
-def test_a_method_is_told_with_every_option_that_counts(text: str, method: sidelight.methods.Method) -> None:
+def test_a_method_is_printed_with_every_option_that_counts(text: str, method: sidelight.methods.Method) -> None:
     assert method_text(method.message()) == text
 
 
-def test_a_given_array_is_told_to_be_one() -> None:
+def test_a_given_array_is_printed_as_an_array() -> None:
     array = np.zeros((1, 2, 3), np.float32)
     assert "baseline=tensor" in method_text(sidelight.IntegratedGradients(baseline=array).message())
     assert "baselines=tensor" in method_text(sidelight.ExpectedGradients(baselines=array[None]).message())

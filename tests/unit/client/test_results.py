@@ -143,7 +143,7 @@ def test_a_repr_is_one_short_line_whatever_the_labels(label: str, layer: str, n:
         assert len(text.splitlines()) == 1
 
 
-def test_a_repr_tells_the_classes_the_method_and_the_model() -> None:
+def test_a_repr_reports_the_classes_the_method_and_the_model() -> None:
     text = repr(answer_of([example(1)] * 8, method=pb.Method(gradient=pb.GradientMethod())))
     for part in ("8 examples", "maps [8, 4, 6]", "cat 0.97", "gradient(", '"resnet"'):
         assert part in text

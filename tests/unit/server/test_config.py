@@ -289,7 +289,7 @@ def test_a_file_that_is_no_toml_is_refused() -> None:
         read_settings([])
 
 
-def test_a_misspelt_variable_is_told_and_a_foreign_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_misspelt_variable_is_reported_and_a_foreign_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIDELIGHT_MAX_CHUNK_ROW", "4")
     monkeypatch.setenv("SIDELIGHT_SERVICE_HOST", "10.0.0.1")  # as Kubernetes sets for a service of that name
     monkeypatch.setenv("SIDELIGHT_PORT_50051_TCP", "tcp://10.0.0.1:50051")

@@ -192,7 +192,7 @@ def test_a_device_that_is_none_is_refused(wanted: str) -> None:
         choose_devices(wanted)
 
 
-def test_stops_of_all_devices_are_told_together() -> None:
+def test_stops_of_all_devices_are_reported_together() -> None:
     assert CancellationTimes(2, 0.3, 0.2) + CancellationTimes(1, 0.5, 0.5) == CancellationTimes(3, 0.8, 0.5)
 
 
@@ -238,7 +238,7 @@ def breakable(breaking: Breaking, **settings: object) -> Engine:
     return engine
 
 
-def test_a_lost_device_is_told_once_and_others_answer(breaking: Breaking, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lost_device_is_reported_once_and_others_answer(breaking: Breaking, caplog: pytest.LogCaptureFixture) -> None:
     engine = breakable(breaking)
     changed = threading.Event()
     engine.on_change = changed.set

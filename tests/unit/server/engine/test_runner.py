@@ -330,7 +330,7 @@ def test_a_warm_up_that_is_given_up_leaves_a_device_that_answers(device: str, ga
         assert not asyncio.run(engine.attribute(Request(floats.numpy()))).failures
 
 
-def test_a_closed_runner_tells_of_its_end_though_a_function_was_cancelled(device: str, gate: Gate) -> None:
+def test_a_closed_runner_reports_its_end_although_a_function_was_cancelled(device: str, gate: Gate) -> None:
     ended = threading.Event()
     worker = DeviceWorker(torch.device(device), threads=1, on_end=ended.set)
     worker.start()

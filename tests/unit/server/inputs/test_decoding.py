@@ -438,7 +438,7 @@ def test_a_file_cut_anywhere_is_refused_or_whole(kind: str, options: dict) -> No
             np.testing.assert_array_equal(decoded, whole)
 
 
-def test_a_cut_file_is_told_its_length() -> None:
+def test_the_error_of_a_cut_file_has_its_length() -> None:
     file = to_file(Image.fromarray(noise(3)).resize((60, 60)), "PNG")
     assert refusal(file[:1204]) == "image file: truncated PNG after 1,204 bytes"
 

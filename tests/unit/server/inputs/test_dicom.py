@@ -431,7 +431,7 @@ def test_a_file_is_explained_as_its_pixels_are_and_drawn() -> None:
         assert answer.overlay(0, original=True).size == (128, 128)
 
 
-def test_a_window_of_the_model_is_told_and_used() -> None:
+def test_a_window_of_the_model_is_reported_and_used() -> None:
     file = (FOLDER / "test_files" / "CT_small.dcm").read_bytes()
     with served(window=(-160, 240)) as address, sidelight.connect(address) as client:
         assert client.info().models[0].preprocessing.window == (-160, 240)

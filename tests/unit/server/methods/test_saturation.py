@@ -317,7 +317,7 @@ def test_probabilities_of_the_modules_own_are_saturated_where_float32_lost_them(
         (Score.PROBABILITY, torch.float64, "float64"),
     ],
 )
-def test_the_heads_precision_is_told(score: Score, dtype: torch.dtype, told: str) -> None:
+def test_the_heads_precision_is_reported(score: Score, dtype: torch.dtype, told: str) -> None:
     with explaining(Certain().to(dtype)) as explain:
         assert explain(AHEAD, Gradient(), score=score).provenance.head_precision == told
 

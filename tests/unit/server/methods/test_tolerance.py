@@ -191,7 +191,7 @@ class Kink(nn.Module):
 
 @pytest.mark.parametrize("width", [0.004, 0.2])
 @pytest.mark.parametrize("place", [0.05, 0.23, 0.52, 0.8])
-def test_a_kink_that_is_narrower_than_the_grid_is_found_or_told(place: float, width: float) -> None:
+def test_a_kink_that_is_narrower_than_the_grid_is_found_or_reported(place: float, width: float) -> None:
     kink = Kink(place=place, width=width, height=1.0)
     ones = torch.ones(1, 1, 4, 4)
     with explaining(kink, input_size=(1, 4, 4), output_kind="logits") as explain:

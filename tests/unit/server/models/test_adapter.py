@@ -535,7 +535,7 @@ def test_without_a_size_to_try_the_first_rows_show_what_the_outputs_are(first: s
     ],
     ids=["unknown", "several", "no such score"],
 )
-def test_what_the_first_rows_show_to_be_wrong_is_told_to_the_caller(
+def test_what_the_first_rows_show_to_be_wrong_is_reported_to_the_caller(
     of: Callable[[Tensor], Any], score: Score, message: str
 ) -> None:
     with Engine([ModelSpec(Returning(of))], SETTINGS) as engine:

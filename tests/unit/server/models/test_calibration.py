@@ -271,7 +271,7 @@ class SteeperInCompany(nn.Module):
         return self.net(x + 1e-3 * (x - x.detach()) if len(x) > 1 else x)
 
 
-def test_what_neighbors_do_to_a_map_is_measured_and_told(device: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_neighbors_do_to_a_map_is_measured_and_reported(device: str, caplog: pytest.LogCaptureFixture) -> None:
     spec = ModelSpec(SteeperInCompany(), input_size=(3, 32, 32), name="steeper")
     with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
         assert client.model().neighbor_difference == pytest.approx(1e-3, rel=0.05)

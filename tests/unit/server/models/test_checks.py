@@ -192,7 +192,7 @@ def test_an_operator_may_accept_a_gradient_that_misses_a_part() -> None:
         assert not ask(engine, torch.rand(1, *SIZE)).failures
 
 
-def test_all_methods_are_told_of_an_ordinary_model() -> None:
+def test_an_ordinary_model_supports_all_methods() -> None:
     with Engine([ModelSpec(small_cnn(), input_size=SIZE)], SETTINGS) as engine:
         assert len(engine.model("").methods) == 9
 

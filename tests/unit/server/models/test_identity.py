@@ -75,7 +75,7 @@ def test_equal_weights_in_another_network_have_another_canary(
     assert first[1].startswith("3×32×32:")
 
 
-def test_the_canary_is_told_of_the_model_and_does_not_change_with_requests() -> None:
+def test_the_canary_of_a_model_is_reported_and_does_not_change_with_requests() -> None:
     with engine_of(small_cnn()) as engine:
         answers = [ask(engine, batch(n)) for n in (1, 3)]
         told = engine.model("").identity.canary
