@@ -75,9 +75,8 @@ class Staging:
         """Copy examples of one shape, [...], to the device as [n, ...], converted to `dtype` on the way."""
         shape = (len(examples), *examples[0].shape)
         host = self._there.view(shape, _TYPES[dtype]) if self._there else torch.empty(shape, dtype=_TYPES[dtype])
-        array = host.numpy()
-        for row, example in enumerate(examples):
-            np.copyto(array[row], example, casting="same_kind")
+        for row, example in zip(host.numpy(), examples, strict=True):
+            np.copyto(row, example, casting="same_kind")
         if self._there is None or self._up is None:
             return host.to(self._device)
         with torch.cuda.stream(self._up):
@@ -91,11 +90,6 @@ class Staging:
     def leave(self, tensor: Tensor) -> Arriving:
         """Enqueue a copy of a tensor to the host, after its computation."""
         return Arriving(tensor.detach(), self._down)
-
-    def to_host(self, tensor: Tensor) -> Array:
-        """Copy a tensor to the host, and wait for it."""
-        array: Array = self.leave(tensor).wait().numpy()
-        return array
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ..compute.weights import Identity
 from ..domain import Array, ExampleFailure, ExplainedTarget, Explanation, Request
 from ..errors import SidelightError
+from ..methods.method import HostMaps
 from ..models.model import Model
 from ..telemetry.call_record import ChunkTimes
 from .example_run import ExampleRun, Result, Row
@@ -130,24 +131,20 @@ class ActiveRequest:
     def store_result(
         self,
         example_run: ExampleRun,
-        maps: Array,
-        magnitudes: NDArray[np.floating],
+        maps: HostMaps,
         result: Result,
         probabilities: Array | None,
     ) -> None:
-        """Store an example run's newest result, on the host.
-
-        `maps` are [k, …], `magnitudes` the largest absolute value of each, [k], and `probabilities` [K].
-        """
+        """Store an example run's newest result, with its maps and probabilities, [K], on the host."""
         explanation = Explanation(
             result.predicted,
             result.probability,
-            tuple(map(_with_negligible, result.targets, result.is_negligible, magnitudes)),
+            tuple(map(_with_negligible, result.targets, result.is_negligible, maps.largest)),
             self.prepared.geometries[example_run.index],
             result.convergence,
         )
         with self._lock:
-            taken = maps if self.prepared.top_k else maps[0]
+            taken = maps.elements if self.prepared.top_k else maps.elements[0]
             if len(self._explanations) == 1 and result.is_final:  # it is the whole answer and final, so no copy
                 self._maps = taken[None].astype(self._dtype, copy=False)
             else:

@@ -1,7 +1,7 @@
 """A chunk: rows that run together in one pass. The constructor launches it; `read` waits for its output."""
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -9,15 +9,22 @@ from torch import Tensor
 
 from ..compute.kernel_output import KernelOutput
 from ..compute.max_abs import largest_absolute
-from ..compute.staging import Staging
+from ..compute.staging import Arriving, Staging, magnitudes
 from ..compute.weights import Identity
-from ..domain import PREDICTED, Array
+from ..domain import PREDICTED
 from ..errors import Internal
-from ..methods.method import RowOutput
+from ..methods.channels import Channels
+from ..methods.method import HostMaps, RowOutput
 from ..models.model import Model
 from ..telemetry.call_record import MAX_CHUNKS, ChunkTimes
 from .active_request import ActiveRequest
 from .example_run import Result, Row
+
+# How the gradients of a whole chunk, [n, C, H, W], become maps: by the reductions that `Method.reduction` returns.
+_REDUCED: dict[Channels, Callable[[Tensor], Tensor]] = {
+    Channels.NONE: lambda gradients: gradients.to(torch.float32),
+    Channels.MAX_ABS: largest_absolute,
+}
 
 
 class Chunk:
@@ -45,11 +52,13 @@ class Chunk:
         model.learn_output(self._answer.output_shape)
         self._facts = staging.leave(_facts(self._answer))
         # All maps at once, copied while the device computes the next chunk.
-        self._mapped = [_is_largest_absolute(active) for active, _ in rows]
+        self._reductions = [_reduction(active) for active, _ in rows]
         gradients = self._answer.gradients
-        self._maps = None
-        if gradients is not None and any(self._mapped):
-            self._maps = staging.leave(largest_absolute(gradients[: len(rows)]))
+        self._maps = {
+            reduction: staging.leave(_REDUCED[reduction](gradients[: len(rows)]))
+            for reduction in set(self._reductions)
+            if reduction and gradients is not None
+        }
 
     @property
     def identity(self) -> Identity:
@@ -61,34 +70,39 @@ class Chunk:
         collecting = {id(active.chunks): active.chunks for active in requests if active.chunks is not None}
         for chunks in collecting.values():
             if len(chunks) < MAX_CHUNKS:
-                chunks.append(ChunkTimes(self.began_s, ended_s, len(self._mapped)))
+                chunks.append(ChunkTimes(self.began_s, ended_s, len(self._reductions)))
 
     def read(self) -> list[RowOutput]:
         """Wait for the device and return the output of each row."""
-        answer, rows = self._answer, range(len(self._mapped))
-        maps = self._maps.wait() if self._maps else None
+        answer = self._answer
+        maps = {reduction: _measured(arriving) for reduction, arriving in self._maps.items()}
         predicted, explained, scores, probable, is_dead = self._facts.wait().tolist()
+        # Unbound at once: an index for each row would be a call of torch, which hands over the interpreter lock.
+        inputs, probabilities = self._inputs.unbind(), answer.probabilities.unbind()
+        gradients = answer.gradients.unbind() if answer.gradients is not None else (None,) * len(inputs)
+        activations = answer.activations.unbind() if answer.activations is not None else (None,) * len(inputs)
         return [
             RowOutput(
-                input=self._inputs[i],
+                input=inputs[i],
                 predicted=int(predicted[i]),
                 probability=probable[i],
                 explained=int(explained[i]),
                 score=scores[i],
                 is_dead=bool(is_dead[i]),
-                probabilities=answer.probabilities[i],
-                gradient=None if answer.gradients is None else answer.gradients[i],
-                activation=None if answer.activations is None else answer.activations[i],
-                map=maps[i] if maps is not None and self._mapped[i] else None,
+                probabilities=probabilities[i],
+                gradient=gradients[i],
+                activation=activations[i],
+                maps=maps[reduction].at(i) if reduction in maps else None,
             )
-            for i in rows
+            for i, reduction in enumerate(self._reductions)
         ]
 
 
-def _is_largest_absolute(active: ActiveRequest) -> bool:
+def _reduction(active: ActiveRequest) -> Channels | None:
+    """Return how the chunk reduces a request's gradients to maps; None if its method does that."""
     request = active.request
     in_float64 = request.exact and active.model.staged_dtype == np.float64
-    return request.method.is_largest_absolute(request.channels) and not active.prepared.top_k and not in_float64
+    return None if active.prepared.top_k or in_float64 else request.method.reduction(request.channels)
 
 
 def _inputs(rows: Sequence[Row], active: ActiveRequest, staging: Staging, *, padding: int) -> Tensor:
@@ -127,21 +141,25 @@ def _facts(answer: KernelOutput) -> Tensor:
     return torch.stack([each.to(wide) for each in facts])
 
 
-def to_host(results: Sequence[Result], staging: Staging) -> list[Array]:
-    """Return each result's maps, [k, …], on the host. Maps of the same shape on the device are copied together."""
-    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
-    maps: list[Array] = [np.empty(0)] * len(results)
+def to_host(results: Sequence[Result], staging: Staging) -> list[HostMaps]:
+    """Return each result's maps on the host. Maps of the same shape on the device are copied together."""
+    alike: dict[tuple[torch.Size, torch.dtype], list[tuple[int, tuple[Tensor, ...]]]] = {}
+    there: dict[int, HostMaps] = {}
     for index, result in enumerate(results):
-        first, *others = result.maps
-        wide = first.dtype if result.is_exact else torch.float32
-        if first.device.type == "cpu" and not others:
-            maps[index] = first[None].to(wide).detach().numpy()
+        maps = result.maps
+        if isinstance(maps, HostMaps):
+            there[index] = maps
         else:
-            alike.setdefault((first.shape, wide), []).append(index)
-    for (_, wide), indices in alike.items():
-        stacked = torch.stack([map_ for index in indices for map_ in results[index].maps])
-        host = staging.to_host(stacked.to(wide))
-        for index in indices:
-            n = len(results[index].maps)
-            maps[index], host = host[:n], host[n:]
-    return maps
+            wide = maps[0].dtype if result.is_exact else torch.float32
+            alike.setdefault((maps[0].shape, wide), []).append((index, maps))
+    for (_, wide), group in alike.items():
+        stacked = torch.stack([map_ for _, maps in group for map_ in maps])
+        host = _measured(staging.leave(stacked.to(wide)))
+        for index, maps in group:
+            there[index], host = host.split(len(maps))
+    return [there[index] for index in range(len(results))]
+
+
+def _measured(arriving: Arriving) -> HostMaps:
+    maps = arriving.wait().numpy()
+    return HostMaps(maps, magnitudes(maps))

@@ -1,6 +1,7 @@
 """The device worker: the one thread that owns a device. It takes chunks, runs them and returns the results."""
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -8,11 +9,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from prometheus_client import Histogram
 
-from ..compute.staging import Staging, magnitudes
+from ..compute.staging import Staging
 from ..compute.torch_device import check_works
 from ..errors import SidelightError, Unavailable
 from ..methods.method import RowOutput
@@ -267,13 +267,12 @@ class DeviceWorker:
 
     def _store_results(self, finished: dict[ExampleRun, tuple[ActiveRequest, Result]]) -> None:
         maps = to_host([result for _, result in finished.values()], self._staging)
-        for (example_run, (active, result)), map_ in zip(finished.items(), maps, strict=True):
-            sizes = magnitudes(map_)
-            if not np.isfinite(sizes).all():
+        for (example_run, (active, result)), own in zip(finished.items(), maps, strict=True):
+            if not all(map(math.isfinite, own.largest.tolist())):
                 active.fail(example_run, self.errors.to_domain_error(active, example_run, example_run.not_finite()))
                 continue
             probabilities = result.probabilities.float().cpu().numpy() if active.request.probabilities else None
-            active.store_result(example_run, map_, sizes, result, probabilities)
+            active.store_result(example_run, own, result, probabilities)
 
     def _split(self, rows: Sequence[Taken], failure: SidelightError) -> None:
         """Run the rows of a failed chunk again in smaller parts; fail them if there are none."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..domain import Array, Convergence, Dense, ExplainedTarget, Request, ResolvedTarget, Target
 from ..errors import Internal, InvalidArgument, SidelightError
-from ..methods.method import Example, Improved, Outcome, RowOutput, Sweep, read
+from ..methods.method import Example, HostMaps, Improved, Outcome, RowOutput, Sweep, read
 from ..models.model import Model
 from .preparation.examples import Prepared, not_dense
 
@@ -17,7 +17,7 @@ from .preparation.examples import Prepared, not_dense
 LARGEST_INPUT = 1e18
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Row:
     """One example at one point: the unit of work."""
 
@@ -26,18 +26,19 @@ class Row:
     index: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Result:
-    """The result of an example run, with its maps still on the device."""
+    """The result of an example run."""
 
     # Whether the method found each map to be rounding errors only; None: it did not judge, only an all-zero map counts.
     is_negligible: tuple[bool | None, ...]
-    maps: tuple[Tensor, ...]  # [H, W], or [C, H, W] without channel reduction; one per explained class
+    # On the device: [H, W], or [C, H, W] without channel reduction; one per explained class. Or already on the host.
+    maps: tuple[Tensor, ...] | HostMaps
     targets: tuple[ExplainedTarget, ...]
     predicted: int
     probability: float
     probabilities: Tensor  # [K]
-    convergence: Convergence | None
+    convergence: Convergence | None = None
     is_exact: bool = False  # whether the maps stay float64 instead of becoming float32
     is_final: bool = True
 
@@ -131,6 +132,9 @@ class ExampleRun:
         method, top_k = self._request.method, self._prepared.top_k
         first = yield from read(None, gradient=method.begins_with_gradient and not top_k)
         _check_target(self._request.target, self.resolved, top_k, self._model)
+        if first.maps:  # the whole chunk was reduced at once, and nothing is left to do
+            self.result = self._result(first, (self._target(first),), (None,), first.maps)
+            return
         if top_k or not method.is_one_row:
             first = first.copy()
         finished: list[Outcome] = []
@@ -146,7 +150,7 @@ class ExampleRun:
             targets.append(self._target(start))
             # Copied, because a map may be a view that keeps its whole chunk alive.
             finished.append(replace(outcome, attribution=outcome.attribution.clone()) if top_k else outcome)
-        self.result = self._result(first, tuple(targets), finished)
+        self.result = self._result_of(first, tuple(targets), finished)
 
     def _resolve_targets(self, first: RowOutput, top_k: int) -> list[ResolvedTarget]:
         classes = first.probabilities.topk(top_k).indices.tolist() if top_k else [first.explained]
@@ -160,7 +164,7 @@ class ExampleRun:
             while True:
                 step = next(steps)
                 if isinstance(step, Improved):
-                    so_far = self._result(first, (self._target(first),), [self._finished(step.outcome)])
+                    so_far = self._result_of(first, (self._target(first),), [self._finished(step.outcome)])
                     self.result = replace(so_far, is_final=False)
                 else:
                     yield step
@@ -173,17 +177,25 @@ class ExampleRun:
         method, channels = self._request.method, self._request.channels
         return replace(outcome, attribution=method.finish(outcome.attribution, channels, self._prepared.shape))
 
-    def _result(self, first: RowOutput, targets: tuple[ExplainedTarget, ...], finished: list[Outcome]) -> Result:
-        return Result(
-            is_negligible=tuple(each.is_negligible for each in finished),
-            maps=tuple(each.attribution for each in finished),
-            targets=targets,
-            predicted=first.predicted,
-            probability=first.probability,
-            probabilities=first.probabilities,
-            convergence=None if self._request.method.is_one_row else self._convergence(finished),
-            is_exact=self._request.exact and all(each.attribution.dtype == torch.float64 for each in finished),
+    def _result_of(self, first: RowOutput, targets: tuple[ExplainedTarget, ...], finished: list[Outcome]) -> Result:
+        result = self._result(
+            first,
+            targets,
+            tuple(each.is_negligible for each in finished),
+            tuple(each.attribution for each in finished),
         )
+        result.convergence = None if self._request.method.is_one_row else self._convergence(finished)
+        result.is_exact = self._request.exact and all(each.attribution.dtype == torch.float64 for each in finished)
+        return result
+
+    def _result(
+        self,
+        first: RowOutput,
+        targets: tuple[ExplainedTarget, ...],
+        is_negligible: tuple[bool | None, ...],
+        maps: tuple[Tensor, ...] | HostMaps,
+    ) -> Result:
+        return Result(is_negligible, maps, targets, first.predicted, first.probability, first.probabilities)
 
     def _target(self, output: RowOutput) -> ExplainedTarget:
         # Saturated only if every gradient was: a single live one, as anywhere on a path, makes up the map.

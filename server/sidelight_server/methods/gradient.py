@@ -36,11 +36,13 @@ class Gradient(Method):
     def run(self, example: Example) -> Steps:
         """Compute the gradient at the example."""
         output = yield from example.read(gradient=True)
-        return Outcome(self.attribution(output) if output.map is None else output.map)
+        return Outcome(self.attribution(output))
 
-    def is_largest_absolute(self, channels: Channels) -> bool:
-        """Whether the max-abs reduction of the gradient is the whole map: then a chunk is reduced at once."""
-        return channels is Channels.MAX_ABS and self.magnitude is Magnitude.ABSOLUTE and not self.times_input
+    def reduction(self, channels: Channels) -> Channels | None:
+        """`NONE` or `MAX_ABS` if the map is the gradient or its max-abs reduction: then a chunk is reduced at once."""
+        is_plain = channels is Channels.NONE and self.magnitude is not Magnitude.SQUARED
+        is_largest = channels is Channels.MAX_ABS and self.magnitude is Magnitude.ABSOLUTE
+        return channels if (is_plain or is_largest) and not self.times_input else None
 
     def attribution(self, output: RowOutput) -> Tensor:
         """Return the attribution, [C, H, W], from one row's output."""

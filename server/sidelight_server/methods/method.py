@@ -9,7 +9,7 @@ import abc
 import enum
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,22 @@ class Rectifiers(enum.Enum):
 Probe = Layer | Rectifiers | None  # where the gradient is taken; None is the input
 
 
-@dataclass(frozen=True, slots=True)
+class HostMaps(NamedTuple):
+    """Finished maps on the host."""
+
+    elements: NDArray[np.float32 | np.float64]  # [k, H, W], or [k, C, H, W] without channel reduction
+    largest: NDArray[np.floating]  # [k], the largest absolute values; not finite where an element is not
+
+    def at(self, index: int) -> "HostMaps":
+        """Return one map, as a view with k = 1."""
+        return HostMaps(self.elements[index : index + 1], self.largest[index : index + 1])
+
+    def split(self, k: int) -> "tuple[HostMaps, HostMaps]":
+        """Return the first k maps and the others, as views."""
+        return HostMaps(self.elements[:k], self.largest[:k]), HostMaps(self.elements[k:], self.largest[k:])
+
+
+@dataclass(slots=True)  # not frozen: there is one for each row, and it would take three times as long to construct
 class RowOutput:
     """The output of one row. Tensors are on the device, and views on those of the chunk."""
 
@@ -50,7 +65,7 @@ class RowOutput:
     gradient: Tensor | None = None  # [C, H, W], or [c, h, w] of a layer; None if not requested
     activation: Tensor | None = None  # [c, h, w] of a layer
     is_dead: bool = False  # whether the gradient of the score is numerically zero
-    map: Tensor | None = None  # float32 [H, W] on the host, if the map is the max-abs reduction of this gradient
+    maps: HostMaps | None = None  # k = 1, float32, if the chunk has reduced all gradients at once
 
     def copy(self) -> "RowOutput":
         """Return a copy that does not keep the whole chunk alive."""
@@ -193,9 +208,9 @@ class Method(abc.ABC):
             return attribution.expand(shape) if channels is Channels.NONE else attribution
         return reduce(attribution, channels, self.magnitude)
 
-    def is_largest_absolute(self, channels: Channels) -> bool:
-        """Whether the map is the max-abs reduction of the gradient at the example itself."""
-        return False
+    def reduction(self, channels: Channels) -> Channels | None:
+        """How the gradient at the example itself becomes the map, if the method does nothing else; None: it does."""
+        return None
 
     def may_be_negative(self, channels: Channels) -> bool:
         """Return whether a map may have negative elements."""
