@@ -3,7 +3,7 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..compute.weights import Identity
-from ..domain import Array, ExampleFailure, ExplainedTarget, Explanation, Request
+from ..domain import ExampleFailure, ExplainedTarget, Explanation, Request
 from ..errors import SidelightError
 from ..methods.method import HostMaps
 from ..models.model import Model
@@ -25,7 +25,7 @@ Callback = Callable[[], None]
 class ActiveRequest:
     """A request's example runs and its answer.
 
-    The scheduler calls `take`, the device worker `store_result` and `fail`, all on the thread that owns the device;
+    The scheduler calls `take`, the device worker `store_results` and `fail`, all on the thread that owns the device;
     `cancel` and `snapshot` may be called from any thread. The device's thread calls `on_done` once, when every example
     has a result or a failure, and `on_improved`, if given, after each partial result.
     """
@@ -128,27 +128,41 @@ class ActiveRequest:
         """Record the identity of the model that computed some of its rows."""
         self._identity = identity if self._identity in (None, identity) else Identity()
 
-    def store_result(
-        self,
-        example_run: ExampleRun,
-        maps: HostMaps,
-        result: Result,
-        probabilities: Array | None,
-    ) -> None:
-        """Store an example run's newest result, with its maps and probabilities, [K], on the host."""
+    def store_results(self, results: Sequence[tuple[ExampleRun, Result, HostMaps]]) -> None:
+        """Store the newest results of example runs, with their maps."""
+        if self._is_whole_answer(results):
+            first, last = results[0][2], results[-1][2]
+            maps = first.together[first.start : last.end].reshape(self.prepared.maps_shape)
+            with self._lock:
+                self._maps = maps.astype(self._dtype, copy=False)
+        else:
+            for example_run, _, own in results:
+                with self._lock:
+                    self._reserve()[example_run.index] = own.elements if self.prepared.top_k else own.elements[0]
+        for example_run, result, own in results:
+            self._store(example_run, result, own.largest)
+
+    def _is_whole_answer(self, results: Sequence[tuple[ExampleRun, Result, HostMaps]]) -> bool:
+        """Whether these are the final maps of all examples, in order and without a gap: then none is copied."""
+        if len(results) != len(self._explanations):
+            return False
+        maps = [own for _, _, own in results]
+        return (
+            all(result.is_final for _, result, _ in results)
+            and all(example_run.index == index for index, (example_run, _, _) in enumerate(results))
+            and all(map(HostMaps.precedes, maps, maps[1:]))
+        )
+
+    def _store(self, example_run: ExampleRun, result: Result, magnitudes: NDArray[np.floating]) -> None:
         explanation = Explanation(
             result.predicted,
             result.probability,
-            tuple(map(_with_negligible, result.targets, result.is_negligible, maps.largest)),
+            tuple(map(_with_negligible, result.targets, result.is_negligible, magnitudes)),
             self.prepared.geometries[example_run.index],
             result.convergence,
         )
+        probabilities = result.probabilities.float().cpu().numpy() if self.request.probabilities else None  # [K]
         with self._lock:
-            taken = maps.elements if self.prepared.top_k else maps.elements[0]
-            if len(self._explanations) == 1 and result.is_final:  # it is the whole answer and final, so no copy
-                self._maps = taken[None].astype(self._dtype, copy=False)
-            else:
-                self._reserve()[example_run.index] = taken
             self._explanations[example_run.index] = explanation
             if probabilities is not None:
                 if self._probabilities is None:

@@ -1,10 +1,12 @@
 """A chunk: rows that run together in one pass. The constructor launches it; `read` waits for its output."""
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..compute.kernel_output import KernelOutput
@@ -92,10 +94,18 @@ class Chunk:
                 probabilities=probabilities[i],
                 gradient=gradients[i],
                 activation=activations[i],
-                maps=maps[reduction].at(i) if reduction in maps else None,
+                maps=HostMaps(*maps[reduction], i, i + 1) if reduction in maps else None,
             )
             for i, reduction in enumerate(self._reductions)
         ]
+
+
+def by_request(rows: Sequence[tuple[ActiveRequest, Row]]) -> list[tuple[ActiveRequest, Row]]:
+    """Return the rows of a chunk with those of each request together: its maps then need no copy."""
+    of: dict[ActiveRequest, list[tuple[ActiveRequest, Row]]] = {}
+    for row in rows:
+        of.setdefault(row[0], []).append(row)
+    return list(itertools.chain.from_iterable(of.values()))
 
 
 def _reduction(active: ActiveRequest) -> Channels | None:
@@ -155,11 +165,14 @@ def to_host(results: Sequence[Result], staging: Staging) -> list[HostMaps]:
     for (_, wide), group in alike.items():
         stacked = torch.stack([map_ for _, maps in group for map_ in maps])
         host = _measured(staging.leave(stacked.to(wide)))
+        end = 0
         for index, maps in group:
-            there[index], host = host.split(len(maps))
+            start, end = end, end + len(maps)
+            there[index] = HostMaps(*host, start, end)
     return [there[index] for index in range(len(results))]
 
 
-def _measured(arriving: Arriving) -> HostMaps:
+def _measured(arriving: Arriving) -> tuple[NDArray[np.float32 | np.float64], NDArray[np.floating]]:
+    """Wait for maps, and return them with the largest absolute value of each."""
     maps = arriving.wait().numpy()
-    return HostMaps(maps, magnitudes(maps))
+    return maps, magnitudes(maps)

@@ -15,11 +15,11 @@ from prometheus_client import Histogram
 from ..compute.staging import Staging
 from ..compute.torch_device import check_works
 from ..errors import SidelightError, Unavailable
-from ..methods.method import RowOutput
+from ..methods.method import HostMaps, RowOutput
 from ..telemetry.cancellation_latency import CancellationLatency
 from ..telemetry.logs import Event
 from .active_request import ActiveRequest
-from .chunk import Chunk, to_host
+from .chunk import Chunk, by_request, to_host
 from .chunk_errors import ChunkErrors, DeviceLostError
 from .completion import Completions, complete
 from .example_run import ExampleRun, Result, Row
@@ -182,7 +182,7 @@ class DeviceWorker:
             task = self._tasks.popleft() if self._tasks else None
             head = self._ring.head()
             if task is None and isinstance(head, ActiveRequest):
-                return self._ring.take_chunk(head.max_chunk_rows)
+                return by_request(self._ring.take_chunk(head.max_chunk_rows))
         if task is not None:
             self._run_task(*task)
         return []
@@ -267,12 +267,14 @@ class DeviceWorker:
 
     def _store_results(self, finished: dict[ExampleRun, tuple[ActiveRequest, Result]]) -> None:
         maps = to_host([result for _, result in finished.values()], self._staging)
+        good: dict[ActiveRequest, list[tuple[ExampleRun, Result, HostMaps]]] = {}
         for (example_run, (active, result)), own in zip(finished.items(), maps, strict=True):
-            if not all(map(math.isfinite, own.largest.tolist())):
+            if all(map(math.isfinite, own.largest.tolist())):
+                good.setdefault(active, []).append((example_run, result, own))
+            else:
                 active.fail(example_run, self.errors.to_domain_error(active, example_run, example_run.not_finite()))
-                continue
-            probabilities = result.probabilities.float().cpu().numpy() if active.request.probabilities else None
-            active.store_result(example_run, own, result, probabilities)
+        for active, results in good.items():
+            active.store_results(results)
 
     def _split(self, rows: Sequence[Taken], failure: SidelightError) -> None:
         """Run the rows of a failed chunk again in smaller parts; fail them if there are none."""

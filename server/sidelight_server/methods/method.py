@@ -38,18 +38,26 @@ Probe = Layer | Rectifiers | None  # where the gradient is taken; None is the in
 
 
 class HostMaps(NamedTuple):
-    """Finished maps on the host."""
+    """Finished maps of one example on the host: those from `start` to `end` of the n that arrived together."""
 
-    elements: NDArray[np.float32 | np.float64]  # [k, H, W], or [k, C, H, W] without channel reduction
-    largest: NDArray[np.floating]  # [k], the largest absolute values; not finite where an element is not
+    together: NDArray[np.float32 | np.float64]  # [n, H, W], or [n, C, H, W] without channel reduction
+    all_largest: NDArray[np.floating]  # [n], the largest absolute values; not finite where an element is not
+    start: int
+    end: int
 
-    def at(self, index: int) -> "HostMaps":
-        """Return one map, as a view with k = 1."""
-        return HostMaps(self.elements[index : index + 1], self.largest[index : index + 1])
+    @property
+    def elements(self) -> NDArray[np.float32 | np.float64]:
+        """The example's maps, [k, …], as a view."""
+        return self.together[self.start : self.end]
 
-    def split(self, k: int) -> "tuple[HostMaps, HostMaps]":
-        """Return the first k maps and the others, as views."""
-        return HostMaps(self.elements[:k], self.largest[:k]), HostMaps(self.elements[k:], self.largest[k:])
+    @property
+    def largest(self) -> NDArray[np.floating]:
+        """The largest absolute value of each of them, [k]."""
+        return self.all_largest[self.start : self.end]
+
+    def precedes(self, other: "HostMaps") -> bool:
+        """Whether the other example's maps lie directly behind these."""
+        return self.together is other.together and self.end == other.start
 
 
 @dataclass(slots=True)  # not frozen: there is one for each row, and it would take three times as long to construct

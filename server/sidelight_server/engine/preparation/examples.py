@@ -32,7 +32,7 @@ from ...methods.method import Rectifiers, Shape
 from ...models.model import Model
 from .decoder_process import Fitted
 
-FEW_BYTES = 1024 * 1024  # the finiteness check takes 0.1 ms, as long as it takes to wake a thread
+FEW_BYTES = 8 * 1024 * 1024  # the finiteness check takes 0.2 ms, as long as a worker thread's two wake-ups under load
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
