@@ -239,9 +239,10 @@ class Coordinator(StreamCoordinator):
             state.end(from_code(response.failure.code, response.failure.message))
 
     def _free(self, worker: StreamWorker, id_: str) -> None:
-        """Free what a part held of a worker's shared memory, and wake whoever waits for a part or room."""
+        """Free what a part held of a worker's shared memory, and wake workers that may have something to do now."""
         state = self._state
         if worker.regions:
             worker.regions.free(id_)
             state.dispatcher.unblock(worker)
-        state.changed.notify_all()
+        if state.has_work():
+            state.changed.notify_all()

@@ -10,7 +10,7 @@ from sidelight.v1 import attribution_pb2 as pb
 
 from ..exceptions import ModelChanged
 from ..results.attribution import Attribution, failed
-from ..results.types import Provenance, Timing
+from ..results.types import Timing
 from .scheduling.parts import Entry
 
 _Item = TypeVar("_Item")
@@ -50,7 +50,6 @@ def merge_parts(entry: Entry) -> Attribution:
         probabilities=None
         if first.probabilities is None
         else np.concatenate([part.probabilities for part in parts if part.probabilities is not None]),
-        provenance=Provenance.of(provenance),
         timing=_timing([part.timing for part in parts if part.timing is not None]),
         transport=first.transport if len({part.transport for part in parts}) == 1 else "inline",
         names=entry.batch.names,

@@ -47,14 +47,16 @@ class ResultQueue:
     def wait(self) -> Answered | End:
         """Wait for an answer; return the end once all answers are taken."""
         with self._changed:
-            self._changed.wait_for(lambda: self._answers or self._end)
-        taken = self.take()
-        assert taken is not None  # noqa: S101  (there is one consumer)
-        return taken
+            while (taken := self._take()) is None:
+                self._changed.wait()
+            return taken
 
     def take(self) -> Answered | End | None:
         """Return an answer, or the end once all answers are taken; None if there is neither yet."""
         with self._changed:
-            if not self._answers:
-                return self._end
-            return self._answers.pop(next(iter(self._answers)))
+            return self._take()
+
+    def _take(self) -> Answered | End | None:
+        if not self._answers:
+            return self._end
+        return self._answers.pop(next(iter(self._answers)))

@@ -58,6 +58,16 @@ class StreamState:
                 worker = self._workers[added] = start_worker(added)
                 self.unanswered.add_worker(worker, added.load)
 
+    def has_work(self) -> bool:
+        """Return whether a worker may have something to do after an answer.
+
+        With one server and a full window, workers wait until the caller takes an answer. To wake them for nothing would
+        cost more than to read the answer.
+        """
+        if len(self._workers) != 1 or self.leaving or self.unanswered.has_parts:
+            return True
+        return self.unanswered.has_room(time.monotonic())
+
     def end(self, error: BaseException | None) -> None:
         """End the stream, with an error or because all is done."""
         self.is_over = True

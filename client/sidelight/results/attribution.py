@@ -49,7 +49,6 @@ class Attribution:
     geometry: tuple[Geometry | None, ...] = ()  # None also for floating arrays
     failures: tuple[Failure, ...] = ()
     probabilities: NDArray[np.float32] | None = None  # [N, K], if requested
-    provenance: Provenance | None = None
     timing: Timing | None = None
     convergence: tuple[Convergence | None, ...] = ()  # None for methods of one row
     map_dtype: str = "float32"  # of the maps in the response
@@ -97,6 +96,11 @@ class Attribution:
         elif k != 0:
             raise IndexError(f"k: got {k}, but the target is not top-k: each example has one map")
         return flat(map_)
+
+    @property
+    def provenance(self) -> Provenance | None:
+        """What is needed to recompute the answer, except the images; None if the whole batch failed."""
+        return None if self._provenance is None else Provenance.of(self._provenance)
 
     @property
     def is_top_k(self) -> bool:
@@ -174,12 +178,12 @@ class Attribution:
         second class. Needs `sidelight[dicom]`. `InvalidArgument` for an example that is no DICOM image of one frame,
         `AlreadyExists` if a file exists and `overwrite` is False.
         """
-        if self.error is not None or self.provenance is None:
+        if self.error is not None or (provenance := self.provenance) is None:
             raise self.error or FailedPrecondition("the answer has no provenance")
         drawings = [
             each for i, there in enumerate(self.predictions) if there is not None for each in self._dicom_drawings(i)
         ]
-        return dicom.write(drawings, Path(folder), provenance=self.provenance, overwrite=overwrite)
+        return dicom.write(drawings, Path(folder), provenance=provenance, overwrite=overwrite)
 
     def to_dict(self) -> dict[str, object]:
         """Return everything except the maps as values for JSON. `save` writes it into `answer.json`."""

@@ -38,9 +38,9 @@ def answer_text(answer: "Attribution") -> str:
         parts.append(f"{len(answer.failures)} failed")
     if not answer.final:
         parts.append("not final")
-    if answer.provenance is not None:
-        parts.append(_short(answer.provenance.method, MAX_METHOD))
-        parts.append(f'model "{_short(answer.provenance.model, MAX_LABEL)}"')
+    if (provenance := answer.provenance) is not None:
+        parts.append(_short(provenance.method, MAX_METHOD))
+        parts.append(f'model "{_short(provenance.model, MAX_LABEL)}"')
     return ", ".join(filter(None, parts))
 
 

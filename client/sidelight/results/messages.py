@@ -45,7 +45,6 @@ def read_answer(
         ),
         failures=tuple(Failure(each.example, each.code, each.message) for each in message.failures),
         probabilities=array_of(message.probabilities) if message.HasField("probabilities") else None,
-        provenance=Provenance.of(message.provenance),
         timing=Timing.of(message.timing),
         map_dtype=word(tensor_pb2.DataType, message.maps.dtype),
         transport=word(pb.Transport, message.transport),
