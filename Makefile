@@ -144,10 +144,10 @@ interop: setup clients .interop/java/.ready .interop/cpp/.ready
 	$(CXX) -std=c++17 -I$(@D) $(EXAMPLES)/cpp/explain.cc $(@D)/sidelight/v1/*.cc -o $(@D)/explain $$(pkg-config --cflags --libs grpc++ protobuf)
 	touch $@
 
-# A peer that cannot be had is a line in the table.
+# A peer that cannot be had is a line in the table. BENCH="kernel service" measures those two alone.
 bench: .venv/.ready
 	-$(MAKE) --keep-going peers inference
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(BENCH)
 
 # The newest figures of `make bench` into the tables of README.md and docs/.
 bench-docs: .venv/.ready
@@ -155,11 +155,11 @@ bench-docs: .venv/.ready
 
 # Whom `make bench` compares with. Each has an environment of its own, for their pins exclude each other's. Triton's
 # Python backend is built for the Python 3.11 of Debian, and fails under some others; TorchServe wants Java 17.
-peers: .venv-litserve/.ready .venv-torchserve/.ready .venv-triton/.ready
+peers: .venv-litserve/.ready .venv-torchserve/.ready .venv-mlserver/.ready .venv-triton/.ready
 TRITON_PYTHON ?= /usr/bin/python3
 .venv-triton/.ready: PYTHON = $(TRITON_PYTHON)
 
-.venv-litserve/.ready .venv-torchserve/.ready .venv-triton/.ready: .venv-%/.ready: benchmarks/peers/requirements/%.txt
+.venv-litserve/.ready .venv-torchserve/.ready .venv-mlserver/.ready .venv-triton/.ready: .venv-%/.ready: benchmarks/peers/requirements/%.txt
 	$(PYTHON) -m venv --clear .venv-$*
 	.venv-$*/bin/python -m pip install --quiet --upgrade pip
 	.venv-$*/bin/python -m pip install --quiet --constraint $< torch
@@ -303,4 +303,4 @@ dist: .venv-tools/.ready
 	touch $@
 
 clean:
-	rm -rf .envoy .helm .venv .venv-floor .venv-tools .venv-docs site .venv-oldest .venv-3.1? .venv-inference .venv-litserve .venv-torchserve .venv-triton .venv-pyhealth .venv-serve dist demo
+	rm -rf .envoy .helm .venv .venv-floor .venv-tools .venv-docs site .venv-oldest .venv-3.1? .venv-inference .venv-litserve .venv-torchserve .venv-mlserver .venv-triton .venv-pyhealth .venv-serve dist demo

@@ -1,6 +1,6 @@
 """Sidelight compared with other ways to explain the same images by the same model: `python -m benchmarks.peers`.
 
-The original class and Captum in process, LitServe and TorchServe running Captum, a Python function served by Triton.
+The original class and Captum in process; LitServe, TorchServe and MLServer running Captum; a function served by Triton.
 Each peer is a module here and runs in its own environment (`make peers`), which has neither sidelight nor most of what
 `benchmarks` needs. The top of its module says what its process imports.
 """

@@ -100,12 +100,19 @@ class Contest:
         return Contestant(rival, running, at_once, max(N_IMAGES, many))
 
     def _best_flags(self, rival: Rival) -> Flags:
-        rates = {}
-        for flags in rival.flags if len(rival.flags) > 1 else ():
-            with Running(rival, flags, self.folder) as running:
-                running.measure(TYPICAL, N_IMAGES)  # to warm up
-                rates[flags] = self._try(running, TYPICAL).rate
-        return max(rates, key=rates.__getitem__, default=rival.flags[0])
+        if len(rival.flags) == 1:
+            return rival.flags[0]
+        rates: dict[Flags, float] = {}
+        for flags in rival.flags:
+            try:
+                with Running(rival, flags, self.folder) as running:
+                    running.measure(TYPICAL, N_IMAGES)  # to warm up
+                    rates[flags] = self._try(running, TYPICAL).rate
+            except NotRun as error:  # another setting may run
+                print(f"{rival.name}: {Setting(flags, TYPICAL)}: not run: {error}")
+                if flags == rival.flags[-1] and not rates:
+                    raise
+        return max(rates, key=rates.__getitem__)
 
     def _try(self, running: Running, at_once: int) -> Round:
         round_ = running.measure(at_once, self._sweep_images)

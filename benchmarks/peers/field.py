@@ -51,6 +51,14 @@ PEERS = (
         goals=(1.1, 1.35, 1.5),
     ),
     Rival(
+        "MLServer + Captum in one pass",
+        "mlserver",
+        _SERVED,
+        at_once=_AT_ONCE,
+        python=_python("mlserver"),
+        goals=(1.1, 1.35, 1.5),
+    ),
+    Rival(
         "Triton, input-only gradient",
         "triton",
         (*_SERVED, (*_WHOLE, "--batch", "8", "--delay-us", "2000"), (*_SPLIT, "--batch", "8", "--delay-us", "2000")),
