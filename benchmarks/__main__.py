@@ -31,6 +31,7 @@ from .speed import (
     tolerance,
     transport,
 )
+from .support import measure
 from .support.measure import Line
 from .tables import summary
 
@@ -63,18 +64,28 @@ MODULES = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(MODULES)}; none: all of them")
-    names = parser.parse_args().names or list(MODULES)
+    parser.add_argument("--rounds", type=int, default=measure.ROUNDS, help="of most comparisons; default: %(default)s")
+    args = parser.parse_args()
+    measure.ROUNDS = args.rounds
+    names = args.names or list(MODULES)
     if unknown := set(names) - set(MODULES):
         parser.error(f"there is no {sorted(unknown)}")
     console, machine = Console(), results.machine()
     lines: list[Line] = []
     for name in names:
         with console.status(f"measuring: {name}"):
-            run = results.Run.now(MODULES[name].run())
-        # Saved at once, in case the next one fails.
+            try:
+                run = results.Run.now(MODULES[name].run())
+            except Exception as error:  # the others are measured nevertheless
+                console.print_exception()
+                lines.append(Line(name, None, "", "", met=False, detail=f"failed: {error}"))
+                continue
         results.Results(machine, {name: run}).merge_into(results.NEWEST)
         lines += run.lines
-    console.print(_lines_table(lines), _summary_table(lines))
+    console.print(_lines_table(lines))
+    if results.NEWEST.exists():
+        runs = results.Results.read(results.NEWEST).runs.values()
+        console.print(_summary_table([line for run in runs for line in run.lines]))
     console.print(f"{machine['cpus']} CPUs ({machine['cpu']}), torch {machine['torch']}; {results.NEWEST}")
     return 0 if all(line.met for line in lines) else 1
 

@@ -49,7 +49,7 @@ COMPILED = {"compile": {"compile": True}, "compile+fold+channels_last": {"compil
 AVERAGES: dict[str, Method] = {"SmoothGrad-25": SmoothGrad(25), "IG-32": IntegratedGradients(32)}
 AVERAGED = "bfloat16+fold+channels_last"
 # Another order of summation in float32 must not move pixels. Whether bf16 is accurate enough, operators decide.
-GOALS = {"fold+channels_last": 0.999, AVERAGED: 0.0}
+GOALS = {"fold+channels_last": 0.999, "mixed+fold+channels_last": 0.99, AVERAGED: 0.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,8 @@ def run() -> list[Line]:
             goal=f"≥ {GOALS[each.name]}" if GOALS[each.name] else "stated",
             met=statistics.mean(each.ranks) >= GOALS[each.name],
             detail=f"mean of {len(each.ranks)} photographs, {min(each.ranks):.4f} at the least; largest difference "
-            f"{max(each.apart):.1e} of a map's maximum",
+            f"{max(each.apart):.1e} of a map's maximum; {each.same_class} classes the same",
+            row="rank correlation with the exact maps of 22 photographs, EfficientNet-Lite0: folded / mixed / bfloat16",
         )
         for each in measured
     ]

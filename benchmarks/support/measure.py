@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-ROUNDS = 7
+ROUNDS = 7  # of comparisons that say no other number; `python -m benchmarks --rounds` changes it
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,9 @@ class Line:
 
     @property
     def figure_text(self) -> str:
-        return "not run" if self.figure is None else f"{self.figure:.2f} {self.unit}".strip()
+        if self.figure is None:
+            return "not run"
+        return f"{self.figure:.2f} {self.unit}" if self.unit else f"{self.figure:.4g}"
 
 
 def report(lines: Iterable[Line]) -> int:
@@ -45,11 +47,11 @@ def report(lines: Iterable[Line]) -> int:
 
 
 def in_turns(
-    rivals: Mapping[str, Callable[[], object]], *, rounds: int = ROUNDS, warm_up: bool = True
+    rivals: Mapping[str, Callable[[], object]], *, rounds: int | None = None, warm_up: bool = True
 ) -> dict[str, list[float]]:
     """Run the candidates alternately and return the seconds of each round, without the warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
-    for round_ in range(rounds + warm_up):
+    for round_ in range((rounds or ROUNDS) + warm_up):
         for name, rival in rivals.items():
             began = time.perf_counter()
             rival()

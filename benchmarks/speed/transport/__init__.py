@@ -54,6 +54,7 @@ def run() -> list[Line]:
         lines = [line for case in CASES for line in _inline(case, address, echo_address)]
         lines.append(_shared(CASES[-1], address, Path(folder)))
     # A new server: one that was under load would reuse freed memory.
+    flags = (*flags, "--max-peer-streams", str(2 * N_IDLE))
     with server("python:benchmarks.speed.transport:costless", *flags) as (address, pid):
         return [*lines, _idle(address, pid)]
 
