@@ -33,7 +33,9 @@ class Line:
     def figure_text(self) -> str:
         if self.figure is None:
             return "not run"
-        return f"{self.figure:.2f} {self.unit}" if self.unit else f"{self.figure:.4g}"
+        if self.unit:
+            return f"{self.figure:.2f} {self.unit}"
+        return f"{self.figure:.4f}" if isinstance(self.figure, float) else f"{self.figure}"
 
 
 def report(lines: Iterable[Line]) -> int:
