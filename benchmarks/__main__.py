@@ -70,7 +70,8 @@ def main() -> int:
     names = args.names or list(MODULES)
     if unknown := set(names) - set(MODULES):
         parser.error(f"there is no {sorted(unknown)}")
-    console, machine = Console(), results.machine()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    machine = results.machine()
     lines: list[Line] = []
     for name in names:
         with console.status(f"measuring: {name}"):

@@ -50,6 +50,8 @@ def written(page: str, results: Results) -> str:
 
 def _table(kind: str, names: list[str], results: Results) -> str:
     runs = [results.runs[name] for name in names if name in results.runs]
+    if not runs:
+        return "Not measured."
     lines = [line for run in runs for line in run.lines]
     rows = _summary_rows(lines) if kind == "summary" else _line_rows(lines)
     return "\n".join([_origin(results.machine, runs), "", *rows])

@@ -12,7 +12,7 @@ from .._inputs.enums import word
 from .._inputs.images import EncodedBatch
 from .._inputs.tensors import Array, array_of
 from .attribution import Attribution
-from .types import Convergence, ExplainedTarget, Failure, Geometry, Prediction, Provenance, Timing
+from .types import Convergence, ExplainedTarget, Failure, Geometry, Prediction, Timing
 
 
 def read_answer(

@@ -1,10 +1,12 @@
-"""The tables of benchmarks: pages have the figures of a run, and a goal is one row."""
+"""The tables of benchmarks: pages have the figures of `figures.json`, and a goal is one row."""
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.results import Results, Run
 from benchmarks.support.measure import Line
-from benchmarks.tables import summary, written
+from benchmarks.tables import FIGURES, PAGES, TABLE, summary, written
 
 FAST = Line("speed, small", 1.5, "×", "≥ 1.4", met=True, detail="100 images/s", row="speed: small / large")
 SLOW = Line("speed, large", 1.25, "×", "≥ 1.4", met=False, detail="10 images/s", row="speed: small / large")
@@ -52,9 +54,21 @@ def results() -> Results:
     return Results(MACHINE, runs)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tables_of_the_documentation_are_the_committed_figures(page: Path):
+    text = page.read_text(encoding="utf-8")
+    assert TABLE.search(text)
+    assert written(text, Results.read(FIGURES)) == text, "make bench-docs"
+
+
 def test_tables_are_written_between_their_marks_and_nothing_else_is_touched():
     assert written(PAGE, results()) == WRITTEN
     assert written(WRITTEN, results()) == WRITTEN
+
+
+def test_a_table_of_benchmarks_that_did_not_run_says_so():
+    page = "<!-- figures: peers -->\n<!-- end of figures -->"
+    assert written(page, results()) == "<!-- figures: peers -->\nNot measured.\n<!-- end of figures -->"
 
 
 def test_the_lines_of_a_goal_are_one_row_and_a_line_without_a_goal_is_none():
