@@ -18,23 +18,27 @@ POOL = "event_engine"  # gRPC's name for the threads of its pool
 REST_S = 0.5
 GROWTH_GOAL = 0.02  # of the resident memory before
 TRIM_S = 0.25
+REST_SHARE = 0.1  # of one core's time: a process that used less is at rest
 
 
 def without_reserve() -> None:
-    """Have a measured server return freed memory to the system at once.
+    """Return freed memory to the system whenever this process, a server that is measured, is at rest.
 
-    A server keeps it for the next chunk. How much it keeps varies, from 300 to 450 MiB of resident memory after the
-    same load, which would hide a leak of a few MiB.
+    A server keeps it for the next chunk. How much that is after a storm is chance, 300 to 450 MiB of resident memory
+    for the same load: a leak of a few would not be seen in it.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library, which keeps nothing
+    with contextlib.suppress(OSError, AttributeError):  # another C library, which keeps none
         trim = ctypes.CDLL("libc.so.6").malloc_trim
-        threading.Thread(target=_trim, args=(trim,), daemon=True).start()
+        threading.Thread(target=_trim_at_rest, args=(trim,), daemon=True).start()
 
 
-def _trim(trim: Callable[[int], int]) -> None:
+def _trim_at_rest(trim: Callable[[int], int]) -> None:
+    used_s = time.process_time()
     while True:
         time.sleep(TRIM_S)
-        trim(0)
+        before_s, used_s = used_s, time.process_time()
+        if used_s - before_s < REST_SHARE * TRIM_S:
+            trim(0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,21 +53,26 @@ class Good:
                     self._lost("unary", error)
 
     def _stream(self) -> None:
-        sent: list[float] = []
+        sent_s = 0.0
+        answered = threading.Semaphore()
 
         def batches() -> Iterator[np.ndarray]:
-            while not self._done.wait(PAUSE_S):
-                sent.append(time.perf_counter())
+            nonlocal sent_s
+            # The next batch follows an answer. At a fixed rate, a caller that gets less than it asks for, because
+            # others get their share, would wait for its own batches.
+            while not self._done.wait(PAUSE_S) and answered.acquire(timeout=TIMEOUT_S):
+                sent_s = time.perf_counter()
                 yield pixels(1)
 
         with sidelight.connect(self._address) as client:
             try:
                 for answer in client.stream(batches(), timeout=TIMEOUT_S, on_error="return"):
                     if isinstance(answer, sidelight.Attribution):
+                        self.stream_s.append(time.perf_counter() - sent_s)
                         self._check(answer.maps)
-                        self.stream_s.append(time.perf_counter() - sent[answer.index])
                     else:
                         self._lost("stream", answer)
+                    answered.release()
             except sidelight.SidelightError as error:
                 self._lost("stream", error)
 
