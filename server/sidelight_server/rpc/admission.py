@@ -13,6 +13,7 @@ SHARE = 3  # a caller must leave free at least its own holding divided by this
 SMALL = 64  # a request is small if it takes at most max_bytes divided by this
 SMALL_ROWS = 64  # and at most this many rows
 RESERVE = 16  # max_requests and max_bytes divided by this are reserved for small requests, on top of the limits
+LAST = 4  # the reserve divided by this is left for callers that hold at most one request
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +190,8 @@ class Admission:
         if not is_small and not (has_count and has_bytes):
             return None
         extra, extra_bytes = self._max_requests // RESERVE, self._max_bytes / RESERVE
+        if held.n_requests + held.n_extra > 1:
+            extra, extra_bytes = extra - extra // LAST, extra_bytes - extra_bytes / LAST
         if not has_count and not _may_take(1, held.n_extra, extra - total.n_extra):
             return None
         if not has_bytes and not _may_take(n_bytes, held.n_extra_bytes, extra_bytes - total.n_extra_bytes):
