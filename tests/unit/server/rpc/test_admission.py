@@ -452,10 +452,9 @@ async def test_those_who_leave_are_forgotten_at_once() -> None:
 @pytest.mark.parametrize("n_rows", [1, 1_000])
 def test_many_callers_that_fill_the_server_leave_room_for_one_who_comes_later(n_rows: int) -> None:
     admission = Admission(max_requests=256, max_bytes=10**6, max_caller_rows=10**6)
-    connections = [f"connection {each}" for each in range(40)]
-    while any(admission.take(10, each, n_rows=n_rows) for each in connections):
-        pass
-    while any(admission.take(10, each, n_rows=1) for each in connections):
-        pass
+    for rows in (n_rows, 1):  # 1: also from the reserve for small requests
+        for _ in range(256):
+            for connection in range(40):
+                admission.take(10, f"connection {connection}", n_rows=rows)
     assert admission.n_requests > 256
     assert all(admission.take(10, "good", n_rows=1) for _ in range(2))
