@@ -75,7 +75,7 @@ sweeps: setup
 # Under a minute: lint, the unit tests that are quick, and one test module each against oracles and a server.
 CHECKED = tests/unit tests/oracle/test_methods.py tests/service/test_service.py
 check: lint
-	$(PYTEST) -q -m 'not slow and not serial and not nightly' $(PARALLEL) $(CHECKED)
+	$(PYTEST) -q -m 'not slow and not serial and not nightly' --hypothesis-profile quick $(PARALLEL) $(CHECKED)
 
 # The page in the system's Chromium; screenshots at three sizes are left in screenshots/.
 browser: setup

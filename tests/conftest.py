@@ -1,7 +1,7 @@
 """What the tests share: the options of a run, the device, and servers on small models.
 
 `pytest --device cuda` runs the same tests on a GPU. With `--require=envoy,onnx` a test whose component is missing fails
-instead of being skipped: see `support.components`. Hypothesis has two profiles: see `support.profiles`.
+instead of being skipped: see `support.components`. Hypothesis has three profiles: see `support.profiles`.
 """
 
 import gc
