@@ -172,7 +172,8 @@ def start_in_vain(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: 
     assert main() == 2
     told = capfd.readouterr()
     assert told.out == ""
-    (line,) = told.err.splitlines()
+    # Old releases of grpcio log wake-ups that servers of other tests in this process have missed.
+    (line,) = (each for each in told.err.splitlines() if "logger=asyncio" not in each)
     assert line.startswith("sidelight-server: ")
     return line
 

@@ -129,7 +129,7 @@ def _distance_px(values: Map, level: float) -> Map:
     """Return each pixel's distance from the contour at a level, to first order; negative below the level."""
     magnitudes = np.nan_to_num(np.abs(values), posinf=float(np.finfo(np.float32).max))
     padded = np.pad(magnitudes, 1, mode="edge")
-    slope = np.hypot(padded[2:, 1:-1] - padded[:-2, 1:-1], padded[1:-1, 2:] - padded[1:-1, :-2]) / 2
+    slope = np.hypot(padded[2:, 1:-1] - padded[:-2, 1:-1], padded[1:-1, 2:] - padded[1:-1, :-2]).astype(np.float64) / 2
     with np.errstate(over="ignore"):  # infinitely far, where the map is flat
         distance: Map = (magnitudes - level) / np.maximum(slope, np.finfo(np.float64).tiny)
     return distance
