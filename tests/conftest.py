@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave out what is imported by now where garbage is looked for: torch's objects alone take half a second."""
+    """Exempt what is imported by now from garbage collection: torch's objects take half a second each time."""
     gc.freeze()
 
 
