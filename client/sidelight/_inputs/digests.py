@@ -1,5 +1,6 @@
 """SHA-256 digests of examples. The server records them in provenance, and a replay checks them."""
 
+import functools
 import hashlib
 from typing import Any
 
@@ -19,6 +20,11 @@ def digest_of_array(example: NDArray[Any], *, dtype: str | None = None) -> str:
     `dtype` overrides the type's name: "bfloat16" for its bits in a uint16 array.
     """
     elements = np.ascontiguousarray(example.astype(example.dtype.newbyteorder("<"), copy=False))
-    digest = hashlib.sha256(f"{dtype or example.dtype.name} {list(example.shape)}\n".encode())
+    digest = hashlib.sha256(_header(dtype or example.dtype.name, example.shape))
     digest.update(elements.reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    return f"{dtype} {list(shape)}\n".encode()

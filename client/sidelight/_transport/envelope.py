@@ -12,6 +12,7 @@ from typing import NamedTuple
 LARGE_BYTES = 16 * 1024  # below that, a copy costs less than parsing here
 MAX_FIELDS = 64  # of one message; protobuf, in C, is faster for more
 LENGTH_DELIMITED = 2
+_ONE_BYTE = [bytes([value]) for value in range(0x80)]  # the varints of one byte
 VARINT_BYTES = 5  # of a tag or a length: protobuf accepts no longer ones
 
 
@@ -101,6 +102,8 @@ def field(number: int, content: Sequence[bytes | memoryview]) -> list[bytes | me
 
 
 def _encode_varint(value: int) -> bytes:
+    if value < 0x80:
+        return _ONE_BYTE[value]
     out = bytearray()
     while value > 0x7F:
         out.append(value & 0x7F | 0x80)

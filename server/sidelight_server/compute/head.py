@@ -4,6 +4,7 @@ Both are computed in float64 from the outputs as the model returned them. The gr
 logarithm depends on 1 − p, which for p near 1 has no digits left in float32.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -91,6 +92,7 @@ class Head:
             return (values[:, 0] >= (0 if self.outputs == "logits" else 0.5)).long()
         return values.argmax(dim=1)
 
+    @functools.lru_cache(maxsize=64)  # noqa: B019  (a head is a few bytes)
     def precision(self, score: Score, *, outputs: torch.dtype, device: torch.device, is_plain: bool) -> str:
         """Return the type in which `read` computes a score, as text for provenance."""
         own, wide = (str(each).removeprefix("torch.") for each in (outputs, _wide(device)))

@@ -74,4 +74,6 @@ class Device:
 
 def least_busy(devices: Sequence[Device]) -> Device:
     """Return the responsive device with the fewest rows; if all are stuck, one whose thread is alive."""
+    if len(devices) == 1:
+        return devices[0]
     return min(devices, key=lambda device: (not device.moves, not device.worker.is_alive, device.n_rows))

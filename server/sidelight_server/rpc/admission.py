@@ -16,7 +16,7 @@ RESERVE = 16  # max_requests and max_bytes divided by this are reserved for smal
 LAST = 4  # the reserve divided by this is left for callers that hold at most one request
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Permit:
     """What one request holds. `is_extra`, `has_extra_bytes`: its count, its bytes come from the reserve."""
 

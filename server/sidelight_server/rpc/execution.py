@@ -36,7 +36,7 @@ MANY_BYTES = 8 * 1024 * 1024
 Encode = Callable[[Answer, "ValidatedRequest"], bytes]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ValidatedRequest:
     """A validated request with its memory cost and its deadline."""
 
@@ -102,8 +102,8 @@ class Execution:
             if isinstance(outcome, Exception):
                 raise outcome
             assert self._hashing is not None  # noqa: S101
-            answer = replace(outcome, example_digests=await self._hashing.digests())
-            answer = await self._drawn(answer)
+            outcome.example_digests = await self._hashing.digests()
+            answer = await self._drawn(outcome)
             reply = await self._encoded(answer)
             tally = await to_thread_if_many(len(answer.explanations), Tally.of, answer)
         self._telemetry.answered(self._validated.call_record, answer, tally)

@@ -36,7 +36,7 @@ _REASONS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Tally:
     """Counts over one answer's examples, computed in a worker thread if there are many."""
 
@@ -48,7 +48,6 @@ class Tally:
     @classmethod
     def of(cls, answer: Answer) -> Self:
         """Count the examples of an answer."""
-        convergences = [each.convergence for each in answer.explanations if each is not None]
         known = [each for each in answer.mismatches if each is not None] if answer.request.served else []
         return cls(
             # For a single example RESOURCE_EXHAUSTED means a lack of memory.
@@ -56,9 +55,9 @@ class Tally:
                 "oom" if each.code == Status.RESOURCE_EXHAUSTED else reason_of(each.code) for each in answer.failures
             ),
             Counter(
-                "met" if each.is_met else "missed"
-                for each in convergences
-                if each is not None and each.is_met is not None
+                "met" if each.convergence.is_met else "missed"
+                for each in answer.explanations
+                if each is not None and each.convergence is not None and each.convergence.is_met is not None
             ),
             len(known),
             sum(known),

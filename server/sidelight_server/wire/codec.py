@@ -18,7 +18,7 @@ from .tensors import Encoded
 M = TypeVar("M", bound=Message)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Received(Generic[M]):
     """A decoded message. `data` is its images' tensor data if the codec cut it out: a view on gRPC's bytes."""
 

@@ -133,7 +133,7 @@ async def with_pictures(
             rendered.append(())
             failures[i] = error
     taken_s = time.monotonic() - started_s
-    timing = replace(answer.timing, rendering_s=taken_s, total_s=answer.timing.total_s + taken_s)
+    timing = answer.timing._replace(rendering_s=taken_s, total_s=answer.timing.total_s + taken_s)
     return replace(answer.failing(failures), rendered=tuple(rendered), timing=timing)
 
 

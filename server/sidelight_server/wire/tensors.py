@@ -27,7 +27,7 @@ DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[np.generic]] = {
 MAP_DTYPES = (tensor_pb2.DATA_TYPE_FLOAT32, tensor_pb2.DATA_TYPE_FLOAT16, tensor_pb2.DATA_TYPE_UINT8)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Layout:
     """The validated type and shape of an array of 3 or 4 dimensions, without its elements."""
 
@@ -107,7 +107,7 @@ def map_itemsize(output: pb.Output) -> int:
     return DTYPES[output.map_dtype or tensor_pb2.DATA_TYPE_FLOAT32].itemsize
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Encoded:
     """An array encoded for the wire: elements of type `dtype`, and for each example the value of one unit."""
 

@@ -36,7 +36,7 @@ FEW_BYTES = 8 * 1024 * 1024  # the finiteness check takes 0.2 ms, as long as a w
 FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Prepared:
     """A request's examples, ready for the device; a failed example is its error."""
 
