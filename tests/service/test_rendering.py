@@ -17,7 +17,8 @@ import skimage
 import sklearn
 from PIL import ExifTags, Image
 from sidelight._inputs.images import EncodedBatch
-from sidelight.results.attribution import Attribution, read
+from sidelight.results.attribution import Attribution
+from sidelight.results.messages import read_answer
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
 from sidelight.visualization import colormaps
@@ -109,7 +110,7 @@ def answered(
         **({"images": batch.message, "target": PREDICTED, "method": GRADIENT, "output": output} | fields)
     )
     message = attribution_pb2_grpc.AttributionServiceStub(channel).Attribute(request, timeout=TIMEOUT_S).result
-    return message, read(message, batch)
+    return message, read_answer(message, batch)
 
 
 def assert_same_picture(file: bytes, expected: Image.Image) -> None:
@@ -241,7 +242,7 @@ def test_a_stream_sends_pictures_with_final_maps_only(channel: grpc.Channel) -> 
         *partial, final = (each.result for each in stream.finish())
     assert final.final
     assert not any(example.rendered for each in partial for example in each.examples)
-    assert_same_picture(final.examples[0].rendered[0], read(final, batch).overlay(0))
+    assert_same_picture(final.examples[0].rendered[0], read_answer(final, batch).overlay(0))
 
 
 BAD = {
@@ -275,7 +276,7 @@ def test_maps_above_the_limit_are_refused_and_larger_originals_are_drawn_smaller
     assert picture.width * picture.height <= limit
     assert abs(picture.width / picture.height - photo.width / photo.height) < 0.01
     smaller = stored(photo.resize(picture.size, Image.Resampling.BILINEAR), "PNG")
-    expected = read(message, EncodedBatch([smaller])).overlay(0, original=True)
+    expected = read_answer(message, EncodedBatch([smaller])).overlay(0, original=True)
     assert_same_picture(message.examples[0].rendered[0], expected)
 
     with (
