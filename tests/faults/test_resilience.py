@@ -92,6 +92,7 @@ def test_a_stream_at_its_greatest_age_goes_on_in_another() -> None:
     assert [each[0] for each in ids] == ["0", "2", "4", "6"]
 
 
+@pytest.mark.serial
 def test_an_idle_stream_that_is_ended_in_order_again_and_again_finds_its_server_at_once() -> None:
     calls = queue.SimpleQueue[None]()
 

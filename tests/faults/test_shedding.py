@@ -143,6 +143,7 @@ def test_what_freed_memory_gives_is_taken_first(n_looks: int) -> None:
     assert len(ended) == n_looks - 1
 
 
+@pytest.mark.serial
 def test_streams_are_ended_before_memory_that_falls_fast_is_short() -> None:
     least, step = MESSAGES_LEFT * 1000, 300
     rooms = (Room(left, 1 << 40) for left in itertools.count(3 * least, -step))
