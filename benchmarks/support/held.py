@@ -61,9 +61,9 @@ class Held:
         n_pool = names.count(POOL)
         return cls(process.memory_info().rss, process.num_fds(), len(names) - n_pool, n_pool)
 
-    def returned(self, before: Self) -> bool:
-        """Return whether descriptors and threads are no more than before."""
-        return self.descriptors <= before.descriptors and self.threads <= before.threads
+    def returned(self, before: Self, *, more_threads: int = 0) -> bool:
+        """Return whether descriptors are no more than before, and threads at most `more_threads` more."""
+        return self.descriptors <= before.descriptors and self.threads <= before.threads + more_threads
 
 
 def _name(thread: Path) -> str:
