@@ -88,8 +88,11 @@ def settled(process: psutil.Process, before: Held | None = None) -> Held:
     return held
 
 
-def growth(during: str, before: Held, after: Held, *, detail: str = "") -> Line:
-    """Return the line of the table: memory may grow by less than `GROWTH_GOAL`, descriptors and threads not at all."""
+def growth(during: str, before: Held, after: Held, *, more_threads: int = 0, detail: str = "") -> Line:
+    """Return the line of the table: memory may grow by less than `GROWTH_GOAL`, descriptors and threads not at all.
+
+    `more_threads`: how many threads a bounded pool may have started meanwhile.
+    """
     share = after.memory / before.memory - 1
     counts = f"descriptors {before.descriptors} → {after.descriptors}, threads {before.threads} → {after.threads}"
     pools = f"gRPC's pool {before.pool} → {after.pool}"
@@ -99,6 +102,6 @@ def growth(during: str, before: Held, after: Held, *, detail: str = "") -> Line:
         figure=100 * share,
         unit="%",
         goal=f"< {100 * GROWTH_GOAL:g}, descriptors and threads as before",
-        met=share < GROWTH_GOAL and after.returned(before),
+        met=share < GROWTH_GOAL and after.returned(before, more_threads=more_threads),
         detail="; ".join(filter(None, (f"{memory}, {counts}, {pools}", detail))),
     )

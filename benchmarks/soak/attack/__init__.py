@@ -6,6 +6,7 @@ attack runs while the server is stopped.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator, Mapping
 
@@ -28,7 +29,11 @@ END_GOAL_S = DRAIN_S + 2
 CHUNKS_GOAL = 4  # how many chunks longer a good call may wait than without the attack
 REST_S = 30.0
 WARM_UP_S = 45.0  # of all attacks together; after that, caches are full and pools have all their threads
+AFTER_CALL_S = 5.0
 QUIET_S = 10.0
+POOLED = min(
+    32, len(os.sched_getaffinity(0)) + 4
+)  # of asyncio's pool: whether the warm-up starts all of them is chance
 
 
 def run(seconds: float = SECONDS) -> Iterator[Line]:
@@ -57,18 +62,16 @@ def _attacks(seconds: float, group: MemoryGroup) -> Iterator[Line]:
         yield _latency("no attack", quiet, quiet, chunk_s)
         with attacked(running.address, ATTACKS):
             time.sleep(WARM_UP_S)
-        time.sleep(REST_S)
-        _call(running)
+        _rest(running)
         before = settled(process)
         for name, attack in ATTACKS.items():
             good = _beside({name: attack}, running, SHARE_ALONE * seconds / len(ATTACKS))
             yield _latency(name, good, quiet, chunk_s)
         good = _beside(ATTACKS, running, (1 - SHARE_ALONE) * seconds)
         yield _latency("all of them together", good, quiet, chunk_s, is_stated=True)
-        time.sleep(REST_S)  # the server notices that callers were killed
-        _call(running)
+        _rest(running)
         after = settled(process, before)
-        yield growth("over all attacks", before, after)
+        yield growth("over all attacks", before, after, more_threads=POOLED)
         yield _held(running)
         yield _peak(group, process)
 
@@ -80,10 +83,15 @@ def _quiet(running: Served) -> tuple[Good, float]:
     return _beside({}, running, QUIET_S), entry.rows / entry.rows_per_second
 
 
-def _call(running: Served) -> None:
-    """Call once: gRPC keeps the last message of an attack, up to 62 MiB, until the next call."""
+def _rest(running: Served) -> None:
+    """Wait until the server has noticed that callers were killed, and has returned what it freed.
+
+    One call is made, because gRPC keeps the last message of an attack, up to 62 MiB, until the next call.
+    """
+    time.sleep(REST_S)
     with sidelight.connect(running.good_address) as client:
         client.attribute(pixels(1))
+    time.sleep(AFTER_CALL_S)
 
 
 def _beside(attacks: Mapping[str, Attack], running: Served, seconds: float) -> Good:
