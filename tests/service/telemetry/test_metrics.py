@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
 import json
 import re
 import socket
@@ -532,7 +531,7 @@ def test_a_model_that_nobody_asks_for_is_not_counted() -> None:
 
 
 def _answer() -> Answer:
-    provenance = Provenance(**dict.fromkeys(field.name for field in dataclasses.fields(Provenance)))
+    provenance = Provenance(*[None] * len(Provenance._fields))
     explanation = Explanation(0, 0.5, (), None, None)
     timing = Timing(0.1, 0.2, 0.3, 0.7, 0.1)
     return Answer(Request(np.empty(0)), np.zeros((1, 2, 2), np.float32), (explanation,), (), provenance, timing)
