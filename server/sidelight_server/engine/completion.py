@@ -19,18 +19,16 @@ def call_soon(loop: asyncio.AbstractEventLoop, callback: Callback) -> None:
         loop.call_soon_threadsafe(callback)
 
 
-def complete(future: "Future[_Value]", function: Callable[[], _Value]) -> BaseException | None:
-    """Call a function and store its result or exception in a future that is running. Return the exception, if any."""
+def complete(future: "Future[_Value]", function: Callable[[], _Value]) -> None:
+    """Call a function and store its result or exception in a future that is running."""
     try:
         future.set_result(function())
-        return None
     except BaseException as error:
         # The traceback holds the frames of the function and, by `f_back`, of this thread, so it is in a cycle with the
         # future. What those frames hold, such as a request's arrays, must not wait for the garbage collector.
         traceback.clear_frames(error.__traceback__)
         future.set_exception(error)
         del function
-        return error
 
 
 class Completions:

@@ -21,7 +21,7 @@ from ..telemetry.logs import Event
 from .active_request import ActiveRequest
 from .chunk import Chunk, by_request, to_host
 from .chunk_errors import ChunkErrors, DeviceLostError
-from .completion import Completions, complete
+from .completion import Completions
 from .example_run import ExampleRun, Result, Row
 from .heartbeat import Heartbeat
 from .row_rate import RowRate
@@ -191,7 +191,10 @@ class DeviceWorker:
         if not future.set_running_or_notify_cancel():
             return
         self.heartbeat.beat()
-        if error := complete(future, task):
+        try:
+            future.set_result(task())
+        except BaseException as error:  # whose traceback must keep the tensors of a lost device: see `loss`
+            future.set_exception(error)
             self.errors.check_device(error)
         self.heartbeat.rest(extends_limit=False)  # a task may run many chunks, or compile
 

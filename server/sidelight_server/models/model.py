@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..compute.kernel import Kernel
 from ..config.model_settings import ModelSettings
+from ..config.options import KernelOptions
 from ..config.spec import ModelSpec
 from ..domain import Choice, Score
 from ..errors import OutputsError
@@ -75,17 +76,8 @@ class Model:
         self._adopt(result.detected)
         self._row_limit = RowLimit()
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
-        self._make_kernel = functools.partial(
-            Kernel,
-            spec.module,
-            device=device,
-            adapter=self.adapter,
-            head=self.head,
-            layers=self.probed,
-            isolation=result.isolation,
-        )
         with refusing(self.name, "cannot be replicated and moved to the device"):
-            make = functools.partial(self._make_kernel, trial=trial, is_shared=is_shared)
+            make = functools.partial(self._kernel, device=device, trial=trial, is_shared=is_shared)
             self.kernels = in_turn(lambda: MethodKernels(make, spec.options, spec.method_precision))
             self.kernel = self.kernels.default
             self._memory = RowMemory(self.name, self.kernel, device_memory_limit=self.settings.device_memory_limit)
@@ -106,6 +98,20 @@ class Model:
         self.probed = detected.layers  # layers that can be explained; empty without a trial run
         # If outputs of a row depend on its neighbors, each row runs alone.
         self.is_batch_dependent = detected.is_batch_dependent
+
+    def _kernel(
+        self,
+        options: KernelOptions | None = None,
+        *,
+        device: torch.device,
+        trial: Tensor | None = None,
+        is_shared: bool = False,
+    ) -> Kernel:
+        """Return a kernel of the module, called as has been found out by now."""
+        return Kernel(
+            self._module, device=device, adapter=self.adapter, head=self.head, layers=self.probed, options=options,
+            trial=trial, isolation=self._isolation, is_shared=is_shared,
+        )  # fmt: skip
 
     def at_most(self, rows: int) -> int:
         """Return `rows`, or the module's largest batch size if that is less."""
@@ -275,7 +281,7 @@ class Model:
 
     def exact_kernel(self) -> Kernel:
         """Return a kernel of the same module without options, for comparison."""
-        return self._make_kernel()
+        return self._kernel(device=self.kernel.device)
 
     def _try(self) -> None:
         output_shape = self.kernels.run_first(
