@@ -3,6 +3,6 @@
 import contextlib
 
 with contextlib.suppress(ModuleNotFoundError):  # the peers' environments have no sidelight, and inherit the variable
-    from sidelight_server.app.openmp import sleep_soon
+    from sidelight_server.app.openmp import limit_spinning
 
-    sleep_soon()
+    limit_spinning()

@@ -9,9 +9,9 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from sidelight_server.app.openmp import sleep_soon
+from sidelight_server.app.openmp import limit_spinning
 
-sleep_soon()  # before torch is loaded: where tests run side by side, threads that spin take each other's cores
+limit_spinning()  # before torch is loaded: where tests run side by side, threads that spin take each other's cores
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers, and the processes that they start, share the cores
 pytest.register_assert_rewrite("support")

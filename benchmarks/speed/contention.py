@@ -72,7 +72,7 @@ def _rate(seconds: list[float]) -> float:
 @contextlib.contextmanager
 def _process(role: str, network: str, policy: dict[str, str]) -> Iterator["subprocess.Popen[str]"]:
     """Run this module as a process under a policy, and wait until it is warm."""
-    command = [sys.executable, "-c", f"from benchmarks import contention; contention.{role}({network!r})"]
+    command = [sys.executable, "-c", f"from benchmarks.speed import contention; contention.{role}({network!r})"]
     environment = {name: each for name, each in os.environ.items() if name not in VARIABLES} | policy
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment

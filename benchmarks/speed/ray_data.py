@@ -20,8 +20,8 @@ MODEL = "python:benchmarks.support.nets:resnet18_small"
 # Both print the pictures per second from their first batch on, so that the start of a process does not count.
 COMMON = f"""
 import glob, sys, time
-from sidelight_server.app.openmp import sleep_soon
-sleep_soon()
+from sidelight_server.app.openmp import limit_spinning
+limit_spinning()
 from sidelight_server.ray import Explainer
 paths = sorted(glob.glob(sys.argv[1] + "/*.png"))
 options = {{"model": {MODEL!r}, "device": "cpu"}}

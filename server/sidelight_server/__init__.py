@@ -48,8 +48,8 @@ if TYPE_CHECKING:
     from .methods.integrated_gradients import Rule
     from .methods.smoothgrad import Statistic
 
-# Where the names of `__all__` stand, the light modules first. They are imported when a name is asked for: a probe needs
-# none of them, and not torch either.
+# The modules of the names in `__all__`, light ones first. Each is imported on first use, because a health check needs
+# none of them, nor torch.
 _HOMES = (
     "errors", "config.settings", "domain", "methods", "methods.baseline", "methods.channels",
     "methods.integrated_gradients", "methods.smoothgrad", "config.spec", "engine.engine", "app.embedded",

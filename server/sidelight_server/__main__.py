@@ -8,7 +8,7 @@ import sys
 
 from . import missing_package
 from .app.health.health_check import check_health, is_health_check
-from .app.openmp import sleep_soon
+from .app.openmp import limit_spinning
 from .errors import ConfigurationError
 from .telemetry.logs import Event, configure
 
@@ -36,7 +36,7 @@ def main() -> int:
         settings = read_settings(sys.argv[1:])
         configure(settings.log_format)
         if not settings.dedicated_cpus:
-            sleep_soon()
+            limit_spinning()
         from .app.process import load, serve_until_signal
 
         # torch's objects are permanent; collecting them would pause all threads for 0.3 to 0.6 s each time.

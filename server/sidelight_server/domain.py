@@ -1,7 +1,7 @@
 """The domain: requests and answers of the engine, independent of protobuf and gRPC.
 
-Arrays are numpy's; N examples, C channels, height H and width W. What is made for every answer is no frozen dataclass,
-whose construction takes three times as long.
+Arrays are numpy's; N examples, C channels, height H and width W. Types that are built for every answer are not frozen
+dataclasses, whose construction takes three times as long.
 """
 
 import enum
@@ -131,7 +131,6 @@ class Request:
 
     @property
     def n_examples(self) -> int:
-        """N."""
         return len(self.images.files) if isinstance(self.images, Files) else len(self.images)
 
 
@@ -238,7 +237,7 @@ class Answer:
         )
 
     def failing(self, failures: Mapping[int, SidelightError]) -> "Answer":
-        """Return the answer with these examples failed too."""
+        """Return a copy of the answer in which these examples have failed too."""
         if not failures:
             return self
         maps = self.maps.copy()

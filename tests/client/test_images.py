@@ -197,7 +197,7 @@ def test_a_pil_image_is_left_as_it_was(client: sidelight.Client, mode: str) -> N
 
 
 def test_floating_pixels_are_refused_as_nobody_knows_their_range(client: sidelight.Client) -> None:
-    with pytest.raises(sidelight.PartialFailure, match="float pixels have no range"):
+    with pytest.raises(sidelight.PartialFailure, match="float pixels have no known range"):
         client.attribute(Image.fromarray(np.zeros((32, 32), np.float32)))
 
 
@@ -495,8 +495,8 @@ SERVER_REFUSED: dict[str, tuple[object, str]] = {
     "floats-with-channels-last": (np.zeros((32, 32, 3), np.float32), r"floating arrays of \[32, 32, 3\]"),
     "no-rows": (np.zeros((1, 0, 32, 3), np.uint8), r"\[1, 0, 32, 3\] has a dimension of 0"),
     "no-channels": (np.zeros((2, 0, 32, 32), np.float32), r"\[2, 0, 32, 32\] has a dimension of 0"),
-    "pixels-with-channels-first": (np.zeros((3, 32, 32), np.uint8), "32 channels, the model wants 3"),
-    "pixels-of-two-channels": (np.zeros((32, 32, 2), np.uint8), "2 channels, the model wants 3"),
+    "pixels-with-channels-first": (np.zeros((3, 32, 32), np.uint8), "32 channels, the model takes 3"),
+    "pixels-of-two-channels": (np.zeros((32, 32, 2), np.uint8), "2 channels, the model takes 3"),
 }
 
 

@@ -15,7 +15,7 @@ import pytest
 import sidelight
 from sidelight_server.app.load_shedding import FALL_CHECKS, FALLS_AHEAD, MESSAGES_LEFT, SHARE_OF_LIMIT, LoadShedding
 from sidelight_server.compute import host_memory
-from sidelight_server.compute.host_memory import Room
+from sidelight_server.compute.host_memory import AvailableMemory
 
 from benchmarks.support.cgroup import MemoryGroup
 from benchmarks.support.http2_caller import STREAM, Caller, framed
@@ -27,7 +27,7 @@ from support.servers import TIMEOUT_S, Running, gated, running
 from support.waiting import counts, leaving_nothing, until
 
 MEBIBYTE = 2**20
-NONE = Room(0, 1 << 30)
+NONE = AvailableMemory(0, 1 << 30)
 
 V1, V2 = "4:memory:/pod/own\n1:cpu:/pod/own\n0::/\n", "0::/pod/own\n"
 MEMINFO = "MemTotal:       4000 kB\nMemFree:         100 kB\nMemAvailable:   3000 kB\nBuffers:    7 kB\n"
@@ -64,46 +64,54 @@ def v2(folder: str, limit: object, usage: int, inactive: int = 0) -> dict[str, s
 UNLIMITED_V1 = (1 << 63) - 4096
 CASES = {
     "nothing tells": (V2, {}, None),
-    "the machine": (V2, {"proc/meminfo": MEMINFO}, Room(3000 * 1024, 4000 * 1024)),
+    "the machine": (V2, {"proc/meminfo": MEMINFO}, AvailableMemory(3000 * 1024, 4000 * 1024)),
     "a machine that does not tell what is available": (V2, {"proc/meminfo": "MemTotal:    4000 kB\n"}, None),
-    "version 2": (V2, v2("/pod/own", 1000, 900, 50), Room(150, 1000)),
+    "version 2": (V2, v2("/pod/own", 1000, 900, 50), AvailableMemory(150, 1000)),
     "version 2 without a limit": (V2, v2("/pod/own", "max", 900), None),
-    "version 2 in a pod that has less": (V2, v2("/pod/own", 1000, 900) | v2("/pod", 950, 920), Room(30, 950)),
-    "version 2 in a container that sees its group as the root": (V2, v2("", 1000, 600), Room(400, 1000)),
-    "version 1": (V1, v1("/pod/own", 1000, 900, 50), Room(150, 1000)),
+    "version 2 in a pod that has less": (
+        V2,
+        v2("/pod/own", 1000, 900) | v2("/pod", 950, 920),
+        AvailableMemory(30, 950),
+    ),
+    "version 2 in a container that sees its group as the root": (V2, v2("", 1000, 600), AvailableMemory(400, 1000)),
+    "version 1": (V1, v1("/pod/own", 1000, 900, 50), AvailableMemory(150, 1000)),
     "version 1 without a limit": (V1, v1("/pod/own", UNLIMITED_V1, 900), None),
-    "version 1 in a pod that has less": (V1, v1("/pod/own", UNLIMITED_V1, 9) | v1("/pod", 950, 920), Room(30, 950)),
-    "version 1 in a container that sees its group as the root": (V1, v1("", 1000, 600), Room(400, 1000)),
+    "version 1 in a pod that has less": (
+        V1,
+        v1("/pod/own", UNLIMITED_V1, 9) | v1("/pod", 950, 920),
+        AvailableMemory(30, 950),
+    ),
+    "version 1 in a container that sees its group as the root": (V1, v1("", 1000, 600), AvailableMemory(400, 1000)),
     "a machine that has less than the group": (
         V2,
         v2("/pod/own", 1 << 30, 0) | {"proc/meminfo": MEMINFO},
-        Room(3000 * 1024, 4000 * 1024),
+        AvailableMemory(3000 * 1024, 4000 * 1024),
     ),
-    "no groups at all": ("", {"proc/meminfo": MEMINFO}, Room(3000 * 1024, 4000 * 1024)),
+    "no groups at all": ("", {"proc/meminfo": MEMINFO}, AvailableMemory(3000 * 1024, 4000 * 1024)),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_what_is_left_is_the_least_of_what_groups_and_machine_have(
-    case: tuple[str, dict[str, str], Room | None], tmp_path: Path
+    case: tuple[str, dict[str, str], AvailableMemory | None], tmp_path: Path
 ) -> None:
     memberships, contents, expected = case
-    assert host_memory.room(*files(tmp_path, memberships, contents)) == expected
+    assert host_memory.available_memory(*files(tmp_path, memberships, contents)) == expected
 
 
 def test_a_system_without_these_files_reports_nothing(tmp_path: Path) -> None:
-    assert host_memory.room(tmp_path / "none", tmp_path / "neither") is None
+    assert host_memory.available_memory(tmp_path / "none", tmp_path / "neither") is None
 
 
 def test_a_use_that_grows_is_seen(tmp_path: Path) -> None:
     places = files(tmp_path, V2, v2("/pod/own", 1000, 100))
-    assert host_memory.room(*places) == Room(900, 1000)
+    assert host_memory.available_memory(*places) == AvailableMemory(900, 1000)
     (tmp_path / "groups/pod/own/memory.current").write_text("990\n")
-    assert host_memory.room(*places) == Room(10, 1000)
+    assert host_memory.available_memory(*places) == AvailableMemory(10, 1000)
 
 
 def test_this_machine_has_no_more_left_than_there_is() -> None:
-    found = host_memory.room()
+    found = host_memory.available_memory()
     if found is None:
         pytest.skip("this system does not tell")
     assert found.left <= found.limit <= psutil.virtual_memory().total
@@ -116,29 +124,29 @@ def test_this_machine_has_no_more_left_than_there_is() -> None:
     ("room", "is_short"),
     [
         (None, False),
-        (Room(MESSAGES_LEFT * 1000, 1 << 40), False),
-        (Room(MESSAGES_LEFT * 1000 - 1, 1 << 40), True),
-        (Room(int(SHARE_OF_LIMIT * 8000), 8000), False),
-        (Room(int(SHARE_OF_LIMIT * 8000) - 1, 8000), True),
+        (AvailableMemory(MESSAGES_LEFT * 1000, 1 << 40), False),
+        (AvailableMemory(MESSAGES_LEFT * 1000 - 1, 1 << 40), True),
+        (AvailableMemory(int(SHARE_OF_LIMIT * 8000), 8000), False),
+        (AvailableMemory(int(SHARE_OF_LIMIT * 8000) - 1, 8000), True),
     ],
 )
-def test_streams_are_ended_only_while_memory_is_short(room: Room | None, *, is_short: bool) -> None:
+def test_streams_are_ended_only_while_memory_is_short(room: AvailableMemory | None, *, is_short: bool) -> None:
     asked: list[float] = []
 
     def end_waiting(waited_s: float) -> int:
         asked.append(waited_s)
         return 0
 
-    assert asyncio.run(LoadShedding(end_waiting, max_message_bytes=1000, room=lambda: room).look()) is not is_short
+    assert asyncio.run(LoadShedding(end_waiting, max_message_bytes=1000, available=lambda: room).look()) is not is_short
     assert bool(asked) is is_short
 
 
 @pytest.mark.parametrize("n_looks", [1, 2])
 def test_what_freed_memory_gives_is_taken_first(n_looks: int) -> None:
     """Memory is enough again once the C library has given back what it kept, or once streams have ended."""
-    short = Room(MESSAGES_LEFT * 1000 - 1, 1 << 40)
-    rooms, ended = itertools.chain([short] * n_looks, itertools.repeat(Room(1 << 30, 1 << 30))), []
-    shedding = LoadShedding(lambda _: ended.append(1) or 3, max_message_bytes=1000, room=lambda: next(rooms))
+    short = AvailableMemory(MESSAGES_LEFT * 1000 - 1, 1 << 40)
+    rooms, ended = itertools.chain([short] * n_looks, itertools.repeat(AvailableMemory(1 << 30, 1 << 30))), []
+    shedding = LoadShedding(lambda _: ended.append(1) or 3, max_message_bytes=1000, available=lambda: next(rooms))
     assert asyncio.run(shedding.look())
     assert len(ended) == n_looks - 1
 
@@ -146,10 +154,10 @@ def test_what_freed_memory_gives_is_taken_first(n_looks: int) -> None:
 @pytest.mark.serial
 def test_streams_are_ended_before_memory_that_falls_fast_is_short() -> None:
     least, step = MESSAGES_LEFT * 1000, 300
-    rooms = (Room(left, 1 << 40) for left in itertools.count(3 * least, -step))
+    rooms = (AvailableMemory(left, 1 << 40) for left in itertools.count(3 * least, -step))
     last = [next(rooms)]
 
-    def room() -> Room:
+    def room() -> AvailableMemory:
         last.append(next(rooms))
         return last[-1]
 
@@ -161,7 +169,7 @@ def test_streams_are_ended_before_memory_that_falls_fast_is_short() -> None:
                 ended.set_result(last[-1].left)
             return 1
 
-        running = asyncio.create_task(LoadShedding(end_waiting, max_message_bytes=1000, room=room).run())
+        running = asyncio.create_task(LoadShedding(end_waiting, max_message_bytes=1000, available=room).run())
         try:
             return await asyncio.wait_for(ended, TIMEOUT_S)
         finally:
@@ -174,7 +182,7 @@ def test_streams_are_ended_before_memory_that_falls_fast_is_short() -> None:
 def shed(server: Running, *, n: int) -> None:
     """Report little memory until `n` more streams have been ended."""
     service = server.server.calls
-    shedding = LoadShedding(service.end_waiting, max_message_bytes=1000, room=lambda: NONE)
+    shedding = LoadShedding(service.end_waiting, max_message_bytes=1000, available=lambda: NONE)
     wanted = service.n_shed + n
 
     def reached() -> bool:

@@ -92,7 +92,7 @@ def test_a_program_reports_a_bad_file(program: list[str], address: str, tmp_path
     path.write_bytes(b"no picture")
     done = run(program, address, path)
     assert done.returncode == 1
-    assert "3 image file: 10 bytes are no PNG" in done.stderr
+    assert "3 image file: 10 bytes are not a PNG" in done.stderr
     assert not Path(f"{path}.f32").exists()
 
 
@@ -114,5 +114,5 @@ def test_a_bad_file_of_a_stream_fails_alone(
     bad.write_bytes(b"no picture")
     done = run(program, address, bad, *pictures)
     assert done.returncode == 1
-    assert f"{bad}: 3 image file: 10 bytes are no PNG" in done.stderr
+    assert f"{bad}: 3 image file: 10 bytes are not a PNG" in done.stderr
     assert len(done.stdout.splitlines()) == len(pictures)

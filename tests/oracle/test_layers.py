@@ -195,11 +195,11 @@ class Traps(nn.Module):
 
 REFUSED = {
     "table": '"table" returns [1, 4, 16, 16], expected the examples first',
-    "unused": '"unused" is not what the outputs depend on',
-    "heads": '"heads" returns [2, 4, 16, 4], in which no positions of the input are seen',
-    "turned": '"turned" returns [2, 16, 4, 4], in which no positions of the input are seen',
+    "unused": '"unused" does not influence the outputs',
+    "heads": '"heads" returns [2, 4, 16, 4], in which no positions of the input were detected',
+    "turned": '"turned" returns [2, 16, 4, 4], in which no positions of the input were detected',
     "shared": '"shared" runs 2 times in a pass',
-    "pooled": '"pooled" returns [2, 16, 1, 1], in which no positions of the input are seen',
+    "pooled": '"pooled" returns [2, 16, 1, 1], in which no positions of the input were detected',
     "head": '"head" returns [2, 5], expected [n, c, h, w]',
 }
 

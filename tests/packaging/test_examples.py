@@ -44,7 +44,7 @@ def test_a_folder_is_streamed(address: str, tmp_path: Path) -> None:
     (folder / "broken.png").write_bytes(b"no picture")
     printed = run("explain_folder.py", address, folder, out)
     assert sorted(path.name for path in out.iterdir()) == ["0.png", "1.png", "2.png"]
-    assert "broken.png: image file: 10 bytes are no PNG" in printed
+    assert "broken.png: image file: 10 bytes are not a PNG" in printed
 
 
 def test_a_picture_is_explained_by_every_method(address: str, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_a_target_is_a_class_index_or_a_label(run: Run, target: str, explained: 
         (["--target", "²"], 'no label "²"'),
         (["--model", "smal"], 'there is no "smal"; did you mean "small"?'),
         (["--top-k", "11"], "target.top_k.k: got 11, expected 1 to 10"),
-        (["--target", "1", "--region", "0,0,1,1"], 'target.dense: model "small" answers for the whole picture'),
+        (["--target", "1", "--region", "0,0,1,1"], 'target.dense: model "small" returns scores for the whole image'),
         (["--method", "rise(masks=0)"], "masks"),
         (["--method", "grad_cam(layer=12)"], "layer"),
         (["--signed", "--map-dtype", "uint8"], "map_dtype"),
@@ -298,7 +298,7 @@ def test_a_picture_that_fails_is_named_and_the_others_are_explained(run: Run) ->
     assert done.exit_code == 1
     table = rows(done.stdout)
     assert len(table["good.png"]) == len(table["more.png"]) == 3
-    assert "10 bytes are no PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM" in table["bad.png"][0]
+    assert "10 bytes are not a PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM" in table["bad.png"][0]
     assert "cannot read missing.png: No such file or directory" in table["missing.png"][0]
     assert "2 overlays in out" in done.stdout
     assert sorted(each.name for each in Path("out").iterdir()) == ["good.png", "more.png"]
@@ -329,7 +329,7 @@ def test_answers_are_printed_as_lines_of_json(run: Run, client: sidelight.Client
     told = objects(done)
     assert [each["picture"] for each in told] == ["good.png", "bad.png", "missing.png", "more.png"]
     assert [each["error"] and each["error"]["type"] for each in told] == [None, None, "UnreadableFile", None]
-    assert "no PNG" in told[1]["failures"][0]["message"]
+    assert "not a PNG" in told[1]["failures"][0]["message"]
     for each, path in ((told[0], good), (told[3], more)):
         expected = client.attribute(path, score="logit").provenance
         assert each["provenance"]["score"] == "logit"

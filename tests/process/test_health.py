@@ -492,10 +492,10 @@ async def _told(server: Server) -> None:
     [
         (("--certificate", "c.pem"), 2, "--certificate and --key go together"),
         (("--key", "k.pem"), 2, "--certificate and --key go together"),
-        (("--server-name", "there"), 2, "expected --ca beside it"),
+        (("--server-name", "there"), 2, "expected --ca too"),
         (("--ca", "absent.pem"), 1, "No such file or directory: 'absent.pem'"),
         (("--ca", __file__), 1, "holds no PEM certificate"),
-        (("--certificate", __file__, "--key", __file__), 1, "are no pair of a PEM certificate and its key"),
+        (("--certificate", __file__, "--key", __file__), 1, "are not a pair of a PEM certificate and its key"),
     ],
 )
 def test_a_probe_that_is_asked_wrongly_says_so(flags: tuple[str, ...], code: int, words: str) -> None:

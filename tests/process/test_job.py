@@ -68,7 +68,7 @@ def test_a_job_writes_one_row_for_each_picture(pictures: Path, tmp_path: Path) -
     with (tmp_path / "maps.parquet" / "_failures.csv").open() as file:
         (failure,) = csv.DictReader(file)
     assert failure["path"] == str(pictures / "bad.png")
-    assert "no PNG, JPEG" in failure["failure"]
+    assert "not a PNG, JPEG" in failure["failure"]
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_a_process_that_cannot_start_ends_with_one_line(tmp_path: Path, log_form
         event = json.loads(line)
         assert event["event"] == "cannot_start"
         line = event["message"]
-    assert line.removeprefix("sidelight-server: ") == "weights: absent.pt is not there"
+    assert line.removeprefix("sidelight-server: ") == "weights: absent.pt does not exist"
 
 
 def test_metrics_are_served_by_default(tmp_path: Path) -> None:

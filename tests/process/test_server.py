@@ -105,7 +105,7 @@ REFUSALS = {
     "another kind of source": (["--model", "keras:net.h5"], ('model: got "keras:net.h5"', "python:")),
     "no factory named": (["--model", "python:factories"], ('model: got "python:factories"', ":factory")),
     "unknown module": (["--model", "python:nowhere:net"], ('model: cannot import "nowhere"', "ModuleNotFoundError")),
-    "module that imports what is not there": (
+    "module that imports what does not exist": (
         ["--model", "python:absent_import:net"],
         ('model: cannot import "absent_import"', "nothing_of_this_name"),
     ),
@@ -128,7 +128,7 @@ REFUSALS = {
     ),
     "settings that contradict the specification": (
         ["--model", "python:factories:spec", "--input-size", "3,8,8"],
-        ("input_size: the settings say (3, 8, 8)", "(3, 4, 4)"),
+        ("input_size: the settings have (3, 8, 8)", "(3, 4, 4)"),
     ),
     "mean without an input size": (
         ["--model", "python:factories:net", "--mean", "0.5"],
@@ -136,8 +136,8 @@ REFUSALS = {
     ),
     "mean of one channel too few": ([*NET, "--mean", "0.5,0.5"], ("mean: got (0.5, 0.5)", "3 finite numbers")),
     "std of zero": ([*NET, "--std", "1,0,1"], ("std: got (1.0, 0.0, 1.0)", "above 0")),
-    "missing weights": (weights("gone.pt"), ("weights: gone.pt is not there",)),
-    "missing safetensors": (weights("gone.safetensors"), ("weights: gone.safetensors is not there",)),
+    "missing weights": (weights("gone.pt"), ("weights: gone.pt does not exist",)),
+    "missing safetensors": (weights("gone.safetensors"), ("weights: gone.safetensors does not exist",)),
     "half of the weights": (weights("half.pt"), ("weights: half.pt: ", "zip archive")),
     "half of the safetensors": (weights("half.safetensors"), ("weights: half.safetensors: ", "header")),
     "empty weights": (weights("empty.pt"), ("weights: empty.pt: EOFError",)),
@@ -161,8 +161,8 @@ REFUSALS = {
     "a name that is not loopback": (listen("example.org:50051"), ("listen: example.org:50051 is not loopback",)),
     "one address of two": (listen("127.0.0.1:0", "10.0.0.1:0"), ("listen: 10.0.0.1:0 is not loopback",)),
     "an address without a port": (listen("127.0.0.1"), ('listen: got "127.0.0.1"', "host:port")),
-    "a socket where a file is": (listen("unix:plain"), ("listen: plain exists and is no socket",)),
-    "a socket where a folder is": (listen("unix:."), ("listen: . exists and is no socket",)),
+    "a socket where a file is": (listen("unix:plain"), ("listen: plain exists and is not a socket",)),
+    "a socket where a folder is": (listen("unix:."), ("listen: . exists and is not a socket",)),
 }
 
 
@@ -425,7 +425,7 @@ def test_a_server_that_cannot_start_raises_and_leaves_nothing_behind(
 ) -> None:
     before = threads()
     with (
-        pytest.raises(ConfigurationError, match="exists and is no socket"),
+        pytest.raises(ConfigurationError, match="exists and is not a socket"),
         serve(Linear(), listen=(f"unix:{folder}/plain",), device=device),
     ):
         pytest.fail("it has started")

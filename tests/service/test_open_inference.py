@@ -254,7 +254,7 @@ BAD: dict[str, tuple[Callable[[], oip.ModelInferRequest], Status, str]] = {
     "model": (lambda: good(model_name="linaer"), Status.NOT_FOUND, 'did you mean "linear"'),
     "version": (lambda: good(model_version="7"), Status.NOT_FOUND, 'model_version: "7" is not served; version 1 is'),
     "output": (lambda: good(outputs=["map"]), Status.NOT_FOUND, 'outputs: there is no "map"; did you mean "maps"'),
-    "output twice": (lambda: good(outputs=["maps", "maps"]), Status.INVALID_ARGUMENT, "asked for twice"),
+    "output twice": (lambda: good(outputs=["maps", "maps"]), Status.INVALID_ARGUMENT, "requested twice"),
     "classification": (
         lambda: good(outputs=[wanted("probabilities", classification=3)]),
         Status.INVALID_ARGUMENT,

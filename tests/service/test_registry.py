@@ -141,11 +141,14 @@ def _server(engine: Engine) -> Iterator[str]:
     [
         ({"a": {"weights": "w.pt"}}, "models.a.model: not set"),
         ({"a": {"model": SOURCE, "name": "b"}}, "name"),
-        ({"a": {"model": SOURCE}, "b": {"model": SOURCE, "weights": "no.pt"}}, "models.b: weights: no.pt is not there"),
+        (
+            {"a": {"model": SOURCE}, "b": {"model": SOURCE, "weights": "no.pt"}},
+            "models.b: weights: no.pt does not exist",
+        ),
         ({"a": {"modle": SOURCE}}, "models.a.modle: there is no such setting in .*; did you mean model"),
         ({"": {"model": SOURCE}}, "models"),
         ({"a": {"model": "nope:x", "load": "lazy"}}, 'models.a: model: got "nope:x"'),
-        ({"a": {"model": "export:no.pt2", "load": "lazy"}}, "models.a: no.pt2 is not there"),
+        ({"a": {"model": "export:no.pt2", "load": "lazy"}}, "models.a: no.pt2 does not exist"),
         ({"a": {"model": SOURCE, "input_size": (3, 32)}}, "models.a.input_size: .*: too few numbers"),
         ({"a": {"model": SOURCE, "input_size": (1, 2)}}, "models.a.input_size"),
     ],
@@ -156,9 +159,7 @@ def test_tables_of_models_that_are_wrong_are_refused(models: dict[str, object], 
 
 
 def test_a_model_beside_tables_that_say_their_own_is_refused() -> None:
-    refused = pytest.raises(
-        sidelight_server.ConfigurationError, match=r"model: got .* but the tables a all say their own"
-    )
+    refused = pytest.raises(sidelight_server.ConfigurationError, match=r"model: got .* but the tables a set their own")
     with refused, serving(model=SOURCE, models={"a": {"model": SOURCE}}):
         pytest.fail("it has started")
 
@@ -481,7 +482,7 @@ def test_reloading_wants_leave_a_source_and_a_name(weights: Path) -> None:
         sidelight_server.serve(ModelSpec(small_cnn(), input_size=SIZE), device="cpu", allow_reload=True) as address,
         sidelight.connect(address) as client,
     ):
-        with pytest.raises(sidelight.FailedPrecondition, match="handed over as a module"):
+        with pytest.raises(sidelight.FailedPrecondition, match="passed as a module"):
             client.reload()
         with pytest.raises(sidelight.NotFound, match='there is no "nett"'):
             client.reload("nett")

@@ -801,7 +801,7 @@ def test_a_bad_file_fails_alone(small: Service) -> None:
     assert {failure.code for failure in failures.values()} == {Status.INVALID_ARGUMENT.value[0]}
     for failure in failures.values():
         assert_no_internals(failure.message)
-    assert "no PNG" in failures[0].message
+    assert "not a PNG" in failures[0].message
     assert "truncated" in failures[2].message
     assert "100,000,000 pixels, max_image_pixels is 50,000,000" in failures[3].message
     assert "0 bytes" in failures[5].message

@@ -27,7 +27,7 @@ def ask(engine: Engine, images: Tensor | np.ndarray, **question: object) -> Answ
 def tried(engine: Engine, like: Tensor) -> Engine:
     """Let the models of an engine that has not begun find out what they return, which takes rows of its own."""
     for model in engine.models.values():
-        model.find_out(like[:1].to(model.kernel.device, model.kernel.dtype))
+        model.introspect(like[:1].to(model.kernel.device, model.kernel.dtype))
     return engine
 
 

@@ -56,7 +56,7 @@ def _check_host(address: str, *, plaintext: bool) -> None:
     if not plaintext and not is_loopback(host):
         raise ConfigurationError(
             f"listen: {address} is not loopback, and nothing would be encrypted; give it --tls-certificate and "
-            "--tls-key, or say --plaintext if that is meant"
+            "--tls-key, or allow it with --plaintext"
         )
     # gRPC only prints the cause of a failed bind and raises without it, so try the bind first.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -86,13 +86,13 @@ def is_loopback(host: str) -> bool:
 
 
 def _clear_socket(path: Path) -> None:
-    """Remove the socket file of a killed server. Raises `ConfigurationError` if a server uses it or it is no socket."""
+    """Remove the socket file of a killed server. Raises `ConfigurationError` if it is in use, or not a socket."""
     if not path.parent.is_dir():
         raise ConfigurationError(f"listen: cannot bind unix:{path}: there is no folder {path.parent}")
     if not path.exists():
         return
     if not path.is_socket():
-        raise ConfigurationError(f"listen: {path} exists and is no socket")
+        raise ConfigurationError(f"listen: {path} exists and is not a socket")
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
@@ -100,5 +100,5 @@ def _clear_socket(path: Path) -> None:
             path.unlink()
             return
         except OSError as error:  # no permission to connect, so none to remove it
-            raise ConfigurationError(f"listen: cannot tell who has {path}: {error.strerror}") from error
+            raise ConfigurationError(f"listen: cannot check whether a server uses {path}: {error.strerror}") from error
     raise ConfigurationError(f"listen: another server answers on {path}")

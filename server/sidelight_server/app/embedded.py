@@ -52,7 +52,7 @@ class EmbeddedServer:
         self._resources.close()
 
     def _abandon(self) -> None:
-        """End what must not outlive the process. A stop would need threads, and none can be started at exit."""
+        """Release resources that outlive the process. A stop would need new threads, which cannot start at exit."""
         self._server.abandon()
         self._folder.cleanup()
 
@@ -81,7 +81,7 @@ def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> 
 
 
 def create_engine(model: nn.Module | ModelSpec | str | None, settings: Mapping[str, Any], where: str) -> Engine:
-    """Return an engine with its models loaded, for a caller who gives `settings` as keywords of `where`.
+    """Return an engine with its models loaded. `settings` are keywords that a caller has passed to `where`.
 
     `threads` defaults to `torch.get_num_threads()`. Raises `ConfigurationError`.
     """

@@ -125,7 +125,7 @@ def _engine(spec: ModelSpec, settings: Settings) -> Engine:
     engine.expose_causes()
     for model in engine.models.values():
         model.chunk_rows = (
-            MAX_ROWS  # also of a model whose rows depend on each other: they do so in the caller's batch too
+            MAX_ROWS  # also for a model whose rows depend on each other: they do so in the caller's batch too
         )
     return engine
 

@@ -37,7 +37,7 @@ class _Pools:
         self._pools = (descriptor_pool.Default(), inference_pb2.DESCRIPTOR.pool)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        """Return a look-up that asks each pool in turn. Raises `KeyError` as the last one does."""
+        """Return a look-up that tries each pool in turn. It raises the `KeyError` of the last one."""
 
         def find(*arguments: Any) -> Any:
             first, last = (getattr(pool, name) for pool in self._pools)

@@ -160,7 +160,7 @@ class Server:
         enable_reflection(server, (*SERVICES, HEALTH))
 
     def counts(self) -> ServerCounts:
-        """Return what the server holds now. Called once it is started, on any thread."""
+        """Return the current counts. Called once the server is started, on any thread."""
         engine, admission, calls = self._engine, self.handler.admission, self.calls
         return ServerCounts(
             permits=admission.n_requests,
@@ -178,7 +178,6 @@ class Server:
 
     @property
     def has_metrics(self) -> bool:
-        """Whether the metrics endpoint is running."""
         return self._metrics is not None
 
     def _expose(self, files: "Sequence[SecretFiles[Any]]") -> None:

@@ -16,9 +16,10 @@ from ..domain import ResolvedTarget, Score
 from ..errors import FailedPrecondition
 from .regions import largest_class, over_both, select_targets
 
-# A probability p is computed in float32, as torch and Captum do, where log(p / (1 − p)) lies between these: p from
-# 9e-27 to 0.982. There its gradient at the outputs is right to 6e-5 of its norm (the worst of 20,000 random rows of 2,
-# 10 and 1,000 classes each, against float64; the median is 1e-5). At 8 it would be right to 3e-3, at 15 to no digit.
+# A probability p is computed in float32, as torch and Captum do, if log(p / (1 − p)) lies between these bounds: p from
+# 9e-27 to 0.982. Within them, the error of its gradient at the outputs is at most 6e-5 of the gradient's norm (the
+# worst of 20,000 random rows of 2, 10 and 1,000 classes each, against float64; the median is 1e-5). With an upper bound
+# of 8 the error would be 3e-3; with 15 no digit would be right.
 LEAST_LOG_ODDS, MOST_LOG_ODDS = -60.0, 4.0
 # A gradient at the outputs whose largest element is below this gives a map of zeros in float32, whose smallest normal
 # number is 1e-38. A probability reaches it at log-odds of 66.
@@ -53,7 +54,7 @@ class Scored:
     """Scores and their gradients at the outputs, row by row."""
 
     scores: Tensor  # [n]
-    sent: Tensor | None  # the gradients, in the outputs' shape and type; None if not requested
+    sent: Tensor | None  # the gradients at the outputs, in their shape and type; None if not requested
     is_dead: Tensor  # bool, [n]: whether that gradient is numerically zero
 
 

@@ -34,21 +34,21 @@ def keep_freed() -> None:
     mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
-def give_back() -> None:
+def trim() -> None:
     """Return freed memory that glibc keeps to the system. Takes about 0.1 ms per MiB."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class AvailableMemory:
     """Bytes that this process can still allocate, and the limit of its cgroup or of the machine."""
 
     left: int
     limit: int
 
 
-def room(proc: Path = PROC, groups: Path = GROUPS) -> Room | None:
+def available_memory(proc: Path = PROC, groups: Path = GROUPS) -> AvailableMemory | None:
     """Return the available memory: the least of the process's cgroups and the machine; None if unknown.
 
     Reclaimable page cache counts as available.
@@ -61,13 +61,13 @@ def limit_bytes() -> int | None:
     return min((each.limit for each in (*_of_groups(PROC, GROUPS), *_of_machine(PROC))), default=None)
 
 
-def _of_groups(proc: Path, groups: Path) -> Iterator[Room]:
+def _of_groups(proc: Path, groups: Path) -> Iterator[AvailableMemory]:
     """Yield the available memory of each cgroup with a limit: the process's own and its ancestors."""
     with contextlib.suppress(OSError):
         for limit, usage, stat, reclaimable in _limited(_read(f"{proc}/self/cgroup"), str(groups)):
             with contextlib.suppress(OSError, ValueError):  # the cgroup or its limit was removed
                 n_bytes = int(_read(limit))
-                yield Room(n_bytes - int(_read(usage)) + _value(_read(stat), reclaimable), n_bytes)
+                yield AvailableMemory(n_bytes - int(_read(usage)) + _value(_read(stat), reclaimable), n_bytes)
 
 
 @functools.lru_cache(maxsize=1)
@@ -97,10 +97,10 @@ def _limited(memberships: str, groups: str) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def _of_machine(proc: Path) -> Iterator[Room]:
+def _of_machine(proc: Path) -> Iterator[AvailableMemory]:
     with contextlib.suppress(OSError, ValueError):
         meminfo = _read(f"{proc}/meminfo")
-        yield Room(_value(meminfo, "MemAvailable:") * 1024, _value(meminfo, "MemTotal:") * 1024)
+        yield AvailableMemory(_value(meminfo, "MemAvailable:") * 1024, _value(meminfo, "MemTotal:") * 1024)
 
 
 def _value(table: str, name: str) -> int:

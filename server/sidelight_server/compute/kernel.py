@@ -74,7 +74,6 @@ class Kernel:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type that the module computes in."""
         return self._replica.dtype
 
     @property
@@ -131,7 +130,7 @@ class Kernel:
     ) -> KernelOutput:
         """Run inputs, [n, C, H, W]; return each row's score of its own target, and the gradient if requested.
 
-        A class index of K or more is clamped: the caller learns K from the output and fails that row. With `plain_head`
+        A class index of K or more is clamped: the caller finds K in the output and fails that row. With `plain_head`
         every score is computed in the type of the outputs, as plain `torch.autograd` does; see `Head.read`.
         """
         self._refresh()
@@ -240,7 +239,7 @@ class Kernel:
             has_graph = outputs.requires_grad
             (slope,) = torch.autograd.grad(outputs, leaf, given, allow_unused=True) if has_graph else (None,)
             if slope is None:
-                raise FailedPrecondition("method: the model's outputs have no gradient; ask for occlusion or rise")
+                raise FailedPrecondition("method: the model's outputs have no gradient; use occlusion or rise")
             return slope
 
         return self._sent_back(sent, back)

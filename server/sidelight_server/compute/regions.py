@@ -87,7 +87,7 @@ def _over_regions(scored: Tensor, resolved_targets: Sequence[ResolvedTarget], ow
 
 def _check_no_region(resolved_targets: Sequence[ResolvedTarget]) -> None:
     if any(resolved.region for resolved in resolved_targets):
-        raise FailedPrecondition("target.dense.region: the model answers for the whole picture, not for each pixel")
+        raise FailedPrecondition("target.dense.region: the model returns scores for the whole image, not each pixel")
 
 
 def _cut(row: Tensor, resolved: ResolvedTarget) -> Tensor:

@@ -35,7 +35,6 @@ class SavedMemory:
 
     @property
     def is_over(self) -> bool:
-        """Whether the limit was exceeded."""
         return self.n_bytes > self._limit
 
     def __enter__(self) -> Self:

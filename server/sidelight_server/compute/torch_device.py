@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ConfigurationError
-from .host_memory import room
+from .host_memory import available_memory
 
 CGROUP_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 SHARE_OF_FREE_MEMORY = 0.5
@@ -87,5 +87,5 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by torch's allocator
         return int((torch.cuda.mem_get_info(device)[0] + kept) * SHARE_OF_FREE_MEMORY)
-    left = room()
+    left = available_memory()
     return int((left.left if left else 1 << 62) * SHARE_OF_FREE_MEMORY)

@@ -20,7 +20,7 @@ class ModelSource(BaseModel):
 
 
 class ModelSettings(ModelTraits, ModelSource):
-    """What an operator can set of a model: its source, its traits, its class names and its limits."""
+    """The settings of a model: source, traits, class names and limits."""
 
     class_names: Path | None = Field(None, description="a text file of class names, one a line, in the classes' order")
 

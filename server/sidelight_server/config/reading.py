@@ -26,7 +26,7 @@ FILE = Path("sidelight.toml")
 PREFIX = "SIDELIGHT_"
 
 
-OF_CLIENTS = ("SIDELIGHT_ADDRESS", "SIDELIGHT_TOKEN")  # the command line's
+OF_CLIENTS = ("SIDELIGHT_ADDRESS", "SIDELIGHT_TOKEN")  # variables of the client
 
 
 class _Process(Settings, BaseSettings):
@@ -75,7 +75,7 @@ def read_settings(arguments: Sequence[str]) -> Settings:
             description="Serves attributions of a PyTorch image model over gRPC.",
             epilog=f"Every setting can also be a variable ({PREFIX}MAX_CHUNK_ROWS) or a key of {FILE} in the working "
             "folder (max_chunk_rows); a flag wins over a variable, a variable over the file. --listen may be repeated. "
-            "sidelight-server --check ADDRESS asks a running server for its health (--check --help).",
+            "sidelight-server --check ADDRESS checks the health of a running server (--check --help).",
             allow_abbrev=False,
         ),
         cli_parse_args=list(arguments),
@@ -94,4 +94,4 @@ def misspelt_variables() -> list[str]:
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     unknown = [name for name in os.environ if name.startswith(PREFIX) and name not in (*known, *OF_CLIENTS)]
     nearly = {name: difflib.get_close_matches(name, known, n=1, cutoff=0.9) for name in unknown}
-    return [f"{name} is no setting; did you mean {close[0]}?" for name, close in nearly.items() if close]
+    return [f"{name} is not a setting; did you mean {close[0]}?" for name, close in nearly.items() if close]

@@ -20,7 +20,7 @@ MEBIBYTE = 1024 * 1024
 def _named_once(models: dict[str, ModelSettings]) -> dict[str, ModelSettings]:
     for name, table in models.items():
         if not name or table.name is not None:
-            raise ValueError(f'table "{name}": a model is called as its table is; "name" is no key of it')
+            raise ValueError(f'table "{name}": the table\'s name is the model\'s name; remove the key "name"')
     return models
 
 
@@ -43,7 +43,7 @@ class Settings(ModelSettings):
     )
     plaintext: bool = Field(False, description="allow addresses that are not loopback without encryption")
     socket_mode: str | None = Field(
-        None, pattern="^0?[0-7]{3}$", description='mode of UNIX sockets, as "660"; unset: what the umask leaves'
+        None, pattern="^0?[0-7]{3}$", description='mode of UNIX sockets, as "660"; unset: by the umask'
     )
     tls_certificate: Path | None = Field(None, description="PEM file of the server's certificate chain; unset: no TLS")
     tls_key: Path | None = Field(None, description="PEM file of the certificate's key, without a password")
@@ -52,7 +52,7 @@ class Settings(ModelSettings):
         description="PEM file of authorities for client certificates, which are then required; unset: not required",
     )
     tokens: Path | None = Field(
-        None, description="file of bearer tokens, one per line, of which calls need one; unset: no token needed"
+        None, description="file of bearer tokens, one per line; calls need one of them; unset: no token needed"
     )
     admin_tokens: Path | None = Field(
         None, description="file of tokens that may also reload models; unset: no token may, if tokens is set"
@@ -124,7 +124,7 @@ class Settings(ModelSettings):
             return {self.name or "": self.of_model("")}
         if self.model and all(table.model for table in self.models.values()):
             raise ConfigurationError(
-                f'model: got "{self.model}", but the tables {", ".join(self.models)} all say their own; leave it out'
+                f'model: got "{self.model}", but the tables {", ".join(self.models)} set their own; leave it out'
             )
         return {name: self.of_model(name) for name in self.models}
 

@@ -50,7 +50,6 @@ class ModelSpec(ModelTraits):
 
     @property
     def options(self) -> KernelOptions:
-        """The kernel options of the spec."""
         return KernelOptions(**{name: getattr(self, name) for name in KernelFields.model_fields})
 
     def replace(self, **traits: Any) -> Self:
@@ -66,7 +65,7 @@ class ModelSpec(ModelTraits):
         for name, theirs in settings.items():
             if name != "name" and name in own and own[name] != theirs:
                 raise ConfigurationError(
-                    f"{name}: the settings say {theirs!r}, the model's own specification says {own[name]!r}"
+                    f"{name}: the settings have {theirs!r}, the model's own specification has {own[name]!r}"
                 )
         return self.replace(**settings)
 

@@ -62,19 +62,21 @@ class ModelTraits(KernelFields):
     )
     interpolation: Interpolation | None = Field(None, description="the filter of resizing; unset: bilinear")
     window: Annotated[tuple[float, float] | None, *Listed] = Field(
-        None, description="values of 16-bit and DICOM files that become black and white; unset: as the file says"
+        None, description="values of 16-bit and DICOM files that become black and white; unset: those of the file"
     )
     input: str | None = Field(None, description="the model's keyword that takes the images; unset: detected")
     arguments: dict[str, Constant] | None = Field(
         None, description="constants for other keywords of the model, as JSON or a table of the file"
     )
     label_argument: str | None = Field(
-        None, description="the model's keyword that demands labels, and gets zeros; unset: detected"
+        None, description="the model's keyword for required labels; it gets zeros; unset: detected"
     )
     output_key: str | int | None = Field(
         None, description="key, attribute or index of the outputs in the model's return value; unset: detected"
     )
-    output_kind: Outputs | None = Field(None, description="what they are, [N, K] or [N, K, h, w]; unset: detected")
+    output_kind: Outputs | None = Field(
+        None, description="kind of the outputs, [N, K] or [N, K, h, w]; unset: detected"
+    )
     activation: Activation | None = Field(
         None, description="softmax if classes are mutually exclusive, else sigmoid; unset: detected"
     )
@@ -85,5 +87,5 @@ class ModelTraits(KernelFields):
     layer_layout: dict[str, str] | None = Field(
         None,
         description='where positions lie in what layers return, "nchw", "nhwc" or "tokens:P:HxW" by layer, as JSON or '
-        "a table of the file; for layers where that cannot be found out",
+        "a table of the file; for layers where it cannot be detected",
     )

@@ -1,4 +1,4 @@
-"""Errors of a chunk: what the caller gets, what is logged, and whether the device is lost."""
+"""Errors of a chunk: converts them to the caller's errors, logs them, and detects a lost device."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Completion: how work that a thread has finished reaches those who wait: futures, and requests on event loops."""
+"""Completion: passes the results of a thread's work to futures and to callbacks on event loops."""
 
 import asyncio
 import contextlib

@@ -19,12 +19,12 @@ from ..methods.method import HostMaps, RowOutput
 from ..telemetry.cancellation_latency import CancellationLatency
 from ..telemetry.logs import Event
 from .active_request import ActiveRequest
-from .chunk import Chunk, by_request, to_host
 from .chunk_errors import ChunkErrors, DeviceLostError
 from .completion import Completions
 from .example_run import ExampleRun, Result, Row
 from .heartbeat import Heartbeat
 from .row_rate import RowRate
+from .running_chunk import RunningChunk, by_request, to_host
 from .scheduler import Ring
 
 log = logging.getLogger("sidelight")
@@ -32,7 +32,7 @@ log = logging.getLogger("sidelight")
 CHUNK_ROWS = tuple(2**power for power in range(13))  # bounds of the histogram of chunk sizes
 
 Taken = tuple[ActiveRequest, Row]
-_InFlight = tuple[list[Taken], Chunk | SidelightError]
+_InFlight = tuple[list[Taken], RunningChunk | SidelightError]
 _Value = TypeVar("_Value")
 
 
@@ -79,7 +79,6 @@ class DeviceWorker:
         self.row_rate = RowRate()
 
     def start(self) -> None:
-        """Start the thread."""
         self._thread.start()
 
     @property
@@ -198,16 +197,16 @@ class DeviceWorker:
             self.errors.check_device(error)
         self.heartbeat.rest(extends_limit=False)  # a task may run many chunks, or compile
 
-    def _launch(self, rows: Sequence[Taken]) -> Chunk | SidelightError:
+    def _launch(self, rows: Sequence[Taken]) -> RunningChunk | SidelightError:
         self.heartbeat.beat()
         self.chunk_rows.observe(len(rows))
         try:
-            return Chunk(rows, self._staging)
+            return RunningChunk(rows, self._staging)
         # Even SystemExit: a model must not end the thread that serves all requests.
         except BaseException as error:
             return self.errors.to_domain_error(rows[0][0], rows[0][1].example_run, error, n_rows=len(rows))
 
-    def _complete(self, rows: list[Taken], chunk: Chunk | SidelightError) -> None:
+    def _complete(self, rows: list[Taken], chunk: RunningChunk | SidelightError) -> None:
         """Read a chunk, fold its rows, and put requests that have new rows back into the ring."""
         active_requests = list(dict.fromkeys(active for active, _ in rows))
         had_none = [active for active in active_requests if not active.pending]
@@ -226,9 +225,9 @@ class DeviceWorker:
                     self._ring.remove(active)
         self.completions.hand_over()
 
-    def _read(self, rows: Sequence[Taken], chunk: Chunk | SidelightError) -> None:
+    def _read(self, rows: Sequence[Taken], chunk: RunningChunk | SidelightError) -> None:
         failure, outputs = chunk if isinstance(chunk, SidelightError) else None, []
-        if isinstance(chunk, Chunk):
+        if isinstance(chunk, RunningChunk):
             try:
                 outputs = chunk.read()
                 ended_s = time.monotonic()
@@ -255,7 +254,7 @@ class DeviceWorker:
             if active.cancelled:
                 continue
             try:
-                row.example_run.give(row, output)
+                row.example_run.fold(row, output)
             except BaseException as error:
                 active.fail(row.example_run, self.errors.to_domain_error(active, row.example_run, error))
                 continue

@@ -27,7 +27,7 @@ from .device import Device, least_busy
 from .preparation.pool import PreparationPool
 from .registry.entry import Version
 from .registry.registry import Registry
-from .submission import OnDone, Outcome, Submission, Surroundings, store_outcome
+from .submission import OnDone, Outcome, Submission, SubmissionContext, store_outcome
 
 log = logging.getLogger("sidelight")
 
@@ -63,7 +63,7 @@ class Engine:
             self.registry.load()
         self._pool = PreparationPool(self.threads)
         self._unanswered: set[Submission] = set()
-        self._surroundings = Surroundings(
+        self._submission_context = SubmissionContext(
             self._pool,
             functools.partial(least_busy, self._devices),
             self._assemble,
@@ -79,7 +79,6 @@ class Engine:
         self.close()
 
     def start(self) -> None:
-        """Start the worker threads."""
         for device in self._devices:
             device.worker.start()
 
@@ -117,7 +116,6 @@ class Engine:
 
     @property
     def devices(self) -> Sequence[Device]:
-        """The devices, each with its worker thread."""
         return self._devices
 
     @property
@@ -163,7 +161,7 @@ class Engine:
         written to `call_record`. `device` defaults to the one with the fewest rows.
         """
         submission = Submission(
-            request, on_done, self._surroundings, on_improved=on_improved, call_record=call_record, device=device
+            request, on_done, self._submission_context, on_improved=on_improved, call_record=call_record, device=device
         )
         if version := version or self.registry.find(request.model).models:
             submission.start(version)
@@ -201,7 +199,7 @@ class Engine:
         return await self._pool.picture(file, order, caller)
 
     async def draw(self, drawing: Callable[[], _Value], caller: str) -> _Value:
-        """Call a function that draws a picture in one of the threads for that. Raises `Unavailable` once closed."""
+        """Call a function that draws a picture, in a drawing thread. Raises `Unavailable` once closed."""
         return await self._pool.draw(drawing, caller)
 
     def _assemble(self, active: ActiveRequest, clock: Clock, *, final: bool = True) -> Answer:
@@ -212,7 +210,7 @@ class Engine:
     async def warm_up(self) -> None:
         """Calibrate every model's chunk size, check its settings, and run zeros through the whole path.
 
-        Raises `ConfigurationError` if a model cannot do what the settings ask for.
+        Raises `ConfigurationError` if a model does not support its settings.
         """
         for device in self._devices:
             task = functools.partial(self.registry.warm_up, device)

@@ -30,7 +30,7 @@ class Row:
 class Result:
     """The result of an example run."""
 
-    # Whether the method found each map to be rounding errors only; None: it did not judge, only an all-zero map counts.
+    # Whether each map is only rounding errors; None if the method does not tell: then only an all-zero map counts.
     is_negligible: tuple[bool | None, ...]
     # On the device: [H, W], or [C, H, W] without channel reduction; one per explained class. Or already on the host.
     maps: tuple[Tensor, ...] | HostMaps
@@ -46,7 +46,7 @@ class Result:
 class ExampleRun:
     """One example of a request, explained step by step on the thread that owns the device.
 
-    After an exception from `give` the run cannot continue: call `close`.
+    After an exception from `fold` the run cannot continue: call `close`.
     """
 
     def __init__(self, request: Request, model: Model, prepared: Prepared, index: int, *, is_watched: bool) -> None:
@@ -75,7 +75,6 @@ class ExampleRun:
 
     @property
     def pending(self) -> int:
-        """Number of rows that can be taken now."""
         return self._sweep.count - self._n_taken if self._sweep else 0
 
     @property
@@ -89,7 +88,7 @@ class ExampleRun:
         self._n_taken += 1
         return Row(self, self._sweep, self._n_taken - 1)
 
-    def give(self, row: Row, output: RowOutput) -> None:
+    def fold(self, row: Row, output: RowOutput) -> None:
         """Fold the output of a row; after the sweep's last row, resume the method."""
         if self.is_over:
             return

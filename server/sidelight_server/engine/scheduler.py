@@ -1,4 +1,4 @@
-"""The scheduler: chooses the rows that the device runs next. Standard library only.
+"""The scheduler: assembles each chunk by choosing the rows that the device runs next. Standard library only.
 
 Fair round-robin at two levels: over callers, and over the active requests of each caller. A chunk takes one row from
 each caller in turn, all with the key of the first row, and repeats the round while it has room; new requests join the
@@ -56,7 +56,6 @@ class Ring(Generic[Row]):
             self._callers.setdefault(request.caller, deque()).append(request)
 
     def remove(self, request: Source[Row]) -> None:
-        """Remove a request, if present."""
         if (requests := self._callers.get(request.caller)) is not None:
             with contextlib.suppress(ValueError):
                 requests.remove(request)

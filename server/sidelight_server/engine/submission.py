@@ -21,8 +21,8 @@ OnDone = Callable[[Outcome], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What the submissions of one engine share."""
+class SubmissionContext:
+    """The parts of an engine that all of its submissions share."""
 
     pool: PreparationPool
     choose_device: Callable[[], Device]
@@ -42,7 +42,7 @@ class Submission:
         self,
         request: Request,
         on_done: OnDone,
-        surroundings: Surroundings,
+        context: SubmissionContext,
         *,
         on_improved: Callable[[], None] | None = None,
         call_record: CallRecord | None = None,
@@ -51,7 +51,7 @@ class Submission:
         self._request = request
         self._on_done: OnDone | None = on_done  # None once it was called, or the request was cancelled
         self._on_improved = on_improved
-        self._engine = surroundings
+        self._engine = context
         self._loop = asyncio.get_running_loop()
         self._admitted_s = time.monotonic()
         self._call_record = call_record or CallRecord("", self._admitted_s)

@@ -57,11 +57,9 @@ class Order:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Shape of the pixels in the reply."""
         return self.preprocessing.height, self.preprocessing.width, self.preprocessing.channels
 
     def geometry(self, height: int, width: int) -> Geometry | None:
-        """Return the geometry of an image of this size."""
         return self.preprocessing.geometry(height, width)
 
     def decode(self, file: bytes) -> tuple[Pixels, tuple[int, int]]:

@@ -90,7 +90,7 @@ def decode(file: bytes, *, channels: int, max_pixels: int, window: tuple[float, 
     with the file, `FailedPrecondition` for DICOM if pydicom is not installed, and `MemoryError`.
     """
     if channels not in _MODES:
-        raise InvalidArgument(f"image file: files give 1, 3 or 4 channels, the model wants {channels}; send arrays")
+        raise InvalidArgument(f"image file: files give 1, 3 or 4 channels, the model takes {channels}; send arrays")
     if dicom.is_dicom(file):
         return _to_pixels(Image.fromarray(dicom.read(file, max_pixels=max_pixels, window=window)), channels, None)
     name, plugin = _recognize(file)
@@ -124,7 +124,7 @@ def _recognize(file: bytes) -> tuple[str, type[ImageFile]]:
     for name, begins, plugin in _FORMATS:
         if begins(file):
             return name, plugin
-    raise InvalidArgument(f"image file: {len(file):,} bytes are no PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM")
+    raise InvalidArgument(f"image file: {len(file):,} bytes are not a PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM")
 
 
 def _check_size(image: ImageFile, max_pixels: int) -> None:
@@ -158,7 +158,7 @@ def _orientation(image: ImageFile) -> int:
 
 def _to_pixels(image: Image.Image, channels: int, window: tuple[float, float] | None) -> Pixels:
     if image.mode == "F":
-        raise InvalidArgument("image file: float pixels have no range that 8 bits could stand for; send a float array")
+        raise InvalidArgument("image file: float pixels have no known range to convert to 8 bits; send a float array")
     if image.mode.startswith("I") and window is None:
         _check_16_bits(image)
     pixels = np.empty((image.height, image.width, channels), np.uint8)

@@ -20,7 +20,7 @@ from .pixels import Pixels, TooManyPixels, windowed
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-# For the whole process, as for Pillow's: the warnings quote the file.
+# For the whole process, as for Pillow in `decoding`: the warnings quote the file.
 warnings.filterwarnings("ignore", module=r"pydicom\.")
 logging.getLogger("pydicom").setLevel(logging.CRITICAL)
 
@@ -101,7 +101,8 @@ def _parse(file: bytes) -> "Dataset":
     stream.seek(132)
     header = read_dataset(stream, False, True, stop_when=lambda tag, _vr, _length: tag.group != 2)
     if header.get("TransferSyntaxUID") in _DEFLATED:
-        raise InvalidArgument(f"image file: DICOM in {_name(header.TransferSyntaxUID)}, which is not read; inflate it")
+        syntax = _name(header.TransferSyntaxUID)
+        raise InvalidArgument(f"image file: DICOM in {syntax}, which is not supported; inflate it")
     stream.seek(0)
     dataset = pydicom.dcmread(stream, specific_tags=_TAGS)
     if not any(each in dataset for each in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):

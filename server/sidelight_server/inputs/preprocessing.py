@@ -19,8 +19,8 @@ OddMargin = Literal["round", "floor"]
 RESIZES = 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'
 _SIDES = re.compile(r"[1-9]\d*x[1-9]\d*", re.ASCII)
 
-# An image of 1 × 60,000 whose short side is resized to 256 would take 12 GB in between. Ordinary images stay far below
-# this limit (50 MB of RGB). Above it the order of operations changes, and a byte may differ by 1.
+# An image of 1 × 60,000 whose short side is resized to 256 would take 12 GB before it is cropped. Ordinary images stay
+# far below this limit (50 MB of RGB). Above it the order of operations changes, and a byte may differ by 1.
 MAX_SCALED_PIXELS = 1 << 24
 
 MAX_SIDE = 2**31 - 1  # pixels; the limit of the answer's fields, for the original and the resized image
@@ -148,7 +148,7 @@ class Preprocessing:
             )
         if not can_become(pixels.shape[2], self.channels):
             raise InvalidArgument(
-                f"image: {pixels.shape[2]} channels, the model wants {self.channels}; got {list(pixels.shape)}, and "
+                f"image: {pixels.shape[2]} channels, the model takes {self.channels}; got {list(pixels.shape)}, and "
                 "uint8 is [H, W, C]"
             )
 
@@ -159,7 +159,7 @@ class Preprocessing:
             return
         height, width = _sides(self.resize)
         if height < self.height or width < self.width or max(height, width) > MAX_SIDE:
-            wanted = f"{self.height} × {self.width} at the least, the input, and {MAX_SIDE:,} at most along each side"
+            wanted = f"at least {self.height} × {self.width}, the input size, and at most {MAX_SIDE:,} along each side"
             raise ValueError(f"resize: got {self.resize!r}, expected {wanted}")
 
     def _start(self, margin: int) -> int:
@@ -175,7 +175,7 @@ class Preprocessing:
             if height < self.height or width < self.width:
                 wanted = f"{self.height} × {self.width}"
                 raise InvalidArgument(
-                    f"image: {height} × {width} pixels, the model wants {wanted} or more: it never resizes"
+                    f"image: {height} × {width} pixels, the model takes {wanted} or more: it never resizes"
                 )
             return height, width
         if height <= width:

@@ -58,7 +58,6 @@ class Black(_OfExample):
     """An image of pixel value 0, after preprocessing."""
 
     def of(self, example: Example) -> Tensor:
-        """Return the baseline, [C, H, W]."""
         if example.black is None:
             raise FailedPrecondition("method.baseline.black: the model has no preprocessing, so no pixel is black")
         return example.black.expand_as(example.x)
@@ -69,7 +68,6 @@ class MeanColor(_OfExample):
     """The example's mean of each channel."""
 
     def of(self, example: Example) -> Tensor:
-        """Return the baseline, [C, H, W]."""
         return example.x.mean(dim=(1, 2), keepdim=True).expand_as(example.x)
 
 
@@ -92,7 +90,6 @@ class Blurred(_OfExample):
             )
 
     def of(self, example: Example) -> Tensor:
-        """Return the baseline, [C, H, W]."""
         blurred = example.x[:, None]  # [C, 1, H, W]
         for axis in (2, 3):
             blurred = self._along(blurred, axis)
@@ -122,7 +119,6 @@ class Given:
         finite("baseline.tensor", self.array)
 
     def of(self, example: Example) -> Tensor:
-        """Return the baseline, [C, H, W]."""
         return placed(self.array if self.array.ndim == 3 else self.array[example.index], example.x)
 
     @property

@@ -44,7 +44,6 @@ class ExpectedGradients(Method):
         return 0.0 if self.baselines is None else largest(self.baselines)
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Check the baselines' shape."""
         if self.baselines is not None and (not len(self.baselines) or self.baselines.shape[1:] != shape):
             raise InvalidArgument(
                 f"method.{self.name}.baselines: shape {list(self.baselines.shape)}, expected [M, {str(list(shape))[1:]}"
@@ -56,7 +55,6 @@ class ExpectedGradients(Method):
         return self.samples + 1
 
     def run(self, example: Example) -> Steps:
-        """Average gradient times difference over the samples."""
         spread = self.noise_level * (example.x.max() - example.x.min())
         moments = Moments(example.x)
 

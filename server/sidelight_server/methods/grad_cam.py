@@ -43,7 +43,6 @@ class GradCAM(LayerMethod):
     keep_negative: bool = False
 
     def run(self, example: Example) -> Steps:
-        """Compute the weighted sum of the activations."""
         output = yield from example.read(gradient=True)
         assert output.gradient is not None  # noqa: S101
         assert output.activation is not None  # noqa: S101
@@ -70,7 +69,6 @@ class LayerGradientXActivation(LayerMethod):
     name: ClassVar[str] = "layer_gradient_x_activation"
 
     def run(self, example: Example) -> Steps:
-        """Multiply gradient and activation."""
         output = yield from example.read(gradient=True)
         assert output.gradient is not None  # noqa: S101
         assert output.activation is not None  # noqa: S101

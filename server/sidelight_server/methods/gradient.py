@@ -34,7 +34,6 @@ class Gradient(Method):
         return 1
 
     def run(self, example: Example) -> Steps:
-        """Compute the gradient at the example."""
         output = yield from example.read(gradient=True)
         return Outcome(self.attribution(output))
 

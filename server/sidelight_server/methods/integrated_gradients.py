@@ -102,17 +102,15 @@ class IntegratedGradients(Method):
         return self.baseline.largest
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Check the baseline."""
         self.baseline.check(shape, n_examples)
 
     def rows(self, shape: Shape) -> int:
-        """Return the number of nodes, plus both ends if they are no nodes."""
+        """Return the number of nodes, plus the two ends if they are not nodes."""
         if self.tolerance is not None:
             return self.max_rows
         return self.steps if self.rule is Rule.TRAPEZOID else self.steps + 2
 
     def run(self, example: Example) -> Steps:
-        """Integrate the gradient along the path."""
         path = _Path(self.baseline.of(example), example.x)
         if self.tolerance is not None:
             return (yield from self._refine(example, path, self.tolerance))

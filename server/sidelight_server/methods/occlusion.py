@@ -55,7 +55,6 @@ class Occlusion(Method):
         return self.stride or self.window
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Check the window's size and the baseline."""
         for name, size, length in zip(("height", "width"), self.window, shape[1:], strict=True):
             if size > length:
                 raise InvalidArgument(f"method.{self.name}.window_{name}: got {size}, expected at most {length}")
@@ -126,7 +125,6 @@ class RISE(Method):
         at_least(f"{self.name}.keep_probability", self.keep_probability, LEAST_PROBABILITY)
 
     def check(self, shape: Shape, n_examples: int) -> None:
-        """Check that each cell has at least one pixel."""
         if self.cells > min(shape[1:]):
             raise InvalidArgument(f"method.{self.name}.cells: got {self.cells}, expected at most {min(shape[1:])}")
 
@@ -135,7 +133,6 @@ class RISE(Method):
         return self.masks + 1
 
     def run(self, example: Example) -> Steps:
-        """Sum the masks, weighted by their scores."""
         total = accumulator(example.x[0])  # [H, W]
         scores: list[float] = []
         masks: dict[int, Tensor] = {}  # of the rows at the device

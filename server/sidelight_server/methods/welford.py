@@ -20,7 +20,6 @@ class Moments:
         self.squares = accumulator(like)  # the sum of (each − mean)²
 
     def add(self, value: Tensor) -> None:
-        """Add one tensor."""
         self.n += 1
         before = value - self.mean
         self.mean.add_(before, alpha=1 / self.n)

@@ -21,9 +21,9 @@ from .model import Model
 MAX_MEASURED_ROWS = {"cuda": 256, "cpu": 32, "mps": 32}
 SHARE_OF_BEST = 0.95  # of the best rate that the chosen size must reach
 PAST_ITS_BEST = 0.9  # larger sizes are not measured once the rate is below this share of the best
-RUNS = 2  # whose times must agree
-AGREEMENT = 1.1  # largest ratio of those times
-MAX_RUNS = 6  # if they do not agree, because something else uses the device
+RUNS = 2  # number of runs whose times must agree
+AGREEMENT = 1.1  # two times agree if their ratio is at most this
+MAX_RUNS = 6  # limit of the runs if times do not agree, because something else uses the device
 MAX_RUNS_S = 1.0  # no further runs after this: loading must not take long on a busy machine
 CHECKED_EXAMPLES = 3
 

@@ -19,7 +19,7 @@ from .chunk_size import DEFAULT_CHUNK_ROWS, ChunkRate, RowLimit
 from .class_names import ClassNames
 from .identity import ModelIdentity, facts_of
 from .input_format import InputConversion, preprocessing_of, trial_input, trial_shape_of
-from .method_kernels import MethodKernels
+from .model_kernels import ModelKernels
 from .row_memory import RowMemory, shape_of
 from .trial.checks import noise
 from .trial.in_turn import InTurn, at_once
@@ -59,7 +59,7 @@ class Model:
         self._class_names = ClassNames(self.name, self.labels)
         self.preprocessing = preprocessing_of(spec)
         self.trial_shape = trial_shape_of(spec)
-        self.class_count = len(self.labels)  # 0: unknown until the first rows have run, without labels or a trial run
+        self.class_count = len(self.labels)  # 0 until the first rows have run, if there are no labels and no trial run
         self.output_shape: tuple[int, ...] = ()  # K, or K, h, w; empty: unknown, as above
         self.padded_rows = 0  # rows that chunks are padded to, for the same bytes with any neighbors
         self.warm_up: tuple[ChunkRate, ...] = ()
@@ -68,7 +68,7 @@ class Model:
         self.neighbor_difference: float | None = None  # see `calibration`; None: not measured
         self._names = [name for name, _ in spec.module.named_modules() if name]
         trial = trial_input(spec, device)
-        self._to_find_out = spec if trial is None else None  # detect on the first rows: there is no trial input
+        self._unknown_spec = spec if trial is None else None  # detect on the first rows: there is no trial input
         result = TrialRun(self.name, spec, trial, device=device, in_turn=in_turn).run()
         self._isolation = result.isolation
         self.has_rectifiers = result.has_rectifiers  # True without a trial run
@@ -78,13 +78,13 @@ class Model:
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
         with refusing(self.name, "cannot be replicated and moved to the device"):
             make = functools.partial(self._kernel, device=device, trial=trial, is_shared=is_shared)
-            self.kernels = in_turn(lambda: MethodKernels(make, spec.options, spec.method_precision))
+            self.kernels = in_turn(lambda: ModelKernels(make, spec.options, spec.method_precision))
             self.kernel = self.kernels.default
             self._memory = RowMemory(self.name, self.kernel, device_memory_limit=self.settings.device_memory_limit)
             self.identity = ModelIdentity(
                 self.name,
                 self.kernel,
-                facts=facts_of(spec, self.preprocessing, None if self._to_find_out else self.head, self.adapter),
+                facts=facts_of(spec, self.preprocessing, None if self._unknown_spec else self.head, self.adapter),
                 trial=functools.partial(self.inputs_like, 1) if self.is_tried else None,
             )
         self.kernels.log_fold(self.name)
@@ -107,7 +107,7 @@ class Model:
         trial: Tensor | None = None,
         is_shared: bool = False,
     ) -> Kernel:
-        """Return a kernel of the module, called as has been found out by now."""
+        """Return a kernel of the module, with what introspection has detected so far."""
         return Kernel(
             self._module, device=device, adapter=self.adapter, head=self.head, layers=self.probed, options=options,
             trial=trial, isolation=self._isolation, is_shared=is_shared,
@@ -138,7 +138,6 @@ class Model:
 
     @property
     def has_run(self) -> bool:
-        """Whether the model has run on any example."""
         return bool(self._memory.shapes)
 
     def takes(self, shape: Shape) -> bool:
@@ -146,7 +145,7 @@ class Model:
         return self.preprocessing is not None or self._memory.has_run(shape)
 
     def lacks_memory(self, *, above: int) -> None:
-        """Record that more rows did not fit into memory; they are not tried again for a while."""
+        """Record that more than `above` rows did not fit into memory; they are not tried again for a while."""
         self._row_limit.lower(above)
 
     def rows_at_once(self, shape: Shape) -> int:
@@ -189,7 +188,6 @@ class Model:
 
     @property
     def scores(self) -> tuple[Score, ...]:
-        """The scores that the model supports."""
         return self.head.scores
 
     @property
@@ -244,15 +242,15 @@ class Model:
     @property
     def is_known(self) -> bool:
         """Whether introspection has run, so that call and outputs are known."""
-        return self._to_find_out is None
+        return self._unknown_spec is None
 
-    def find_out(self, inputs: Tensor) -> None:
+    def introspect(self, inputs: Tensor) -> None:
         """Run introspection on the first rows, [n, C, H, W], for models without a trial at load.
 
         On the device's thread. Raises `OutputsError` if the model cannot be served. The module's own exceptions only
         fail these rows, and introspection is repeated on the next ones.
         """
-        spec = self._to_find_out
+        spec = self._unknown_spec
         if spec is None:
             return
         detected = detect_on(inputs, spec, self._module, self._isolation, adapter=self.adapter, memory=self._memory)
@@ -261,7 +259,7 @@ class Model:
         self._adopt(detected)
         for kernel in self.kernels:
             kernel.adopt(adapter=detected.adapter, head=detected.head, layers=detected.layers)
-        self._to_find_out = None
+        self._unknown_spec = None
         log.info(Event(
             "found_out", model=self.name, call=self.adapter.summary, outputs=self.head.outputs,
             activation=self.head.activation,

@@ -10,7 +10,7 @@ from ..compute.saved_memory import SavedMemory, TooLarge
 from ..compute.torch_device import free_memory
 from ..methods.method import Shape
 
-MAX_SHAPES = 1024  # input shapes that are remembered, for a model without an input size
+MAX_SHAPES = 1024  # limit of the input shapes that are remembered, for a model without an input size
 SMALL_CHUNK_BYTES = 64 * 1024 * 1024  # chunks up to this size run without checking the free memory
 
 _Value = TypeVar("_Value")
@@ -41,7 +41,6 @@ class RowMemory:
         _remember(self._shapes, shape, None)
 
     def has_run(self, shape: Shape) -> bool:
-        """Whether rows of a shape ran."""
         return shape in self._shapes
 
     def fitting(self, shape: Shape, rows: int) -> int:

@@ -1,4 +1,4 @@
-"""Warm-up: calibrates a model's chunk size and checks that it can do what its settings ask for."""
+"""Warm-up: calibrates a model's chunk size and checks that the model supports its settings."""
 
 import logging
 
@@ -42,8 +42,8 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
     """Measure a model's chunk size, and check its settings. Runs on the device in `Model.in_turn`.
 
     A model whose weights have the same shapes as those of the version `before` keeps that version's size: measuring
-    while requests run would be less accurate and delay them. Raises `ConfigurationError` if the model cannot do what
-    the settings ask for.
+    while requests run would be less accurate and delay them. Raises `ConfigurationError` if the model does not support
+    its settings.
     """
     settings = model.settings
     if settings.reproducible:
@@ -139,7 +139,7 @@ def _measure_fidelity(model: Model, exact: Kernel) -> None:
         if not likeness >= least:  # also if it is NaN
             raise ConfigurationError(
                 f'fidelity: maps of model "{model.name}" in {kernel.summary} have a rank correlation of {likeness:.4f} '
-                f"with exact ones, the setting demands {least}; choose another precision, such as mixed"
+                f"with exact ones, the setting requires {least}; choose another precision, such as mixed"
             )
 
 

@@ -40,7 +40,7 @@ def digest_of(example: Example) -> str:
 
 
 def batches(examples: dict[int, Example]) -> list[tuple[list[int], Files | Array]]:
-    """Return the rows and the images of each request: all files are one, arrays of one shape and type are another."""
+    """Return the rows and the images of each request: one for all files, one for the arrays of each shape and type."""
     kinds: dict[object, list[int]] = {}
     for row, example in examples.items():
         kind = None if isinstance(example, bytes) else (example.shape, example.dtype)

@@ -28,8 +28,8 @@ from .engines import BlockingEngine, assigned_engine
 from .examples import Example, batches, digest_of, example_of
 from .rows import Columns, Layout, Row, failure_text, row_of
 
-COLUMNS = ("image", "bytes", "path")  # where images are looked for, in this order
-OF_THE_REQUEST = (InvalidArgument, NotFound, FailedPrecondition, Unimplemented)  # what repeating does not change
+COLUMNS = ("image", "bytes", "path")  # default columns for images, in order of preference
+OF_THE_REQUEST = (InvalidArgument, NotFound, FailedPrecondition, Unimplemented)  # errors that a retry does not change
 
 
 class Explainer:
@@ -77,7 +77,7 @@ class Explainer:
             timeout=FOR_EVER_S,
             map_dtype=map_dtype,
         ).template()
-        self._message.images.encoded.SetInParent()  # no files: what remains is the request of every batch
+        self._message.images.encoded.SetInParent()  # no files: the rest is the same in every batch's request
         self._request = requests.parse(self._message)
         self._column, self._target_column = column, target_column
         self._folder = None if provenance is None else Path(provenance)
@@ -101,7 +101,7 @@ class Explainer:
         return column
 
     async def _checked(self) -> Layout:
-        """Check the options by explaining no image at all; what comes back has the shape of the maps."""
+        """Check the options by explaining an empty batch, whose answer has the shape of the maps."""
         model = self._engine.model("")
         none: Files | Array = (
             Files(()) if model.preprocessing else np.zeros((0, *(model.trial_shape or (1, 1, 1))), "f4")

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ray.exceptions import RayTaskError
 from sidelight.exceptions import SidelightError as ClientError
 
-from ..app.openmp import sleep_soon
+from ..app.openmp import limit_spinning
 from ..errors import ConfigurationError, SidelightError
 from .explainer import Explainer
 from .job_folder import JobFolder, table_of
@@ -34,7 +34,7 @@ Options = dict[str, Any]  # the keywords of `Explainer`
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """Where a job runs, and what each actor has of it. `actors` is 0 for as many as the CPUs and GPUs suffice for."""
+    """The cluster of a job and the resources of each actor. `actors` 0: as many as its CPUs and GPUs suffice for."""
 
     address: str | None = None  # of a Ray cluster; None: a Ray of its own, on this machine
     actors: int = 0
@@ -43,20 +43,20 @@ class Resources:
 
     def n_actors(self, n_parts: int) -> int:
         """Return the number of actors for a number of parts."""
-        return min(self.actors or self.room(), max(1, n_parts))
+        return min(self.actors or self.max_actors(), max(1, n_parts))
 
-    def room(self) -> int:
-        """Return the number of actors that Ray has room for. Raises `ConfigurationError` if there is none."""
+    def max_actors(self) -> int:
+        """Return the number of actors that Ray's resources suffice for. Raises `ConfigurationError` if it is 0."""
         there = ray.cluster_resources()
-        room = int(there.get("CPU", 0) // self.threads)
+        n = int(there.get("CPU", 0) // self.threads)
         if self.gpus:
-            room = min(room, int(there.get("GPU", 0) // self.gpus))
-        if not room:
+            n = min(n, int(there.get("GPU", 0) // self.gpus))
+        if not n:
             raise ConfigurationError(
                 f"threads, gpus: got {self.threads} and {self.gpus:g} for each actor; Ray has {there.get('CPU', 0):g} "
                 f"CPUs and {there.get('GPU', 0):g} GPUs"
             )
-        return room
+        return n
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a job has done: the rows of its output, those without a map, and what this run took."""
+    """The result of a job: the rows of its output, those without a map, and the time of this run."""
 
     n_rows: int
     n_failures: int
@@ -93,7 +93,7 @@ def run(
     folder = JobFolder(output.absolute())
     with folder.open(), _ray(resources.address):
         try:
-            resources.room()  # Ray would wait for what it does not have
+            resources.max_actors()  # raises: Ray itself would wait forever for resources that it does not have
             check = ray.remote(num_cpus=resources.threads, num_gpus=resources.gpus)(_facts)
             folder.check_asked(ray.get(check.remote(os.getcwd(), options)) | {"map_dtype": options.get("map_dtype")})
             parts = folder.plan(pictures, part_rows=part_rows)
@@ -174,7 +174,7 @@ class _ray:  # noqa: N801  (a context manager)
     def __enter__(self) -> None:
         if self._address:
             _check_listens(self._address)
-        sleep_soon()  # the actors share the cores
+        limit_spinning()  # the actors share the cores
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         own: dict[str, Any] = {} if self._address else {
             "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES,

@@ -1,9 +1,9 @@
-"""A job's folder: parts in Parquet, and the plan that says which pictures each part has.
+"""A job's folder: parts in Parquet, and the plan that lists the pictures of each part.
 
     maps.parquet/part-000000.parquet …    the rows; pandas, Arrow and Ray read the folder as one table
-    maps.parquet/_provenance.json         what computed them, by digest
+    maps.parquet/_provenance.json         their provenance, by digest
     maps.parquet/_failures.csv            the pictures without a map
-    maps.parquet/_job/                    the plan, what was asked, the lock, and parts that are being written
+    maps.parquet/_job/                    the plan, the options, the lock, and parts that are being written
 
 The plan is fixed once it is written, and later pictures only add parts to it. A part appears whole, by a rename. So
 however often a job is killed and repeated, each picture has its one row in its one part.
@@ -60,7 +60,7 @@ class JobFolder:
             yield
 
     def check_asked(self, facts: dict[str, Any]) -> None:
-        """Record what is asked. Raises `ConfigurationError` if the folder has maps of another model or method."""
+        """Record the options. Raises `ConfigurationError` if the folder has maps of another model or method."""
         asked = {name: value for name, value in facts.items() if name not in VOLATILE}
         if not self._asked.exists():
             self._replace(self._asked, json.dumps(asked, indent=2, sort_keys=True) + "\n")
@@ -70,7 +70,7 @@ class JobFolder:
             if before.get(name) != asked.get(name):
                 raise ConfigurationError(
                     f"output: {self.path} has maps with {name} {json.dumps(before.get(name))}, got "
-                    f"{json.dumps(asked.get(name))}; name another --output"
+                    f"{json.dumps(asked.get(name))}; choose another --output"
                 )
 
     def plan(self, pictures: Sequence[str], *, part_rows: int) -> list[list[str]]:
@@ -95,7 +95,6 @@ class JobFolder:
         return parts
 
     def part(self, index: int) -> Path:
-        """Return the path of a part."""
         return self.path / f"part-{index:06d}.parquet"
 
     def write(self, index: int, tables: Iterator[pa.Table]) -> None:

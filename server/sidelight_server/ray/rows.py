@@ -1,4 +1,4 @@
-"""Rows: what the explainer adds to each row of a batch, as columns of arrays."""
+"""Rows: the columns that the explainer adds to a batch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ NO_CLASS = -1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is known of one example. Without a map, `failure` says why."""
+    """The results of one example. Without a map, `failure` has the reason."""
 
     failure: str = ""
     map: Map | None = None

@@ -28,7 +28,7 @@ MAX_REPLICAS = 4
 
 
 class Generation:
-    """One engine, for the calls that began while it served. It is closed once it is retired and they have ended."""
+    """One engine and the calls that began while it served. Once it is retired, it is closed when these have ended."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -66,7 +66,7 @@ class Sidelight:
         self._generation: Generation | None = None
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Load the model of a new configuration, then let it take over. Serve calls this before the first request."""
+        """Load the model of a new configuration, then serve it. Serve calls this before the first request."""
         settings = {name: value for name, value in user_config.items() if name != "revision"}
         engine = await asyncio.to_thread(assigned_engine, None, settings, "user_config")
         engine.start()

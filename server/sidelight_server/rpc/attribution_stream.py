@@ -8,7 +8,7 @@ from ..errors import InvalidArgument, SidelightError
 from ..telemetry.call_record import CallRecord
 from ..wire import responses
 from ..wire.codec import Received
-from .execution import ValidatedRequest
+from .engine_call import ValidatedRequest
 from .handler import RequestHandler, deadline_of
 from .shared_memory import Regions
 from .stream import Context, Stream, StreamOptions

@@ -13,7 +13,7 @@ from ..security.authorization import Callers
 from ..security.stream_limit import Peers
 from ..telemetry.call_record import CallRecord
 from ..wire.codec import Decoded, Received, Unreadable
-from .execution import ValidatedRequest
+from .engine_call import ValidatedRequest
 from .handler import RequestHandler
 from .receive_limit import Pace
 from .status import Context, abort
@@ -52,7 +52,6 @@ class Calls:
 
     @property
     def n_streams(self) -> int:
-        """Number of open streams."""
         return len(self._streams)
 
     @property

@@ -1,6 +1,6 @@
-"""Eager tasks: run a coroutine to its first wait at once, and in a task only from there.
+"""Eager tasks: run a coroutine directly until its first wait, and make a task only for the rest.
 
-As `asyncio.Task(…, eager_start=True)`, which needs Python 3.12 and makes a task for a coroutine that never waits too.
+Like `asyncio.Task(…, eager_start=True)`, which needs Python 3.12 and makes a task even if the coroutine never waits.
 """
 
 import asyncio
@@ -11,9 +11,9 @@ CreateTask = Callable[[Coroutine[Any, Any, None]], "asyncio.Task[None]"]
 
 
 def run_eagerly(coroutine: Coroutine[Any, Any, None], create_task: CreateTask) -> "asyncio.Task[None] | None":
-    """Run a coroutine until it waits; return the task that goes on with it, or None if it has ended.
+    """Run a coroutine until it waits; return the task that continues it, or None if it has ended.
 
-    Until its first wait it runs in the caller's task: it must not ask for the current task, as `asyncio.timeout` does.
+    Until its first wait it runs in the caller's task: it must not use the current task, as `asyncio.timeout` does.
     """
     try:
         waits_for = coroutine.send(None)
@@ -23,7 +23,7 @@ def run_eagerly(coroutine: Coroutine[Any, Any, None], create_task: CreateTask) -
 
 
 class _Started(Coroutine[Any, Any, None]):
-    """A coroutine that has run to its first wait, from where a task goes on."""
+    """A coroutine that has run to its first wait; a task continues it."""
 
     def __init__(self, coroutine: Coroutine[Any, Any, None], waits_for: object) -> None:
         self._coroutine = coroutine

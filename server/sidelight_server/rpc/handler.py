@@ -22,7 +22,7 @@ from ..wire import requests
 from ..wire.rendering import parse_rendering
 from ..wire.tensors import layout_of, map_itemsize
 from .admission import Admission, Permits
-from .execution import Encode, Execution, HideInternalErrors, ValidatedRequest, check_length, encode_own
+from .engine_call import Encode, EngineCall, HideInternalErrors, ValidatedRequest, check_length, encode_own
 from .shared_memory import RegionLookup, Span, span
 
 WAITING_BYTES = 64 * 1024  # smaller messages of streams are not counted while they wait: there are two per stream
@@ -145,7 +145,7 @@ class RequestHandler:
         return permits
 
     def enter(self, validated: ValidatedRequest) -> Permits:
-        """Take a permit, held until the result is closed. Raises `ResourceExhausted` if none is free."""
+        """Take a permit; closing the result releases it. Raises `ResourceExhausted` if none is free."""
         permits, caller = Permits(), validated.call_record.caller
         try:
             for admission in self._admissions(validated):
@@ -156,7 +156,7 @@ class RequestHandler:
         return permits
 
     async def admit(self, validated: ValidatedRequest) -> Permits:
-        """Wait for a permit and take it. It is held until the result is closed."""
+        """Wait for a permit and take it; closing the result releases it."""
         permits, caller = Permits(), validated.call_record.caller
         try:
             for admission in self._admissions(validated):
@@ -190,23 +190,23 @@ class RequestHandler:
         except TimeoutError:
             raise DeadlineExceeded(f'timeout: it passed while model "{entry.name}" was being loaded') from None
 
-    def execution(self, validated: ValidatedRequest) -> Execution:
-        """Return the execution of an admitted request, not started."""
-        return Execution(validated, self._engine, self.telemetry, self._faults, limit_bytes=self._limit_bytes)
+    def engine_call(self, validated: ValidatedRequest) -> EngineCall:
+        """Return the engine call of an admitted request, not started."""
+        return EngineCall(validated, self._engine, self.telemetry, self._faults, limit_bytes=self._limit_bytes)
 
     async def explain(self, validated: ValidatedRequest) -> bytes:
-        """Execute an admitted request and return the encoded answer. Raises only `SidelightError`."""
+        """Run an admitted request and return the encoded answer. Raises only `SidelightError`."""
         answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        execution, deadline_s = self.execution(validated), validated.deadline_s
+        call, deadline_s = self.engine_call(validated), validated.deadline_s
         try:
             async with _NO_DEADLINE if deadline_s is None else asyncio.timeout_at(deadline_s):
-                await execution.start(functools.partial(store_outcome, answered))
+                await call.start(functools.partial(store_outcome, answered))
                 outcome = await answered
-            return await execution.reply(outcome)
+            return await call.reply(outcome)
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
         finally:
-            execution.cancel()
+            call.cancel()
 
 
 def deadline_of(message: pb.AttributeRequest, call_record: CallRecord) -> float | None:

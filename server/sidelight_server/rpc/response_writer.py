@@ -111,7 +111,7 @@ class ResponseWriter:
             self._wake.set_result(None)
 
     def _look(self) -> None:
-        """End the task if the first message has waited too long; else look again when it would have."""
+        """End the task if the first message has waited too long; else check again when it would have."""
         self._timer = None
         if not (self._entries and self._task):
             return

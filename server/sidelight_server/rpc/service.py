@@ -15,7 +15,7 @@ from ..wire.methods import SERVED_METHODS
 from ..wire.requests import MAX_EXAMPLES
 from .attribution_stream import AttributionStream
 from .calls import Calls
-from .execution import ValidatedRequest
+from .engine_call import ValidatedRequest
 from .handler import RequestHandler
 from .shared_memory import Regions, SharedMemory
 from .status import Context, abort

@@ -48,7 +48,7 @@ class Region:
 
 
 class RegionLookup(Protocol):
-    """Where regions are found by name."""
+    """Finds regions by name."""
 
     def find(self, name: str, *, field: str) -> Region:
         """Return a region by its name. Raises `NotFound`."""
@@ -249,4 +249,4 @@ def _check_name(name: str) -> None:
 
 
 def _not_plain(name: str) -> InvalidArgument:
-    return InvalidArgument(f'region: "{name}" is no plain file')
+    return InvalidArgument(f'region: "{name}" is not a regular file')

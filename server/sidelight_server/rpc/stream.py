@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from ..errors import SidelightError, Unavailable
 from ..telemetry.call_record import CallRecord
 from ..wire.codec import Decoded, Received, Unreadable
-from .execution import ValidatedRequest
+from .engine_call import ValidatedRequest
 from .handler import RequestHandler
 from .receive_limit import Pace
 from .response_writer import ResponseWriter, StalledError
@@ -34,7 +34,7 @@ Prepare = Callable[[CallRecord], Awaitable[ValidatedRequest | Unloaded]]
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """Whose a stream is, and its limits."""
+    """The caller and the limits of a stream."""
 
     caller: str
     max_in_flight: int
@@ -45,7 +45,7 @@ class StreamOptions:
 
 
 class Stream(ABC, Generic[M]):
-    """One streaming call. A subclass knows its messages: it gives batches to `_begin`.
+    """One streaming call. A subclass handles its messages and passes batches to `_begin`.
 
     Backpressure: each batch takes one of the stream's slots and a permit before the next batch is read, so gRPC's flow
     control slows down a client that sends faster than the device runs or that does not read its answers. While a batch
@@ -82,7 +82,7 @@ class Stream(ABC, Generic[M]):
         """Return the serialized response that carries a failure; the id is empty if the message has none."""
 
     def _close(self) -> None:
-        """Release what the stream holds; every batch is answered."""
+        """Release the stream's resources; every batch is answered."""
 
     async def _send_age_status(self, trailers: tuple[tuple[str, str], ...]) -> None:
         """End a stream that has reached its maximum age: with OK."""
@@ -90,7 +90,7 @@ class Stream(ABC, Generic[M]):
 
     async def run(self) -> None:
         """Serve until the client half-closes or `end` is called, and every batch that was read is answered."""
-        # Sent at once, so that the client knows that a server is there before it sends a batch. It has a key of its own
+        # Sent at once, so that the client detects the server before it sends a batch. It has a key of its own
         # because a proxy without a backend also sends initial metadata before its error status.
         await self._context.send_initial_metadata(((BEGIN_HEADER, "1"),))
         max_age_s = self._options.max_age_s
@@ -208,7 +208,7 @@ class Stream(ABC, Generic[M]):
             if self._is_given_up:
                 raise _given_up()
             validated = await prepare(call_record)
-            if self._is_given_up:  # meanwhile
+            if self._is_given_up:  # while the batch was prepared
                 raise _given_up()
         except SidelightError as error:
             waiting.close()

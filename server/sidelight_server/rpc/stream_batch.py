@@ -11,7 +11,7 @@ from ..errors import Cancelled, DeadlineExceeded, SidelightError
 from ..telemetry.call_record import CallRecord
 from .admission import Permits
 from .eager import CreateTask, run_eagerly
-from .execution import Execution, ValidatedRequest
+from .engine_call import EngineCall, ValidatedRequest
 from .handler import RequestHandler
 from .response_writer import ResponseWriter
 from .status import forget_frames
@@ -27,7 +27,7 @@ class Unloaded:
 
 @dataclass(frozen=True, slots=True)
 class BatchContext:
-    """What the batches of one stream share."""
+    """The parts of a stream that all of its batches use."""
 
     handler: RequestHandler
     writer: ResponseWriter
@@ -40,8 +40,8 @@ class Batch:
     """One batch of a stream. Used on the event loop.
 
     It takes one of the stream's slots and a permit, and holds both until its answer is written. It has no task: the
-    stream's reader starts it, a callback of the engine answers it, and the stream's writer ends it. A step goes on in a
-    task only if it has to wait for a slot, a permit, its model, or a worker thread.
+    stream's reader starts it, a callback of the engine answers it, and the stream's writer ends it. A step continues in
+    a task only if it has to wait for a slot, a permit, its model, or a worker thread.
 
     `fail` makes the response if it fails. `on_admitted` is called when it has its slot and permit or has failed, so
     that the next batch can wait for them, and may be called several times; `on_answer` is called when its answer is
@@ -65,10 +65,10 @@ class Batch:
         self._on_admitted = on_admitted
         self._on_answer = on_answer
         self.queued: asyncio.Future[None] | None = None
-        self._execution: Execution | None = None
+        self._engine_call: EngineCall | None = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._late = ""  # what to say if its deadline passes now
+        self._late = ""  # the message if its deadline passes now
         self._has_slot = False
         self._permits: Permits | None = None
         self._refusal: SidelightError | None = None  # the error that the batch was dropped with, if any
@@ -81,7 +81,7 @@ class Batch:
         """
         self._set_deadline(validated.deadline_s)
         if isinstance(validated, Unloaded):
-            # Never eagerly: while it waits for the model, validation asks for its own task.
+            # Never eagerly: while it waits for the model, validation uses the current task.
             self._go_on_in(self._context.create_task(self._step(functools.partial(self._load, validated))))
         else:
             self._run(functools.partial(self._explain, validated))
@@ -95,15 +95,15 @@ class Batch:
         if self._refusal or self._is_answered:
             return
         self._refusal = error
-        if self._execution:
-            self._execution.cancel()
+        if self._engine_call:
+            self._engine_call.cancel()
         if self._task:  # it answers once it has ended: until then a thread may use the caller's region
             self._task.cancel()
         else:
             self._answer_failure(error)
 
     def release(self, *, is_cut_off: bool = False) -> None:
-        """Give back slot and permit and end the call record: the answer is written, or the stream has ended.
+        """Release slot and permit and end the call record: the answer is written, or the stream has ended.
 
         `is_cut_off`: the client did not accept an answer in time.
         """
@@ -111,9 +111,9 @@ class Batch:
             return
         self._is_over = True
         self._stop_timer()
-        if self._execution:
-            self._execution.cancel()
-        self._execution = None
+        if self._engine_call:
+            self._engine_call.cancel()
+        self._engine_call = None
         self._on_admitted()
         if self._permits:
             self._permits.close()
@@ -142,8 +142,8 @@ class Batch:
         finally:
             self._on_admitted()
         self._late = "it passed; rows that had not run were dropped"
-        self._execution = execution = self._context.handler.execution(validated)
-        await execution.start(self._on_outcome, self._offer if validated.message.output.partial else None)
+        self._engine_call = call = self._context.handler.engine_call(validated)
+        await call.start(self._on_outcome, self._offer if validated.message.output.partial else None)
 
     async def _take_slot(self) -> None:
         if not self._has_slot:
@@ -152,11 +152,11 @@ class Batch:
             self._has_slot = True
 
     def _on_outcome(self, outcome: Outcome) -> None:
-        if self._execution and not self._refusal:
-            self._run(functools.partial(self._reply, self._execution, outcome))
+        if self._engine_call and not self._refusal:
+            self._run(functools.partial(self._reply, self._engine_call, outcome))
 
-    async def _reply(self, execution: Execution, outcome: Outcome) -> None:
-        self._answer(await execution.reply(outcome))
+    async def _reply(self, call: EngineCall, outcome: Outcome) -> None:
+        self._answer(await call.reply(outcome))
 
     def _offer(self) -> None:
         """Write the newest partial maps as soon as the stream can be written to, unless the final ones come first."""
@@ -166,10 +166,10 @@ class Batch:
 
     async def _partial(self) -> bytes | None:
         self._is_offered = False
-        if self._execution is None or self._is_answered:
+        if self._engine_call is None or self._is_answered:
             return None
         try:
-            return await self._execution.partial()
+            return await self._engine_call.partial()
         except SidelightError:  # the final answer will carry it
             return None
 

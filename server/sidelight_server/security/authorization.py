@@ -62,7 +62,7 @@ class Tokens:
 
 
 class Authorization(grpc.aio.ServerInterceptor):
-    """Rejects calls without a valid token. Checks nothing that no token file is set for."""
+    """Rejects calls without a valid token. Calls for which no token file is set are not checked."""
 
     def __init__(self, settings: Settings, refuse: "Callable[[SidelightError], Handler]") -> None:
         """Read the token files. Raises `ConfigurationError` if that fails.

@@ -10,10 +10,10 @@ from pathlib import Path
 def check_pair(certificate: Path, key: Path) -> None:
     """Raise `OSError` if the files cannot be read or are not a certificate and its key."""
     try:
-        # Without a password, OpenSSL would ask the terminal for one.
+        # Without this password, OpenSSL would prompt for one on the terminal.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
     except ssl.SSLError as error:
-        what = "no pair of a PEM certificate and its key without a password"
+        what = "not a pair of a PEM certificate and its key without a password"
         raise OSError(f"{certificate} and {key} are {what} ({_reason(error)})") from None
 
 

@@ -131,7 +131,7 @@ class Counters:
                 self._tolerances.labels(model, outcome)
 
     def statistics(self, model: str) -> Statistics:
-        """Return what was counted of a model."""
+        """Return the counts of a model."""
         value = functools.partial(self._value, {"model": model})
         failed = (
             sample.value

@@ -132,7 +132,7 @@ def from_environment() -> Tracing | None:
         raise ConfigurationError(f"OTEL_* variables: {error}") from None
     except ImportError as error:
         raise ConfigurationError(
-            f"OTEL_* variables ask for tracing, but {error.name} is not installed; pip install 'sidelight[otel]', or "
+            f"OTEL_* variables enable tracing, but {error.name} is not installed; pip install 'sidelight[otel]', or "
             "set OTEL_SDK_DISABLED=true"
         ) from None
     if str(resource.attributes[SERVICE_NAME]).startswith("unknown_service"):  # no service name was set

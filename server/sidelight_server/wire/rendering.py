@@ -85,7 +85,7 @@ class Rendering:
             return 0
         if not self.is_heatmap and images.shape[3] not in (1, 3, 4):
             raise InvalidArgument(
-                f"output.rendered: an overlay needs images of 1, 3 or 4 channels, got {images.shape[3]}; ask for "
+                f"output.rendered: an overlay needs images of 1, 3 or 4 channels, got {images.shape[3]}; request "
                 "STYLE_HEATMAP"
             )
         return min(math.prod(images.shape[1:3]), max_pixels) if self.is_original else 0
@@ -196,7 +196,7 @@ class _Renderer:
         return tuple([await self._draw(_png, picture, each, covered, self._rendering) for each in maps])
 
     async def _picture(self, i: int, frame: _Frame | None, *, size: tuple[int, int]) -> Image.Image:
-        """Return what the map is drawn over, in the frame's size, or in `size` for a floating array."""
+        """Return the picture below the map, in the frame's size, or in `size` for a floating array."""
         if self._rendering.is_heatmap:
             return Image.new("RGB", frame.size if frame else size)
         if not isinstance(self._images, Files):

@@ -168,7 +168,7 @@ def _check_output(output: pb.Output, request: Request) -> None:
     if dtype == tensor_pb2.DATA_TYPE_UINT8 and request.method.may_be_negative(request.channels):
         raise InvalidArgument(
             f"output.map_dtype: UINT8 has no sign, and a map of {request.method.name} with channels "
-            f"{request.channels.value} may be negative; ask for FLOAT16, or another reduction"
+            f"{request.channels.value} may be negative; use FLOAT16, or another reduction"
         )
     if output.region.dtype or output.region.shape:
         raise InvalidArgument("output.region: dtype and shape are to be left unset; map_dtype and the model give them")

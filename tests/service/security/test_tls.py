@@ -157,7 +157,7 @@ def test_a_server_without_tls_is_reported_at_once(authority: Authority) -> None:
     with (
         sidelight_server.serve(small_cnn(), listen=("127.0.0.1:0",), device="cpu", threads=1) as address,
         sidelight.connect(address, tls=authority.path, connect_timeout=1e9) as client,
-        pytest.raises(sidelight.Unavailable, match="TLS: what answers there speaks no TLS"),
+        pytest.raises(sidelight.Unavailable, match="TLS: the server there does not use TLS"),
     ):
         client.info()
 
@@ -165,7 +165,7 @@ def test_a_server_without_tls_is_reported_at_once(authority: Authority) -> None:
 def test_a_client_without_tls_is_given_the_likely_cause(address: str) -> None:
     with (
         sidelight.connect(address, connect_timeout=1) as client,
-        pytest.raises(sidelight.Unavailable, match="ends each connection at once: if it speaks TLS, say tls="),
+        pytest.raises(sidelight.Unavailable, match="ends each connection at once: if it uses TLS, pass tls="),
     ):
         client.info()
 
@@ -343,7 +343,7 @@ def test_certificates_that_a_server_cannot_start_with_are_refused(authority: Aut
     wrong = {
         "^tls_certificate: cannot read .*/absent: No such file": {"tls_certificate": tmp_path / "absent"},
         "^tls_key: cannot read .*/absent: No such file": {"tls_key": tmp_path / "absent"},
-        "^tls_certificate: .* are no pair": {"tls_key": other.key},
+        "^tls_certificate: .* are not a pair": {"tls_key": other.key},
         "^tls_certificate: .*junk and .* are no pair": {"tls_certificate": junk},
         "^tls_client_ca: .* holds no PEM certificate": {"tls_client_ca": junk},
         "^tls_certificate: got .* without tls_key": {"tls_key": None},
@@ -392,7 +392,7 @@ def test_a_key_that_everybody_may_read_is_reported(authority: Authority, caplog:
 
 def test_an_address_that_is_not_loopback_needs_tls_or_a_word(authority: Authority) -> None:
     with (
-        pytest.raises(ConfigurationError, match="--tls-certificate and --tls-key, or say --plaintext"),
+        pytest.raises(ConfigurationError, match="--tls-certificate and --tls-key, or allow it with --plaintext"),
         sidelight_server.serve(small_cnn(), listen=("0.0.0.0:0",)),
     ):
         pass

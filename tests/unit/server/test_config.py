@@ -294,7 +294,7 @@ def test_a_misspelt_variable_is_reported_and_a_foreign_one_is_not(monkeypatch: p
     monkeypatch.setenv("SIDELIGHT_SERVICE_HOST", "10.0.0.1")  # as Kubernetes sets for a service of that name
     monkeypatch.setenv("SIDELIGHT_PORT_50051_TCP", "tcp://10.0.0.1:50051")
     monkeypatch.setenv("SIDELIGHT_THREADS", "2")
-    assert misspelt_variables() == ["SIDELIGHT_MAX_CHUNK_ROW is no setting; did you mean SIDELIGHT_MAX_CHUNK_ROWS?"]
+    assert misspelt_variables() == ["SIDELIGHT_MAX_CHUNK_ROW is not a setting; did you mean SIDELIGHT_MAX_CHUNK_ROWS?"]
     assert changed(read_settings([])) == {"threads": 2}
 
 

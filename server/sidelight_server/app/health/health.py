@@ -51,7 +51,6 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the packa
 
     @property
     def n_watches(self) -> int:
-        """Number of open Watches."""
         return len(self._watchers)
 
     def set(self, statuses: Mapping[str, bool]) -> None:
@@ -62,7 +61,6 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the packa
             self._wake()
 
     def serves(self, name: str) -> bool:
-        """Whether a name serves."""
         return bool(self._statuses.get(name) == _Status.SERVING)
 
     def close(self) -> None:

@@ -43,8 +43,8 @@ def check_health(arguments: Sequence[str]) -> int:
     if bool(chosen.certificate) != bool(chosen.key):
         parser.error("--certificate and --key go together")
     if chosen.server_name and not (chosen.ca or chosen.certificate):
-        parser.error("--server-name is for TLS: expected --ca beside it")
-    status, detail = _ask(chosen.check or _first(os.environ.get("SIDELIGHT_LISTEN", "")) or DEFAULT_ADDRESS, chosen)
+        parser.error("--server-name is for TLS: expected --ca too")
+    status, detail = _query(chosen.check or _first(os.environ.get("SIDELIGHT_LISTEN", "")) or DEFAULT_ADDRESS, chosen)
     print(status + (f": {detail}" if detail else ""), file=sys.stderr)
     return 0 if status == "SERVING" else 1
 
@@ -57,14 +57,14 @@ def _first(addresses: str) -> str:
     return addresses.partition(",")[0].strip()
 
 
-def _ask(address: str, chosen: argparse.Namespace) -> tuple[str, str]:
+def _query(address: str, chosen: argparse.Namespace) -> tuple[str, str]:
     import grpc
     from grpc_health.v1 import health_pb2, health_pb2_grpc
 
     request = health_pb2.HealthCheckRequest(service=chosen.service)
     try:
         channel = _channel(address, chosen)
-    except OSError as error:  # a file is missing or is no PEM file
+    except OSError as error:  # a file is missing or not a PEM file
         return "UNKNOWN", str(error)
     with channel:
         try:
@@ -72,9 +72,7 @@ def _ask(address: str, chosen: argparse.Namespace) -> tuple[str, str]:
         except grpc.RpcError as error:
             is_plain = not (chosen.ca or chosen.certificate)
             hint = (
-                "; if the server speaks TLS, say --ca"
-                if is_plain and "Socket closed" in (error.details() or "")
-                else ""
+                "; if the server uses TLS, pass --ca" if is_plain and "Socket closed" in (error.details() or "") else ""
             )
             return error.code().name, f"{address}: {error.details()}{hint}"
     return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status), ""

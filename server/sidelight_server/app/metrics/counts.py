@@ -1,11 +1,11 @@
-"""Counts of what a server holds, for metrics, tests and benchmarks."""
+"""Counts of the requests, permits and streams of a server, for metrics, tests and benchmarks."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class ServerCounts:
-    """What a server holds at one moment. All counts of an idle server are 0, except `shed_streams`."""
+    """The counts of a server at one moment. Those of an idle server are 0, except `shed_streams`."""
 
     permits: int  # batches that hold a permit
     permit_bytes: int  # of those batches and their answers

@@ -37,8 +37,7 @@ class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         host, port = host_and_port(address, setting="metrics_listen")
         if not plaintext and not is_loopback(host):
             raise ConfigurationError(
-                f"metrics_listen: {address} is not loopback, and nothing would be encrypted; "
-                "say --plaintext if that is meant"
+                f"metrics_listen: {address} is not loopback, and nothing would be encrypted; allow it with --plaintext"
             )
         registry = CollectorRegistry()
         registry.register(metrics)

@@ -38,7 +38,6 @@ class Metrics(Collector):
         self._files = files
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the current values of all metrics."""
         self._counters.start_at_zero(list(self._engine.registry.entries))
         for family in self._counters.registry.collect():
             family.samples = _samples(family)

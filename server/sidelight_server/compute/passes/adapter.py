@@ -50,7 +50,8 @@ class Adapter:
         """Return the outputs of n inputs from the return value of `call`."""
         outputs = returned if self.output is None else _found(returned, self.output)
         if not isinstance(outputs, Tensor):
-            hint = "; set output, or trial_size to have it found out" if self.output is None and items(returned) else ""
+            is_unset = self.output is None and items(returned)
+            hint = "; set output_key, or trial_size to have it detected" if is_unset else ""
             raise OutputsError(
                 f"the model returned {summary(returned)}, expected a tensor [n, K] or [n, K, h, w]{hint}"
             )
@@ -111,4 +112,4 @@ def _found(returned: object, output: int | str) -> object:
     try:
         return items(returned)[output]
     except KeyError:
-        raise OutputsError(f'the model returned {summary(returned)}, in which there is no output "{output}"') from None
+        raise OutputsError(f'the model returned {summary(returned)}, which has no "{output}"') from None

@@ -46,8 +46,8 @@ def capture(module: nn.Module, layer: str) -> Iterator[Captured]:
 
 
 NOTHING_TO_GUIDE = (
-    "method.guided_backpropagation: the model has no rectifier to guide, expected ReLU or ReLU6 in a module (scripts "
-    "and exported programs do not show theirs); ask for gradient, or serve the module itself"
+    "method.guided_backpropagation: the model has no rectifier to guide, expected a ReLU or ReLU6 (those in "
+    "TorchScript and exported programs cannot be changed); use gradient, or serve the original module"
 )
 
 

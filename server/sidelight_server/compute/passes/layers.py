@@ -96,7 +96,7 @@ class Layers:
             last_first = [*self.layouts][::-1]  # lists the last layers first: they are the useful ones
             raise NotFound(f'method.layer: there is no "{name}"; {did_you_mean(name, last_first or known)}')
         if not self.default:
-            raise NotFound(f"method.layer: the model has no layer that can be chosen for you; {self._others()}")
+            raise NotFound(f"method.layer: got none, and the model has no default layer; {self._others()}")
         return self.default
 
     def _others(self) -> str:

@@ -23,8 +23,8 @@ from .fair_thread_pool import FairThreadPool
 # Time that a worker has to finish after its call was cancelled: most do, and a new worker takes longer to start.
 GRACE_S = 0.05
 
-# Of memory, for the pixels of all files that are decoded at once, not counting a larger one. Each worker may take
-# `decode_worker.SPARE_BYTES` more, of which small pictures use little.
+# Share of the memory for the pixels of all files that are decoded at once; a larger file is decoded alone. Each worker
+# may take `decode_worker.SPARE_BYTES` more, of which small pictures use little.
 ORDINARY_SHARE = 1 / 8
 MIN_ORDINARY_PIXELS = 1_000_000
 

@@ -74,7 +74,6 @@ class Worker:
 
     @property
     def is_alive(self) -> bool:
-        """Whether the worker can decode another file."""
         return not self._has_ended and self.process.poll() is None
 
     def kill(self) -> None:

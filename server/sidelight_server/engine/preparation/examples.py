@@ -116,8 +116,8 @@ def resolve_layer(model: Model, request: Request, shape: Shape) -> Method:
     method = request.method
     if method.needs_gradient and not model.serves_gradients:
         raise FailedPrecondition(
-            f'method.{method.name}: model "{model.name}" cannot be explained by gradients: {model.gradient_fault}; ask '
-            "for occlusion or rise, which need none"
+            f'method.{method.name}: model "{model.name}" cannot be explained by gradients: {model.gradient_fault}; use '
+            "occlusion or rise, which need none"
         )
     if method.probe is Rectifiers.GUIDED and not model.has_rectifiers:
         raise FailedPrecondition(NOTHING_TO_GUIDE)
@@ -253,7 +253,8 @@ def _resolve_targets(model: Model, target: Target, n_examples: int) -> list[Reso
 
 def not_dense(model: Model) -> FailedPrecondition:
     """Return the error for a dense target of a model without dense output."""
-    return FailedPrecondition(f'target.dense: model "{model.name}" answers for the whole picture, not for each pixel')
+    message = f'target.dense: model "{model.name}" returns scores for the whole image, not each pixel'
+    return FailedPrecondition(message)
 
 
 def _check_score(model: Model, request: Request) -> None:

@@ -74,7 +74,7 @@ class PreparationPool:
         return decoded[0]
 
     async def draw(self, drawing: Callable[[], _Value], caller: str) -> _Value:
-        """Call a function that draws a picture in one of the threads for that. Raises `Unavailable` once closed."""
+        """Call a function that draws a picture, in a drawing thread. Raises `Unavailable` once closed."""
         return await asyncio.wrap_future(self._drawing.submit(caller, drawing))
 
 

@@ -1,4 +1,4 @@
-"""A model by its name: the version that serves on each device, and where the next comes from."""
+"""A registry entry: one model by its name, with its serving version and the source of the next one."""
 
 import enum
 import threading
@@ -48,7 +48,6 @@ class Entry:
 
     @property
     def state(self) -> State:
-        """The model's loading state."""
         if self.models:
             return State.SERVING
         if self.is_loading:

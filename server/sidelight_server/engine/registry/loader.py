@@ -29,7 +29,7 @@ NO_TURN = contextlib.nullcontext()
 class Loader:
     """Loads models for the registry. A load runs its passes on a device between the chunks of requests.
 
-    `on_change` is called on the loading thread when another version serves.
+    `on_change` is called on the loading thread when a new version begins to serve.
     """
 
     def __init__(self, devices: Sequence[Device], *, on_change: Callable[[], None]) -> None:

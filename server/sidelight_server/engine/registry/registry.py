@@ -103,7 +103,7 @@ class Registry:
         """
         entry = self.find(name)
         if not entry.has_source:
-            raise FailedPrecondition(f'model "{entry.name}" was handed over as a module: there is no source to load')
+            raise FailedPrecondition(f'model "{entry.name}" was passed as a module: there is no source to load')
         await asyncio.shield(asyncio.wrap_future(self._start_reload(entry)))
         return entry
 
@@ -182,16 +182,16 @@ def _entry(offered: ModelSpec | ModelSettings, settings: Settings) -> Entry:
         return Entry(offered.name or "", settings.of_model(offered.name or ""), offered)
     if not offered.model:
         where = f"models.{offered.name}.model" if offered.name in settings.models else "model"
-        raise ConfigurationError(f"{where}: not set; say --model python:mine:resnet, or another of {SOURCES}")
+        raise ConfigurationError(f"{where}: not set; for example --model python:mine:resnet; expected {SOURCES}")
     entry = Entry(offered.name or "", offered)
     if offered.load == "lazy":
         if not offered.name:
-            raise ConfigurationError("load: lazy, but the model has no name that requests could ask for; set name")
+            raise ConfigurationError("load: lazy, but the model has no name, which requests need; set name")
         # Report a missing file at start, not with the first request.
         with _naming(entry.name if entry.name in settings.models else ""):
             for path in entry.files():
                 if not path.exists():
-                    raise ConfigurationError(f"{path} is not there")
+                    raise ConfigurationError(f"{path} does not exist")
     return entry
 
 

@@ -1,6 +1,6 @@
-"""Connections: which TCP peers of this machine's network are still connected.
+"""Connections: which TCP peers of this machine are still connected, from Linux's tables of connections.
 
-gRPC tells a server of the end of a call, but not of a connection. The kernel lists both ends of every connection.
+gRPC reports the end of a call to a server, but not the end of a connection.
 """
 
 import ipaddress
@@ -22,7 +22,7 @@ def peer_of(peer: str) -> Peer | None:
 
 
 def connected_peers(tables: Path = Path("/proc/self/net")) -> set[Peer] | None:
-    """Return the peers of all established TCP connections; None if the kernel does not tell."""
+    """Return the peers of all established TCP connections; None if they are unknown."""
     peers: set[Peer] = set()
     try:
         for name in ("tcp", "tcp6"):

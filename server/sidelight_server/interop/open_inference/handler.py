@@ -5,7 +5,7 @@ import contextlib
 
 from ...engine.engine import Engine
 from ...errors import InvalidArgument, NotFound
-from ...rpc.execution import MANY_BYTES, ValidatedRequest
+from ...rpc.engine_call import MANY_BYTES, ValidatedRequest
 from ...rpc.handler import RequestHandler
 from ...rpc.shared_memory import span, to_thread_uncancelled
 from ...telemetry.call_record import CallRecord

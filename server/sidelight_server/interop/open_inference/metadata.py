@@ -1,4 +1,4 @@
-"""Metadata: what the protocol tells of the server and its models."""
+"""Metadata: describes the server and its models in the protocol's messages."""
 
 from collections.abc import Iterator
 from importlib import metadata
@@ -69,7 +69,7 @@ def config_of(entry: Entry) -> oip.ModelConfig:
 
 
 def index_of(entry: Entry) -> oip.RepositoryIndexResponse.ModelIndex:
-    """Return a model's line of the index."""
+    """Return a model's entry in the index."""
     return oip.RepositoryIndexResponse.ModelIndex(
         name=entry.name,
         version=str(entry.models[0].version) if entry.models else "",

@@ -1,4 +1,4 @@
-"""Outputs: the tensors that an answer is sent as."""
+"""Outputs: converts an answer to the protocol's tensors."""
 
 import json
 import math
@@ -35,7 +35,7 @@ class Tensor:
 
 
 class Outputs:
-    """The outputs of one answer, each made when it is asked for. The maps are encoded once."""
+    """The outputs of one answer, each made on request. The maps are encoded once."""
 
     def __init__(self, answer: Answer, message: pb.AttributeRequest) -> None:
         self._answer = answer

@@ -1,4 +1,4 @@
-"""Requests: translates a ModelInferRequest to the `AttributeRequest` that asks for the same."""
+"""Requests: translates a ModelInferRequest to an equivalent `AttributeRequest`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class RequestedOutput:
-    """An output that a request asks for, and where it is written unless in the answer."""
+    """A requested output, and where it is written unless in the answer."""
 
     name: str
     shared: Shared | None = None
@@ -106,7 +106,7 @@ def _with_files(
         return InferRequest(message, None, requested, files=shared, n_files=n)
     files = tensors.unpack_files(raw[0], n, field=IMAGES) if raw else image.contents.bytes_contents
     if len(files) != n:
-        raise InvalidArgument(f"inputs.{IMAGES}.contents.bytes_contents: {len(files)} elements, shape says {n}")
+        raise InvalidArgument(f"inputs.{IMAGES}.contents.bytes_contents: {len(files)} elements, but shape has {n}")
     message.images.encoded.files.extend(files)
     return InferRequest(message, None, requested)
 
@@ -126,7 +126,7 @@ def _dtype(datatype: str) -> tensor_pb2.DataType.ValueType:
 
 
 def _outputs(requested: Sequence[oip.ModelInferRequest.InferRequestedOutputTensor]) -> tuple[RequestedOutput, ...]:
-    """Return the outputs that are asked for; all but the pictures if none is."""
+    """Return the requested outputs; all but the pictures if none is named."""
     if not requested:
         return tuple(map(RequestedOutput, outputs.DEFAULT))
     seen: dict[str, RequestedOutput] = {}
@@ -134,10 +134,10 @@ def _outputs(requested: Sequence[oip.ModelInferRequest.InferRequestedOutputTenso
         if each.name not in outputs.NAMES:
             raise NotFound(f'outputs: there is no "{each.name[:64]}"; {did_you_mean(each.name, outputs.NAMES)}')
         if each.name in seen:
-            raise InvalidArgument(f'outputs: "{each.name}" is asked for twice')
+            raise InvalidArgument(f'outputs: "{each.name}" is requested twice')
         field = f"outputs.{each.name}.parameters"
         if parameters.integer(each.parameters, "classification", field=field):
-            raise InvalidArgument(f"{field}.classification: not served; ask for the output {outputs.PROBABILITIES}")
+            raise InvalidArgument(f"{field}.classification: not served; request the output {outputs.PROBABILITIES}")
         seen[each.name] = RequestedOutput(each.name, _shared(each.parameters, field))
     return tuple(seen.values())
 

@@ -1,4 +1,4 @@
-"""Responses: encodes an answer as a ModelInferResponse, with its tensors joined in once."""
+"""Responses: encodes an answer as a ModelInferResponse, copying each tensor once."""
 
 import functools
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from sidelight._transport.envelope import field
 
 from ...domain import Answer
 from ...errors import InvalidArgument, SidelightError
-from ...rpc.execution import Encode, ValidatedRequest
+from ...rpc.engine_call import Encode, ValidatedRequest
 from ...rpc.shared_memory import RegionLookup, Span, span
 from . import inference_pb2 as oip
 from .outputs import MAPS, Outputs, Tensor

@@ -53,7 +53,7 @@ class InferenceService:
         callers: Callers,
         serves: Callable[[str], bool],
     ) -> None:
-        """`serves` tells whether a name of the health service serves."""
+        """`serves` returns whether a name of the health service serves."""
         self._registry = engine.registry
         self._callers = callers
         self._counts = handler.telemetry.counts
@@ -91,11 +91,11 @@ class InferenceService:
         return oip.ServerLiveResponse(live=True)
 
     async def ServerReady(self, request: oip.ServerReadyRequest, context: Context) -> oip.ServerReadyResponse:  # noqa: N802
-        """Return what the health service says of the server."""
+        """Return whether the health service reports the server as SERVING."""
         return oip.ServerReadyResponse(ready=self._serves(""))
 
     async def ModelReady(self, request: oip.ModelReadyRequest, context: Context) -> oip.ModelReadyResponse:  # noqa: N802
-        """Return what the health service says of a model; false for one that is unknown."""
+        """Return whether the health service reports a model as SERVING; false for an unknown one."""
         try:
             self._infer.check_version(request.name, request.version)
             is_ready = self._serves(MODEL + self._registry.find(request.name).name)
@@ -106,17 +106,14 @@ class InferenceService:
     async def ServerMetadata(  # noqa: N802
         self, request: oip.ServerMetadataRequest, context: Context
     ) -> oip.ServerMetadataResponse:
-        """Return the server's metadata."""
         return metadata.of_server(shared_memory=self._shared.is_allowed)
 
     @_aborting
     async def ModelMetadata(self, request: oip.ModelMetadataRequest, context: Context) -> oip.ModelMetadataResponse:  # noqa: N802
-        """Return a model's metadata."""
         return metadata.of_model(self._entry(request.name, request.version))
 
     @_aborting
     async def ModelConfig(self, request: oip.ModelConfigRequest, context: Context) -> oip.ModelConfigResponse:  # noqa: N802
-        """Return a model's configuration."""
         return oip.ModelConfigResponse(config=metadata.config_of(self._entry(request.name, request.version)))
 
     @_aborting
@@ -132,7 +129,6 @@ class InferenceService:
     async def RepositoryIndex(  # noqa: N802
         self, request: oip.RepositoryIndexRequest, context: Context
     ) -> oip.RepositoryIndexResponse:
-        """List the models."""
         entries = [each for each in self._registry.entries.values() if each.models or not request.ready]
         return oip.RepositoryIndexResponse(models=map(metadata.index_of, entries))
 
@@ -166,7 +162,7 @@ class InferenceService:
     async def SystemSharedMemoryUnregister(  # noqa: N802
         self, request: oip.SystemSharedMemoryUnregisterRequest, context: Context
     ) -> oip.SystemSharedMemoryUnregisterResponse:
-        """Forget one of the caller's regions, or all of them."""
+        """Unregister one of the caller's regions, or all of them."""
         self._shared.unregister(self._callers.of(context), request.name)
         return oip.SystemSharedMemoryUnregisterResponse()
 

@@ -1,7 +1,7 @@
 """Triton's system shared memory: regions that a caller registers by name, for its later calls.
 
-A region ends by Unregister, with the connection that registered it, or with its file. Its descriptor is closed once no
-request in flight uses it either.
+A region is dropped by Unregister, when the connection that registered it closes, or when its file is deleted. Its
+descriptor is closed once no request in flight uses it.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from ...rpc.shared_memory import Region, SharedMemory, to_thread_uncancelled
 from . import inference_pb2 as oip
 from .connections import connected_peers, peer_of
 
-SWEEP_S = 1.0  # between two looks for connections and files that are gone
+SWEEP_S = 1.0  # between two checks for closed connections and deleted files
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,6 @@ class SystemSharedMemory:
         return self._shared is not None
 
     def of(self, caller: str) -> CallerRegions:
-        """Return a caller's regions."""
         return self._callers.get(caller) or CallerRegions()
 
     async def register(self, caller: str, peer: str, *, name: str, key: str, offset: int, n_bytes: int) -> None:
@@ -76,7 +75,7 @@ class SystemSharedMemory:
         self._callers.setdefault(caller, CallerRegions()).by_name[name] = Registered(region, key, peer)
 
     def unregister(self, caller: str, name: str) -> None:
-        """Forget a region of a caller, or all of them if the name is empty. One that is not registered is no error."""
+        """Drop a region of a caller, or all of them if the name is empty. An unknown name is not an error."""
         self._allowed()
         if not name:
             self._callers.pop(caller, None)
@@ -85,7 +84,7 @@ class SystemSharedMemory:
             self._drop_empty()
 
     async def sweep_forever(self) -> None:
-        """Forget regions whose connection or file is gone, every `SWEEP_S` seconds."""
+        """Drop regions whose connection is closed or whose file is deleted, every `SWEEP_S` seconds."""
         while True:
             await asyncio.sleep(SWEEP_S)
             if self._callers:
@@ -93,7 +92,7 @@ class SystemSharedMemory:
                     await self.sweep()
 
     async def sweep(self) -> None:
-        """Forget regions whose connection or file is gone."""
+        """Drop regions whose connection is closed or whose file is deleted."""
         peers = await asyncio.to_thread(connected_peers)
         for regions in self._callers.values():
             for name, each in list(regions.by_name.items()):
@@ -104,7 +103,6 @@ class SystemSharedMemory:
         self._drop_empty()
 
     def close(self) -> None:
-        """Forget every region."""
         self._callers.clear()
 
     def _drop_empty(self) -> None:
@@ -138,7 +136,7 @@ class SystemSharedMemory:
 
 def _open(shared: SharedMemory, name: str, key: str, offset: int, n_bytes: int) -> Region:
     # `shm_open` ignores leading slashes. `multiprocessing.SharedMemory` leaves pages unallocated until they are
-    # written; when memory is full, `pwritev` says so.
+    # written; `pwritev` reports it if memory is full then.
     opened = shared.open(key.lstrip("/"), offset + n_bytes, may_be_sparse=True)
     region = replace(opened, name=name, n_bytes=n_bytes, start=offset)
     # `unregister` does not close it: a request in flight may still be reading or writing it in a thread.

@@ -40,7 +40,7 @@ class InferStream(Stream[oip.ModelInferRequest]):
         )
 
     async def _send_age_status(self, trailers: tuple[tuple[str, str], ...]) -> None:
-        # With OK, a client of Triton would go on sending requests that nobody reads.
+        # After OK, a client of Triton would continue to send requests, which nothing reads.
         message = "the stream has reached its maximum age (the server's max_stream_age_s); start another"
         await self._context.abort(grpc.StatusCode.UNAVAILABLE, message, trailers)
 

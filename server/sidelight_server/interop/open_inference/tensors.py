@@ -54,7 +54,7 @@ def unpack_files(data: memoryview, n: int, *, field: str) -> list[bytes]:
     files, at = [], 0
     for index in range(n):
         if len(data) - at < _LENGTH.size:
-            raise InvalidArgument(f"{field}: {len(data)} bytes hold {index} elements of BYTES, shape says {n}")
+            raise InvalidArgument(f"{field}: {len(data)} bytes hold {index} elements of BYTES, but shape has {n}")
         (length,) = _LENGTH.unpack_from(data, at)
         at += _LENGTH.size
         if length > len(data) - at:

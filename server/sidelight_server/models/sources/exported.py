@@ -65,14 +65,14 @@ def _inputs(program: ExportedProgram) -> _Inputs:
     tensors = {name: each for name, each in named.items() if isinstance(each, Tensor)}
     arguments = {name: each for name, each in named.items() if isinstance(each, bool | int | float | str)}
     for name in named.keys() - tensors.keys() - arguments.keys():
-        raise ConfigurationError(f'the program demands "{name}", {named[name]!r}; export it without that')
+        raise ConfigurationError(f'the program requires "{name}", {named[name]!r}; export it without that')
     pictures = [name for name, each in tensors.items() if _is_picture(each)]
     images: object = positional[0] if positional else tensors.pop(pictures[0]) if pictures else None
     if not isinstance(images, Tensor) or not _is_picture(images):
         taken = {"the first": positional[0]} if positional else tensors
-        raise ConfigurationError(f"the program takes {_described(taken)}; expected floating images, [N, C, H, W]")
+        raise ConfigurationError(f"the program takes {_described(taken)}, expected floating images, [N, C, H, W]")
     if len(tensors) > 1 or any(map(_is_picture, tensors.values())):
-        raise ConfigurationError(f"the program also takes {_described(tensors)}; expected labels at most")
+        raise ConfigurationError(f"the program also takes {_described(tensors)}, expected nothing else but labels")
     keyword = None if positional else pictures[0]
     return _Inputs(images, keyword, arguments, next(iter(tensors), None))
 
@@ -84,10 +84,10 @@ def _leaves(program: ExportedProgram) -> tuple[list[object], dict[str, object]]:
     leaves = [_value(each, values) for each in specs]
     in_spec = program.call_spec.in_spec
     if in_spec is None or len(in_spec.children()) != 2 or in_spec.num_leaves != len(leaves):
-        raise ConfigurationError("the program does not say how it is called")
+        raise ConfigurationError("the program does not record how it is called")
     by_position, by_keyword = in_spec.children()
     if any(not each.is_leaf() for each in (*by_position.children(), *by_keyword.children())):
-        raise ConfigurationError("the program takes inputs within others, expected tensors")
+        raise ConfigurationError("the program takes nested inputs, expected tensors")
     n = by_position.num_leaves
     return leaves[:n], dict(zip(by_keyword.context or (), leaves[n:], strict=True))
 

@@ -90,7 +90,7 @@ _OBEYED: Mapping[str, tuple[str, ...]] = {
     "include_top": (_EFFICIENTNET,),
     "do_flip_channel_order": (_MOBILEVIT,),
 }
-# Steps that a class ignores, whatever its file says.
+# Steps that a class ignores even if its file has them.
 _IGNORED: Mapping[str, tuple[str, ...]] = {_MOBILEVIT: ("do_normalize",), _SEGFORMER: ("do_center_crop",)}
 
 

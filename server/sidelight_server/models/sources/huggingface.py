@@ -35,11 +35,11 @@ def load(location: str, weights: Path | None) -> ModelSpec:
     refuse_weights("hf:", weights)
     if not folder.is_dir():  # transformers would look it up on the hub
         raise ConfigurationError(
-            f"model: {folder} is " + ("a file, expected a folder" if folder.exists() else "not there")
+            f"model: {folder} " + ("is a file, expected a folder" if folder.exists() else "does not exist")
         )
     config = _read(folder / CONFIG)
     if config.get("auto_map"):
-        raise ConfigurationError(f"model: {folder / CONFIG}: auto_map: wants code of its own, which is never run")
+        raise ConfigurationError(f"model: {folder / CONFIG}: auto_map: requires code from the folder, which never runs")
     if (folder / ADAPTER).exists():
         raise ConfigurationError(f"model: {folder / ADAPTER}: changes a model that is elsewhere; expected a whole one")
     if not any((folder / name).is_file() for name in WEIGHTS):

@@ -19,11 +19,11 @@ def refusing(setting: str, path: Path | str) -> Iterator[None]:
         text = str(error)
         raise error if text.startswith(f"{setting}:") else ConfigurationError(f"{setting}: {path}: {text}") from None
     except FileNotFoundError:
-        raise ConfigurationError(f"{setting}: {path} is not there") from None
+        raise ConfigurationError(f"{setting}: {path} does not exist") from None
     except pickle.UnpicklingError as error:  # torch's own message advises to run the code
         expected = "; expected what torch.save makes of a state_dict()" if setting == "weights" else ""
         raise ConfigurationError(
-            f"{setting}: {path}: is broken, or holds more than tensors, and code in a file is never run{expected}"
+            f"{setting}: {path}: is broken, or holds other objects than tensors; code in a file is never run{expected}"
         ) from error
     except (Exception, SystemExit) as error:
         raise ConfigurationError(f"{setting}: {path}: {_named(error)}") from error
@@ -45,7 +45,7 @@ def _named(error: BaseException) -> str:
 def require_file(setting: str, path: Path) -> None:
     """Raise `ConfigurationError` unless the path is a file."""
     if not path.exists():
-        raise ConfigurationError(f"{setting}: {path} is not there")
+        raise ConfigurationError(f"{setting}: {path} does not exist")
     if not path.is_file():
         raise ConfigurationError(f"{setting}: {path}: is a folder, expected a file")
 

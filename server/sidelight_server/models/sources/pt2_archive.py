@@ -69,7 +69,7 @@ _IMPORTING = {"__enum__", "default_factory_module"}  # keys that import modules
 def read(data: bytes) -> ExportedProgram:
     """Load the program in an archive. Raises `ConfigurationError` if it could run code, and what torch raises."""
     if not zipfile.is_zipfile(io.BytesIO(data)):
-        raise ConfigurationError("is no archive, or broken; expected what torch.export.save makes")
+        raise ConfigurationError("is not an archive, or is broken; expected what torch.export.save makes")
     _check(data)
     _register_outputs(data)
     # From memory, because the file could have changed since the check.
@@ -115,7 +115,7 @@ def _check_payloads(archive: "PT2ArchiveReader", kind: str) -> None:
         if not re.fullmatch(r"(weight|tensor)_\d+", name):
             raise ConfigurationError(f'holds "{name}", an object, expected tensors')
         if payload["use_pickle"] and not isinstance(_check_pickle(archive, f"data/{kind}/{name}"), Tensor):
-            raise ConfigurationError(f'"{name}" is no tensor')
+            raise ConfigurationError(f'"{name}" is not a tensor')
 
 
 def _check_pickle(archive: "PT2ArchiveReader", name: str) -> object:

@@ -41,7 +41,7 @@ def _label(module: torch.jit.ScriptModule) -> str | None:
         return None
     if len(demanded) > 1 or str(demanded[0].type) != "Tensor":
         names = ", ".join(each.name for each in demanded)
-        raise ConfigurationError(f"the script also demands {names}; expected labels at most")
+        raise ConfigurationError(f"the script also requires {names}, expected nothing else but labels")
     return str(demanded[0].name)
 
 

@@ -1,4 +1,4 @@
-"""The trial of a model: the first runs, which find out how it is called, what it returns and which layers it has.
+"""The trial of a model: its first runs, which detect how it is called, what it returns and which layers it has.
 
 May import `models.row_memory`, compute and below.
 """

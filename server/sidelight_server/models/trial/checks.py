@@ -1,7 +1,7 @@
 """Checks at load: whether the rows of a batch depend on each other, and whether gradients match the outputs.
 
-The autograd graph does not show a detached tensor, a quantized operation or a rounded gate. So these checks compare
-outputs with outputs.
+The autograd graph does not show a detached tensor, a quantized operation or a rounded gate, so these checks compare
+the outputs of several passes.
 """
 
 import warnings

@@ -1,4 +1,4 @@
-"""How passes at load run: between the chunks of requests, or directly."""
+"""`InTurn`: runs a load's passes between the chunks of requests, or directly."""
 
 from collections.abc import Callable
 from typing import Protocol, TypeVar

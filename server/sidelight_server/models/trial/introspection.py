@@ -244,7 +244,7 @@ def _gradients_of_first(outputs: Tensor, inputs: Tensor) -> Tensor:
     if outputs.isnan().any():
         raise NotNumbersError(f"its outputs, {summary(outputs)}, are not numbers (NaN)")
     if not outputs.is_floating_point():
-        raise ConfigurationError(f"it cannot be differentiated: its outputs, {summary(outputs)}, are no real numbers")
+        raise ConfigurationError(f"it cannot be differentiated: its outputs, {summary(outputs)}, are not real numbers")
     if not outputs.requires_grad:
         return torch.zeros_like(inputs)
     first = outputs[0].flatten()

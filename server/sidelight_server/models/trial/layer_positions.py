@@ -84,7 +84,7 @@ class Positions:
             def see(name: str, given: object, n: int = len(part)) -> object:
                 value = first_tensor(given)
                 if name in returned and value is not None:
-                    returned[name] += value[:n].clone()  # what comes next may work in edge
+                    returned[name] += value[:n].clone()  # a copy: the next module may change it in place
                     if len(returned[name]) == 4:
                         self._add(name, *returned.pop(name))
                 return given

@@ -55,7 +55,7 @@ def find(
     found = Positions(wanted, size).found(module, call, inputs.detach(), together=together, until=passed)
     layouts = {name: chosen.get(name) or found[name] for name in traces if name in chosen or name in found}
     unfit |= {
-        name: f"returns {list(value.shape)}, in which no positions of the input are seen"
+        name: f"returns {list(value.shape)}, in which no positions of the input were detected"
         for name, value in wanted.items()
         if name not in found
     }
@@ -81,7 +81,7 @@ def _unfit(seen: Trace, *, n: int, has_gradient: bool) -> str:
     if seen.edge is None:
         return "does not depend on the input"
     if has_gradient and (seen.has_slope is None or not seen.has_slope.any()):
-        return "is not what the outputs depend on"
+        return "does not influence the outputs"
     if len(shape) not in (3, 4):
         return f"returns {list(shape)}, expected [n, c, h, w], [n, h, w, c] or tokens [n, T, c]"
     return ""

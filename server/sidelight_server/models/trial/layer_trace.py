@@ -41,8 +41,8 @@ def hooked_layers(module: nn.Module, see: Callable[[str, object], object]) -> It
 def trace(module: nn.Module, run: Callable[[], object]) -> Traces:
     """Run a pass; return a trace of each layer, in the order in which they return.
 
-    The next module gets a copy of each output: it may modify it in edge, and the same tensor may also take other paths
-    around the layer, which must be other nodes of the graph.
+    The next module gets a copy of each output: it may modify it in place, and paths of the same tensor around the layer
+    must be other nodes of the graph.
     """
     traces: Traces = {}
 

@@ -60,9 +60,9 @@ def _kind(adapter: Adapter, returned: object, outputs: Tensor, last: Step) -> tu
         return "probabilities", "sigmoid"
     spread = f"{summary(outputs)} from {values.min():.3g} to {values.max():.3g}"
     if named or last in ("softmax", "sigmoid", "logarithm"):
-        step = f'is called "{adapter.output}"' if named else f"ends in a {last}"
+        step = f'are called "{adapter.output}"' if named else f"end in a {last}"
         raise ConfigurationError(
-            f"output_kind: what the model returned {step}, but these, {spread}, are neither probabilities nor logits; "
+            f"output_kind: the model's outputs {step}, but {spread} are neither probabilities nor logits; "
             'leave the last step out, or set output_kind to "logits" or "probabilities"'
         )
     is_constant = not outputs.requires_grad and bool((values == values[:1]).all())  # checked elsewhere
@@ -94,7 +94,7 @@ _UNBOUNDED = _PRODUCTS | {
 }  # fmt: skip
 
 
-# Operations that only change the shape, or keep all values between the least and the largest one.
+# Operations that only change the shape, or whose results lie between the least and the largest of their inputs.
 _LOOKED_THROUGH = frozenset((
     "Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "Expand", "Permute", "Transpose", "T", "Unfold",
     "Slice", "Select", "Index", "IndexSelect", "Gather", "TakeAlongDim", "AsStrided", "Unbind", "Split", "UnsafeSplit",

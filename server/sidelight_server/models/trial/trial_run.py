@@ -33,7 +33,7 @@ class TrialResult:
 
     detected: Detected
     isolation: Isolation
-    gradient_fault: str = ""  # why no map of gradients can be had
+    gradient_fault: str = ""  # what is wrong with the gradient; empty if it is right
     has_rectifiers: bool = True  # whether guided backpropagation is possible
 
 
@@ -60,7 +60,7 @@ class TrialRun:
             message += (
                 "set trial_size to check whether they can be dropped"
                 if self._inputs is None
-                else "outputs depend on them"
+                else "the outputs depend on them"
             )
             log.warning(Event("hooks_kept", model=self._name, hooks=hooks, message=message))
         return self._tried()[1]
@@ -90,7 +90,7 @@ class TrialRun:
             replica = replicate(self._spec.module, Isolation(owned=None, keeps_hooks=keeps_hooks)).to(self._device)
         versions = {name: each._version for name, each in _state(replica)}
         inputs, setting = self._inputs, "trial_size" if self._spec.input_size is None else "input_size"
-        failed = "" if inputs is None else f"failed on an input of {list(inputs.shape)}, as {setting} says"
+        failed = "" if inputs is None else f"failed on an input of {list(inputs.shape)}, from {setting}"
         with refusing(self._name, failed):
             detected = self._in_turn(lambda: detect(replica, self._spec, inputs))
         if inputs is None:

@@ -405,7 +405,7 @@ def test_exif_that_is_no_exif_is_refused() -> None:
 
 @pytest.mark.parametrize("channels", [0, 2, 5])
 def test_a_model_of_other_channels_is_sent_arrays(channels: int) -> None:
-    with pytest.raises(InvalidArgument, match=f"1, 3 or 4 channels, the model wants {channels}; send arrays"):
+    with pytest.raises(InvalidArgument, match=f"1, 3 or 4 channels, the model takes {channels}; send arrays"):
         to_pixels(to_file(Image.fromarray(noise(3)), "PNG"), channels)
 
 
@@ -416,13 +416,13 @@ def refusal(file: bytes, max_pixels: int = 1_000_000) -> str:
 
 
 def test_a_file_that_is_no_picture_is_refused() -> None:
-    assert refusal(b"seventeen letters") == "image file: 17 bytes are no PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM"
-    assert refusal(b"") == "image file: 0 bytes are no PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM"
+    assert refusal(b"seventeen letters") == "image file: 17 bytes are not a PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM"
+    assert refusal(b"") == "image file: 0 bytes are not a PNG, JPEG, WebP, TIFF, BMP, GIF or DICOM"
 
 
 @pytest.mark.parametrize("kind", ["PPM", "EPS", "PDF", "TGA", "ICO", "JPEG2000", "PCX", "SGI"])
 def test_a_format_off_the_list_is_refused_unread(kind: str) -> None:
-    assert "are no PNG, JPEG, WebP" in refusal(to_file(Image.fromarray(noise(3)), kind))
+    assert "are not a PNG, JPEG, WebP" in refusal(to_file(Image.fromarray(noise(3)), kind))
 
 
 @each(EVERY)

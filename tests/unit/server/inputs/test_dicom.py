@@ -317,7 +317,7 @@ LIES = {
     "rle": (rle(struct.pack("<16L", 1, 64, *[0] * 14) + b"\x81\x00" * 100_000), "unpacks into more"),
     "rle-of-the-same-bytes": (rle(struct.pack("<16L", 15, *[64] * 15) + b"\x81\x00" * 16), ""),
     "rle-header": (rle(b"short"), "broken or truncated"),
-    "deflated": (deflated(written(RAMP)), "Deflated Explicit VR Little Endian, which is not read"),
+    "deflated": (deflated(written(RAMP)), "Deflated Explicit VR Little Endian, which is not supported"),
     "table-of-another-type": (written(RAMP, VOILUTSequence=Sequence([lut_of(99)])), "broken or truncated"),
     "colors": (
         written(np.zeros((4, 5, 3), np.uint8), PhotometricInterpretation="HSV"),

@@ -186,7 +186,7 @@ def test_none_cuts_the_centre_out_without_a_copy() -> None:
 
 @pytest.mark.parametrize(("height", "width"), [(31, 80), (80, 31), (1, 1)])
 def test_none_refuses_what_is_smaller_than_the_input(height: int, width: int) -> None:
-    with pytest.raises(InvalidArgument, match=f"image: {height} × {width} pixels, the model wants 32 × 32 or more"):
+    with pytest.raises(InvalidArgument, match=f"image: {height} × {width} pixels, the model takes 32 × 32 or more"):
         prepare(resize="none").fit(noise(height, width))
 
 
@@ -302,7 +302,7 @@ def test_alpha_of_an_array_is_laid_over_white() -> None:
 
 @pytest.mark.parametrize(("given", "wanted"), [(2, 3), (5, 3), (3, 4), (1, 4), (2, 1), (3, 2), (1, 2)])
 def test_other_channels_than_the_model_wants_are_refused(given: int, wanted: int) -> None:
-    with pytest.raises(InvalidArgument, match=f"image: {given} channels, the model wants {wanted}"):
+    with pytest.raises(InvalidArgument, match=f"image: {given} channels, the model takes {wanted}"):
         prepare(wanted).fit(noise(50, 81, given))
 
 
@@ -370,8 +370,8 @@ def test_what_is_no_picture_is_refused(pixels: np.ndarray) -> None:
         ("resize", "40x040", 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'),
         ("resize", "40 x 40", 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'),
         ("resize", "40x40x3", 'an integer from 1 up, "HEIGHTxWIDTH", "exact" or "none"'),
-        ("resize", "32x31", "32 × 32 at the least, the input, and 2,147,483,647 at most along each side"),
-        ("resize", "32x2147483648", "32 × 32 at the least, the input, and 2,147,483,647 at most along each side"),
+        ("resize", "32x31", "at least 32 × 32, the input size, and at most 2,147,483,647 along each side"),
+        ("resize", "32x2147483648", "at least 32 × 32, the input size, and at most 2,147,483,647 along each side"),
         ("odd_margin", "ceil", "one of round, floor"),
         ("pixel_range", (1.0, 1.0), "two finite numbers, the lower one first"),
         ("pixel_range", (1.0, -1.0), "two finite numbers, the lower one first"),

@@ -186,7 +186,7 @@ def test_a_region_of_a_model_that_answers_for_the_whole_picture_is_refused(sized
         code, message = refusal(engine, torch.zeros(2, 2, 12, 12), target=Dense(CLASS, Region(0, 0, 1, 1)))
     assert code == FailedPrecondition.code
     assert message.startswith("target.dense")
-    assert message.endswith("answers for the whole picture, not for each pixel")
+    assert message.endswith("returns scores for the whole image, not each pixel")
 
 
 @pytest.mark.parametrize("score", OF, ids=lambda score: score.value)

@@ -254,7 +254,7 @@ def test_without_a_layer_of_spatial_extent_there_is_no_default(x: Tensor) -> Non
     module = nn.Sequential(nn.Flatten(), nn.Linear(288, 3))
     with (
         explaining(module, input_size=SHAPE) as explain,
-        pytest.raises(NotFound, match="the model has no layer that can be chosen for you"),
+        pytest.raises(NotFound, match="got none, and the model has no default layer"),
     ):
         explain(x, GradCAM())
 
@@ -275,7 +275,7 @@ class Squashed(nn.Module):
 )
 def test_a_model_without_rectifiers_cannot_be_guided(method: Method, x: Tensor) -> None:
     with Engine([ModelSpec(Squashed(), input_size=SHAPE)], Settings(device="cpu")) as engine:
-        with pytest.raises(FailedPrecondition, match=r"no rectifier to guide.*ask for gradient"):
+        with pytest.raises(FailedPrecondition, match=r"no rectifier to guide.*use gradient"):
             ask(engine, x, method=method)
         assert set(engine.model("").methods) == {each.name for each in METHODS} - {"guided_backpropagation"}
         assert not ask(engine, x, method=Gradient()).failures
@@ -294,6 +294,6 @@ def test_rectifiers_of_a_script_cannot_be_guided(x: Tensor) -> None:
         script = torch.jit.trace(nn.Sequential(nn.Flatten(), nn.ReLU(), nn.Linear(288, 3)), x[:1])
     with (
         Engine([ModelSpec(script, input_size=SHAPE)], Settings(device="cpu")) as engine,
-        pytest.raises(FailedPrecondition, match="scripts and exported programs do not show theirs"),
+        pytest.raises(FailedPrecondition, match="those in TorchScript and exported programs cannot be changed"),
     ):
         ask(engine, x, method=GuidedBackpropagation())

@@ -139,9 +139,9 @@ class Bytes(nn.Module):
 FOREIGN: Mapping[str, tuple[Callable[[], str], str]] = {
     "two by position": (lambda: export(Two(), examples(2), examples(2)), "takes 2 inputs by position"),
     "two pictures": (lambda: export(Two(), examples(2), z=examples(2)), "also takes z float32 [2, 3, 16, 16]"),
-    "pictures within": (lambda: export(Nested(), {"x": examples(2)}), "within others"),
+    "pictures within": (lambda: export(Nested(), {"x": examples(2)}), "nested inputs"),
     "bytes": (lambda: export(Bytes(), torch.zeros(2, *SHAPE, dtype=torch.uint8)), "the first uint8 [2, 3, 16, 16]"),
-    "no picture": (lambda: export(nn.Linear(4, 2), torch.zeros(2, 4)), "float32 [2, 4]; expected floating images"),
+    "no picture": (lambda: export(nn.Linear(4, 2), torch.zeros(2, 4)), "float32 [2, 4], expected floating images"),
     "a multiple of examples": (
         lambda: export(net(), examples(4), sizes={"x": {0: 2 * Dim("half", min=1, max=8)}}),
         "examples at once, expected any number",
@@ -346,10 +346,10 @@ def script() -> str:
 
 
 BROKEN: Mapping[str, tuple[Callable[[], str], str]] = {
-    "missing": (lambda: "export:gone.pt2", "model: gone.pt2 is not there"),
+    "missing": (lambda: "export:gone.pt2", "model: gone.pt2 does not exist"),
     "folder": (folder, "model: folder.pt2: is a folder, expected a file"),
-    "cut": (cut("cut.pt2"), "model: cut.pt2: is no archive, or broken"),
-    "text": (text, "model: text.pt2: is no archive, or broken"),
+    "cut": (cut("cut.pt2"), "model: cut.pt2: is not an archive, or is broken"),
+    "text": (text, "model: text.pt2: is not an archive, or is broken"),
     "state dict": (state, "model: state.pt2: is another kind of archive"),
     "script": (script, "model: script.pt2: is another kind of archive"),
 }

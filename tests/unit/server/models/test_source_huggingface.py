@@ -407,12 +407,12 @@ def processor(**changes: object) -> Callable[[Path], None]:
 
 
 REFUSALS: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
-    "no folder": (lambda folder: shutil.rmtree(folder), ("model: net is not there",)),
+    "no folder": (lambda folder: shutil.rmtree(folder), ("model: net does not exist",)),
     "a file": (
         lambda folder: (shutil.rmtree(folder), folder.write_text("")),
         ("model: net is a file, expected a folder",),
     ),
-    "no config": (drop("config.json"), ("model: net/config.json is not there",)),
+    "no config": (drop("config.json"), ("model: net/config.json does not exist",)),
     "no weights": (drop("model.safetensors"), ("model: net: holds no weights, expected model.safetensors",)),
     "half of the config": (cut("config.json"), ("model: net/config.json: ",)),
     "half of the weights": (cut("model.safetensors"), ("model: net: ", "header")),
@@ -428,7 +428,7 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
         ("net/adapter_config.json: changes a model that is elsewhere",),
     ),
     "weights that are missing": (change("config.json", num_hidden_layers=3), ("model: net: its weights lack vit.",)),
-    "code of its own": (code, ("net/config.json: auto_map: wants code of its own, which is never run",)),
+    "code of its own": (code, ("net/config.json: auto_map: requires code from the folder, which never runs",)),
     "code in weights": (malicious, ("model: net: ", "code in a file is never run")),
     "code in a pickle": (malicious_pickle, ("model: net: ",)),
     "classes with a gap": (change("config.json", id2label={"0": "a", "2": "b"}), ("net/config.json: id2label: ",)),

@@ -66,7 +66,7 @@ def test_weights_beside_the_file_are_read_and_watched(found: dict[str, object]) 
 REFUSALS = {
     "weights in another folder": 'model: outside.onnx: has weights in "../secret.bin", expected a file in the same',
     "weights anywhere": 'model: anywhere.onnx: has weights in "/',
-    "missing": "model: gone.onnx is not there",
+    "missing": "model: gone.onnx does not exist",
     "folder": "model: folder.onnx: is a folder, expected a file",
     "half": "model: half.onnx: ",
     "text": "model: text.onnx: ",

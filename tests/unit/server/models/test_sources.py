@@ -152,12 +152,15 @@ REFUSALS: Mapping[str, tuple[Callable[[], str], str]] = {
         "model: python:given_factories:sad raised LookupError: no weights",
     ),
     "factory of a number": (lambda: "python:given_factories:five", "returned int, expected a torch.nn.Module"),
-    "missing script": (lambda: "torchscript:gone.ts", "model: gone.ts is not there"),
+    "missing script": (lambda: "torchscript:gone.ts", "model: gone.ts does not exist"),
     "folder of a script": (folder, "model: folder.ts: is a folder, expected a file"),
     "half of a script": (cut, "model: net.ts: "),
     "text": (text, "model: text.ts: "),
     "state dict": (state, "model: state.ts: "),
-    "script of three inputs": (lambda: script(Pair()), "model: net.ts: the script also demands b, c; expected labels"),
+    "script of three inputs": (
+        lambda: script(Pair()),
+        "model: net.ts: the script also requires b, c, expected nothing else but labels",
+    ),
     "script without inputs": (lambda: script(Nothing()), "model: net.ts: the script takes no input"),
 }
 

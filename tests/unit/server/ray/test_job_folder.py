@@ -70,7 +70,7 @@ def test_the_report_has_the_failures_and_every_provenance(folder: JobFolder) -> 
 def test_other_maps_do_not_go_into_a_folder_that_has_some(folder: JobFolder) -> None:
     folder.check_asked({"method": "gradient", "threads": 1})
     folder.check_asked({"method": "gradient", "threads": 2})
-    with pytest.raises(ConfigurationError, match=r'method "gradient", got "rise"; name another --output'):
+    with pytest.raises(ConfigurationError, match=r'method "gradient", got "rise"; choose another --output'):
         folder.check_asked({"method": "rise", "threads": 1})
 
 

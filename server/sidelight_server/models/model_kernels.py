@@ -1,4 +1,4 @@
-"""The kernels of a model: one for most methods, and others for methods that have a precision of their own."""
+"""The kernels of a model: one for each precision that its methods run in."""
 
 import functools
 import logging
@@ -18,8 +18,8 @@ from .trial.trial_run import refusing
 log = logging.getLogger("sidelight")
 
 
-class MethodKernels:
-    """Returns a model's kernel for a method. Methods of one precision share a kernel."""
+class ModelKernels:
+    """A model's kernels: a default one, and one for each other precision that the operator has set for a method."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class MethodKernels:
         return iter(self._made.values())
 
     def log_fold(self, model: str) -> None:
-        """Log whether BatchNorms were fused, if the options ask for it."""
+        """Log whether BatchNorms were fused, if the option `fold` is set."""
         if self.default.options.fold:
             log.info(Event("folded", model=model, norms=self.default.n_folded))
         elif self._options.fold:

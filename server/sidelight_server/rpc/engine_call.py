@@ -1,4 +1,4 @@
-"""The execution of a validated request: reads its images, submits it to the engine, encodes its answer."""
+"""The engine call of a validated request: reads its images, submits it to the engine, encodes its answer."""
 
 import logging
 import time
@@ -60,8 +60,8 @@ class ValidatedRequest:
         return pb.TRANSPORT_SHARED_MEMORY if all_shared else pb.TRANSPORT_INLINE
 
 
-class Execution:
-    """One execution of a validated request. Used on the event loop.
+class EngineCall:
+    """The engine call of one validated request. Used on the event loop.
 
     `start` and `reply` wait for nothing unless the request is large, its images are in shared memory, or its maps are
     drawn.

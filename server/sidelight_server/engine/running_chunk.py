@@ -1,4 +1,4 @@
-"""A chunk: rows that run together in one pass. The constructor launches it; `read` waits for its output."""
+"""A running chunk: launches the rows that `scheduler` has chosen as one pass, and reads the output of each row."""
 
 import itertools
 import time
@@ -29,7 +29,7 @@ _REDUCED: dict[Channels, Callable[[Tensor], Tensor]] = {
 }
 
 
-class Chunk:
+class RunningChunk:
     """Rows of one key, launched on the device. The constructor and `read` raise whatever the model raises."""
 
     def __init__(self, rows: Sequence[tuple[ActiveRequest, Row]], staging: Staging) -> None:
@@ -39,10 +39,10 @@ class Chunk:
         self._model, self._identity = model, model.identity.identify()
         padding = max(0, model.padded_rows - len(rows))
         self._inputs = _inputs([row for _, row in rows], active, staging, padding=padding)
-        model.find_out(self._inputs)
+        model.introspect(self._inputs)
         model.check_memory(self._inputs)
         if model.is_batch_dependent and len(rows) > model.chunk_rows:
-            raise Internal("rows depend on each other")  # just found by `find_out`; the worker splits the chunk
+            raise Internal("rows depend on each other")  # just detected; the worker splits the chunk
         self._answer = active.kernel.run(
             self._inputs,
             [row.example_run.resolved for _, row in rows] + [PREDICTED] * padding,
@@ -68,7 +68,7 @@ class Chunk:
         return self._identity if self._model.identity.is_current else Identity()
 
     def record_times(self, requests: Iterable[ActiveRequest], ended_s: float) -> None:
-        """Record when it was launched and read in the requests that collect this. Call it before they are answered."""
+        """Record its launch and its end in the requests that collect chunk times. Call it before they are answered."""
         collecting = {id(active.chunks): active.chunks for active in requests if active.chunks is not None}
         for chunks in collecting.values():
             if len(chunks) < MAX_CHUNKS:
@@ -79,7 +79,7 @@ class Chunk:
         answer = self._answer
         maps = {reduction: _measured(arriving) for reduction, arriving in self._maps.items()}
         predicted, explained, scores, probable, is_dead = self._facts.wait().tolist()
-        # Unbound at once: an index for each row would be a call of torch, which hands over the interpreter lock.
+        # Unbound together: indexing each row would be one call of torch per row, which releases the GIL.
         inputs, probabilities = self._inputs.unbind(), answer.probabilities.unbind()
         gradients = answer.gradients.unbind() if answer.gradients is not None else (None,) * len(inputs)
         activations = answer.activations.unbind() if answer.activations is not None else (None,) * len(inputs)
