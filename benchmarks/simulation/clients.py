@@ -50,7 +50,7 @@ class Client:
         self._wake_s: float | None = None
         for server in servers:
             self._unanswered.add_worker(server)
-            self._dispatcher.ask(server)
+            self._dispatcher.add_idle(server)
             server.on_death.append(functools.partial(events.after, NETWORK_S, functools.partial(self._lost, server)))
             server.on_return.append(functools.partial(self._found, server))
 
@@ -60,7 +60,7 @@ class Client:
         self._act()
 
     def _act(self) -> None:
-        """Do what the workers' threads do until all of them wait."""
+        """Act for the workers' threads until all of them wait."""
         now_s = self._events.now_s
         while True:
             n_examples = len(self._arrived[0][1]) if self._arrived else 1
@@ -68,13 +68,13 @@ class Client:
                 part = self._dispatcher.take(server, now_s)
                 assert part is not None
                 assert isinstance(server, Server)
-                self._dispatcher.ask(server)
+                self._dispatcher.add_idle(server)
                 answered = functools.partial(self._answer, server, part)
                 self._events.after(NETWORK_S, functools.partial(server.submit, len(part.batch), answered))
             elif self._arrived and (reader := self._dispatcher.next_to_read(now_s)) is not None:
                 self._dispatcher.leave(reader)
                 self._read()
-                self._dispatcher.ask(reader)
+                self._dispatcher.add_idle(reader)
             else:
                 break
         self._sleep(now_s)
@@ -117,7 +117,7 @@ class Client:
         self._act()
 
     def _found(self, server: Server) -> None:
-        self._dispatcher.ask(server)
+        self._dispatcher.add_idle(server)
         self._act()
 
 

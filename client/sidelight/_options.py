@@ -29,7 +29,7 @@ FOR_EVER_S = 1e9  # about 30 years: sent in place of math.inf, which a Duration 
 
 
 def options_by_name(method: Callable[_Options, _Answer]) -> Callable[_Options, _Answer]:
-    """Make a second positional argument a `TypeError` that says to pass options by name."""
+    """Reject a second positional argument with a `TypeError`: options are passed by name."""
 
     def check(given: tuple[object, ...]) -> None:
         if len(given) > 2:  # the first is self

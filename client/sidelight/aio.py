@@ -1,4 +1,4 @@
-"""The client for asyncio: the same words with `await` and `async for`.
+"""The asyncio client: the same names, with `await` and `async for`.
 
 async with sidelight.aio.connect("unix:/run/sidelight.sock") as client:
     answer = await client.attribute("cat.png")

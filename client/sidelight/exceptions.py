@@ -1,4 +1,4 @@
-"""Exceptions: one for each gRPC status code, and subclasses for errors that the client tells apart.
+"""Exceptions: one for each gRPC status code, and subclasses for errors that the client distinguishes.
 
 SidelightError
 ├── InvalidArgument        an argument or a field of the request is wrong; also a ValueError
@@ -63,8 +63,8 @@ RETRY_TRAILER = "retry-after-ms"
 class SidelightError(Exception):
     """A failed call or batch.
 
-    `code` is the canonical gRPC status code. `retry_delay_s` is how long to wait before a retry; None if the server did
-    not say.
+    `code` is the canonical gRPC status code. `retry_delay_s` is how long to wait before a retry; None if the server
+    gave no delay.
     """
 
     code: ClassVar[int] = 2

@@ -227,7 +227,7 @@ def test_text_that_is_the_path_of_a_token_s_file_is_refused(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "token").write_text("secret")
-    with pytest.raises(sidelight.InvalidArgument, match=r"the text is a file.s path; say pathlib\.Path") as caught:
+    with pytest.raises(sidelight.InvalidArgument, match=r"the text is a file.s path; pass pathlib\.Path") as caught:
         sidelight.connect("unix:/nowhere/absent", token=text)
     assert text not in str(caught.value)
 

@@ -17,7 +17,7 @@ import torch
 from click.testing import Result
 from PIL import Image
 from sidelight._cli.app import app
-from sidelight.results.replay import TOLERANCE
+from sidelight.results.comparison import TOLERANCE
 from torch import nn
 from typer.testing import CliRunner
 

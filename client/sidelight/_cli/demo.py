@@ -36,7 +36,7 @@ METHODS: dict[str, Method] = {
     "Grad-CAM\ncoarse, in one step: where the object is": GradCAM(),
     "Occlusion\nwhat speaks for the class (red) and against it (blue)": Occlusion(window=32, stride=24),
 }
-# The astronaut is taken for a football helmet: the maps say why.
+# The astronaut is predicted as a football helmet: the maps show why.
 COMPARED = ("chelsea.png", "coffee.png", "rocket.jpg", "camera.png", "astronaut.png", "flower.jpg")
 
 # Photographs from two packages. Those that show an ImageNet class come first.
@@ -105,7 +105,7 @@ def demo_server(console: Console) -> Iterator[str]:
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:  # noqa: S603
             try:
                 _wait(process)
-                # If nobody reads the pipe, the server blocks once its buffer is full.
+                # Read the pipe to its end: the server would block if it were full.
                 threading.Thread(target=_discard_log, args=(process.stderr,), daemon=True).start()
                 yield address
             finally:

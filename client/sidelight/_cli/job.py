@@ -25,7 +25,7 @@ def job(
         list[str],
         typer.Option("--input", help="Pictures: a pattern such as 'pictures/**/*.jpg', or a folder; repeatable."),
     ],
-    output: Annotated[Path, typer.Option(help="The folder for the rows, in Parquet. An unfinished job goes on there.")],
+    output: Annotated[Path, typer.Option(help="The folder for the rows, in Parquet; continues an unfinished job.")],
     model: Annotated[str, typer.Option(help="The model's source, as of `sidelight-server --model`.")],
     setting: Annotated[
         list[str] | None, typer.Option(metavar="NAME=VALUE", help="A setting of the server, as weights; repeatable.")
@@ -34,12 +34,12 @@ def job(
     actors: Annotated[int, typer.Option(min=0, help="Engines to run; 0: as many as fit.")] = 0,
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of each engine.")] = 1,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of each engine.")] = 0.0,
-    part_rows: Annotated[int, typer.Option(min=1, help="Pictures of one part, which a kill may cost.")] = 256,
+    part_rows: Annotated[int, typer.Option(min=1, help="Pictures of one part; a kill loses unfinished parts.")] = 256,
     address: Annotated[
         str | None, typer.Option(help="A Ray cluster: auto, HOST:PORT or ray://HOST:PORT. Default: this machine alone.")
     ] = None,
 ) -> None:
-    """Explain many pictures, and write a row for each to a folder in Parquet. Run it again after a kill: it continues.
+    """Explain many pictures, and write a row for each to a folder in Parquet. After a kill, run it again to continue.
 
     A picture that cannot be explained is a row with a failure. It needs sidelight[ray].
     """

@@ -91,7 +91,7 @@ def connection(
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """Options of `Client.attribute` that say what is explained, and how."""
+    """Options of `Client.attribute`: target, method, score, channels and type of the maps."""
 
     target: Target = None
     method: Method = Gradient()  # noqa: RUF009  (it is frozen)
@@ -101,7 +101,6 @@ class Explanation:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options by name."""
         return {name: getattr(self, name) for name in self.__slots__}
 
 
@@ -125,7 +124,7 @@ def explanation(
         MapDtype, typer.Option(help="Data type of the maps in responses; the smaller ones round.")
     ] = "float32",
 ) -> Explanation:
-    """Return what is explained, and how."""
+    """Return the options of the explanation."""
     return Explanation(
         target=target_of(target, against=against, region=region, top_k=top_k),
         method=method_of(method, option, signed=signed, times_input=times_input),

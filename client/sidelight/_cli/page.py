@@ -1,4 +1,4 @@
-"""The command `page`: its addresses, the demonstration, and the line that says where the page is."""
+"""The command `page`: checks its addresses, starts the demonstration if requested, and prints the page's URL."""
 
 import contextlib
 import functools
@@ -36,12 +36,12 @@ def run(
             raise
         raise SidelightError(f"the page needs {error.name}: pip install 'sidelight[page]'") from None
     if host in ANY_ADDRESS and not host_names:
-        raise typer.BadParameter("say by which names browsers open the page: --host-name NAME", param_hint="--host")
+        raise typer.BadParameter("expected --host-name NAME, by which browsers open the page", param_hint="--host")
 
     def ready(url: str) -> None:
         console.print(f"the page is at {escape(url)}")
         if not is_loopback(host):
-            console.print("[yellow]everybody who reaches this address can use it, and with it the server[/]")
+            console.print("[yellow]everybody who can reach this address can use the page, and through it the server[/]")
         if is_opened:
             webbrowser.open(url)
 

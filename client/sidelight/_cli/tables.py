@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..results.attribution import Attribution
-from ..results.replay import Replay, Replayed
+from ..results.comparison import Replay, Replayed
 from ..results.storage import check_free
 from ..results.types import Convergence, ExplainedTarget
 from .json_lines import JsonLines

@@ -1,4 +1,4 @@
-"""The clients: `Client`, `AsyncClient`, and what they share; `replay`, which uses one.
+"""The clients: `Client`, `AsyncClient` and their shared core; `replay`, which uses a client.
 
 May import `_streaming` and everything below.
 """

@@ -142,7 +142,7 @@ class AsyncClient(ClientBase):
 
         `batches` may be an asynchronous iterable, which is read in the loop, or an ordinary one, which is read in a
         thread; neither is read beyond the window. If you may leave the loop over the answers early, wrap the generator
-        in `contextlib.aclosing`: otherwise the stream runs on until the garbage collector finds it.
+        in `contextlib.aclosing`: otherwise the stream runs until the generator is garbage-collected.
         """
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
         chosen = StreamOptions.checked(
@@ -160,7 +160,7 @@ class AsyncClient(ClientBase):
         return self._answers(batches, chosen)
 
     async def info(self, *, metadata: Metadata = ()) -> ServerInfo:
-        """Return the server's version, limits, methods and models; of several servers, the next one's."""
+        """Return the version, limits, methods and models of a server; with several, of the next one."""
         await ready(self._core.pool, self._core.connect_timeout_s)
         return await asyncio.to_thread(self._core.info, metadata=metadata)
 

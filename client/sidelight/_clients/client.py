@@ -72,9 +72,9 @@ def connect(
 
     With `tls`, TCP connections are encrypted, and the server's certificate must be signed by a trusted authority:
     True trusts those of the system, a path those in a PEM file; see `TLS` for more. `token` is the bearer token of
-    each call: its text, a `pathlib.Path` of a file whose first line it is, or a function that returns it. For each
-    call the file is read, or the function called. Text that is a file's path is rejected, and so is a token that
-    would travel to another machine without TLS. UNIX sockets need no TLS.
+    each call: its text, a `pathlib.Path` of a file with the token on its first line, or a function that returns it.
+    The file is read, or the function called, for each call. A text that is the path of a file is rejected, as is a
+    token for another machine without TLS. UNIX sockets need no TLS.
 
     Raises `InvalidArgument` for a wrong argument, and `UnreadableFile` for a file that cannot be read.
     """
@@ -179,21 +179,21 @@ class Client(ClientBase):
         its own; later batches may be shorter, and use the first classes of the list.
 
         `ordered` yields the answers in the order of the batches. `window` limits the unanswered examples; two batches
-        are always allowed. Its default is twice the server's chunk for methods of one row, and two batches for other
-        methods, since one of their examples already fills chunks, and further batches would time out in the queue.
+        are always allowed. Its default is twice the server's chunk for methods of one row. For other methods it is two
+        batches: one of their examples already fills chunks, and further batches would time out in the queue.
         `batches` is read in a thread of the stream, and not beyond the window.
 
         With `partial`, a method that refines its maps yields a batch several times, with `final` unset until the last
         time. A slow caller gets fewer of these answers; with `ordered`, only the batch that is due has them.
 
         A batch that is too large for a message is sent in parts. If a server goes away, its unanswered batches are sent
-        again, to it or to another server, until their timeout; each batch is yielded once. A batch that was the only
-        one on a server that died, twice, fails with `ServerDied`. If a server returns with another model, the stream
+        again, to it or to another server, until their timeout; each batch is yielded once. If a server dies twice while
+        it has only this batch, the batch fails with `ServerDied`. If a server returns with another model, the stream
         ends with `ModelChanged`, unless `allow_model_change` is set.
 
-        Of several servers, a batch is sent to the one that should be done with it first. With `hedge_after`, a batch
-        that has no answer after this many seconds is also sent to a second server: the first answer is yielded, and the
-        other server is told to cancel.
+        With several servers, each batch is sent to the server that is expected to finish it first. With `hedge_after`,
+        a batch that has no answer after this many seconds is also sent to a second server. The first answer is yielded,
+        and the request on the other server is cancelled.
 
         `overlay` and `save` need the images. An answer keeps images that were files; it keeps arrays only until the
         next answer is taken, so that a list of answers does not hold every batch in memory. `keep_images` keeps both.
@@ -221,7 +221,7 @@ class Client(ClientBase):
         return self._answers(batches, chosen)
 
     def info(self, *, metadata: Metadata = ()) -> ServerInfo:
-        """Return the server's version, limits, methods and models; of several servers, the next one's."""
+        """Return the version, limits, methods and models of a server; with several, of the next one."""
         return self._core.info(metadata=metadata)
 
     def model(self, name: str | None = None, *, metadata: Metadata = ()) -> ModelInfo:

@@ -41,12 +41,12 @@ INFO_TIMEOUT_S = 10.0
 RELOAD_TIMEOUT_S = 600.0
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 CHUNK_ROWS = 32  # assumed for a model that is not loaded yet
-N_SLOTS = 8  # batches that fit into a region of shared memory, of the size of its first batch
+N_SLOTS = 8  # a region of shared memory has room for this many batches of the size of its first one
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a server reports about itself and about one model; `model` is None if it has none of that name."""
+    """The information of a server about itself and about one model; `model` is None if the server lacks it."""
 
     server: ServerInfo
     model: ModelInfo | None
@@ -95,7 +95,7 @@ class ClientCore:
 
     def model(self, name: str | None, *, metadata: Metadata) -> ModelInfo:
         """Fetch one model with its labels and layers."""
-        response = self._ask("models", "GetModel", model_pb2.GetModelRequest(name=model_name(name)), metadata=metadata)
+        response = self._rpc("models", "GetModel", model_pb2.GetModelRequest(name=model_name(name)), metadata=metadata)
         return ModelInfo.of(response.model, is_whole=True)
 
     def reload(self, name: str | None, *, timeout: float, metadata: Metadata) -> ModelInfo:
@@ -103,7 +103,7 @@ class ClientCore:
         request = model_pb2.ReloadModelRequest(name=model_name(name))
         timeout_s = span(timeout, "timeout")
         wait_s = min(self.connect_timeout_s, timeout_s)
-        response = self._ask("models", "ReloadModel", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
+        response = self._rpc("models", "ReloadModel", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
         return ModelInfo.of(response.model, is_whole=True)
 
     def facts(self, name: str, *, within_s: float) -> Facts:
@@ -174,7 +174,7 @@ class ClientCore:
         )
         return Stream(self.pool, batches, config=config, unanswered=unanswered, on_change=on_change)
 
-    def _ask(
+    def _rpc(
         self,
         stub: str,
         name: str,
@@ -202,11 +202,11 @@ class ClientCore:
     def _fetch_info(self, *, within_s: float = math.inf, metadata: Metadata = ()) -> ServerInfo:
         request, timeout_s = pb.GetServerInfoRequest(), min(INFO_TIMEOUT_S, within_s)
         wait_s = min(self.connect_timeout_s, within_s)
-        info = self._ask("attribution", "GetServerInfo", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
+        info = self._rpc("attribution", "GetServerInfo", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
         return ServerInfo.of(info)
 
     def _regions(self, connection: Connection, *, n_slots: int) -> Regions:
-        """Return the shared memory of a call, still without regions. Each server reports its own folder."""
+        """Return the shared memory of a call, without regions yet. Each server reports its own folder."""
         with translate_errors(self.max_message_bytes):
             request = pb.GetServerInfoRequest()
             server = ServerInfo.of(connection.attribution.GetServerInfo(request, timeout=INFO_TIMEOUT_S))
@@ -216,7 +216,7 @@ class ClientCore:
 
 
 class ClientBase:
-    """What both clients have: the arguments of their constructor, and the address."""
+    """The base class of both clients: their constructor and address."""
 
     def __init__(
         self,

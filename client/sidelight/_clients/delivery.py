@@ -1,4 +1,4 @@
-"""Delivery of a stream's answers to the caller, in order if asked for."""
+"""Delivery of a stream's answers to the caller, in order if requested."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The event loop: asyncio waits for gRPC's threads, and a stream's threads read from an asynchronous iterable."""
+"""Bridges between an event loop and threads: awaits gRPC's calls, and reads an asynchronous iterable in a thread."""
 
 import asyncio
 import contextlib
@@ -45,7 +45,7 @@ async def ready(pool: ConnectionPool, timeout_s: float) -> Connection:
 
 
 class CallersBatches:
-    """A caller's batches, for a stream's threads. An asynchronous iterable is read in the caller's loop."""
+    """A caller's batches as an iterator for a stream's threads. An asynchronous iterable is read in its own loop."""
 
     def __init__(self, batches: Iterable[Images | Batch | EncodedBatch] | AsyncIterable[Images | Batch]) -> None:
         self._loop = asyncio.get_running_loop()

@@ -18,7 +18,7 @@ DESCRIPTION = "explaining"
 
 @dataclass(slots=True)
 class Counts:
-    """What a stream has answered."""
+    """Counts of the answers of a stream."""
 
     total: int | None  # batches; None if unknown
     batches: int = 0
@@ -43,7 +43,7 @@ class Display(Protocol):
         """Show the counts after an answer."""
 
     def close(self, counts: Counts) -> None:
-        """Show the last counts, and release what the display holds."""
+        """Show the last counts, and release the display's resources."""
 
 
 class Progress:

@@ -13,7 +13,7 @@ from .._options import duration
 from ..exceptions import InvalidArgument
 from ..methods.baselines import given_tensor
 from ..results import storage
-from ..results.replay import Replay, compare
+from ..results.comparison import Replay, compare
 from ..results.storage import Record
 from .client import Client
 

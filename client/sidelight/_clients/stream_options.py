@@ -47,7 +47,7 @@ class StreamOptions:
         progress: bool,
         metadata: Metadata,
     ) -> Self:
-        """Return what a caller chose. Raises `InvalidArgument`."""
+        """Validate a caller's options. Raises `InvalidArgument`."""
         check_on_error(on_error)
         if isinstance(batches, str | bytes):
             raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")

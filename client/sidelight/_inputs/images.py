@@ -23,7 +23,7 @@ from .digests import digest_of_array, digest_of_file
 from .targets import check_one_for_each, choice_message, target_message, target_of_part
 from .tensors import DTYPES, Array, TorchTensor, host_array, tensor_message
 
-# Modes that no file format has, and YCbCr, whose TIFF files Pillow 12 and older cannot read, with equivalent modes.
+# Equivalents of modes that no file format has, and of YCbCr, whose TIFF files Pillow 12 and older cannot read.
 _CONVERTED = {"YCbCr": "RGB", "HSV": "RGB", "I;16L": "I", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
 _FRAME_BYTES = 8  # upper bound of the tag and length of a nested message
 _KINDS = "a path, encoded bytes, a PIL image, an array, a tensor, or a list of them"

@@ -22,7 +22,6 @@ class TopK:
     k: int
 
     def message(self) -> pb.Target:
-        """Convert to the wire message."""
         return pb.Target(top_k=pb.TopKTarget(k=whole(self.k, "target.k")))
 
 
@@ -34,7 +33,6 @@ class Contrast:
     negative: Choice
 
     def message(self) -> pb.Target:
-        """Convert to the wire message."""
         positive = choice_message(self.positive, "target.positive")
         return pb.Target(
             contrast=pb.ContrastTarget(positive=positive, negative=choice_message(self.negative, "target.negative"))
@@ -53,7 +51,6 @@ class Dense:
     region: Region | None = None
 
     def message(self) -> pb.Target:
-        """Convert to the wire message."""
         given = self.label_or_index
         choice = None if given is None else choice_message(given, "target.label_or_index")
         return pb.Target(dense=pb.DenseTarget(choice=choice, region=None if self.region is None else _box(self.region)))

@@ -1,4 +1,4 @@
-"""Availability: which servers have accepted a call of a stream, and since when none has."""
+"""Availability: which servers have accepted a stream's call, and how long none has."""
 
 import logging
 from collections.abc import Callable, Hashable
@@ -52,7 +52,7 @@ class Availability:
         return None
 
     def gives_up_s(self, server_wait_s: float) -> float | None:
-        """Return when no server will have been available for `server_wait_s`; None while one is."""
+        """Return the time at which to give up, after `server_wait_s` without any server; None while there is one."""
         return None if self._live else self._since_s + server_wait_s
 
     def error(self, what: str) -> SidelightError:

@@ -1,7 +1,7 @@
-"""The coordinator: what a stream's workers send next, and what follows from each response and from a call's end.
+"""The coordinator of a stream: chooses the next message of each worker, and handles responses and ends of calls.
 
-It has no thread of its own; each server has two that call it. One of gRPC's asks for the next message, and reads the
-caller's next batch when there is none to send and the window has room. The worker's passes on what it receives.
+It has no thread of its own; two threads of each server call it. One of gRPC's takes the next message to send, and reads
+the caller's next batch if there is no message and the window has room. The worker's own passes on the responses.
 """
 
 import enum
@@ -22,11 +22,11 @@ from .worker import StreamCoordinator, StreamWorker
 
 log = logging.getLogger("sidelight")
 
-UNAVAILABLE_DELAY_S = 0.1  # before a batch is sent again that a server rejected while shutting down
+UNAVAILABLE_DELAY_S = 0.1  # until a batch that a server rejected while shutting down is sent again
 
 
 class Step(enum.Enum):
-    """What gRPC's sending thread does next if it has no part to send."""
+    """The next step of gRPC's sending thread if it has no part to send."""
 
     READ = "the caller's next batch"
     REGISTER = "a region of shared memory"
@@ -34,7 +34,7 @@ class Step(enum.Enum):
 
 
 class Coordinator(StreamCoordinator):
-    """Decides for the workers of a stream."""
+    """Implements the workers' decisions on the state of their stream."""
 
     def __init__(self, state: StreamState, *, config: StreamConfig, reader: BatchReader) -> None:
         self._state = state
@@ -94,7 +94,7 @@ class Coordinator(StreamCoordinator):
                     return None
 
     def received(self, worker: StreamWorker, incoming: Incoming) -> None:
-        """Handle a response. One to a part that has been answered already is ignored."""
+        """Handle a response. A second response to a part is ignored."""
         state = self._state
         regions, response = worker.regions, incoming.message
         with state.lock:
@@ -164,7 +164,7 @@ class Coordinator(StreamCoordinator):
             elif worker in state.availability:
                 if step := self._step(worker, now_s):
                     state.dispatcher.leave(worker)
-                    if state.dispatcher.has_idle:  # another one may have its turn now
+                    if state.dispatcher.has_idle:  # another worker may have work now
                         state.changed.notify_all()
                     return step
                 resend_s = state.unanswered.next_retry_s(now_s)
@@ -174,11 +174,11 @@ class Coordinator(StreamCoordinator):
         return Step.END
 
     def _step(self, worker: StreamWorker, now_s: float) -> "Part | pb.CancelRequest | Step | None":
-        """Return what a worker does now; None if it has to wait."""
+        """Return a worker's next step; None if it has to wait."""
         state = self._state
         if (id_ := state.unanswered.next_cancel(worker)) is not None:
             return pb.CancelRequest(id=id_)
-        state.dispatcher.ask(worker)
+        state.dispatcher.add_idle(worker)
         if part := state.dispatcher.take(worker, now_s, fits=functools.partial(self._fits, worker)):
             return part
         if worker.regions and worker.regions.is_missing:
@@ -199,7 +199,7 @@ class Coordinator(StreamCoordinator):
         return False
 
     def _requeue_if_retryable(self, part: Part, worker: StreamWorker, failure: pb.Failure) -> bool:
-        """Requeue a part that was too large, or whose server was full or shutting down. Returns whether it did."""
+        """Requeue a part that was too large, or whose server was full or shutting down. False for other failures."""
         state = self._state
         delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
         if failure.code == ResourceExhausted.code and delay_s is None and len(part.batch) > 1:
@@ -220,7 +220,7 @@ class Coordinator(StreamCoordinator):
         return True
 
     def _receive_other(self, worker: StreamWorker, response: pb.AttributeStreamResponse) -> None:
-        """Handle a response to no part: one that came late, or one about a region.
+        """Handle a response that belongs to no part: a late one, or one about a region.
 
         If the server rejects a region, end the stream: there is no inline fallback.
         """
@@ -239,7 +239,7 @@ class Coordinator(StreamCoordinator):
             state.end(from_code(response.failure.code, response.failure.message))
 
     def _free(self, worker: StreamWorker, id_: str) -> None:
-        """Free what a part held of a worker's shared memory, and wake workers that may have something to do now."""
+        """Free a part's shared memory on a worker, and wake the workers that may have work now."""
         state = self._state
         if worker.regions:
             worker.regions.free(id_)

@@ -29,7 +29,7 @@ class ReadBatch:
 
 
 class BatchReader:
-    """Reads the caller's batches in gRPC's threads, without the lock; `is_reading` lets one thread at a time do so."""
+    """Reads the caller's batches in gRPC's threads, without the lock; `is_reading` admits one thread at a time."""
 
     def __init__(
         self, batches: Iterator[Images | Batch | EncodedBatch], *, config: StreamConfig, state: StreamState
@@ -59,7 +59,7 @@ class BatchReader:
             else:
                 self._enqueue(read)
                 if worker in self._state.availability and worker not in self._state.leaving and worker.call is call:
-                    self._state.dispatcher.ask(worker)
+                    self._state.dispatcher.add_idle(worker)
                 self._state.changed.notify_all()
 
     def _enqueue(self, read: ReadBatch) -> None:

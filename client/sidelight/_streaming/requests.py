@@ -1,4 +1,4 @@
-"""A stream's configuration: the options of all batches, and the conversion of parts to requests and back."""
+"""A stream's configuration, and the conversion of its parts to requests and back."""
 
 import time
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""The result queue: answers that have arrived and that the caller has not taken yet."""
+"""The result queue: answers that have arrived and wait for the caller."""
 
 import threading
 from collections.abc import Callable

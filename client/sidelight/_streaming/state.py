@@ -44,11 +44,11 @@ class StreamState:
 
     @property
     def workers(self) -> list[StreamWorker]:
-        """Those whose server is listed."""
+        """The workers whose server is listed."""
         return list(self._workers.values())
 
     def follow(self, connections: Iterable[Connection], start_worker: Callable[[Connection], StreamWorker]) -> None:
-        """Start a worker for each new connection. That of a former one ends once its parts are answered."""
+        """Start a worker for each new connection. The worker of a removed one ends once its parts are answered."""
         for gone in set(self._workers).difference(connections):
             worker = self._workers.pop(gone)
             self.leaving.append(worker)
@@ -61,8 +61,8 @@ class StreamState:
     def has_work(self) -> bool:
         """Return whether a worker may have something to do after an answer.
 
-        With one server and a full window, workers wait until the caller takes an answer. To wake them for nothing would
-        cost more than to read the answer.
+        With one server and a full window, workers wait until the caller takes an answer. Waking them needlessly would
+        cost more than reading the answer.
         """
         if len(self._workers) != 1 or self.leaving or self.unanswered.has_parts:
             return True

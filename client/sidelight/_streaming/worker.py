@@ -1,6 +1,6 @@
 """A stream worker: makes the calls of a stream to one server, one after another, and reconnects.
 
-It uses two threads: its own receives, and one of gRPC's asks the coordinator for the next message to send.
+It uses two threads: its own receives, and one of gRPC's takes the next message to send from the coordinator.
 """
 
 import contextvars
@@ -54,7 +54,7 @@ class StreamCoordinator(Protocol):
     def call_ended(self, worker: "StreamWorker", cause: SidelightError, *, failed: bool, died: bool) -> None:
         """Record that the call has ended.
 
-        `failed` says whether it ended with an error; `died` whether the server may have died, and a part be the cause.
+        `failed`: it ended with an error. `died`: the server may have died, perhaps because of a part.
         """
 
     def end(self, error: BaseException | None) -> None:

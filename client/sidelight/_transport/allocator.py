@@ -1,4 +1,4 @@
-"""The allocator: which bytes of a shared memory region are in use."""
+"""The allocator of byte ranges in a shared memory region."""
 
 import bisect
 
@@ -28,5 +28,4 @@ class Allocator:
 
     @property
     def n_taken(self) -> int:
-        """The number of allocated ranges."""
         return len(self._taken)

@@ -1,8 +1,8 @@
-"""Balancing: what a client knows of each server's load, and which server it chooses. Standard library only, no clock.
+"""Load balancing: estimates the load of each server, and chooses one. Standard library only, no clock.
 
-Each answer reports its server's backlog, the seconds of work of all callers that waited there. The client adds what it
-has sent since, and chooses the server that should be done first. A backlog that was reported more than a second ago is
-replaced by the average of those that were reported.
+Each answer reports the backlog of its server: the seconds of work that wait there, of all callers. The client adds what
+it has sent since then, and chooses the server that is expected to finish first. A backlog that was reported more than a
+second ago is replaced by the average of the reported ones.
 """
 
 import math
@@ -11,9 +11,9 @@ from collections.abc import Iterable
 from typing import TypeVar
 
 STALE_S = 1.0  # how long a reported backlog counts unchanged
-FORGET_S = 10.0  # after this time nothing is known of a server: one that was slow once is tried again
+FORGET_S = 10.0  # after this time an estimate is dropped, so that a server that was slow once is tried again
 WEIGHT = 0.2  # of the newest answer in the moving averages of speed and backlog
-EQUAL = 1.25  # servers that differ by less are taken in turn: estimates are noisy, and clients must spread
+EQUAL = 1.25  # servers whose estimates differ by less are used in turn: estimates are noisy, and clients must spread
 
 _Server = TypeVar("_Server")
 
@@ -72,12 +72,12 @@ def _average(mean: float, newest: float) -> float:
 
 
 def least_loaded(servers: Iterable[tuple[_Server, Load]], n_examples: int, now_s: float) -> _Server | None:
-    """Return the server that should be done first with `n_examples`, the first of nearly equal ones. None if empty."""
+    """Return the server that should finish `n_examples` first, the first of nearly equal ones; None without servers."""
     servers = list(servers)
     if len(servers) < 2:
         return servers[0][0] if servers else None
     known_s = [example_s for _, load in servers if (example_s := load.example_s(now_s))]
-    unknown_s = min(known_s, default=1.0)  # a new server is taken for as fast as the fastest
+    unknown_s = min(known_s, default=1.0)  # a new server is assumed to be as fast as the fastest
     finish_s = [load.finish_s(n_examples, now_s, unknown_s=unknown_s) for _, load in servers]
     limit_s = EQUAL * min(finish_s)
     return next(server for (server, _), each_s in zip(servers, finish_s, strict=True) if each_s <= limit_s)

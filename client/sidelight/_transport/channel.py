@@ -66,7 +66,7 @@ class Connection:
                 ("grpc.keepalive_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),
                 ("grpc.http2.ping_timeout_ms", int(KEEPALIVE_TIMEOUT_S * 1000)),  # the default is a minute
                 ("grpc.http2.max_pings_without_data", 0),  # a server sends nothing while it computes a long batch
-                # The client retries by itself: gRPC knows neither suspects nor the deadlines of batches.
+                # The client retries by itself: gRPC has no concept of suspects or of deadlines of batches.
                 ("grpc.enable_retries", 0),
                 # Otherwise a second client in this process would share the first one's connection, and close it.
                 ("grpc.use_local_subchannel_pool", 1),
@@ -97,12 +97,10 @@ class Connection:
 
     @property
     def is_ready(self) -> bool:
-        """Whether the channel is connected."""
         return self._state is _READY
 
     @property
     def is_closed(self) -> bool:
-        """Whether `close` was called."""
         return self._state is _SHUTDOWN
 
     @property
@@ -144,12 +142,11 @@ class Connection:
             self._listeners.append(listener)
 
     def unlisten(self, listener: Callable[[], None]) -> None:
-        """Remove a listener."""
         with self._lock, contextlib.suppress(ValueError):
             self._listeners.remove(listener)
 
     def forget_error(self) -> None:
-        """Forget the last connect error: its cause may have been fixed since."""
+        """Clear the last connect error: its cause may have been fixed since."""
         with self._lock:
             self._diagnosis = None
             self._diagnosed_s = -DIAGNOSE_EVERY_S
@@ -197,7 +194,7 @@ class Connection:
             listener()
 
     def _diagnose(self) -> None:
-        """Find out why there is no server, by a call that fails at once: gRPC gives the reason only to calls."""
+        """Make a call that fails at once, to learn why there is no server: gRPC reports the reason only to calls."""
         with self._lock:
             now_s = time.monotonic()
             if self.address.startswith("unix:") or now_s < self._diagnosed_s + DIAGNOSE_EVERY_S:

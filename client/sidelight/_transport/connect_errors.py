@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-_OTHER_NAME = "the server's certificate is for another name; connect by its own, or say it, TLS(server_name=…)"
+_OTHER_NAME = "the server's certificate is for another name; connect to that name, or pass TLS(server_name=…)"
 
 # Messages of gRPC and BoringSSL, and what to do about them. Waiting fixes none of these.
 _FAULTS = (
@@ -15,7 +15,7 @@ _FAULTS = (
     ),
     ("Hostname Verification Check failed", _OTHER_NAME),
     ("is not in peer certificate", _OTHER_NAME),  # of older releases
-    ("WRONG_VERSION_NUMBER", "what answers there speaks no TLS; has the server --tls-certificate?"),
+    ("WRONG_VERSION_NUMBER", "the server there does not use TLS; was it started with --tls-certificate?"),
     ("Tls handshake failed", "the handshake failed"),
     ("Ssl handshake failed", "the handshake failed"),
 )
@@ -32,17 +32,17 @@ class ConnectError:
 
 def diagnose(details: str, *, is_encrypted: bool) -> ConnectError:
     """Translate gRPC's details of a failed connection."""
-    said = details.rpartition("last error: ")[2]
+    reason = details.rpartition("last error: ")[2]
     if is_encrypted:
         for words, meaning in _FAULTS:
-            if words in said:
-                return ConnectError(f"TLS: {meaning} ({said})", is_lasting=True)
-    if any(words in said for words in _CLOSED):
+            if words in reason:
+                return ConnectError(f"TLS: {meaning} ({reason})", is_lasting=True)
+    if any(words in reason for words in _CLOSED):
         # A server that is shutting down, or a proxy without a backend, does the same: waiting may fix it.
         hint = (
-            "it may want a certificate of this client's, TLS(certificate=…, key=…)"
+            "it may require a client certificate, TLS(certificate=…, key=…)"
             if is_encrypted
-            else "if it speaks TLS, say tls="
+            else "if it uses TLS, pass tls="
         )
-        return ConnectError(f"the server ends each connection at once: {hint} ({said})", is_lasting=False)
-    return ConnectError(said, is_lasting=False)
+        return ConnectError(f"the server ends each connection at once: {hint} ({reason})", is_lasting=False)
+    return ConnectError(reason, is_lasting=False)

@@ -58,7 +58,7 @@ class TLS:
                 context.load_cert_chain(certificate, key, password="")
         except ssl.SSLError:
             raise InvalidArgument(
-                f"tls: {certificate} and {key} are no pair of a PEM certificate and its key without a password"
+                f"tls: {certificate} and {key} are not a pair of a PEM certificate and its key without a password"
             ) from None
         return grpc.ssl_channel_credentials(*read)
 
@@ -97,7 +97,7 @@ class ChannelSecurity:
             raise InvalidArgument(f"token: got {type(token).__name__}, expected a str, a path or a function")
         if isinstance(token, str) and _is_path(token):
             raise InvalidArgument(
-                "token: the text is a file's path; say pathlib.Path(…), and the token is what it holds"
+                "token: the text is a file's path; pass pathlib.Path(…) to read the token from the file"
             )
         if not callable(token) and token is not None:
             _text(token)
@@ -124,7 +124,7 @@ class ChannelSecurity:
         """Raise `InvalidArgument` if a token would leave this machine without TLS."""
         if self.token is not None and not self.is_encrypted(address) and not _is_local(address):
             raise InvalidArgument(
-                f"token: {address} is another machine, and without TLS others could read the token; say tls="
+                f"token: {address} is another machine, and without TLS others could read the token; pass tls="
             )
 
     def authorized(self, channel: grpc.Channel) -> grpc.Channel:
@@ -172,7 +172,7 @@ def _text(token: Token) -> str:
         except UnicodeDecodeError:
             raise InvalidArgument(f"token: {token} holds no text in UTF-8") from None
     if not isinstance(text, str) or not text or not all("!" <= letter <= "~" for letter in text):
-        raise InvalidArgument("token: expected ASCII text without spaces, and not none")
+        raise InvalidArgument("token: expected ASCII text without spaces, at least one character")
     return text
 
 

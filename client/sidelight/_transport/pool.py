@@ -94,7 +94,6 @@ class ConnectionPool:
             self._listeners.append(listener)
 
     def unlisten(self, listener: Callable[[], None]) -> None:
-        """Remove a listener."""
         with self._changed, contextlib.suppress(ValueError):
             self._listeners.remove(listener)
 
@@ -104,7 +103,7 @@ class ConnectionPool:
             connection.connect()
 
     def forget_errors(self) -> None:
-        """Forget the connect errors of all connections: their causes may have been fixed since."""
+        """Clear the connect errors of all connections: their causes may have been fixed since."""
         for connection in self.connections:
             connection.forget_error()
 
@@ -122,7 +121,7 @@ class ConnectionPool:
         log.warning("waiting for a server at %s%s", self.addresses, f" ({reasons})" if reasons else "")
 
     def unavailable(self, timeout_s: float) -> Unavailable:
-        """Return the error for having had no server during the timeout."""
+        """Return the error for a timeout without any server."""
         reasons = self._reasons()
         return Unavailable(
             f"no server answers at {self.addresses} after {timeout_s:g} s; is sidelight-server running there?"

@@ -1,4 +1,4 @@
-"""The resolver: looks up the addresses of DNS names again and again, so that servers may come and go.
+"""The resolver: looks up the addresses of DNS names periodically, so that servers may be added and removed.
 
 The name of a headless service in Kubernetes means the addresses of all its replicas.
 """
@@ -47,7 +47,7 @@ class Resolver:
             for name in self._found:
                 self._look_up(name)
             self._on_found({each: host for (host, _), addresses in self._found.items() for each in addresses})
-            self._closed.wait(REFRESH_S * random.uniform(0.8, 1.0))  # clients should not all ask at once
+            self._closed.wait(REFRESH_S * random.uniform(0.8, 1.0))  # jitter: clients should not all look up at once
 
     def _look_up(self, name: tuple[str, int]) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The retry policy of unary calls: after which errors a call is repeated, and after which delay.
+"""The retry policy of unary calls: which errors are retried, and after which delay.
 
 Attribution has no side effects, so repeating a call is safe.
 """

@@ -44,7 +44,7 @@ def directory_of(server: ServerInfo, wanted: bool | str | os.PathLike[str]) -> P
     if not directory.is_dir():
         raise FailedPrecondition(
             f"shared_memory: the server's folder is {server.shared_memory.directory}, and there is no {directory} "
-            'here; if it has another name here, say connect(…, shared_memory="/that/name")'
+            'here; if it has another path here, pass connect(…, shared_memory="/that/path")'
         )
     return directory
 
@@ -164,7 +164,6 @@ class Regions:
         request.output.region.offset_bytes = offset
 
     def has(self, id_: str) -> bool:
-        """Return whether a part has a range."""
         return id_ in self._held
 
     def read(self, id_: str, maps: tensor_pb2.Tensor, *, skip: int) -> Array:
@@ -174,13 +173,11 @@ class Regions:
         return array_of(maps, region.read(n_bytes, offset + skip).data)
 
     def free(self, id_: str) -> None:
-        """Free a part's range."""
         region, offset = self._held.pop(id_, (None, 0))
         if region is not None:
             region.allocator.free(offset)
 
     def close(self) -> None:
-        """Close all regions."""
         for region in self._regions:
             region.close()
         self._regions.clear()

@@ -25,7 +25,6 @@ class Blurred:
     sigma: float = BLUR_SIGMA_PX
 
     def message(self) -> pb.Baseline:
-        """Convert to the wire message."""
         return pb.Baseline(blurred=pb.BlurredBaseline(sigma=real(self.sigma, "method.baseline.sigma")))
 
 

@@ -36,7 +36,7 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class Page:
-    """The page's state, and its handlers. `client` explains; `probe` gives up soon, and tells how the server is."""
+    """The page's state and handlers. `probe` is a client with a short timeout, for the status of the server."""
 
     def __init__(self, client: AsyncClient, probe: AsyncClient, pictures: PictureStore) -> None:
         self._client, self._probe = client, probe
@@ -55,7 +55,6 @@ class Page:
             self._pictures.close()
 
     def routes(self) -> list[Route | Mount]:
-        """Return the routes."""
         return [
             Route("/", _index),
             Route("/setup", _answered(self._setup)),
@@ -137,7 +136,7 @@ async def _index(request: Request) -> Response:
 
 
 def _answered(handler: _Handler) -> _Handler:
-    """Answer an error of the API as JSON, with the same fields as an event of a stream."""
+    """Return an error as JSON, with the same fields as an event of a stream."""
 
     async def answered(request: Request) -> Response:
         try:
@@ -149,7 +148,7 @@ def _answered(handler: _Handler) -> _Handler:
 
 
 def _events(events: AsyncGenerator[Event]) -> Response:
-    """Stream events as lines of JSON. When the browser hangs up, the generator is closed, which cancels the call."""
+    """Stream events as lines of JSON. If the browser disconnects, the generator is closed, which cancels the call."""
 
     async def lines() -> AsyncGenerator[str]:
         async with contextlib.aclosing(events):

@@ -1,4 +1,4 @@
-"""`Explainer`: asks the server for the page, and turns answers into events for the browser."""
+"""`Explainer`: makes the page's calls to the server, and converts answers to events for the browser."""
 
 import asyncio
 import base64
@@ -86,7 +86,6 @@ class Explainer:
             yield error_event(error)
 
     async def model(self, name: str | None) -> Event:
-        """Return a model with its labels and layers."""
         model = await self._client.model(name)
         self._models[model.digest] = model
         return {"name": model.name, "labels": model.labels or (), "layers": model.layers or ()}
@@ -189,7 +188,7 @@ def _contents(pictures: Sequence[Picture]) -> Iterator[bytes]:
         try:
             yield picture.read()
         except SidelightError:
-            yield b"unreadable"  # the server rejects it, and only it
+            yield b"unreadable"  # the server rejects only this one
 
 
 def _target(options: Mapping[str, object]) -> Target:
@@ -217,7 +216,7 @@ def _text(options: Mapping[str, object], name: str) -> str | None:
 
 
 def _given(options: Mapping[str, object], *names: str) -> dict[str, Any]:
-    """Return the options of these names that are there."""
+    """Return the options that are given, of these names."""
     return {name: value for name in names if (value := _text(options, name)) is not None}
 
 

@@ -1,4 +1,4 @@
-"""`Guard`: refuses requests of other web sites, and sets the headers that keep foreign content out of the page."""
+"""`Guard`: rejects requests of other web sites, and sets headers that keep foreign content out of the page."""
 
 from collections.abc import Collection
 from urllib.parse import urlsplit
@@ -8,7 +8,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 LOOPBACK_NAMES = ("127.0.0.1", "localhost", "::1")
-HEADER = "x-sidelight-page"  # another site cannot set it: a browser asks first, and is not answered
+HEADER = "x-sidelight-page"  # another site cannot set it: the browser sends a preflight request, which is rejected
 
 _SAFE = ("GET", "HEAD")
 _POLICY = (
@@ -25,10 +25,10 @@ _HEADERS = {
 
 
 class Guard:
-    """ASGI middleware. Answers 403, with the reason, to what did not come from the page itself.
+    """ASGI middleware. Answers 403, with the reason, to requests that do not come from the page itself.
 
-    `hosts` are the names by which the page may be opened. Any other name in the Host header may have been pointed at
-    this address by another site (DNS rebinding).
+    `hosts` are the names by which the page may be opened. Another name in the Host header may be DNS rebinding: a site
+    has pointed its own name at this address.
     """
 
     def __init__(self, app: ASGIApp, *, hosts: Collection[str]) -> None:
@@ -52,7 +52,7 @@ class Guard:
         await app(scope, receive, send_with_headers)
 
     def _refusal(self, method: str, headers: Headers) -> str | None:
-        """Return why a request is refused; None if it is the page's own."""
+        """Return why a request is rejected; None if it is the page's own."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if (_name(f"//{host}") or "") not in self._hosts:
             return f"host: got {host!r}, expected {', '.join(sorted(self._hosts))}; --host-name allows another"

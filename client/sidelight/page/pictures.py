@@ -12,7 +12,7 @@ from PIL import Image
 from .._inputs.images import EncodedBatch
 from ..exceptions import InvalidArgument, MessageTooLarge, NotFound, ResourceExhausted, UnreadableFile
 
-MAX_FILE_BYTES = 64 * 1024 * 1024  # what one message to the server may hold
+MAX_FILE_BYTES = 64 * 1024 * 1024  # the default limit of a message to the server
 MAX_UPLOAD_BYTES = 2 * 1024 * 1024 * 1024  # of all uploads together
 MAX_UPLOADS = 5000
 MAX_PIXELS = 50_000_000  # the server's default
@@ -62,7 +62,7 @@ class PictureStore:
         self._folder.cleanup()
 
     def all(self) -> list[Picture]:
-        """Return the pictures in the order in which they came."""
+        """Return the pictures in the order in which they were added."""
         return list(self._pictures.values())
 
     def find(self, id_: object) -> Picture:
@@ -73,7 +73,7 @@ class PictureStore:
         return picture
 
     async def add(self, name: str, chunks: AsyncIterator[bytes]) -> Picture:
-        """Store an upload, and return its picture: the one there is if the same bytes came before.
+        """Store an upload, and return its picture; the same bytes give the same picture.
 
         `MessageTooLarge` above `MAX_FILE_BYTES`; `ResourceExhausted` if uploads take too much together.
         """
@@ -89,7 +89,7 @@ class PictureStore:
         if self._n_uploads >= MAX_UPLOADS or self._upload_bytes + len(content) > MAX_UPLOAD_BYTES:
             raise ResourceExhausted(
                 f"picture: uploads are at their limit of {MAX_UPLOADS} files and {MAX_UPLOAD_BYTES // _MIB} MiB; "
-                "start the page again to begin with none"
+                "restart the page to delete them"
             )
         path = Path(self._folder.name) / id_
         path.write_bytes(content)
@@ -147,7 +147,7 @@ def _pixel_count(content: bytes) -> int:
     try:
         from pydicom import dcmread
     except ImportError:
-        return 0  # the decoder says what to install
+        return 0  # decoding raises the error, which names what to install
     header = dcmread(io.BytesIO(content), stop_before_pixels=True, specific_tags=["Rows", "Columns"])
     return int(header.Rows) * int(header.Columns)
 
@@ -160,7 +160,7 @@ def _saved(picture: Image.Image, kind: str, **options: int) -> bytes:
 
 def _check_size(n_bytes: int) -> None:
     if n_bytes > MAX_FILE_BYTES:
-        raise MessageTooLarge(f"picture: larger than {MAX_FILE_BYTES // _MIB} MiB, which is the most that is sent")
+        raise MessageTooLarge(f"picture: larger than {MAX_FILE_BYTES // _MIB} MiB, the limit of the page")
 
 
 def _id(content: bytes | bytearray) -> str:

@@ -1,4 +1,4 @@
-"""Serves the page by uvicorn, on a socket that is open before anything is printed."""
+"""Serves the page with uvicorn, on a socket that is open before the URL is printed."""
 
 import socket
 from collections.abc import Callable, Collection, Sequence
@@ -10,7 +10,7 @@ from ..aio import AsyncClient
 from .app import make_app
 from .guard import LOOPBACK_NAMES
 
-PROBE_TIMEOUT_S = 1.0  # the line about the server must not wait as long as a call may
+PROBE_TIMEOUT_S = 1.0  # for the line about the server, which must not wait as long as a call
 SHUTDOWN_S = 2
 
 

@@ -82,7 +82,6 @@ class BasicGradientSaliencyMaps:
         self.close()
 
     def __call__(self, **data: Any) -> dict[str, Tensor]:
-        """Call `attribute`."""
         return self.attribute(**data)
 
     def __repr__(self) -> str:

@@ -4,8 +4,8 @@ May import `_options`, `methods`, `_inputs`, `visualization` and `exceptions`.
 """
 
 from .attribution import Attribution
+from .comparison import Difference, Replay, Replayed
 from .example import ExampleAttribution
-from .replay import Difference, Replay, Replayed
 from .server_info import CancellationStats, Limits, ModelInfo, Preprocessing, ServerInfo, SharedMemory, WarmupEntry
 from .types import Convergence, ExplainedTarget, Failure, Geometry, Prediction, Provenance, Timing
 

@@ -104,7 +104,6 @@ class Attribution:
 
     @property
     def is_top_k(self) -> bool:
-        """Whether there are k maps for each example."""
         return self._provenance is not None and self._provenance.target.WhichOneof("target") == "top_k"
 
     def overlay(
@@ -125,8 +124,8 @@ class Attribution:
         "coolwarm", which also show signs. None is "diverging" for a map with negative values, else "heat". `alpha`, 0
         to 1, is the same opacity everywhere: 0 is the picture, 1 the colored map. With None the picture is dimmed, the
         map is smoothed, and its opacity rises with its magnitude. Colors end at `percentile` of the map's magnitudes.
-        With `original` the whole picture is drawn at its own size, and, without an `alpha`, what was cropped away is
-        darker.
+        With `original` the whole picture is drawn at its own size; without an `alpha`, the parts that were cropped away
+        are darker.
 
         `style` "contours" draws lines around the `top_percent` of the pixels with the largest magnitudes, a half and a
         quarter of them; "mask" leaves these pixels as they are, and the others gray and dark.
@@ -173,9 +172,9 @@ class Attribution:
         Capture of the overlay in color; a map of floating-point values cannot have colors of its own. A source without
         a frame of reference, such as a plain radiograph, gets only the overlay, because a Parametric Map must have one.
 
-        All objects are in the source's study, refer to it, repeat what it says about the patient, and have the
+        All objects are in the source's study, refer to it, repeat its attributes of the patient, and have the
         provenance in the header. Failed examples are left out. With a top-k target, `000-1-map.dcm` is that of the
-        second class. Needs `sidelight[dicom]`. `InvalidArgument` for an example that is no DICOM image of one frame,
+        second class. Needs `sidelight[dicom]`. `InvalidArgument` for an example that is not a DICOM image of one frame,
         `AlreadyExists` if a file exists and `overwrite` is False.
         """
         if self.error is not None or (provenance := self.provenance) is None:
@@ -201,7 +200,7 @@ class Attribution:
         batch = self._kept_batch
         file = None if batch is None else batch.dicom_file(i)
         if file is None or geometry is None:
-            raise InvalidArgument(f"images: example {i} is no DICOM file, which save_dicom refers to")
+            raise InvalidArgument(f"images: example {i} is not a DICOM file, which save_dicom needs as the source")
         for k, target in enumerate(self[i].targets):
             yield dicom.drawing(
                 f"{i:03}-{k}" if self.is_top_k else f"{i:03}",
@@ -229,7 +228,6 @@ class Attribution:
         return batch.picture(i, window=geometry.window if geometry else None)
 
     def _overlays(self, i: int, *, original: bool) -> dict[str, Image.Image]:
-        """Return an example's overlays by file name."""
         if not self.is_top_k:
             return {f"{i:03}.png": self.overlay(i, original=original)}
         return {f"{i:03}-{k}.png": self.overlay(i, k=k, original=original) for k in range(self.maps.shape[1])}

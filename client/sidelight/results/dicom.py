@@ -30,7 +30,7 @@ NOTICE = "For research only. It shows what a model reacted to, not a finding."
 SERIES_NUMBERS = {"map": 9001, "overlay": 9002}
 PRIVATE_GROUP, PRIVATE_CREATOR, PRIVATE_ELEMENT = 0x0075, "SIDELIGHT", 0x01
 IDENTIFIERS = "StudyInstanceUID", "SOPInstanceUID", "SOPClassUID"
-REQUIRED = (  # that a source may lack, and that the objects must have, if only without a value
+REQUIRED = (  # attributes that the objects must have, if only empty, and that a source may lack
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "ReferringPhysicianName",
 )  # fmt: skip
@@ -188,7 +188,7 @@ def _secondary_capture(
         **instance,
     )
     if _orientation(source) is None:
-        capture.PatientOrientation = []  # unknown; highdicom asks for one
+        capture.PatientOrientation = []  # unknown; highdicom requires a value
     capture.ManufacturerModelName = equipment["manufacturer_model_name"]
     capture.SoftwareVersions = equipment["software_versions"]
     capture.SourceImageSequence = [_reference(source)]
@@ -196,7 +196,7 @@ def _secondary_capture(
 
 
 def _add_provenance(dataset: "Dataset", drawing: Drawing, source: "Dataset", provenance: Provenance) -> None:
-    """Write what was asked into the description, and the whole provenance into a private element, as JSON."""
+    """Write method, score, class and model into the description, and the provenance as JSON into a private element."""
     text = f"{provenance.method}; {provenance.score} of {class_text(drawing.target)}; model {provenance.model}"
     dataset.Laterality = source.get("Laterality")
     dataset.SeriesDescription = _cut(f"Attribution: {provenance.method}", 64)
@@ -227,7 +227,7 @@ def _reference(source: "Dataset") -> "Dataset":
 
 
 def _orientation(source: "Dataset") -> tuple[str, str] | None:
-    """Return the directions in which the source's columns and rows are numbered; None if it does not say."""
+    """Return the directions in which the source's columns and rows are numbered; None if it has no orientation."""
     if given := source.get("PatientOrientation"):
         return given[0][:1], given[1][:1]  # of an oblique direction the main one
     cosines = [float(each) for each in source.get("ImageOrientationPatient") or ()]

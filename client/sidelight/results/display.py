@@ -62,14 +62,13 @@ class LiveGallery:
         return len(self._figures) == MAX_SHOWN_LIVE
 
     def add(self, answer: "Attribution") -> None:
-        """Draw an answer's first examples, and forget the oldest ones."""
+        """Draw an answer's first examples, and drop the oldest ones."""
         for example in itertools.islice(answer, MAX_SHOWN_LIVE):
             self._figures[answer.index, example.index] = _figure(example)
         for key in list(self._figures)[:-MAX_SHOWN_LIVE]:
             del self._figures[key]
 
     def html(self) -> str:
-        """Return the strip of examples."""
         return _strip(self._figures.values())
 
 

@@ -25,7 +25,7 @@ def read_answer(
 ) -> Attribution:
     """Convert a response message to an `Attribution`.
 
-    `batch` and `baseline` are what was sent. `maps` has the maps, in their wire type, if they came by shared memory.
+    `batch` and `baseline` are those of the request. `maps` has the maps in their wire type, if sent in shared memory.
     """
     failed = {failure.example for failure in message.failures}
     # None for examples that failed, or that have no map yet in an answer that is not final.

@@ -22,7 +22,7 @@ class Limits:
     max_example_rows: int  # rows that a method may need for one example
     max_batch_examples: int = 0  # 0: unknown, from an older server
     max_stream_age_s: float | None = None  # None: unlimited. The client continues on a new stream
-    max_rendered_pixels: int = 0  # of a picture that the server draws. 0: it draws none
+    max_rendered_pixels: int = 0  # of a picture that the server draws; 0: it draws none
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +44,6 @@ class CancellationStats:
 
     @classmethod
     def of(cls, message: pb.CancellationStats) -> "CancellationStats":
-        """Convert from the wire message."""
         return cls(message.count, seconds(message.mean), seconds(message.longest))
 
 
@@ -59,7 +58,6 @@ class WarmupEntry:
 
     @classmethod
     def of(cls, message: model_pb2.WarmupEntry) -> "WarmupEntry":
-        """Convert from the wire message."""
         return cls(message.configuration, message.rows, message.rows_per_second, message.chosen)
 
 
@@ -76,7 +74,6 @@ class Preprocessing:
 
     @classmethod
     def of(cls, message: model_pb2.InputInfo) -> "Preprocessing":
-        """Convert from the wire message."""
         return cls(
             tuple(message.mean),
             tuple(message.std),
@@ -157,7 +154,6 @@ class ServerInfo:
 
     @classmethod
     def of(cls, message: pb.GetServerInfoResponse) -> "ServerInfo":
-        """Convert from the wire message."""
         limits = message.limits
         return cls(
             version=message.version,

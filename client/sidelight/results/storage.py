@@ -1,7 +1,7 @@
 """Storage of answers in folders, for reading and for replay.
 
-`answer.json` has everything except the maps: with a digest of each map, and with the provenance also as the wire
-message. `maps.npy` has the maps, `baseline.npy` an array that was given as a baseline.
+`answer.json` has everything except the maps, a digest of each map, and the provenance also as the wire message.
+`maps.npy` has the maps, `baseline.npy` an array that was given as a baseline.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ Draw = Callable[[int], dict[str, Image.Image]]
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Record:
-    """A saved answer: what is needed to recompute it and to compare."""
+    """A saved answer: everything that is needed to recompute it and to compare."""
 
     folder: Path
     provenance: pb.Provenance

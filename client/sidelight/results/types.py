@@ -33,7 +33,6 @@ class Prediction:
 
     @classmethod
     def of(cls, message: pb.Example) -> "Prediction":
-        """Convert from the wire message."""
         is_mismatch = message.is_mismatch if message.HasField("is_mismatch") else None
         predicted = message.prediction
         return cls(predicted.index, predicted.label, predicted.probability, is_mismatch)
@@ -52,7 +51,6 @@ class ExplainedTarget:
 
     @classmethod
     def of(cls, message: pb.ExplainedTarget) -> "ExplainedTarget":
-        """Convert from the wire message."""
         against = message.against if message.HasField("against") else None
         return cls(message.index, message.label, message.score, message.saturated, against, message.negligible)
 
@@ -75,7 +73,6 @@ class Convergence:
 
     @classmethod
     def of(cls, message: pb.Convergence) -> "Convergence":
-        """Convert from the wire message."""
         return cls(
             message.rows,
             message.error if message.HasField("error") else None,
@@ -114,7 +111,6 @@ class Geometry:
 
     @classmethod
     def of(cls, message: tensor_pb2.Geometry) -> "Geometry":
-        """Convert from the wire message."""
         crop = message.crop
         return cls(
             message.original_height, message.original_width, message.scaled_height, message.scaled_width,
@@ -136,7 +132,6 @@ class Timing:
 
     @classmethod
     def of(cls, message: pb.Timing) -> "Timing":
-        """Convert from the wire message."""
         return cls(*map(seconds, _spans(message)))
 
 
@@ -166,7 +161,6 @@ class Provenance:
 
     @classmethod
     def of(cls, message: pb.Provenance) -> "Provenance":
-        """Convert from the wire message."""
         return cls(
             model=message.model,
             model_version=message.model_version,

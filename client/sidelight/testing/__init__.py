@@ -86,7 +86,6 @@ class _Service(attribution_pb2_grpc.AttributionServiceServicer):
         self._lock = threading.Lock()
 
     def seen(self) -> tuple[pb.AttributeRequest, ...]:
-        """Return the requests received so far."""
         with self._lock:
             return tuple(self._requests)
 

@@ -47,7 +47,6 @@ class Linear:
         return np.repeat((one / (n_channels * one.size))[None], n_channels, axis=0)
 
     def info(self) -> model_pb2.ModelInfo:
-        """Return the model's entry in server information."""
         return model_pb2.ModelInfo(
             name=MODEL, version=1, digest="testing", state=model_pb2.MODEL_STATE_SERVING,
             class_count=self.n_classes, labels=self.labels, scores=[model_pb2.SCORE_PROBABILITY],

@@ -1,4 +1,4 @@
-"""The crop: which part of a picture the model's input was, and with it the map."""
+"""The crop: the part of a picture that the model's input, and so the map, covers."""
 
 from typing import Protocol
 

@@ -62,7 +62,7 @@ def dispatched(loads: dict[str, Load], n_batches: int) -> Dispatcher:
     dispatcher = Dispatcher(unanswered)
     for worker, known in loads.items():
         unanswered.add_worker(worker, known)
-        dispatcher.ask(worker)
+        dispatcher.add_idle(worker)
     for index in range(n_batches):
         unanswered.add(Entry(index, EncodedBatch(np.zeros((1, 1, 1, 1), np.float32)), 1e9), [range(1)])
     return dispatcher
@@ -102,7 +102,7 @@ def test_each_of_many_equal_workers_is_sent_some() -> None:
     dispatcher, n_sent = dispatched(loads, len(loads)), dict.fromkeys(loads, 0)
     while (worker := dispatcher.next_to_send(0.0)) is not None:
         dispatcher.take(worker, 0.0)
-        dispatcher.ask(worker)
+        dispatcher.add_idle(worker)
         n_sent[worker] += 1
     assert set(n_sent.values()) == {1}
 

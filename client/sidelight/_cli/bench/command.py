@@ -25,7 +25,7 @@ from ..options import (
 from .measurement import Bench, Plan
 from .options import Loads, expect, loads, numbers, windows
 from .plot import check_plot, plot
-from .report import bench_facts, progress, question, report_bench
+from .report import bench_facts, describe, progress, report_bench
 from .traffic import Sent, Shape, Traffic, batches_of_files, random_batches
 
 INTERRUPTED = 130  # 128 + SIGINT, as in a shell
@@ -96,7 +96,7 @@ def bench(
         facts = bench_facts(measured, server, answer, client_version=__version__)
         json_file.write_text(json.dumps(facts, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     if plot_file is not None:
-        plot(plot_file, measured.results, title=question(traffic, answer))
+        plot(plot_file, measured.results, title=describe(traffic, answer))
     if not measured.is_whole:
         raise typer.Exit(INTERRUPTED if measured.interrupted else 1)
 

@@ -139,4 +139,4 @@ class Load:
         for ticket in tickets:
             self._recorder.failed(ticket, error)
         if self._arrivals is None:
-            self._stopped.wait(error.retry_delay_s or 0.0)  # back off as the server asks
+            self._stopped.wait(error.retry_delay_s or 0.0)  # the delay that the server has requested

@@ -50,7 +50,6 @@ class Window:
         self.faults: dict[str, Fault] = {}
 
     def end(self) -> None:
-        """Close the window."""
         self.ended_s = time.perf_counter()
         self.cpu_s += time.process_time()
 
@@ -78,7 +77,7 @@ class Recorder:
         return ticket
 
     def answered(self, ticket: Ticket, answer: Attribution) -> None:
-        """Count an answer. A partly failed answer counts as failed."""
+        """Count an answer; one with a failed example as a failure."""
         now_s = time.perf_counter()
         if answer.error is not None or answer.failures:
             self.failed(ticket, answer.error or PartialFailure(answer))

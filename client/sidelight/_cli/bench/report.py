@@ -34,7 +34,7 @@ def progress(console: Console, bench: Bench) -> Iterator[Watch]:
 
 def report_bench(console: Console, bench: Bench, answer: Attribution) -> None:
     """Print the results and warnings about them."""
-    console.print(escape(question(bench.traffic, answer)), soft_wrap=True, highlight=False)
+    console.print(escape(describe(bench.traffic, answer)), soft_wrap=True, highlight=False)
     if bench.results:
         console.print(_rates(bench.results), _parts(bench.results), sep="\n")
     for measured in bench.results:
@@ -44,7 +44,7 @@ def report_bench(console: Console, bench: Bench, answer: Attribution) -> None:
         console.print("interrupted: the figures cover only the measurement so far", soft_wrap=True)
 
 
-def question(traffic: Traffic, answer: Attribution) -> str:
+def describe(traffic: Traffic, answer: Attribution) -> str:
     """Describe the traffic and the model in one line."""
     way = "streamed" if traffic.is_streamed else "unary calls"
     sent = f"batches of {len(traffic.batches[0])}, {traffic.kind}, {way}"
@@ -142,7 +142,7 @@ def _remarks(plan: Plan, measured: Measured) -> Iterator[str]:
             "process was too slow; latency counts from when they were due"
         )
     if figures.client_cpu > BUSY_CPU:
-        yield f"this process used {figures.client_cpu:.2f} CPU cores: it may be what limits the rate"
+        yield f"this process used {figures.client_cpu:.2f} CPU cores: it may have limited the rate"
 
 
 def _ms(seconds: float) -> str:

@@ -22,7 +22,6 @@ class Sample:
         self._values = array("d")
 
     def add(self, value: float) -> None:
-        """Add a number."""
         self.count += 1
         self.sum += value
         self.max = max(self.max, value)
@@ -33,7 +32,6 @@ class Sample:
 
     @property
     def values(self) -> NDArray[np.float64]:
-        """The numbers in the sample."""
         return np.array(self._values, np.float64)
 
 

@@ -1,4 +1,4 @@
-"""The dispatcher: which worker of a stream is given the next part, and which one reads the caller's next batch."""
+"""The dispatcher: chooses the worker that sends the next part, and the worker that reads the caller's next batch."""
 
 import itertools
 from collections.abc import Callable, Hashable
@@ -11,11 +11,11 @@ CANDIDATES = 32  # idle workers that are compared at a time
 
 
 class Dispatcher:
-    """Gives work to the idle worker whose server should be done with it first.
+    """Gives work to the idle worker whose server is expected to finish it first.
 
-    A worker is idle while it asks for work. Nobody waits for a worker that does not ask: its connection may be stalled.
-    A choice holds until that worker has acted, so that two workers never leave a part to each other; `on_choice` is
-    called to wake it.
+    A worker is idle from `add_idle` until it gets work or leaves. Only idle workers are considered: the connection of
+    another may be stalled. A choice holds until the chosen worker has acted, so that two workers never leave a part to
+    each other; `on_choice` is called to wake it.
     """
 
     def __init__(self, unanswered: UnansweredParts, *, on_choice: Callable[[], None] = lambda: None) -> None:
@@ -23,20 +23,20 @@ class Dispatcher:
         self._on_choice = on_choice
         self._sender: Hashable | None = None
         self._reader: Hashable | None = None
-        self._idle: dict[Hashable, None] = {}  # in the order in which they began to ask
+        self._idle: dict[Hashable, None] = {}  # in the order in which they became idle
         self._blocked: set[Hashable] = set()  # those without shared memory for their next part
 
     @property
     def has_idle(self) -> bool:
-        """Whether a worker asks for work."""
+        """Whether a worker is idle."""
         return bool(self._idle)
 
-    def ask(self, worker: Hashable) -> None:
-        """Record that a worker asks for work, until it gets some or leaves."""
+    def add_idle(self, worker: Hashable) -> None:
+        """Record that a worker is idle, until it gets work or leaves."""
         self._idle.setdefault(worker)
 
     def leave(self, worker: Hashable) -> None:
-        """Record that a worker asks no more."""
+        """Record that a worker wants no more work."""
         self._idle.pop(worker, None)
         self._sender = None if self._sender == worker else self._sender
         self._reader = None if self._reader == worker else self._reader
@@ -46,7 +46,7 @@ class Dispatcher:
         self._blocked.discard(worker)
 
     def take(self, worker: Hashable, now_s: float, *, fits: Callable[[Part], bool] = lambda _: True) -> Part | None:
-        """Return a worker's next part and mark it sent; None if there is none, or another worker should have it."""
+        """Return a worker's next part and mark it sent; None if there is none, or another worker should send it."""
         part = self._unanswered.next_part(worker, now_s)
         if part is None or worker != self.next_to_send(now_s, len(part.batch)):
             return None
@@ -57,7 +57,7 @@ class Dispatcher:
         return part
 
     def next_to_send(self, now_s: float, n_examples: int = 1) -> Hashable | None:
-        """Return the idle worker that should be sent a part of `n_examples` now; None if there is no part for any."""
+        """Return the idle worker that should send a part of `n_examples` now; None if there is no part for any."""
         if self._sender is None or not self._can_send(self._sender, now_s):
             self._sender = self._least_loaded(now_s, n_examples)
             if self._sender is not None:

@@ -1,4 +1,4 @@
-"""Entries and parts: a batch that was read, and the messages as which it is sent."""
+"""Entries and parts: a batch that was read, and the messages in which it is sent."""
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field

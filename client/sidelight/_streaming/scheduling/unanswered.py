@@ -1,12 +1,12 @@
-"""Unanswered parts: which of them wait, which are sent and to which server, and which is sent next.
+"""Unanswered parts of a stream: keeps those that wait and those that are sent, and decides which are sent again.
 
 A batch is sent as one part, or as several parts if it exceeds a limit. If a server's call ends before it has answered a
 part, the part is sent again: it is executed at least once and answered once. The parts that a server held when it died
-are suspects, because one of them may have killed it. Each suspect is sent alone. A suspect that was alone on two
-servers that died is given up, so that it cannot kill every replica.
+are suspects, because one of them may have killed it. Each suspect is sent alone. If two servers died with a suspect as
+their only part, the suspect is given up, so that it cannot kill every replica.
 
-With hedging, a part that has not been answered for a while is sent to a second server. The first answer counts. The
-other server is told to cancel, and its answer is ignored.
+With hedging, a part that has not been answered for a while is sent to a second server. The first answer is used; the
+other server gets a cancel message, and its answer is ignored.
 """
 
 import bisect
@@ -16,7 +16,7 @@ from ..._transport.balancing import Load
 from .parts import Entry, Part
 
 MIN_BATCHES = 2  # one is computed while the next is transferred
-DEATHS = 2  # of servers, until a part is given up: one death may be a coincidence
+DEATHS = 2  # number of servers that a part may kill before it is given up: one death may be a coincidence
 # The server fails a batch at its timeout. The client waits this much longer for that answer, then fails it itself.
 GRACE_S = 5.0
 
@@ -24,10 +24,10 @@ GRACE_S = 5.0
 class UnansweredParts:
     """The unanswered parts of a stream: those that wait, and those that are sent to a worker.
 
-    A worker stands for one server and may be any hashable value. `window` limits the examples per worker that are
-    unanswered, or answered and not yet released; two batches are always allowed. `total_window` limits them over all
-    workers, who get equal shares, so that a stalled server does not hold all of it; None sets no limit. `hedge_after_s`
-    is the age at which a sent part is sent to a second worker; None means never.
+    A worker stands for one server and may be any hashable value. `window` limits the examples of each worker that are
+    unanswered, or answered and not yet released; two batches are always allowed. `total_window` limits those of all
+    workers together (None: no limit). Each worker gets an equal share of it, so that a stalled server cannot occupy it
+    all. `hedge_after_s` is the age at which a sent part is sent to a second worker (None: never).
     """
 
     def __init__(self, *, window: int, total_window: int | None = None, hedge_after_s: float | None = None) -> None:
@@ -38,7 +38,7 @@ class UnansweredParts:
         self._sent: dict[str, Part] = {}
         self._held: dict[Hashable, dict[str, Part]] = {}  # the sent parts of each worker
         self._loads: dict[Hashable, Load] = {}
-        self._abandoned: dict[Hashable, dict[str, bool]] = {}  # answered elsewhere; whether the server was told
+        self._abandoned: dict[Hashable, dict[str, bool]] = {}  # answered elsewhere; True once the cancel is sent
         self._n_examples = 0
         self._n_batches = 0
         self._n_undelivered = 0
@@ -85,8 +85,8 @@ class UnansweredParts:
     def may_read(self, worker: Hashable, now_s: float) -> bool:
         """Return whether a worker may read another batch.
 
-        It may if the window has room, no waiting part could be sent now, and the worker's own share is not used up by
-        sent parts and holds no suspect.
+        It may if the window has room, no waiting part could be sent now, the worker's sent parts leave room in its own
+        share, and none of them is a suspect.
         """
         if not self.has_room(now_s) or self._holds_suspect(worker):
             return False
@@ -117,7 +117,7 @@ class UnansweredParts:
         return part
 
     def next_part(self, worker: Hashable, now_s: float) -> Part | None:
-        """Return the part that a worker would be sent now; None if there is none for it."""
+        """Return the part that `send` would return; None if there is none for the worker."""
         if not self.has_parts or self._holds_suspect(worker):
             return None
         held = self._held[worker]
@@ -148,8 +148,8 @@ class UnansweredParts:
     def pop(self, id_: str, worker: Hashable | None = None) -> Part | None:
         """Remove a sent part that a worker has answered.
 
-        None if it has been answered or given up already, so that no part is answered twice. Other workers that hold it
-        are to cancel it.
+        None if it has been answered or given up already, so that no part is answered twice. `next_cancel` returns it
+        for the other workers that hold it.
         """
         part = self.get(id_, worker)
         if part is None:
@@ -168,7 +168,7 @@ class UnansweredParts:
         return id_
 
     def forget(self, id_: str, worker: Hashable) -> bool:
-        """Return whether a response is to a part that was answered elsewhere; it is the last one to this id."""
+        """Return whether a response, the last one with this id, belongs to a part that was answered elsewhere."""
         return self._abandoned[worker].pop(id_, None) is not None
 
     def requeue(self, part: Part, worker: Hashable, *, not_before_s: float) -> None:
@@ -193,7 +193,7 @@ class UnansweredParts:
         return [part for part in list(self._held[worker].values()) if self._is_left(part, worker)]
 
     def requeue_after_call_end(self, worker: Hashable, *, died: bool) -> list[Part]:
-        """Enqueue the parts again that were sent to a worker whose call has ended. Returns those that are given up."""
+        """Enqueue again the parts of a worker whose call has ended. Returns those that are given up."""
         held = self.remove_sent(worker)
         for part in held:
             if died:
@@ -211,7 +211,7 @@ class UnansweredParts:
         return bool(self._held[worker])
 
     def pop_overdue(self, now_s: float) -> tuple[list[Part], set[Hashable]]:
-        """Remove the parts whose time is over. Returns them, and the workers whose servers did not answer sent ones."""
+        """Remove the parts whose deadline has passed. Returns them, and the workers that had been sent one of them."""
         waiting = [part for part in self._waiting if now_s >= part.entry.deadline_s]
         self._waiting = [part for part in self._waiting if part not in waiting]
         silent = [part for part in self._sent.values() if now_s >= self._expires_s(part)]
@@ -266,7 +266,7 @@ class UnansweredParts:
         return holders
 
     def _is_left(self, part: Part, worker: Hashable) -> bool:
-        """Take a part from one worker. Returns whether no other one has it, and then it is not sent any more."""
+        """Take a part from one worker. Returns whether it was the last one: the part then counts as not sent."""
         self._drop(part, worker)
         part.holders.remove(worker)
         if not part.holders:

@@ -1,4 +1,4 @@
-"""Replay results: a recomputed answer compared with the saved one, bit by bit."""
+"""The comparison of a recomputed answer with the saved one, bit by bit."""
 
 import dataclasses
 from dataclasses import dataclass
