@@ -34,7 +34,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a machine gave."""
+    """The results of one machine."""
 
     machine: dict[str, object]
     runs: dict[str, Run] = field(default_factory=dict)  # by the benchmark's name
@@ -59,7 +59,7 @@ class Results:
 
 
 def machine() -> dict[str, object]:
-    """Return what the figures depend on: the CPUs, and the versions of torch and Python."""
+    """Return the properties that figures depend on: the CPUs, and the versions of torch and Python."""
     return {"cpu": _cpu(), "cpus": cpu_quota(), "torch": torch.__version__, "python": platform.python_version()}
 
 

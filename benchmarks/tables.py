@@ -20,7 +20,7 @@ TABLE = re.compile(r"(<!-- (figures|summary): ([a-z_ ]+) -->\n).*?(<!-- end of f
 
 @dataclass(frozen=True, slots=True)
 class SummaryRow:
-    """The lines of one goal, their figures beside each other."""
+    """The lines of one goal, with their figures in one cell."""
 
     name: str
     lines: list[Line]
@@ -58,7 +58,7 @@ def _table(kind: str, names: list[str], results: Results) -> str:
 
 
 def _origin(machine: dict[str, object], runs: list[Run]) -> str:
-    """Return the sentence that says where and when these runs were."""
+    """Return a sentence with the machine, date and commit of these runs."""
     when = ", ".join(dict.fromkeys(f"{run.date} at commit {run.commit}" for run in runs))
     return f"{machine['cpus']} CPU cores ({machine['cpu']}), torch {machine['torch']}; {when}:"
 

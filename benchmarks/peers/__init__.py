@@ -2,7 +2,7 @@
 
 The original class and Captum in process; LitServe, TorchServe and MLServer running Captum; a function served by Triton.
 Each peer is a module here and runs in its own environment (`make peers`), which has neither sidelight nor most of what
-`benchmarks` needs. The top of its module says what its process imports.
+`benchmarks` needs. The docstring of its module lists the imports of its process.
 """
 
 from typing import TYPE_CHECKING

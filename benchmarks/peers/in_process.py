@@ -27,7 +27,7 @@ class Remembering(PyHealthModel):
 
 
 class Original:
-    """PyHealth's class. It asks for the gradients of all parameters too.
+    """PyHealth's class. It also computes the gradients of all parameters.
 
     It calls `train()`, which an exported module does not have, so its model is the module from before the export.
     """

@@ -24,7 +24,7 @@ from .rival import arguments, free_port
 from .saliency import IMAGES, Captum, load
 
 MODEL_NAME = "resnet18"
-MAX_BATCH_TIME_S = 0.02  # for which the first request of a batch waits for others
+MAX_BATCH_TIME_S = 0.02  # how long the first request of a batch waits for others
 
 
 class Explain(MLModel):
@@ -63,7 +63,7 @@ async def serve(folder: Path, *, port: int, threads: int, workers: int, batch: i
 
 
 def drive_grpc(args: argparse.Namespace) -> None:
-    """Follow the contest's orders with MLServer's own stubs."""
+    """Run the driver with MLServer's own stubs."""
 
     @contextlib.contextmanager
     def connect() -> Iterator[Callable[[Image], Answer]]:

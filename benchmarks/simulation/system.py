@@ -20,7 +20,7 @@ SPREAD = 4.0  # speed of the fastest server over that of the slowest
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """What is simulated.
+    """The simulated system.
 
     `load` is the arrival rate over the sum of the servers' rates; None means that each client always has a next batch.
     `mean_life_s` 0 means that no server dies.

@@ -233,7 +233,7 @@ class Bench:
 
 
 def _maps(kernel: Kernel, inputs: Tensor) -> Tensor:
-    """Return what a gradient request has the kernel compute."""
+    """Return the maps of a gradient request, computed by the kernel."""
     answer = kernel.run(inputs, [PREDICTED] * len(inputs), [Score.PROBABILITY] * len(inputs))
     assert answer.gradients is not None
     return largest_absolute(answer.gradients)

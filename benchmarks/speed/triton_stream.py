@@ -1,6 +1,6 @@
 """The driver of `benchmarks.speed.inference` in `.venv-inference`: tritonclient's stream. Imports nothing of Sidelight.
 
-Called with an address; each line of stdin is a round as JSON, and is answered with its seconds.
+Called with an address. Each line of stdin is a round as JSON; the reply is its duration in seconds.
 """
 
 import contextlib

@@ -24,8 +24,8 @@ REST_SHARE = 0.1  # of one core's time: a process that used less is at rest
 def without_reserve() -> None:
     """Return freed memory to the system whenever this process, a server that is measured, is at rest.
 
-    A server keeps it for the next chunk. How much that is after a storm is chance, 300 to 450 MiB of resident memory
-    for the same load: a leak of a few would not be seen in it.
+    Otherwise a server keeps it for the next chunk. The amount varies: after the same load, resident memory was 300 to
+    450 MiB, in which a leak of a few MiB would not be visible.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library, which keeps none
         trim = ctypes.CDLL("libc.so.6").malloc_trim
@@ -56,7 +56,7 @@ class Held:
 
     @classmethod
     def by(cls, process: psutil.Process) -> Self:
-        """Return what a process holds now."""
+        """Return the counts of a process now."""
         names = [_name(thread) for thread in Path(f"/proc/{process.pid}/task").iterdir()]
         n_pool = names.count(POOL)
         return cls(process.memory_info().rss, process.num_fds(), len(names) - n_pool, n_pool)
@@ -74,7 +74,7 @@ def _name(thread: Path) -> str:
 
 
 def settled(process: psutil.Process, before: Held | None = None) -> Held:
-    """Wait until nothing changes and descriptors and threads are no more than before; return what the process holds.
+    """Wait until the counts are stable and descriptors and threads no more than before; return the counts.
 
     A process notices the end of a caller only after a moment, and releases its resources after that.
     """

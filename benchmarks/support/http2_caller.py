@@ -156,7 +156,7 @@ class Caller:
         """Process frames until a condition is met."""
         until_s = time.monotonic() + patience_s
         while not reached():
-            assert self._receive(until_s - time.monotonic()), "it has not come to that in time"
+            assert self._receive(until_s - time.monotonic()), "the condition was not met in time"
 
     def result(self, call: int) -> Call:
         """Wait for the end of a call and return its state."""

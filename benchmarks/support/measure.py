@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-ROUNDS = 7  # of comparisons that say no other number; `python -m benchmarks --rounds` changes it
+ROUNDS = 7  # default of comparisons; `python -m benchmarks --rounds` changes it
 
 
 @dataclass(frozen=True, slots=True)

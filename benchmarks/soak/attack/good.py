@@ -58,8 +58,8 @@ class Good:
 
         def batches() -> Iterator[np.ndarray]:
             nonlocal sent_s
-            # The next batch follows an answer. At a fixed rate, a caller that gets less than it asks for, because
-            # others get their share, would wait for its own batches.
+            # The next batch follows an answer. At a fixed rate, a caller whose share is less than that rate would wait
+            # for its own batches.
             while not self._done.wait(PAUSE_S) and answered.acquire(timeout=TIMEOUT_S):
                 sent_s = time.perf_counter()
                 yield pixels(1)
