@@ -344,7 +344,7 @@ def test_certificates_that_a_server_cannot_start_with_are_refused(authority: Aut
         "^tls_certificate: cannot read .*/absent: No such file": {"tls_certificate": tmp_path / "absent"},
         "^tls_key: cannot read .*/absent: No such file": {"tls_key": tmp_path / "absent"},
         "^tls_certificate: .* are not a pair": {"tls_key": other.key},
-        "^tls_certificate: .*junk and .* are no pair": {"tls_certificate": junk},
+        "^tls_certificate: .*junk and .* are not a pair": {"tls_certificate": junk},
         "^tls_client_ca: .* holds no PEM certificate": {"tls_client_ca": junk},
         "^tls_certificate: got .* without tls_key": {"tls_key": None},
         "^tls_key: got .* without tls_certificate": {"tls_certificate": None},
