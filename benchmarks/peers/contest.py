@@ -21,11 +21,12 @@ from sidelight_server.compute.torch_device import cpu_quota
 from ..results import RESULTS
 from ..support.measure import Line
 from ..support.nets import SIZE, resnet18
+from .driver import IMAGES
 from .field import OURS, PEERS
 from .record import Record, Round
 from .rival import Flags, NotRun, Rival, Setting
 from .running import Running
-from .saliency import IMAGES, MODEL, InputOnly
+from .saliency import MODEL, InputOnly
 
 N_IMAGES = 16  # number of different images
 TYPICAL = 8  # unanswered images while flags are compared

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]  # [H, W, C]
 
+IMAGES = "images.npy"  # in the folder that all processes share
 FIRST_ANSWER_S = 120.0  # servers load torch and the model
 RETRY_S = 0.1
 
@@ -43,6 +44,13 @@ class Loop:
 
 ExplainAll = Callable[[Sequence[Image], int], Loop]  # the images, and how many are unanswered at a time
 Connection = Callable[[], AbstractContextManager[Callable[[Image], Answer]]]
+
+
+def drive_calls(folder: Path, connect: Connection) -> None:
+    """Run the driver of a server that is called with one image at a time."""
+    images = np.load(folder / IMAGES)
+    wait_for(connect, images[0])
+    drive(closed_loop(connect), images)
 
 
 def closed_loop(connect: Connection) -> ExplainAll:

@@ -8,12 +8,11 @@ import contextlib
 import http.client
 import struct
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .driver import Answer, Connection, Image, closed_loop, drive, wait_for
+from .driver import Answer, Connection, Image, drive_calls
 
 TYPE = "application/octet-stream"
 SIZE = 224
@@ -58,7 +57,4 @@ def connection(port: int, path: str) -> Connection:
 
 def drive_http(args: argparse.Namespace, path: str) -> None:
     """Run the driver for the server at `args.port`."""
-    images = np.load(Path(args.folder) / "images.npy")
-    connect = connection(args.port, path)
-    wait_for(connect, images[0])
-    drive(closed_loop(connect), images)
+    drive_calls(args.folder, connection(args.port, path))

@@ -13,9 +13,9 @@ from torch import Tensor
 from benchmarks.support.nets import resnet18
 from benchmarks.support.original import PyHealthModel, original_class
 
-from .driver import Answer, Image, Loop, drive
+from .driver import IMAGES, Answer, Image, Loop, drive
 from .rival import arguments
-from .saliency import IMAGES, Captum, Explained, Pixels, explained, load, prepared
+from .saliency import Captum, Explained, Pixels, explained, load, prepared
 
 
 class Remembering(PyHealthModel):

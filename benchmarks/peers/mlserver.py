@@ -18,10 +18,10 @@ from mlserver.settings import ModelParameters
 from mlserver.types import InferenceRequest, InferenceResponse, ResponseOutput
 from mlserver.utils import install_uvloop_event_loop
 
-from .driver import Answer, Image, closed_loop, drive, wait_for
+from .driver import Answer, Image, drive_calls
 from .http_body import body_of, pixels_of, read_bytes
 from .rival import arguments, free_port
-from .saliency import IMAGES, Captum, load
+from .saliency import Captum, load
 
 MODEL_NAME = "resnet18"
 MAX_BATCH_TIME_S = 0.02  # how long the first request of a batch waits for others
@@ -80,9 +80,7 @@ def drive_grpc(args: argparse.Namespace) -> None:
 
             yield ask
 
-    images = np.load(args.folder / IMAGES)
-    wait_for(connect, images[0])
-    drive(closed_loop(connect), images)
+    drive_calls(args.folder, connect)
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import sidelight
 
-from .driver import Answer, Image, Loop, drive
+from .driver import IMAGES, Answer, Image, Loop, drive
 from .rival import arguments
 
 MODEL = "python:benchmarks.support.nets:resnet18"
@@ -50,7 +50,7 @@ def main() -> None:
         precision = ("--precision", args.precision) if args.precision else ()
         command = ["-m", "sidelight_server", "--model", MODEL, "--listen", address, "--threads", str(args.threads)]
         os.execv(sys.executable, [sys.executable, *command, *precision, *(FOLDED if args.folded else ())])
-    images = np.load(args.folder / "images.npy")
+    images = np.load(args.folder / IMAGES)
     with sidelight.connect(address, connect_timeout=CONNECT_TIMEOUT_S) as client:
         client.attribute(images[0], timeout=CONNECT_TIMEOUT_S)
     drive(lambda some, at_once: streamed(address, some, at_once), images)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 Pixels = NDArray[np.uint8]  # [n, H, W, C]
 
-MODEL, IMAGES = "model.pt2", "images.npy"  # in the folder that all processes share
+MODEL = "model.pt2"  # in the folder that all processes share
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 

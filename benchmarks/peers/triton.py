@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .driver import Answer, Image, closed_loop, drive, wait_for
+from .driver import Answer, Image, drive_calls
 from .rival import arguments, free_port
 
 MODEL_NAME = "saliency"
@@ -78,9 +78,7 @@ def drive_grpc(args: argparse.Namespace) -> None:
 
             yield ask
 
-    images = np.load(args.folder / "images.npy")
-    wait_for(connect, images[0])
-    drive(closed_loop(connect), images)
+    drive_calls(args.folder, connect)
 
 
 def main() -> None:
