@@ -21,14 +21,14 @@ from .attacks import ATTACKS, BY_NAME, Attack, pixels
 from .good import Good, p99
 from .server import Served, attacked, served
 
-SECONDS = 120.0
-SHARE_ALONE = 0.5  # processes of each attack
+SECONDS = 60.0  # of all attacks together
+ALONE_S = 12.0  # of each attack alone: some 70 calls of each good caller
 MEMORY_LIMIT = 2 * 2**30
 DRAIN_S = 3.0
 END_GOAL_S = DRAIN_S + 2
 CHUNKS_GOAL = 4  # how many chunks longer a good call may wait than without the attack
 REST_S = 30.0
-WARM_UP_S = 45.0  # of all attacks together; after that, caches are full and pools have all their threads
+WARM_UP_ALONE_S, WARM_UP_S = 2.0, 30.0  # then caches are full and pools have all their threads
 AFTER_CALL_S = 5.0
 QUIET_S = 10.0
 POOLED = min(
@@ -37,9 +37,9 @@ POOLED = min(
 
 
 def run(seconds: float = SECONDS) -> Iterator[Line]:
-    """Run everything. Takes about `seconds` and four minutes."""
+    """Run everything. Takes about `seconds` and nine minutes."""
     with contextlib.closing(MemoryGroup(MEMORY_LIMIT)) as group:
-        yield from _attacks(seconds, group)
+        yield from _attacks(seconds, ALONE_S, group)
     for name, attack in ATTACKS.items():
         yield _end(name, attack)
 
@@ -54,20 +54,23 @@ def run_alone(names: list[str], seconds: float) -> Iterator[Line]:
         yield _peak(group, psutil.Process(running.pid))
 
 
-def _attacks(seconds: float, group: MemoryGroup) -> Iterator[Line]:
+def _attacks(seconds: float, alone_s: float, group: MemoryGroup) -> Iterator[Line]:
     with served() as running:
         group.take(running.pid)
         process = psutil.Process(running.pid)
         quiet, chunk_s = _quiet(running)
         yield _latency("no attack", quiet, quiet, chunk_s)
+        for name, attack in ATTACKS.items():
+            with attacked(running.address, {name: attack}):
+                time.sleep(WARM_UP_ALONE_S)
         with attacked(running.address, ATTACKS):
             time.sleep(WARM_UP_S)
         _rest(running)
         before = settled(process)
         for name, attack in ATTACKS.items():
-            good = _beside({name: attack}, running, SHARE_ALONE * seconds / len(ATTACKS))
+            good = _beside({name: attack}, running, alone_s)
             yield _latency(name, good, quiet, chunk_s)
-        good = _beside(ATTACKS, running, (1 - SHARE_ALONE) * seconds)
+        good = _beside(ATTACKS, running, seconds)
         yield _latency("all of them together", good, quiet, chunk_s, is_stated=True)
         _rest(running)
         after = settled(process, before)
@@ -97,10 +100,8 @@ def _rest(running: Served) -> None:
 def _beside(attacks: Mapping[str, Attack], running: Served, seconds: float) -> Good:
     """Run good callers beside attacks."""
     good = Good(running.good_address)
-    with attacked(running.address, attacks):
-        time.sleep(1)
-        with good.running():
-            time.sleep(seconds)
+    with attacked(running.address, attacks), good.running():
+        time.sleep(seconds)
     return good
 
 

@@ -9,7 +9,7 @@ from .attacks import BY_NAME
 
 parser = argparse.ArgumentParser(prog="python -m benchmarks.soak.attack")
 parser.add_argument("names", nargs="*", metavar="NAME", help=f"attacks to run alone, of {', '.join(BY_NAME)}")
-parser.add_argument("--seconds", type=float, default=SECONDS, help="of all, or of each named attack")
+parser.add_argument("--seconds", type=float, default=SECONDS, help="of all together, or of each named attack")
 options = parser.parse_args()
 if unknown := set(options.names) - set(BY_NAME):
     parser.error(f"unknown: {', '.join(sorted(unknown))}")

@@ -7,7 +7,7 @@ import socket
 import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping
-from multiprocessing.synchronize import Event
+from multiprocessing.synchronize import Barrier, Event
 from typing import NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -18,6 +18,7 @@ from ...support.nets import resnet18_small
 from .attacks import Attack
 
 MODEL = "python:benchmarks.soak.attack.server:spec"
+START_S = 120.0
 HELD = {f"sidelight_{each}" for each in ("batches_in_flight", "in_flight_bytes", "rows_in_flight", "streams_open")}
 
 
@@ -59,25 +60,30 @@ def _free_ports(n: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def _patiently(attack: Attack, address: str, stop: Event, is_last: bool) -> None:
+def _patiently(attack: Attack, address: str, imported: Barrier, stop: Event, is_last: bool) -> None:
     """Attack at the lowest priority: real attackers use their own machines."""
     os.nice(19)
+    imported.wait()
     with contextlib.suppress(Exception) if is_last else contextlib.nullcontext():
         attack(address, stop)
 
 
 @contextlib.contextmanager
 def attacked(address: str, attacks: Mapping[str, Attack], *, is_last: bool = False) -> Iterator[None]:
-    """Run attacks while the block runs, each in a process of its own. `is_last`: the server may end before they do."""
+    """Run attacks while the block runs, each in a process of its own. `is_last`: the server may end before they do.
+
+    The block and the attacks begin once all processes have imported what they need, which takes seconds of CPU time.
+    """
     context = multiprocessing.get_context("spawn")
-    stop = context.Event()
+    stop, imported = context.Event(), context.Barrier(len(attacks) + 1)
     processes = {
-        name: context.Process(target=_patiently, args=(attack, address, stop, is_last), daemon=True)
+        name: context.Process(target=_patiently, args=(attack, address, imported, stop, is_last), daemon=True)
         for name, attack in attacks.items()
     }
     for process in processes.values():
         process.start()
     try:
+        imported.wait(START_S)
         yield
         if not is_last and (failed := [name for name, process in processes.items() if process.exitcode]):
             raise RuntimeError(f"attacks that failed themselves: {', '.join(failed)}")
