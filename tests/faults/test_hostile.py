@@ -160,6 +160,20 @@ def test_a_caller_whose_large_messages_are_refused_has_the_next_ones_read_at_a_l
         assert time.monotonic() - began_s >= (n_calls - 2) * refused.ByteSize() / receive_limit.REFUSED_BYTES_PER_S
 
 
+def test_refused_messages_that_waited_for_a_slot_are_read_at_a_limited_rate_too(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interceptors, "SLOTS", 1)
+    refused = pb.AttributeRequest(model="x" * 8 * MEBIBYTE)
+    n_calls = 8
+    with running(Linear(), tmp_path, device=device) as server:
+        began_s = time.monotonic()
+        calls = [server.stub.Attribute.future(refused, timeout=TIMEOUT_S) for _ in range(n_calls)]
+        assert {call.code() for call in calls} == {grpc.StatusCode.INVALID_ARGUMENT}
+        # The first is read at once. One may be read while the one before it is refused.
+        assert time.monotonic() - began_s >= (n_calls - 2) * refused.ByteSize() / receive_limit.REFUSED_BYTES_PER_S
+
+
 @pytest.mark.parametrize("path", [CHECK, WATCH, INFO])
 def test_a_call_of_small_messages_refuses_a_large_one(path: str, tmp_path: Path, device: str) -> None:
     with running(Linear(), tmp_path, device=device) as server, Caller(address(server)) as caller:

@@ -54,9 +54,8 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
         self._decoders = decoders
         self._callers = callers
         self._write_timeout = write_timeout
-        self._pace = pace
-        self._large = ReceiveLimit(slots=SLOTS, slow_slots=SLOW_SLOTS, within_s=max_arrival_s)
-        self._small = ReceiveLimit(slots=SMALL_SLOTS, within_s=SMALL_S)
+        self._large = ReceiveLimit(pace, slots=SLOTS, slow_slots=SLOW_SLOTS, within_s=max_arrival_s)
+        self._small = ReceiveLimit(Pace(), slots=SMALL_SLOTS, within_s=SMALL_S)
         self._reflections = Peers("streams of reflection", each=MAX_PEER_REFLECTIONS, all_=MAX_REFLECTIONS)
 
     @property
@@ -83,7 +82,6 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
         async def answer(_: object, context: Context) -> Any:
             # The call has been authorized, so its caller is known.
             caller = self._callers.of(context)
-            await self._pace.wait(caller)
             received = await self._large.read(context, caller)
             if isinstance(received, SidelightError):
                 received = Unreadable(received)

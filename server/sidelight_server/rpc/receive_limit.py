@@ -19,7 +19,7 @@ from .status import Context
 
 _Slot = tuple[Admission, Permit]
 
-SLOTS = 32
+SLOTS = 16
 QUICK_S = 0.1  # time limit in a slot: together they hold no more than the network delivers in this time
 SLOW_SLOTS = 8  # for messages that take longer
 SMALL_SLOTS = 16  # for calls with small messages
@@ -38,8 +38,9 @@ class ReceiveLimit:
     slow slot can finish.
     """
 
-    def __init__(self, *, slots: int, within_s: float, slow_slots: int = 0) -> None:
+    def __init__(self, pace: "Pace", *, slots: int, within_s: float, slow_slots: int = 0) -> None:
         """`within_s` 0 means no limit on how long a message may take to arrive."""
+        self._pace = pace
         self._quick = Admission(max_requests=slots, max_bytes=math.inf)
         self._slow = Admission(max_requests=slow_slots, max_bytes=math.inf) if slow_slots else None
         self._within_s = within_s or None
@@ -54,7 +55,7 @@ class ReceiveLimit:
 
         Where there are no slow slots, callers and not connections take turns: anybody may open many connections.
         """
-        held: list[_Slot] = [(self._quick, await self._quick.acquire(1, context.peer() if self._slow else caller))]
+        held: list[_Slot] = [(self._quick, await self._slot(context.peer() if self._slow else caller, caller))]
         timeout = asyncio.timeout(self._within_s)
         slowing_down = self._slow and asyncio.get_running_loop().call_later(
             QUICK_S, self._slow_down, self._slow, held, timeout, caller
@@ -70,6 +71,15 @@ class ReceiveLimit:
             for admission, permit in held:
                 admission.release(permit)
         return InvalidArgument("message: missing, expected one message") if message is grpc.aio.EOF else message
+
+    async def _slot(self, name: str, caller: str) -> Permit:
+        """Wait for a slot. If a large message of the caller was rejected meanwhile, the pace is waited for again."""
+        while True:
+            rejected_s = await self._pace.wait(caller)
+            permit = await self._quick.acquire(1, name)
+            if self._pace.rejected_s(caller) == rejected_s:
+                return permit
+            self._quick.release(permit)
 
     def _slow_down(self, slow: Admission, held: list[_Slot], timeout: asyncio.Timeout, caller: str) -> None:
         """Move the message to a slow slot, or end the read if none is free."""
@@ -109,15 +119,23 @@ class Pace:
             del self._rejected[name]
         self._rejected.setdefault(caller, _Rejected()).add(n_bytes / REFUSED_BYTES_PER_S, now_s)
 
-    async def wait(self, caller: str) -> None:
-        """Wait until the caller's next message may be read: calls of one caller pass one after the other."""
+    def rejected_s(self, caller: str) -> float:
+        """Return when a large message of the caller was last rejected, on the event loop's clock; 0 if never."""
+        return rejected.at_s if (rejected := self._rejected.get(caller)) else 0.0
+
+    async def wait(self, caller: str) -> float:
+        """Wait until the caller's next message may be read, and return `rejected_s`.
+
+        Calls of one caller pass one after the other.
+        """
         loop = asyncio.get_running_loop()
         if (rejected := self._rejected.get(caller)) is None:
-            return
+            return 0.0
         async with rejected.turn:
             if rejected.is_recent(loop.time()):
                 await asyncio.sleep(max(0.0, rejected.next_s - loop.time()))
                 rejected.next_s = loop.time() + rejected.interval_s
+        return rejected.at_s
 
 
 class _Rejected:
