@@ -4,7 +4,7 @@ BIN := .venv/bin
 FLOOR := .venv-floor/bin
 IMAGE ?= sidelight:latest
 
-.PHONY: setup demo page docs notebooks test browser check lint proto proto-check bench bench-docs peers pyhealth scale soak soak-long fuzz zoo properties sweeps nightly image clients interop envoy helm inference breaking dist oldest pythons lock clean
+.PHONY: setup demo page docs notebooks test browser check quick lint proto proto-check bench bench-docs peers pyhealth scale soak soak-long fuzz zoo properties sweeps nightly image clients interop envoy helm inference breaking dist oldest pythons lock clean
 .DEFAULT_GOAL := test
 
 setup: .venv/.ready .venv-floor/.ready
@@ -55,11 +55,11 @@ notebooks: .venv/.ready
 
 # What the tests must find: all that `setup` brings. Other components are in tests/support/components.py.
 REQUIRE ?= floor,kubernetes,onnx,torchvision
-WORKERS ?= logical
+WORKERS ?= auto
 PYTEST = $(BIN)/python -m pytest --require=$(REQUIRE)
 
-# Each worker computes with one thread, and takes tests from another that has more left. What measures time or counts
-# threads runs after the others, alone.
+# Each worker computes with one thread, and takes tests from another that has more left; there is one more than cores,
+# because tests also wait. What measures time or counts threads runs after the others, alone.
 PARALLEL = --numprocesses $(WORKERS) --maxprocesses 4 --dist worksteal
 SERIAL = $(shell grep --recursive --files-with-matches --include='test_*.py' 'mark\.serial' tests)
 test: setup
@@ -74,7 +74,10 @@ sweeps: setup
 
 # Under a minute: lint, the unit tests that are quick, and one test module each against oracles and a server.
 CHECKED = tests/unit tests/oracle/test_methods.py tests/service/test_service.py
-check: lint
+check: setup
+	$(MAKE) --jobs --output-sync lint quick
+
+quick: setup
 	$(PYTEST) -q -m 'not slow and not serial and not nightly' --hypothesis-profile quick $(PARALLEL) $(CHECKED)
 
 # The page in the system's Chromium; screenshots at three sizes are left in screenshots/.

@@ -15,6 +15,7 @@ limit_spinning()  # before torch is loaded: where tests run side by side, thread
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers, and the processes that they start, share the cores
 pytest.register_assert_rewrite("support")
+gc.disable()  # until the tests are collected: see `pytest_collection_finish`
 
 import sidelight
 import sidelight_server
@@ -24,8 +25,8 @@ from torch import nn
 import support.profiles  # noqa: F401  (it loads a profile)
 from support import TESTS
 from support.components import COMPONENTS
-from support.gate import Gate
 from support.models import LABELS, small_cnn
+from support.models.gate import Gate
 
 # A folder of tests/ is a marker: `pytest -m unit`.
 KINDS = {
@@ -50,6 +51,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Return one more worker than there are cores: a third of the time a test waits, for a process or a connection."""
+    return (os.cpu_count() or 1) + 1
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if unknown := _required(config) - COMPONENTS.keys():
         raise pytest.UsageError(f"--require: got {','.join(sorted(unknown))}, expected some of {','.join(COMPONENTS)}")
@@ -68,6 +75,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Exempt what is imported by now from garbage collection: torch's objects take half a second each time."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)

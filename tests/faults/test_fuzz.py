@@ -24,13 +24,13 @@ from sidelight_server.interop.open_inference import inference_pb2 as oip
 from sidelight_server.interop.open_inference.service import DESCRIPTOR
 from torch import Tensor, nn
 
-from support.inference import call, stream
-from support.messages import DOCUMENTED, ask, attribute, code_of, floats, linear_maps, maps_of
+from support.messages.attribution import DOCUMENTED, ask, attribute, code_of, floats, linear_maps, maps_of
+from support.messages.inference import call, stream
+from support.messages.strategies import INFER_REQUESTS, REQUESTS, anything
 from support.models import Linear
-from support.processes import FACTORIES, LOCAL, started
 from support.profiles import n_examples
-from support.servers import TIMEOUT_S, Counts, Running, serving
-from support.strategies import INFER_REQUESTS, REQUESTS, anything
+from support.servers.processes import FACTORIES, LOCAL, started
+from support.servers.running import TIMEOUT_S, Counts, Running, serving
 from support.tolerances import CLOSED_FORM
 
 N_CONNECTIONS = 200

@@ -25,14 +25,14 @@ from torch import Tensor, nn
 
 from benchmarks.support.http2_caller import ATTRIBUTE, CHECK, INFO, STREAM, WATCH, Caller, framed
 from support.certificates import secret
-from support.conversation import Conversation
-from support.counters import count_of
 from support.engines import tried
-from support.gate import Gate
-from support.messages import LARGE, ask, attribute, floats
+from support.messages.attribution import LARGE, ask, attribute, floats
+from support.messages.conversation import Conversation
 from support.models import Linear
-from support.processes import process
-from support.servers import TIMEOUT_S, Running, gated, running, serving
+from support.models.gate import Gate
+from support.servers.counters import count_of
+from support.servers.processes import process
+from support.servers.running import TIMEOUT_S, Running, gated, running, serving
 from support.waiting import counts, leaving_nothing, until
 
 CANCELLED, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED, ABORTED = 1, 4, 8, 10

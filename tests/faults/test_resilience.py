@@ -27,9 +27,9 @@ import sidelight_server
 from sidelight.v1 import attribution_pb2 as pb
 
 from support import ROOT
-from support.processes import process
-from support.proxy import proxy
-from support.scripted_server import Ended, Script, answer, failure, mute, nobody, scripted
+from support.servers.processes import process
+from support.servers.proxy import proxy
+from support.servers.scripted import Ended, Script, answer, failure, mute, nobody, scripted
 from support.tolerances import COMPANY
 
 ONE = np.zeros((1, 3, 2, 2), np.float32)

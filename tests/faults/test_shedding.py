@@ -19,11 +19,11 @@ from sidelight_server.compute.host_memory import AvailableMemory
 
 from benchmarks.support.cgroup import MemoryGroup
 from benchmarks.support.http2_caller import STREAM, Caller, framed
-from support.conversation import Conversation
-from support.messages import assert_explains, attribute, floats, linear_maps
+from support.messages.attribution import assert_explains, attribute, floats, linear_maps
+from support.messages.conversation import Conversation
 from support.models import Linear
-from support.processes import process
-from support.servers import TIMEOUT_S, Running, gated, running
+from support.servers.processes import process
+from support.servers.running import TIMEOUT_S, Running, gated, running
 from support.waiting import counts, leaving_nothing, until
 
 MEBIBYTE = 2**20

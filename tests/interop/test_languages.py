@@ -16,7 +16,7 @@ from sidelight_server import Engine, ModelSpec, Settings
 from support import ROOT
 from support.components import INTEROP
 from support.models import LABELS, small_cnn
-from support.servers import serving
+from support.servers.running import serving
 
 WITHIN_S = 60.0
 PHOTOGRAPHS = Path(sklearn.__file__).parent / "datasets" / "images"

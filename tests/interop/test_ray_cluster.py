@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from support.processes import WITHIN_S, ray_environment, until
+from support.servers.processes import WITHIN_S, ray_environment, until
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster

@@ -22,7 +22,7 @@ from support import ROOT
 from support.components import SERVE
 from support.models import LABELS, sized_cnn
 from support.models.crashing import POISON
-from support.processes import WITHIN_S, ray_environment, until
+from support.servers.processes import WITHIN_S, ray_environment, until
 from support.tolerances import COMPANY
 
 CONFIGURATION = ROOT / "deploy" / "ray" / "serve.yaml"

@@ -155,7 +155,7 @@ def test_a_command_does_what_is_shown(folder: Folder, line: str) -> None:
         for earlier in commands("sidelight"):  # the answer that is computed again
             if "--save runs/" in earlier:
                 folder.run(earlier)
-    folder.run(line, *(["--duration", "0.6"] if "bench" in line else []))
+    folder.run(line, *(["--duration", "0.3"] if "bench" in line else []))
     for made in re.findall(r"--(?:out|save|plot) (\S+)", line):
         assert (folder.path / made).exists()
 

@@ -32,7 +32,7 @@ from sidelight_server.inputs.preprocessing import Preprocessing
 from benchmarks.support.bombs import many_scans
 from support import TESTS
 from support.models import sized_cnn
-from support.processes import counts_memory
+from support.servers.processes import counts_memory
 
 ZEROS, ONES = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 SIZED = "python:support.models:sized_cnn"
@@ -493,7 +493,7 @@ def asked_for(address: str, file: bytes) -> Iterator[None]:
     """A caller who waits for a file's map."""
 
     async def ask() -> None:
-        async with sidelight.aio.connect(address, connect_timeout=10) as client:
+        async with sidelight.aio.connect(address, connect_timeout=10, retry=False) as client:
             with contextlib.suppress(sidelight.SidelightError):
                 await client.attribute([file], timeout=100)
 

@@ -26,14 +26,14 @@ from sidelight_server.engine.device import least_busy
 from sidelight_server.engine.heartbeat import STUCK_FACTOR, Heartbeat
 from sidelight_server.errors import Unavailable
 
-from support.conversation import Conversation
-from support.counters import count_of
-from support.gate import Gate, Gated
-from support.messages import ask, attribute, floats
+from support.messages.attribution import ask, attribute, floats
+from support.messages.conversation import Conversation
 from support.models import Linear
+from support.models.gate import Gate, Gated
 from support.models.reloadable import SIZE, SOURCE, write_weights
-from support.processes import FACTORIES, LOCAL, start, started
-from support.servers import TIMEOUT_S, serving
+from support.servers.counters import count_of
+from support.servers.processes import FACTORIES, LOCAL, start, started
+from support.servers.running import TIMEOUT_S, serving
 
 Status = health_pb2.HealthCheckResponse
 SERVING, NOT_SERVING, SERVICE_UNKNOWN = Status.SERVING, Status.NOT_SERVING, Status.SERVICE_UNKNOWN

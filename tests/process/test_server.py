@@ -23,11 +23,11 @@ from sidelight_server import ConfigurationError, ModelSpec, serve
 from sidelight_server.__main__ import main
 from torch import nn
 
-from support.conversation import Conversation
-from support.messages import ask, assert_explains, attribute, floats
+from support.messages.attribution import ask, assert_explains, attribute, floats
+from support.messages.conversation import Conversation
 from support.models import Linear, small_cnn
-from support.processes import FACTORIES, LOCAL, await_line, start, started
-from support.servers import TIMEOUT_S, running
+from support.servers.processes import FACTORIES, LOCAL, await_line, start, started
+from support.servers.running import TIMEOUT_S, running
 
 MARK = "code-that-a-file-brought-was-run"
 

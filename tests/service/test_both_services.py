@@ -13,11 +13,11 @@ from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.interop.open_inference import inference_pb2 as oip
 
 from support.certificates import Authority, secret
-from support.counters import count_of
-from support.inference import SERVICE, infer_request, tensors_of
-from support.messages import BRIEF, ask, floats, linear_maps, maps_of
+from support.messages.attribution import BRIEF, ask, floats, linear_maps, maps_of
+from support.messages.inference import SERVICE, infer_request, tensors_of
 from support.models import Linear
-from support.servers import TIMEOUT_S, gated, running, serving
+from support.servers.counters import count_of
+from support.servers.running import TIMEOUT_S, gated, running, serving
 from support.tolerances import CLOSED_FORM
 from support.waiting import until
 

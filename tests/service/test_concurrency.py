@@ -13,7 +13,7 @@ import torch
 from support.models import small_cnn
 from support.tolerances import COMPANY, GPU
 
-N_THREADS, N_CALLS = 8, 60
+N_THREADS, N_CALLS = 8, 25
 # An example's place and neighbors in a chunk may choose another summation order: about 1e-6 of a map's maximum on the
 # CPU. A GPU's library may choose another convolution algorithm for another chunk.
 SHARES = {"cpu": COMPANY, "cuda": GPU, "mps": GPU}
@@ -85,14 +85,14 @@ def test_streams_and_calls_side_by_side_get_the_serial_maps(serving: sidelight.C
             done.result()
 
 
-@pytest.mark.parametrize("place", range(8))
-def test_an_example_has_the_same_map_in_every_place_and_company(place: int, serving: sidelight.Client) -> None:
+def test_an_example_has_the_same_map_in_every_place_and_company(serving: sidelight.Client) -> None:
     rng = np.random.default_rng(2)
     example = rng.integers(0, 256, (32, 32, 3), np.uint8)
     alone = serving.attribute(example).maps[0]
-    neighbors = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
-    neighbors[place] = example
-    assert_close(serving.attribute(neighbors).maps[place], alone)
+    for place in range(8):
+        neighbors = rng.integers(0, 256, (8, 32, 32, 3), np.uint8)
+        neighbors[place] = example
+        assert_close(serving.attribute(neighbors).maps[place], alone)
 
 
 def test_one_thread_owns_the_device(device: str, floats: torch.Tensor) -> None:

@@ -22,10 +22,10 @@ from sidelight_server.engine.request_cost import BYTES_OF_EXAMPLE
 from sidelight_server.wire.requests import MAX_EXAMPLES
 
 from support.models import Linear
-from support.servers import Running, serving
+from support.servers.running import Running, serving
 from support.tolerances import COMPANY
 
-FEW, MANY = 300, 1100  # both are above MANY_EXAMPLES
+FEW, MANY = 300, 700  # both are above MANY_EXAMPLES
 SHAPE = (3, 4, 5)
 TIMEOUT_S = 60.0
 
@@ -60,11 +60,11 @@ def batch(kind: str, n: int) -> pb.AttributeRequest:
     return request
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Running]:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     spec = ModelSpec(Linear(shape=SHAPE), input_size=SHAPE)
     engine = Engine([spec], Settings(device="cpu", threads=1, max_chunk_rows=1024))
-    with serving(engine, f"unix:{tmp_path}/socket") as running:
+    with serving(engine, f"unix:{tmp_path_factory.mktemp('many')}/socket") as running:
         yield running
 
 

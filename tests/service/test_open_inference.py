@@ -25,10 +25,10 @@ from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.interop.open_inference import inference_pb2 as oip
 from sidelight_server.interop.open_inference.outputs import DEFAULT
 
-from support.inference import call, infer_request, parameter, stream, tensor, tensors_of, wanted
-from support.messages import ask, floats, maps_of
+from support.messages.attribution import ask, floats, maps_of
+from support.messages.inference import call, infer_request, parameter, stream, tensor, tensors_of, wanted
 from support.models import Linear, sized_cnn
-from support.servers import TIMEOUT_S, Running, gated, serving
+from support.servers.running import TIMEOUT_S, Running, gated, serving
 
 Status = grpc.StatusCode
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 40, 30, 3), np.uint8)

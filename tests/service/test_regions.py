@@ -18,8 +18,7 @@ from sidelight_server import ModelSpec, serve
 from sidelight_server.errors import ConfigurationError, PermissionDenied
 from sidelight_server.rpc.shared_memory import SharedMemory, to_thread_uncancelled
 
-from support.conversation import Conversation
-from support.messages import (
+from support.messages.attribution import (
     INVALID_ARGUMENT,
     NOT_FOUND,
     assert_explains,
@@ -29,8 +28,9 @@ from support.messages import (
     floats,
     linear_maps,
 )
+from support.messages.conversation import Conversation
 from support.models import Linear, small_cnn
-from support.servers import TIMEOUT_S, Running, gated, running
+from support.servers.running import TIMEOUT_S, Running, gated, running
 from support.tolerances import CLOSED_FORM
 from support.waiting import until_no_stream_is_left
 

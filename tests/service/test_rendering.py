@@ -28,9 +28,9 @@ from sidelight_server.errors import ResourceExhausted
 from sidelight_server.wire import rendering as _rendering
 from sidelight_server.wire.rendering import COLORMAPS, Rendering, within
 
-from support.conversation import Conversation
+from support.messages.conversation import Conversation
 from support.models import small_cnn
-from support.servers import Running, serving
+from support.servers.running import Running, serving
 
 TIMEOUT_S = 20.0
 SIDE = 32

@@ -21,9 +21,9 @@ from sidelight_server.engine.request_cost import BYTES_OF_EXAMPLE
 from sidelight_server.wire.requests import MAX_EXAMPLES
 from torch import Tensor, nn
 
-from support.messages import BRIEF, ask, floats, linear_maps, maps_of
+from support.messages.attribution import BRIEF, ask, floats, linear_maps, maps_of
 from support.models import LABELS, N_CLASSES, Linear
-from support.servers import TIMEOUT_S, gated, running
+from support.servers.running import TIMEOUT_S, gated, running
 from support.tolerances import CLOSED_FORM
 
 Status = grpc.StatusCode

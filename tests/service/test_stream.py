@@ -22,9 +22,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
 from sidelight_server.rpc.stream import Context, Stream
 
-from support.conversation import Conversation
-from support.counters import count_of
-from support.messages import (
+from support.messages.attribution import (
     BRIEF,
     CANCELLED,
     DEADLINE_EXCEEDED,
@@ -42,11 +40,13 @@ from support.messages import (
     linear_maps,
     maps_of,
 )
-from support.models import Linear, small_cnn
-from support.servers import TIMEOUT_S, Running, gated, running
-from support.strategies import (
+from support.messages.conversation import Conversation
+from support.messages.strategies import (
     STREAM_REQUESTS,
 )
+from support.models import Linear, small_cnn
+from support.servers.counters import count_of
+from support.servers.running import TIMEOUT_S, Running, gated, running
 from support.tolerances import CLOSED_FORM
 from support.waiting import until_no_stream_is_left
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from support.messages import ask, floats
-from support.servers import TIMEOUT_S, Counts, Running
+from support.messages.attribution import ask, floats
+from support.servers.running import TIMEOUT_S, Counts, Running
 
 
 def until_no_stream_is_left(server: Running) -> None:

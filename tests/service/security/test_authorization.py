@@ -24,8 +24,8 @@ from sidelight_server.security.stream_limit import Peers, host_of
 from typer.testing import CliRunner
 
 from support.certificates import secret, swap
-from support.gate import Gate, Gated
 from support.models import small_cnn
+from support.models.gate import Gate, Gated
 from support.waiting import until_none
 
 Status = grpc.StatusCode

@@ -27,8 +27,8 @@ from sidelight_server.security.tls import Certificates
 from typer.testing import CliRunner, Result
 
 from support.certificates import DAY, Authority, Pair
-from support.gate import Gate, Gated
 from support.models import small_cnn
+from support.models.gate import Gate, Gated
 from support.waiting import until_none
 
 PATIENCE_S = 20.0  # far more than anything here takes: who waits it out has found nothing out

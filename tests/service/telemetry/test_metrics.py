@@ -35,12 +35,12 @@ from sidelight_server.telemetry.recorder import Telemetry
 from torch import nn
 
 from support import ROOT
-from support.conversation import Conversation
-from support.counters import count_of
-from support.messages import ask, attribute, cancel, floats
+from support.messages.attribution import ask, attribute, cancel, floats
+from support.messages.conversation import Conversation
 from support.models import Linear
 from support.models.reloadable import SOURCE
-from support.servers import TIMEOUT_S, Running, gated, running
+from support.servers.counters import count_of
+from support.servers.running import TIMEOUT_S, Running, gated, running
 
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 

@@ -20,9 +20,9 @@ from sidelight_server import ConfigurationError
 from sidelight_server.telemetry.recorder import Telemetry
 from sidelight_server.telemetry.tracing import Tracing, from_environment
 
-from support.messages import ask, attribute, floats
+from support.messages.attribution import ask, attribute, floats
 from support.models import Linear
-from support.servers import TIMEOUT_S, Running, gated, running
+from support.servers.running import TIMEOUT_S, Running, gated, running
 
 TRACE, SPAN = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 SAMPLED = (("traceparent", f"00-{TRACE}-{SPAN}-01"),)

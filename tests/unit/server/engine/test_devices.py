@@ -41,10 +41,10 @@ from sidelight_server.telemetry.cancellation_latency import CancellationTimes
 from torch import nn
 
 from support.engines import ask
-from support.gate import Gate, Gated
-from support.messages import ask as asking
+from support.messages.attribution import ask as asking
 from support.models import small_cnn
-from support.servers import TIMEOUT_S, serving
+from support.models.gate import Gate, Gated
+from support.servers.running import TIMEOUT_S, serving
 
 TWO = Settings(device="cpu,cpu", threads=1)
 INTERNAL = 13

@@ -26,8 +26,8 @@ from sidelight_server.engine.example_run import ExampleRun
 from torch import Tensor
 
 from support.engines import tried
-from support.gate import Gate, Gated
 from support.models import small_cnn
+from support.models.gate import Gate, Gated
 from support.tolerances import COMPANY
 
 pytestmark = pytest.mark.slow
@@ -117,14 +117,14 @@ def test_chunks_are_full_of_rows_of_many_requests(device: str, floats: Tensor) -
 
 
 def test_few_examples_of_a_request_are_in_progress_at_a_time(device: str) -> None:
-    """A hundred integrals of one batch hold the memory of a few: those with rows at the device."""
+    """Forty integrals of one batch hold the memory of a few: those with rows at the device."""
     engine = Engine([ModelSpec(small_cnn())], Settings(device=device, max_chunk_rows=4))
-    images = np.random.default_rng(0).standard_normal((100, 3, 32, 32)).astype(np.float32)
+    images = np.random.default_rng(0).standard_normal((40, 3, 32, 32)).astype(np.float32)
     most = 0
 
     async def run() -> None:
         nonlocal most
-        asked = asyncio.create_task(engine.attribute(Request(images, method=IntegratedGradients(steps=10))))
+        asked = asyncio.create_task(engine.attribute(Request(images, method=IntegratedGradients(steps=5))))
         while not asked.done():
             for submission in list(engine._unanswered):
                 most = max(most, len(submission.active._open))
@@ -216,7 +216,7 @@ def test_the_answer_is_the_same_with_another_chunk_already_at_the_device(
     engine._devices[0].worker._depth = depth
     requests = [
         Request(floats.numpy(), method=IntegratedGradients(steps=9)),
-        Request(floats.numpy(), method=TO_TOLERANCE),
+        Request(floats.numpy(), method=replace(TO_TOLERANCE, max_rows=65)),
         Request(floats.numpy(), method=SmoothGrad(samples=5)),
         Request(floats.numpy()),
         Request(floats.numpy(), target=TopK(2), method=IntegratedGradients(steps=3)),
@@ -257,12 +257,12 @@ def test_an_example_that_fails_half_way_drops_its_rows_and_the_others_go_on(devi
     floats[2, 0, 0, 0] = 200.0
     engine = Engine([ModelSpec(module)], Settings(device=device, max_chunk_rows=4))
     with engine:
-        answer = asyncio.run(engine.attribute(Request(floats.numpy(), method=IntegratedGradients(steps=300))))
+        answer = asyncio.run(engine.attribute(Request(floats.numpy(), method=IntegratedGradients(steps=100))))
         assert [failure.example for failure in answer.failures] == [2]
         assert "not finite for example 2" in answer.failures[0].message
-        assert module.n_marked < 100  # of its 300 rows
+        assert module.n_marked < 50  # of its 100 rows
         good = [0, 1, 3, 4]
-        expected = asyncio.run(engine.attribute(Request(floats[good].numpy(), method=IntegratedGradients(steps=300))))
+        expected = asyncio.run(engine.attribute(Request(floats[good].numpy(), method=IntegratedGradients(steps=100))))
     assert not expected.failures
     np.testing.assert_allclose(answer.maps[good], expected.maps, rtol=0, atol=COMPANY * np.abs(expected.maps).max())
     assert np.isnan(answer.maps[2]).all()

@@ -18,8 +18,8 @@ from sidelight_server.models.warmup import warm_up
 from torch import Tensor, nn
 
 from support.engines import tried
-from support.gate import Gate, Gated
 from support.models import small_cnn
+from support.models.gate import Gate, Gated
 from support.tolerances import COMPANY
 
 BAD = 255

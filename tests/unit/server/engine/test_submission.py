@@ -11,7 +11,7 @@ from sidelight_server.errors import NotFound, Unavailable
 from torch import Tensor
 
 from support.engines import tried
-from support.gate import Gate, Gated
+from support.models.gate import Gate, Gated
 
 Outcome = Answer | Exception
 

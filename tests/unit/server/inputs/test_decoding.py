@@ -17,8 +17,8 @@ from PIL import Image, ImageCms, ImageOps
 from sidelight_server.errors import InvalidArgument
 from sidelight_server.inputs.decoding import decode, lift_pillows_limit
 
-from support.processes import counts_memory, refused_apart
 from support.profiles import n_examples
+from support.servers.processes import counts_memory, refused_apart
 
 HEIGHT, WIDTH = 13, 21  # odd and unlike, so that no turn or padding goes unseen
 

@@ -34,8 +34,8 @@ from sidelight_server.inputs import dicom
 from sidelight_server.inputs.decoding import decode
 
 from support.models import small_cnn
-from support.processes import counts_memory, refused_apart
 from support.profiles import n_examples
+from support.servers.processes import counts_memory, refused_apart
 
 # Both sides let pydicom say what it likes; pytest would make errors of that.
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:pydicom")

@@ -41,7 +41,7 @@ from support.tolerances import COMPANY
 pytestmark = pytest.mark.slow
 
 SHAPE = (3, 16, 16)
-N_REQUESTS = 210
+N_REQUESTS = 105
 
 
 def question(method: Method, **more: object) -> Request:

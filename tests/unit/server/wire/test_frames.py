@@ -21,9 +21,9 @@ from sidelight_server.wire.codec import (
 )
 from sidelight_server.wire.tensors import encoded
 
-from support.messages import attribute
+from support.messages.attribution import attribute
+from support.messages.strategies import REQUESTS, STREAM_REQUESTS, anything
 from support.profiles import n_examples
-from support.strategies import REQUESTS, STREAM_REQUESTS, anything
 
 DATA = bytes(range(256)) * 256  # 64 KiB
 PATHS = {
@@ -85,7 +85,7 @@ def test_any_request_is_read_as_protobuf_reads_it(request: pb.AttributeRequest) 
     assert_as_protobuf(request.SerializeToString(), decode_request, pb.AttributeRequest)
 
 
-@settings(max_examples=n_examples(500))
+@settings(max_examples=n_examples(250))
 @given(
     requests=st.lists(STREAM_REQUESTS, min_size=1, max_size=3),
     changes=st.lists(st.tuples(st.integers(0, 10_000), st.integers(0, 255)), max_size=4),

@@ -13,8 +13,8 @@ import sidelight
 import sidelight_server
 from sidelight._transport import resolver
 
-from support.gate import Gate, Gated
 from support.models import small_cnn
+from support.models.gate import Gate, Gated
 
 NAME = "sidelight-replicas"
 WITHIN_S = 30.0

@@ -8,7 +8,7 @@ import numpy as np
 from sidelight_server.interop.open_inference import inference_pb2 as oip
 from sidelight_server.interop.open_inference.tensors import unpack_files
 
-from support.servers import TIMEOUT_S
+from support.servers.running import TIMEOUT_S
 
 SERVICE = "/inference.GRPCInferenceService/"
 DATATYPES = {"uint8": "UINT8", "float16": "FP16", "float32": "FP32", "float64": "FP64"}

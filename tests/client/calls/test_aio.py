@@ -14,8 +14,8 @@ import sidelight
 import sidelight_server
 from sidelight.v1 import attribution_pb2 as pb
 
-from support.gate import Gate, Gated
-from support.scripted_server import Ended, answer, scripted
+from support.models.gate import Gate, Gated
+from support.servers.scripted import Ended, answer, scripted
 
 WAIT_S = 30
 

@@ -14,7 +14,7 @@ from sidelight.results.messages import read_answer
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
-from support.scripted_server import Script, answer, failure, scripted
+from support.servers.scripted import Script, answer, failure, scripted
 
 ONE = np.zeros((1, 3, 2, 2), np.float32)
 PREDICTED = pb.Target(predicted=pb.PredictedTarget())

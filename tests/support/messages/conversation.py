@@ -8,7 +8,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server.rpc.stream import END_TRAILER
 
-from support.servers import TIMEOUT_S
+from support.servers.running import TIMEOUT_S
 
 
 class Conversation:

@@ -15,10 +15,10 @@ import sidelight_server
 from sidelight import Batch
 from sidelight.v1 import attribution_pb2 as pb
 
-from support.gate import Gate, Gated
 from support.models import small_cnn
-from support.scripted_server import Ended, answer, failure, scripted
-from support.servers import running
+from support.models.gate import Gate, Gated
+from support.servers.running import running
+from support.servers.scripted import Ended, answer, failure, scripted
 from support.tolerances import COMPANY
 from support.waiting import until
 

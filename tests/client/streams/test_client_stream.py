@@ -17,8 +17,8 @@ import sidelight_server
 import torch
 from PIL import Image
 
-from support.gate import Gate, Gated
 from support.models import small_cnn
+from support.models.gate import Gate, Gated
 from support.tolerances import COMPANY
 
 

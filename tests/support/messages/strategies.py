@@ -13,8 +13,8 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server.interop.open_inference import inference_pb2 as oip
 
-from support.inference import infer_request
-from support.messages import ask, floats
+from support.messages.attribution import ask, floats
+from support.messages.inference import infer_request
 from support.models import LABELS
 
 INTEGERS = [-(2**31), -1, 0, 1, 2, 3, 32, 99, 2**31 - 1]

@@ -30,8 +30,8 @@ from sidelight.methods.parsing import method_text
 from sidelight.v1 import attribution_pb2 as pb
 from torch import nn
 
-from support.gate import Gate, Gated
 from support.models import LABELS, N_CLASSES, small_cnn
+from support.models.gate import Gate, Gated
 from support.tolerances import COMPANY
 
 ABSENT = "unix:/nonexistent/socket"

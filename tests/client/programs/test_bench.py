@@ -32,8 +32,8 @@ from sidelight._cli.bench.statistics import Figures, histogram, is_stable
 from sidelight._cli.bench.traffic import Traffic, batches_of_files, random_batches
 from typer.testing import CliRunner
 
-from support.gate import Gate, Gated
 from support.models import small_cnn
+from support.models.gate import Gate, Gated
 
 Run = Callable[..., Result]
 PIXELS = np.zeros((1, 32, 32, 3), np.uint8)

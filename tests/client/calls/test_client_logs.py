@@ -10,7 +10,7 @@ import pytest
 import sidelight
 from sidelight.v1 import attribution_pb2 as pb
 
-from support.scripted_server import Ended, answer, failure, scripted
+from support.servers.scripted import Ended, answer, failure, scripted
 
 Requests = Iterator[pb.AttributeStreamRequest]
 Responses = Iterable[pb.AttributeStreamResponse]

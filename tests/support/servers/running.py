@@ -18,8 +18,8 @@ from sidelight_server.app.server import Server
 from torch import Tensor, nn
 
 from support.engines import tried
-from support.gate import Gate
 from support.models import Linear
+from support.models.gate import Gate
 
 TIMEOUT_S = 20.0
 

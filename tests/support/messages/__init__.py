@@ -1,0 +1,1 @@
+"""Messages of tests: requests of both services, answers, streams of them, and strategies that draw any of them."""
