@@ -26,7 +26,7 @@ from sidelight_server.telemetry.call_record import CallRecord
 
 @contextlib.contextmanager
 def scarce(more_bytes):
-    if engine.devices[0].moves:
+    if engine.devices[0].is_responsive:
         engine.devices[0].worker.call(lambda: None).result(30)  # it has let go of its last chunk
     gc.collect()
     pages = int(open("/proc/self/statm").read().split()[0])
@@ -63,7 +63,7 @@ CASES = {
                     pass
                 else:
                     raise AssertionError("there was memory enough")
-            assert engine.devices[0].moves
+            assert engine.devices[0].is_responsive
             assert not asyncio.run(engine.attribute(small)).failures
             assert not asyncio.run(engine.attribute(large)).failures
         """,
@@ -80,7 +80,7 @@ CASES = {
                     pass
                 else:
                     raise AssertionError("there was memory enough")
-            assert engine.devices[0].moves
+            assert engine.devices[0].is_responsive
             assert not asyncio.run(engine.attribute(small)).failures
         """,
     "the batch, as its caller is told": """

@@ -137,7 +137,9 @@ def test_streams_are_ended_only_while_memory_is_short(room: AvailableMemory | No
         asked.append(waited_s)
         return 0
 
-    assert asyncio.run(LoadShedding(end_waiting, max_message_bytes=1000, available=lambda: room).look()) is not is_short
+    assert (
+        asyncio.run(LoadShedding(end_waiting, max_message_bytes=1000, available=lambda: room).check()) is not is_short
+    )
     assert bool(asked) is is_short
 
 
@@ -147,7 +149,7 @@ def test_what_freed_memory_gives_is_taken_first(n_looks: int) -> None:
     short = AvailableMemory(MESSAGES_LEFT * 1000 - 1, 1 << 40)
     rooms, ended = itertools.chain([short] * n_looks, itertools.repeat(AvailableMemory(1 << 30, 1 << 30))), []
     shedding = LoadShedding(lambda _: ended.append(1) or 3, max_message_bytes=1000, available=lambda: next(rooms))
-    assert asyncio.run(shedding.look())
+    assert asyncio.run(shedding.check())
     assert len(ended) == n_looks - 1
 
 
@@ -186,7 +188,7 @@ def shed(server: Running, *, n: int) -> None:
     wanted = service.n_shed + n
 
     def reached() -> bool:
-        server.run(shedding.look())
+        server.run(shedding.check())
         return service.n_shed >= wanted
 
     until(server, reached)

@@ -213,9 +213,9 @@ def test_one_device_of_two_keeps_the_server_serving_and_gets_all_that_is_new(
         assert gate.reached.wait(TIMEOUT_S)
         heartbeat = here.worker.heartbeat
         heartbeat._beat_s -= heartbeat.limit_s + 1  # as long ago as that
-        watchdog = Watchdog(engine, on_look=lambda: None)
-        watchdog.look()
-        assert (here.moves, there.moves) == (False, True)
+        watchdog = Watchdog(engine, on_check=lambda: None)
+        watchdog.check()
+        assert (here.is_responsive, there.is_responsive) == (False, True)
         assert check(server.channel) == SERVING
         assert least_busy([here, there]) is there
         there.n_rows += 10**6  # busy is better than stuck

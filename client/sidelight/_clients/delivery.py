@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from .._streaming.results_queue import Answered
 from .._streaming.scheduling.parts import Entry
 from .._streaming.stream import Stream
-from ..results.attribution import Attribution, lent
+from ..results.attribution import Attribution, with_weak_batch
 from .progress import Progress
 from .stream_options import StreamOptions, raise_if_failed
 
@@ -27,7 +27,7 @@ class Delivery:
                 self._stream.release(entry)
             self.progress.add(answer, n_retries=self._stream.n_retries)
             answer = raise_if_failed(answer, self._options.on_error)
-            yield answer if self._options.keep_images else lent(answer, entry.batch)
+            yield answer if self._options.keep_images else with_weak_batch(answer, entry.batch)
 
     def _in_order(self, entry: Entry, answer: Attribution) -> Iterator[Answered]:
         """Yield what is due. If ordered, only the batch that is due yields answers that are not final."""

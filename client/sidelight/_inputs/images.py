@@ -127,7 +127,7 @@ class EncodedBatch:
         return given if isinstance(given, bytes) and dicom.is_dicom(given) else None
 
 
-class Lent:
+class WeakBatch:
     """A weak reference to a batch: an answer can draw its overlays only while the batch is alive elsewhere."""
 
     def __init__(self, batch: EncodedBatch | None) -> None:
@@ -138,8 +138,8 @@ class Lent:
         """The batch, or None once it was released."""
         return self._find()
 
-    def __reduce__(self) -> "tuple[type[Lent], tuple[None]]":
-        return Lent, (None,)
+    def __reduce__(self) -> "tuple[type[WeakBatch], tuple[None]]":
+        return WeakBatch, (None,)
 
 
 def _choices(classes: object, n_examples: int) -> tuple[pb.ClassChoice, ...]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from .._inputs.images import EncodedBatch, Lent
+from .._inputs.images import EncodedBatch, WeakBatch
 from .._inputs.tensors import Array
 from ..exceptions import FailedPrecondition, InvalidArgument, SidelightError, from_code
 from ..visualization.colormaps import HIGH_PERCENTILE, flat
@@ -58,7 +58,7 @@ class Attribution:
     id: str = ""  # of the batch: chosen by the caller, or generated
     error: SidelightError | None = None
     names: tuple[str | None, ...] = ()  # the path of each example that came from a file
-    _batch: EncodedBatch | Lent | None = None
+    _batch: EncodedBatch | WeakBatch | None = None
     _provenance: pb.Provenance | None = None
     _baseline: Array | None = None  # the array given as the method's baseline
 
@@ -213,7 +213,7 @@ class Attribution:
 
     @property
     def _kept_batch(self) -> EncodedBatch | None:
-        return self._batch.batch if isinstance(self._batch, Lent) else self._batch
+        return self._batch.batch if isinstance(self._batch, WeakBatch) else self._batch
 
     def _original(self, i: int) -> Image.Image:
         batch = self._kept_batch
@@ -233,11 +233,11 @@ class Attribution:
         return {f"{i:03}-{k}.png": self.overlay(i, k=k, original=original) for k in range(self.maps.shape[1])}
 
 
-def lent(answer: Attribution, batch: EncodedBatch) -> Attribution:
+def with_weak_batch(answer: Attribution, batch: EncodedBatch) -> Attribution:
     """Return the answer with only a weak reference to its batch of arrays. Files are small, and kept."""
     if answer._batch is None or batch.array is None:
         return answer
-    return dataclasses.replace(answer, _batch=Lent(batch))
+    return dataclasses.replace(answer, _batch=WeakBatch(batch))
 
 
 def failed(error: SidelightError, *, index: int, id_: str = "") -> Attribution:

@@ -61,13 +61,13 @@ class LoadShedding:
             while True:
                 await is_short.wait()
                 is_short.clear()
-                if not await self.look():
+                if not await self.check():
                     await asyncio.sleep(FAILED_PAUSE_S)
         finally:
             self._is_closed.set()
             watching.join()
 
-    async def look(self) -> bool:
+    async def check(self) -> bool:
         """Check once, and end streams if memory is short. Return False if it stays short and no stream was ended."""
         if not (short := self._shortage()):
             return True

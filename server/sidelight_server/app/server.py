@@ -24,7 +24,7 @@ from ..rpc.log_filter import hide_failed_writes
 from ..rpc.receive_limit import Pace
 from ..rpc.service import AttributionService, ModelService
 from ..rpc.shared_memory import SharedMemory
-from ..rpc.status import refusing
+from ..rpc.status import rejecting_handler
 from ..rpc.write_timeout import WriteTimeout
 from ..security.authorization import Authorization, Callers
 from ..security.tls import Certificates
@@ -98,7 +98,7 @@ class Server:
         if settings.watch_s:
             self._run_in_background(Reloader(self._engine.registry, every_s=settings.watch_s).run())
         if settings.stuck_s:
-            self._run_in_background(Watchdog(self._engine, on_look=self._update_health).run())
+            self._run_in_background(Watchdog(self._engine, on_check=self._update_health).run())
         shedding = LoadShedding(self.calls.end_waiting, max_message_bytes=settings.max_message_bytes)
         self._run_in_background(shedding.run())
         if self._regions.is_allowed:
@@ -114,7 +114,9 @@ class Server:
             )
         hide_failed_writes()
         loop = asyncio.get_running_loop()
-        authorization = Authorization(settings, functools.partial(refusing, counts=self.handler.telemetry.counts))
+        authorization = Authorization(
+            settings, functools.partial(rejecting_handler, counts=self.handler.telemetry.counts)
+        )
         callers = Callers(settings)
         write_timeout = WriteTimeout(within_s=settings.stalled_write_s)
         write_timeout.watch(loop)

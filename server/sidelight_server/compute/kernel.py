@@ -26,7 +26,7 @@ from .passes.layer_hooks import NOTHING_TO_GUIDE, Guided, capture
 from .passes.layers import Layers
 from .replica.replica import SHARED, Isolation, Replica, replicate, weights_dtype
 from .saved_memory import SavedMemory
-from .weights import Watch
+from .weights import ChangeDetector
 
 # Evaluates outputs: returns the kernel's output, and the gradients of the scores at the outputs.
 _Read = Callable[[Tensor], "tuple[KernelOutput, Tensor | None]"]
@@ -62,9 +62,9 @@ class Kernel:
         self.device = device
         self.head = head or Head()
         self._layers = layers or Layers()
-        self.watch = Watch(module, is_shared=is_shared)
+        self.detector = ChangeDetector(module, is_shared=is_shared)
         self._replica = Replica(
-            self.watch, device=device, options=self.options, adapter=adapter, trial=trial, isolation=isolation
+            self.detector, device=device, options=self.options, adapter=adapter, trial=trial, isolation=isolation
         )
         self._forward = Forward(adapter, self.options, dtype=self.dtype, compute_dtype=self._replica.dtype)
         if self.options.fold and not self.n_folded:  # provenance must not list an option that had no effect

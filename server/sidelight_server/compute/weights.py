@@ -11,18 +11,18 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
-    """A state of a module's tensors, as the number of changes detected so far."""
+class Changes:
+    """The number of detected changes of a module's tensors."""
 
     replaced: int = 0  # a tensor or its memory was replaced
     written: int = 0  # a tensor was replaced or its values were written to
 
 
-class Watch:
+class ChangeDetector:
     """Detects that a module's parameters or buffers were replaced or written to.
 
     It compares torch's version counters of the tensors, which is as cheap as iterating over the module. These do not
-    count writes through `.data`, so for a shared module, which the caller still holds, `look` can also compare a sum
+    count writes through `.data`, so for a shared module, which the caller still holds, `check` can also compare a sum
     over all bytes of tensors in host memory (2 ms for 48 MB). For a module that is not shared only the original tensors
     are compared: a source may return the same module again, with the next version's weights assigned to it.
     """
@@ -37,10 +37,10 @@ class Watch:
         self._versions = [_version(each) for each in self._tensors]
         self._words = _words(self._tensors) if is_shared else []
         self._sums = _sums(self._words)
-        self._seen = Seen()
+        self._seen = Changes()
 
-    def look(self, *, at_values: bool = False) -> Seen:
-        """Return the current state. With `at_values` the values of a shared module are compared too."""
+    def check(self, *, at_values: bool = False) -> Changes:
+        """Return the changes so far. With `at_values` the values of a shared module are compared too."""
         with self._lock:
             tensors = tensors_of(self.module) if self._is_shared else self._tensors
             addresses = [address(each) for each in tensors]
@@ -57,7 +57,7 @@ class Watch:
                 self._sums = sums
             if is_written:
                 self._tensors, self._addresses, self._versions = tensors, addresses, versions
-                self._seen = Seen(self._seen.replaced + is_replaced, self._seen.written + 1)
+                self._seen = Changes(self._seen.replaced + is_replaced, self._seen.written + 1)
             return self._seen
 
 
@@ -98,31 +98,31 @@ class Identity:
     """The model that computed an answer. Both fields are empty if the weights changed during the computation."""
 
     digest: str = ""  # SHA-256 of weights, preprocessing, outputs and labels
-    canary: str = ""  # digest of the model's output for a fixed input; see `Model.identify`
+    canary: str = ""  # digest of the model's output for a fixed input; see `ModelIdentity.identify`
 
 
 class Weights:
     """The digest of a module's parameters and buffers, and of other facts that a map depends on.
 
-    The digest is computed again when `Watch` has detected a change, for example by further training.
+    The digest is computed again when `ChangeDetector` has detected a change, for example by further training.
     """
 
-    def __init__(self, watch: Watch, *, facts: str) -> None:
+    def __init__(self, detector: ChangeDetector, *, facts: str) -> None:
         self._facts = facts
-        self._watch = watch
-        self._seen: Seen | None = None
+        self._detector = detector
+        self._seen: Changes | None = None
         self._digest = ""
 
     @property
     def digest(self) -> str:
         """The SHA-256 of names, types, shapes, bytes and facts, in hexadecimal."""
-        seen = self._watch.look()
+        seen = self._detector.check()
         if seen != self._seen:
             self._digest, self._seen = self._computed(), seen
         return self._digest
 
     def _computed(self) -> str:
-        state = sorted(self._watch.module.state_dict().items(), key=lambda item: item[0])
+        state = sorted(self._detector.module.state_dict().items(), key=lambda item: item[0])
         extra = [(name, repr(value)) for name, value in state if not isinstance(value, Tensor)]
         digest = hashlib.sha256(f"{self._facts} {extra}".encode())
         for name, value in state:

@@ -35,7 +35,7 @@ class Device:
         self.n_rows = 0  # upper bound of the rows of the requests on this device
 
     @property
-    def moves(self) -> bool:
+    def is_responsive(self) -> bool:
         """Whether the worker thread runs and is not stuck."""
         return self.worker.is_alive and not self.worker.heartbeat.is_stuck
 
@@ -76,4 +76,4 @@ def least_busy(devices: Sequence[Device]) -> Device:
     """Return the responsive device with the fewest rows; if all are stuck, one whose thread is alive."""
     if len(devices) == 1:
         return devices[0]
-    return min(devices, key=lambda device: (not device.moves, not device.worker.is_alive, device.n_rows))
+    return min(devices, key=lambda device: (not device.is_responsive, not device.worker.is_alive, device.n_rows))

@@ -73,7 +73,7 @@ class DeviceWorker:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"sidelight-{device}", daemon=True)
         self.completions = Completions()
-        self.stops = CancellationLatency()
+        self.cancellations = CancellationLatency()
         self.chunk_rows = Histogram("sidelight_chunk_rows", "rows that ran at once", buckets=CHUNK_ROWS, registry=None)
         self.heartbeat = Heartbeat(stuck_s=stuck_s)
         self.row_rate = RowRate()
@@ -217,7 +217,7 @@ class DeviceWorker:
             for active in active_requests:
                 if active.cancelled and not active.n_running:
                     if active.cancelled_s is not None:
-                        self.stops.add(time.monotonic() - active.cancelled_s)
+                        self.cancellations.add(time.monotonic() - active.cancelled_s)
                     active.release()
                 elif active in had_none and not active.cancelled:
                     self._ring.add(active)

@@ -119,9 +119,9 @@ class Engine:
         return self._devices
 
     @property
-    def stops(self) -> CancellationTimes:
+    def cancellations(self) -> CancellationTimes:
         """Cancellation latency: the time from a cancel until none of its rows runs on the device."""
-        return sum((device.worker.stops.times() for device in self._devices), start=CancellationTimes())
+        return sum((device.worker.cancellations.times() for device in self._devices), start=CancellationTimes())
 
     @property
     def n_unanswered(self) -> int:

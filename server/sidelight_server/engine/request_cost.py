@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ..domain import Request, TopK
 from ..models.model import Model
-from .preparation.examples import input_shape, is_taken_as_it_is, maps_shape
+from .preparation.examples import input_shape, maps_shape, needs_no_preparation
 
 BYTES_OF_FLOAT32 = 4
 
@@ -35,7 +35,7 @@ def cost_of(request: Request, model: Model) -> RequestCost:
     n_open = 0 if request.method.is_one_row else min(n_examples, EXAMPLES_IN_PROGRESS * model.chunk_rows)
     tensors_bytes = n_open * TENSORS_IN_PROGRESS * n_elements * model.kernel.dtype.itemsize
     # The pixels of each image, and then those of the whole batch.
-    pixels_bytes = 0 if is_taken_as_it_is(model, request.images) else 2 * n_examples * n_elements
+    pixels_bytes = 0 if needs_no_preparation(model, request.images) else 2 * n_examples * n_elements
     k = request.target.k if isinstance(request.target, TopK) else 1
     return RequestCost(
         maps_bytes=math.prod(of_maps) * BYTES_OF_FLOAT32,

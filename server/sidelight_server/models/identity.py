@@ -10,7 +10,7 @@ from torch import Tensor
 from ..compute.head import Head
 from ..compute.kernel import Kernel
 from ..compute.passes.adapter import Adapter
-from ..compute.weights import Identity, Seen, Weights
+from ..compute.weights import Changes, Identity, Weights
 from ..config.spec import ModelSpec
 from ..inputs.preprocessing import Preprocessing
 from ..telemetry.logs import Event
@@ -40,8 +40,8 @@ class ModelIdentity:
         self._name = name
         self._kernel = kernel
         self._trial = trial
-        self._weights = Weights(kernel.watch, facts=facts)
-        self._seen: Seen | None = None  # state of the weights at the last `identify`
+        self._weights = Weights(kernel.detector, facts=facts)
+        self._seen: Changes | None = None  # state of the weights at the last `identify`
         self._identity = Identity()
 
     @property
@@ -57,7 +57,7 @@ class ModelIdentity:
     @property
     def is_current(self) -> bool:
         """Whether torch's version counters show no write to the weights since `identify`."""
-        return self._seen is None or self._kernel.watch.look() == self._seen
+        return self._seen is None or self._kernel.detector.check() == self._seen
 
     def identify(self) -> Identity:
         """Return the identity for the next chunk. On the device's thread.
@@ -66,7 +66,7 @@ class ModelIdentity:
         "C×H×W:digest", with the SHA-256 of the outputs and gradient at the trial input. It is empty if two runs differ
         or fail, or without a trial input.
         """
-        seen = self._kernel.watch.look(at_values=True)
+        seen = self._kernel.detector.check(at_values=True)
         if seen != self._seen:
             self._identity = Identity(self.digest, self._canary())
             self._seen = seen

@@ -22,7 +22,7 @@ log = logging.getLogger("sidelight")
 LARGE_DIFFERENCE = 1e-4
 
 
-def limit(model: Model) -> None:
+def apply_fixed_size(model: Model) -> None:
     """Apply the settings that fix a model's chunk size; otherwise `warm_up` measures it."""
     settings = model.settings
     if settings.reproducible:

@@ -93,7 +93,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
 
 def server_info(engine: Engine, shared: SharedMemory | None = None) -> pb.GetServerInfoResponse:
     """Return version, limits, methods and models."""
-    settings, cancelled = engine.settings, engine.stops
+    settings, cancelled = engine.settings, engine.cancellations
     return pb.GetServerInfoResponse(
         version=metadata.version("sidelight"),
         limits=pb.Limits(

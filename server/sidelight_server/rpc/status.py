@@ -54,7 +54,7 @@ def forget_frames(task: "asyncio.Task[Any]") -> None:
             cancelled.__traceback__ = cancelled.__context__ = None
 
 
-def refusing(error: SidelightError, counts: Counters) -> "Handler":
+def rejecting_handler(error: SidelightError, counts: Counters) -> "Handler":
     """Return a handler that ends a call with an error before any of its message is read, and count the call."""
     counts.refused(error.code)
 

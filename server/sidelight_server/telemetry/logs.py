@@ -35,15 +35,15 @@ class Event:
         self.fields: dict[str, object] = {"event": event} | fields
 
     def __str__(self) -> str:
-        return in_words(self.fields)
+        return as_text(self.fields)
 
 
-def in_words(fields: dict[str, object]) -> str:
+def as_text(fields: dict[str, object]) -> str:
     """Return fields as key=value on one line. Text that is not one plain word becomes a JSON string."""
     return " ".join(f"{name}={_word(value, quoted=name in QUOTED)}" for name, value in fields.items())
 
 
-def in_json(fields: dict[str, object]) -> str:
+def as_json(fields: dict[str, object]) -> str:
     """Return fields as a JSON object on one line, in ASCII, so that text from callers cannot break a reader."""
     return json.dumps({name: _plain(value) for name, value in fields.items()})
 
@@ -97,7 +97,7 @@ class Formatter(logging.Formatter):
 
     def __init__(self, log_format: LogFormat) -> None:
         super().__init__()
-        self._write = in_json if log_format == "json" else in_words
+        self._write = as_json if log_format == "json" else as_text
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line."""

@@ -519,7 +519,7 @@ def test_a_changed_file_is_loaded_once_it_rests(weights: Path) -> None:
         watch = Reloader(engine.registry, every_s=1)
 
         def version_after_a_look() -> int:
-            asyncio.run(watch.look())
+            asyncio.run(watch.check())
             return engine.model("").version
 
         assert [version_after_a_look() for _ in range(2)] == [1, 1]

@@ -125,7 +125,9 @@ def test_a_failed_example_has_its_failure_alone() -> None:
 
 def test_without_its_images_an_example_is_shown_as_its_map() -> None:
     answer = pickle.loads(
-        pickle.dumps(attribution.lent(answer_of([example(1)]), EncodedBatch(np.zeros((1, 4, 6, 3), np.uint8))))
+        pickle.dumps(
+            attribution.with_weak_batch(answer_of([example(1)]), EncodedBatch(np.zeros((1, 4, 6, 3), np.uint8)))
+        )
     )
     with pytest.raises(sidelight.FailedPrecondition, match="keep_images"):
         answer[0].overlay()

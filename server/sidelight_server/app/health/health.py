@@ -16,7 +16,7 @@ from sidelight.v1 import attribution_pb2, model_pb2
 from ...engine.engine import Engine
 from ...errors import ResourceExhausted, Unavailable
 from ...interop.open_inference import service as open_inference
-from ...rpc.status import Context, abort, refusing
+from ...rpc.status import Context, abort, rejecting_handler
 from ...security.authorization import INFERENCE_PROBES
 from ...security.stream_limit import Peers
 from ...telemetry.counters import Counters
@@ -109,7 +109,7 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the packa
 
 def statuses(engine: Engine, *, serves: bool) -> dict[str, bool]:
     """Return for each name whether it serves. `serves`: whether the server is ready and not draining."""
-    serves = serves and any(device.moves for device in engine.devices)
+    serves = serves and any(device.is_responsive for device in engine.devices)
     models = {MODEL + entry.name: serves and bool(entry.models) for entry in engine.registry.entries.values()}
     return dict.fromkeys(("", *SERVICES), serves) | models
 
@@ -131,4 +131,4 @@ class ReadinessGate(grpc.aio.ServerInterceptor):
         if self.is_open or method.startswith(OPEN) or method in INFERENCE_PROBES:
             return await continuation(handler_call_details)
         starting = Unavailable("the server is starting: its models are not loaded yet", retry_delay_s=RETRY_DELAY_S)
-        return refusing(starting, self._counts)
+        return rejecting_handler(starting, self._counts)

@@ -10,26 +10,26 @@ from ...telemetry.logs import Event
 
 log = logging.getLogger("sidelight")
 
-LOOKS = 4  # checks within `stuck_s`
+CHECKS = 4  # checks within `stuck_s`
 MAX_EVERY_S = 1.0
 
 
 class Watchdog:
-    """Checks the heartbeats of an engine's devices, and calls `on_look` after each check. Runs on the event loop."""
+    """Checks the heartbeats of an engine's devices, and calls `on_check` after each check. Runs on the event loop."""
 
-    def __init__(self, engine: Engine, *, on_look: Callable[[], None]) -> None:
+    def __init__(self, engine: Engine, *, on_check: Callable[[], None]) -> None:
         self._engine = engine
-        self._on_look = on_look
-        self._every_s = min(MAX_EVERY_S, engine.settings.stuck_s / LOOKS)
+        self._on_check = on_check
+        self._every_s = min(MAX_EVERY_S, engine.settings.stuck_s / CHECKS)
         self._stuck: set[Device] = set()
 
     async def run(self) -> None:
         """Check periodically, until cancelled."""
         while True:
-            self.look()
+            self.check()
             await asyncio.sleep(self._every_s)
 
-    def look(self) -> None:
+    def check(self) -> None:
         """Check all devices once."""
         for device in self._engine.devices:
             heartbeat = device.worker.heartbeat
@@ -43,4 +43,4 @@ class Watchdog:
                 self._stuck.discard(device)
                 if device.worker.is_alive:
                     log.warning(Event("device_moves", device=device.torch_device))
-        self._on_look()
+        self._on_check()

@@ -75,7 +75,7 @@ class Metrics(Collector):
             "idle streams that were ended because memory was short",
             value=counts.shed_streams,
         )
-        stops = self._engine.stops
+        stops = self._engine.cancellations
         yield CounterMetricFamily(
             "sidelight_stopped_batches", "batches that were cancelled while one of their rows ran", value=stops.count
         )
@@ -117,7 +117,7 @@ class Metrics(Collector):
         )
         for name, device in _named(self._engine.devices):
             labels = [name]
-            moves.add_metric(labels, int(device.moves))
+            moves.add_metric(labels, int(device.is_responsive))
             short.add_metric(labels, device.worker.errors.n_out_of_memory)
             if device.torch_device.type == "cuda":
                 memory.add_metric(labels, torch.cuda.memory_reserved(device.torch_device))

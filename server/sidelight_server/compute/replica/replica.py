@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from ...config.options import KernelOptions
 from ...errors import ConfigurationError
 from ..passes.adapter import Adapter
-from ..weights import Watch, address, tensors_of
+from ..weights import ChangeDetector, address, tensors_of
 from .batchnorm_fusion import COMPUTING, fuse_batchnorm
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -121,7 +121,7 @@ class Replica:
 
     def __init__(
         self,
-        watch: Watch,
+        detector: ChangeDetector,
         *,
         device: torch.device,
         options: KernelOptions,
@@ -133,22 +133,22 @@ class Replica:
             raise ConfigurationError("precision: mixed has no effect on a compiled model; leave one of them unset")
         if options.cuda_graphs and device.type != "cuda":
             raise ConfigurationError(f"cuda_graphs: needs a CUDA device, the server runs on {device}")
-        self._watch = watch
+        self._detector = detector
         self._device = device
         self._options = options
         self._adapter = adapter
         self._trial = trial
         self._isolation = isolation
         self._holds_copies = False
-        self._seen = watch.look()
-        self.dtype = _dtype(options, watch.module)
+        self._seen = detector.check()
+        self.dtype = _dtype(options, detector.module)
         self.n_folded = 0
         self._make()
 
     @property
     def is_stale(self) -> bool:
         """Whether the module's weights have changed in a way that the replica does not share."""
-        now = self._watch.look()
+        now = self._detector.check()
         return now.replaced != self._seen.replaced or (self._holds_copies and now.written != self._seen.written)
 
     def refresh(self) -> None:
@@ -156,8 +156,8 @@ class Replica:
         self._make()
 
     def _make(self) -> None:
-        seen = self._watch.look()
-        source, options = self._watch.module, self._options
+        seen = self._detector.check()
+        source, options = self._detector.module, self._options
         module = replicate(source, self._isolation).to(self._device)
         for name in ("fold", "compile", "cuda_graphs"):
             if getattr(options, name) and self._trial is None:

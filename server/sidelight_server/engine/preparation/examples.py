@@ -137,10 +137,10 @@ def runs_inline(model: Model, request: Request) -> bool:
         return False
     if images.dtype != np.uint8:
         return images.nbytes <= FEW_BYTES
-    return is_taken_as_it_is(model, images)
+    return needs_no_preparation(model, images)
 
 
-def is_taken_as_it_is(model: Model, images: Files | Array) -> bool:
+def needs_no_preparation(model: Model, images: Files | Array) -> bool:
     """Return whether the examples need neither decoding nor resizing."""
     if isinstance(images, Files):
         return False

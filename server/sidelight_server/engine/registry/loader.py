@@ -13,7 +13,7 @@ import torch
 from ...errors import ConfigurationError, FailedPrecondition, Unavailable
 from ...models.model import Model
 from ...models.trial.in_turn import InTurn, at_once
-from ...models.warmup import limit, measure_again, warm_up
+from ...models.warmup import apply_fixed_size, measure_again, warm_up
 from ...telemetry.logs import Event
 from ..completion import complete
 from ..device import Device
@@ -121,7 +121,7 @@ class Loader:
             for device, turn in zip(self._devices, turns, strict=True)
         )
         for model in models:
-            limit(model)
+            apply_fixed_size(model)
         _ = models[0].digest  # computed here, not with the first answer
         return models
 

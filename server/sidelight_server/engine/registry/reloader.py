@@ -19,7 +19,7 @@ class Reloader:
         self._registry = registry
         self._every_s = every_s
         self._changed: dict[str, Fingerprint] = {}
-        self._looking: dict[str, asyncio.Task[None]] = {}  # by model
+        self._checking: dict[str, asyncio.Task[None]] = {}  # by model
 
     async def run(self) -> None:
         """Poll until cancelled."""
@@ -28,10 +28,10 @@ class Reloader:
                 await asyncio.sleep(self._every_s)
                 self._begin()
         finally:
-            for task in self._looking.values():
+            for task in self._checking.values():
                 task.cancel()
 
-    async def look(self) -> None:
+    async def check(self) -> None:
         """Poll once, and wait for the reloads that follow. `run` does not wait for them."""
         if begun := self._begin():
             await asyncio.wait(begun)
@@ -40,14 +40,14 @@ class Reloader:
         """Start a check of every serving model whose last check has ended; return the tasks."""
         begun = []
         for entry in self._registry.entries.values():
-            if not entry.models or not entry.has_source or entry.name in self._looking:
+            if not entry.models or not entry.has_source or entry.name in self._checking:
                 continue
-            task = self._looking[entry.name] = asyncio.create_task(self._look(entry))
-            task.add_done_callback(lambda _, name=entry.name: self._looking.pop(name))  # type: ignore[misc]
+            task = self._checking[entry.name] = asyncio.create_task(self._check(entry))
+            task.add_done_callback(lambda _, name=entry.name: self._checking.pop(name))  # type: ignore[misc]
             begun.append(task)
         return begun
 
-    async def _look(self, entry: Entry) -> None:
+    async def _check(self, entry: Entry) -> None:
         """Check one model. Changed files are loaded only once a second check finds the same: they may be half written.
 
         A version that fails to load is not retried before its files change again.

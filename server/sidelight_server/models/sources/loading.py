@@ -11,7 +11,7 @@ MAX_CAUSE = 400  # characters: torch's messages list every mismatched tensor, or
 
 
 @contextlib.contextmanager
-def refusing(setting: str, path: Path | str) -> Iterator[None]:
+def configuration_errors(setting: str, path: Path | str) -> Iterator[None]:
     """Convert any exception in the context to `ConfigurationError`. Readers of files may raise anything."""
     try:
         yield

@@ -248,7 +248,7 @@ def test_a_lost_device_is_reported_once_and_others_answer(breaking: Breaking, ca
             asyncio.run(engine.attribute(Request(np.concatenate([PICTURE] * 5))))
         assert changed.wait(30)
         breaking.armed = False
-        assert [station.moves for station in engine.devices] == [False, True]
+        assert [station.is_responsive for station in engine.devices] == [False, True]
         for _ in range(3):
             assert not asyncio.run(engine.attribute(Request(PICTURE))).failures
         with pytest.raises(Unavailable, match="cpu has failed"):
@@ -302,7 +302,7 @@ def test_a_device_that_is_found_lost_while_a_model_is_loaded_takes_no_request(br
         with pytest.raises(breaking.error):
             here.in_turn(lambda: breaking.broken.add(threading.current_thread()) or breaking.check())
         assert ended.wait(30)
-        assert not here.moves
+        assert not here.is_responsive
         assert not asyncio.run(engine.attribute(Request(PICTURE))).failures
 
 

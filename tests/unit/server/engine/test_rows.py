@@ -163,8 +163,8 @@ def test_cancelled_work_ends_within_a_chunk_and_leaves_nothing(
 
     with engine:
         asyncio.run(run())
-    assert engine.stops.count == 1
-    assert 0 < engine.stops.mean_s == engine.stops.longest_s
+    assert engine.cancellations.count == 1
+    assert 0 < engine.cancellations.mean_s == engine.cancellations.longest_s
     assert engine.n_unanswered == 0
     assert n_states() == before
 
@@ -205,7 +205,7 @@ def test_a_storm_of_cancellations_leaks_nothing(device: str, floats: Tensor) -> 
     assert engine.n_unanswered == 0
     assert len(engine._devices[0].worker._ring) == 0
     assert n_states() == before
-    assert engine.stops.count > 0
+    assert engine.cancellations.count > 0
 
 
 @pytest.mark.parametrize("depth", [1, 2], ids=["one chunk at the device", "two chunks at the device"])

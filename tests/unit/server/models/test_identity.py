@@ -11,7 +11,7 @@ import sidelight
 import sidelight_server
 import torch
 from sidelight_server import Engine, ModelSpec, Settings
-from sidelight_server.compute.weights import Watch
+from sidelight_server.compute.weights import ChangeDetector
 from torch import Tensor, nn
 
 from support.engines import ask
@@ -197,14 +197,14 @@ def served(module: nn.Module) -> Iterator[sidelight.Client]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8, torch.bool, torch.float64])
-def test_a_watch_that_is_shared_sees_each_element(dtype: torch.dtype) -> None:
+def test_a_change_of_each_element_of_a_shared_module_is_detected(dtype: torch.dtype) -> None:
     module = nn.Module()
     module.register_buffer("held", torch.zeros(3, 7).to(dtype).t())
-    watch = Watch(module, is_shared=True)
-    seen = watch.look(at_values=True)
+    detector = ChangeDetector(module, is_shared=True)
+    seen = detector.check(at_values=True)
     for place in range(21):
-        assert watch.look(at_values=True) == seen
+        assert detector.check(at_values=True) == seen
         module.held.data[place // 3, place % 3] = 1
-        assert watch.look() == seen  # torch has not counted that
-        seen, before = watch.look(at_values=True), seen
+        assert detector.check() == seen  # torch has not counted that
+        seen, before = detector.check(at_values=True), seen
         assert seen.written == before.written + 1
