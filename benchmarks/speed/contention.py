@@ -125,7 +125,7 @@ def _chunk(network: str) -> Callable[[], object]:
     from sidelight_server.domain import PREDICTED, Score
     from torch import nn
 
-    from .nets import SIZE, resnet18
+    from ..support.nets import SIZE, resnet18
 
     torch.set_num_threads(cpu_quota())
     if network == "ResNet-18":
