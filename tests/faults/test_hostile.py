@@ -20,7 +20,9 @@ from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.app.channel_options import MAX_CONNECTION_CALLS
 from sidelight_server.app.health.health import MAX_PEER_WATCHES
 from sidelight_server.domain import Request
-from sidelight_server.rpc import interceptors, receive_limit, stream
+from sidelight_server.rpc import interceptors
+from sidelight_server.rpc.limits import receive_limit
+from sidelight_server.rpc.streaming import stream
 from torch import Tensor, nn
 
 from benchmarks.support.http2_caller import ATTRIBUTE, CHECK, INFO, STREAM, WATCH, Caller, framed

@@ -22,8 +22,8 @@ from sidelight_server.app.health.health import SERVICES
 from sidelight_server.app.health.watchdog import Watchdog
 from sidelight_server.app.server import Server
 from sidelight_server.config.model_settings import ModelSettings
-from sidelight_server.engine.device import least_busy
-from sidelight_server.engine.heartbeat import STUCK_FACTOR, Heartbeat
+from sidelight_server.engine.devices.device import least_busy
+from sidelight_server.engine.devices.heartbeat import STUCK_FACTOR, Heartbeat
 from sidelight_server.errors import Unavailable
 
 from support.messages.attribution import ask, attribute, floats

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, tensor_pb2
-from sidelight_server.rpc.stream import Context, Stream
+from sidelight_server.rpc.streaming.stream import Context, Stream
 
 from support.messages.attribution import (
     BRIEF,

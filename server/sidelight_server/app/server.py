@@ -20,12 +20,12 @@ from ..interop.open_inference.shared_memory import SystemSharedMemory
 from ..rpc.calls import Calls
 from ..rpc.handler import RequestHandler
 from ..rpc.interceptors import DECODERS, MessageInterceptor
+from ..rpc.limits.receive_limit import Pace
+from ..rpc.limits.write_timeout import WriteTimeout
 from ..rpc.log_filter import hide_failed_writes
-from ..rpc.receive_limit import Pace
 from ..rpc.service import AttributionService, ModelService
 from ..rpc.shared_memory import SharedMemory
 from ..rpc.status import rejecting_handler
-from ..rpc.write_timeout import WriteTimeout
 from ..security.authorization import Authorization, Callers
 from ..security.tls import Certificates
 from ..telemetry.logs import Event

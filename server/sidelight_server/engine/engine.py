@@ -23,7 +23,7 @@ from ..telemetry.cancellation_latency import CancellationTimes
 from ..telemetry.logs import Event
 from .active_request import ActiveRequest
 from .answer import Clock, assemble_answer, software_versions
-from .device import Device, least_busy
+from .devices.device import Device, least_busy
 from .preparation.pool import PreparationPool
 from .registry.entry import Version
 from .registry.registry import Registry

@@ -11,7 +11,7 @@ from ..telemetry.call_record import CallRecord
 from .active_request import ActiveRequest
 from .answer import Clock
 from .completion import call_soon
-from .device import Device
+from .devices.device import Device
 from .preparation.examples import Prepared, input_shape, prepare, resolve_layer, runs_inline
 from .preparation.pool import PreparationPool, to_thread_if_many
 from .registry.entry import Version

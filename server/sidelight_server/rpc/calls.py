@@ -15,10 +15,10 @@ from ..telemetry.call_record import CallRecord
 from ..wire.codec import Decoded, Received, Unreadable
 from .engine_call import ValidatedRequest
 from .handler import RequestHandler
-from .receive_limit import Pace
+from .limits.receive_limit import Pace
+from .limits.write_timeout import WriteTimeout
 from .status import Context, abort
-from .stream import Stream, StreamOptions
-from .write_timeout import WriteTimeout
+from .streaming.stream import Stream, StreamOptions
 
 DEADLINE_SLACK_S = 0.1
 RAN_ERRORS = (DeadlineExceeded, Unavailable, Internal)  # of requests that may have run

@@ -21,8 +21,8 @@ from ..telemetry.recorder import Telemetry
 from ..wire import requests
 from ..wire.rendering import parse_rendering
 from ..wire.tensors import layout_of, map_itemsize
-from .admission import Admission, Permits
 from .engine_call import Encode, EngineCall, HideInternalErrors, ValidatedRequest, check_length, encode_own
+from .limits.admission import Admission, Permits
 from .shared_memory import RegionLookup, Span, span
 
 WAITING_BYTES = 64 * 1024  # smaller messages of streams are not counted while they wait: there are two per stream

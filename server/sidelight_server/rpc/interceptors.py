@@ -16,9 +16,9 @@ from ..errors import ResourceExhausted, SidelightError
 from ..security.authorization import Callers
 from ..security.stream_limit import Peers, host_of
 from ..wire.codec import Decode, Unreadable, decode_request, decode_stream_request, encode, unreadable
-from .receive_limit import SLOTS, SLOW_SLOTS, SMALL_S, SMALL_SLOTS, Pace, ReceiveLimit
+from .limits.receive_limit import SLOTS, SLOW_SLOTS, SMALL_S, SMALL_SLOTS, Pace, ReceiveLimit
+from .limits.write_timeout import WriteTimeout
 from .status import Context, abort
-from .write_timeout import WriteTimeout
 
 SMALL_BYTES = 64 * 1024  # limit of a message of any call but Attribute and AttributeStream
 MAX_PEER_REFLECTIONS = 8  # open reflection streams from one host

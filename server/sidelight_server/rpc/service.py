@@ -13,12 +13,12 @@ from ..wire import responses
 from ..wire.codec import Decoded, Received
 from ..wire.methods import SERVED_METHODS
 from ..wire.requests import MAX_EXAMPLES
-from .attribution_stream import AttributionStream
 from .calls import Calls
 from .engine_call import ValidatedRequest
 from .handler import RequestHandler
 from .shared_memory import Regions, SharedMemory
 from .status import Context, abort
+from .streaming.attribution_stream import AttributionStream
 
 
 class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):

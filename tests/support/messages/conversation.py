@@ -6,7 +6,7 @@ import queue
 import grpc
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
-from sidelight_server.rpc.stream import END_TRAILER
+from sidelight_server.rpc.streaming.stream import END_TRAILER
 
 from support.servers.running import TIMEOUT_S
 

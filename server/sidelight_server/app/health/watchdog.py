@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from ...engine.device import Device
+from ...engine.devices.device import Device
 from ...engine.engine import Engine
 from ...telemetry.logs import Event
 

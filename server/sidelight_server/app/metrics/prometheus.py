@@ -14,7 +14,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from ...compute.host_memory import resident_bytes
-from ...engine.device import Device
+from ...engine.devices.device import Device
 from ...engine.engine import Engine
 from ...security.reloadable_files import SecretFiles
 from ...telemetry.counters import Counters

@@ -16,7 +16,7 @@ from ...models.trial.in_turn import InTurn, at_once
 from ...models.warmup import apply_fixed_size, measure_again, warm_up
 from ...telemetry.logs import Event
 from ..completion import complete
-from ..device import Device
+from ..devices.device import Device
 from .entry import Entry, Version
 
 log = logging.getLogger("sidelight")

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
-from ..device import Device
+from ..devices.device import Device
 from .registry import Registry
 
 FIRST_S = 60.0  # time until the first measurement; the interval doubles each time

@@ -18,7 +18,7 @@ from ...models.calibration import can_grow
 from ...models.model import Model
 from ...models.trial.in_turn import at_once
 from ...models.warmup import warm_up
-from ..device import Device
+from ..devices.device import Device
 from .entry import Entry, Version
 from .loader import Loader
 

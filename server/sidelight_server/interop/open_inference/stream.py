@@ -7,7 +7,7 @@ import grpc
 
 from ...errors import SidelightError
 from ...rpc.handler import RequestHandler
-from ...rpc.stream import Context, Stream, StreamOptions
+from ...rpc.streaming.stream import Context, Stream, StreamOptions
 from ...wire.codec import Received
 from . import inference_pb2 as oip
 from .handler import InferHandler

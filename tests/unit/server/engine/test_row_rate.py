@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sidelight_server.engine.row_rate import HALF_LIFE_S, RowRate
+from sidelight_server.engine.devices.row_rate import HALF_LIFE_S, RowRate
 
 
 def busy(

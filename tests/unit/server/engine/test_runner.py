@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sidelight_server import Engine, IntegratedGradients, ModelSpec, Request, Settings
-from sidelight_server.engine.device_worker import DeviceWorker
+from sidelight_server.engine.devices.device_worker import DeviceWorker
 from sidelight_server.models.chunk_size import GOOD_CHUNKS, MOST_GOOD_CHUNKS, RowLimit
 from sidelight_server.models.model import Model
 from sidelight_server.models.warmup import warm_up

@@ -6,15 +6,15 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-from ..engine.submission import Outcome
-from ..errors import Cancelled, DeadlineExceeded, SidelightError
-from ..telemetry.call_record import CallRecord
-from .admission import Permits
+from ...engine.submission import Outcome
+from ...errors import Cancelled, DeadlineExceeded, SidelightError
+from ...telemetry.call_record import CallRecord
+from ..engine_call import EngineCall, ValidatedRequest
+from ..handler import RequestHandler
+from ..limits.admission import Permits
+from ..status import forget_frames
 from .eager import CreateTask, run_eagerly
-from .engine_call import EngineCall, ValidatedRequest
-from .handler import RequestHandler
 from .response_writer import ResponseWriter
-from .status import forget_frames
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,15 +4,15 @@ import functools
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from ..errors import InvalidArgument, SidelightError
-from ..telemetry.call_record import CallRecord
-from ..wire import responses
-from ..wire.codec import Received
-from .engine_call import ValidatedRequest
-from .handler import RequestHandler, deadline_of
-from .shared_memory import Regions
+from ...errors import InvalidArgument, SidelightError
+from ...telemetry.call_record import CallRecord
+from ...wire import responses
+from ...wire.codec import Received
+from ..engine_call import ValidatedRequest
+from ..handler import RequestHandler, deadline_of
+from ..shared_memory import Regions
+from .batch import Unloaded
 from .stream import Context, Stream, StreamOptions
-from .stream_batch import Unloaded
 
 
 class AttributionStream(Stream[pb.AttributeStreamRequest]):

@@ -13,9 +13,9 @@ from typing import Any
 
 import grpc
 
-from ..errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, SidelightError
+from ...errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, SidelightError
+from ..status import Context
 from .admission import Admission, Permit
-from .status import Context
 
 _Slot = tuple[Admission, Permit]
 

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import torch
 
-from .active_request import ActiveRequest
+from ..active_request import ActiveRequest
 from .device_worker import DeviceWorker
 
 REST = 3.0  # pause after a background task, as a multiple of its time: requests keep three quarters of the device

@@ -5,9 +5,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..compute.saved_memory import TooLarge
-from ..compute.torch_device import check_works, is_out_of_memory
-from ..errors import (
+from ...compute.saved_memory import TooLarge
+from ...compute.torch_device import check_works, is_out_of_memory
+from ...errors import (
     FailedPrecondition,
     Internal,
     InvalidArgument,
@@ -15,10 +15,10 @@ from ..errors import (
     ResourceExhausted,
     SidelightError,
 )
-from ..models.model import Model
-from ..telemetry.logs import Event, Throttle
-from .active_request import ActiveRequest
-from .example_run import ExampleRun
+from ...models.model import Model
+from ...telemetry.logs import Event, Throttle
+from ..active_request import ActiveRequest
+from ..example_run import ExampleRun
 
 log = logging.getLogger("sidelight")
 

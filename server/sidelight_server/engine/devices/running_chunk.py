@@ -9,18 +9,18 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..compute.kernel_output import KernelOutput
-from ..compute.max_abs import largest_absolute
-from ..compute.staging import Arriving, Staging, magnitudes
-from ..compute.weights import Identity
-from ..domain import PREDICTED
-from ..errors import Internal
-from ..methods.channels import Channels
-from ..methods.method import HostMaps, RowOutput
-from ..models.model import Model
-from ..telemetry.call_record import MAX_CHUNKS, ChunkTimes
-from .active_request import ActiveRequest
-from .example_run import Result, Row
+from ...compute.kernel_output import KernelOutput
+from ...compute.max_abs import largest_absolute
+from ...compute.staging import Arriving, Staging, magnitudes
+from ...compute.weights import Identity
+from ...domain import PREDICTED
+from ...errors import Internal
+from ...methods.channels import Channels
+from ...methods.method import HostMaps, RowOutput
+from ...models.model import Model
+from ...telemetry.call_record import MAX_CHUNKS, ChunkTimes
+from ..active_request import ActiveRequest
+from ..example_run import Result, Row
 
 # How the gradients of a whole chunk, [n, C, H, W], become maps: by the reductions that `Method.reduction` returns.
 _REDUCED: dict[Channels, Callable[[Tensor], Tensor]] = {

@@ -12,20 +12,20 @@ from typing import Any, TypeVar
 import torch
 from prometheus_client import Histogram
 
-from ..compute.staging import Staging
-from ..compute.torch_device import check_works
-from ..errors import SidelightError, Unavailable
-from ..methods.method import HostMaps, RowOutput
-from ..telemetry.cancellation_latency import CancellationLatency
-from ..telemetry.logs import Event
-from .active_request import ActiveRequest
+from ...compute.staging import Staging
+from ...compute.torch_device import check_works
+from ...errors import SidelightError, Unavailable
+from ...methods.method import HostMaps, RowOutput
+from ...telemetry.cancellation_latency import CancellationLatency
+from ...telemetry.logs import Event
+from ..active_request import ActiveRequest
+from ..completion import Completions
+from ..example_run import ExampleRun, Result, Row
+from ..scheduler import Ring
 from .chunk_errors import ChunkErrors, DeviceLostError
-from .completion import Completions
-from .example_run import ExampleRun, Result, Row
 from .heartbeat import Heartbeat
 from .row_rate import RowRate
 from .running_chunk import RunningChunk, by_request, to_host
-from .scheduler import Ring
 
 log = logging.getLogger("sidelight")
 

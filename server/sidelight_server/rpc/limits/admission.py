@@ -6,7 +6,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..errors import ResourceExhausted
+from ...errors import ResourceExhausted
 
 RETRY_DELAY_S = 0.25
 SHARE = 3  # a caller must leave free at least its own holding divided by this

@@ -12,15 +12,15 @@ from typing import Any, ClassVar, Generic, Literal, TypeVar
 import grpc
 from google.protobuf.message import Message
 
-from ..errors import SidelightError, Unavailable
-from ..telemetry.call_record import CallRecord
-from ..wire.codec import Decoded, Received, Unreadable
-from .engine_call import ValidatedRequest
-from .handler import RequestHandler
-from .receive_limit import Pace
+from ...errors import SidelightError, Unavailable
+from ...telemetry.call_record import CallRecord
+from ...wire.codec import Decoded, Received, Unreadable
+from ..engine_call import ValidatedRequest
+from ..handler import RequestHandler
+from ..limits.receive_limit import Pace
+from ..limits.write_timeout import WriteTimeout
+from .batch import Batch, BatchContext, Unloaded
 from .response_writer import ResponseWriter, StalledError
-from .stream_batch import Batch, BatchContext, Unloaded
-from .write_timeout import WriteTimeout
 
 STALLED_STATUS_S = 10.0  # how long a client that did not accept an answer has to read the final status
 BEGIN_HEADER, END_TRAILER = "sidelight-begin", "sidelight-end"

@@ -1,0 +1,4 @@
+"""Limits of what a caller may take: permits, receive slots, and the time to accept an answer.
+
+May import `errors` and `rpc.status`.
+"""
