@@ -83,16 +83,14 @@ class BatchReader:
             return None
         index = self._n_read
         self._n_read += 1
-        batch = EncodedBatch([])
-        if isinstance(given, Batch) and isinstance(given.id, str):  # so that an error below carries it
-            batch.id = given.id
+        batch: EncodedBatch | None = None
         try:
             batch = given if isinstance(given, EncodedBatch) else EncodedBatch(given)
             self._check_classes(batch)
             spans = self._config.split(batch)
         except (SidelightError, OSError) as error:
             refused = error if isinstance(error, SidelightError) else InvalidArgument(f"images: {error}")
-            return ReadBatch(index, batch, refused=refused)
+            return ReadBatch(index, _without_images(given) if batch is None else batch, refused=refused)
         if len(spans) > 1:
             log.info("batch %s: sent in %d parts, over the limits of one message", batch.id or index, len(spans))
         return ReadBatch(index, batch, spans)
@@ -102,3 +100,11 @@ class BatchReader:
         if batch.target is None and not self._are_classes_checked:
             self._are_classes_checked = True
             check_classes(self._config.template, batch)
+
+
+def _without_images(given: object) -> EncodedBatch:
+    """Return an empty batch with the id of one that cannot be encoded, so that its error carries the id."""
+    batch = EncodedBatch([])
+    if isinstance(given, Batch) and isinstance(given.id, str):
+        batch.id = given.id
+    return batch

@@ -18,11 +18,10 @@ class Entry:
     deadline_s: float
     n_open: int = 0  # parts without an answer
     answers: "dict[int, Attribution]" = field(default_factory=dict)  # by the index of the part's first example
+    id: str = field(init=False)  # the batch's id; its position if it has none
 
-    @property
-    def id(self) -> str:
-        """The batch's id; its position if it has none."""
-        return self.batch.id or str(self.index)
+    def __post_init__(self) -> None:
+        self.id = self.batch.id or str(self.index)
 
     @property
     def label(self) -> str:
@@ -48,12 +47,12 @@ class Part:
     n_deaths: int = 0  # of servers that held no other part of this stream
     holders: list[Hashable] = field(default_factory=list)  # the workers it is sent to: one, or two with hedging
     sent_s: float = 0.0  # when it was sent last
+    # Its id on the wire: the batch's id, and the range of its examples unless it is the whole batch.
+    id: str = field(init=False)
 
-    @property
-    def id(self) -> str:
-        """The part's id on the wire: the batch's id, and the range of its examples unless it is the whole batch."""
+    def __post_init__(self) -> None:
         id_ = self.entry.id
-        return id_ if self.is_whole else f"{id_}:{self.start}-{self.start + len(self.batch)}"
+        self.id = id_ if self.is_whole else f"{id_}:{self.start}-{self.start + len(self.batch)}"
 
     @property
     def is_whole(self) -> bool:
