@@ -321,6 +321,12 @@ def test_a_folder_without_pictures_is_a_usage_error(run: Run) -> None:
     assert "the folder folder has no pictures (.bmp, .dcm," in done.stderr
 
 
+def test_without_any_of_its_files_a_command_does_not_wait_for_a_server(run: Run) -> None:
+    done = run("attribute", "missing.png", "also.png", "--address", "localhost:1")
+    assert done.exit_code == 2
+    assert "no such file: missing.png, also.png" in done.stderr
+
+
 def test_answers_are_printed_as_lines_of_json(run: Run, client: sidelight.Client) -> None:
     good, more = picture("good.png"), picture("more.png", seed=1)
     Path("bad.png").write_bytes(b"no picture")
@@ -645,9 +651,10 @@ def test_as_a_process_it_prints_a_plain_table_and_writes_overlays(address: str, 
 
 
 def test_as_a_process_it_ends_with_one_where_a_picture_fails(address: str, tmp_path: Path) -> None:
-    done = process("attribute", "missing.png", cwd=tmp_path, SIDELIGHT_ADDRESS=address)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    done = process("attribute", "bad.png", cwd=tmp_path, SIDELIGHT_ADDRESS=address)
     assert done.returncode == 1
-    assert "missing.png" in done.stdout
+    assert "bad.png" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
 
 

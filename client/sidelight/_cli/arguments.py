@@ -21,7 +21,10 @@ PICTURES = (".bmp", ".dcm", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".
 
 
 def pictures_of(paths: Sequence[Path]) -> list[Path]:
-    """Replace each folder by its pictures, sorted by name. Subfolders are not searched."""
+    """Replace each folder by its pictures, sorted by name. Subfolders are not searched.
+
+    A missing file fails alone, when it is read; if all are missing, that is a usage error.
+    """
     files: list[Path] = []
     for path in paths:
         if not path.is_dir():
@@ -31,6 +34,9 @@ def pictures_of(paths: Sequence[Path]) -> list[Path]:
         if not found:
             raise typer.BadParameter(f"the folder {path} has no pictures ({', '.join(PICTURES)})", param_hint="IMAGES")
         files.extend(found)
+    if files and not any(each.exists() for each in files):
+        missing = ", ".join(map(str, files))
+        raise typer.BadParameter(f"no such file: {missing}", param_hint="IMAGES")
     return files
 
 
