@@ -58,9 +58,9 @@ def connect(
 
     The defaults of `address` and `token` are the environment variables SIDELIGHT_ADDRESS and SIDELIGHT_TOKEN. Several
     addresses of servers with the same model may be given, as a list or separated by commas. "dns:host:port" means all
-    addresses of a DNS name, which is looked up every two seconds: servers that appear are used, and those that
-    disappear are sent nothing more. A call goes to the connected server with the least work, and a stream uses all of
-    them. Calls wait up to `connect_timeout` seconds for a server, and log a warning after one second.
+    addresses of a DNS name. It is looked up every two seconds: new servers are used, and removed ones get no more
+    requests. A call goes to the connected server with the least work, and a stream uses all of them. Calls wait up to
+    `connect_timeout` seconds for a server, and log a warning after one second.
 
     `max_message_bytes` limits each message in both directions, and should equal the server's limit. With
     `shared_memory`, arrays and maps travel in memory shared with a server on the same machine, with no fallback to

@@ -17,7 +17,7 @@ from ..results.comparison import Replay, compare
 from ..results.storage import Record
 from .client import Client
 
-TIMEOUT_S = 60.0  # of the new request
+TIMEOUT_S = 60.0
 
 
 def replay(

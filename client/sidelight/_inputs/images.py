@@ -60,7 +60,6 @@ class EncodedBatch:
 
     @property
     def message(self) -> tensor_pb2.Images:
-        """The message with the examples."""
         if isinstance(self._examples, np.ndarray):
             return tensor_pb2.Images(tensor=tensor_message(self._examples))
         return tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=self._examples))

@@ -1,7 +1,7 @@
 """The stream: many batches in flight to all servers at once. The failure of one server does not end it.
 
-Threads: for each server one of gRPC's, which sends, and a worker's, which receives; a timer; and the caller's, which
-takes the answers. They share `StreamState` and `ResultQueue`.
+These threads share `StreamState` and `ResultQueue`: for each server, one of gRPC's sends and one of the worker
+receives; a timer expires batches; the caller's thread takes the answers.
 """
 
 import contextvars

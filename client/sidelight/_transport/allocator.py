@@ -23,7 +23,6 @@ class Allocator:
         return None
 
     def free(self, start: int) -> None:
-        """Free the range that starts here."""
         self._taken = [taken for taken in self._taken if taken[0] != start]
 
     @property

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 STALE_S = 1.0  # how long a reported backlog counts unchanged
 FORGET_S = 10.0  # after this time an estimate is dropped, so that a server that was slow once is tried again
-WEIGHT = 0.2  # of the newest answer in the moving averages of speed and backlog
+WEIGHT = 0.2  # weight of the newest answer in the moving averages of speed and backlog
 EQUAL = 1.25  # servers whose estimates differ by less are used in turn: estimates are noisy, and clients must spread
 
 _Server = TypeVar("_Server")

@@ -92,7 +92,6 @@ class Connection:
 
     @property
     def connect_error(self) -> ConnectError | None:
-        """Why the last attempt to connect failed, if known."""
         return self._diagnosis
 
     @property
@@ -105,7 +104,6 @@ class Connection:
 
     @property
     def is_used(self) -> bool:
-        """Whether a call or a stream uses it."""
         return bool(self._n_users)
 
     @contextlib.contextmanager
@@ -130,7 +128,6 @@ class Connection:
             self.load.ended(n_examples)
 
     def record_load(self, answer: Attribution) -> None:
-        """Record the load that an answer reports."""
         if timing := answer.timing:
             self.load.record(
                 len(answer), compute_s=timing.compute_s, backlog_s=timing.backlog_s, now_s=time.monotonic()

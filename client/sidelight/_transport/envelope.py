@@ -9,11 +9,11 @@ use it.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-LARGE_BYTES = 16 * 1024  # below that, a copy costs less than parsing here
-MAX_FIELDS = 64  # of one message; protobuf, in C, is faster for more
+LARGE_BYTES = 16 * 1024  # smaller fields are not cut out: a copy costs less than parsing here
+MAX_FIELDS = 64  # limit of a message's fields; protobuf, in C, is faster for more
 LENGTH_DELIMITED = 2
 _ONE_BYTE = [bytes([value]) for value in range(0x80)]  # the varints of one byte
-VARINT_BYTES = 5  # of a tag or a length: protobuf accepts no longer ones
+VARINT_BYTES = 5  # limit of a tag or a length, as in protobuf
 
 
 class Cut(NamedTuple):

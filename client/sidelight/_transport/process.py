@@ -21,7 +21,6 @@ class Origin:
 
     @property
     def is_in_own_process(self) -> bool:
-        """Whether it is the current process."""
         return self._pid == os.getpid()
 
     def check(self) -> None:

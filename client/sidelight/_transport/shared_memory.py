@@ -137,7 +137,6 @@ class Regions:
         )
 
     def holds(self, name: str) -> bool:
-        """Return whether a region belongs to this call."""
         return any(region.name == name for region in self._regions)
 
     def mark_registered(self, name: str) -> None:

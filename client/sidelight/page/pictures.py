@@ -13,7 +13,7 @@ from .._inputs.images import EncodedBatch
 from ..exceptions import InvalidArgument, MessageTooLarge, NotFound, ResourceExhausted, UnreadableFile
 
 MAX_FILE_BYTES = 64 * 1024 * 1024  # the default limit of a message to the server
-MAX_UPLOAD_BYTES = 2 * 1024 * 1024 * 1024  # of all uploads together
+MAX_UPLOAD_BYTES = 2 * 1024 * 1024 * 1024  # limit of all uploads together
 MAX_UPLOADS = 5000
 MAX_PIXELS = 50_000_000  # the server's default
 THUMBNAIL_PX = 128
@@ -58,7 +58,6 @@ class PictureStore:
             self._pictures[id_] = Picture(id_, path.name, path)
 
     def close(self) -> None:
-        """Delete the uploads."""
         self._folder.cleanup()
 
     def all(self) -> list[Picture]:

@@ -77,7 +77,6 @@ class Local:
         return answer.maps, [each.predicted for each in answer.explanations if each]
 
     def close(self) -> None:
-        """Close the engine."""
         with self._lock:
             self._closed = True
             self._end()

@@ -17,8 +17,8 @@ Pixels = npt.NDArray[np.uint8]
 
 HIGH_PERCENTILE = 99.5  # a few pixels far above the rest would otherwise leave the map black
 LOW_PERCENTILE = 1.0
-CONSTANT_SHARE = 0.2  # of full scale: more would hide the rest of the map. A smoothed gradient has up to 0.15
-MIN_RANGE = 1e-3  # of full scale: less is drawn as one color, because it may be rounding
+CONSTANT_SHARE = 0.2  # share of full scale: more would hide the rest of the map. A smoothed gradient has up to 0.15
+MIN_RANGE = 1e-3  # share of full scale: less is drawn as one color, because it may be rounding
 NAN_COLOR = (128, 128, 128)
 
 

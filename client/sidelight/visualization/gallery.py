@@ -42,7 +42,6 @@ class Look:
         return find_theme(self.theme)
 
     def overlay(self, picture: Image.Image, map_: Map) -> Image.Image:
-        """Draw a map over its picture."""
         return overlay(picture, map_, colormap=self.colormap, style=self.style, top_percent=self.top_percent)
 
 

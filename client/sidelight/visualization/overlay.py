@@ -11,7 +11,7 @@ from .colormaps import HIGH_PERCENTILE, Map, Pixels, Scale, checked, color_scale
 from .crop import Box
 from .styles import CONTOUR_WIDTH, STYLES, TOP_PERCENT, Colors, Contours, Mask, Style, StyleName, top_levels
 
-OVERLAY_SMOOTHING = 1 / 56  # of the map's short side: 4 px at 224
+OVERLAY_SMOOTHING = 1 / 56  # share of the map's short side: 4 px at 224
 BAND_PIXELS = 1 << 18  # drawn at once: for a large picture, the floats would take gigabytes
 SMOOTHING_REACH = 3.0  # standard deviations after which the Gaussian is cut
 

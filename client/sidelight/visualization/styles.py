@@ -21,7 +21,7 @@ UNSEEN_COLOR, UNSEEN_BRIGHTNESS = 0.0, 0.36  # of the parts outside the model's 
 
 NESTED = (1.0, 0.5, 0.25)  # the contours' shares of the top percent
 CONTOUR_COLORS = (150, 205, 255)  # their steps of the color map
-CONTOUR_WIDTH = 1 / 150  # of the drawn map's short side: 1.5 px at 224
+CONTOUR_WIDTH = 1 / 150  # share of the drawn map's short side: 1.5 px at 224
 HALO_PX, HALO_OPACITY = 1.0, 0.6  # the dark edge that keeps a line visible on a bright picture
 
 

@@ -31,7 +31,7 @@ from .weights import ChangeDetector
 # Evaluates outputs: returns the kernel's output, and the gradients of the scores at the outputs.
 _Read = Callable[[Tensor], "tuple[KernelOutput, Tensor | None]"]
 
-LEAST_EXPONENT = -125  # of the smallest power of two whose inverse is a float32
+LEAST_EXPONENT = -125  # exponent of the smallest power of two whose inverse is a float32
 
 
 class Kernel:

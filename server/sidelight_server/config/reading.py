@@ -51,7 +51,6 @@ class _Process(Settings, BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Return the sources in order of precedence, after the flags."""
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
 

@@ -53,7 +53,6 @@ class ModelSpec(ModelTraits):
         return KernelOptions(**{name: getattr(self, name) for name in KernelFields.model_fields})
 
     def replace(self, **traits: Any) -> Self:
-        """Return a copy with some traits changed."""
         return type(self)(**self._set_fields() | traits)
 
     def completed(self, settings: Mapping[str, Any]) -> Self:

@@ -129,7 +129,6 @@ class ActiveRequest:
         self._identity = identity if self._identity in (None, identity) else Identity()
 
     def store_results(self, results: Sequence[tuple[ExampleRun, Result, HostMaps]]) -> None:
-        """Store the newest results of example runs, with their maps."""
         if self._is_whole_answer(results):
             first, last = results[0][2], results[-1][2]
             maps = first.together[first.start : last.end].reshape(self.prepared.maps_shape)

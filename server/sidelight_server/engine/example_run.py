@@ -79,7 +79,6 @@ class ExampleRun:
 
     @property
     def wants_gradient(self) -> bool:
-        """Whether the rows of the current sweep need a gradient."""
         return self._sweep is not None and self._sweep.gradient
 
     def take(self) -> Row:

@@ -34,7 +34,7 @@ REPLY = struct.Struct("!B?III")  # a `Reply`, with the size of its body, which f
 
 OK = 0
 NEEDS_MORE = 100  # in place of a status code: the file takes more pixels or memory than the order allows
-MAX_MESSAGE_BYTES = 16 * 1024  # of a reply without pixels
+MAX_MESSAGE_BYTES = 16 * 1024  # limit of a reply without pixels
 
 BYTES_PER_PIXEL = 12  # memory while decoding: a progressive CMYK JPEG takes 8 for coefficients and Pillow 4
 SPARE_BYTES = 64 * 1024 * 1024  # memory for decoders of any image, and for a resized image (`MAX_SCALED_PIXELS`)

@@ -54,7 +54,6 @@ class GradCAM(LayerMethod):
         return Outcome(map_, is_negligible=bool(is_negligible))
 
     def may_be_negative(self, channels: Channels) -> bool:
-        """Return whether negative values are kept."""
         return self.keep_negative
 
 

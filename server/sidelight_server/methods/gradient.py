@@ -63,5 +63,4 @@ class GuidedBackpropagation(Gradient):
 
     @property
     def probe(self) -> Probe:
-        """The input, with guided ReLUs."""
         return Rectifiers.GUIDED

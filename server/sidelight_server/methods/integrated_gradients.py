@@ -212,7 +212,6 @@ class _Rise:
         return cls(end.score - start.score, ROUNDING * (abs(start.score) + abs(end.score)))
 
     def missing(self, attribution: Tensor) -> float:
-        """Return the completeness error of an attribution."""
         return abs(float(attribution.sum(dtype=torch.float64)) - self.of_score)
 
 

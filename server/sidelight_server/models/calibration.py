@@ -19,7 +19,7 @@ from .chunk_size import DEFAULT_CHUNK_ROWS, ChunkRate
 from .model import Model
 
 MAX_MEASURED_ROWS = {"cuda": 256, "cpu": 32, "mps": 32}
-SHARE_OF_BEST = 0.95  # of the best rate that the chosen size must reach
+SHARE_OF_BEST = 0.95  # share of the best rate that the chosen size must reach
 PAST_ITS_BEST = 0.9  # larger sizes are not measured once the rate is below this share of the best
 RUNS = 2  # number of runs whose times must agree
 AGREEMENT = 1.1  # two times agree if their ratio is at most this

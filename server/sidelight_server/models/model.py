@@ -192,12 +192,10 @@ class Model:
 
     @property
     def serves_gradients(self) -> bool:
-        """Whether the model supports methods that need a gradient."""
         return not self.gradient_fault or self.settings.accept_partial_gradient
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The names of the methods that the model supports."""
         served = [each for each in METHODS if self.serves_gradients or not each.needs_gradient]
         return tuple(each.name for each in served if self.has_rectifiers or each is not GuidedBackpropagation)
 
@@ -268,7 +266,6 @@ class Model:
             self.run_rows_alone()
 
     def run_rows_alone(self) -> None:
-        """Make each row run alone, because rows depend on each other."""
         self.is_batch_dependent, self.chunk_rows = True, 1
         log.warning(Event("batch_dependent", model=self.name, message=BATCH_DEPENDENT))
 

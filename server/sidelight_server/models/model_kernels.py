@@ -72,5 +72,4 @@ class ModelKernels:
         return answer.output_shape
 
     def of(self, method: str) -> Kernel:
-        """Return the kernel that runs a method."""
         return self._by_method.get(method, self.default)

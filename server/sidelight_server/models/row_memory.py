@@ -37,7 +37,6 @@ class RowMemory:
         return tuple(self._shapes)
 
     def add_shape(self, shape: Shape) -> None:
-        """Record that rows of a shape ran."""
         _remember(self._shapes, shape, None)
 
     def has_run(self, shape: Shape) -> bool:

@@ -25,9 +25,9 @@ from .job_folder import JobFolder, table_of
 PART_ROWS = 256
 BATCH_ROWS = 32
 CALLS = 2  # parts that an actor works on at once: one is read and written while the other computes
-MAX_BLOCKS = 1000  # of the parts, for Ray's driver
+MAX_BLOCKS = 1000  # limit of the blocks that the parts are grouped into, for Ray's driver
 CONNECT_S = 10.0
-OBJECT_STORE_BYTES = 256 * 1024 * 1024  # of a Ray of the job's own: maps do not travel through it
+OBJECT_STORE_BYTES = 256 * 1024 * 1024  # size for a Ray that the job starts itself: maps do not travel through it
 
 Options = dict[str, Any]  # the keywords of `Explainer`
 
@@ -42,7 +42,6 @@ class Resources:
     gpus: float = 0.0
 
     def n_actors(self, n_parts: int) -> int:
-        """Return the number of actors for a number of parts."""
         return min(self.actors or self.max_actors(), max(1, n_parts))
 
     def max_actors(self) -> int:

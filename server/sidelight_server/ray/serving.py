@@ -23,7 +23,7 @@ from ..wire import responses
 from .engines import assigned_engine
 
 ONGOING = 8  # requests of one replica that the autoscaler aims at: their rows share chunks
-MAX_ONGOING = 64  # of one replica; more wait in Serve's proxy
+MAX_ONGOING = 64  # limit of one replica; more requests wait in Serve's proxy
 MAX_REPLICAS = 4
 
 
@@ -83,7 +83,6 @@ class Sidelight:
     async def Attribute(  # noqa: N802
         self, request: pb.AttributeRequest, grpc_context: RayServegRPCContext
     ) -> pb.AttributeResponse:
-        """Explain one batch."""
         generation = self._serving
         handler = generation.handler
         record = handler.telemetry.begin("Attribute", grpc_context.invocation_metadata, caller=grpc_context.peer())

@@ -21,7 +21,7 @@ from .status import Context, abort
 from .streaming.stream import Stream, StreamOptions
 
 DEADLINE_SLACK_S = 0.1
-RAN_ERRORS = (DeadlineExceeded, Unavailable, Internal)  # of requests that may have run
+RAN_ERRORS = (DeadlineExceeded, Unavailable, Internal)  # errors of requests that may have run
 
 M = TypeVar("M", bound=Message)
 

@@ -27,7 +27,7 @@ from .shared_memory import RegionLookup, Span, span
 
 WAITING_BYTES = 64 * 1024  # smaller messages of streams are not counted while they wait: there are two per stream
 WAITING_SHARE = 4  # they may take max_in_flight_bytes divided by this
-MAX_WAITING = 2**31  # by count there is no limit
+MAX_WAITING = 2**31  # their number is not limited
 _NO_DEADLINE = contextlib.nullcontext()
 
 

@@ -13,7 +13,6 @@ class _FailedWrites(logging.Filter):
     """Drops records of failed sends. Records of writes that gRPC rejected, which are bugs of this server, stay."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether a record is logged."""
         error = record.exc_info[1] if record.exc_info else None
         return not (isinstance(error, grpc.aio.InternalError) and str(error).startswith('Failed "execute_batch"'))
 

@@ -34,14 +34,12 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
     async def Attribute(  # type: ignore[override]  # noqa: N802
         self, received: Decoded[pb.AttributeRequest], context: Context
     ) -> bytes:
-        """Explain one batch."""
         return await self._calls.answer("Attribute", received, context, self._validate)
 
     # As above; also, it is typed for a handler that yields. Writing to the context allows answers out of order.
     async def AttributeStream(  # type: ignore[override]  # noqa: N802
         self, request_iterator: object, context: Context
     ) -> None:
-        """Explain many batches on one stream."""
         await self._calls.converse(context, functools.partial(AttributionStream, regions=Regions(self._shared)))
 
     async def _validate(self, received: Received[pb.AttributeRequest], call_record: CallRecord) -> ValidatedRequest:

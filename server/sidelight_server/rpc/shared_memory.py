@@ -188,7 +188,6 @@ class Regions:
             ) from None
 
     def close(self) -> None:
-        """Close every file."""
         while self._open:
             os.close(self._open.popitem()[1].file)
 

@@ -75,7 +75,6 @@ class Authorization(grpc.aio.ServerInterceptor):
 
     @property
     def files(self) -> list[SecretFiles[Any]]:
-        """The token files that are set."""
         return [each.files for each in (self._users, self._admins) if each]
 
     async def intercept_service(

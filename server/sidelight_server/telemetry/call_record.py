@@ -49,5 +49,4 @@ class CallRecord:
 
     @property
     def status(self) -> int:
-        """The final status code."""
         return Status.CANCELLED if self.code is None else self.code

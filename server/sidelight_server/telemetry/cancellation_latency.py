@@ -17,7 +17,6 @@ class CancellationTimes:
         return self.total_s / self.count if self.count else 0.0
 
     def __add__(self, other: "CancellationTimes") -> "CancellationTimes":
-        """Merge two statistics."""
         longest_s = max(self.longest_s, other.longest_s)
         return CancellationTimes(self.count + other.count, self.total_s + other.total_s, longest_s)
 
@@ -29,10 +28,8 @@ class CancellationLatency:
         self._times = CancellationTimes()
 
     def add(self, seconds: float) -> None:
-        """Record one latency."""
         was = self._times
         self._times = CancellationTimes(was.count + 1, was.total_s + seconds, max(was.longest_s, seconds))
 
     def times(self) -> CancellationTimes:
-        """Return the current statistics."""
         return self._times

@@ -47,7 +47,6 @@ class Tally:
 
     @classmethod
     def of(cls, answer: Answer) -> Self:
-        """Count the examples of an answer."""
         known = [each for each in answer.mismatches if each is not None] if answer.request.served else []
         return cls(
             # For a single example RESOURCE_EXHAUSTED means a lack of memory.
@@ -131,7 +130,6 @@ class Counters:
                 self._tolerances.labels(model, outcome)
 
     def statistics(self, model: str) -> Statistics:
-        """Return the counts of a model."""
         value = functools.partial(self._value, {"model": model})
         failed = (
             sample.value

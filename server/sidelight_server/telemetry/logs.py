@@ -100,7 +100,6 @@ class Formatter(logging.Formatter):
         self._write = as_json if log_format == "json" else as_text
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line."""
         at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         event: Any = record.msg
         if isinstance(event, Event):
@@ -121,7 +120,6 @@ class Handler(logging.StreamHandler[TextIO]):
     n_lost = 0
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Count a dropped line."""
         self.n_lost += 1
 
 

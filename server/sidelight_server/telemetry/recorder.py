@@ -35,7 +35,6 @@ class Telemetry:
         self.counts.answered(call_record, answer.timing, tally)
 
     def failed(self, call_record: CallRecord, error: SidelightError) -> None:
-        """Record a failure."""
         call_record.code, call_record.reason = error.code, reason_of_error(error)
 
     def end(self, call_record: CallRecord) -> None:

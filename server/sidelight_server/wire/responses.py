@@ -20,7 +20,7 @@ from .methods import method_message
 from .requests import CHANNELS, SCORES
 from .tensors import encoded
 
-MAX_CACHED_BYTES = 256  # of a target that is cached: callers choose its size
+MAX_CACHED_BYTES = 256  # larger targets are not cached: callers choose their size
 
 
 def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attribution:

@@ -14,7 +14,7 @@ from ..errors import InvalidArgument
 from .enums import named
 
 MAX_ELEMENTS = 2**40  # far above any message, and below the limit of numpy, which applies to empty arrays too
-MAX_SIZE = 2**10  # of a dimension: four such dimensions have MAX_ELEMENTS elements
+MAX_SIZE = 2**10  # limit of a dimension: four such dimensions have MAX_ELEMENTS elements
 LARGEST_HALF_BELOW_1 = 1 - 2**-11  # in float16
 
 DTYPES: dict[tensor_pb2.DataType.ValueType, np.dtype[np.generic]] = {
@@ -37,7 +37,6 @@ class Layout:
 
     @property
     def n_bytes(self) -> int:
-        """Number of bytes of the elements."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def array(self, data: memoryview) -> Array:
@@ -116,13 +115,11 @@ class Encoded:
     scales: tuple[float, ...] = ()  # one per entry of the first dimension; empty: 1
 
     def tensor(self) -> tensor_pb2.Tensor:
-        """Return the array as a `Tensor` message."""
         data = self.elements.tobytes()
         return tensor_pb2.Tensor(dtype=self.dtype, shape=self.elements.shape, data=data, scales=self.scales)
 
     @property
     def data(self) -> memoryview:
-        """The elements' bytes, as a view."""
         return np.ascontiguousarray(self.elements).reshape(-1).view(np.uint8).data
 
 

@@ -17,7 +17,7 @@ from ...exceptions import SidelightError
 from .recorder import Recorder, Ticket
 from .traffic import Sent, Traffic
 
-PAUSE_S = 0.1  # before the next stream, after one that failed
+PAUSE_S = 0.1  # pause after a failed stream
 JOIN_S = 10.0
 
 
@@ -104,7 +104,6 @@ class Load:
             yield Turn(due_s, batch)
 
     def _call(self) -> None:
-        """Send unary calls, one after another."""
         for turn in self._turns():
             ticket = self._recorder.sent(turn.due_s)
             try:

@@ -80,7 +80,6 @@ class Bench:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """The loads in order."""
         noun = "stream" if self.traffic.is_streamed else "caller"
         closed = (Step(f"{n} {noun}{'' if n == 1 else 's'}", callers=n) for n in self.plan.callers)
         opened = (Step(f"{rate:g}/s {self.plan.arrivals}", rate=rate) for rate in self.plan.rates)

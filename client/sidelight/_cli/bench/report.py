@@ -15,9 +15,9 @@ from .measurement import Bench, Measured, Plan, Step, Watch
 from .statistics import PARTS, STABLE_WINDOWS, Figures
 from .traffic import Traffic
 
-BUSY_CPU = 0.9  # of one core: because of the GIL, threads can use little more
+BUSY_CPU = 0.9  # share of one core: because of the GIL, threads can use little more
 LATENCIES = ("mean", "p50", "p90", "p95", "p99", "max")
-LATE_SHARE = 0.01  # of the requests: above it, the report says that the schedule was not kept
+LATE_SHARE = 0.01  # share of late requests above which the report warns that the schedule was not kept
 
 
 @contextlib.contextmanager

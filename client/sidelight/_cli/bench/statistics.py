@@ -78,7 +78,6 @@ class Figures:
 
     @classmethod
     def of(cls, windows: Sequence[Window]) -> Self:
-        """Combine windows."""
         seconds = math.fsum(each.ended_s - each.began_s for each in windows)
         requests = sum(each.latency.count for each in windows)
         failures = _failures(windows)

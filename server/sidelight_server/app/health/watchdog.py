@@ -30,7 +30,6 @@ class Watchdog:
             await asyncio.sleep(self._every_s)
 
     def check(self) -> None:
-        """Check all devices once."""
         for device in self._engine.devices:
             heartbeat = device.worker.heartbeat
             if heartbeat.is_stuck and device not in self._stuck:

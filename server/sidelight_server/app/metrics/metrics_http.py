@@ -75,7 +75,6 @@ class MetricsServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return True
 
     def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Answer a request on its own thread."""
         try:
             super().process_request_thread(request, client_address)
         finally:

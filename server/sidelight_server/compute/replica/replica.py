@@ -152,7 +152,6 @@ class Replica:
         return now.replaced != self._seen.replaced or (self._holds_copies and now.written != self._seen.written)
 
     def refresh(self) -> None:
-        """Make the replica again."""
         self._make()
 
     def _make(self) -> None:

@@ -50,7 +50,6 @@ class Device:
         self.n_rows += active.max_rows
 
     def remove(self, active: ActiveRequest) -> None:
-        """Drop the rows of a request that have not run."""
         self.n_rows -= active.max_rows
         if not active.is_done:
             self.worker.withdraw(active)

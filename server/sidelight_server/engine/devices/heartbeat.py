@@ -44,7 +44,6 @@ class Heartbeat:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether the current work takes longer than `limit_s`."""
         return bool(self._stuck_s) and self.at_work_s > self.limit_s
 
     def _note(self, extends_limit: bool) -> None:

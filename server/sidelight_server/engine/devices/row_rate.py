@@ -1,6 +1,6 @@
 """The row rate: how many rows a device runs per second while it is busy. Standard library only."""
 
-HALF_LIFE_S = 10.0  # of computing: long enough to even out chunks, short enough to follow a change of load
+HALF_LIFE_S = 10.0  # in computing time: long enough to average over chunks, short enough to follow a change of load
 
 
 class RowRate:

@@ -72,7 +72,6 @@ class Entry:
         return (*sources.files(self.settings.model, self.settings.weights), *labels)
 
     def fingerprint(self) -> Fingerprint:
-        """Return the fingerprint of the files' current state."""
         return tuple((path, *_stat(path)) for path in self.files())
 
     def spec(self) -> ModelSpec:

@@ -22,7 +22,7 @@ MAP_TYPES = {
     tensor_pb2.DATA_TYPE_FLOAT16: "FP16",
     tensor_pb2.DATA_TYPE_UINT8: "UINT8",
 }
-NO_CLASS = -1  # of an example that failed
+NO_CLASS = -1  # the class of an example that failed
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,9 @@ _MAKERS: dict[str, Callable[[Outputs], Tensor]] = {
     RENDERED: Outputs._make_rendered,
 }
 NAMES = tuple(_MAKERS)
-DEFAULT = tuple(name for name in NAMES if name != RENDERED)  # of a request that names none; drawing takes time
+DEFAULT = tuple(
+    name for name in NAMES if name != RENDERED
+)  # the outputs of a request that names none: drawing takes time
 
 # Types and shapes without parameters: N examples of K classes, maps of H × W.
 SHAPES: dict[str, tuple[str, tuple[str | int, ...]]] = {

@@ -63,7 +63,6 @@ class InferenceService:
         self._infer = InferHandler(engine, handler, shared)
 
     def handlers(self) -> grpc.GenericRpcHandler:
-        """Return the handlers of all calls, to be added to a server."""
         methods: dict[str, Any] = {}
         for method in DESCRIPTOR.methods:
             call = getattr(self, method.name)
@@ -79,11 +78,9 @@ class InferenceService:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def ModelInfer(self, received: Decoded[oip.ModelInferRequest], context: Context) -> bytes:  # noqa: N802
-        """Explain one batch."""
         return await self._calls.answer("ModelInfer", received, context, self._infer.validate)
 
     async def ModelStreamInfer(self, request_iterator: object, context: Context) -> None:  # noqa: N802
-        """Explain many batches on one stream."""
         await self._calls.converse(context, functools.partial(InferStream, infer_handler=self._infer))
 
     async def ServerLive(self, request: oip.ServerLiveRequest, context: Context) -> oip.ServerLiveResponse:  # noqa: N802

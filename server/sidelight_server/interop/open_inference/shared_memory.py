@@ -27,7 +27,6 @@ class Registered:
     peer: str  # whose connection registered it
 
     def status(self) -> oip.SystemSharedMemoryStatusResponse.RegionStatus:
-        """Return the region as its caller registered it."""
         return oip.SystemSharedMemoryStatusResponse.RegionStatus(
             name=self.region.name, key=self.key, offset=self.region.start, byte_size=self.region.n_bytes
         )

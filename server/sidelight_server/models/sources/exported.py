@@ -117,7 +117,7 @@ def _size(images: Tensor) -> tuple[int, int, int] | None:
 
 
 def _batch(program: ExportedProgram, length: int | torch.SymInt) -> tuple[int, int] | None:
-    """Return the least and the largest batch size of a program (0: no limit); None: any."""
+    """Return the least and the largest batch size of a program (0: no limit); None if it takes any."""
     if isinstance(length, int):
         return length, length
     expression = length.node.expr

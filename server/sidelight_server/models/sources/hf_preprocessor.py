@@ -19,7 +19,7 @@ FILE = "preprocessor_config.json"
 
 _WARPED_FROM = 384  # size from which ConvNext's processor resizes without keeping the aspect ratio or cropping
 _WAY_OUT = "or, without this file, set input_size, resize, interpolation, pixel_range, mean and std"
-_RANGE_TOLERANCE = 1e-6  # of 255 × rescale_factor: files have 1/255 with a limited number of digits
+_RANGE_TOLERANCE = 1e-6  # tolerance of 255 × rescale_factor: files have 1/255 with a limited number of digits
 
 _PLAIN: Mapping[str, Any] = {
     "do_resize": True,

@@ -34,7 +34,7 @@ FINE_STEP = 3e-3  # ReLUs rarely switch within so small a step
 FINE_CHANGE = 1e-3  # largest relative change of the outputs over the fine step
 FEW_DIRECTIONS, MANY_DIRECTIONS = 3, 8
 FEW_PIXELS = 128 * 128  # smaller inputs have fewer kinks, so more variance: more directions are needed
-ROWS = 2  # at once: memory and time of more rows are not known yet
+ROWS = 2  # rows at once: memory and time of more rows are not known yet
 ROUNDINGS = 16.0  # rounding error of a network's outputs, in steps of its type
 
 Run = Callable[[Tensor], Tensor]

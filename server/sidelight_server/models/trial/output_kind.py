@@ -22,7 +22,7 @@ LOGITS = ("logits", "logit")
 PROBABILITIES = ("y_prob", "probabilities", "probs", "prob")
 
 
-SUM_TOLERANCE = 1e-3  # of the sum of softmax probabilities, also in half precision
+SUM_TOLERANCE = 1e-3  # tolerance of the sum of softmax probabilities, also in half precision
 
 
 def detect_head(spec: ModelSpec, adapter: Adapter, returned: object, outputs: Tensor, last: Step) -> Head:
