@@ -157,7 +157,7 @@ class NotebookDisplay:
         self._gallery = LiveGallery()
         self._updated_s = 0.0
         # IPython has no types.
-        self._handle: Any = display({"text/html": ""}, raw=True, display_id=True)  # type: ignore[no-untyped-call]
+        self._handle: Any = display({"text/html": ""}, raw=True, display_id=True)
 
     def show(self, counts: Counts, answer: Attribution) -> None:
         is_due = time.monotonic() - self._updated_s >= UPDATE_S or counts.batches == counts.total

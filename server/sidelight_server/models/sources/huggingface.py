@@ -128,14 +128,14 @@ def _quiet() -> Iterator[None]:
     level, had_bar = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     theirs.set_verbosity(logging.CRITICAL)
     # Neither function has type annotations.
-    theirs.disable_progress_bar()  # type: ignore[no-untyped-call]
+    theirs.disable_progress_bar()
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
         theirs.set_verbosity(level)
         if had_bar:
-            theirs.enable_progress_bar()  # type: ignore[no-untyped-call]
+            theirs.enable_progress_bar()
 
 
 def _read(path: Path) -> Mapping[str, Any]:
