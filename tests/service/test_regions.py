@@ -230,10 +230,10 @@ def hole(path: Path) -> None:
 
 FILES = {
     "nothing": (lambda path: None, NOT_FOUND, 'there is no file "a"'),
-    "a folder": (Path.mkdir, INVALID_ARGUMENT, "no plain file"),
-    "a link": (link, INVALID_ARGUMENT, "no plain file"),
-    "a FIFO": (os.mkfifo, INVALID_ARGUMENT, "no plain file"),
-    "a socket": (listening, INVALID_ARGUMENT, "no plain file"),
+    "a folder": (Path.mkdir, INVALID_ARGUMENT, "not a regular file"),
+    "a link": (link, INVALID_ARGUMENT, "not a regular file"),
+    "a FIFO": (os.mkfifo, INVALID_ARGUMENT, "not a regular file"),
+    "a socket": (listening, INVALID_ARGUMENT, "not a regular file"),
     "a short file": (lambda path: make(path, size=SIZE - 1), DATA_LOSS, f"{SIZE - 1} bytes"),
     "a file of holes": (hole, FAILED_PRECONDITION, "allocate"),
 }

@@ -295,8 +295,8 @@ def test_scales_are_refused(small: Service) -> None:
         (floats(1, 3, 16, 32), ("[3, 16, 32]", "[3, 32, 32]", "uint8 pixels")),
         (floats(1, 32, 32, 3), ("[32, 32, 3]", "[C, H, W] = [3, 32, 32]")),
         (floats(0, 1, 32, 32), ("[1, 32, 32]", "[3, 32, 32]")),
-        (pixels(1, 32, 32, 5), ("5 channels", "wants 3")),
-        (pixels(2, 3, 32, 32), ("32 channels", "wants 3")),
+        (pixels(1, 32, 32, 5), ("5 channels", "the model takes 3")),
+        (pixels(2, 3, 32, 32), ("32 channels", "the model takes 3")),
     ],
     ids=[
         "floats of another height",

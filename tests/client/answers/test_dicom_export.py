@@ -136,7 +136,7 @@ def test_a_top_k_target_has_objects_for_each_class(client: sidelight.Client, tmp
 
 
 def test_what_cannot_be_written_is_refused(client: sidelight.Client, tmp_path: Path) -> None:
-    with pytest.raises(sidelight.InvalidArgument, match="example 0 is no DICOM file"):
+    with pytest.raises(sidelight.InvalidArgument, match="example 0 is not a DICOM file"):
         client.attribute(np.zeros((40, 40, 3), np.uint8)).save_dicom(tmp_path)
     answer = client.attribute(packaged("CT_small.dcm"))
     answer.save_dicom(tmp_path)
