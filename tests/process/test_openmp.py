@@ -40,6 +40,7 @@ def test_dedicated_cpus_keep_openmps_own_policy() -> None:
 
 def test_the_environments_own_choice_is_obeyed() -> None:
     assert spin_count(OMP_WAIT_POLICY="PASSIVE") == 0
+    assert spin_count(GOMP_SPINCOUNT="77") == 77
 
 
 @pytest.mark.parametrize("name", VARIABLES)

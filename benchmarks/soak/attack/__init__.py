@@ -31,15 +31,14 @@ REST_S = 30.0
 WARM_UP_ALONE_S, WARM_UP_S = 2.0, 30.0  # then caches are full and pools have all their threads
 AFTER_CALL_S = 5.0
 QUIET_S = 10.0
-POOLED = min(
-    32, len(os.sched_getaffinity(0)) + 4
-)  # of asyncio's pool: whether the warm-up starts all of them is chance
+# Threads of asyncio's pool: whether the warm-up starts all of them is chance.
+POOLED = min(32, len(os.sched_getaffinity(0)) + 4)
 
 
 def run(seconds: float = SECONDS) -> Iterator[Line]:
     """Run everything. Takes about `seconds` and nine minutes."""
     with contextlib.closing(MemoryGroup(MEMORY_LIMIT)) as group:
-        yield from _attacks(seconds, ALONE_S, group)
+        yield from _attacks(seconds, group)
     for name, attack in ATTACKS.items():
         yield _end(name, attack)
 
@@ -54,7 +53,7 @@ def run_alone(names: list[str], seconds: float) -> Iterator[Line]:
         yield _peak(group, psutil.Process(running.pid))
 
 
-def _attacks(seconds: float, alone_s: float, group: MemoryGroup) -> Iterator[Line]:
+def _attacks(seconds: float, group: MemoryGroup) -> Iterator[Line]:
     with served() as running:
         group.take(running.pid)
         process = psutil.Process(running.pid)
@@ -68,7 +67,7 @@ def _attacks(seconds: float, alone_s: float, group: MemoryGroup) -> Iterator[Lin
         _rest(running)
         before = settled(process)
         for name, attack in ATTACKS.items():
-            good = _beside({name: attack}, running, alone_s)
+            good = _beside({name: attack}, running, ALONE_S)
             yield _latency(name, good, quiet, chunk_s)
         good = _beside(ATTACKS, running, seconds)
         yield _latency("all of them together", good, quiet, chunk_s, is_stated=True)

@@ -109,9 +109,16 @@ class Model:
     ) -> Kernel:
         """Return a kernel of the module, with what introspection has detected so far."""
         return Kernel(
-            self._module, device=device, adapter=self.adapter, head=self.head, layers=self.probed, options=options,
-            trial=trial, isolation=self._isolation, is_shared=is_shared,
-        )  # fmt: skip
+            self._module,
+            device=device,
+            adapter=self.adapter,
+            head=self.head,
+            layers=self.probed,
+            options=options,
+            trial=trial,
+            isolation=self._isolation,
+            is_shared=is_shared,
+        )
 
     def at_most(self, rows: int) -> int:
         """Return `rows`, or the module's largest batch size if that is less."""

@@ -347,13 +347,13 @@ def test_no_request_is_lost_or_mixed_while_models_are_reloaded(weights: Path) ->
         with ThreadPoolExecutor(3) as pool:
             running = [pool.submit(stream), pool.submit(call), pool.submit(call)]
             try:
-                for version in range(2, 5):
+                for version in range(2, 6):
                     write_weights(weights, seed=2 - version % 2)
                     assert client.reload().version == version
             finally:
                 over.set()
             answers = [answer for each in running for answer in each.result()]
-    assert {answer.provenance.model_version for answer in answers} >= {1, 2, 3}
+    assert {answer.provenance.model_version for answer in answers} >= {1, 2, 3, 4}
     for answer in answers:
         assert not answer.failures
         assert_close(answer.maps, expected[answer.provenance.model_version % 2])

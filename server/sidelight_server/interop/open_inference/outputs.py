@@ -136,9 +136,8 @@ _MAKERS: dict[str, Callable[[Outputs], Tensor]] = {
     RENDERED: Outputs._make_rendered,
 }
 NAMES = tuple(_MAKERS)
-DEFAULT = tuple(
-    name for name in NAMES if name != RENDERED
-)  # the outputs of a request that names none: drawing takes time
+# The outputs of a request that names none: drawing takes time.
+DEFAULT = tuple(name for name in NAMES if name != RENDERED)
 
 # Types and shapes without parameters: N examples of K classes, maps of H × W.
 SHAPES: dict[str, tuple[str, tuple[str | int, ...]]] = {
