@@ -394,7 +394,7 @@ def test_closing_leaves_no_thread(make: Make, floats: Tensor) -> None:
 def test_closing_leaves_no_thread_of_a_large_batch_either(floats: Tensor) -> None:
     """Which is prepared in a thread of its own."""
     before = set(threading.enumerate())
-    with BasicGradientSaliencyMaps(classifier("dense"), floats[:2].repeat(1, 1, 10, 10)):
+    with BasicGradientSaliencyMaps(classifier("dense"), floats[:2].repeat(1, 1, 20, 20)):
         assert any(each.name.startswith("sidelight-prepare") for each in threading.enumerate())
     assert set(threading.enumerate()) <= before
 
