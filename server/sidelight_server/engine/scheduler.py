@@ -7,6 +7,7 @@ other key, however many requests and rows other callers have. The same bound hol
 """
 
 import contextlib
+import itertools
 from collections import deque
 from collections.abc import Hashable, Iterable
 from typing import Generic, Protocol, TypeVar
@@ -49,6 +50,15 @@ class Ring(Generic[Row]):
 
     def __len__(self) -> int:
         return sum(map(len, self._callers.values()))
+
+    def n_rows(self, *, at_most: int) -> int:
+        """Return how many rows can be taken now, counting no further than `at_most`."""
+        n_rows = 0
+        for request in itertools.chain.from_iterable(self._callers.values()):
+            n_rows += request.pending
+            if n_rows >= at_most:
+                return at_most
+        return n_rows
 
     def add(self, request: Source[Row]) -> None:
         """Add a request at the tail of its caller. Does nothing if it has no rows that can be taken."""

@@ -1,5 +1,6 @@
 """A device of the engine: the torch device, and the one thread that owns it."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -9,9 +10,16 @@ import torch
 from ..active_request import ActiveRequest
 from .device_worker import DeviceWorker
 
+IDLE_S = 1.0  # without requests: callers that send one after the other leave shorter pauses
+MAX_IDLE_WAIT_S = 10.0
+POLL_S = 0.05
 REST = 3.0  # pause after a background task, as a multiple of its time: requests keep three quarters of the device
 
 _Value = TypeVar("_Value")
+
+
+class NeverIdle(Exception):
+    """A device was not idle within `MAX_IDLE_WAIT_S`."""
 
 
 class Device:
@@ -33,6 +41,7 @@ class Device:
         self.index = index
         self.worker = DeviceWorker(device, threads=threads, stuck_s=stuck_s, on_end=lambda: on_end(self))
         self.n_rows = 0  # upper bound of the rows of the requests on this device
+        self._idle_since_s = -math.inf
 
     @property
     def is_responsive(self) -> bool:
@@ -51,8 +60,26 @@ class Device:
 
     def remove(self, active: ActiveRequest) -> None:
         self.n_rows -= active.max_rows
+        self._idle_since_s = time.monotonic()
         if not active.is_done:
             self.worker.withdraw(active)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there has been no request for `IDLE_S`."""
+        return not self.n_rows and time.monotonic() - self._idle_since_s >= IDLE_S
+
+    def when_idle(self, task: Callable[[], _Value]) -> _Value:
+        """Run a function on the device's thread once the device is idle, and wait for its result.
+
+        For background threads. Raises `NeverIdle`, and `Unavailable` as `submit` does.
+        """
+        until_s = time.monotonic() + MAX_IDLE_WAIT_S
+        while not self.is_idle:
+            if time.monotonic() > until_s:
+                raise NeverIdle
+            time.sleep(POLL_S)
+        return self.worker.call(task).result()
 
     def in_turn(self, task: Callable[[], _Value]) -> _Value:
         """Run a function on the device's thread, between two chunks, and wait for its result.

@@ -22,6 +22,7 @@ from ..active_request import ActiveRequest
 from ..completion import Completions
 from ..example_run import ExampleRun, Result, Row
 from ..scheduler import Ring
+from .batching_delay import BatchingDelay
 from .chunk_errors import ChunkErrors, DeviceLostError
 from .heartbeat import Heartbeat
 from .row_rate import RowRate
@@ -69,6 +70,7 @@ class DeviceWorker:
         self._ring: Ring[Taken] = Ring()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._in_flight: deque[_InFlight] = deque()
+        self._delay = BatchingDelay()
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"sidelight-{device}", daemon=True)
@@ -174,6 +176,8 @@ class DeviceWorker:
             if not (self._in_flight or self._tasks or len(self._ring)):
                 self.heartbeat.rest()
             self._changed.wait_for(lambda: self._closed or self._in_flight or self._tasks or len(self._ring))
+            while (left_s := self._delay_left_s()) > 0:
+                self._changed.wait(left_s)
             if self._closed:
                 return None
             if self._tasks and self._in_flight:
@@ -185,6 +189,14 @@ class DeviceWorker:
         if task is not None:
             self._run_task(*task)
         return []
+
+    def _delay_left_s(self) -> float:
+        """Return how long the next chunk waits for more rows."""
+        head = self._ring.head()
+        if self._closed or self._in_flight or self._tasks or not isinstance(head, ActiveRequest):
+            return 0.0
+        limit = head.max_chunk_rows
+        return self._delay.left_s(n_waiting=self._ring.n_rows(at_most=limit), limit=limit)
 
     def _run_task(self, task: Callable[[], _Value], future: "Future[_Value]") -> None:
         if not future.set_running_or_notify_cancel():
@@ -223,6 +235,11 @@ class DeviceWorker:
                     self._ring.add(active)
                 elif not active.pending:  # its remaining rows were those of an example that failed
                     self._ring.remove(active)
+            self._delay.restart(
+                n_waiting=self._ring.n_rows(at_most=rows[0][0].max_chunk_rows),
+                n_answered=sum(active.is_done for active, _ in rows),
+                took_s=time.monotonic() - chunk.began_s if isinstance(chunk, RunningChunk) else 0.0,
+            )
         self.completions.hand_over()
 
     def _read(self, rows: Sequence[Taken], chunk: RunningChunk | SidelightError) -> None:

@@ -16,7 +16,7 @@ from ...models.trial.in_turn import InTurn, at_once
 from ...models.warmup import apply_fixed_size, measure_again, warm_up
 from ...telemetry.logs import Event
 from ..completion import complete
-from ..devices.device import Device
+from ..devices.device import Device, NeverIdle
 from .entry import Entry, Version
 
 log = logging.getLogger("sidelight")
@@ -83,12 +83,14 @@ class Loader:
         return models
 
     def measure_again(self, entry: Entry) -> None:
-        """Measure the chunk size on each device. Runs on a thread of its own, like a load."""
+        """Measure the chunk size on each device while it is idle. Runs on a thread of its own, like a load."""
         with self._one_thread():
             for device, model in zip(self._devices, entry.models, strict=True):
-                model.in_turn = device.in_turn
+                model.in_turn = device.when_idle
                 try:
                     measure_again(model)
+                except NeverIdle:
+                    continue  # the size stays until the next measurement
                 except Unavailable:
                     raise
                 except Exception as error:  # for example a lack of memory; the size stays

@@ -7,14 +7,13 @@ from ..devices.device import Device
 from .registry import Registry
 
 FIRST_S = 60.0  # time until the first measurement; the interval doubles each time
-MAX_IDLE_WAIT_S = 60.0  # a server whose chunks are too small may never be idle
 POLL_S = 1.0
 
 
 class Recalibration:
     """Measures chunk sizes again: 1 minute after the start, then after 2 more, 4 more, and so on.
 
-    Each time it waits until no request is active, but at most `MAX_IDLE_WAIT_S`.
+    Each time it waits until all devices are idle: a run of several times the chunk size would delay requests.
     """
 
     def __init__(
@@ -33,12 +32,7 @@ class Recalibration:
         wait_s = FIRST_S
         while True:
             await self._sleep(wait_s)
-            await self._wait_until_idle()
+            while not all(device.is_idle for device in self._devices):
+                await self._sleep(POLL_S)
             await self._registry.measure_again()
             wait_s *= 2
-
-    async def _wait_until_idle(self) -> None:
-        left_s = MAX_IDLE_WAIT_S
-        while left_s > 0 and any(device.n_rows for device in self._devices):
-            await self._sleep(POLL_S)
-            left_s -= POLL_S

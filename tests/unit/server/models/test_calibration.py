@@ -11,7 +11,8 @@ import pytest
 import sidelight
 import sidelight_server
 import torch
-from sidelight_server import Engine, ModelSpec, Settings
+from sidelight_server import Engine, ModelSpec, Request, Settings
+from sidelight_server.engine.devices import device
 from sidelight_server.engine.registry import recalibration
 from sidelight_server.engine.registry.recalibration import Recalibration
 from sidelight_server.models import calibration
@@ -157,6 +158,26 @@ def test_a_size_that_was_measured_under_load_grows_and_never_shrinks(monkeypatch
         assert seconds == pytest.approx((HALF_LOADED if rows in (2, 4) else QUIET)[rows])
 
 
+def test_a_measurement_runs_nothing_while_requests_come(monkeypatch: pytest.MonkeyPatch, floats: Tensor) -> None:
+    """A run of 16 rows would delay them. Calls in sequence leave the device without requests for moments."""
+    module = Paced(LOADED)
+    monkeypatch.setattr(device, "MAX_IDLE_WAIT_S", 1.5)
+    with calibrated(module, monkeypatch) as engine:
+        module.seconds = QUIET
+
+        async def run() -> None:
+            measuring = asyncio.create_task(engine.registry.measure_again())
+            while not measuring.done():
+                await engine.attribute(Request(floats[:1].numpy()))
+            await measuring
+
+        module.largest = 0
+        asyncio.run(run())
+        assert module.largest == 1
+        assert engine.model("").chunk_rows == 1
+        assert measure_again(engine, module, QUIET) == 16
+
+
 def test_another_version_may_grow_too(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     reloadable.write_weights(tmp_path / "net.safetensors", seed=1)
     settings = Settings(device="cpu", model=reloadable.SOURCE, weights=tmp_path / "net.safetensors")
@@ -211,14 +232,21 @@ class Registry:
         self.n_measured += 1
 
 
-def waits(*, n_rows: Iterator[int], until: int) -> list[float]:
-    """Return how long is waited before chunks are measured for the last of so many times."""
-    registry, slept = Registry(), []
+class Device:
+    """A device that is busy when it is first asked, and then idle."""
 
-    class Station:
-        @property
-        def n_rows(self) -> int:
-            return next(n_rows)
+    def __init__(self, *, n_busy: int) -> None:
+        self._n_busy = n_busy
+
+    @property
+    def is_idle(self) -> bool:
+        self._n_busy -= 1
+        return self._n_busy < 0
+
+
+def waits(*, n_busy: int, until: int) -> list[float]:
+    """Return all waits before the measurement number `until`."""
+    registry, slept = Registry(), []
 
     async def sleep(seconds: float) -> None:
         if registry.n_measured == until:
@@ -226,17 +254,17 @@ def waits(*, n_rows: Iterator[int], until: int) -> list[float]:
         slept.append(seconds)
 
     with pytest.raises(Enough):
-        asyncio.run(Recalibration(registry, [Station()], sleep=sleep).run())
+        asyncio.run(Recalibration(registry, [Device(n_busy=n_busy)], sleep=sleep).run())
     return slept
 
 
 def test_each_measurement_comes_after_twice_the_time() -> None:
-    assert waits(n_rows=itertools.repeat(0), until=4) == [60, 120, 240, 480]
+    assert waits(n_busy=0, until=4) == [60, 120, 240, 480]
 
 
-def test_a_measurement_waits_for_a_moment_without_requests_but_not_for_ever() -> None:
-    assert waits(n_rows=itertools.chain([5, 5, 5], itertools.repeat(0)), until=2) == [60, 1, 1, 1, 120]
-    assert waits(n_rows=itertools.repeat(5), until=1) == [60] + [1] * 60
+def test_a_measurement_waits_until_no_request_has_been_active_for_a_while() -> None:
+    assert waits(n_busy=3, until=2) == [60, 1, 1, 1, 120]
+    assert waits(n_busy=500, until=1) == [60] + [1] * 500
 
 
 def test_a_server_measures_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
