@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from sidelight._streaming.scheduling.dispatcher import Dispatcher
 from sidelight._streaming.scheduling.parts import Entry, Part
-from sidelight._streaming.scheduling.unanswered import UnansweredParts
+from sidelight._streaming.scheduling.resend_queue import ResendQueue
 
 from .events import Events
 from .servers import ReportedLoad, Server
@@ -42,7 +42,7 @@ class Client:
         self.n_given_up = 0
         self.n_late = 0  # answers to parts that had been answered already
         self._events, self._deliver = events, deliver
-        self._unanswered = UnansweredParts(window=window, hedge_after_s=hedge_after_s)
+        self._unanswered = ResendQueue(window=window, hedge_after_s=hedge_after_s)
         self._dispatcher = Dispatcher(self._unanswered)
         self._arrived: deque[tuple[int, SimulatedBatch]] = deque()
         self._index = itertools.count()

@@ -11,7 +11,7 @@ of answers and server information, `sidelight.methods` the base class of methods
 from . import aio, exceptions, methods, results
 from ._clients.aio import AsyncClient
 from ._clients.client import Client, connect
-from ._clients.replay import replay
+from ._clients.recomputation import replay
 from ._inputs.batch import Batch
 from ._inputs.targets import Contrast, Dense, TopK
 from ._transport.credentials import TLS

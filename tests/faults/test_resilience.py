@@ -240,7 +240,7 @@ def test_a_batch_has_what_is_left_of_its_time_when_it_is_sent_again() -> None:
 
 
 def test_a_server_that_keeps_silent_past_a_batchs_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sidelight._streaming.scheduling.unanswered.GRACE_S", 0.1)
+    monkeypatch.setattr("sidelight._streaming.scheduling.resend_queue.GRACE_S", 0.1)
 
     def silent(requests: Requests) -> Responses:
         list(requests)
@@ -709,7 +709,7 @@ def test_a_full_server_is_reported_as_full_within_the_calls_timeout(retry: bool)
 def test_a_call_that_the_client_cut_is_not_reported_as_cancelled_by_the_application(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("sidelight._streaming.scheduling.unanswered.GRACE_S", 0.1)
+    monkeypatch.setattr("sidelight._streaming.scheduling.resend_queue.GRACE_S", 0.1)
 
     def silent(requests: Requests) -> Responses:
         list(requests)

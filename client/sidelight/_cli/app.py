@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from .. import __version__
 from .._clients.core import RELOAD_TIMEOUT_S, TIMEOUT_S
-from .._clients.replay import replay as recompute
+from .._clients.recomputation import replay as recompute
 from ..exceptions import SidelightError
 from ..results.storage import load_array
 from .arguments import from_baseline, pictures_of

@@ -23,7 +23,7 @@ from .._inputs.validation import counted, span
 from .._options import Metadata, checked_metadata, model_name
 from .._streaming.limits import check_message_size, map_bytes, split
 from .._streaming.requests import StreamConfig
-from .._streaming.scheduling.unanswered import UnansweredParts
+from .._streaming.scheduling.resend_queue import ResendQueue
 from .._streaming.stream import Stream
 from .._transport.channel import Connection
 from .._transport.credentials import TLS, ChannelSecurity, Token
@@ -169,9 +169,7 @@ class ClientCore:
         )
         # One example of a method of many rows fills chunks. A larger window would let batches time out in the queue.
         per_worker = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if options.is_one_row else 1
-        unanswered = UnansweredParts(
-            window=per_worker, total_window=options.window, hedge_after_s=options.hedge_after_s
-        )
+        unanswered = ResendQueue(window=per_worker, total_window=options.window, hedge_after_s=options.hedge_after_s)
         return Stream(self.pool, batches, config=config, unanswered=unanswered, on_change=on_change)
 
     def _rpc(

@@ -14,7 +14,7 @@ from .merge import merge_parts
 from .results_queue import End, ResultQueue
 from .scheduling.dispatcher import Dispatcher
 from .scheduling.parts import Entry, Part
-from .scheduling.unanswered import UnansweredParts
+from .scheduling.resend_queue import ResendQueue
 from .worker import StreamWorker
 
 
@@ -23,7 +23,7 @@ class StreamState:
 
     def __init__(
         self,
-        unanswered: UnansweredParts,
+        unanswered: ResendQueue,
         *,
         queue: ResultQueue,
         addresses: Callable[[], str],

@@ -20,7 +20,7 @@ from .reader import BatchReader
 from .requests import StreamConfig
 from .results_queue import Answered, End, ResultQueue
 from .scheduling.parts import Entry, Part
-from .scheduling.unanswered import UnansweredParts
+from .scheduling.resend_queue import ResendQueue
 from .state import StreamState
 from .worker import StreamWorker
 
@@ -34,7 +34,7 @@ class Stream:
         batches: Iterator[Images | Batch | EncodedBatch],
         *,
         config: StreamConfig,
-        unanswered: UnansweredParts,
+        unanswered: ResendQueue,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.queue = ResultQueue(on_change=on_change)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from sidelight._inputs.images import EncodedBatch
 from sidelight._streaming.scheduling.dispatcher import CANDIDATES, Dispatcher
 from sidelight._streaming.scheduling.parts import Entry
-from sidelight._streaming.scheduling.unanswered import UnansweredParts
+from sidelight._streaming.scheduling.resend_queue import ResendQueue
 from sidelight._transport.balancing import EQUAL, FORGET_S, STALE_S, Load, least_loaded
 
 A, B, C = "A", "B", "C"
@@ -58,7 +58,7 @@ def test_a_new_server_is_taken_for_as_fast_as_the_fastest_and_not_flooded() -> N
 
 
 def dispatched(loads: dict[str, Load], n_batches: int) -> Dispatcher:
-    unanswered = UnansweredParts(window=100)
+    unanswered = ResendQueue(window=100)
     dispatcher = Dispatcher(unanswered)
     for worker, known in loads.items():
         unanswered.add_worker(worker, known)

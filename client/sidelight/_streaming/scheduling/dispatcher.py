@@ -5,7 +5,7 @@ from collections.abc import Callable, Hashable
 
 from ..._transport.balancing import least_loaded
 from .parts import Part
-from .unanswered import UnansweredParts
+from .resend_queue import ResendQueue
 
 CANDIDATES = 32  # idle workers that are compared at a time
 
@@ -18,7 +18,7 @@ class Dispatcher:
     each other; `on_choice` is called to wake it.
     """
 
-    def __init__(self, unanswered: UnansweredParts, *, on_choice: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, unanswered: ResendQueue, *, on_choice: Callable[[], None] = lambda: None) -> None:
         self._unanswered = unanswered
         self._on_choice = on_choice
         self._sender: Hashable | None = None

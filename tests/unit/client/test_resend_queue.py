@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sidelight._inputs.images import EncodedBatch
 from sidelight._streaming.scheduling.parts import Entry, Part
-from sidelight._streaming.scheduling.unanswered import GRACE_S, UnansweredParts
+from sidelight._streaming.scheduling.resend_queue import GRACE_S, ResendQueue
 from sidelight.exceptions import Internal
 from sidelight.results import attribution
 
@@ -21,8 +21,8 @@ def entry(index: int, n: int = 1, *, deadline_s: float = 100.0) -> Entry:
 
 def filled(
     n_batches: int, *, window: int = 100, workers: Sequence[str] = (A,), hedge_after_s: float | None = None
-) -> UnansweredParts:
-    unanswered = UnansweredParts(window=window, hedge_after_s=hedge_after_s)
+) -> ResendQueue:
+    unanswered = ResendQueue(window=window, hedge_after_s=hedge_after_s)
     for worker in workers:
         unanswered.add_worker(worker)
     for index in range(n_batches):
@@ -30,7 +30,7 @@ def filled(
     return unanswered
 
 
-def sent(unanswered: UnansweredParts, worker: str, now_s: float = 0.0) -> list[str]:
+def sent(unanswered: ResendQueue, worker: str, now_s: float = 0.0) -> list[str]:
     """Send a worker all parts that it may have."""
     ids = []
     while (part := unanswered.send(worker, now_s)) is not None:
@@ -155,7 +155,7 @@ def test_a_worker_reads_on_until_its_window_is_full_and_always_two_batches(n_wor
 
 
 def test_a_window_in_all_bounds_all_workers_together() -> None:
-    unanswered, n = UnansweredParts(window=100, total_window=4), 0
+    unanswered, n = ResendQueue(window=100, total_window=4), 0
     for worker in (A, B):
         unanswered.add_worker(worker)
     while readers := [worker for worker in (A, B) if unanswered.may_read(worker, 0.0)]:

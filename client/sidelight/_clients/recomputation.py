@@ -1,4 +1,4 @@
-"""`replay`: recompute a saved answer and compare the two."""
+"""Recomputation of a saved answer, to compare the two: the public function `replay`."""
 
 import os
 from pathlib import Path

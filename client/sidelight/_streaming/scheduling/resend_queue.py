@@ -1,4 +1,4 @@
-"""Unanswered parts of a stream: keeps those that wait and those that are sent, and decides which are sent again.
+"""The resend queue of a stream: keeps each part until it is answered, and decides which parts are sent again.
 
 A batch is sent as one part, or as several parts if it exceeds a limit. If a server's call ends before it has answered a
 part, the part is sent again: it is executed at least once and answered once. The parts that a server held when it died
@@ -21,8 +21,8 @@ DEATHS = 2  # number of servers that a part may kill before it is given up: one 
 GRACE_S = 5.0
 
 
-class UnansweredParts:
-    """The unanswered parts of a stream: those that wait, and those that are sent to a worker.
+class ResendQueue:
+    """The unanswered parts of a stream: those that wait to be sent, and those that are sent to a worker.
 
     A worker stands for one server and may be any hashable value. `window` limits the examples of each worker that are
     unanswered, or answered and not yet released; two batches are always allowed. `total_window` limits those of all
