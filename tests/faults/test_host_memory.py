@@ -20,7 +20,7 @@ import numpy as np, torch
 from sidelight.v1 import attribution_pb2 as pb, tensor_pb2
 from sidelight_server import Engine, ModelSpec, Request, Settings
 from sidelight_server.errors import InvalidArgument, ResourceExhausted, SidelightError
-from sidelight_server.rpc.handler import RequestHandler
+from sidelight_server.rpc.request_handler import RequestHandler
 from sidelight_server.wire.codec import Received, decode_request
 from sidelight_server.telemetry.call_record import CallRecord
 

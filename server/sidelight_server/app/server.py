@@ -17,13 +17,13 @@ from ..engine.registry.reloader import Reloader
 from ..interop.open_inference.service import DECODERS as INFERENCE_DECODERS
 from ..interop.open_inference.service import InferenceService
 from ..interop.open_inference.shared_memory import SystemSharedMemory
-from ..rpc.calls import Calls
-from ..rpc.handler import RequestHandler
 from ..rpc.interceptors import DECODERS, MessageInterceptor
 from ..rpc.limits.receive_limit import Pace
 from ..rpc.limits.write_timeout import WriteTimeout
 from ..rpc.log_filter import hide_failed_writes
-from ..rpc.service import AttributionService, ModelService
+from ..rpc.open_calls import OpenCalls
+from ..rpc.request_handler import RequestHandler
+from ..rpc.servicers import AttributionService, ModelService
 from ..rpc.shared_memory import SharedMemory
 from ..rpc.status import rejecting_handler
 from ..security.authorization import Authorization, Callers
@@ -131,7 +131,7 @@ class Server:
         self._server = grpc.aio.server(
             interceptors=[authorization, self._gate, self._interceptor], options=channel_options(settings)
         )
-        self.calls = Calls(self.handler, callers=callers, write_timeout=write_timeout, pace=pace, settings=settings)
+        self.calls = OpenCalls(self.handler, callers=callers, write_timeout=write_timeout, pace=pace, settings=settings)
         self._add_services(self._server, callers)
         certificates = Certificates.of(settings)
         self.addresses = [

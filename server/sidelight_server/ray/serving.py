@@ -16,8 +16,8 @@ from sidelight.v1 import model_pb2
 from ..app.health.health import statuses
 from ..engine.engine import Engine
 from ..errors import SidelightError, Unavailable
-from ..rpc.handler import RequestHandler
-from ..rpc.service import models, server_info
+from ..rpc.request_handler import RequestHandler
+from ..rpc.servicers import models, server_info
 from ..rpc.status import STATUSES, retry_trailers
 from ..wire import responses
 from .engines import assigned_engine
@@ -89,7 +89,7 @@ class Sidelight:
         try:
             with generation.call():
                 validated = await handler.validate(request, n_bytes=request.ByteSize(), call_record=record)
-                with contextlib.closing(handler.enter(validated)):
+                with contextlib.closing(handler.acquire_permits_now(validated)):
                     return pb.AttributeResponse.FromString(await handler.explain(validated))
         except SidelightError as error:
             handler.telemetry.failed(record, error)

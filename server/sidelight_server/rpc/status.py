@@ -1,14 +1,18 @@
-"""Statuses: how a `SidelightError` becomes the status of a call."""
+"""Statuses: how an exception becomes a `SidelightError`, and that the status of a call."""
 
 import asyncio
 import functools
+import logging
 from collections.abc import Iterable
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import grpc
 
-from ..errors import SidelightError
+from ..compute.torch_device import is_out_of_memory
+from ..errors import Internal, ResourceExhausted, SidelightError
 from ..telemetry.counters import Counters
+from ..telemetry.logs import Event, Throttle
 
 RETRY_TRAILER = "retry-after-ms"
 
@@ -63,3 +67,28 @@ def rejecting_handler(error: SidelightError, counts: Counters) -> "Handler":
 
     # Always a streaming handler: for other kinds gRPC reads the message before it calls the handler.
     return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+class HideInternalErrors:
+    """Context manager that logs an unexpected exception and raises `Internal` without its details instead.
+
+    A class, because `contextlib.contextmanager` costs more than what runs in it.
+    """
+
+    def __init__(self, id_: str, faults: Throttle) -> None:
+        self._id = id_
+        self._faults = faults
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if not isinstance(error, Exception) or isinstance(error, SidelightError):
+            return
+        if is_out_of_memory(error):
+            self._faults.log(logging.WARNING, Event("out_of_host_memory", id=self._id))
+            raise ResourceExhausted(
+                "the server has no memory for the batch now; send it later, or fewer examples"
+            ) from error
+        self._faults.log(logging.ERROR, Event("unexpected", id=self._id), error)
+        raise Internal("the server failed; its log has the cause") from error

@@ -5,9 +5,10 @@ import contextlib
 
 from ...engine.engine import Engine
 from ...errors import InvalidArgument, NotFound
-from ...rpc.engine_call import MANY_BYTES, ValidatedRequest
-from ...rpc.handler import RequestHandler
+from ...rpc.execution import MANY_BYTES
+from ...rpc.request_handler import RequestHandler
 from ...rpc.shared_memory import span, to_thread_uncancelled
+from ...rpc.validated_request import ValidatedRequest
 from ...telemetry.call_record import CallRecord
 from ...wire.codec import Received, decoder
 from . import inference_pb2 as oip
@@ -56,7 +57,7 @@ class InferHandler:
         with contextlib.ExitStack() as waiting:
             if request.files:
                 n_bytes += request.files.n_bytes
-                waiting.callback(self._handler.wait(request.files.n_bytes, call_record.caller).close)
+                waiting.callback(self._handler.acquire_waiting_permit(request.files.n_bytes, call_record.caller).close)
                 request = await _read_files(request, request.files, regions)
             return await self._validated(request, n_bytes, call_record, regions, on_stream=on_stream)
 

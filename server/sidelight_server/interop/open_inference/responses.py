@@ -7,8 +7,8 @@ from sidelight._transport.envelope import field
 
 from ...domain import Answer
 from ...errors import InvalidArgument, SidelightError
-from ...rpc.engine_call import Encode, ValidatedRequest
 from ...rpc.shared_memory import RegionLookup, Span, span
+from ...rpc.validated_request import Encode, ValidatedRequest
 from . import inference_pb2 as oip
 from .outputs import MAPS, Outputs, Tensor
 from .requests import OFFSET, REGION, SIZE, InferRequest, RequestedOutput

@@ -10,8 +10,8 @@ from google.protobuf.message import Message
 from ...engine.engine import Engine
 from ...engine.registry.entry import Entry
 from ...errors import NotFound, SidelightError
-from ...rpc.calls import Calls
-from ...rpc.handler import RequestHandler
+from ...rpc.open_calls import OpenCalls
+from ...rpc.request_handler import RequestHandler
 from ...rpc.status import Context, abort
 from ...security.authorization import Callers
 from ...wire.codec import Decoded
@@ -41,13 +41,13 @@ def _aborting(call: Callable[..., Awaitable[Message]]) -> Callable[..., Awaitabl
 
 
 class InferenceService:
-    """`inference.GRPCInferenceService` on an engine. Unary calls and streams that explain are run by `Calls`."""
+    """`inference.GRPCInferenceService` on an engine. Unary calls and streams that explain are run by `OpenCalls`."""
 
     def __init__(
         self,
         engine: Engine,
         handler: RequestHandler,
-        calls: Calls,
+        calls: OpenCalls,
         shared: SystemSharedMemory,
         *,
         callers: Callers,
@@ -78,10 +78,10 @@ class InferenceService:
         return grpc.method_handlers_generic_handler(SERVICE, methods)
 
     async def ModelInfer(self, received: Decoded[oip.ModelInferRequest], context: Context) -> bytes:  # noqa: N802
-        return await self._calls.answer("ModelInfer", received, context, self._infer.validate)
+        return await self._calls.run_unary("ModelInfer", received, context, self._infer.validate)
 
     async def ModelStreamInfer(self, request_iterator: object, context: Context) -> None:  # noqa: N802
-        await self._calls.converse(context, functools.partial(InferStream, infer_handler=self._infer))
+        await self._calls.run_stream(context, functools.partial(InferStream, infer_handler=self._infer))
 
     async def ServerLive(self, request: oip.ServerLiveRequest, context: Context) -> oip.ServerLiveResponse:  # noqa: N802
         """Return true: a server that answers is live."""

@@ -6,7 +6,7 @@ import itertools
 import grpc
 
 from ...errors import SidelightError
-from ...rpc.handler import RequestHandler
+from ...rpc.request_handler import RequestHandler
 from ...rpc.streaming.stream import Context, Stream, StreamOptions
 from ...wire.codec import Received
 from . import inference_pb2 as oip

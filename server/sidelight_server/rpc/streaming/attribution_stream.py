@@ -8,9 +8,9 @@ from ...errors import InvalidArgument, SidelightError
 from ...telemetry.call_record import CallRecord
 from ...wire import responses
 from ...wire.codec import Received
-from ..engine_call import ValidatedRequest
-from ..handler import RequestHandler, deadline_of
+from ..request_handler import RequestHandler, deadline_of
 from ..shared_memory import Regions
+from ..validated_request import ValidatedRequest
 from .batch import Unloaded
 from .stream import Context, Stream, StreamOptions
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from ...engine.submission import Outcome
 from ...errors import Cancelled, DeadlineExceeded, SidelightError
 from ...telemetry.call_record import CallRecord
-from ..engine_call import EngineCall, ValidatedRequest
-from ..handler import RequestHandler
+from ..execution import Execution
 from ..limits.admission import Permits
+from ..request_handler import RequestHandler
 from ..status import forget_frames
+from ..validated_request import ValidatedRequest
 from .eager import CreateTask, run_eagerly
 from .response_writer import ResponseWriter
 
@@ -65,7 +66,7 @@ class Batch:
         self._on_admitted = on_admitted
         self._on_answer = on_answer
         self.queued: asyncio.Future[None] | None = None
-        self._engine_call: EngineCall | None = None
+        self._execution: Execution | None = None
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._late = ""  # the message if its deadline passes now
@@ -95,8 +96,8 @@ class Batch:
         if self._refusal or self._is_answered:
             return
         self._refusal = error
-        if self._engine_call:
-            self._engine_call.cancel()
+        if self._execution:
+            self._execution.cancel()
         if self._task:  # it answers once it has ended: until then a thread may use the caller's region
             self._task.cancel()
         else:
@@ -111,9 +112,9 @@ class Batch:
             return
         self._is_over = True
         self._stop_timer()
-        if self._engine_call:
-            self._engine_call.cancel()
-        self._engine_call = None
+        if self._execution:
+            self._execution.cancel()
+        self._execution = None
         self._on_admitted()
         if self._permits:
             self._permits.close()
@@ -138,12 +139,12 @@ class Batch:
         try:
             await self._take_slot()
             self._late = "it passed while the server was full"
-            self._permits = await self._context.handler.admit(validated)
+            self._permits = await self._context.handler.acquire_permits(validated)
         finally:
             self._on_admitted()
         self._late = "it passed; rows that had not run were dropped"
-        self._engine_call = call = self._context.handler.engine_call(validated)
-        await call.start(self._on_outcome, self._offer if validated.message.output.partial else None)
+        self._execution = execution = self._context.handler.execution(validated)
+        await execution.start(self._on_outcome, self._offer if validated.message.output.partial else None)
 
     async def _take_slot(self) -> None:
         if not self._has_slot:
@@ -152,11 +153,11 @@ class Batch:
             self._has_slot = True
 
     def _on_outcome(self, outcome: Outcome) -> None:
-        if self._engine_call and not self._refusal:
-            self._run(functools.partial(self._reply, self._engine_call, outcome))
+        if self._execution and not self._refusal:
+            self._run(functools.partial(self._reply, self._execution, outcome))
 
-    async def _reply(self, call: EngineCall, outcome: Outcome) -> None:
-        self._answer(await call.reply(outcome))
+    async def _reply(self, execution: Execution, outcome: Outcome) -> None:
+        self._answer(await execution.reply(outcome))
 
     def _offer(self) -> None:
         """Write the newest partial maps as soon as the stream can be written to, unless the final ones come first."""
@@ -166,10 +167,10 @@ class Batch:
 
     async def _partial(self) -> bytes | None:
         self._is_offered = False
-        if self._engine_call is None or self._is_answered:
+        if self._execution is None or self._is_answered:
             return None
         try:
-            return await self._engine_call.partial()
+            return await self._execution.partial()
         except SidelightError:  # the final answer will carry it
             return None
 

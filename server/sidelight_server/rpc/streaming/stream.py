@@ -15,10 +15,10 @@ from google.protobuf.message import Message
 from ...errors import SidelightError, Unavailable
 from ...telemetry.call_record import CallRecord
 from ...wire.codec import Decoded, Received, Unreadable
-from ..engine_call import ValidatedRequest
-from ..handler import RequestHandler
 from ..limits.receive_limit import Pace
 from ..limits.write_timeout import WriteTimeout
+from ..request_handler import RequestHandler
+from ..validated_request import ValidatedRequest
 from .batch import Batch, BatchContext, Unloaded
 from .response_writer import ResponseWriter, StalledError
 
@@ -202,7 +202,7 @@ class Stream(ABC, Generic[M]):
         waiting = contextlib.ExitStack()  # closed, perhaps twice, once the batch is admitted or has failed
         turn = self._last
         try:
-            waiting.callback(self._handler.wait(n_bytes, self._options.caller).close)
+            waiting.callback(self._handler.acquire_waiting_permit(n_bytes, self._options.caller).close)
             await self._admitting.acquire()
             waiting.callback(self._admitting.release)
             if self._is_given_up:

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 from sidelight_server.errors import ResourceExhausted
-from sidelight_server.rpc.handler import RequestHandler
 from sidelight_server.rpc.limits import receive_limit
 from sidelight_server.rpc.limits.admission import Admission, Permit
 from sidelight_server.rpc.limits.receive_limit import LARGE_BYTES, REFUSED_BYTES_PER_S, Pace
+from sidelight_server.rpc.request_handler import RequestHandler
 from sidelight_server.telemetry.call_record import CallRecord
 
 

@@ -1,4 +1,4 @@
-"""The gRPC servicers of `sidelight.v1`: AttributionService and ModelService."""
+"""The gRPC servicers of `sidelight.v1`, AttributionService and ModelService: one function for each method."""
 
 import functools
 from importlib import metadata
@@ -13,18 +13,18 @@ from ..wire import responses
 from ..wire.codec import Decoded, Received
 from ..wire.methods import SERVED_METHODS
 from ..wire.requests import MAX_EXAMPLES
-from .calls import Calls
-from .engine_call import ValidatedRequest
-from .handler import RequestHandler
+from .open_calls import OpenCalls
+from .request_handler import RequestHandler
 from .shared_memory import Regions, SharedMemory
 from .status import Context, abort
 from .streaming.attribution_stream import AttributionStream
+from .validated_request import ValidatedRequest
 
 
 class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
     """`sidelight.v1.AttributionService` on an engine. `MessageInterceptor` decodes and encodes its messages."""
 
-    def __init__(self, engine: Engine, handler: RequestHandler, calls: Calls, shared: SharedMemory | None) -> None:
+    def __init__(self, engine: Engine, handler: RequestHandler, calls: OpenCalls, shared: SharedMemory | None) -> None:
         self._engine = engine
         self._handler = handler
         self._calls = calls
@@ -34,13 +34,13 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
     async def Attribute(  # type: ignore[override]  # noqa: N802
         self, received: Decoded[pb.AttributeRequest], context: Context
     ) -> bytes:
-        return await self._calls.answer("Attribute", received, context, self._validate)
+        return await self._calls.run_unary("Attribute", received, context, self._validate)
 
     # As above; also, it is typed for a handler that yields. Writing to the context allows answers out of order.
     async def AttributeStream(  # type: ignore[override]  # noqa: N802
         self, request_iterator: object, context: Context
     ) -> None:
-        await self._calls.converse(context, functools.partial(AttributionStream, regions=Regions(self._shared)))
+        await self._calls.run_stream(context, functools.partial(AttributionStream, regions=Regions(self._shared)))
 
     async def _validate(self, received: Received[pb.AttributeRequest], call_record: CallRecord) -> ValidatedRequest:
         return await self._handler.validate(

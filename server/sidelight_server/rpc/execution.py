@@ -1,67 +1,36 @@
-"""The engine call of a validated request: reads its images, submits it to the engine, encodes its answer."""
+"""The execution of a validated request: reads its images, submits it to the engine, encodes its answer."""
 
-import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from types import TracebackType
+from dataclasses import replace
 
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
-from ..compute.torch_device import is_out_of_memory
 from ..domain import MANY_EXAMPLES, Answer, Array, Files, Request
 from ..engine.engine import Engine
 from ..engine.preparation.pool import to_thread_if_many
-from ..engine.registry.entry import Version
 from ..engine.submission import OnDone, Outcome, Submission
-from ..errors import Internal, ResourceExhausted, SidelightError
-from ..telemetry.call_record import CallRecord
+from ..errors import ResourceExhausted
 from ..telemetry.counters import Tally
-from ..telemetry.logs import Event, Throttle
+from ..telemetry.logs import Throttle
 from ..telemetry.recorder import Telemetry
 from ..wire import responses
 from ..wire.codec import encode_answer
 from ..wire.digests import Hashing
-from ..wire.rendering import Rendering, with_pictures
+from ..wire.rendering import with_pictures
 from ..wire.tensors import encoded, layout_of
-from .shared_memory import Span, to_thread_uncancelled
-
-log = logging.getLogger("sidelight")
+from .shared_memory import to_thread_uncancelled
+from .status import HideInternalErrors
+from .validated_request import ValidatedRequest
 
 # Larger maps are encoded in a worker thread. numpy, `bytes.join` and file I/O release the GIL there; protobuf never
 # does, so messages are parsed on the event loop. To join 8 MiB takes 0.3 ms.
 MANY_BYTES = 8 * 1024 * 1024
 
-Encode = Callable[[Answer, "ValidatedRequest"], bytes]
 
-
-@dataclass(slots=True)
-class ValidatedRequest:
-    """A validated request with its memory cost and its deadline."""
-
-    message: pb.AttributeRequest
-    request: Request
-    version: Version  # of its model, as it was when the request arrived
-    n_bytes: int
-    n_rows: int  # upper bound of the rows that it takes
-    deadline_s: float | None  # on the event loop's clock
-    source: Span | None  # where the images are, unless in the message
-    sink: Span | None  # where the maps are written, unless in the answer
-    rendering: Rendering | None  # how the maps are drawn, if they are
-    call_record: CallRecord
-    encode: Encode
-    writes_regions: bool  # whether `encode` writes to shared memory, and so belongs in a worker thread
-
-    @property
-    def transport(self) -> pb.Transport.ValueType:
-        """How the images and the final maps travel."""
-        all_shared = self.sink is not None and self.source is not None
-        return pb.TRANSPORT_SHARED_MEMORY if all_shared else pb.TRANSPORT_INLINE
-
-
-class EngineCall:
-    """The engine call of one validated request. Used on the event loop.
+class Execution:
+    """The execution of one validated request. Used on the event loop.
 
     `start` and `reply` wait for nothing unless the request is large, its images are in shared memory, or its maps are
     drawn.
@@ -122,7 +91,7 @@ class EngineCall:
         if self._hashing:
             self._hashing.cancel()
 
-    def _hiding(self) -> "HideInternalErrors":
+    def _hiding(self) -> HideInternalErrors:
         return HideInternalErrors(self._validated.message.id, self._faults)
 
     async def _drawn(self, answer: Answer) -> Answer:
@@ -165,31 +134,6 @@ def encode_own(answer: Answer, validated: ValidatedRequest) -> bytes:
         sink.write(maps.data)
     result = responses.result(answer, transport=validated.transport if answer.final else pb.TRANSPORT_INLINE)
     return encode_answer(message.id, result, responses.provenance(answer, message), maps, is_inline=sink is None)
-
-
-class HideInternalErrors:
-    """Context manager that logs an unexpected exception and raises `Internal` without its details instead.
-
-    A class, because `contextlib.contextmanager` costs more than what runs in it.
-    """
-
-    def __init__(self, id_: str, faults: Throttle) -> None:
-        self._id = id_
-        self._faults = faults
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, _: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if not isinstance(error, Exception) or isinstance(error, SidelightError):
-            return
-        if is_out_of_memory(error):
-            self._faults.log(logging.WARNING, Event("out_of_host_memory", id=self._id))
-            raise ResourceExhausted(
-                "the server has no memory for the batch now; send it later, or fewer examples"
-            ) from error
-        self._faults.log(logging.ERROR, Event("unexpected", id=self._id), error)
-        raise Internal("the server failed; its log has the cause") from error
 
 
 def _dtype(images: tensor_pb2.Images) -> tensor_pb2.DataType.ValueType:

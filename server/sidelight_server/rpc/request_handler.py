@@ -1,4 +1,4 @@
-"""The request handler: validates a message, admits it and answers it with the engine, for unary calls and streams."""
+"""The request handler, of unary calls and streams: validates a message, takes its permits and has it executed."""
 
 import asyncio
 import contextlib
@@ -21,9 +21,11 @@ from ..telemetry.recorder import Telemetry
 from ..wire import requests
 from ..wire.rendering import parse_rendering
 from ..wire.tensors import layout_of, map_itemsize
-from .engine_call import Encode, EngineCall, HideInternalErrors, ValidatedRequest, check_length, encode_own
+from .execution import Execution, check_length, encode_own
 from .limits.admission import Admission, Permits
 from .shared_memory import RegionLookup, Span, span
+from .status import HideInternalErrors
+from .validated_request import Encode, ValidatedRequest
 
 WAITING_BYTES = 64 * 1024  # smaller messages of streams are not counted while they wait: there are two per stream
 WAITING_SHARE = 4  # they may take max_in_flight_bytes divided by this
@@ -133,7 +135,7 @@ class RequestHandler:
         """Return a context that logs an unexpected exception, and raises `Internal` without its details instead."""
         return HideInternalErrors(id_, self._faults)
 
-    def wait(self, n_bytes: int, caller: str) -> Permits:
+    def acquire_waiting_permit(self, n_bytes: int, caller: str) -> Permits:
         """Count a message that waits to be admitted, until the result is closed.
 
         All waiting messages together may take a quarter of `max_in_flight_bytes`, and one caller its share of that.
@@ -144,8 +146,11 @@ class RequestHandler:
             permits.add(self._waiting, self._waiting.claim(n_bytes, caller))
         return permits
 
-    def enter(self, validated: ValidatedRequest) -> Permits:
-        """Take a permit; closing the result releases it. Raises `ResourceExhausted` if none is free."""
+    def acquire_permits_now(self, validated: ValidatedRequest) -> Permits:
+        """Take the permits of a request; closing the result releases them.
+
+        Raises `ResourceExhausted` if none is free.
+        """
         permits, caller = Permits(), validated.call_record.caller
         try:
             for admission in self._admissions(validated):
@@ -155,8 +160,8 @@ class RequestHandler:
             raise
         return permits
 
-    async def admit(self, validated: ValidatedRequest) -> Permits:
-        """Wait for a permit and take it; closing the result releases it."""
+    async def acquire_permits(self, validated: ValidatedRequest) -> Permits:
+        """Wait for the permits of a request and take them; closing the result releases them."""
         permits, caller = Permits(), validated.call_record.caller
         try:
             for admission in self._admissions(validated):
@@ -190,23 +195,23 @@ class RequestHandler:
         except TimeoutError:
             raise DeadlineExceeded(f'timeout: it passed while model "{entry.name}" was being loaded') from None
 
-    def engine_call(self, validated: ValidatedRequest) -> EngineCall:
-        """Return the engine call of an admitted request, not started."""
-        return EngineCall(validated, self._engine, self.telemetry, self._faults, limit_bytes=self._limit_bytes)
+    def execution(self, validated: ValidatedRequest) -> Execution:
+        """Return the execution of an admitted request, not started."""
+        return Execution(validated, self._engine, self.telemetry, self._faults, limit_bytes=self._limit_bytes)
 
     async def explain(self, validated: ValidatedRequest) -> bytes:
         """Run an admitted request and return the encoded answer. Raises only `SidelightError`."""
         answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
-        call, deadline_s = self.engine_call(validated), validated.deadline_s
+        execution, deadline_s = self.execution(validated), validated.deadline_s
         try:
             async with _NO_DEADLINE if deadline_s is None else asyncio.timeout_at(deadline_s):
-                await call.start(functools.partial(store_outcome, answered))
+                await execution.start(functools.partial(store_outcome, answered))
                 outcome = await answered
-            return await call.reply(outcome)
+            return await execution.reply(outcome)
         except TimeoutError:
             raise DeadlineExceeded("timeout: it passed; rows that had not run were dropped") from None
         finally:
-            call.cancel()
+            execution.cancel()
 
 
 def deadline_of(message: pb.AttributeRequest, call_record: CallRecord) -> float | None:

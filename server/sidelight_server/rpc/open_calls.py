@@ -13,12 +13,12 @@ from ..security.authorization import Callers
 from ..security.stream_limit import Peers
 from ..telemetry.call_record import CallRecord
 from ..wire.codec import Decoded, Received, Unreadable
-from .engine_call import ValidatedRequest
-from .handler import RequestHandler
 from .limits.receive_limit import Pace
 from .limits.write_timeout import WriteTimeout
+from .request_handler import RequestHandler
 from .status import Context, abort
 from .streaming.stream import Stream, StreamOptions
+from .validated_request import ValidatedRequest
 
 DEADLINE_SLACK_S = 0.1
 RAN_ERRORS = (DeadlineExceeded, Unavailable, Internal)  # errors of requests that may have run
@@ -26,8 +26,8 @@ RAN_ERRORS = (DeadlineExceeded, Unavailable, Internal)  # errors of requests tha
 M = TypeVar("M", bound=Message)
 
 
-class Calls:
-    """Answers unary calls and runs streams, and ends both when the server stops. Used on the event loop only."""
+class OpenCalls:
+    """Runs unary calls and streams, and ends both when the server stops. Used on the event loop only."""
 
     def __init__(
         self,
@@ -86,7 +86,7 @@ class Calls:
         for call in list(self._unary):
             call.cancel()
 
-    async def answer(
+    async def run_unary(
         self,
         name: str,
         received: Decoded[M],
@@ -105,7 +105,7 @@ class Calls:
             if isinstance(received, Unreadable):
                 raise received.error
             validated = await validate(received, call_record)
-            permit = self._handler.enter(validated)
+            permit = self._handler.acquire_permits_now(validated)
             # gRPC runs the handler in this task and ends it after the answer is written, not when it is returned.
             call.add_done_callback(lambda _: permit.close())
             answer = await self._handler.explain(validated)
@@ -130,7 +130,7 @@ class Calls:
         finally:
             self._unary.discard(call)
 
-    async def converse(
+    async def run_stream(
         self, context: Context, make: Callable[[Context, RequestHandler, StreamOptions], Stream[Any]]
     ) -> None:
         """Make a stream and run it until it ends. Aborts the call if its host has too many."""
