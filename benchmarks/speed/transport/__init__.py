@@ -1,6 +1,6 @@
 """The stream, inline and in shared memory, compared with a bare gRPC echo of the same bytes. Models compute nothing.
 
-Both servers run in processes of their own; both are called through raw stubs. The Python clients are compared with
+All servers run in processes of their own and are called through raw stubs. The Python clients are compared with
 these. `python -m benchmarks transport` runs only this.
 """
 
@@ -17,9 +17,8 @@ import sidelight_server
 from torch import Tensor, nn
 
 from ...support.measure import Line, in_turns, ratio, server
+from .bare_server import METHOD, OPTIONS, process
 from .clients import exchange_by_async_client, exchange_by_client
-from .echo import METHOD as ECHO
-from .echo import OPTIONS, echo
 from .exchange import STREAM, exchange, exchange_shared
 from .messages import CASES, Case, attribute, check_answer
 
@@ -49,9 +48,10 @@ def run() -> list[Line]:
     with (
         tempfile.TemporaryDirectory(prefix="sidelight-", dir=_memory()) as folder,
         server("python:benchmarks.speed.transport:costless", *flags, "--shared-memory", folder) as (address, _),
-        echo() as echo_address,
+        process("echo") as echo,
+        process("minimal") as minimal,
     ):
-        lines = [line for case in CASES for line in _inline(case, address, echo_address)]
+        lines = [line for case in CASES for line in _inline(case, address, echo, minimal)]
         lines.append(_shared(CASES[-1], address, Path(folder)))
     # A new server: one that was under load would reuse freed memory.
     flags = (*flags, "--max-peer-streams", str(2 * N_IDLE))
@@ -59,17 +59,21 @@ def run() -> list[Line]:
         return [*lines, _idle(address, pid)]
 
 
-def _inline(case: Case, address: str, echo: str) -> list[Line]:
+def _inline(case: Case, address: str, echo: str, minimal: str) -> list[Line]:
     requests = [attribute(case, str(n)) for n in range(4 * case.window)]
 
     def stream() -> None:
         asyncio.run(exchange(address, STREAM, requests, case, check=True))
 
     def bare() -> None:
-        asyncio.run(exchange(echo, ECHO, requests, case, check=False))
+        asyncio.run(exchange(echo, METHOD, requests, case, check=False))
+
+    def least() -> None:
+        asyncio.run(exchange(minimal, METHOD, requests, case, check=True))
 
     rivals = {
         "echo": bare,
+        "minimal": least,
         "stream": stream,
         "connect": lambda: exchange_by_client(address, case),
         "aio.connect": lambda: asyncio.run(exchange_by_async_client(address, case)),
@@ -86,7 +90,15 @@ def _inline(case: Case, address: str, echo: str) -> list[Line]:
             met=share >= case.goal,
             detail=f"{rates['stream']:.0f} against {rates['echo']:.0f} messages/s",
             row=f"stream over a bare gRPC echo, a model that costs nothing, messages of {SIZES}",
-        )
+        ),
+        Line(
+            what=f"a minimal server over a bare gRPC echo, messages of {case.name}",
+            figure=ratio(seconds["echo"], seconds["minimal"]),
+            unit="×",
+            goal="stated",
+            met=True,
+            detail=f"{rates['minimal']:.0f} messages/s; it has no checks, permits, fairness, deadlines or provenance",
+        ),
     ]
     for name in ("connect", "aio.connect"):
         share = ratio(seconds["stream"], seconds[name])

@@ -13,7 +13,7 @@ import grpc
 import numpy as np
 from sidelight.v1 import attribution_pb2 as pb
 
-from .echo import OPTIONS
+from .bare_server import OPTIONS
 from .messages import Case, attribute_slot, check_answer, registration
 
 STREAM = "/sidelight.v1.AttributionService/AttributeStream"
