@@ -1,19 +1,11 @@
 """Options of gRPC: limits of messages and connections, and keepalive."""
 
-from typing import TYPE_CHECKING
-
 from ..config.settings import Settings
-
-if TYPE_CHECKING:
-    pass
-
 
 # Clients may ping every 10 s. Pings may arrive a little early, and gRPC closes a connection after the third early one.
 MIN_PING_INTERVAL_MS = 5_000
 
-
 KEEPALIVE_TIMEOUT_S = 10.0  # limit for the answer to a ping
-
 
 # Concurrent calls of one connection; further calls wait in the client. It also limits the cost of a connection that
 # starts and resets calls as fast as possible.
