@@ -17,7 +17,7 @@ Taken = TypeVar("Taken", covariant=True)
 
 
 class Source(Protocol[Taken]):
-    """A request in the ring."""
+    """A request of the scheduler."""
 
     @property
     def caller(self) -> str:
@@ -39,8 +39,8 @@ class Source(Protocol[Taken]):
         """Return the next row. Called only while `pending`."""
 
 
-class Ring(Generic[Row]):
-    """The requests that have rows to run, in round-robin order by caller.
+class Scheduler(Generic[Row]):
+    """The ring of requests that have rows to run, in round-robin order by caller.
 
     Owned by the device worker, which makes every call under its lock.
     """

@@ -24,7 +24,7 @@ from .row_memory import RowMemory, shape_of
 from .trial.checks import noise
 from .trial.in_turn import InTurn, at_once
 from .trial.introspection import Detected
-from .trial.trial_run import TrialRun, configuration_errors, detect_on
+from .trial.trial_run import TrialRun, detect_on, model_errors
 
 log = logging.getLogger("sidelight")
 
@@ -76,7 +76,7 @@ class Model:
         self._adopt(result.detected)
         self._row_limit = RowLimit()
         self.chunk_rows = self.at_most(DEFAULT_CHUNK_ROWS)
-        with configuration_errors(self.name, "cannot be replicated and moved to the device"):
+        with model_errors(self.name, "cannot be replicated and moved to the device"):
             make = functools.partial(self._kernel, device=device, trial=trial, is_shared=is_shared)
             self.kernels = in_turn(lambda: ModelKernels(make, spec.options, spec.method_precision))
             self.kernel = self.kernels.default

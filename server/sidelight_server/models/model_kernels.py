@@ -13,7 +13,7 @@ from ..errors import ConfigurationError, did_you_mean
 from ..methods import METHODS
 from ..telemetry.logs import Event
 from .trial.in_turn import InTurn
-from .trial.trial_run import configuration_errors
+from .trial.trial_run import model_errors
 
 log = logging.getLogger("sidelight")
 
@@ -62,7 +62,7 @@ class ModelKernels:
         """
         failed = "failed" if self.default.options.is_exact else f"failed as {self.default.summary}"
         for kernel in self:
-            with configuration_errors(model, f"{failed} on an input of {list(inputs.shape)}"):
+            with model_errors(model, f"{failed} on an input of {list(inputs.shape)}"):
                 answer = in_turn(functools.partial(kernel.run, inputs, [PREDICTED], [score], gradient=gradient))
             if kernel.precision == "mixed" and gradient and not kernel.has_mixed:
                 raise ConfigurationError(

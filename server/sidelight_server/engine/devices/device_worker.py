@@ -21,7 +21,7 @@ from ...telemetry.logs import Event
 from ..active_request import ActiveRequest
 from ..completion import Completions
 from ..example_run import ExampleRun, Result, Row
-from ..scheduler import Ring
+from ..scheduler import Scheduler
 from .batching_delay import BatchingDelay
 from .chunk_errors import ChunkErrors, DeviceLostError
 from .heartbeat import Heartbeat
@@ -67,7 +67,7 @@ class DeviceWorker:
         self._depth = depth or (2 if device.type == "cuda" else 1)
         self._on_end = on_end
         self._staging = Staging(device)
-        self._ring: Ring[Taken] = Ring()
+        self._ring: Scheduler[Taken] = Scheduler()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._in_flight: deque[_InFlight] = deque()
         self._delay = BatchingDelay()

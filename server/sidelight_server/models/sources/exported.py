@@ -12,7 +12,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 from ...config.spec import ModelSpec
 from ...config.traits import Constant
 from ...errors import ConfigurationError
-from .loading import configuration_errors, refuse_weights, require_file
+from .loading import refuse_weights, require_file, source_errors
 from .pt2_archive import read
 
 FORM = "export:FILE.pt2"
@@ -26,7 +26,7 @@ def load(location: str, weights: Path | None) -> ModelSpec:
     path = Path(location)
     refuse_weights("export:", weights)
     require_file("model", path)
-    with configuration_errors("model", path):
+    with source_errors("model", path):
         program = read(path.read_bytes())
         inputs = _inputs(program)
         return ModelSpec(

@@ -13,7 +13,7 @@ from PIL import Image
 
 from ...errors import ConfigurationError
 from ...inputs.preprocessing import Interpolation
-from .loading import configuration_errors
+from .loading import source_errors
 
 FILE = "preprocessor_config.json"
 
@@ -104,7 +104,7 @@ class Processor:
 
 def read(path: Path, config: Mapping[str, Any], *, channels: int) -> Processor:
     """Interpret a file's content. Raises `ConfigurationError`, which names file and key."""
-    with configuration_errors("model", path):
+    with source_errors("model", path):
         name = _class(config)
         wanted = {**_PLAIN, **_CLASSES[name], **{key: each for key, each in config.items() if _is_set(key, each, name)}}
         wanted |= dict.fromkeys(_IGNORED.get(name, ()), False)

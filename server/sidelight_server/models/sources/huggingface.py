@@ -18,7 +18,7 @@ from ...config.spec import ModelSpec
 from ...errors import ConfigurationError
 from ...telemetry.logs import Event
 from . import hf_preprocessor
-from .loading import configuration_errors, refuse_weights
+from .loading import refuse_weights, source_errors
 from .torchvision_import import import_with_torchvision
 
 log = logging.getLogger("sidelight")
@@ -102,7 +102,7 @@ def _module(folder: Path) -> nn.Module:
         raise ConfigurationError("hf: needs the extra: pip install 'sidelight[hf]'") from error
     with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
         import_with_torchvision("torchvision")  # transformers imports it too, if it is installed
-    with configuration_errors("model", folder), _quiet():
+    with source_errors("model", folder), _quiet():
         module, found = transformers.AutoModelForImageClassification.from_pretrained(
             folder,
             local_files_only=True,
@@ -139,7 +139,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    with configuration_errors("model", path):
+    with source_errors("model", path):
         held = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(held, dict):
             raise ValueError(f"holds {type(held).__name__}, expected an object")
@@ -163,7 +163,7 @@ def _labels(folder: Path, config: Mapping[str, Any]) -> tuple[str, ...] | None:
     named = config.get("id2label")
     if not named:
         return None
-    with configuration_errors("model", folder / CONFIG):
+    with source_errors("model", folder / CONFIG):
         by_class = {int(index): str(name) for index, name in named.items()}
         if sorted(by_class) != list(range(len(by_class))):
             raise ValueError(f"id2label: names the classes {sorted(by_class)[:8]}, expected 0 and up without a gap")

@@ -11,8 +11,11 @@ MAX_CAUSE = 400  # characters: torch's messages list every mismatched tensor, or
 
 
 @contextlib.contextmanager
-def configuration_errors(setting: str, path: Path | str) -> Iterator[None]:
-    """Convert any exception in the context to `ConfigurationError`. Readers of files may raise anything."""
+def source_errors(setting: str, path: Path | str) -> Iterator[None]:
+    """Convert any exception in the context to `ConfigurationError`, with the setting and the source's path.
+
+    Readers of files may raise anything.
+    """
     try:
         yield
     except ConfigurationError as error:

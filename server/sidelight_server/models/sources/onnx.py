@@ -10,7 +10,7 @@ from torch import nn
 
 from ...config.spec import ModelSpec
 from ...errors import ConfigurationError
-from .loading import cause, configuration_errors, refuse_weights, require_file
+from .loading import cause, refuse_weights, require_file, source_errors
 from .torchvision_import import import_with_torchvision
 
 FORM = "onnx:FILE"
@@ -25,7 +25,7 @@ def load(location: str, weights: Path | None) -> ModelSpec:
     refuse_weights("onnx:", weights)
     require_file("model", path)
     onnx, onnx2torch = _imported("onnx"), _imported("onnx2torch")
-    with configuration_errors("model", path), warnings.catch_warnings(action="ignore"):
+    with source_errors("model", path), warnings.catch_warnings(action="ignore"):
         network = onnx.load(str(path), load_external_data=False)
         _load_external(onnx, network, path.parent)
         onnx.checker.check_model(network)

@@ -11,7 +11,7 @@ import torch
 
 from ...config.spec import ModelSpec
 from ...errors import ConfigurationError
-from .loading import configuration_errors, refuse_weights, require_file
+from .loading import refuse_weights, require_file, source_errors
 
 FORM = "torchscript:FILE"
 
@@ -21,7 +21,7 @@ def load(location: str, weights: Path | None) -> ModelSpec:
     path = Path(location)
     refuse_weights(FORM, weights)
     require_file("model", path)
-    with configuration_errors("model", path):
+    with source_errors("model", path):
         # torch warns that scripts are deprecated, which an operator cannot change.
         with warnings.catch_warnings(action="ignore"):
             # Neither this function nor its replacement has type annotations.

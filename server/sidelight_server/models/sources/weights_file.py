@@ -7,7 +7,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .loading import configuration_errors
+from .loading import source_errors
 
 PICKLED = (".pt", ".pth", ".bin")
 
@@ -18,7 +18,7 @@ def load_into(module: nn.Module, path: Path) -> None:
     The module's tensors are replaced, not written to, because a factory may return the module that already serves. They
     are copies, because safetensors maps its file, and access to a mapped file that was truncated kills the process.
     """
-    with configuration_errors("weights", path):
+    with source_errors("weights", path):
         own, state = module.state_dict(), _read(path)
         module.load_state_dict({name: _like(each, own.get(name)) for name, each in state.items()}, assign=True)
 

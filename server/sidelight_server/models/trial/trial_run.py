@@ -86,12 +86,12 @@ class TrialRun:
 
     def _tried(self, *, keeps_hooks: bool = True) -> tuple[nn.Module, TrialResult]:
         """Run the trial on a replica; return the replica and the result."""
-        with configuration_errors(self._name, "cannot be replicated and moved to the device"):
+        with model_errors(self._name, "cannot be replicated and moved to the device"):
             replica = replicate(self._spec.module, Isolation(owned=None, keeps_hooks=keeps_hooks)).to(self._device)
         versions = {name: each._version for name, each in _state(replica)}
         inputs, setting = self._inputs, "trial_size" if self._spec.input_size is None else "input_size"
         failed = "" if inputs is None else f"failed on an input of {list(inputs.shape)}, from {setting}"
-        with configuration_errors(self._name, failed):
+        with model_errors(self._name, failed):
             detected = self._in_turn(lambda: detect(replica, self._spec, inputs))
         if inputs is None:
             return replica, TrialResult(detected, Isolation(owned=None))
@@ -102,7 +102,7 @@ class TrialRun:
             name for name, each in replica.named_buffers() if not torch.equal(each, theirs[name].to(self._device))
         }
         isolation = Isolation(frozenset(written), keeps_hooks=keeps_hooks)
-        with configuration_errors(self._name, f"failed on inputs like {list(inputs.shape)}"):
+        with model_errors(self._name, f"failed on inputs like {list(inputs.shape)}"):
             fault = self._gradient_fault(replica, detected, inputs[:1])
             has_rectifiers = self._in_turn(lambda: _has_rectifiers(replica, detected, inputs))
         return replica, TrialResult(detected, isolation, fault, has_rectifiers)
@@ -145,7 +145,7 @@ def detect_on(
 
 
 @contextlib.contextmanager
-def configuration_errors(name: str, what: str) -> Iterator[None]:
+def model_errors(name: str, what: str) -> Iterator[None]:
     """Convert any error to `ConfigurationError`, with the model's name and `what` failed."""
     try:
         yield

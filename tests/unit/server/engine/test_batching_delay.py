@@ -47,7 +47,7 @@ def test_a_single_caller_never_waits() -> None:
 
 
 def test_nothing_waits_for_a_request_that_is_not_answered_yet() -> None:
-    """Its rows are back in the ring already."""
+    """Its rows are back in the scheduler already."""
     delay = BatchingDelay(clock=Clock())
     delay.restart(n_waiting=1, n_answered=0, took_s=2.0)
     assert delay.left_s(n_waiting=1, limit=8) == 0.0

@@ -1,4 +1,4 @@
-"""Rows of all methods in one ring: fair, cancellable and bounded."""
+"""Rows of all methods in one scheduler: fair, cancellable and bounded."""
 
 import asyncio
 import gc

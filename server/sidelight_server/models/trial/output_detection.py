@@ -1,4 +1,7 @@
-"""The kind of a model's outputs: logits or probabilities, by their name, their graph and their values."""
+"""Output detection: which part of a return value is the outputs, and whether they are logits or probabilities.
+
+The kind is detected by the name of the outputs, by the autograd graph and by their values.
+"""
 
 import re
 from collections.abc import Mapping
@@ -17,12 +20,56 @@ Step = Literal["softmax", "sigmoid", "logarithm", "linear", "unknown"]
 
 # In order of preference: logits allow more scores than probabilities.
 LOGITS = ("logits", "logit")
-
-
 PROBABILITIES = ("y_prob", "probabilities", "probs", "prob")
-
+OTHERS = ("out", "output", "outputs")
 
 SUM_TOLERANCE = 1e-3  # tolerance of the sum of softmax probabilities, also in half precision
+
+
+def output_key(returned: object, spec: ModelSpec, *, n: int) -> int | str | None:
+    """Return the key of the outputs in a module's return value for n examples; None if it is the tensor."""
+    wanted = spec.output_key
+    if isinstance(returned, Tensor):
+        if wanted is not None:
+            raise ConfigurationError(
+                f'output_key: got "{wanted}", but the model returned a tensor, {summary(returned)}'
+            )
+        return None
+    within = items(returned)
+    if wanted is not None:
+        key = int(wanted) if isinstance(wanted, str) and wanted.isdecimal() and wanted not in within else wanted
+        if key not in within:
+            raise ConfigurationError(f'output_key: got "{wanted}", but the model returned {summary(returned)}')
+        return key
+    fitting = [key for key, each in within.items() if _fits(each, n)]
+    known = [key for key in (*LOGITS, *PROBABILITIES, *OTHERS) if key in fitting]
+    if known:
+        return known[0]
+    keys = [key for key in fitting if isinstance(key, int)] or fitting  # a named tuple has each item twice
+    if len(keys) > 1 and spec.class_names:
+        keys = [key for key in keys if _n_classes(within[key]) == len(spec.class_names)] or keys
+    if len(keys) == 1:
+        return keys[0]
+    raise ConfigurationError(
+        f"output_key: the model returned {summary(returned)}; set output_key to the one that is [n, K] or [n, K, h, w]"
+        + (", or class_names of its K classes" if len(keys) > 1 and not spec.class_names else "")
+    )
+
+
+def _n_classes(outputs: object) -> int:
+    """Return K, the number of classes; 2 for a single output."""
+    length = outputs.shape[1] if isinstance(outputs, Tensor) and outputs.ndim > 1 else 1
+    return max(2, length)
+
+
+def _fits(returned: object, n: int) -> bool:
+    return (
+        isinstance(returned, Tensor)
+        and returned.is_floating_point()
+        and returned.ndim in (1, 2, 4)
+        and len(returned) == n
+        and 0 not in returned.shape
+    )
 
 
 def detect_head(spec: ModelSpec, adapter: Adapter, returned: object, outputs: Tensor, last: Step) -> Head:
