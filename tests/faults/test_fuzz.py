@@ -222,7 +222,7 @@ def health(server: Running) -> int:
     return health_pb2_grpc.HealthStub(server.channel).Check(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S).status
 
 
-def test_after_all_that_the_shared_server_answers_and_holds_nothing(shared: Running) -> None:
+def test_after_all_these_messages_the_shared_server_answers_and_holds_nothing(shared: Running) -> None:
     assert_answers(shared)
     shared.until_all_permits_are_back()
 

@@ -83,7 +83,7 @@ CASES = {
             assert engine.devices[0].is_responsive
             assert not asyncio.run(engine.attribute(small)).failures
         """,
-    "the batch, as its caller is told": """
+    "the batch, as its caller sees it": """
         message = pb.AttributeRequest()
         message.id = "a"
         message.method.gradient.SetInParent()

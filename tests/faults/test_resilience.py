@@ -163,7 +163,7 @@ def test_a_batch_that_is_alone_when_two_servers_die_is_given_up_and_the_others_g
     kinds = [type(each.error) for each in answers]
     assert kinds == [type(None)] * 4 + [sidelight.exceptions.ServerDied] + [type(None)] * 5
     assert str(answers[4].error).startswith("batch 4: ")
-    assert next(n_deaths) <= 3  # at most one of them in company
+    assert next(n_deaths) <= 3  # at most one of them beside other batches
 
 
 # Failures of one batch, and which of them are tried again.
@@ -669,10 +669,10 @@ def test_a_server_that_cancels_streams_is_not_taken_for_one_that_died() -> None:
 
 
 @pytest.mark.parametrize("status", [grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN], ids=str)
-def test_a_call_that_is_reset_is_known_by_its_status_whatever_the_words(status: grpc.StatusCode) -> None:
+def test_a_reset_call_is_recognized_by_its_status_whatever_its_message(status: grpc.StatusCode) -> None:
     def reset(requests: Requests) -> Responses:
         next(requests)
-        raise Ended(status, "in no words that anybody knows")
+        raise Ended(status, "a message that no client knows")
         yield
 
     with scripted(reset, echo) as address:

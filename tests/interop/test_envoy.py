@@ -61,9 +61,9 @@ def replica(port: int = 0) -> Iterator[Replica]:
     environment = os.environ | {"PYTHONPATH": path, "SIDELIGHT_THREADS": "1", "SIDELIGHT_DRAIN_S": "20"}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         try:
-            told = next(line for line in process.stderr if "event=serving" in line)
+            serving_line = next(line for line in process.stderr if "event=serving" in line)
             threading.Thread(target=process.stderr.read, daemon=True).start()
-            yield Replica(process, int(re.search(r"addresses=127\.0\.0\.1:(\d+)", told)[1]))
+            yield Replica(process, int(re.search(r"addresses=127\.0\.0\.1:(\d+)", serving_line)[1]))
         finally:
             process.kill()
 

@@ -144,7 +144,7 @@ def pixels(page: Any, pane: int = 0) -> Any:
 
 
 def described(page: Any) -> dict[str, Any]:
-    """Return what is shown, in words: bits of a map may differ where the server is not reproducible."""
+    """Return the text that is shown: bits of a map may differ where the server is not reproducible."""
     return {
         "maps": page.locator(".box canvas").evaluate_all("all => all.map(each => each.ariaLabel)"),
         "methods": page.locator(".pane-title").all_inner_texts(),

@@ -164,7 +164,7 @@ def test_a_job_that_is_killed_goes_on_where_it_was(pictures: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "fragment"),
     [
         (["--model", "python:nowhere:net"], "nowhere"),
         (["--method", "grad_cam(layer=nowhere)"], "nowhere"),
@@ -172,9 +172,11 @@ def test_a_job_that_is_killed_goes_on_where_it_was(pictures: Path, tmp_path: Pat
         (["--gpus", "1"], "GPU"),
     ],
 )
-def test_what_cannot_run_is_said_in_one_line(pictures: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_a_job_that_cannot_run_is_refused_in_one_line(
+    pictures: Path, tmp_path: Path, arguments: list[str], fragment: str
+) -> None:
     with job(tmp_path, *arguments) as process:
         _, err = process.communicate(timeout=WITHIN_S)
     assert process.returncode == 1
-    assert words in err
+    assert fragment in err
     assert len(err.splitlines()) == 1

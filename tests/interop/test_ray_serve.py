@@ -79,8 +79,8 @@ class Deployment:
     def n_running(self) -> int:
         """Return the number of replicas that serve."""
         command = [SERVE / "bin" / "serve", "status", "--address", f"http://127.0.0.1:{self._dashboard_port}"]
-        told = subprocess.run(command, env=self.environment, capture_output=True, timeout=WITHIN_S, check=True).stdout
-        deployment = yaml.safe_load(told)["applications"]["sidelight"]["deployments"]["Sidelight"]
+        output = subprocess.run(command, env=self.environment, capture_output=True, timeout=WITHIN_S, check=True).stdout
+        deployment = yaml.safe_load(output)["applications"]["sidelight"]["deployments"]["Sidelight"]
         return deployment["replica_states"].get("RUNNING", 0)
 
     def close(self) -> None:

@@ -271,9 +271,9 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_layout_that_does_not_fit_stops_the_start(wrong: str) -> None:
-    layouts, said = WRONG[wrong]
+    layouts, pattern = WRONG[wrong]
     with (
-        pytest.raises(ConfigurationError, match=said),
+        pytest.raises(ConfigurationError, match=pattern),
         explaining(Traps().double().eval(), input_size=SIZE, layer_layout=layouts),
     ):
         pass

@@ -114,7 +114,7 @@ def test_overlays_are_written_into_a_folder_that_is_made(run: Run, client: sidel
     with Image.open(out / "a.png") as overlay:
         assert overlay.size == (32, 32)
         expected = np.asarray(client.attribute(paths[0]).overlay(0)).astype(int)
-        # A map in company differs from one alone in its last bits: a color may round the other way.
+        # A map differs in its last bits with neighbors in the chunk: a color may round the other way.
         np.testing.assert_allclose(np.asarray(overlay), expected, atol=1)
 
 
@@ -205,10 +205,10 @@ def test_the_table_has_rows_and_errors_for_methods_that_have_them(run: Run, clie
     assert table["picture"] == ["class", "probability", "rows", "error", "completeness error", "device time"]
     _, _, n_rows, error, completeness, _ = table["good.png"]
     method = sidelight.IntegratedGradients(tolerance=0.2, baseline="blurred")
-    (told,) = client.attribute(good, method=method).convergence
+    (convergence,) = client.attribute(good, method=method).convergence
     number, word = error.split()
-    assert (int(n_rows), float(number)) == (told.rows, pytest.approx(told.error, rel=0.1))
-    assert (told.is_met, word) == (True, "(met)")
+    assert (int(n_rows), float(number)) == (convergence.rows, pytest.approx(convergence.error, rel=0.1))
+    assert (convergence.is_met, word) == (True, "(met)")
     assert re.fullmatch(r"[\d.e-]+ \([\d.]+%\)", completeness)
     smooth = rows(run("attribute", good, "--method", "smoothgrad(samples=4)").stdout)
     assert smooth["picture"] == ["class", "probability", "rows", "error", "device time"]
@@ -332,11 +332,11 @@ def test_answers_are_printed_as_lines_of_json(run: Run, client: sidelight.Client
     Path("bad.png").write_bytes(b"no picture")
     done = run("attribute", good, "bad.png", "missing.png", more, "--json", "--out", "out", "--score", "logit")
     assert done.exit_code == 1
-    told = objects(done)
-    assert [each["picture"] for each in told] == ["good.png", "bad.png", "missing.png", "more.png"]
-    assert [each["error"] and each["error"]["type"] for each in told] == [None, None, "UnreadableFile", None]
-    assert "not a PNG" in told[1]["failures"][0]["message"]
-    for each, path in ((told[0], good), (told[3], more)):
+    records = objects(done)
+    assert [each["picture"] for each in records] == ["good.png", "bad.png", "missing.png", "more.png"]
+    assert [each["error"] and each["error"]["type"] for each in records] == [None, None, "UnreadableFile", None]
+    assert "not a PNG" in records[1]["failures"][0]["message"]
+    for each, path in ((records[0], good), (records[3], more)):
         expected = client.attribute(path, score="logit").provenance
         assert each["provenance"]["score"] == "logit"
         assert each["provenance"]["example_digests"] == list(expected.example_digests)
@@ -345,13 +345,13 @@ def test_answers_are_printed_as_lines_of_json(run: Run, client: sidelight.Client
 
 def test_a_servers_facts_are_printed_as_json(run: Run, client: sidelight.Client, address: str) -> None:
     done = run("info", "--json")
-    told = json.loads(done.stdout)
-    assert told.pop("address") == address
+    info = json.loads(done.stdout)
+    assert info.pop("address") == address
     expected = json.loads(json.dumps(dataclasses.asdict(client.info())))
     assert (
-        told.pop("cancellations").keys() == expected.pop("cancellations").keys()
+        info.pop("cancellations").keys() == expected.pop("cancellations").keys()
     )  # others' requests may have been cancelled since
-    assert told == expected
+    assert info == expected
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def test_a_servers_facts_are_printed_as_json(run: Run, client: sidelight.Client,
 def test_options_of_a_method_may_be_given_one_by_one(run: Run, options: list[str], text: str) -> None:
     picture("a.png")
     (apart,), (whole,) = (
-        objects(run("attribute", "a.png", "--json", "--method", *words)) for words in (options, [text])
+        objects(run("attribute", "a.png", "--json", "--method", *arguments)) for arguments in (options, [text])
     )
     assert apart["provenance"]["method"] == whole["provenance"]["method"]
     assert apart["examples"][0]["map_sha256"] == whole["examples"][0]["map_sha256"]
@@ -388,12 +388,12 @@ def test_names_and_labels_are_no_markup(device: str, run: Run) -> None:
     path = picture("cat [red].png")
     with sidelight_server.serve(spec, device=device) as address:
         done = run("attribute", path, "--out", "[dim]out", SIDELIGHT_ADDRESS=address)
-        told = run("info", SIDELIGHT_ADDRESS=address)
-    assert done.exit_code == told.exit_code == 0
+        by_environment = run("info", SIDELIGHT_ADDRESS=address)
+    assert done.exit_code == by_environment.exit_code == 0
     assert re.fullmatch(r"\[red\]class \d\[/red\]", rows(done.stdout)["cat [red].png"][0])
     assert "1 overlays in [dim]out" in done.stdout
     assert Path("[dim]out/cat [red].png").exists()
-    assert "net[bold]v2" in told.stdout
+    assert "net[bold]v2" in by_environment.stdout
 
 
 def test_a_model_without_labels_is_printed_with_class_numbers(device: str, run: Run) -> None:
@@ -521,7 +521,7 @@ def test_info_reports_version_limits_methods_and_models(run: Run, address: str, 
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "expected"),
     [
         ({}, "short side 32, bilinear; 0 to 1, mean 0, std 1"),
         ({"resize": "exact", "pixel_range": (-1024, 1024)}, "resize exact, bilinear; -1024 to 1024, mean 0, std 1"),
@@ -533,11 +533,11 @@ def test_info_reports_version_limits_methods_and_models(run: Run, address: str, 
     ],
     ids=["default", "range", "sides", "window"],
 )
-def test_info_reports_what_becomes_of_pixels(device: str, run: Run, fields: dict[str, object], told: str) -> None:
+def test_info_reports_the_preprocessing(device: str, run: Run, fields: dict[str, object], expected: str) -> None:
     spec = sidelight_server.ModelSpec(small_cnn(1), input_size=(1, 32, 32), **fields)
     with sidelight_server.serve(spec, device=device) as address:
         done = run("info", "--address", address)
-    assert told in [" ".join(line.split()).removeprefix("pixels ") for line in done.stdout.splitlines()]
+    assert expected in [" ".join(line.split()).removeprefix("pixels ") for line in done.stdout.splitlines()]
 
 
 def test_info_describes_a_model_that_takes_any_size(device: str, run: Run) -> None:
@@ -554,7 +554,7 @@ def test_help_explains_every_option(run: Run, command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.exit_code == 0
     assert "Usage: sidelight" in done.stdout
-    words = {
+    completions = {
         "attribute": [
             "--address",
             "--out",
@@ -579,7 +579,7 @@ def test_help_explains_every_option(run: Run, command: list[str]) -> None:
         "demo": ["--out"],
         "": ["attribute", "replay", "info", "demo", "--version", "--install-completion"],
     }
-    for word in words.get("".join(command), []):
+    for word in completions.get("".join(command), []):
         assert word in done.stdout
 
 

@@ -171,7 +171,7 @@ def test_a_worker_gives_the_pixels_that_decoding_here_gives(preprocessing: Prepr
         assert len(children()) <= 2
 
 
-def test_what_is_wrong_with_a_file_is_said_as_decoding_here_says_it() -> None:
+def test_a_decoder_process_reports_the_same_errors_as_decoding_in_this_process() -> None:
     files = [b"no picture", GOOD[:90], file_of(noise(300, 200, 3), "PNG")]
     order = Order(PREPROCESSING, max_pixels=50_000, max_s=60)
     with decoders() as pool:
@@ -240,7 +240,7 @@ def test_callers_take_turns_however_many_requests_one_brings() -> None:
         asyncio.run(ask())
 
 
-def test_a_file_that_waited_is_let_go_of_when_its_call_is_cancelled() -> None:
+def test_a_waiting_file_is_released_when_its_call_is_cancelled() -> None:
     async def ask() -> None:
         hostile = asyncio.create_task(pool.fit([SLOW], ORDER))
         await until_decoding()

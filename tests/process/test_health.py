@@ -57,9 +57,9 @@ class Watching:
 
     def rest(self) -> list[int]:
         """Return the remaining statuses until the server ends the call, which must end with OK."""
-        told = [each.status for each in self._call]
+        statuses = [each.status for each in self._call]
         assert self._call.code() is grpc.StatusCode.OK
-        return told
+        return statuses
 
 
 def check(channel: grpc.Channel, service: str = "") -> int:
@@ -312,7 +312,7 @@ def test_running_work_is_answered_while_the_server_drains_and_nothing_new_is_let
         stream.send(attribute("running", PICTURES))
         assert gate.reached.wait(TIMEOUT_S)
         stopping = asyncio.run_coroutine_threadsafe(server.server.stop(drain_s=TIMEOUT_S), server.loop)
-        assert watching.rest() == [NOT_SERVING]  # told, and then let go: it must not hold the server up
+        assert watching.rest() == [NOT_SERVING]  # notified, then ended: a watcher must not delay the shutdown
         gate.open()
         answers, status, cause = stream.end()
         assert [answer.id for answer in answers] == ["running"]
@@ -420,8 +420,8 @@ def test_a_process_with_a_stuck_device_ends_with_0_in_time_and_fails_its_callers
             assert [(answer.id, answer.failure.code) for answer in answers] == [("lost", UNAVAILABLE)]
             assert (status, cause) == (grpc.StatusCode.UNAVAILABLE, "shutdown")
         assert process.wait(TIMEOUT_S) == 0
-        told = process.stderr.read()
-    events = [word for word in told.split() if word.startswith("event=")]
+        output = process.stderr.read()
+    events = [word for word in output.split() if word.startswith("event=")]
     assert events == ["event=device_stuck", "event=stopping", "event=device_abandoned"]
 
 
@@ -471,16 +471,16 @@ def test_the_probe_says_how_a_server_is(tmp_path: Path, gate: Gate) -> None:
         assert probe("--check", address) == (0, "SERVING")
         assert probe(f"--check={address}", "--service", "model/gated") == (0, "SERVING")
         assert probe("--check", SIDELIGHT_LISTEN=f"{address},127.0.0.1:1") == (0, "SERVING")
-        code, told = probe("--check", address, "--service", "model/other")
+        code, output = probe("--check", address, "--service", "model/other")
         assert code == 1
-        assert told.startswith("NOT_FOUND")
+        assert output.startswith("NOT_FOUND")
         server.server._is_stopping = True
         server.run(_told(server.server))
         assert probe("--check", address) == (1, "NOT_SERVING")
         server.server._is_stopping = False
-    code, told = probe("--check", address)
+    code, output = probe("--check", address)
     assert code == 1
-    assert told.startswith("UNAVAILABLE")
+    assert output.startswith("UNAVAILABLE")
 
 
 async def _told(server: Server) -> None:
@@ -488,7 +488,7 @@ async def _told(server: Server) -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "words"),
+    ("flags", "code", "fragment"),
     [
         (("--certificate", "c.pem"), 2, "--certificate and --key go together"),
         (("--key", "k.pem"), 2, "--certificate and --key go together"),
@@ -498,10 +498,10 @@ async def _told(server: Server) -> None:
         (("--certificate", __file__, "--key", __file__), 1, "are not a pair of a PEM certificate and its key"),
     ],
 )
-def test_a_probe_that_is_asked_wrongly_says_so(flags: tuple[str, ...], code: int, words: str) -> None:
-    ended, told = probe("--check", "127.0.0.1:1", *flags)
+def test_a_probe_that_is_asked_wrongly_says_so(flags: tuple[str, ...], code: int, fragment: str) -> None:
+    ended, output = probe("--check", "127.0.0.1:1", *flags)
     assert ended == code
-    assert words in told.splitlines()[-1]
+    assert fragment in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -514,9 +514,9 @@ def test_a_probe_that_is_asked_wrongly_says_so(flags: tuple[str, ...], code: int
     ],
 )
 def test_the_probe_asks_the_first_address_that_the_server_listens_on(listen: str, first: str) -> None:
-    code, told = probe("--check", SIDELIGHT_LISTEN=listen)
+    code, output = probe("--check", SIDELIGHT_LISTEN=listen)
     assert code == 1
-    assert told.startswith(f"UNAVAILABLE: {first}: ")
+    assert output.startswith(f"UNAVAILABLE: {first}: ")
 
 
 def test_the_probe_brings_no_torch() -> None:

@@ -72,7 +72,7 @@ def test_a_job_writes_one_row_for_each_picture(pictures: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "fragment"),
     [
         (["--input", "nowhere/*.png"], "sidelight: --input: no file matches 'nowhere/*.png'"),
         (["--input", "pictures", "--method", "gradiant"], "did you mean 'gradient'"),
@@ -80,11 +80,11 @@ def test_a_job_writes_one_row_for_each_picture(pictures: Path, tmp_path: Path) -
     ],
 )
 def test_what_is_wrong_is_said_before_ray_starts(
-    pictures: Path, tmp_path: Path, arguments: list[str], words: str
+    pictures: Path, tmp_path: Path, arguments: list[str], fragment: str
 ) -> None:
     done = job(tmp_path, *arguments)
     assert done.returncode != 0
-    assert words in done.stderr
+    assert fragment in done.stderr
     assert not (tmp_path / "maps.parquet").exists()
 
 

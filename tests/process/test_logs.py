@@ -77,14 +77,14 @@ def parsed(text: str) -> dict[str, str]:
 
 
 @given(st.text(), st.text())
-def test_whatever_text_is_in_an_event_comes_back_out_of_its_one_line(said: str, configuration: str) -> None:
-    event = Event("failed", message=said, configuration=configuration, rows=3)
+def test_whatever_text_is_in_an_event_comes_back_out_of_its_one_line(text: str, configuration: str) -> None:
+    event = Event("failed", message=text, configuration=configuration, rows=3)
     for log_format, read in (("text", parsed), ("json", json.loads)):
         written = line(log_format, event)
         assert len(written.splitlines()) == 1
         fields = read(written)
         assert fields["event"] == "failed"
-        assert (fields["message"], fields["configuration"], str(fields["rows"])) == (said, configuration, "3")
+        assert (fields["message"], fields["configuration"], str(fields["rows"])) == (text, configuration, "3")
 
 
 def test_both_forms_have_the_same_keys() -> None:
@@ -266,8 +266,8 @@ def test_a_kind_has_a_line_a_second_and_a_traceback_a_minute(caplog: pytest.LogC
         assert log(**other) is not None
         assert log(**other) is None
     now_s = EVERY_S
-    said = log(error=raised("z"))
-    assert said == {"event": "a", "left_out": 2, "error": "ValueError: z", "traced": False}
+    logged = log(error=raised("z"))
+    assert logged == {"event": "a", "left_out": 2, "error": "ValueError: z", "traced": False}
     now_s = TRACEBACK_EVERY_S + EVERY_S
     assert log(error=raised("z")) == {"event": "a", "traced": True}
     assert all(log(event=f"kind {n}") for n in range(2 * MAX_KINDS))

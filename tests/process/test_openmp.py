@@ -24,10 +24,10 @@ def spin_count(*flags: str, **variables: str) -> int:
         check=False,
     )
     assert "no_such_module" in ended.stderr
-    told = re.search(r"GOMP_SPINCOUNT = '(\d+)'", ended.stderr)
-    if told is None:
+    found = re.search(r"GOMP_SPINCOUNT = '(\d+)'", ended.stderr)
+    if found is None:
         pytest.skip("torch does not use GNU's OpenMP here")
-    return int(told[1])
+    return int(found[1])
 
 
 def test_threads_spin_briefly_by_default() -> None:

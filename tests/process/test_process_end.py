@@ -77,8 +77,8 @@ def run(script: str, address: str, *, n: int, folder: Path) -> None:
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(n)]
     try:
         for each in running:
-            said, _ = each.communicate(timeout=60)
-            lines = [line for line in said.splitlines() if "fork_posix.cc" not in line]  # gRPC's own, at a fork
+            output, _ = each.communicate(timeout=60)
+            lines = [line for line in output.splitlines() if "fork_posix.cc" not in line]  # gRPC's own, at a fork
             assert (each.returncode, lines) == (0, [])
     finally:
         for each in running:

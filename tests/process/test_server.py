@@ -170,25 +170,25 @@ def start_in_vain(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: 
     """Run the command, which must end with code 2, and return what it says: a single line."""
     monkeypatch.setattr(sys, "argv", ["sidelight-server", *arguments])
     assert main() == 2
-    told = capfd.readouterr()
-    assert told.out == ""
+    captured = capfd.readouterr()
+    assert captured.out == ""
     # Old releases of grpcio log wake-ups that servers of other tests in this process have missed.
-    (line,) = (each for each in told.err.splitlines() if "logger=asyncio" not in each)
+    (line,) = (each for each in captured.err.splitlines() if "logger=asyncio" not in each)
     assert line.startswith("sidelight-server: ")
     return line
 
 
-@pytest.mark.parametrize(("arguments", "words"), REFUSALS.values(), ids=REFUSALS)
+@pytest.mark.parametrize(("arguments", "fragments"), REFUSALS.values(), ids=REFUSALS)
 def test_what_cannot_be_served_is_refused_in_a_line(
     arguments: list[str],
-    words: tuple[str, ...],
+    fragments: tuple[str, ...],
     here: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     line = start_in_vain(arguments, monkeypatch, capfd)
-    for word in words:
-        assert word in line
+    for fragment in fragments:
+        assert fragment in line
     assert (here / "plain").read_text() == "precious"
 
 
@@ -222,10 +222,10 @@ def test_a_port_that_is_taken_is_refused(
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         monkeypatch.setattr(sys, "argv", ["sidelight-server", *listen(address)])
         assert main() == 2
-    told = capfd.readouterr().err
-    assert "Address already in use" in told
-    assert told.splitlines()[-1].startswith(f"sidelight-server: listen: cannot bind {address}: ")
-    assert "Traceback" not in told
+    stderr = capfd.readouterr().err
+    assert "Address already in use" in stderr
+    assert stderr.splitlines()[-1].startswith(f"sidelight-server: listen: cannot bind {address}: ")
+    assert "Traceback" not in stderr
 
 
 def ask_net(address: str) -> pb.AttributeResponse:
@@ -305,9 +305,9 @@ def test_a_process_that_cannot_serve_ends_with_code_2_and_a_line(folder: Path) -
     processes = {name: start(folder, *arguments) for name, (arguments, _) in PROCESS_REFUSALS.items()}
     for name, process in processes.items():
         with process:
-            told = process.stderr.read()
+            stderr = process.stderr.read()
         assert process.returncode == 2, name
-        (line,) = told.splitlines()
+        (line,) = stderr.splitlines()
         assert line.startswith(f"sidelight-server: {PROCESS_REFUSALS[name][1]}")
     assert not (folder / MARK).exists()
 

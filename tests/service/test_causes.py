@@ -47,16 +47,16 @@ RETURNED = {
 
 
 @pytest.mark.parametrize("is_own", [True, False], ids=["own-process", "other-process"])
-@pytest.mark.parametrize(("answer", "said"), RETURNED.values(), ids=RETURNED.keys())
+@pytest.mark.parametrize(("answer", "pattern"), RETURNED.values(), ids=RETURNED.keys())
 def test_outputs_that_cannot_be_understood_are_reported_to_every_caller(
-    answer: Callable[[Tensor], object], said: str, is_own: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    answer: Callable[[Tensor], object], pattern: str, is_own: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = {} if is_own else listening(tmp_path)
     with (
         sidelight_server.serve(Strange(answer), device="cpu", **settings) as address,
         sidelight.connect(address, connect_timeout=10) as client,
         caplog.at_level(logging.ERROR),
-        pytest.raises(sidelight.PartialFailure, match=f'model "model": .*{said}') as caught,
+        pytest.raises(sidelight.PartialFailure, match=f'model "model": .*{pattern}') as caught,
     ):
         client.attribute(IMAGES)
     failures = caught.value.answer.failures
@@ -80,7 +80,7 @@ def raising(_: Tensor) -> object:
 
 
 def test_what_a_model_raises_is_reported_in_ones_own_process_alone(tmp_path: Path) -> None:
-    said = {}
+    by_owner = {}
     module = Strange(lambda y: y if float(y.detach().sum()) >= 0 else raising(y))
     for is_own, settings in ((True, {}), (False, listening(tmp_path))):
         with (
@@ -88,10 +88,10 @@ def test_what_a_model_raises_is_reported_in_ones_own_process_alone(tmp_path: Pat
             sidelight.connect(address, connect_timeout=10) as client,
         ):
             client.attribute(np.ones_like(IMAGES))
-            said[is_own] = client.attribute(-np.ones_like(IMAGES), on_error="return").failures[0]
-    assert {each.code for each in said.values()} == {sidelight.exceptions.Internal.code}
-    assert said[True].message == 'model "model" failed on example 0: ZeroDivisionError: the secret of /etc/weights'
-    assert said[False].message == 'model "model" failed on example 0; the server\'s log has the cause'
+            by_owner[is_own] = client.attribute(-np.ones_like(IMAGES), on_error="return").failures[0]
+    assert {each.code for each in by_owner.values()} == {sidelight.exceptions.Internal.code}
+    assert by_owner[True].message == 'model "model" failed on example 0: ZeroDivisionError: the secret of /etc/weights'
+    assert by_owner[False].message == 'model "model" failed on example 0; the server\'s log has the cause'
 
 
 def test_the_drop_in_class_reports_what_a_module_raised_later() -> None:

@@ -348,18 +348,18 @@ def _typed_pixels(numbers: bytes) -> oip.ModelInferRequest:
     return request
 
 
-@pytest.mark.parametrize(("make", "code", "words"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("make", "code", "pattern"), BAD.values(), ids=BAD)
 def test_what_is_wrong_is_named(
-    make: Callable[[], oip.ModelInferRequest], code: Status, words: str, server: Running
+    make: Callable[[], oip.ModelInferRequest], code: Status, pattern: str, server: Running
 ) -> None:
-    with pytest.raises(grpc.RpcError, match=words) as caught:
+    with pytest.raises(grpc.RpcError, match=pattern) as caught:
         infer(server, make())
     assert caught.value.code() is code
 
 
-@pytest.mark.parametrize(("make", "code", "words"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize(("make", "code", "pattern"), BAD.values(), ids=BAD)
 def test_on_a_stream_it_is_text_and_the_stream_goes_on(
-    make: Callable[[], oip.ModelInferRequest], code: Status, words: str, server: Running
+    make: Callable[[], oip.ModelInferRequest], code: Status, pattern: str, server: Running
 ) -> None:
     request = make()
     request.id = request.id or "bad"
@@ -413,10 +413,10 @@ def _wait_forever() -> Iterator[oip.ModelInferRequest]:
 
 
 def test_the_server_reports_its_metadata(server: Running) -> None:
-    told = call(server.channel, "ServerMetadata", oip.ServerMetadataRequest())
-    assert told.name == "sidelight"
-    assert {"model_configuration", "statistics", "sidelight"} <= set(told.extensions)
-    assert "system_shared_memory" not in told.extensions  # not allowed
+    response = call(server.channel, "ServerMetadata", oip.ServerMetadataRequest())
+    assert response.name == "sidelight"
+    assert {"model_configuration", "statistics", "sidelight"} <= set(response.extensions)
+    assert "system_shared_memory" not in response.extensions  # not allowed
     assert call(server.channel, "ServerLive", oip.ServerLiveRequest()).live
     assert call(server.channel, "ServerReady", oip.ServerReadyRequest()).ready
     ready = {
@@ -427,18 +427,18 @@ def test_the_server_reports_its_metadata(server: Running) -> None:
 
 
 def test_metadata_are_those_of_an_answer(server: Running) -> None:
-    told = call(server.channel, "ModelMetadata", oip.ModelMetadataRequest(name="small"))
-    assert [(each.name, each.datatype, list(each.shape)) for each in told.inputs] == [
+    response = call(server.channel, "ModelMetadata", oip.ModelMetadataRequest(name="small"))
+    assert [(each.name, each.datatype, list(each.shape)) for each in response.inputs] == [
         ("images", "UINT8", [-1, -1, -1, 3])
     ]
     answer = call(server.channel, "ModelInfer", infer_request(PIXELS, model_name="small"))
-    for expected, got in zip((each for each in told.outputs if each.name in DEFAULT), answer.outputs, strict=True):
+    for expected, got in zip((each for each in response.outputs if each.name in DEFAULT), answer.outputs, strict=True):
         assert (expected.name, expected.datatype) == (got.name, got.datatype)
         assert all(size in (-1, each) for size, each in zip(expected.shape, got.shape, strict=True)), got
     config = call(server.channel, "ModelConfig", oip.ModelConfigRequest(name="small")).config
     assert config.max_batch_size > 1
-    assert [each.name for each in config.output] == [each.name for each in told.outputs]
-    assert list(config.output[0].dims) == list(told.outputs[0].shape)[1:]
+    assert [each.name for each in config.output] == [each.name for each in response.outputs]
+    assert list(config.output[0].dims) == list(response.outputs[0].shape)[1:]
     for name in ("ModelMetadata", "ModelConfig", "ModelStatistics"):
         with pytest.raises(grpc.RpcError, match="smal") as caught:
             call(server.channel, name, getattr(oip, f"{name}Request")(name="smal"))
@@ -446,8 +446,8 @@ def test_metadata_are_those_of_an_answer(server: Running) -> None:
 
 
 def test_the_index_lists_the_models(server: Running) -> None:
-    told = call(server.channel, "RepositoryIndex", oip.RepositoryIndexRequest())
-    assert [(each.name, each.version, each.state) for each in told.models] == [
+    response = call(server.channel, "RepositoryIndex", oip.RepositoryIndexRequest())
+    assert [(each.name, each.version, each.state) for each in response.models] == [
         ("linear", "1", "READY"),
         ("small", "1", "READY"),
     ]
@@ -572,12 +572,12 @@ OUTSIDE: dict[str, tuple[Callable[[], oip.ModelInferRequest], str]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "words"), OUTSIDE.values(), ids=OUTSIDE)
+@pytest.mark.parametrize(("make", "pattern"), OUTSIDE.values(), ids=OUTSIDE)
 def test_what_does_not_lie_in_a_region_is_refused(
-    make: Callable[[], oip.ModelInferRequest], words: str, sharing: Running, memory: SharedMemory
+    make: Callable[[], oip.ModelInferRequest], pattern: str, sharing: Running, memory: SharedMemory
 ) -> None:
     register(sharing.channel, "a", memory)
-    with pytest.raises(grpc.RpcError, match=words) as caught:
+    with pytest.raises(grpc.RpcError, match=pattern) as caught:
         infer(sharing, make())
     assert caught.value.code() is Status.INVALID_ARGUMENT
     assert infer(sharing, good())

@@ -203,8 +203,8 @@ def test_bfloat16_and_pixels_come_from_a_region_as_they_come_inline(folder: Path
 
 
 def test_the_operator_says_where_regions_lie_and_how_many(server: Running, folder: Path) -> None:
-    told = server.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=TIMEOUT_S).shared_memory
-    assert told == pb.SharedMemory(directory=str(folder), max_region_bytes=2**30, max_stream_regions=2)
+    advertised = server.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=TIMEOUT_S).shared_memory
+    assert advertised == pb.SharedMemory(directory=str(folder), max_region_bytes=2**30, max_stream_regions=2)
 
 
 def test_a_folder_that_is_not_there_is_no_server(tmp_path: Path, device: str) -> None:
@@ -239,14 +239,14 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize(("make_it", "code", "words"), FILES.values(), ids=FILES)
-def test_what_is_no_region_is_refused(make_it: object, code: int, words: str, server: Running, folder: Path) -> None:
+@pytest.mark.parametrize(("make_it", "code", "fragment"), FILES.values(), ids=FILES)
+def test_what_is_no_region_is_refused(make_it: object, code: int, fragment: str, server: Running, folder: Path) -> None:
     make_it(folder / "a")
     with Conversation(server.channel) as stream:
         stream.send(register("a"))
         refused = stream.receive()
         assert (refused.id, code_of(refused)) == ("region", code)
-        assert words in refused.failure.message
+        assert fragment in refused.failure.message
         stream.send(attribute("next", floats(2)))
         (answer,) = stream.finish()
     assert_explains(answer, floats(2))
@@ -338,9 +338,9 @@ MISPLACED = {
 }
 
 
-@pytest.mark.parametrize(("fields", "code", "words"), MISPLACED.values(), ids=MISPLACED)
+@pytest.mark.parametrize(("fields", "code", "fragment"), MISPLACED.values(), ids=MISPLACED)
 def test_what_does_not_lie_in_a_region_fails_before_any_work(
-    fields: dict[str, object], code: int, words: str, server: Running, folder: Path
+    fields: dict[str, object], code: int, fragment: str, server: Running, folder: Path
 ) -> None:
     make(folder / "a")
     with Conversation(server.channel) as stream:
@@ -348,7 +348,7 @@ def test_what_does_not_lie_in_a_region_fails_before_any_work(
         stream.send(attribute("bad", floats(1), **fields))
         refused = stream.receive()
         assert (refused.id, code_of(refused)) == ("bad", code)
-        assert words in refused.failure.message
+        assert fragment in refused.failure.message
         stream.send(attribute("next", floats(2)))
         (answer,) = stream.finish()
     assert_explains(answer, floats(2))
@@ -401,9 +401,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_becomes_of_a_name_does_not_matter_once_it_is_registered(
-    change: object, server: Running, folder: Path
-) -> None:
+def test_a_registered_region_does_not_depend_on_its_files_name(change: object, server: Running, folder: Path) -> None:
     path, images = make(folder / "a"), floats(3)
     put(path, images)
     with path.open("rb") as held, Conversation(server.channel) as stream:

@@ -264,15 +264,15 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("request_", "id_", "code", "words"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize(("request_", "id_", "code", "fragment"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_served_is_refused_and_the_stream_goes_on(
-    request_: pb.AttributeStreamRequest, id_: str, code: int, words: str, linear: grpc.Channel
+    request_: pb.AttributeStreamRequest, id_: str, code: int, fragment: str, linear: grpc.Channel
 ) -> None:
     with Conversation(linear) as stream:
         stream.send(request_)
         refused = stream.receive()
         assert (refused.id, code_of(refused)) == (id_, code)
-        assert words in refused.failure.message
+        assert fragment in refused.failure.message
         stream.send(attribute("next", floats(2)))
         (answer,) = stream.finish()
     assert_explains(answer, floats(2))
@@ -564,7 +564,7 @@ def test_a_stream_says_that_its_server_shuts_down(tmp_path: Path, device: str) -
 
 
 class Wire:
-    """The way from a port to a server's socket, until it is cut: then all that is sent is lost, and nobody is told."""
+    """Forwards a port to a server's socket until it is cut: then what is sent is lost, and no peer is notified."""
 
     def __init__(self, socket_path: str) -> None:
         self._there = socket_path

@@ -175,13 +175,13 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize(("shape", "words"), [(each[0], each[1:]) for each in SHAPES.values()], ids=SHAPES)
-def test_a_shape_that_is_no_batch_is_refused(shape: list[int], words: tuple[str, ...], small: Service) -> None:
+@pytest.mark.parametrize(("shape", "fragments"), [(each[0], each[1:]) for each in SHAPES.values()], ids=SHAPES)
+def test_a_shape_that_is_no_batch_is_refused(shape: list[int], fragments: tuple[str, ...], small: Service) -> None:
     data = b"\0" * max(0, int(np.prod(shape, dtype=np.int64)))
     wrong = tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=tensor_pb2.DATA_TYPE_UINT8, shape=shape, data=data))
     why = small.refuse(ask([], images=wrong), Status.INVALID_ARGUMENT)
     assert why.startswith("images.shape: ")
-    for each in words:
+    for each in fragments:
         assert each in why
 
 
@@ -204,14 +204,14 @@ LENGTHS = {
 }
 
 
-@pytest.mark.parametrize(("shape", "dtype", "data", "words"), LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize(("shape", "dtype", "data", "fragments"), LENGTHS.values(), ids=LENGTHS)
 def test_data_of_another_length_than_its_shape_is_refused(
-    shape: list[int], dtype: tensor_pb2.DataType, data: bytes, words: tuple[str, ...], small: Service
+    shape: list[int], dtype: tensor_pb2.DataType, data: bytes, fragments: tuple[str, ...], small: Service
 ) -> None:
     wrong = tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=dtype, shape=shape, data=data))
     why = small.refuse(ask([], images=wrong), Status.INVALID_ARGUMENT)
     assert f"images: shape {shape}" in why
-    for each in words:
+    for each in fragments:
         assert each in why
 
 
@@ -290,7 +290,7 @@ def test_scales_are_refused(small: Service) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "words"),
+    ("source", "fragments"),
     [
         (floats(1, 3, 16, 32), ("[3, 16, 32]", "[3, 32, 32]", "uint8 pixels")),
         (floats(1, 32, 32, 3), ("[32, 32, 3]", "[C, H, W] = [3, 32, 32]")),
@@ -307,11 +307,11 @@ def test_scales_are_refused(small: Service) -> None:
     ],
 )
 def test_images_that_do_not_fit_the_model_are_refused(
-    source: np.ndarray, words: tuple[str, ...], small: Service
+    source: np.ndarray, fragments: tuple[str, ...], small: Service
 ) -> None:
     why = small.refuse(ask(source), Status.INVALID_ARGUMENT)
     assert why.startswith("image")
-    for each in words:
+    for each in fragments:
         assert each in why
 
 
@@ -723,14 +723,14 @@ WRONG_TARGETS = {
 }
 
 
-@pytest.mark.parametrize(("target", "code", "words"), WRONG_TARGETS.values(), ids=WRONG_TARGETS)
+@pytest.mark.parametrize(("target", "code", "fragments"), WRONG_TARGETS.values(), ids=WRONG_TARGETS)
 def test_a_target_that_is_not_there_is_refused(
-    target: pb.Target, code: grpc.StatusCode, words: tuple[str, ...], small: Service
+    target: pb.Target, code: grpc.StatusCode, fragments: tuple[str, ...], small: Service
 ) -> None:
     why = small.refuse(ask(pixels(2, 32, 32, 3), target=target), code)
     assert why.startswith("target: ")
-    for word in words:
-        assert word in why
+    for fragment in fragments:
+        assert fragment in why
 
 
 def test_each_example_has_its_own_target(small: Service) -> None:

@@ -85,7 +85,7 @@ def test_an_answer_reports_which_file_each_example_came_from(client: sidelight.C
     assert client.attribute(np.zeros((2, 40, 50, 3), np.uint8)).names == (None, None)
 
 
-def test_an_answer_does_not_overwrite_another_unless_that_is_said(client: sidelight.Client, tmp_path: Path) -> None:
+def test_an_answer_does_not_overwrite_another_unless_asked_to(client: sidelight.Client, tmp_path: Path) -> None:
     folder = tmp_path / "why"
     first = client.attribute(np.zeros((3, *LARGE), np.uint8), target=sidelight.TopK(2))
     first.save(folder)
@@ -122,18 +122,18 @@ def test_what_cannot_be_drawn_is_left_out_with_the_reason(
     client: sidelight.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = client.attribute(np.zeros((2, *LARGE), np.uint8))
-    real, said = EncodedBatch.picture, "images: drawing a DICOM file needs pydicom: pip install 'sidelight[dicom]'"
+    real, message = EncodedBatch.picture, "images: drawing a DICOM file needs pydicom: pip install 'sidelight[dicom]'"
 
     def picture(self: EncodedBatch, example: int, **options: object) -> Image.Image:
         if example == 0:
-            raise sidelight.InvalidArgument(said)
+            raise sidelight.InvalidArgument(message)
         return real(self, example, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(EncodedBatch, "picture", picture)
     answer.save(tmp_path / "why")
     assert sorted(each.name for each in (tmp_path / "why").iterdir()) == ["001.png", "answer.json", "maps.npy"]
     examples = json.loads((tmp_path / "why" / "answer.json").read_text())["examples"]
-    assert [each["overlay_missing"] for each in examples] == [said, None]
+    assert [each["overlay_missing"] for each in examples] == [message, None]
     assert [each["overlays"] for each in examples] == [None, ["001.png"]]
 
 

@@ -300,13 +300,13 @@ def test_another_model_is_reported_fact_by_fact(
         replayed = sidelight.replay(client, saved, pictures)
         done = run(client, saved, *options(pictures))
         digest_now = client.model().digest
-    told = {each.name: (each.then, each.now) for each in replayed.differences}
+    differences = {each.name: (each.then, each.now) for each in replayed.differences}
     assert {"model_digest", "chunk_rows", "reproducible", facts["provenance_message"]["software"][0]["name"]} <= set(
-        told
+        differences
     )
-    assert told["model_digest"] == (exact.model().digest, digest_now)
-    assert told["reproducible"] == ("True", "False")
-    assert "method" not in told
+    assert differences["model_digest"] == (exact.model().digest, digest_now)
+    assert differences["reproducible"] == ("True", "False")
+    assert "method" not in differences
     assert done.exit_code == 1
     table = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines() if line.strip()}
     assert table["model_digest"] == [exact.model().digest, digest_now]
@@ -422,7 +422,7 @@ def test_a_model_that_is_gone_is_not_found(device: str, pictures: list[Path], sa
         assert run(client, saved, *options(pictures)).exit_code == 1
 
 
-def test_the_record_holds_the_request_the_digests_and_words_for_people(
+def test_the_record_holds_the_request_the_digests_and_readable_text(
     exact: sidelight.Client, pictures: list[Path], tmp_path: Path
 ) -> None:
     method = sidelight.SmoothGrad(samples=1)  # of one sample the standard error is infinite: no number of JSON's

@@ -245,7 +245,7 @@ def test_info_reports_version_limits_methods_and_models(client: sidelight.Client
     (model,) = info.models
     assert (model.name, model.version, model.input_size, model.class_count) == ("small", 1, (3, 32, 32), N_CLASSES)
     assert model.scores == ("probability", "logit", "log_probability", "margin")
-    assert model.labels is model.layers is None  # those are told of one model alone
+    assert model.labels is model.layers is None  # only `model` returns those
     assert not model.reproducible
     (chosen,) = (each for each in model.warmup if each.chosen)
     assert (chosen.configuration, chosen.rows) == ("float32", model.chunk_rows)
@@ -568,7 +568,7 @@ def test_a_target_in_any_form_is_explained(
     assert_same(answer.maps, gradients.numpy())
 
 
-def test_unless_a_target_is_said_the_predicted_class_is_explained(
+def test_without_a_target_the_predicted_class_is_explained(
     client: sidelight.Client, module: nn.Module, floats: torch.Tensor
 ) -> None:
     probabilities, gradients = reference(module, floats)
@@ -771,7 +771,7 @@ def test_a_stream_yields_maps_as_they_improve(client: sidelight.Client, floats: 
 def test_what_the_server_knows_to_be_out_of_range_it_says_by_field_got_and_expected(
     client: sidelight.Client, floats: torch.Tensor
 ) -> None:
-    for method, words in {
+    for method, fragments in {
         sidelight.IntegratedGradients(steps=0): ("steps", "0"),
         sidelight.SmoothGrad(noise_level=-0.1): ("noise_level", "-0.1"),
         sidelight.SmoothGrad(tolerance=1.5): ("tolerance", "1.5"),
@@ -782,7 +782,7 @@ def test_what_the_server_knows_to_be_out_of_range_it_says_by_field_got_and_expec
     }.items():
         with pytest.raises(sidelight.InvalidArgument, match="expected") as caught:
             client.attribute(floats, method=method)
-        assert all(each in caught.value.message for each in words), caught.value.message
+        assert all(each in caught.value.message for each in fragments), caught.value.message
     with pytest.raises(sidelight.NotFound, match="layer"):
         client.attribute(floats, method=sidelight.GradCAM(layer="10"))
 

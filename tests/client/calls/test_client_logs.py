@@ -80,8 +80,8 @@ def test_a_reconnect_is_one_line_a_warning_where_the_call_was_cut(log: pytest.Lo
 
     with scripted(aged, cut, echo) as address:
         stream(address, [ONE] * 5)
-    (first, words), (second, more) = lines(log)
-    assert (first, words) == ("INFO", f"{address}: the stream's call ended, reconnecting: the server ended the stream")
+    (first, text), (second, more) = lines(log)
+    assert (first, text) == ("INFO", f"{address}: the stream's call ended, reconnecting: the server ended the stream")
     assert (second, more) == ("WARNING", f"{address}: the stream's call ended, reconnecting: cut")
 
 
@@ -92,9 +92,9 @@ def test_a_split_is_one_line(log: pytest.LogCaptureFixture) -> None:
 
     with scripted(echo, max_batch_examples=2) as address:
         explain(address, np.concatenate([ONE] * 5))
-    ((level, words),) = lines(log)
+    ((level, text),) = lines(log)
     assert level == "INFO"
-    assert words.endswith(": sent in 3 parts, over the limits of one message")
+    assert text.endswith(": sent in 3 parts, over the limits of one message")
     log.clear()
     with scripted(small) as address:
         stream(address, [np.concatenate([ONE] * 2)])

@@ -32,8 +32,8 @@ def test_without_an_address_the_error_says_both_ways(
         monkeypatch.setenv("SIDELIGHT_ADDRESS", value)
     with pytest.raises(sidelight.InvalidArgument) as caught:
         connect()
-    for words in ("^address: ", r'connect\("host:port"\)', "set SIDELIGHT_ADDRESS$"):
-        assert caught.match(words)
+    for pattern in ("^address: ", r'connect\("host:port"\)', "set SIDELIGHT_ADDRESS$"):
+        assert caught.match(pattern)
 
 
 @pytest.mark.parametrize("connect", CONNECTS)

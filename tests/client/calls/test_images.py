@@ -15,7 +15,7 @@ from sidelight_server.inputs.preprocessing import Preprocessing
 
 from support.models import small_cnn
 
-# The contract: in company, a map is its own to a millionth of its maximum. A pixel that is off by one moves it by more.
+# The contract: neighbors change a map by at most a millionth of its maximum. A pixel off by one changes it by more.
 SHARE = 1e-6
 PNG, JPEG, TIFF = "PNG", "JPEG", "TIFF"
 
@@ -638,8 +638,12 @@ def test_pixels_are_scaled_to_the_models_range(device: str) -> None:
         sidelight_server.serve(served(pixel_range=(-1024, 1024), mean=(100,) * 3, std=(500,) * 3), device=device) as at,
         sidelight.connect(at) as client,
     ):
-        told = client.info().models[0].preprocessing
-        assert (told.pixel_range, told.window, told.mean) == ((-1024, 1024), None, (100, 100, 100))
+        preprocessing = client.info().models[0].preprocessing
+        assert (preprocessing.pixel_range, preprocessing.window, preprocessing.mean) == (
+            (-1024, 1024),
+            None,
+            (100, 100, 100),
+        )
         expected = client.attribute(ready.astype(np.float32).transpose(2, 0, 1)[None]).maps
         np.testing.assert_allclose(client.attribute(pixels).maps, expected, rtol=0, atol=1e-4 * expected.max())
         black = client.attribute(pixels, method=sidelight.IntegratedGradients(steps=8, baseline="black")).maps

@@ -208,7 +208,7 @@ def test_a_stalled_server_is_charged_from_when_requests_were_due(gate: Gate, gat
     assert (seen.latency.count, seen.lateness.count, seen.faults) == (n, n, {})
     due_in_its_first_half = math.floor(rate * stall_s / 2)
     assert (seen.latency.values >= stall_s / 2).sum() >= due_in_its_first_half
-    # What was sent late is told, and is part of the latency.
+    # Late sends are reported, and are part of the latency.
     assert Figures.of([seen]).split.late_s == pytest.approx(seen.lateness.sum / n)
     assert seen.n_late > 0
 

@@ -138,7 +138,7 @@ def stream(script: Script, n_batches: int, *, ordered: bool, window: int = 10) -
         yield from client.stream([ONE] * n_batches, ordered=ordered, window=window, on_error="return")
 
 
-def told(answers: Iterable[sidelight.Attribution]) -> list[tuple[int, float, bool]]:
+def summaries(answers: Iterable[sidelight.Attribution]) -> list[tuple[int, float, bool]]:
     return [(each.index, float(each.maps[0, 0, 0]), each.final) for each in answers]
 
 
@@ -160,7 +160,7 @@ def test_a_batch_is_yielded_as_it_improves_and_never_after_its_final_answer(orde
     for each in stream(script, 1, ordered=ordered):
         seen.append(each)
         taken.release()
-    assert told(seen) == [(0, 1, False), (0, 2, False), (0, 3, False), (0, 4, True)]
+    assert summaries(seen) == [(0, 1, False), (0, 2, False), (0, 3, False), (0, 4, True)]
 
 
 def test_in_order_only_the_batch_whose_turn_it_is_is_yielded_before_its_final_answer() -> None:
@@ -184,7 +184,7 @@ def test_in_order_only_the_batch_whose_turn_it_is_is_yielded_before_its_final_an
     for each in stream(script, 3, ordered=True):
         seen.append(each)
         taken.release()
-    assert told(seen) == [(0, 0, False), (0, 1, True), (1, 11, False), (1, 12, True), (2, 20, True)]
+    assert summaries(seen) == [(0, 0, False), (0, 1, True), (1, 11, False), (1, 12, True), (2, 20, True)]
 
 
 def test_an_answer_that_is_not_final_frees_no_room() -> None:

@@ -144,7 +144,7 @@ def test_a_batch_over_the_servers_limit_of_a_region_goes_in_parts(
             shared.attribute(floats(1), channels="none")
 
 
-def test_a_region_is_let_go_of_once_and_not_while_somebody_reads_it(folder: Path) -> None:
+def test_a_region_is_released_once_and_not_while_it_is_read(folder: Path) -> None:
     region = Region(folder, 1000)
     region.write(np.arange(10, dtype=np.uint8), 20)
     assert region.read(10, 20).tolist() == list(range(10))

@@ -179,7 +179,7 @@ def test_a_model_that_begins_in_place_is_explained_like_one_that_does_not(
 
 
 def test_a_model_whose_rows_touch_each_other_runs_them_alone(device: str, floats: torch.Tensor) -> None:
-    """BatchNorm without running statistics normalizes by the batch: in company, maps would be off by a quarter."""
+    """BatchNorm without running statistics normalizes by the batch: with neighbors, maps would be off by a quarter."""
     spec = sidelight_server.ModelSpec(First(nn.BatchNorm2d(3, track_running_stats=False)), input_size=(3, 32, 32))
     with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
         together = client.attribute(floats).maps

@@ -76,7 +76,7 @@ def asked(net: str) -> list[Request]:
 
 
 def under_load(engine: Engine, requests: list[Request]) -> tuple[list[Answer], list[Answer]]:
-    """Return the answers alone, and in random company: each example in another batch, order and moment."""
+    """Return the answers alone, and with random neighbors: each example in another batch, order and moment."""
     rng = random.Random(5)
 
     async def shuffled(request: Request) -> Answer:
@@ -95,7 +95,7 @@ def under_load(engine: Engine, requests: list[Request]) -> tuple[list[Answer], l
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_by_default_company_moves_a_map_by_no_more_than_is_stated(net: str, device: str) -> None:
+def test_by_default_neighbors_change_a_map_by_no_more_than_is_stated(net: str, device: str) -> None:
     """4e-6 of the map's maximum, in float32 on the CPU; docs/explanation/precision.md says so."""
     make, size = NETS[net]
     engine = Engine([ModelSpec(make(), input_size=size)], Settings(device=device))

@@ -181,7 +181,7 @@ def test_what_is_no_bearer_token_is_none(tokens: Path, metadata: tuple[tuple[str
 
 
 def test_a_call_is_refused_before_its_message_is_read(place: str, tokens: Path) -> None:
-    """Junk that no decoder takes, and a message over the limit: neither is what the caller is told of."""
+    """Junk that no decoder takes, and a message over the limit: the status names neither."""
     with serving(place, tokens=tokens, max_message_bytes=4096) as address, grpc.insecure_channel(address) as channel:
         for method in ("Attribute", "GetServerInfo"):
             call = channel.unary_unary(f"/sidelight.v1.AttributionService/{method}")

@@ -127,11 +127,11 @@ def faults() -> dict[str, tuple[Callable[[Authority, Authority], Pair], Callable
 
 @pytest.mark.parametrize("case", faults())
 def test_a_certificate_that_is_not_right_is_reported_at_once(case: str, authority: Authority, other: Authority) -> None:
-    pair, trusted, words = faults()[case]
+    pair, trusted, pattern = faults()[case]
     with (
         serving(pair(authority, other)) as address,
         sidelight.connect(address, tls=trusted(authority, other), connect_timeout=1e9) as client,
-        pytest.raises(sidelight.Unavailable, match=f"^no connection to {address}: TLS: .*{words}"),
+        pytest.raises(sidelight.Unavailable, match=f"^no connection to {address}: TLS: .*{pattern}"),
     ):
         client.info()
 
@@ -352,10 +352,10 @@ def test_certificates_that_a_server_cannot_start_with_are_refused(authority: Aut
             "tls_certificate": None, "tls_key": None, "tls_client_ca": authority.path,
         },
     }  # fmt: skip
-    for words, settings in wrong.items():
+    for pattern, settings in wrong.items():
         right = {"tls_certificate": pair.certificate, "tls_key": pair.key}
         with (
-            pytest.raises(ConfigurationError, match=words),
+            pytest.raises(ConfigurationError, match=pattern),
             sidelight_server.serve(small_cnn(), listen=("127.0.0.1:0",), **right | settings),
         ):
             pass
@@ -412,7 +412,7 @@ def test_a_unix_socket_stays_plain(authority: Authority, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("tls", "words"),
+    ("tls", "pattern"),
     [
         (TLS(certificate="a.pem"), "one of certificate and key"),
         (5, "tls: got int, expected True"),
@@ -420,8 +420,8 @@ def test_a_unix_socket_stays_plain(authority: Authority, tmp_path: Path) -> None
     ],
     ids=["half a pair", "a number", "no PEM"],
 )
-def test_what_is_no_tls_is_refused_by_connect(tls: object, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_what_is_no_tls_is_refused_by_connect(tls: object, pattern: str) -> None:
+    with pytest.raises(ValueError, match=pattern):
         sidelight.connect("127.0.0.1:1", tls=tls)
 
 

@@ -45,8 +45,8 @@ from support.servers.running import TIMEOUT_S, Running, gated, running
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
 
-class Told:
-    """What a server tells, by name and labels."""
+class Samples:
+    """The samples of a scrape, by name and labels."""
 
     def __init__(self, text: str) -> None:
         self.names: set[str] = set()
@@ -57,21 +57,21 @@ class Told:
                 self.names.add(sample.name)
 
     def sum(self, name: str, **labels: str) -> float:
-        """Return the sum of what has these labels, whatever its others are."""
+        """Return the sum of the samples that have these labels, and perhaps others."""
         return sum(value for each, value in self._values.get(name, ()) if labels.items() <= each.items())
 
     def labels(self, name: str) -> list[dict[str, str]]:
         return [labels for labels, _ in self._values[name]]
 
 
-def scrape(address: str) -> Told:
+def scrape(address: str) -> Samples:
     with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT_S) as answer:
-        return Told(answer.read().decode())
+        return Samples(answer.read().decode())
 
 
 @contextlib.contextmanager
 def exposed(server: Running) -> Iterator[str]:
-    """Tell the metrics of a server that runs, and give the address."""
+    """Serve the metrics of a running server; return the address."""
     metrics = Metrics(server.engine, server.server.handler.telemetry.counts, server.counts)
     exposition = MetricsServer(metrics, "127.0.0.1:0", plaintext=False)
     try:
@@ -80,7 +80,7 @@ def exposed(server: Running) -> Iterator[str]:
         exposition.close()
 
 
-def told(server: Running) -> Told:
+def scrape_of(server: Running) -> Samples:
     server.until_all_permits_are_back()
     with exposed(server) as address:
         return scrape(address)
@@ -97,7 +97,7 @@ def test_a_request_is_counted_by_call_model_method_and_code(tmp_path: Path) -> N
             stream.finish()
         with pytest.raises(grpc.RpcError):
             server.stub.Attribute(ask(floats(1), method=pb.Method()), timeout=TIMEOUT_S)
-        counted = told(server)
+        counted = scrape_of(server)
     name = "sidelight_requests_total"
     assert counted.sum(name, call="Attribute", model="model", method="gradient", code="OK") == 1
     assert counted.sum(name, call="AttributeStream", model="model", method="gradient", code="OK") == 2
@@ -115,7 +115,7 @@ def test_a_call_that_is_refused_unread_is_counted_by_its_code_alone(tmp_path: Pa
         path.write_text(f"{path.name}-token")
     name = "sidelight_refused_calls_total"
     with running(Linear(), tmp_path, device="cpu", tokens=users, admin_tokens=admins) as server:
-        assert {each["code"] for each in told(server).labels(name)} == {
+        assert {each["code"] for each in scrape_of(server).labels(name)} == {
             "UNAUTHENTICATED", "PERMISSION_DENIED", "UNAVAILABLE"
         }  # fmt: skip
         user = [("authorization", "Bearer users-token")]
@@ -131,7 +131,7 @@ def test_a_call_that_is_refused_unread_is_counted_by_its_code_alone(tmp_path: Pa
         ):
             with pytest.raises(grpc.RpcError):
                 call()
-        counted = told(server)
+        counted = scrape_of(server)
     assert counted.sum(name, code="UNAUTHENTICATED") == 3
     assert counted.sum(name, code="PERMISSION_DENIED") == 1
     assert counted.sum(name, code="UNAVAILABLE") == 0
@@ -142,7 +142,7 @@ def test_a_call_that_is_refused_unread_is_counted_by_its_code_alone(tmp_path: Pa
 def test_every_answer_is_in_the_histograms_once(tmp_path: Path) -> None:
     with running(Linear(), tmp_path, device="cpu") as server:
         timings = [server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S).result.timing for _ in range(3)]
-        counted = told(server)
+        counted = scrape_of(server)
     for span in ("admission", "prepare", "queue", "compute", "total"):
         name = f"sidelight_{span}_seconds"
         assert counted.sum(f"{name}_count", model="model") == counted.sum(f"{name}_bucket", le="+Inf") == 3
@@ -238,7 +238,7 @@ def test_each_way_to_fail_has_its_reason(tmp_path: Path) -> None:
             pass
         gate.open()
         stream.finish()
-        counted = told(server)
+        counted = scrape_of(server)
     name = "sidelight_failures_total"
     assert counted.sum(name, of="batch", reason="deadline") == 1
     assert counted.sum(name, of="batch", reason="overloaded") == 1
@@ -275,7 +275,7 @@ def test_a_caller_whose_deadline_passes_has_not_gone(tmp_path: Path) -> None:
                 server.stub.Attribute(ask(floats(1)), timeout=timeout_s)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         gate.open()
-        counted = told(server)
+        counted = scrape_of(server)
     assert counted.sum("sidelight_requests_total", code="DEADLINE_EXCEEDED") == 3
     assert counted.sum("sidelight_failures_total", reason="deadline") == 3
 
@@ -299,7 +299,7 @@ def test_an_example_that_fails_alone_is_counted_by_reason(tmp_path: Path) -> Non
     with running(Faulty(), tmp_path, device="cpu") as server:
         server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)  # from here on it is known to take this shape
         answer = server.stub.Attribute(ask(images), timeout=TIMEOUT_S)
-        counted = told(server)
+        counted = scrape_of(server)
     assert {each.example for each in answer.result.failures} >= {0, 1, 2}
     name = "sidelight_failures_total"
     assert counted.sum(name, of="example", reason="oom") == 1
@@ -330,7 +330,7 @@ def test_errors_have_reasons(error: sidelight_server.errors.SidelightError, reas
 def test_a_device_and_the_versions_of_models_are_reported(tmp_path: Path) -> None:
     with running(Linear(), tmp_path, device="cpu") as server:
         digest = server.engine.model("").digest
-        counted = told(server)
+        counted = scrape_of(server)
     assert counted.labels("sidelight_model_info") == [
         {"model": "model", "version": "1", "digest": digest, "precision": "float32"}
     ]
@@ -352,7 +352,7 @@ def test_loads_that_fail_are_counted(tmp_path: Path) -> None:
 
 def test_two_devices_of_one_name_are_distinguished(tmp_path: Path) -> None:
     with running(Linear(), tmp_path, device="cpu,cpu") as server:
-        counted = told(server)
+        counted = scrape_of(server)
     assert [each["device"] for each in counted.labels("sidelight_device_moves")] == ["cpu", "cpu#1"]
 
 
@@ -400,14 +400,14 @@ def test_a_wrong_number_of_served_classes_is_refused(tmp_path: Path) -> None:
     served = pb.ServedPredictions(classes=[pb.ClassChoice(index=0)])
     unset = pb.ServedPredictions(classes=[pb.ClassChoice()] * 2)
     with running(Linear(), tmp_path, device="cpu") as server:
-        for wrong, words in (
+        for wrong, fragment in (
             (served, "served_classes: 1 classes for 2 examples"),
             (unset, "served_classes: a class choice is unset"),
         ):
             with pytest.raises(grpc.RpcError) as caught:
                 server.stub.Attribute(ask(floats(2), served_classes=wrong), timeout=TIMEOUT_S)
             assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-            assert words in caught.value.details()
+            assert fragment in caught.value.details()
 
 
 @contextlib.contextmanager
@@ -420,7 +420,7 @@ def _in_thread(server: Server) -> Iterator[None]:
 
 
 def test_several_servers_in_one_process_report_their_own(spec: ModelSpec, tmp_path: Path) -> None:
-    told = []
+    scrapes = []
     with contextlib.ExitStack() as stack:
         for n in (1, 2):
             server = Server(
@@ -430,8 +430,8 @@ def test_several_servers_in_one_process_report_their_own(spec: ModelSpec, tmp_pa
             with sidelight.connect(server.addresses[0]) as client:
                 for _ in range(n):
                     client.attribute(np.zeros((1, 3, 32, 32), np.float32))
-            told.append(scrape(server.metrics))
-    assert [each.sum("sidelight_total_seconds_count") for each in told] == [1, 2]
+            scrapes.append(scrape(server.metrics))
+    assert [each.sum("sidelight_total_seconds_count") for each in scrapes] == [1, 2]
 
 
 def test_a_port_that_is_taken_stops_no_start(spec: ModelSpec, tmp_path: Path) -> None:
@@ -498,7 +498,7 @@ def _names(tmp_path: Path) -> set[str]:
             server.stub.Attribute(ask(floats(1), method=pb.Method()), timeout=TIMEOUT_S)
         families = Metrics(server.engine, server.server.handler.telemetry.counts, server.counts).collect()
         empty = {f"{each.name}_total" if each.type == "counter" else each.name for each in families}
-        return told(server).names | empty
+        return scrape_of(server).names | empty
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_without_a_word_nothing_is_traced_and_nothing_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "words"),
+    ("variables", "pattern"),
     [
         ({"OTEL_TRACES_EXPORTER": "zipkin"}, 'OTEL_TRACES_EXPORTER: got "zipkin", expected "otlp" or "none"'),
         ({"OTEL_TRACES_EXPORTER": "otlp", "OTEL_EXPORTER_OTLP_PROTOCOL": "carrier"}, 'got "carrier", expected "grpc"'),
@@ -173,12 +173,12 @@ def test_without_a_word_nothing_is_traced_and_nothing_imported() -> None:
     ids=["exporter", "protocol", "not installed", "no time", "no size"],
 )
 def test_what_cannot_be_had_is_said_at_start(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], pattern: str
 ) -> None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
-    with pytest.raises(ConfigurationError, match=words):
+    with pytest.raises(ConfigurationError, match=pattern):
         from_environment()
 
 
@@ -212,8 +212,8 @@ def test_spans_reach_a_collector_before_the_server_ends(tmp_path: Path, monkeypa
         traced.until_all_permits_are_back()
     server.stop(None).wait()
     (resource,) = [each for request in collector.requests for each in request.resource_spans]
-    told = {each.key: each.value.string_value for each in resource.resource.attributes}
-    assert told["service.name"] == "sidelight"
+    attributes = {each.key: each.value.string_value for each in resource.resource.attributes}
+    assert attributes["service.name"] == "sidelight"
     exported = [span.name for scope in resource.scope_spans for span in scope.spans]
     assert sorted(exported) == sorted(
         ["admission", "prepare", "queue", "chunk", "write", "sidelight.v1.AttributionService/Attribute"]

@@ -12,7 +12,7 @@ from support.servers.running import TIMEOUT_S
 
 
 class Conversation:
-    """A stream in the hands of a test: it sends and receives when told to."""
+    """A stream that a test drives: it sends and receives when the test calls it."""
 
     def __init__(self, channel: grpc.Channel) -> None:
         self._requests: queue.SimpleQueue[pb.AttributeStreamRequest | None] = queue.SimpleQueue()

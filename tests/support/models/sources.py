@@ -68,7 +68,7 @@ def refusal(source: str, weights: Path | None = None) -> str:
     try:
         sources.load(source, weights)
     except ConfigurationError as error:
-        said = str(error)
-        assert said.splitlines() == [said]
-        return said
+        message = str(error)
+        assert message.splitlines() == [message]
+        return message
     raise AssertionError(f"{source} was loaded")

@@ -31,7 +31,7 @@ counts_memory = pytest.mark.skipif(sys.platform != "linux", reason="counts resid
 
 
 def refused_apart(files: Iterable[bytes], *imported: str) -> tuple[list[str], int]:
-    """Return what refused files were told, and by how many KiB memory grew; a warning is an error.
+    """Return the errors of the refused files, and by how many KiB memory grew; a warning is an error.
 
     Modules to be imported first are those whose memory is not the files'.
     """

@@ -18,9 +18,9 @@ Script = Callable[[Iterator[pb.AttributeStreamRequest]], Iterable[pb.AttributeSt
 class Ended(Exception):
     """Raised by a script to end its call with a status and trailers."""
 
-    def __init__(self, status: grpc.StatusCode, words: str = "", trailers: tuple[tuple[str, str], ...] = ()) -> None:
-        super().__init__(words)
-        self.status, self.words, self.trailers = status, words, trailers
+    def __init__(self, status: grpc.StatusCode, details: str = "", trailers: tuple[tuple[str, str], ...] = ()) -> None:
+        super().__init__(details)
+        self.status, self.details, self.trailers = status, details, trailers
 
 
 def nobody(requests: Iterator[pb.AttributeStreamRequest]) -> Iterable[pb.AttributeStreamResponse]:
@@ -62,14 +62,14 @@ class Scripted(attribution_pb2_grpc.AttributionServiceServicer):
         except Ended as ended:
             context.set_trailing_metadata(ended.trailers)
             if ended.status is not grpc.StatusCode.OK:
-                context.abort(ended.status, ended.words)
+                context.abort(ended.status, ended.details)
 
     def Attribute(self, request: pb.AttributeRequest, context: grpc.ServicerContext) -> pb.AttributeResponse:  # noqa: N802
         try:
             response = next(iter(next(self._scripts)(iter([pb.AttributeStreamRequest(attribute=request)]))))
         except Ended as ended:
             context.set_trailing_metadata(ended.trailers)
-            context.abort(ended.status, ended.words)
+            context.abort(ended.status, ended.details)
         return pb.AttributeResponse(result=response.result)
 
     def GetServerInfo(  # noqa: N802

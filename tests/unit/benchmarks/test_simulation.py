@@ -20,5 +20,5 @@ def test_nothing_is_lost_or_doubled_while_servers_die(hedge_after_s: float | Non
     system = System(8, 3000, n_clients=3, load=0.7, mean_life_s=10.0, restart_s=1.0, hedge_after_s=hedge_after_s)
     outcome = simulate(system)
     assert (outcome.n_lost, outcome.n_doubled) == (0, 0)
-    assert outcome.n_given_up <= 3  # alone on two servers that died: rare, and told as an error
+    assert outcome.n_given_up <= 3  # alone on two servers that died: rare, and reported as an error
     assert bool(outcome.n_late) == (hedge_after_s is not None)

@@ -24,10 +24,10 @@ def load(*, example_s: float = 0.1, backlog_s: float = 0.0, n_sent: int = 0, rep
 
 
 @given(st.lists(st.tuples(st.floats(0.01, 1.0), st.floats(0.0, 5.0), st.integers(0, 50)), min_size=1, max_size=8))
-def test_no_other_server_is_much_sooner_done_than_the_chosen_one(told: list[tuple[float, float, int]]) -> None:
-    loads = [load(example_s=each_s, backlog_s=backlog_s, n_sent=n) for each_s, backlog_s, n in told]
+def test_no_other_server_is_much_sooner_done_than_the_chosen_one(reported: list[tuple[float, float, int]]) -> None:
+    loads = [load(example_s=each_s, backlog_s=backlog_s, n_sent=n) for each_s, backlog_s, n in reported]
     chosen = least_loaded(enumerate(loads), 4, now_s=0.5)
-    finish_s = [max(backlog_s + n * each_s, n * each_s) + 4 * each_s for each_s, backlog_s, n in told]
+    finish_s = [max(backlog_s + n * each_s, n * each_s) + 4 * each_s for each_s, backlog_s, n in reported]
     assert finish_s[chosen] <= EQUAL * min(finish_s) * (1 + 1e-9)
 
 

@@ -204,11 +204,11 @@ def test_what_a_label_or_a_message_says_is_text_in_the_html() -> None:
 def test_a_dictionary_is_what_the_record_stores(answer: sidelight.Attribution, tmp_path: Path) -> None:
     answer.save(tmp_path)
     stored = json.loads((tmp_path / "answer.json").read_bytes())
-    told = json.loads(json.dumps(answer.to_dict()))
-    for saved, each in zip(stored.pop("examples"), told.pop("examples"), strict=True):
+    as_dict = json.loads(json.dumps(answer.to_dict()))
+    for saved, each in zip(stored.pop("examples"), as_dict.pop("examples"), strict=True):
         assert each.items() <= saved.items()
-    assert told.items() <= stored.items()
-    assert stored.keys() - told.keys() == {"provenance_message"}
+    assert as_dict.items() <= stored.items()
+    assert stored.keys() - as_dict.keys() == {"provenance_message"}
 
 
 def test_a_gallery_has_a_panel_for_each_map() -> None:

@@ -37,10 +37,10 @@ def test_every_setting_has_a_description_and_a_flag(capsys: pytest.CaptureFixtur
     with pytest.raises(SystemExit) as caught:
         read_settings(["--help"])
     assert caught.value.code == 0
-    told = capsys.readouterr().out
+    help_text = capsys.readouterr().out
     for name, field in Settings.model_fields.items():
         assert field.description
-        assert f"--{name.replace('_', '-')} " in told
+        assert f"--{name.replace('_', '-')} " in help_text
 
 
 FLAGS = {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from support.models import small_cnn
 from support.tolerances import COMPANY
 
-# The same sums, of rows in other company: as `docs/explanation/precision.md` says of chunks.
+# The same sums, with other rows in the chunk: as `docs/explanation/precision.md` says of chunks.
 
 
 def examples(n: int, *, seed: int = 3) -> Tensor:

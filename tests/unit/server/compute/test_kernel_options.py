@@ -240,9 +240,9 @@ def test_folding_changes_neither_outputs_nor_gradients() -> None:
     assert isinstance(folded.first_norm, nn.Identity)
     assert isinstance(folded.twice, nn.BatchNorm2d)
     leaves = [x.clone().requires_grad_() for _ in range(2)]
-    said = [each(leaf) for each, leaf in zip((module, folded), leaves, strict=True)]
-    gradients = [torch.autograd.grad(each[:, 3].sum(), leaf)[0] for each, leaf in zip(said, leaves, strict=True)]
-    for a, b in ([each.detach() for each in said], gradients):
+    outputs = [each(leaf) for each, leaf in zip((module, folded), leaves, strict=True)]
+    gradients = [torch.autograd.grad(each[:, 3].sum(), leaf)[0] for each, leaf in zip(outputs, leaves, strict=True)]
+    for a, b in ([each.detach() for each in outputs], gradients):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * float(a.abs().max()))
 
 
@@ -405,8 +405,8 @@ def test_the_digest_is_that_of_the_callers_weights(spec: ModelSpec) -> None:
 def test_models_of_one_server_have_options_of_their_own(spec: ModelSpec) -> None:
     fast = spec.replace(name="fast", precision="bfloat16", channels_last=True)
     with Engine([spec, fast], Settings(device="cpu", threads=1)) as engine:
-        told = {name: model.kernel.summary for name, model in engine.models.items()}
-    assert told == {"small": "float32", "fast": "bfloat16+channels_last"}
+        summaries = {name: model.kernel.summary for name, model in engine.models.items()}
+    assert summaries == {"small": "float32", "fast": "bfloat16+channels_last"}
 
 
 def test_a_precision_that_there_is_not_is_refused(spec: ModelSpec) -> None:

@@ -71,8 +71,8 @@ def test_a_picture_that_memory_lacks_for_is_refused_and_the_next_one_answered(
         small = explain(engine, 2, SMALL)
         assert engine.model("").chunk_rows == 8  # of other sizes
     assert [failure.code for failure in huge.failures] == [RESOURCE_EXHAUSTED] * 2
-    for said in (f"[3, {HUGE}, {HUGE}]", "device_memory_limit", f"{LIMIT} bytes"):
-        assert said in huge.failures[0].message
+    for fragment in (f"[3, {HUGE}, {HUGE}]", "device_memory_limit", f"{LIMIT} bytes"):
+        assert fragment in huge.failures[0].message
     assert not small.failures
     assert module.largest < HUGE * HUGE  # the pass ended before it had all that it wanted
     assert any("event=too_large" in message for message in caplog.messages)

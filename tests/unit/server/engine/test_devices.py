@@ -82,7 +82,7 @@ def test_two_devices_run_at_once(gated: Engine, gate: Gate) -> None:
         thread.join(30)
         assert len(answers) == 1
         assert not answers[0].failures
-    assert [station.n_rows for station in gated._devices] == [0, 0]
+    assert [engine_device.n_rows for engine_device in gated._devices] == [0, 0]
 
 
 def test_a_request_goes_where_the_fewest_rows_wait(gated: Engine, gate: Gate) -> None:
@@ -135,15 +135,15 @@ METHODS = [
 def test_no_request_takes_more_rows_than_are_counted_for_it(method: Method, target: TopK | None, gate: Gate) -> None:
     pictures = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
     with Engine([ModelSpec(Gated(gate), input_size=(3, 32, 32))], Settings(device="cpu", threads=1)) as engine:
-        (station,) = engine.devices
+        (engine_device,) = engine.devices
         call_record = CallRecord("Attribute", time.monotonic())
 
         async def scenario() -> int:
             gate.shut()
             request = Request(pictures, **{"method": method} | ({"target": target} if target else {}))
             asked = asyncio.create_task(engine.attribute(request, call_record=call_record))
-            await until(lambda: station.n_rows > 0)
-            counted = station.n_rows
+            await until(lambda: engine_device.n_rows > 0)
+            counted = engine_device.n_rows
             gate.open()
             assert not (await asked).failures
             return counted
@@ -233,8 +233,8 @@ def breaking(request: pytest.FixtureRequest) -> Breaking:
 
 def breakable(breaking: Breaking, **settings: object) -> Engine:
     engine = Engine([ModelSpec(breaking, input_size=(3, 32, 32))], TWO.model_copy(update=settings))
-    for station in engine.devices:
-        station.worker.errors.check = breaking.check
+    for engine_device in engine.devices:
+        engine_device.worker.errors.check = breaking.check
     return engine
 
 
@@ -248,17 +248,17 @@ def test_a_lost_device_is_reported_once_and_others_answer(breaking: Breaking, ca
             asyncio.run(engine.attribute(Request(np.concatenate([PICTURE] * 5))))
         assert changed.wait(30)
         breaking.armed = False
-        assert [station.is_responsive for station in engine.devices] == [False, True]
+        assert [engine_device.is_responsive for engine_device in engine.devices] == [False, True]
         for _ in range(3):
             assert not asyncio.run(engine.attribute(Request(PICTURE))).failures
         with pytest.raises(Unavailable, match="cpu has failed"):
             engine.devices[0].worker.call(lambda: None)
-    (told,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
-    assert told.levelno == logging.CRITICAL
-    said = told.getMessage()
-    assert said.startswith("event=device_lost")
-    assert "illegal memory access" in said
-    assert "reported later" not in said
+    (critical,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert critical.levelno == logging.CRITICAL
+    message = critical.getMessage()
+    assert message.startswith("event=device_lost")
+    assert "illegal memory access" in message
+    assert "reported later" not in message
     assert not engine.devices[0].worker.heartbeat.at_work_s  # the watchdog has nothing to add
 
 

@@ -175,10 +175,10 @@ def test_an_example_that_does_not_fit_alone_is_resource_exhausted(
         answer = explain(Moody("good", fits=0), images[:2], device=device)
     assert [failure.code for failure in answer.failures] == [8, 8]
     assert "out of device memory" in answer.failures[0].message
-    told = [line for line in caplog.messages if line.startswith("event=out_of_memory")]
+    lines = [line for line in caplog.messages if line.startswith("event=out_of_memory")]
     # The chunk of both names nobody, and a row that was alone its example; the other one's line would come too soon.
-    assert ["example=" in line for line in told] == [False, True]
-    assert told[1].endswith("example=0")
+    assert ["example=" in line for line in lines] == [False, True]
+    assert lines[1].endswith("example=0")
 
 
 def test_a_target_beyond_the_classes_of_a_model_of_any_size_fails(device: str, floats: Tensor) -> None:
@@ -353,8 +353,8 @@ def test_a_function_waits_for_the_chunks_at_the_device_and_for_no_others(
     depth: int, device: str, gate: Gate, floats: Tensor
 ) -> None:
     engine = tried(Engine([ModelSpec(Gated(gate))], Settings(device=device, max_chunk_rows=1)), floats)
-    station = engine.devices[0]
-    station.worker = worker = DeviceWorker(torch.device(device), threads=1, depth=depth)
+    engine_device = engine.devices[0]
+    engine_device.worker = worker = DeviceWorker(torch.device(device), threads=1, depth=depth)
     with engine:
         gate.shut()
         with busy(engine, floats.numpy(), method=IntegratedGradients(steps=100)):

@@ -554,9 +554,9 @@ def test_a_bomb_is_refused_by_its_header(file: bytes, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("file", BOMBS.values(), ids=BOMBS.keys())
 def test_a_bomb_is_refused_in_a_callers_own_process_too(file: bytes) -> None:
     """Where Pillow's limit is the caller's, and may come first."""
-    said = refusal(file, max_pixels=50_000_000).replace(",", "")
-    assert "3600000000 pixels" in said
-    assert "max_image_pixels is 50000000" in said
+    message = refusal(file, max_pixels=50_000_000).replace(",", "")
+    assert "3600000000 pixels" in message
+    assert "max_image_pixels is 50000000" in message
 
 
 def test_pillows_limit_is_left_alone_in_a_callers_own_process() -> None:

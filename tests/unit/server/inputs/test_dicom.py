@@ -63,7 +63,7 @@ def refusal(file: bytes, **options: Any) -> str:
 
 
 def written(frame: np.ndarray, syntax: str = ExplicitVRLittleEndian, **elements: object) -> bytes:
-    """A file of one frame, [H, W] or [H, W, 3]; elements may replace what is said of it."""
+    """A file of one frame, [H, W] or [H, W, 3]; `elements` replace its own attributes."""
     dataset = Dataset()
     dataset.Rows, dataset.Columns = frame.shape[:2]
     dataset.SamplesPerPixel = 3 if frame.ndim == 3 else 1

@@ -86,13 +86,13 @@ def confident(n_classes: int, *, size: tuple[int, ...] = ()) -> Tensor:
 def test_scores_and_their_gradients_keep_their_digits_at_any_gap(score: Score, n_classes: int, k: int) -> None:
     logits = confident(n_classes)
     n = len(logits)
-    said = Head().read(logits, torch.full((n,), k), [PREDICTED] * n, [score] * n, gradient=True)
+    output = Head().read(logits, torch.full((n,), k), [PREDICTED] * n, [score] * n, gradient=True)
     leaf = logits.double().requires_grad_()
     expected = true_score(score, leaf, k)
     (sent,) = torch.autograd.grad(expected.sum(), leaf)
-    assert errors(said.sent, sent).max() < 1e-5  # that of the class far behind, in float32: 2e-6
-    torch.testing.assert_close(said.scores.double(), expected.detach(), rtol=1e-5, atol=0)
-    assert not said.is_dead.any()
+    assert errors(output.sent, sent).max() < 1e-5  # that of the class far behind, in float32: 2e-6
+    torch.testing.assert_close(output.scores.double(), expected.detach(), rtol=1e-5, atol=0)
+    assert not output.is_dead.any()
 
 
 @pytest.mark.parametrize("score", [Score.PROBABILITY, Score.LOG_PROBABILITY], ids=lambda score: score.value)
@@ -100,10 +100,10 @@ def test_labels_of_their_own_keep_their_digits(score: Score) -> None:
     logits = confident(1).expand(-1, 3).contiguous()
     n = len(logits)
     head = Head(activation="sigmoid")
-    said = head.read(logits, torch.full((n,), 2), [PREDICTED] * n, [score] * n, gradient=True)
+    output = head.read(logits, torch.full((n,), 2), [PREDICTED] * n, [score] * n, gradient=True)
     leaf = logits.double().requires_grad_()
     (sent,) = torch.autograd.grad(true_score(score, leaf[:, 2:], 1).sum(), leaf)
-    assert errors(said.sent, sent).max() < 1e-6
+    assert errors(output.sent, sent).max() < 1e-6
 
 
 @pytest.mark.parametrize("score", Score, ids=lambda score: score.value)
@@ -118,7 +118,7 @@ def test_a_contrast_and_a_region_keep_their_digits(score: Score) -> None:
         ResolvedTarget(0),
     ] * (n // 4)
     classes = torch.tensor([resolved.positive for resolved in resolved_targets])
-    said = Head().read(logits, classes, resolved_targets, [score] * n, gradient=True)
+    output = Head().read(logits, classes, resolved_targets, [score] * n, gradient=True)
     leaf = logits.double().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for row, resolved in zip(leaf, resolved_targets, strict=True):
@@ -127,7 +127,7 @@ def test_a_contrast_and_a_region_keep_their_digits(score: Score) -> None:
         if resolved.negative is not None:
             total = total - true_score(score, cut[None], resolved.negative).sum()
     (sent,) = torch.autograd.grad(total, leaf)
-    assert errors(said.sent, sent).max() < 1e-5
+    assert errors(output.sent, sent).max() < 1e-5
 
 
 def test_scores_may_mix_and_rows_below_the_threshold_keep_torchs_bits() -> None:
@@ -135,16 +135,16 @@ def test_scores_may_mix_and_rows_below_the_threshold_keep_torchs_bits() -> None:
     logits = torch.cat([confident(10), 2 * torch.randn(40, 10, generator=draws)])
     n, classes = len(logits), logits.argmax(dim=1)
     wanted = [list(Score)[i % 4] for i in range(n)]
-    said = Head().read(logits, classes, [PREDICTED] * n, wanted, gradient=True)
+    output = Head().read(logits, classes, [PREDICTED] * n, wanted, gradient=True)
     leaf = logits.clone().requires_grad_()
     (plain,) = torch.autograd.grad(leaf.softmax(dim=1).gather(1, classes[:, None]).sum(), leaf)
     n_equal = 0
     for row, score in enumerate(wanted):
         alone = Head().read(logits[[row]], classes[[row]], [PREDICTED], [score], gradient=True)
-        assert torch.equal(said.sent[row], alone.sent[0])
-        assert said.scores[row] == alone.scores[0]
+        assert torch.equal(output.sent[row], alone.sent[0])
+        assert output.scores[row] == alone.scores[0]
         if score is Score.PROBABILITY and log_odds(logits[[row]].double(), int(classes[row])) < MOST_LOG_ODDS - 1e-6:
-            assert torch.equal(said.sent[row], plain[row])
+            assert torch.equal(output.sent[row], plain[row])
             n_equal += 1
     assert n_equal > 5
 
@@ -254,7 +254,7 @@ def test_a_module_in_half_precision_has_the_same_head(dtype: torch.dtype, score:
     np.testing.assert_allclose(scores, 1 - falls if score is Score.PROBABILITY else (-falls).log1p(), rtol=1e-6)
 
 
-# What is told.
+# What the answer reports.
 
 
 def flags(answer: Answer) -> list[bool]:
@@ -308,7 +308,7 @@ def test_probabilities_of_the_modules_own_are_saturated_where_float32_lost_them(
 
 
 @pytest.mark.parametrize(
-    ("score", "dtype", "told"),
+    ("score", "dtype", "expected"),
     [
         (Score.PROBABILITY, torch.float32, "float32, float64 near saturation"),
         (Score.LOGIT, torch.float32, "float64"),
@@ -317,9 +317,9 @@ def test_probabilities_of_the_modules_own_are_saturated_where_float32_lost_them(
         (Score.PROBABILITY, torch.float64, "float64"),
     ],
 )
-def test_the_heads_precision_is_reported(score: Score, dtype: torch.dtype, told: str) -> None:
+def test_the_heads_precision_is_reported(score: Score, dtype: torch.dtype, expected: str) -> None:
     with explaining(Certain().to(dtype)) as explain:
-        assert explain(AHEAD, Gradient(), score=score).provenance.head_precision == told
+        assert explain(AHEAD, Gradient(), score=score).provenance.head_precision == expected
 
 
 def test_the_drop_in_class_has_torchs_own_bits_at_any_gap() -> None:

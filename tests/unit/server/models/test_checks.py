@@ -181,7 +181,7 @@ def test_a_model_without_the_whole_gradient_serves_what_needs_none(name: str, ca
         whole, without = module(torch.tensor(x)), module(hidden)
     first = whole.argmax(1, keepdim=True)
     expected = (whole - without).gather(1, first)[:, 0].numpy()
-    # int8 rounds with the company's range: that is the reason for the tolerance.
+    # int8 rounds with the range of the whole chunk: that is the reason for the tolerance.
     np.testing.assert_allclose(answer.maps[:, 0, 0], expected, rtol=0.05, atol=0.01)
 
 

@@ -78,8 +78,8 @@ def test_equal_weights_in_another_network_have_another_canary(
 def test_the_canary_of_a_model_is_reported_and_does_not_change_with_requests() -> None:
     with engine_of(small_cnn()) as engine:
         answers = [ask(engine, batch(n)) for n in (1, 3)]
-        told = engine.model("").identity.canary
-    assert {each.provenance.model_canary for each in answers} == {told}
+        canary = engine.model("").identity.canary
+    assert {each.provenance.model_canary for each in answers} == {canary}
 
 
 def test_a_model_of_any_size_has_a_canary_of_the_size_it_was_tried_with() -> None:

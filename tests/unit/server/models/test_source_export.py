@@ -149,11 +149,11 @@ FOREIGN: Mapping[str, tuple[Callable[[], str], str]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "words"), FOREIGN.values(), ids=FOREIGN)
-def test_an_export_that_wants_other_inputs_is_refused(make: Callable[[], str], words: str) -> None:
-    said = refusal(make())
-    assert said.startswith("model: net.pt2: ")
-    assert words in said
+@pytest.mark.parametrize(("make", "fragment"), FOREIGN.values(), ids=FOREIGN)
+def test_an_export_that_wants_other_inputs_is_refused(make: Callable[[], str], fragment: str) -> None:
+    message = refusal(make())
+    assert message.startswith("model: net.pt2: ")
+    assert fragment in message
 
 
 def rewritten(changes: Mapping[str, Callable[[bytes], bytes]], *, dynamic: bool = False) -> str:
@@ -280,20 +280,20 @@ def load_as_torch_does(path: str) -> None:
     module(examples(4))
 
 
-@pytest.mark.parametrize(("make", "words"), MALICIOUS.values(), ids=MALICIOUS)
+@pytest.mark.parametrize(("make", "fragment"), MALICIOUS.values(), ids=MALICIOUS)
 @pytest.mark.filterwarnings("ignore")
 def test_code_in_an_archive_is_refused_and_never_run(
-    make: Callable[[], str], words: str, here: Path, capfd: pytest.CaptureFixture[str]
+    make: Callable[[], str], fragment: str, here: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = make()
-    said = refusal(f"export:{path}")
-    assert said.startswith(f"model: {path}: ")
-    assert words in said
+    message = refusal(f"export:{path}")
+    assert message.startswith(f"model: {path}: ")
+    assert fragment in message
     assert not (here / MARK).exists()
     with contextlib.suppress(Exception):
         load_as_torch_does(path)
     # Else the archive was harmless, and the test shows nothing.
-    assert (here / MARK).exists() or words in SEEN_BY_TORCH
+    assert (here / MARK).exists() or fragment in SEEN_BY_TORCH
 
 
 def test_guards_of_an_archive_are_not_run(here: Path) -> None:
@@ -355,9 +355,9 @@ BROKEN: Mapping[str, tuple[Callable[[], str], str]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "words"), BROKEN.values(), ids=BROKEN)
-def test_a_file_that_is_no_program_is_refused(make: Callable[[], str], words: str) -> None:
-    assert refusal(make()).startswith(words)
+@pytest.mark.parametrize(("make", "prefix"), BROKEN.values(), ids=BROKEN)
+def test_a_file_that_is_no_program_is_refused(make: Callable[[], str], prefix: str) -> None:
+    assert refusal(make()).startswith(prefix)
 
 
 def test_weights_beside_a_program_are_refused() -> None:

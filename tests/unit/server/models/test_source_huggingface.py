@@ -193,7 +193,7 @@ def test_a_processor_is_what_transformers_makes_of_its_file(
     assert_prepares_as(prepared(tmp_path / "net"), processor)
 
 
-# As they lie on the hub: words of older versions, and keys that are left out or null.
+# As files on the hub are: keys of older versions, and keys that are left out or null.
 FILES: Mapping[str, tuple[type, Mapping[str, object]]] = {
     "deit of 2021": (
         DeiTImageProcessorPil,
@@ -213,13 +213,13 @@ FILES: Mapping[str, tuple[type, Mapping[str, object]]] = {
 }
 
 
-@pytest.mark.parametrize(("kind", "said"), FILES.values(), ids=FILES)
+@pytest.mark.parametrize(("kind", "fields"), FILES.values(), ids=FILES)
 def test_a_file_of_another_version_is_read_as_transformers_reads_it(
-    kind: type, said: Mapping[str, object], bare: Path, tmp_path: Path
+    kind: type, fields: Mapping[str, object], bare: Path, tmp_path: Path
 ) -> None:
     folder = shutil.copytree(bare, tmp_path / "net")
-    named = {"image_processor_type": kind.__name__.removesuffix("Pil")} | dict(said)
-    if "feature_extractor_type" in said:
+    named = {"image_processor_type": kind.__name__.removesuffix("Pil")} | dict(fields)
+    if "feature_extractor_type" in fields:
         del named["image_processor_type"]
     (folder / "preprocessor_config.json").write_text(json.dumps(named))
     assert_prepares_as(prepared(folder), kind.from_pretrained(folder))
@@ -465,13 +465,13 @@ REFUSALS: Mapping[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "words"), REFUSALS.values(), ids=REFUSALS)
+@pytest.mark.parametrize(("make", "fragments"), REFUSALS.values(), ids=REFUSALS)
 def test_a_folder_that_cannot_be_served_is_refused(
-    make: Callable[[Path], None], words: tuple[str, ...], folder: Path, tmp_path: Path
+    make: Callable[[Path], None], fragments: tuple[str, ...], folder: Path, tmp_path: Path
 ) -> None:
     make(folder)
-    said = refusal("hf:net")
-    assert said.startswith("model: net")
-    for word in words:
-        assert word in said
+    message = refusal("hf:net")
+    assert message.startswith("model: net")
+    for fragment in fragments:
+        assert fragment in message
     assert not (tmp_path / "mark").exists()

@@ -165,16 +165,16 @@ REFUSALS: Mapping[str, tuple[Callable[[], str], str]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "words"), REFUSALS.values(), ids=REFUSALS)
-def test_what_is_no_source_is_refused_in_a_line(make: Callable[[], str], words: str) -> None:
-    assert words in refusal(make())
+@pytest.mark.parametrize(("make", "fragment"), REFUSALS.values(), ids=REFUSALS)
+def test_what_is_no_source_is_refused_in_a_line(make: Callable[[], str], fragment: str) -> None:
+    assert fragment in refusal(make())
 
 
 @pytest.mark.parametrize("source", ["torchscript:net.ts", "export:net.pt2", "hf:net", "onnx:net.onnx"])
 def test_weights_beside_a_source_that_has_its_own_are_refused(source: str) -> None:
-    said = refusal(source, Path("net.pt"))
-    assert said.startswith("weights: net.pt: ")
-    assert said.endswith("brings its own; leave weights unset")
+    message = refusal(source, Path("net.pt"))
+    assert message.startswith("weights: net.pt: ")
+    assert message.endswith("brings its own; leave weights unset")
 
 
 def test_a_shape_of_the_settings_is_checked_against_a_source() -> None:

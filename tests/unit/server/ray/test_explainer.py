@@ -154,7 +154,7 @@ def test_a_provenance_is_a_file_named_by_its_digest(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "words"),
+    ("options", "error", "pattern"),
     [
         ({"method": "gradiant"}, sidelight.exceptions.InvalidArgument, "did you mean 'gradient'"),
         ({"method": "grad_cam(layer=nowhere)"}, sidelight_server.SidelightError, "nowhere"),
@@ -163,8 +163,8 @@ def test_a_provenance_is_a_file_named_by_its_digest(tmp_path: Path) -> None:
         ({"thread": 1}, ConfigurationError, "threads"),
     ],
 )
-def test_wrong_options_raise_when_it_is_made(options: dict[str, object], error: type[Exception], words: str) -> None:
-    with pytest.raises(error, match=words):
+def test_wrong_options_raise_when_it_is_made(options: dict[str, object], error: type[Exception], pattern: str) -> None:
+    with pytest.raises(error, match=pattern):
         explainer(**options)
 
 
