@@ -162,7 +162,7 @@ class StreamWorker:
         try:
             while (request := self._coordinator.next_request(self, call)) is not None:
                 yield request
-        except Exception as error:
+        except Exception as error:  # such as a lack of memory: without this the caller would wait forever
             if self.call is call:  # otherwise the call has ended, and its shared memory is closed
                 self._coordinator.end(error)
 

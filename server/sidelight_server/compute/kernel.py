@@ -172,7 +172,7 @@ class Kernel:
         with SavedMemory(limit=limit, weights=module) as kept, torch.enable_grad():
             try:
                 self.outputs_of(leaf, module=module)
-            except Exception:
+            except Exception:  # `SavedMemory` stops the pass with an error, which the module may replace
                 if not kept.is_over:
                     raise
         return kept

@@ -180,7 +180,7 @@ def _decoded(file: bytes, order: Order) -> Reply:
             f"image file: it takes more than the {limit} that decoding may take here ({BYTES_PER_PIXEL} bytes for each "
             "of max_image_pixels, and some); send a smaller picture, or an array",
         )
-    except Exception:
+    except Exception:  # a bug: the process must answer and go on; the server logs the traceback
         return _failure(Internal.code, traceback.format_exc())
 
 

@@ -86,7 +86,7 @@ def _converted(onnx: ModuleType, onnx2torch: ModuleType, network: Any) -> Any:
             network = _lowered(onnx, network)
         _constants_to_initializers(network)
         module = onnx2torch.convert(network)
-    except Exception as error:
+    except Exception as error:  # neither onnx nor onnx2torch documents its exceptions
         if opset <= OPSET and not isinstance(error, NotImplementedError):
             raise
         reason = cause(error).rpartition("failed: ")[2]

@@ -91,7 +91,7 @@ def first_that_runs(module: nn.Module, calls: list[Adapter], inputs: Tensor) -> 
         try:
             traces = trace(module, run)
             return call, returned[0], traces
-        except Exception as error:
+        except Exception as error:  # a module may raise anything for arguments that it does not take
             failed = failed or error
     assert failed is not None  # noqa: S101
     raise failed

@@ -137,7 +137,7 @@ def detect_on(
         except ConfigurationError as error:
             if not kept.is_over:
                 raise OutputsError(str(error)) from error
-        except Exception:
+        except Exception:  # `SavedMemory` stops the pass with an error, which the module may replace
             if not kept.is_over:
                 raise
     memory.learn(kept, trial, limit=limit, n_rows=max(len(trial), adapter.least))
@@ -153,7 +153,7 @@ def model_errors(name: str, what: str) -> Iterator[None]:
         raise ConfigurationError(f'model "{name}": {error}') from error
     except SidelightError as error:
         raise ConfigurationError(f'model "{name}": {what}: {error.message}') from error
-    except Exception as error:
+    except Exception as error:  # a module may raise anything
         text = str(error).strip()
         # TorchScript has the cause in the last line; torch.compile adds advice after an empty line.
         why = text.splitlines()[-1] if "TorchScript interpreter" in text else text.partition("\n\n")[0]
