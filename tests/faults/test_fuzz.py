@@ -83,7 +83,7 @@ def shared() -> Iterator[Running]:
 
 
 def assert_answers(server: Running, *, seed: int = 0) -> None:
-    """Check the answer to a good request, over a connection that was there and over a new one."""
+    """Check the answer to a good request, over the open connection and over a new one."""
     images = floats(2, seed=seed)
     with grpc.insecure_channel(server.server.addresses[0]) as fresh:
         for channel in (server.channel, fresh):

@@ -450,7 +450,7 @@ def test_a_network_that_delays_everything_costs_time_alone(address: str) -> None
 
 @contextlib.contextmanager
 def rising_again(model: str, address: str) -> Iterator[list[int]]:
-    """Run a server that is started again whenever it dies; give the process ids that it has had."""
+    """Run a server that is started again whenever it dies; yield the list of its process ids."""
     ids: list[int] = []
     ended = threading.Event()
 

@@ -145,7 +145,7 @@ def test_streams_are_ended_only_while_memory_is_short(room: AvailableMemory | No
 
 @pytest.mark.parametrize("n_looks", [1, 2])
 def test_what_freed_memory_gives_is_taken_first(n_looks: int) -> None:
-    """Memory is enough again once the C library has given back what it kept, or once streams have ended."""
+    """Enough memory is free once the C library has returned its free pages, or once streams have ended."""
     short = AvailableMemory(MESSAGES_LEFT * 1000 - 1, 1 << 40)
     rooms, ended = itertools.chain([short] * n_looks, itertools.repeat(AvailableMemory(1 << 30, 1 << 30))), []
     shedding = LoadShedding(lambda _: ended.append(1) or 3, max_message_bytes=1000, available=lambda: next(rooms))

@@ -95,7 +95,7 @@ class Envoy:
         return {each["address"]["socket_address"]["port_value"]: each for each in cluster.get("host_statuses", [])}
 
     def serves(self, port: int) -> bool:
-        """Say whether calls may go to a replica."""
+        """Return whether the proxy routes calls to a replica."""
         status = self.hosts()[port]["health_status"]
         return not any(value is True for key, value in status.items() if key.startswith("failed_"))
 
@@ -106,7 +106,7 @@ class Envoy:
 
 
 def localized(ports: list[int]) -> dict:
-    """Return the configuration as it is, with this machine's addresses in place of a cluster's."""
+    """Return the shipped configuration with this machine's addresses instead of a cluster's."""
     configuration = yaml.safe_load(CONFIGURATION.read_text())
     (listener,), (cluster,) = (configuration["static_resources"][each] for each in ("listeners", "clusters"))
     here = {"address": "127.0.0.1", "port_value": 0}

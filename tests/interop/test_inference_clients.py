@@ -23,7 +23,7 @@ pytestmark = pytest.mark.requires("inference")
 
 
 def found_by(program: str, folder: Path, *arguments: str) -> Mapping[str, np.ndarray]:
-    """Run a foreign client on images in a folder; return the maps that it saved."""
+    """Run another project's client on the images of a folder; return the maps that it saved."""
     np.save(folder / "images.npy", PIXELS)
     for index, each in enumerate(PIXELS):
         Image.fromarray(each).save(folder / f"{index}.png")

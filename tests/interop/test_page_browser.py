@@ -40,7 +40,7 @@ SLOW = "smoothgrad(samples=9000)"  # long enough to be watched, and to be cancel
 
 
 def picture(seed: int, height: int = 60, width: int = 90) -> bytes:
-    """A picture of soft blobs: unlike noise, it is not the same everywhere."""
+    """A picture of soft blobs: unlike noise, its parts differ."""
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 6, 3), np.uint8)
     file = io.BytesIO()
     Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(file, "PNG")

@@ -40,14 +40,14 @@ class Classifier(nn.Module):
 
 
 class Keyed(Classifier):
-    """One that takes other keywords, and demands labels."""
+    """A model with other keywords, whose labels are required."""
 
     def forward(self, scan: Tensor, finding: Tensor) -> dict[str, Tensor]:
         return super().forward(scan) | {"loss": finding.float().mean()}
 
 
 class AnyKeyword(Classifier):
-    """One that takes its data as PyHealth's own models do."""
+    """A model that takes any keywords, as PyHealth's own models do."""
 
     def forward(self, **data: Tensor) -> dict[str, Tensor]:
         return super().forward(data["scan"]) | {"y_true": data["finding"]}
@@ -392,7 +392,7 @@ def test_closing_leaves_no_thread(make: Make, floats: Tensor) -> None:
 
 
 def test_closing_leaves_no_thread_of_a_large_batch_either(floats: Tensor) -> None:
-    """Which is prepared in a thread of its own."""
+    """A large batch is prepared in a thread of its own."""
     before = set(threading.enumerate())
     with BasicGradientSaliencyMaps(classifier("dense"), floats[:2].repeat(1, 1, 20, 20)):
         assert any(each.name.startswith("sidelight-prepare") for each in threading.enumerate())
@@ -441,7 +441,7 @@ def test_a_batch_larger_than_a_message_goes_in_parts(floats: Tensor) -> None:
 
 
 def run(program: str) -> str:
-    """Return what a program says at its end."""
+    """Run a program and return the end of its output."""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     return done.stderr.strip().rpartition("\n")[2]
 

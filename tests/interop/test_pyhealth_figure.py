@@ -16,7 +16,7 @@ N = 4
 
 
 class Bright(nn.Module):
-    """Its class is the number of the picture's lit column, and its map is that column."""
+    """A model whose class is the index of the picture's bright column, and whose map is that column."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ def _without_a_display() -> Iterator[None]:
 
 
 def pictures(channels: int = 1, *, n_columns: int = 3, scale: float = 1.0) -> Tensor:
-    """Return pictures [N, C, 2, n_columns] whose column i % n_columns is lit: what class each is."""
+    """Return pictures [N, C, 2, n_columns]; in picture i, column i % n_columns is bright: its class."""
     lit = torch.zeros(N, channels, 2, n_columns)
     for i in range(N):
         lit[i, ..., i % n_columns] = scale

@@ -47,12 +47,12 @@ def x() -> Tensor:
 
 
 def enlarged(layer_map: Tensor) -> Tensor:
-    """Return a layer's maps, [n, 1, h, w], in the input's size, [n, H, W], as Captum does it."""
+    """Resize a layer's maps, [n, 1, h, w], to the input's size, [n, H, W], as Captum does."""
     return LayerAttribution.interpolate(layer_map, SHAPE[1:], interpolate_mode="bilinear")[:, 0]
 
 
 def cut(module: nn.Sequential, x: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-    """Return the activations after a layer and the gradients there, with nothing but slicing: [n, c, h, w] both."""
+    """Return the activations after a layer and the gradients there, both [n, c, h, w], by splitting the network."""
     activation = module[: layer + 1](x).detach().clone().requires_grad_()
     score = module[layer + 1 :](activation.clone())[:, CLASS].sum()
     return activation.detach(), torch.autograd.grad(score, activation)[0]
@@ -115,7 +115,7 @@ def test_a_layer_is_read_where_a_cut_net_is(layer: int, x: Tensor) -> None:
 def test_before_global_pooling_gradient_times_activation_adds_up_to_the_logit_without_its_bias(
     module: nn.Sequential, x: Tensor
 ) -> None:
-    """The gradient there is the class's weights over the number of places, at each of them."""
+    """There, the gradient at each position is the class's weights divided by the number of positions."""
     activation = module.eval()[:7](x).detach()  # [n, 7, h, w]
     places = activation.shape[2] * activation.shape[3]
     exact = torch.einsum("c,nchw->nhw", module[9].weight[CLASS].detach(), activation)[:, None] / places
@@ -127,7 +127,7 @@ def test_before_global_pooling_gradient_times_activation_adds_up_to_the_logit_wi
 
 
 class Statement(nn.Module):
-    """Rectifies in a statement, so that only the tensor itself carries the result."""
+    """Rectifies in place in a statement of its own, whose return value is not used."""
 
     def __init__(self, inner: nn.Module, *, in_place: bool) -> None:
         super().__init__()

@@ -221,7 +221,7 @@ def test_a_layer_that_shows_no_positions_is_refused_with_the_reason_and_others(l
 
 
 def test_the_default_is_what_all_that_reaches_the_outputs_has_passed(traps: Engine) -> None:
-    """Not the value's projection, nor any other part of a branch, though they end later than the stem."""
+    """Not the projection of the values, nor another part of a branch, though they run after the stem."""
     assert ask(traps, x(), method=GradCAM(), target=1).request.method.layer == "block"
 
 

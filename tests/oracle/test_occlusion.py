@@ -122,7 +122,7 @@ def test_rise_is_the_masks_of_scikit_image_each_times_its_score(
 
 @pytest.mark.parametrize("keep", [0.3, 0.7])
 def test_the_rise_of_a_constant_score_is_that_score_everywhere(keep: float, x: Tensor) -> None:
-    """What shows whether all pixels are shown equally often, and the cover is the expected one."""
+    """This shows whether all pixels are kept equally often, and as often as the method expects."""
     module = nn.Sequential(nn.Flatten(), nn.Linear(2 * 9 * 13, 5)).double()
     nn.init.zeros_(module[1].weight)
     nn.init.constant_(module[1].bias, 2.0)

@@ -120,9 +120,11 @@ def test_in_half_precision_a_trained_networks_pixels_keep_their_order(
 
 
 def areas(module: nn.Module, x: Tensor, maps: np.ndarray) -> tuple[float, float]:
-    """Return the areas under deletion and insertion: the mean probability while pixels go, or come, by their rank.
+    """Return the areas under the deletion and the insertion curve.
 
-    Petsiuk, Das and Saenko, 2018. A pixel that is not there is 0, as the digits' background is.
+    A curve is the mean probability while pixels are removed, or added, in the order of their rank.
+
+    Petsiuk, Das and Saenko, 2018. A removed pixel is 0, as the digits' background is.
     """
     predicted = module(x).argmax(dim=1)
     rank = torch.from_numpy((-maps.reshape(len(maps), -1)).argsort(axis=1).argsort(axis=1)).view(-1, 1, 8, 8)
@@ -178,7 +180,7 @@ def correlation(maps: np.ndarray, others: np.ndarray) -> float:
 
 
 def cascade(method: Method, module: nn.Sequential, x: Tensor) -> list[float]:
-    """Return how a map correlates with what it was once the topmost 1, 2 and all layers are random, over some seeds."""
+    """Return the mean correlation of maps with their originals, with the topmost 1, 2, … layers randomized."""
 
     def maps(module: nn.Sequential) -> np.ndarray:
         with explaining(module, input_size=SHAPE) as explain:
@@ -209,5 +211,5 @@ def test_random_weights_from_the_top_destroy_a_map(method: Method, module: nn.Se
 def test_of_random_weights_at_the_top_guided_backpropagation_takes_little_notice(
     module: nn.Sequential, x: Tensor
 ) -> None:
-    """As those authors found: the map remains almost the same picture of the digit."""
+    """As the authors found, the map hardly changes: it remains a picture of the digit."""
     assert min(cascade(GuidedBackpropagation(Magnitude.SIGNED), module, x)[:2]) > 0.6

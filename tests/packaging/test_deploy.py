@@ -156,7 +156,7 @@ def test_a_server_with_the_settings_of_a_manifest_passes_its_probes(path: Path, 
         folder.mkdir()
 
     def moved(text: str) -> str:
-        """Put folders and ports of this machine where a text has the pod's."""
+        """Replace the pod's folders and ports in a text by those of this machine."""
         for old, new in sorted({**{key: str(each) for key, each in folders.items()}, **ports}.items(), reverse=True):
             text = text.replace(old, new)
         return text

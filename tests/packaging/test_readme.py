@@ -82,7 +82,7 @@ class Folder:
 
 
 def commands(program: str) -> list[str]:
-    """Return the lines for the shell that call a program, each once, whatever comment follows it."""
+    """Return the shell lines that call a program, each once and without its comment."""
     lines = (shlex.join(shlex.split(line, comments=True)) for line in COMMANDS if line.startswith(f"{program} "))
     return list(dict.fromkeys(lines))
 

@@ -103,7 +103,7 @@ def _before() -> None:
 
 
 def children(pid: int | None = None) -> list[psutil.Process]:
-    """The processes that decode for this one since the test began, or for another."""
+    """The decoder processes that this process, or the given one, has started since the test began."""
     found = []
     for child in psutil.Process(pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -120,7 +120,7 @@ def until(is_so: Callable[[], object]) -> None:
 
 
 async def until_decoding() -> psutil.Process:
-    """Wait until a process of this one's decodes, and return it."""
+    """Wait until a decoder process of this process is busy, and return it."""
     end_s = time.monotonic() + UNTIL_S
     while time.monotonic() < end_s:
         for child in children():
@@ -145,7 +145,7 @@ def fit(pool: DecoderPool, *files: bytes, order: Order = ORDER) -> list[Fitted]:
 
 
 def assert_fitted(fitted: Fitted, file: bytes, preprocessing: Preprocessing = PREPROCESSING) -> None:
-    """Compare with what decoding in this process gives."""
+    """Compare with the result of decoding in this process."""
     assert not isinstance(fitted, SidelightError), fitted
     pixels = decode(file, channels=preprocessing.channels, max_pixels=50_000_000, window=preprocessing.window)
     expected, geometry = preprocessing.fit(pixels)
@@ -183,7 +183,7 @@ def test_a_decoder_process_reports_the_same_errors_as_decoding_in_this_process()
 
 
 def damaged() -> Iterator[bytes]:
-    """Files of every format, cut short and with bits turned over."""
+    """Files of every format, truncated and with flipped bits."""
     random = np.random.default_rng(1)
     for file in FORMATS.values():
         for _ in range(12):

@@ -71,7 +71,7 @@ def serving(spec: sidelight_server.ModelSpec, device: str, tmp_path_factory: pyt
 
 
 def run(script: str, address: str, *, n: int, folder: Path) -> None:
-    """Run a script several times at once: each ends well, and says nothing."""
+    """Run a script several times at once; each run must exit with 0 and print nothing."""
     (path := folder / "script.py").write_text(BEGIN + script)
     command = [sys.executable, str(path), address]
     running = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for _ in range(n)]

@@ -81,7 +81,7 @@ def importable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder as a process finds it that is started there, without a variable set."""
+    """The current folder, without any of the server's environment variables."""
     monkeypatch.chdir(folder)
     for name in os.environ:
         if name.upper().startswith("SIDELIGHT_"):
@@ -167,7 +167,7 @@ REFUSALS = {
 
 
 def start_in_vain(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> str:
-    """Run the command, which must end with code 2, and return what it says: a single line."""
+    """Run the command, which must exit with code 2, and return the one line that it prints."""
     monkeypatch.setattr(sys, "argv", ["sidelight-server", *arguments])
     assert main() == 2
     captured = capfd.readouterr()
@@ -367,7 +367,7 @@ def test_a_served_module_stays_as_it_was(device: str) -> None:
 
 
 def test_a_served_module_that_is_trained_on_is_served_as_it_has_become(device: str) -> None:
-    """The replica shares its storage, where the device is the module's own."""
+    """The replica shares its storage if it is on the module's device."""
     module = net()
     with serve(module, input_size=(3, 4, 4), device="cpu") as address:
         before = ask_net(address).result.maps

@@ -29,7 +29,7 @@ class Strange(nn.Module):
 
 
 def listening(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Return the setting by which a server is one that others may call too."""
+    """Return the settings of a server that other users can call too."""
     return {"listen": (f"unix:{folder}/other",)}
 
 

@@ -69,10 +69,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 def calls_on_the_loop(server: Running, request: pb.AttributeRequest, *, by_stream: bool) -> int:
-    """Return how many functions are called on the event loop's thread, between two looks at whatever else there is.
-
-    The most of them, while a request is answered.
-    """
+    """Return the largest number of functions that one callback of the event loop calls while a request is answered."""
     n_calls = most = 0
 
     def count(frame: FrameType, event: str, argument: object) -> None:
@@ -119,7 +116,7 @@ def test_a_batch_of_more_examples_is_refused_and_reported(server: Running) -> No
 
 
 def test_each_example_is_charged_beside_its_bytes(tmp_path: Path) -> None:
-    """Few bytes, but many examples: what they hold in memory is what the permit is for."""
+    """Few bytes, but many examples: the permit counts the memory that each example takes."""
     room = 300 * BYTES_OF_EXAMPLE
     engine = Engine(
         [ModelSpec(Linear(shape=SHAPE), input_size=SHAPE)],

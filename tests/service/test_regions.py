@@ -55,7 +55,7 @@ def server(tmp_path: Path, folder: Path, device: str) -> Iterator[Running]:
 
 
 def make(path: Path, *, size: int = SIZE) -> Path:
-    """Make a file that is allocated whole."""
+    """Make a file whose blocks are all allocated."""
     with path.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, size)
     return path
@@ -105,7 +105,7 @@ def assert_lives(server: Running) -> None:
 
 
 def files_of(folder: Path) -> int:
-    """Count the descriptors of this process that lie in a folder, whatever became of the files."""
+    """Count the open descriptors of files in a folder, deleted files included."""
     targets = []
     for each in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -296,7 +296,7 @@ def test_regions_of_a_stream_are_few_and_have_names_of_their_own(server: Running
 
 
 def test_a_file_that_the_server_may_not_open_is_refused(folder: Path) -> None:
-    """The server's user is another here, for the thread that opens: root may open everything."""
+    """The thread that opens the file runs as another user here: root may open everything."""
     shared = SharedMemory(folder, max_region_bytes=SIZE, max_stream_regions=1)
     make(folder / "a").chmod(0o400 if os.geteuid() == 0 else 0)
     caught: list[BaseException] = []

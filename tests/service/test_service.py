@@ -292,7 +292,7 @@ def test_what_fails_in_a_model_is_logged_and_not_reported(
 
 
 def test_why_a_model_has_never_run_is_logged(device: str, caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    """Whether the shape or the model is wrong nobody knows then."""
+    """Then it is unknown whether the shape or the model is wrong."""
     with (
         caplog.at_level(logging.WARNING, logger="sidelight"),
         serve(Failing(), device=device, name="frail", listen=(f"unix:{tmp_path}/for-others",)) as address,

@@ -387,12 +387,12 @@ def test_callers_who_go_away_at_any_moment_leave_nothing_behind(
 
 
 async def _has_gone(context: Context) -> None:
-    """Fail as a write does in the moment in which the caller goes, which no test can meet at will."""
+    """Fail as a write does while the caller disconnects: a moment that no test can hit reliably."""
     raise cygrpc.ExecuteBatchError('Failed "execute_batch": (SendInitialMetadataOperation,)')
 
 
 async def _is_misused(context: Context) -> None:
-    """Write twice at once, which gRPC refuses."""
+    """Write twice at the same time, which gRPC rejects."""
     first = asyncio.create_task(context.write(b""))
     await asyncio.sleep(0)
     try:
@@ -543,7 +543,7 @@ def test_what_was_read_before_the_greatest_age_is_answered_after_it(tmp_path: Pa
 
 
 async def until_it_ends(server: Running) -> None:
-    """Wait until the one stream takes nothing more."""
+    """Wait until the only stream has stopped reading."""
     async with asyncio.timeout(TIMEOUT_S):
         while not any(stream._end for stream in server.server.calls._streams):  # noqa: ASYNC110  (this loop sets it)
             await asyncio.sleep(0)

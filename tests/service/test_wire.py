@@ -105,7 +105,7 @@ class Service:
         return self.stub.Attribute(request, timeout=TIMEOUT_S)
 
     def refuse(self, request: pb.AttributeRequest, code: grpc.StatusCode) -> str:
-        """Return why a request was refused; the next good one is answered as ever."""
+        """Return why a request was refused, and check that the next good one is answered as before."""
         with pytest.raises(grpc.RpcError) as caught:
             self.stub.Attribute(request, timeout=TIMEOUT_S)
         assert caught.value.code() is code, caught.value.details()

@@ -22,7 +22,7 @@ class Pair:
     key: Path
 
     def replace(self, other: "Pair") -> None:
-        """Put another pair in this one's files: each at once, as an operator's tools do."""
+        """Write another pair to this one's files, each atomically, as an operator's tools do."""
         for mine, others in ((self.certificate, other.certificate), (self.key, other.key)):
             swap(mine, others.read_bytes())
 
@@ -68,7 +68,7 @@ class Authority:
 
 
 def swap(path: Path, content: bytes) -> None:
-    """Put a new file in a path's place at once, with the mode of the old."""
+    """Replace a file atomically by a new one with the same mode."""
     fresh = path.with_suffix(".fresh")
     fresh.touch(mode=0o600)
     fresh.write_bytes(content)

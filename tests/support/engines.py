@@ -25,7 +25,7 @@ def ask(engine: Engine, images: Tensor | np.ndarray, **question: object) -> Answ
 
 
 def tried(engine: Engine, like: Tensor) -> Engine:
-    """Let the models of an engine that has not begun find out what they return, which takes rows of its own."""
+    """Run the introspection of the models of an engine that has not started, which takes rows of its own."""
     for model in engine.models.values():
         model.introspect(like[:1].to(model.kernel.device, model.kernel.dtype))
     return engine

@@ -43,7 +43,7 @@ def pixels() -> np.ndarray:
 
 @pytest.fixture
 def nobody() -> Iterator[sidelight.Client]:
-    """A client without a server: it rejects these inputs by itself."""
+    """A client without a server: it rejects these inputs before it sends anything."""
     with sidelight.connect("unix:/nonexistent/socket", connect_timeout=0) as client:
         yield client
 
@@ -127,7 +127,7 @@ def as_rgb(image: Image.Image) -> np.ndarray:
 
 
 def of_mode(mode: str) -> Image.Image:
-    """Return a noisy picture, 32 × 32, of a mode."""
+    """Return a noisy 32 × 32 picture of a Pillow mode."""
     rgb, rgba = Image.fromarray(noise(32, 32)), Image.fromarray(noise(32, 32, 4))
     deep = np.random.default_rng(0).integers(0, 1 << 16, (32, 32), dtype=np.uint16)
     match mode:
@@ -217,7 +217,7 @@ def test_the_first_frame_of_an_animation_is_explained(client: sidelight.Client) 
 
 
 def turned(orientation: int, **tags: object) -> bytes:
-    """Return a JPEG whose EXIF says how to turn it."""
+    """Return a JPEG with an EXIF orientation."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     exif.update({ExifTags.Base[name]: value for name, value in tags.items()})

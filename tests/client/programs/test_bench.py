@@ -193,7 +193,7 @@ def test_noise_is_seeded_and_of_the_models_size(client: sidelight.Client) -> Non
 
 @pytest.mark.parametrize("is_streamed", [False, True], ids=["unary", "stream"])
 def test_a_stalled_server_is_charged_from_when_requests_were_due(gate: Gate, gated: str, is_streamed: bool) -> None:
-    """The server pauses for 0.2 s. Requests due in its first half have a latency of at least 0.1 s, sent or not."""
+    """The server pauses for 0.2 s. Requests due in its first half have a latency of at least 0.1 s, also late ones."""
     n, rate, stall_s = 40, 200.0, 0.2
     recorder = Recorder()
     client = sidelight.connect(gated, connect_timeout=10)

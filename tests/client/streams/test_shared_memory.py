@@ -21,7 +21,7 @@ SHM = Path("/dev/shm")
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder in memory if there is one; the protocol is the same on a disk."""
+    """A folder in memory, or on disk where there is none: the protocol is the same."""
     return tmp_path
 
 

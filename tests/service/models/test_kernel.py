@@ -18,7 +18,7 @@ from support.models import small_cnn
 
 
 def snapshot(module: nn.Module) -> dict[str, object]:
-    """Return all that a call could disturb."""
+    """Return all state that a call could change."""
     return {
         "modes": [each.training for each in module.modules()],
         "requires_grad": [each.requires_grad for each in module.parameters()],
@@ -96,7 +96,7 @@ def test_tied_weights_stay_tied_in_a_replica() -> None:
 
 
 def test_rows_of_different_scores_and_targets_run_together(device: str, floats: torch.Tensor) -> None:
-    """A chunk mixes what its requests want; each row's gradient is the one that it has alone."""
+    """One chunk has rows of different scores and targets; each row's gradient is that of the row alone."""
     kernel = Kernel(small_cnn().double(), device=torch.device(device))
     x = floats.double().to(device)
     resolved_targets = [ResolvedTarget(), ResolvedTarget(3), ResolvedTarget(), ResolvedTarget(7, 2), ResolvedTarget(0)]
@@ -149,7 +149,7 @@ def test_a_model_that_cannot_be_explained_is_refused_at_load(forward: object, me
 
 
 class First(nn.Module):
-    """A network behind a first operation that is given."""
+    """A network that begins with a given operation."""
 
     def __init__(self, first: object) -> None:
         super().__init__()

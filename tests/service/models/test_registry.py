@@ -222,7 +222,7 @@ def test_waiting_for_a_lazy_model_is_within_the_batch_s_time(monkeypatch: pytest
 def _conversing(
     monkeypatch: pytest.MonkeyPatch, gate: Gate, **settings: object
 ) -> Iterator[tuple[Running, Conversation]]:
-    """A stream to a server with a model that is there, and another whose factory waits at the gate."""
+    """A stream to a server with a loaded model, and another whose factory waits at the gate."""
 
     def slow() -> ModelSpec:
         gate.wait(0)
@@ -261,7 +261,7 @@ def test_a_model_that_is_loaded_holds_up_neither_its_streams_other_batches_nor_a
 def test_batches_that_wait_for_their_model_take_their_streams_slots(
     monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
-    """So what a caller may have the server hold stays bounded."""
+    """So the memory that a caller can make the server hold stays bounded."""
     with _conversing(monkeypatch, gate, max_stream_in_flight=2) as (_, stream):
         stream.send(*(attribute(f"slow {n}", FLOATS, model="slow") for n in range(2)))
         assert gate.reached.wait(20)
@@ -409,7 +409,7 @@ def test_reloads_that_wait_for_one_that_runs_are_one(
 
 
 def test_a_request_is_answered_by_the_version_that_served_when_it_came(weights: Path) -> None:
-    """Its permit, and its place in shared memory, were reckoned for that one."""
+    """Its permit and its region of shared memory have the size for that version."""
     settings = Settings(model=SOURCE, weights=weights, device="cpu", threads=1)
     with Engine(list(settings.of_models().values()), settings) as engine:
         came = engine.registry.serving("")

@@ -40,7 +40,7 @@ def saliency(module: nn.Module, x: np.ndarray) -> Tensor:
 
 
 class AlwaysTraining(nn.BatchNorm2d):
-    """A norm of its batch, by design: it never goes to eval mode."""
+    """A norm that always normalizes by the batch: it never goes to eval mode."""
 
     def train(self, mode: bool = True) -> "AlwaysTraining":
         return super().train(True)
@@ -126,7 +126,7 @@ def test_a_hook_that_the_outputs_depend_on_is_part_of_the_network(caplog: pytest
 
 
 class Remembering(nn.Module):
-    """Keeps what it computed last, as many do for a look at it later."""
+    """Keeps its last features as an attribute, as many modules do for inspection."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ class Vit(nn.Module):
 
 
 def odd_mlp() -> nn.Module:
-    """Widths at which a row's place decides which vector instructions it gets."""
+    """A network of widths for which a row's position decides which vector instructions compute it."""
     torch.manual_seed(2)
     return nn.Sequential(
         nn.Flatten(), nn.Linear(12288, 257), nn.ReLU(), nn.Linear(257, 101), nn.ReLU(), nn.Linear(101, 10)
@@ -123,7 +123,7 @@ def test_where_it_is_promised_the_bytes_are_the_same_whatever_the_load(net: str,
 
 @pytest.mark.parametrize("net", NETS)
 def test_more_rows_are_taken_only_where_the_check_shows_the_same_bytes(net: str, device: str) -> None:
-    """Whichever way the check goes on this machine, what it lets through must keep the promise."""
+    """Whatever the check decides on this machine, chunks of the size that it allows must give the same bytes."""
     make, size = NETS[net]
     settings = Settings(device=device, reproducible=True, reproducible_rows=4)
     engine = Engine([ModelSpec(make(), input_size=size)], settings)
@@ -139,7 +139,7 @@ def test_more_rows_are_taken_only_where_the_check_shows_the_same_bytes(net: str,
 
 
 class PlaceDependent(nn.Module):
-    """Its last bits depend on a row's place, as some matrix products' do."""
+    """Its last bits depend on a row's position, as those of some matrix products do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ def test_grad_cam_is_reproducible_too(device: str) -> None:
 
 
 def test_a_seed_is_all_that_draws_depend_on(device: str) -> None:
-    """The same example has the same map in every place of a batch: its draws are those of the point alone."""
+    """The same example has the same map at every position of a batch: its draws depend on the point alone."""
     engine = Engine([ModelSpec(small_cnn())], Settings(device=device, reproducible=True))
     images = np.random.default_rng(4).standard_normal((3, 3, 32, 32)).astype(np.float32)
     images[2] = images[0]

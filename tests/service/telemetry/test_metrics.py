@@ -252,7 +252,7 @@ async def _is_full(server: Running) -> bool:
 
 
 class Faulty(nn.Module):
-    """Linear but for examples that begin with 1, 2 or 3: it raises, has no memory, or gives no number."""
+    """A linear model that fails on examples that begin with 1 (raises), 2 (out of memory) or 3 (no number)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -477,7 +477,7 @@ def test_those_who_ask_nothing_keep_nobody_out() -> None:
 
 
 def _n_answering(*, at_most: int) -> int:
-    """Wait until no more threads than that answer who asks for metrics, and return how many do."""
+    """Wait until at most `at_most` threads answer scrapes, and return their number."""
     until_s = time.monotonic() + TIMEOUT_S
     while (n := sum("process_request_thread" in each.name for each in threading.enumerate())) > at_most:
         if time.monotonic() > until_s:
@@ -490,7 +490,7 @@ def _n_answering(*, at_most: int) -> int:
 
 
 def _names(tmp_path: Path) -> set[str]:
-    """Every name that a server tells, once it has something to tell of each."""
+    """Every metric name of a server on which each has a value."""
     with running(Linear(), tmp_path, device="cpu") as server:
         served = pb.ServedPredictions(classes=[pb.ClassChoice(index=0)])
         server.stub.Attribute(ask(floats(1), served_classes=served), timeout=TIMEOUT_S)

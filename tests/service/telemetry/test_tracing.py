@@ -35,14 +35,14 @@ def exporter() -> InMemorySpanExporter:
 
 
 def trace(server: Running, exporter: InMemorySpanExporter) -> None:
-    """Have a server that runs tell its spans."""
+    """Export the spans of a running server."""
     provider = TracerProvider(sampler=ParentBased(ALWAYS_ON), shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     server.server.handler.telemetry._tracing = Tracing(provider)
 
 
 def spans(server: Running, exporter: InMemorySpanExporter) -> list[tuple[ReadableSpan, list[ReadableSpan]]]:
-    """Return the batches' spans in the order of their ends, each with those below it as they begin."""
+    """Return the batches' spans in the order of their ends, each with its child spans in the order of their starts."""
     server.until_all_permits_are_back()
     finished = exporter.get_finished_spans()
     batches = [each for each in finished if each.kind is SpanKind.SERVER]

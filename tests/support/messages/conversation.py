@@ -33,14 +33,14 @@ class Conversation:
         return next(self._call)
 
     def finish(self) -> list[pb.AttributeStreamResponse]:
-        """Send no more, and return all that still comes. The stream must end well."""
+        """End the requests, and return all further responses. The stream must end with OK."""
         self._requests.put(None)
         rest = list(self._call)
         assert self._call.code() is grpc.StatusCode.OK
         return rest
 
     def end(self) -> tuple[list[pb.AttributeStreamResponse], grpc.StatusCode, str]:
-        """Return all that still comes until the server ends the stream, the status, and the cause in the trailers."""
+        """Return all further responses until the server ends the stream, the status, and the cause in the trailers."""
         answers: list[pb.AttributeStreamResponse] = []
         with contextlib.suppress(grpc.RpcError):
             answers.extend(self._call)
@@ -53,6 +53,6 @@ class Conversation:
         return self._call.details()
 
     def leave(self) -> None:
-        """Go away without a word."""
+        """Cancel the call without closing the stream first."""
         self._call.cancel()
         self._requests.put(None)

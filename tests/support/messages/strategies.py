@@ -91,7 +91,7 @@ def nearly_good() -> st.SearchStrategy[pb.AttributeRequest]:
 
 @st.composite
 def corrupted(draw: st.DrawFn) -> pb.AttributeRequest:
-    """A request in whose bytes some are others."""
+    """A request some of whose bytes are changed."""
     content = bytearray(draw(nearly_good()).SerializeToString())
     for _ in range(draw(st.integers(1, 4))):
         content[draw(st.integers(0, len(content) - 1))] = draw(st.integers(0, 255))

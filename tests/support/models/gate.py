@@ -9,7 +9,7 @@ from support.models import small_cnn
 
 
 class Gate:
-    """What a module waits at while it is shut, and how many rows came through. All copies of the module share it."""
+    """A module waits at it while it is shut; it counts the rows that passed. All copies of the module share it."""
 
     def __init__(self) -> None:
         self.reached = threading.Event()

@@ -31,7 +31,7 @@ _CACHED = small_cnn()
 
 
 def write_weights(path: Path, *, seed: int) -> None:
-    """Put the weights of a network into a file: whole, as whoever deploys does."""
+    """Write a network's weights to a file, atomically, as a deployment does."""
     beside = path.with_suffix(".new")
     safetensors.torch.save_file(small_cnn(seed=seed).state_dict(), beside)
     beside.replace(path)

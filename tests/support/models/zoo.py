@@ -271,7 +271,7 @@ METHODS: dict[str, tuple[Method, _Oracle]] = {
 
 
 def row(name: str) -> dict[str, str]:
-    """Return what each column says of a network."""
+    """Return a network's value in each column."""
     animal = ZOO[name]
     size = (3, animal.side, animal.side)
     x = torch.rand(3, *size, generator=torch.Generator().manual_seed(5))
@@ -334,7 +334,7 @@ def _cell(engine: Engine, module: nn.Module, x: Tensor, animal: Animal, method: 
 
 
 def _reason(message: str) -> str:
-    """Return why, without the field before it and what was expected or is to be done after it."""
+    """Return the reason in an error message, without the field before it and the advice after it."""
     return re.split("; |, expected", message.partition(": ")[2])[0]
 
 

@@ -236,7 +236,7 @@ def test_bands_leave_no_seam(monkeypatch: pytest.MonkeyPatch, style: str) -> Non
 
 
 def disc(height: int = 80, width: int = 100, *, radius: float = 20.0) -> np.ndarray:
-    """Return a cone with its peak in the middle: within a distance of the peak lie its largest values."""
+    """Return a cone with its peak in the middle: its largest values are those nearest to the peak."""
     y, x = np.ogrid[:height, :width]
     return np.maximum(0.0, 1 - np.hypot(y - (height - 1) / 2, x - (width - 1) / 2) / (2 * radius))
 

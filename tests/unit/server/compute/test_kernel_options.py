@@ -420,7 +420,7 @@ def test_recorded_kernels_want_a_gpu(spec: ModelSpec) -> None:
 
 
 def test_a_sure_probability_has_a_gradient_in_half_precision() -> None:
-    """Its gradient is less than float16 holds, were it not scaled on its way through the module."""
+    """Without scaling in the backward pass, its gradient would be below what float16 represents."""
     module = small_cnn()
     with torch.no_grad():
         module[-1].weight[2] *= 30
@@ -433,7 +433,7 @@ def test_a_sure_probability_has_a_gradient_in_half_precision() -> None:
 
 
 def test_a_probability_of_next_to_nothing_has_a_finite_gradient_in_half_precision() -> None:
-    """The power of two that would scale it to 1 is more than float32 holds."""
+    """The power of two that would scale it to 1 is above what float32 represents."""
     module = small_cnn()
     with torch.no_grad():
         module[-1].bias[2] += 90
@@ -442,7 +442,7 @@ def test_a_probability_of_next_to_nothing_has_a_finite_gradient_in_half_precisio
 
 
 def test_copies_that_cannot_be_folded_again_serve_no_more() -> None:
-    """The digest is that of the new weights, and so must the map be."""
+    """The digest is that of the new weights, so the map must be theirs too."""
     module = small_cnn()
     folded = kernel(module, OPTIONS["fold"])
     first = run(folded, inputs())

@@ -25,7 +25,7 @@ SMALL, MIDDLE, HUGE = 16, 128, 750
 
 
 class Sized(nn.Module):
-    """A network for any size, which takes note of the rows and pixels of each pass, and of what it began."""
+    """A network for any size, which records the rows and pixels of each pass."""
 
     def __init__(self) -> None:
         super().__init__()

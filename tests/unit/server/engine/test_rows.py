@@ -54,7 +54,7 @@ MARK = 100.0
 
 
 class Ordered(torch.nn.Module):
-    """Notes the chunks that ran: how many rows each had, and in which one a marked row was. It waits at a gate."""
+    """Records the rows of each chunk, and in which chunk a marked row was. It waits at a gate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,7 +170,7 @@ def test_cancelled_work_ends_within_a_chunk_and_leaves_nothing(
 
 
 def test_a_storm_of_cancellations_leaks_nothing(device: str, floats: Tensor) -> None:
-    """Half of them cancelled at random moments: states made are states released, and the next request is served."""
+    """Half of them are cancelled at random moments: every state is released, and the next request is served."""
     before = n_states()
     engine = Engine([ModelSpec(small_cnn())], Settings(device=device, max_chunk_rows=8))
     methods = [
@@ -305,7 +305,7 @@ def test_maps_that_improve_come_nearer_to_the_final_one(method: object, device: 
 
 
 def test_nobody_who_does_not_watch_pays_for_maps_that_are_not_final(device: str, floats: Tensor) -> None:
-    """SmoothGrad of a fixed number of draws runs them as one sweep, unless somebody watches."""
+    """SmoothGrad with a fixed number of draws runs them as one sweep, unless the caller wants partial maps."""
     module = Ordered()
     engine = tried(Engine([ModelSpec(module)], Settings(device=device, max_chunk_rows=64)), floats)
     module.chunks.clear()

@@ -148,7 +148,7 @@ def test_another_version_of_a_network_keeps_the_size_that_was_measured_not_the_l
 def test_a_chunk_that_is_filled_up_fails_at_once_and_is_taken_again_when_memory_is_there(
     images: np.ndarray, device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With fewer rows it would be filled up to as many; without, the promise of equal bytes would be broken."""
+    """Fewer rows would be padded to the same number; without padding, equal bytes could not be promised."""
     module = Moody("good", fits=3)
     settings = Settings(device=device, reproducible=True, reproducible_rows=4)
     engine = Engine([ModelSpec(module, input_size=(3, 32, 32))], settings)
@@ -202,7 +202,7 @@ def test_rows_that_are_left_when_the_engine_closes_are_unavailable(device: str, 
 
 
 class Wayward(nn.Module):
-    """A model that executes one instruction of the test at each call."""
+    """A model that executes one step of the test's script at each call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -314,7 +314,7 @@ def test_a_function_that_is_cancelled_before_its_turn_does_not_run_and_ends_noth
 
 
 def test_a_warm_up_that_is_given_up_leaves_a_device_that_answers(device: str, gate: Gate, floats: Tensor) -> None:
-    """As SIGTERM does while the models warm up."""
+    """SIGTERM cancels the warm-up in this way."""
     with Engine([ModelSpec(Gated(gate), input_size=(3, 32, 32))], Settings(device=device)) as engine:
 
         async def given_up() -> None:

@@ -114,7 +114,7 @@ def test_a_row_waits_for_its_round_and_one_chunk_of_each_other_key(
 
 @dataclass
 class Sweeping(Asked):
-    """A request that has rows in sweeps: the next one is there once every row of the last was given back."""
+    """A request with rows in sweeps: the next sweep is available once all rows of the last have been returned."""
 
     sweeps: list[int] = field(default_factory=list)
     n_running: int = field(default=0, init=False)
@@ -151,13 +151,13 @@ def test_the_head_is_the_first_that_is_not_cancelled() -> None:
 
 
 class Clock:
-    """Time in chunks: a chunk takes one."""
+    """A clock whose unit is one chunk."""
 
     def __init__(self, scheduler: Scheduler[str], limit: int) -> None:
         self.scheduler, self.limit, self.now = scheduler, limit, 0
 
     def until(self, name: str) -> int:
-        """Run chunks until a request of a name has got a row, and return how many that took."""
+        """Run chunks until a request has got a row, and return their number."""
         began = self.now
         while True:
             self.now += 1

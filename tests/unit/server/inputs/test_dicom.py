@@ -289,7 +289,7 @@ def rle(frame: bytes, **elements: object) -> bytes:
 
 
 def jpeg(height: int, width: int) -> bytes:
-    """A DICOM file that says 64 × 64, of a JPEG that says something else."""
+    """A DICOM file of 64 × 64 with a JPEG of another size."""
     buffer = io.BytesIO()
     Image.new("L", (8, 8)).save(buffer, "JPEG")
     image = buffer.getvalue()

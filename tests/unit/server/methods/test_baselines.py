@@ -31,7 +31,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.5)
 
 
 class Sum(nn.Module):
-    """Two logits: the sum of the input, and nothing."""
+    """Two logits: the sum of the input, and 0."""
 
     def __init__(self) -> None:
         super().__init__()

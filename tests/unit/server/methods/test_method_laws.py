@@ -166,7 +166,7 @@ def test_a_constant_added_to_all_logits_changes_no_map_of_a_probability(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_example_twice_in_a_batch_has_the_same_map(method: str, explain: Explain, x: Tensor) -> None:
-    """So every example of a batch meets the same draws, and no count of rows before it changes them."""
+    """So every example of a batch has the same draws, and rows before it do not change them."""
     maps = explain(x[[0, 1, 0, 2, 0]], METHODS[method], target=CLASS).maps
     assert_close(maps[[2, 4]], maps[[0, 0]])
     assert_close(explain(x[:1], METHODS[method], target=CLASS).maps, maps[:1])

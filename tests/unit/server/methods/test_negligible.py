@@ -93,7 +93,7 @@ def test_a_score_that_depends_on_nothing_has_a_map_of_nothing(method: str) -> No
 
 
 def test_a_layer_of_which_nothing_speaks_for_a_class_is_zero_and_right() -> None:
-    """The ReLU of Grad-CAM leaves nothing then, and that is what it says."""
+    """Then Grad-CAM's ReLU gives zero everywhere, and the answer says so."""
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     with torch.no_grad():
         module[4].weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 4))

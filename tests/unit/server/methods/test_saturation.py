@@ -167,7 +167,7 @@ def test_below_the_threshold_float32_is_right_to_the_figure_that_is_stated() -> 
 
 @functools.cache
 def digits() -> tuple[nn.Module, Tensor]:
-    """A CNN that is sure of nearly every picture, and the 397 pictures that it did not see."""
+    """A CNN with probabilities near 1 for nearly every picture, and the 397 pictures that it was not trained on."""
     loaded = load_digits()
     pictures = torch.from_numpy(loaded.images).float()[:, None] / 16
     classes = torch.from_numpy(loaded.target)
@@ -228,7 +228,7 @@ def test_maps_at_any_gap_are_those_of_the_float64_copy(score: Score) -> None:
 
 
 class Certain(nn.Module):
-    """Three classes, the first of them ahead by as much as the first pixel says."""
+    """Three classes; the value of the first pixel is the lead of the first class's logit."""
 
     def __init__(self, *, after: Callable[[Tensor], Tensor] = lambda logits: logits) -> None:
         super().__init__()

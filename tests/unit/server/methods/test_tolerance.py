@@ -35,7 +35,7 @@ def explain(module: nn.Module) -> Iterator[Explain]:
 
 @pytest.fixture
 def x() -> Tensor:
-    """Examples that are more and less curved on their way: they stop at unequal numbers of rows."""
+    """Examples whose paths are unequally curved, so that they stop at unequal numbers of rows."""
     x = torch.randn(5, *SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(8))
     return x * torch.tensor([0.3, 1.0, 3.0, 10.0, 30.0], dtype=torch.float64).view(-1, 1, 1, 1)
 
@@ -161,7 +161,7 @@ def test_a_fixed_number_of_draws_reports_its_standard_error_too(
 
 
 def test_more_draws_bring_a_map_nearer_to_that_of_many(explain: Explain, x: Tensor) -> None:
-    """The reported error is what it says: the distance to the mean of very many draws is of that size."""
+    """The reported error is right: the distance to the mean of very many draws is of that size."""
     many = explain(x, SmoothGrad(2000, noise_level=0.2, seed=SEED + 1), target=CLASS).maps.reshape(5, -1)
     for n in (16, 64):
         answer = explain(x, SmoothGrad(n, noise_level=0.2, seed=SEED), target=CLASS)

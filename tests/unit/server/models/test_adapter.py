@@ -98,7 +98,7 @@ class Configured(Net):
 
 
 class Labelled(Net):
-    """A model that computes its loss in every pass, in the manner of its kind of label."""
+    """A model that computes its loss in every pass, with the loss for its kind of label."""
 
     def __init__(self, kind: str) -> None:
         super().__init__(1 if kind == "binary" else K)
@@ -133,7 +133,7 @@ class Returning(Net):
 
 
 def found(module: nn.Module, **spec: Any) -> tuple[str, str, str]:
-    """What is found out of a module: how it is called, what it returns, and how that is read."""
+    """What introspection detects of a module: how it is called, what it returns, and the kind of its outputs."""
     with Engine([ModelSpec(module, **{"input_size": SIZE} | spec)], SETTINGS) as engine:
         model = engine.model("")
         return model.adapter.summary, model.head.outputs, model.head.activation

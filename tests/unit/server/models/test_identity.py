@@ -149,7 +149,7 @@ def test_a_change_of_the_weights_is_noticed(change: Callable[[nn.Module], None],
 
 def test_an_answer_whose_weights_were_written_meanwhile_is_of_no_one_state() -> None:
     class Writing(nn.Module):
-        """Has somebody write to the caller's weights in the midst of a pass."""
+        """A model during whose pass the caller's weights are written."""
 
         def __init__(self) -> None:
             super().__init__()

@@ -275,7 +275,7 @@ MALICIOUS: Mapping[str, tuple[Callable[[], str], str]] = {
 
 
 def load_as_torch_does(path: str) -> None:
-    """Load and run a program without a look at it first."""
+    """Load and run a program without checking it first."""
     module = torch.export.load(path).module()
     module(examples(4))
 

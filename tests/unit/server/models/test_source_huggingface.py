@@ -55,7 +55,7 @@ LABELS = {0: "cat", 1: "dog", 2: "elk", 3: "fox"}
 
 @pytest.fixture(scope="module", autouse=True)
 def _silent() -> Iterator[None]:
-    """A bar of transformers' is none of the tests'."""
+    """Hide transformers' progress bars."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -281,8 +281,8 @@ async def test_one_who_leaves_while_waiting_takes_nothing() -> None:
 
 
 @on_a_loop
-async def test_one_who_leaves_in_the_moment_of_the_turn_passes_it_on() -> None:
-    """The permit was taken, and the task that was to get it is cancelled before it runs."""
+async def test_a_task_cancelled_in_the_moment_of_the_turn_passes_it_on() -> None:
+    """The permit was granted, and the task that waits for it is cancelled before it runs."""
     admission = Admission(max_requests=1, max_bytes=100)
     permit = await admission.acquire(1)
     leaving, staying = (asyncio.create_task(admission.acquire(1)) for _ in range(2))
@@ -296,8 +296,8 @@ async def test_one_who_leaves_in_the_moment_of_the_turn_passes_it_on() -> None:
 
 
 @on_a_loop
-async def test_one_who_leaves_just_before_the_turn_passes_it_on() -> None:
-    """The waiting task is cancelled, and the permit comes free before it has noticed."""
+async def test_a_task_cancelled_just_before_the_turn_passes_it_on() -> None:
+    """The waiting task is cancelled, and the permit is released before the task has run."""
     admission = Admission(max_requests=1, max_bytes=100)
     permit = await admission.acquire(1)
     leaving, staying = (asyncio.create_task(admission.acquire(1)) for _ in range(2))

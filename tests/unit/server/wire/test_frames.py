@@ -42,7 +42,7 @@ def tensor_in(message: Message) -> tensor_pb2.Tensor | None:
 
 
 def whole(received: Received[Message]) -> Message:
-    """Put the data back where it was."""
+    """Put the data back into the message that it was cut out of."""
     tensor = tensor_in(received.message)
     if received.data is not None and tensor is not None:
         assert not tensor.data
@@ -103,7 +103,7 @@ def test_any_bytes_are_read_as_protobuf_reads_them(
 
 
 def varint(value: int, *, n_bytes: int = 0) -> bytes:
-    """Return a number, in as many bytes if it is to be longer than it must."""
+    """Return a varint, padded to a number of bytes if one is given."""
     out = bytearray()
     while value > 0x7F or len(out) + 1 < n_bytes:
         out.append(value & 0x7F | 0x80)
