@@ -60,10 +60,7 @@ def bench(
     """
     expect(shape is None or not (images or pixels), "--shape", "only without pictures and --pixels")
     expect(not pixels or bool(images), "--pixels", "only with pictures")
-    for option, file in (("--json", json_file), ("--plot", plot_file)):
-        expect(file is None or file.absolute().parent.is_dir(), option, f"a file in an existing folder, got {file}")
-    if plot_file is not None:
-        check_plot(plot_file)
+    _check_files(json_file, plot_file)
     noise_shape = _shape(shape)
     plan = Plan(
         address=address,
@@ -99,6 +96,14 @@ def bench(
         plot(plot_file, measured.results, title=describe(traffic, answer))
     if not measured.is_whole:
         raise typer.Exit(INTERRUPTED if measured.interrupted else 1)
+
+
+def _check_files(json_file: Path | None, plot_file: Path | None) -> None:
+    """Reject files that could not be written once the measurement is over."""
+    for option, file in (("--json", json_file), ("--plot", plot_file)):
+        expect(file is None or file.absolute().parent.is_dir(), option, f"a file in an existing folder, got {file}")
+    if plot_file is not None:
+        check_plot(plot_file)
 
 
 def _batches(
