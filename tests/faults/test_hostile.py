@@ -2,10 +2,8 @@
 
 import contextlib
 import functools
-import gc
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import grpc
@@ -19,7 +17,6 @@ from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.app.channel_options import MAX_CONNECTION_CALLS
 from sidelight_server.app.health.health import MAX_PEER_WATCHES
-from sidelight_server.domain import Request
 from sidelight_server.rpc import interceptors
 from sidelight_server.rpc.limits import receive_limit
 from sidelight_server.rpc.streaming import stream
@@ -339,58 +336,6 @@ def test_a_good_caller_beside_300_calls_of_10_000_rows_waits_for_two_chunks(
         for caller in callers:
             caller.close()
         until(server, lambda: n_held(server) == 0 and engine.n_unanswered == 0)
-
-
-def n_messages() -> int:
-    return sum(type(each) in (pb.AttributeRequest, Request) for each in gc.get_objects())
-
-
-@contextlib.contextmanager
-def without_circles(server: Running) -> Iterator[None]:
-    """Check that messages and requests are gone without the garbage collector, which 62 MiB a message outrun."""
-    gc.collect()
-    gc.disable()
-    try:
-        before = n_messages()
-        yield
-        # gRPC keeps the call that came last until another comes.
-        until(server, lambda: n_messages() <= before + 2)
-    finally:
-        gc.enable()
-
-
-def test_a_refused_call_leaves_no_message_for_the_garbage_collector(tmp_path: Path, device: str) -> None:
-    with running(Linear(), tmp_path, device=device, max_in_flight_bytes=100_000) as server:
-        wrong = ask(floats(1), model="no such model")
-        large = ask(np.zeros((40, 3, 40, 40), np.float32))
-        for message in (wrong, large):
-            with pytest.raises(grpc.RpcError):
-                server.stub.Attribute(message, timeout=TIMEOUT_S)
-        with without_circles(server):
-            for message in 10 * (wrong, large):
-                with pytest.raises(grpc.RpcError):
-                    server.stub.Attribute(message, timeout=TIMEOUT_S)
-
-
-@pytest.mark.parametrize("is_stream", [False, True], ids=["unary", "stream"])
-def test_a_cancelled_call_leaves_no_message_for_the_garbage_collector(
-    tmp_path: Path, device: str, is_stream: bool
-) -> None:
-    with gated(tmp_path, device=device) as (_, server):
-
-        def cancel_one() -> None:
-            if is_stream:
-                call = server.stub.AttributeStream(iter([attribute("one", floats(1))]))
-            else:
-                call = server.stub.Attribute.future(ask(floats(1)))
-            until(server, lambda: n_held(server) == 1)
-            call.cancel()
-            until(server, lambda: n_held(server) == 0)
-
-        cancel_one()
-        with without_circles(server):
-            for _ in range(10):
-                cancel_one()
 
 
 def test_messages_of_streams_that_wait_for_a_permit_are_bounded_together(tmp_path: Path, device: str) -> None:

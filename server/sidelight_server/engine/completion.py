@@ -6,7 +6,7 @@ import functools
 import traceback
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _Value = TypeVar("_Value")
 
@@ -29,6 +29,27 @@ def complete(future: "Future[_Value]", function: Callable[[], _Value]) -> None:
         traceback.clear_frames(error.__traceback__)
         future.set_exception(error)
         del function
+
+
+def forget_frames(error: BaseException) -> None:
+    """Drop the tracebacks of an error that was handled, and of the errors before it.
+
+    Their frames hold a request's arrays, and some refer to the error: a reference cycle, which would keep the arrays in
+    memory until the garbage collector runs.
+    """
+    each: BaseException | None = error
+    while each is not None:
+        each.__traceback__ = each.__cause__ = None
+        each.__context__, each = None, each.__context__
+
+
+def forget_cancellation(task: "asyncio.Task[Any]") -> None:
+    """Drop the traceback of the `CancelledError` that a cancelled task keeps. A done callback."""
+    if task.cancelled():
+        try:
+            task.result()
+        except asyncio.CancelledError as cancelled:
+            forget_frames(cancelled)
 
 
 class Completions:

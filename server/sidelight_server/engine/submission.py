@@ -10,7 +10,7 @@ from ..domain import MANY_EXAMPLES, Answer, Request
 from ..telemetry.call_record import CallRecord
 from .active_request import ActiveRequest
 from .answer import Clock
-from .completion import call_soon
+from .completion import call_soon, forget_cancellation
 from .devices.device import Device
 from .preparation.examples import Prepared, input_shape, prepare, resolve_layer, runs_inline
 from .preparation.pool import PreparationPool, to_thread_if_many
@@ -112,6 +112,7 @@ class Submission:
                 self.fail(error)
 
         self._task = self._loop.create_task(run())
+        self._task.add_done_callback(forget_cancellation)
 
     async def _prepare(self, version: Version) -> None:
         prepared = await self._engine.pool.prepare(version[0], self._request, self._call_record.caller)

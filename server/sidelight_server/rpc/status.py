@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import grpc
 
 from ..compute.torch_device import is_out_of_memory
+from ..engine.completion import forget_frames
 from ..errors import Internal, ResourceExhausted, SidelightError
 from ..telemetry.counters import Counters
 from ..telemetry.logs import Event, Throttle
@@ -31,7 +32,7 @@ async def abort(context: Context, error: SidelightError) -> NoReturn:
         # gRPC keeps this exception with the call, and its traceback keeps the message: a reference cycle. Without this
         # callback, such messages would fill the memory long before the garbage collector runs.
         if call := asyncio.current_task():
-            call.add_done_callback(functools.partial(_clear_tracebacks, (aborted, error)))
+            call.add_done_callback(functools.partial(_forget_frames, (aborted, error)))
         raise
     raise AssertionError("abort always raises")
 
@@ -41,21 +42,9 @@ def retry_trailers(error: SidelightError) -> tuple[tuple[str, str], ...]:
     return () if error.retry_delay_s is None else ((RETRY_TRAILER, str(round(error.retry_delay_s * 1000))),)
 
 
-def _clear_tracebacks(errors: Iterable[BaseException], _call: object) -> None:
+def _forget_frames(errors: Iterable[BaseException], _call: object) -> None:
     for error in errors:
-        error.__traceback__ = error.__context__ = None
-
-
-def forget_frames(task: "asyncio.Task[Any]") -> None:
-    """Break the reference cycle of a cancelled task. A done callback.
-
-    The task keeps its `CancelledError`, whose traceback keeps frames, some of which refer to the task.
-    """
-    if task.cancelled():
-        try:
-            task.result()
-        except asyncio.CancelledError as cancelled:
-            cancelled.__traceback__ = cancelled.__context__ = None
+        forget_frames(error)
 
 
 def rejecting_handler(error: SidelightError, counts: Counters) -> "Handler":

@@ -6,13 +6,13 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from ...engine.completion import forget_cancellation, forget_frames
 from ...engine.submission import Outcome
 from ...errors import Cancelled, DeadlineExceeded, SidelightError
 from ...telemetry.call_record import CallRecord
 from ..execution import Execution
 from ..limits.admission import Permits
 from ..request_handler import RequestHandler
-from ..status import forget_frames
 from ..validated_request import ValidatedRequest
 from .eager import CreateTask, run_eagerly
 from .response_writer import ResponseWriter
@@ -182,6 +182,7 @@ class Batch:
             await step()
         except SidelightError as error:
             self._answer_failure(error)
+            forget_frames(error)
 
     def _go_on_in(self, task: "asyncio.Task[None] | None") -> None:
         self._task = task
@@ -192,7 +193,7 @@ class Batch:
     def _task_ended(self, task: "asyncio.Task[None]") -> None:
         if self._task is task:
             self._task = None
-        forget_frames(task)
+        forget_cancellation(task)
         if self._refusal and not self._is_over:
             self._answer_failure(self._refusal)
 
