@@ -1,6 +1,7 @@
-"""The memory of a message is free once its call has ended: nothing is left to the garbage collector."""
+"""The memory of a message is free once its call has ended: nothing is left to the garbage collector or to gRPC."""
 
 import contextlib
+import ctypes
 import gc
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,11 +15,15 @@ from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.domain import Request
 
 from benchmarks.support.bombs import many_scans
+from benchmarks.support.http2_caller import STREAM, Caller, framed
 from support.messages.attribution import INVALID_ARGUMENT, ask, floats
 from support.messages.conversation import Conversation
 from support.models import Linear
 from support.servers.running import TIMEOUT_S, Running, gated, running, serving
 from support.waiting import until
+
+LATE_BYTES = 4_800_000
+
 
 def n_held(server: Running) -> int:
     return server.counts().permits
@@ -117,3 +122,61 @@ def cancel_one(server: Running, message: pb.AttributeRequest, *, is_stream: bool
     until(server, lambda: n_held(server) == 1)
     call.cancel()
     until(server, lambda: n_held(server) == 0)
+
+
+class Mallinfo(ctypes.Structure):
+    """The result of glibc's mallinfo2(3)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def in_use_bytes() -> int:
+    """Return how many bytes this process has allocated from the C library and not freed."""
+    try:
+        mallinfo = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        pytest.skip("another C library than glibc 2.33 or later")
+    mallinfo.restype = Mallinfo
+    counts = mallinfo()
+    return int(counts.uordblks + counts.hblkhd)
+
+
+@contextlib.contextmanager
+def freeing(server: Running) -> Iterator[None]:
+    """Check that of the messages of `LATE_BYTES` that are sent meanwhile at most one is still allocated."""
+    gc.collect()
+    before = in_use_bytes()
+    yield
+    until(server, lambda: n_held(server) == 0)
+    # gRPC keeps the call that came last until another comes.
+    server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+    until(server, lambda: in_use_bytes() < before + 2 * LATE_BYTES)
+
+
+def test_a_message_that_arrives_after_its_stream_was_ended_is_freed(tmp_path: Path, device: str) -> None:
+    """The stream still answers the batch before it. Load shedding ends streams at such a time."""
+    first = pb.AttributeStreamRequest(attribute=ask(floats(1), id="first")).SerializeToString()
+    with gated(tmp_path, device=device) as (gate, server), Caller(f"unix:{tmp_path}/socket") as caller:
+
+        async def end_waiting() -> int:
+            return server.server.calls.end_waiting(0.0)
+
+        def send_late() -> None:
+            gate.shut()
+            call = caller.begin(STREAM)
+            caller.send(call, framed(first))
+            until(server, lambda: n_held(server) == 1)
+            until(server, lambda: server.run(end_waiting()) == 1)
+            assert caller.send(call, framed(bytes(LATE_BYTES))) == LATE_BYTES + 5
+            gate.open()
+            assert caller.result(call).status == 0
+
+        send_late()
+        with freeing(server):
+            for _ in range(8):
+                send_late()

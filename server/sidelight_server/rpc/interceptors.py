@@ -16,6 +16,7 @@ from ..errors import ResourceExhausted, SidelightError
 from ..security.authorization import Callers
 from ..security.stream_limit import Peers, host_of
 from ..wire.codec import Decode, Unreadable, decode_request, decode_stream_request, encode, unreadable
+from .limits.reading import messages
 from .limits.receive_limit import SLOTS, SLOW_SLOTS, SMALL_S, SMALL_SLOTS, Pace, ReceiveLimit
 from .limits.write_timeout import WriteTimeout
 from .status import Context, abort
@@ -131,11 +132,11 @@ class MessageInterceptor(grpc.aio.ServerInterceptor):
         talk: Any = handler.stream_stream
         read: Any = handler.request_deserializer
 
-        async def converse(requests: object, context: Context) -> None:
+        async def converse(_: object, context: Context) -> None:
             try:
                 with self._reflections.opens(context.peer()):
                     async with asyncio.timeout(REFLECTION_S):
-                        async for response in talk(requests, context):
+                        async for response in talk(messages(context), context):
                             await context.write(response)
             except TimeoutError:
                 pass  # the stream ends with OK; the client can open another

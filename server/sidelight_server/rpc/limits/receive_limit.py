@@ -16,6 +16,7 @@ import grpc
 from ...errors import DeadlineExceeded, InvalidArgument, ResourceExhausted, SidelightError
 from ..status import Context
 from .admission import Admission, Permit
+from .reading import read
 
 _Slot = tuple[Admission, Permit]
 
@@ -62,7 +63,7 @@ class ReceiveLimit:
         )
         try:
             async with timeout:
-                message = await context.read()
+                message = await read(context)
         except TimeoutError:
             return self._timeout_error(has_slot=bool(held))
         finally:

@@ -9,6 +9,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from .reading import READING
+
 Task = asyncio.Task[Any]
 
 
@@ -49,6 +51,9 @@ class WriteTimeout:
         maker = self._makers.get(call)
         if maker and (watching := maker()):  # gRPC's task that waits for a disconnect; it holds the call
             watching.cancel()
+        for task, its_maker in list(self._makers.items()):
+            if its_maker() is call and task.get_name() == READING:  # it holds the call, too
+                task.cancel()
         call.cancel()
 
 

@@ -15,6 +15,7 @@ from google.protobuf.message import Message
 from ...errors import SidelightError, Unavailable
 from ...telemetry.call_record import CallRecord
 from ...wire.codec import Decoded, Received, Unreadable
+from ..limits.reading import read
 from ..limits.receive_limit import Pace
 from ..limits.write_timeout import WriteTimeout
 from ..request_handler import RequestHandler
@@ -183,7 +184,7 @@ class Stream(ABC, Generic[M]):
         self._reader, self._waits_since_s = asyncio.current_task(), time.monotonic()
         try:
             await self._options.pace.wait(self._options.caller)
-            message: Any = await self._context.read()
+            message: Any = await read(self._context)
         except asyncio.CancelledError:
             # Cancelled by `end`, which has cleared `_reader`; by gRPC, if the client disconnected; or by the task
             # group, if a write stalled.
