@@ -6,6 +6,7 @@ the call: gRPC ends it, at the latest when the call has ended.
 """
 
 import asyncio
+import weakref
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,16 +14,21 @@ import grpc
 
 from ..status import Context
 
-READING = "sidelight-read"  # the name of such a task
+Task = asyncio.Task[Any]
+
+# Reads that were cancelled, by the task that was. Weak references, because a read refers to its call.
+_abandoned: weakref.WeakKeyDictionary[Task, weakref.ref[Task]] = weakref.WeakKeyDictionary()
 
 
 async def read(context: Context) -> Any:
     """Return a call's next message, or `grpc.aio.EOF`. If this is cancelled, the message is dropped when it arrives."""
-    reading = asyncio.create_task(context.read(), name=READING)
+    reading = asyncio.create_task(context.read())
     try:
         return await asyncio.shield(reading)
     except asyncio.CancelledError:
         reading.add_done_callback(_drop)
+        if call := asyncio.current_task():
+            _abandoned[call] = weakref.ref(reading)
         raise
     finally:
         del context, reading  # gRPC ends a call that nothing refers to, and a traceback keeps this frame's variables
@@ -34,6 +40,13 @@ async def messages(context: Context) -> AsyncIterator[Any]:
         yield message
 
 
-def _drop(reading: "asyncio.Task[Any]") -> None:
+def end_abandoned(call: Task) -> None:
+    """End the read that was cancelled in this task, if any, because it refers to the call."""
+    abandoned = _abandoned.pop(call, None)
+    if abandoned and (reading := abandoned()):
+        reading.cancel()
+
+
+def _drop(reading: Task) -> None:
     if not reading.cancelled():
         reading.exception()  # the call has ended; unless an exception is looked at, asyncio logs it

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from .reading import READING
+from .reading import end_abandoned
 
 Task = asyncio.Task[Any]
 
@@ -51,9 +51,7 @@ class WriteTimeout:
         maker = self._makers.get(call)
         if maker and (watching := maker()):  # gRPC's task that waits for a disconnect; it holds the call
             watching.cancel()
-        for task, its_maker in list(self._makers.items()):
-            if its_maker() is call and task.get_name() == READING:  # it holds the call, too
-                task.cancel()
+        end_abandoned(call)
         call.cancel()
 
 
