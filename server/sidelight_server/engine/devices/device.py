@@ -11,7 +11,6 @@ from ..active_request import ActiveRequest
 from .device_worker import DeviceWorker
 
 IDLE_S = 1.0  # without requests: callers that send one after the other leave shorter pauses
-MAX_IDLE_WAIT_S = 10.0
 POLL_S = 0.05
 REST = 3.0  # pause after a background task, as a multiple of its time: requests keep three quarters of the device
 
@@ -19,7 +18,7 @@ _Value = TypeVar("_Value")
 
 
 class NeverIdle(Exception):
-    """A device was not idle within `MAX_IDLE_WAIT_S`."""
+    """A device was not idle in time."""
 
 
 class Device:
@@ -69,12 +68,11 @@ class Device:
         """Whether there has been no request for `IDLE_S`."""
         return not self.n_rows and time.monotonic() - self._idle_since_s >= IDLE_S
 
-    def when_idle(self, task: Callable[[], _Value]) -> _Value:
+    def when_idle(self, task: Callable[[], _Value], *, until_s: float) -> _Value:
         """Run a function on the device's thread once the device is idle, and wait for its result.
 
-        For background threads. Raises `NeverIdle`, and `Unavailable` as `submit` does.
+        For background threads. Raises `NeverIdle` if it is busy until `until_s`, and `Unavailable` as `submit` does.
         """
-        until_s = time.monotonic() + MAX_IDLE_WAIT_S
         while not self.is_idle:
             if time.monotonic() > until_s:
                 raise NeverIdle

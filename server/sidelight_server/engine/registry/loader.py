@@ -1,6 +1,7 @@
 """The loader: loads new versions of models while others serve, each in its own thread."""
 
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -22,6 +23,8 @@ from .entry import Entry, Version
 log = logging.getLogger("sidelight")
 
 _Value = TypeVar("_Value")
+
+MAX_IDLE_WAIT_S = 10.0  # a reload of the model waits as long
 
 NO_TURN = contextlib.nullcontext()
 
@@ -86,7 +89,7 @@ class Loader:
         """Measure the chunk size on each device while it is idle. Runs on a thread of its own, like a load."""
         with self._one_thread():
             for device, model in zip(self._devices, entry.models, strict=True):
-                model.in_turn = device.when_idle
+                model.in_turn = functools.partial(device.when_idle, until_s=time.monotonic() + MAX_IDLE_WAIT_S)
                 try:
                     measure_again(model)
                 except NeverIdle:

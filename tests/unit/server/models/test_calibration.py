@@ -12,8 +12,7 @@ import sidelight
 import sidelight_server
 import torch
 from sidelight_server import Engine, ModelSpec, Request, Settings
-from sidelight_server.engine.devices import device
-from sidelight_server.engine.registry import recalibration
+from sidelight_server.engine.registry import loader, recalibration
 from sidelight_server.engine.registry.recalibration import Recalibration
 from sidelight_server.models import calibration
 from torch import Tensor, nn
@@ -161,7 +160,7 @@ def test_a_size_that_was_measured_under_load_grows_and_never_shrinks(monkeypatch
 def test_a_measurement_runs_nothing_while_requests_come(monkeypatch: pytest.MonkeyPatch, floats: Tensor) -> None:
     """A run of 16 rows would delay them. Calls in sequence leave the device without requests for moments."""
     module = Paced(LOADED)
-    monkeypatch.setattr(device, "MAX_IDLE_WAIT_S", 1.5)
+    monkeypatch.setattr(loader, "MAX_IDLE_WAIT_S", 1.5)
     with calibrated(module, monkeypatch) as engine:
         module.seconds = QUIET
 
