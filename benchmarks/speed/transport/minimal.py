@@ -81,8 +81,12 @@ async def _serve(address: str) -> None:
     explainer = Explainer()
 
     async def stream(_: AsyncIterator[bytes], context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
+        writing = asyncio.Lock()
+
         async def answer(message: bytes) -> None:
-            await context.write(await _answered(explainer, message))
+            response = await _answered(explainer, message)
+            async with writing:  # gRPC takes one message at a time
+                await context.write(response)
 
         async with asyncio.TaskGroup() as answering:
             while (message := await context.read()) is not grpc.aio.EOF:
