@@ -105,9 +105,9 @@ class OpenCalls:
             if isinstance(received, Unreadable):
                 raise received.error
             validated = await validate(received, call_record)
-            permit = self._handler.acquire_permits_now(validated)
+            permits = self._handler.acquire_permits_now(validated)
             # gRPC runs the handler in this task and ends it after the answer is written, not when it is returned.
-            call.add_done_callback(lambda _: permit.close())
+            call.add_done_callback(lambda _: permits.release())
             answer = await self._handler.explain(validated)
             call_record.writing_s = time.monotonic()
             self._write_timeout.expect(call_record.cut_off)

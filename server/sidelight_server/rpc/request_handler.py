@@ -136,39 +136,39 @@ class RequestHandler:
         return HideInternalErrors(id_, self._faults)
 
     def acquire_waiting_permit(self, n_bytes: int, caller: str) -> Permits:
-        """Count a message that waits to be admitted, until the result is closed.
+        """Count a message that waits to be admitted, until the result is released.
 
         All waiting messages together may take a quarter of `max_in_flight_bytes`, and one caller its share of that.
         Raises `ResourceExhausted` for one too many.
         """
         permits = Permits()
         if n_bytes >= WAITING_BYTES:
-            permits.add(self._waiting, self._waiting.claim(n_bytes, caller))
+            permits.add(self._waiting, self._waiting.acquire_now(n_bytes, caller))
         return permits
 
     def acquire_permits_now(self, validated: ValidatedRequest) -> Permits:
-        """Take the permits of a request; closing the result releases them.
+        """Acquire the permits of a request, held until `Permits.release`.
 
         Raises `ResourceExhausted` if none is free.
         """
         permits, caller = Permits(), validated.call_record.caller
         try:
             for admission in self._admissions(validated):
-                permits.add(admission, admission.claim(validated.n_bytes, caller, n_rows=validated.n_rows))
+                permits.add(admission, admission.acquire_now(validated.n_bytes, caller, n_rows=validated.n_rows))
         except BaseException:
-            permits.close()
+            permits.release()
             raise
         return permits
 
     async def acquire_permits(self, validated: ValidatedRequest) -> Permits:
-        """Wait for the permits of a request and take them; closing the result releases them."""
+        """Wait for the permits of a request and acquire them, held until `Permits.release`."""
         permits, caller = Permits(), validated.call_record.caller
         try:
             for admission in self._admissions(validated):
                 taken = await admission.acquire(validated.n_bytes, caller, n_rows=validated.n_rows)
                 permits.add(admission, taken)
         except BaseException:
-            permits.close()
+            permits.release()
             raise
         return permits
 
@@ -189,7 +189,7 @@ class RequestHandler:
         if entry.models:
             return entry.models
         try:
-            with self.admission.enter(n_bytes, caller):
+            with self.admission.acquired(n_bytes, caller):
                 async with asyncio.timeout_at(deadline_s):
                     return await registry.ready(name)
         except TimeoutError:

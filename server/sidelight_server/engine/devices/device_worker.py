@@ -38,7 +38,7 @@ _Value = TypeVar("_Value")
 
 
 class DeviceWorker:
-    """The worker thread of a device; owns the device's ring and staging buffers.
+    """The worker thread of a device; owns the device's scheduler and staging buffers.
 
     At most `depth` chunks are in flight. A failing chunk is split until the bad example is alone, and only that example
     fails. A chunk that does not fit into device memory is halved, and larger ones are not tried for a while (see
@@ -67,7 +67,7 @@ class DeviceWorker:
         self._depth = depth or (2 if device.type == "cuda" else 1)
         self._on_end = on_end
         self._staging = Staging(device)
-        self._ring: Scheduler[Taken] = Scheduler()
+        self._scheduler: Scheduler[Taken] = Scheduler()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._in_flight: deque[_InFlight] = deque()
         self._delay = BatchingDelay()
@@ -89,17 +89,17 @@ class DeviceWorker:
         return not self._closed and self._thread.is_alive()
 
     def submit(self, active: ActiveRequest) -> None:
-        """Add a request to the ring. Raises `Unavailable` if the worker has ended."""
+        """Add a request to the scheduler. Raises `Unavailable` if the worker has ended."""
         with self._changed:
             self._check_alive()
-            self._ring.add(active)
+            self._scheduler.add(active)
             self._changed.notify()
 
     def withdraw(self, active: ActiveRequest) -> None:
         """Drop a request's rows that have not run; free its memory once none of its rows is in flight."""
         active.cancel()
         with self._changed:
-            self._ring.remove(active)
+            self._scheduler.remove(active)
             if not active.n_running:
                 active.release()
 
@@ -173,9 +173,9 @@ class DeviceWorker:
         Returns no rows while a task waits for the chunks in flight: otherwise the task might wait forever.
         """
         with self._changed:
-            if not (self._in_flight or self._tasks or len(self._ring)):
+            if not (self._in_flight or self._tasks or len(self._scheduler)):
                 self.heartbeat.rest()
-            self._changed.wait_for(lambda: self._closed or self._in_flight or self._tasks or len(self._ring))
+            self._changed.wait_for(lambda: self._closed or self._in_flight or self._tasks or len(self._scheduler))
             while (left_s := self._delay_left_s()) > 0:
                 self._changed.wait(left_s)
             if self._closed:
@@ -183,20 +183,20 @@ class DeviceWorker:
             if self._tasks and self._in_flight:
                 return []
             task = self._tasks.popleft() if self._tasks else None
-            head = self._ring.head()
+            head = self._scheduler.head()
             if task is None and isinstance(head, ActiveRequest):
-                return by_request(self._ring.take_chunk(head.max_chunk_rows))
+                return by_request(self._scheduler.take_chunk(head.max_chunk_rows))
         if task is not None:
             self._run_task(*task)
         return []
 
     def _delay_left_s(self) -> float:
         """Return how long the next chunk waits for more rows."""
-        head = self._ring.head()
+        head = self._scheduler.head()
         if self._closed or self._in_flight or self._tasks or not isinstance(head, ActiveRequest):
             return 0.0
         limit = head.max_chunk_rows
-        return self._delay.left_s(n_waiting=self._ring.n_rows(at_most=limit), limit=limit)
+        return self._delay.left_s(n_waiting=self._scheduler.n_rows(at_most=limit), limit=limit)
 
     def _run_task(self, task: Callable[[], _Value], future: "Future[_Value]") -> None:
         if not future.set_running_or_notify_cancel():
@@ -219,7 +219,7 @@ class DeviceWorker:
             return self.errors.to_domain_error(rows[0][0], rows[0][1].example_run, error, n_rows=len(rows))
 
     def _complete(self, rows: list[Taken], chunk: RunningChunk | SidelightError) -> None:
-        """Read a chunk, fold its rows, and put requests that have new rows back into the ring."""
+        """Read a chunk, fold its rows, and put requests that have new rows back into the scheduler."""
         active_requests = list(dict.fromkeys(active for active, _ in rows))
         had_none = [active for active in active_requests if not active.pending]
         self._read(rows, chunk)
@@ -232,11 +232,11 @@ class DeviceWorker:
                         self.cancellations.add(time.monotonic() - active.cancelled_s)
                     active.release()
                 elif active in had_none and not active.cancelled:
-                    self._ring.add(active)
+                    self._scheduler.add(active)
                 elif not active.pending:  # its remaining rows were those of an example that failed
-                    self._ring.remove(active)
+                    self._scheduler.remove(active)
             self._delay.restart(
-                n_waiting=self._ring.n_rows(at_most=rows[0][0].max_chunk_rows),
+                n_waiting=self._scheduler.n_rows(at_most=rows[0][0].max_chunk_rows),
                 n_answered=sum(active.is_done for active, _ in rows),
                 took_s=time.monotonic() - chunk.began_s if isinstance(chunk, RunningChunk) else 0.0,
             )

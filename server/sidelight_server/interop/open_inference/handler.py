@@ -57,7 +57,7 @@ class InferHandler:
         with contextlib.ExitStack() as waiting:
             if request.files:
                 n_bytes += request.files.n_bytes
-                waiting.callback(self._handler.acquire_waiting_permit(request.files.n_bytes, call_record.caller).close)
+                waiting.enter_context(self._handler.acquire_waiting_permit(request.files.n_bytes, call_record.caller))
                 request = await _read_files(request, request.files, regions)
             return await self._validated(request, n_bytes, call_record, regions, on_stream=on_stream)
 

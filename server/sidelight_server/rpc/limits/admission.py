@@ -5,6 +5,7 @@ import contextlib
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Self
 
 from ...errors import ResourceExhausted
 
@@ -91,23 +92,23 @@ class Admission:
         return sum(map(len, list(self._waiting.values())))
 
     @contextlib.contextmanager
-    def enter(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Iterator[None]:
+    def acquired(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Iterator[None]:
         """Hold a permit. Raises `ResourceExhausted` with a retry delay if none is free."""
-        permit = self.claim(n_bytes, caller, n_rows=n_rows)
+        permit = self.acquire_now(n_bytes, caller, n_rows=n_rows)
         try:
             yield
         finally:
             self.release(permit)
 
-    def claim(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Permit:
-        """Take a permit. Raises `ResourceExhausted` with a retry delay if none is free."""
-        permit = self.take(n_bytes, caller, n_rows=n_rows)
+    def acquire_now(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Permit:
+        """Acquire a permit. Raises `ResourceExhausted` with a retry delay if none is free."""
+        permit = self.try_acquire(n_bytes, caller, n_rows=n_rows)
         if permit is None:
             raise ResourceExhausted(self._refusal(caller, n_rows), retry_delay_s=RETRY_DELAY_S)
         return permit
 
-    def take(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Permit | None:
-        """Take a permit if one is free, else return None. Raises `ResourceExhausted` if the request can never fit."""
+    def try_acquire(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Permit | None:
+        """Acquire a permit if one is free, else return None. Raises `ResourceExhausted` if it can never fit."""
         self._check_possible(n_bytes)
         is_in_turn = caller not in self._waiting and not any(map(self._lacks_bytes, self._waiting))
         permit = self._permit(caller, n_bytes, n_rows, is_in_turn=is_in_turn)
@@ -116,8 +117,8 @@ class Admission:
         return permit
 
     async def acquire(self, n_bytes: int, caller: str = "", *, n_rows: int = 0) -> Permit:
-        """Wait for a permit and take it. Raises `ResourceExhausted` if the request can never fit."""
-        if permit := self.take(n_bytes, caller, n_rows=n_rows):
+        """Wait for a permit and acquire it. Raises `ResourceExhausted` if the request can never fit."""
+        if permit := self.try_acquire(n_bytes, caller, n_rows=n_rows):
             return permit
         waiting = _Waiting(n_bytes, n_rows, asyncio.get_running_loop().create_future())
         self._waiting.setdefault(caller, deque()).append(waiting)
@@ -231,7 +232,7 @@ class Admission:
 
 
 class Permits:
-    """The permits of one request: of the server and of its model. Held until `close`."""
+    """The permits of one request: of the server and of its model. Held until `release`."""
 
     def __init__(self) -> None:
         self._held: list[tuple[Admission, Permit]] = []
@@ -240,7 +241,13 @@ class Permits:
         """Hold another permit."""
         self._held.append((admission, permit))
 
-    def close(self) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
         """Release all permits."""
         while self._held:
             admission, permit = self._held.pop()

@@ -88,7 +88,7 @@ class ReceiveLimit:
             return
         quick, permit = held.pop()
         quick.release(permit)
-        if another := slow.take(1, caller):
+        if another := slow.try_acquire(1, caller):
             held.append((slow, another))
         else:
             timeout.reschedule(asyncio.get_running_loop().time())

@@ -117,7 +117,7 @@ class Batch:
         self._execution = None
         self._on_admitted()
         if self._permits:
-            self._permits.close()
+            self._permits.release()
         if self._has_slot:
             self._context.slots.release()
         if is_cut_off and self._is_answered:

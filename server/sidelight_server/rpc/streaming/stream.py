@@ -203,7 +203,7 @@ class Stream(ABC, Generic[M]):
         waiting = contextlib.ExitStack()  # closed, perhaps twice, once the batch is admitted or has failed
         turn = self._last
         try:
-            waiting.callback(self._handler.acquire_waiting_permit(n_bytes, self._options.caller).close)
+            waiting.enter_context(self._handler.acquire_waiting_permit(n_bytes, self._options.caller))
             await self._admitting.acquire()
             waiting.callback(self._admitting.release)
             if self._is_given_up:

@@ -203,7 +203,7 @@ def test_a_storm_of_cancellations_leaks_nothing(device: str, floats: Tensor) -> 
     with engine:
         asyncio.run(run())
     assert engine.n_unanswered == 0
-    assert len(engine._devices[0].worker._ring) == 0
+    assert len(engine._devices[0].worker._scheduler) == 0
     assert n_states() == before
     assert engine.cancellations.count > 0
 

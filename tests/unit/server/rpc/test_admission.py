@@ -40,9 +40,9 @@ def held(admission: Admission) -> tuple[int, int]:
 
 def test_a_permit_is_held_inside_and_given_back_outside() -> None:
     admission = Admission(max_requests=2, max_bytes=100)
-    with admission.enter(60, "a"):
+    with admission.acquired(60, "a"):
         assert held(admission) == (1, 60)
-        with admission.enter(40, "b"):
+        with admission.acquired(40, "b"):
             assert held(admission) == (2, 100)
         assert held(admission) == (1, 60)
     assert held(admission) == (0, 0)
@@ -50,7 +50,7 @@ def test_a_permit_is_held_inside_and_given_back_outside() -> None:
 
 def test_a_permit_is_given_back_when_something_goes_wrong() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
-    with pytest.raises(ZeroDivisionError), admission.enter(60):
+    with pytest.raises(ZeroDivisionError), admission.acquired(60):
         raise ZeroDivisionError
     assert held(admission) == (0, 0)
 
@@ -60,21 +60,21 @@ def test_a_permit_is_given_back_when_something_goes_wrong() -> None:
 )
 def test_over_the_permits_entering_is_refused_with_a_delay(max_requests: int, max_bytes: int) -> None:
     admission = Admission(max_requests=max_requests, max_bytes=max_bytes)
-    with admission.enter(60):
-        with pytest.raises(ResourceExhausted) as caught, admission.enter(60):
+    with admission.acquired(60):
+        with pytest.raises(ResourceExhausted) as caught, admission.acquired(60):
             pytest.fail("there was no room")
         assert held(admission) == (1, 60)
     assert caught.value.retry_delay_s > 0
     assert f"max_in_flight {max_requests}" in caught.value.message
     assert f"max_in_flight_bytes {max_bytes}" in caught.value.message
-    with admission.enter(60):
+    with admission.acquired(60):
         pass
 
 
 @on_a_loop
 async def test_what_can_never_fit_is_refused_at_once() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
-    with pytest.raises(ResourceExhausted, match="send fewer examples") as entering, admission.enter(101):
+    with pytest.raises(ResourceExhausted, match="send fewer examples") as entering, admission.acquired(101):
         pytest.fail("there was no room")
     with pytest.raises(ResourceExhausted, match="101 bytes") as acquiring:
         await admission.acquire(101)
@@ -123,7 +123,7 @@ async def test_what_is_not_small_does_not_overtake_a_large_one_that_waits() -> N
     smaller = asyncio.create_task(admission.acquire(10, "c"))
     await settle()
     assert not smaller.done()
-    with pytest.raises(ResourceExhausted), admission.enter(10, "d"):
+    with pytest.raises(ResourceExhausted), admission.acquired(10, "d"):
         pytest.fail("it went before those who wait")
     admission.release(permit)
     await settle()
@@ -139,7 +139,7 @@ async def test_small_ones_pass_a_large_one_that_waits_and_do_not_hold_it_up() ->
     large = asyncio.create_task(admission.acquire(6400, "b"))
     await settle()
     passing = [await admission.acquire(100, caller) for caller in "cdef"]
-    with pytest.raises(ResourceExhausted), admission.enter(1, "g"):
+    with pytest.raises(ResourceExhausted), admission.acquired(1, "g"):
         pytest.fail("the reserve is full")
     assert held(admission) == (5, 5400)
     admission.release(permit)
@@ -170,53 +170,56 @@ def test_a_caller_alone_leaves_room_for_others(max_requests: int) -> None:
     """At most about three quarters, and all where there are only one or two."""
     admission = Admission(max_requests=max_requests, max_bytes=10**6)
     n = 0
-    while admission.take(1, "flood", n_rows=100):
+    while admission.try_acquire(1, "flood", n_rows=100):
         n += 1
     assert n // 3 <= max_requests - n
     assert (n + 1) // 3 > max_requests - n - 1
     others = range(max_requests - n)
-    assert all(admission.take(1, f"other {each}", n_rows=100) for each in others)
+    assert all(admission.try_acquire(1, f"other {each}", n_rows=100) for each in others)
 
 
 def test_beside_many_rows_a_caller_has_room_for_a_few() -> None:
     admission = Admission(max_requests=256, max_bytes=10**6, max_caller_rows=10**6)
-    while admission.take(10, "caller", n_rows=1_000):
+    while admission.try_acquire(10, "caller", n_rows=1_000):
         pass
     assert admission.n_requests == 192
-    while admission.take(10, "caller", n_rows=64):
+    while admission.try_acquire(10, "caller", n_rows=64):
         pass
     assert admission.n_requests == 192 + 9  # of 16, of which 4 are for callers that hold at most one
-    with pytest.raises(ResourceExhausted, match="max_in_flight 256"), admission.enter(10, "caller"):
+    with pytest.raises(ResourceExhausted, match="max_in_flight 256"), admission.acquired(10, "caller"):
         pytest.fail("a third of what the caller has is to be free")
-    assert admission.take(10, "other", n_rows=1_000)
+    assert admission.try_acquire(10, "other", n_rows=1_000)
 
 
 def test_rows_of_a_caller_leave_room_for_small_requests() -> None:
     admission = Admission(max_requests=256, max_bytes=10**6, max_caller_rows=10_000)
-    while admission.take(10, "caller", n_rows=1_000):
+    while admission.try_acquire(10, "caller", n_rows=1_000):
         pass
     assert admission.n_requests == 10
-    assert admission.take(10, "caller", n_rows=64)
-    assert not admission.take(10, "caller", n_rows=65)
+    assert admission.try_acquire(10, "caller", n_rows=64)
+    assert not admission.try_acquire(10, "caller", n_rows=65)
 
 
 def test_bytes_are_shared_out_as_permits_are() -> None:
     admission = Admission(max_requests=1000, max_bytes=1000)
-    while admission.take(20, "flood"):
+    while admission.try_acquire(20, "flood"):
         pass
     assert admission.n_bytes == 740  # and 20 more would leave less than a third of them
-    assert admission.take(200, "other")
+    assert admission.try_acquire(200, "other")
 
 
 def test_rows_of_one_caller_are_bounded_but_for_its_first_request() -> None:
     admission = Admission(max_requests=10, max_bytes=100, max_caller_rows=100)
-    with admission.enter(1, "a", n_rows=1000):
-        with pytest.raises(ResourceExhausted, match="max_caller_rows 100") as caught, admission.enter(9, "a", n_rows=1):
+    with admission.acquired(1, "a", n_rows=1000):
+        with (
+            pytest.raises(ResourceExhausted, match="max_caller_rows 100") as caught,
+            admission.acquired(9, "a", n_rows=1),
+        ):
             pytest.fail("there were rows enough")
         assert caught.value.retry_delay_s
-        with admission.enter(1, "b", n_rows=60), admission.enter(1, "b", n_rows=40):
-            assert admission.take(9, "b", n_rows=1) is None
-    with admission.enter(1, "a", n_rows=100):
+        with admission.acquired(1, "b", n_rows=60), admission.acquired(1, "b", n_rows=40):
+            assert admission.try_acquire(9, "b", n_rows=1) is None
+    with admission.acquired(1, "a", n_rows=100):
         assert admission.n_requests == 1
 
 
@@ -249,7 +252,7 @@ async def test_one_who_waits_for_its_own_share_holds_up_nobody() -> None:
     waiting = asyncio.create_task(admission.acquire(1, "flood"))
     await settle()
     assert not waiting.done()
-    with admission.enter(1, "other"), admission.enter(1, "another"):
+    with admission.acquired(1, "other"), admission.acquired(1, "another"):
         assert not waiting.done()
     admission.release(permits[0])
     await waiting
@@ -327,7 +330,7 @@ async def test_a_large_one_who_leaves_makes_way_for_small_ones() -> None:
 @on_a_loop
 async def test_a_time_limit_on_waiting_takes_nothing() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
-    with admission.enter(1):
+    with admission.acquired(1):
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(admission.acquire(1), timeout=0.01)
         assert held(admission) == (1, 1)
@@ -355,7 +358,7 @@ def test_no_permit_is_lost_or_given_twice(steps: list[tuple[str, int, str]]) -> 
                 case "acquire":
                     waiting.append(asyncio.create_task(admission.acquire(max(1, size // 10), caller)))
                 case "take":
-                    if permit := admission.take(size, caller):
+                    if permit := admission.try_acquire(size, caller):
                         permits.append(permit)
                 case "release" if permits:
                     admission.release(permits.pop(size % len(permits)))
@@ -455,7 +458,7 @@ def test_many_callers_that_fill_the_server_leave_room_for_one_who_comes_later(n_
     for rows in (n_rows, 1):  # 1: also from the reserve for small requests
         for _ in range(256):
             for connection in range(40):
-                admission.take(10, f"connection {connection}", n_rows=rows)
-    assert all(admission.take(10, f"late connection {n}", n_rows=n_rows) for n in range(2))
-    assert admission.take(10, "another late connection", n_rows=1_000) is None
-    assert all(admission.take(10, "good", n_rows=1) for _ in range(2))
+                admission.try_acquire(10, f"connection {connection}", n_rows=rows)
+    assert all(admission.try_acquire(10, f"late connection {n}", n_rows=n_rows) for n in range(2))
+    assert admission.try_acquire(10, "another late connection", n_rows=1_000) is None
+    assert all(admission.try_acquire(10, "good", n_rows=1) for _ in range(2))
