@@ -48,7 +48,12 @@ class Explainer:
             batch = [self._waiting.get()]
             while len(batch) < MAX_MESSAGES and not self._waiting.empty():
                 batch.append(self._waiting.get())
-            gradients = _gradients(torch.cat([images for images, _ in batch]))
+            try:
+                gradients = _gradients(torch.cat([images for images, _ in batch]))
+            except ValueError as error:
+                for _, future in batch:
+                    future.set_exception(error)
+                continue
             parts = gradients.split([len(images) for images, _ in batch])
             for (_, future), part in zip(batch, parts, strict=True):
                 future.set_result(part)

@@ -3,7 +3,8 @@
 Fair round-robin at two levels: over callers, and over the active requests of each caller. A chunk takes one row from
 each caller in turn, all with the key of the first row, and repeats the round while it has room; new requests join the
 tail. So a caller's first row waits for the running chunk and ⌈active callers ÷ chunk rows⌉ more, plus one for each
-other key, however many requests and rows other callers have. The same bound holds among the requests of one caller.
+other key and at most the batching delay, however many requests and rows other callers have. The same bound holds
+among the requests of one caller.
 """
 
 import contextlib

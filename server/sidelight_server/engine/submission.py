@@ -107,7 +107,7 @@ class Submission:
         async def run() -> None:
             try:
                 await step()
-            except Exception as error:  # of preparation: nobody awaits this task
+            except Exception as error:  # nobody awaits this task
                 self._task = None
                 self.fail(error)
 

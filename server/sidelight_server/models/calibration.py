@@ -1,4 +1,4 @@
-"""Calibration: measures the best chunk size of a model, at load and again later between the chunks of requests."""
+"""Calibration: measures the best chunk size of a model, at load and again later while its device is idle."""
 
 import bisect
 import functools

@@ -84,10 +84,16 @@ def measure_again(model: Model) -> None:
     rows, rates = choose_chunk_rows(
         model, max_chunk_s=settings.max_chunk_s, device_memory_limit=settings.device_memory_limit, known=known
     )
-    model.chunk_rows, model.warm_up = rows, (*others, *rates)
-    if rows != before:
+    old_rates, model.warm_up = model.warm_up, (*others, *rates)
+    if rows == before:
+        return
+    model.chunk_rows = rows
+    try:
         _measure_neighbors(model)
-        log.info(Event("chunk_rows_grown", model=model.name, before=before, chunk_rows=rows))
+    except BaseException:  # the difference that is reported belongs to the old size
+        model.chunk_rows, model.warm_up = before, old_rates
+        raise
+    log.info(Event("chunk_rows_grown", model=model.name, before=before, chunk_rows=rows))
 
 
 def _check_with_neighbors(model: Model) -> None:

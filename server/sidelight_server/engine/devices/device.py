@@ -58,8 +58,8 @@ class Device:
         self.n_rows += active.max_rows
 
     def remove(self, active: ActiveRequest) -> None:
+        self._idle_since_s = time.monotonic()  # first: another thread reads both
         self.n_rows -= active.max_rows
-        self._idle_since_s = time.monotonic()
         if not active.is_done:
             self.worker.withdraw(active)
 

@@ -191,12 +191,13 @@ class DeviceWorker:
         return []
 
     def _delay_left_s(self) -> float:
-        """Return how long the next chunk waits for more rows."""
+        """Return how long the next chunk waits for more requests."""
         head = self._scheduler.head()
         if self._closed or self._in_flight or self._tasks or not isinstance(head, ActiveRequest):
             return 0.0
-        limit = head.max_chunk_rows
-        return self._delay.left_s(n_waiting=self._scheduler.n_rows(at_most=limit), limit=limit)
+        left_s = self._delay.left_s(n_waiting=len(self._scheduler))
+        is_full = left_s > 0 and self._scheduler.n_rows(at_most=head.max_chunk_rows) >= head.max_chunk_rows
+        return 0.0 if is_full else left_s
 
     def _run_task(self, task: Callable[[], _Value], future: "Future[_Value]") -> None:
         if not future.set_running_or_notify_cancel():
@@ -236,8 +237,8 @@ class DeviceWorker:
                 elif not active.pending:  # its remaining rows were those of an example that failed
                     self._scheduler.remove(active)
             self._delay.restart(
-                n_waiting=self._scheduler.n_rows(at_most=rows[0][0].max_chunk_rows),
-                n_answered=sum(active.is_done for active, _ in rows),
+                n_waiting=len(self._scheduler),
+                n_answered=sum(active.is_done for active in active_requests),
                 took_s=time.monotonic() - chunk.began_s if isinstance(chunk, RunningChunk) else 0.0,
             )
         self.completions.hand_over()

@@ -87,13 +87,14 @@ class Loader:
 
     def measure_again(self, entry: Entry) -> None:
         """Measure the chunk size on each device while it is idle. Runs on a thread of its own, like a load."""
+        until_s = time.monotonic() + MAX_IDLE_WAIT_S
         with self._one_thread():
             for device, model in zip(self._devices, entry.models, strict=True):
-                model.in_turn = functools.partial(device.when_idle, until_s=time.monotonic() + MAX_IDLE_WAIT_S)
+                model.in_turn = functools.partial(device.when_idle, until_s=until_s)
                 try:
                     measure_again(model)
                 except NeverIdle:
-                    continue  # the size stays until the next measurement
+                    continue  # measured again after the next interval
                 except Unavailable:
                     raise
                 except Exception as error:  # for example a lack of memory; the size stays

@@ -134,7 +134,7 @@ class Registry:
         return [entry.models[device.index] for entry in loaded]
 
     async def measure_again(self) -> None:
-        """Measure the chunk size of each model again, in turns with the requests."""
+        """Measure the chunk size of each model again, while its device is idle."""
         for entry in list(self.entries.values()):
             if any(map(can_grow, entry.models)):
                 measuring = self._loader.submit(functools.partial(self._loader.measure_again, entry), entry.turn)

@@ -1,4 +1,4 @@
-"""`InTurn`: runs a load's passes between the chunks of requests, or directly."""
+"""`InTurn`: runs the passes of loads and measurements between the chunks of requests, or directly."""
 
 from collections.abc import Callable
 from typing import Protocol, TypeVar

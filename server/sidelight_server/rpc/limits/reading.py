@@ -1,8 +1,8 @@
 """Reading: how the messages of calls are taken from gRPC, so that each one is freed.
 
 If the task that waits for a message is cancelled, gRPC's asyncio server still receives the message, and never frees its
-buffer (grpc/grpc#43360): up to `max_message_bytes` each time. So a task of its own waits, which is not cancelled with
-the call: gRPC ends it, at the latest when the call has ended.
+buffer (for the same reason as grpc/grpc#43360): up to `max_message_bytes` each time. So a task of its own waits, which
+is not cancelled with the call: gRPC ends it, at the latest when the call has ended.
 """
 
 import asyncio
@@ -24,7 +24,8 @@ async def read(context: Context) -> Any:
     """Return a call's next message, or `grpc.aio.EOF`. If this is cancelled, the message is dropped when it arrives."""
     reading = asyncio.create_task(context.read())
     try:
-        return await asyncio.shield(reading)
+        await asyncio.wait([reading])  # unlike `await reading`, it does not cancel the read with this task
+        return reading.result()
     except asyncio.CancelledError:
         reading.add_done_callback(_drop)
         if call := asyncio.current_task():

@@ -232,7 +232,7 @@ class Registry:
 
 
 class Device:
-    """A device that is busy when it is first asked, and then idle."""
+    """A device that is busy the first `n_busy` times that it is asked, and then idle."""
 
     def __init__(self, *, n_busy: int) -> None:
         self._n_busy = n_busy
