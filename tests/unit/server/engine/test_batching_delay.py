@@ -64,7 +64,11 @@ async def until(reached: Callable[[], bool]) -> None:
             await asyncio.sleep(0.0005)
 
 
-METHODS = {"gradient": Gradient(), "integrated gradients": IntegratedGradients(steps=7), "SmoothGrad": SmoothGrad(samples=5)}
+METHODS = {
+    "gradient": Gradient(),
+    "integrated gradients": IntegratedGradients(steps=7),
+    "SmoothGrad": SmoothGrad(samples=5),
+}
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
