@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -394,7 +395,10 @@ def test_a_served_module_answers_until_close_and_leaves_nothing_behind(device: s
         assert ask_net(server.address).result.maps == ask_net(address).result.maps
     server.close()
     assert not folder.exists()
-    assert threads() == before
+    until_s = time.monotonic() + 10
+    while threads() != before:  # an idle preparation thread ends a moment after its pool was closed
+        assert time.monotonic() < until_s, threads()
+        time.sleep(0.01)
     server.close()  # as a `with` around it would
 
 

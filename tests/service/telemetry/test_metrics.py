@@ -41,6 +41,7 @@ from support.models import Linear
 from support.models.reloadable import SOURCE
 from support.servers.counters import count_of
 from support.servers.running import TIMEOUT_S, Running, gated, running
+from support.waiting import until
 
 Values = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -275,6 +276,8 @@ def test_a_caller_whose_deadline_passes_has_not_gone(tmp_path: Path) -> None:
                 server.stub.Attribute(ask(floats(1)), timeout=timeout_s)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         gate.open()
+        # The server may see the last deadline a moment after the caller.
+        until(server, lambda: scrape_of(server).sum("sidelight_requests_total") == 3)
         counted = scrape_of(server)
     assert counted.sum("sidelight_requests_total", code="DEADLINE_EXCEEDED") == 3
     assert counted.sum("sidelight_failures_total", reason="deadline") == 3
