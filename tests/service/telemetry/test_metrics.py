@@ -268,6 +268,7 @@ class Faulty(nn.Module):
         return self.linear(x) / (0.0 if 3.0 in marks else 1.0)
 
 
+@pytest.mark.serial  # on a busy machine a call arrives so late that it seems to be cancelled before its deadline
 def test_a_caller_whose_deadline_passes_has_not_gone(tmp_path: Path) -> None:
     with gated(tmp_path, device="cpu") as (gate, server):
         grpc.channel_ready_future(server.channel).result(TIMEOUT_S)
