@@ -9,6 +9,7 @@ import contextlib
 import os
 import statistics
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import grpc
@@ -62,19 +63,13 @@ def run() -> list[Line]:
 def _inline(case: Case, address: str, echo: str, minimal: str) -> list[Line]:
     requests = [attribute(case, str(n)) for n in range(4 * case.window)]
 
-    def stream() -> None:
-        asyncio.run(exchange(address, STREAM, requests, case, check=True))
-
-    def bare() -> None:
-        asyncio.run(exchange(echo, METHOD, requests, case, check=False))
-
-    def least() -> None:
-        asyncio.run(exchange(minimal, METHOD, requests, case, check=True))
+    def exchanging(server: str, method: str, *, check: bool = True) -> Callable[[], None]:
+        return lambda: asyncio.run(exchange(server, method, requests, case, check=check))
 
     rivals = {
-        "echo": bare,
-        "minimal": least,
-        "stream": stream,
+        "echo": exchanging(echo, METHOD, check=False),
+        "minimal": exchanging(minimal, METHOD),
+        "stream": exchanging(address, STREAM),
         "connect": lambda: exchange_by_client(address, case),
         "aio.connect": lambda: asyncio.run(exchange_by_async_client(address, case)),
     }
