@@ -38,7 +38,7 @@ INTERNAL, RESOURCE_EXHAUSTED, FAILED_PRECONDITION = 13, 8, 9
 FUZZ = settings(
     max_examples=n_examples(100), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
-# Told by gRPC itself: of a unary call with two messages or none, and of a method that is not there.
+# Statuses of gRPC itself: for a unary call with two messages or none, and for a method that does not exist.
 OF_GRPC = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNIMPLEMENTED}
 RAISES, NOT_A_NUMBER, OTHER_SHAPE, NO_MEMORY, NO_MEMORY_OF_TORCH, EXITS, NO_TENSOR = map(float, range(1001, 1008))
 

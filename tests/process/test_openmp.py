@@ -12,7 +12,7 @@ TIMEOUT_S = 60
 
 
 def spin_count(*flags: str, **variables: str) -> int:
-    """Start a server that finds no model, with OpenMP told to print its settings when it is loaded."""
+    """Return the spin count that OpenMP prints, in a server that ends because it finds no model."""
     environment = {name: each for name, each in os.environ.items() if name not in VARIABLES}
     command = [sys.executable, "-m", "sidelight_server", "--model", "python:no_such_module:factory", *flags]
     ended = subprocess.run(

@@ -397,7 +397,7 @@ def test_reloads_that_wait_for_one_that_runs_are_one(
             later = [asyncio.create_task(registry.reload("")) for _ in range(20)]
             await asyncio.sleep(0.1)
             assert sum(thread.name == "sidelight-load" for thread in threading.enumerate()) == 2
-            later.pop().cancel()  # whoever loses patience takes it from nobody else
+            later.pop().cancel()  # the others still get the reload
             gate.open()
             await asyncio.gather(began, *later)
 
