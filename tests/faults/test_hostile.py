@@ -17,7 +17,7 @@ from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.app.channel_options import MAX_CONNECTION_CALLS
 from sidelight_server.app.health.health import MAX_PEER_WATCHES
-from sidelight_server.rpc import interceptors
+from sidelight_server.rpc import interceptors, request_handler
 from sidelight_server.rpc.limits import receive_limit
 from sidelight_server.rpc.streaming import stream
 from torch import Tensor, nn
@@ -360,3 +360,49 @@ def test_messages_of_streams_that_wait_for_a_permit_are_bounded_together(tmp_pat
         until(server, lambda: waiting.n_bytes == 0)
         gate.open()
         running.result(TIMEOUT_S)
+
+
+def test_a_unary_call_waits_in_turn_beside_the_batches_of_another_callers_streams(
+    tmp_path: Path, device: str, tokens: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_handler, "UNARY_WAIT_S", TIMEOUT_S)
+    marked = floats(1)
+    marked[0, 0, 0, 0] = Watched.MARK
+    module = Watched()
+    engine = tried(
+        Engine([ModelSpec(module)], Settings(device=device, tokens=tokens, max_in_flight=1)), torch.zeros(1, 3, 4, 5)
+    )
+    module.gate.shut()
+    with serving(engine, f"unix:{tmp_path}/socket") as server, contextlib.ExitStack() as stack:
+        stack.callback(module.gate.open)
+        two = [attribute("one", floats(1)), attribute("two", floats(1))]
+        streams = [
+            server.stub.AttributeStream(iter(two), timeout=TIMEOUT_S, metadata=FLOOD)  # the next wait for the first one
+            for _ in range(10)
+        ]
+        until(server, lambda: n_held(server) == 1 and server.counts().waiting == 10)
+        good = server.stub.Attribute.future(ask(marked), timeout=TIMEOUT_S, metadata=GOOD)
+        until(server, lambda: server.counts().waiting == 11)
+        module.has_mark.clear()
+        module.gate.open()
+        assert len(good.result().result.examples) == 1
+        assert module.has_mark.index(True) <= 2  # after the batch that ran, and one more of the streams
+        assert [len(list(stream)) for stream in streams] == [2] * 10
+
+
+def test_unary_calls_that_wait_for_a_permit_are_bounded_together(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_handler, "UNARY_WAIT_S", TIMEOUT_S)
+    n_waiting = 16 * 3 // 4  # of 64 KiB each in a quarter of 4 MiB, of which one caller has three quarters
+    sizes = {"max_in_flight_bytes": 4 * MEBIBYTE, "max_message_bytes": MEBIBYTE}
+    with gated(tmp_path, device=device, max_in_flight=1, **sizes) as (gate, server):
+        calls = [server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S) for _ in range(20)]
+        until(server, lambda: sum(call.done() for call in calls) == 20 - 1 - n_waiting)
+        assert (n_held(server), server.counts().waiting) == (1, n_waiting)
+        refused = [call for call in calls if call.done()]
+        assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert all("retry-after-ms" in dict(call.trailing_metadata()) for call in refused)
+        gate.open()
+        assert all(len(call.result().result.examples) == 1 for call in calls if call not in refused)
+        until(server, lambda: n_held(server) == 0)

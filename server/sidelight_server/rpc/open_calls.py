@@ -105,7 +105,7 @@ class OpenCalls:
             if isinstance(received, Unreadable):
                 raise received.error
             validated = await validate(received, call_record)
-            permits = self._handler.acquire_permits_now(validated)
+            permits = await self._handler.acquire_unary_permits(validated, received.n_bytes)
             # gRPC runs the handler in this task and ends it after the answer is written, not when it is returned.
             call.add_done_callback(lambda _: permits.release())
             answer = await self._handler.explain(validated)

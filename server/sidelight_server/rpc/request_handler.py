@@ -14,7 +14,7 @@ from ..engine.engine import Engine
 from ..engine.registry.entry import Version
 from ..engine.request_cost import BYTES_OF_FLOAT32, cost_of
 from ..engine.submission import Outcome, store_outcome
-from ..errors import DeadlineExceeded, InvalidArgument, NotFound
+from ..errors import DeadlineExceeded, InvalidArgument, NotFound, ResourceExhausted
 from ..telemetry.call_record import CallRecord
 from ..telemetry.logs import Throttle
 from ..telemetry.recorder import Telemetry
@@ -30,6 +30,7 @@ from .validated_request import Encode, ValidatedRequest
 WAITING_BYTES = 64 * 1024  # smaller messages of streams are not counted while they wait: there are two per stream
 WAITING_SHARE = 4  # they may take max_in_flight_bytes divided by this
 MAX_WAITING = 2**31  # their number is not limited
+UNARY_WAIT_S = 0.5  # how long a unary call waits for permits
 _NO_DEADLINE = contextlib.nullcontext()
 
 
@@ -47,11 +48,11 @@ class RequestHandler:
             max_bytes=settings.max_in_flight_bytes,
             max_caller_rows=settings.max_caller_rows,
         )
-        # Messages of streams that were read and wait for a permit.
+        # Messages that were read and wait for a permit.
         self._waiting = Admission(
             max_requests=MAX_WAITING,
             max_bytes=max(settings.max_message_bytes, settings.max_in_flight_bytes // WAITING_SHARE),
-            limits="messages of streams that wait for a permit (at most a quarter of max_in_flight_bytes)",
+            limits="messages that wait for a permit (at most a quarter of max_in_flight_bytes)",
         )
 
     @functools.cached_property
@@ -171,6 +172,24 @@ class RequestHandler:
             permits.release()
             raise
         return permits
+
+    async def acquire_unary_permits(self, validated: ValidatedRequest, n_bytes: int) -> Permits:
+        """Acquire the permits of a unary call with a message of `n_bytes`, held until `Permits.release`.
+
+        If none is free, the call waits for up to `UNARY_WAIT_S`, in turn with the batches of streams. Raises
+        `ResourceExhausted`, with a retry delay unless the request can never fit.
+        """
+        try:
+            return self.acquire_permits_now(validated)
+        except ResourceExhausted as error:
+            if error.retry_delay_s is None:
+                raise
+        # Small messages count, too: unlike those of streams, there may be any number of them.
+        waiting = self.acquire_waiting_permit(max(n_bytes, WAITING_BYTES), validated.call_record.caller)
+        with waiting, contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(UNARY_WAIT_S):
+                return await self.acquire_permits(validated)
+        return self.acquire_permits_now(validated)
 
     def _admissions(self, validated: ValidatedRequest) -> Iterator[Admission]:
         """Yield the admissions that apply; the model's own first, because a request waiting there must hold nothing."""

@@ -1,4 +1,4 @@
 """Streaming calls: a stream, its batches, and the writer of its answers.
 
-May import what `rpc` may and the other modules of `rpc`, except `service` and `calls`.
+May import what `rpc` may and the other modules of `rpc`, except `servicers` and `open_calls`.
 """
