@@ -30,7 +30,7 @@ from support import ROOT
 from support.servers.processes import process
 from support.servers.proxy import proxy
 from support.servers.scripted import Ended, Script, answer, failure, mute, nobody, scripted
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 ONE = np.zeros((1, 3, 2, 2), np.float32)
 DRAINED = (("sidelight-end", "shutdown"),)
@@ -327,7 +327,7 @@ def test_large_batches_stream_in_parts_and_give_the_maps_of_smaller_ones(
     assert whole.maps.shape == (40, 3, 32, 32)
     assert whole.probabilities.shape == (40, 10)
     for each, i in zip(single, range(0, 40, 13), strict=True):
-        np.testing.assert_allclose(whole.maps[i], each.maps[0], rtol=0, atol=COMPANY * np.abs(each.maps).max())
+        np.testing.assert_allclose(whole.maps[i], each.maps[0], rtol=0, atol=NEIGHBORS * np.abs(each.maps).max())
         assert whole.predictions[i].index == each.predictions[0].index
     assert whole.picture(7).getextrema() == ((0, 0),) * 3
 
@@ -487,7 +487,7 @@ def test_a_server_that_is_killed_under_a_stream_loses_and_doubles_nothing(tmp_pa
             if len(places) in (50, 200):
                 os.kill(ids[-1], signal.SIGKILL)
             expected = undisturbed[each.index].maps
-            np.testing.assert_allclose(each.maps, expected, rtol=0, atol=COMPANY * expected.max())
+            np.testing.assert_allclose(each.maps, expected, rtol=0, atol=NEIGHBORS * expected.max())
     assert sorted(places) == list(range(300))
     assert len(ids) == 3
 

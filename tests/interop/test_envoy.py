@@ -24,7 +24,7 @@ import yaml
 
 from support import ROOT, TESTS
 from support.components import ENVOY
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 CONFIGURATION = ROOT / "deploy" / "envoy" / "envoy.yaml"
 WITHIN_S = 60.0
@@ -172,7 +172,7 @@ class Load:
             for each in self.client.stream(self._batches(i), window=32, timeout=60):
                 self.places[i].append(each.index)
                 expected = self.expected[each.index % len(BATCHES)]
-                np.testing.assert_allclose(each.maps, expected, rtol=0, atol=COMPANY * expected.max())
+                np.testing.assert_allclose(each.maps, expected, rtol=0, atol=NEIGHBORS * expected.max())
         except BaseException as error:
             self.wrong.append(error)
             raise

@@ -23,7 +23,7 @@ from support.components import SERVE
 from support.models import LABELS, sized_cnn
 from support.models.crashing import POISON
 from support.servers.processes import WITHIN_S, ray_environment, until
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 CONFIGURATION = ROOT / "deploy" / "ray" / "serve.yaml"
 PIXELS = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8)
@@ -122,7 +122,7 @@ def test_a_unary_call_is_answered_as_by_a_server(client: sidelight.Client) -> No
     answer = client.attribute(PIXELS, method=method, target=[3, 4])
     with sidelight_server.serve(sized_cnn(), threads=1, device="cpu") as address, sidelight.connect(address) as direct:
         expected = direct.attribute(PIXELS, method=method, target=[3, 4])
-    np.testing.assert_allclose(answer.maps, expected.maps, rtol=0, atol=COMPANY * expected.maps.max())
+    np.testing.assert_allclose(answer.maps, expected.maps, rtol=0, atol=NEIGHBORS * expected.maps.max())
     assert answer.provenance.model_digest == expected.provenance.model_digest
     assert answer.provenance.example_digests == expected.provenance.example_digests
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from support import ROOT
 from support.components import FLOOR
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 DOCS = ROOT / "docs"
 PAGES = [
@@ -172,7 +172,7 @@ def test_the_method_of_the_worked_example_is_the_mean_of_both_gradients() -> Non
     mean = (gradient(images) + gradient(images.flip(-1)).flip(-1)) / 2
     expected = mean.sum(1).numpy()
     assert names["answer"].maps.shape == expected.shape
-    assert abs(names["answer"].maps - expected).max() < COMPANY * abs(expected).max()
+    assert abs(names["answer"].maps - expected).max() < NEIGHBORS * abs(expected).max()
 
 
 @pytest.mark.requires("floor")
@@ -202,4 +202,4 @@ def test_the_steps_of_the_worked_example_are_all_that_is_needed(tmp_path: Path) 
         timeout=60,
     )
     found, expected = np.load(maps)
-    assert abs(found - expected).max() < COMPANY * abs(expected).max()
+    assert abs(found - expected).max() < NEIGHBORS * abs(expected).max()

@@ -16,7 +16,7 @@ from PIL import Image
 
 from support import TESTS
 from support.models import sized_cnn
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 MODEL = "python:support.models:sized_cnn"
 
@@ -59,7 +59,7 @@ def test_a_job_writes_one_row_for_each_picture(pictures: Path, tmp_path: Path) -
     with sidelight_server.serve(sized_cnn(), threads=1, device="cpu") as address, sidelight.connect(address) as client:
         answer = client.attribute(good)
     maps = table["map"].combine_chunks().to_numpy_ndarray()[:5]
-    np.testing.assert_allclose(maps, answer.maps, rtol=0, atol=COMPANY * answer.maps.max())
+    np.testing.assert_allclose(maps, answer.maps, rtol=0, atol=NEIGHBORS * answer.maps.max())
     assert table["predicted"].to_pylist() == [*(each.index for each in answer.predictions), -1]
 
     provenance = json.loads((tmp_path / "maps.parquet" / "_provenance.json").read_bytes())

@@ -179,7 +179,7 @@ def test_two_lines_frame_the_process_and_each_fault_has_one(tmp_path: Path, log_
     assert [each["event"] for each in events] == [
         "loaded",
         "serving",
-        "found_out",
+        "outputs_detected",
         "model_failed",
         "model_failed",
         "stopping",

@@ -276,7 +276,7 @@ def test_running_work_is_answered_after_sigterm(tmp_path: Path) -> None:
             assert list(call.result().result.maps.shape) == [1, 4, 4]
         assert process.wait() == 0
         (line,) = process.stderr.read().splitlines()  # what the first rows showed
-        assert "event=found_out" in line
+        assert "event=outputs_detected" in line
 
 
 def test_a_killed_server_s_socket_is_taken_over_and_a_live_one_s_is_not(

@@ -23,7 +23,7 @@ from sidelight_server.wire.requests import MAX_EXAMPLES
 
 from support.models import Linear
 from support.servers.running import Running, serving
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 FEW, MANY = 300, 700  # both are above MANY_EXAMPLES
 SHAPE = (3, 4, 5)
@@ -146,7 +146,7 @@ def test_the_client_sends_more_examples_than_a_batch_may_have_in_parts() -> None
     assert len(whole) == len(streamed) == len(images)
     assert whole.maps.shape == streamed.maps.shape == (len(images), *SHAPE[1:])
     for answer in (whole, streamed):
-        np.testing.assert_allclose(answer.maps[-1:], last.maps, rtol=0, atol=COMPANY * np.abs(last.maps).max())
+        np.testing.assert_allclose(answer.maps[-1:], last.maps, rtol=0, atol=NEIGHBORS * np.abs(last.maps).max())
         assert not np.isnan(answer.maps).any()
         assert len(answer.provenance.example_digests) == len(images)
 

@@ -34,7 +34,7 @@ from torch import nn
 
 from support.models import Linear, small_cnn
 from support.profiles import n_examples
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 Status = grpc.StatusCode
 Stub = attribution_pb2_grpc.AttributionServiceStub
@@ -85,7 +85,7 @@ def maps_of(response: pb.AttributeResponse) -> np.ndarray:
 
 
 def assert_close(maps: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(maps, expected, rtol=0, atol=COMPANY * np.nanmax(expected))
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=NEIGHBORS * np.nanmax(expected))
 
 
 @dataclass(frozen=True)

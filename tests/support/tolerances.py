@@ -2,7 +2,7 @@
 
 # docs/explanation/precision.md promises it: in float32 on the CPU, a map depends on the other rows in its chunk by this
 # share at most, because matrix products of other sizes add in another order.
-COMPANY = 4e-6
+NEIGHBORS = 4e-6
 
 # The same on a GPU, whose kernels are chosen by size and add in many more orders.
 GPU = 1e-4

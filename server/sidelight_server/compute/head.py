@@ -95,13 +95,13 @@ class Head:
 
     @functools.lru_cache(maxsize=64)  # noqa: B019  (a head is a few bytes)
     def precision(self, score: Score, *, outputs: torch.dtype, device: torch.device, is_plain: bool) -> str:
-        """Return the type in which `read` computes a score, as text for provenance."""
+        """Return the type in which `score` computes a score, as text for provenance."""
         own, wide = (str(each).removeprefix("torch.") for each in (outputs, _wide(device)))
         if is_plain or own == wide:
             return own
         return f"{own}, {wide} near saturation" if self._may_be_plain(score) else wide
 
-    def read(
+    def score(
         self,
         values: Tensor,
         classes: Tensor,

@@ -18,7 +18,7 @@ from ..domain import ResolvedTarget, Score
 from ..errors import FailedPrecondition
 from ..methods.method import Layer, Probe, Rectifiers
 from .head import Head
-from .kernel_output import KernelOutput, at_least_float32, read_outputs
+from .kernel_output import KernelOutput, at_least_float32, interpret_outputs
 from .passes.adapter import PLAIN, Adapter
 from .passes.cuda_graphs import Recordings, recorder
 from .passes.forward import Forward
@@ -29,7 +29,7 @@ from .saved_memory import SavedMemory
 from .weights import ChangeDetector
 
 # Evaluates outputs: returns the kernel's output, and the gradients of the scores at the outputs.
-_Read = Callable[[Tensor], "tuple[KernelOutput, Tensor | None]"]
+_Interpret = Callable[[Tensor], "tuple[KernelOutput, Tensor | None]"]
 
 LEAST_EXPONENT = -125  # exponent of the smallest power of two whose inverse is a float32
 
@@ -131,13 +131,13 @@ class Kernel:
         """Run inputs, [n, C, H, W]; return each row's score of its own target, and the gradient if requested.
 
         A class index of K or more is clamped: the caller finds K in the output and fails that row. With `plain_head`
-        every score is computed in the type of the outputs, as plain `torch.autograd` does; see `Head.read`.
+        every score is computed in the type of the outputs, as plain `torch.autograd` does; see `Head.score`.
         """
         self._refresh()
         inputs = inputs.detach()
 
-        def read(outputs: Tensor) -> tuple[KernelOutput, Tensor | None]:
-            return read_outputs(
+        def interpret(outputs: Tensor) -> tuple[KernelOutput, Tensor | None]:
+            return interpret_outputs(
                 outputs,
                 self.head,
                 resolved_targets,
@@ -150,20 +150,20 @@ class Kernel:
         if not gradient:
             with torch.no_grad():
                 outputs = self._recorded.of(inputs).outputs(inputs) if self._records else self.outputs_of(inputs)
-                return read(outputs)[0]
+                return interpret(outputs)[0]
         match probe:
             case Layer(name):
-                return self._at_layer(inputs, read, name)
+                return self._at_layer(inputs, interpret, name)
             case Rectifiers.GUIDED:
                 with Guided() as guided:  # has no effect on a compiled module, so the original module runs
-                    answer = self._at_input(inputs, read, module=self._uncompiled)
+                    answer = self._at_input(inputs, interpret, module=self._uncompiled)
                 if not guided.n_rectifiers:
                     raise FailedPrecondition(NOTHING_TO_GUIDE)
                 return answer
             case None if self._records:
-                return self._replayed(inputs, read)
+                return self._replayed(inputs, interpret)
             case None:
-                return self._at_input(inputs, read)
+                return self._at_input(inputs, interpret)
 
     def kept(self, inputs: Tensor, *, limit: int) -> SavedMemory:
         """Run a forward pass and return the memory that autograd saved in it; stop the pass at `limit` bytes."""
@@ -224,11 +224,11 @@ class Kernel:
         # Not `module or …`: bool() of a compiled module calls a `__len__` that it does not have.
         return self._forward(inputs, self._replica.module if module is None else module)
 
-    def _at_input(self, inputs: Tensor, read: _Read, *, module: nn.Module | None = None) -> KernelOutput:
+    def _at_input(self, inputs: Tensor, interpret: _Interpret, *, module: nn.Module | None = None) -> KernelOutput:
         inputs.requires_grad_()
         with torch.enable_grad():
             outputs = self.outputs_of(inputs, module=module)
-        answer, sent = read(outputs)
+        answer, sent = interpret(outputs)
         return replace(answer, gradients=self._gradients(sent, outputs, inputs))
 
     def _gradients(self, sent: Tensor | None, outputs: Tensor, leaf: Tensor) -> Tensor:
@@ -244,10 +244,10 @@ class Kernel:
 
         return self._sent_back(sent, back)
 
-    def _replayed(self, inputs: Tensor, read: _Read) -> KernelOutput:
+    def _replayed(self, inputs: Tensor, interpret: _Interpret) -> KernelOutput:
         """As `_at_input`, with the forward and the backward pass replayed from CUDA graphs."""
         recording = self._recorded.of(inputs)
-        answer, sent = read(recording.outputs(inputs))
+        answer, sent = interpret(recording.outputs(inputs))
         return replace(answer, gradients=self._sent_back(sent, recording.gradients))
 
     def _sent_back(self, sent: Tensor | None, back: Callable[[Tensor], Tensor]) -> Tensor:
@@ -262,13 +262,13 @@ class Kernel:
         scale = torch.ldexp(torch.ones_like(largest), -exponent)
         return _row_by_row(at_least_float32(back(_row_by_row(sent, scale))), 1 / scale)
 
-    def _at_layer(self, inputs: Tensor, read: _Read, name: str) -> KernelOutput:
+    def _at_layer(self, inputs: Tensor, interpret: _Interpret, name: str) -> KernelOutput:
         name = self._layers.chosen(name, [])  # only known now if the model takes any input size
         # The graph begins at the layer; the layers before it run without one.
         with torch.enable_grad(), capture(self._hooked, name) as captured:
             outputs = self._forward(inputs, self._hooked, copies=True)
         leaf = captured.leaf[0]
-        answer, sent = read(outputs)
+        answer, sent = interpret(outputs)
         layout, size = self._layers.layouts[name], (inputs.shape[2], inputs.shape[3])
         gradients = layout.arranged(self._gradients(sent, outputs, leaf), size)
         return replace(answer, gradients=gradients, activations=layout.arranged(leaf.detach(), size).to(self.dtype))

@@ -25,7 +25,7 @@ class KernelOutput:
     activations: Tensor | None = None  # [n, c, h, w] of a layer
 
 
-def read_outputs(
+def interpret_outputs(
     outputs: Tensor,
     head: Head,
     resolved_targets: Sequence[ResolvedTarget],
@@ -44,7 +44,7 @@ def read_outputs(
         probabilities = head.probabilities(values)  # [n, K]
         predicted = head.predicted(values, probabilities)
         explained = _classes(resolved_targets, predicted, probabilities.shape[1])
-    scored = head.read(values, explained, resolved_targets, wanted, gradient=gradient, is_plain=plain_head, step=step)
+    scored = head.score(values, explained, resolved_targets, wanted, gradient=gradient, is_plain=plain_head, step=step)
     shape = (probabilities.shape[1], *outputs.shape[2:])
     return KernelOutput(explained, scored.scores, scored.is_dead, predicted, probabilities, shape), scored.sent
 

@@ -198,7 +198,7 @@ class ActiveRequest:
                 "probabilities": self._known_probabilities(),
             }
 
-    def release(self) -> None:
+    def free_memory(self) -> None:
         """Free the request's memory on the device. Call it only while none of its rows is in flight."""
         self._not_started.clear()
         for example_run in self._open:

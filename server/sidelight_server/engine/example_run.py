@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..domain import Array, Convergence, Dense, ExplainedTarget, Request, ResolvedTarget, Target
 from ..errors import Internal, InvalidArgument, SidelightError
-from ..methods.method import Example, HostMaps, Improved, Outcome, RowOutput, Sweep, read
+from ..methods.method import Example, HostMaps, Improved, Outcome, RowOutput, Sweep, evaluate
 from ..models.model import Model
 from .preparation.examples import Prepared, not_dense
 
@@ -128,7 +128,7 @@ class ExampleRun:
     def _explain(self) -> Generator[Sweep, None, None]:
         """Run the example itself first, then the method for each class that is explained."""
         method, top_k = self._request.method, self._prepared.top_k
-        first = yield from read(None, gradient=method.begins_with_gradient and not top_k)
+        first = yield from evaluate(None, gradient=method.begins_with_gradient and not top_k)
         _check_target(self._request.target, self.resolved, top_k, self._model)
         if first.maps:  # the whole chunk was reduced at once, and nothing is left to do
             self.result = self._result(first, (self._target(first),), (None,), first.maps)
@@ -141,7 +141,7 @@ class ExampleRun:
             self.resolved = resolved
             if top_k:
                 self._n_gradients = self._n_dead = 0
-            start = (yield from read(first.input, gradient=method.begins_with_gradient)) if top_k else first
+            start = (yield from evaluate(first.input, gradient=method.begins_with_gradient)) if top_k else first
             step = self._model.kernels.of(method.name).eps
             steps = method.run(Example(first.input, self.index, self._model.black, start, self._is_watched, step))
             outcome = self._finished((yield from self._watched(steps, first)))

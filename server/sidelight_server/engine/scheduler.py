@@ -72,7 +72,7 @@ class Scheduler(Generic[Row]):
                 requests.remove(request)
             self._reorder(list(self._callers))
 
-    def head(self) -> Source[Row] | None:
+    def first(self) -> Source[Row] | None:
         """Return the request that is next, after removing cancelled ones before it; None if there is none."""
         for requests in self._callers.values():
             while requests and requests[0].cancelled:

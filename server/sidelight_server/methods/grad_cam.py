@@ -43,7 +43,7 @@ class GradCAM(LayerMethod):
     keep_negative: bool = False
 
     def run(self, example: Example) -> Steps:
-        output = yield from example.read(gradient=True)
+        output = yield from example.evaluate(gradient=True)
         assert output.gradient is not None  # noqa: S101
         assert output.activation is not None  # noqa: S101
         weights = output.gradient.mean(dim=(1, 2), keepdim=True)  # [c, 1, 1]
@@ -68,7 +68,7 @@ class LayerGradientXActivation(LayerMethod):
     name: ClassVar[str] = "layer_gradient_x_activation"
 
     def run(self, example: Example) -> Steps:
-        output = yield from example.read(gradient=True)
+        output = yield from example.evaluate(gradient=True)
         assert output.gradient is not None  # noqa: S101
         assert output.activation is not None  # noqa: S101
         return Outcome(output.gradient * output.activation)  # [c, h, w]

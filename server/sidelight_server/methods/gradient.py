@@ -34,7 +34,7 @@ class Gradient(Method):
         return 1
 
     def run(self, example: Example) -> Steps:
-        output = yield from example.read(gradient=True)
+        output = yield from example.evaluate(gradient=True)
         return Outcome(self.attribution(output))
 
     def reduction(self, channels: Channels) -> Channels | None:

@@ -23,7 +23,7 @@ from .method import (
     Steps,
     Sweep,
     at_least,
-    read,
+    evaluate,
     steps_or_tolerance,
 )
 from .welford import accumulator
@@ -116,8 +116,8 @@ class IntegratedGradients(Method):
             return (yield from self._refine(example, path, self.tolerance))
         if self.rule is Rule.TRAPEZOID:
             return (yield from self._trapezoid(example, path))
-        end = yield from example.read(gradient=False)
-        start = yield from read(path.start, gradient=False)
+        end = yield from example.evaluate(gradient=False)
+        start = yield from evaluate(path.start, gradient=False)
         nodes, weights = self.rule.nodes(self.steps)
         mean = yield from path.sum(nodes, weights)
         return path.outcome(mean, rise=_Rise.of(start, end))
@@ -170,8 +170,8 @@ class _Path:
 
     def ends(self, example: Example) -> Generator[Sweep, None, "tuple[Tensor, _Rise]"]:
         """Return the mean gradient of both ends, and the rise of the score between them."""
-        end = yield from example.read(gradient=True)
-        start = yield from read(self.start, gradient=True)
+        end = yield from example.evaluate(gradient=True)
+        start = yield from evaluate(self.start, gradient=True)
         mean = accumulator(self.end)
         for output in (start, end):
             _add(mean, output.gradient, 0.5)

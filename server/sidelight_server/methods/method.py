@@ -136,14 +136,14 @@ class Example:
         """Return this example at another point of the input space."""
         return replace(self, x=x, first=None, is_watched=False)
 
-    def read(self, *, gradient: bool) -> Generator[Sweep, None, RowOutput]:
+    def evaluate(self, *, gradient: bool) -> Generator[Sweep, None, RowOutput]:
         """Return the row output at x; reuses `first` if that is sufficient."""
         if self.first is not None and (self.first.gradient is not None or not gradient):
             return self.first
-        return (yield from read(self.x, gradient=gradient))
+        return (yield from evaluate(self.x, gradient=gradient))
 
 
-def read(point: Tensor | None, *, gradient: bool) -> Generator[Sweep, None, RowOutput]:
+def evaluate(point: Tensor | None, *, gradient: bool) -> Generator[Sweep, None, RowOutput]:
     """Run a single row at a point, [C, H, W], or at the staged example itself; return its output."""
     outputs: list[RowOutput] = []
     yield Sweep(1, None if point is None else lambda _: point, lambda _, output: outputs.append(output), gradient)

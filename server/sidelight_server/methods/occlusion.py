@@ -66,7 +66,7 @@ class Occlusion(Method):
 
     def run(self, example: Example) -> Steps:
         """Slide the window; the last ones in each direction may extend beyond the edge."""
-        whole = yield from example.read(gradient=False)
+        whole = yield from example.evaluate(gradient=False)
         baseline = self.baseline.of(example)
         height, width = example.x.shape[1:]
         fall, cover = (accumulator(example.x[0]) for _ in range(2))  # [H, W]

@@ -266,7 +266,7 @@ class Model:
             kernel.adopt(adapter=detected.adapter, head=detected.head, layers=detected.layers)
         self._unknown_spec = None
         log.info(Event(
-            "found_out", model=self.name, call=self.adapter.summary, outputs=self.head.outputs,
+            "outputs_detected", model=self.name, call=self.adapter.summary, outputs=self.head.outputs,
             activation=self.head.activation,
         ))  # fmt: skip
         if self.is_batch_dependent:

@@ -154,7 +154,7 @@ class OpenCalls:
             await abort(context, error)
         finally:
             self._streams.discard(stream)
-            stream.release()
+            stream.drop_call()
 
 
 def _is_late(context: Context) -> bool:

@@ -32,7 +32,7 @@ from torch import nn
 
 from support.models import LABELS, N_CLASSES, small_cnn
 from support.models.gate import Gate, Gated
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 ABSENT = "unix:/nonexistent/socket"
 
@@ -64,7 +64,7 @@ def waiting() -> Iterator[tuple[threading.Event, list[str]]]:
 
 def assert_same(maps: np.ndarray, expected: np.ndarray) -> None:
     assert maps.shape == expected.shape
-    np.testing.assert_allclose(maps, expected, rtol=0, atol=COMPANY * np.abs(expected).max(initial=0))
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=NEIGHBORS * np.abs(expected).max(initial=0))
 
 
 def reference(

@@ -19,7 +19,7 @@ from support.models import small_cnn
 from support.models.gate import Gate, Gated
 from support.servers.running import running
 from support.servers.scripted import Ended, answer, failure, scripted
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 from support.waiting import until
 
 Requests = Iterator[pb.AttributeStreamRequest]
@@ -51,7 +51,7 @@ def test_each_batch_of_a_stream_may_have_a_target_of_its_own(client: sidelight.C
     for given, found in zip(targets, answers, strict=True):
         expected = client.attribute(images, target=0 if given is None else given)
         assert found.maps.shape == expected.maps.shape
-        np.testing.assert_allclose(found.maps, expected.maps, rtol=0, atol=COMPANY * np.abs(expected.maps).max())
+        np.testing.assert_allclose(found.maps, expected.maps, rtol=0, atol=NEIGHBORS * np.abs(expected.maps).max())
         assert found.provenance.target == expected.provenance.target
 
 
@@ -80,7 +80,7 @@ def test_a_target_and_served_classes_of_its_own_follow_a_batchs_examples_into_pa
                 assert found.id == "long"
                 assert [each.is_mismatch for each in found.predictions] == [False, True, False, True, False]
                 for i, each in enumerate(alone):
-                    np.testing.assert_allclose(found.maps[i], each.maps[0], rtol=0, atol=COMPANY * each.maps.max())
+                    np.testing.assert_allclose(found.maps[i], each.maps[0], rtol=0, atol=NEIGHBORS * each.maps.max())
 
 
 def test_an_id_is_sent_comes_back_and_survives_a_retry_and_a_lost_server() -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 from support.models import small_cnn
 from support.models.gate import Gate, Gated
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def one() -> np.ndarray:
 
 def assert_same(maps: np.ndarray, expected: np.ndarray) -> None:
     assert maps.shape == expected.shape
-    np.testing.assert_allclose(maps, expected, rtol=0, atol=COMPANY * expected.max(initial=0))
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=NEIGHBORS * expected.max(initial=0))
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["as-ready", "ordered"])

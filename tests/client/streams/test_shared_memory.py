@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from sidelight._transport.allocator import ALIGNMENT, Allocator
 from sidelight._transport.shared_memory import Region
 
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 SHM = Path("/dev/shm")
 
@@ -69,7 +69,7 @@ def test_batches_of_all_sizes_go_through_regions_that_grow(shared: sidelight.Cli
     for answer in shared.stream(batches):
         assert answer.transport == "shared_memory"
         expected = client.attribute(batches[answer.index]).maps
-        np.testing.assert_allclose(answer.maps, expected, rtol=0, atol=COMPANY * expected.max())
+        np.testing.assert_allclose(answer.maps, expected, rtol=0, atol=NEIGHBORS * expected.max())
 
 
 def test_nothing_remains_of_a_stream(shared: sidelight.Client, folder: Path) -> None:

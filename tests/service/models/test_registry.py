@@ -32,7 +32,7 @@ from support.models.gate import Gate, Gated
 from support.models.reloadable import SIZE, SOURCE, write_weights
 from support.servers.running import Running
 from support.servers.running import serving as running_server
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 FLOATS = torch.randn(3, *SIZE, generator=torch.Generator().manual_seed(5)).numpy()
 
@@ -66,7 +66,7 @@ def serving_module(seed: int) -> Iterator[sidelight.Client]:
 
 
 def assert_close(maps: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(maps, expected, rtol=0, atol=COMPANY * np.abs(expected).max())
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=NEIGHBORS * np.abs(expected).max())
 
 
 # Many

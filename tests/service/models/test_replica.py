@@ -16,7 +16,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from support.models import small_cnn
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 SIZE = (3, 32, 32)
 
@@ -200,7 +200,7 @@ def test_a_convolution_whose_weight_is_computed_is_folded(how: str) -> None:
         answer = client.attribute(batch())
         assert "fold" in answer.provenance.kernel_options
     # As in tests of the kernel's options: in float32 the order of additions.
-    assert np.linalg.norm(answer.maps - expected.numpy()) <= COMPANY * float(expected.norm())
+    assert np.linalg.norm(answer.maps - expected.numpy()) <= NEIGHBORS * float(expected.norm())
 
 
 class Checkpointed(nn.Module):

@@ -25,7 +25,7 @@ from sidelight_server.models.sources.demo import efficientnet_lite0
 from torch import Tensor, nn
 
 from support.models import small_cnn
-from support.tolerances import COMPANY, GPU
+from support.tolerances import GPU, NEIGHBORS
 
 
 class Vit(nn.Module):
@@ -103,7 +103,7 @@ def test_by_default_neighbors_change_a_map_by_no_more_than_is_stated(net: str, d
     alone, loaded = under_load(engine, requests)
     for i, answer in enumerate(loaded):
         expected = alone[i % len(requests)].maps
-        share = COMPANY if device == "cpu" else GPU
+        share = NEIGHBORS if device == "cpu" else GPU
         np.testing.assert_allclose(answer.maps[::-1], expected, rtol=0, atol=share * np.abs(expected).max())
 
 

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from support import ROOT
 from support.engines import ask
 from support.models import small_cnn
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 DOCUMENT = ROOT / "docs" / "reference" / "models.md"
 BEGIN, END = "<!-- zoo: begin -->\n", "<!-- zoo: end -->\n"
@@ -286,7 +286,7 @@ def row(name: str) -> dict[str, str]:
         together = _maps(engine, x)
         alone = np.concatenate([_maps(engine, each[None]) for each in x])
         apart = float(np.abs(together - alone).max() / np.abs(together).max())
-        cells["neighbors"] = "yes" if apart <= COMPANY else f"no: {apart:.0e} of the largest value"
+        cells["neighbors"] = "yes" if apart <= NEIGHBORS else f"no: {apart:.0e} of the largest value"
     with _engine(module, size, settings.model_copy(update={"reproducible": True})) as engine:
         is_same = np.array_equal(_maps(engine, x)[:1], _maps(engine, x[:1]))
         cells["reproducible"] = "yes" if is_same else "no"

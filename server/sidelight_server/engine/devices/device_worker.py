@@ -1,7 +1,6 @@
 """The device worker: the one thread that owns a device. It takes chunks, runs them and returns the results."""
 
 import logging
-import math
 import threading
 import time
 from collections import deque
@@ -15,18 +14,18 @@ from prometheus_client import Histogram
 from ...compute.staging import Staging
 from ...compute.torch_device import check_works
 from ...errors import SidelightError, Unavailable
-from ...methods.method import HostMaps, RowOutput
 from ...telemetry.cancellation_latency import CancellationLatency
 from ...telemetry.logs import Event
 from ..active_request import ActiveRequest
 from ..completion import Completions
-from ..example_run import ExampleRun, Result, Row
+from ..example_run import Row
 from ..scheduler import Scheduler
 from .batching_delay import BatchingDelay
 from .chunk_errors import ChunkErrors, DeviceLostError
+from .chunk_results import ChunkResults
 from .heartbeat import Heartbeat
 from .row_rate import RowRate
-from .running_chunk import RunningChunk, by_request, to_host
+from .running_chunk import RunningChunk, by_request
 
 log = logging.getLogger("sidelight")
 
@@ -67,6 +66,7 @@ class DeviceWorker:
         self._depth = depth or (2 if device.type == "cuda" else 1)
         self._on_end = on_end
         self._staging = Staging(device)
+        self._results = ChunkResults(self.errors, self._staging)
         self._scheduler: Scheduler[Taken] = Scheduler()
         self._tasks: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._in_flight: deque[_InFlight] = deque()
@@ -101,7 +101,7 @@ class DeviceWorker:
         with self._changed:
             self._scheduler.remove(active)
             if not active.n_running:
-                active.release()
+                active.free_memory()
 
     def call(self, task: Callable[[], _Value]) -> "Future[_Value]":
         """Run a function on the device's thread, between two chunks. Raises `Unavailable` as `submit` does.
@@ -183,20 +183,20 @@ class DeviceWorker:
             if self._tasks and self._in_flight:
                 return []
             task = self._tasks.popleft() if self._tasks else None
-            head = self._scheduler.head()
-            if task is None and isinstance(head, ActiveRequest):
-                return by_request(self._scheduler.take_chunk(head.max_chunk_rows))
+            first = self._scheduler.first()
+            if task is None and isinstance(first, ActiveRequest):
+                return by_request(self._scheduler.take_chunk(first.max_chunk_rows))
         if task is not None:
             self._run_task(*task)
         return []
 
     def _delay_left_s(self) -> float:
         """Return how long the next chunk waits for more requests."""
-        head = self._scheduler.head()
-        if self._closed or self._in_flight or self._tasks or not isinstance(head, ActiveRequest):
+        first = self._scheduler.first()
+        if self._closed or self._in_flight or self._tasks or not isinstance(first, ActiveRequest):
             return 0.0
         left_s = self._delay.left_s(n_waiting=len(self._scheduler))
-        is_full = left_s > 0 and self._scheduler.n_rows(at_most=head.max_chunk_rows) >= head.max_chunk_rows
+        is_full = left_s > 0 and self._scheduler.n_rows(at_most=first.max_chunk_rows) >= first.max_chunk_rows
         return 0.0 if is_full else left_s
 
     def _run_task(self, task: Callable[[], _Value], future: "Future[_Value]") -> None:
@@ -223,7 +223,7 @@ class DeviceWorker:
         """Read a chunk, fold its rows, and put requests that have new rows back into the scheduler."""
         active_requests = list(dict.fromkeys(active for active, _ in rows))
         had_none = [active for active in active_requests if not active.pending]
-        self._read(rows, chunk)
+        self._collect(rows, chunk)
         with self._changed:
             for active, _ in rows:
                 active.n_running -= 1
@@ -231,7 +231,7 @@ class DeviceWorker:
                 if active.cancelled and not active.n_running:
                     if active.cancelled_s is not None:
                         self.cancellations.add(time.monotonic() - active.cancelled_s)
-                    active.release()
+                    active.free_memory()
                 elif active in had_none and not active.cancelled:
                     self._scheduler.add(active)
                 elif not active.pending:  # its remaining rows were those of an example that failed
@@ -243,7 +243,7 @@ class DeviceWorker:
             )
         self.completions.hand_over()
 
-    def _read(self, rows: Sequence[Taken], chunk: RunningChunk | SidelightError) -> None:
+    def _collect(self, rows: Sequence[Taken], chunk: RunningChunk | SidelightError) -> None:
         failure, outputs = chunk if isinstance(chunk, SidelightError) else None, []
         if isinstance(chunk, RunningChunk):
             try:
@@ -259,42 +259,11 @@ class DeviceWorker:
         if failure is None:
             active = rows[0][0]
             active.model.has_fitted(len(rows), active.prepared.shape)
-            self._fold(rows, outputs)
+            self._results.fold(rows, outputs)
             return
         # Outside the except clause, so that no traceback keeps the failed pass's tensors alive.
         del chunk
         self._split(rows, failure)
-
-    def _fold(self, rows: Sequence[Taken], outputs: Sequence[RowOutput]) -> None:
-        """Fold the outputs in row order, and store the results of examples that have one."""
-        finished: dict[ExampleRun, tuple[ActiveRequest, Result]] = {}
-        for (active, row), output in zip(rows, outputs, strict=True):
-            if active.cancelled:
-                continue
-            try:
-                row.example_run.fold(row, output)
-            except BaseException as error:
-                active.fail(row.example_run, self.errors.to_domain_error(active, row.example_run, error))
-                continue
-            if row.example_run.result is not None:
-                finished[row.example_run] = active, row.example_run.result
-                row.example_run.result = None
-        try:
-            self._store_results(finished)
-        except BaseException as error:  # no host memory for the answers
-            for example_run, (active, _) in finished.items():
-                active.fail(example_run, self.errors.to_domain_error(active, example_run, error))
-
-    def _store_results(self, finished: dict[ExampleRun, tuple[ActiveRequest, Result]]) -> None:
-        maps = to_host([result for _, result in finished.values()], self._staging)
-        good: dict[ActiveRequest, list[tuple[ExampleRun, Result, HostMaps]]] = {}
-        for (example_run, (active, result)), own in zip(finished.items(), maps, strict=True):
-            if all(map(math.isfinite, own.largest.tolist())):
-                good.setdefault(active, []).append((example_run, result, own))
-            else:
-                active.fail(example_run, self.errors.to_domain_error(active, example_run, example_run.not_finite()))
-        for active, results in good.items():
-            active.store_results(results)
 
     def _split(self, rows: Sequence[Taken], failure: SidelightError) -> None:
         """Run the rows of a failed chunk again in smaller parts; fail them if there are none."""
@@ -305,4 +274,4 @@ class DeviceWorker:
             return
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
-            self._read(part, self._launch(part))
+            self._collect(part, self._launch(part))

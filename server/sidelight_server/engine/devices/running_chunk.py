@@ -20,7 +20,7 @@ from ...methods.method import HostMaps, RowOutput
 from ...models.model import Model
 from ...telemetry.call_record import MAX_CHUNKS, ChunkTimes
 from ..active_request import ActiveRequest
-from ..example_run import Result, Row
+from ..example_run import Row
 
 # How the gradients of a whole chunk, [n, C, H, W], become maps: by the reductions that `Method.reduction` returns.
 _REDUCED: dict[Channels, Callable[[Tensor], Tensor]] = {
@@ -77,7 +77,7 @@ class RunningChunk:
     def read(self) -> list[RowOutput]:
         """Wait for the device and return the output of each row."""
         answer = self._answer
-        maps = {reduction: _measured(arriving) for reduction, arriving in self._maps.items()}
+        maps = {reduction: wait_for_maps(arriving) for reduction, arriving in self._maps.items()}
         predicted, explained, scores, probable, is_dead = self._facts.wait().tolist()
         # Unbound together: indexing each row would be one call of torch per row, which releases the GIL.
         inputs, probabilities = self._inputs.unbind(), answer.probabilities.unbind()
@@ -151,28 +151,7 @@ def _facts(answer: KernelOutput) -> Tensor:
     return torch.stack([each.to(wide) for each in facts])
 
 
-def to_host(results: Sequence[Result], staging: Staging) -> list[HostMaps]:
-    """Return each result's maps on the host. Maps of the same shape on the device are copied together."""
-    alike: dict[tuple[torch.Size, torch.dtype], list[tuple[int, tuple[Tensor, ...]]]] = {}
-    there: dict[int, HostMaps] = {}
-    for index, result in enumerate(results):
-        maps = result.maps
-        if isinstance(maps, HostMaps):
-            there[index] = maps
-        else:
-            wide = maps[0].dtype if result.is_exact else torch.float32
-            alike.setdefault((maps[0].shape, wide), []).append((index, maps))
-    for (_, wide), group in alike.items():
-        stacked = torch.stack([map_ for _, maps in group for map_ in maps])
-        host = _measured(staging.leave(stacked.to(wide)))
-        end = 0
-        for index, maps in group:
-            start, end = end, end + len(maps)
-            there[index] = HostMaps(*host, start, end)
-    return [there[index] for index in range(len(results))]
-
-
-def _measured(arriving: Arriving) -> tuple[NDArray[np.float32 | np.float64], NDArray[np.floating]]:
+def wait_for_maps(arriving: Arriving) -> tuple[NDArray[np.float32 | np.float64], NDArray[np.floating]]:
     """Wait for maps, and return them with the largest absolute value of each."""
     maps = arriving.wait().numpy()
     return maps, magnitudes(maps)

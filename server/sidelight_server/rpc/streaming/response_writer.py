@@ -47,7 +47,7 @@ class ResponseWriter:
         self._timer: asyncio.TimerHandle | None = None  # one for all messages: see `_look`
         self._is_closed = self._is_stalled = False
 
-    def release(self) -> None:
+    def drop_call(self) -> None:
         """Drop the reference to the call; nothing can be written afterwards."""
         del self._context
 

@@ -123,9 +123,9 @@ class Stream(ABC, Generic[M]):
             self._close()
         await self._send_status()
 
-    def release(self) -> None:
+    def drop_call(self) -> None:
         """Drop the references to the call. gRPC ends it once nothing refers to it, and batches may be in cycles."""
-        self._writer.release()
+        self._writer.drop_call()
         self._unanswered.clear()
         self._batches.clear()
         del self._context

@@ -19,7 +19,7 @@ from sidelight_server.methods.method import Layer, Rectifiers
 from torch import Tensor, nn
 
 from support.models import small_cnn
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 # The same sums, with other rows in the chunk: as `docs/explanation/precision.md` says of chunks.
 
@@ -42,7 +42,7 @@ def kernels(device: str, **options: object) -> tuple[Kernel, Kernel]:
 
 
 def assert_near(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=0, atol=COMPANY * float(b.abs().max()))
+    torch.testing.assert_close(a, b, rtol=0, atol=NEIGHBORS * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("precision", [None, "bfloat16", "float16"])

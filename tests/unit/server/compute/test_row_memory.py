@@ -14,7 +14,7 @@ from sidelight_server.errors import ResourceExhausted
 from torch import Tensor, nn
 
 from support.models import N_CLASSES
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +94,7 @@ def test_rows_that_memory_lacks_for_together_run_in_smaller_chunks(method: objec
     assert 1 < max(sizes) < 8
     assert module.chunks[-1] == (8, SMALL * SMALL)  # the others' chunks are as they were
     # Differences of probabilities, as occlusion's are, keep the rounding of those: 6e-8 each at most.
-    tolerance = max(COMPANY * np.abs(answer.maps).max(), 1.2e-7)
+    tolerance = max(NEIGHBORS * np.abs(answer.maps).max(), 1.2e-7)
     for together in (answer, again):
         for map_, expected in zip(together.maps, alone, strict=True):
             np.testing.assert_allclose(map_, expected.maps[0], rtol=0, atol=tolerance)

@@ -28,7 +28,7 @@ from torch import Tensor
 from support.engines import tried
 from support.models import small_cnn
 from support.models.gate import Gate, Gated
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 pytestmark = pytest.mark.slow
 
@@ -231,7 +231,7 @@ def test_the_answer_is_the_same_with_another_chunk_already_at_the_device(
     for one, other in zip(alone, neighbors, strict=True):
         assert not one.failures
         # Company moves the last bits of float32: about 1e-6 of a map's maximum.
-        np.testing.assert_allclose(other.maps, one.maps, rtol=0, atol=COMPANY * np.abs(one.maps).max())
+        np.testing.assert_allclose(other.maps, one.maps, rtol=0, atol=NEIGHBORS * np.abs(one.maps).max())
 
 
 class Faulty(torch.nn.Module):
@@ -264,7 +264,7 @@ def test_an_example_that_fails_half_way_drops_its_rows_and_the_others_go_on(devi
         good = [0, 1, 3, 4]
         expected = asyncio.run(engine.attribute(Request(floats[good].numpy(), method=IntegratedGradients(steps=100))))
     assert not expected.failures
-    np.testing.assert_allclose(answer.maps[good], expected.maps, rtol=0, atol=COMPANY * np.abs(expected.maps).max())
+    np.testing.assert_allclose(answer.maps[good], expected.maps, rtol=0, atol=NEIGHBORS * np.abs(expected.maps).max())
     assert np.isnan(answer.maps[2]).all()
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from support.engines import tried
 from support.models import small_cnn
 from support.models.gate import Gate, Gated
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 BAD = 255
 
@@ -82,7 +82,7 @@ def test_only_the_bad_example_fails(
     good = [0, 1, 2, 3, 4, 6, 7]
     expected = explain(Moody("good"), images, device=device)
     # The good ones ran in smaller chunks: about 1e-6 of a map's maximum.
-    np.testing.assert_allclose(answer.maps[good], expected.maps[good], rtol=0, atol=COMPANY * expected.maps.max())
+    np.testing.assert_allclose(answer.maps[good], expected.maps[good], rtol=0, atol=NEIGHBORS * expected.maps.max())
 
 
 def test_a_chunk_out_of_memory_is_halved_and_the_ceiling_remembered(images: np.ndarray, device: str) -> None:
@@ -96,7 +96,7 @@ def test_a_chunk_out_of_memory_is_halved_and_the_ceiling_remembered(images: np.n
         again = asyncio.run(engine.attribute(Request(images)))
     assert not first.failures
     assert max(module.sizes[tried:]) == 2
-    np.testing.assert_allclose(again.maps, first.maps, rtol=0, atol=COMPANY * first.maps.max())
+    np.testing.assert_allclose(again.maps, first.maps, rtol=0, atol=NEIGHBORS * first.maps.max())
 
 
 def test_the_ceiling_rises_again_once_memory_is_there(images: np.ndarray, device: str) -> None:

@@ -143,9 +143,9 @@ def test_a_request_that_waits_for_its_rows_comes_back_at_the_tail() -> None:
 def test_the_head_is_the_first_that_is_not_cancelled() -> None:
     gone, here = Asked("gone", 3, cancelled=True), Asked("here", 3)
     scheduler = scheduler_of(gone, here)
-    assert scheduler.head() is here
+    assert scheduler.first() is here
     scheduler.remove(here)
-    assert scheduler.head() is None
+    assert scheduler.first() is None
     assert len(scheduler) == 0
     scheduler.remove(here)  # again: it is no fault
 

@@ -86,7 +86,7 @@ def confident(n_classes: int, *, size: tuple[int, ...] = ()) -> Tensor:
 def test_scores_and_their_gradients_keep_their_digits_at_any_gap(score: Score, n_classes: int, k: int) -> None:
     logits = confident(n_classes)
     n = len(logits)
-    output = Head().read(logits, torch.full((n,), k), [PREDICTED] * n, [score] * n, gradient=True)
+    output = Head().score(logits, torch.full((n,), k), [PREDICTED] * n, [score] * n, gradient=True)
     leaf = logits.double().requires_grad_()
     expected = true_score(score, leaf, k)
     (sent,) = torch.autograd.grad(expected.sum(), leaf)
@@ -100,7 +100,7 @@ def test_labels_of_their_own_keep_their_digits(score: Score) -> None:
     logits = confident(1).expand(-1, 3).contiguous()
     n = len(logits)
     head = Head(activation="sigmoid")
-    output = head.read(logits, torch.full((n,), 2), [PREDICTED] * n, [score] * n, gradient=True)
+    output = head.score(logits, torch.full((n,), 2), [PREDICTED] * n, [score] * n, gradient=True)
     leaf = logits.double().requires_grad_()
     (sent,) = torch.autograd.grad(true_score(score, leaf[:, 2:], 1).sum(), leaf)
     assert errors(output.sent, sent).max() < 1e-6
@@ -118,7 +118,7 @@ def test_a_contrast_and_a_region_keep_their_digits(score: Score) -> None:
         ResolvedTarget(0),
     ] * (n // 4)
     classes = torch.tensor([resolved.positive for resolved in resolved_targets])
-    output = Head().read(logits, classes, resolved_targets, [score] * n, gradient=True)
+    output = Head().score(logits, classes, resolved_targets, [score] * n, gradient=True)
     leaf = logits.double().requires_grad_()
     total = torch.zeros((), dtype=torch.float64)
     for row, resolved in zip(leaf, resolved_targets, strict=True):
@@ -135,12 +135,12 @@ def test_scores_may_mix_and_rows_below_the_threshold_keep_torchs_bits() -> None:
     logits = torch.cat([confident(10), 2 * torch.randn(40, 10, generator=draws)])
     n, classes = len(logits), logits.argmax(dim=1)
     wanted = [list(Score)[i % 4] for i in range(n)]
-    output = Head().read(logits, classes, [PREDICTED] * n, wanted, gradient=True)
+    output = Head().score(logits, classes, [PREDICTED] * n, wanted, gradient=True)
     leaf = logits.clone().requires_grad_()
     (plain,) = torch.autograd.grad(leaf.softmax(dim=1).gather(1, classes[:, None]).sum(), leaf)
     n_equal = 0
     for row, score in enumerate(wanted):
-        alone = Head().read(logits[[row]], classes[[row]], [PREDICTED], [score], gradient=True)
+        alone = Head().score(logits[[row]], classes[[row]], [PREDICTED], [score], gradient=True)
         assert torch.equal(output.sent[row], alone.sent[0])
         assert output.scores[row] == alone.scores[0]
         if score is Score.PROBABILITY and log_odds(logits[[row]].double(), int(classes[row])) < MOST_LOG_ODDS - 1e-6:

@@ -18,7 +18,7 @@ from sidelight_server.models import calibration
 from torch import Tensor, nn
 
 from support.models import reloadable, small_cnn
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 SIZE = (3, 32, 32)
 
@@ -307,7 +307,7 @@ def test_what_neighbors_do_to_a_map_is_measured_and_reported(device: str, caplog
 
 def test_rounding_alone_is_no_warning(spec: ModelSpec, device: str, caplog: pytest.LogCaptureFixture) -> None:
     with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
-        assert client.model().neighbor_difference < COMPANY
+        assert client.model().neighbor_difference < NEIGHBORS
     assert "neighbors_differ" not in caplog.text
 
 

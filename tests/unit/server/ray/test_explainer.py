@@ -17,7 +17,7 @@ from sidelight_server import ConfigurationError, ModelSpec
 from sidelight_server.ray import Explainer
 
 from support.models import LABELS, Linear, small_cnn
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 ADDED = {
     "map",
@@ -77,7 +77,7 @@ def test_a_row_is_what_a_server_answers(explain: Explainer, client: sidelight.Cl
     )
     assert rows.keys() == ADDED | {"bytes", "id"}
     assert list(rows["id"]) == [7, 8]
-    np.testing.assert_allclose(rows["map"], answer.maps, rtol=0, atol=COMPANY * answer.maps.max())
+    np.testing.assert_allclose(rows["map"], answer.maps, rtol=0, atol=NEIGHBORS * answer.maps.max())
     assert list(rows["predicted"]) == [each.index for each in answer.predictions]
     assert list(rows["predicted_label"]) == [each.label for each in answer.predictions]
     assert list(rows["target"]) == [each.index for each in answer.targets]
@@ -90,7 +90,7 @@ def test_files_paths_and_pixels_of_one_picture_have_one_map(explain: Explainer, 
     (tmp_path / "picture.png").write_bytes(png(0))
     given = (png(0), str(tmp_path / "picture.png"), pixels(0))
     maps = explain({"bytes": column(*given)})["map"]
-    np.testing.assert_allclose(maps, np.stack([maps[0]] * 3), rtol=0, atol=COMPANY * maps.max())
+    np.testing.assert_allclose(maps, np.stack([maps[0]] * 3), rtol=0, atol=NEIGHBORS * maps.max())
 
 
 def test_a_tensor_column_of_the_models_own_input_is_explained() -> None:
@@ -109,7 +109,7 @@ def test_bad_images_are_rows_with_a_failure_beside_good_ones(explain: Explainer)
     assert "No such file or directory" in rows["failure"][2]
     assert np.isnan(rows["map"][1:6]).all()
     assert list(rows["predicted"][1:6]) == [-1] * 5
-    np.testing.assert_allclose(rows["map"][[0, 6]], good["map"], rtol=0, atol=COMPANY * good["map"].max())
+    np.testing.assert_allclose(rows["map"][[0, 6]], good["map"], rtol=0, atol=NEIGHBORS * good["map"].max())
 
 
 def test_a_batch_without_one_good_image_has_the_shape_of_the_others() -> None:
@@ -133,7 +133,7 @@ def test_small_maps_times_their_scale_are_the_maps(explain: Explainer) -> None:
     scale = small["map_scale"][[0, 2], None, None]
     assert np.isnan(small["map_scale"][1])
     # Half a unit of rounding, and the two engines' own difference.
-    assert (np.abs(small["map"][[0, 2]] * scale - maps[[0, 2]]) <= (0.5 + 255 * COMPANY) * scale).all()
+    assert (np.abs(small["map"][[0, 2]] * scale - maps[[0, 2]]) <= (0.5 + 255 * NEIGHBORS) * scale).all()
 
 
 def test_threads_may_call_it_at_once(explain: Explainer) -> None:
@@ -141,7 +141,7 @@ def test_threads_may_call_it_at_once(explain: Explainer) -> None:
     alone = [explain(batch)["map"] for batch in batches]
     with ThreadPoolExecutor(8) as threads:
         together = [rows["map"] for rows in threads.map(explain, batches)]
-    np.testing.assert_allclose(together, alone, rtol=0, atol=COMPANY * np.max(alone))
+    np.testing.assert_allclose(together, alone, rtol=0, atol=NEIGHBORS * np.max(alone))
 
 
 def test_a_provenance_is_a_file_named_by_its_digest(tmp_path: Path) -> None:

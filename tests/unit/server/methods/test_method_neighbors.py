@@ -36,7 +36,7 @@ from sidelight_server import (
 from sidelight_server.methods import Method
 
 from support.models import small_cnn
-from support.tolerances import COMPANY
+from support.tolerances import NEIGHBORS
 
 pytestmark = pytest.mark.slow
 
@@ -94,7 +94,7 @@ async def all_at_once(engine: Engine, requests: Sequence[Request]) -> list[Answe
 def assert_same(answer: Answer, expected: Answer) -> None:
     assert not answer.failures
     share = np.abs(expected.maps).max(axis=tuple(range(1, expected.maps.ndim)), keepdims=True)
-    assert (np.abs(answer.maps - expected.maps) <= COMPANY * share).all()
+    assert (np.abs(answer.maps - expected.maps) <= NEIGHBORS * share).all()
     for each, other in zip(answer.explanations, expected.explanations, strict=True):
         assert [one.index for one in each.targets] == [one.index for one in other.targets]
         assert (each.convergence and each.convergence.rows) == (other.convergence and other.convergence.rows)
@@ -132,7 +132,7 @@ def test_one_example_has_one_map_in_every_place_and_neighborhood(rows: int, alon
             answers = asyncio.run(all_at_once(engine, [asked(REQUESTS[name], neighbors) for name in some]))
             for name, answer in zip(some, answers, strict=True):
                 miss = np.abs(answer.maps[place] - alone[name]).max() / np.abs(alone[name]).max()
-                assert miss <= COMPANY, (name, place)
+                assert miss <= NEIGHBORS, (name, place)
 
 
 def test_a_hook_never_stays_on_the_callers_module() -> None:
