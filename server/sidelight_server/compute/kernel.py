@@ -109,10 +109,6 @@ class Kernel:
         return self._hooked_replica
 
     @property
-    def _records(self) -> bool:
-        return self.options.cuda_graphs
-
-    @property
     def _recorded(self) -> Recordings:
         if self._recordings is None:
             self._recordings = Recordings(self.outputs_of, functools.partial(recorder, self.device))
@@ -149,7 +145,8 @@ class Kernel:
 
         if not gradient:
             with torch.no_grad():
-                outputs = self._recorded.of(inputs).outputs(inputs) if self._records else self.outputs_of(inputs)
+                recording = self._recorded.of(inputs) if self.options.cuda_graphs else None
+                outputs = recording.outputs(inputs) if recording else self.outputs_of(inputs)
                 return interpret(outputs)[0]
         match probe:
             case Layer(name):
@@ -160,7 +157,7 @@ class Kernel:
                 if not guided.n_rectifiers:
                     raise FailedPrecondition(NOTHING_TO_GUIDE)
                 return answer
-            case None if self._records:
+            case None if self.options.cuda_graphs:
                 return self._replayed(inputs, interpret)
             case None:
                 return self._at_input(inputs, interpret)
@@ -265,9 +262,9 @@ class Kernel:
     def _at_layer(self, inputs: Tensor, interpret: _Interpret, name: str) -> KernelOutput:
         name = self._layers.chosen(name, [])  # only known now if the model takes any input size
         # The graph begins at the layer; the layers before it run without one.
-        with torch.enable_grad(), capture(self._hooked, name) as captured:
+        with torch.enable_grad(), capture(self._hooked, name) as leaves:
             outputs = self._forward(inputs, self._hooked, copies=True)
-        leaf = captured.leaf[0]
+        (leaf,) = leaves
         answer, sent = interpret(outputs)
         layout, size = self._layers.layouts[name], (inputs.shape[2], inputs.shape[3])
         gradients = layout.arranged(self._gradients(sent, outputs, leaf), size)

@@ -53,12 +53,7 @@ class Recording:
         (self._gradients,) = torch.autograd.grad(self._outputs, self._inputs, self._sent)
 
 
-class _ShapeRecordings:
-    """The recordings for one input shape, by number of rows."""
-
-    def __init__(self, record: Record) -> None:
-        self.record = record
-        self.recorded: dict[int, Recording] = {}  # by number of rows
+_OfShape = tuple[Record, dict[int, Recording]]  # how to record passes for an input shape; recordings by number of rows
 
 
 class Recordings:
@@ -70,23 +65,24 @@ class Recordings:
     def __init__(self, compute: Compute, new_record: Callable[[], Record]) -> None:
         self._compute = compute
         self._new_record = new_record
-        self._by_shape: OrderedDict[torch.Size, _ShapeRecordings] = OrderedDict()  # least recently used first
+        self._by_shape: OrderedDict[torch.Size, _OfShape] = OrderedDict()  # least recently used first
 
     def of(self, inputs: Tensor) -> Recording:
         """Return the recording for inputs, [n, C, H, W]: that of the next power of two."""
-        recordings, n_rows = self._of_shape(inputs.shape[1:]), 1 << (len(inputs) - 1).bit_length()
-        if n_rows not in recordings.recorded:
-            recordings.recorded[n_rows] = Recording(self._compute, inputs, n_rows=n_rows, record=recordings.record)
-        return recordings.recorded[n_rows]
+        record, recorded = self._of_shape(inputs.shape[1:])
+        n_rows = 1 << (len(inputs) - 1).bit_length()
+        if n_rows not in recorded:
+            recorded[n_rows] = Recording(self._compute, inputs, n_rows=n_rows, record=record)
+        return recorded[n_rows]
 
-    def _of_shape(self, shape: torch.Size) -> _ShapeRecordings:
+    def _of_shape(self, shape: torch.Size) -> _OfShape:
         if shape in self._by_shape:
             self._by_shape.move_to_end(shape)
-            return self._by_shape[shape]
-        if len(self._by_shape) >= MAX_SHAPES:  # first, so that its memory is available for the new one
-            self._by_shape.popitem(last=False)
-        recordings = self._by_shape[shape] = _ShapeRecordings(self._new_record())
-        return recordings
+        else:
+            if len(self._by_shape) >= MAX_SHAPES:  # first, so that its memory is available for the new one
+                self._by_shape.popitem(last=False)
+            self._by_shape[shape] = self._new_record(), {}
+        return self._by_shape[shape]
 
 
 def recorder(device: torch.device) -> Record:

@@ -5,7 +5,6 @@ Hooks are registered on a separate replica, because hooks on a shared one would 
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -16,31 +15,24 @@ from ...errors import InvalidArgument
 from .layers import first_tensor, with_first_tensor
 
 
-@dataclass(slots=True)
-class Captured:
-    """The output of a layer, as the leaf of a new graph."""
-
-    leaf: list[Tensor] = field(default_factory=list)
-
-
 @contextlib.contextmanager
-def capture(module: nn.Module, layer: str) -> Iterator[Captured]:
-    """Start the autograd graph at a layer's output while the context is open."""
-    captured = Captured()
+def capture(module: nn.Module, layer: str) -> Iterator[list[Tensor]]:
+    """Start the autograd graph at a layer's output. The list gets that output, the leaf of the graph, in the pass."""
+    leaf: list[Tensor] = []
 
     def cut(_module: nn.Module, _inputs: object, output: Any) -> Any:
         value = first_tensor(output)
         if value is None:
             raise InvalidArgument(f'method.layer: "{layer}" returns {type(output).__name__}, expected a tensor')
-        if captured.leaf:
+        if leaf:
             raise InvalidArgument(f'method.layer: "{layer}" runs more than once in a pass, expected a layer of one run')
-        captured.leaf.append(value.detach().requires_grad_())
-        copy = captured.leaf[0].clone()  # the next module may modify its input in place, and the leaf must not change
+        leaf.append(value.detach().requires_grad_())
+        copy = leaf[0].clone()  # the next module may modify its input in place, and the leaf must not change
         return with_first_tensor(output, copy)
 
     handle = module.get_submodule(layer).register_forward_hook(cut)
     try:
-        yield captured
+        yield leaf
     finally:
         handle.remove()
 

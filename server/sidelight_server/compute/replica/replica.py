@@ -143,7 +143,7 @@ class Replica:
         self._seen = detector.check()
         self.dtype = _dtype(options, detector.module)
         self.n_folded = 0
-        self._make()
+        self.refresh()
 
     @property
     def is_stale(self) -> bool:
@@ -152,9 +152,7 @@ class Replica:
         return now.replaced != self._seen.replaced or (self._holds_copies and now.written != self._seen.written)
 
     def refresh(self) -> None:
-        self._make()
-
-    def _make(self) -> None:
+        """Make the replica from the module's current weights."""
         seen = self._detector.check()
         source, options = self._detector.module, self._options
         module = replicate(source, self._isolation).to(self._device)
@@ -164,7 +162,7 @@ class Replica:
                     f"{name}: it is tried before it serves, which needs an input_size or a trial_size"
                 )
         if options.fold and self._trial is not None:
-            module = _owning(module)
+            module = _copied(module, {}).requires_grad_(False)  # fusion writes to its weights
             self.n_folded = fuse_batchnorm(module, self._trial, adapter=self._adapter)
         if options.precision:
             module = module.to(self.dtype)
@@ -186,11 +184,6 @@ def _dtype(options: KernelOptions, module: nn.Module) -> torch.dtype:
 
 def _addresses(module: nn.Module) -> list[int]:
     return [address(each) for each in tensors_of(module)]
-
-
-def _owning(module: nn.Module) -> nn.Module:
-    """Return a deep copy of a replica, whose weights may be written to."""
-    return _copied(module, {}).requires_grad_(False)
 
 
 def _copied(module: nn.Module, memo: dict[int, object]) -> nn.Module:
