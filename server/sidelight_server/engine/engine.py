@@ -19,7 +19,7 @@ from ..inputs.decode_worker import PictureOrder
 from ..methods.method import Shape
 from ..models.model import Model
 from ..telemetry.call_record import CallRecord
-from ..telemetry.cancellation_latency import CancellationTimes
+from ..telemetry.counters import CancellationTimes
 from ..telemetry.logs import Event
 from .active_request import ActiveRequest
 from .answer import Clock, assemble_answer, software_versions
@@ -92,13 +92,13 @@ class Engine:
         if any(model.preprocessing for model in self.models.values()):
             self._pool.start_decoders()
 
-    def close(self, within_s: float | None = None) -> bool:
+    def close(self, within_s: float | None = None, *, waits_for_preparation: bool = False) -> bool:
         """Stop after the running chunk, failing unanswered requests with `Unavailable`.
 
         Returns False if a worker thread has not ended within `within_s` seconds.
         """
         self.registry.close()
-        self._pool.close()
+        self._pool.close(wait=waits_for_preparation)
         until_s = None if within_s is None else time.monotonic() + within_s
         has_ended = True
         for device in self._devices:
@@ -120,8 +120,7 @@ class Engine:
 
     @property
     def cancellations(self) -> CancellationTimes:
-        """Cancellation latency: the time from a cancel until none of its rows runs on the device."""
-        return sum((device.worker.cancellations.times() for device in self._devices), start=CancellationTimes())
+        return sum((device.worker.cancellations for device in self._devices), start=CancellationTimes())
 
     @property
     def n_unanswered(self) -> int:

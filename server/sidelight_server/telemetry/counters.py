@@ -73,6 +73,24 @@ class Statistics:
     seconds: dict[str, tuple[int, float]]  # of the stages in `SPANS`: number of answers, and their total
 
 
+@dataclass(frozen=True, slots=True)
+class CancellationTimes:
+    """Statistics of the times from a cancel until no row of the request runs on the device, in seconds."""
+
+    count: int = 0
+    total_s: float = 0.0
+    longest_s: float = 0.0
+
+    @property
+    def mean_s(self) -> float:
+        """The mean; 0 if the count is 0."""
+        return self.total_s / self.count if self.count else 0.0
+
+    def __add__(self, other: "CancellationTimes") -> "CancellationTimes":
+        longest_s = max(self.longest_s, other.longest_s)
+        return CancellationTimes(self.count + other.count, self.total_s + other.total_s, longest_s)
+
+
 class Counters:
     """The counters of one server's calls and batches, in a registry of its own."""
 

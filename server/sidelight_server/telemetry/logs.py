@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, TextIO
 
@@ -82,14 +83,13 @@ class Throttle:
         log.log(level, event, exc_info=error if has_traceback else None)
 
 
+@dataclass(slots=True)
 class _Kind:
     """The times of the last line and of the last traceback of a kind, and the number of omitted lines."""
 
-    __slots__ = ("left_out", "traced_s", "written_s")
-
-    def __init__(self) -> None:
-        self.left_out = 0
-        self.written_s = self.traced_s = -math.inf
+    written_s: float = -math.inf
+    traced_s: float = -math.inf
+    left_out: int = 0
 
 
 class Formatter(logging.Formatter):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, Status
 from .call_record import MAX_CHUNKS, CallRecord
 from .logs import Event
 
@@ -26,14 +26,10 @@ SERVICE = "sidelight.v1.AttributionService"
 END_S = 2.0  # time to export the last spans at shutdown
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 # By convention only these are errors of the server; the others are the caller's.
-_ERRORS = {
-    2: "UNKNOWN",
-    4: "DEADLINE_EXCEEDED",
-    12: "UNIMPLEMENTED",
-    13: "INTERNAL",
-    14: "UNAVAILABLE",
-    15: "DATA_LOSS",
-}
+_ERRORS = (
+    Status.UNKNOWN, Status.DEADLINE_EXCEEDED, Status.UNIMPLEMENTED, Status.INTERNAL, Status.UNAVAILABLE,
+    Status.DATA_LOSS,
+)  # fmt: skip
 
 
 class Tracing:
@@ -78,7 +74,7 @@ class Tracing:
         if code:
             span.set_attribute("sidelight.reason", call_record.reason or "cancelled")
         if code in _ERRORS:
-            span.set_status(self._trace.StatusCode.ERROR, _ERRORS[code])
+            span.set_status(self._trace.StatusCode.ERROR, Status(code).name)
         ended_s = time.monotonic()
         self._parts(call_record, ended_s)
         span.end(call_record.zero_ns + _ns(ended_s))

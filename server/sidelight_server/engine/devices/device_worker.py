@@ -14,7 +14,7 @@ from prometheus_client import Histogram
 from ...compute.staging import Staging
 from ...compute.torch_device import check_works
 from ...errors import SidelightError, Unavailable
-from ...telemetry.cancellation_latency import CancellationLatency
+from ...telemetry.counters import CancellationTimes
 from ...telemetry.logs import Event
 from ..active_request import ActiveRequest
 from ..completion import Completions
@@ -75,7 +75,7 @@ class DeviceWorker:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name=f"sidelight-{device}", daemon=True)
         self.completions = Completions()
-        self.cancellations = CancellationLatency()
+        self.cancellations = CancellationTimes()  # replaced whole by this thread, so any thread may read it
         self.chunk_rows = Histogram("sidelight_chunk_rows", "rows that ran at once", buckets=CHUNK_ROWS, registry=None)
         self.heartbeat = Heartbeat(stuck_s=stuck_s)
         self.row_rate = RowRate()
@@ -230,7 +230,8 @@ class DeviceWorker:
             for active in active_requests:
                 if active.cancelled and not active.n_running:
                     if active.cancelled_s is not None:
-                        self.cancellations.add(time.monotonic() - active.cancelled_s)
+                        took_s = time.monotonic() - active.cancelled_s
+                        self.cancellations += CancellationTimes(1, took_s, took_s)
                     active.free_memory()
                 elif active in had_none and not active.cancelled:
                     self._scheduler.add(active)

@@ -37,7 +37,7 @@ from sidelight_server.errors import Unavailable
 from sidelight_server.methods.integrated_gradients import Rule
 from sidelight_server.methods.method import Method
 from sidelight_server.telemetry.call_record import CallRecord
-from sidelight_server.telemetry.cancellation_latency import CancellationTimes
+from sidelight_server.telemetry.counters import CancellationTimes
 from torch import nn
 
 from support.engines import ask
