@@ -6,29 +6,18 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from .channels import Channels, reduce
-from .method import ROUNDING_STEPS, Example, Layer, Method, Outcome, Probe, Shape, Steps
+from .method import ROUNDING_STEPS, Example, Layer, OneRowMethod, Outcome, Probe, Shape, Steps
 
 
 @dataclass(frozen=True, slots=True)
-class LayerMethod(Method):
+class LayerMethod(OneRowMethod):
     """Base class of methods whose probe is a layer."""
 
     layer: str = ""  # empty: the model's default
 
     @property
-    def begins_with_gradient(self) -> bool:
-        return True
-
-    @property
-    def is_one_row(self) -> bool:
-        return True
-
-    @property
     def probe(self) -> Probe:
         return Layer(self.layer)
-
-    def rows(self, shape: Shape) -> int:
-        return 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from .channels import Channels, Magnitude
-from .method import Example, Method, Outcome, Probe, Rectifiers, RowOutput, Shape, Steps
+from .method import Example, OneRowMethod, Outcome, Probe, Rectifiers, RowOutput, Steps
 
 
 @dataclass(frozen=True, slots=True)
-class Gradient(Method):
+class Gradient(OneRowMethod):
     """The gradient at the example, optionally times the input.
 
     Simonyan, Vedaldi and Zisserman, 2013, "Deep Inside Convolutional Networks: Visualising Image Classification Models
@@ -21,17 +21,6 @@ class Gradient(Method):
     name: ClassVar[str] = "gradient"
     magnitude: Magnitude = Magnitude.ABSOLUTE
     times_input: bool = False
-
-    @property
-    def begins_with_gradient(self) -> bool:
-        return True
-
-    @property
-    def is_one_row(self) -> bool:
-        return True
-
-    def rows(self, shape: Shape) -> int:
-        return 1
 
     def run(self, example: Example) -> Steps:
         output = yield from example.evaluate(gradient=True)

@@ -225,6 +225,23 @@ class Method(abc.ABC):
         return may_be_negative(channels, self.magnitude)
 
 
+class OneRowMethod(Method):
+    """Base class of methods that need only the gradient at the example itself."""
+
+    __slots__ = ()
+
+    @property
+    def begins_with_gradient(self) -> bool:
+        return True
+
+    @property
+    def is_one_row(self) -> bool:
+        return True
+
+    def rows(self, shape: Shape) -> int:
+        return 1
+
+
 def at_least(name: str, value: float, least: float) -> None:
     """Raise `InvalidArgument` if a parameter is smaller, infinite or NaN."""
     if not value >= least or value == float("inf"):
