@@ -131,7 +131,9 @@ class ExampleRun:
         first = yield from evaluate(None, gradient=method.begins_with_gradient and not top_k)
         _check_target(self._request.target, self.resolved, top_k, self._model)
         if first.maps:  # the whole chunk was reduced at once, and nothing is left to do
-            self.result = self._result(first, (self._target(first),), (None,), first.maps)
+            self.result = Result(
+                (None,), first.maps, (self._target(first),), first.predicted, first.probability, first.probabilities
+            )
             return
         if top_k or not method.is_one_row:
             first = first.copy()
@@ -176,24 +178,16 @@ class ExampleRun:
         return replace(outcome, attribution=method.finish(outcome.attribution, channels, self._prepared.shape))
 
     def _result_of(self, first: RowOutput, targets: tuple[ExplainedTarget, ...], finished: list[Outcome]) -> Result:
-        result = self._result(
-            first,
-            targets,
+        return Result(
             tuple(each.is_negligible for each in finished),
             tuple(each.attribution for each in finished),
+            targets,
+            first.predicted,
+            first.probability,
+            first.probabilities,
+            convergence=None if self._request.method.is_one_row else self._convergence(finished),
+            is_exact=self._request.exact and all(each.attribution.dtype == torch.float64 for each in finished),
         )
-        result.convergence = None if self._request.method.is_one_row else self._convergence(finished)
-        result.is_exact = self._request.exact and all(each.attribution.dtype == torch.float64 for each in finished)
-        return result
-
-    def _result(
-        self,
-        first: RowOutput,
-        targets: tuple[ExplainedTarget, ...],
-        is_negligible: tuple[bool | None, ...],
-        maps: tuple[Tensor, ...] | HostMaps,
-    ) -> Result:
-        return Result(is_negligible, maps, targets, first.predicted, first.probability, first.probabilities)
 
     def _target(self, output: RowOutput) -> ExplainedTarget:
         # Saturated only if every gradient was: a single live one, as anywhere on a path, makes up the map.
