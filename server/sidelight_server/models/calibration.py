@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+import operator
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -46,6 +47,7 @@ def choose_chunk_rows(
     room = model.at_most(_rows_of_memory(model, device_memory_limit or free_memory(model.kernel.device)))
     sizes = [1 << n for n in range(MAX_MEASURED_ROWS[model.kernel.device.type].bit_length())]
     fastest = {rate.rows: rate for rate in known}
+    by_rows = operator.attrgetter("rows")
 
     def tried(rows: int) -> ChunkRate:
         new = _rate(model, rows)
@@ -69,11 +71,11 @@ def choose_chunk_rows(
         for rows in sizes[1 : sizes.index(DEFAULT_CHUNK_ROWS)]:
             measured(rows)
         less = [each for each in rates if each.rows < DEFAULT_CHUNK_ROWS]
-        fitting = [max((each for each in less if _fits(each, max_chunk_s)), key=_rows, default=rates[0])]
+        fitting = [max((each for each in less if _fits(each, max_chunk_s)), key=by_rows, default=rates[0])]
     best = max(rate.rows_per_second for rate in fitting)
     chosen = next(rate.rows for rate in fitting if rate.rows_per_second >= SHARE_OF_BEST * best)
     chosen = max([chosen, *(rate.rows for rate in known if rate.chosen)])
-    return chosen, tuple(replace(each, chosen=each.rows == chosen) for each in sorted(fastest.values(), key=_rows))
+    return chosen, tuple(replace(each, chosen=each.rows == chosen) for each in sorted(fastest.values(), key=by_rows))
 
 
 def can_grow(model: Model) -> bool:
@@ -122,10 +124,6 @@ def _rate(model: Model, rows: int) -> ChunkRate:
 
 def _fits(rate: ChunkRate, max_chunk_s: float) -> bool:
     return rate.rows / rate.rows_per_second <= max_chunk_s
-
-
-def _rows(rate: ChunkRate) -> int:
-    return rate.rows
 
 
 def same_bytes(model: Model, rows: int) -> bool:
@@ -184,8 +182,13 @@ def _seconds(model: Model, rows: int, *, kernel: Kernel | None = None) -> float:
     """Return the time of the fastest run, after one cold run and as many runs as it takes for two to agree."""
     inputs = model.inputs_like(rows)
 
+    def timed() -> float:
+        began = time.perf_counter()
+        _run(model, inputs, kernel=kernel)
+        return time.perf_counter() - began
+
     def run() -> float:
-        return model.in_turn(lambda: _timed(model, inputs, kernel=kernel))
+        return model.in_turn(timed)
 
     run()
     times = sorted(run() for _ in range(RUNS))
@@ -200,12 +203,6 @@ def _run(model: Model, inputs: Tensor, *, kernel: Kernel | None = None) -> Kerne
     if inputs.device.type == "cuda":
         torch.cuda.synchronize(inputs.device)
     return answer
-
-
-def _timed(model: Model, inputs: Tensor, *, kernel: Kernel | None) -> float:
-    began = time.perf_counter()
-    _run(model, inputs, kernel=kernel)
-    return time.perf_counter() - began
 
 
 def _outputs_of(model: Model, inputs: Tensor, index: int) -> list[Tensor]:

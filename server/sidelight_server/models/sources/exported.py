@@ -12,7 +12,7 @@ from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 from ...config.spec import ModelSpec
 from ...config.traits import Constant
 from ...errors import ConfigurationError
-from .loading import refuse_weights, require_file, source_errors
+from .loading import only_file, source_errors
 from .pt2_archive import read
 
 FORM = "export:FILE.pt2"
@@ -23,9 +23,7 @@ _RELAXED = 2
 
 def load(location: str, weights: Path | None) -> ModelSpec:
     """Load the program in a file as a module, with what it states about its inputs."""
-    path = Path(location)
-    refuse_weights("export:", weights)
-    require_file("model", path)
+    path = only_file("export:", location, weights)
     with source_errors("model", path):
         program = read(path.read_bytes())
         inputs = _inputs(program)

@@ -45,19 +45,12 @@ def load(location: str, weights: Path | None) -> ModelSpec:
     if not any((folder / name).is_file() for name in WEIGHTS):
         raise ConfigurationError(f"model: {folder}: holds no weights, expected {WEIGHTS[0]}")
     path = folder / hf_preprocessor.FILE
-    processor = (
-        hf_preprocessor.read(path, _read(path), channels=_channels(config))
-        if path.is_file()
-        else hf_preprocessor.Processor({"input_size": _size(config)})
-    )
-    if not path.is_file():
-        log.warning(
-            Event(
-                "no_preprocessor",
-                folder=folder,
-                message=f"pixels are not normalized; add {hf_preprocessor.FILE}, or set mean and std",
-            )
-        )
+    if path.is_file():
+        processor = hf_preprocessor.read(path, _read(path), channels=_channels(config))
+    else:
+        processor = hf_preprocessor.Processor({"input_size": _size(config)})
+        message = f"pixels are not normalized; add {hf_preprocessor.FILE}, or set mean and std"
+        log.warning(Event("no_preprocessor", folder=folder, message=message))
     labels = _labels(folder, config)
     module = _module(folder)
     if processor.is_bgr:

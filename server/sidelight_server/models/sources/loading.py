@@ -45,12 +45,15 @@ def _named(error: BaseException) -> str:
     return text
 
 
-def require_file(setting: str, path: Path) -> None:
-    """Raise `ConfigurationError` unless the path is a file."""
+def only_file(kind: str, location: str, weights: Path | None) -> Path:
+    """Return the path of a source that is one file. Raises `ConfigurationError` if it is none, or weights are set."""
+    refuse_weights(kind, weights)
+    path = Path(location)
     if not path.exists():
-        raise ConfigurationError(f"{setting}: {path} does not exist")
+        raise ConfigurationError(f"model: {path} does not exist")
     if not path.is_file():
-        raise ConfigurationError(f"{setting}: {path}: is a folder, expected a file")
+        raise ConfigurationError(f"model: {path}: is a folder, expected a file")
+    return path
 
 
 def refuse_weights(kind: str, weights: Path | None) -> None:

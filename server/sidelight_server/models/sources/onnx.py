@@ -10,7 +10,7 @@ from torch import nn
 
 from ...config.spec import ModelSpec
 from ...errors import ConfigurationError
-from .loading import cause, refuse_weights, require_file, source_errors
+from .loading import cause, only_file, source_errors
 from .torchvision_import import import_with_torchvision
 
 FORM = "onnx:FILE"
@@ -21,9 +21,7 @@ WAY_OUT = f"export the model with torch.onnx.export(…, dynamo=False, opset_ver
 
 def load(location: str, weights: Path | None) -> ModelSpec:
     """Load the network in a file as a module, with what its graph states about its input."""
-    path = Path(location)
-    refuse_weights("onnx:", weights)
-    require_file("model", path)
+    path = only_file("onnx:", location, weights)
     onnx, onnx2torch = _imported("onnx"), _imported("onnx2torch")
     with source_errors("model", path), warnings.catch_warnings(action="ignore"):
         network = onnx.load(str(path), load_external_data=False)

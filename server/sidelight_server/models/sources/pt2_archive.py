@@ -41,19 +41,9 @@ _OPERATORS = re.compile(
 )
 _NAME = re.compile(r"[\w.+\- ]*")  # in Python source this is a name or does not compile
 _SIZES = (
-    ast.Expression,
-    ast.Name,
-    ast.Load,
-    ast.Call,
-    ast.keyword,
-    ast.Constant,
-    ast.BinOp,
-    ast.UnaryOp,
-    ast.Compare,
-    ast.operator,
-    ast.unaryop,
-    ast.cmpop,
-)
+    ast.Expression, ast.Name, ast.Load, ast.Call, ast.keyword, ast.Constant,
+    ast.BinOp, ast.UnaryOp, ast.Compare, ast.operator, ast.unaryop, ast.cmpop,
+)  # fmt: skip
 _FUNCTIONS = re.compile(
     r"Symbol|Integer|Float|Rational|Add|Mul|Pow|Max|Min|Abs|Eq|Ne|Lt|Le|Gt|Ge|And|Or|Not|Mod|FloorDiv|ModularIndexing|Where|PythonMod|CleanDiv|CeilToInt|CeilDiv"
     r"|FloorToInt|LShift|RShift|PowByNatural|FloatPow|FloatTrueDiv|IntTrueDiv|TruncToFloat|TruncToInt|RoundToInt"

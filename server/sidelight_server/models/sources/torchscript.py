@@ -11,16 +11,14 @@ import torch
 
 from ...config.spec import ModelSpec
 from ...errors import ConfigurationError
-from .loading import refuse_weights, require_file, source_errors
+from .loading import only_file, source_errors
 
 FORM = "torchscript:FILE"
 
 
 def load(location: str, weights: Path | None) -> ModelSpec:
     """Load the module in a file, with its required labels argument if it has one."""
-    path = Path(location)
-    refuse_weights(FORM, weights)
-    require_file("model", path)
+    path = only_file(FORM, location, weights)
     with source_errors("model", path):
         # torch warns that scripts are deprecated, which an operator cannot change.
         with warnings.catch_warnings(action="ignore"):

@@ -4,16 +4,13 @@ The torchvision wheel on PyPI is built for CUDA builds of torch: its compiled op
 that its modules refer to are missing. No classifier uses them, so it is sufficient to define their names.
 """
 
+import functools
 import importlib
 from types import ModuleType
 
 import torch
 
-_names: torch.library.Library | None = None
-_MISSING = (
-    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
-)
+_MISSING = ("nms", "qnms")
 
 
 def import_with_torchvision(name: str) -> ModuleType:
@@ -27,10 +24,10 @@ def import_with_torchvision(name: str) -> ModuleType:
         return importlib.import_module(name)
 
 
-def _define_names() -> None:
-    global _names
-    if _names is None:
-        # Neither function has type annotations.
-        _names = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
-        for schema in _MISSING:
-            _names.define(schema)  # type: ignore[no-untyped-call]
+@functools.cache  # which keeps the library: the names exist as long as it does
+def _define_names() -> torch.library.Library:
+    # Neither function has type annotations.
+    library = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+    for name in _MISSING:
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")  # type: ignore[no-untyped-call]
+    return library

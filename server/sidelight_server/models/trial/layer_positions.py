@@ -15,22 +15,11 @@ from .layer_trace import hooked_layers
 log = logging.getLogger("sidelight")
 
 MAX_EXTRA_TOKENS = 16  # tokens without a position: class and distillation tokens, registers
-
-
 MAX_ROUNDS = 12  # trial passes; the first one is that of introspection
-
-
 CERTAIN = 0.9  # agreement above which no further round is needed
-
-
 AGREEMENT = 0.75  # least agreement for a layout; a layer without positions has 0.5
-
-
 ENOUGH = 32  # rows and columns to compare; larger grids are pooled
-
-
 LONG = 2  # aspect ratio of the input from which a layer may have a single row or column
-
 
 Call = Callable[[nn.Module, Tensor], object]
 

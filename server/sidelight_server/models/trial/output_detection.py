@@ -126,21 +126,15 @@ def _in_unit(values: Tensor) -> bool:
 
 
 _STEPS: dict[str, Step] = {"Softmax": "softmax", "Sigmoid": "sigmoid", "LogSigmoid": "logarithm"}
-
-
 _PRODUCTS = frozenset((
     "Addmm", "Mm", "Bmm", "Baddbmm", "Addbmm", "Mv", "Addmv", "Linear", "Convolution", "ConvolutionOverrideable",
     "MkldnnLinear", "MkldnnConvolution",
 ))  # fmt: skip
-
-
 # Unbounded outputs, so they are logits. So is a log-softmax: its softmax gives the same probabilities.
 _UNBOUNDED = _PRODUCTS | {
     "LogSoftmax", "Relu", "LeakyRelu", "PreluKernel", "Elu", "Gelu", "Silu", "Softplus", "NativeBatchNorm",
     "CudnnBatchNorm", "MiopenBatchNorm", "NativeLayerNorm", "NativeGroupNorm",
 }  # fmt: skip
-
-
 # Operations that only change the shape, or whose results lie between the least and the largest of their inputs.
 _LOOKED_THROUGH = frozenset((
     "Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "Expand", "Permute", "Transpose", "T", "Unfold",
@@ -150,11 +144,7 @@ _LOOKED_THROUGH = frozenset((
     "ClampMin", "ClampMax", "AvgPool2D", "AdaptiveAvgPool2D", "MkldnnAdaptiveAvgPool2D", "MaxPool2DWithIndices",
     "AdaptiveMaxPool2D", "UpsampleNearest2D", "UpsampleBilinear2D", "NativeDropout",
 ))  # fmt: skip
-
-
 _BOUNDING = frozenset(("Clamp", "ClampMin", "ClampMax", "Maximum", "Minimum", "Where", "MaskedFill"))
-
-
 MOST_STEPS = 200  # nodes of the graph that are inspected, from the outputs back
 
 

@@ -56,12 +56,9 @@ class TrialRun:
             with contextlib.suppress(Exception):  # the module may not run without hooks
                 return self._without_hooks(self._inputs, n_hooks=hooks)
         if hooks:
-            message = "hooks of the module's forward pass run with each pass: "
-            message += (
-                "set trial_size to check whether they can be dropped"
-                if self._inputs is None
-                else "the outputs depend on them"
-            )
+            untried = self._inputs is None
+            why = "set trial_size to check whether they can be dropped" if untried else "the outputs depend on them"
+            message = f"hooks of the module's forward pass run with each pass: {why}"
             log.warning(Event("hooks_kept", model=self._name, hooks=hooks, message=message))
         return self._tried()[1]
 
@@ -77,11 +74,8 @@ class TrialRun:
 
         if self._in_turn(differ):
             raise ConfigurationError("the outputs depend on hooks")
-        log.info(
-            Event(
-                "hooks_dropped", model=self._name, hooks=n_hooks, message="the module's hooks do not run in the server"
-            )
-        )
+        message = "the module's hooks do not run in the server"
+        log.info(Event("hooks_dropped", model=self._name, hooks=n_hooks, message=message))
         return result
 
     def _tried(self, *, keeps_hooks: bool = True) -> tuple[nn.Module, TrialResult]:
