@@ -25,8 +25,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import Internal, ResourceExhausted, SidelightError
-from .pixels import TooManyPixels
-from .preprocessing import Geometry, Pixels, Preprocessing
+from .pixels import Pixels, TooManyPixels
+from .preprocessing import Geometry, Preprocessing
 
 READY = b"+"  # the first byte that a worker sends, once it can take orders
 HEAD = struct.Struct("!II")  # an order: sizes of the pickled `Order` and of the file, which both follow

@@ -18,13 +18,11 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from ..errors import InvalidArgument
 from . import dicom
-from .pixels import TooManyPixels, lay_over_white, windowed
+from .pixels import Pixels, TooManyPixels, check_pixel_count, lay_over_white, windowed
 
 # Set once for the whole process, because `warnings.catch_warnings` is not thread-safe before Python 3.14. Pillow's
 # warnings quote the file, so each new text would be logged and kept forever.
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-
-Pixels = npt.NDArray[np.uint8]
 
 STRIP_PIXELS = 1 << 20
 
@@ -65,12 +63,9 @@ def lift_pillows_limit() -> None:
     Image.MAX_IMAGE_PIXELS = None
 
 
-def _leave(pixels: Pixels) -> Pixels:
-    return pixels
-
-
 _UPRIGHT: Mapping[int, Callable[[Pixels], Pixels]] = MappingProxyType(
     {
+        1: lambda pixels: pixels,
         2: lambda pixels: pixels[:, ::-1],
         3: lambda pixels: pixels[::-1, ::-1],
         4: lambda pixels: pixels[::-1],
@@ -101,8 +96,8 @@ def decode(file: bytes, *, channels: int, max_pixels: int, window: tuple[float, 
                 _check_webp(image, max_pixels)
             image.load()
             pixels = _to_pixels(image, channels, window)  # [H, W, C]
-            upright = _UPRIGHT.get(_orientation(image), _leave)
-    except InvalidArgument:
+            upright = _UPRIGHT.get(_orientation(image), _UPRIGHT[1])
+    except (InvalidArgument, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:  # in a caller's process
         found = str(error).partition(", could")[0]
@@ -110,10 +105,7 @@ def decode(file: bytes, *, channels: int, max_pixels: int, window: tuple[float, 
             f"image file: {found}, which is Pillow's own in this process (PIL.Image.MAX_IMAGE_PIXELS); "
             f"max_image_pixels is {max_pixels:,}"
         ) from error
-    except MemoryError:
-        raise
-    # Pillow raises many types: OSError, SyntaxError, struct.error, zlib.error and others.
-    except Exception as error:
+    except Exception as error:  # Pillow raises many types: OSError, SyntaxError, struct.error, zlib.error and others
         if "out of memory" in str(error):
             raise MemoryError(str(error)) from error
         raise InvalidArgument(f"image file: {_describe(error)} {name} after {len(file):,} bytes") from error
@@ -133,10 +125,7 @@ def _check_size(image: ImageFile, max_pixels: int) -> None:
         # A tile is unpacked whole, so a small image in one huge tile is a decompression bomb too.
         width = max(width, image.tag_v2[TILEWIDTH])
         height = max(height, image.tag_v2[TILELENGTH])
-    if height * width > max_pixels:
-        raise TooManyPixels(
-            f"image file: {height:,} × {width:,} are {height * width:,} pixels, max_image_pixels is {max_pixels:,}"
-        )
+    check_pixel_count(height, width, max_pixels)
 
 
 def _check_webp(image: ImageFile, max_pixels: int) -> None:

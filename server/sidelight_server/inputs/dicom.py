@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import FailedPrecondition, InvalidArgument
-from .pixels import Pixels, TooManyPixels, windowed
+from .pixels import Pixels, check_pixel_count, windowed
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -75,7 +75,7 @@ def read(file: bytes, *, max_pixels: int, window: tuple[float, float] | None = N
 
 def _read(file: bytes, max_pixels: int, window: tuple[float, float] | None) -> Pixels:
     dataset = _parse(file)
-    _check_size(dataset, max_pixels)
+    check_pixel_count(int(dataset.Rows), int(dataset.Columns), max_pixels)
     frame = _frame(dataset)
     photometric = dataset.PhotometricInterpretation
     if photometric in ("MONOCHROME1", "MONOCHROME2") and frame.ndim == 2:
@@ -108,14 +108,6 @@ def _parse(file: bytes) -> "Dataset":
     if not any(each in dataset for each in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
         raise InvalidArgument("image file: DICOM without a picture")
     return dataset
-
-
-def _check_size(dataset: "Dataset", max_pixels: int) -> None:
-    height, width = int(dataset.Rows), int(dataset.Columns)
-    if height * width > max_pixels:
-        raise TooManyPixels(
-            f"image file: {height:,} × {width:,} are {height * width:,} pixels, max_image_pixels is {max_pixels:,}"
-        )
 
 
 def _frame(dataset: "Dataset") -> Values:

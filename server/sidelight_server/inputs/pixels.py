@@ -20,6 +20,14 @@ class TooManyPixels(InvalidArgument):
     """A picture has more pixels than allowed. Raised before its pixels are decoded."""
 
 
+def check_pixel_count(height: int, width: int, max_pixels: int) -> None:
+    """Raise `TooManyPixels` if a file's image is larger than allowed."""
+    if height * width > max_pixels:
+        raise TooManyPixels(
+            f"image file: {height:,} × {width:,} are {height * width:,} pixels, max_image_pixels is {max_pixels:,}"
+        )
+
+
 def can_become(channels: int, wanted: int) -> bool:
     """Return whether pixels of this number of channels can be converted to the wanted number."""
     return channels == wanted or wanted in _BECOMES.get(channels, ())

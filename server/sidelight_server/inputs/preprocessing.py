@@ -6,13 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
 from ..errors import InvalidArgument
-from .pixels import can_become, in_channels
+from .pixels import Pixels, can_become, in_channels
 
-Pixels = npt.NDArray[np.uint8]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 OddMargin = Literal["round", "floor"]
 
