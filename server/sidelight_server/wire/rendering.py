@@ -123,7 +123,7 @@ async def with_pictures(
     requests' pictures come in between. An example whose image cannot be decoded a second time fails.
     """
     started_s = time.monotonic()
-    renderer = _Renderer(answer, images, rendering, engine=engine, model=model, caller=caller)
+    renderer = _Renderer(answer, images, rendering, engine, model, caller)
     rendered: list[tuple[bytes, ...]] = []
     failures: dict[int, SidelightError] = {}
     for i in range(len(answer.explanations)):
@@ -165,48 +165,46 @@ def within(size: tuple[int, int], max_pixels: int) -> tuple[int, int]:
     return min(width, max(1, max_pixels // height)), min(height, max(1, max_pixels // width))
 
 
+@dataclass(frozen=True, slots=True)
 class _Renderer:
     """Draws the maps of one answer."""
 
-    def __init__(
-        self, answer: Answer, images: Files | Array, rendering: Rendering, *, engine: Engine, model: Model, caller: str
-    ) -> None:
-        self._answer = answer
-        self._images = images
-        self._rendering = rendering
-        self._engine = engine
-        self._model = model
-        self._caller = caller
+    answer: Answer
+    images: Files | Array
+    rendering: Rendering
+    engine: Engine
+    model: Model
+    caller: str
 
     async def pictures(self, i: int) -> tuple[bytes, ...]:
         """Return PNG images of the maps of example i; none if it failed. Raises `SidelightError`."""
-        explanation = self._answer.explanations[i]
+        explanation = self.answer.explanations[i]
         if explanation is None:
             return ()
-        maps = self._answer.maps[i] if isinstance(self._answer.request.target, TopK) else self._answer.maps[i : i + 1]
+        maps = self.answer.maps[i] if isinstance(self.answer.request.target, TopK) else self.answer.maps[i : i + 1]
         frame = None
         if explanation.geometry is not None:
             frame = _Frame.of(
                 explanation.geometry,
-                is_original=self._rendering.is_original,
-                max_pixels=self._engine.settings.max_rendered_pixels,
+                is_original=self.rendering.is_original,
+                max_pixels=self.engine.settings.max_rendered_pixels,
             )
         picture = await self._picture(i, frame, size=(maps.shape[-1], maps.shape[-2]))
         covered = frame.covered if frame else None
-        return tuple([await self._draw(_png, picture, each, covered, self._rendering) for each in maps])
+        return tuple([await self._draw(_png, picture, each, covered, self.rendering) for each in maps])
 
     async def _picture(self, i: int, frame: _Frame | None, *, size: tuple[int, int]) -> Image.Image:
         """Return the picture below the map, in the frame's size, or in `size` for a floating array."""
-        if self._rendering.is_heatmap:
+        if self.rendering.is_heatmap:
             return Image.new("RGB", frame.size if frame else size)
-        if not isinstance(self._images, Files):
-            return await self._draw(_picture_of, self._images[i], frame)
+        if not isinstance(self.images, Files):
+            return await self._draw(_picture_of, self.images[i], frame)
         assert frame is not None  # noqa: S101  (every file has a geometry)
-        order = picture_order(self._model, size=frame.size[::-1], box=frame.shown)
-        return Image.fromarray(await self._engine.picture(self._images.files[i], order, self._caller))
+        order = picture_order(self.model, size=frame.size[::-1], box=frame.shown)
+        return Image.fromarray(await self.engine.picture(self.images.files[i], order, self.caller))
 
     async def _draw(self, drawing: Callable[..., _Drawn], *arguments: object) -> _Drawn:
-        return await self._engine.draw(functools.partial(drawing, *arguments), self._caller)
+        return await self.engine.draw(functools.partial(drawing, *arguments), self.caller)
 
 
 def _picture_of(array: Array, frame: _Frame | None) -> Image.Image:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Iterable
+from dataclasses import asdict
 
 from google.protobuf.duration_pb2 import Duration
 from sidelight.v1 import attribution_pb2 as pb
@@ -106,15 +107,7 @@ def model_info(engine: Engine, entry: Entry, *, whole: bool) -> model_pb2.ModelI
         precision=model.precision,
         device=str(engine.device),
         chunk_rows=model.chunk_rows,
-        warmup=[
-            model_pb2.WarmupEntry(
-                configuration=trial.configuration,
-                rows=trial.rows,
-                rows_per_second=trial.rows_per_second,
-                chosen=trial.chosen,
-            )
-            for trial in model.warm_up
-        ],
+        warmup=[model_pb2.WarmupEntry(**asdict(rate)) for rate in model.warm_up],
         reproducible=model.reproducible,
         kernel_options=model.kernel.options.names,
         call=model.adapter.summary,
@@ -210,23 +203,5 @@ def _geometry(geometry: Geometry) -> tensor_pb2.Geometry:
 
 @functools.lru_cache(maxsize=64)
 def _facts(facts: Provenance) -> bytes:
-    return pb.Provenance(
-        model=facts.model,
-        model_version=facts.model_version,
-        model_digest=facts.model_digest,
-        model_canary=facts.model_canary,
-        precision=facts.precision,
-        head_precision=facts.head_precision,
-        device=facts.device,
-        threads=facts.threads,
-        chunk_rows=facts.chunk_rows,
-        software=_software(facts.software),
-        reproducible=facts.reproducible,
-        baseline_digest=facts.baseline_digest,
-        kernel_options=facts.kernel_options,
-        fidelity=facts.fidelity,
-    ).SerializeToString()
-
-
-def _software(versions: Iterable[tuple[str, str]]) -> list[pb.SoftwareVersion]:
-    return [pb.SoftwareVersion(name=name, version=version) for name, version in versions]
+    software = [pb.SoftwareVersion(name=name, version=version) for name, version in facts.software]
+    return pb.Provenance(**facts._asdict() | {"software": software}).SerializeToString()

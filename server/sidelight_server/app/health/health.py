@@ -26,7 +26,7 @@ SERVICES = (
     model_pb2.DESCRIPTOR.services_by_name["ModelService"].full_name,
     open_inference.SERVICE,
 )
-MODEL = "model/"  # prefix of a model's name, which could be the same as a service's
+MODEL = open_inference.MODEL
 OPEN = ("/grpc.health.v1.", "/grpc.reflection.")  # services that are available before the server is ready
 RETRY_DELAY_S = 1.0
 MAX_PEER_WATCHES = 64  # open at once from one host

@@ -79,8 +79,11 @@ class InferHandler:
             encode=encoder(request, regions, on_stream=on_stream),
             writes_regions=any(each.shared for each in request.outputs),
         )
-        if (images := request.images) and validated.source:
-            tensors.check_n_bytes(validated.source.n_bytes, images.n_bytes, field=images.field)
+        if (images := request.images) and validated.source and images.n_bytes != validated.source.n_bytes:
+            raise InvalidArgument(
+                f"{images.field}.shared_memory_byte_size: {images.n_bytes}, but the tensor of this shape has "
+                f"{validated.source.n_bytes}"
+            )
         if (maps := request.maps) and validated.sink and maps.n_bytes < validated.sink.n_bytes:
             raise InvalidArgument(
                 f"{maps.field}.shared_memory_byte_size: {maps.n_bytes}, the maps need {validated.sink.n_bytes}"

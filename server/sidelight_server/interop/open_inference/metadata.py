@@ -7,7 +7,7 @@ from ...engine.registry.entry import Entry, State
 from ...telemetry.counters import Statistics
 from ...wire.requests import MAX_EXAMPLES
 from . import inference_pb2 as oip
-from .outputs import NAMES, SHAPES
+from .outputs import OUTPUTS
 from .requests import IMAGES
 
 EXTENSIONS = ("model_configuration", "model_repository", "statistics", "sidelight")
@@ -113,7 +113,6 @@ def _images(entry: Entry) -> oip.ModelMetadataResponse.TensorMetadata:
 
 def _outputs(entry: Entry) -> Iterator[oip.ModelMetadataResponse.TensorMetadata]:
     n_classes = (entry.models[0].class_count if entry.models else 0) or ANY
-    for name in NAMES:
-        datatype, shape = SHAPES[name]
-        sizes = [n_classes if size == "K" else size if isinstance(size, int) else ANY for size in shape]
-        yield _TensorMetadata(name=name, datatype=datatype, shape=sizes)
+    for name, output in OUTPUTS.items():
+        sizes = [n_classes if size == "K" else size if isinstance(size, int) else ANY for size in output.shape]
+        yield _TensorMetadata(name=name, datatype=output.datatype, shape=sizes)

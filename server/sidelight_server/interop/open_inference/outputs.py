@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from google.protobuf.json_format import MessageToDict
@@ -43,8 +44,8 @@ class Outputs:
         self._maps: Encoded | None = None
 
     def tensor(self, name: str) -> Tensor:
-        """Return an output of `NAMES`."""
-        return _MAKERS[name](self)
+        """Return one of `OUTPUTS`."""
+        return OUTPUTS[name].make(self)
 
     @property
     def _encoded_maps(self) -> Encoded:
@@ -122,34 +123,26 @@ def _floats(values: np.ndarray, shape: Sequence[int]) -> Tensor:
     return Tensor("FP64", shape, values.astype("<f8").tobytes())
 
 
-_MAKERS: dict[str, Callable[[Outputs], Tensor]] = {
-    MAPS: Outputs._make_maps,
-    "scales": Outputs._make_scales,
-    "predicted": Outputs._make_predicted,
-    "probability": Outputs._make_probability,
-    "explained": Outputs._make_explained,
-    "score": Outputs._make_score,
-    "saturated": Outputs._make_saturated,
-    PROBABILITIES: Outputs._make_probabilities,
-    "failures": Outputs._make_failures,
-    "provenance": Outputs._make_provenance,
-    RENDERED: Outputs._make_rendered,
-}
-NAMES = tuple(_MAKERS)
-# The outputs of a request that names none: drawing takes time.
-DEFAULT = tuple(name for name in NAMES if name != RENDERED)
+class _Output(NamedTuple):
+    """How an output is made, with its type and shape for a request without parameters."""
 
-# Types and shapes without parameters: N examples of K classes, maps of H × W.
-SHAPES: dict[str, tuple[str, tuple[str | int, ...]]] = {
-    MAPS: ("FP32", ("N", "H", "W")),
-    "scales": ("FP64", ("N",)),
-    "predicted": ("INT64", ("N",)),
-    "probability": ("FP64", ("N",)),
-    "explained": ("INT64", ("N",)),
-    "score": ("FP64", ("N",)),
-    "saturated": ("BOOL", ("N",)),
-    PROBABILITIES: ("FP32", ("N", "K")),
-    "failures": ("BYTES", ("N",)),
-    "provenance": ("BYTES", (1,)),
-    RENDERED: ("BYTES", ("N",)),
+    datatype: str
+    shape: tuple[str | int, ...]  # of N examples and K classes, with maps of H × W
+    make: Callable[[Outputs], Tensor]
+
+
+OUTPUTS = {
+    MAPS: _Output("FP32", ("N", "H", "W"), Outputs._make_maps),
+    "scales": _Output("FP64", ("N",), Outputs._make_scales),
+    "predicted": _Output("INT64", ("N",), Outputs._make_predicted),
+    "probability": _Output("FP64", ("N",), Outputs._make_probability),
+    "explained": _Output("INT64", ("N",), Outputs._make_explained),
+    "score": _Output("FP64", ("N",), Outputs._make_score),
+    "saturated": _Output("BOOL", ("N",), Outputs._make_saturated),
+    PROBABILITIES: _Output("FP32", ("N", "K"), Outputs._make_probabilities),
+    "failures": _Output("BYTES", ("N",), Outputs._make_failures),
+    "provenance": _Output("BYTES", (1,), Outputs._make_provenance),
+    RENDERED: _Output("BYTES", ("N",), Outputs._make_rendered),
 }
+# The outputs of a request that names none: drawing takes time.
+DEFAULT = tuple(name for name in OUTPUTS if name != RENDERED)

@@ -131,8 +131,8 @@ def _outputs(requested: Sequence[oip.ModelInferRequest.InferRequestedOutputTenso
         return tuple(map(RequestedOutput, outputs.DEFAULT))
     seen: dict[str, RequestedOutput] = {}
     for each in requested:
-        if each.name not in outputs.NAMES:
-            raise NotFound(f'outputs: there is no "{each.name[:64]}"; {did_you_mean(each.name, outputs.NAMES)}')
+        if each.name not in outputs.OUTPUTS:
+            raise NotFound(f'outputs: there is no "{each.name[:64]}"; {did_you_mean(each.name, outputs.OUTPUTS)}')
         if each.name in seen:
             raise InvalidArgument(f'outputs: "{each.name}" is requested twice')
         field = f"outputs.{each.name}.parameters"

@@ -24,7 +24,7 @@ from .stream import InferStream
 DESCRIPTOR = oip.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 SERVICE: str = DESCRIPTOR.full_name
 DECODERS = {oip.ModelInferRequest.FromString: decode}
-MODEL = "model/"  # prefix of a model's name in health
+MODEL = "model/"  # prefix of a model's name in health, where it could be the same as a service's
 
 
 def _aborting(call: Callable[..., Awaitable[Message]]) -> Callable[..., Awaitable[Message]]:

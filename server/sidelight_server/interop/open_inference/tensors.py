@@ -73,12 +73,6 @@ def pack_bytes(values: Iterable[bytes]) -> bytes:
     return b"".join(piece for value in values for piece in (_LENGTH.pack(len(value)), value))
 
 
-def check_n_bytes(n_bytes: int, given: int, *, field: str) -> None:
-    """Raise `InvalidArgument` unless a span of shared memory has the size of its tensor."""
-    if n_bytes != given:
-        raise InvalidArgument(f"{field}.shared_memory_byte_size: {given}, but the tensor of this shape has {n_bytes}")
-
-
 def _uint8(packed: bytes, *, field: str) -> memoryview:
     """Return packed varints as uint8. Each takes one byte, or two from 128 on."""
     read = np.frombuffer(packed, np.uint8)
