@@ -121,27 +121,16 @@ def _first_that_fits(specs: Sequence[ModelSpec]) -> Engine:
 
 
 def _engine(spec: ModelSpec, settings: Settings) -> Engine:
-    engine = _Engine([spec], settings)
+    engine = Engine([spec], settings)
     engine.expose_causes()
     for model in engine.models.values():
-        model.chunk_rows = (
-            MAX_ROWS  # also for a model whose rows depend on each other: they do so in the caller's batch too
-        )
+        # Also for a model whose rows depend on each other: they do so in the caller's batch too.
+        model.chunk_rows = MAX_ROWS
     return engine
 
 
-class _Engine(Engine):
-    """An engine whose `close` joins all of its threads."""
-
-    def close(self, within_s: float | None = None) -> bool:
-        """Stop after the running chunk and after running preparation."""
-        has_ended = super().close(within_s)
-        self._pool.close(wait=True)
-        return has_ended
-
-
 def _end(engine: Engine, loop: asyncio.AbstractEventLoop, thread: threading.Thread) -> None:
-    engine.close()
+    engine.close(waits_for_preparation=True)
     with contextlib.suppress(RuntimeError):  # the loop is already closed
         loop.call_soon_threadsafe(lambda: loop.create_task(_stop(loop)))
     thread.join()

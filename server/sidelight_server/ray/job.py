@@ -1,5 +1,6 @@
 """A job: explains the pictures of a folder on Ray Data, and continues where an earlier run ended."""
 
+import contextlib
 import logging
 import os
 import socket
@@ -164,29 +165,29 @@ def _explained(
         yield int(row["rows"])
 
 
-class _ray:  # noqa: N801  (a context manager)
-    """Connects to a cluster, or starts a Ray for the time of a job, without dashboard and telemetry."""
-
-    def __init__(self, address: str | None) -> None:
-        self._address = address
-
-    def __enter__(self) -> None:
-        if self._address:
-            _check_listens(self._address)
-        limit_spinning()  # the actors share the cores
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        own: dict[str, Any] = {} if self._address else {
-            "include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES,
-        }  # fmt: skip
-        try:
-            ray.init(address=self._address or "local", log_to_driver=False, logging_level=logging.ERROR, **own)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigurationError(f"address: {self._address}: {error}") from None
+@contextlib.contextmanager
+def _ray(address: str | None) -> Iterator[None]:
+    """Connect to a cluster, or run a Ray for the time of a job, without dashboard and telemetry."""
+    if address:
+        _check_listens(address)
+    limit_spinning()  # the actors share the cores
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    own: dict[str, Any] = {"include_dashboard": False, "object_store_memory": OBJECT_STORE_BYTES}
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if address else own),
+        )
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigurationError(f"address: {address}: {error}") from None
+    try:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
+        yield
+    finally:
         ray.shutdown()
 
 
