@@ -45,10 +45,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("sidelight")
 
-
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
-
-
 STATUS_S = 1.0  # last part of `drain_s`, at most a tenth of it, in which unanswered calls get their status
 CHUNK_S = 5.0  # limit for the running chunk after all calls have ended
 

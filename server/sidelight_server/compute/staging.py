@@ -97,11 +97,6 @@ def _stream(device: torch.device) -> torch.cuda.Stream | None:
     return torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
 
-def is_finite(array: Array) -> bool:
-    """Return whether every element is finite."""
-    return bool(np.isfinite(array).all())
-
-
 def magnitudes(maps: Array) -> NDArray[np.floating]:
     """Return the largest absolute value of each map, [k], of [k, ...]; not finite where a map has such an element."""
     flat = maps.reshape(len(maps), -1)

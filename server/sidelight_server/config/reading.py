@@ -21,11 +21,7 @@ from .faults import first_fault
 from .settings import Settings
 
 FILE = Path("sidelight.toml")
-
-
 PREFIX = "SIDELIGHT_"
-
-
 OF_CLIENTS = ("SIDELIGHT_ADDRESS", "SIDELIGHT_TOKEN")  # variables of the client
 
 

@@ -21,25 +21,13 @@ from ...telemetry.logs import Event, Throttle
 
 Fitted = tuple[Array, Geometry | None] | SidelightError
 
-
 WALL_TIMES = 10  # limit of wall time, as a multiple of the limit of CPU time (max_decode_s)
-
-
 START_S = 60.0  # limit for a worker's start, which takes 0.2 s on an idle machine
-
-
 END_S = 1.0  # time that a worker has to exit by itself before it is killed
 
-
 _BOOT = "import sys; sys.path[:] = sys.argv[1:]; from sidelight_server.inputs.decode_worker import main; main()"
-
-
 _PARENT = str(Path(__file__).parents[3])
-
-
 _FAILURES = {each.code: each for each in (InvalidArgument, FailedPrecondition, ResourceExhausted)}
-
-
 # One thread and one malloc arena, because reserved address space counts toward the memory limit. Freed memory returns
 # to the system at once; huge pages make up for it: without them an image of 12 megapixels takes half as long again.
 _ENVIRONMENT = {

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ...compute.passes.layer_hooks import NOTHING_TO_GUIDE
-from ...compute.staging import is_finite
 from ...domain import (
     MANY_EXAMPLES,
     PREDICTED,
@@ -188,7 +187,7 @@ def _staged(images: Array, dtype: np.dtype[np.generic]) -> Array:
 
 
 def _checked(example: Array, *, largest: float) -> Fitted:
-    if is_finite(example):
+    if np.isfinite(example).all():
         if largest < FLOAT32_MAX and np.abs(example).max() > largest:
             return InvalidArgument(f"images: {np.abs(example).max():g}, the model's type holds {largest:g} at most")
         return example, None

@@ -11,8 +11,6 @@ from ...models import sources
 from ...models.model import Model
 
 Version = tuple[Model, ...]  # one version of a model: its replica on each device
-
-
 # Path, inode, size and modification time in ns of each file; −1 for a missing file. The time alone would be the same
 # after two writes within one tick of the file system's clock.
 Fingerprint = tuple[tuple[Path, int, int, int], ...]

@@ -27,7 +27,6 @@ log = logging.getLogger("sidelight")
 PATIENCE_S = 60.0  # a background reload that takes longer no longer blocks the next one
 RETRY_S = 10.0  # after a failed load, requests do not retry it for this long
 
-
 _Value = TypeVar("_Value")
 
 
