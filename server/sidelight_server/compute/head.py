@@ -6,7 +6,7 @@ logarithm depends on 1 − p, which for p near 1 has no digits left in float32.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..config.options import Activation, Outputs
 from ..domain import ResolvedTarget, Score
 from ..errors import FailedPrecondition
-from .regions import largest_class, over_both, select_targets
+from .regions import Rows, over_both, select_targets
 
 # A probability p is computed in float32, as torch and Captum do, if log(p / (1 − p)) lies between these bounds: p from
 # 9e-27 to 0.982. Within them, the error of its gradient at the outputs is at most 6e-5 of the gradient's norm (the
@@ -123,92 +123,75 @@ class Head:
             raise FailedPrecondition(
                 f"score: the model returns {self.outputs}, so it has no {score.value}; it has {has}"
             )
-        plain = None if is_plain else self._plain_rows(values, classes, resolved_targets, scores)  # bool, [n]
+        rows = Rows(values, classes, resolved_targets, scores)
+        plain = None if is_plain else self._plain_rows(rows)  # bool, [n]
         # Only on a CPU: on a GPU `bool()` would synchronize.
         if plain is None or (values.device.type == "cpu" and bool(plain.all())):
-            scored, sent = _differentiated(self.select, values, classes, resolved_targets, scores, gradient=gradient)
+            scored, sent = _differentiated(self._plain, rows, gradient=gradient)
         else:
-            wide = values.to(_wide(values.device))
-            scored, sent = _differentiated(self._exact, wide, classes, resolved_targets, scores, gradient=gradient)
+            wide = replace(rows, values=values.to(_wide(values.device)))
+            scored, sent = _differentiated(self._exact, wide, gradient=gradient)
             sent = None if sent is None else sent.to(values.dtype)
             if any(self._may_be_plain(score) for score in scores):
-                other, other_sent = _differentiated(
-                    self.select, values, classes, resolved_targets, scores, gradient=gradient
-                )
+                other, other_sent = _differentiated(self._plain, rows, gradient=gradient)
                 scored = torch.where(plain, other.to(scored.dtype), scored)
                 if sent is not None and other_sent is not None:
                     sent = torch.where(plain.view(-1, *[1] * (values.ndim - 1)), other_sent, sent)
-        return Scored(scored, sent, self._dead(sent, values, classes, resolved_targets, step=step))
+        return Scored(scored, sent, self._dead(rows, sent, step=step))
 
     def select(
         self, values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], scores: Sequence[Score]
     ) -> Tensor:
         """Return each row's own score, [n], in the outputs' own type, with its graph."""
+        return _each_score(self._plain, Rows(values, classes, resolved_targets, scores))
 
-        def plain(values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], score: Score) -> Tensor:
-            own = largest_class(values) if any(resolved.each_pixel for resolved in resolved_targets) else None
-            return select_targets(self._of(values.shape[1])[score](self.sides(values)), classes, resolved_targets, own)
+    def _plain(self, rows: Rows, score: Score) -> Tensor:
+        """Return one kind of score of each row, [n], in the outputs' own type."""
+        return select_targets(self._of(rows.values.shape[1])[score](self.sides(rows.values)), rows)
 
-        return _each_score(plain, values, classes, resolved_targets, scores)
+    def _exact(self, rows: Rows, score: Score) -> Tensor:
+        """As `_plain`, for outputs in float64, with formulas that keep all digits for probabilities near 0 and 1."""
+        is_exclusive = self._is_exclusive(rows.values)
 
-    def _exact(
-        self, values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], scores: Sequence[Score]
-    ) -> Tensor:
-        """As `select`, in float64 with formulas that keep all digits for probabilities near 0 and 1."""
-        is_exclusive = self._is_exclusive(values)
+        def of(outputs: Tensor, index: Tensor) -> Tensor:
+            if self.outputs == "probabilities" or score is Score.LOGIT:
+                own = outputs.gather(1, index)
+                return own.log() if score is Score.LOG_PROBABILITY else own
+            if score is Score.MARGIN:
+                return outputs.gather(1, index) - _others(outputs, index).amax(dim=1, keepdim=True)
+            log_probability = nn.functional.logsigmoid(_log_odds(outputs, index, is_exclusive=is_exclusive))
+            return log_probability if score is Score.LOG_PROBABILITY else log_probability.exp()
 
-        def exact(values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], score: Score) -> Tensor:
-            def of(outputs: Tensor, index: Tensor) -> Tensor:
-                if self.outputs == "probabilities" or score is Score.LOGIT:
-                    own = outputs.gather(1, index)
-                    return own.log() if score is Score.LOG_PROBABILITY else own
-                if score is Score.MARGIN:
-                    return outputs.gather(1, index) - _others(outputs, index).amax(dim=1, keepdim=True)
-                log_probability = nn.functional.logsigmoid(_log_odds(outputs, index, is_exclusive=is_exclusive))
-                return log_probability if score is Score.LOG_PROBABILITY else log_probability.exp()
-
-            return over_both(of, self.sides(values), values, classes, resolved_targets, sign=-1)
-
-        return _each_score(exact, values, classes, resolved_targets, scores)
+        return over_both(of, self.sides(rows.values), rows, sign=-1)
 
     @torch.no_grad()
-    def _plain_rows(
-        self, values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], scores: Sequence[Score]
-    ) -> Tensor:
+    def _plain_rows(self, rows: Rows) -> Tensor:
         """Return which rows, bool [n], are accurate in the outputs' type: probabilities that are not near 0 or 1."""
-        may_be = torch.tensor([self._may_be_plain(score) for score in scores], device=values.device)
-        if not any(self._may_be_plain(score) for score in scores):
+        may_be = torch.tensor([self._may_be_plain(score) for score in rows.scores], device=rows.values.device)
+        if not any(self._may_be_plain(score) for score in rows.scores):
             return may_be
-        is_exclusive = self._is_exclusive(values)
+        is_exclusive = self._is_exclusive(rows.values)
 
         def beyond(outputs: Tensor, index: Tensor) -> Tensor:
             odds = _log_odds(outputs, index, is_exclusive=is_exclusive)
             return 1 - ((odds >= LEAST_LOG_ODDS) & (odds <= MOST_LOG_ODDS)).to(outputs.dtype)  # also 1 for NaN
 
-        return may_be & (over_both(beyond, self.sides(values), values, classes, resolved_targets, sign=1) == 0)
+        return may_be & (over_both(beyond, self.sides(rows.values), rows, sign=1) == 0)
 
     @torch.no_grad()
-    def _dead(
-        self,
-        sent: Tensor | None,
-        values: Tensor,
-        classes: Tensor,
-        resolved_targets: Sequence[ResolvedTarget],
-        *,
-        step: float,
-    ) -> Tensor:
+    def _dead(self, rows: Rows, sent: Tensor | None, *, step: float) -> Tensor:
         if sent is None:
-            return torch.zeros(len(values), dtype=torch.bool, device=values.device)
+            return torch.zeros(len(rows.values), dtype=torch.bool, device=rows.values.device)
         if self.outputs == "logits":
             return sent.flatten(1).abs().amax(dim=1) < DEAD
-        is_single = values.shape[1] == 1
+        is_single = rows.values.shape[1] == 1
 
         def alive(outputs: Tensor, index: Tensor) -> Tensor:
             # For a single output the model computed p of class 1, whichever class is explained.
             p = outputs[:, 1:] if is_single else outputs.gather(1, index)
             return ((p > DEAD) & (1 - p > LOST_STEPS * step)).to(outputs.dtype)
 
-        return over_both(alive, self.sides(values), values, classes, resolved_targets, sign=1) == 0
+        return over_both(alive, self.sides(rows.values), rows, sign=1) == 0
 
     def _may_be_plain(self, score: Score) -> bool:
         return score is Score.PROBABILITY and self.outputs == "logits"
@@ -222,47 +205,33 @@ class Head:
         return _SIGMOID if self.activation == "sigmoid" or n_outputs == 1 else _SOFTMAX
 
 
-_Select = Callable[[Tensor, Tensor, Sequence[ResolvedTarget], Sequence[Score]], Tensor]
-_SelectOne = Callable[[Tensor, Tensor, Sequence[ResolvedTarget], Score], Tensor]
+_Select = Callable[[Rows, Score], Tensor]  # returns one kind of score of each row, [n]
 
 
 def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def _differentiated(
-    select: _Select,
-    values: Tensor,
-    classes: Tensor,
-    resolved_targets: Sequence[ResolvedTarget],
-    scores: Sequence[Score],
-    *,
-    gradient: bool,
-) -> tuple[Tensor, Tensor | None]:
+def _differentiated(select: _Select, rows: Rows, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Return the scores, [n], and if `gradient` their gradients at the outputs."""
-    leaf = values.detach().requires_grad_(gradient)
+    leaf = rows.values.detach().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
-        scored = select(leaf, classes, resolved_targets, scores)
+        scored = _each_score(select, replace(rows, values=leaf))
         sent = torch.autograd.grad(scored.sum(), leaf)[0] if gradient else None
     return scored.detach(), sent
 
 
-def _each_score(
-    select: _SelectOne,
-    values: Tensor,
-    classes: Tensor,
-    resolved_targets: Sequence[ResolvedTarget],
-    scores: Sequence[Score],
-) -> Tensor:
+def _each_score(select: _Select, rows: Rows) -> Tensor:
     """Return each row's score, [n], computing each kind of score for its own rows only."""
-    if len(set(scores)) == 1:
-        return select(values, classes, resolved_targets, scores[0])
-    selected = values.new_empty(len(scores))
-    for score in dict.fromkeys(scores):
-        indices = [i for i, each in enumerate(scores) if each is score]
-        rows = torch.tensor(indices, device=values.device)
-        picked = select(values[rows], classes[rows], [resolved_targets[i] for i in indices], score)
-        selected = selected.index_put((rows,), picked)
+    if len(set(rows.scores)) == 1:
+        return select(rows, rows.scores[0])
+    selected = rows.values.new_empty(len(rows.scores))
+    for score in dict.fromkeys(rows.scores):
+        indices = [i for i, each in enumerate(rows.scores) if each is score]
+        index = torch.tensor(indices, device=rows.values.device)
+        targets = [rows.targets[i] for i in indices]
+        own = Rows(rows.values[index], rows.classes[index], targets, [score] * len(indices))
+        selected = selected.index_put((index,), select(own, score))
     return selected
 
 
