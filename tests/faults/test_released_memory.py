@@ -15,8 +15,8 @@ from sidelight_server import Engine, ModelSpec, Settings
 from sidelight_server.domain import Request
 
 from benchmarks.support.bombs import many_scans
-from benchmarks.support.http2_caller import STREAM, Caller, framed
-from support.messages.attribution import INVALID_ARGUMENT, ask, floats
+from benchmarks.support.http2_caller import ATTRIBUTE, STREAM, Caller, framed
+from support.messages.attribution import DEADLINE_EXCEEDED, INVALID_ARGUMENT, ask, floats
 from support.messages.conversation import Conversation
 from support.models import Linear
 from support.servers.running import TIMEOUT_S, Running, gated, running, serving
@@ -180,3 +180,19 @@ def test_a_message_that_arrives_after_its_stream_was_ended_is_freed(tmp_path: Pa
         with freeing(server):
             for _ in range(8):
                 send_late()
+
+
+def test_a_unary_message_that_does_not_arrive_in_time_is_freed(tmp_path: Path, device: str) -> None:
+    settings = {"device": device, "max_arrival_s": 0.2}
+    with running(Linear(), tmp_path, **settings) as server, Caller(f"unix:{tmp_path}/socket") as caller:
+        server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
+
+        def send_part() -> None:
+            call = caller.begin(ATTRIBUTE)
+            caller.send(call, framed(bytes(LATE_BYTES - 1), n_bytes=LATE_BYTES))
+            assert caller.result(call).status == DEADLINE_EXCEEDED
+
+        send_part()
+        with freeing(server):
+            for _ in range(8):
+                send_part()
