@@ -225,8 +225,11 @@ properties: setup
 
 # The oldest releases that pyproject.toml allows together, on the client and the core of the server. They warn of much that
 # newer ones have mended, so deprecations are no errors here. Exported programs are left out: they need torch 2.8.
-CORE := aio answers client client_frames client_stream cli colormaps config dicom gallery images kernel methods metrics oracles \
-	picture results server service shared_memory sources stream tls tracing wire
+CORE := aio answer_contents answers array_forms attribute_command call_limits call_targets client_errors client_frames \
+	client_lifetime client_stream colormaps config dicom extreme_numbers failing_examples gallery image_tensors info \
+	info_and_help kernel methods metrics oracles picture picture_forms public_names refused_images request_fields \
+	request_limits request_targets results saved_answers server service shared_memory shown_pictures sources stream \
+	stream_cancels stream_ends stream_permits tls tracing written_files
 CORE_TESTS = $(shell find tests $(patsubst %,-name test_%.py -o,$(CORE)) -false)
 EXTRAS := server,cli,plot,dicom,hf,otel,demo
 oldest: .venv/.ready .venv-oldest/.ready

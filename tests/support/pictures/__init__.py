@@ -1,0 +1,1 @@
+"""Pictures for tests: as arrays for the client, and as files that the server decodes."""
