@@ -131,7 +131,7 @@ async def _callers(n_kills: int) -> Line:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="sidelight-", dir="/dev/shm") as shared:
         engine = Engine([small_cnn()], Settings(device="cpu", threads=1, shared_memory=Path(shared)))
-        running = Server(engine, listen=(f"unix:{shared}/socket",), plaintext=False)
+        running = Server(engine, listen=(f"unix:{shared}/socket",))
         await running.start()
         try:
             counts: list[tuple[int, int, int, int]] = []

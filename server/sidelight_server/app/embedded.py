@@ -6,7 +6,6 @@ import contextlib
 import tempfile
 import threading
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -40,7 +39,7 @@ class EmbeddedServer:
     def __enter__(self) -> str:
         return self.address
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __repr__(self) -> str:
@@ -75,7 +74,7 @@ def serve(model: nn.Module | ModelSpec | str | None = None, **settings: Any) -> 
         folder = tempfile.TemporaryDirectory(prefix="sidelight-")
         resources.enter_context(folder)
         listen = chosen.listen if "listen" in settings else (f"unix:{folder.name}/socket",)
-        server = Server(engine, listen=listen, plaintext=chosen.plaintext, metrics_listen=chosen.metrics_listen or "")
+        server = Server(engine, listen=listen, metrics_listen=chosen.metrics_listen or "")
         resources.enter_context(_Thread(server, drain_s=chosen.drain_s))
         return EmbeddedServer(server, folder, resources.pop_all())
 

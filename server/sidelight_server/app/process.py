@@ -41,7 +41,6 @@ async def serve_until_signal(engine: Engine) -> bool:
     server = Server(
         engine,
         listen=settings.listen,
-        plaintext=settings.plaintext,
         metrics_listen=METRICS if settings.metrics_listen is None else settings.metrics_listen,
         tracing=from_environment(),
     )

@@ -12,7 +12,7 @@ from sidelight.v1 import attribution_pb2_grpc, model_pb2_grpc
 
 from ..engine.completion import call_soon
 from ..engine.engine import Engine
-from ..engine.registry.recalibration import Recalibration
+from ..engine.registry.recalibration import recalibrate
 from ..engine.registry.reloader import Reloader
 from ..interop.open_inference.service import DECODERS as INFERENCE_DECODERS
 from ..interop.open_inference.service import InferenceService
@@ -58,13 +58,11 @@ class Server:
         engine: Engine,
         *,
         listen: Sequence[str],
-        plaintext: bool = False,
         metrics_listen: str = "",
         tracing: Tracing | None = None,
     ) -> None:
         self._engine = engine
         self._listen = listen
-        self._plaintext = plaintext
         self._health = Health()
         self._is_stopping = False
         self._shared: SharedMemory | None = None
@@ -91,7 +89,7 @@ class Server:
         self._gate.is_open = True
         self._update_health()
         settings = self._engine.settings
-        self._run_in_background(Recalibration(self._engine.registry, self._engine.devices).run())
+        self._run_in_background(recalibrate(self._engine.registry, self._engine.devices))
         if settings.watch_s:
             self._run_in_background(Reloader(self._engine.registry, every_s=settings.watch_s).run())
         if settings.stuck_s:
@@ -135,7 +133,7 @@ class Server:
             bind(
                 self._server,
                 address,
-                plaintext=self._plaintext,
+                plaintext=settings.plaintext,
                 certificates=certificates,
                 socket_mode=settings.socket_mode,
             )
@@ -189,7 +187,7 @@ class Server:
 
         metrics = Metrics(self._engine, self.handler.telemetry.counts, self.counts, files)
         try:
-            self._metrics = MetricsServer(metrics, self._metrics_listen, plaintext=self._plaintext)
+            self._metrics = MetricsServer(metrics, self._metrics_listen, plaintext=self._engine.settings.plaintext)
             self.metrics = self._metrics.address
         except OSError as error:
             self.metrics = f"none: {self._metrics_listen}: {error.strerror}"

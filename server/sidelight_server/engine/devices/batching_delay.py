@@ -12,7 +12,7 @@ class BatchingDelay:
 
     A caller that waits for each answer sends its next request a few milliseconds after it. A chunk that began at once
     would have only the rows that were left over, and so would the one after it: four callers would be served in chunks
-    of 1 and 3 rows for ever, which takes longer than chunks of 4.
+    of 1 and 3 rows forever, which takes longer than chunks of 4.
     """
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:

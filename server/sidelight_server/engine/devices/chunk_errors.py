@@ -33,8 +33,8 @@ class ChunkErrors:
     After an unexpected error it calls `check`; if that fails too, the device is lost.
     """
 
-    def __init__(self, device: torch.device, *, check: Callable[[torch.device], None] = check_works) -> None:
-        self.check = check
+    def __init__(self, device: torch.device) -> None:
+        self.check: Callable[[torch.device], None] = check_works
         self.exposes_causes = False  # whether a caller gets the model's exception, or only the log
         self.n_out_of_memory = 0  # chunks that ran out of device memory
         self._device = device

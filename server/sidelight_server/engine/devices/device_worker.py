@@ -12,7 +12,6 @@ import torch
 from prometheus_client import Histogram
 
 from ...compute.staging import Staging
-from ...compute.torch_device import check_works
 from ...errors import SidelightError, Unavailable
 from ...telemetry.counters import CancellationTimes
 from ...telemetry.logs import Event
@@ -41,9 +40,8 @@ class DeviceWorker:
 
     At most `depth` chunks are in flight. A failing chunk is split until the bad example is alone, and only that example
     fails. A chunk that does not fit into device memory is halved, and larger ones are not tried for a while (see
-    `RowLimit`); a chunk padded to `reproducible_rows` cannot be halved and fails. After an unexpected error the worker
-    calls `check`; if that fails too, the device is lost and the thread ends. `on_end` is called when the thread has
-    ended, for whatever reason: requests that are unanswered then get no answer from it.
+    `RowLimit`); a chunk padded to `reproducible_rows` cannot be halved and fails. If the device is lost, the thread
+    ends. `on_end` is called when the thread has ended, for whatever reason: it answers no more requests.
     """
 
     def __init__(
@@ -54,9 +52,8 @@ class DeviceWorker:
         depth: int = 0,
         stuck_s: float = 0.0,
         on_end: Callable[[], None] = lambda: None,
-        check: Callable[[torch.device], None] = check_works,
     ) -> None:
-        self.errors = ChunkErrors(device, check=check)
+        self.errors = ChunkErrors(device)
         # Set once the device is lost. Its traceback keeps the failed pass's tensors alive on purpose: freeing memory
         # on a lost device may abort the process.
         self.loss: DeviceLostError | None = None

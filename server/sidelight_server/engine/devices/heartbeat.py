@@ -21,14 +21,14 @@ class Heartbeat:
         self._beat_s: float | None = None  # time of the last beat; None while idle
         self.longest_s = 0.0  # the longest completed work that was not stuck
 
-    def beat(self, *, extends_limit: bool = True) -> None:
+    def beat(self) -> None:
         """Record that the previous work, if any, has completed and the next begins."""
-        self._note(extends_limit)
+        self._note()
         self._beat_s = self._clock()
 
     def rest(self, *, extends_limit: bool = True) -> None:
         """Record that the previous work has completed and the thread is idle."""
-        self._note(extends_limit)
+        self._note(extends_limit=extends_limit)
         self._beat_s = None
 
     @property
@@ -46,7 +46,7 @@ class Heartbeat:
     def is_stuck(self) -> bool:
         return bool(self._stuck_s) and self.at_work_s > self.limit_s
 
-    def _note(self, extends_limit: bool) -> None:
+    def _note(self, *, extends_limit: bool = True) -> None:
         # Work that was stuck is left out: it would raise the limit and hide the next stall.
         took_s = self.at_work_s
         if extends_limit and not (self._stuck_s and took_s > self.limit_s):

@@ -13,7 +13,7 @@ import sidelight_server
 import torch
 from sidelight_server import Engine, ModelSpec, Request, Settings
 from sidelight_server.engine.registry import loader, recalibration
-from sidelight_server.engine.registry.recalibration import Recalibration
+from sidelight_server.engine.registry.recalibration import recalibrate
 from sidelight_server.models import calibration
 from torch import Tensor, nn
 
@@ -253,7 +253,7 @@ def waits(*, n_busy: int, until: int) -> list[float]:
         slept.append(seconds)
 
     with pytest.raises(Enough):
-        asyncio.run(Recalibration(registry, [Device(n_busy=n_busy)], sleep=sleep).run())
+        asyncio.run(recalibrate(registry, [Device(n_busy=n_busy)], sleep=sleep))
     return slept
 
 
