@@ -101,32 +101,16 @@ class Identity:
     canary: str = ""  # digest of the model's output for a fixed input; see `ModelIdentity.identify`
 
 
-class Weights:
-    """The digest of a module's parameters and buffers, and of other facts that a map depends on.
+def digest_of(module: nn.Module, *, facts: str) -> str:
+    """Return the SHA-256 of a module's parameters and buffers, and of other facts, in hexadecimal.
 
-    The digest is computed again when `ChangeDetector` has detected a change, for example by further training.
+    It covers their names, types, shapes and bytes, and the other state of the module.
     """
-
-    def __init__(self, detector: ChangeDetector, *, facts: str) -> None:
-        self._facts = facts
-        self._detector = detector
-        self._seen: Changes | None = None
-        self._digest = ""
-
-    @property
-    def digest(self) -> str:
-        """The SHA-256 of names, types, shapes, bytes and facts, in hexadecimal."""
-        seen = self._detector.check()
-        if seen != self._seen:
-            self._digest, self._seen = self._computed(), seen
-        return self._digest
-
-    def _computed(self) -> str:
-        state = sorted(self._detector.module.state_dict().items(), key=lambda item: item[0])
-        extra = [(name, repr(value)) for name, value in state if not isinstance(value, Tensor)]
-        digest = hashlib.sha256(f"{self._facts} {extra}".encode())
-        for name, value in state:
-            if isinstance(value, Tensor):
-                digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-                digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+    state = sorted(module.state_dict().items(), key=lambda item: item[0])
+    extra = [(name, repr(value)) for name, value in state if not isinstance(value, Tensor)]
+    digest = hashlib.sha256(f"{facts} {extra}".encode())
+    for name, value in state:
+        if isinstance(value, Tensor):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..compute.head import Head
 from ..compute.kernel import Kernel
 from ..compute.passes.adapter import Adapter
-from ..compute.weights import Changes, Identity, Weights
+from ..compute.weights import Changes, Identity, digest_of
 from ..config.spec import ModelSpec
 from ..inputs.preprocessing import Preprocessing
 from ..telemetry.logs import Event
@@ -40,14 +40,19 @@ class ModelIdentity:
         self._name = name
         self._kernel = kernel
         self._trial = trial
-        self._weights = Weights(kernel.detector, facts=facts)
-        self._seen: Changes | None = None  # state of the weights at the last `identify`
+        self._facts = facts
+        self._digest = ""
+        self._digested: Changes | None = None  # state of the weights at the last `digest`
+        self._seen: Changes | None = None  # and at the last `identify`
         self._identity = Identity()
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of the current weights and facts, in hexadecimal."""
-        return self._weights.digest
+        """The SHA-256 of the current weights and facts, in hexadecimal, computed again after a change."""
+        detector = self._kernel.detector
+        if (seen := detector.check()) != self._digested:
+            self._digest, self._digested = digest_of(detector.module, facts=self._facts), seen
+        return self._digest
 
     @property
     def canary(self) -> str:

@@ -1,8 +1,8 @@
 """`export:FILE.pt2`: a program from `torch.export`. Loading it runs no code in the file."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +10,6 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 
 from ...config.spec import ModelSpec
-from ...config.traits import Constant
 from ...errors import ConfigurationError
 from .loading import only_file, source_errors
 from .pt2_archive import read
@@ -26,17 +25,8 @@ def load(location: str, weights: Path | None) -> ModelSpec:
     path = only_file("export:", location, weights)
     with source_errors("model", path):
         program = read(path.read_bytes())
-        inputs = _inputs(program)
-        return ModelSpec(
-            # Guards are code, which would be run; the size ranges of the program are checked instead.
-            module=program.module(check_guards=False),
-            input_size=_size(inputs.images),
-            input=inputs.keyword,
-            arguments=inputs.arguments or None,
-            label_argument=inputs.label,
-            batch=_batch(program, inputs.images.shape[0]),
-            name=path.stem,
-        )
+        # Guards are code, which would be run; the size ranges of the program are checked instead.
+        return ModelSpec(module=program.module(check_guards=False), name=path.stem, **_inputs(program))
 
 
 def files(location: str, weights: Path | None) -> tuple[Path, ...]:
@@ -44,17 +34,8 @@ def files(location: str, weights: Path | None) -> tuple[Path, ...]:
     return (Path(location),)
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """How to call a program: images by position or keyword, constants, and labels."""
-
-    images: Tensor  # a fake tensor of the exported shape
-    keyword: str | None
-    arguments: Mapping[str, Constant]
-    label: str | None
-
-
-def _inputs(program: ExportedProgram) -> _Inputs:
+def _inputs(program: ExportedProgram) -> dict[str, Any]:
+    """Return how to call a program, as fields of `ModelSpec`: images by position or keyword, constants, and labels."""
     positional, named = _leaves(program)
     if len(positional) > 1:
         raise ConfigurationError(
@@ -71,8 +52,13 @@ def _inputs(program: ExportedProgram) -> _Inputs:
         raise ConfigurationError(f"the program takes {_described(taken)}, expected floating images, [N, C, H, W]")
     if len(tensors) > 1 or any(map(_is_picture, tensors.values())):
         raise ConfigurationError(f"the program also takes {_described(tensors)}, expected nothing else but labels")
-    keyword = None if positional else pictures[0]
-    return _Inputs(images, keyword, arguments, next(iter(tensors), None))
+    return {
+        "input_size": _size(images),
+        "input": None if positional else pictures[0],
+        "arguments": arguments or None,
+        "label_argument": next(iter(tensors), None),
+        "batch": _batch(program, images.shape[0]),
+    }
 
 
 def _leaves(program: ExportedProgram) -> tuple[list[object], dict[str, object]]:

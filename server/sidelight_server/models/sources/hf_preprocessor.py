@@ -5,7 +5,6 @@ exactly is an error.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -94,16 +93,11 @@ _OBEYED: Mapping[str, tuple[str, ...]] = {
 _IGNORED: Mapping[str, tuple[str, ...]] = {_MOBILEVIT: ("do_normalize",), _SEGFORMER: ("do_center_crop",)}
 
 
-@dataclass(frozen=True, slots=True)
-class Processor:
-    """The content of a file: fields of a `ModelSpec`, and whether the network takes BGR."""
+def read(path: Path, config: Mapping[str, Any], *, channels: int) -> tuple[dict[str, Any], bool]:
+    """Interpret a file's content: return fields of a `ModelSpec`, and whether the network takes BGR.
 
-    fields: Mapping[str, Any]
-    is_bgr: bool = False
-
-
-def read(path: Path, config: Mapping[str, Any], *, channels: int) -> Processor:
-    """Interpret a file's content. Raises `ConfigurationError`, which names file and key."""
+    Raises `ConfigurationError`, which names file and key.
+    """
     with source_errors("model", path):
         name = _class(config)
         wanted = {**_PLAIN, **_CLASSES[name], **{key: each for key, each in config.items() if _is_set(key, each, name)}}
@@ -126,7 +120,7 @@ def read(path: Path, config: Mapping[str, Any], *, channels: int) -> Processor:
             "mean": mean,
             "std": std,
         }
-        return Processor(fields, is_bgr)
+        return fields, is_bgr
 
 
 def _is_set(key: str, value: object, name: str) -> bool:

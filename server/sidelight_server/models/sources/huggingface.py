@@ -46,14 +46,14 @@ def load(location: str, weights: Path | None) -> ModelSpec:
         raise ConfigurationError(f"model: {folder}: holds no weights, expected {WEIGHTS[0]}")
     path = folder / hf_preprocessor.FILE
     if path.is_file():
-        processor = hf_preprocessor.read(path, _read(path), channels=_channels(config))
+        fields, is_bgr = hf_preprocessor.read(path, _read(path), channels=_channels(config))
     else:
-        processor = hf_preprocessor.Processor({"input_size": _size(config)})
+        fields, is_bgr = {"input_size": _size(config)}, False
         message = f"pixels are not normalized; add {hf_preprocessor.FILE}, or set mean and std"
         log.warning(Event("no_preprocessor", folder=folder, message=message))
     labels = _labels(folder, config)
     module = _module(folder)
-    if processor.is_bgr:
+    if is_bgr:
         _take_rgb(module)
         log.info(Event("channels_flipped", folder=folder, message="the network takes BGR; arrays and maps are RGB"))
     return ModelSpec(
@@ -64,7 +64,7 @@ def load(location: str, weights: Path | None) -> ModelSpec:
         activation="sigmoid" if config.get("problem_type") == "multi_label_classification" else "softmax",
         class_names=labels,
         name=folder.resolve().name,
-        **processor.fields,
+        **fields,
     )
 
 
