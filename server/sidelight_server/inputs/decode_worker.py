@@ -30,7 +30,7 @@ from .preprocessing import Geometry, Preprocessing
 
 READY = b"+"  # the first byte that a worker sends, once it can take orders
 HEAD = struct.Struct("!II")  # an order: sizes of the pickled `Order` and of the file, which both follow
-REPLY = struct.Struct("!B?III")  # a `Reply`, with the size of its body, which follows
+REPLY = struct.Struct("!B?III")  # a `Reply`: status, whether the worker exits after it, sizes; its body follows
 
 OK = 0
 NEEDS_MORE = 100  # in place of a status code: the file takes more pixels or memory than the order allows
@@ -107,7 +107,6 @@ class Reply:
     """
 
     status: int
-    is_last: bool  # the worker exits after it
     height: int  # of the original image
     width: int
     body: bytes | memoryview
@@ -166,7 +165,7 @@ def silence() -> None:
 def _decoded(file: bytes, order: Order) -> Reply:
     try:
         pixels, (height, width) = order.decode(file)
-        return Reply(OK, False, height, width, np.ascontiguousarray(pixels).reshape(-1).data)
+        return Reply(OK, height, width, np.ascontiguousarray(pixels).reshape(-1).data)
     except TooManyPixels as error:
         return _failure(NEEDS_MORE if order.may_need_more else error.code, error.message)
     except SidelightError as error:
@@ -185,7 +184,7 @@ def _decoded(file: bytes, order: Order) -> Reply:
 
 
 def _failure(status: int, message: str) -> Reply:
-    return Reply(status, False, 0, 0, message.encode(errors="replace")[-MAX_MESSAGE_BYTES:])
+    return Reply(status, 0, 0, message.encode(errors="replace")[-MAX_MESSAGE_BYTES:])
 
 
 def _address_space() -> int:
