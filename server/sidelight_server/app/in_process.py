@@ -9,7 +9,6 @@ import inspect
 import threading
 import weakref
 from collections.abc import Sequence
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -49,7 +48,7 @@ class InProcess:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def attribute(self, request: Request) -> Answer:

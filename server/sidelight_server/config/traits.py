@@ -57,7 +57,7 @@ class ModelTraits(KernelFields):
     )
     resize: Annotated[int | str, Field(union_mode="left_to_right"), AfterValidator(_way_to_resize)] | None = Field(
         None,
-        description='short side in pixels before the centre crop, or height and width, "256x256"; or "exact", those of '
+        description='short side in pixels before the center crop, or height and width, "256x256"; or "exact", those of '
         'the input; or "none"; unset: just covers the input',
     )
     interpolation: Interpolation | None = Field(None, description="the filter of resizing; unset: bilinear")

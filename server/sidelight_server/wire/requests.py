@@ -104,6 +104,12 @@ def _batch(array: Array) -> Array:
     return batch
 
 
+def _check_each(n: int, n_examples: int, *, field: str) -> None:
+    """Raise `InvalidArgument` unless there is a class for each example. Called before any of them is parsed."""
+    if n != n_examples:
+        raise InvalidArgument(f"{field}: {n} classes for {n_examples} examples, expected one for each")
+
+
 def _target(target: pb.Target, n_examples: int) -> Target:
     match target.WhichOneof("target"):
         case "predicted":
@@ -113,12 +119,8 @@ def _target(target: pb.Target, n_examples: int) -> Target:
         case "label":
             return target.label
         case "per_example":
-            classes = target.per_example.classes
-            if len(classes) != n_examples:  # before parsing any of them
-                raise InvalidArgument(
-                    f"target: {len(classes)} classes for {n_examples} examples, expected one for each"
-                )
-            return PerExample(tuple(map(_choice, classes)))
+            _check_each(len(target.per_example.classes), n_examples, field="target")
+            return PerExample(tuple(map(_choice, target.per_example.classes)))
         case "top_k":
             if target.top_k.k < 1:
                 raise InvalidArgument(f"target.top_k.k: got {target.top_k.k}, expected at least 1")
@@ -153,10 +155,7 @@ def _choice(choice: pb.ClassChoice, *, field: str = "target") -> Choice:
 
 
 def _served(served: pb.ServedPredictions, n_examples: int) -> tuple[Choice, ...]:
-    if len(served.classes) != n_examples:  # before parsing any of them
-        raise InvalidArgument(
-            f"served_classes: {len(served.classes)} classes for {n_examples} examples, expected one for each"
-        )
+    _check_each(len(served.classes), n_examples, field="served_classes")
     return tuple(_choice(each, field="served_classes") for each in served.classes)
 
 
