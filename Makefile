@@ -172,9 +172,9 @@ TRITON_PYTHON ?= /usr/bin/python3
 # One of PyHealth's own models on a data set of its own, by the original and by the drop-in class: 2 GB, a minute or
 # three. It declares a newer Python than it needs, which must not be ignored for what it depends on.
 pyhealth: .venv/.ready .venv-pyhealth/.ready
-	$(BIN)/python -m pytest tests/interop/test_pyhealth.py -k pyhealths_own
+	$(BIN)/python -m pytest tests/interop/pyhealth/test_pyhealth.py -k pyhealths_own
 
-.venv-pyhealth/.ready: tests/interop/whole_pyhealth.txt
+.venv-pyhealth/.ready: tests/interop/pyhealth/whole_pyhealth.txt
 	$(PYTHON) -m venv --clear .venv-pyhealth
 	.venv-pyhealth/bin/python -m pip install --quiet --upgrade pip
 	.venv-pyhealth/bin/python -m pip install --quiet --constraint $< torch
@@ -225,11 +225,12 @@ properties: setup
 
 # The oldest releases that pyproject.toml allows together, on the client and the core of the server. They warn of much that
 # newer ones have mended, so deprecations are no errors here. Exported programs are left out: they need torch 2.8.
-CORE := aio answer_contents answers array_forms attribute_command call_limits call_targets client_errors client_frames \
-	client_lifetime client_stream colormaps config dicom extreme_numbers failing_examples gallery image_tensors info \
-	info_and_help kernel methods metrics oracles picture picture_forms public_names refused_images request_fields \
-	request_limits request_targets results saved_answers server service shared_memory shown_pictures sources stream \
-	stream_cancels stream_ends stream_permits tls tracing written_files
+CORE := aio answer_contents answers array_forms attribute_command call_limits call_targets certificates client_errors \
+	client_frames client_lifetime client_stream client_stream_ends colormaps config dicom extreme_numbers \
+	failing_examples gallery image_tensors info info_and_help kernel methods metrics metrics_endpoint oracles \
+	picture picture_forms public_names refused_dicom refused_images request_fields request_limits request_targets \
+	results saved_answers serve server service shared_memory shown_pictures sources stream stream_cancels \
+	stream_ends stream_permits tls tracing written_files
 CORE_TESTS = $(shell find tests $(patsubst %,-name test_%.py -o,$(CORE)) -false)
 EXTRAS := server,cli,plot,dicom,hf,otel,demo
 oldest: .venv/.ready .venv-oldest/.ready

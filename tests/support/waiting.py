@@ -4,8 +4,10 @@ import asyncio
 import contextlib
 import queue
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
+from functools import wraps
+from typing import Any
 
 import numpy as np
 
@@ -49,3 +51,17 @@ def leaving_nothing(server: Running) -> Iterator[None]:
     yield
     server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
     until(server, lambda: not counts(server).exceeds(before))
+
+
+def on_a_loop(test: Callable[[], Coroutine[Any, Any, None]]) -> Callable[[], None]:
+    @wraps(test)
+    def run() -> None:
+        asyncio.run(asyncio.wait_for(test(), 10))
+
+    return run
+
+
+async def settle() -> None:
+    """Run every task as far as possible: each step wakes at most the next task."""
+    for _ in range(10):
+        await asyncio.sleep(0)

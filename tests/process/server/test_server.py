@@ -1,94 +1,25 @@
-"""The life cycle of a server: it starts or reports why not in one line, it drains, and nothing remains."""
+"""The life cycle of a server process: it starts or reports why not in one line, it drains, and nothing remains."""
 
 import asyncio
 import os
-import pickle
 import signal
 import socket
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import grpc
-import numpy as np
 import pytest
-import safetensors.torch
-import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
-from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc, model_pb2, model_pb2_grpc
-from sidelight_server import ConfigurationError, ModelSpec, serve
+from sidelight_server import serve
 from sidelight_server.__main__ import main
-from torch import nn
 
 from support.messages.attribution import ask, assert_explains, attribute, floats
 from support.messages.conversation import Conversation
-from support.models import Linear, small_cnn
-from support.servers.processes import FACTORIES, LOCAL, await_line, start, started
+from support.models import Linear
+from support.models.factories import MARK, ask_net, write_files
+from support.servers.processes import LOCAL, await_line, start, started
 from support.servers.running import TIMEOUT_S, running
-
-MARK = "code-that-a-file-brought-was-run"
-
-
-class Malicious:
-    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
-        return os.mkdir, (MARK,)
-
-
-def net() -> nn.Module:
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 4 * 4, 5))
-
-
-def write_files(folder: Path) -> None:
-    (folder / "factories.py").write_text(FACTORIES)
-    (folder / "absent_import.py").write_text("import nothing_of_this_name\n")
-    (folder / "no_python.py").write_text("def f(:\n")
-    (folder / "script.py").write_text("raise SystemExit(0)\n")
-    (folder / "two.txt").write_text("a\nb\n")
-    state = net().state_dict()
-    torch.save(state, folder / "good.pt")
-    safetensors.torch.save_file(state, folder / "good.safetensors")
-    for name in ("good.pt", "good.safetensors"):
-        whole = (folder / name).read_bytes()
-        (folder / name.replace("good", "half")).write_bytes(whole[: len(whole) // 2])
-    torch.save({"1.weight": torch.zeros(5, 48), "2.bias": torch.zeros(5)}, folder / "others.pt")
-    safetensors.torch.save_file({"1.weight": torch.zeros(5, 40)}, folder / "others.safetensors")
-    torch.save({"1.weight": Malicious()}, folder / "malicious.pt")
-    (folder / "malicious_pickle.pt").write_bytes(pickle.dumps({"1.weight": Malicious()}))
-    torch.save([torch.zeros(1)], folder / "list.pt")
-    torch.save({1: torch.zeros(1)}, folder / "numbered.pt")
-    (folder / "empty.pt").touch()
-    (folder / "empty.safetensors").touch()
-    (folder / "junk.pt").write_bytes(b"junkjunk")
-    (folder / "weights.onnx").write_bytes(b"\0")
-    (folder / "plain").write_text("precious")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("server")
-    write_files(folder)
-    return folder
-
-
-@pytest.fixture(autouse=True)
-def importable(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(folder)
-
-
-@pytest.fixture
-def here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, without any of the server's environment variables."""
-    monkeypatch.chdir(folder)
-    for name in os.environ:
-        if name.upper().startswith("SIDELIGHT_"):
-            monkeypatch.delenv(name)
-    return folder
-
 
 NET = ["--model", "python:factories:net", "--input-size", "3,4,4", "--device", "cpu"]
 
@@ -229,13 +160,6 @@ def test_a_port_that_is_taken_is_refused(
     assert "Traceback" not in stderr
 
 
-def ask_net(address: str) -> pb.AttributeResponse:
-    with grpc.insecure_channel(address) as channel:
-        stub = attribution_pb2_grpc.AttributionServiceStub(channel)
-        images = np.random.default_rng(0).integers(0, 256, (2, 9, 8, 3), np.uint8)
-        return stub.Attribute(ask(images), timeout=TIMEOUT_S, wait_for_ready=True)
-
-
 def test_a_process_serves_on_a_port_and_a_socket_until_it_is_stopped(folder: Path) -> None:
     model = ["--model", "python:factories:spec", "--weights", "good.pt", "--name", "renamed", "--device", "cpu"]
     with started(folder, *model, *LOCAL, "--listen", "unix:here.sock") as (process, addresses):
@@ -329,111 +253,6 @@ def test_loopback_needs_no_word(address: str, device: str) -> None:
         assert at.rpartition(":")[0] == address.rpartition(":")[0]
         stub = attribution_pb2_grpc.AttributionServiceStub(channel)
         assert not stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S).result.failures
-
-
-MODELS = {
-    "a module": (lambda: net(), {"input_size": (3, 4, 4)}),
-    "a specification": (lambda: ModelSpec(net(), input_size=(3, 4, 4)), {}),
-    "a source": (lambda: "python:factories:net", {"input_size": (3, 4, 4), "weights": "good.pt"}),
-}
-
-
-@pytest.mark.parametrize(("make", "settings"), MODELS.values(), ids=MODELS)
-def test_any_form_of_a_model_is_served(
-    make: Callable[[], nn.Module | ModelSpec | str], settings: dict[str, object], here: Path, device: str
-) -> None:
-    with serve(make(), device=device, **settings) as address:
-        result = ask_net(address).result
-    with serve(net(), input_size=(3, 4, 4), device=device) as address:
-        assert ask_net(address).result.maps == result.maps
-
-
-def threads() -> set[str]:
-    return {each.name for each in threading.enumerate() if each.name.startswith("sidelight-")}
-
-
-def test_a_served_module_stays_as_it_was(device: str) -> None:
-    module = small_cnn()
-    module.train()
-    before = {name: value.clone() for name, value in module.state_dict().items()}
-    with serve(module, input_size=(3, 32, 32), device=device) as address:
-        ask_net(address)
-    assert all(each.training for each in module.modules())
-    for parameter in module.parameters():
-        assert parameter.requires_grad
-        assert parameter.grad is None
-        assert parameter.device.type == "cpu"
-    for name, value in module.state_dict().items():
-        assert torch.equal(value, before[name])
-
-
-def test_a_served_module_that_is_trained_on_is_served_as_it_has_become(device: str) -> None:
-    """The replica shares its storage if it is on the module's device."""
-    module = net()
-    with serve(module, input_size=(3, 4, 4), device="cpu") as address:
-        before = ask_net(address).result.maps
-        with torch.no_grad():
-            module[1].weight.mul_(2)
-        assert ask_net(address).result.maps != before
-
-
-def test_a_server_that_was_left_leaves_nothing_behind(device: str) -> None:
-    before = threads()
-    with serve(Linear(), device=device) as first, serve(Linear(), device=device) as second:
-        assert first != second
-        paths = [Path(address.removeprefix("unix:")) for address in (first, second)]
-        assert all(path.is_socket() for path in paths)
-    assert not any(path.parent.exists() for path in paths)
-    assert threads() == before
-
-
-def test_a_served_module_answers_until_close_and_leaves_nothing_behind(device: str) -> None:
-    before = threads()
-    server = serve(net(), input_size=(3, 4, 4), device=device)
-    folder = Path(server.address.removeprefix("unix:")).parent
-    with serve(net(), input_size=(3, 4, 4), device=device) as address:
-        assert ask_net(server.address).result.maps == ask_net(address).result.maps
-    server.close()
-    assert not folder.exists()
-    until_s = time.monotonic() + 10
-    while threads() != before:  # an idle preparation thread ends a moment after its pool was closed
-        assert time.monotonic() < until_s, threads()
-        time.sleep(0.01)
-    server.close()  # as a `with` around it would
-
-
-def test_a_served_module_that_is_never_closed_ends_with_its_process() -> None:
-    script = """if True:
-        import sidelight, sidelight_server, torch
-        spec = sidelight_server.ModelSpec(torch.nn.Flatten(), input_size=(3, 2, 2), output_kind="logits")
-        server = sidelight_server.serve(spec, device="cpu")
-        with sidelight.connect(server.address) as client:
-            client.attribute(torch.ones(1, 3, 2, 2))
-        print(server.address)
-    """
-    done = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert not Path(done.stdout.strip().removeprefix("unix:")).parent.exists()
-
-
-def test_an_exception_inside_stops_the_server(device: str) -> None:
-    before = threads()
-    with pytest.raises(ZeroDivisionError), serve(Linear(), device=device) as address:
-        raise ZeroDivisionError
-    assert not Path(address.removeprefix("unix:")).parent.exists()
-    assert threads() == before
-
-
-def test_a_server_that_cannot_start_raises_and_leaves_nothing_behind(
-    folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = threads()
-    with (
-        pytest.raises(ConfigurationError, match="exists and is not a socket"),
-        serve(Linear(), listen=(f"unix:{folder}/plain",), device=device),
-    ):
-        pytest.fail("it has started")
-    assert threads() == before
 
 
 def test_a_server_that_stops_says_so_first(tmp_path: Path, device: str) -> None:

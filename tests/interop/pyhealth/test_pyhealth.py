@@ -1,19 +1,15 @@
 """The drop-in class compared with the original: on a module in this process, a client, or a server's address."""
 
-import asyncio
-import contextlib
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sidelight
-import sidelight_server
 import torch
 from sidelight.pyhealth import BasicGradientSaliencyMaps
 from torch import Tensor, nn
@@ -21,22 +17,7 @@ from torch import Tensor, nn
 from support import ROOT
 from support.components import PYHEALTH
 from support.models import small_cnn
-
-N_THREADS = 8
-
-Make = Callable[..., BasicGradientSaliencyMaps]
-
-
-class Classifier(nn.Module):
-    """A model with PyHealth's call."""
-
-    def __init__(self, logits: nn.Module, activation: Callable[[Tensor], Tensor] = torch.sigmoid) -> None:
-        super().__init__()
-        self.logits = logits
-        self.activation = activation
-
-    def forward(self, image: Tensor, disease: Tensor | None = None) -> dict[str, Tensor]:
-        return {"y_prob": self.activation(self.logits(image))}
+from support.models.classifiers import Classifier, Make, classifier, gradient, served, softmax
 
 
 class Keyed(Classifier):
@@ -51,31 +32,6 @@ class AnyKeyword(Classifier):
 
     def forward(self, **data: Tensor) -> dict[str, Tensor]:
         return super().forward(data["scan"]) | {"y_true": data["finding"]}
-
-
-def softmax(logits: Tensor) -> Tensor:
-    return logits.softmax(dim=1)
-
-
-def flat(n_classes: int) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 30 * 30, n_classes))
-
-
-def classifier(kind: str) -> nn.Module:
-    torch.manual_seed(1)
-    match kind:
-        case "multiclass":
-            return Classifier(small_cnn(), softmax)
-        case "binary":
-            return Classifier(flat(1))
-        case "multilabel":
-            return Classifier(flat(5))
-        case "dense":
-            return Classifier(nn.Conv2d(3, 4, 5, stride=3), softmax)
-        case "dense, one output":
-            return Classifier(nn.Conv2d(3, 1, 5, stride=3))
-        case _:  # dense of one pixel
-            return Classifier(nn.Conv2d(3, 4, 32), softmax)
 
 
 KINDS = ("multiclass", "binary", "multilabel", "dense", "dense, one output", "dense of one pixel")
@@ -94,46 +50,6 @@ def original() -> Iterator[Any]:
         sys.path.remove(str(ROOT))
         for name in [name for name in sys.modules if name.startswith("pyhealth") and name not in before]:
             del sys.modules[name]
-
-
-@contextlib.contextmanager
-def served(module: nn.Module) -> Iterator[str]:
-    with sidelight_server.serve(
-        sidelight_server.ModelSpec(module, input_size=(3, 32, 32), name="served"),
-        device="cpu",
-        threads=torch.get_num_threads(),
-        max_chunk_rows=64,
-    ) as address:
-        yield address
-
-
-@pytest.fixture(params=["module", "client", "address"])
-def make(request: pytest.FixtureRequest) -> Iterator[Make]:
-    """Make the class on a module, wherever that runs."""
-    with contextlib.ExitStack() as stack:
-
-        def made(module: nn.Module, *args: Any, **options: Any) -> BasicGradientSaliencyMaps:
-            model: Any = module
-            if request.param != "module":
-                model = stack.enter_context(served(module))
-            if request.param == "client":
-                model = stack.enter_context(sidelight.connect(model))
-            return stack.enter_context(BasicGradientSaliencyMaps(model, *args, **options))
-
-        yield made
-
-
-@pytest.fixture
-def batch(floats: Tensor) -> dict[str, Tensor]:
-    return {"image": floats, "disease": torch.tensor([0, 1, 2, 3, 4])}
-
-
-def gradient(module: nn.Module, images: Tensor, classes: list[int]) -> Tensor:
-    """Return the largest absolute gradient of these classes' probabilities."""
-    inputs = images.clone().requires_grad_()
-    probabilities = module.eval()(inputs)["y_prob"]
-    scores = probabilities.gather(1, torch.tensor(classes)[:, None]).sum()
-    return torch.autograd.grad(scores, inputs)[0].abs().amax(dim=1)
 
 
 @pytest.mark.parametrize("n", [1, 5])
@@ -278,58 +194,6 @@ def test_a_module_that_returns_logits_alone_is_explained_too(floats: Tensor) -> 
     assert torch.equal(maps, gradient(module, floats, module(floats)["y_prob"].argmax(dim=1).tolist()))
 
 
-def test_nothing_of_the_callers_is_changed(batch: dict[str, Tensor]) -> None:
-    module = classifier("multiclass").train()
-    module.logits[0].weight.requires_grad_(False)
-    batch["image"].requires_grad_()
-    flags = {name: each.requires_grad for name, each in module.named_parameters()}
-    state = {name: each.clone() for name, each in module.state_dict().items()}
-    before = {key: each.detach().clone() for key, each in batch.items()}
-    with BasicGradientSaliencyMaps(module, batch) as saliency:
-        maps = saliency.attribute(save_to_batch=True, **batch)["image"]
-    assert module.training
-    assert flags == {name: each.requires_grad for name, each in module.named_parameters()}
-    assert all(each.grad is None for each in (*module.parameters(), batch["image"]))
-    assert all(torch.equal(each, state[name]) for name, each in module.state_dict().items())
-    assert all(torch.equal(each, before[key]) for key, each in batch.items())
-    assert batch["image"].requires_grad
-    assert not maps.requires_grad
-    for record in saliency.Batch_saliency_maps:
-        assert not any(each.requires_grad for each in record.values())
-
-
-def test_training_the_module_further_shows_in_the_next_map(floats: Tensor) -> None:
-    module = classifier("multilabel")
-    with BasicGradientSaliencyMaps(module) as saliency:
-        saliency.attribute(image=floats)
-        module(floats)["y_prob"].square().sum().backward()
-        torch.optim.SGD(module.parameters(), lr=0.5).step()
-        assert torch.equal(saliency.attribute(2 > 3, 1, image=floats)["image"], gradient(module, floats, [1] * 5))
-
-
-def test_weights_that_moved_are_found_again(floats: Tensor) -> None:
-    module = classifier("multilabel")
-    with BasicGradientSaliencyMaps(module) as saliency:
-        saliency.attribute(image=floats)
-        module.logits[-1] = nn.Linear(4 * 30 * 30, 3)
-        module.double().float()
-        threads = {each for each in threading.enumerate() if each.name == "sidelight-in-process"}
-        maps = saliency.attribute(target_class_idx=1, image=floats)["image"]
-        assert torch.equal(maps, gradient(module, floats, [1] * 5))
-        assert not any(each.is_alive() for each in threads)  # of the engine that was
-
-
-def test_a_data_set_that_a_module_keeps_is_not_copied(floats: Tensor) -> None:
-    class Samples(torch.utils.data.Dataset[Tensor]):
-        def __deepcopy__(self, memo: object) -> "Samples":
-            raise MemoryError
-
-    module = classifier("binary")
-    module.dataset = Samples()
-    with BasicGradientSaliencyMaps(module, floats) as saliency:
-        assert len(saliency.Batch_saliency_maps) == 1
-
-
 def test_images_may_change_their_size(floats: Tensor) -> None:
     module = classifier("dense").eval()
     with BasicGradientSaliencyMaps(module) as saliency:
@@ -347,67 +211,6 @@ def test_the_history_is_bounded_and_can_be_cleared(make: Make, floats: Tensor) -
     assert [record["label"] for record in saliency.Batch_saliency_maps] == [[1], [2], [3]]
     saliency.clear()
     assert saliency.get_gradient_saliency_maps() == []
-
-
-def test_eight_threads_get_the_serial_maps_to_the_last_bit(floats: Tensor) -> None:
-    module = classifier("multiclass").eval()
-    batches = [floats.roll(i, dims=0)[: 1 + i % 5] for i in range(16)]
-    with BasicGradientSaliencyMaps(module, max_history=1000) as saliency:
-        expected = [saliency.attribute(image=each)["image"] for each in batches]
-
-        def call(n: int) -> None:
-            maps = saliency.attribute(save_to_batch=True, image=batches[n % 16], disease=n)["image"]
-            assert torch.equal(maps, expected[n % 16])
-
-        with ThreadPoolExecutor(N_THREADS) as pool:
-            list(pool.map(call, range(160)))
-        assert sorted(record["label"] for record in saliency.Batch_saliency_maps) == list(range(160))
-        for record in saliency.Batch_saliency_maps:
-            assert torch.equal(record["saliency"], expected[record["label"] % 16])
-
-
-def test_it_runs_where_an_event_loop_runs_already(floats: Tensor) -> None:
-    async def cell() -> Tensor:
-        with BasicGradientSaliencyMaps(classifier("binary")) as saliency:
-            return saliency.attribute(image=floats)["image"]
-
-    assert asyncio.run(cell()).shape == (5, 32, 32)
-
-
-def test_closing_leaves_no_thread(make: Make, floats: Tensor) -> None:
-    with served(small_cnn()):  # what gRPC makes once for a process is there
-        before = set(threading.enumerate())
-    saliency = make(classifier("binary"), floats)
-    ours = {each for each in threading.enumerate() if each.name == "sidelight-in-process"} - before
-    saliency.close()
-    saliency.close()
-    assert not any(each.is_alive() for each in ours)
-    assert len(saliency.Batch_saliency_maps) == 1
-    if isinstance(saliency.model, nn.Module):
-        assert set(threading.enumerate()) <= before
-        with pytest.raises(RuntimeError, match="closed"):
-            saliency.attribute(image=floats)
-    elif isinstance(saliency.model, sidelight.Client):
-        assert saliency.attribute(image=floats)["image"].shape == (5, 32, 32)  # it was given, and stays open
-
-
-def test_closing_leaves_no_thread_of_a_large_batch_either(floats: Tensor) -> None:
-    """A large batch is prepared in a thread of its own."""
-    before = set(threading.enumerate())
-    with BasicGradientSaliencyMaps(classifier("dense"), floats[:2].repeat(1, 1, 20, 20)):
-        assert any(each.name.startswith("sidelight-prepare") for each in threading.enumerate())
-    assert set(threading.enumerate()) <= before
-
-
-def test_an_object_that_is_dropped_leaves_no_thread(floats: Tensor) -> None:
-    before = set(threading.enumerate())
-    saliency = BasicGradientSaliencyMaps(classifier("binary"), floats)
-    threads = set(threading.enumerate()) - before
-    assert threads
-    del saliency
-    for each in threads:
-        each.join(30)
-    assert not any(each.is_alive() for each in threads)
 
 
 def test_a_module_that_cannot_be_explained_says_why(floats: Tensor) -> None:
