@@ -116,10 +116,10 @@ class Given:
     array: NDArray[np.floating]
 
     def __post_init__(self) -> None:
-        finite("baseline.tensor", self.array)
+        check_finite("baseline.tensor", self.array)
 
     def of(self, example: Example) -> Tensor:
-        return placed(self.array if self.array.ndim == 3 else self.array[example.index], example.x)
+        return tensor_like(self.array if self.array.ndim == 3 else self.array[example.index], example.x)
 
     @property
     def largest(self) -> float:
@@ -137,7 +137,7 @@ class Given:
 Baseline = Constant | Black | MeanColor | Blurred | Given
 
 
-def finite(name: str, array: NDArray[np.floating]) -> None:
+def check_finite(name: str, array: NDArray[np.floating]) -> None:
     """Raise `InvalidArgument` if an array has elements that are not finite."""
     if not np.isfinite(array).all():
         raise InvalidArgument(f"method.{name}: it has NaN or infinite elements, expected finite ones")
@@ -148,6 +148,6 @@ def largest(array: NDArray[np.floating]) -> float:
     return float(np.abs(array).max(initial=0))
 
 
-def placed(array: NDArray[np.floating], like: Tensor) -> Tensor:
+def tensor_like(array: NDArray[np.floating], like: Tensor) -> Tensor:
     """Return an array as a tensor of the type and on the device of `like`."""
     return torch.from_numpy(np.require(array, requirements=["C", "W"])).to(like.device, like.dtype)

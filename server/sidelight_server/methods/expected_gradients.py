@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..errors import InvalidArgument
 from . import random
-from .baseline import finite, largest, placed
-from .method import Example, Improved, Method, Outcome, RowOutput, Shape, Steps, Sweep, at_least
+from .baseline import check_finite, largest, tensor_like
+from .method import Example, Improved, Method, Outcome, RowOutput, Shape, Steps, Sweep, check_at_least
 from .welford import BLOCK, Moments
 
 
@@ -30,10 +30,10 @@ class ExpectedGradients(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least(f"{self.name}.samples", self.samples, 1)
-        at_least(f"{self.name}.noise_level", self.noise_level, 0)
+        check_at_least(f"{self.name}.samples", self.samples, 1)
+        check_at_least(f"{self.name}.noise_level", self.noise_level, 0)
         if self.baselines is not None:
-            finite(f"{self.name}.baselines", self.baselines)
+            check_finite(f"{self.name}.baselines", self.baselines)
 
     @property
     def given(self) -> NDArray[np.generic] | None:
@@ -87,4 +87,4 @@ class ExpectedGradients(Method):
     def _baseline(self, k: int, like: Tensor) -> Tensor:
         if self.baselines is None:
             return torch.zeros_like(like)
-        return placed(self.baselines[random.integer(len(self.baselines), self.seed, "baseline", k)], like)
+        return tensor_like(self.baselines[random.integer(len(self.baselines), self.seed, "baseline", k)], like)

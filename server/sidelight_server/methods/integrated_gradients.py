@@ -22,9 +22,9 @@ from .method import (
     Shape,
     Steps,
     Sweep,
-    at_least,
+    check_at_least,
+    check_steps_or_tolerance,
     evaluate,
-    steps_or_tolerance,
 )
 from .welford import accumulator
 
@@ -74,14 +74,14 @@ class IntegratedGradients(Method):
 
     def __post_init__(self) -> None:
         least = 2 if self.rule is Rule.TRAPEZOID else 1
-        steps_or_tolerance(self.name, self.steps, self.tolerance, least=least, counted="steps")
+        check_steps_or_tolerance(self.name, self.steps, self.tolerance, least=least, counted="steps")
         if self.rule is Rule.GAUSS_LEGENDRE and self.steps > MAX_GAUSS_NODES:
             raise InvalidArgument(
                 f"method.{self.name}.steps: got {self.steps}, expected at most {MAX_GAUSS_NODES} by gauss_legendre; "
                 "midpoint and trapezoid take more"
             )
         if self.tolerance is not None:
-            at_least(f"{self.name}.max_rows", self.max_rows, 3)
+            check_at_least(f"{self.name}.max_rows", self.max_rows, 3)
             if self.rule is not Rule.TRAPEZOID:
                 raise InvalidArgument(
                     f"method.{self.name}.rule: got {self.rule.value} with a tolerance, expected trapezoid, which alone "

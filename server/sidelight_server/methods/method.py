@@ -242,25 +242,25 @@ class OneRowMethod(Method):
         return 1
 
 
-def at_least(name: str, value: float, least: float) -> None:
+def check_at_least(name: str, value: float, least: float) -> None:
     """Raise `InvalidArgument` if a parameter is smaller, infinite or NaN."""
     if not value >= least or value == float("inf"):
         raise InvalidArgument(f"method.{name}: got {value:g}, expected at least {least:g}")
 
 
-def in_open_unit(name: str, value: float) -> None:
+def check_in_open_unit(name: str, value: float) -> None:
     """Raise `InvalidArgument` if a parameter is not in (0, 1)."""
     if not 0 < value < 1:
         raise InvalidArgument(f"method.{name}: got {value:g}, expected a number in (0, 1)")
 
 
-def steps_or_tolerance(
+def check_steps_or_tolerance(
     name: str, steps: int, tolerance: float | None, *, least: int, counted: Literal["steps", "samples"]
 ) -> None:
     """Raise `InvalidArgument` unless exactly one of a number of steps and a tolerance is given."""
     if tolerance is None:
-        at_least(f"{name}.{counted}", steps, least)
+        check_at_least(f"{name}.{counted}", steps, least)
         return
-    in_open_unit(f"{name}.tolerance", tolerance)
+    check_in_open_unit(f"{name}.tolerance", tolerance)
     if steps:
         raise InvalidArgument(f"method.{name}: got {counted} {steps} and tolerance {tolerance:g}, expected one of them")

@@ -13,7 +13,18 @@ from ..errors import InvalidArgument
 from . import random
 from .baseline import ZERO, Baseline, Given
 from .channels import Channels
-from .method import ROUNDING_STEPS, Example, Method, Outcome, RowOutput, Shape, Steps, Sweep, at_least, in_open_unit
+from .method import (
+    ROUNDING_STEPS,
+    Example,
+    Method,
+    Outcome,
+    RowOutput,
+    Shape,
+    Steps,
+    Sweep,
+    check_at_least,
+    check_in_open_unit,
+)
 from .welford import accumulator
 
 LEAST_PROBABILITY = 1e-6  # maps are divided by it
@@ -34,8 +45,8 @@ class Occlusion(Method):
 
     def __post_init__(self) -> None:
         for name, size, step in zip(("height", "width"), self.window, self._stride, strict=True):
-            at_least(f"{self.name}.window_{name}", size, 1)
-            at_least(f"{self.name}.stride_{name}", step, 1)
+            check_at_least(f"{self.name}.window_{name}", size, 1)
+            check_at_least(f"{self.name}.stride_{name}", step, 1)
             if step > size:
                 raise InvalidArgument(
                     f"method.{self.name}.stride_{name}: got {step}, expected at most window_{name}, {size}: "
@@ -119,10 +130,10 @@ class RISE(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least(f"{self.name}.masks", self.masks, 1)
-        at_least(f"{self.name}.cells", self.cells, 1)
-        in_open_unit(f"{self.name}.keep_probability", self.keep_probability)
-        at_least(f"{self.name}.keep_probability", self.keep_probability, LEAST_PROBABILITY)
+        check_at_least(f"{self.name}.masks", self.masks, 1)
+        check_at_least(f"{self.name}.cells", self.cells, 1)
+        check_in_open_unit(f"{self.name}.keep_probability", self.keep_probability)
+        check_at_least(f"{self.name}.keep_probability", self.keep_probability, LEAST_PROBABILITY)
 
     def check(self, shape: Shape, n_examples: int) -> None:
         if self.cells > min(shape[1:]):

@@ -13,7 +13,18 @@ from . import random
 from .channels import Magnitude
 from .gradient import GRADIENT, Gradient
 from .integrated_gradients import IntegratedGradients
-from .method import Example, Improved, Method, Outcome, Probe, Shape, Steps, Sweep, at_least, steps_or_tolerance
+from .method import (
+    Example,
+    Improved,
+    Method,
+    Outcome,
+    Probe,
+    Shape,
+    Steps,
+    Sweep,
+    check_at_least,
+    check_steps_or_tolerance,
+)
 from .welford import BLOCK, Moments
 
 MIN_DRAWS = 2 * BLOCK  # least number with a tolerance: fewer may agree by chance, within one linear piece of the model
@@ -48,9 +59,9 @@ class SmoothGrad(Method):
     base: Gradient | IntegratedGradients = GRADIENT
 
     def __post_init__(self) -> None:
-        steps_or_tolerance(self.name, self.samples, self.tolerance, least=1, counted="samples")
-        at_least(f"{self.name}.noise_level", self.noise_level, 0)
-        at_least(f"{self.name}.max_rows", self.max_rows, 1)
+        check_steps_or_tolerance(self.name, self.samples, self.tolerance, least=1, counted="samples")
+        check_at_least(f"{self.name}.noise_level", self.noise_level, 0)
+        check_at_least(f"{self.name}.max_rows", self.max_rows, 1)
         if self.magnitude is Magnitude.SQUARED:
             raise InvalidArgument(
                 f"method.{self.name}.base: a squared gradient, expected another: the statistic mean_square squares "
@@ -77,7 +88,7 @@ class SmoothGrad(Method):
         """Check the base, and that `max_rows` allows one sample."""
         self.base.check(shape, n_examples)
         if self.tolerance is not None:
-            at_least(f"{self.name}.max_rows", self.max_rows, 1 + self.base.rows(shape))
+            check_at_least(f"{self.name}.max_rows", self.max_rows, 1 + self.base.rows(shape))
 
     def rows(self, shape: Shape) -> int:
         """Return the rows of all samples plus one for the example itself."""
