@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 from sidelight_server import ModelSpec
 from sidelight_server.compute.kernel import Kernel
 from sidelight_server.compute.max_abs import largest_absolute
-from sidelight_server.compute.staging import Arriving, Staging
+from sidelight_server.compute.staging import HostCopy, Staging
 from sidelight_server.domain import PREDICTED, Score
 from sidelight_server.models.model import Model
 from torch import Tensor
@@ -197,13 +197,13 @@ class Bench:
         def copies() -> None:
             staging.to_device(rows, dtype=pixels.dtype)
             self.synchronize()
-            staging.leave(maps).wait()
+            staging.to_host(maps).wait()
 
         def pipeline() -> None:
-            flying: list[Arriving] = []
+            flying: list[HostCopy] = []
             for _ in range(CHUNKS):
                 inputs = model.inputs(staging.to_device(rows, dtype=pixels.dtype))
-                flying.append(staging.leave(_maps(model.kernel, inputs)))
+                flying.append(staging.to_host(_maps(model.kernel, inputs)))
                 if len(flying) > 1:
                     flying.pop(0).wait()
             for each in flying:

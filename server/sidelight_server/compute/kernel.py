@@ -162,7 +162,7 @@ class Kernel:
             case None:
                 return self._at_input(inputs, interpret)
 
-    def kept(self, inputs: Tensor, *, limit: int) -> SavedMemory:
+    def saved_memory(self, inputs: Tensor, *, limit: int) -> SavedMemory:
         """Run a forward pass and return the memory that autograd saved in it; stop the pass at `limit` bytes."""
         self._refresh()
         module, leaf = self._uncompiled, inputs.detach().clone().requires_grad_()

@@ -36,11 +36,11 @@ class _Pinned:
         return self._bytes[:n_bytes].view(dtype).view(*shape)
 
     def record_use(self) -> None:
-        """Record that a copy from the buffer was just enqueued."""
+        """Record that a copy from the buffer was just enqueued; `view` waits for it."""
         self._used.record()
 
 
-class Arriving:
+class HostCopy:
     """An asynchronous copy of a tensor to the host, on a CUDA stream of its own."""
 
     def __init__(self, tensor: Tensor, stream: torch.cuda.Stream | None) -> None:
@@ -68,28 +68,28 @@ class Staging:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._there = _Pinned() if device.type == "cuda" else None
-        self._up, self._down = (_stream(device) for _ in range(2))
+        self._pinned = _Pinned() if device.type == "cuda" else None
+        self._upload, self._download = (_stream(device) for _ in range(2))
 
     def to_device(self, examples: Sequence[Array], *, dtype: np.dtype[np.generic]) -> Tensor:
         """Copy examples of one shape, [...], to the device as [n, ...], converted to `dtype` on the way."""
         shape = (len(examples), *examples[0].shape)
-        host = self._there.view(shape, _TYPES[dtype]) if self._there else torch.empty(shape, dtype=_TYPES[dtype])
+        host = self._pinned.view(shape, _TYPES[dtype]) if self._pinned else torch.empty(shape, dtype=_TYPES[dtype])
         for row, example in zip(host.numpy(), examples, strict=True):
             np.copyto(row, example, casting="same_kind")
-        if self._there is None or self._up is None:
+        if self._pinned is None or self._upload is None:
             return host.to(self._device)
-        with torch.cuda.stream(self._up):
-            there = host.to(self._device, non_blocking=True)
-            self._there.record_use()
+        with torch.cuda.stream(self._upload):
+            on_device = host.to(self._device, non_blocking=True)
+            self._pinned.record_use()
         computing = torch.cuda.current_stream(self._device)
-        computing.wait_stream(self._up)
-        there.record_stream(computing)
-        return there
+        computing.wait_stream(self._upload)
+        on_device.record_stream(computing)
+        return on_device
 
-    def leave(self, tensor: Tensor) -> Arriving:
+    def to_host(self, tensor: Tensor) -> HostCopy:
         """Enqueue a copy of a tensor to the host, after its computation."""
-        return Arriving(tensor.detach(), self._down)
+        return HostCopy(tensor.detach(), self._download)
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:

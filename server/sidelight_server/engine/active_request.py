@@ -52,12 +52,12 @@ class ActiveRequest:
         self.max_rows = _max_rows(request, prepared)
         self.n_taken = 0  # rows that were sent to the device
         self.n_running = 0  # rows in flight; guarded by the device worker's lock
+        self.cancelled = False  # whether the rows that have not run will be dropped
         self.cancelled_s: float | None = None  # None also if it was cancelled after its last example
         self.started_s: float | None = None  # when the first row was taken
         self.ended_s = time.monotonic()
         self._on_done = on_done
         self._on_improved = on_improved
-        self._is_cancelled = False
         self._lock = threading.Lock()  # guards the fields of the answer, below
         self._explanations: list[Explanation | None] = [None] * len(prepared.examples)
         self._failures: list[ExampleFailure] = []
@@ -86,11 +86,6 @@ class ActiveRequest:
         return self.kernel, self.prepared.shape, request.plain_head, gradient, probe
 
     @property
-    def cancelled(self) -> bool:
-        """Whether the rows that have not run will be dropped."""
-        return self._is_cancelled
-
-    @property
     def pending(self) -> int:
         """Number of rows that can be taken now."""
         return len(self._not_started) + sum(example_run.pending for example_run in self._open)
@@ -109,7 +104,7 @@ class ActiveRequest:
         """Drop the rows that have not run. `on_done` is not called unless the request is already done."""
         if not self.is_done and self.cancelled_s is None:
             self.cancelled_s = time.monotonic()
-        self._is_cancelled = True
+        self.cancelled = True
 
     def take(self) -> "tuple[ActiveRequest, Row]":
         """Return the next row, from the first example run that has one, so that few examples are open at a time."""

@@ -193,11 +193,9 @@ class Engine:
         return outcome
 
     async def picture(self, file: bytes, order: PictureOrder, caller: str) -> Array:
-        """Return a file as an RGB picture, uint8 [H, W, 3]. Raises `SidelightError`."""
         return await self._pool.picture(file, order, caller)
 
     async def draw(self, drawing: Callable[[], _Value], caller: str) -> _Value:
-        """Call a function that draws a picture, in a drawing thread. Raises `Unavailable` once closed."""
         return await self._pool.draw(drawing, caller)
 
     def _assemble(self, active: ActiveRequest, clock: Clock, *, final: bool = True) -> Answer:

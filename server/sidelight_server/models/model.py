@@ -147,7 +147,7 @@ class Model:
     def has_run(self) -> bool:
         return bool(self._memory.shapes)
 
-    def takes(self, shape: Shape) -> bool:
+    def has_run_on(self, shape: Shape) -> bool:
         """Whether the model has run on inputs of a shape, [C, H, W]. If not, a failure may be the caller's fault."""
         return self.preprocessing is not None or self._memory.has_run(shape)
 

@@ -57,7 +57,8 @@ class RowMemory:
         n, shape = len(inputs), shape_of(inputs)
         if shape not in self._row_bytes:
             limit = self.limit_bytes
-            self.learn(self._kernel.kept(inputs[:1], limit=limit), inputs[:1], limit=limit, n_rows=max(1, least))
+            saved = self._kernel.saved_memory(inputs[:1], limit=limit)
+            self.learn(saved, inputs[:1], limit=limit, n_rows=max(1, least))
         fitting = self._room(self._row_bytes[shape], n)
         if fitting < 1:
             raise self._too_large(shape, limit=self.limit_bytes)

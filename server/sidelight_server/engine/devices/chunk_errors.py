@@ -81,7 +81,7 @@ class ChunkErrors:
             return ResourceExhausted(f'model "{name}": out of device memory on {what}')
         self.check_device(error)
         shape, cause_text = active.prepared.shape, f"{type(error).__name__}: {error}"
-        if not active.model.takes(shape):
+        if not active.model.has_run_on(shape):
             if n_rows == 1:
                 cause_text = cause_text.partition("\n")[0]
                 cause = None if active.model.has_run else error  # which may be a bug of the model

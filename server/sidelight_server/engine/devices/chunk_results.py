@@ -66,7 +66,7 @@ def _to_host(results: Sequence[Result], staging: Staging) -> list[HostMaps]:
             alike.setdefault((maps[0].shape, wide), []).append((index, maps))
     for (_, wide), group in alike.items():
         stacked = torch.stack([map_ for _, maps in group for map_ in maps])
-        host = wait_for_maps(staging.leave(stacked.to(wide)))
+        host = wait_for_maps(staging.to_host(stacked.to(wide)))
         end = 0
         for index, maps in group:
             start, end = end, end + len(maps)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...compute.kernel_output import KernelOutput
 from ...compute.max_abs import largest_absolute
-from ...compute.staging import Arriving, Staging, magnitudes
+from ...compute.staging import HostCopy, Staging, magnitudes
 from ...compute.weights import Identity
 from ...domain import PREDICTED
 from ...errors import Internal
@@ -52,12 +52,12 @@ class RunningChunk:
             plain_head=active.request.plain_head,
         )
         model.learn_output(self._answer.output_shape)
-        self._facts = staging.leave(_facts(self._answer))
+        self._facts = staging.to_host(_facts(self._answer))
         # All maps at once, copied while the device computes the next chunk.
         self._reductions = [_reduction(active) for active, _ in rows]
         gradients = self._answer.gradients
         self._maps = {
-            reduction: staging.leave(_REDUCED[reduction](gradients[: len(rows)]))
+            reduction: staging.to_host(_REDUCED[reduction](gradients[: len(rows)]))
             for reduction in set(self._reductions)
             if reduction and gradients is not None
         }
@@ -77,7 +77,7 @@ class RunningChunk:
     def read(self) -> list[RowOutput]:
         """Wait for the device and return the output of each row."""
         answer = self._answer
-        maps = {reduction: wait_for_maps(arriving) for reduction, arriving in self._maps.items()}
+        maps = {reduction: wait_for_maps(copy) for reduction, copy in self._maps.items()}
         predicted, explained, scores, probable, is_dead = self._facts.wait().tolist()
         # Unbound together: indexing each row would be one call of torch per row, which releases the GIL.
         inputs, probabilities = self._inputs.unbind(), answer.probabilities.unbind()
@@ -151,7 +151,7 @@ def _facts(answer: KernelOutput) -> Tensor:
     return torch.stack([each.to(wide) for each in facts])
 
 
-def wait_for_maps(arriving: Arriving) -> tuple[NDArray[np.float32 | np.float64], NDArray[np.floating]]:
+def wait_for_maps(copy: HostCopy) -> tuple[NDArray[np.float32 | np.float64], NDArray[np.floating]]:
     """Wait for maps, and return them with the largest absolute value of each."""
-    maps = arriving.wait().numpy()
+    maps = copy.wait().numpy()
     return maps, magnitudes(maps)

@@ -110,7 +110,7 @@ class DecoderPool:
         except Unavailable as error:  # the pool is closed
             return error
         finally:
-            call.end()
+            call.file = None  # which may still be queued
 
     def _run(self, call: "_Call", order: Order) -> Fitted:
         file = call.file
@@ -171,10 +171,6 @@ class _Call:
         finally:
             with self._lock:
                 self._worker = None
-
-    def end(self) -> None:
-        """Drop the file, which may still be queued."""
-        self.file = None
 
     def kill(self) -> None:
         with self._lock:

@@ -147,14 +147,10 @@ class Worker:
         status = self.end()
         if status == -signal.SIGPROF:
             return InvalidArgument(f"image file: decoding took more than {order.max_s:g} s of CPU time (max_decode_s)")
-        self._faults.log(logging.WARNING, Event("decoder_died", status=_status(status), was_ready=self._is_ready))
+        name = signal.Signals(-status).name if status < 0 else str(status)
+        self._faults.log(logging.WARNING, Event("decoder_died", status=name, was_ready=self._is_ready))
         if not self._is_ready:
             return Internal("image file: the process that decodes it did not start; the server's log has the cause")
         if status == -signal.SIGKILL:
             return ResourceExhausted("image file: the system ended its decoder, as it does if memory is short")
         return InvalidArgument("image file: its decoder crashed on it")
-
-
-def _status(status: int) -> str:
-    """Return a process's exit status as text: the signal's name or the number."""
-    return signal.Signals(-status).name if status < 0 else str(status)

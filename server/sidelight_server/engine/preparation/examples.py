@@ -154,15 +154,9 @@ def needs_resizing(images: Files | Array) -> bool:
 
 def maps_shape(shape: Shape, request: Request) -> tuple[int, ...]:
     """Return the shape of the answer's maps: [N, H, W], with k after N for k targets, and C before H if not reduced."""
-    c, h, w = shape
+    of_map = shape if request.channels is Channels.NONE else shape[1:]
     k = _top_k(request.target)
-    return (
-        request.n_examples,
-        *((k,) if k else ()),
-        *((c,) if request.channels is Channels.NONE else ()),
-        h,
-        w,
-    )
+    return (request.n_examples, k, *of_map) if k else (request.n_examples, *of_map)
 
 
 def _fit(model: Model, images: Array, *, is_gone: Callable[[], bool]) -> list[Fitted]:
@@ -252,8 +246,7 @@ def _resolve_targets(model: Model, target: Target, n_examples: int) -> list[Reso
 
 def not_dense(model: Model) -> FailedPrecondition:
     """Return the error for a dense target of a model without dense output."""
-    message = f'target.dense: model "{model.name}" returns scores for the whole image, not each pixel'
-    return FailedPrecondition(message)
+    return FailedPrecondition(f'target.dense: model "{model.name}" returns scores for the whole image, not each pixel')
 
 
 def _check_score(model: Model, request: Request) -> None:
