@@ -49,27 +49,28 @@ def choose_chunk_rows(
     fastest = {rate.rows: rate for rate in known}
     by_rows = operator.attrgetter("rows")
 
-    def tried(rows: int) -> ChunkRate:
+    def best_rate(rows: int) -> ChunkRate:
+        """Measure a size; return the better of this rate and the known one."""
         new = _rate(model, rows)
         fastest[rows] = max(fastest.get(rows, new), new, key=lambda rate: rate.rows_per_second)
         return fastest[rows]
 
-    rates = [tried(1)]
+    rates = [best_rate(1)]
 
-    def measured(rows: int) -> bool:
+    def measure(rows: int) -> bool:
         """Measure a size unless it is expected to exceed a limit; return whether larger sizes may be faster."""
         if rows > room or rows / rates[-1].rows_per_second > 2 * max_chunk_s:
             return False
-        rates.append(tried(rows))
+        rates.append(best_rate(rows))
         return rates[-1].rows_per_second >= PAST_ITS_BEST * max(rate.rows_per_second for rate in rates)
 
     for rows in sizes[sizes.index(DEFAULT_CHUNK_ROWS) :]:
-        if not measured(rows):
+        if not measure(rows):
             break
     fitting = [each for each in rates[1:] if _fits(each, max_chunk_s)]
     if not fitting:  # 8 rows do not fit: measure smaller sizes, at least a single row
         for rows in sizes[1 : sizes.index(DEFAULT_CHUNK_ROWS)]:
-            measured(rows)
+            measure(rows)
         less = [each for each in rates if each.rows < DEFAULT_CHUNK_ROWS]
         fitting = [max((each for each in less if _fits(each, max_chunk_s)), key=by_rows, default=rates[0])]
     best = max(rate.rows_per_second for rate in fitting)

@@ -47,7 +47,7 @@ def warm_up(model: Model, *, before: Model | None = None) -> None:
     """
     settings = model.settings
     if settings.reproducible:
-        _check_promise(model, settings.reproducible_rows)
+        _check_reproducible(model, settings.reproducible_rows)
     elif model.is_tried and not settings.max_chunk_rows and not model.is_batch_dependent:
         if before is not None and before.shapes == model.shapes and not before.is_batch_dependent:
             model.chunk_rows, model.warm_up = before.set_chunk_rows, before.warm_up
@@ -130,22 +130,23 @@ def _measure_neighbors(model: Model) -> None:
 
 
 def _measure_fidelity(model: Model, exact: Kernel) -> None:
-    """Measure how similar each kernel's maps are to the exact kernel's.
+    """Measure the rank correlation of each kernel's maps with the exact kernel's.
 
-    Raises `ConfigurationError` if one is less similar than the setting `fidelity` demands.
+    Raises `ConfigurationError` if one is less than the setting `fidelity`.
     """
     least = model.settings.fidelity
     for kernel in model.kernels:
-        likeness = 1.0 if kernel.options.is_exact else rank_correlation(model, kernel, exact)
-        model.fidelity[kernel.summary] = likeness
+        correlation = 1.0 if kernel.options.is_exact else rank_correlation(model, kernel, exact)
+        model.fidelity[kernel.summary] = correlation
         if not kernel.options.is_exact:
             log.info(Event(
-                "compared", model=model.name, configuration=kernel.summary, rank_correlation=round(likeness, 4)
+                "compared", model=model.name, configuration=kernel.summary, rank_correlation=round(correlation, 4)
             ))  # fmt: skip
-        if not likeness >= least:  # also if it is NaN
+        if not correlation >= least:  # also if it is NaN
             raise ConfigurationError(
-                f'fidelity: maps of model "{model.name}" in {kernel.summary} have a rank correlation of {likeness:.4f} '
-                f"with exact ones, the setting requires {least}; choose another precision, such as mixed"
+                f'fidelity: maps of model "{model.name}" in {kernel.summary} have a rank correlation of '
+                f"{correlation:.4f} with exact ones, the setting requires {least}; choose another precision, such as "
+                "mixed"
             )
 
 
@@ -164,7 +165,7 @@ def _measure_gain(model: Model, exact: Kernel) -> None:
         log.warning(Event("options_slow", model=model.name, configuration=chosen.configuration, message=message))
 
 
-def _check_promise(model: Model, rows: int) -> None:
+def _check_reproducible(model: Model, rows: int) -> None:
     """Raise `ConfigurationError` unless the model gives the same bytes in every chunk of `rows` rows."""
     if rows > 1 and (not model.is_tried or model.is_batch_dependent):
         why = "has rows that depend on each other" if model.is_batch_dependent else "has no input size to check it with"

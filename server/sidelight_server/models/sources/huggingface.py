@@ -18,7 +18,7 @@ from ...config.spec import ModelSpec
 from ...errors import ConfigurationError
 from ...telemetry.logs import Event
 from . import hf_preprocessor
-from .loading import refuse_weights, source_errors
+from .loading import check_no_weights, source_errors
 from .torchvision_import import import_with_torchvision
 
 log = logging.getLogger("sidelight")
@@ -32,7 +32,7 @@ WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 def load(location: str, weights: Path | None) -> ModelSpec:
     """Load the classifier in a folder, with its preprocessing and labels."""
     folder = Path(location)
-    refuse_weights("hf:", weights)
+    check_no_weights("hf:", weights)
     if not folder.is_dir():  # transformers would look it up on the hub
         raise ConfigurationError(
             f"model: {folder} " + ("is a file, expected a folder" if folder.exists() else "does not exist")

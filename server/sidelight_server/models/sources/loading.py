@@ -47,7 +47,7 @@ def _named(error: BaseException) -> str:
 
 def only_file(kind: str, location: str, weights: Path | None) -> Path:
     """Return the path of a source that is one file. Raises `ConfigurationError` if it is none, or weights are set."""
-    refuse_weights(kind, weights)
+    check_no_weights(kind, weights)
     path = Path(location)
     if not path.exists():
         raise ConfigurationError(f"model: {path} does not exist")
@@ -56,7 +56,7 @@ def only_file(kind: str, location: str, weights: Path | None) -> Path:
     return path
 
 
-def refuse_weights(kind: str, weights: Path | None) -> None:
+def check_no_weights(kind: str, weights: Path | None) -> None:
     """Raise `ConfigurationError` if weights are set for a source that has its own."""
     if weights is not None:
         raise ConfigurationError(f"weights: {weights}: {kind} brings its own; leave weights unset")

@@ -25,7 +25,10 @@ Call = Callable[[nn.Module, Tensor], object]
 
 
 class Positions:
-    """Finds layouts by which positions change if half of the input does, in rounds until they are certain."""
+    """Finds each layer's layout: half of the input is replaced in turn, to see which positions of the output change.
+
+    This is repeated with other inputs until the layouts are certain.
+    """
 
     def __init__(self, values: Mapping[str, Tensor], size: Size) -> None:
         self._values = values  # the layers' outputs for the trial
