@@ -99,17 +99,14 @@ class Sidelight:
             handler.telemetry.end(record)
 
     async def GetServerInfo(self, request: pb.GetServerInfoRequest) -> pb.GetServerInfoResponse:  # noqa: N802
-        """Return version, limits, methods and models of one replica."""
         return server_info(self._serving.engine)
 
     async def ListModels(self, request: model_pb2.ListModelsRequest) -> model_pb2.ListModelsResponse:  # noqa: N802
-        """Return the model, without labels and layers."""
         return model_pb2.ListModelsResponse(models=models(self._serving.engine))
 
     async def GetModel(  # noqa: N802
         self, request: model_pb2.GetModelRequest, grpc_context: RayServegRPCContext
     ) -> model_pb2.GetModelResponse:
-        """Return the model with its labels and layers."""
         engine = self._serving.engine
         try:
             entry = engine.registry.find(request.name)

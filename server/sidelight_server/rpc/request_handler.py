@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
-from ..domain import Request
 from ..engine.engine import Engine
 from ..engine.registry.entry import Version
 from ..engine.request_cost import BYTES_OF_FLOAT32, cost_of
@@ -94,7 +93,8 @@ class RequestHandler:
         """
         with self.hide_internal_errors(message.id):
             deadline_s = deadline_of(message, call_record)
-            request = await _parsed(message, data)
+            parse = functools.partial(requests.parse, message, data)
+            request = await asyncio.to_thread(parse) if requests.takes_long(message) else parse()
             call_record.id = message.id
             parsed_bytes = n_bytes if data is None else 0
             version = await self._serving_version(request.model, n_bytes + parsed_bytes, deadline_s, call_record.caller)
@@ -258,11 +258,3 @@ def _span(shared: tensor_pb2.SharedTensor, n_bytes: int, regions: RegionLookup |
     if regions is None:
         raise InvalidArgument(f"{field}: regions of shared memory belong to streams; a unary call has none")
     return span(regions.find(shared.region, field=field), shared.offset_bytes, n_bytes, field=field)
-
-
-async def _parsed(message: pb.AttributeRequest, data: memoryview | None) -> Request:
-    return (
-        await asyncio.to_thread(requests.parse, message, data)
-        if requests.takes_long(message)
-        else requests.parse(message, data)
-    )

@@ -50,7 +50,6 @@ class AttributionService(attribution_pb2_grpc.AttributionServiceServicer):
     async def GetServerInfo(  # noqa: N802
         self, request: pb.GetServerInfoRequest, context: Context
     ) -> pb.GetServerInfoResponse:
-        """Return version, limits, methods and models."""
         return server_info(self._engine, self._shared)
 
 
@@ -63,13 +62,11 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
     async def ListModels(  # noqa: N802
         self, request: model_pb2.ListModelsRequest, context: Context
     ) -> model_pb2.ListModelsResponse:
-        """Return every model, without labels and layers."""
         return model_pb2.ListModelsResponse(models=models(self._engine))
 
     async def GetModel(  # noqa: N802
         self, request: model_pb2.GetModelRequest, context: Context
     ) -> model_pb2.GetModelResponse:
-        """Return one model with its labels and layers."""
         try:
             entry = self._engine.registry.find(request.name)
         except SidelightError as error:

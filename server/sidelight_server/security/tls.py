@@ -32,7 +32,7 @@ class Certificates:
         missing = "tls_key" if certificate else "tls_certificate"
         for name, path in (("tls_certificate", certificate), ("tls_key", key), ("tls_client_ca", client_ca)):
             if path:
-                raise ConfigurationError(f"{name}: got {path} without {missing}; TLS wants a certificate and its key")
+                raise ConfigurationError(f"{name}: got {path} without {missing}; TLS needs a certificate and its key")
         return None
 
     def credentials(self) -> grpc.ServerCredentials:

@@ -50,14 +50,12 @@ class Hashing:
             self._working = loop.run_in_executor(None, hash_)
 
     async def digests(self) -> tuple[str, ...]:
-        """Wait for the digests and return them."""
         if self._working is not None:
             return await self._working
         self._run()
         return self._digests
 
     def cancel(self) -> None:
-        """Drop the examples if hashing has not started."""
         self._hash = None
         if self._working is not None:
             self._working.cancel()

@@ -82,7 +82,6 @@ def _parsed(message: Message, name: str, method: str) -> Any:
 
 
 def _filled(method: Method, name: str) -> Any:
-    """Return the value of a message's field."""
     for index, side in enumerate(("_height", "_width")):
         if name.endswith(side):
             sides = getattr(method, name.removesuffix(side)) or method.window  # type: ignore[attr-defined]

@@ -69,7 +69,6 @@ class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # the packa
         self._wake()
 
     async def Check(self, request: Any, context: Context) -> Any:  # noqa: N802
-        """Return the status of a name."""
         if (status := self._statuses.get(request.service)) is None:
             # Does not list the known names: health needs no token, and names of models are not public.
             await context.abort(grpc.StatusCode.NOT_FOUND, 'service: unknown; expected "", a service, or model/NAME')

@@ -75,9 +75,10 @@ class Metrics(Collector):
             "idle streams that were ended because memory was short",
             value=counts.shed_streams,
         )
-        stops = self._engine.cancellations
         yield CounterMetricFamily(
-            "sidelight_stopped_batches", "batches that were cancelled while one of their rows ran", value=stops.count
+            "sidelight_stopped_batches",
+            "batches that were cancelled while one of their rows ran",
+            value=self._engine.cancellations.count,
         )
 
     def _models(self) -> Iterator[Metric]:

@@ -144,7 +144,6 @@ class InferenceService:
     async def SystemSharedMemoryRegister(  # noqa: N802
         self, request: oip.SystemSharedMemoryRegisterRequest, context: Context
     ) -> oip.SystemSharedMemoryRegisterResponse:
-        """Open a region for the caller."""
         await self._shared.register(
             self._callers.of(context),
             context.peer(),
