@@ -169,8 +169,8 @@ class ClientCore:
         )
         # One example of a method of many rows fills chunks. A larger window would let batches time out in the queue.
         per_worker = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if options.is_one_row else 1
-        unanswered = ResendQueue(window=per_worker, total_window=options.window, hedge_after_s=options.hedge_after_s)
-        return Stream(self.pool, batches, config=config, unanswered=unanswered, on_change=on_change)
+        resend_queue = ResendQueue(window=per_worker, total_window=options.window, hedge_after_s=options.hedge_after_s)
+        return Stream(self.pool, batches, config=config, resend_queue=resend_queue, on_change=on_change)
 
     def _rpc(
         self,

@@ -65,7 +65,7 @@ class Coordinator(StreamCoordinator):
                 else:
                     state.changed.wait()
             if worker in state.leaving:
-                state.unanswered.remove_worker(worker)
+                state.resend_queue.remove_worker(worker)
                 state.changed.notify_all()
         return False
 
@@ -98,7 +98,7 @@ class Coordinator(StreamCoordinator):
         state = self._state
         regions, response = worker.regions, incoming.message
         with state.lock:
-            part = state.unanswered.get(response.id, worker)
+            part = state.resend_queue.get(response.id, worker)
             if part is None or state.end_if_model_changed(response):
                 self._receive_other(worker, response)
                 return
@@ -113,19 +113,19 @@ class Coordinator(StreamCoordinator):
                 state.queue.put(part.entry, answer)
             return
         with state.lock:
-            is_first = state.unanswered.pop(response.id, worker) is part
+            is_first = state.resend_queue.pop(response.id, worker) is part
             self._free(worker, response.id)
             worker.connection.record_load(answer)
             if is_first:
                 state.store_answer(part, answer)
             else:
-                state.unanswered.forget(response.id, worker)
+                state.resend_queue.forget(response.id, worker)
 
     def call_ended(self, worker: StreamWorker, cause: SidelightError, *, failed: bool, died: bool) -> None:
         state = self._state
         with state.lock:
             if state.is_over:
-                state.unanswered.remove_sent(worker)  # other streams share the server's load
+                state.resend_queue.remove_sent(worker)  # other streams share the server's load
                 return
             was_open = worker in state.availability
             if not was_open:
@@ -138,11 +138,11 @@ class Coordinator(StreamCoordinator):
             )  # fmt: skip
             state.availability.mark_gone(worker, cause, time.monotonic())
             if failed and not self._config.retry:
-                for part in state.unanswered.remove_sent(worker):
+                for part in state.resend_queue.remove_sent(worker):
                     state.fail(part, cause)
                 if self._refused.issuperset(state.workers):
                     state.end(cause)
-            for part in state.unanswered.requeue_after_call_end(worker, died=died):
+            for part in state.resend_queue.requeue_after_call_end(worker, died=died):
                 state.fail(part, ServerDied(
                     f"{part.entry.label}: two servers ended while it was their only batch ({cause}); "
                     "it is not sent again"
@@ -159,7 +159,7 @@ class Coordinator(StreamCoordinator):
             now_s = time.monotonic()
             wait_s = None
             if worker in state.leaving:
-                if not state.unanswered.holds(worker):
+                if not state.resend_queue.holds(worker):
                     break
             elif worker in state.availability:
                 if step := self._step(worker, now_s):
@@ -167,7 +167,7 @@ class Coordinator(StreamCoordinator):
                     if state.dispatcher.has_idle:  # another worker may have work now
                         state.changed.notify_all()
                     return step
-                resend_s = state.unanswered.next_retry_s(now_s)
+                resend_s = state.resend_queue.next_retry_s(now_s)
                 wait_s = None if resend_s is None else resend_s - now_s
             state.changed.wait(wait_s)
         state.dispatcher.leave(worker)
@@ -176,7 +176,7 @@ class Coordinator(StreamCoordinator):
     def _step(self, worker: StreamWorker, now_s: float) -> "Part | pb.CancelRequest | Step | None":
         """Return a worker's next step; None if it has to wait."""
         state = self._state
-        if (id_ := state.unanswered.next_cancel(worker)) is not None:
+        if (id_ := state.resend_queue.next_cancel(worker)) is not None:
             return pb.CancelRequest(id=id_)
         state.dispatcher.add_idle(worker)
         if part := state.dispatcher.take(worker, now_s, fits=functools.partial(self._fits, worker)):
@@ -204,7 +204,7 @@ class Coordinator(StreamCoordinator):
         delay_s = seconds(failure.retry_delay) if failure.HasField("retry_delay") else None
         if failure.code == ResourceExhausted.code and delay_s is None and len(part.batch) > 1:
             log.info("%s: split in two: %s", part.entry.label, failure.message)
-            state.unanswered.requeue_halves(part, worker)
+            state.resend_queue.requeue_halves(part, worker)
             return True
         if not self._config.retry:
             return False
@@ -216,7 +216,7 @@ class Coordinator(StreamCoordinator):
         if delay_s is None or not_before_s >= part.entry.deadline_s:
             return False
         log.info("%s: sent again in %.2g s: %s", part.entry.label, delay_s, failure.message)
-        state.unanswered.requeue(part, worker, not_before_s=not_before_s)
+        state.resend_queue.requeue(part, worker, not_before_s=not_before_s)
         return True
 
     def _receive_other(self, worker: StreamWorker, response: pb.AttributeStreamResponse) -> None:
@@ -227,7 +227,7 @@ class Coordinator(StreamCoordinator):
         state = self._state
         regions = worker.regions
         is_final = response.WhichOneof("outcome") != "result" or response.result.final
-        if is_final and state.unanswered.forget(response.id, worker):
+        if is_final and state.resend_queue.forget(response.id, worker):
             self._free(worker, response.id)
         elif regions is None:
             return

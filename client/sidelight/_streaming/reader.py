@@ -53,8 +53,8 @@ class BatchReader:
         with self._state.lock:
             self.is_reading = False
             if read is None:
-                self._state.unanswered.is_exhausted = True
-                if self._state.unanswered.is_done:
+                self._state.resend_queue.is_exhausted = True
+                if self._state.resend_queue.is_done:
                     self._state.end(None)
             else:
                 self._enqueue(read)
@@ -65,14 +65,14 @@ class BatchReader:
     def _enqueue(self, read: ReadBatch) -> None:
         state, batch, spans, refused = self._state, read.batch, read.spans, read.refused
         if batch.id is None:
-            batch.id = state.unanswered.unused_id(read.index)
-        elif refused is None and state.unanswered.has_id(batch.id):
+            batch.id = state.resend_queue.unused_id(read.index)
+        elif refused is None and state.resend_queue.has_id(batch.id):
             spans, refused = (), InvalidArgument(f'id: "{batch.id}" is used by a batch that is not answered yet')
         entry = Entry(read.index, batch, time.monotonic() + self._config.timeout_s)
-        state.unanswered.add(entry, spans)
+        state.resend_queue.add(entry, spans)
         if refused is not None:
             state.refuse(entry, refused)
-        elif state.unanswered.n_unanswered == len(spans):  # the timer had no deadline to wait for
+        elif state.resend_queue.n_unanswered == len(spans):  # the timer had no deadline to wait for
             state.timer_changed.notify()
 
     def _read(self) -> ReadBatch | None:

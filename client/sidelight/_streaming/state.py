@@ -23,7 +23,7 @@ class StreamState:
 
     def __init__(
         self,
-        unanswered: ResendQueue,
+        resend_queue: ResendQueue,
         *,
         queue: ResultQueue,
         addresses: Callable[[], str],
@@ -32,8 +32,8 @@ class StreamState:
         self.lock = threading.Lock()
         self.changed = threading.Condition(self.lock)  # wakes the workers
         self.timer_changed = threading.Condition(self.lock)
-        self.unanswered = unanswered
-        self.dispatcher = Dispatcher(unanswered, on_choice=self.changed.notify_all)
+        self.resend_queue = resend_queue
+        self.dispatcher = Dispatcher(resend_queue, on_choice=self.changed.notify_all)
         self.availability = Availability(addresses, time.monotonic())
         self.leaving: list[StreamWorker] = []  # those whose server is no longer listed
         self.is_over = False
@@ -56,7 +56,7 @@ class StreamState:
         for added in connections:
             if added not in self._workers:
                 worker = self._workers[added] = start_worker(added)
-                self.unanswered.add_worker(worker, added.load)
+                self.resend_queue.add_worker(worker, added.load)
 
     def has_work(self) -> bool:
         """Return whether a worker may have something to do after an answer.
@@ -64,9 +64,9 @@ class StreamState:
         With one server and a full window, workers wait until the caller takes an answer. Waking them needlessly would
         cost more than reading the answer.
         """
-        if len(self._workers) != 1 or self.leaving or self.unanswered.has_parts:
+        if len(self._workers) != 1 or self.leaving or self.resend_queue.has_parts:
             return True
-        return self.unanswered.has_room(time.monotonic())
+        return self.resend_queue.has_room(time.monotonic())
 
     def end(self, error: BaseException | None) -> None:
         """End the stream, with an error or because all is done."""
@@ -102,8 +102,8 @@ class StreamState:
 
     def _deliver(self, entry: Entry, answer: Attribution) -> None:
         self.queue.put(entry, answer)
-        self.unanswered.mark_delivered()
-        if self.unanswered.is_done:
+        self.resend_queue.mark_delivered()
+        if self.resend_queue.is_done:
             self.end(None)
 
 

@@ -34,14 +34,14 @@ class Stream:
         batches: Iterator[Images | Batch | EncodedBatch],
         *,
         config: StreamConfig,
-        unanswered: ResendQueue,
+        resend_queue: ResendQueue,
         on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self.queue = ResultQueue(on_change=on_change)
         self._config = config
         self._pool = pool
         self._state = StreamState(
-            unanswered,
+            resend_queue,
             queue=self.queue,
             addresses=lambda: pool.addresses,
             allow_model_change=config.allow_model_change,
@@ -57,7 +57,7 @@ class Stream:
     @property
     def n_retries(self) -> int:
         """How many parts were sent again, because their server was full or went away."""
-        return self._state.unanswered.n_retries
+        return self._state.resend_queue.n_retries
 
     def start(self) -> None:
         """Start the workers and the timer."""
@@ -90,7 +90,7 @@ class Stream:
         """Free the window that a batch occupies, once the caller has taken its final answer."""
         self._origin.check()
         with self._state.lock:
-            self._state.unanswered.release(entry)
+            self._state.resend_queue.release(entry)
             self._state.changed.notify_all()
 
     def _follow_pool(self) -> None:
@@ -125,7 +125,7 @@ class Stream:
     def _expire(self, now_s: float) -> float | None:
         """Fail overdue parts, and end a stream that has had no server for too long. Returns the next deadline."""
         state = self._state
-        late, silent = state.unanswered.pop_overdue(now_s)
+        late, silent = state.resend_queue.pop_overdue(now_s)
         for part in late:
             state.fail(part, self._timeout_error(part))
         for worker in [*state.workers, *state.leaving]:
@@ -133,9 +133,9 @@ class Stream:
                 worker.cancel(Unavailable("the server did not answer within a batch's timeout"))
         if late:
             state.changed.notify_all()
-        dues_s = [state.unanswered.next_deadline_s(), state.availability.log_waiting(now_s)]
+        dues_s = [state.resend_queue.next_deadline_s(), state.availability.log_waiting(now_s)]
         server_wait_s = self._config.server_wait_s
-        if not state.unanswered.n_unanswered and (ends_s := state.availability.gives_up_s(server_wait_s)) is not None:
+        if not state.resend_queue.n_unanswered and (ends_s := state.availability.gives_up_s(server_wait_s)) is not None:
             if now_s >= ends_s:
                 state.end(state.availability.error(f"for {server_wait_s:g} s"))
             dues_s.append(ends_s)

@@ -58,13 +58,13 @@ def test_a_new_server_is_taken_for_as_fast_as_the_fastest_and_not_flooded() -> N
 
 
 def dispatched(loads: dict[str, Load], n_batches: int) -> Dispatcher:
-    unanswered = ResendQueue(window=100)
-    dispatcher = Dispatcher(unanswered)
+    queue = ResendQueue(window=100)
+    dispatcher = Dispatcher(queue)
     for worker, known in loads.items():
-        unanswered.add_worker(worker, known)
+        queue.add_worker(worker, known)
         dispatcher.add_idle(worker)
     for index in range(n_batches):
-        unanswered.add(Entry(index, EncodedBatch(np.zeros((1, 1, 1, 1), np.float32)), 1e9), [range(1)])
+        queue.add(Entry(index, EncodedBatch(np.zeros((1, 1, 1, 1), np.float32)), 1e9), [range(1)])
     return dispatcher
 
 

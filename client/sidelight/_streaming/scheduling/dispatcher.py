@@ -18,8 +18,8 @@ class Dispatcher:
     each other; `on_choice` is called to wake it.
     """
 
-    def __init__(self, unanswered: ResendQueue, *, on_choice: Callable[[], None] = lambda: None) -> None:
-        self._unanswered = unanswered
+    def __init__(self, queue: ResendQueue, *, on_choice: Callable[[], None] = lambda: None) -> None:
+        self._queue = queue
         self._on_choice = on_choice
         self._sender: Hashable | None = None
         self._reader: Hashable | None = None
@@ -47,10 +47,10 @@ class Dispatcher:
 
     def take(self, worker: Hashable, now_s: float, *, fits: Callable[[Part], bool] = lambda _: True) -> Part | None:
         """Return a worker's next part and mark it sent; None if there is none, or another worker should send it."""
-        part = self._unanswered.next_part(worker, now_s)
+        part = self._queue.next_part(worker, now_s)
         if part is None or worker != self.next_to_send(now_s, len(part.batch)):
             return None
-        if (part := self._unanswered.send(worker, now_s, fits=fits)) is None:
+        if (part := self._queue.send(worker, now_s, fits=fits)) is None:
             self._blocked.add(worker)
         else:
             self.leave(worker)
@@ -66,22 +66,22 @@ class Dispatcher:
 
     def next_to_read(self, now_s: float) -> Hashable | None:
         """Return the idle worker that should read the next batch; None if the window has no room."""
-        if not self._unanswered.has_room(now_s):
+        if not self._queue.has_room(now_s):
             return None
-        if self._reader is None or not self._unanswered.may_read(self._reader, now_s):
-            self._reader = next((each for each in self._idle if self._unanswered.may_read(each, now_s)), None)
+        if self._reader is None or not self._queue.may_read(self._reader, now_s):
+            self._reader = next((each for each in self._idle if self._queue.may_read(each, now_s)), None)
             if self._reader is not None:
                 self._on_choice()
         return self._reader
 
     def _can_send(self, worker: Hashable, now_s: float) -> bool:
-        return worker not in self._blocked and self._unanswered.next_part(worker, now_s) is not None
+        return worker not in self._blocked and self._queue.next_part(worker, now_s) is not None
 
     def _least_loaded(self, now_s: float, n_examples: int) -> Hashable | None:
-        if not self._unanswered.has_parts:
+        if not self._queue.has_parts:
             return None
         idle = (each for each in self._idle if self._can_send(each, now_s))
-        compared = [(each, self._unanswered.load(each)) for each in itertools.islice(idle, CANDIDATES)]
+        compared = [(each, self._queue.load(each)) for each in itertools.islice(idle, CANDIDATES)]
         if len(self._idle) > CANDIDATES:  # the others are compared next time
             for each, _ in compared:
                 del self._idle[each]
