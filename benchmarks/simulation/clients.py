@@ -42,14 +42,14 @@ class Client:
         self.n_given_up = 0
         self.n_late = 0  # answers to parts that had been answered already
         self._events, self._deliver = events, deliver
-        self._unanswered = ResendQueue(window=window, hedge_after_s=hedge_after_s)
-        self._dispatcher = Dispatcher(self._unanswered)
+        self._queue = ResendQueue(window=window, hedge_after_s=hedge_after_s)
+        self._dispatcher = Dispatcher(self._queue)
         self._arrived: deque[tuple[int, SimulatedBatch]] = deque()
         self._index = itertools.count()
         self._numbers: dict[int, int] = {}
         self._wake_s: float | None = None
         for server in servers:
-            self._unanswered.add_worker(server)
+            self._queue.add_worker(server)
             self._dispatcher.add_idle(server)
             server.on_death.append(functools.partial(events.after, NETWORK_S, functools.partial(self._lost, server)))
             server.on_return.append(functools.partial(self._found, server))
@@ -83,11 +83,11 @@ class Client:
         number, batch = self._arrived.popleft()
         index = next(self._index)
         self._numbers[index] = number
-        self._unanswered.add(Entry(index, batch, FOREVER_S), [range(len(batch))])  # type: ignore[arg-type]  # as much of an EncodedBatch as scheduling needs
+        self._queue.add(Entry(index, batch, FOREVER_S), [range(len(batch))])  # type: ignore[arg-type]  # as much of an EncodedBatch as scheduling needs
 
     def _sleep(self, now_s: float) -> None:
         """Act again when a part may be sent to a second server."""
-        due_s = self._unanswered.next_retry_s(now_s)
+        due_s = self._queue.next_retry_s(now_s)
         if due_s is not None and (self._wake_s is None or not now_s < self._wake_s <= due_s):
             self._wake_s = due_s
             self._events.after(due_s - now_s, self._act)
@@ -96,13 +96,13 @@ class Client:
         self._events.after(NETWORK_S, functools.partial(self._receive, server, part, reported))
 
     def _receive(self, server: Server, part: Part, reported: ReportedLoad) -> None:
-        load = self._unanswered.load(server)
-        if self._unanswered.pop(part.id, server) is part:
-            self._unanswered.mark_delivered()
-            self._unanswered.release(part.entry)
+        load = self._queue.load(server)
+        if self._queue.pop(part.id, server) is part:
+            self._queue.mark_delivered()
+            self._queue.release(part.entry)
             self._deliver(self._numbers.pop(part.entry.index))
         else:
-            self._unanswered.forget(part.id, server)
+            self._queue.forget(part.id, server)
             self.n_late += 1
         load.record(
             len(part.batch), compute_s=reported.compute_s, backlog_s=reported.backlog_s, now_s=self._events.now_s
@@ -111,7 +111,7 @@ class Client:
 
     def _lost(self, server: Server) -> None:
         self._dispatcher.leave(server)
-        for part in self._unanswered.requeue_after_call_end(server, died=True):
+        for part in self._queue.requeue_after_call_end(server, died=True):
             self.n_given_up += 1
             self._deliver(self._numbers.pop(part.entry.index))
         self._act()

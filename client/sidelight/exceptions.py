@@ -243,6 +243,11 @@ _ERRORS: dict[int, type[SidelightError]] = {
 }  # fmt: skip
 
 
+def public_name(error: SidelightError) -> str:
+    """Return the name of an error's type, or of its first base class that is public."""
+    return next(each.__name__ for each in type(error).__mro__ if not each.__name__.startswith("_"))
+
+
 def from_code(code: int, message: str, *, retry_delay_s: float | None = None) -> SidelightError:
     """Return the exception for a canonical status code."""
     if code == ResourceExhausted.code and "max_message_bytes" in message:

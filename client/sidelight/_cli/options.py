@@ -16,8 +16,8 @@ from .._clients.client import connect
 from .._clients.core import CONNECT_TIMEOUT_S
 from .._inputs.enums import Channels, MapDtype, Score
 from .._inputs.targets import Target
-from .._transport.credentials import TLS
-from .._transport.environment import ADDRESS_VARIABLE, TOKEN_VARIABLE
+from .._transport.credentials import TLS, TOKEN_VARIABLE
+from .._transport.pool import ADDRESS_VARIABLE
 from ..methods.gradient import Gradient
 from ..methods.method import Method
 from ..methods.parsing import METHODS

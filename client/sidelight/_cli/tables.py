@@ -1,19 +1,21 @@
 """Output of `attribute` and `replay`: table of answers, overlays, and the comparison of a replay."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import typer
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from ..exceptions import public_name
 from ..results.attribution import Attribution
 from ..results.comparison import Replay, Replayed
 from ..results.storage import check_free
 from ..results.types import Convergence, ExplainedTarget
-from .json_lines import JsonLines
 
 HEADERS = ("picture", "class", "probability", "rows", "error", "completeness error", "device time")
 ALWAYS = ("picture", "class", "probability", "device time")
@@ -37,7 +39,7 @@ def report(
     `as_json`, only one line of JSON is printed per picture, as soon as its answer arrives.
     """
     write = _writer(paths, folder, save_folder, original=original, overwrite=overwrite)
-    sheet = JsonLines() if as_json else _Sheet()
+    sheet = _JsonLines() if as_json else _Sheet()
     try:
         for answer in answers:
             if sheet.add(paths[answer.index], answer):
@@ -139,6 +141,24 @@ class _Sheet:
         console.print(table)
         for word, advice in self._advice.items():
             console.print(f"{word}: {escape(advice)}", soft_wrap=True, highlight=False)
+
+
+class _JsonLines:
+    """The output of `sidelight attribute --json`, with the interface of the table."""
+
+    def __init__(self) -> None:
+        self.n_failed = 0
+
+    def add(self, path: Path, answer: Attribution) -> bool:
+        """Print a picture's object, and return whether it has a map."""
+        has_failed = bool(answer.error or answer.failures)
+        self.n_failed += has_failed
+        error = answer.error and {"type": public_name(answer.error), "message": str(answer.error)}
+        typer.echo(json.dumps({"picture": str(path), "error": error} | answer.to_dict(), allow_nan=False))
+        return not has_failed
+
+    def print(self, console: Console) -> None:
+        """Do nothing: the objects are already printed."""
 
 
 def _cells(path: Path, answer: Attribution) -> tuple[str, ...]:

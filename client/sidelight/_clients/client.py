@@ -21,8 +21,8 @@ from .._options import (
     options_by_name,
 )
 from .._streaming.results_queue import End
-from .._transport.credentials import TLS, Token
-from .._transport.environment import address_or_default, token_or_default
+from .._transport.credentials import TLS, Token, token_or_default
+from .._transport.pool import address_or_default
 from .._transport.retry_policy import RetryPolicy
 from ..exceptions import SidelightError
 from ..methods.baselines import given_array

@@ -16,6 +16,7 @@ import grpc
 from ..exceptions import InvalidArgument, UnreadableFile
 
 AUTHORIZATION = "authorization"
+TOKEN_VARIABLE = "SIDELIGHT_TOKEN"  # noqa: S105  (it is the name of a variable)
 GRPC_ROOTS = "GRPC_DEFAULT_SSL_ROOTS_FILE_PATH"  # read by gRPC itself
 
 Token = str | os.PathLike[str] | Callable[[], str]
@@ -73,6 +74,11 @@ def _system_roots() -> bytes | None:
     # OpenSSL's names for them: a hash of the subject and a number.
     files = sorted(Path(paths.capath).glob("*.[0-9]")) if paths.capath else []
     return b"\n".join(each.read_bytes() for each in files if each.is_file()) or None
+
+
+def token_or_default(token: Token | None) -> Token | None:
+    """Return the token, or by default that of the environment, if any."""
+    return os.environ.get(TOKEN_VARIABLE) or None if token is None else token
 
 
 @dataclass(frozen=True, slots=True)

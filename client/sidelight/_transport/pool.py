@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,20 @@ from .resolver import Resolver, parse_name
 
 log = logging.getLogger("sidelight")
 
+ADDRESS_VARIABLE = "SIDELIGHT_ADDRESS"
 WARN_AFTER_S = 1.0
+
+
+def address_or_default(address: str | Sequence[str] | None) -> str | Sequence[str]:
+    """Return the address, or by default that of the environment. Raises `InvalidArgument` if neither is set."""
+    if address is not None:
+        return address
+    if default := os.environ.get(ADDRESS_VARIABLE):
+        return default
+    raise InvalidArgument(
+        f'address: none was given and {ADDRESS_VARIABLE} is not set; call connect("host:port") or '
+        f'connect("unix:/path"), or set {ADDRESS_VARIABLE}'
+    )
 
 
 class ConnectionPool:

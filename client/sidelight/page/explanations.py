@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .._inputs.batch import Batch
 from .._inputs.targets import Choice, Contrast, Target
 from ..aio import AsyncClient
-from ..exceptions import InvalidArgument, NotFound, SidelightError, from_code
+from ..exceptions import InvalidArgument, NotFound, SidelightError, from_code, public_name
 from ..methods.parsing import parse_method
 from ..results.attribution import Attribution
 from ..results.server_info import ModelInfo
@@ -121,7 +121,7 @@ def error_event(error: SidelightError) -> Event:
         del parts[1]
     return {
         "event": "error",
-        "type": next(each.__name__ for each in type(error).__mro__ if not each.__name__.startswith("_")),
+        "type": public_name(error),
         "field": ".".join(parts),
         "message": error.message,
         "code": error.code,

@@ -13,12 +13,10 @@ import sidelight_server
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from sidelight._cli.bench.arrivals import arrivals
-from sidelight._cli.bench.load import Load
+from sidelight._cli.bench.load import Load, arrivals
 from sidelight._cli.bench.measurement import Bench, Plan
-from sidelight._cli.bench.recorder import Fault, Recorder, Window
-from sidelight._cli.bench.sample import Sample, percentile
-from sidelight._cli.bench.statistics import Figures, histogram, is_stable
+from sidelight._cli.bench.recorder import Fault, Recorder, Sample, Window
+from sidelight._cli.bench.statistics import Figures, histogram, is_stable, percentile
 from sidelight._cli.bench.traffic import Traffic, batches_of_files, random_batches
 
 from support.models.gate import Gate, Gated

@@ -11,8 +11,7 @@ import sidelight
 import sidelight_server
 from hypothesis import given
 from hypothesis import strategies as st
-from sidelight._transport.allocator import ALIGNMENT, Allocator
-from sidelight._transport.shared_memory import Region
+from sidelight._transport.shared_memory import ALIGNMENT, Allocator, Region
 
 from support.tolerances import NEIGHBORS
 

@@ -10,7 +10,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
+
+import numpy as np
 
 from ..._clients.client import Client
 from ...exceptions import SidelightError
@@ -19,6 +21,8 @@ from .traffic import Sent, Traffic
 
 PAUSE_S = 0.1  # pause after a failed stream
 JOIN_S = 10.0
+
+Arrivals = Literal["constant", "poisson"]
 
 
 class Turn(NamedTuple):
@@ -139,3 +143,11 @@ class Load:
             self._recorder.failed(ticket, error)
         if self._arrivals is None:
             self._stopped.wait(error.retry_delay_s or 0.0)  # the delay that the server has requested
+
+
+def arrivals(kind: Arrivals, rate: float, *, seed: int = 0) -> Iterator[float]:
+    """Return the due times of an open loop, in seconds from its start, without end."""
+    if kind == "constant":
+        return (i / rate for i in itertools.count())  # not a running sum: its rounding error would grow
+    random = np.random.default_rng(seed)
+    return itertools.accumulate(random.exponential(1 / rate) for _ in itertools.count())

@@ -5,11 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ..._clients.client import Client, connect
-from .arrivals import Arrivals, arrivals
-from .load import Load
+from .load import Arrivals, Load, arrivals
 from .recorder import Recorder, Window
-from .sample import joined
-from .statistics import STABLE_WINDOWS, Figures, Histogram, histogram, is_stable
+from .statistics import STABLE_WINDOWS, Figures, Histogram, histogram, is_stable, joined
 from .traffic import Traffic
 
 N_OUTSTANDING = 512  # twice the server's default limit in flight, so that it has to reject some
@@ -58,6 +56,11 @@ class Measured:
     unanswered: int  # requests in flight when the load ended
     oldest_unanswered_s: float  # since the oldest of them was due
     windows: tuple[Figures, ...]
+
+    @property
+    def name(self) -> str:
+        """The load's name, with an asterisk if it is not stable."""
+        return self.step.name if self.stable else f"{self.step.name} *"
 
 
 Watch = Callable[[Step, Sequence[Figures]], None]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
-from .arrivals import Arrivals
+from .load import Arrivals
 from .measurement import N_OUTSTANDING
 from .statistics import PERCENTILES, STABLE_WINDOWS
 

@@ -61,7 +61,7 @@ def _draw_sweep(axes: "Axes", shown: Sequence[Measured]) -> None:
     paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
     for each, rate in zip(shown, rates, strict=True):
         point = _percentile_ms(each, "p99"), rate
-        axes.annotate(_name(each), point, (7, -13), textcoords="offset points", fontsize=9, bbox=paper)
+        axes.annotate(each.name, point, (7, -13), textcoords="offset points", fontsize=9, bbox=paper)
     note = "" if all(each.stable for each in shown) else " (* not stable)"
     axes.set(xlabel="latency (ms)", ylabel="throughput (images/s)", title="throughput over latency" + note)
     left, right = axes.get_xlim()
@@ -97,7 +97,7 @@ def _draw_parts(axes: "Axes", shown: Sequence[Measured]) -> None:
     left = np.zeros(len(shown))
     for part, color, spans in zip(PARTS, PART_COLORS, parts.T, strict=True):
         if part != "late" or spans.any():
-            axes.barh([_name(each) for each in shown], spans, left=left, color=color, label=part, height=0.6)
+            axes.barh([each.name for each in shown], spans, left=left, color=color, label=part, height=0.6)
             left += spans
     room = max(0, MIN_BARS - len(shown)) / 2
     axes.set_ylim(len(shown) - 0.5 + room, -0.5 - room)  # the first on top
@@ -119,10 +119,6 @@ def _scale_by_factors(axes: "Axes") -> None:
 def _is_wide(shown: Sequence[Measured]) -> bool:
     medians = [_percentile_ms(each, "p50") for each in shown]
     return max(medians) > WIDE * min(medians)
-
-
-def _name(measured: Measured) -> str:
-    return measured.step.name if measured.stable else f"{measured.step.name} *"
 
 
 def _percentile_ms(measured: Measured, percentile: str) -> float:

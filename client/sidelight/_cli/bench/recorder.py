@@ -3,15 +3,48 @@
 A request counts in the window in which it ends; its lateness counts in the window in which it was sent.
 """
 
+import random
 import threading
 import time
+from array import array
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from ...exceptions import PartialFailure, SidelightError
 from ...results.attribution import Attribution
-from .sample import Sample
 
+MAX_VALUES = 1_000_000  # of a sample: 8 MB
 LATE_S = 0.010  # a request sent more than this after its due time is late
+
+
+class Sample:
+    """A uniform sample of at most `limit` of the numbers that were added: Vitter, 1985, algorithm R.
+
+    Count, sum and maximum are those of all numbers.
+    """
+
+    def __init__(self, *, limit: int = MAX_VALUES, seed: int = 0) -> None:
+        self.count = 0
+        self.sum = 0.0
+        self.max = 0.0
+        self._limit = limit
+        self._random = random.Random(seed)
+        self._values = array("d")
+
+    def add(self, value: float) -> None:
+        self.count += 1
+        self.sum += value
+        self.max = max(self.max, value)
+        if len(self._values) < self._limit:
+            self._values.append(value)
+        elif (index := self._random.randrange(self.count)) < self._limit:
+            self._values[index] = value
+
+    @property
+    def values(self) -> NDArray[np.float64]:
+        return np.array(self._values, np.float64)
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,7 +93,7 @@ def _rates(results: Sequence[Measured]) -> Table:
         figures, latency = measured.figures, measured.figures.latency
         rates = [figures.requests_per_s, figures.images_per_s, *([figures.rows_per_s] if has_rows else [])]
         spans = [""] * len(LATENCIES) if latency is None else map(_ms, dataclasses.astuple(latency))
-        table.add_row(_name(measured), *(f"{each:.1f}" for each in rates), *spans, str(figures.failed))
+        table.add_row(measured.name, *(f"{each:.1f}" for each in rates), *spans, str(figures.failed))
     return table
 
 
@@ -104,7 +104,7 @@ def _parts(results: Sequence[Measured]) -> Table:
     for measured in results:
         if measured.figures.split is not None:
             spans = dataclasses.astuple(measured.figures.split)[-len(parts) :]
-            table.add_row(_name(measured), *map(_ms, spans))
+            table.add_row(measured.name, *map(_ms, spans))
     return table
 
 
@@ -114,10 +114,6 @@ def _table(title: str, headers: Sequence[str]) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     table.columns[0].no_wrap = True
     return table
-
-
-def _name(measured: Measured) -> str:
-    return measured.step.name if measured.stable else f"{measured.step.name} *"
 
 
 def _remarks(plan: Plan, measured: Measured) -> Iterator[str]:

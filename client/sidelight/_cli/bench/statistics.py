@@ -1,15 +1,14 @@
 """Statistics of windows, and the test whether they agree. All durations are in seconds."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .recorder import Fault, Window
-from .sample import joined, percentile
+from .recorder import Fault, Sample, Window
 
 STABLE_WINDOWS = 3  # that must agree, as in Triton's perf_analyzer
 PERCENTILES = (50, 90, 95, 99)
@@ -124,6 +123,16 @@ def histogram(values: NDArray[np.float64]) -> Histogram:
     counts = np.bincount(np.floor(places).astype(int) - first, minlength=last - first + 1)
     edges_s = tuple(10 ** (i / BINS_PER_DECADE) for i in range(first, last + 2))
     return Histogram(edges_s, tuple(map(int, counts)))
+
+
+def joined(samples: Iterable[Sample]) -> NDArray[np.float64]:
+    """Concatenate the numbers of several samples."""
+    return np.concatenate([np.empty(0), *(each.values for each in samples)])
+
+
+def percentile(values: NDArray[np.float64], percent: float) -> float:
+    """Return a percentile by the nearest-rank method: always one of the values, without interpolation."""
+    return float(np.percentile(values, percent, method="inverted_cdf"))
 
 
 def _latency(windows: Sequence[Window]) -> Latency:
