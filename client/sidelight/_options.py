@@ -10,8 +10,9 @@ from typing import ParamSpec, TypeVar, cast
 from google.protobuf.duration_pb2 import Duration
 
 from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import model_pb2, tensor_pb2
 
-from ._inputs.enums import Channels, MapDtype, Score, channels_number, map_dtype_number, score_number
+from ._inputs.enums import Channels, MapDtype, Score, enum_number
 from ._inputs.images import EncodedBatch
 from ._inputs.targets import Target, check_one_for_each, target_message
 from ._inputs.validation import flag, span, summary, text
@@ -74,10 +75,10 @@ class AttributeOptions:
             model=model_name(self.model),
             target=target_message(self.target),
             method=self.method.message(),
-            score=score_number(self.score),
-            channels=channels_number(self.channels),
+            score=enum_number(model_pb2.Score, self.score, Score, "score"),
+            channels=enum_number(pb.ChannelReduction, self.channels, Channels, "channels"),
             output=pb.Output(
-                map_dtype=map_dtype_number(self.map_dtype),
+                map_dtype=enum_number(tensor_pb2.DataType, self.map_dtype, MapDtype, "map_dtype"),
                 probabilities=flag(self.probabilities, "probabilities"),
                 partial=flag(self.partial, "partial"),
             ),

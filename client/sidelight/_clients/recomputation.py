@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 
 from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import tensor_pb2
 
 from .._inputs.batch import Images, single_batch
-from .._inputs.enums import map_dtype_number
+from .._inputs.enums import MapDtype, enum_number
 from .._inputs.images import EncodedBatch
 from .._inputs.tensors import Array, floats
 from .._options import duration
@@ -16,8 +17,7 @@ from ..results import storage
 from ..results.comparison import Replay, compare
 from ..results.storage import Record
 from .client import Client
-
-TIMEOUT_S = 60.0
+from .core import TIMEOUT_S
 
 
 def replay(
@@ -66,7 +66,7 @@ def _request(record: Record, baseline: str | os.PathLike[str] | Array | None, ti
         method=_method(record, baseline),
         score=saved.score,
         channels=saved.channels,
-        output=pb.Output(map_dtype=map_dtype_number(record.map_dtype)),
+        output=pb.Output(map_dtype=enum_number(tensor_pb2.DataType, record.map_dtype, MapDtype, "map_dtype")),
         timeout=duration(timeout),
     )
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from sidelight.v1 import attribution_pb2 as pb
 
-from .._inputs.enums import Rule, Statistic, rule_number, statistic_number
+from .._inputs.enums import Rule, Statistic, enum_number
 from .._inputs.tensors import Array, ArrayLike, TorchTensor, floats
 from .._inputs.validation import counted, flag, real, summary, whole
 from ..exceptions import InvalidArgument
@@ -40,7 +40,7 @@ class IntegratedGradients(Method):
         return pb.Method(
             integrated_gradients=pb.IntegratedGradientsMethod(
                 steps=steps if self.tolerance is None else 0,
-                rule=rule_number(by_default if self.rule is None else self.rule),
+                rule=enum_number(pb.PathRule, by_default if self.rule is None else self.rule, Rule, "method.rule"),
                 baseline=baseline_message(self.baseline),
                 tolerance=_tolerance(self.tolerance),
                 max_rows=counted(self.max_rows, "method.max_rows"),
@@ -83,7 +83,7 @@ class SmoothGrad(Method):
                 noise_level=real(self.noise_level, "method.noise_level"),
                 absolute_noise=flag(self.absolute_noise, "method.absolute_noise"),
                 seed=whole(self.seed, "method.seed", bits=64),
-                statistic=statistic_number(self.statistic),
+                statistic=enum_number(pb.SmoothGradMethod.Statistic, self.statistic, Statistic, "method.statistic"),
                 tolerance=_tolerance(self.tolerance),
                 max_rows=counted(self.max_rows, "method.max_rows"),
                 base=self.base.message(),
@@ -122,6 +122,6 @@ def _tolerance(tolerance: float | None) -> float:
     """Return the value to send: 0 if unset, and therefore not a valid tolerance."""
     if tolerance is None:
         return 0.0
-    if number := real(tolerance, "method.tolerance"):
-        return number
+    if share := real(tolerance, "method.tolerance"):
+        return share
     raise InvalidArgument("method.tolerance: got 0, expected more than 0 and less than 1, or None")

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 
 from google.protobuf.duration_pb2 import Duration
 from sidelight import exceptions
-from sidelight._inputs.enums import channels_number, map_dtype_number, score_number
+from sidelight._inputs.enums import Channels, MapDtype, Score, enum_number
 from sidelight._inputs.targets import target_message
 from sidelight.methods.parsing import parse_method
 from sidelight.v1 import attribution_pb2 as pb
+from sidelight.v1 import model_pb2, tensor_pb2
 
 from ...errors import InvalidArgument, did_you_mean
 from . import inference_pb2 as oip
@@ -29,9 +30,10 @@ def fill_in(message: pb.AttributeRequest, parameters: Parameters) -> None:
             raise InvalidArgument(f'parameters: "{name}" is unknown; {did_you_mean(name, NAMES)}')
     try:
         message.method.CopyFrom(parse_method(_text(parameters, "method", "gradient")).message())
-        message.score = score_number(_text(parameters, "score", "probability"))  # type: ignore[arg-type]  # checked there
-        message.channels = channels_number(_text(parameters, "channels", "max_abs"))  # type: ignore[arg-type]
-        message.output.map_dtype = map_dtype_number(_text(parameters, "map_dtype", "float32"))
+        message.score = enum_number(model_pb2.Score, _text(parameters, "score", "probability"), Score, "score")
+        channels, map_dtype = _text(parameters, "channels", "max_abs"), _text(parameters, "map_dtype", "float32")
+        message.channels = enum_number(pb.ChannelReduction, channels, Channels, "channels")
+        message.output.map_dtype = enum_number(tensor_pb2.DataType, map_dtype, MapDtype, "map_dtype")
     except exceptions.InvalidArgument as error:
         raise InvalidArgument(f"parameters.{OWN}{error.message}") from None
     message.target.CopyFrom(_target(parameters))
