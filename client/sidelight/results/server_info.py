@@ -1,13 +1,12 @@
 """Server information: limits, models and their preprocessing."""
 
 from dataclasses import dataclass
-from functools import partial
 
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, tensor_pb2
 
 from .._inputs.enums import word
-from .types import seconds
+from .types import same_fields, seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +57,7 @@ class WarmupEntry:
 
     @classmethod
     def of(cls, message: model_pb2.WarmupEntry) -> "WarmupEntry":
-        return cls(message.configuration, message.rows, message.rows_per_second, message.chosen)
+        return cls(**same_fields(cls, message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,29 +114,14 @@ class ModelInfo:
     def of(cls, message: model_pb2.ModelInfo, *, is_whole: bool = False) -> "ModelInfo":
         """Convert from the wire message. Labels and layers are read only if the message `is_whole`."""
         size = message.input
+        fields = same_fields(cls, message) | ({} if is_whole else {"labels": None, "layers": None})
         return cls(
-            name=message.name,
-            version=message.version,
-            digest=message.digest,
+            **fields,
             input_size=(size.channels, size.height, size.width) if message.HasField("input") else None,
-            class_count=message.class_count,
-            labels=tuple(message.labels) if is_whole else None,
-            scores=tuple(map(partial(word, model_pb2.Score), message.scores)),
-            layers=tuple(message.layers) if is_whole else None,
-            precision=message.precision,
-            device=message.device,
-            chunk_rows=message.chunk_rows,
-            reproducible=message.reproducible,
-            warmup=tuple(map(WarmupEntry.of, message.warmup)),
-            kernel_options=tuple(message.kernel_options),
             preprocessing=Preprocessing.of(size) if message.HasField("input") else None,
+            scores=tuple(word(model_pb2.Score, each) for each in message.scores),
+            warmup=tuple(map(WarmupEntry.of, message.warmup)),
             state=word(model_pb2.ModelState, message.state),
-            call=message.call,
-            outputs=message.outputs,
-            activation=message.activation,
-            canary=message.canary,
-            methods=tuple(message.methods),
-            neighbor_difference=message.neighbor_difference if message.HasField("neighbor_difference") else None,
         )
 
 
@@ -154,26 +138,19 @@ class ServerInfo:
 
     @classmethod
     def of(cls, message: pb.GetServerInfoResponse) -> "ServerInfo":
-        limits = message.limits
+        limits, shared = message.limits, message.shared_memory
+        has_shared = message.HasField("shared_memory")
+        shared_memory = SharedMemory(**same_fields(SharedMemory, shared)) if has_shared else None
+        max_age_s = seconds(limits.max_stream_age) if limits.HasField("max_stream_age") else None
         return cls(
             version=message.version,
-            limits=Limits(
-                limits.max_message_bytes, limits.max_image_pixels, limits.max_in_flight, limits.max_in_flight_bytes,
-                limits.max_stream_in_flight, limits.max_example_rows, limits.max_batch_examples,
-                seconds(limits.max_stream_age) if limits.HasField("max_stream_age") else None,
-                limits.max_rendered_pixels,
-            ),
+            limits=Limits(**same_fields(Limits, limits), max_stream_age_s=max_age_s),
             methods=tuple(message.methods),
             models=tuple(map(ModelInfo.of, message.models)),
             cancellations=CancellationStats.of(message.cancellations),
-            shared_memory=_shared_memory(message) if message.HasField("shared_memory") else None,
-        )  # fmt: skip
+            shared_memory=shared_memory,
+        )
 
 
 def _ends(message: tensor_pb2.Interval) -> tuple[float, float]:
     return message.low, message.high
-
-
-def _shared_memory(message: pb.GetServerInfoResponse) -> SharedMemory:
-    shared = message.shared_memory
-    return SharedMemory(shared.directory, shared.max_region_bytes, shared.max_stream_regions)

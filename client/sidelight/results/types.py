@@ -1,8 +1,13 @@
 """The parts of an answer: predictions, targets, timing, convergence and provenance."""
 
+import dataclasses
+import functools
 from dataclasses import dataclass
+from typing import Any
 
+from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import model_pb2, tensor_pb2
@@ -73,14 +78,7 @@ class Convergence:
 
     @classmethod
     def of(cls, message: pb.Convergence) -> "Convergence":
-        return cls(
-            message.rows,
-            message.error if message.HasField("error") else None,
-            message.completeness_error if message.HasField("completeness_error") else None,
-            message.relative_completeness_error if message.HasField("relative_completeness_error") else None,
-            message.tolerance if message.HasField("tolerance") else None,
-            message.is_met if message.HasField("is_met") else None,
-        )
+        return cls(**same_fields(cls, message))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +130,8 @@ class Timing:
 
     @classmethod
     def of(cls, message: pb.Timing) -> "Timing":
-        return cls(*map(seconds, _spans(message)))
+        spans = message.prepare, message.queue, message.compute, message.total, message.admission, message.backlog
+        return cls(*map(seconds, spans))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,30 +161,35 @@ class Provenance:
     @classmethod
     def of(cls, message: pb.Provenance) -> "Provenance":
         return cls(
-            model=message.model,
-            model_version=message.model_version,
-            model_digest=message.model_digest,
+            **same_fields(cls, message),
             method=method_text(message.method),
             target=target_text(message.target),
             score=word(model_pb2.Score, message.score),
             channels=word(pb.ChannelReduction, message.channels),
-            precision=message.precision,
-            device=message.device,
-            threads=message.threads,
-            chunk_rows=message.chunk_rows,
             software={each.name: each.version for each in message.software},
-            reproducible=message.reproducible,
-            baseline_digest=message.baseline_digest,
-            kernel_options=tuple(message.kernel_options),
-            example_digests=tuple(message.example_digests),
-            model_canary=message.model_canary,
-            head_precision=message.head_precision,
-            fidelity=message.fidelity if message.HasField("fidelity") else None,
         )
 
 
-def _spans(message: pb.Timing) -> tuple[Duration, ...]:
-    return message.prepare, message.queue, message.compute, message.total, message.admission, message.backlog
+def same_fields(kind: type[Any], message: Message) -> dict[str, Any]:
+    """Return the fields of a dataclass that a message has by the same names: None if unset, tuples if repeated.
+
+    Messages and enums are left out: the caller converts them.
+    """
+    return {each.name: _value(message, each) for each in _same_fields(kind, message.DESCRIPTOR)}
+
+
+@functools.cache
+def _same_fields(kind: type[Any], descriptor: Descriptor) -> tuple[FieldDescriptor, ...]:
+    names = {each.name for each in dataclasses.fields(kind)}
+    plain = [each for each in descriptor.fields if each.message_type is None and each.enum_type is None]
+    return tuple(each for each in plain if each.name in names)
+
+
+def _value(message: Message, field: FieldDescriptor) -> Any:
+    if field.has_presence and not message.HasField(field.name):
+        return None
+    value = getattr(message, field.name)
+    return tuple(value) if field.is_repeated else value
 
 
 def seconds(span: Duration) -> float:
