@@ -170,7 +170,7 @@ class Provenance:
         )
 
 
-def same_fields(kind: type[Any], message: Message) -> dict[str, Any]:
+def same_fields(kind: Any, message: Message) -> dict[str, Any]:
     """Return the fields of a dataclass that a message has by the same names: None if unset, tuples if repeated.
 
     Messages and enums are left out: the caller converts them.
@@ -179,7 +179,7 @@ def same_fields(kind: type[Any], message: Message) -> dict[str, Any]:
 
 
 @functools.cache
-def _same_fields(kind: type[Any], descriptor: Descriptor) -> tuple[FieldDescriptor, ...]:
+def _same_fields(kind: Any, descriptor: Descriptor) -> tuple[FieldDescriptor, ...]:
     names = {each.name for each in dataclasses.fields(kind)}
     plain = [each for each in descriptor.fields if each.message_type is None and each.enum_type is None]
     return tuple(each for each in plain if each.name in names)
