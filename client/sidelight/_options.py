@@ -107,17 +107,13 @@ def checked_metadata(metadata: Metadata) -> Headers:
             raise InvalidArgument(
                 f"metadata: got the name {name!a}, expected lower case letters, digits, '-', '_' and '.', not grpc-…"
             )
-        is_right = isinstance(value, bytes) if name.endswith("-bin") else isinstance(value, str) and _is_text(value)
-        if not is_right:
+        is_text = isinstance(value, str) and value.isascii() and value.isprintable()
+        if not (isinstance(value, bytes) if name.endswith("-bin") else is_text):
             raise InvalidArgument(
                 f"metadata: got {type(value).__name__} as the value of {name}, expected printable ASCII text, "
                 "or bytes for a name that ends in -bin"
             )
     return tuple((name, value) for name, value in pairs)
-
-
-def _is_text(value: str) -> bool:
-    return all(" " <= letter <= "~" for letter in value)
 
 
 def model_name(model: str | None) -> str:

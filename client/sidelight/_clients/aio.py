@@ -177,24 +177,19 @@ class AsyncClient(ClientBase):
         metadata: Metadata = (),
     ) -> ModelInfo:
         """Reload a model from its source, as `Client.reload` does."""
-        await ready(self._core.pool, min(self._core.connect_timeout_s, span(timeout, "timeout")))
+        await ready(self._core.pool, self._core.wait_s(span(timeout, "timeout")))
         return await asyncio.to_thread(self._core.reload, name, timeout=timeout, metadata=metadata)
 
     async def _explain(
         self, template: pb.AttributeRequest, batch: EncodedBatch, *, timeout_s: float, metadata: Headers
     ) -> Attribution:
         core, policy = self._core, RetryPolicy(timeout_s, retry=self._core.retry)
-        await ready(self._core.pool, min(self._core.connect_timeout_s, timeout_s))
+        await ready(self._core.pool, self._core.wait_s(timeout_s))
         if not core.shared_memory:
             request = unary_request(template, batch)
             if await asyncio.to_thread(core.fits, request, batch, within_s=timeout_s):
                 return await self._call_unary(request, batch, policy=policy, metadata=metadata)
-        options = StreamOptions(
-            template,
-            timeout_s=policy.left_s,
-            server_wait_s=min(self._core.connect_timeout_s, policy.left_s),
-            metadata=metadata,
-        )
+        options = self._core.options_for_parts(template, policy, metadata)
         answers = self._answers([batch], options)
         async with contextlib.aclosing(answers):
             answer = await anext(answers)
@@ -206,7 +201,7 @@ class AsyncClient(ClientBase):
         self, request: pb.AttributeRequest, batch: EncodedBatch, *, policy: RetryPolicy, metadata: Headers
     ) -> Attribution:
         while True:
-            connection = await ready(self._core.pool, min(self._core.connect_timeout_s, policy.left_s))
+            connection = await ready(self._core.pool, self._core.wait_s(policy.left_s))
             try:
                 with translate_errors(self._core.max_message_bytes), connection.calling(len(batch)):
                     left_s = min(policy.left_s, FOR_EVER_S)
@@ -223,7 +218,7 @@ class AsyncClient(ClientBase):
     async def _answers(
         self, batches: Iterable[Images | Batch | EncodedBatch] | AsyncIterable[Images | Batch], options: StreamOptions
     ) -> AsyncGenerator[Attribution]:
-        await ready(self._core.pool, min(self._core.connect_timeout_s, options.timeout_s))
+        await ready(self._core.pool, self._core.wait_s(options.timeout_s))
         changed = asyncio.Event()
         source = CallersBatches(batches)
         stream = await asyncio.to_thread(self._core.open_stream, source, options, on_change=from_thread(changed.set))

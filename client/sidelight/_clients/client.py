@@ -248,12 +248,7 @@ class Client(ClientBase):
             request = unary_request(template, batch)
             if self._core.fits(request, batch, within_s=timeout_s):
                 return self._call_unary(request, batch, policy=policy, metadata=metadata)
-        options = StreamOptions(
-            template,
-            timeout_s=policy.left_s,
-            server_wait_s=min(self._core.connect_timeout_s, policy.left_s),
-            metadata=metadata,
-        )
+        options = self._core.options_for_parts(template, policy, metadata)
         (answer,) = self._answers([batch], options)
         if answer.error is not None:
             raise answer.error
@@ -263,7 +258,7 @@ class Client(ClientBase):
         self, request: pb.AttributeRequest, batch: EncodedBatch, *, policy: RetryPolicy, metadata: Headers
     ) -> Attribution:
         while True:
-            connection = self._core.pool.ready(min(self._core.connect_timeout_s, policy.left_s))
+            connection = self._core.pool.ready(self._core.wait_s(policy.left_s))
             try:
                 with translate_errors(self._core.max_message_bytes), connection.calling(len(batch)):
                     response = connection.attribution.Attribute(
@@ -280,7 +275,7 @@ class Client(ClientBase):
     def _answers(
         self, batches: Iterable[Images | Batch | EncodedBatch], options: StreamOptions
     ) -> Generator[Attribution]:
-        self._core.pool.ready(min(self._core.connect_timeout_s, options.timeout_s))
+        self._core.pool.ready(self._core.wait_s(options.timeout_s))
         stream = self._core.open_stream(iter(batches), options)
         delivery = Delivery(stream, options)
         stream.start()

@@ -9,8 +9,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import grpc
 
@@ -20,7 +19,7 @@ from sidelight.v1 import model_pb2
 from .._inputs.batch import Batch, Images
 from .._inputs.images import EncodedBatch
 from .._inputs.validation import counted, span
-from .._options import Metadata, checked_metadata, model_name
+from .._options import Headers, Metadata, checked_metadata, model_name
 from .._streaming.limits import check_message_size, map_bytes, split
 from .._streaming.requests import StreamConfig
 from .._streaming.scheduling.resend_queue import ResendQueue
@@ -42,24 +41,6 @@ RELOAD_TIMEOUT_S = 600.0
 MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 CHUNK_ROWS = 32  # assumed for a model that is not loaded yet
 N_SLOTS = 8  # a region of shared memory has room for this many batches of the size of its first one
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """The information of a server about itself and about one model; `model` is None if the server lacks it."""
-
-    server: ServerInfo
-    model: ModelInfo | None
-
-    @classmethod
-    def of(cls, server: ServerInfo, name: str) -> Self:
-        """Select a model by name; an empty name is the server's default."""
-        return cls(server, next((model for model in server.models if name in ("", model.name)), None))
-
-    @property
-    def input_size(self) -> tuple[int, int, int] | None:
-        """The model's (C, H, W); None if it is not fixed or not known."""
-        return self.model.input_size if self.model else None
 
 
 class ClientCore:
@@ -88,10 +69,13 @@ class ClientCore:
             self.closed.set()
             self.pool.close()
 
-    def info(self, *, metadata: Metadata = ()) -> ServerInfo:
+    def info(self, *, within_s: float = math.inf, metadata: Metadata = ()) -> ServerInfo:
         """Fetch the info of the next server and its models."""
-        self._info = info = self._fetch_info(metadata=metadata)
-        return info
+        request, timeout_s = pb.GetServerInfoRequest(), min(INFO_TIMEOUT_S, within_s)
+        wait_s = self.wait_s(within_s)
+        info = self._rpc("attribution", "GetServerInfo", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
+        self._info = server = ServerInfo.of(info)
+        return server
 
     def model(self, name: str | None, *, metadata: Metadata) -> ModelInfo:
         """Fetch one model with its labels and layers."""
@@ -102,39 +86,48 @@ class ClientCore:
         """Reload a model, and return the version that serves afterwards."""
         request = model_pb2.ReloadModelRequest(name=model_name(name))
         timeout_s = span(timeout, "timeout")
-        wait_s = min(self.connect_timeout_s, timeout_s)
+        wait_s = self.wait_s(timeout_s)
         response = self._rpc("models", "ReloadModel", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
         return ModelInfo.of(response.model, is_whole=True)
 
-    def facts(self, name: str, *, within_s: float) -> Facts:
-        """Return the facts about a server and a model; an empty name is the default model.
+    def find(self, name: str, *, within_s: float) -> tuple[ServerInfo, ModelInfo | None]:
+        """Return a server and one of its models, or None if it lacks the model; an empty name is the default model.
 
-        They are cached, except for a model that is not serving: it may have been loaded since.
+        Both are cached, except for a model that is not serving: it may have been loaded since.
         """
-        known = self._info
-        facts = Facts.of(known, name) if known else None
-        if facts is None or facts.model is None or facts.model.state != "serving":
-            self._info = known = self._fetch_info(within_s=within_s)
-            facts = Facts.of(known, name)
-        return facts
+        server = self._info
+        model = _model_of(server, name) if server else None
+        if server is None or model is None or model.state != "serving":
+            server = self.info(within_s=within_s)
+            model = _model_of(server, name)
+        return server, model
+
+    def wait_s(self, limit_s: float) -> float:
+        """Return how long a call with a time limit may wait for a server, in seconds."""
+        return min(self.connect_timeout_s, limit_s)
 
     def fits(self, request: pb.AttributeRequest, batch: EncodedBatch, *, within_s: float) -> bool:
         """Return whether a batch fits into one message. Raises `MessageTooLarge` if a single example does not."""
-        facts = self.facts(request.model, within_s=within_s)
-        limits = facts.server.limits
+        server, model = self.find(request.model, within_s=within_s)
+        limits = server.limits
         try:
             check_message_size(
                 request,
                 batch,
                 client_limit=self.max_message_bytes,
                 server_limit=limits.max_message_bytes,
-                input_size=facts.input_size,
+                input_size=model.input_size if model else None,
             )
         except MessageTooLarge:
             if len(batch) < 2:
                 raise
             return False
         return len(batch) <= (limits.max_batch_examples or len(batch))
+
+    def options_for_parts(self, template: pb.AttributeRequest, policy: RetryPolicy, metadata: Headers) -> StreamOptions:
+        """Return the options of a stream that sends one batch in parts, in the time that is left."""
+        left_s = policy.left_s
+        return StreamOptions(template, timeout_s=left_s, server_wait_s=self.wait_s(left_s), metadata=metadata)
 
     def open_stream(
         self,
@@ -145,15 +138,15 @@ class ClientCore:
     ) -> Stream:
         """Return a stream to all servers. It is not started yet."""
         template = options.template
-        facts = self.facts(template.model, within_s=options.timeout_s)
-        input_size = facts.input_size
+        server, model = self.find(template.model, within_s=options.timeout_s)
+        input_size = model.input_size if model else None
         config = StreamConfig(
             template=template,
             split=functools.partial(
                 split,
                 template,
                 client_limit=self.max_message_bytes,
-                server=facts.server,
+                server=server,
                 input_size=input_size,
                 is_shared=bool(self.shared_memory),
             ),
@@ -165,10 +158,10 @@ class ClientCore:
             retry=self.retry,
             metadata=options.metadata,
             map_bytes=functools.partial(map_bytes, template, input_size=input_size),
-            make_regions=functools.partial(self._regions, n_slots=N_SLOTS) if self.shared_memory else None,
+            make_regions=self._regions if self.shared_memory else None,
         )
         # One example of a method of many rows fills chunks. A larger window would let batches time out in the queue.
-        per_worker = 2 * ((facts.model.chunk_rows if facts.model else 0) or CHUNK_ROWS) if options.is_one_row else 1
+        per_worker = 2 * ((model.chunk_rows if model else 0) or CHUNK_ROWS) if options.is_one_row else 1
         resend_queue = ResendQueue(window=per_worker, total_window=options.window, hedge_after_s=options.hedge_after_s)
         return Stream(self.pool, batches, config=config, resend_queue=resend_queue, on_change=on_change)
 
@@ -180,7 +173,7 @@ class ClientCore:
         *,
         timeout_s: float = INFO_TIMEOUT_S,
         wait_s: float | None = None,
-        metadata: Metadata = (),
+        metadata: Metadata,
     ) -> Any:
         """Make a metadata call. Waits up to `wait_s` for a server that is starting or still loading its models."""
         metadata = checked_metadata(metadata)
@@ -197,20 +190,14 @@ class ClientCore:
                     raise
                 self.closed.wait(policy.delay_after(error))
 
-    def _fetch_info(self, *, within_s: float = math.inf, metadata: Metadata = ()) -> ServerInfo:
-        request, timeout_s = pb.GetServerInfoRequest(), min(INFO_TIMEOUT_S, within_s)
-        wait_s = min(self.connect_timeout_s, within_s)
-        info = self._rpc("attribution", "GetServerInfo", request, timeout_s=timeout_s, wait_s=wait_s, metadata=metadata)
-        return ServerInfo.of(info)
-
-    def _regions(self, connection: Connection, *, n_slots: int) -> Regions:
+    def _regions(self, connection: Connection) -> Regions:
         """Return the shared memory of a call, without regions yet. Each server reports its own folder."""
         with translate_errors(self.max_message_bytes):
             request = pb.GetServerInfoRequest()
             server = ServerInfo.of(connection.attribution.GetServerInfo(request, timeout=INFO_TIMEOUT_S))
         directory = directory_of(server, self.shared_memory)
         assert server.shared_memory is not None  # noqa: S101
-        return Regions(directory, max_region_bytes=server.shared_memory.max_region_bytes, n_slots=n_slots)
+        return Regions(directory, max_region_bytes=server.shared_memory.max_region_bytes, n_slots=N_SLOTS)
 
 
 class ClientBase:
@@ -241,6 +228,10 @@ class ClientBase:
     def address(self) -> str:
         """The server's address; of several servers, all addresses with commas between them."""
         return self._core.pool.addresses
+
+
+def _model_of(server: ServerInfo, name: str) -> ModelInfo | None:
+    return next((model for model in server.models if name in ("", model.name)), None)
 
 
 def unary_request(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.AttributeRequest:

@@ -79,7 +79,10 @@ class Progress:
 
 def progress_of(batches: object, *, is_shown: bool) -> Progress:
     """Return the progress of a stream. `InvalidArgument` if nothing can show it."""
-    return Progress(_display(total := _count(batches)), total=total) if is_shown else Progress()
+    if not is_shown:
+        return Progress()
+    total = len(batches) if isinstance(batches, Sized) else None
+    return Progress(_display(total), total=total)
 
 
 def _rows(answer: Attribution) -> int:
@@ -88,10 +91,6 @@ def _rows(answer: Attribution) -> int:
     each = answer.convergence or (None,) * len(answer)
     done = (convergence for convergence, there in zip(each, answer.predictions, strict=True) if there is not None)
     return sum(convergence.rows if convergence else n_maps for convergence in done)
-
-
-def _count(batches: object) -> int | None:
-    return len(batches) if isinstance(batches, Sized) else None
 
 
 def _display(total: int | None) -> Display:

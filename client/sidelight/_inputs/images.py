@@ -17,11 +17,11 @@ from sidelight.v1 import tensor_pb2
 
 from ..exceptions import InvalidArgument, UnreadableFile
 from ..visualization import dicom
-from ..visualization.overlay import gray_of, picture_of
+from ..visualization.overlay import gray_of, over_white, picture_of
 from .batch import Batch, Images, Picture, batch_id
 from .digests import digest_of_array, digest_of_file
 from .targets import check_one_for_each, choice_message, target_message, target_of_part
-from .tensors import DTYPES, Array, TorchTensor, host_array, tensor_message
+from .tensors import DTYPES, Array, TorchTensor, host_array, little_endian, tensor_message
 
 # Equivalents of modes that no file format has, and of YCbCr, whose TIFF files Pillow 12 and older cannot read.
 _CONVERTED = {"YCbCr": "RGB", "HSV": "RGB", "I;16L": "I", "La": "LA", "PA": "RGBA", "RGBa": "RGBA", "RGBX": "RGB"}
@@ -181,7 +181,7 @@ def _array(images: "Array | TorchTensor") -> Array:
             f"images: got {array.dtype} of {list(array.shape)}, expected uint8 pixels [H, W, C], or model-ready "
             f"float16, float32 or float64 [C, H, W]"
         )
-    return array.astype(array.dtype.newbyteorder("<"), copy=False)
+    return little_endian(array)
 
 
 def _batched(array: Array) -> Array:
@@ -249,7 +249,4 @@ def _upright(image: Image.Image, window: tuple[float, float]) -> Image.Image:
     if upright.mode.startswith("I"):
         # Pillow's own conversion to 8 bits clips instead of scaling.
         return Image.fromarray(gray_of(np.asarray(upright), *window)).convert("RGB")
-    if not upright.has_transparency_data:
-        return upright.convert("RGB")
-    white = Image.new("RGBA", upright.size, "white")
-    return Image.alpha_composite(white, upright.convert("RGBA")).convert("RGB")
+    return over_white(upright)

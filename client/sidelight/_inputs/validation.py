@@ -1,5 +1,8 @@
 """Validation: checks that values have types that the schema can represent. The server checks ranges."""
 
+import difflib
+from collections.abc import Iterable
+
 import numpy as np
 
 from ..exceptions import InvalidArgument
@@ -61,3 +64,9 @@ def summary(value: object) -> str:
     """Describe a value for an error message: simple values by repr, others by type name."""
     plain = value is None or isinstance(value, str | int | float | tuple | np.number)
     return repr(value) if plain else type(value).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint for an error message if a known name is close to the one given, else an empty string."""
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -70,8 +70,8 @@ class StreamWorker:
         coordinator: StreamCoordinator,
         *,
         max_message_bytes: int,
-        make_regions: Callable[[Connection], Regions] | None = None,
-        metadata: Headers = (),
+        make_regions: Callable[[Connection], Regions] | None,
+        metadata: Headers,
         context: contextvars.Context,
     ) -> None:
         self.connection = connection

@@ -45,7 +45,7 @@ class Connection:
         address: str,
         *,
         max_message_bytes: int,
-        security: ChannelSecurity = ChannelSecurity(),  # noqa: B008
+        security: ChannelSecurity,
         host: str | None = None,
     ) -> None:
         if not isinstance(address, str) or not _ADDRESS.fullmatch(address):

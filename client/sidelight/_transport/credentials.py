@@ -6,7 +6,7 @@ import ipaddress
 import os
 import re
 import ssl
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,7 +172,8 @@ def _text(token: Token) -> str:
         text = token
     else:
         try:
-            text = next(_tokens(Path(token).read_text(encoding="utf-8")), "")
+            lines = map(str.strip, Path(token).read_text(encoding="utf-8").splitlines())
+            text = next((line for line in lines if line and not line.startswith("#")), "")
         except OSError as error:
             raise UnreadableFile.of(error, "token", token) from None
         except UnicodeDecodeError:
@@ -190,11 +191,6 @@ def _is_path(text: str) -> bool:
         if text.startswith("/"):  # so may base64; a path has an existing first folder
             return len(parts := Path(text).parts) > 2 and Path(*parts[:2]).is_dir()
     return re.match(r"\.{1,2}/|~/", text) is not None or re.fullmatch(r"[\w/-]+\.(txt|token|key|pem)", text) is not None
-
-
-def _tokens(text: str) -> Iterator[str]:
-    lines = (line.strip() for line in text.splitlines())
-    return (line for line in lines if line and not line.startswith("#"))
 
 
 def _is_local(address: str) -> bool:

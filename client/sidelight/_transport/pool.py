@@ -40,13 +40,7 @@ class ConnectionPool:
     uses it.
     """
 
-    def __init__(
-        self,
-        addresses: str | Sequence[str],
-        *,
-        max_message_bytes: int,
-        security: ChannelSecurity = ChannelSecurity(),  # noqa: B008
-    ) -> None:
+    def __init__(self, addresses: str | Sequence[str], *, max_message_bytes: int, security: ChannelSecurity) -> None:
         given = addresses.split(",") if isinstance(addresses, str) else addresses
         if not isinstance(given, list | tuple) or not given:
             raise InvalidArgument(

@@ -1,6 +1,5 @@
 """Baselines: the reference input of a path method, or the fill of an occluded window, in the model's input space."""
 
-import difflib
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +8,7 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import tensor_pb2
 
 from .._inputs.tensors import Array, ArrayLike, TorchTensor, array_of, floats
-from .._inputs.validation import real
+from .._inputs.validation import did_you_mean, real
 from ..exceptions import InvalidArgument
 
 BLUR_SIGMA_PX = 10.0
@@ -90,6 +89,4 @@ def _named(name: str) -> pb.Baseline:
             return pb.Baseline(mean_color=pb.MeanColorBaseline())
         case "blurred":
             return Blurred().message()
-    near = difflib.get_close_matches(name, _NAMES, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise InvalidArgument(f"method.baseline: got {name!r}, expected {_EXPECTED}{hint}")
+    raise InvalidArgument(f"method.baseline: got {name!r}, expected {_EXPECTED}{did_you_mean(name, _NAMES)}")

@@ -6,13 +6,12 @@ word, a quoted string, a tuple or a method.
 
 import ast
 import dataclasses
-import difflib
 import importlib
 import inspect
 import pkgutil
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -20,6 +19,7 @@ from google.protobuf.message import Message
 from sidelight.v1 import attribution_pb2 as pb
 
 from .._inputs.enums import word
+from .._inputs.validation import did_you_mean
 from ..exceptions import InvalidArgument
 from .baselines import Blurred, baseline_text
 from .method import Method
@@ -130,7 +130,7 @@ def _called(node: ast.expr, known: dict[str, type[_Called]], field: str) -> _Cal
                 f"{field}: got {ast.unparse(node)}, expected a name with named options, one of {', '.join(known)}"
             )
     if name not in known:
-        raise InvalidArgument(f"{field}: got {name!r}, expected one of {', '.join(known)}{_did_you_mean(name, known)}")
+        raise InvalidArgument(f"{field}: got {name!r}, expected one of {', '.join(known)}{did_you_mean(name, known)}")
     return known[name](**_given(name, keywords, [each.name for each in dataclasses.fields(known[name])], field))
 
 
@@ -142,7 +142,7 @@ def _given(name: str, keywords: list[ast.keyword], known: list[str], field: str)
         if option not in known:
             expected = f"one of {', '.join(known)}" if known else "none"
             raise InvalidArgument(
-                f"{field}: {name} got the option {option!r}, expected {expected}{_did_you_mean(option, known)}"
+                f"{field}: {name} got the option {option!r}, expected {expected}{did_you_mean(option, known)}"
             )
         if option in options:
             raise InvalidArgument(f"{field}: {name} got the option {option!r} twice, expected it once")
@@ -161,8 +161,3 @@ def _value(node: ast.expr, option: str) -> object:
         raise InvalidArgument(
             f"method.{option}: got {ast.unparse(node)}, expected a number, a word or a quoted string"
         ) from None
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""

@@ -11,6 +11,8 @@ from PIL import Image
 
 from .._inputs.images import EncodedBatch
 from ..exceptions import InvalidArgument, MessageTooLarge, NotFound, ResourceExhausted, UnreadableFile
+from ..visualization.dicom import is_dicom
+from ..visualization.overlay import encoded
 
 MAX_FILE_BYTES = 64 * 1024 * 1024  # the default limit of a message to the server
 MAX_UPLOAD_BYTES = 2 * 1024 * 1024 * 1024  # limit of all uploads together
@@ -102,8 +104,8 @@ def rendition(content: bytes, window: tuple[float, float] | None = None) -> tupl
     """Return a picture as browsers show it, at its own size, and its media type: PNG, or JPEG for large ones."""
     picture = _decoded(content, window)
     if picture.width * picture.height <= LOSSLESS_PIXELS:
-        return _saved(picture, "PNG", compress_level=1), "image/png"
-    return _saved(picture, "JPEG", quality=JPEG_QUALITY, subsampling=0), "image/jpeg"
+        return encoded(picture, "PNG", compress_level=1), "image/png"
+    return encoded(picture, "JPEG", quality=JPEG_QUALITY, subsampling=0), "image/jpeg"
 
 
 def thumbnail(content: bytes) -> tuple[bytes, str]:
@@ -113,7 +115,7 @@ def thumbnail(content: bytes) -> tuple[bytes, str]:
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     size, box = (THUMBNAIL_PX, THUMBNAIL_PX), (left, top, left + side, top + side)
     square = picture.resize(size, Image.Resampling.BILINEAR, box, reducing_gap=2.0)
-    return _saved(square, "JPEG", quality=80), "image/jpeg"
+    return encoded(square, "JPEG", quality=80), "image/jpeg"
 
 
 def shown_window(values: Sequence[str | None]) -> tuple[float, float] | None:
@@ -140,7 +142,7 @@ def _decoded(content: bytes, window: tuple[float, float] | None) -> Image.Image:
 
 def _pixel_count(content: bytes) -> int:
     """Return height × width from the file's header, before anything is decoded."""
-    if content[128:132] != b"DICM":
+    if not is_dicom(content):
         with Image.open(io.BytesIO(content)) as picture:
             return picture.width * picture.height
     try:
@@ -149,12 +151,6 @@ def _pixel_count(content: bytes) -> int:
         return 0  # decoding raises the error, which names what to install
     header = dcmread(io.BytesIO(content), stop_before_pixels=True, specific_tags=["Rows", "Columns"])
     return int(header.Rows) * int(header.Columns)
-
-
-def _saved(picture: Image.Image, kind: str, **options: int) -> bytes:
-    file = io.BytesIO()
-    picture.save(file, kind, **options)
-    return file.getvalue()
 
 
 def _check_size(n_bytes: int) -> None:

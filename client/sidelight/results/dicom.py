@@ -34,6 +34,7 @@ REQUIRED = (  # attributes that the objects must have, if only empty, and that a
     "PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate",
     "StudyTime", "ReferringPhysicianName",
 )  # fmt: skip
+_SOURCE_ERRORS = AttributeError, KeyError, RuntimeError, TypeError, ValueError  # highdicom's, of a bad source
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +104,7 @@ def write(drawings: Sequence[Drawing], folder: Path, *, provenance: Provenance, 
                 raise AlreadyExists(f"{path}: this file exists; choose another folder, or allow overwriting")
             try:
                 dataset: Dataset = make(each, source, series.next_instance(study_uid, kind), provenance)
-            except (
-                AttributeError,
-                KeyError,
-                RuntimeError,
-                TypeError,
-                ValueError,
-            ) as error:  # highdicom's, of a bad source
+            except _SOURCE_ERRORS as error:
                 raise InvalidArgument(f"images: {each.name} cannot be the source of a DICOM {kind}: {error}") from error
             _add_provenance(dataset, each, source, provenance)
             made[path] = dataset

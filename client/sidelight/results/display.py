@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import html
-import io
 import itertools
 from collections.abc import Iterable
 from pathlib import PurePath
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from ..visualization.colormaps import colorize
-from ..visualization.overlay import overlay
+from ..visualization.overlay import encoded, overlay
 from ..visualization.sheet import fitted, shown_size
 from .types import ExplainedTarget, Prediction
 
@@ -132,8 +131,7 @@ def _thumbnails(example: "ExampleAttribution") -> str:
 
 
 def _image(picture: Image.Image, alt: str) -> str:
-    file = io.BytesIO()
-    picture.save(file, "JPEG", quality=90)  # a third of the size of a PNG: notebooks are committed with their outputs
-    data = base64.b64encode(file.getvalue()).decode()
+    # A third of the size of a PNG: notebooks are committed with their outputs.
+    data = base64.b64encode(encoded(picture, "JPEG", quality=90)).decode()
     size = f'width="{picture.width}" height="{picture.height}"'
     return f'<img src="data:image/jpeg;base64,{data}" alt="{alt}" {size} style="display:inline;margin:0 2px 0 0">'

@@ -1,6 +1,5 @@
 """`ExampleAttribution`: one example of an answer."""
 
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..visualization.colormaps import HIGH_PERCENTILE, colorize
+from ..visualization.overlay import encoded
 from ..visualization.styles import TOP_PERCENT, StyleName
 from .display import example_text
 from .types import Convergence, ExplainedTarget, Failure, Geometry, Prediction
@@ -116,6 +116,4 @@ class ExampleAttribution:
             drawn = self.overlay()
         except Exception:  # Pillow and pydicom document no set of exceptions; a notebook cell must still show the map
             drawn = colorize(self.heatmap())
-        file = io.BytesIO()
-        drawn.save(file, "PNG")
-        return file.getvalue()
+        return encoded(drawn, "PNG")

@@ -1,5 +1,6 @@
 """Overlays: a map drawn over the picture that it explains."""
 
+import io
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,21 @@ def picture_of(array: npt.NDArray[Any]) -> Image.Image:
     )
 
 
+def over_white(picture: Image.Image) -> Image.Image:
+    """Return an RGB picture: transparent pixels are drawn over white."""
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
+    return picture.convert("RGB")
+
+
+def encoded(picture: Image.Image, kind: str, **options: int) -> bytes:
+    """Return a picture as a file of a kind, "PNG" or "JPEG", with the options of Pillow."""
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
 def gray_of(values: npt.NDArray[Any], low: float, high: float) -> Pixels:
     """Return gray pixels: black at `low` and below, white at `high` and above."""
     share = (np.clip(values, low, high, dtype=np.float64) - low) / (high - low)
@@ -210,8 +226,4 @@ def _stretched(array: Map) -> Pixels:
 def _picture_of_pixels(pixels: Pixels) -> Image.Image:
     if pixels.shape[2] == 1:
         return Image.fromarray(pixels[..., 0]).convert("RGB")
-    picture = Image.fromarray(np.ascontiguousarray(pixels))
-    if picture.mode == "RGBA":
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
+    return over_white(Image.fromarray(np.ascontiguousarray(pixels)))

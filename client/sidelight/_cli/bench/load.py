@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Literal, NamedTuple, Self
+from typing import Literal, Self
 
 import numpy as np
 
@@ -23,13 +23,6 @@ PAUSE_S = 0.1  # pause after a failed stream
 JOIN_S = 10.0
 
 Arrivals = Literal["constant", "poisson"]
-
-
-class Turn(NamedTuple):
-    """A batch, and its due time on the clock of `time.perf_counter`; None in a closed loop."""
-
-    due_s: float | None
-    batch: Sent
 
 
 class Load:
@@ -93,25 +86,28 @@ class Load:
                 self._fault = error
                 self._stopped.set()
 
-    def _turns(self) -> Iterator[Turn]:
-        """Yield batches, each when it is due."""
+    def _turns(self) -> Iterator[tuple[float | None, Sent]]:
+        """Yield batches when they are due, with their due times on the clock of `time.perf_counter`.
+
+        In a closed loop there are no due times, but None.
+        """
         while not self._stopped.is_set():
             with self._next:
                 batch = next(self._batches)
                 after_s = None if self._arrivals is None else next(self._arrivals, -1.0)
             if after_s is None:
-                yield Turn(None, batch)
+                yield None, batch
                 continue
             due_s = self._began_s + after_s
             if after_s < 0 or self._stopped.wait(max(0.0, due_s - time.perf_counter())):
                 return
-            yield Turn(due_s, batch)
+            yield due_s, batch
 
     def _call(self) -> None:
-        for turn in self._turns():
-            ticket = self._recorder.sent(turn.due_s)
+        for due_s, batch in self._turns():
+            ticket = self._recorder.sent(due_s)
             try:
-                answer = self._traffic.call(self._client, turn.batch)
+                answer = self._traffic.call(self._client, batch)
             except SidelightError as error:
                 self._failed([ticket], error)
             else:
@@ -132,9 +128,9 @@ class Load:
 
     def _sent(self, tickets: dict[int, Ticket]) -> Iterator[Sent]:
         """Yield the batches of a stream, which reads them when its window has room."""
-        for index, turn in enumerate(self._turns()):
-            tickets[index] = self._recorder.sent(turn.due_s)
-            yield turn.batch
+        for index, (due_s, batch) in enumerate(self._turns()):
+            tickets[index] = self._recorder.sent(due_s)
+            yield batch
 
     def _failed(self, tickets: list[Ticket], error: SidelightError) -> None:
         if self._stopped.is_set():  # the client was closed

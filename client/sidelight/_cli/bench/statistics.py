@@ -95,11 +95,6 @@ class Figures:
         )
 
 
-def latency_at(figures: Figures, percent: int) -> float:
-    """Return one of the latency percentiles; infinite without an answer."""
-    return math.inf if figures.latency is None else float(getattr(figures.latency, f"p{percent}_s"))
-
-
 def is_stable(windows: Sequence[Figures], *, within: float, percent: int) -> bool:
     """Return whether the last three windows agree in rate and in the latency percentile.
 
@@ -110,7 +105,7 @@ def is_stable(windows: Sequence[Figures], *, within: float, percent: int) -> boo
     if len(last) < STABLE_WINDOWS or not all(each.requests for each in last):
         return False
     rates = [each.requests_per_s for each in last]
-    latencies = [latency_at(each, percent) for each in last]
+    latencies = [getattr(each.latency, f"p{percent}_s") for each in last]
     return all(max(each) <= (1 + within) * min(each) for each in (rates, latencies))
 
 
