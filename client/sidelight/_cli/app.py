@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +30,7 @@ from .options import (
     explanation,
     with_options,
 )
+from .page import page
 from .server_tables import report_server
 from .tables import report, report_replay
 
@@ -174,42 +174,6 @@ def demo(*, out: Annotated[Path, typer.Option(help="A folder for gallery.png.")]
         run(out, console=Console())
 
 
-@app.command()
-@with_options(connect_to=connection)
-def page(
-    pictures: Annotated[
-        list[Path] | None, typer.Argument(help="Picture files, or folders with pictures, to begin with.")
-    ] = None,
-    *,
-    address: Address = DEFAULT_ADDRESS,
-    host: Annotated[str, typer.Option(help="The IP address to listen on. The page has no login.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="The port to listen on; 0 chooses one.", min=0, max=65535)] = 8050,
-    host_name: Annotated[
-        list[str] | None, typer.Option(help="Another name by which browsers may open the page; repeatable.")
-    ] = None,
-    open_: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
-    demo: Annotated[
-        bool, typer.Option("--demo", help="Start the server of `sidelight demo`, and begin with its photographs.")
-    ] = False,
-    connect_to: Connector,
-) -> None:
-    """Serve a web page that explains pictures. Listens only on this machine, unless --host says otherwise."""
-    # Imported here: the other commands do not need its packages.
-    from .page import run
-
-    with _errors_on_one_line():
-        run(
-            pictures_of(pictures or []),
-            connect_to=functools.partial(connect_to, address),
-            host=host,
-            port=port,
-            host_names=host_name or [],
-            is_opened=open_,
-            is_demo=demo,
-            console=Console(soft_wrap=True, highlight=False),
-        )
-
-
 @contextlib.contextmanager
 def _errors_on_one_line() -> Iterator[None]:
     try:
@@ -219,5 +183,5 @@ def _errors_on_one_line() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-app.command()(_errors_on_one_line()(bench))
-app.command()(_errors_on_one_line()(job))
+for command in (page, bench, job):
+    app.command()(_errors_on_one_line()(command))

@@ -124,7 +124,6 @@ def explanation(
         MapDtype, typer.Option(help="Data type of the maps in responses; the smaller ones round.")
     ] = "float32",
 ) -> Explanation:
-    """Return the options of the explanation."""
     return Explanation(
         target=target_of(target, against=against, region=region, top_k=top_k),
         method=method_of(method, option, signed=signed, times_input=times_input),

@@ -78,12 +78,10 @@ class ClientCore:
         return server
 
     def model(self, name: str | None, *, metadata: Metadata) -> ModelInfo:
-        """Fetch one model with its labels and layers."""
         response = self._rpc("models", "GetModel", model_pb2.GetModelRequest(name=model_name(name)), metadata=metadata)
         return ModelInfo.of(response.model, is_whole=True)
 
     def reload(self, name: str | None, *, timeout: float, metadata: Metadata) -> ModelInfo:
-        """Reload a model, and return the version that serves afterwards."""
         request = model_pb2.ReloadModelRequest(name=model_name(name))
         timeout_s = span(timeout, "timeout")
         wait_s = self.wait_s(timeout_s)
@@ -235,7 +233,6 @@ def _model_of(server: ServerInfo, name: str) -> ModelInfo | None:
 
 
 def unary_request(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.AttributeRequest:
-    """Return the request of a unary call."""
     request = pb.AttributeRequest()
     request.CopyFrom(template)
     request.images.CopyFrom(batch.message)

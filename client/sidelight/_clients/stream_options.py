@@ -69,10 +69,7 @@ class StreamOptions:
 
 
 def raise_if_failed(answer: Attribution, on_error: OnError) -> Attribution:
-    """Return an answer. With `on_error="raise"`, raise its error if it failed.
-
-    Raises `PartialFailure` if the answer is final and some examples failed.
-    """
+    """Return an answer; with `on_error="raise"`, raise its error, or `PartialFailure` for failures of a final one."""
     if on_error == "raise":
         if answer.error is not None:
             raise answer.error
@@ -82,6 +79,5 @@ def raise_if_failed(answer: Attribution, on_error: OnError) -> Attribution:
 
 
 def check_on_error(on_error: str) -> None:
-    """Raise `InvalidArgument` for an unknown value."""
     if on_error not in get_args(OnError):
         raise InvalidArgument(f"on_error: got {on_error!r}, expected one of {', '.join(get_args(OnError))}")

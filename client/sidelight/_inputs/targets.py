@@ -96,7 +96,6 @@ def target_of_part(target: pb.Target, span: range) -> pb.Target:
 
 
 def target_text(target: pb.Target) -> str:
-    """Return a target as text."""
     match target.WhichOneof("target"):
         case "index":
             return f"index {target.index}"
@@ -117,7 +116,6 @@ def target_text(target: pb.Target) -> str:
 
 
 def choice_message(choice: object, field: str, *, context: str = "") -> pb.ClassChoice:
-    """Convert a class index or label to its message."""
     if isinstance(choice, str):
         return pb.ClassChoice(label=text(choice, field))
     if isinstance(choice, int | np.integer):

@@ -25,7 +25,6 @@ def counted(value: object, field: str) -> int:
 
 
 def real(value: object, field: str) -> float:
-    """Return the value as a float."""
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise InvalidArgument(f"{field}: got {summary(value)}, expected a number")
     try:
@@ -43,7 +42,6 @@ def span(value: object, field: str, *, is_zero_allowed: bool = False) -> float:
 
 
 def flag(value: object, field: str) -> bool:
-    """Return the value as a bool."""
     if not isinstance(value, bool | np.bool_):
         raise InvalidArgument(f"{field}: got {summary(value)}, expected True or False")
     return bool(value)

@@ -35,7 +35,6 @@ class Availability:
         self._has_logged = False
 
     def mark_gone(self, worker: Hashable, cause: SidelightError, now_s: float) -> None:
-        """Record that a worker's call has ended, and why."""
         if self._live == {worker}:
             self._since_s = now_s
         self._live.discard(worker)

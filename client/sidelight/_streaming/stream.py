@@ -60,7 +60,6 @@ class Stream:
         return self._state.resend_queue.n_retries
 
     def start(self) -> None:
-        """Start the workers and the timer."""
         close_at_exit(self)
         self._pool.listen(self._follow_pool)
         self._follow_pool()

@@ -52,10 +52,7 @@ class StreamCoordinator(Protocol):
         """Handle a response."""
 
     def call_ended(self, worker: "StreamWorker", cause: SidelightError, *, failed: bool, died: bool) -> None:
-        """Record that the call has ended.
-
-        `failed`: it ended with an error. `died`: the server may have died, perhaps because of a part.
-        """
+        """Record that the call has ended: `failed` with an error, perhaps because the server `died` of a part."""
 
     def end(self, error: BaseException | None) -> None:
         """End the stream."""
@@ -88,7 +85,6 @@ class StreamWorker:
         self._thread = threading.Thread(target=self._run, name="sidelight-receive", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, which connects to the server."""
         self._thread.start()
 
     def cancel(self, reason: SidelightError | None = None) -> None:
@@ -104,7 +100,6 @@ class StreamWorker:
         self.cancel()
 
     def join(self) -> None:
-        """Wait for the thread to end."""
         self._thread.join()
 
     def _run(self) -> None:

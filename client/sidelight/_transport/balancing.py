@@ -31,7 +31,6 @@ class Load:
         self._lock = threading.Lock()
 
     def sent(self, n_examples: int) -> None:
-        """Record that examples were sent."""
         with self._lock:
             self.n_unanswered += n_examples
             self._n_since += n_examples

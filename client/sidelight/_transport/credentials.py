@@ -114,10 +114,7 @@ class ChannelSecurity:
         return self.tls is not None and not address.startswith("unix:")
 
     def channel(self, address: str, options: Sequence[tuple[str, Any]], *, host: str | None = None) -> grpc.Channel:
-        """Return a channel to an address, whose certificate is for `host` if that is given.
-
-        Raises `InvalidArgument` if a token would leave this machine without TLS.
-        """
+        """Return a channel to an address, whose certificate is for `host` if that is given. Checks the token."""
         if self.is_encrypted(address):
             assert self.tls is not None  # noqa: S101
             name = self.tls.server_name or host

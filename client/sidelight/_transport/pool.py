@@ -84,10 +84,7 @@ class ConnectionPool:
         raise self.unavailable(timeout_s)
 
     def ready_now(self) -> Connection | None:
-        """Return the least loaded connected server; None if there is none.
-
-        Raises `FailedPrecondition` in a forked child.
-        """
+        """Return the least loaded connected server, or None. Raises `FailedPrecondition` in a forked child."""
         self._origin.check()
         connections = self.connections
         with self._changed:
@@ -106,7 +103,6 @@ class ConnectionPool:
             self._listeners.remove(listener)
 
     def connect(self) -> None:
-        """Start connecting to all servers."""
         for connection in self.connections:
             connection.connect()
 

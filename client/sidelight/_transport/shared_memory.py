@@ -102,7 +102,6 @@ class Region:
             self._path.unlink()
 
     def write(self, array: Array, offset: int) -> None:
-        """Copy an array's bytes to an offset."""
         self._mapped()[offset : offset + array.nbytes] = array.reshape(-1).view(np.uint8)
 
     def read(self, n_bytes: int, offset: int) -> Array:

@@ -46,7 +46,6 @@ def is_large(array: Array) -> bool:
 
 
 def encode(outgoing: Outgoing) -> bytes:
-    """Serialize a request."""
     array = outgoing.images
     if array is None:
         return outgoing.message.SerializeToString()
@@ -62,7 +61,6 @@ def encode(outgoing: Outgoing) -> bytes:
 
 
 def decode(raw: bytes) -> Incoming:
-    """Parse a response."""
     if len(raw) >= LARGE_BYTES and (parts := cut(memoryview(raw), _TO_MAPS)):
         return Incoming(pb.AttributeStreamResponse.FromString(b"".join(parts.rest)), parts.data)
     return Incoming(pb.AttributeStreamResponse.FromString(raw))

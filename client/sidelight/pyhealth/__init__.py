@@ -190,7 +190,6 @@ def _explainer(
 
 
 def _batch(given: object, image_key: str, label_key: str) -> Mapping[str, Any] | None:
-    """Convert a batch to a dictionary."""
     if given is None:
         return None
     if isinstance(given, list | tuple) and given:

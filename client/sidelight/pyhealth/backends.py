@@ -33,7 +33,6 @@ class Remote:
         self._timeout_s = timeout_s
 
     def explain(self, images: NDArray[Any], classes: Classes) -> tuple[NDArray[Any], list[int]]:
-        """Return maps, [N, H, W], and the predicted classes of images, [N, C, H, W]."""
         target = Dense() if classes is None else classes
         answer = self._client.attribute(
             images, model=self._model, target=target, timeout=self._timeout_s, on_error="return"
@@ -42,7 +41,6 @@ class Remote:
         return answer.maps, [each.index for each in answer.predictions if each]
 
     def close(self) -> None:
-        """Close the client, unless the caller passed it in."""
         if self._owned:
             self._client.close()
 
@@ -61,7 +59,6 @@ class Local:
         self._closed = False
 
     def explain(self, images: NDArray[Any], classes: Classes) -> tuple[NDArray[Any], list[int]]:
-        """Return maps, [N, H, W], and the predicted classes of images, [N, C, H, W]."""
         server = self._server
         target = server.Dense() if classes is None else classes
         target = server.PerExample(tuple(target)) if isinstance(target, list) else target

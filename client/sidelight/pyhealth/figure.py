@@ -13,10 +13,7 @@ FIGURE_INCHES = (15, 7)
 
 
 def draw(plt: Any, picture: Floats, map_: Floats, *, title: str | None, alpha: float) -> Any:
-    """Draw a map, [H, W], over a picture, [C, H, W], and return the figure.
-
-    `plt` is pyplot; with None it is imported, and the figure is closed after it is shown.
-    """
+    """Draw a map, [H, W], over a picture, [C, H, W], and return the figure; `plt` as in `visualize_saliency_map`."""
     own = plt is None
     if own:
         plt = _pyplot()

@@ -1,6 +1,6 @@
 """Results: answers and their parts, server information, saved answers and replay.
 
-May import `_options`, `methods`, `_inputs`, `visualization` and `exceptions`.
+May import `methods` and everything below.
 """
 
 from .attribution import Attribution

@@ -18,7 +18,7 @@ from .._inputs.tensors import Array
 from ..exceptions import FailedPrecondition, InvalidArgument, SidelightError, from_code
 from ..visualization.colormaps import HIGH_PERCENTILE, flat
 from ..visualization.crop import crop_box, cropped
-from ..visualization.overlay import draw
+from ..visualization.overlay import overlay, placed_map
 from ..visualization.styles import TOP_PERCENT, StyleName
 from . import dicom, storage
 from .dataframe import to_dataframe
@@ -132,7 +132,7 @@ class Attribution:
         """
         geometry = self.geometry[i] if original else None
         picture = self.picture(i) if geometry is None else self._original(i)
-        return draw(
+        return overlay(
             picture,
             self.heatmap(i, k=k),
             None if geometry is None else crop_box(picture.size, geometry),
@@ -201,15 +201,11 @@ class Attribution:
         file = None if batch is None else batch.dicom_file(i)
         if file is None or geometry is None:
             raise InvalidArgument(f"images: example {i} is not a DICOM file, which save_dicom needs as the source")
+        box = crop_box(picture.size, geometry)
         for k, target in enumerate(self[i].targets):
-            yield dicom.drawing(
-                f"{i:03}-{k}" if self.is_top_k else f"{i:03}",
-                file,
-                self.heatmap(i, k=k),
-                box=crop_box(picture.size, geometry),
-                overlay=self.overlay(i, k=k, original=True),
-                target=target,
-            )
+            name = f"{i:03}-{k}" if self.is_top_k else f"{i:03}"
+            placed = placed_map(self.heatmap(i, k=k), box, picture.size).astype(np.float32)
+            yield dicom.Drawing(name, file, placed, self.overlay(i, k=k, original=True), target)
 
     @property
     def _kept_batch(self) -> EncodedBatch | None:

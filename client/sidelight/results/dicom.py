@@ -17,7 +17,6 @@ from PIL import Image
 
 from ..exceptions import AlreadyExists, InvalidArgument
 from ..visualization.colormaps import color_scale, is_signed
-from ..visualization.overlay import placed_map
 from .display import class_text
 from .types import ExplainedTarget, Provenance
 
@@ -66,19 +65,6 @@ class _Series:
             "sop_instance_uid": str(hd.UID()),
             "instance_number": self.counts[key],
         }
-
-
-def drawing(
-    name: str,
-    file: bytes,
-    map_: NDArray[np.float32],
-    *,
-    box: tuple[float, float, float, float],
-    overlay: Image.Image,
-    target: ExplainedTarget,
-) -> Drawing:
-    """Put a map on the grid of its file. `box` has the edges of the model's input in the file's pixels."""
-    return Drawing(name, file, placed_map(map_, box, overlay.size).astype(np.float32), overlay, target)
 
 
 def write(drawings: Sequence[Drawing], folder: Path, *, provenance: Provenance, overwrite: bool) -> list[Path]:

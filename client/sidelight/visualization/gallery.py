@@ -93,11 +93,7 @@ def draw_comparison(
     heading: str | None = None,
     look: Look = Look(),
 ) -> Image.Image:
-    """Draw one row for each picture, with its map and overlay by each method.
-
-    A row has the panel of its picture and texts, and one panel for each name. A name may have a second line, which is
-    written smaller.
-    """
+    """Draw one row for each picture and its texts, from its panel, with a map and overlay for each of the names."""
     tile = COMPARED_TILE
     group = 2 * tile + TILE_GAP
     tallest = max(_tallest(panels, tile) for _, panels in rows)

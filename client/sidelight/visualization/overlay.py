@@ -17,14 +17,10 @@ BAND_PIXELS = 1 << 18  # drawn at once: for a large picture, the floats would ta
 SMOOTHING_REACH = 3.0  # standard deviations after which the Gaussian is cut
 
 
-def draw(picture: Image.Image, map_: Map, box: Box | None, **look: Any) -> Image.Image:
-    """Draw a map over the part of a picture in a box, with `overlay_part`, or without a box with `overlay`."""
-    return overlay(picture, map_, **look) if box is None else overlay_part(picture, map_, box, **look)
-
-
 def overlay(
     picture: Image.Image,
     map_: Map,
+    box: Box | None = None,
     *,
     colormap: str | None = None,
     alpha: float | None = None,
@@ -34,68 +30,31 @@ def overlay(
     style: StyleName = "color",
     top_percent: float = TOP_PERCENT,
 ) -> Image.Image:
-    """Draw a map `[H, W]` over the picture that it explains. The picture is resized to the map's size.
+    """Draw a map `[H, W]` over the picture that it explains. Neither of them is changed.
 
-    `colormap` is one of `colormaps.NAMES`. `alpha`, 0 to 1, is the same opacity everywhere: 0 is the picture, 1 the
-    colored map. With None the picture is dimmed, the map's opacity rises with its magnitude, and the map is smoothed,
-    because gradients are grainy. `smoothing_px` is the standard deviation of the Gaussian; None is 1/56 of the map's
-    short side, or 0 with an `alpha`. `scale` has the magnitudes at which colors begin and end, or only the end; None is
-    `color_scale` of the smoothed map, which ends at `percentile` of its magnitudes.
+    Without a `box`, the picture is resized to the map's size. With one, the map covers the part of the picture between
+    these left, top, right and bottom edges in pixels, and the whole picture is returned at its own size. The part looks
+    as without a box. The rest of the picture is gray and darker; with an `alpha`, or with contours, it is unchanged.
 
-    `style` "contours" draws lines around the `top_percent` of the pixels with the largest magnitudes, a half and a
-    quarter of them; "mask" leaves these pixels as they are, and the others gray and dark. Both take the smoothed map.
-    Neither picture nor map is changed.
+    The other options are those of `Attribution.overlay`, and two more. `smoothing_px` is the standard deviation of the
+    Gaussian that smooths the map, because gradients are grainy; None is 1/56 of the map's short side, or 0 with an
+    `alpha`. `scale` has the magnitudes at which colors begin and end, or only the end; None is `color_scale` of the
+    smoothed map.
     """
     values = checked(map_)  # [H, W]
     smoothed = _smooth(values, _default_smoothing(values, alpha) if smoothing_px is None else smoothing_px)
-    size = values.shape[1], values.shape[0]
+    edges = None if box is None else _edges(box, picture.size)
+    size = (values.shape[1], values.shape[0]) if edges is None else (edges[2] - edges[0], edges[3] - edges[1])
     scale = color_scale(smoothed, percentile) if scale is None else scale
     drawn = _style(style, values, smoothed, size, colormap=colormap, alpha=alpha, scale=scale, top_percent=top_percent)
+    if edges is not None:
+        return _draw_part(picture.convert("RGB"), smoothed, edges, drawn)
     return Image.fromarray(drawn.pixels(drawn.base(_fitted(picture, size)), smoothed))
 
 
-def overlay_part(
-    picture: Image.Image,
-    map_: Map,
-    box: Box,
-    *,
-    colormap: str | None = None,
-    alpha: float | None = None,
-    percentile: float = HIGH_PERCENTILE,
-    style: StyleName = "color",
-    top_percent: float = TOP_PERCENT,
-) -> Image.Image:
-    """Draw a map `[H, W]` over the part of a picture that it covers, and return the whole picture at its own size.
-
-    `box` has the part's left, top, right and bottom edges in pixels. The part looks as `overlay` draws it. The rest of
-    the picture is gray and darker; with an `alpha`, or with contours, it is unchanged.
-    """
-    values = checked(map_)
-    smoothed = _smooth(values, _default_smoothing(values, alpha))
-    heat, picture = Image.fromarray(smoothed.astype(np.float32)), picture.convert("RGB")
-    left, right = _span(box[0], box[2], picture.width)
-    top, bottom = _span(box[1], box[3], picture.height)
-    size = right - left, bottom - top
-    scale = color_scale(smoothed, percentile)
-    drawn = _style(style, values, smoothed, size, colormap=colormap, alpha=alpha, scale=scale, top_percent=top_percent)
-    sheet = drawn.unseen(picture)
-    step, ratio = max(1, BAND_PIXELS // size[0]), heat.height / size[1]
-    for begin in range(top, bottom, step):
-        end = min(begin + step, bottom)
-        first, last = max(top, begin - 1), min(end + 1, bottom)  # contours need the rows beside the band
-        rows = (0, (first - top) * ratio, heat.width, min((last - top) * ratio, heat.height))
-        band = np.asarray(heat.resize((size[0], last - first), Image.Resampling.BILINEAR, rows))
-        pixels = drawn.pixels(drawn.base(picture.crop((left, first, right, last))), band)
-        sheet.paste(Image.fromarray(pixels[begin - first : end - first]), (left, begin))
-    return sheet
-
-
-def placed_map(map_: Map, box: tuple[float, float, float, float], size: tuple[int, int]) -> Map:
-    """Return a map `[H, W]` on the grid of a picture with a width and height in pixels; 0 outside `box`.
-
-    `box` has the left, top, right and bottom edges of the part that the map covers, as in `overlay_part`.
-    """
-    (left, right), (top, bottom) = _span(box[0], box[2], size[0]), _span(box[1], box[3], size[1])
+def placed_map(map_: Map, box: Box, size: tuple[int, int]) -> Map:
+    """Return a map `[H, W]` on the grid of a picture of this width and height, in a box as in `overlay`; 0 outside."""
+    left, top, right, bottom = _edges(box, size)
     part = Image.fromarray(checked(map_).astype(np.float32))
     placed = np.zeros((size[1], size[0]))
     placed[top:bottom, left:right] = np.asarray(part.resize((right - left, bottom - top), Image.Resampling.BILINEAR))
@@ -173,6 +132,21 @@ def _style(
     return Contours(colors, levels, max(1.0, CONTOUR_WIDTH * min(size))) if name == "contours" else Mask(*levels[:1])
 
 
+def _draw_part(picture: Image.Image, smoothed: Map, edges: tuple[int, int, int, int], drawn: Style) -> Image.Image:
+    """Draw a map over the part of an RGB picture between these edges, in bands of its rows."""
+    left, top, right, bottom = edges
+    heat, sheet = Image.fromarray(smoothed.astype(np.float32)), drawn.unseen(picture)
+    step, ratio = max(1, BAND_PIXELS // (right - left)), heat.height / (bottom - top)
+    for begin in range(top, bottom, step):
+        end = min(begin + step, bottom)
+        first, last = max(top, begin - 1), min(end + 1, bottom)  # contours need the rows beside the band
+        rows = (0, (first - top) * ratio, heat.width, min((last - top) * ratio, heat.height))
+        band = np.asarray(heat.resize((right - left, last - first), Image.Resampling.BILINEAR, rows))
+        pixels = drawn.pixels(drawn.base(picture.crop((left, first, right, last))), band)
+        sheet.paste(Image.fromarray(pixels[begin - first : end - first]), (left, begin))
+    return sheet
+
+
 def _default_smoothing(values: Map, alpha: float | None) -> float:
     return min(values.shape) * OVERLAY_SMOOTHING if alpha is None else 0.0
 
@@ -180,6 +154,12 @@ def _default_smoothing(values: Map, alpha: float | None) -> float:
 def _fitted(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     picture = picture.convert("RGB")
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
+
+
+def _edges(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Return a box in whole pixels of a picture with a width and height."""
+    (left, right), (top, bottom) = _span(box[0], box[2], size[0]), _span(box[1], box[3], size[1])
+    return left, top, right, bottom
 
 
 def _span(first: float, last: float, length: int) -> tuple[int, int]:

@@ -40,10 +40,9 @@ class Style(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Colors:
-    """The map's colors are blended with the picture.
+    """The map's colors are blended with the picture, with the same opacity `alpha` everywhere.
 
-    `alpha` is the same opacity everywhere: 0 is the picture, 1 the colored map. With None the picture is dimmed, and
-    the map's opacity rises with its magnitude, up to `MAX_OPACITY` at full scale.
+    With None the picture is dimmed, and the opacity rises with the magnitude, up to `MAX_OPACITY` at full scale.
     """
 
     colormap: Colormap

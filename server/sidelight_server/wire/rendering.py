@@ -14,7 +14,7 @@ from PIL import Image
 from sidelight.v1 import attribution_pb2 as pb
 from sidelight.visualization.colormaps import HIGH_PERCENTILE, flat
 from sidelight.visualization.crop import Box, crop_box, resized
-from sidelight.visualization.overlay import draw, picture_of
+from sidelight.visualization.overlay import overlay, picture_of
 
 from ..domain import Answer, Array, Files, Request, TopK
 from ..engine.engine import Engine
@@ -216,7 +216,7 @@ def _picture_of(array: Array, frame: _Frame | None) -> Image.Image:
 
 def _png(picture: Image.Image, map_: NDArray[np.floating], covered: Box | None, rendering: Rendering) -> bytes:
     alpha = 1.0 if rendering.is_heatmap else rendering.alpha
-    drawn = draw(
+    drawn = overlay(
         picture, flat(map_), covered, colormap=rendering.colormap, alpha=alpha, percentile=rendering.percentile
     )
     file = io.BytesIO()

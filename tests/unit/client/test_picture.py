@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from sidelight.visualization import overlay as _picture
 from sidelight.visualization.colormaps import NAMES, NAN_COLOR, color_bar, color_scale, colorize
-from sidelight.visualization.overlay import overlay, overlay_part, picture_of
+from sidelight.visualization.overlay import overlay, picture_of
 from sidelight.visualization.styles import MAX_OPACITY, STYLES
 
 # Linear sRGB to cone responses, and those to lightness: Ottosson 2020, "A perceptual color space for image processing".
@@ -147,8 +147,8 @@ def test_alpha_blends_from_the_picture_to_the_color_map(size: tuple[int, int], c
 
 def test_on_the_whole_picture_alpha_blends_only_what_the_model_saw() -> None:
     photo, box = photograph(300, 200), (100, 50, 150, 90)
-    np.testing.assert_array_equal(overlay_part(photo, grainy(), box, alpha=0.0), photo)
-    laid = np.asarray(overlay_part(photo, grainy(), box, alpha=1.0)).astype(int)
+    np.testing.assert_array_equal(overlay(photo, grainy(), box, alpha=0.0), photo)
+    laid = np.asarray(overlay(photo, grainy(), box, alpha=1.0)).astype(int)
     np.testing.assert_allclose(laid[50:90, 100:150], drawn(grainy()), atol=1)
     laid[50:90, 100:150] = np.asarray(photo)[50:90, 100:150]
     np.testing.assert_array_equal(laid, photo)
@@ -189,20 +189,20 @@ def test_a_signed_map_stays_signed_when_smoothing_drowns_its_negatives() -> None
 
 def test_a_map_over_the_whole_of_a_picture_of_its_size_is_the_plain_overlay() -> None:
     for map_ in (grainy(), grainy() - 1):
-        part = np.asarray(overlay_part(photograph(), map_, (0, 0, 50, 40))).astype(int)
+        part = np.asarray(overlay(photograph(), map_, (0, 0, 50, 40))).astype(int)
         # The map goes through float32 on its way to another size.
         np.testing.assert_allclose(part, np.asarray(overlay(photograph(), map_)), atol=1)
 
 
 def test_outside_of_the_part_a_picture_is_gray_and_dark_and_free_of_heat() -> None:
     photo = photograph(300, 200)
-    drawn_ = np.asarray(overlay_part(photo, grainy(), (100, 50, 150, 90))).astype(int)
+    drawn_ = np.asarray(overlay(photo, grainy(), (100, 50, 150, 90))).astype(int)
     inside = np.zeros((200, 300), bool)
     inside[50:90, 100:150] = True
     assert np.ptp(drawn_[~inside], axis=-1).max() == 0
     gray = np.asarray(photo.convert("L")).astype(int)
     assert (drawn_[..., 0] <= gray)[~inside].all()
-    assert (drawn_[~inside] == np.asarray(overlay_part(photo, grainy() * 0, (100, 50, 150, 90)))[~inside]).all()
+    assert (drawn_[~inside] == np.asarray(overlay(photo, grainy() * 0, (100, 50, 150, 90)))[~inside]).all()
     part = overlay(photo.crop((100, 50, 150, 90)), grainy())
     np.testing.assert_allclose(drawn_[50:90, 100:150], np.asarray(part), atol=1)
 
@@ -213,7 +213,7 @@ def test_a_picture_keeps_its_size_however_small_the_part(
     size: tuple[int, int], box: tuple[float, float, float, float]
 ) -> None:
     edges = tuple(share * side for share, side in zip(box, size * 2, strict=True))
-    laid = overlay_part(photograph(*size), grainy(), edges)
+    laid = overlay(photograph(*size), grainy(), edges)
     assert (laid.size, laid.mode) == (size, "RGB")
 
 
@@ -221,7 +221,7 @@ def test_the_hot_spot_lies_where_the_part_has_it() -> None:
     map_ = np.zeros((40, 50))
     map_[30, 10] = 1.0
     box = (200.0, 100.0, 700.0, 500.0)  # ten pixels for each of the map's
-    laid = np.asarray(overlay_part(Image.new("RGB", (900, 600)), map_, box)).astype(int).sum(axis=-1)
+    laid = np.asarray(overlay(Image.new("RGB", (900, 600)), map_, box)).astype(int).sum(axis=-1)
     row, column = np.argwhere(laid == laid.max()).mean(axis=0)  # a few pixels are drawn brightest
     assert abs(row - (100 + 305)) <= 5
     assert abs(column - (200 + 105)) <= 5
@@ -230,9 +230,9 @@ def test_the_hot_spot_lies_where_the_part_has_it() -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_bands_leave_no_seam(monkeypatch: pytest.MonkeyPatch, style: str) -> None:
     photo, box = photograph(300, 200), (13.4, 5.5, 280.0, 191.7)
-    whole = np.asarray(overlay_part(photo, grainy(), box, style=style)).astype(int)
+    whole = np.asarray(overlay(photo, grainy(), box, style=style)).astype(int)
     monkeypatch.setattr(_picture, "BAND_PIXELS", 1000)
-    np.testing.assert_allclose(np.asarray(overlay_part(photo, grainy(), box, style=style)), whole, atol=1)
+    np.testing.assert_allclose(np.asarray(overlay(photo, grainy(), box, style=style)), whole, atol=1)
 
 
 def disc(height: int = 80, width: int = 100, *, radius: float = 20.0) -> np.ndarray:
@@ -274,8 +274,8 @@ def test_nothing_stands_out_in_a_map_without_values(style: str, map_: np.ndarray
 def test_styles_are_the_same_on_a_part_of_a_picture(style: str) -> None:
     photo = photograph(100, 80)
     whole = np.asarray(overlay(photo, disc(), style=style)).astype(int)
-    np.testing.assert_allclose(np.asarray(overlay_part(photo, disc(), (0, 0, 100, 80), style=style)), whole, atol=1)
-    part = np.asarray(overlay_part(photograph(300, 200), disc(), (100, 50, 200, 130), style=style)).astype(int)
+    np.testing.assert_allclose(np.asarray(overlay(photo, disc(), (0, 0, 100, 80), style=style)), whole, atol=1)
+    part = np.asarray(overlay(photograph(300, 200), disc(), (100, 50, 200, 130), style=style)).astype(int)
     cropped = overlay(photograph(300, 200).crop((100, 50, 200, 130)), disc(), style=style)
     np.testing.assert_allclose(part[50:130, 100:200], np.asarray(cropped), atol=1)
 

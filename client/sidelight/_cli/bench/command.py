@@ -23,7 +23,7 @@ from ..options import (
     with_options,
 )
 from .measurement import Bench, Plan
-from .options import Loads, expect, loads, numbers, windows
+from .options import expect, loads, numbers, windows
 from .plot import check_plot, plot
 from .report import bench_facts, describe, progress, report_bench
 from .traffic import Sent, Shape, Traffic, batches_of_files, random_batches
@@ -36,7 +36,7 @@ def bench(
     images: Annotated[list[Path] | None, typer.Argument(help="Picture files. Default: send noise.")] = None,
     *,
     address: Address = DEFAULT_ADDRESS,
-    measured_loads: Loads,
+    measured_loads: tuple[dict[str, Any], dict[str, Any]],
     batch: Annotated[int, typer.Option(help="Images per request.", min=1)] = 1,
     measured_windows: dict[str, Any],
     pixels: Annotated[
@@ -62,12 +62,10 @@ def bench(
     expect(not pixels or bool(images), "--pixels", "only with pictures")
     _check_files(json_file, plot_file)
     noise_shape = _shape(shape)
+    loads_of_plan, way = measured_loads
     plan = Plan(
         address=address,
-        callers=measured_loads.callers,
-        rates=measured_loads.rates,
-        arrivals=measured_loads.arrivals,
-        n_outstanding=measured_loads.n_outstanding,
+        **loads_of_plan,
         **measured_windows,
         seed=seed,
         shared_memory=shared_memory,
@@ -76,14 +74,7 @@ def bench(
     with plan.connect() as client:
         server = client.info()
         batches = _batches(images or [], batch, client.model(model), pixels=pixels, shape=noise_shape, seed=seed)
-        traffic = Traffic(
-            batches,
-            model,
-            explained=explained,
-            timeout_s=timeout,
-            is_streamed=measured_loads.is_streamed,
-            window=measured_loads.window,
-        )
+        traffic = Traffic(batches, model, explained=explained, timeout_s=timeout, **way)
         answer = traffic.try_out(client)
     console, measured = Console(), Bench(plan, traffic)
     with progress(console, measured) as watch:

@@ -87,10 +87,7 @@ class Load:
                 self._stopped.set()
 
     def _turns(self) -> Iterator[tuple[float | None, Sent]]:
-        """Yield batches when they are due, with their due times on the clock of `time.perf_counter`.
-
-        In a closed loop there are no due times, but None.
-        """
+        """Yield batches when they are due, with that time on `time.perf_counter`, or None in a closed loop."""
         while not self._stopped.is_set():
             with self._next:
                 batch = next(self._batches)

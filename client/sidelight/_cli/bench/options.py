@@ -1,7 +1,6 @@
 """Options of `sidelight bench`: which loads are measured, and for how long."""
 
 import math
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 import typer
@@ -13,18 +12,6 @@ from .statistics import PERCENTILES, STABLE_WINDOWS
 CONCURRENCY = "1,2,4,8"
 
 _Number = TypeVar("_Number", int, float)
-
-
-@dataclass(frozen=True, slots=True)
-class Loads:
-    """The loads to measure: closed loops with a number of callers, or open loops with a rate."""
-
-    is_streamed: bool
-    callers: tuple[int, ...]
-    rates: tuple[float, ...]
-    arrivals: Arrivals
-    n_outstanding: int
-    window: int | None
 
 
 def loads(
@@ -46,21 +33,21 @@ def loads(
     window: Annotated[
         int | None, typer.Option(help="With --mode stream: maximum number of unanswered images.", min=1)
     ] = None,
-) -> Loads:
-    """Return the loads to measure."""
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the loads as fields of `Plan`, and how requests are sent as fields of `Traffic`."""
     is_streamed, is_open = mode == "stream", rate is not None
     expect(concurrency is None or not is_open, "--concurrency", "only without --rate")
     expect(arrivals is None or is_open, "--arrivals", "only with --rate")
     expect(outstanding is None or (is_open and not is_streamed), "--outstanding", "only with --rate and --mode unary")
     expect(window is None or is_streamed, "--window", "only with --mode stream")
-    return Loads(
-        is_streamed,
-        callers=() if is_open else numbers(CONCURRENCY if concurrency is None else concurrency, int, "--concurrency"),
-        rates=() if rate is None else numbers(rate, float, "--rate"),
-        arrivals=arrivals or "constant",
-        n_outstanding=outstanding or N_OUTSTANDING,
-        window=window,
-    )
+    concurrency = CONCURRENCY if concurrency is None else concurrency
+    plan = {
+        "callers": () if is_open else numbers(concurrency, int, "--concurrency"),
+        "rates": () if rate is None else numbers(rate, float, "--rate"),
+        "arrivals": arrivals or "constant",
+        "n_outstanding": outstanding or N_OUTSTANDING,
+    }
+    return plan, {"is_streamed": is_streamed, "window": window}
 
 
 def windows(

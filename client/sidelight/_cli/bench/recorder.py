@@ -130,7 +130,6 @@ class Recorder:
                 window.server_s += timing.total_s
 
     def failed(self, ticket: Ticket, error: SidelightError) -> None:
-        """Count a failure by its type."""
         with self._lock:
             del self._in_flight[ticket.number]
             fault = self._window.faults.setdefault(type(error).__name__, Fault(0, str(error)))

@@ -28,7 +28,6 @@ class Dispatcher:
 
     @property
     def has_idle(self) -> bool:
-        """Whether a worker is idle."""
         return bool(self._idle)
 
     def add_idle(self, worker: Hashable) -> None:

@@ -56,7 +56,6 @@ class Part:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it has all examples of its batch."""
         return len(self.batch) == len(self.entry.batch)
 
     @property

@@ -70,7 +70,6 @@ class ResendQueue:
         del self._held[worker], self._abandoned[worker], self._loads[worker]
 
     def load(self, worker: Hashable) -> Load:
-        """Return the load of a worker's server."""
         return self._loads[worker]
 
     def add(self, entry: Entry, spans: Sequence[range]) -> None:
