@@ -233,14 +233,7 @@ class PartialFailure(SidelightError):
         return type(self), (self.answer,)
 
 
-_ERRORS: dict[int, type[SidelightError]] = {
-    error.code: error
-    for error in (
-        Cancelled, Unknown, InvalidArgument, DeadlineExceeded, NotFound, AlreadyExists, PermissionDenied,
-        ResourceExhausted, FailedPrecondition, Aborted, OutOfRange, Unimplemented, Internal, Unavailable, DataLoss,
-        Unauthenticated,
-    )
-}  # fmt: skip
+_ERRORS = {error.code: error for error in SidelightError.__subclasses__() if error is not PartialFailure}
 
 
 def public_name(error: SidelightError) -> str:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import typer
 from PIL import Image
 from rich.console import Console
@@ -210,10 +211,7 @@ def _overlays(answer: Attribution, *, original: bool) -> Image.Image:
     """Return the overlay of the only example; for a top-k target, the k overlays side by side."""
     count = answer.maps.shape[1] if answer.is_top_k else 1
     overlays = [answer.overlay(0, k=k, original=original) for k in range(count)]
-    sheet = Image.new("RGB", (sum(each.width for each in overlays), overlays[0].height))
-    for k, each in enumerate(overlays):
-        sheet.paste(each, (k * each.width, 0))
-    return sheet
+    return Image.fromarray(np.hstack([np.asarray(each) for each in overlays]))
 
 
 def _compared(example: Replayed) -> str:

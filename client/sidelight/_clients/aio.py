@@ -45,7 +45,8 @@ from .core import (
 )
 from .delivery import Delivery
 from .event_loop import CallersBatches, awaited, from_thread, ready
-from .stream_options import OnError, StreamOptions, check_on_error, raise_if_failed
+from .progress import progress_of
+from .stream_options import OnError, StreamOptions, check_batches, check_on_error, raise_if_failed
 
 
 def connect(
@@ -144,18 +145,20 @@ class AsyncClient(ClientBase):
         thread; neither is read beyond the window. If you may leave the loop over the answers early, wrap the generator
         in `contextlib.aclosing`: otherwise the stream runs until the generator is garbage-collected.
         """
+        check_batches(batches)
         options = AttributeOptions(model, target, method, score, channels, probabilities, timeout, map_dtype, partial)
-        chosen = StreamOptions.checked(
-            options,
-            batches,
+        chosen = StreamOptions(
+            options.template(),
+            timeout_s=timeout,
+            is_one_row=method.is_one_row,
             ordered=ordered,
             on_error=on_error,
             window=window,
-            hedge_after=hedge_after,
+            hedge_after_s=hedge_after,
             allow_model_change=allow_model_change,
             keep_images=keep_images,
-            progress=progress,
-            metadata=metadata,
+            progress=progress_of(batches, is_shown=progress),
+            metadata=checked_metadata(metadata),
         )
         return self._answers(batches, chosen)
 

@@ -237,10 +237,7 @@ def unary_request(template: pb.AttributeRequest, batch: EncodedBatch) -> pb.Attr
     request.CopyFrom(template)
     request.images.CopyFrom(batch.message)
     request.id = batch.id or ""
-    if batch.target is not None:
-        request.target.CopyFrom(batch.target)
-    if served := batch.served:
-        request.served_classes.CopyFrom(served)
+    batch.set_options(request)
     return request
 
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from types import TracebackType
 from typing import Any, Protocol, Self
 
+from .._inputs.validation import flag
 from ..exceptions import InvalidArgument
 from ..results.attribution import Attribution
 from ..results.display import LiveGallery
@@ -79,7 +80,7 @@ class Progress:
 
 def progress_of(batches: object, *, is_shown: bool) -> Progress:
     """Return the progress of a stream. `InvalidArgument` if nothing can show it."""
-    if not is_shown:
+    if not flag(is_shown, "progress"):
         return Progress()
     total = len(batches) if isinstance(batches, Sized) else None
     return Progress(_display(total), total=total)
@@ -89,8 +90,8 @@ def _rows(answer: Attribution) -> int:
     """Return the rows of an answer. A method of one row reports no convergence: it took a row for each map."""
     n_maps = answer.maps.shape[1] if answer.is_top_k else 1
     each = answer.convergence or (None,) * len(answer)
-    done = (convergence for convergence, there in zip(each, answer.predictions, strict=True) if there is not None)
-    return sum(convergence.rows if convergence else n_maps for convergence in done)
+    pairs = zip(each, answer.predictions, strict=True)
+    return sum(convergence.rows if convergence else n_maps for convergence, prediction in pairs if prediction)
 
 
 def _display(total: int | None) -> Display:

@@ -1,16 +1,15 @@
 """The options of a stream, which both clients take."""
 
-from collections.abc import AsyncIterable, Iterable
 from dataclasses import dataclass
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 from sidelight.v1 import attribution_pb2 as pb
 
 from .._inputs.validation import flag, span, whole
-from .._options import AttributeOptions, Headers, Metadata, checked_metadata
+from .._options import Headers
 from ..exceptions import InvalidArgument, PartialFailure
 from ..results.attribution import Attribution
-from .progress import Progress, progress_of
+from .progress import Progress
 
 OnError = Literal["raise", "return"]
 
@@ -32,40 +31,14 @@ class StreamOptions:
     progress: Progress | None = None
     metadata: Headers = ()
 
-    @classmethod
-    def checked(
-        cls,
-        options: AttributeOptions,
-        batches: Iterable[object] | AsyncIterable[object],
-        *,
-        ordered: bool,
-        on_error: OnError,
-        window: int | None,
-        hedge_after: float | None,
-        allow_model_change: bool,
-        keep_images: bool,
-        progress: bool,
-        metadata: Metadata,
-    ) -> Self:
-        """Validate a caller's options. Raises `InvalidArgument`."""
-        check_on_error(on_error)
-        if isinstance(batches, str | bytes):
-            raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")
-        if window is not None and whole(window, "window") < 1:
-            raise InvalidArgument(f"window: got {window}, expected at least 1 example")
-        return cls(
-            options.template(),
-            timeout_s=options.timeout,
-            is_one_row=options.method.is_one_row,
-            ordered=ordered,
-            on_error=on_error,
-            window=window,
-            hedge_after_s=None if hedge_after is None else span(hedge_after, "hedge_after"),
-            allow_model_change=allow_model_change,
-            keep_images=flag(keep_images, "keep_images"),
-            progress=progress_of(batches, is_shown=flag(progress, "progress")),
-            metadata=checked_metadata(metadata),
-        )
+    def __post_init__(self) -> None:
+        """Validate what the caller gave. Raises `InvalidArgument`."""
+        check_on_error(self.on_error)
+        if self.window is not None and whole(self.window, "window") < 1:
+            raise InvalidArgument(f"window: got {self.window}, expected at least 1 example")
+        if self.hedge_after_s is not None:
+            span(self.hedge_after_s, "hedge_after")
+        flag(self.keep_images, "keep_images")
 
 
 def raise_if_failed(answer: Attribution, on_error: OnError) -> Attribution:
@@ -81,3 +54,9 @@ def raise_if_failed(answer: Attribution, on_error: OnError) -> Attribution:
 def check_on_error(on_error: str) -> None:
     if on_error not in get_args(OnError):
         raise InvalidArgument(f"on_error: got {on_error!r}, expected one of {', '.join(get_args(OnError))}")
+
+
+def check_batches(batches: object) -> None:
+    """Raise `InvalidArgument` for one picture: a path and bytes are iterable, too."""
+    if isinstance(batches, str | bytes):
+        raise InvalidArgument(f"batches: got {type(batches).__name__}, expected an iterable of batches")

@@ -64,10 +64,12 @@ class EncodedBatch:
             return tensor_pb2.Images(tensor=tensor_message(self._examples))
         return tensor_pb2.Images(encoded=tensor_pb2.EncodedImages(files=self._examples))
 
-    @property
-    def served(self) -> pb.ServedPredictions | None:
-        """The message with the served classes; None if none were given."""
-        return pb.ServedPredictions(classes=self._served) if self._served else None
+    def set_options(self, request: pb.AttributeRequest) -> None:
+        """Set the batch's own target and served classes in its request, if it has them."""
+        if self.target is not None:
+            request.target.CopyFrom(self.target)
+        if self._served:
+            request.served_classes.classes.extend(self._served)
 
     def part(self, span: range) -> "EncodedBatch":
         """Return a range of examples as another batch, without a copy."""
@@ -155,7 +157,7 @@ def _choices(classes: object, n_examples: int) -> tuple[pb.ClassChoice, ...]:
 def _as_list(images: Images) -> list[Picture | Array] | Array:
     """Return one array [N, …] if all images are arrays of equal shape and type, else a list to encode as files."""
     if isinstance(images, str | os.PathLike | bytes | bytearray | memoryview | Image.Image):
-        return [bytes(images) if isinstance(images, bytearray | memoryview) else images]
+        return [images]  # type: ignore[list-item]  # other buffers than bytes are converted when the file is read
     if isinstance(images, np.ndarray | TorchTensor):
         return _batched(_array(images))
     if not isinstance(images, Sequence):

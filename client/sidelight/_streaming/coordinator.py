@@ -49,7 +49,7 @@ class Coordinator(StreamCoordinator):
     def wait_until_ready(self, worker: StreamWorker, not_before_s: float) -> bool:
         state = self._state
         connection = worker.connection
-        sought: object = self  # the channel state in which `connect` was called last; at first none
+        tried: object = self  # the channel's state at the last `connect`; at first a value that is no state
         with state.lock:
             while not state.is_over and worker not in state.leaving:
                 left_s, channel_state = not_before_s - time.monotonic(), connection.state
@@ -59,9 +59,9 @@ class Coordinator(StreamCoordinator):
                     state.changed.wait(left_s)
                 elif connection.is_ready:
                     return True
-                elif channel_state is not sought:
+                elif channel_state is not tried:
                     connection.connect()
-                    sought = channel_state
+                    tried = channel_state
                 else:
                     state.changed.wait()
             if worker in state.leaving:

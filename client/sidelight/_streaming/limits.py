@@ -80,10 +80,10 @@ def _split_for_regions(n_bytes: int, n: int, *, most: int, limit: int) -> list[r
 
 def _pack(sizes: list[int], *, room: int, most: int) -> Iterator[range]:
     start = n_bytes = 0
-    for place, size in enumerate(sizes):
-        if place > start and (n_bytes + size > room or place - start >= most):
-            yield range(start, place)
-            start, n_bytes = place, 0
+    for index, size in enumerate(sizes):
+        if index > start and (n_bytes + size > room or index - start >= most):
+            yield range(start, index)
+            start, n_bytes = index, 0
         n_bytes += size
     yield range(start, len(sizes))
 

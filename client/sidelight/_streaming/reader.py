@@ -4,7 +4,6 @@ import contextvars
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from .._inputs.batch import Batch, Images
 from .._inputs.images import EncodedBatch
@@ -18,14 +17,8 @@ from .worker import StreamWorker
 log = logging.getLogger("sidelight")
 
 
-@dataclass(frozen=True, slots=True)
-class ReadBatch:
-    """A batch that was read, and either its parts or the reason why it cannot be sent."""
-
-    index: int
-    batch: EncodedBatch
-    spans: Sequence[range] = ()  # of the examples of each part
-    refused: SidelightError | None = None  # why it cannot be sent
+# A batch that was read, the spans of its parts, and why it cannot be sent, if it cannot.
+ReadBatch = tuple[EncodedBatch, Sequence[range], SidelightError | None]
 
 
 class BatchReader:
@@ -57,18 +50,19 @@ class BatchReader:
                 if self._state.resend_queue.is_done:
                     self._state.end(None)
             else:
-                self._enqueue(read)
+                self._enqueue(*read)
                 if worker in self._state.availability and worker not in self._state.leaving and worker.call is call:
                     self._state.dispatcher.add_idle(worker)
                 self._state.changed.notify_all()
 
-    def _enqueue(self, read: ReadBatch) -> None:
-        state, batch, spans, refused = self._state, read.batch, read.spans, read.refused
+    def _enqueue(self, batch: EncodedBatch, spans: Sequence[range], refused: SidelightError | None) -> None:
+        state, index = self._state, self._n_read
+        self._n_read += 1
         if batch.id is None:
-            batch.id = state.resend_queue.unused_id(read.index)
+            batch.id = state.resend_queue.unused_id(index)
         elif refused is None and state.resend_queue.has_id(batch.id):
             spans, refused = (), InvalidArgument(f'id: "{batch.id}" is used by a batch that is not answered yet')
-        entry = Entry(read.index, batch, time.monotonic() + self._config.timeout_s)
+        entry = Entry(index, batch, time.monotonic() + self._config.timeout_s)
         state.resend_queue.add(entry, spans)
         if refused is not None:
             state.refuse(entry, refused)
@@ -81,8 +75,6 @@ class BatchReader:
             given = self._context.run(next, self._batches)
         except StopIteration:
             return None
-        index = self._n_read
-        self._n_read += 1
         batch: EncodedBatch | None = None
         try:
             batch = given if isinstance(given, EncodedBatch) else EncodedBatch(given)
@@ -90,10 +82,10 @@ class BatchReader:
             spans = self._config.split(batch)
         except (SidelightError, OSError) as error:
             refused = error if isinstance(error, SidelightError) else InvalidArgument(f"images: {error}")
-            return ReadBatch(index, _without_images(given) if batch is None else batch, refused=refused)
+            return _without_images(given) if batch is None else batch, (), refused
         if len(spans) > 1:
-            log.info("batch %s: sent in %d parts, over the limits of one message", batch.id or index, len(spans))
-        return ReadBatch(index, batch, spans)
+            log.info("batch %s: sent in %d parts, over the limits of one message", batch.id or self._n_read, len(spans))
+        return batch, spans, None
 
     def _check_classes(self, batch: EncodedBatch) -> None:
         """Check the length of the call's list of classes against the first batch; later batches may be shorter."""

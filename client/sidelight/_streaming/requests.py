@@ -53,11 +53,9 @@ class StreamConfig:
         apart = array is not None and is_large(array) and not request.images.HasField("shared")
         if not apart and not request.images.HasField("shared"):
             request.images.CopyFrom(part.batch.message)
-        if served := part.batch.served:
-            request.served_classes.CopyFrom(served)
-        if part.batch.target is not None:
-            request.target.CopyFrom(part.batch.target)
-        elif request.target.WhichOneof("target") == "per_example":  # a stream's last batch may be shorter than the list
+        part.batch.set_options(request)
+        if part.batch.target is None and request.target.WhichOneof("target") == "per_example":
+            # A stream's last batch may be shorter than the list.
             classes = request.target.per_example.classes
             del classes[part.start + len(part.batch) :], classes[: part.start]
         request.timeout.CopyFrom(duration(max(_SHORTEST_S, part.entry.deadline_s - time.monotonic())))

@@ -19,7 +19,7 @@ from .worker import StreamWorker
 
 
 class StreamState:
-    """Workers, unanswered parts and answers of a stream. All methods need the lock; only the first `end` counts."""
+    """Workers, unanswered parts and answers of a stream. Callers hold the lock; only the first `end` has an effect."""
 
     def __init__(
         self,

@@ -185,7 +185,7 @@ def _is_path(text: str) -> bool:
     with contextlib.suppress(OSError, ValueError):  # too long for a path, or with a null byte
         if Path(text).is_file():
             return True
-        if text.startswith("/"):  # so may base64; a path has an existing first folder
+        if text.startswith("/"):  # base64 may begin like this, too; of a path, the first folder exists
             return len(parts := Path(text).parts) > 2 and Path(*parts[:2]).is_dir()
     return re.match(r"\.{1,2}/|~/", text) is not None or re.fullmatch(r"[\w/-]+\.(txt|token|key|pem)", text) is not None
 

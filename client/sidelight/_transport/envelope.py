@@ -89,10 +89,10 @@ def _next(raw: memoryview, at: int) -> _Field | None:
 def _varint(raw: memoryview, at: int) -> tuple[int, int] | None:
     """Return a tag or a length, and the offset of its end. None if it is too long or truncated."""
     value = 0
-    for place, byte in enumerate(raw[at : at + VARINT_BYTES]):
-        value |= (byte & 0x7F) << (7 * place)
+    for index, byte in enumerate(raw[at : at + VARINT_BYTES]):
+        value |= (byte & 0x7F) << (7 * index)
         if byte < 0x80:
-            return value, at + place + 1
+            return value, at + index + 1
     return None
 
 

@@ -36,8 +36,7 @@ def address_or_default(address: str | Sequence[str] | None) -> str | Sequence[st
 class ConnectionPool:
     """One connection for each address, and for each address that a DNS name has now.
 
-    `connections` is replaced when the addresses of a name change. A connection that has left is closed once nothing
-    uses it.
+    `connections` is replaced when the addresses of a name change. A removed one is closed once nothing uses it.
     """
 
     def __init__(self, addresses: str | Sequence[str], *, max_message_bytes: int, security: ChannelSecurity) -> None:
@@ -55,7 +54,7 @@ class ConnectionPool:
         self._listeners: list[Callable[[], None]] = []
         self._n_chosen = 0
         self._is_closed = False
-        self._left: list[Connection] = []
+        self._removed: list[Connection] = []
         self._fixed = [self._connect(each) for each in given if parse_name(each) is None]
         self.connections: tuple[Connection, ...] = tuple(self._fixed)
         for connection in self._fixed:
@@ -138,26 +137,27 @@ class ConnectionPool:
             self._is_closed = True
         if self._resolver:
             self._resolver.close()
-        for connection in (*self.connections, *self._left):
+        for connection in (*self.connections, *self._removed):
             connection.close()
         self._wake()
 
     def _update(self, found: dict[str, str]) -> None:
         """Take the addresses that the names have now, each with its name. Called by the resolver's thread."""
-        for connection in [each for each in self._left if not each.is_used]:
-            self._left.remove(connection)
+        for connection in [each for each in self._removed if not each.is_used]:
+            self._removed.remove(connection)
             connection.close()
         known = {each.address: each for each in self.connections[len(self._fixed) :]}
         if known.keys() == found.keys():
             return
         added = {address: self._connect(address, host=host) for address, host in found.items() if address not in known}
-        left = [each for address, each in known.items() if address not in found]
+        removed = [each for address, each in known.items() if address not in found]
         with self._changed:
             if self._is_closed:
                 return
             self.connections = (*self._fixed, *({**known, **added}[address] for address in found))
-            self._left += left
-        log.info("%s: %d added, %d left: %d servers", self.addresses, len(added), len(left), len(self.connections))
+            self._removed += removed
+        counts = len(self.connections), len(added), len(removed)
+        log.info("%s: %d servers, %d of them new; %d removed", self.addresses, *counts)
         for connection in added.values():
             connection.listen(self._wake)
             connection.connect()

@@ -27,7 +27,7 @@ class Origin:
         """Raise `FailedPrecondition` in a forked child of it."""
         if not self.is_in_own_process:
             raise FailedPrecondition(
-                f"the client was made in process {self._pid} and this one was forked from it: call connect() here again"
+                f"the client was made in process {self._pid}, from which this one was forked: call connect() here again"
             )
 
 

@@ -13,8 +13,8 @@ from ..exceptions import InvalidArgument
 
 BLUR_SIGMA_PX = 10.0
 
-_NAMES = ("zero", "black", "mean_color", "blurred")
-_EXPECTED = f"{', '.join(_NAMES)}, a number, Blurred() or a floating array [C, H, W] or [N, C, H, W]"
+NAMES = ("zero", "black", "mean_color", "blurred")
+_EXPECTED = f"{', '.join(NAMES)}, a number, Blurred() or a floating array [C, H, W] or [N, C, H, W]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Blurred:
         return pb.Baseline(blurred=pb.BlurredBaseline(sigma=real(self.sigma, "method.baseline.sigma")))
 
 
-# One of `_NAMES`, one value for all elements, a blur, or an array.
+# One of `NAMES`, one value for all elements, a blur, or an array.
 Baseline = str | float | Blurred | Array | TorchTensor | ArrayLike
 
 
@@ -89,4 +89,4 @@ def _named(name: str) -> pb.Baseline:
             return pb.Baseline(mean_color=pb.MeanColorBaseline())
         case "blurred":
             return Blurred().message()
-    raise InvalidArgument(f"method.baseline: got {name!r}, expected {_EXPECTED}{did_you_mean(name, _NAMES)}")
+    raise InvalidArgument(f"method.baseline: got {name!r}, expected {_EXPECTED}{did_you_mean(name, NAMES)}")

@@ -57,14 +57,14 @@ class Page:
     def routes(self) -> list[Route | Mount]:
         return [
             Route("/", _index),
-            Route("/setup", _answered(self._setup)),
-            Route("/server", _answered(self._server)),
-            Route("/model", _answered(self._model)),
-            Route("/pictures", _answered(self._upload), methods=["POST"]),
-            Route("/pictures/{id}/{kind}", _answered(self._picture)),
-            Route("/classify", _answered(self._classify), methods=["POST"]),
-            Route("/explain", _answered(self._explain), methods=["POST"]),
-            Route("/answers/{id}/{file}", _answered(self._file)),
+            Route("/setup", _with_json_errors(self._setup)),
+            Route("/server", _with_json_errors(self._server)),
+            Route("/model", _with_json_errors(self._model)),
+            Route("/pictures", _with_json_errors(self._upload), methods=["POST"]),
+            Route("/pictures/{id}/{kind}", _with_json_errors(self._picture)),
+            Route("/classify", _with_json_errors(self._classify), methods=["POST"]),
+            Route("/explain", _with_json_errors(self._explain), methods=["POST"]),
+            Route("/answers/{id}/{file}", _with_json_errors(self._file)),
             Mount("/static", StaticFiles(directory=STATIC)),
         ]
 
@@ -135,7 +135,7 @@ async def _index(request: Request) -> Response:
     return FileResponse(STATIC / "index.html")
 
 
-def _answered(handler: _Handler) -> _Handler:
+def _with_json_errors(handler: _Handler) -> _Handler:
     """Return an error as JSON, with the same fields as an event of a stream."""
 
     async def answered(request: Request) -> Response:

@@ -7,11 +7,10 @@ import types
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .._inputs.enums import Channels, Score
-from ..methods.baselines import Baseline
+from ..methods.baselines import NAMES, Baseline
 from ..methods.method import Method
 from ..methods.parsing import METHODS
 
-BASELINES = ("zero", "black", "mean_color", "blurred")
 BASES = ("gradient", "integrated_gradients")
 
 _TITLES = {
@@ -54,7 +53,7 @@ def _option(name: str, hint: Any, default: object) -> Control | None:
     if name == "base":
         return {"name": name, "kind": "choice", "choices": BASES, "default": BASES[0]}
     if hint == Baseline:
-        return {"name": name, "kind": "choice", "choices": BASELINES, "default": default}
+        return {"name": name, "kind": "choice", "choices": NAMES, "default": default}
     members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     is_optional = type(None) in members
     for member in members:

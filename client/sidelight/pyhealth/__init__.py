@@ -18,7 +18,7 @@ from .._clients.client import Client, connect
 from .._clients.core import CONNECT_TIMEOUT_S, TIMEOUT_S
 from .._inputs.validation import whole
 from . import figure
-from .backends import Classes, Explainer, Local, Remote
+from .backends import Classes, Local, Remote
 
 try:
     import torch
@@ -171,7 +171,7 @@ class _Explained:
 
 def _explainer(
     model: object, image_key: str, label_key: str, *, served_model: str | None, timeout_s: float
-) -> Explainer:
+) -> Local | Remote:
     if isinstance(model, Client):
         return Remote(model, served_model, owned=False, timeout_s=timeout_s)
     if isinstance(model, str):

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from numpy.typing import NDArray
 
@@ -11,16 +11,6 @@ from .._inputs.targets import Dense
 from ..exceptions import from_code
 
 Classes = int | list[int] | None  # one class for all examples, one per example, or the predicted classes
-
-
-class Explainer(Protocol):
-    """A backend that computes maps."""
-
-    def explain(self, images: NDArray[Any], classes: Classes) -> tuple[NDArray[Any], list[int]]:
-        """Return maps, [N, H, W], and the predicted classes of images, [N, C, H, W]."""
-
-    def close(self) -> None:
-        """Release the client or engine."""
 
 
 class Remote:
@@ -33,6 +23,7 @@ class Remote:
         self._timeout_s = timeout_s
 
     def explain(self, images: NDArray[Any], classes: Classes) -> tuple[NDArray[Any], list[int]]:
+        """Return maps, [N, H, W], and the predicted classes of images, [N, C, H, W]."""
         target = Dense() if classes is None else classes
         answer = self._client.attribute(
             images, model=self._model, target=target, timeout=self._timeout_s, on_error="return"

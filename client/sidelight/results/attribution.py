@@ -180,7 +180,10 @@ class Attribution:
         if self.error is not None or (provenance := self.provenance) is None:
             raise self.error or FailedPrecondition("the answer has no provenance")
         drawings = [
-            each for i, there in enumerate(self.predictions) if there is not None for each in self._dicom_drawings(i)
+            each
+            for i, prediction in enumerate(self.predictions)
+            if prediction is not None
+            for each in self._dicom_drawings(i)
         ]
         return dicom.write(drawings, Path(folder), provenance=provenance, overwrite=overwrite)
 

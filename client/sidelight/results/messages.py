@@ -58,14 +58,14 @@ def read_answer(
     )
 
 
-def _maps(tensor: tensor_pb2.Tensor, array: Array, are_there: list[bool]) -> NDArray[np.float32]:
+def _maps(tensor: tensor_pb2.Tensor, array: Array, have_maps: list[bool]) -> NDArray[np.float32]:
     if array.dtype == np.float32:
         return array  # a read-only view of the message, without a copy
     maps = array.astype(np.float32)
     for i, scale in enumerate(tensor.scales):
         maps[i] = np.multiply(array[i], scale, dtype=np.float64)  # a scale may be below the range of float32
     if tensor.dtype == tensor_pb2.DATA_TYPE_UINT8:  # it has no NaN: the server sends zeros for a missing map
-        maps[~np.array(are_there, bool)] = np.nan
+        maps[~np.array(have_maps, bool)] = np.nan
     return maps
 
 

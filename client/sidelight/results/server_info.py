@@ -73,14 +73,9 @@ class Preprocessing:
 
     @classmethod
     def of(cls, message: model_pb2.InputInfo) -> "Preprocessing":
-        return cls(
-            tuple(message.mean),
-            tuple(message.std),
-            message.resize,
-            message.interpolation,
-            _ends(message.pixel_range) if message.HasField("pixel_range") else (0.0, 1.0),
-            _ends(message.window) if message.HasField("window") else None,
-        )
+        window = _ends(message.window) if message.HasField("window") else None
+        pixel_range = _ends(message.pixel_range) if message.HasField("pixel_range") else (0.0, 1.0)
+        return cls(**same_fields(cls, message), pixel_range=pixel_range, window=window)
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,8 +67,8 @@ def to_dict(answer: "Attribution") -> dict[str, object]:
 
 def digests(answer: "Attribution") -> tuple[str | None, ...]:
     """Return the digest of each example's map; None for an example without a map."""
-    there = (prediction is not None for prediction in answer.predictions)
-    return tuple(digest(map_) if is_there else None for map_, is_there in zip(answer.maps, there, strict=True))
+    pairs = zip(answer.maps, answer.predictions, strict=True)
+    return tuple(None if prediction is None else digest(map_) for map_, prediction in pairs)
 
 
 def digest(map_: NDArray[np.float32]) -> str:

@@ -75,8 +75,8 @@ def windows(
     }
 
 
-def expect(is_right: bool, option: str, expected: str) -> None:
-    if not is_right:
+def expect(is_valid: bool, option: str, expected: str) -> None:
+    if not is_valid:
         raise typer.BadParameter(f"expected {expected}", param_hint=option)
 
 
@@ -87,6 +87,6 @@ def numbers(text: str, number: type[_Number], option: str) -> tuple[_Number, ...
     except ValueError:
         values = ()
     noun = "whole numbers" if number is int else "numbers"
-    is_right = bool(values) and all(0 < each < math.inf for each in values)
-    expect(is_right, option, f"positive {noun} separated by commas, got {text!r}")
+    is_valid = bool(values) and all(0 < each < math.inf for each in values)
+    expect(is_valid, option, f"positive {noun} separated by commas, got {text!r}")
     return values

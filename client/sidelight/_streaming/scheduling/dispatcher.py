@@ -14,8 +14,8 @@ class Dispatcher:
     """Gives work to the idle worker whose server is expected to finish it first.
 
     A worker is idle from `add_idle` until it gets work or leaves. Only idle workers are considered: the connection of
-    another may be stalled. A choice holds until the chosen worker has acted, so that two workers never leave a part to
-    each other; `on_choice` is called to wake it.
+    another may be stalled. A choice holds until the chosen worker has acted: otherwise two workers could each wait for
+    the other one. `on_choice` is called to wake it.
     """
 
     def __init__(self, queue: ResendQueue, *, on_choice: Callable[[], None] = lambda: None) -> None:

@@ -161,7 +161,7 @@ class ResendQueue:
     def next_cancel(self, worker: Hashable) -> str | None:
         """Return the id of a part that a worker's server should cancel, once; None if there is none."""
         abandoned = self._abandoned[worker]
-        id_ = next((id_ for id_, is_told in abandoned.items() if not is_told), None)
+        id_ = next((id_ for id_, is_sent in abandoned.items() if not is_sent), None)
         if id_ is not None:
             abandoned[id_] = True
         return id_
