@@ -40,17 +40,23 @@ def report(
     `as_json`, only one line of JSON is printed per picture, as soon as its answer arrives.
     """
     write = _writer(paths, folder, save_folder, original=original, overwrite=overwrite)
-    sheet = _JsonLines() if as_json else _Sheet()
+    sheet, n_failed = _Sheet(), 0
     try:
         for answer in answers:
-            if sheet.add(paths[answer.index], answer):
+            path, has_map = paths[answer.index], not (answer.error or answer.failures)
+            n_failed += not has_map
+            if as_json:
+                _print_json(path, answer)
+            else:
+                sheet.add(path, answer)
+            if has_map:
                 write(answer)
     finally:  # also if the server dies: print the answers so far
         sheet.print(console)
     for written, where in (("overlays", folder), ("answers", save_folder)):
         if where is not None and not as_json:
-            console.print(f"{len(paths) - sheet.n_failed} {written} in {escape(str(where))}")
-    return sheet.n_failed
+            console.print(f"{len(paths) - n_failed} {written} in {escape(str(where))}")
+    return n_failed
 
 
 def report_replay(console: Console, paths: Sequence[Path], replayed: Replay) -> None:
@@ -114,20 +120,14 @@ class _Sheet:
     """The table of answers, with advice below it."""
 
     def __init__(self) -> None:
-        self.n_failed = 0
         self._lines: list[tuple[str, ...]] = []
         self._advice: dict[str, str] = {}  # by "saturated" or "negligible"
 
-    def add(self, path: Path, answer: Attribution) -> bool:
-        """Add a picture's line, and return whether it has a map."""
+    def add(self, path: Path, answer: Attribution) -> None:
         self._lines.append(_cells(path, answer))
-        if answer.error or answer.failures:
-            self.n_failed += 1
-            return False
-        for each in answer[0].targets:
+        for each in answer[0].targets if len(answer) else ():
             if each.advice:
                 self._advice.setdefault("saturated" if each.saturated else "negligible", each.advice)
-        return True
 
     def print(self, console: Console) -> None:
         """Print the table without empty optional columns."""
@@ -144,22 +144,9 @@ class _Sheet:
             console.print(f"{word}: {escape(advice)}", soft_wrap=True, highlight=False)
 
 
-class _JsonLines:
-    """The output of `sidelight attribute --json`, with the interface of the table."""
-
-    def __init__(self) -> None:
-        self.n_failed = 0
-
-    def add(self, path: Path, answer: Attribution) -> bool:
-        """Print a picture's object, and return whether it has a map."""
-        has_failed = bool(answer.error or answer.failures)
-        self.n_failed += has_failed
-        error = answer.error and {"type": public_name(answer.error), "message": str(answer.error)}
-        typer.echo(json.dumps({"picture": str(path), "error": error} | answer.to_dict(), allow_nan=False))
-        return not has_failed
-
-    def print(self, console: Console) -> None:
-        """Do nothing: the objects are already printed."""
+def _print_json(path: Path, answer: Attribution) -> None:
+    error = answer.error and {"type": public_name(answer.error), "message": str(answer.error)}
+    typer.echo(json.dumps({"picture": str(path), "error": error} | answer.to_dict(), allow_nan=False))
 
 
 def _cells(path: Path, answer: Attribution) -> tuple[str, ...]:

@@ -197,10 +197,9 @@ def _stretched(array: Map) -> Pixels:
     values = array.astype(np.float64)
     known = values[np.isfinite(values)]
     low, high = (known.min(), known.max()) if known.size else (0.0, 0.0)
-    values = np.clip(np.nan_to_num(values, nan=low), low, high)
-    shares = (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
-    stretched: Pixels = np.rint(255 * shares).astype(np.uint8)
-    return stretched
+    if low == high:
+        return np.full(values.shape, 128, np.uint8)
+    return gray_of(np.nan_to_num(values, nan=low), low, high)
 
 
 def _picture_of_pixels(pixels: Pixels) -> Image.Image:
