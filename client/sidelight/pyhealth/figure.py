@@ -16,7 +16,10 @@ def draw(plt: Any, picture: Floats, map_: Floats, *, title: str | None, alpha: f
     """Draw a map, [H, W], over a picture, [C, H, W], and return the figure; `plt` as in `visualize_saliency_map`."""
     own = plt is None
     if own:
-        plt = _pyplot()
+        try:
+            import matplotlib.pyplot as plt
+        except ImportError:
+            raise ImportError("plt: got None, but matplotlib is not installed: pip install 'sidelight[plot]'") from None
     figure = plt.figure(figsize=FIGURE_INCHES)
     plt.axis("off")
     plt.imshow(_for_imshow(picture), cmap="gray")
@@ -83,11 +86,3 @@ def _for_imshow(picture: Floats) -> Floats:
         picture = (picture - low) / max(high - low, np.finfo(picture.dtype).tiny)
     drawn: Floats = np.moveaxis(picture, 0, -1)  # [H, W, C]
     return drawn
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ImportError("plt: got None, but matplotlib is not installed: pip install 'sidelight[plot]'") from None
-    return plt

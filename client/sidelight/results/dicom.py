@@ -7,7 +7,7 @@ image's study, refer to it, and have the answer's provenance in their header.
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -182,9 +182,7 @@ def _add_provenance(dataset: "Dataset", drawing: Drawing, source: "Dataset", pro
     dataset.Laterality = source.get("Laterality")
     dataset.SeriesDescription = _cut(f"Attribution: {provenance.method}", 64)
     dataset.DerivationDescription = _cut(f"{text}, digest {provenance.model_digest}. {NOTICE}", 1024)
-    facts = {name: getattr(provenance, name) for name in Provenance.__dataclass_fields__}
-    target = {name: getattr(drawing.target, name) for name in ExplainedTarget.__dataclass_fields__}
-    facts |= {"explained": target, "source": str(source.SOPInstanceUID)}
+    facts = asdict(provenance) | {"explained": asdict(drawing.target), "source": str(source.SOPInstanceUID)}
     block = dataset.private_block(PRIVATE_GROUP, PRIVATE_CREATOR, create=True)
     block.add_new(PRIVATE_ELEMENT, "UT", json.dumps(facts))
 

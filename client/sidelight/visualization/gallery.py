@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from ..exceptions import InvalidArgument
 from .colormaps import HIGH_PERCENTILE, LOW_PERCENTILE, Map, colorize
 from .overlay import overlay
-from .sheet import BAR_SPACE, Color, Theme, draw_bar, find_theme, fitted, shown_size, write
+from .sheet import BAR_SPACE, Theme, draw_bar, find_theme, fitted, shown_size, write
 from .styles import TOP_PERCENT, StyleName
 
 TILE, COMPARED_TILE = 224, 168  # pixels of a picture's longer side
@@ -141,8 +141,8 @@ def _draw_map(sheet: Image.Image, panel: Panel, position: tuple[int, int], *, ti
         return
     left, top = position
     height = _paste(sheet, colorize(panel.map, colormap=look.colormap), panel.map, position, tile)
-    color: Color = look.colors.dim
-    draw_bar(sheet, (left, top + height + 6), panel.map, width=tile, colormap=look.colormap, color=color)
+    place = left, top + height + 6
+    draw_bar(sheet, place, panel.map, width=tile, colormap=look.colormap, color=look.colors.dim)
     _paste(sheet, look.overlay(panel.picture, panel.map), panel.map, (left + tile + TILE_GAP, top), tile)
 
 
