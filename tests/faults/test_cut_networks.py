@@ -37,7 +37,7 @@ def test_a_network_that_is_cut_again_and_again_loses_and_doubles_nothing(address
     assert network.n_connections >= 4  # two of the cuts may meet one connection
 
 
-def test_a_network_that_stalls_for_a_while_holds_the_stream_and_no_more(address: str) -> None:
+def test_a_network_that_stalls_for_a_while_only_delays_the_stream(address: str) -> None:
     with proxy(address) as network, sidelight.connect(network.address, connect_timeout=10) as client:
         answers = client.stream(tiny(100), window=8, timeout=60)
         next(answers)
@@ -62,7 +62,7 @@ def test_batches_of_a_stalled_network_go_to_another_server_once_it_is_cut(addres
     assert sorted(places) == list(range(300))
 
 
-def test_a_network_that_delays_everything_costs_time_alone(address: str) -> None:
+def test_a_network_that_delays_everything_costs_only_time(address: str) -> None:
     with proxy(address) as network, sidelight.connect(network.address, connect_timeout=10) as client:
         network.delay_s = 0.02
         assert_all_answered(list(client.stream(tiny(60), ordered=True)), 60)

@@ -259,7 +259,7 @@ TALK: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("sent", TALK.values(), ids=TALK)
-def test_what_is_no_grpc_at_the_port_disturbs_nobody(sent: bytes) -> None:
+def test_other_protocols_at_the_port_do_not_affect_other_callers(sent: bytes) -> None:
     with moody() as server, leaving_nothing(server), contextlib.ExitStack() as stack:
         for _ in range(5):
             connection = stack.enter_context(socket.create_connection(at(server), timeout=TIMEOUT_S))
@@ -270,13 +270,13 @@ def test_what_is_no_grpc_at_the_port_disturbs_nobody(sent: bytes) -> None:
 
 @settings(max_examples=n_examples(30))
 @given(sent=st.binary(max_size=500), with_preface=st.booleans())
-def test_any_bytes_at_the_port_disturb_nobody(shared: Running, sent: bytes, with_preface: bool) -> None:
+def test_random_bytes_at_the_port_do_not_affect_other_callers(shared: Running, sent: bytes, with_preface: bool) -> None:
     with socket.create_connection(at(shared), timeout=TIMEOUT_S) as connection, contextlib.suppress(OSError):
         connection.sendall(PREFACE + SETTINGS_FRAME + sent if with_preface else sent)
     assert health(shared) == health_pb2.HealthCheckResponse.SERVING
 
 
-def test_callers_who_send_a_byte_now_and_then_keep_nobody_waiting() -> None:
+def test_callers_that_send_single_bytes_delay_no_other_callers() -> None:
     with moody() as server, leaving_nothing(server), contextlib.ExitStack() as stack:
         slow = [stack.enter_context(socket.create_connection(at(server), timeout=TIMEOUT_S)) for _ in range(20)]
         for place, byte in enumerate(PREFACE + SETTINGS_FRAME):

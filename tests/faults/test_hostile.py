@@ -57,7 +57,7 @@ def test_a_connection_has_a_limited_number_of_calls(tmp_path: Path, device: str)
         assert caller.room == MAX_CONNECTION_CALLS
 
 
-def test_calls_that_are_reset_at_once_cancel_nobody_elses(tmp_path: Path, device: str) -> None:
+def test_calls_that_are_reset_at_once_cancel_no_other_calls(tmp_path: Path, device: str) -> None:
     message, is_over = ask(floats(1)).SerializeToString(), threading.Event()
 
     def flood(to: str) -> None:
@@ -117,7 +117,7 @@ def test_messages_that_are_never_finished_take_little_memory_and_no_time_of_othe
         assert sum(call.status is None for call in caller.calls.values() if call.path == ATTRIBUTE) <= 6
 
 
-def test_of_a_message_that_nobody_reads_yet_64_kib_are_taken(
+def test_at_most_64_kib_of_an_unread_message_are_received(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(interceptors, "SLOTS", 1)
@@ -181,7 +181,7 @@ def test_a_call_of_small_messages_refuses_a_large_one(path: str, tmp_path: Path,
         assert "100000 bytes" in refused.trailers["grpc-message"]
 
 
-def test_answers_that_nobody_reads_give_their_permits_back_and_their_calls_are_reset(
+def test_unread_answers_release_their_permits_and_their_calls_are_reset(
     tmp_path: Path, device: str, tokens: Path
 ) -> None:
     message = ask(floats(1)).SerializeToString()

@@ -39,7 +39,7 @@ def test_what_a_server_had_not_answered_when_it_ended_is_sent_again_and_yielded_
     assert asked == ["0", *map(str, range(2, 20))]
 
 
-def test_a_stream_at_its_greatest_age_goes_on_in_another() -> None:
+def test_a_stream_at_its_maximum_age_continues_in_another_call() -> None:
     ids: list[list[str]] = []
 
     def aged(requests: Requests) -> Responses:
@@ -75,7 +75,7 @@ def test_an_idle_stream_that_is_ended_in_order_again_and_again_finds_its_server_
         assert_all_answered(list(client.stream(batches(), ordered=True)), 2)
 
 
-def test_servers_that_shut_down_in_order_are_never_suspected_to_have_died() -> None:
+def test_no_batch_is_blamed_for_servers_that_shut_down_in_order() -> None:
     def draining(requests: Requests) -> Responses:
         next(requests)
         raise Ended(grpc.StatusCode.UNAVAILABLE, "shutting down", DRAINED)
@@ -85,7 +85,7 @@ def test_servers_that_shut_down_in_order_are_never_suspected_to_have_died() -> N
         assert_all_answered(stream(address, [ONE] * 3), 3)
 
 
-def test_a_proxy_without_a_server_is_handed_no_batch_and_none_is_suspected_for_it() -> None:
+def test_a_proxy_without_a_server_gets_no_batch_and_no_batch_is_blamed() -> None:
     def dying(requests: Requests) -> Responses:
         next(requests)
         raise Ended(grpc.StatusCode.UNAVAILABLE, "cut")
@@ -96,7 +96,7 @@ def test_a_proxy_without_a_server_is_handed_no_batch_and_none_is_suspected_for_i
 
 
 @pytest.mark.parametrize("status", [grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.PERMISSION_DENIED], ids=str)
-def test_an_end_that_no_other_call_will_mend_is_raised(status: grpc.StatusCode) -> None:
+def test_an_end_that_a_retry_cannot_repair_is_raised(status: grpc.StatusCode) -> None:
     def refusing(requests: Requests) -> Responses:
         raise Ended(status, "not for you")
         yield
@@ -145,7 +145,7 @@ def test_a_batch_that_a_full_server_put_off_is_sent_again_after_its_delay_and_ot
     assert sorted(ids) == ["0", "0", "1", "2"]
 
 
-def test_a_delay_past_the_batchs_own_time_is_its_failure() -> None:
+def test_a_retry_delay_past_a_batchs_timeout_fails_the_batch() -> None:
     def full(requests: Requests) -> Responses:
         for request in requests:
             yield failure(request, 8, delay_s=60)
@@ -157,7 +157,7 @@ def test_a_delay_past_the_batchs_own_time_is_its_failure() -> None:
 
 
 @pytest.mark.parametrize("code", [3, 4, 5, 9, 13])
-def test_a_failure_that_would_come_again_is_not_tried_again(code: int) -> None:
+def test_a_failure_that_a_retry_would_repeat_is_not_retried(code: int) -> None:
     n_asked = itertools.count()
 
     def failing(requests: Requests) -> Responses:
@@ -171,7 +171,7 @@ def test_a_failure_that_would_come_again_is_not_tried_again(code: int) -> None:
     assert next(n_asked) == 1
 
 
-def test_a_batch_that_a_server_refused_on_its_way_out_is_sent_again() -> None:
+def test_a_batch_refused_by_a_server_that_shuts_down_is_sent_again() -> None:
     def leaving(requests: Requests) -> Responses:
         yield failure(next(requests), 14)
         raise Ended(grpc.StatusCode.UNAVAILABLE, "shutting down", DRAINED)
@@ -180,7 +180,7 @@ def test_a_batch_that_a_server_refused_on_its_way_out_is_sent_again() -> None:
         assert_all_answered(stream(address, [ONE] * 2), 2)
 
 
-def test_a_batch_has_what_is_left_of_its_time_when_it_is_sent_again() -> None:
+def test_a_batch_that_is_sent_again_has_the_rest_of_its_timeout() -> None:
     times: list[float] = []
 
     def slow(requests: Requests) -> Responses:
@@ -200,7 +200,7 @@ def test_a_batch_has_what_is_left_of_its_time_when_it_is_sent_again() -> None:
     assert times[1] <= times[0] - 0.2
 
 
-def test_a_server_that_keeps_silent_past_a_batchs_time_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stream_leaves_a_server_that_is_silent_past_a_batchs_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidelight._streaming.scheduling.resend_queue.GRACE_S", 0.1)
 
     def silent(requests: Requests) -> Responses:
@@ -296,7 +296,7 @@ def test_a_reset_call_is_recognized_by_its_status_whatever_its_message(status: g
         assert_all_answered(stream(address, [ONE] * 3), 3)
 
 
-def test_without_retry_what_a_server_at_its_greatest_age_has_not_read_is_still_sent() -> None:
+def test_without_retry_batches_that_a_server_at_its_maximum_age_has_not_read_are_still_sent() -> None:
     def aged(requests: Requests) -> Responses:
         yield answer(next(requests))
         next(requests)

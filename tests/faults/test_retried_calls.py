@@ -21,7 +21,7 @@ from support.servers.streams import ONE, Requests, Responses, assert_all_answere
 # Several servers.
 
 
-def test_a_stream_goes_to_all_servers_and_to_each_batch_one() -> None:
+def test_a_stream_uses_all_servers_and_one_for_each_batch() -> None:
     came = {name: threading.Event() for name in "ab"}
     indices = []
 
@@ -62,7 +62,7 @@ def test_a_call_goes_to_another_server_where_one_is_absent(address: str) -> None
 
 
 @pytest.mark.parametrize("addresses", [[], ["127.0.0.1:1", "127.0.0.1:1"], ["127.0.0.1:1", "x"], 5], ids=str)
-def test_what_is_no_list_of_addresses_is_refused(addresses: object) -> None:
+def test_an_invalid_list_of_addresses_is_refused(addresses: object) -> None:
     with pytest.raises(sidelight.InvalidArgument, match="address"):
         sidelight.connect(addresses)
 
@@ -178,7 +178,7 @@ def test_a_call_that_the_client_cut_is_not_reported_as_cancelled_by_the_applicat
 
 
 @pytest.mark.serial
-def test_what_is_asked_before_a_call_takes_none_of_more_than_its_time(address: str) -> None:
+def test_the_queries_before_a_call_end_at_its_timeout(address: str) -> None:
     with proxy(address) as network, sidelight.connect(network.address, connect_timeout=10) as client:
         client.info()
         network.stall()

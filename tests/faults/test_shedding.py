@@ -92,7 +92,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_what_is_left_is_the_least_of_what_groups_and_machine_have(
+def test_the_available_memory_is_the_least_of_every_group_and_the_machine(
     case: tuple[str, dict[str, str], AvailableMemory | None], tmp_path: Path
 ) -> None:
     memberships, contents, expected = case
@@ -110,7 +110,7 @@ def test_a_use_that_grows_is_seen(tmp_path: Path) -> None:
     assert host_memory.available_memory(*places) == AvailableMemory(10, 1000)
 
 
-def test_this_machine_has_no_more_left_than_there_is() -> None:
+def test_the_available_memory_of_this_machine_is_within_its_total() -> None:
     found = host_memory.available_memory()
     if found is None:
         pytest.skip("this system does not tell")

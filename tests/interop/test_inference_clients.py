@@ -61,7 +61,7 @@ def test_a_client_of_kserve_gets_our_maps(tmp_path: Path) -> None:
     assert {name for name, maps in found.items() if maps.tobytes() != ours} == set()
 
 
-def test_a_client_of_triton_brings_a_token_over_tls(tmp_path: Path) -> None:
+def test_a_client_of_triton_sends_a_token_over_tls(tmp_path: Path) -> None:
     authority = Authority(tmp_path / "authority")
     pair = authority.pair()
     tokens = secret(tmp_path / "tokens", "user-5f2a\n")

@@ -381,7 +381,7 @@ def test_the_keyboard_is_enough(page: Any, url: str) -> None:
 
 
 @pytest.mark.parametrize("theme", THEMES)
-def test_a_checker_finds_no_barrier(page: Any, url: str, theme: str) -> None:
+def test_the_accessibility_checker_finds_no_violation(page: Any, url: str, theme: str) -> None:
     """axe-core, with the rules of WCAG 2.2 AA, contrast among them."""
     from axe_playwright_python.sync_playwright import Axe
 

@@ -134,14 +134,14 @@ def until(holds: Any) -> None:
     raise AssertionError("it took too long")
 
 
-def test_its_own_tool_finds_no_fault_with_the_metrics_and_the_rules(prometheus: Prometheus, metrics_port: int) -> None:
+def test_promtool_accepts_the_metrics_and_the_rules(prometheus: Prometheus, metrics_port: int) -> None:
     with urllib.request.urlopen(f"http://127.0.0.1:{metrics_port}/metrics", timeout=PATIENCE_S) as answer:
         text = answer.read()
     subprocess.run(["promtool", "check", "metrics"], input=text, check=True, capture_output=True)
     subprocess.run(["promtool", "check", "rules", RULES], check=True, capture_output=True)
 
 
-def test_it_counts_what_was_asked(prometheus: Prometheus) -> None:
+def test_prometheus_has_the_counts_of_the_requests(prometheus: Prometheus) -> None:
     until(lambda: prometheus.value('sum(sidelight_requests_total{call="AttributeStream"})') == 12)
     assert prometheus.value('sum(sidelight_requests_total{call="Attribute",code="OK"})') == 8
     assert prometheus.value('sum(sidelight_requests_total{code="INVALID_ARGUMENT"})') == 4
@@ -149,7 +149,7 @@ def test_it_counts_what_was_asked(prometheus: Prometheus) -> None:
     assert prometheus.value('sum(sidelight_total_seconds_count{model="sometimes"})') == 20
 
 
-def test_every_panel_of_the_dashboard_shows_something(prometheus: Prometheus) -> None:
+def test_every_panel_of_the_dashboard_has_data(prometheus: Prometheus) -> None:
     for panel in BOARD["panels"]:
         for target in panel["targets"]:
             expression = target["expr"]
@@ -158,7 +158,7 @@ def test_every_panel_of_the_dashboard_shows_something(prometheus: Prometheus) ->
             assert prometheus.query(expression) or any(name in expression for name in ONLY_ON_A_GPU), expression
 
 
-def test_each_alert_can_be_asked_and_the_right_ones_fire(prometheus: Prometheus) -> None:
+def test_every_alert_can_be_evaluated_and_the_right_ones_fire(prometheus: Prometheus) -> None:
     for alert in alerts():
         prometheus.query(alert["expr"])  # or an error
 

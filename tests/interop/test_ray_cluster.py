@@ -148,7 +148,7 @@ def test_a_data_set_outlives_an_actor(cluster: "Cluster", pictures: Path) -> Non
     assert sum("INVALID_ARGUMENT" in line for line in rows) == 1
 
 
-def test_a_job_that_is_killed_goes_on_where_it_was(pictures: Path, tmp_path: Path) -> None:
+def test_a_killed_job_resumes_where_it_was(pictures: Path, tmp_path: Path) -> None:
     for parts in (3, 8):
         with job(tmp_path) as process:
             until(lambda wanted=parts: n_parts(tmp_path) >= wanted, "parts are written")

@@ -238,7 +238,7 @@ class Branches(nn.Module):
         return self.head((self.left(x) * self.right(x)).mean(dim=(2, 3)))
 
 
-def test_where_no_layer_says_all_none_is_chosen_and_those_that_can_be_named_are_reported() -> None:
+def test_without_a_layer_that_all_paths_cross_the_layers_to_choose_from_are_reported() -> None:
     module = Branches().double().eval()
     with Engine([ModelSpec(module, input_size=SIZE)], Settings(device="cpu", threads=1)) as engine:
         with pytest.raises(NotFound, match=r'name one of .*"left".*"right"'):
@@ -280,7 +280,7 @@ def test_a_layout_that_does_not_fit_stops_the_start(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("size", [(3, 32, 32), (3, 32, 64), (3, 48, 32)])
-def test_a_model_of_any_size_finds_layouts_out_on_the_first_rows_and_keeps_them_for_other_sizes(
+def test_a_model_of_any_size_detects_layouts_with_the_first_rows_and_keeps_them_for_other_sizes(
     size: tuple[int, int, int],
 ) -> None:
     class AnySize(nn.Module):

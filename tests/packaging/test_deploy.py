@@ -246,7 +246,7 @@ def test_envoy_looks_for_the_replicas_where_their_service_is() -> None:
     assert {name: each["selector"] for name, each in services.items()} == labels
 
 
-def test_the_image_runs_without_rights_and_asks_itself_for_its_health() -> None:
+def test_the_image_runs_as_an_unprivileged_user_with_a_health_check() -> None:
     last = DOCKERFILE[DOCKERFILE.rindex("FROM ") :]
     assert re.search(r"^USER 10001:10001$", last, re.MULTILINE)
     assert re.search(r'^HEALTHCHECK .*CMD \["sidelight-server", "--check"\]$', last, re.MULTILINE)

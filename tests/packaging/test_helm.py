@@ -55,7 +55,7 @@ def test_what_it_renders_is_of_kubernetes_own_schema(by: str) -> None:
 
 
 @pytest.mark.parametrize(("by", "kind"), [("keda", "ScaledObject"), ("hpa", "HorizontalPodAutoscaler")])
-def test_replicas_are_scaled_by_a_metric_that_there_is(by: str, kind: str) -> None:
+def test_replicas_are_scaled_by_an_existing_metric(by: str, kind: str) -> None:
     ours = rendered("--set", f"autoscaling.by={by}", "--set", "autoscaling.backlogSeconds=3")
     deployment, scaler = ours["Deployment", "sidelight-replicas"], ours[kind, "sidelight-replicas"]["spec"]
     assert "replicas" not in deployment["spec"]  # otherwise each upgrade would undo the scaling

@@ -168,7 +168,7 @@ def test_all_code_is_run() -> None:
     assert others == {"make", "pip"}
 
 
-def test_what_is_to_be_installed_can_be(tmp_path: Path) -> None:
+def test_the_install_commands_can_be_resolved(tmp_path: Path) -> None:
     (torch_line,) = (line for line in commands("pip") if "torch==" in line)
     lines = [line for line in commands("pip") if line != torch_line]
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()

@@ -79,7 +79,7 @@ def test_a_job_writes_one_row_for_each_picture(pictures: Path, tmp_path: Path) -
         (["--input", "pictures", "--setting", "threads"], "got 'threads', expected NAME=VALUE"),
     ],
 )
-def test_what_is_wrong_is_said_before_ray_starts(
+def test_wrong_arguments_are_reported_before_ray_starts(
     pictures: Path, tmp_path: Path, arguments: list[str], fragment: str
 ) -> None:
     done = job(tmp_path, *arguments)

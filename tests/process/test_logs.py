@@ -114,7 +114,9 @@ def test_lines_of_libraries_are_events_too() -> None:
     assert (fields["event"], fields["logger"], fields["message"]) == ("log", "lib", "it went\nwrong")
 
 
-def test_a_stream_that_takes_nothing_is_no_fault_of_who_logs(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_cannot_be_written_raises_nothing_in_the_code_that_logs(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     class Full(io.StringIO):
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")
@@ -226,7 +228,7 @@ def test_a_named_port_that_is_taken_is_a_warning_and_the_server_serves(tmp_path:
 
 
 @pytest.mark.parametrize(("name", "log_format"), [("full", "text"), ("gone", "json")])
-def test_a_full_disk_or_a_reader_who_has_gone_fail_no_request(name: str, log_format: LogFormat, tmp_path: Path) -> None:
+def test_a_full_disk_or_a_closed_pipe_fails_no_request(name: str, log_format: LogFormat, tmp_path: Path) -> None:
     if name == "full":
         stderr = os.open("/dev/full", os.O_WRONLY)
     else:

@@ -115,7 +115,7 @@ def test_a_deadline_drops_the_rows(explain: Explain, tmp_path: Path) -> None:
 
 
 @both
-def test_a_caller_who_goes_away_frees_rows_and_permit(explain: Explain, tmp_path: Path) -> None:
+def test_a_caller_that_disconnects_frees_rows_and_permit(explain: Explain, tmp_path: Path) -> None:
     with gated(tmp_path, device="cpu") as (gate, server):
         call = explain(server.channel, floats(1))
         assert gate.reached.wait(TIMEOUT_S)

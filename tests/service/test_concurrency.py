@@ -85,7 +85,7 @@ def test_streams_and_calls_side_by_side_get_the_serial_maps(serving: sidelight.C
             done.result()
 
 
-def test_an_example_has_the_same_map_in_every_place_and_company(serving: sidelight.Client) -> None:
+def test_an_example_has_the_same_map_at_every_index_and_with_any_neighbors(serving: sidelight.Client) -> None:
     rng = np.random.default_rng(2)
     example = rng.integers(0, 256, (32, 32, 3), np.uint8)
     alone = serving.attribute(example).maps[0]

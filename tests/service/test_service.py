@@ -123,7 +123,7 @@ def test_a_model_is_reported_whole(name: str, channel: grpc.Channel, module: nn.
     assert len(bytes.fromhex(model.digest)) == 32
 
 
-def test_an_unknown_model_is_not_found_and_the_near_one_named(channel: grpc.Channel) -> None:
+def test_an_unknown_model_is_not_found_and_a_similar_name_is_suggested(channel: grpc.Channel) -> None:
     stub = model_pb2_grpc.ModelServiceStub(channel)
     with pytest.raises(grpc.RpcError) as caught:
         stub.GetModel(model_pb2.GetModelRequest(name="smalll"), timeout=TIMEOUT_S)
@@ -222,7 +222,7 @@ def test_over_the_bytes_a_unary_call_gets_a_retry_delay(tmp_path: Path, device: 
         assert len(first.result().result.examples) == 100
 
 
-def test_a_fault_gives_its_permit_back(tmp_path: Path, device: str) -> None:
+def test_a_failed_request_releases_its_permit(tmp_path: Path, device: str) -> None:
     with running(Linear(), tmp_path, max_in_flight=1, device=device) as server:
         server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)
         for wrong in (pb.Target(index=10), pb.Target(label="cat"), pb.Target()):
@@ -246,7 +246,7 @@ def test_rows_whose_time_is_over_never_run(tmp_path: Path, device: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["cancel", "deadline"])
-def test_a_unary_caller_who_goes_away_frees_rows_and_permit(how: str, tmp_path: Path, device: str) -> None:
+def test_a_unary_caller_that_disconnects_frees_rows_and_permit(how: str, tmp_path: Path, device: str) -> None:
     with gated(tmp_path, max_in_flight=2, device=device) as (gate, server):
         first = server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S)
         assert gate.reached.wait(TIMEOUT_S)

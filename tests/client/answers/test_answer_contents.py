@@ -43,7 +43,7 @@ def test_every_method_is_called_and_reported_in_the_provenance_as_it_was_asked(
     assert bool(answer.provenance.baseline_digest) == ("tensor" in asked)
 
 
-def test_a_map_that_was_refined_says_how_good_it_is(client: sidelight.Client, floats: torch.Tensor) -> None:
+def test_a_refined_map_reports_its_error(client: sidelight.Client, floats: torch.Tensor) -> None:
     answer = client.attribute(floats, method=sidelight.IntegratedGradients(tolerance=0.1, max_rows=200))
     assert all(each.error <= 0.1 and 3 <= each.rows <= 200 for each in answer.convergence)
     exact = client.attribute(floats, method=sidelight.IntegratedGradients(steps=300, rule="midpoint"))
@@ -120,7 +120,7 @@ def test_the_geometry_reports_how_a_picture_was_resized_and_cropped(client: side
     assert answer.geometry[1] == sidelight.results.Geometry(64, 64, 32, 32, 0, 0, 32, 32)
 
 
-def test_the_provenance_says_all_that_is_needed_to_compute_it_again(
+def test_the_provenance_contains_all_that_a_replay_needs(
     client: sidelight.Client, floats: torch.Tensor, device: str
 ) -> None:
     method = sidelight.Gradient(signed=True, times_input=True)
@@ -145,7 +145,7 @@ def test_the_provenance_says_all_that_is_needed_to_compute_it_again(
 
 
 @pytest.mark.parametrize(("target", "text"), [(None, "predicted"), (7, "index 7"), ("gnu", 'label "gnu"')])
-def test_the_provenance_says_the_target_as_it_was_asked(
+def test_the_provenance_contains_the_target_as_it_was_requested(
     client: sidelight.Client, floats: torch.Tensor, target: object, text: str
 ) -> None:
     facts = client.attribute(floats, target=target).provenance
@@ -153,7 +153,7 @@ def test_the_provenance_says_the_target_as_it_was_asked(
     assert facts.method == "gradient(signed=False, times_input=False, squared=False)"
 
 
-def test_the_parts_of_the_time_are_within_the_whole(client: sidelight.Client, floats: torch.Tensor) -> None:
+def test_the_parts_of_the_timing_are_within_the_total(client: sidelight.Client, floats: torch.Tensor) -> None:
     timing = client.attribute(floats).timing
     parts = (timing.prepare_s, timing.queue_s, timing.compute_s)
     assert all(part >= 0 for part in parts)

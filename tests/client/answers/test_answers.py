@@ -145,7 +145,7 @@ def test_an_answer_without_its_images_is_saved_without_overlays(client: sideligh
     assert "no longer has its images" in example["overlay_missing"]
 
 
-def test_what_cannot_be_written_leaves_nothing_behind(
+def test_an_answer_that_cannot_be_written_leaves_nothing_behind(
     client: sidelight.Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     answer = client.attribute(np.zeros((2, *LARGE), np.uint8))

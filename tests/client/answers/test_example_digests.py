@@ -81,7 +81,7 @@ def test_files_are_hashed_by_their_bytes_those_that_fail_too(client: sidelight.C
     assert client.attribute([]).provenance.example_digests == ()
 
 
-def test_a_batch_that_goes_in_parts_has_the_digests_of_all(address: str) -> None:
+def test_a_batch_sent_in_parts_has_the_digests_of_all_examples(address: str) -> None:
     batch = np.random.default_rng(0).normal(size=(40, 3, 32, 32)).astype(np.float32)  # 492 kB
     with sidelight.connect(address, connect_timeout=10, max_message_bytes=100_000) as client:
         (answer,) = client.stream([batch])

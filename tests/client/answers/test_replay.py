@@ -140,7 +140,7 @@ def test_every_method_comes_out_equal_to_the_last_bit(
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS.keys())
 @pytest.mark.parametrize("map_dtype", ["float32", "float16", "uint8"])
-def test_every_target_and_type_is_asked_for_again(
+def test_every_target_and_map_type_is_replayed(
     exact: sidelight.Client, pictures: list[Path], tmp_path: Path, target: object, map_dtype: str
 ) -> None:
     answer = exact.attribute(pictures, target=target, score="logit", map_dtype=map_dtype)
@@ -231,7 +231,7 @@ def test_without_its_maps_an_answer_is_compared_by_their_digests(
 
 @pytest.mark.parametrize(("share", "within"), [(TOLERANCE / 4, True), (TOLERANCE * 4, False)], ids=["within", "beyond"])
 @pytest.mark.parametrize("promised", [True, False], ids=["reproducible", "not-reproducible"])
-def test_what_is_not_equal_is_held_to_what_was_promised(
+def test_a_difference_is_compared_with_the_promised_tolerance(
     exact: sidelight.Client,
     client: sidelight.Client,
     pictures: list[Path],
@@ -270,15 +270,15 @@ def rewrite(folder: Path, maps: np.ndarray) -> None:
     (folder / "answer.json").write_text(json.dumps(facts))
 
 
-def test_a_map_of_nothing_but_zeros_may_differ_by_nothing(
-    exact: sidelight.Client, pictures: list[Path], saved: Path
-) -> None:
+def test_a_map_of_zeros_must_be_equal(exact: sidelight.Client, pictures: list[Path], saved: Path) -> None:
     rewrite(saved, np.zeros((2, 32, 32)))
     replayed = sidelight.replay(exact, saved, pictures)
     assert [each.difference for each in replayed.examples] == [float("inf")] * 2
 
 
-def test_the_command_says_equal_and_ends_with_none(exact: sidelight.Client, pictures: list[Path], saved: Path) -> None:
+def test_the_command_reports_equality_and_exits_with_code_0(
+    exact: sidelight.Client, pictures: list[Path], saved: Path
+) -> None:
     for given in (saved, saved / "answer.json"):
         done = run(exact, given, *options(pictures))
         assert done.exit_code == 0, done.output
@@ -356,7 +356,7 @@ SPOILT: dict[str, tuple[object, str]] = {
 
 
 @pytest.mark.parametrize(("spoil", "message"), SPOILT.values(), ids=SPOILT.keys())
-def test_what_is_no_answer_is_said_in_one_line(
+def test_a_damaged_answer_is_reported_in_one_line(
     exact: sidelight.Client, pictures: list[Path], saved: Path, spoil: object, message: str
 ) -> None:
     spoil(saved)
@@ -390,7 +390,7 @@ def test_every_digit_of_a_digest_is_printed_on_a_narrow_terminal(
     assert "".join(line[15:].split()[0] for line in table) == "0123456789abcdef" * 4
 
 
-def test_what_is_not_there_or_not_as_much_is_said_in_one_line(
+def test_missing_images_are_reported_in_one_line(
     exact: sidelight.Client, pictures: list[Path], saved: Path, tmp_path: Path
 ) -> None:
     for arguments, message in {
@@ -414,7 +414,7 @@ def test_without_a_picture_the_command_says_what_is_missing(exact: sidelight.Cli
     assert "--image" in done.stderr
 
 
-def test_a_model_that_is_gone_is_not_found(device: str, pictures: list[Path], saved: Path) -> None:
+def test_a_model_that_is_no_longer_served_is_not_found(device: str, pictures: list[Path], saved: Path) -> None:
     spec = sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32), name="smaller")
     with sidelight_server.serve(spec, device=device) as address, sidelight.connect(address) as client:
         with pytest.raises(sidelight.NotFound, match="smaller"):

@@ -66,7 +66,7 @@ def test_calls_of_many_tasks_run_side_by_side(address: str) -> None:
     assert len({each.maps.tobytes() for each in answers}) == 40
 
 
-def test_what_is_wrong_is_raised_as_it_is_by_the_other_client(address: str) -> None:
+def test_the_asynchronous_client_raises_the_same_errors(address: str) -> None:
     async def ask(images: object, **options: object) -> None:
         async with sidelight.aio.connect(address) as client:
             await client.attribute(images, **options)

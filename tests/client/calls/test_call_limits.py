@@ -15,7 +15,7 @@ from support.maps import assert_same
 from support.models.gate import Gate
 
 
-def test_a_full_server_says_when_to_ask_again(gate: Gate, gated: str, floats: torch.Tensor) -> None:
+def test_a_full_server_reports_when_to_retry(gate: Gate, gated: str, floats: torch.Tensor) -> None:
     gate.shut()
     with sidelight.connect(gated, connect_timeout=10, retry=False) as client, ThreadPoolExecutor(1) as pool:
         first = pool.submit(client.attribute, floats)
@@ -28,7 +28,7 @@ def test_a_full_server_says_when_to_ask_again(gate: Gate, gated: str, floats: to
     assert caught.value.retry_delay_s == 0.25
 
 
-def test_a_call_that_a_full_server_refused_is_made_again_within_its_time(
+def test_a_call_that_a_full_server_refused_is_retried_within_its_timeout(
     gate: Gate, gated: str, floats: torch.Tensor
 ) -> None:
     gate.shut()
@@ -114,7 +114,7 @@ def test_an_answer_over_the_servers_limit_names_side_limit_and_setting(
     assert caught.value.message.startswith("the answer takes 20480 bytes")
 
 
-def test_a_call_whose_time_is_over_ends(gate: Gate, gated: str, floats: torch.Tensor) -> None:
+def test_a_call_past_its_timeout_ends(gate: Gate, gated: str, floats: torch.Tensor) -> None:
     with sidelight.connect(gated, connect_timeout=10) as client:
         client.info()
         gate.shut()
@@ -124,14 +124,14 @@ def test_a_call_whose_time_is_over_ends(gate: Gate, gated: str, floats: torch.Te
 
 
 @pytest.mark.parametrize("timeout", [math.inf, 1e12, 1e9, 3600, 1e6 + 0.123456789], ids=repr)
-def test_a_call_may_take_for_ever(client: sidelight.Client, floats: torch.Tensor, timeout: float) -> None:
+def test_a_very_long_timeout_is_accepted(client: sidelight.Client, floats: torch.Tensor, timeout: float) -> None:
     assert len(client.attribute(floats, timeout=timeout)) == 5
     assert len(list(client.stream([floats], timeout=timeout))) == 1
 
 
 @pytest.mark.parametrize("timeout", [0, -1, math.nan, -math.inf], ids=repr)
 @pytest.mark.parametrize("way", ["attribute", "stream"])
-def test_a_time_that_is_not_positive_is_refused(
+def test_a_call_with_a_timeout_that_is_not_positive_is_refused(
     client: sidelight.Client, floats: torch.Tensor, timeout: float, way: str
 ) -> None:
     with pytest.raises(sidelight.InvalidArgument, match=r"timeout: got .* s, expected a positive time"):

@@ -181,7 +181,7 @@ def test_a_score_that_the_model_cannot_give_is_a_failed_precondition(device: str
         assert len(client.attribute(floats)) == 5
 
 
-def test_a_model_without_labels_says_so_by_empty_labels(device: str, module: nn.Module, floats: torch.Tensor) -> None:
+def test_a_model_without_labels_reports_empty_labels(device: str, module: nn.Module, floats: torch.Tensor) -> None:
     with sidelight_server.serve(module, device=device) as address, sidelight.connect(address) as client:
         assert client.info().models[0].input_size is None
         answer = client.attribute(floats)
@@ -216,7 +216,7 @@ def test_a_contrast_explains_the_difference_of_two_scores(
     np.testing.assert_allclose([each.score for each in answer.targets], expected, rtol=1e-4, atol=1e-6)
 
 
-def test_what_the_server_knows_to_be_out_of_range_it_says_by_field_got_and_expected(
+def test_the_server_refuses_a_number_out_of_range_with_field_got_and_expected(
     client: sidelight.Client, floats: torch.Tensor
 ) -> None:
     for method, fragments in {

@@ -70,12 +70,12 @@ def test_every_status_has_an_exception_of_its_own(status: grpc.StatusCode) -> No
         assert error.message.startswith("why")  # UNIMPLEMENTED has a question behind it
 
 
-def test_a_status_without_words_or_delay_is_reported_by_its_name() -> None:
+def test_a_status_without_a_message_or_a_delay_is_reported_by_its_name() -> None:
     error = exceptions.from_rpc(FailedCall(grpc.StatusCode.DATA_LOSS), max_message_bytes=1)
     assert (str(error), error.retry_delay_s) == ("DATA_LOSS", None)
 
 
-def test_a_code_that_nobody_knows_is_unknown() -> None:
+def test_an_undefined_status_code_is_unknown() -> None:
     assert type(exceptions.from_code(99, "why")) is sidelight.exceptions.Unknown
 
 
@@ -126,7 +126,7 @@ def test_a_partial_failure_carries_the_answer_with_the_other_maps(
     assert answer.provenance.model == "small"
 
 
-def test_failures_are_handed_on_where_that_is_asked_for(client: sidelight.Client) -> None:
+def test_failures_are_returned_where_on_error_is_return(client: sidelight.Client) -> None:
     answer = client.attribute([b"", b"x"], on_error="return", probabilities=True)
     assert [each.example for each in answer.failures] == [0, 1]
     assert all(each.code == sidelight.InvalidArgument.code and each.message for each in answer.failures)
@@ -135,12 +135,12 @@ def test_failures_are_handed_on_where_that_is_asked_for(client: sidelight.Client
     assert answer.probabilities.shape == (2, N_CLASSES)
 
 
-def test_a_batch_that_failed_whole_raises_whatever_is_asked_for(client: sidelight.Client, floats: torch.Tensor) -> None:
+def test_a_batch_that_failed_whole_always_raises(client: sidelight.Client, floats: torch.Tensor) -> None:
     with pytest.raises(sidelight.NotFound):
         client.attribute(floats, target="elc", on_error="return")
 
 
-def test_a_failing_model_is_internal_and_its_secrets_stay_with_the_server(
+def test_a_failing_model_is_internal_and_its_message_stays_on_the_server(
     device: str, floats: torch.Tensor, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     class Failing(nn.Module):

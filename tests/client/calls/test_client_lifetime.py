@@ -42,7 +42,7 @@ def test_connecting_returns_at_once_without_a_server() -> None:
         assert client.address == ABSENT
 
 
-def test_a_call_waits_for_a_server_that_comes_later_and_says_so_in_the_log(
+def test_a_call_waits_for_a_server_that_starts_later_and_logs_it(
     spec: sidelight_server.ModelSpec,
     device: str,
     floats: torch.Tensor,
@@ -99,7 +99,7 @@ def test_without_a_server_a_call_ends_at_connect_timeout_and_names_the_address(
     assert caught.value.message == message
 
 
-def test_a_port_where_nobody_listens_is_named() -> None:
+def test_a_port_without_a_server_is_named() -> None:
     with socket.socket() as taken:  # bound, so nobody else has it, but not listening
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
@@ -111,7 +111,7 @@ def test_a_port_where_nobody_listens_is_named() -> None:
 
 
 @pytest.mark.parametrize("address", ["", 50051, b"unix:/run/x"], ids=repr)
-def test_what_is_no_address_is_refused(address: object) -> None:
+def test_an_invalid_address_is_refused(address: object) -> None:
     with pytest.raises(
         sidelight.InvalidArgument, match=r'address: got .*, expected "host:port", "dns:host:port" or "unix:/path"'
     ):
@@ -120,7 +120,7 @@ def test_what_is_no_address_is_refused(address: object) -> None:
 
 @each_call
 @pytest.mark.parametrize("used", [True, False], ids=["after-a-call", "before-any-call"])
-def test_a_closed_client_is_unavailable_and_closing_again_is_nothing(
+def test_a_closed_client_is_unavailable_and_may_be_closed_again(
     address: str, call: Callable[[sidelight.Client], object], used: bool
 ) -> None:
     client = sidelight.connect(address, connect_timeout=10)

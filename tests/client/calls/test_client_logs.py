@@ -58,7 +58,7 @@ def test_a_call_that_is_made_again_is_one_line_each_time(log: pytest.LogCaptureF
     assert lines(log) == [("INFO", "calling again in 0.02 s: ResourceExhausted: full")] * 2
 
 
-def test_a_batch_that_is_sent_again_is_one_line(log: pytest.LogCaptureFixture) -> None:
+def test_a_batch_that_is_sent_again_is_logged_in_one_line(log: pytest.LogCaptureFixture) -> None:
     def full(requests: Requests) -> Responses:
         yield failure(next(requests), 8, delay_s=0.02)
         yield from map(answer, requests)
@@ -85,7 +85,7 @@ def test_a_reconnect_is_one_line_a_warning_where_the_call_was_cut(log: pytest.Lo
     assert (second, more) == ("WARNING", f"{address}: the stream's call ended, reconnecting: cut")
 
 
-def test_a_split_is_one_line(log: pytest.LogCaptureFixture) -> None:
+def test_a_split_batch_is_logged_in_one_line(log: pytest.LogCaptureFixture) -> None:
     def small(requests: Requests) -> Responses:
         for request in requests:
             yield answer(request) if request.attribute.images.tensor.shape[0] < 2 else failure(request, 8)

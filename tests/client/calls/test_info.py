@@ -45,7 +45,7 @@ def test_a_model_is_reported_with_its_labels_and_layers(client: sidelight.Client
 
 
 @pytest.mark.parametrize("ask", ["model", "attribute", "stream"])
-def test_an_unknown_model_is_not_found_and_the_near_one_named(
+def test_an_unknown_model_is_not_found_and_a_similar_name_is_suggested(
     client: sidelight.Client, floats: torch.Tensor, ask: str
 ) -> None:
     calls = {

@@ -97,7 +97,7 @@ def test_a_list_is_left_as_it_was(client: sidelight.Client, pixels: np.ndarray) 
     [[], (), np.empty((0, 40, 50, 3), np.uint8), np.empty((0, 3, 32, 32), np.float32), torch.empty(0, 3, 32, 32)],
     ids=["list", "tuple", "pixels", "floats", "tensor"],
 )
-def test_a_batch_of_nothing_has_no_maps(client: sidelight.Client, nothing: object) -> None:
+def test_an_empty_batch_has_no_maps(client: sidelight.Client, nothing: object) -> None:
     answer = client.attribute(nothing)
     assert answer.maps.shape == (0, 32, 32)
     assert len(answer) == len(answer.predictions) == len(answer.targets) == len(answer.geometry) == 0

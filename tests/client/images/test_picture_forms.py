@@ -164,7 +164,7 @@ def test_a_pil_image_is_left_as_it_was(client: sidelight.Client, mode: str) -> N
     assert (image.mode, image.size, image.tobytes(), dict(image.info), image.getpalette()) == before
 
 
-def test_floating_pixels_are_refused_as_nobody_knows_their_range(client: sidelight.Client) -> None:
+def test_floating_pixels_are_refused_because_their_range_is_unknown(client: sidelight.Client) -> None:
     with pytest.raises(sidelight.PartialFailure, match="float pixels have no known range"):
         client.attribute(Image.fromarray(np.zeros((32, 32), np.float32)))
 
@@ -246,7 +246,7 @@ BATCHES: dict[str, Callable[[np.ndarray, Path], object]] = {
 
 
 @pytest.mark.parametrize("form", BATCHES.values(), ids=BATCHES.keys())
-def test_a_batch_gives_each_picture_its_own_map_in_every_form(
+def test_every_form_of_a_batch_gives_each_picture_its_own_map(
     client: sidelight.Client, tmp_path: Path, form: Callable[[np.ndarray, Path], object]
 ) -> None:
     pixels = np.stack([noise(40, 50, seed=seed) for seed in range(3)])
@@ -326,7 +326,7 @@ def test_pixels_are_scaled_to_the_models_range(device: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"), [("pixel_range", (1, 0)), ("window", (4095, 0)), ("pixel_range", (1, 2, 3))]
 )
-def test_a_range_that_is_none_is_refused_at_the_start(name: str, value: object) -> None:
+def test_an_invalid_pixel_range_is_refused_at_the_start(name: str, value: object) -> None:
     with (
         pytest.raises(sidelight_server.ConfigurationError, match=rf"{name}: got .*(, expected two|at most 2 items)"),
         sidelight_server.serve(sidelight_server.ModelSpec(small_cnn(), input_size=(3, 32, 32), **{name: value})),

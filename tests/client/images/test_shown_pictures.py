@@ -31,7 +31,7 @@ def test_the_picture_of_an_answer_is_the_resized_and_cropped_original(
     np.testing.assert_allclose(np.asarray(picture).astype(int), np.asarray(expected), rtol=0, atol=1)
 
 
-def test_the_picture_of_floats_is_scaled_to_be_seen(client: sidelight.Client, floats: torch.Tensor) -> None:
+def test_the_picture_of_floats_is_scaled_to_the_visible_range(client: sidelight.Client, floats: torch.Tensor) -> None:
     answer = client.attribute(floats)
     picture = np.asarray(answer.picture(2)).astype(float)
     assert (picture.min(), picture.max()) == (0, 255)

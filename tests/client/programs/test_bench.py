@@ -82,7 +82,7 @@ def test_the_json_holds_every_load_and_adds_up(run: Run, client: sidelight.Clien
     )
 
 
-def test_what_is_explained_has_the_options_of_attribute(run: Run) -> None:
+def test_the_load_has_the_options_of_attribute(run: Run) -> None:
     explained = ["--top-k", 2, "--method", "smoothgrad", "--option", "samples=2", "--channels", "sum"]
     done = run(*explained, "--concurrency", 1, *SHORT, "--json", "out.json")
     assert done.exit_code == 0, done.output
@@ -126,7 +126,7 @@ def test_a_model_without_an_input_size_needs_a_shape(device: str, run: Run) -> N
     assert "float32 3 × 32 × 32" in done.stdout
 
 
-def test_a_load_that_does_not_come_to_rest_ends_with_one(run: Run) -> None:
+def test_a_load_that_does_not_become_steady_exits_with_code_1(run: Run) -> None:
     options = ["--interval", 0.05, "--max-windows", 4, "--stability", 1e-9, "--concurrency", 1, "--json", "out.json"]
     done = run(*options)
     assert done.exit_code == 1
@@ -137,7 +137,7 @@ def test_a_load_that_does_not_come_to_rest_ends_with_one(run: Run) -> None:
     assert len(load["windows"]) == 4
 
 
-def test_a_load_that_comes_to_rest_ends_there_with_zero(run: Run) -> None:
+def test_a_load_that_becomes_steady_ends_there_with_code_0(run: Run) -> None:
     done = run(*SHORT, "--concurrency", 1, "--json", "out.json")
     assert done.exit_code == 0, done.output
     assert "not stable" not in done.stdout
@@ -154,7 +154,7 @@ def test_a_duration_is_measured_whole_in_three_windows(run: Run) -> None:
     assert load["figures"]["seconds"] > 0.99
 
 
-def test_a_load_without_an_answer_ends_with_one_and_says_why(run: Run, tmp_path: Path) -> None:
+def test_a_load_without_an_answer_exits_with_code_1_and_the_reason(run: Run, tmp_path: Path) -> None:
     Image.new("RGB", (200, 200)).save("whole.png")
     Path("cut.png").write_bytes(Path("whole.png").read_bytes()[:100])  # a picture by its head
     done = run("cut.png", "--concurrency", 2, "--duration", 0.6, "--plot", "out.png")
@@ -163,7 +163,7 @@ def test_a_load_without_an_answer_ends_with_one_and_says_why(run: Run, tmp_path:
     assert Path("out.png").exists()  # with nothing in it
 
 
-def test_ctrl_c_ends_with_what_was_measured_so_far(
+def test_ctrl_c_prints_what_was_measured_so_far(
     run: Run, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     @contextlib.contextmanager
@@ -225,7 +225,7 @@ def test_a_mistake_is_reported_in_one_line_before_anything_is_measured(
     assert done.stderr.count("\n") == 1
 
 
-def test_an_address_that_is_none_is_a_usage_error(run: Run) -> None:
+def test_an_invalid_address_is_a_usage_error(run: Run) -> None:
     done = run("--address", "nowhere")
     assert (done.exit_code, done.stdout) == (2, "")
     assert "address: got 'nowhere'" in done.stderr
@@ -259,7 +259,7 @@ def test_an_address_that_is_none_is_a_usage_error(run: Run) -> None:
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )
-def test_a_wrong_option_is_named_with_what_was_expected(run: Run, arguments: list[str], message: str) -> None:
+def test_a_wrong_option_is_reported_with_the_expected_values(run: Run, arguments: list[str], message: str) -> None:
     done = run(*arguments)
     assert (done.exit_code, done.stdout) == (2, "")
     assert message in done.stderr

@@ -216,7 +216,7 @@ def test_an_example_that_fails_fails_its_request(address: str, is_streamed: bool
     assert (fault[0], fault[1].count) == ("PartialFailure", 6)
 
 
-def test_what_is_on_its_way_at_the_end_is_reported_with_its_age(gate: Gate, gated: str) -> None:
+def test_requests_in_flight_at_the_end_are_reported_with_their_age(gate: Gate, gated: str) -> None:
     recorder = Recorder()
     gate.shut()
     with Load(sidelight.connect(gated, connect_timeout=10), Traffic([PIXELS]), recorder, n_callers=1) as load:
@@ -228,7 +228,7 @@ def test_what_is_on_its_way_at_the_end_is_reported_with_its_age(gate: Gate, gate
     assert recorder.cut().faults == {}  # ending the load is nobody's failure
 
 
-def test_a_mistake_in_a_caller_ends_the_load_with_it(address: str) -> None:
+def test_an_exception_in_a_caller_ends_the_load_with_it(address: str) -> None:
     client = sidelight.connect(address, connect_timeout=10)
     with Load(client, Traffic([]), Recorder(), n_callers=2) as load:  # there is nothing to send
         load.join(30)
@@ -236,7 +236,7 @@ def test_a_mistake_in_a_caller_ends_the_load_with_it(address: str) -> None:
             load.run(30)
 
 
-def test_a_plan_of_nothing_measures_nothing() -> None:
+def test_a_load_without_requests_measures_nothing() -> None:
     bench = Bench(Plan("unix:/nowhere"), Traffic([PIXELS]))
     bench.run(lambda step, windows: None)
     assert (bench.results, bench.is_whole) == ([], True)

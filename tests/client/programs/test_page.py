@@ -213,7 +213,7 @@ def test_other_sites_are_refused(page: TestClient, headers: dict[str, str]) -> N
     assert page.post("/pictures?name=a", content=png(), headers=headers).status_code == 403
 
 
-def test_what_changes_something_needs_the_pages_header(page: TestClient) -> None:
+def test_requests_that_change_something_need_the_pages_header(page: TestClient) -> None:
     del page.headers["x-sidelight-page"]
     assert page.get("/setup").status_code == 200
     assert page.post("/pictures?name=a", content=png()).status_code == 403

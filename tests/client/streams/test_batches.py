@@ -186,7 +186,7 @@ def test_a_batch_without_an_id_is_given_one(client: sidelight.Client) -> None:
 @pytest.mark.parametrize(
     "id_", ["", 7, "x" * 101, "é" * 51, "\ud800"], ids=["empty", "int", "long", "wide", "surrogate"]
 )
-def test_what_is_no_id_is_refused(client: sidelight.Client, id_: Any) -> None:
+def test_an_invalid_id_is_refused(client: sidelight.Client, id_: Any) -> None:
     with pytest.raises(sidelight.InvalidArgument, match=r"^id: got "):
         client.attribute(Batch(floats(1), id=id_))
     refused, good = client.stream([Batch(floats(1), id=id_), floats(1)], ordered=True, on_error="return")

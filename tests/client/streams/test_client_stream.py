@@ -79,7 +79,7 @@ def test_three_hundred_tiny_batches_of_different_sizes(client: sidelight.Client,
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["as-ready", "ordered"])
-def test_batches_of_nothing_are_answered_too(client: sidelight.Client, ordered: bool) -> None:
+def test_empty_batches_are_answered(client: sidelight.Client, ordered: bool) -> None:
     batches = [one(), [], np.empty((0, 3, 32, 32), np.float32), one(), ()]
     answers = sorted(client.stream(batches, ordered=ordered, window=1), key=lambda each: each.index)
     assert [len(answer) for answer in answers] == [1, 0, 0, 1, 0]
@@ -128,7 +128,7 @@ def test_no_more_is_read_ahead_than_the_window_holds(
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["as-ready", "ordered"])
-def test_answers_that_nobody_takes_hold_the_window(client: sidelight.Client, ordered: bool) -> None:
+def test_unread_answers_hold_the_window(client: sidelight.Client, ordered: bool) -> None:
     batches = Counted(one() for _ in itertools.count())
     with contextlib.closing(client.stream(batches, window=4, ordered=ordered)) as answers:
         next(answers)
@@ -162,7 +162,7 @@ def test_a_buffer_may_be_used_again_for_the_next_batch(client: sidelight.Client)
 
 
 @pytest.mark.parametrize("n_before", [0, 1, 5])
-def test_what_the_callers_iterator_raises_comes_out_of_the_stream(
+def test_an_exception_in_the_callers_iterator_is_raised_by_the_stream(
     client: sidelight.Client, n_before: int, no_thread_stays: None
 ) -> None:
     def batches() -> Iterator[np.ndarray]:

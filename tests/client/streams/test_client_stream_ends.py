@@ -138,7 +138,7 @@ def test_an_answer_too_large_to_be_taken_leaves_the_stream_as_it_is(address: str
     assert type(answer.error) is sidelight.exceptions.MessageTooLarge
 
 
-def test_what_a_failed_batch_has_not_it_says_with_its_error(client: sidelight.Client, tmp_path: Path) -> None:
+def test_pictures_of_a_failed_batch_raise_its_error(client: sidelight.Client, tmp_path: Path) -> None:
     (answer,) = client.stream([None], on_error="return")
     for ask in (lambda: answer.picture(0), lambda: answer.overlay(0), lambda: answer.save(tmp_path / "out")):
         with pytest.raises(sidelight.InvalidArgument, match="got NoneType"):
@@ -166,7 +166,7 @@ def test_a_bad_example_fails_alone(client: sidelight.Client) -> None:
     assert_same(caught.value.answer.maps[::2], first.maps[::2])
 
 
-def test_an_unknown_label_fails_each_batch_by_naming_the_near_one(client: sidelight.Client) -> None:
+def test_an_unknown_label_fails_each_batch_and_a_similar_label_is_suggested(client: sidelight.Client) -> None:
     answers = list(client.stream([one(), one()], target="elc", on_error="return"))
     assert [type(answer.error) for answer in answers] == [sidelight.NotFound] * 2
     assert all('did you mean "elk"?' in answer.error.message for answer in answers)
@@ -191,7 +191,7 @@ def test_each_batch_has_a_time_of_its_own(gated: sidelight.Client, gate: Gate) -
     assert [(answer.index, answer.error) for answer in answers] == [(1, None), (2, None)]
 
 
-def test_a_batch_whose_time_is_over_ends_a_stream_that_raises(gated: sidelight.Client, gate: Gate) -> None:
+def test_a_batch_past_its_timeout_ends_a_stream_that_raises(gated: sidelight.Client, gate: Gate) -> None:
     gate.shut()
     with pytest.raises(sidelight.DeadlineExceeded):
         list(gated.stream([one()], timeout=0.2))

@@ -223,7 +223,7 @@ def test_a_batch_that_fails_after_it_improved_is_yielded_with_its_error() -> Non
     assert (last.final, type(last.error)) == (True, sidelight.DeadlineExceeded)
 
 
-def test_a_slow_caller_is_handed_the_newest_answer_of_each_batch_in_the_order_in_which_they_first_came() -> None:
+def test_a_slow_caller_gets_the_newest_answer_of_each_batch_in_order_of_their_first_answers() -> None:
     queue, batch = ResultQueue(), EncodedBatch(ONE)
     for index, value in ((0, 1.0), (1, 2.0), (0, 3.0)):
         queue.put(Entry(index, batch, 0.0), read(result(np.full((1, 2, 2), value, np.float32), [example(1)])))
@@ -234,7 +234,7 @@ def test_a_slow_caller_is_handed_the_newest_answer_of_each_batch_in_the_order_in
     assert isinstance(queue.wait().error, KeyError)
 
 
-def test_an_empty_inbox_has_nothing_to_take() -> None:
+def test_an_empty_result_queue_returns_none() -> None:
     assert ResultQueue().take() is None
 
 

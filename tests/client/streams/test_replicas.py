@@ -115,7 +115,7 @@ def two(gate: Gate) -> Iterator[sidelight.Client]:
         gate.open()
 
 
-def test_where_hedging_is_asked_for_nobody_waits_for_a_server_that_hangs(two: sidelight.Client, gate: Gate) -> None:
+def test_with_hedging_no_batch_waits_for_a_server_that_hangs(two: sidelight.Client, gate: Gate) -> None:
     gate.shut()
     answers = list(two.stream(BATCHES, hedge_after=0.2, timeout=WITHIN_S, allow_model_change=True))
     assert gate.n_rows  # the server that hangs had some

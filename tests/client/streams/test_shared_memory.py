@@ -86,7 +86,7 @@ def test_nothing_remains_of_a_stream(shared: sidelight.Client, folder: Path) -> 
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
-def test_a_failed_batch_gives_its_room_back(shared: sidelight.Client) -> None:
+def test_a_failed_batch_releases_its_memory(shared: sidelight.Client) -> None:
     images = floats(4)
     images[2] = np.nan
     answers = list(shared.stream([images] * 50, on_error="return"))
@@ -104,7 +104,7 @@ def test_partial_maps_travel_inline_and_the_last_one_through_the_region(shared: 
 
 
 @pytest.mark.parametrize("way", ["attribute", "stream"])
-def test_a_server_that_does_not_allow_it_is_not_asked_in_another_way(address: str, way: str) -> None:
+def test_shared_memory_on_a_server_without_it_is_refused_instead_of_sent_inline(address: str, way: str) -> None:
     with (
         sidelight.connect(address, connect_timeout=10, shared_memory=True) as client,
         pytest.raises(sidelight.FailedPrecondition, match="--shared-memory"),

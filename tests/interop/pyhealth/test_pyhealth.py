@@ -96,7 +96,7 @@ def test_the_attributes_are_the_originals(make: Make) -> None:
     ["pictures", 3, [], {1, 2}, [[1.0]], {"image": [[1.0]]}, torch.zeros(2, 3, 4, 4, dtype=torch.uint8)],
     ids=str,
 )
-def test_what_is_no_batch_is_refused_before_any_work(given: object) -> None:
+def test_an_invalid_batch_is_refused_before_any_work(given: object) -> None:
     before = set(threading.enumerate())
     with pytest.raises(ValueError, match=r"^(input_batch|image): got "):
         BasicGradientSaliencyMaps(classifier("binary"), given)
@@ -107,7 +107,7 @@ NO_MODELS = {"nothing": None, "a number": 3, "a function": small_cnn, "addresses
 
 
 @pytest.mark.parametrize("model", NO_MODELS.values(), ids=NO_MODELS)
-def test_what_is_no_model_is_refused(model: Any) -> None:
+def test_an_invalid_model_is_refused(model: Any) -> None:
     with pytest.raises(ValueError, match=r"^model: got "):
         BasicGradientSaliencyMaps(model)
 
@@ -156,7 +156,7 @@ def test_a_class_that_is_named_is_explained(classes: Any, make: Make, floats: Te
 
 
 @pytest.mark.parametrize("classes", [5, -1, [0, 1], [0, 1, 2, 3, 9]], ids=str)
-def test_a_class_that_there_is_not_is_refused(classes: Any, make: Make, floats: Tensor) -> None:
+def test_a_class_index_out_of_range_is_refused(classes: Any, make: Make, floats: Tensor) -> None:
     with pytest.raises(sidelight.SidelightError, match="class"):
         make(classifier("multilabel")).attribute(target_class_idx=classes, image=floats)
 

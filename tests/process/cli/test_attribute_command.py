@@ -152,7 +152,7 @@ def test_a_dense_output_is_explained_over_a_region(device: str, run: Run) -> Non
     assert not map_[:, 3:].any()
 
 
-def test_a_saturated_score_is_advised_upon_once(device: str, run: Run) -> None:
+def test_the_advice_for_saturated_scores_is_printed_once(device: str, run: Run) -> None:
     sure = nn.Sequential(small_cnn(), nn.Linear(10, 10, bias=False))
     with torch.no_grad():
         sure[1].weight.copy_(1e6 * torch.eye(10))

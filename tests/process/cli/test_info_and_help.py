@@ -190,7 +190,9 @@ def test_without_a_command_the_help_is_shown(run: Run) -> None:
     ],
     ids=lambda each: " ".join(each) if isinstance(each, list) else "",
 )
-def test_a_wrong_word_ends_with_two_and_the_right_one(run: Run, arguments: list[str], message: str) -> None:
+def test_a_wrong_argument_exits_with_code_2_and_names_the_right_one(
+    run: Run, arguments: list[str], message: str
+) -> None:
     done = run(*arguments)
     assert done.exit_code == 2
     assert message in done.stderr
@@ -209,7 +211,7 @@ def test_the_demonstration_names_the_extra_that_it_needs(run: Run, monkeypatch: 
     assert not Path("demo").exists()
 
 
-def test_as_a_process_it_prints_a_plain_table_and_writes_overlays(address: str, tmp_path: Path) -> None:
+def test_the_process_prints_a_plain_table_and_writes_overlays(address: str, tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     done = process("attribute", "a.png", "--address", address, "--out", "out", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
@@ -218,7 +220,7 @@ def test_as_a_process_it_prints_a_plain_table_and_writes_overlays(address: str, 
     assert (tmp_path / "out" / "a.png").exists()
 
 
-def test_as_a_process_it_ends_with_one_where_a_picture_fails(address: str, tmp_path: Path) -> None:
+def test_the_process_exits_with_code_1_where_a_picture_fails(address: str, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"no picture")
     done = process("attribute", "bad.png", cwd=tmp_path, SIDELIGHT_ADDRESS=address)
     assert done.returncode == 1

@@ -102,7 +102,7 @@ def test_pictures_of_one_name_get_overlays_of_different_names(run: Run) -> None:
     ],
     ids=" ".join,
 )
-def test_names_of_overlays_are_all_different_and_no_pictures_own(names: list[str]) -> None:
+def test_names_of_overlays_differ_from_each_other_and_from_every_picture(names: list[str]) -> None:
     paths = [Path(name) for name in names]
     overlays = overlay_names(paths, Path("out"))
     assert len(set(overlays)) == len(names)

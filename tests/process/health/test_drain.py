@@ -22,7 +22,9 @@ from support.servers.running import TIMEOUT_S, serving
 # The end
 
 
-def test_running_work_is_answered_while_the_server_drains_and_nothing_new_is_let_in(tmp_path: Path, gate: Gate) -> None:
+def test_running_requests_are_answered_while_the_server_drains_and_new_ones_are_refused(
+    tmp_path: Path, gate: Gate
+) -> None:
     with serving(gated(gate), f"unix:{tmp_path}/socket") as server, Conversation(server.channel) as stream:
         watching = Watching(server.channel)
         assert watching.next() == SERVING

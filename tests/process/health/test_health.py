@@ -44,7 +44,7 @@ def test_the_server_its_services_and_its_models_have_a_name_each(tmp_path: Path)
 @pytest.mark.parametrize(
     "name", ["linear", "model/", "model/other", "sidelight.v1", "grpc.health.v1.Health", "é" * 900]
 )
-def test_another_name_is_unknown(name: str, tmp_path: Path) -> None:
+def test_an_unknown_service_name_is_service_unknown(name: str, tmp_path: Path) -> None:
     with serving(linear(), f"unix:{tmp_path}/socket") as server:
         with pytest.raises(grpc.RpcError) as caught:
             check(server.channel, name)

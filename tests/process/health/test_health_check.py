@@ -27,7 +27,7 @@ def probe(*arguments: str, **environment: str) -> tuple[int, str]:
     return done.returncode, done.stderr.strip()
 
 
-def test_the_probe_says_how_a_server_is(tmp_path: Path, gate: Gate) -> None:
+def test_the_health_check_reports_the_state_of_a_server(tmp_path: Path, gate: Gate) -> None:
     address = f"unix:{tmp_path}/socket"
     with serving(gated(gate), f"unix:{tmp_path}/socket") as server:
         assert probe("--check", address) == (0, "SERVING")
@@ -60,7 +60,7 @@ async def _told(server: Server) -> None:
         (("--certificate", __file__, "--key", __file__), 1, "are not a pair of a PEM certificate and its key"),
     ],
 )
-def test_a_probe_that_is_asked_wrongly_says_so(flags: tuple[str, ...], code: int, fragment: str) -> None:
+def test_a_health_check_with_wrong_arguments_reports_them(flags: tuple[str, ...], code: int, fragment: str) -> None:
     ended, output = probe("--check", "127.0.0.1:1", *flags)
     assert ended == code
     assert fragment in output.splitlines()[-1]
@@ -75,13 +75,13 @@ def test_a_probe_that_is_asked_wrongly_says_so(flags: tuple[str, ...], code: int
         (" 127.0.0.1:1 , [::1]:2", "127.0.0.1:1"),
     ],
 )
-def test_the_probe_asks_the_first_address_that_the_server_listens_on(listen: str, first: str) -> None:
+def test_the_health_check_asks_the_first_address_that_the_server_listens_on(listen: str, first: str) -> None:
     code, output = probe("--check", SIDELIGHT_LISTEN=listen)
     assert code == 1
     assert output.startswith(f"UNAVAILABLE: {first}: ")
 
 
-def test_the_probe_brings_no_torch() -> None:
+def test_the_health_check_imports_no_torch() -> None:
     code = (
         "import sys; sys.argv[1:] = ['--check', '127.0.0.1:1'];"
         "from sidelight_server.__main__ import main; assert main() == 1;"

@@ -86,7 +86,7 @@ def test_one_device_of_two_keeps_the_server_serving_and_gets_all_that_is_new(
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_device_thread_that_died_serves_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_server_whose_device_thread_died_is_not_serving(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     engine = linear()
     with serving(engine, f"unix:{tmp_path}/socket") as server:
         watching = Watching(server.channel)
@@ -123,7 +123,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_a_thread_at_rest_is_never_stuck(clock: Clock) -> None:
+def test_an_idle_thread_is_never_stuck(clock: Clock) -> None:
     heartbeat = Heartbeat(stuck_s=5, clock=clock)
     clock.now_s += 1000
     assert not heartbeat.is_stuck
@@ -151,7 +151,7 @@ def test_the_limit_is_the_setting_or_ten_times_the_longest_chunk(chunk_s: float,
     assert not heartbeat.is_stuck
 
 
-def test_what_was_stuck_and_what_was_an_errand_does_not_make_the_limit_longer(clock: Clock) -> None:
+def test_stuck_chunks_and_device_tasks_do_not_raise_the_limit(clock: Clock) -> None:
     heartbeat = Heartbeat(stuck_s=5, clock=clock)
     heartbeat.beat()
     clock.now_s += 1000
@@ -161,7 +161,7 @@ def test_what_was_stuck_and_what_was_an_errand_does_not_make_the_limit_longer(cl
     assert heartbeat.limit_s == 5
 
 
-def test_an_engine_whose_device_is_stuck_can_be_left(gate: Gate) -> None:
+def test_an_engine_whose_device_is_stuck_can_be_closed(gate: Gate) -> None:
     engine = gated(gate)
     engine.start()
     gate.shut()

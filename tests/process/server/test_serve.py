@@ -61,7 +61,7 @@ def test_a_served_module_that_is_trained_on_is_served_as_it_has_become(device: s
         assert ask_net(address).result.maps != before
 
 
-def test_a_server_that_was_left_leaves_nothing_behind(device: str) -> None:
+def test_a_server_leaves_nothing_behind_after_its_with_block(device: str) -> None:
     before = threads()
     with serve(Linear(), device=device) as first, serve(Linear(), device=device) as second:
         assert first != second

@@ -111,7 +111,7 @@ def start_in_vain(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capfd: 
 
 
 @pytest.mark.parametrize(("arguments", "fragments"), REFUSALS.values(), ids=REFUSALS)
-def test_what_cannot_be_served_is_refused_in_a_line(
+def test_a_server_that_cannot_start_reports_why_in_one_line(
     arguments: list[str],
     fragments: tuple[str, ...],
     here: Path,
@@ -246,7 +246,7 @@ def test_plaintext_opens_other_addresses(device: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:0", "localhost:0", "[::1]:0", "127.9.8.7:0"])
-def test_loopback_needs_no_word(address: str, device: str) -> None:
+def test_loopback_needs_no_plaintext_setting(address: str, device: str) -> None:
     if "::1" in address and not socket.has_ipv6:
         pytest.skip("no IPv6 here")
     with serve(Linear(), listen=(address,), device=device) as at, grpc.insecure_channel(at) as channel:
@@ -255,7 +255,7 @@ def test_loopback_needs_no_word(address: str, device: str) -> None:
         assert not stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S).result.failures
 
 
-def test_a_server_that_stops_says_so_first(tmp_path: Path, device: str) -> None:
+def test_a_server_that_stops_reports_not_serving_before_it_drains(tmp_path: Path, device: str) -> None:
     with running(Linear(), tmp_path, device=device) as server:
         health = health_pb2_grpc.HealthStub(server.channel)
         watched = health.Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
@@ -266,7 +266,7 @@ def test_a_server_that_stops_says_so_first(tmp_path: Path, device: str) -> None:
         stopping.result(TIMEOUT_S)
 
 
-def test_a_stream_takes_nothing_new_in_while_the_server_drains(tmp_path: Path, device: str) -> None:
+def test_a_stream_accepts_no_new_batch_while_the_server_drains(tmp_path: Path, device: str) -> None:
     with running(Linear(), tmp_path, device=device) as server, Conversation(server.channel) as stream:
         watched = health_pb2_grpc.HealthStub(server.channel).Watch(health_pb2.HealthCheckRequest(), timeout=TIMEOUT_S)
         assert next(watched).status == health_pb2.HealthCheckResponse.SERVING

@@ -41,7 +41,7 @@ def _n_loading() -> int:
     return sum(thread.name.startswith(("sidelight-load", "sidelight-watch")) for thread in threading.enumerate())
 
 
-def test_a_reload_that_hangs_holds_up_the_watch_for_no_other_model(
+def test_a_reload_that_hangs_does_not_delay_the_watch_of_other_models(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     settings = _hanging(tmp_path, monkeypatch, gate)
@@ -70,7 +70,7 @@ def test_a_reload_that_hangs_holds_up_the_watch_for_no_other_model(
         asyncio.run(asyncio.wait_for(scenario(), 60))
 
 
-def test_a_reload_that_hangs_holds_up_no_other_at_a_signal(
+def test_a_reload_that_hangs_delays_no_other_reload_at_a_signal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     settings = _hanging(tmp_path, monkeypatch, gate)

@@ -232,7 +232,7 @@ class Locked(nn.Module):
     ],
     ids=["not copyable", "two sizes", "one mean", "outputs", "labels", "name", "no module"],
 )
-def test_a_specification_that_is_wrong_is_refused_in_words(spec: object, message: str, device: str) -> None:
+def test_a_wrong_specification_is_refused_with_a_message(spec: object, message: str, device: str) -> None:
     refused = pytest.raises(sidelight_server.ConfigurationError, match=message)
     with refused, sidelight_server.serve(spec(), device=device):
         pytest.fail("it has started")

@@ -97,7 +97,7 @@ def _conversing(
         yield server, stream
 
 
-def test_a_model_that_is_loaded_holds_up_neither_its_streams_other_batches_nor_a_cancel(
+def test_loading_a_model_delays_neither_other_batches_of_a_stream_nor_a_cancel(
     monkeypatch: pytest.MonkeyPatch, gate: Gate
 ) -> None:
     with _conversing(monkeypatch, gate) as (server, stream):

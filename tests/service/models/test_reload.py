@@ -188,7 +188,7 @@ def test_a_factory_that_returns_the_module_that_serves_changes_no_map_of_it(weig
         assert_close(first.maps, maps_of(1))
 
 
-def test_reloading_wants_leave_a_source_and_a_name(weights: Path) -> None:
+def test_reloading_needs_permission_a_source_and_a_name(weights: Path) -> None:
     with serving(model=SOURCE, weights=weights) as client:
         with pytest.raises(sidelight.exceptions.PermissionDenied, match="allow_reload"):
             client.reload()

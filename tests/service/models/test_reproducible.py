@@ -108,7 +108,7 @@ def test_by_default_neighbors_change_a_map_by_no_more_than_is_stated(net: str, d
 
 
 @pytest.mark.parametrize("net", NETS)
-def test_where_it_is_promised_the_bytes_are_the_same_whatever_the_load(net: str, device: str) -> None:
+def test_reproducible_maps_have_the_same_bytes_under_any_load(net: str, device: str) -> None:
     make, size = NETS[net]
     engine = Engine([ModelSpec(make(), input_size=size)], Settings(device=device, reproducible=True))
     requests = asked(net)
@@ -171,9 +171,7 @@ class Random(nn.Module):
         return self.inner(x + 1e-3 * torch.randn_like(x))
 
 
-def test_a_model_that_says_something_else_each_time_cannot_be_reproducible(
-    device: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_nondeterministic_model_cannot_be_reproducible(device: str, caplog: pytest.LogCaptureFixture) -> None:
     spec = ModelSpec(Random(), input_size=(3, 32, 32))
     with (
         pytest.raises(ConfigurationError, match="other bytes each time"),

@@ -106,7 +106,7 @@ def test_tables_of_models_that_are_wrong_are_refused(models: dict[str, object], 
         pytest.fail("it has started")
 
 
-def test_a_model_beside_tables_that_say_their_own_is_refused() -> None:
+def test_a_model_option_beside_a_table_that_sets_its_own_is_refused() -> None:
     refused = pytest.raises(sidelight_server.ConfigurationError, match=r"model: got .* but the tables a set their own")
     with refused, serving(model=SOURCE, models={"a": {"model": SOURCE}}):
         pytest.fail("it has started")

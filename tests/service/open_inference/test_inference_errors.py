@@ -131,7 +131,7 @@ def _typed_pixels(numbers: bytes) -> oip.ModelInferRequest:
 
 
 @pytest.mark.parametrize(("make", "code", "pattern"), BAD.values(), ids=BAD)
-def test_what_is_wrong_is_named(
+def test_an_invalid_request_is_refused_with_what_is_wrong(
     make: Callable[[], oip.ModelInferRequest], code: Status, pattern: str, server: Running
 ) -> None:
     with pytest.raises(grpc.RpcError, match=pattern) as caught:
@@ -140,7 +140,7 @@ def test_what_is_wrong_is_named(
 
 
 @pytest.mark.parametrize(("make", "code", "pattern"), BAD.values(), ids=BAD)
-def test_on_a_stream_it_is_text_and_the_stream_goes_on(
+def test_on_a_stream_an_error_is_text_and_the_stream_goes_on(
     make: Callable[[], oip.ModelInferRequest], code: Status, pattern: str, server: Running
 ) -> None:
     request = make()
@@ -168,7 +168,7 @@ def test_requests_of_a_stream_need_no_ids(server: Running) -> None:
     assert not any(each.error_message for each in answers)
 
 
-def test_what_cannot_be_decoded_does_not_end_a_stream(server: Running) -> None:
+def test_a_message_that_cannot_be_decoded_does_not_end_a_stream(server: Running) -> None:
     method = server.channel.stream_stream(
         "/inference.GRPCInferenceService/ModelStreamInfer",
         response_deserializer=oip.ModelStreamInferResponse.FromString,
@@ -178,7 +178,7 @@ def test_what_cannot_be_decoded_does_not_end_a_stream(server: Running) -> None:
     assert not right.error_message
 
 
-def test_a_stream_at_its_maximum_age_says_so(tmp_path: Path) -> None:
+def test_a_stream_at_its_maximum_age_reports_it(tmp_path: Path) -> None:
     engine = Engine([ModelSpec(Linear(), name="linear")], Settings(device="cpu", threads=1, max_stream_age_s=0.2))
     with serving(engine, f"unix:{tmp_path}/socket") as server:
         with pytest.raises(grpc.RpcError, match="start another") as caught:

@@ -110,7 +110,7 @@ OUTSIDE: dict[str, tuple[Callable[[], oip.ModelInferRequest], str]] = {
 
 
 @pytest.mark.parametrize(("make", "pattern"), OUTSIDE.values(), ids=OUTSIDE)
-def test_what_does_not_lie_in_a_region_is_refused(
+def test_a_tensor_outside_its_region_is_refused(
     make: Callable[[], oip.ModelInferRequest], pattern: str, sharing: Running, memory: SharedMemory
 ) -> None:
     register(sharing.channel, "a", memory)

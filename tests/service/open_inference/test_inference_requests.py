@@ -119,7 +119,7 @@ def test_outputs_come_as_asked_and_ids_echo(server: Running) -> None:
     assert (response.id, response.model_name, response.model_version) == ("mine", "linear", "1")
 
 
-def test_names_that_are_not_ours_are_left_alone(server: Running) -> None:
+def test_parameters_of_other_programs_are_ignored(server: Running) -> None:
     parameters = {"triton_enable_empty_final_response": True, "sequence_id": 7, "priority": 1, "timeout": 20_000_000}
     assert infer(server, infer_request(floats(1), parameters=parameters))
 
@@ -257,6 +257,6 @@ def test_health_and_reflection_name_the_service(server: Running) -> None:
     assert health_pb2_grpc.HealthStub(server.channel).Check(request, timeout=TIMEOUT_S).status == 1
 
 
-def test_its_messages_live_beside_those_of_other_packages() -> None:
+def test_its_messages_do_not_conflict_with_those_of_other_packages() -> None:
     with pytest.raises(KeyError):
         descriptor_pool.Default().FindMessageTypeByName("inference.ModelInferRequest")

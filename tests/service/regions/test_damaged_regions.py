@@ -59,7 +59,7 @@ MISPLACED = {
 
 
 @pytest.mark.parametrize(("fields", "code", "fragment"), MISPLACED.values(), ids=MISPLACED)
-def test_what_does_not_lie_in_a_region_fails_before_any_work(
+def test_a_tensor_outside_its_region_fails_before_any_work(
     fields: dict[str, object], code: int, fragment: str, server: Running, folder: Path
 ) -> None:
     make(folder / "a")
@@ -135,7 +135,7 @@ def test_a_registered_region_does_not_depend_on_its_files_name(change: object, s
     assert_lives(server)
 
 
-def test_a_caller_who_vanishes_leaves_no_file_open(tmp_path: Path, folder: Path, device: str) -> None:
+def test_a_caller_that_disconnects_leaves_no_file_open(tmp_path: Path, folder: Path, device: str) -> None:
     with gated(tmp_path, device=device, shared_memory=folder) as (gate, server):
         path = make(folder / "a")
         for n in range(10):
@@ -154,7 +154,7 @@ def test_a_caller_who_vanishes_leaves_no_file_open(tmp_path: Path, folder: Path,
         assert_lives(server)
 
 
-def test_a_batch_in_a_region_can_be_taken_back(tmp_path: Path, folder: Path, device: str) -> None:
+def test_a_batch_in_a_region_can_be_cancelled(tmp_path: Path, folder: Path, device: str) -> None:
     with (
         gated(tmp_path, device=device, shared_memory=folder) as (gate, server),
         Conversation(server.channel) as stream,

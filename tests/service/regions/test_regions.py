@@ -136,12 +136,12 @@ def test_bfloat16_and_pixels_come_from_a_region_as_they_come_inline(folder: Path
         assert not first.result.failures
 
 
-def test_the_operator_says_where_regions_lie_and_how_many(server: Running, folder: Path) -> None:
+def test_the_settings_limit_where_regions_lie_and_how_many(server: Running, folder: Path) -> None:
     advertised = server.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=TIMEOUT_S).shared_memory
     assert advertised == pb.SharedMemory(directory=str(folder), max_region_bytes=2**30, max_stream_regions=2)
 
 
-def test_a_folder_that_is_not_there_is_no_server(tmp_path: Path, device: str) -> None:
+def test_a_server_does_not_start_without_its_region_folder(tmp_path: Path, device: str) -> None:
     with pytest.raises(ConfigurationError, match=r"^shared_memory: .*nowhere"):  # noqa: SIM117
         with serve(Linear(), device=device, shared_memory=tmp_path / "nowhere"):
             pass
@@ -174,7 +174,9 @@ FILES = {
 
 
 @pytest.mark.parametrize(("make_it", "code", "fragment"), FILES.values(), ids=FILES)
-def test_what_is_no_region_is_refused(make_it: object, code: int, fragment: str, server: Running, folder: Path) -> None:
+def test_a_file_that_cannot_be_a_region_is_refused(
+    make_it: object, code: int, fragment: str, server: Running, folder: Path
+) -> None:
     make_it(folder / "a")
     with Conversation(server.channel) as stream:
         stream.send(register("a"))

@@ -96,7 +96,7 @@ def test_an_example_that_is_not_finite_fails_alone(dtype: str, small: Service) -
 
 @pytest.mark.parametrize("bits", [0x7FC0, 0x7F81, 0xFF81, 0xFFFF, 0x7F80])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-def test_no_pattern_of_bfloat16_is_more_than_its_example_s_fault(bits: int, dtype: torch.dtype) -> None:
+def test_no_bits_of_a_bfloat16_fail_more_than_their_own_example(bits: int, dtype: torch.dtype) -> None:
     """Quiet, signaling and negative NaN, and infinity, whatever type the model computes in."""
     patterns = torch.from_numpy(floats(2, 3, 4, 5)).bfloat16().view(torch.int16).numpy().view(np.uint16)
     patterns[0, 1, 2, 3] = bits
@@ -110,7 +110,7 @@ def test_no_pattern_of_bfloat16_is_more_than_its_example_s_fault(bits: int, dtyp
     assert (failure.example, failure.code) == (0, Status.INVALID_ARGUMENT.value[0])
 
 
-def test_a_shape_that_a_model_without_an_input_size_cannot_take_is_the_caller_s_fault(bare: Service) -> None:
+def test_a_shape_that_a_model_without_an_input_size_cannot_take_is_invalid_argument(bare: Service) -> None:
     for shape in ((2, 4, 5), (4, 4, 5), (3, 5, 5), (3, 1, 1)):
         result = bare.answer(ask(floats(2, *shape))).result
         assert {failure.code for failure in result.failures} == {Status.INVALID_ARGUMENT.value[0]}
@@ -144,7 +144,7 @@ def test_a_double_that_the_model_cannot_hold_fails_alone(small: Service) -> None
     assert_close(maps_of(response)[1:], maps_of(small.answer(ask(source[1:]))))
 
 
-def test_finite_pixels_whose_sum_overflows_are_no_fault(bare: Service) -> None:
+def test_finite_pixels_whose_sum_overflows_are_accepted(bare: Service) -> None:
     result = bare.answer(ask(np.full((1, 3, 4, 5), 3e37, np.float32))).result
     assert not result.failures
     assert np.isfinite(np.frombuffer(result.maps.data, "<f4")).all()

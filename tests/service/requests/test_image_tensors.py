@@ -82,7 +82,7 @@ BOASTS = {
 
 
 @pytest.mark.parametrize(("shape", "data"), BOASTS.values(), ids=BOASTS)
-def test_a_shape_that_boasts_allocates_nothing(shape: list[int], data: bytes) -> None:
+def test_a_shape_that_is_larger_than_its_data_allocates_nothing(shape: list[int], data: bytes) -> None:
     message = ask([], images=tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=1, shape=shape, data=data)))
     tracemalloc.start()
     with pytest.raises(InvalidArgument) as caught:
@@ -94,7 +94,7 @@ def test_a_shape_that_boasts_allocates_nothing(shape: list[int], data: bytes) ->
 
 
 @pytest.mark.parametrize("shape", [shape for shape, data in BOASTS.values() if not data], ids=str)
-def test_no_examples_of_a_boasting_shape_are_refused(shape: list[int], small: Service) -> None:
+def test_an_empty_batch_of_too_large_a_shape_is_refused(shape: list[int], small: Service) -> None:
     wrong = tensor_pb2.Images(tensor=tensor_pb2.Tensor(dtype=1, shape=shape))
     assert "too large" in small.refuse(ask([], images=wrong), Status.INVALID_ARGUMENT)
 
@@ -131,7 +131,7 @@ def test_one_example_without_n_is_a_batch_of_one(one: np.ndarray, small: Service
 
 
 @pytest.mark.parametrize("number", [0, 99, -1], ids=["unspecified", "unknown", "negative"])
-def test_a_dtype_that_is_none_is_refused_with_the_known_ones(number: int, small: Service) -> None:
+def test_an_unknown_data_type_is_refused_with_the_known_ones(number: int, small: Service) -> None:
     images = images_of(pixels(1, 32, 32, 3))
     images.tensor.dtype = number
     why = small.refuse(ask([], images=images), Status.INVALID_ARGUMENT)
@@ -181,7 +181,7 @@ def test_a_model_without_an_input_size_takes_floats_alone(source: np.ndarray | l
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_other_floats_are_read_as_what_they_say(dtype: str, small: Service) -> None:
+def test_other_floats_are_read_as_their_declared_type(dtype: str, small: Service) -> None:
     """Values that every type holds exactly: so the maps are the very same."""
     exact = floats(3, 3, 32, 32).astype(np.float16)
     expected = small.answer(ask(exact.astype(np.float32))).result

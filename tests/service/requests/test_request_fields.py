@@ -18,7 +18,7 @@ Status = grpc.StatusCode
 
 @pytest.mark.parametrize("field", ["images", "target", "method"])
 @pytest.mark.parametrize("emptied", [False, True], ids=["unset", "set to nothing"])
-def test_what_is_required_is_required(field: str, emptied: bool, small: Service) -> None:
+def test_a_request_without_a_required_field_is_refused(field: str, emptied: bool, small: Service) -> None:
     request = ask(pixels(1, 32, 32, 3))
     request.ClearField(field)
     if emptied:
@@ -27,7 +27,7 @@ def test_what_is_required_is_required(field: str, emptied: bool, small: Service)
 
 
 @pytest.mark.parametrize("field", ["target", "method"])
-def test_what_is_newer_than_the_server_is_refused_with_what_it_knows(field: str, small: Service) -> None:
+def test_a_field_that_is_newer_than_the_server_is_refused_with_the_known_ones(field: str, small: Service) -> None:
     """Field 99 of an empty message: an older server reads it as unset, and must not serve something else."""
     request = ask(pixels(1, 32, 32, 3))
     request.ClearField(field)

@@ -59,7 +59,7 @@ def test_a_timeout_that_is_not_positive_is_refused(timeout: Duration, small: Ser
     assert "expected a positive time" in why
 
 
-def test_the_longest_timeout_is_taken(small: Service) -> None:
+def test_the_longest_timeout_is_accepted(small: Service) -> None:
     longest = Duration(seconds=2**63 - 1, nanos=999_999_999)
     assert small.answer(ask(pixels(1, 32, 32, 3), timeout=longest)).result.final
 

@@ -85,7 +85,7 @@ def test_a_label_of_a_model_without_labels_is_not_found(bare: Service) -> None:
     assert "there are none" in bare.refuse(ask(floats(1, 3, 4, 5), target=label("cat")), Status.NOT_FOUND)
 
 
-def test_an_unknown_model_is_not_found_and_the_near_one_named(small: Service) -> None:
+def test_an_unknown_model_is_not_found_and_a_similar_name_is_suggested(small: Service) -> None:
     why = small.refuse(ask(pixels(1, 32, 32, 3), model="smal"), Status.NOT_FOUND)
     assert '"smal"' in why
     assert 'did you mean "small"?' in why

@@ -85,7 +85,7 @@ def test_no_token_and_a_wrong_one_are_turned_away_from_every_call(place: str, to
             assert "5f2a" not in str(caught.value)  # neither the caller's nor the right one
 
 
-def test_the_asynchronous_client_brings_a_token_too(place: str, tokens: Path) -> None:
+def test_the_asynchronous_client_sends_a_token(place: str, tokens: Path) -> None:
     async def explain(address: str, token: str) -> tuple[int, ...]:
         async with sidelight.aio.connect(address, token=token, connect_timeout=PATIENCE_S) as client:
             assert [each.error async for each in client.stream([IMAGE])] == [None]
@@ -110,7 +110,7 @@ RELOADS = {
 
 
 @pytest.mark.parametrize("case", RELOADS)
-def test_a_model_is_loaded_again_for_those_alone_who_may(case: str, place: str, tokens: Path, admins: Path) -> None:
+def test_only_callers_with_permission_reload_a_model(case: str, place: str, tokens: Path, admins: Path) -> None:
     token, with_users, with_admins, error = RELOADS[case]
     files = ({"tokens": tokens} if with_users else {}) | ({"admin_tokens": admins} if with_admins else {})
     source = "python:support.models:small_cnn"
@@ -171,7 +171,9 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("metadata", HEADERS.values(), ids=HEADERS)
-def test_what_is_no_bearer_token_is_none(tokens: Path, metadata: tuple[tuple[str, str], ...], tmp_path: Path) -> None:
+def test_a_header_without_a_bearer_token_counts_as_no_token(
+    tokens: Path, metadata: tuple[tuple[str, str], ...], tmp_path: Path
+) -> None:
     with serving(f"unix:{tmp_path}/socket", tokens=tokens) as address, grpc.insecure_channel(address) as channel:
         stub = attribution_pb2_grpc.AttributionServiceStub(channel)
         with pytest.raises(grpc.RpcError) as caught:
@@ -234,7 +236,7 @@ def test_tokens_change_without_a_restart_and_running_streams_go_on(
 
 
 @pytest.mark.parametrize("how", ["path", "callable"])
-def test_a_client_brings_the_token_of_the_hour(place: str, tokens: Path, tmp_path: Path, how: str) -> None:
+def test_a_client_sends_the_current_token(place: str, tokens: Path, tmp_path: Path, how: str) -> None:
     mine = secret(tmp_path / "mine", f"# mine\n{USER}\nunused\n")
     token = mine if how == "path" else lambda: mine.read_text().split()[2]
     with serving(place, tokens=tokens) as address, connect(address, token) as client:
@@ -270,7 +272,7 @@ def test_a_broken_file_is_refused_at_first_and_later_leaves_the_old_one(
     assert USER not in known
 
 
-def test_a_file_that_everybody_may_read_is_reported_once(tokens: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_token_file_readable_by_all_users_is_reported_once(tokens: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokens.chmod(0o644)
     known = Tokens(tokens, setting="tokens")
     assert USER in known
@@ -299,7 +301,7 @@ def test_a_token_never_goes_to_another_machine_in_the_clear(address: str | list[
 
 
 @pytest.mark.parametrize("token", ["", "two words", "é", "line\n", 5, b"bytes"], ids=repr)
-def test_what_is_no_token_is_refused_by_connect(token: object) -> None:
+def test_connect_refuses_an_invalid_token(token: object) -> None:
     with pytest.raises(ValueError, match=r"^token: ") as caught:
         sidelight.connect("127.0.0.1:5", token=token)
     assert not token or str(token) not in str(caught.value)
@@ -324,7 +326,7 @@ def test_a_client_does_not_show_its_token(tokens: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["variable", "file"])
-def test_the_commands_bring_a_token(how: str, place: str, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_send_a_token(how: str, place: str, tokens: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sidelight._cli.app import app
 
     with serving(place, tokens=tokens) as address:
@@ -353,7 +355,7 @@ def test_a_unix_socket_has_the_mode_that_is_set(mode: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("mode", ["rw", "999", "66", "10660", 660], ids=str)
-def test_what_is_no_mode_is_refused(mode: object) -> None:
+def test_an_invalid_socket_mode_is_refused(mode: object) -> None:
     with pytest.raises(ConfigurationError, match=r"^socket_mode: got "), serving("unix:/nowhere", socket_mode=mode):
         pass
 
@@ -396,7 +398,7 @@ def test_a_stream_too_many_is_refused_until_another_ends(place: str) -> None:
         assert stub.AttributeStream(iter(()), timeout=PATIENCE_S).code() is Status.OK
 
 
-def test_a_clients_stream_waits_for_room_and_at_last_says_why_there_is_none(place: str) -> None:
+def test_a_clients_stream_waits_for_a_free_stream_and_then_reports_the_limit(place: str) -> None:
     batches: queue.Queue[np.ndarray | None] = queue.Queue()
     with serving(place, max_peer_streams=1) as address, connect(address) as client:
         first = client.stream(until_none(batches), window=1)

@@ -53,7 +53,7 @@ def test_a_stream_may_stay_silent(linear: grpc.Channel) -> None:
         assert stream.finish() == []
 
 
-def test_question_and_answer_may_take_turns(linear: grpc.Channel) -> None:
+def test_a_caller_may_wait_for_each_answer_before_it_sends_the_next_batch(linear: grpc.Channel) -> None:
     with Conversation(linear) as stream:
         for n in range(5):
             stream.send(attribute("again", floats(2, seed=n)))  # an id is free once it is answered
@@ -122,7 +122,7 @@ def test_an_example_that_fails_alone_is_no_failure_of_its_batch(linear: grpc.Cha
     np.testing.assert_allclose(maps[[0, 2]], linear_maps(images[[0, 2]]), **CLOSED_FORM)
 
 
-def test_a_batch_whose_time_is_over_fails_alone(tmp_path: Path, device: str) -> None:
+def test_a_batch_past_its_timeout_fails_alone(tmp_path: Path, device: str) -> None:
     with gated(tmp_path, device=device) as (gate, server), Conversation(server.channel) as stream:
         stream.send(attribute("running", floats(1)))
         assert gate.reached.wait(TIMEOUT_S)
@@ -166,7 +166,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("request_", "id_", "code", "fragment"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_served_is_refused_and_the_stream_goes_on(
+def test_a_batch_that_cannot_be_served_is_refused_and_the_stream_goes_on(
     request_: pb.AttributeStreamRequest, id_: str, code: int, fragment: str, linear: grpc.Channel
 ) -> None:
     with Conversation(linear) as stream:

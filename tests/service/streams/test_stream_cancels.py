@@ -70,7 +70,7 @@ def test_a_cancel_is_read_while_all_slots_are_taken_and_the_server_reports_how_s
     assert info.cancellations.mean.ToNanoseconds() > 0
 
 
-def test_cancelling_what_is_not_there_is_passed_over(linear: grpc.Channel) -> None:
+def test_cancelling_an_unknown_id_is_ignored(linear: grpc.Channel) -> None:
     with Conversation(linear) as stream:
         stream.send(cancel("nobody"), cancel(""), attribute("one", floats(1)))
         assert_explains(stream.receive(), floats(1))

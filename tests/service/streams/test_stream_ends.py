@@ -31,7 +31,7 @@ from support.servers.running import TIMEOUT_S, Running, gated, running
 from support.waiting import until_no_stream_is_left
 
 
-def test_a_caller_who_goes_away_frees_rows_and_permits(tmp_path: Path, device: str) -> None:
+def test_a_caller_that_disconnects_frees_rows_and_permits(tmp_path: Path, device: str) -> None:
     with gated(tmp_path, device=device, max_in_flight=4) as (gate, server), Conversation(server.channel) as stream:
         stream.send(*(attribute(str(n), floats(3)) for n in range(6)))  # two more than there are permits
         assert gate.reached.wait(TIMEOUT_S)
@@ -46,7 +46,7 @@ def test_a_caller_who_goes_away_frees_rows_and_permits(tmp_path: Path, device: s
         assert gate.n_rows == n_running + 2
 
 
-def test_callers_who_go_away_at_any_moment_leave_nothing_behind(
+def test_callers_that_disconnect_at_any_time_leave_nothing_behind(
     tmp_path: Path, device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     images = floats(64)
@@ -82,7 +82,7 @@ async def _is_misused(context: Context) -> None:
 
 
 @pytest.mark.parametrize(("end", "n_lines"), [(_has_gone, 0), (_is_misused, 1)])
-def test_a_caller_who_goes_makes_no_line_and_a_fault_makes_one(
+def test_a_disconnected_caller_is_not_logged_and_an_internal_error_is(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
@@ -104,7 +104,7 @@ def test_a_caller_who_goes_makes_no_line_and_a_fault_makes_one(
         assert [record.name for record in caplog.records] == ["grpc._cython.cygrpc"] * n_lines
 
 
-def test_a_caller_who_sends_no_more_still_gets_all_answers(tmp_path: Path, device: str) -> None:
+def test_a_caller_that_sends_no_more_still_gets_all_answers(tmp_path: Path, device: str) -> None:
     with gated(tmp_path, device=device) as (gate, server), Conversation(server.channel) as stream:
         stream.send(*(attribute(str(n), floats(2, seed=n)) for n in range(5)))
         stream.send(None)
@@ -116,7 +116,7 @@ def test_a_caller_who_sends_no_more_still_gets_all_answers(tmp_path: Path, devic
             assert_explains(answer, floats(2, seed=int(answer.id)))
 
 
-def test_batches_whose_caller_goes_while_they_wait_are_all_counted(tmp_path: Path, device: str) -> None:
+def test_waiting_batches_of_a_caller_that_disconnects_are_all_counted(tmp_path: Path, device: str) -> None:
     """One runs, one waits for its slot, and one is read behind that."""
     one_slot = gated(tmp_path, device=device, max_chunk_rows=1, max_stream_in_flight=1)
     with one_slot as (gate, server), Conversation(server.channel) as stream:
@@ -169,7 +169,7 @@ def assert_explains_meanwhile(server: Running) -> None:
     assert_explains(answer, floats(1))
 
 
-def test_at_its_greatest_age_a_stream_answers_what_it_read_and_ends_well(tmp_path: Path, device: str) -> None:
+def test_at_its_maximum_age_a_stream_answers_what_it_read_and_ends_with_ok(tmp_path: Path, device: str) -> None:
     with running(Linear(), tmp_path, device=device, max_stream_age_s=0.3) as server:
         asked, answered = 0, 0
         with Conversation(server.channel) as stream:
@@ -188,7 +188,7 @@ def test_at_its_greatest_age_a_stream_answers_what_it_read_and_ends_well(tmp_pat
         server.until_all_permits_are_back()
 
 
-def test_what_was_read_before_the_greatest_age_is_answered_after_it(tmp_path: Path, device: str) -> None:
+def test_batches_read_before_the_maximum_age_are_answered_after_it(tmp_path: Path, device: str) -> None:
     ageing = gated(tmp_path, device=device, max_stream_age_s=0.1, max_stream_in_flight=1)
     with ageing as (gate, server), Conversation(server.channel) as stream:
         stream.send(attribute("running", floats(2)), attribute("waiting", floats(1)))
@@ -211,7 +211,7 @@ async def until_it_ends(server: Running) -> None:
             await asyncio.sleep(0)
 
 
-def test_a_stream_says_that_its_server_shuts_down(tmp_path: Path, device: str) -> None:
+def test_the_end_of_a_stream_reports_that_its_server_shuts_down(tmp_path: Path, device: str) -> None:
     with gated(tmp_path, device=device) as (gate, server), Conversation(server.channel) as stream:
         stream.send(attribute("running", floats(2)))
         assert gate.reached.wait(TIMEOUT_S)
@@ -268,7 +268,7 @@ class Wire:
                     sink.sendall(data)
 
 
-def test_a_caller_whose_network_is_dead_is_noticed(tmp_path: Path, device: str) -> None:
+def test_a_caller_whose_network_is_dead_is_detected(tmp_path: Path, device: str) -> None:
     with gated(tmp_path, device=device, keepalive_s=0.3) as (gate, server):
         wire = Wire(f"{tmp_path}/socket")
         with wire as address, grpc.insecure_channel(address) as channel:

@@ -32,7 +32,7 @@ def test_time_that_passes_while_waiting_for_a_permit_counts(tmp_path: Path, devi
 
 
 @pytest.mark.parametrize("limit", ["max_in_flight", "max_stream_in_flight"])
-def test_with_one_place_all_are_answered_one_after_another(limit: str, tmp_path: Path, device: str) -> None:
+def test_with_one_stream_slot_batches_are_answered_one_after_another(limit: str, tmp_path: Path, device: str) -> None:
     with running(Linear(), tmp_path, device=device, **{limit: 1}) as server, Conversation(server.channel) as stream:
         stream.send(*(attribute(str(n), floats(3, seed=n)) for n in range(20)))
         answers = stream.finish()

@@ -212,7 +212,7 @@ class Faulty(nn.Module):
 
 
 @pytest.mark.serial  # on a busy machine a call arrives so late that it seems to be cancelled before its deadline
-def test_a_caller_whose_deadline_passes_has_not_gone(tmp_path: Path) -> None:
+def test_a_passed_deadline_is_not_counted_as_a_disconnected_caller(tmp_path: Path) -> None:
     with gated(tmp_path, device="cpu") as (gate, server):
         grpc.channel_ready_future(server.channel).result(TIMEOUT_S)
         for timeout_s in (1.0, 1.1, 1.2):  # long beside what a busy machine takes to deliver a call
@@ -297,7 +297,7 @@ def test_loads_that_fail_are_counted(tmp_path: Path) -> None:
         assert engine.registry.find("bad").n_failed == 1
 
 
-def test_two_devices_of_one_name_are_distinguished(tmp_path: Path) -> None:
+def test_two_devices_of_one_name_have_labels_of_their_own(tmp_path: Path) -> None:
     with running(Linear(), tmp_path, device="cpu,cpu") as server:
         counted = scrape_of(server)
     assert [each["device"] for each in counted.labels("sidelight_device_moves")] == ["cpu", "cpu#1"]
@@ -360,7 +360,7 @@ def test_a_wrong_number_of_served_classes_is_refused(tmp_path: Path) -> None:
 # What it costs
 
 
-def test_a_model_that_nobody_asks_for_is_not_counted() -> None:
+def test_a_request_that_resolved_no_model_has_an_empty_model_label() -> None:
     telemetry = Telemetry()
     call_record = telemetry.begin("Attribute", tuple)
     answer = _answer()

@@ -64,7 +64,7 @@ def test_an_address_that_is_wrong_or_open_to_others_is_refused(spec: ModelSpec, 
         pass
 
 
-def test_nothing_of_it_is_left_once_it_is_closed() -> None:
+def test_closing_the_endpoint_ends_its_thread_beside_an_idle_connection() -> None:
     exposition = MetricsServer(CollectorRegistry(), "127.0.0.1:0", plaintext=False)
     host, port = exposition.address.split(":")
     with socket.create_connection((host, int(port)), timeout=TIMEOUT_S):  # one who asks nothing holds nobody up
@@ -75,7 +75,7 @@ def test_nothing_of_it_is_left_once_it_is_closed() -> None:
         scrape(exposition.address)
 
 
-def test_those_who_ask_nothing_keep_nobody_out() -> None:
+def test_idle_connections_to_the_endpoint_do_not_block_others() -> None:
     exposition = MetricsServer(CollectorRegistry(), "127.0.0.1:0", plaintext=False)
     host, port = exposition.address.split(":")
     with contextlib.closing(exposition), contextlib.ExitStack() as stack:
@@ -113,7 +113,7 @@ def _names(tmp_path: Path) -> set[str]:
         return scrape_of(server).names | empty
 
 
-def test_the_dashboard_asks_for_metrics_that_there_are(tmp_path: Path) -> None:
+def test_the_dashboard_queries_only_existing_metrics(tmp_path: Path) -> None:
     board = json.loads((ROOT / "deploy" / "grafana" / "sidelight.json").read_text(encoding="utf-8"))
     asked = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
     used = set(re.findall(r"\b(?:sidelight|process)_[a-z_]+", " ".join(asked)))

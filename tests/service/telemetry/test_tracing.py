@@ -151,7 +151,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_without_a_word_nothing_is_traced_and_nothing_imported() -> None:
+def test_without_an_exporter_nothing_is_traced_and_nothing_imported() -> None:
     code = (
         "import sys, sidelight_server.telemetry.tracing as tracing; assert tracing.from_environment() is None; "
         "assert not [name for name in sys.modules if name.startswith('opentelemetry')]"
@@ -172,7 +172,7 @@ def test_without_a_word_nothing_is_traced_and_nothing_imported() -> None:
     ],
     ids=["exporter", "protocol", "not installed", "no time", "no size"],
 )
-def test_what_cannot_be_had_is_said_at_start(
+def test_an_unavailable_exporter_is_reported_at_start(
     monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], pattern: str
 ) -> None:
     for name, value in variables.items():

@@ -42,7 +42,7 @@ def test_one_round_with_a_hiccup_does_not_move_the_p99():
     assert record(n8=[(20.0, 0.4), (20.0, 5.0), (20.0, 0.5)]).p99_s(8) == 0.5
 
 
-def test_a_body_brings_the_map_back():
+def test_the_body_of_an_answer_contains_the_map():
     map_ = np.random.default_rng(0).random((224, 224), np.float32)
     answer = read_bytes(body_of(map_, 123, 0.5))
     assert answer.predicted == 123
@@ -54,7 +54,7 @@ def test_pixels_of_another_size_are_refused():
         pixels_of(b"123")
 
 
-def test_a_closed_loop_asks_for_every_image_once_and_within_its_concurrency():
+def test_a_closed_loop_requests_every_image_once_and_within_its_concurrency():
     images = [np.full((1, 1, 3), n, np.uint8) for n in range(20)]
     together = threading.Barrier(4)  # broken, should fewer than four ever ask at once
     lock, asking, most = threading.Lock(), 0, 0

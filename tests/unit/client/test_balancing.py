@@ -46,7 +46,7 @@ def test_what_was_sent_since_is_added_to_the_backlog() -> None:
     assert known.finish_s(2, 0.0, unknown_s=9.0) == 2.0 + 2 * 0.5
 
 
-def test_a_new_server_is_taken_for_as_fast_as_the_fastest_and_not_flooded() -> None:
+def test_a_new_server_is_assumed_as_fast_as_the_fastest_and_not_flooded() -> None:
     loads = {A: load(example_s=0.1), B: load(example_s=0.4), C: Load()}
     n_sent = dict.fromkeys(loads, 0)
     for _ in range(90):

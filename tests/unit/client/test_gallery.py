@@ -33,7 +33,7 @@ def test_the_sheet_is_no_wider_than_its_panels() -> None:
     assert draw_gallery([panel()], columns=5).size == draw_gallery([panel()], columns=1).size
 
 
-def test_a_heading_has_its_own_room() -> None:
+def test_a_heading_does_not_overlap_the_images() -> None:
     assert draw_gallery([panel()], heading="Why?").height > draw_gallery([panel()]).height
 
 

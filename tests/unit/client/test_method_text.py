@@ -127,7 +127,7 @@ READ: dict[str, sidelight.methods.Method] = {
 
 
 @pytest.mark.parametrize(("text", "method"), READ.items(), ids=READ.keys())
-def test_a_method_is_read_as_a_person_writes_it(text: str, method: sidelight.methods.Method) -> None:
+def test_a_method_text_may_be_written_in_several_ways(text: str, method: sidelight.methods.Method) -> None:
     assert parse_method(text).message() == method.message()
 
 
@@ -165,7 +165,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=[repr(text[:40]) for text in WRONG])
-def test_a_text_that_is_no_method_is_refused_with_what_is_near(text: str, message: str) -> None:
+def test_an_invalid_method_text_is_refused_with_a_similar_name(text: str, message: str) -> None:
     with pytest.raises(sidelight.InvalidArgument) as caught:
         parse_method(text)
     assert message in caught.value.message

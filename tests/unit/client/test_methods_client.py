@@ -160,7 +160,7 @@ MESSAGES: dict[str, tuple[sidelight.methods.Method, pb.Method]] = {
 
 
 @pytest.mark.parametrize(("method", "message"), MESSAGES.values(), ids=MESSAGES.keys())
-def test_a_method_says_itself_with_every_default(method: sidelight.methods.Method, message: pb.Method) -> None:
+def test_a_method_becomes_its_message_with_every_default(method: sidelight.methods.Method, message: pb.Method) -> None:
     assert method.message() == message
     assert method.message().WhichOneof("method") == message.WhichOneof("method")  # for those that are empty
 
@@ -312,7 +312,7 @@ REFUSED: dict[str, tuple[Callable[[], sidelight.methods.Method], str]] = {
 
 
 @pytest.mark.parametrize(("method", "message"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_the_wire_cannot_hold_is_refused_by_field_got_and_expected(
+def test_a_value_that_its_message_cannot_hold_is_refused_with_field_got_and_expected(
     method: Callable[[], sidelight.methods.Method], message: str
 ) -> None:
     with pytest.raises(sidelight.InvalidArgument) as caught:
@@ -332,7 +332,7 @@ def test_what_the_wire_cannot_hold_is_refused_by_field_got_and_expected(
     ],
     ids=lambda each: type(each).__name__,
 )
-def test_a_number_out_of_its_range_goes_to_the_server_which_knows_the_range(method: sidelight.methods.Method) -> None:
+def test_the_client_leaves_the_range_of_a_number_to_the_server(method: sidelight.methods.Method) -> None:
     method.message()
 
 
@@ -375,7 +375,7 @@ TARGETS: dict[str, tuple[object, pb.Target, str]] = {
 
 
 @pytest.mark.parametrize(("target", "message", "text"), TARGETS.values(), ids=TARGETS.keys())
-def test_a_target_says_itself(target: object, message: pb.Target, text: str) -> None:
+def test_a_target_becomes_its_message(target: object, message: pb.Target, text: str) -> None:
     assert target_message(target) == message
     assert target_message(target).WhichOneof("target") == message.WhichOneof("target")
     assert target_text(message) == text
@@ -397,7 +397,7 @@ def test_a_target_says_itself(target: object, message: pb.Target, text: str) -> 
     ],
     ids=lambda each: "" if isinstance(each, str) else repr(each),
 )
-def test_a_target_that_the_wire_cannot_hold_is_refused(target: object, message: str) -> None:
+def test_a_target_that_its_message_cannot_hold_is_refused(target: object, message: str) -> None:
     with pytest.raises(sidelight.InvalidArgument) as caught:
         target_message(target)
     assert message in caught.value.message

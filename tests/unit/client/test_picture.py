@@ -288,7 +288,7 @@ def test_a_picture_of_pixels_is_those_pixels(channels: int) -> None:
     np.testing.assert_array_equal(shown, np.broadcast_to(pixels[..., :3], (5, 6, 3)))
 
 
-def test_what_is_transparent_is_white() -> None:
+def test_transparent_pixels_are_white() -> None:
     assert picture_of(np.zeros((5, 6, 4), np.uint8)).getpixel((0, 0)) == (255, 255, 255)
 
 
@@ -334,7 +334,7 @@ def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 4, 5), (0, 4)], ids=["channels", "empty"])
-def test_what_is_no_map_is_refused(shape: tuple[int, ...]) -> None:
+def test_an_invalid_map_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected \[H, W\]"):
         colorize(np.zeros(shape))
 

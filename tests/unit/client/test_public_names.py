@@ -10,7 +10,7 @@ import sidelight
 from sidelight import exceptions
 
 
-def test_the_public_list_is_whole_and_true() -> None:
+def test_all_lists_every_public_name_once() -> None:
     assert len(set(sidelight.__all__)) == len(sidelight.__all__)
     public = {name for name in vars(sidelight) if not name.startswith("_")}
     # Three are imported by their own names, once somebody has.
@@ -22,7 +22,7 @@ def test_the_public_list_is_whole_and_true() -> None:
 
 
 @pytest.mark.parametrize("module", [sidelight, sidelight.exceptions, sidelight.methods, sidelight.results])
-def test_all_that_is_public_says_what_it_is(module: ModuleType) -> None:
+def test_every_public_name_has_a_docstring(module: ModuleType) -> None:
     assert module.__doc__
     assert all(getattr(module, name).__doc__ for name in module.__all__)
 

@@ -98,7 +98,7 @@ def test_a_part_that_was_alone_with_two_dying_servers_is_given_up() -> None:
     assert sent(queue, B) == ["1"]
 
 
-def test_the_end_of_a_server_that_says_so_accuses_nobody() -> None:
+def test_no_batch_is_blamed_for_a_shutdown_that_the_server_announces() -> None:
     queue = filled(1)
     for _ in range(5):
         assert sent(queue, A) == ["0"]
@@ -165,7 +165,7 @@ def test_a_window_in_all_bounds_all_workers_together() -> None:
     assert n == 4
 
 
-def test_answers_that_nobody_takes_hold_the_window() -> None:
+def test_unread_answers_hold_the_window() -> None:
     queue = filled(0, window=1)
     entries = [entry(index) for index in range(2)]
     for each in entries:
@@ -189,7 +189,7 @@ def test_it_is_done_when_the_batches_are_at_their_end_and_all_is_delivered() -> 
 
 
 @given(st.data())
-def test_whatever_happens_each_part_is_waiting_sent_answered_or_given_up(data: st.DataObject) -> None:
+def test_each_part_is_always_waiting_sent_answered_or_given_up(data: st.DataObject) -> None:
     """The law behind "yielded exactly once": no part is ever in two places, and none is lost."""
     queue, workers, over = filled(0, window=4, workers=(A, B)), (A, B), []
     in_flight: dict[str, Part] = {}

@@ -29,7 +29,7 @@ def changed(settings: Settings) -> dict[str, object]:
     return {name: value for name, value in settings.model_dump().items() if value != getattr(default, name)}
 
 
-def test_without_anything_all_is_as_by_default() -> None:
+def test_without_configuration_every_setting_has_its_default() -> None:
     assert read_settings([]) == Settings()
 
 
@@ -212,7 +212,7 @@ def test_a_flag_back_to_its_default_still_wins(monkeypatch: pytest.MonkeyPatch) 
     assert read_settings(["--threads", "0"]).threads == 0
 
 
-def test_nothing_leaks_from_one_reading_into_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_the_settings_twice_shares_no_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_file("threads = 2\n")
     with monkeypatch.context() as patched:
         patched.setenv("SIDELIGHT_MAX_IN_FLIGHT", "3")
@@ -243,7 +243,7 @@ def test_settings_made_in_a_program_read_neither_variables_nor_file(monkeypatch:
     ],
     ids=["one letter short", "underscores", "transposed"],
 )
-def test_an_unknown_flag_is_refused_with_the_near_one(
+def test_an_unknown_flag_is_refused_with_a_similar_name(
     flag: str, meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
@@ -268,7 +268,7 @@ def test_wrong_flags_are_refused_in_one_line(flags: list[str], word: str, capsys
     assert word in line
 
 
-def test_an_unknown_key_of_the_file_is_refused_with_the_near_one() -> None:
+def test_an_unknown_key_of_the_file_is_refused_with_a_similar_name() -> None:
     write_file("max_chunk_row = 4\n")
     with pytest.raises(ConfigurationError) as caught:
         read_settings([])

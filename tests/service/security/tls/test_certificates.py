@@ -31,7 +31,7 @@ def der(pair: Pair) -> bytes:
     return ssl.PEM_cert_to_DER_cert(pair.certificate.read_text())
 
 
-def test_a_new_certificate_is_shown_and_what_runs_goes_on(
+def test_a_new_certificate_is_presented_and_running_calls_continue(
     authority: Authority, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
     pair, new = authority.pair(), authority.pair()
@@ -64,7 +64,7 @@ def test_a_new_certificate_is_shown_and_what_runs_goes_on(
         assert not [each for each in caplog.messages if "waiting for a server" in each]
 
 
-def test_each_address_shows_a_new_certificate(authority: Authority) -> None:
+def test_every_address_presents_a_new_certificate(authority: Authority) -> None:
     pair, new = authority.pair(), authority.pair()
     with contextlib.ExitStack() as stack:
         free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(2)]
@@ -82,7 +82,7 @@ def test_each_address_shows_a_new_certificate(authority: Authority) -> None:
 
 
 @pytest.mark.parametrize("broken", ["no PEM", "no pair", "missing", "empty"])
-def test_a_broken_new_pair_leaves_the_old_one_and_says_so_once(
+def test_a_broken_new_certificate_leaves_the_old_one_in_use_and_is_logged_once(
     authority: Authority, broken: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     pair, new = authority.pair(), authority.pair()
@@ -178,7 +178,7 @@ def test_a_key_with_a_password_is_refused_instead_of_asked_for(authority: Author
         sidelight.connect("127.0.0.1:1", tls=TLS(certificate=pair.certificate, key=locked))
 
 
-def test_a_key_that_everybody_may_read_is_reported(authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_key_file_readable_by_all_users_is_reported(authority: Authority, caplog: pytest.LogCaptureFixture) -> None:
     pair = authority.pair()
     Certificates(pair.certificate, pair.key).credentials()
     assert not caplog.messages

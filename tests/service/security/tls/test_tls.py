@@ -46,7 +46,7 @@ def test_a_client_that_trusts_the_authority_is_answered(
         assert [answer.error for answer in client.stream([IMAGE, IMAGE])] == [None, None]
 
 
-def test_a_name_that_the_certificate_has_can_be_said(authority: Authority) -> None:
+def test_a_server_name_that_the_certificate_contains_can_be_set(authority: Authority) -> None:
     with serving(authority.pair("sidelight.example")) as address:
         tls = TLS(ca=authority.path, server_name="sidelight.example")
         with sidelight.connect(address, tls=tls, connect_timeout=PATIENCE_S) as client:
@@ -54,7 +54,7 @@ def test_a_name_that_the_certificate_has_can_be_said(authority: Authority) -> No
 
 
 @pytest.mark.parametrize("how", ["file", "folder", "gRPC's own"])
-def test_whom_the_system_trusts_is_trusted(
+def test_an_authority_that_the_system_trusts_is_accepted(
     address: str, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     monkeypatch.delenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", raising=False)
@@ -70,7 +70,7 @@ def test_whom_the_system_trusts_is_trusted(
             assert client.info().models
 
 
-def test_the_asynchronous_client_speaks_it_too(address: str, authority: Authority) -> None:
+def test_the_asynchronous_client_uses_tls(address: str, authority: Authority) -> None:
     async def explain() -> tuple[int, ...]:
         async with sidelight.aio.connect(address, tls=authority.path, connect_timeout=PATIENCE_S) as client:
             return (await client.attribute(IMAGE)).maps.shape
@@ -143,7 +143,7 @@ def test_of_several_servers_one_with_a_wrong_certificate_is_passed_over(
             assert client.info().models
 
 
-def test_a_fault_that_is_mended_is_forgotten(authority: Authority, other: Authority) -> None:
+def test_a_client_connects_once_the_certificate_is_corrected(authority: Authority, other: Authority) -> None:
     pair = other.pair()
     with (
         serving(pair) as address,
@@ -159,7 +159,7 @@ def test_a_fault_that_is_mended_is_forgotten(authority: Authority, other: Author
         assert client.info().models
 
 
-def test_mutual_tls_lets_in_who_shows_a_certificate(mutual: str, authority: Authority) -> None:
+def test_mutual_tls_accepts_a_client_with_a_certificate(mutual: str, authority: Authority) -> None:
     mine = authority.pair("client.example")
     tls = TLS(ca=authority.path, certificate=mine.certificate, key=mine.key)
     with sidelight.connect(mutual, tls=tls, connect_timeout=PATIENCE_S) as client:
@@ -167,7 +167,9 @@ def test_mutual_tls_lets_in_who_shows_a_certificate(mutual: str, authority: Auth
 
 
 @pytest.mark.parametrize("whose", ["none", "another authority's", "expired"])
-def test_mutual_tls_turns_away_who_does_not(mutual: str, authority: Authority, other: Authority, whose: str) -> None:
+def test_mutual_tls_rejects_a_client_without_a_certificate(
+    mutual: str, authority: Authority, other: Authority, whose: str
+) -> None:
     mine = {"none": None, "another authority's": other.pair(), "expired": authority.pair(until=-DAY)}[whose]
     tls = TLS(ca=authority.path, certificate=mine and mine.certificate, key=mine and mine.key)
     with (
@@ -177,7 +179,7 @@ def test_mutual_tls_turns_away_who_does_not(mutual: str, authority: Authority, o
         client.info()
 
 
-def test_an_address_that_is_not_loopback_needs_tls_or_a_word(authority: Authority) -> None:
+def test_an_address_that_is_not_loopback_needs_tls_or_the_plaintext_setting(authority: Authority) -> None:
     with (
         pytest.raises(ConfigurationError, match="--tls-certificate and --tls-key, or allow it with --plaintext"),
         sidelight_server.serve(small_cnn(), listen=("0.0.0.0:0",)),
@@ -207,7 +209,7 @@ def test_a_unix_socket_stays_plain(authority: Authority, tmp_path: Path) -> None
     ],
     ids=["half a pair", "a number", "no PEM"],
 )
-def test_what_is_no_tls_is_refused_by_connect(tls: object, pattern: str) -> None:
+def test_connect_refuses_invalid_tls_arguments(tls: object, pattern: str) -> None:
     with pytest.raises(ValueError, match=pattern):
         sidelight.connect("127.0.0.1:1", tls=tls)
 
@@ -243,7 +245,7 @@ def test_half_open_connections_neither_block_others_nor_remain(address: str, aut
 # The command line
 
 
-def test_the_commands_speak_it(spec: ModelSpec, authority: Authority, other: Authority, tmp_path: Path) -> None:
+def test_the_commands_use_tls(spec: ModelSpec, authority: Authority, other: Authority, tmp_path: Path) -> None:
     picture = tmp_path / "gray.png"
     Image.new("RGB", (32, 32), "gray").save(picture)
     mine = authority.pair()

@@ -62,13 +62,13 @@ def test_folding_changes_neither_outputs_nor_gradients() -> None:
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12 * float(a.abs().max()))
 
 
-def test_a_convolution_that_somebody_else_reads_is_found_out_and_refused() -> None:
+def test_fusion_is_refused_where_another_layer_also_reads_the_convolution() -> None:
     torch.manual_seed(0)
     with pytest.raises(ConfigurationError, match=r"fold: .*leave fold unset"):
         fuse_batchnorm(Tower(shares_output=True).eval(), inputs(2))
 
 
-def test_a_norm_that_also_does_something_else_is_left_alone() -> None:
+def test_a_subclass_of_batchnorm_that_computes_more_is_not_fused() -> None:
     class NormAndRelu(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x).relu()
@@ -107,7 +107,7 @@ def test_a_norm_with_an_activation_keeps_the_activation() -> None:
     torch.testing.assert_close(folded(x), module(x), rtol=0, atol=1e-12)
 
 
-def test_a_norm_that_only_looks_like_one_with_an_activation_is_found_out() -> None:
+def test_a_norm_that_activates_before_it_normalizes_is_refused() -> None:
     with pytest.raises(ConfigurationError, match=r"fold: .*leave fold unset"):
         fuse_batchnorm(with_norm(NormAct(8, reads_first=True)), inputs(2))
 

@@ -47,7 +47,7 @@ def test_without_an_option_nothing_is_copied() -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_callers_module_stays_as_it_is(name: str) -> None:
+def test_a_kernel_does_not_change_the_callers_module(name: str) -> None:
     module = small_cnn().train()
     before = copy.deepcopy(module.state_dict())
     run(kernel(module, OPTIONS[name]), inputs())
@@ -150,7 +150,7 @@ def test_a_probability_of_next_to_nothing_has_a_finite_gradient_in_half_precisio
 
 
 @pytest.mark.parametrize("option", ["fold", "compile"])
-def test_what_is_tried_first_needs_an_input_size(option: str) -> None:
+def test_an_option_that_is_tried_at_load_needs_an_input_size(option: str) -> None:
     with pytest.raises(ConfigurationError, match=f'model "model": {option}: .*input_size'):
         Engine([ModelSpec(small_cnn())], Settings(device="cpu", **{option: True}))
 

@@ -125,6 +125,6 @@ def test_the_digest_is_that_of_the_callers_weights(spec: ModelSpec) -> None:
         assert fast.model("").digest == exact.model("").digest
 
 
-def test_a_precision_that_there_is_not_is_refused(spec: ModelSpec) -> None:
+def test_an_unknown_precision_is_refused(spec: ModelSpec) -> None:
     with pytest.raises(ConfigurationError, match="precision: got 'int8': Input should be 'float32', "):
         Engine([spec.replace(precision="int8")])

@@ -109,9 +109,7 @@ def test_a_size_that_is_known_is_not_measured_again(device: str) -> None:
     assert module.chunks == [(8, SMALL * SMALL)]
 
 
-def test_callers_who_choose_ever_new_sizes_are_not_all_kept_in_mind(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_number_of_remembered_input_sizes_is_bounded(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidelight_server.models.row_memory.MAX_SHAPES", 4)
     with limited(Sized(), device) as engine:
         for side in range(8, 24):

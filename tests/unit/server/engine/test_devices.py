@@ -154,7 +154,7 @@ def test_no_request_takes_more_rows_than_are_counted_for_it(method: Method, targ
         assert counted <= 2 * call_record.rows
 
 
-def test_a_device_whose_thread_has_ended_gets_nothing_more(gated: Engine) -> None:
+def test_a_device_whose_thread_has_ended_gets_no_more_requests(gated: Engine) -> None:
     gated._devices[0].worker.close()
     assert not asyncio.run(gated.attribute(Request(PICTURE))).failures
     gated._devices[1].worker.close()
@@ -280,7 +280,7 @@ def test_what_waits_at_a_lost_device_is_unavailable(breaking: Breaking) -> None:
         assert [type(each) for each in asyncio.run(scenario())] == [Unavailable] * 20
 
 
-def test_a_server_whose_only_device_is_lost_says_so(breaking: Breaking, tmp_path: Path) -> None:
+def test_a_server_whose_only_device_is_lost_is_not_serving(breaking: Breaking, tmp_path: Path) -> None:
     with serving(breakable(breaking, device="cpu"), f"unix:{tmp_path}/socket") as server:
         health = health_pb2_grpc.HealthStub(server.channel)
         watching = health.Watch(health_pb2.HealthCheckRequest(service="model/model"), timeout=TIMEOUT_S)

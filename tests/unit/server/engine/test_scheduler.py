@@ -233,7 +233,7 @@ def test_every_row_of_every_caller_runs_exactly_once_unless_cancelled(
     assert [each.n_taken for each in asked] == [0 if cancelled else n for n, _, _, cancelled in made]
 
 
-def test_cancelling_reorders_nobody() -> None:
+def test_cancelling_does_not_change_the_order() -> None:
     requests = [Asked(str(i), 3) for i in range(6)]
     scheduler = scheduler_of(*requests)
     requests[1].cancelled = requests[4].cancelled = True

@@ -95,7 +95,7 @@ def test_a_request_without_examples_to_run_ends_after_submit_has_returned(engine
     assert [failure.example for failure in answer.failures] == [0, 1]
 
 
-def test_what_is_rejected_at_once_is_raised(engine: Engine, floats: Tensor) -> None:
+def test_a_request_that_is_rejected_at_once_raises(engine: Engine, floats: Tensor) -> None:
     async def run() -> None:
         engine.submit(Request(floats.numpy(), method=GradCAM(layer="nowhere")), pytest.fail)
 

@@ -185,7 +185,7 @@ def test_none_cuts_the_centre_out_without_a_copy() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(31, 80), (80, 31), (1, 1)])
-def test_none_refuses_what_is_smaller_than_the_input(height: int, width: int) -> None:
+def test_without_resizing_a_picture_smaller_than_the_input_is_refused(height: int, width: int) -> None:
     with pytest.raises(InvalidArgument, match=f"image: {height} × {width} pixels, the model takes 32 × 32 or more"):
         prepare(resize="none").fit(noise(height, width))
 
@@ -199,7 +199,7 @@ def test_a_picture_of_the_input_size_is_not_touched(resize: int | str) -> None:
 
 
 @pytest.mark.parametrize("resize", [36, "exact", "none"])
-def test_what_is_given_is_not_changed(resize: int | str) -> None:
+def test_fitting_does_not_change_the_given_pixels(resize: int | str) -> None:
     pixels = noise(50, 81)
     pixels.flags.writeable = False
     before = pixels.copy()

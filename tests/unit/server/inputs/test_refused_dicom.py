@@ -82,7 +82,7 @@ LIES = {
 
 
 @pytest.mark.parametrize(("file", "message"), LIES.values(), ids=LIES.keys())
-def test_a_file_that_lies_is_refused(file: bytes, message: str) -> None:
+def test_a_file_that_contradicts_itself_is_refused(file: bytes, message: str) -> None:
     if message:
         assert message in refusal(file)
         return
@@ -101,7 +101,7 @@ def test_a_syntax_without_a_codec_is_named() -> None:
 
 
 @counts_memory
-def test_lies_take_no_memory_and_warn_nobody() -> None:
+def test_inconsistent_files_take_no_memory_and_cause_no_warning() -> None:
     files = [*(file for file, _ in LIES.values()), (FOLDER / "test_files/badVR.dcm").read_bytes()]
     messages, grown_kib = refused_apart(files, "pydicom.pixels")
     assert len(messages) >= len(LIES) - 3

@@ -135,7 +135,7 @@ def test_one_example_has_one_map_in_every_place_and_neighborhood(rows: int, alon
                 assert miss <= NEIGHBORS, (name, place)
 
 
-def test_a_hook_never_stays_on_the_callers_module() -> None:
+def test_no_hook_remains_on_the_callers_module() -> None:
     module = small_cnn(3, size=16)
     with Engine([ModelSpec(module, input_size=SHAPE)], Settings(device="cpu")) as engine:
         asyncio.run(all_at_once(engine, [asked(each, images(2, seed=1)) for each in HOOKED.values()]))

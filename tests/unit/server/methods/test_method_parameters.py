@@ -192,7 +192,7 @@ def test_a_method_of_too_many_rows_is_refused(case: str, engine: Engine, x: Tens
 
 @pytest.mark.parametrize("kind", [GradCAM, LayerGradientXActivation], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("sized", [True, False], ids=["fixed size", "any size"])
-def test_an_unknown_layer_is_not_found_and_the_near_names_are_reported(
+def test_an_unknown_layer_is_not_found_and_similar_names_are_suggested(
     kind: type[GradCAM], sized: bool, x: Tensor
 ) -> None:
     class Named(nn.Module):

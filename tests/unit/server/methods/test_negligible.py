@@ -80,19 +80,19 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("channels", [Channels.NONE, Channels.MAX_ABS], ids=lambda each: each.value)
-def test_a_scale_makes_nothing_of_no_map(method: str, channels: Channels) -> None:
+def test_no_map_is_negligible_because_of_its_scale(method: str, channels: Channels) -> None:
     for factor in (1.0, 1e-6, 1e-18):
         with explaining(Scaled(factor).eval(), input_size=SIZE) as explain:
             assert not any(flags(explain(x(), METHODS[method], channels=channels)))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_score_that_depends_on_nothing_has_a_map_of_nothing(method: str) -> None:
+def test_a_score_that_does_not_depend_on_the_input_has_a_negligible_map(method: str) -> None:
     with explaining(Scaled(0.0).eval(), input_size=SIZE, output_kind="logits") as explain:
         assert all(flags(explain(x(), METHODS[method])))
 
 
-def test_a_layer_of_which_nothing_speaks_for_a_class_is_zero_and_right() -> None:
+def test_a_layer_without_evidence_for_a_class_has_a_map_of_zeros() -> None:
     """Then Grad-CAM's ReLU gives zero everywhere, and the answer says so."""
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     with torch.no_grad():

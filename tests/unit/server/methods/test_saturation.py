@@ -297,7 +297,7 @@ def test_only_what_was_differentiated_can_be_saturated(method: object, saturates
 
 @pytest.mark.parametrize("after", [lambda logits: logits.softmax(dim=1), torch.sigmoid], ids=["softmax", "sigmoid"])
 @pytest.mark.parametrize("score", [Score.PROBABILITY, Score.LOG_PROBABILITY], ids=lambda score: score.value)
-def test_probabilities_of_the_modules_own_are_saturated_where_float32_lost_them(
+def test_probabilities_that_the_module_rounds_to_0_or_1_are_saturated(
     after: Callable[[Tensor], Tensor], score: Score
 ) -> None:
     with explaining(Certain(after=after), input_size=(1, 1, 1), output_kind="probabilities") as explain:

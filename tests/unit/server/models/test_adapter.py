@@ -114,7 +114,7 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], tuple[str, str, 
 
 
 @pytest.mark.parametrize(("make", "spec", "expected"), KINDS.values(), ids=KINDS)
-def test_how_a_module_is_called_and_what_it_returns_is_found_out(
+def test_the_trial_detects_how_a_module_is_called_and_what_it_returns(
     make: Callable[[], nn.Module], spec: dict[str, Any], expected: tuple[str, str, str]
 ) -> None:
     assert found(make(), **spec) == expected
@@ -138,7 +138,7 @@ SHAPED: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("shaped", SHAPED)
-def test_a_last_step_is_known_behind_what_changes_only_its_shape(shaped: str) -> None:
+def test_the_last_activation_is_detected_behind_operations_that_change_only_the_shape(shaped: str) -> None:
     assert found(Returning(lambda y: SHAPED[shaped](y.sigmoid())))[1:] == ("probabilities", "sigmoid")
     if shaped in ("clamp", "where", "in turn"):  # which make anything of logits
         with pytest.raises(ConfigurationError, match="set output_kind"):
@@ -148,7 +148,7 @@ def test_a_last_step_is_known_behind_what_changes_only_its_shape(shaped: str) ->
 
 
 @pytest.mark.parametrize("shaped", [each for each in SHAPED if each != "where"])
-def test_a_softmax_is_known_in_the_same_way(shaped: str) -> None:
+def test_a_softmax_is_detected_in_the_same_way(shaped: str) -> None:
     assert found(Returning(lambda y: SHAPED[shaped](y.softmax(dim=1))))[1:] == ("probabilities", "softmax")
 
 
@@ -165,7 +165,7 @@ UNKNOWN: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("unknown", UNKNOWN)
-def test_numbers_that_may_be_probabilities_are_refused_until_somebody_says_so(unknown: str) -> None:
+def test_outputs_that_may_be_probabilities_are_refused_until_a_setting_says_so(unknown: str) -> None:
     with pytest.raises(ConfigurationError, match=r"output_kind: the model returned \[2, .\] .*set output_kind to"):
         found(Returning(UNKNOWN[unknown]))
     for outputs in ("probabilities", "logits"):
@@ -173,7 +173,7 @@ def test_numbers_that_may_be_probabilities_are_refused_until_somebody_says_so(un
 
 
 @pytest.mark.parametrize("of", [nn.functional.logsigmoid, lambda y: {"y_prob": 9 * y}], ids=["logarithm", "name"])
-def test_what_is_neither_probabilities_nor_logits_is_refused(of: Callable[[Tensor], Any]) -> None:
+def test_outputs_that_are_neither_probabilities_nor_logits_are_refused(of: Callable[[Tensor], Any]) -> None:
     with pytest.raises(ConfigurationError, match="neither probabilities nor logits"):
         found(Returning(of))
 
@@ -192,7 +192,7 @@ SMALL: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("small", SMALL)
-def test_logits_that_lie_in_0_to_1_are_known_by_the_step_that_they_come_of(small: str) -> None:
+def test_logits_between_0_and_1_are_detected_by_the_operation_that_returns_them(small: str) -> None:
     module = Returning(SMALL[small])
     with torch.no_grad():
         module.head.weight.mul_(0.01)
@@ -281,7 +281,7 @@ def test_a_single_output_explains_the_side_that_is_predicted(kind: str) -> None:
     np.testing.assert_allclose(answer.maps, expected, rtol=0, atol=1e-6 * float(expected.abs().max()))
 
 
-def test_a_transformers_model_needs_no_word() -> None:
+def test_a_transformers_model_needs_no_settings() -> None:
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=3, num_channels=3)
     module = ResNetForImageClassification(config)

@@ -78,7 +78,7 @@ SLOW = {"8 rows in time": (0.05, 8), "4 rows in time": (0.1, 4), "3 rows in time
 
 
 @pytest.mark.parametrize(("a_row_s", "expected"), SLOW.values(), ids=SLOW)
-def test_a_slow_model_gets_fewer_rows_and_is_never_run_for_longer_to_find_out(
+def test_a_slow_model_gets_fewer_rows_and_no_longer_chunk_is_tried(
     a_row_s: float, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module = Paced({n: n * a_row_s for n in range(1, 300)})
@@ -101,7 +101,7 @@ def test_memory_is_reckoned_from_one_and_two_rows_and_never_run_into(monkeypatch
         assert module.largest <= max(2, limit // a_row)
 
 
-def test_what_is_set_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_chunk_size_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     with calibrated(small_cnn(), monkeypatch, max_chunk_rows=5) as engine:
         model = engine.model("")
     assert model.chunk_rows == 5

@@ -55,7 +55,7 @@ def export(
     return f"export:{to}"
 
 
-def test_a_program_of_train_mode_is_refused_for_it_stays_in_it() -> None:
+def test_a_program_exported_in_train_mode_is_refused() -> None:
     with warnings.catch_warnings(action="ignore"):
         program = torch.export.export(net().train(), (examples(2),))
         torch.export.save(program, "training.pt2")

@@ -38,7 +38,7 @@ def test_a_network_is_served_as_torch_computes_it(found: dict[str, object]) -> N
 
 
 @pytest.mark.requires("onnx")
-def test_a_network_of_a_static_batch_says_so(found: dict[str, object]) -> None:
+def test_a_network_of_a_static_batch_is_detected(found: dict[str, object]) -> None:
     assert found["static"] == [[2, 2], [3, 16, 16]]
     assert found["dynamic"] == [None, [3, 16, 16]]
     assert found["served static"] < 1e-5
@@ -87,7 +87,7 @@ def test_a_file_that_cannot_be_served_is_refused(case: str, prefix: str, found: 
 
 @pytest.mark.requires("onnx")
 @pytest.mark.parametrize("case", ["an operator that has no equal", "an operator of a newer set"])
-def test_a_refused_operator_comes_with_the_way_out(case: str, found: dict[str, object]) -> None:
+def test_the_error_for_an_unsupported_operator_says_what_to_do(case: str, found: dict[str, object]) -> None:
     assert str(found[case]).endswith("; export the model with torch.onnx.export(…, dynamo=False, opset_version=17)")
 
 

@@ -73,7 +73,7 @@ def test_a_script_is_served_in_eval_mode() -> None:
 
 
 @pytest.mark.parametrize("sized", [True, False], ids=["a size", "any size"])
-def test_a_trace_of_train_mode_is_refused_for_it_stays_in_it(*, sized: bool) -> None:
+def test_a_trace_recorded_in_train_mode_is_refused(*, sized: bool) -> None:
     with warnings.catch_warnings(action="ignore"):
         for module in (net().train(), net().eval()):
             torch.jit.save(torch.jit.trace(module, examples(2), check_trace=False), f"{module.training}.ts")
@@ -108,7 +108,7 @@ def test_a_script_s_label_is_known() -> None:
     assert_serves(source, lambda x: 2.0 * net()(x), examples(3))
 
 
-def test_what_is_watched_of_each_source() -> None:
+def test_each_source_has_its_watched_files() -> None:
     weights = Path("net.safetensors")
     assert sources.files("python:given_factories:net", weights) == (weights,)
     assert sources.files("python:given_factories:net") == ()
@@ -166,7 +166,7 @@ REFUSALS: Mapping[str, tuple[Callable[[], str], str]] = {
 
 
 @pytest.mark.parametrize(("make", "fragment"), REFUSALS.values(), ids=REFUSALS)
-def test_what_is_no_source_is_refused_in_a_line(make: Callable[[], str], fragment: str) -> None:
+def test_an_invalid_source_is_refused_in_one_line(make: Callable[[], str], fragment: str) -> None:
     assert fragment in refusal(make())
 
 

@@ -85,7 +85,7 @@ def test_wrong_settings_fail_at_load_and_say_what_the_model_returned(
         Engine([ModelSpec(make(), input_size=SIZE, **spec)], SETTINGS)
 
 
-def test_a_model_of_any_size_is_found_out_on_a_size_to_try() -> None:
+def test_a_model_of_any_size_is_detected_with_a_trial_size() -> None:
     module = Returning(lambda y: {"y_prob": y.softmax(dim=1).mean(dim=(2, 3))}, dense=True)
     with Engine([ModelSpec(module, trial_size=(3, 16, 16))], SETTINGS) as engine:
         assert engine.model("").adapter.output == "y_prob"
@@ -107,7 +107,7 @@ FIRST: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], Tensor]]] = {
 
 @pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize("first", FIRST)
-def test_without_a_size_to_try_the_first_rows_show_what_the_outputs_are(first: str, n: int) -> None:
+def test_without_a_trial_size_the_first_rows_show_what_the_outputs_are(first: str, n: int) -> None:
     make, read = FIRST[first]
     torch.set_num_threads(1)
     module = make().eval()
@@ -135,7 +135,7 @@ def test_without_a_size_to_try_the_first_rows_show_what_the_outputs_are(first: s
     ],
     ids=["unknown", "several", "no such score"],
 )
-def test_what_the_first_rows_show_to_be_wrong_is_reported_to_the_caller(
+def test_an_error_that_the_first_rows_show_is_reported_to_the_caller(
     of: Callable[[Tensor], Any], score: Score, message: str
 ) -> None:
     with Engine([ModelSpec(Returning(of))], SETTINGS) as engine:
@@ -148,14 +148,14 @@ def test_what_the_first_rows_show_to_be_wrong_is_reported_to_the_caller(
             assert message in failure.message
 
 
-def test_a_first_input_that_the_module_cannot_take_spoils_nothing() -> None:
+def test_a_first_input_that_the_module_cannot_take_does_not_affect_later_ones() -> None:
     with Engine([ModelSpec(Softmaxed())], SETTINGS) as engine:
         assert ask(engine, torch.randn(1, 3, 5, 5), score=Score.PROBABILITY).failures
         assert not ask(engine, torch.randn(1, *SIZE), score=Score.PROBABILITY).failures
         assert engine.model("").head.outputs == "probabilities"
 
 
-def test_rows_that_touch_are_known_by_the_first_ones() -> None:
+def test_dependence_between_rows_is_detected_with_the_first_rows() -> None:
     class Touching(Net):
         def forward(self, x: Tensor) -> Tensor:
             return self.logits(x - x.mean(dim=0))

@@ -21,7 +21,7 @@ def held(admission: Admission) -> tuple[int, int]:
     return admission.n_requests, admission.n_bytes
 
 
-def test_a_permit_is_held_inside_and_given_back_outside() -> None:
+def test_a_permit_is_held_inside_the_with_block_and_released_after_it() -> None:
     admission = Admission(max_requests=2, max_bytes=100)
     with admission.acquired(60, "a"):
         assert held(admission) == (1, 60)
@@ -31,7 +31,7 @@ def test_a_permit_is_held_inside_and_given_back_outside() -> None:
     assert held(admission) == (0, 0)
 
 
-def test_a_permit_is_given_back_when_something_goes_wrong() -> None:
+def test_a_permit_is_released_after_an_exception() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
     with pytest.raises(ZeroDivisionError), admission.acquired(60):
         raise ZeroDivisionError
@@ -55,7 +55,7 @@ def test_over_the_permits_entering_is_refused_with_a_delay(max_requests: int, ma
 
 
 @on_a_loop
-async def test_what_can_never_fit_is_refused_at_once() -> None:
+async def test_a_request_that_can_never_fit_is_refused_at_once() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
     with pytest.raises(ResourceExhausted, match="send fewer examples") as entering, admission.acquired(101):
         pytest.fail("there was no room")
@@ -68,7 +68,7 @@ async def test_what_can_never_fit_is_refused_at_once() -> None:
 
 
 @on_a_loop
-async def test_all_there_is_can_be_had_by_one() -> None:
+async def test_one_request_may_take_all_bytes() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
     permit = await admission.acquire(100)
     assert held(admission) == (1, 100)
@@ -77,7 +77,7 @@ async def test_all_there_is_can_be_had_by_one() -> None:
 
 
 @on_a_loop
-async def test_those_who_wait_are_served_in_order() -> None:
+async def test_waiting_requests_are_served_in_order() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
     permits = [await admission.acquire(1)]
 
@@ -97,7 +97,7 @@ async def test_those_who_wait_are_served_in_order() -> None:
 
 
 @on_a_loop
-async def test_what_is_not_small_does_not_overtake_a_large_one_that_waits() -> None:
+async def test_a_request_that_is_not_small_does_not_overtake_a_large_one_that_waits() -> None:
     """Otherwise a stream of smaller batches would starve a large one."""
     admission = Admission(max_requests=10, max_bytes=100)
     permit = await admission.acquire(60, "a")
@@ -116,7 +116,7 @@ async def test_what_is_not_small_does_not_overtake_a_large_one_that_waits() -> N
 
 
 @on_a_loop
-async def test_small_ones_pass_a_large_one_that_waits_and_do_not_hold_it_up() -> None:
+async def test_small_requests_pass_a_large_one_that_waits_and_do_not_delay_it() -> None:
     admission = Admission(max_requests=100, max_bytes=6400)  # small: 100; kept for those: 400
     permit = await admission.acquire(5000, "a")
     large = asyncio.create_task(admission.acquire(6400, "b"))
@@ -149,7 +149,7 @@ async def test_one_release_may_serve_many() -> None:
 
 
 @on_a_loop
-async def test_one_who_leaves_before_waiting_takes_nothing() -> None:
+async def test_a_request_cancelled_before_it_waits_takes_no_permit() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
     leaving = asyncio.create_task(admission.acquire(1))
     leaving.cancel()
@@ -159,7 +159,7 @@ async def test_one_who_leaves_before_waiting_takes_nothing() -> None:
 
 
 @on_a_loop
-async def test_one_who_leaves_while_waiting_takes_nothing() -> None:
+async def test_a_request_cancelled_while_it_waits_takes_no_permit() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
     permit = await admission.acquire(1)
     leaving, staying = (asyncio.create_task(admission.acquire(1)) for _ in range(2))
@@ -174,7 +174,7 @@ async def test_one_who_leaves_while_waiting_takes_nothing() -> None:
 
 
 @on_a_loop
-async def test_a_task_cancelled_in_the_moment_of_the_turn_passes_it_on() -> None:
+async def test_a_task_cancelled_as_it_gets_its_permit_passes_it_on() -> None:
     """The permit was granted, and the task that waits for it is cancelled before it runs."""
     admission = Admission(max_requests=1, max_bytes=100)
     permit = await admission.acquire(1)
@@ -189,7 +189,7 @@ async def test_a_task_cancelled_in_the_moment_of_the_turn_passes_it_on() -> None
 
 
 @on_a_loop
-async def test_a_task_cancelled_just_before_the_turn_passes_it_on() -> None:
+async def test_a_task_cancelled_just_before_it_gets_its_permit_passes_it_on() -> None:
     """The waiting task is cancelled, and the permit is released before the task has run."""
     admission = Admission(max_requests=1, max_bytes=100)
     permit = await admission.acquire(1)
@@ -204,7 +204,7 @@ async def test_a_task_cancelled_just_before_the_turn_passes_it_on() -> None:
 
 
 @on_a_loop
-async def test_a_large_one_who_leaves_makes_way_for_small_ones() -> None:
+async def test_a_cancelled_large_request_makes_way_for_small_ones() -> None:
     admission = Admission(max_requests=10, max_bytes=100)
     await admission.acquire(60, "a")
     large = asyncio.create_task(admission.acquire(80, "b"))
@@ -218,7 +218,7 @@ async def test_a_large_one_who_leaves_makes_way_for_small_ones() -> None:
 
 
 @on_a_loop
-async def test_a_time_limit_on_waiting_takes_nothing() -> None:
+async def test_a_timeout_while_waiting_takes_no_permit() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
     with admission.acquired(1):
         with pytest.raises(TimeoutError):

@@ -16,7 +16,7 @@ def held(admission: Admission) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("max_requests", range(1, 40))
-def test_a_caller_alone_leaves_room_for_others(max_requests: int) -> None:
+def test_a_caller_alone_leaves_permits_for_others(max_requests: int) -> None:
     """At most about three quarters, and all where there are only one or two."""
     admission = Admission(max_requests=max_requests, max_bytes=10**6)
     n = 0
@@ -96,7 +96,7 @@ async def test_callers_wait_in_turn_however_many_requests_one_has() -> None:
 
 
 @on_a_loop
-async def test_one_who_waits_for_its_own_share_holds_up_nobody() -> None:
+async def test_a_request_that_waits_for_its_callers_share_delays_no_other_caller() -> None:
     admission = Admission(max_requests=8, max_bytes=100)
     permits = [await admission.acquire(1, "flood") for _ in range(6)]
     waiting = asyncio.create_task(admission.acquire(1, "flood"))
@@ -136,7 +136,7 @@ def test_a_caller_is_not_delayed_for_long_after_its_last_refused_message(monkeyp
 
 
 @on_a_loop
-async def test_those_who_leave_are_forgotten_at_once() -> None:
+async def test_callers_without_requests_are_forgotten_at_once() -> None:
     admission = Admission(max_requests=1, max_bytes=100)
     permit = await admission.acquire(100)
     first = asyncio.ensure_future(admission.acquire(100))
@@ -152,7 +152,7 @@ async def test_those_who_leave_are_forgotten_at_once() -> None:
 
 
 @pytest.mark.parametrize("n_rows", [1, 1_000])
-def test_many_callers_that_fill_the_server_leave_room_for_one_who_comes_later(n_rows: int) -> None:
+def test_many_callers_that_fill_the_server_leave_room_for_a_later_one(n_rows: int) -> None:
     admission = Admission(max_requests=256, max_bytes=10**6, max_caller_rows=10**6)
     for rows in (n_rows, 1):  # 1: also from the reserve for small requests
         for _ in range(256):
