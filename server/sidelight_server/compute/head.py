@@ -54,7 +54,7 @@ class Scored:
     """Scores and their gradients at the outputs, row by row."""
 
     scores: Tensor  # [n]
-    sent: Tensor | None  # the gradients at the outputs, in their shape and type; None if not requested
+    grad_outputs: Tensor | None  # the gradients at the outputs, in their shape and type; None if not requested
     is_dead: Tensor  # bool, [n]: whether that gradient is numerically zero
 
 
@@ -127,17 +127,18 @@ class Head:
         plain = None if is_plain else self._plain_rows(rows)  # bool, [n]
         # Only on a CPU: on a GPU `bool()` would synchronize.
         if plain is None or (values.device.type == "cpu" and bool(plain.all())):
-            scored, sent = _differentiated(self._plain, rows, gradient=gradient)
+            scored, grad_outputs = _differentiated(self._plain, rows, gradient=gradient)
         else:
             wide = replace(rows, values=values.to(_wide(values.device)))
-            scored, sent = _differentiated(self._exact, wide, gradient=gradient)
-            sent = None if sent is None else sent.to(values.dtype)
+            scored, grad_outputs = _differentiated(self._exact, wide, gradient=gradient)
+            grad_outputs = None if grad_outputs is None else grad_outputs.to(values.dtype)
             if any(self._may_be_plain(score) for score in scores):
-                other, other_sent = _differentiated(self._plain, rows, gradient=gradient)
+                other, other_grad_outputs = _differentiated(self._plain, rows, gradient=gradient)
                 scored = torch.where(plain, other.to(scored.dtype), scored)
-                if sent is not None and other_sent is not None:
-                    sent = torch.where(plain.view(-1, *[1] * (values.ndim - 1)), other_sent, sent)
-        return Scored(scored, sent, self._dead(rows, sent, step=step))
+                if grad_outputs is not None and other_grad_outputs is not None:
+                    by_row = plain.view(-1, *[1] * (values.ndim - 1))
+                    grad_outputs = torch.where(by_row, other_grad_outputs, grad_outputs)
+        return Scored(scored, grad_outputs, self._dead(rows, grad_outputs, step=step))
 
     def select(
         self, values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], scores: Sequence[Score]
@@ -179,11 +180,11 @@ class Head:
         return may_be & (over_both(beyond, self.sides(rows.values), rows, sign=1) == 0)
 
     @torch.no_grad()
-    def _dead(self, rows: Rows, sent: Tensor | None, *, step: float) -> Tensor:
-        if sent is None:
+    def _dead(self, rows: Rows, grad_outputs: Tensor | None, *, step: float) -> Tensor:
+        if grad_outputs is None:
             return torch.zeros(len(rows.values), dtype=torch.bool, device=rows.values.device)
         if self.outputs == "logits":
-            return sent.flatten(1).abs().amax(dim=1) < DEAD
+            return grad_outputs.flatten(1).abs().amax(dim=1) < DEAD
         is_single = rows.values.shape[1] == 1
 
         def alive(outputs: Tensor, index: Tensor) -> Tensor:
@@ -217,8 +218,8 @@ def _differentiated(select: _Select, rows: Rows, *, gradient: bool) -> tuple[Ten
     leaf = rows.values.detach().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
         scored = _each_score(select, replace(rows, values=leaf))
-        sent = torch.autograd.grad(scored.sum(), leaf)[0] if gradient else None
-    return scored.detach(), sent
+        grad_outputs = torch.autograd.grad(scored.sum(), leaf)[0] if gradient else None
+    return scored.detach(), grad_outputs
 
 
 def _each_score(select: _Select, rows: Rows) -> Tensor:

@@ -199,9 +199,9 @@ class Kernel:
             outputs = self.outputs_of(leaf)
             weights = torch.linspace(1, 2, outputs[0].numel(), dtype=outputs.dtype, device=outputs.device)
             total = (outputs.flatten(1) * weights).sum()
-            slope = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
+            gradient = torch.autograd.grad(total, leaf, allow_unused=True)[0] if total.requires_grad else None
         digest = hashlib.sha256()
-        for each in (outputs.detach(), slope):
+        for each in (outputs.detach(), gradient):
             if each is not None:
                 digest.update(f"{each.dtype} {list(each.shape)}\n".encode())
                 digest.update(each.cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -225,39 +225,39 @@ class Kernel:
         inputs.requires_grad_()
         with torch.enable_grad():
             outputs = self.outputs_of(inputs, module=module)
-        answer, sent = interpret(outputs)
-        return replace(answer, gradients=self._gradients(sent, outputs, inputs))
+        answer, grad_outputs = interpret(outputs)
+        return replace(answer, gradients=self._gradients(grad_outputs, outputs, inputs))
 
-    def _gradients(self, sent: Tensor | None, outputs: Tensor, leaf: Tensor) -> Tensor:
-        """Backpropagate the gradients at the outputs, `sent`, to a leaf of the graph."""
+    def _gradients(self, grad_outputs: Tensor | None, outputs: Tensor, leaf: Tensor) -> Tensor:
+        """Backpropagate the gradients at the outputs, `grad_outputs`, to a leaf of the graph."""
 
         def back(each: Tensor) -> Tensor:
             given = (each.to(outputs.dtype),)
             has_graph = outputs.requires_grad
-            (slope,) = torch.autograd.grad(outputs, leaf, given, allow_unused=True) if has_graph else (None,)
-            if slope is None:
+            (gradient,) = torch.autograd.grad(outputs, leaf, given, allow_unused=True) if has_graph else (None,)
+            if gradient is None:
                 raise FailedPrecondition("method: the model's outputs have no gradient; use occlusion or rise")
-            return slope
+            return gradient
 
-        return self._sent_back(sent, back)
+        return self._backpropagate(grad_outputs, back)
 
     def _replayed(self, inputs: Tensor, interpret: _Interpret) -> KernelOutput:
         """As `_at_input`, with the forward and the backward pass replayed from CUDA graphs."""
         recording = self._recorded.of(inputs)
-        answer, sent = interpret(recording.outputs(inputs))
-        return replace(answer, gradients=self._sent_back(sent, recording.gradients))
+        answer, grad_outputs = interpret(recording.outputs(inputs))
+        return replace(answer, gradients=self._backpropagate(grad_outputs, recording.gradients))
 
-    def _sent_back(self, sent: Tensor | None, back: Callable[[Tensor], Tensor]) -> Tensor:
-        """Backpropagate `sent`, the gradients at the outputs, with `back`; return at least float32."""
-        assert sent is not None  # noqa: S101
-        if self.compute_dtype != torch.float16 or sent.dtype == torch.float16:
-            return at_least_float32(back(sent))
+    def _backpropagate(self, grad_outputs: Tensor | None, back: Callable[[Tensor], Tensor]) -> Tensor:
+        """Backpropagate `grad_outputs`, the gradients at the outputs, with `back`; return at least float32."""
+        assert grad_outputs is not None  # noqa: S101
+        if self.compute_dtype != torch.float16 or grad_outputs.dtype == torch.float16:
+            return at_least_float32(back(grad_outputs))
         # The gradient of a probability near 1 underflows in float16. So each row is scaled by a power of two to about 1
         # before the backward pass, and scaled back after it, without another rounding.
-        largest = sent.flatten(1).abs().amax(dim=1)  # [n]
+        largest = grad_outputs.flatten(1).abs().amax(dim=1)  # [n]
         exponent = torch.frexp(largest).exponent.clamp(min=LEAST_EXPONENT)
         scale = torch.ldexp(torch.ones_like(largest), -exponent)
-        return _row_by_row(at_least_float32(back(_row_by_row(sent, scale))), 1 / scale)
+        return _row_by_row(at_least_float32(back(_row_by_row(grad_outputs, scale))), 1 / scale)
 
     def _at_layer(self, inputs: Tensor, interpret: _Interpret, name: str) -> KernelOutput:
         name = self._layers.chosen(name, [])  # only known now if the model takes any input size
@@ -265,9 +265,9 @@ class Kernel:
         with torch.enable_grad(), capture(self._hooked, name) as leaves:
             outputs = self._forward(inputs, self._hooked, copies=True)
         (leaf,) = leaves
-        answer, sent = interpret(outputs)
+        answer, grad_outputs = interpret(outputs)
         layout, size = self._layers.layouts[name], (inputs.shape[2], inputs.shape[3])
-        gradients = layout.arranged(self._gradients(sent, outputs, leaf), size)
+        gradients = layout.arranged(self._gradients(grad_outputs, outputs, leaf), size)
         return replace(answer, gradients=gradients, activations=layout.arranged(leaf.detach(), size).to(self.dtype))
 
 

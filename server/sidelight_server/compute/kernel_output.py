@@ -46,7 +46,7 @@ def interpret_outputs(
         explained = _classes(resolved_targets, predicted, probabilities.shape[1])
     scored = head.score(values, explained, resolved_targets, wanted, gradient=gradient, is_plain=plain_head, step=step)
     shape = (probabilities.shape[1], *outputs.shape[2:])
-    return KernelOutput(explained, scored.scores, scored.is_dead, predicted, probabilities, shape), scored.sent
+    return KernelOutput(explained, scored.scores, scored.is_dead, predicted, probabilities, shape), scored.grad_outputs
 
 
 def at_least_float32(values: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Model:
 
     def _adopt(self, detected: Detected) -> None:
         self.adapter, self.head = detected.adapter, detected.head
-        self.probed = detected.layers  # layers that can be explained; empty without a trial run
+        self.explainable = detected.layers  # layers that can be explained; empty without a trial run
         # If outputs of a row depend on its neighbors, each row runs alone.
         self.is_batch_dependent = detected.is_batch_dependent
 
@@ -113,7 +113,7 @@ class Model:
             device=device,
             adapter=self.adapter,
             head=self.head,
-            layers=self.probed,
+            layers=self.explainable,
             options=options,
             trial=trial,
             isolation=self._isolation,
@@ -209,7 +209,7 @@ class Model:
     @property
     def layers(self) -> tuple[str, ...]:
         """The layers that can be explained, in the order of the module tree; all layers, if the model has never run."""
-        return tuple(name for name in self._names if not self.is_known or name in self.probed.layouts)
+        return tuple(name for name in self._names if not self.is_known or name in self.explainable.layouts)
 
     @property
     def is_tried(self) -> bool:
@@ -231,7 +231,7 @@ class Model:
     def layer(self, name: str) -> str:
         """Return the layer of a name; empty is the default. Raises `NotFound`, which suggests similar names."""
         if self.is_known or (name and name not in self._names):
-            return self.probed.chosen(name, self._names)
+            return self.explainable.chosen(name, self._names)
         return name
 
     def class_of(self, choice: Choice) -> int:

@@ -42,7 +42,7 @@ def parse_method(method: pb.Method) -> Method:
     message = getattr(method, chosen)
     parameters = {}
     for name in message.DESCRIPTOR.fields_by_name:
-        if not name.endswith("_width") and (value := _parsed(message, name, chosen)) is not None:
+        if not name.endswith("_width") and (value := _parameter(message, name, chosen)) is not None:
             parameters[name.removesuffix("_height")] = value
     if "stride" in parameters:  # 0: the window's own size
         parameters["stride"] = tuple(
@@ -56,11 +56,11 @@ def parse_method(method: pb.Method) -> Method:
 def method_message(method: Method) -> pb.Method:
     """Return a method's message with all defaults filled in. Baseline tensors are without their data."""
     chosen = getattr(pb.Method(), method.name)
-    fields = {name: _filled(method, name) for name in chosen.DESCRIPTOR.fields_by_name}
+    fields = {name: _field_value(method, name) for name in chosen.DESCRIPTOR.fields_by_name}
     return pb.Method(**{method.name: type(chosen)(**fields)})
 
 
-def _parsed(message: Message, name: str, method: str) -> Any:
+def _parameter(message: Message, name: str, method: str) -> Any:
     """Return the parameter of a field; None where it is unset, so that the class's default holds."""
     value, field = getattr(message, name), f"method.{method}.{name}"
     if name.endswith("_height"):
@@ -81,7 +81,7 @@ def _parsed(message: Message, name: str, method: str) -> Any:
             return value
 
 
-def _filled(method: Method, name: str) -> Any:
+def _field_value(method: Method, name: str) -> Any:
     for index, side in enumerate(("_height", "_width")):
         if name.endswith(side):
             sides = getattr(method, name.removesuffix(side)) or method.window  # type: ignore[attr-defined]

@@ -93,14 +93,14 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        sent = gradients[0].to(torch.bfloat16)
-        is_last = sent.is_contiguous(memory_format=torch.channels_last) and not sent.is_contiguous()
+        grad_output = gradients[0].to(torch.bfloat16)
+        is_last = grad_output.is_contiguous(memory_format=torch.channels_last) and not grad_output.is_contiguous()
         layout = torch.channels_last if is_last else torch.contiguous_format
-        like = torch.empty(ctx.shape, dtype=sent.dtype, device=sent.device, memory_format=layout)
-        slope, _, _ = torch.ops.aten.convolution_backward(
-            sent, like, ctx.rounded, None, *ctx.geometry, False, [0, 0], 1, [True, False, False]
+        like = torch.empty(ctx.shape, dtype=grad_output.dtype, device=grad_output.device, memory_format=layout)
+        grad_input, _, _ = torch.ops.aten.convolution_backward(
+            grad_output, like, ctx.rounded, None, *ctx.geometry, False, [0, 0], 1, [True, False, False]
         )
-        return slope.to(gradients[0].dtype), None, None, None, None
+        return grad_input.to(gradients[0].dtype), None, None, None, None
 
 
 class _Linear(torch.autograd.Function):

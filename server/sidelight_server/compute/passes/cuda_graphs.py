@@ -28,7 +28,7 @@ class Recording:
         self._compute = compute
         self._inputs = torch.zeros(shape, dtype=like.dtype, device=like.device).requires_grad_()
         self._forward()
-        self._sent = torch.zeros_like(self._outputs)
+        self._grad_outputs = torch.zeros_like(self._outputs)
         self._replay_forward, self._replay_backward = record(self._forward, self._backward)
 
     def outputs(self, inputs: Tensor) -> Tensor:
@@ -38,19 +38,19 @@ class Recording:
         self._replay_forward()
         return self._outputs.detach()[: len(inputs)].clone()
 
-    def gradients(self, sent: Tensor) -> Tensor:
+    def gradients(self, grad_outputs: Tensor) -> Tensor:
         """Return the gradients at the last inputs, given the gradients at their outputs."""
-        self._sent[len(sent) :] = 0
-        self._sent[: len(sent)].copy_(sent)
+        self._grad_outputs[len(grad_outputs) :] = 0
+        self._grad_outputs[: len(grad_outputs)].copy_(grad_outputs)
         self._replay_backward()
-        return self._gradients[: len(sent)].clone()
+        return self._gradients[: len(grad_outputs)].clone()
 
     def _forward(self) -> None:
         with torch.enable_grad():
             self._outputs = self._compute(self._inputs)
 
     def _backward(self) -> None:
-        (self._gradients,) = torch.autograd.grad(self._outputs, self._inputs, self._sent)
+        (self._gradients,) = torch.autograd.grad(self._outputs, self._inputs, self._grad_outputs)
 
 
 _OfShape = tuple[Record, dict[int, Recording]]  # how to record passes for an input shape; recordings by number of rows

@@ -97,7 +97,7 @@ class Worker:
                 "is busy, send it later"
             )
         except (OSError, EOFError):  # the process has exited or was killed
-            return self._why(order)
+            return self._exit_error(order)
         except MemoryError:
             self.kill()  # its reply was not read to the end
             return ResourceExhausted("image file: the server has no memory for its pixels now; send it later")
@@ -141,7 +141,7 @@ class Worker:
             view = view[n:]
         return buffer
 
-    def _why(self, order: Order) -> SidelightError:
+    def _exit_error(self, order: Order) -> SidelightError:
         if self._has_ended:
             return Cancelled("the client has disconnected")
         status = self.end()

@@ -13,8 +13,8 @@ from sidelight.v1 import model_pb2, tensor_pb2
 from ...errors import InvalidArgument, did_you_mean
 from . import inference_pb2 as oip
 
-OWN = "sidelight_"
-NAMES = tuple(OWN + name for name in ("method", "target", "score", "channels", "map_dtype"))
+PREFIX = "sidelight_"
+NAMES = tuple(PREFIX + name for name in ("method", "target", "score", "channels", "map_dtype"))
 
 Parameters = Mapping[str, oip.InferParameter]
 
@@ -26,7 +26,7 @@ def fill_in(message: pb.AttributeRequest, parameters: Parameters) -> None:
     Raises `InvalidArgument`, which names the parameter.
     """
     for name in parameters:
-        if name.startswith(OWN) and name not in NAMES:
+        if name.startswith(PREFIX) and name not in NAMES:
             raise InvalidArgument(f'parameters: "{name}" is unknown; {did_you_mean(name, NAMES)}')
     try:
         message.method.CopyFrom(parse_method(_text(parameters, "method", "gradient")).message())
@@ -35,7 +35,7 @@ def fill_in(message: pb.AttributeRequest, parameters: Parameters) -> None:
         message.channels = enum_number(pb.ChannelReduction, channels, Channels, "channels")
         message.output.map_dtype = enum_number(tensor_pb2.DataType, map_dtype, MapDtype, "map_dtype")
     except exceptions.InvalidArgument as error:
-        raise InvalidArgument(f"parameters.{OWN}{error.message}") from None
+        raise InvalidArgument(f"parameters.{PREFIX}{error.message}") from None
     message.target.CopyFrom(_target(parameters))
     if timeout_us := integer(parameters, "timeout", field="parameters"):
         message.timeout.CopyFrom(_microseconds(timeout_us))
@@ -64,12 +64,12 @@ def string(parameters: Parameters, name: str, *, field: str) -> str:
 
 
 def _text(parameters: Parameters, name: str, default: str) -> str:
-    return string(parameters, OWN + name, field="parameters") or default
+    return string(parameters, PREFIX + name, field="parameters") or default
 
 
 def _target(parameters: Parameters) -> pb.Target:
     """Return the target: a class index or label, indices separated by commas for one per example, or the predicted."""
-    name = OWN + "target"
+    name = PREFIX + "target"
     if name in parameters and parameters[name].WhichOneof("parameter_choice") == "int64_param":
         return target_message(parameters[name].int64_param)
     text = string(parameters, name, field="parameters")

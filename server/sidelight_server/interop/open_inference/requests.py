@@ -70,7 +70,7 @@ def translate(request: oip.ModelInferRequest, data: memoryview | None) -> InferR
         message.output.rendered.SetInParent()  # as by default: the overlay, in the input's size
     if maps := next((each.shared for each in requested if each.name == outputs.MAPS), None):
         message.output.region.CopyFrom(tensor_pb2.SharedTensor(region=maps.region, offset_bytes=maps.offset))
-    image = _only(request.inputs)
+    image = _single_input(request.inputs)
     shared = _shared(image.parameters, f"inputs.{IMAGES}.parameters")
     raw = [data] if data is not None else [memoryview(each) for each in request.raw_input_contents]
     if raw and len(raw) != (shared is None):
@@ -111,7 +111,7 @@ def _with_files(
     return InferRequest(message, None, requested)
 
 
-def _only(inputs: Sequence[oip.ModelInferRequest.InferInputTensor]) -> oip.ModelInferRequest.InferInputTensor:
+def _single_input(inputs: Sequence[oip.ModelInferRequest.InferInputTensor]) -> oip.ModelInferRequest.InferInputTensor:
     names = [each.name for each in inputs[:8]]
     if names != [IMAGES]:
         raise InvalidArgument(f'inputs: got {names or "none"}, expected one input, "{IMAGES}"')

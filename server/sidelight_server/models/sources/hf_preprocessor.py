@@ -17,10 +17,10 @@ from .loading import source_errors
 FILE = "preprocessor_config.json"
 
 _WARPED_FROM = 384  # size from which ConvNext's processor resizes without keeping the aspect ratio or cropping
-_WAY_OUT = "or, without this file, set input_size, resize, interpolation, pixel_range, mean and std"
+_ALTERNATIVE = "or, without this file, set input_size, resize, interpolation, pixel_range, mean and std"
 _RANGE_TOLERANCE = 1e-6  # tolerance of 255 × rescale_factor: files have 1/255 with a limited number of digits
 
-_PLAIN: Mapping[str, Any] = {
+_DEFAULTS: Mapping[str, Any] = {
     "do_resize": True,
     "size": {"height": 224, "width": 224},
     "default_to_square": True,
@@ -83,7 +83,7 @@ _CLASSES: Mapping[str, Mapping[str, Any]] = {
 # Keys that concern training only, or conversions that are done in any case.
 _HARMLESS = ("do_convert_rgb", "do_reduce_labels")
 # Keys that change an image, and the classes that support them. For other classes they are an error.
-_OBEYED: Mapping[str, tuple[str, ...]] = {
+_SUPPORTED: Mapping[str, tuple[str, ...]] = {
     "crop_pct": (_CONVNEXT, _POOLFORMER),
     "rescale_offset": (_EFFICIENTNET,),
     "include_top": (_EFFICIENTNET,),
@@ -100,11 +100,12 @@ def read(path: Path, config: Mapping[str, Any], *, channels: int) -> tuple[dict[
     """
     with source_errors("model", path):
         name = _class(config)
-        wanted = {**_PLAIN, **_CLASSES[name], **{key: each for key, each in config.items() if _is_set(key, each, name)}}
+        wanted = {**_DEFAULTS, **_CLASSES[name]}
+        wanted |= {key: each for key, each in config.items() if _is_set(key, each, name)}
         wanted |= dict.fromkeys(_IGNORED.get(name, ()), False)
         for key, value in wanted.items():
-            is_known = key in _PLAIN or key in _HARMLESS or name in _OBEYED.get(key, ())
-            if value and not is_known and (key.startswith("do_") or key in _OBEYED):
+            is_known = key in _DEFAULTS or key in _HARMLESS or name in _SUPPORTED.get(key, ())
+            if value and not is_known and (key.startswith("do_") or key in _SUPPORTED):
                 raise _refused(key, value, "false")
         is_bgr = bool(wanted.get("do_flip_channel_order"))
         if is_bgr and channels != 3:
@@ -235,4 +236,4 @@ def _numbers(wanted: Mapping[str, Any], key: str, channels: int) -> tuple[float,
 
 
 def _refused(key: str, value: object, expected: str) -> ConfigurationError:
-    return ConfigurationError(f"{key}: got {value!r}, expected {expected}; {_WAY_OUT}")
+    return ConfigurationError(f"{key}: got {value!r}, expected {expected}; {_ALTERNATIVE}")

@@ -16,7 +16,7 @@ from .torchvision_import import import_with_torchvision
 FORM = "onnx:FILE"
 FLOATING = (1, 10, 11)  # TensorProto.FLOAT, FLOAT16, DOUBLE
 OPSET = 17  # the newest that onnx2torch reads; torch.onnx.export writes 18 and later unless dynamo is False
-WAY_OUT = f"export the model with torch.onnx.export(…, dynamo=False, opset_version={OPSET})"
+EXPORT_HINT = f"export the model with torch.onnx.export(…, dynamo=False, opset_version={OPSET})"
 
 
 def load(location: str, weights: Path | None) -> ModelSpec:
@@ -28,7 +28,7 @@ def load(location: str, weights: Path | None) -> ModelSpec:
         _load_external(onnx, network, path.parent)
         onnx.checker.check_model(network)
         known = _input(network)
-        module = _converted(onnx, onnx2torch, network)
+        module = _to_module(onnx, onnx2torch, network)
         return ModelSpec(module=module.eval(), name=path.stem, **known)
 
 
@@ -39,11 +39,11 @@ def files(location: str, weights: Path | None) -> tuple[Path, ...]:
         state = path.stat()
     except OSError:
         return (path,)
-    return (path, *_beside(path, state.st_size, state.st_mtime_ns))
+    return (path, *_weight_files(path, state.st_size, state.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=64)
-def _beside(path: Path, size: int, changed_ns: int) -> tuple[Path, ...]:
+def _weight_files(path: Path, size: int, changed_ns: int) -> tuple[Path, ...]:
     """Return the external weight files of a file. Cached by its size and time, because it is called often."""
     try:
         onnx = _imported("onnx")
@@ -76,19 +76,19 @@ def _load_external(onnx: ModuleType, network: Any, folder: Path) -> None:
     onnx.load_external_data_for_model(network, str(folder))
 
 
-def _converted(onnx: ModuleType, onnx2torch: ModuleType, network: Any) -> Any:
+def _to_module(onnx: ModuleType, onnx2torch: ModuleType, network: Any) -> Any:
     """Convert a network to a module. Raises `ConfigurationError`, which says how to export it instead."""
     opset = max((each.version for each in network.opset_import if each.domain in ("", "ai.onnx")), default=OPSET)
     try:
         if opset > OPSET:
-            network = _lowered(onnx, network)
+            network = _to_older_opset(onnx, network)
         _constants_to_initializers(network)
         module = onnx2torch.convert(network)
     except Exception as error:  # neither onnx nor onnx2torch documents its exceptions
         if opset <= OPSET and not isinstance(error, NotImplementedError):
             raise
         reason = cause(error).rpartition("failed: ")[2]
-        raise ConfigurationError(f"its operators, of opset {opset}, cannot be read: {reason}; {WAY_OUT}") from error
+        raise ConfigurationError(f"its operators, of opset {opset}, cannot be read: {reason}; {EXPORT_HINT}") from error
     for each in module.modules():
         # onnx2torch uses 0 for a length that the graph does not infer; the weights have it.
         is_unknown = isinstance(each, nn.LayerNorm) and 0 in each.normalized_shape
@@ -97,7 +97,7 @@ def _converted(onnx: ModuleType, onnx2torch: ModuleType, network: Any) -> Any:
     return module
 
 
-def _lowered(onnx: ModuleType, network: Any) -> Any:
+def _to_older_opset(onnx: ModuleType, network: Any) -> Any:
     """Convert a network to an older opset. Raises if an operator has no equivalent there."""
     converter = import_with_torchvision("onnx.version_converter")
     lowered = converter.convert_version(network, OPSET)

@@ -80,9 +80,9 @@ def gradient_fault(run: Run, example: Tensor, *, in_turn: InTurn, most: int = RO
 
 def _judged(run: Run, example: Tensor, *, seed: int, in_turn: InTurn, most: int) -> tuple[float, str]:
     """Return the ratio that is compared with `RATIO`, and a description of the fault."""
-    slope, size, has_graph = in_turn(lambda: _slope(run, example))
+    gradient, size, has_graph = in_turn(lambda: _gradient(run, example))
     directions = _directions(example, seed=seed)
-    products = (slope.double() * directions.double()).flatten(1).sum(dim=1)  # [v]
+    products = (gradient.double() * directions.double()).flatten(1).sum(dim=1)  # [v]
 
     def differences(step: float, n: int | None = None) -> Tensor:
         points = example + step * torch.cat([directions[:n], -directions[:n]])
@@ -117,17 +117,17 @@ def _share(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / torch.maximum(a.norm(), b.norm()).clamp_min(1e-300))
 
 
-def _slope(run: Run, example: Tensor) -> tuple[Tensor, float, bool]:
+def _gradient(run: Run, example: Tensor) -> tuple[Tensor, float, bool]:
     """Return the gradient of the weighted outputs, their size, and whether they have a graph to the input."""
     leaf = example.detach().clone().requires_grad_()
     # Suppress torch's warnings about operations without a gradient: this check looks for them.
     with torch.enable_grad(), warnings.catch_warnings(action="ignore", category=UserWarning):
         outputs = run(leaf)
-        (slope,) = (
+        (gradient,) = (
             torch.autograd.grad(_weighted(outputs).sum(), leaf, allow_unused=True) if outputs.requires_grad else (None,)
         )
     size = float(_weighted(outputs.detach().abs()).max())
-    return torch.zeros_like(example) if slope is None else slope, size, slope is not None
+    return torch.zeros_like(example) if gradient is None else gradient, size, gradient is not None
 
 
 def _weighted(outputs: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from ...config.spec import ModelSpec
 from ...errors import ConfigurationError
 from .call_detection import check_labels, first_that_runs, possible_calls
 from .layer_search import find
-from .layer_trace import recording_slopes
+from .layer_trace import recording_gradients
 from .mode import check_mode
 from .output_detection import detect_head, last_step, output_key
 
@@ -53,7 +53,7 @@ def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected
         outputs = adapter.outputs(returned, n=len(trial))
         check_labels(module, adapter, inputs, outputs)
         last = last_step(outputs)  # while the graph exists
-        with recording_slopes(traces):
+        with recording_gradients(traces):
             gradients = _gradients_of_first(outputs, inputs)
     is_batch_dependent = bool((gradients[1:].nan_to_num() != 0).any())
     layers = find(

@@ -40,8 +40,8 @@ def find(
     outputs depend: after its last block a ViT only reads the class token.
     """
     size = (inputs.shape[2], inputs.shape[3])
-    has_gradient = any(seen.has_slope is not None and bool(seen.has_slope.any()) for seen in traces.values())
-    unfit = {name: why for name, seen in traces.items() if (why := _unfit(seen, n=n, has_gradient=has_gradient))}
+    any_gradient = any(seen.has_gradient is not None and bool(seen.has_gradient.any()) for seen in traces.values())
+    unfit = {name: why for name, seen in traces.items() if (why := _unfit(seen, n=n, any_gradient=any_gradient))}
     chosen = {name: _checked(name, text, traces, unfit.pop(name, ""), size) for name, text in given.items()}
     cuts = cuts_of(outputs, inputs)
     passed = [
@@ -64,12 +64,12 @@ def find(
         for name in passed
         if name in found and wanted[name].shape != inputs.shape  # not the input itself, perhaps normalized
         and not _is_within_attention(module, name)
-        and (not has_gradient or _reaches(traces[name], found[name]))
+        and (not any_gradient or _reaches(traces[name], found[name]))
     ]  # fmt: skip
     return Layers(layouts, next((name for name in reversed(layouts) if name in defaults), ""), unfit)
 
 
-def _unfit(seen: Trace, *, n: int, has_gradient: bool) -> str:
+def _unfit(seen: Trace, *, n: int, any_gradient: bool) -> str:
     """Return why a layer does not qualify, whatever its layout; empty if it may."""
     if seen.n_runs > 1:
         return f"runs {seen.n_runs} times in a pass, expected once"
@@ -80,7 +80,7 @@ def _unfit(seen: Trace, *, n: int, has_gradient: bool) -> str:
         return f"returns {list(shape)}, expected the examples first, [n, …]"
     if seen.edge is None:
         return "does not depend on the input"
-    if has_gradient and (seen.has_slope is None or not seen.has_slope.any()):
+    if any_gradient and (seen.has_gradient is None or not seen.has_gradient.any()):
         return "does not influence the outputs"
     if len(shape) not in (3, 4):
         return f"returns {list(shape)}, expected [n, c, h, w], [n, h, w, c] or tokens [n, T, c]"
@@ -89,10 +89,10 @@ def _unfit(seen: Trace, *, n: int, has_gradient: bool) -> str:
 
 def _reaches(seen: Trace, shown: Layout) -> bool:
     """Return whether the outputs depend on a layer's positions, not only on its class token."""
-    assert seen.has_slope is not None  # noqa: S101
+    assert seen.has_gradient is not None  # noqa: S101
     if shown.kind != "tokens" or shown.grid is None:
         return True
-    return bool(seen.has_slope[shown.prefix : shown.prefix + math.prod(shown.grid)].any())
+    return bool(seen.has_gradient[shown.prefix : shown.prefix + math.prod(shown.grid)].any())
 
 
 def _is_within_attention(module: nn.Module, name: str) -> bool:

@@ -18,7 +18,7 @@ class Trace:
     n_runs: int = 0
     value: Tensor | None = None  # its output, detached; None: no tensor
     edge: GradientEdge | None = None  # its node in the graph; None: it does not depend on the input
-    has_slope: Tensor | None = None  # bool, [T] for tokens, else [1]: where the first row's gradient is not zero
+    has_gradient: Tensor | None = None  # bool, [T] for tokens, else [1]: where the first row's gradient is not zero
 
 
 Traces = dict[str, Trace]
@@ -62,14 +62,14 @@ def trace(module: nn.Module, run: Callable[[], object]) -> Traces:
 
 
 @contextlib.contextmanager
-def recording_slopes(traces: Traces) -> Iterator[None]:
-    """Record where the gradients at layers are not zero, in the backward passes of the context."""
+def recording_gradients(traces: Traces) -> Iterator[None]:
+    """Record where the gradients at layers are not zero, in the backward passes within the context."""
 
     def record(seen: Trace, index: int) -> Callable[[Sequence[Tensor | None]], None]:
         def hook(gradients: Sequence[Tensor | None]) -> None:
-            slope = gradients[index]
-            if slope is not None and len(slope):
-                seen.has_slope = (slope[0] != 0).any(-1) if slope.ndim == 3 else slope[0].any().reshape(1)
+            gradient = gradients[index]
+            if gradient is not None and len(gradient):
+                seen.has_gradient = (gradient[0] != 0).any(-1) if gradient.ndim == 3 else gradient[0].any().reshape(1)
 
         return hook
 

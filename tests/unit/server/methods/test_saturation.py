@@ -90,7 +90,7 @@ def test_scores_and_their_gradients_keep_their_digits_at_any_gap(score: Score, n
     leaf = logits.double().requires_grad_()
     expected = true_score(score, leaf, k)
     (sent,) = torch.autograd.grad(expected.sum(), leaf)
-    assert errors(output.sent, sent).max() < 1e-5  # that of the class far behind, in float32: 2e-6
+    assert errors(output.grad_outputs, sent).max() < 1e-5  # that of the class far behind, in float32: 2e-6
     torch.testing.assert_close(output.scores.double(), expected.detach(), rtol=1e-5, atol=0)
     assert not output.is_dead.any()
 
@@ -103,7 +103,7 @@ def test_labels_of_their_own_keep_their_digits(score: Score) -> None:
     output = head.score(logits, torch.full((n,), 2), [PREDICTED] * n, [score] * n, gradient=True)
     leaf = logits.double().requires_grad_()
     (sent,) = torch.autograd.grad(true_score(score, leaf[:, 2:], 1).sum(), leaf)
-    assert errors(output.sent, sent).max() < 1e-6
+    assert errors(output.grad_outputs, sent).max() < 1e-6
 
 
 @pytest.mark.parametrize("score", Score, ids=lambda score: score.value)
@@ -127,7 +127,7 @@ def test_a_contrast_and_a_region_keep_their_digits(score: Score) -> None:
         if resolved.negative is not None:
             total = total - true_score(score, cut[None], resolved.negative).sum()
     (sent,) = torch.autograd.grad(total, leaf)
-    assert errors(output.sent, sent).max() < 1e-5
+    assert errors(output.grad_outputs, sent).max() < 1e-5
 
 
 def test_scores_may_mix_and_rows_below_the_threshold_keep_torchs_bits() -> None:
@@ -141,10 +141,10 @@ def test_scores_may_mix_and_rows_below_the_threshold_keep_torchs_bits() -> None:
     n_equal = 0
     for row, score in enumerate(wanted):
         alone = Head().score(logits[[row]], classes[[row]], [PREDICTED], [score], gradient=True)
-        assert torch.equal(output.sent[row], alone.sent[0])
+        assert torch.equal(output.grad_outputs[row], alone.grad_outputs[0])
         assert output.scores[row] == alone.scores[0]
         if score is Score.PROBABILITY and log_odds(logits[[row]].double(), int(classes[row])) < MOST_LOG_ODDS - 1e-6:
-            assert torch.equal(output.sent[row], plain[row])
+            assert torch.equal(output.grad_outputs[row], plain[row])
             n_equal += 1
     assert n_equal > 5
 
