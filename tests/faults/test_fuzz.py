@@ -101,7 +101,7 @@ def leaving_nothing(server: Running) -> Iterator[None]:
     assert_answers(server)
     until_s = time.monotonic() + TIMEOUT_S
     while (after := Counts.of(server)).exceeds(before) and time.monotonic() < until_s:
-        time.sleep(0.02)  # the kernel and gRPC tell nobody when they have closed a descriptor
+        time.sleep(0.02)  # nothing signals that the kernel and gRPC have closed a descriptor
     assert not after.exceeds(before), (before, after)
 
 

@@ -16,7 +16,7 @@ from support.servers.streams import ONE, Requests, Responses, assert_all_answere
 DRAINED = (("sidelight-end", "shutdown"),)
 
 
-# Ends of one call, of which the stream knows nothing.
+# One call of a stream ends; the caller of the stream does not notice.
 
 
 def test_what_a_server_had_not_answered_when_it_ended_is_sent_again_and_yielded_once() -> None:

@@ -264,7 +264,7 @@ def test_a_rolling_replacement_of_three_replicas_loses_no_batch(tmp_path: Path) 
         load.more()
         for old in replicas:
             new = stack.enter_context(replica(spare))
-            until(lambda: proxy.serves(new.port), "Envoy knows the new one")  # noqa: B023
+            until(lambda: proxy.serves(new.port), "Envoy has resolved the new one")  # noqa: B023
             old.process.send_signal(signal.SIGTERM)
             assert old.process.wait(WITHIN_S) == 0
             spare = old.port

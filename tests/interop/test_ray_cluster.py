@@ -25,7 +25,7 @@ MODEL = "python:support.models:sized_cnn"
 METHOD = "integrated_gradients(steps=200)"  # about 0.1 s for a picture, so that a job can be met in the middle
 PICTURES = 120
 
-# As `requires`: only a run that names the component wants a cluster, which takes both cores for minutes.
+# As `requires`: only a run that names the component starts a cluster, which takes both cores for minutes.
 pytestmark = [pytest.mark.requires("serve"), pytest.mark.timeout(900)]
 
 # Ray's own use: a class for `Dataset.map_batches`, on a cluster. It prints the rows of the data set.

@@ -214,7 +214,7 @@ def test_metrics_are_served_by_default(tmp_path: Path) -> None:
         if where == "127.0.0.1:9464":
             with urllib.request.urlopen(f"http://{where}/metrics", timeout=TIMEOUT_S) as answer:
                 assert b"sidelight_model_info" in answer.read()
-        else:  # somebody else on this machine has the port
+        else:  # another program on this machine has the port
             assert where == "none: 127.0.0.1:9464: Address already in use"
 
 

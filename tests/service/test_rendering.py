@@ -348,7 +348,7 @@ def test_an_image_that_is_not_decoded_twice_fails_alone(tmp_path: Path, device: 
 
 
 def test_drawing_leaves_the_event_loop_free(tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While a picture is being drawn, which here takes as long as the test wants, other requests are answered."""
+    """While a picture is being drawn, for as long as the test chooses, other requests are answered."""
     drawing, go_on = threading.Event(), threading.Event()
     png = _rendering._png
 

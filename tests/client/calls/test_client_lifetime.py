@@ -100,7 +100,7 @@ def test_without_a_server_a_call_ends_at_connect_timeout_and_names_the_address(
 
 
 def test_a_port_without_a_server_is_named() -> None:
-    with socket.socket() as taken:  # bound, so nobody else has it, but not listening
+    with socket.socket() as taken:  # bound, so that no other program gets it, but not listening
         taken.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with (

@@ -149,7 +149,7 @@ def test_an_invalid_argument_is_also_a_value_error() -> None:
 
 @DOORS
 def test_another_grpc_server_is_reported_as_such(ask: Callable[..., None], tmp_path: Path) -> None:
-    server = grpc.server(ThreadPoolExecutor(2))  # of somebody else's: it has no call at all
+    server = grpc.server(ThreadPoolExecutor(2))  # another project's: it has no methods
     server.add_insecure_port(f"unix:{tmp_path}/other")
     server.start()
     try:

@@ -35,7 +35,7 @@ def test_closing_early_cancels_what_is_unanswered(gated: sidelight.Client, gate:
         first.result()
         gate.shut()
         answers.close()
-    for _ in range(5):  # the server hears of it before it answers these
+    for _ in range(5):  # the server handles the cancel before it answers these
         gated.info()
     gate.open()
     assert len(gated.attribute(one())) == 1

@@ -82,7 +82,7 @@ def test_nothing_remains_of_a_stream(shared: sidelight.Client, folder: Path) -> 
         list(shared.stream([floats(2), floats(30)]))
     until_s = time.monotonic() + 30
     while len(os.listdir("/proc/self/fd")) > before and time.monotonic() < until_s:
-        shared.info()  # the server hears of a stream's end a moment later
+        shared.info()  # the server handles the end of a stream a moment later
     assert len(os.listdir("/proc/self/fd")) <= before
 
 

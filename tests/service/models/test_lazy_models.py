@@ -53,7 +53,7 @@ def test_a_lazy_model_that_cannot_be_loaded_fails_its_callers_alone(
         for _ in range(2):
             with pytest.raises(sidelight.FailedPrecondition, match="could not be loaded") as caught:
                 client.attribute(FLOATS, model="bad")
-            assert str(tmp_path) not in str(caught.value)  # the operator's path is nobody else's to know
+            assert str(tmp_path) not in str(caught.value)  # callers must not see the operator's paths
         assert caplog.text.count("bad.safetensors") == 1  # tried once, not by every caller
         assert client.model("bad").state == "failed"
         assert not client.attribute(FLOATS, model="good").failures
@@ -75,7 +75,7 @@ def test_waiting_for_a_lazy_model_is_within_the_batch_s_time(monkeypatch: pytest
             client.attribute(FLOATS, timeout=0.3)
         assert loading.wait(20)
         go.set()
-        assert not client.attribute(FLOATS).failures  # the load that nobody waited for was not thrown away
+        assert not client.attribute(FLOATS).failures  # the load was kept, although its caller had timed out
 
 
 @contextlib.contextmanager

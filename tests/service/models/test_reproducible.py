@@ -96,7 +96,7 @@ def under_load(engine: Engine, requests: list[Request]) -> tuple[list[Answer], l
 
 @pytest.mark.parametrize("net", NETS)
 def test_by_default_neighbors_change_a_map_by_no_more_than_is_stated(net: str, device: str) -> None:
-    """4e-6 of the map's maximum, in float32 on the CPU; docs/explanation/precision.md says so."""
+    """4e-6 of the map's maximum, in float32 on the CPU, as docs/explanation/precision.md states."""
     make, size = NETS[net]
     engine = Engine([ModelSpec(make(), input_size=size)], Settings(device=device))
     requests = asked(net)

@@ -166,7 +166,7 @@ def test_a_region_ends_with_its_connection(sharing: Running, memory: SharedMemor
 
     async def until_it_is_gone() -> None:
         async with asyncio.timeout(TIMEOUT_S):
-            while len(sharing.server._regions._callers) > 1:  # noqa: ASYNC110  (the kernel tells nobody)
+            while len(sharing.server._regions._callers) > 1:  # noqa: ASYNC110  (nothing signals it)
                 await asyncio.sleep(0.05)
 
     sharing.run(until_it_is_gone())

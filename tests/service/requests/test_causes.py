@@ -61,7 +61,7 @@ def test_outputs_that_cannot_be_understood_are_reported_to_every_caller(
         client.attribute(IMAGES)
     failures = caught.value.answer.failures
     assert [each.code for each in failures] == [sidelight.FailedPrecondition.code] * 2
-    assert sum("model_failed" in str(record.msg) for record in caplog.records) == 1  # the operator hears of it too
+    assert sum("model_failed" in str(record.msg) for record in caplog.records) == 1  # the operator's log has it, too
 
 
 def test_another_number_of_classes_than_before_is_reported(tmp_path: Path) -> None:

@@ -178,7 +178,7 @@ def test_each_way_to_fail_has_its_reason(tmp_path: Path) -> None:
         while not server.run(_is_full(server)):
             pass
         call.cancel()
-        while server.run(_is_full(server)):  # else it could be answered before the server hears of it
+        while server.run(_is_full(server)):  # else it could be answered before the server handles the cancel
             pass
         gate.open()
         stream.finish()

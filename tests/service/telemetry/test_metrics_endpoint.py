@@ -67,7 +67,7 @@ def test_an_address_that_is_wrong_or_open_to_others_is_refused(spec: ModelSpec, 
 def test_closing_the_endpoint_ends_its_thread_beside_an_idle_connection() -> None:
     exposition = MetricsServer(CollectorRegistry(), "127.0.0.1:0", plaintext=False)
     host, port = exposition.address.split(":")
-    with socket.create_connection((host, int(port)), timeout=TIMEOUT_S):  # one who asks nothing holds nobody up
+    with socket.create_connection((host, int(port)), timeout=TIMEOUT_S):  # an idle connection does not block others
         assert scrape(exposition.address).sum("process_open_fds") > 3
         exposition.close()
     assert not exposition._thread.is_alive()

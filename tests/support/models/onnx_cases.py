@@ -1,4 +1,4 @@
-"""ONNX files as models: a process of its own, for `test_source_onnx`. It prints what it found out, as JSON.
+"""ONNX files as models: a process of its own, for `test_source_onnx`. It prints its results as JSON.
 
 The networks are built operation by operation, with the weights of one that torch computes.
 """
@@ -81,7 +81,7 @@ def known(source: str) -> list[object]:
 
 
 def external(name: str, location: str) -> str:
-    """Write a network whose first weights are said to be in another file."""
+    """Write a network whose first weights refer to another file."""
     held = network("N")
     first = held.graph.initializer[0]
     Path("weights.bin").write_bytes(first.raw_data)

@@ -11,7 +11,7 @@ import sidelight_server
 from support.certificates import Authority, Pair
 from support.models import small_cnn
 
-PATIENCE_S = 20.0  # far more than anything here takes: who waits it out has found nothing out
+PATIENCE_S = 20.0  # far more than any test here takes: waiting this long is a failure
 IMAGE = np.zeros((1, 3, 32, 32), np.float32)
 
 

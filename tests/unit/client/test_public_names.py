@@ -13,7 +13,7 @@ from sidelight import exceptions
 def test_all_lists_every_public_name_once() -> None:
     assert len(set(sidelight.__all__)) == len(sidelight.__all__)
     public = {name for name in vars(sidelight) if not name.startswith("_")}
-    # Three are imported by their own names, once somebody has.
+    # Three submodules are there only if a test of this process has imported them.
     assert public - set(sidelight.__all__) - {"page", "pyhealth", "testing"} == {"v1", "visualization"}
     assert set(sidelight.__all__) <= public
     assert len(sidelight.__all__) <= 35  # what a newcomer reads; the rest is a level down

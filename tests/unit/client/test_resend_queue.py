@@ -90,7 +90,7 @@ def test_a_worker_runs_empty_before_it_is_sent_a_suspect_and_another_goes_on() -
 def test_a_part_that_was_alone_with_two_dying_servers_is_given_up() -> None:
     queue = filled(2, workers=(A, B))
     sent(queue, A)
-    assert queue.requeue_after_call_end(A, died=True) == []  # in company
+    assert queue.requeue_after_call_end(A, died=True) == []  # it was not alone
     assert sent(queue, A) == ["0"]
     assert queue.requeue_after_call_end(A, died=True) == []
     assert sent(queue, B) == ["0"]

@@ -29,7 +29,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(scope="module")
 def mutual(authority: Authority) -> Iterator[str]:
-    """A server that wants to see a certificate of its callers'."""
+    """A server that requires a client certificate."""
     with serving(authority.pair(), tls_client_ca=authority.path) as address:
         yield address
 

@@ -305,7 +305,7 @@ def test_maps_that_improve_come_nearer_to_the_final_one(method: object, device: 
 
 
 def test_partial_maps_cost_nothing_where_no_caller_requests_them(device: str, floats: Tensor) -> None:
-    """SmoothGrad with a fixed number of draws runs them as one sweep, unless the caller wants partial maps."""
+    """SmoothGrad with a fixed number of draws runs them as one sweep, unless the caller requests partial maps."""
     module = Ordered()
     engine = tried(Engine([ModelSpec(module)], Settings(device=device, max_chunk_rows=64)), floats)
     module.chunks.clear()

@@ -176,7 +176,7 @@ def test_an_example_that_does_not_fit_alone_is_resource_exhausted(
     assert [failure.code for failure in answer.failures] == [8, 8]
     assert "out of device memory" in answer.failures[0].message
     lines = [line for line in caplog.messages if line.startswith("event=out_of_memory")]
-    # The chunk of both names nobody, and a row that was alone its example; the other one's line would come too soon.
+    # The chunk of both rows names no example, a row run alone names its own; the other row's line would come too soon.
     assert ["example=" in line for line in lines] == [False, True]
     assert lines[1].endswith("example=0")
 

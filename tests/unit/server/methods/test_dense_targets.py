@@ -120,7 +120,7 @@ def test_other_methods_add_up_over_a_region_too(region: str, module: nn.Module, 
 
 
 def test_a_region_moves_the_map_of_a_layer(explain: Explain, x: Tensor) -> None:
-    """The second net's convolution does not overlap: no layer before it speaks for what lies outside the region."""
+    """The second net's convolution does not overlap: no layer before it depends on what lies outside the region."""
     maps = explain(x, GradCAM("1", keep_negative=True), target=Dense(CLASS, Region(0, 0, 6, 5))).maps
     part = explain(x, GradCAM("1", keep_negative=True), target=Dense(CLASS, Region(0, 0, 3, 5))).maps
     assert np.abs(maps - part).max() > 0.1 * np.abs(maps).max()

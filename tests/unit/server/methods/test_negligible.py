@@ -93,7 +93,7 @@ def test_a_score_that_does_not_depend_on_the_input_has_a_negligible_map(method: 
 
 
 def test_a_layer_without_evidence_for_a_class_has_a_map_of_zeros() -> None:
-    """Then Grad-CAM's ReLU gives zero everywhere, and the answer says so."""
+    """Grad-CAM's ReLU then gives zero everywhere, and the answer reports that the map is negligible."""
     module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2))
     with torch.no_grad():
         module[4].weight.copy_(torch.tensor([[1.0], [-1.0]]).expand(2, 4))

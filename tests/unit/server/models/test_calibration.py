@@ -84,7 +84,7 @@ def test_a_slow_model_gets_fewer_rows_and_no_longer_chunk_is_tried(
     module = Paced({n: n * a_row_s for n in range(1, 300)})
     with calibrated(module, monkeypatch, max_chunk_s=0.5) as engine:
         assert engine.model("").chunk_rows == expected
-    # A trial may be expected to take twice the time, for a row alone is slower than in company; and two rows always
+    # A trial may be expected to take twice the time, for a row alone is slower than beside others; and two rows always
     # run, to see whether they touch.
     assert module.largest <= max(2, 1.0 / a_row_s)
 

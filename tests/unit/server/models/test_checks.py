@@ -159,7 +159,7 @@ def test_a_gradient_that_is_not_the_outputs_is_found(name: str, seed: int) -> No
 SETTINGS = Settings(device="cpu", threads=1)
 
 
-@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # torch at what the check finds out
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")  # torch warns of what the check detects
 @pytest.mark.parametrize("name", ["int8 cnn", "detached gate", "detached"])
 def test_a_model_without_the_whole_gradient_serves_what_needs_none(name: str, caplog: pytest.LogCaptureFixture) -> None:
     module = PARTIAL[name]().eval()

@@ -113,7 +113,7 @@ async def test_a_caller_pays_for_large_refused_messages_and_catches_up() -> None
     pace = Pace()
     pace.refuse("small", LARGE_BYTES - 1)
     pace.refuse("large", LARGE_BYTES)
-    async with asyncio.timeout(0):  # which ends whoever waits at all
+    async with asyncio.timeout(0):  # cancels whatever waits
         await pace.wait("small")
         await pace.wait("other")
     began_s = asyncio.get_running_loop().time()
