@@ -83,12 +83,11 @@ def attribute(
         images = pictures_of(images)
     with _errors_on_one_line(), connect_to(address) as client:
         if baseline is not None:
-            method = from_baseline(explained.method, load_array(baseline))
-            explained = dataclasses.replace(explained, method=method)
+            explained = explained | {"method": from_baseline(explained["method"], load_array(baseline))}
         answers = client.stream(
             images,
             model=model,
-            **explained.options,
+            **explained,
             timeout=timeout,
             ordered=True,
             on_error="return",

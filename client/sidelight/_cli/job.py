@@ -44,7 +44,7 @@ def job(
     A picture that cannot be explained is a row with a failure. It needs sidelight[ray].
     """
     pictures = _pictures(input_)
-    options = _settings(setting or []) | {"model": model} | explained.options
+    options = _settings(setting or []) | {"model": model} | explained
     try:
         from sidelight_server.ray import job as jobs
     except ModuleNotFoundError as error:

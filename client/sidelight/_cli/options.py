@@ -6,7 +6,6 @@ A group is a function: its parameters are the options, and it returns the value.
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +14,8 @@ import typer
 from .._clients.client import connect
 from .._clients.core import CONNECT_TIMEOUT_S
 from .._inputs.enums import Channels, MapDtype, Score
-from .._inputs.targets import Target
 from .._transport.credentials import TLS, TOKEN_VARIABLE
 from .._transport.pool import ADDRESS_VARIABLE
-from ..methods.gradient import Gradient
-from ..methods.method import Method
 from ..methods.parsing import METHODS
 from .arguments import REGION, method_names, method_of, target_of
 
@@ -32,6 +28,7 @@ Address = Annotated[str, typer.Option(help=ADDRESS_HELP, envvar=ADDRESS_VARIABLE
 ModelName = Annotated[str | None, typer.Option(help="The model's name. Default: the server's default model.")]
 Timeout = Annotated[float, typer.Option(help="Timeout for one request, in seconds.")]
 _file = functools.partial(typer.Option, exists=True, dir_okay=False)
+Explanation = dict[str, Any]  # arguments of `Client.attribute`: target, method, score, channels and map_dtype
 Connector = Callable[..., Any]  # returns a `Client`, or what its `factory` makes
 
 
@@ -89,21 +86,6 @@ def connection(
     return connect_to
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
-    """Options of `Client.attribute`: target, method, score, channels and type of the maps."""
-
-    target: Target = None
-    method: Method = Gradient()  # noqa: RUF009  (it is frozen)
-    score: Score = "probability"
-    channels: Channels = "max_abs"
-    map_dtype: MapDtype = "float32"
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self.__slots__}
-
-
 def explanation(
     *,
     target: Annotated[str | None, typer.Option(help="A class index or label. Default: the predicted class.")] = None,
@@ -124,10 +106,10 @@ def explanation(
         MapDtype, typer.Option(help="Data type of the maps in responses; the smaller ones round.")
     ] = "float32",
 ) -> Explanation:
-    return Explanation(
-        target=target_of(target, against=against, region=region, top_k=top_k),
-        method=method_of(method, option, signed=signed, times_input=times_input),
-        score=score,
-        channels=channels,
-        map_dtype=map_dtype,
-    )
+    return {
+        "target": target_of(target, against=against, region=region, top_k=top_k),
+        "method": method_of(method, option, signed=signed, times_input=times_input),
+        "score": score,
+        "channels": channels,
+        "map_dtype": map_dtype,
+    }

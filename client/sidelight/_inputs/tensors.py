@@ -26,17 +26,10 @@ class TorchTensor(Protocol):
 
     dtype: Any
 
-    def detach(self) -> "TorchTensor":
-        """Detach from the autograd graph."""
-
-    def cpu(self) -> "TorchTensor":
-        """Copy to host memory."""
-
-    def float(self) -> "TorchTensor":
-        """Convert to float32."""
-
-    def numpy(self) -> Array:
-        """Convert to a numpy array."""
+    def detach(self) -> "TorchTensor": ...
+    def cpu(self) -> "TorchTensor": ...
+    def float(self) -> "TorchTensor": ...
+    def numpy(self) -> Array: ...
 
 
 @runtime_checkable

@@ -50,7 +50,7 @@ class Availability:
         log.warning("waiting for a server at %s", self._addresses())
         return None
 
-    def gives_up_s(self, server_wait_s: float) -> float | None:
+    def deadline_s(self, server_wait_s: float) -> float | None:
         """Return the time at which to give up, after `server_wait_s` without any server; None while there is one."""
         return None if self._live else self._since_s + server_wait_s
 

@@ -87,7 +87,8 @@ class Answer:
             raise InvalidArgument(
                 f"served_classes: got {n_served} classes, expected one for each of {len(self._images)} examples"
             )
-        maps = np.stack([self._maps(i) for i in range(len(self._images))]) if len(self._images) else self._no_maps()
+        gradients = [self._gradients(i) for i in range(len(self._images))]
+        maps = self._maps(np.stack(gradients) if gradients else np.empty((0, 1, *self._images.shape[1:])))
         if kind != "top_k":
             maps = maps[:, 0]  # [N, H, W], or [N, C, H, W] with all channels
         result = pb.Attribution(
@@ -139,32 +140,29 @@ class Answer:
                     f"target: {target.WhichOneof('target') or 'none'} is not supported by the test server"
                 )
 
-    def _maps(self, i: int) -> Floats:
-        """Return example i's maps, [k, H, W], or [k, C, H, W] with all channels."""
+    def _gradients(self, i: int) -> Floats:
+        """Return the gradients of example i's targets, [k, C, H, W]; NaN if the example failed."""
         gradients = np.stack([self._gradient(i, index, against) for index, against in self._targets(i)])
-        if i in self._failures:
-            gradients[...] = np.nan
+        return np.full_like(gradients, np.nan) if i in self._failures else gradients
+
+    def _maps(self, gradients: Floats) -> Floats:
+        """Reduce the channels of gradients, [N, k, C, H, W], as requested: [N, k, H, W], or unchanged for "none"."""
         match self._request.channels:
             case pb.CHANNEL_REDUCTION_NONE:
                 return gradients
             case pb.CHANNEL_REDUCTION_SUM:
-                return np.asarray(gradients.sum(axis=1))
+                return np.asarray(gradients.sum(axis=2))
             case pb.CHANNEL_REDUCTION_MEAN_ABS:
-                return np.asarray(np.abs(gradients).mean(axis=1))
+                return np.asarray(np.abs(gradients).mean(axis=2))
             case pb.CHANNEL_REDUCTION_L2:
-                return np.asarray(np.sqrt((gradients**2).sum(axis=1)))
+                return np.asarray(np.sqrt((gradients**2).sum(axis=2)))
             case _:
-                return np.asarray(np.abs(gradients).max(axis=1))
+                return np.asarray(np.abs(gradients).max(axis=2))
 
     def _gradient(self, i: int, index: int, against: int | None) -> Floats:
         arguments = self._weights, self._images.shape[1]
         one = self._model.gradient(self._probabilities[i], index, *arguments)
         return one if against is None else one - self._model.gradient(self._probabilities[i], against, *arguments)
-
-    def _no_maps(self) -> Floats:
-        _, n_channels, height, width = self._images.shape
-        all_channels = self._request.channels == pb.CHANNEL_REDUCTION_NONE
-        return np.empty((0, 1, *((n_channels,) if all_channels else ()), height, width))
 
     def _example(self, i: int) -> pb.Example:
         if i in self._failures:

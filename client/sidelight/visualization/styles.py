@@ -30,6 +30,7 @@ class Style(Protocol):
 
     def base(self, picture: Image.Image) -> Image.Image:
         """Return the picture as drawn where the map is 0."""
+        return picture
 
     def unseen(self, picture: Image.Image) -> Image.Image:
         """Return the picture as drawn outside the part that the map covers."""
@@ -39,7 +40,7 @@ class Style(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Colors:
+class Colors(Style):
     """The map's colors are blended with the picture, with the same opacity `alpha` everywhere.
 
     With None the picture is dimmed, and the opacity rises with the magnitude, up to `MAX_OPACITY` at full scale.
@@ -67,15 +68,12 @@ class Colors:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Contours:
+class Contours(Style):
     """Lines around the largest magnitudes: one at each of the levels, which ascend."""
 
     colormap: Colormap
     levels: Sequence[float]
     width_px: float
-
-    def base(self, picture: Image.Image) -> Image.Image:
-        return picture
 
     def unseen(self, picture: Image.Image) -> Image.Image:
         return picture.copy()
@@ -91,13 +89,10 @@ class Contours:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Mask:
+class Mask(Style):
     """The picture where the magnitude reaches the level, gray and dark elsewhere. None: everywhere."""
 
     level: float | None = None
-
-    def base(self, picture: Image.Image) -> Image.Image:
-        return picture
 
     def unseen(self, picture: Image.Image) -> Image.Image:
         return _dimmed(picture, UNSEEN_COLOR, UNSEEN_BRIGHTNESS)

@@ -67,7 +67,7 @@ def bench_facts(bench: Bench, server: ServerInfo, answer: Attribution, *, client
             "batch": len(traffic.batches[0]),
             "batches": len(traffic.batches),
             "images": traffic.kind,
-            "map_dtype": traffic.explained.map_dtype,
+            "map_dtype": traffic.explained.get("map_dtype", "float32"),
             "timeout_s": traffic.timeout_s,
         },
         "provenance": None if provenance is None else dataclasses.asdict(provenance),

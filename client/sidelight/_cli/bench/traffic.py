@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Traffic:
 
     batches: Sequence[Sent]
     model: str | None = None
-    explained: Explanation = Explanation()  # noqa: RUF009  (it is frozen)
+    explained: Explanation = field(default_factory=dict)  # the client's defaults apply to missing ones
     timeout_s: float = 60.0
     is_streamed: bool = False
     window: int | None = None  # of a stream
@@ -51,7 +51,7 @@ class Traffic:
 
     @property
     def _options(self) -> dict[str, Any]:
-        return self.explained.options | {"model": self.model, "timeout": self.timeout_s, "on_error": "return"}
+        return self.explained | {"model": self.model, "timeout": self.timeout_s, "on_error": "return"}
 
     def try_out(self, client: Client) -> Attribution:
         """Send the first batch. Raises its error, which all other batches would also have."""
