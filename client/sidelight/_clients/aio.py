@@ -15,7 +15,6 @@ from .._inputs.images import EncodedBatch
 from .._inputs.targets import Choice, Target
 from .._inputs.validation import span
 from .._options import (
-    FOR_EVER_S,
     AttributeOptions,
     Headers,
     Metadata,
@@ -207,8 +206,7 @@ class AsyncClient(ClientBase):
             connection = await ready(self._core.pool, self._core.wait_s(policy.left_s))
             try:
                 with translate_errors(self._core.max_message_bytes), connection.calling(len(batch)):
-                    left_s = min(policy.left_s, FOR_EVER_S)
-                    call = connection.attribution.Attribute.future(request, timeout=left_s, metadata=metadata)
+                    call = connection.attribution.Attribute.future(request, timeout=policy.left_s, metadata=metadata)
                     response = await awaited(call)
                 answer = read_answer(response.result, batch, baseline=given_array(request.method))
                 connection.record_load(answer)

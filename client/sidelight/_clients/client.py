@@ -12,7 +12,6 @@ from .._inputs.enums import Channels, MapDtype, Score
 from .._inputs.images import EncodedBatch
 from .._inputs.targets import Choice, Target
 from .._options import (
-    FOR_EVER_S,
     AttributeOptions,
     Headers,
     Metadata,
@@ -264,9 +263,7 @@ class Client(ClientBase):
             connection = self._core.pool.ready(self._core.wait_s(policy.left_s))
             try:
                 with translate_errors(self._core.max_message_bytes), connection.calling(len(batch)):
-                    response = connection.attribution.Attribute(
-                        request, timeout=min(policy.left_s, FOR_EVER_S), metadata=metadata
-                    )
+                    response = connection.attribution.Attribute(request, timeout=policy.left_s, metadata=metadata)
                 answer = read_answer(response.result, batch, baseline=given_array(request.method))
                 connection.record_load(answer)
                 return answer

@@ -33,7 +33,7 @@ async def ready(pool: ConnectionPool, timeout_s: float) -> Connection:
                 changed.clear()
                 pool.check()
                 pool.connect()
-                with contextlib.suppress(TimeoutError):  # wakes up to diagnose again why there is none
+                with contextlib.suppress(TimeoutError):  # wakes up to find out again why there is none
                     async with asyncio.timeout(DIAGNOSE_EVERY_S):
                         await changed.wait()
         return found

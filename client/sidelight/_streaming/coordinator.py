@@ -235,7 +235,7 @@ class Coordinator(StreamCoordinator):
             regions.mark_registered(response.region_registered.region)
             state.dispatcher.unblock(worker)
             state.changed.notify_all()
-        elif regions.holds(response.id):
+        elif regions.has_region(response.id):
             state.end(from_code(response.failure.code, response.failure.message))
 
     def _free(self, worker: StreamWorker, id_: str) -> None:

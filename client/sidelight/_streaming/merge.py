@@ -1,8 +1,7 @@
 """Merging: joins the answers to the parts of a batch into one."""
 
 import dataclasses
-from collections.abc import Iterable
-from typing import TypeVar
+from itertools import chain
 
 import numpy as np
 
@@ -12,8 +11,6 @@ from ..exceptions import ModelChanged
 from ..results.attribution import Attribution, failed
 from ..results.types import Timing
 from .scheduling.parts import Entry
-
-_Item = TypeVar("_Item")
 
 
 def merge_parts(entry: Entry) -> Attribution:
@@ -42,10 +39,10 @@ def merge_parts(entry: Entry) -> Attribution:
     return dataclasses.replace(
         first,
         maps=np.concatenate([part.maps for part in parts]),
-        predictions=_concatenate(part.predictions for part in parts),
-        targets=_concatenate(part.targets for part in parts),
-        geometry=_concatenate(part.geometry for part in parts),
-        convergence=_concatenate(part.convergence for part in parts),
+        predictions=tuple(chain.from_iterable(part.predictions for part in parts)),
+        targets=tuple(chain.from_iterable(part.targets for part in parts)),
+        geometry=tuple(chain.from_iterable(part.geometry for part in parts)),
+        convergence=tuple(chain.from_iterable(part.convergence for part in parts)),
         failures=tuple(failures),
         probabilities=None
         if first.probabilities is None
@@ -56,10 +53,6 @@ def merge_parts(entry: Entry) -> Attribution:
         _batch=entry.batch,
         _provenance=provenance,
     )
-
-
-def _concatenate(parts: Iterable[tuple[_Item, ...]]) -> tuple[_Item, ...]:
-    return tuple(item for part in parts for item in part)
 
 
 def _provenance(parts: list[pb.Provenance]) -> pb.Provenance:

@@ -69,7 +69,7 @@ class StreamConfig:
             maps = None
             if incoming.maps is not None:
                 maps = array_of(result.maps, incoming.maps)
-            elif regions and regions.has(part.id) and not result.maps.data:
+            elif regions and regions.has_part(part.id) and not result.maps.data:
                 maps = regions.read(part.id, result.maps, skip=_array_bytes(part.batch))
             return read_answer(result, part.batch, index=index, baseline=self.baseline, maps=maps)
         failure = response.failure

@@ -134,10 +134,7 @@ class Stream:
             state.changed.notify_all()
         dues_s = [state.resend_queue.next_deadline_s(), state.availability.log_waiting(now_s)]
         server_wait_s = self._config.server_wait_s
-        if (
-            not state.resend_queue.n_unanswered
-            and (ends_s := state.availability.deadline_s(server_wait_s)) is not None
-        ):
+        if not state.resend_queue.n_unanswered and (ends_s := state.availability.deadline_s(server_wait_s)) is not None:
             if now_s >= ends_s:
                 state.end(state.availability.error(f"for {server_wait_s:g} s"))
             dues_s.append(ends_s)

@@ -6,6 +6,7 @@ Attribution has no side effects, so repeating a call is safe.
 import logging
 import time
 
+from .._options import FOR_EVER_S
 from ..exceptions import Cancelled, ResourceExhausted, SidelightError, Unavailable
 
 log = logging.getLogger("sidelight")
@@ -20,7 +21,7 @@ class RetryPolicy:
     """The deadline of one call, and the errors that it has had so far."""
 
     def __init__(self, timeout_s: float, *, retry: bool) -> None:
-        self._deadline_s = time.monotonic() + timeout_s
+        self._deadline_s = time.monotonic() + min(timeout_s, FOR_EVER_S)
         self._retry = retry
         self._n_gone = 0
         self._n_cancelled = 0

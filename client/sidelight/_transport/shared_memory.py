@@ -161,7 +161,7 @@ class Regions:
             register_region=pb.RegisterRegionRequest(id=region.name, region=region.name, size_bytes=size)
         )
 
-    def holds(self, name: str) -> bool:
+    def has_region(self, name: str) -> bool:
         return any(region.name == name for region in self._regions)
 
     def mark_registered(self, name: str) -> None:
@@ -187,7 +187,7 @@ class Regions:
         request.output.region.region = region.name
         request.output.region.offset_bytes = offset
 
-    def has(self, id_: str) -> bool:
+    def has_part(self, id_: str) -> bool:
         return id_ in self._held
 
     def read(self, id_: str, maps: tensor_pb2.Tensor, *, skip: int) -> Array:

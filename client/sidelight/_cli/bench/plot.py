@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 SIZE_INCHES, DOTS_PER_INCH = (11.5, 4.6), 130
 # The color-blind safe palette of Okabe and Ito, 2008.
 COLORS = {"p50": "#0072B2", "p95": "#E69F00", "p99": "#D55E00"}
-WIDE = 20  # a larger ratio of medians is drawn with a logarithmic axis and relative parts
+WIDE = 20  # ratio of the medians above which the axis is logarithmic, and the stages are shares of the latency
 MIN_BARS = 3  # a single bar would fill the axes
 PART_COLORS = ("#999999", "#56B4E9", "#F0E442", "#E69F00", "#0072B2", "#CC79A7")
 

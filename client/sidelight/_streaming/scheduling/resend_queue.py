@@ -173,13 +173,13 @@ class ResendQueue:
     def requeue(self, part: Part, worker: Hashable, *, not_before_s: float) -> None:
         """Enqueue a part again that a worker's server did not accept, to be sent not before a time."""
         self.n_retries += 1
-        if self._is_left(part, worker):
+        if self._withdraw(part, worker):
             part.not_before_s = not_before_s
             self._enqueue(part)
 
     def requeue_halves(self, part: Part, worker: Hashable) -> None:
         """Enqueue a sent part again as two halves: it was too large for its server."""
-        if not self._is_left(part, worker):
+        if not self._withdraw(part, worker):
             return
         half = len(part.batch) // 2
         for span in (range(half), range(half, len(part.batch))):
@@ -187,9 +187,9 @@ class ResendQueue:
         part.entry.n_open += 1
 
     def remove_sent(self, worker: Hashable) -> list[Part]:
-        """Remove and return the parts that were sent to a worker alone."""
+        """Remove and return the parts that only this worker holds."""
         self._abandoned[worker].clear()
-        return [part for part in list(self._held[worker].values()) if self._is_left(part, worker)]
+        return [part for part in list(self._held[worker].values()) if self._withdraw(part, worker)]
 
     def requeue_after_call_end(self, worker: Hashable, *, died: bool) -> list[Part]:
         """Enqueue again the parts of a worker whose call has ended. Returns those that are given up."""
@@ -264,8 +264,8 @@ class ResendQueue:
             self._drop(part, worker)
         return holders
 
-    def _is_left(self, part: Part, worker: Hashable) -> bool:
-        """Take a part from one worker. Returns whether it was the last one: the part then counts as not sent."""
+    def _withdraw(self, part: Part, worker: Hashable) -> bool:
+        """Take a part from one worker. Returns whether no other worker holds it: the part then counts as not sent."""
         self._drop(part, worker)
         part.holders.remove(worker)
         if not part.holders:
