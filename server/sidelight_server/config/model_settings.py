@@ -32,13 +32,10 @@ class ModelSettings(ModelTraits, ModelSource):
     )
     max_chunk_s: float = Field(0.5, gt=0, description="seconds that a chunk may take, if its rows are measured")
     device_memory_limit: int = Field(
-        0,
-        ge=0,
-        description="bytes that a chunk may take, if its rows are measured; 0: half of the free memory",
+        0, ge=0, description="bytes that a chunk may take, if its rows are measured; 0: half of the free memory"
     )
     accept_partial_gradient: bool = Field(
-        False,
-        description="serve gradients although a check at load found that they are incomplete",
+        False, description="serve gradients although a check at load found that they are incomplete"
     )
     fidelity: float = Field(
         0.0,

@@ -19,8 +19,7 @@ class KernelFields(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     precision: Precision | None = Field(
-        None,
-        description="type that the model computes in; mixed: bfloat16 only backward; unset: that of its weights",
+        None, description="type that the model computes in; mixed: bfloat16 only backward; unset: that of its weights"
     )
     fold: bool = Field(False, description="fold BatchNorm into convolutions: faster, other rounding")
     channels_last: bool = Field(False, description="use the channels-last memory format: faster on most CPUs and GPUs")

@@ -82,9 +82,7 @@ class Settings(ModelSettings):
         1024 * MEBIBYTE, ge=4096, description="limit of the bytes of batches in flight and their answers"
     )
     max_caller_rows: int = Field(
-        1_000_000,
-        ge=0,
-        description="limit of the rows of one caller's batches in flight, if several; 0: no limit",
+        1_000_000, ge=0, description="limit of the rows of one caller's batches in flight, if several; 0: no limit"
     )
     max_rendered_pixels: int = Field(
         1024 * 1024, ge=1, description="limit of height × width of a picture of a map that the server draws"
@@ -101,9 +99,7 @@ class Settings(ModelSettings):
         description="seconds after which a stream ends with OK, once its batches are answered; 0: no limit",
     )
     stalled_write_s: float = Field(
-        60.0,
-        ge=0,
-        description="seconds within which a client must accept an answer, or the call ends; 0: no limit",
+        60.0, ge=0, description="seconds within which a client must accept an answer, or the call ends; 0: no limit"
     )
     max_arrival_s: float = Field(
         30.0, ge=0, description="seconds within which the message of a unary call must arrive; 0: no limit"

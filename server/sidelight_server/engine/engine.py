@@ -63,10 +63,7 @@ class Engine:
         self._pool = PreparationPool(self.threads)
         self._unanswered: set[Submission] = set()
         self._submission_context = SubmissionContext(
-            self._pool,
-            functools.partial(least_busy, self._devices),
-            self._assemble,
-            self._unanswered,
+            self._pool, functools.partial(least_busy, self._devices), self._assemble, self._unanswered
         )
         self._software = software_versions()
 
@@ -178,11 +175,7 @@ class Engine:
         """`submit` a request and wait for its answer. Cancelling the call drops its rows that have not run."""
         answered: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         submission = self.submit(
-            request,
-            functools.partial(store_outcome, answered),
-            version=version,
-            call_record=call_record,
-            device=device,
+            request, functools.partial(store_outcome, answered), version=version, call_record=call_record, device=device
         )
         try:
             outcome = await answered

@@ -22,10 +22,7 @@ class ModelKernels:
     """A model's kernels: a default one, and one for each other precision that the operator has set for a method."""
 
     def __init__(
-        self,
-        make: Callable[..., Kernel],
-        options: KernelOptions,
-        precisions: Mapping[str, Precision] | None = None,
+        self, make: Callable[..., Kernel], options: KernelOptions, precisions: Mapping[str, Precision] | None = None
     ) -> None:
         """Make the kernels. Raises `ConfigurationError` if `precisions` names no method, or the weights are double."""
         names = [method.name for method in METHODS]

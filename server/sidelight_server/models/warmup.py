@@ -5,14 +5,7 @@ import logging
 from ..compute.kernel import Kernel
 from ..errors import ConfigurationError
 from ..telemetry.logs import Event
-from .calibration import (
-    can_grow,
-    choose_chunk_rows,
-    compare_exact,
-    neighbor_difference,
-    rank_correlation,
-    same_bytes,
-)
+from .calibration import can_grow, choose_chunk_rows, compare_exact, neighbor_difference, rank_correlation, same_bytes
 from .model import Model
 from .trial.checks import is_batch_dependent
 

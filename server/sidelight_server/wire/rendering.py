@@ -38,10 +38,7 @@ _STYLES: Mapping[pb.Rendering.Style.ValueType, bool] = {
     pb.Rendering.STYLE_OVERLAY: False,
     pb.Rendering.STYLE_HEATMAP: True,
 }
-_SIZES: Mapping[pb.Rendering.Size.ValueType, bool] = {
-    pb.Rendering.SIZE_INPUT: False,
-    pb.Rendering.SIZE_ORIGINAL: True,
-}
+_SIZES: Mapping[pb.Rendering.Size.ValueType, bool] = {pb.Rendering.SIZE_INPUT: False, pb.Rendering.SIZE_ORIGINAL: True}
 COLORMAPS: Mapping[pb.Colormap.ValueType, str | None] = {
     number: name.removeprefix("COLORMAP_").lower() for name, number in pb.Colormap.items() if number
 }

@@ -30,10 +30,7 @@ def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attributi
         examples=[
             _example(each, answer.labels, is_mismatch=is_mismatch, rendered=rendered)
             for each, is_mismatch, rendered in zip(
-                answer.explanations,
-                answer.mismatches,
-                answer.rendered or ((),) * len(answer.explanations),
-                strict=True,
+                answer.explanations, answer.mismatches, answer.rendered or ((),) * len(answer.explanations), strict=True
             )
         ],
         failures=[
@@ -192,10 +189,7 @@ def _geometry(geometry: Geometry) -> tensor_pb2.Geometry:
         scaled_height=geometry.scaled_height,
         scaled_width=geometry.scaled_width,
         crop=tensor_pb2.Box(
-            top=geometry.crop_top,
-            left=geometry.crop_left,
-            height=geometry.crop_height,
-            width=geometry.crop_width,
+            top=geometry.crop_top, left=geometry.crop_left, height=geometry.crop_height, width=geometry.crop_width
         ),
         window=_interval(geometry.window) if geometry.window else None,
     )

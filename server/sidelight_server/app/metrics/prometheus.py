@@ -71,9 +71,7 @@ class Metrics(Collector):
         )
         yield GaugeMetricFamily("sidelight_streams_open", "open streams", value=counts.streams)
         yield CounterMetricFamily(
-            "sidelight_shed_streams",
-            "idle streams that were ended because memory was short",
-            value=counts.shed_streams,
+            "sidelight_shed_streams", "idle streams that were ended because memory was short", value=counts.shed_streams
         )
         yield CounterMetricFamily(
             "sidelight_stopped_batches",

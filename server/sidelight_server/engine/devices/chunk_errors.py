@@ -7,14 +7,7 @@ import torch
 
 from ...compute.saved_memory import TooLarge
 from ...compute.torch_device import check_works, is_out_of_memory
-from ...errors import (
-    FailedPrecondition,
-    Internal,
-    InvalidArgument,
-    OutputsError,
-    ResourceExhausted,
-    SidelightError,
-)
+from ...errors import FailedPrecondition, Internal, InvalidArgument, OutputsError, ResourceExhausted, SidelightError
 from ...models.model import Model
 from ...telemetry.logs import Event, Throttle
 from ..active_request import ActiveRequest
@@ -64,8 +57,7 @@ class ChunkErrors:
         if isinstance(error, SidelightError):
             if isinstance(error, Internal | OutputsError) and n_rows == 1:
                 self._faults.log(
-                    logging.ERROR,
-                    Event("model_failed", model=name, id=active.id, example=index, message=error.message),
+                    logging.ERROR, Event("model_failed", model=name, id=active.id, example=index, message=error.message)
                 )
             if isinstance(error, TooLarge) and not error.fitting:
                 self._faults.log(

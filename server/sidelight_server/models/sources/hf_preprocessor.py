@@ -70,12 +70,7 @@ _CLASSES: Mapping[str, Mapping[str, Any]] = {
         "include_top": True,
     },
     _LEVIT: {"resample": 3, **_SHORT, **_IMAGENET},
-    _MOBILEVIT: {
-        "resample": 3,
-        **_SHORT,
-        "crop_size": {"height": 256, "width": 256},
-        "do_flip_channel_order": True,
-    },
+    _MOBILEVIT: {"resample": 3, **_SHORT, "crop_size": {"height": 256, "width": 256}, "do_flip_channel_order": True},
     _POOLFORMER: {"resample": 3, **_SHORT, **_IMAGENET, "crop_pct": 0.9},
     _SEGFORMER: {"size": {"height": 512, "width": 512}, **_IMAGENET},
     _TEXTNET: {"size": {"shortest_edge": 640}, "default_to_square": False, **_IMAGENET, "size_divisor": 32},
