@@ -72,7 +72,7 @@ class Server:
         self._metrics: MetricsServer | None = None
         self._tracing = tracing
         self.handler = RequestHandler(engine, Telemetry(tracing))
-        self._gate = ReadinessGate(self.handler.telemetry.counts)
+        self._gate = ReadinessGate(self.handler.telemetry.counters)
         self.addresses: list[str] = []
         self.metrics = "none"  # address of the metrics endpoint, or why there is none
 
@@ -110,7 +110,7 @@ class Server:
         hide_failed_writes()
         loop = asyncio.get_running_loop()
         authorization = Authorization(
-            settings, functools.partial(rejecting_handler, counts=self.handler.telemetry.counts)
+            settings, functools.partial(rejecting_handler, counters=self.handler.telemetry.counters)
         )
         callers = Callers(settings)
         write_timeout = WriteTimeout(within_s=settings.stalled_write_s)
@@ -185,7 +185,7 @@ class Server:
         from .metrics.metrics_http import MetricsServer
         from .metrics.prometheus import Metrics
 
-        metrics = Metrics(self._engine, self.handler.telemetry.counts, self.counts, files)
+        metrics = Metrics(self._engine, self.handler.telemetry.counters, self.counts, files)
         try:
             self._metrics = MetricsServer(metrics, self._metrics_listen, plaintext=self._engine.settings.plaintext)
             self.metrics = self._metrics.address

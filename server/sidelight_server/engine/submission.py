@@ -51,7 +51,7 @@ class Submission:
         self._request = request
         self._on_done: OnDone | None = on_done  # None once it was called, or the request was cancelled
         self._on_improved = on_improved
-        self._engine = context
+        self._context = context
         self._loop = asyncio.get_running_loop()
         self._admitted_s = time.monotonic()
         self._call_record = call_record or CallRecord("", self._admitted_s)
@@ -67,7 +67,7 @@ class Submission:
         if method is not self._request.method:
             self._request = replace(self._request, method=method)
         if runs_inline(model, self._request):
-            prepared = prepare(model, self._request, is_gone=self._engine.pool.is_gone, shape=shape)
+            prepared = prepare(model, self._request, is_gone=self._context.pool.is_gone, shape=shape)
             self._join(self._activate(version, prepared))
         else:
             self._wait_in_task(functools.partial(self._prepare, version))
@@ -115,14 +115,14 @@ class Submission:
         self._task.add_done_callback(forget_cancellation)
 
     async def _prepare(self, version: Version) -> None:
-        prepared = await self._engine.pool.prepare(version[0], self._request, self._call_record.caller)
+        prepared = await self._context.pool.prepare(version[0], self._request, self._call_record.caller)
         self._join(await to_thread_if_many(self._request.n_examples, self._activate, version, prepared))
 
     def _activate(self, version: Version, prepared: Prepared) -> ActiveRequest:
         call_record = self._call_record
         call_record.examples, call_record.prepared_s = len(prepared.examples), time.monotonic()
         self._clock = Clock(call_record.arrived_s, self._admitted_s, call_record.prepared_s)
-        self.device = self.device or self._engine.choose_device()
+        self.device = self.device or self._context.choose_device()
         completions = self.device.worker.completions
         return ActiveRequest(
             self._request,
@@ -142,17 +142,17 @@ class Submission:
             self._loop.call_soon(self._complete)
             return
         assert self.device  # noqa: S101  (`_activate` has chosen it)
-        self._engine.unanswered.add(self)
+        self._context.unanswered.add(self)
         try:
             self.device.add(active)
         except BaseException:
-            self._engine.unanswered.discard(self)
+            self._context.unanswered.discard(self)
             self.active = None
             raise
 
     def _leave_device(self) -> None:
-        if self in self._engine.unanswered and self.device and self.active:
-            self._engine.unanswered.discard(self)
+        if self in self._context.unanswered and self.device and self.active:
+            self._context.unanswered.discard(self)
             self.device.remove(self.active)
             self._call_record.started_s, self._call_record.rows = self.active.started_s, self.active.n_taken
 
@@ -165,7 +165,7 @@ class Submission:
             self._wait_in_task(functools.partial(self._answer, self.active))
             return
         try:
-            answer = self._engine.assemble(self.active, self._clock)
+            answer = self._context.assemble(self.active, self._clock)
         except Exception as error:  # no memory for the maps
             self.fail(error)
         else:
@@ -181,7 +181,7 @@ class Submission:
 
     async def _assembled(self, active: ActiveRequest, *, final: bool = True) -> Answer:
         return await to_thread_if_many(
-            self._request.n_examples, self._engine.assemble, active, self._clock, final=final
+            self._request.n_examples, self._context.assemble, active, self._clock, final=final
         )
 
 

@@ -47,9 +47,9 @@ def _forget_frames(errors: Iterable[BaseException], _call: object) -> None:
         forget_frames(error)
 
 
-def rejecting_handler(error: SidelightError, counts: Counters) -> "Handler":
+def rejecting_handler(error: SidelightError, counters: Counters) -> "Handler":
     """Return a handler that ends a call with an error before any of its message is read, and count the call."""
-    counts.refused(error.code)
+    counters.refused(error.code)
 
     async def refuse(_: object, context: Context) -> None:
         await abort(context, error)

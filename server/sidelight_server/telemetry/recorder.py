@@ -19,7 +19,7 @@ class Telemetry:
     """The call records of one server, counted and optionally traced. Used on the event loop only."""
 
     def __init__(self, tracing: "Tracing | None" = None) -> None:
-        self.counts = Counters()
+        self.counters = Counters()
         self._tracing = tracing
 
     def begin(self, call: str, headers: Headers, *, caller: str = "") -> CallRecord:
@@ -32,14 +32,14 @@ class Telemetry:
     def answered(self, call_record: CallRecord, answer: Answer, tally: Tally) -> None:
         """Record a final answer with the tally of its examples."""
         call_record.code = 0
-        self.counts.answered(call_record, answer.timing, tally)
+        self.counters.answered(call_record, answer.timing, tally)
 
     def failed(self, call_record: CallRecord, error: SidelightError) -> None:
         call_record.code, call_record.reason = error.code, reason_of_error(error)
 
     def end(self, call_record: CallRecord) -> None:
         """End a record, after the answer or failure was written or the client disconnected."""
-        self.counts.ended(call_record)
+        self.counters.ended(call_record)
         if self._tracing and call_record.span is not None:
             self._tracing.end(call_record)
 

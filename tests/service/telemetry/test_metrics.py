@@ -366,7 +366,7 @@ def test_a_request_that_resolved_no_model_has_an_empty_model_label() -> None:
     answer = _answer()
     telemetry.answered(call_record, answer, Tally.of(answer))
     telemetry.end(call_record)
-    samples = [sample for family in telemetry.counts.registry.collect() for sample in family.samples]
+    samples = [sample for family in telemetry.counters.registry.collect() for sample in family.samples]
     assert {each.labels["model"] for each in samples if "model" in each.labels} == {""}
     assert not [each for each in samples if each.name.startswith("sidelight_prediction")]
 

@@ -108,7 +108,7 @@ def _names(tmp_path: Path) -> set[str]:
         server.stub.Attribute(ask(floats(1), served_classes=served), timeout=TIMEOUT_S)
         with pytest.raises(grpc.RpcError):
             server.stub.Attribute(ask(floats(1), method=pb.Method()), timeout=TIMEOUT_S)
-        families = Metrics(server.engine, server.server.handler.telemetry.counts, server.counts).collect()
+        families = Metrics(server.engine, server.server.handler.telemetry.counters, server.counts).collect()
         empty = {f"{each.name}_total" if each.type == "counter" else each.name for each in families}
         return scrape_of(server).names | empty
 

@@ -43,7 +43,7 @@ def scrape(address: str) -> Samples:
 @contextlib.contextmanager
 def exposed(server: Running) -> Iterator[str]:
     """Serve the metrics of a running server; return the address."""
-    metrics = Metrics(server.engine, server.server.handler.telemetry.counts, server.counts)
+    metrics = Metrics(server.engine, server.server.handler.telemetry.counters, server.counts)
     exposition = MetricsServer(metrics, "127.0.0.1:0", plaintext=False)
     try:
         yield exposition.address

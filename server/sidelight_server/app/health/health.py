@@ -116,9 +116,9 @@ def statuses(engine: Engine, *, serves: bool) -> dict[str, bool]:
 class ReadinessGate(grpc.aio.ServerInterceptor):
     """Rejects calls until the server is ready, so that health checks work while models load."""
 
-    def __init__(self, counts: Counters) -> None:
+    def __init__(self, counters: Counters) -> None:
         self.is_open = False
-        self._counts = counts
+        self._counters = counters
 
     async def intercept_service(
         self,
@@ -130,4 +130,4 @@ class ReadinessGate(grpc.aio.ServerInterceptor):
         if self.is_open or method.startswith(OPEN) or method in INFERENCE_PROBES:
             return await continuation(handler_call_details)
         starting = Unavailable("the server is starting: its models are not loaded yet", retry_delay_s=RETRY_DELAY_S)
-        return rejecting_handler(starting, self._counts)
+        return rejecting_handler(starting, self._counters)

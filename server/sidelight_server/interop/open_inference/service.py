@@ -56,7 +56,7 @@ class InferenceService:
         """`serves` returns whether a name of the health service serves."""
         self._registry = engine.registry
         self._callers = callers
-        self._counts = handler.telemetry.counts
+        self._counters = handler.telemetry.counters
         self._calls = calls
         self._shared = shared
         self._serves = serves
@@ -120,7 +120,7 @@ class InferenceService:
         """Return the statistics of one model, or of all."""
         entries = [self._entry(request.name, request.version)] if request.name else self._registry.entries.values()
         return oip.ModelStatisticsResponse(
-            model_stats=[metadata.statistics_of(each, self._counts.statistics(each.name)) for each in entries]
+            model_stats=[metadata.statistics_of(each, self._counters.statistics(each.name)) for each in entries]
         )
 
     async def RepositoryIndex(  # noqa: N802
