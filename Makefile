@@ -203,7 +203,8 @@ scale: .venv/.ready .venv-serve/.ready
 	.venv-serve/bin/python -m pip install --quiet --constraint constraints.txt 'ray[serve,serve-grpc]' --editable '.[ray]'
 	touch $@
 
-# All of them run, and a goal that is not met is the code it ends with. The first four take nine minutes, the rest ten more.
+# All of them run, and a goal that is not met is the code it ends with. The first four take twenty minutes, eleven of them for
+# the attacks; the rest takes ten more.
 SOAKS = faults kills memory attack
 soak-long: SOAKS += storm messages jobs
 soak soak-long: .venv/.ready

@@ -388,21 +388,3 @@ def test_a_unary_call_waits_in_turn_beside_the_batches_of_another_callers_stream
         assert len(good.result().result.examples) == 1
         assert module.has_mark.index(True) <= 2  # after the batch that ran, and one more of the streams
         assert [len(list(stream)) for stream in streams] == [2] * 10
-
-
-def test_unary_calls_that_wait_for_a_permit_are_bounded_together(
-    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(request_handler, "UNARY_WAIT_S", TIMEOUT_S)
-    n_waiting = 16 * 3 // 4  # of 64 KiB each in a quarter of 4 MiB, of which one caller has three quarters
-    sizes = {"max_in_flight_bytes": 4 * MEBIBYTE, "max_message_bytes": MEBIBYTE}
-    with gated(tmp_path, device=device, max_in_flight=1, **sizes) as (gate, server):
-        calls = [server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S) for _ in range(20)]
-        until(server, lambda: sum(call.done() for call in calls) == 20 - 1 - n_waiting)
-        assert (n_held(server), server.counts().waiting) == (1, n_waiting)
-        refused = [call for call in calls if call.done()]
-        assert {call.code() for call in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
-        assert all("retry-after-ms" in dict(call.trailing_metadata()) for call in refused)
-        gate.open()
-        assert all(len(call.result().result.examples) == 1 for call in calls if call not in refused)
-        until(server, lambda: n_held(server) == 0)

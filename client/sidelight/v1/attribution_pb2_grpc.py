@@ -71,7 +71,8 @@ class AttributionServiceServicer(object):
     """
 
     def Attribute(self, request, context):
-        """Attribute explains one batch. RESOURCE_EXHAUSTED with a `retry-after-ms` trailer if the server has no free permit.
+        """Attribute explains one batch. RESOURCE_EXHAUSTED with a `retry-after-ms` trailer if the server has no free permit
+        for half a second.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

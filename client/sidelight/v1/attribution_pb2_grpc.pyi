@@ -33,7 +33,9 @@ class AttributionServiceStub:
         sidelight.v1.attribution_pb2.AttributeRequest,
         sidelight.v1.attribution_pb2.AttributeResponse,
     ]
-    """Attribute explains one batch. RESOURCE_EXHAUSTED with a `retry-after-ms` trailer if the server has no free permit."""
+    """Attribute explains one batch. RESOURCE_EXHAUSTED with a `retry-after-ms` trailer if the server has no free permit
+    for half a second.
+    """
 
     AttributeStream: grpc.StreamStreamMultiCallable[
         sidelight.v1.attribution_pb2.AttributeStreamRequest,
@@ -69,7 +71,9 @@ class AttributionServiceAsyncStub:
         sidelight.v1.attribution_pb2.AttributeRequest,
         sidelight.v1.attribution_pb2.AttributeResponse,
     ]
-    """Attribute explains one batch. RESOURCE_EXHAUSTED with a `retry-after-ms` trailer if the server has no free permit."""
+    """Attribute explains one batch. RESOURCE_EXHAUSTED with a `retry-after-ms` trailer if the server has no free permit
+    for half a second.
+    """
 
     AttributeStream: grpc.aio.StreamStreamMultiCallable[
         sidelight.v1.attribution_pb2.AttributeStreamRequest,
@@ -107,7 +111,9 @@ class AttributionServiceServicer(metaclass=abc.ABCMeta):
         request: sidelight.v1.attribution_pb2.AttributeRequest,
         context: _ServicerContext,
     ) -> typing.Union[sidelight.v1.attribution_pb2.AttributeResponse, collections.abc.Awaitable[sidelight.v1.attribution_pb2.AttributeResponse]]:
-        """Attribute explains one batch. RESOURCE_EXHAUSTED with a `retry-after-ms` trailer if the server has no free permit."""
+        """Attribute explains one batch. RESOURCE_EXHAUSTED with a `retry-after-ms` trailer if the server has no free permit
+        for half a second.
+        """
 
     @abc.abstractmethod
     def AttributeStream(

@@ -89,7 +89,7 @@ class Sidelight:
         try:
             with generation.call():
                 validated = await handler.validate(request, n_bytes=request.ByteSize(), call_record=record)
-                with handler.acquire_permits_now(validated):
+                with await handler.acquire_unary_permits(validated):
                     return pb.AttributeResponse.FromString(await handler.explain(validated))
         except SidelightError as error:
             handler.telemetry.failed(record, error)

@@ -21,7 +21,7 @@ from .limits.receive_limit import SLOTS, SLOW_SLOTS, SMALL_S, SMALL_SLOTS, Pace,
 from .limits.write_timeout import WriteTimeout
 from .status import Context, abort
 
-SMALL_BYTES = 64 * 1024  # limit of a message of any call but Attribute and AttributeStream
+SMALL_BYTES = 64 * 1024  # limit of a message of any call that explains no batch
 MAX_PEER_REFLECTIONS = 8  # open reflection streams from one host
 MAX_REFLECTIONS = 64
 REFLECTION_S = 10.0  # the longest that a reflection stream may last

@@ -21,7 +21,7 @@ from .streaming.stream import Stream, StreamOptions
 from .validated_request import ValidatedRequest
 
 DEADLINE_SLACK_S = 0.1
-RAN_ERRORS = (DeadlineExceeded, Unavailable, Internal)  # errors of requests that may have run
+RAN_ERRORS = (DeadlineExceeded, Unavailable, Internal)  # errors of admitted requests that may have run
 
 M = TypeVar("M", bound=Message)
 
@@ -105,7 +105,7 @@ class OpenCalls:
             if isinstance(received, Unreadable):
                 raise received.error
             validated = await validate(received, call_record)
-            permits = await self._handler.acquire_unary_permits(validated, received.n_bytes)
+            permits = await self._handler.acquire_unary_permits(validated)
             # gRPC runs the handler in this task and ends it after the answer is written, not when it is returned.
             call.add_done_callback(lambda _: permits.release())
             answer = await self._handler.explain(validated)
@@ -114,11 +114,13 @@ class OpenCalls:
             return answer
         except SidelightError as error:
             telemetry.failed(call_record, error)
-            if not isinstance(error, RAN_ERRORS):
+            if call_record.admitted_s is None or not isinstance(error, RAN_ERRORS):
                 self._pace.refuse(call_record.caller, received.n_bytes)
             self._write_timeout.expect()
             await abort(context, error)
         except asyncio.CancelledError:
+            if call_record.admitted_s is None:
+                self._pace.refuse(call_record.caller, received.n_bytes)
             if not self._is_given_up or context.cancelled():
                 if _is_late(context):  # otherwise the client disconnected, which is the call record's default
                     telemetry.failed(call_record, DeadlineExceeded("the call's deadline passed"))

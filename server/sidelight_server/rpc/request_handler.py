@@ -28,6 +28,7 @@ from .validated_request import Encode, ValidatedRequest
 
 WAITING_BYTES = 64 * 1024  # smaller messages of streams are not counted while they wait: there are two per stream
 WAITING_SHARE = 4  # they may take max_in_flight_bytes divided by this
+PARSED_EXAMPLE_BYTES = 64  # of Python objects, besides its own bytes
 MAX_WAITING = 2**31  # their number is not limited
 UNARY_WAIT_S = 0.5  # how long a unary call waits for permits
 _NO_DEADLINE = contextlib.nullcontext()
@@ -47,10 +48,11 @@ class RequestHandler:
             max_bytes=settings.max_in_flight_bytes,
             max_caller_rows=settings.max_caller_rows,
         )
+        self._max_waiting_bytes = max(settings.max_message_bytes, settings.max_in_flight_bytes // WAITING_SHARE)
         # Messages that were read and wait for a permit.
         self._waiting = Admission(
             max_requests=MAX_WAITING,
-            max_bytes=max(settings.max_message_bytes, settings.max_in_flight_bytes // WAITING_SHARE),
+            max_bytes=self._max_waiting_bytes,
             limits="messages that wait for a permit (at most a quarter of max_in_flight_bytes)",
         )
 
@@ -119,6 +121,7 @@ class RequestHandler:
             + encoded_bytes
             + cost.state_bytes
             + pictures_bytes,
+            waiting_bytes=n_bytes + parsed_bytes + request.n_examples * PARSED_EXAMPLE_BYTES,
             n_rows=cost.n_rows,
             deadline_s=deadline_s,
             source=source,
@@ -137,28 +140,15 @@ class RequestHandler:
         return HideInternalErrors(id_, self._faults)
 
     def acquire_waiting_permit(self, n_bytes: int, caller: str) -> Permits:
-        """Count a message that waits to be admitted, until the result is released.
+        """Count a message that waits to be admitted and holds `n_bytes`, until the result is released.
 
         All waiting messages together may take a quarter of `max_in_flight_bytes`, and one caller its share of that.
         Raises `ResourceExhausted` for one too many.
         """
         permits = Permits()
         if n_bytes >= WAITING_BYTES:
-            permits.add(self._waiting, self._waiting.acquire_now(n_bytes, caller))
-        return permits
-
-    def acquire_permits_now(self, validated: ValidatedRequest) -> Permits:
-        """Acquire the permits of a request, held until `Permits.release`.
-
-        Raises `ResourceExhausted` if none is free.
-        """
-        permits, caller = Permits(), validated.call_record.caller
-        try:
-            for admission in self._admissions(validated):
-                permits.add(admission, admission.acquire_now(validated.n_bytes, caller, n_rows=validated.n_rows))
-        except BaseException:
-            permits.release()
-            raise
+            # A message that is held twice may take more than is allowed, and then is the only one that waits.
+            permits.add(self._waiting, self._waiting.acquire_now(min(n_bytes, self._max_waiting_bytes), caller))
         return permits
 
     async def acquire_permits(self, validated: ValidatedRequest) -> Permits:
@@ -173,23 +163,36 @@ class RequestHandler:
             raise
         return permits
 
-    async def acquire_unary_permits(self, validated: ValidatedRequest, n_bytes: int) -> Permits:
-        """Acquire the permits of a unary call with a message of `n_bytes`, held until `Permits.release`.
+    async def acquire_unary_permits(self, validated: ValidatedRequest) -> Permits:
+        """Acquire the permits of a unary call, held until `Permits.release`.
 
         If none is free, the call waits for up to `UNARY_WAIT_S`, in turn with the batches of streams. Raises
-        `ResourceExhausted`, with a retry delay unless the request can never fit.
+        `ResourceExhausted`, with a retry delay unless the request can never fit, or `DeadlineExceeded`.
         """
         try:
-            return self.acquire_permits_now(validated)
+            return self._acquire_permits_now(validated)
         except ResourceExhausted as error:
             if error.retry_delay_s is None:
                 raise
+        loop, deadline_s = asyncio.get_running_loop(), validated.deadline_s or math.inf
         # Small messages count, too: unlike those of streams, there may be any number of them.
-        waiting = self.acquire_waiting_permit(max(n_bytes, WAITING_BYTES), validated.call_record.caller)
+        waiting = self.acquire_waiting_permit(max(validated.waiting_bytes, WAITING_BYTES), validated.call_record.caller)
         with waiting, contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(UNARY_WAIT_S):
+            async with asyncio.timeout_at(min(loop.time() + UNARY_WAIT_S, deadline_s)):
                 return await self.acquire_permits(validated)
-        return self.acquire_permits_now(validated)
+        if loop.time() >= deadline_s:
+            raise DeadlineExceeded("timeout: it passed while the server was full")
+        return self._acquire_permits_now(validated)
+
+    def _acquire_permits_now(self, validated: ValidatedRequest) -> Permits:
+        permits, caller = Permits(), validated.call_record.caller
+        try:
+            for admission in self._admissions(validated):
+                permits.add(admission, admission.acquire_now(validated.n_bytes, caller, n_rows=validated.n_rows))
+        except BaseException:
+            permits.release()
+            raise
+        return permits
 
     def _admissions(self, validated: ValidatedRequest) -> Iterator[Admission]:
         """Yield the admissions that apply; the model's own first, because a request waiting there must hold nothing."""

@@ -21,7 +21,8 @@ class ValidatedRequest:
     message: pb.AttributeRequest
     request: Request
     version: Version  # of its model, as it was when the request arrived
-    n_bytes: int
+    n_bytes: int  # that it takes from its admission until its answer is written
+    waiting_bytes: int  # that it takes while it waits to be admitted: the message and what was parsed from it
     n_rows: int  # upper bound of the rows that it takes
     deadline_s: float | None  # on the event loop's clock
     source: Span | None  # where the images are, unless in the message

@@ -26,6 +26,11 @@ class Received(Generic[M]):
     n_bytes: int
     data: memoryview | None = None
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that it and what is parsed from it take: parsing copies its tensors unless `data` was cut out."""
+        return self.n_bytes if self.data is not None else 2 * self.n_bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Unreadable:

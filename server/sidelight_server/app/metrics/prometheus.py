@@ -55,6 +55,7 @@ class Metrics(Collector):
                 rows.add_sample(sample.name, {"device": name, **sample.labels}, sample.value)
         yield rows
         yield GaugeMetricFamily("sidelight_batches_in_flight", "batches that hold a permit", value=counts.permits)
+        yield GaugeMetricFamily("sidelight_batches_waiting", "batches that wait for a permit", value=counts.waiting)
         yield GaugeMetricFamily(
             "sidelight_in_flight_bytes", "bytes of those batches and their answers", value=counts.permit_bytes
         )

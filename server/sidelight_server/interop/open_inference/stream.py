@@ -34,7 +34,7 @@ class InferStream(Stream[oip.ModelInferRequest]):
     async def _receive(self, received: Received[oip.ModelInferRequest]) -> None:
         await self._begin(
             str(next(self._numbers)),
-            received.n_bytes,
+            received,
             functools.partial(self._infer_handler.validate, received, on_stream=True),
             functools.partial(failed, received.message),
         )

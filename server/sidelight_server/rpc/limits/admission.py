@@ -50,7 +50,7 @@ class _Held:
             self.n_bytes += sign * permit.n_bytes
 
 
-@dataclass(slots=True)
+@dataclass(eq=False, slots=True)
 class _Waiting:
     n_bytes: int
     n_rows: int
@@ -63,7 +63,7 @@ class Admission:
     A caller that already holds permits gets another only if what stays free is at least a third of what it would then
     hold, so later callers find room. A caller that holds nothing may take everything that is free. Waiting callers are
     served round-robin, the requests of one caller in order. Only small requests overtake a request that needs more
-    bytes than are free: they take theirs from a reserve on top of the limits.
+    than is free: they take theirs from a reserve on top of the limits.
     """
 
     def __init__(self, *, max_requests: int, max_bytes: float, max_caller_rows: int = 0, limits: str = "") -> None:
@@ -128,9 +128,7 @@ class Admission:
             if waiting.turn.done() and not waiting.turn.cancelled():  # granted at the same moment: nobody will use it
                 self.release(waiting.turn.result())
             else:
-                if waiting in (queue := self._waiting.get(caller, deque())):
-                    queue.remove(waiting)
-                self._wake()
+                self._leave(caller, waiting)
             raise
 
     def release(self, permit: Permit) -> None:
@@ -146,43 +144,68 @@ class Admission:
         self._held[permit.caller].add(permit)
         self._total.add(permit)
 
+    def _leave(self, caller: str, waiting: _Waiting) -> None:
+        """Remove a waiting request whose wait was cancelled, and grant permits to those that it kept waiting."""
+        queue = self._waiting.get(caller)
+        if queue is None or waiting not in queue:
+            return
+        was_first = queue[0] is waiting
+        queue.remove(waiting)
+        if not queue:
+            del self._waiting[caller]
+        if was_first and (queue or waiting.n_bytes > self._max_bytes - self._total.n_bytes):
+            self._wake()
+
     def _wake(self) -> None:
         """Grant permits round-robin until no waiting request fits."""
-        while any(map(self._grant, self._in_turn())):
+        while not self._is_full and any(map(self._grant, self._in_turn())):
             pass
 
-    def _in_turn(self) -> list[tuple[str, bool]]:
-        """Return the waiting callers in order, each with whether no caller before it is short of bytes."""
-        callers: list[tuple[str, bool]] = []
+    @property
+    def _is_full(self) -> bool:
+        """Whether no request fits, however small."""
+        has_extra = self._total.n_extra < self._max_requests // RESERVE
+        return self._total.n_requests >= self._max_requests and not has_extra
+
+    def _in_turn(self) -> Iterator[tuple[str, bool]]:
+        """Yield the waiting callers in order, each with whether no caller before it is short of bytes."""
         is_in_turn = True
         for caller, queue in list(self._waiting.items()):
             while queue and queue[0].turn.done():  # cancelled
                 queue.popleft()
             if queue:
-                callers.append((caller, is_in_turn))
+                yield caller, is_in_turn
                 is_in_turn = is_in_turn and not self._lacks_bytes(caller)
             else:
                 del self._waiting[caller]
-        return callers
 
     def _grant(self, of: tuple[str, bool]) -> bool:
-        """Grant a caller's first request a permit if it fits, and move the caller to the end of the round."""
+        """Grant a permit to a caller's first request, or to a small one behind it; the caller's next turn is last."""
         caller, is_in_turn = of
         queue = self._waiting[caller]
-        permit = self._permit(caller, queue[0].n_bytes, queue[0].n_rows, is_in_turn=is_in_turn)
+        waiting = first = queue[0]
+        permit = self._permit(caller, first.n_bytes, first.n_rows, is_in_turn=is_in_turn)
+        if permit is None and not self._is_small(first.n_bytes, first.n_rows):
+            small = (each for each in queue if self._is_small(each.n_bytes, each.n_rows) and not each.turn.done())
+            waiting = next(small, first)
+            permit = self._permit(caller, waiting.n_bytes, waiting.n_rows, is_in_turn=False)
         if permit is None:
             return False
         self._add(permit)
-        queue.popleft().turn.set_result(permit)
+        queue.remove(waiting)
+        waiting.turn.set_result(permit)
         del self._waiting[caller]
         if queue:
             self._waiting[caller] = queue
         return True
 
+    def _is_small(self, n_bytes: int, n_rows: int) -> bool:
+        return n_bytes <= self._max_bytes / SMALL and n_rows <= SMALL_ROWS
+
     def _permit(self, caller: str, n_bytes: int, n_rows: int, *, is_in_turn: bool) -> Permit | None:
         """Return the permit that a request can have now, or None. A small request may draw on the reserve."""
         held, total = self._held.get(caller, _Held()), self._total
-        is_small = n_bytes <= self._max_bytes / SMALL and n_rows <= SMALL_ROWS
+        is_small = self._is_small(n_bytes, n_rows)
         n_after = held.n_rows + n_rows
         if not is_small and self._max_caller_rows and held.n_rows and n_after > self._max_caller_rows:
             return None

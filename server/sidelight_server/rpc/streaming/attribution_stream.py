@@ -33,7 +33,7 @@ class AttributionStream(Stream[pb.AttributeStreamRequest]):
             case "attribute":
                 id_ = message.attribute.id
                 fail = functools.partial(self._failed, id_)
-                await self._begin(id_, received.n_bytes, functools.partial(self._validate, received), fail)
+                await self._begin(id_, received, functools.partial(self._validate, received), fail)
             case "cancel":
                 if batch := self._unanswered.get(message.cancel.id):
                     batch.cancel()

@@ -44,15 +44,17 @@ class Batch:
     stream's reader starts it, a callback of the engine answers it, and the stream's writer ends it. A step continues in
     a task only if it has to wait for a slot, a permit, its model, or a worker thread.
 
-    `fail` makes the response if it fails. `on_admitted` is called when it has its slot and permit or has failed, so
-    that the next batch can wait for them, and may be called several times; `on_answer` is called when its answer is
-    ready. The answer is queued after `turn`, if given, and then completes `queued`.
+    `n_bytes` is the length of its message. `fail` makes the response if it fails. `on_admitted` is called when it has
+    its slot and permit or has failed, so that the next batch can wait for them, and may be called several times;
+    `on_answer` is called when its answer is ready. The answer is queued after `turn`, if given, and then completes
+    `queued`.
     """
 
     def __init__(
         self,
         context: BatchContext,
         *,
+        n_bytes: int,
         fail: Callable[[SidelightError], bytes],
         call_record: CallRecord,
         turn: "asyncio.Future[None] | None",
@@ -60,6 +62,7 @@ class Batch:
         on_answer: Callable[[], None],
     ) -> None:
         self._context = context
+        self.n_bytes = n_bytes
         self._fail = fail
         self._call_record = call_record
         self._turn = turn
@@ -74,6 +77,10 @@ class Batch:
         self._permits: Permits | None = None
         self._refusal: SidelightError | None = None  # the error that the batch was dropped with, if any
         self._is_answered = self._is_offered = self._is_over = False
+
+    @property
+    def is_admitted(self) -> bool:
+        return self._call_record.admitted_s is not None
 
     def start(self, validated: ValidatedRequest | Unloaded) -> None:
         """Admit the batch and submit it to the engine.

@@ -100,7 +100,7 @@ class Stream(ABC, Generic[M]):
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._writer.run())
                 self._batch_context = BatchContext(
-                    self._handler, self._writer, self._slots, group.create_task, self._batches.discard
+                    self._handler, self._writer, self._slots, group.create_task, self._batch_ended
                 )
                 while received := await self._read():
                     if isinstance(received, Unreadable):
@@ -196,14 +196,14 @@ class Stream(ABC, Generic[M]):
             self._reader = None
         return None if message is grpc.aio.EOF else message
 
-    async def _begin(self, id_: str, n_bytes: int, prepare: Prepare, fail: Fail) -> None:
-        """Start to answer a batch of `n_bytes`: `prepare` validates it, `fail` makes the response if it fails."""
+    async def _begin(self, id_: str, received: Received[M], prepare: Prepare, fail: Fail) -> None:
+        """Start to answer a batch: `prepare` validates it, `fail` makes the response if it fails."""
         telemetry = self._handler.telemetry
         call_record = telemetry.begin(self.call, self._context.invocation_metadata, caller=self._options.caller)
         waiting = contextlib.ExitStack()  # closed, perhaps twice, once the batch is admitted or has failed
         turn = self._last
         try:
-            waiting.enter_context(self._handler.acquire_waiting_permit(n_bytes, self._options.caller))
+            waiting.enter_context(self._handler.acquire_waiting_permit(received.held_bytes, self._options.caller))
             await self._admitting.acquire()
             waiting.callback(self._admitting.release)
             if self._is_given_up:
@@ -213,7 +213,7 @@ class Stream(ABC, Generic[M]):
                 raise _given_up()
         except SidelightError as error:
             waiting.close()
-            self._options.pace.refuse(self._options.caller, n_bytes)
+            self._options.pace.refuse(self._options.caller, received.n_bytes)
             telemetry.failed(call_record, error)
             telemetry.end(call_record)
             if turn:
@@ -222,10 +222,12 @@ class Stream(ABC, Generic[M]):
             return
         except asyncio.CancelledError:  # the client disconnected
             waiting.close()
+            self._options.pace.refuse(self._options.caller, received.n_bytes)
             telemetry.end(call_record)
             raise
         batch = Batch(
             self._batch_context,
+            n_bytes=received.n_bytes,
             fail=fail,
             call_record=call_record,
             turn=turn,
@@ -237,6 +239,11 @@ class Stream(ABC, Generic[M]):
         self._unanswered[id_] = batch
         self._batches.add(batch)
         batch.start(validated)
+
+    def _batch_ended(self, batch: Batch) -> None:
+        self._batches.discard(batch)
+        if not batch.is_admitted:
+            self._options.pace.refuse(self._options.caller, batch.n_bytes)
 
     def _forget(self, id_: str) -> None:
         del self._unanswered[id_]

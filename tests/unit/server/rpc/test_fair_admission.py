@@ -109,6 +109,42 @@ async def test_a_request_that_waits_for_its_callers_share_delays_no_other_caller
 
 
 @on_a_loop
+async def test_a_small_request_that_waits_passes_a_large_one_of_the_same_caller() -> None:
+    admission = Admission(max_requests=64, max_bytes=1600)
+    running = admission.acquire_now(1100, "caller")
+    large = asyncio.create_task(admission.acquire(600, "caller"))
+    await settle()
+    small = []
+    while permit := admission.try_acquire(10, "caller"):
+        small.append(permit)
+    waiting = asyncio.create_task(admission.acquire(10, "caller"))
+    await settle()
+    assert not waiting.done()
+    admission.release(small.pop())
+    admission.release(await waiting)
+    assert not large.done()
+    for permit in (*small, running):
+        admission.release(permit)
+    admission.release(await large)
+    assert (held(admission), admission.n_waiting) == ((0, 0), 0)
+
+
+@on_a_loop
+async def test_a_cancelled_request_makes_way_for_the_next_one_of_its_caller() -> None:
+    admission = Admission(max_requests=3, max_bytes=1000)
+    running = [admission.acquire_now(300, "other") for _ in range(2)]
+    waiting = asyncio.create_task(admission.acquire(500, "caller"))
+    await settle()
+    following = asyncio.create_task(admission.acquire(20, "caller"))
+    await settle()
+    waiting.cancel()
+    admission.release(await following)
+    for permit in running:
+        admission.release(permit)
+    assert (held(admission), admission.n_waiting) == ((0, 0), 0)
+
+
+@on_a_loop
 async def test_a_caller_pays_for_large_refused_messages_and_catches_up() -> None:
     pace = Pace()
     pace.refuse("small", LARGE_BYTES - 1)
