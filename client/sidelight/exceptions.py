@@ -256,7 +256,9 @@ def from_rpc(error: grpc.RpcError, *, max_message_bytes: int) -> SidelightError:
         return _too_large(message, max_message_bytes)
     if status is grpc.StatusCode.UNIMPLEMENTED:
         message = f"{message}: the server does not have this call; is it a Sidelight server, and as new as this client?"
-    return from_code(status.value[0], message, retry_delay_s=_retry_delay_s(error))
+    trailers = error.trailing_metadata() or ()
+    delay_s = next((int(each.value) / 1000 for each in trailers if each.key == RETRY_TRAILER), None)
+    return from_code(status.value[0], message, retry_delay_s=delay_s)
 
 
 def _too_large(message: str, max_message_bytes: int) -> MessageTooLarge:
@@ -270,8 +272,3 @@ def _too_large(message: str, max_message_bytes: int) -> MessageTooLarge:
         "the request is larger than the server takes: raise --max-message-bytes of sidelight-server, "
         f"or send fewer examples ({message})"
     )
-
-
-def _retry_delay_s(error: grpc.RpcError) -> float | None:
-    trailers = error.trailing_metadata() or ()
-    return next((int(each.value) / 1000 for each in trailers if each.key == RETRY_TRAILER), None)

@@ -78,29 +78,20 @@ class Connection:
         self.models = model_pb2_grpc.ModelServiceStub(channel)
         self._n_users = 0  # calls and workers
         self._lock = threading.Lock()
-        self._state: grpc.ChannelConnectivity | None = None
+        self.state: grpc.ChannelConnectivity | None = None  # None before the first `connect`
         self._is_followed = False
         self._followers: list[threading.Thread] = []  # gRPC's threads that watch the channel's state
-        self._diagnosis: ConnectError | None = None
+        self.connect_error: ConnectError | None = None  # why the last attempt failed
         self._diagnosed_s = -DIAGNOSE_EVERY_S  # when `_diagnose` last made a call
         self._listeners: list[Callable[[], None]] = []
 
     @property
-    def state(self) -> grpc.ChannelConnectivity | None:
-        """The channel's state; None before the first `connect`."""
-        return self._state
-
-    @property
-    def connect_error(self) -> ConnectError | None:
-        return self._diagnosis
-
-    @property
     def is_ready(self) -> bool:
-        return self._state is _READY
+        return self.state is _READY
 
     @property
     def is_closed(self) -> bool:
-        return self._state is _SHUTDOWN
+        return self.state is _SHUTDOWN
 
     @property
     def is_used(self) -> bool:
@@ -145,13 +136,13 @@ class Connection:
     def forget_error(self) -> None:
         """Clear the last connect error: its cause may have been fixed since."""
         with self._lock:
-            self._diagnosis = None
+            self.connect_error = None
             self._diagnosed_s = -DIAGNOSE_EVERY_S
 
     def connect(self) -> None:
         """Start connecting. A channel that lost its server is idle until the next call, so this makes one."""
         with self._lock:
-            state, first = self._state, not self._is_followed
+            state, first = self.state, not self._is_followed
             self._is_followed = True
         if first:
             with _subscribing:
@@ -175,11 +166,11 @@ class Connection:
 
     def _follow(self, state: grpc.ChannelConnectivity) -> None:
         with self._lock:
-            if self._state is _SHUTDOWN:  # a late callback must not reopen a closed connection
+            if self.state is _SHUTDOWN:  # a late callback must not reopen a closed connection
                 return
-            self._state = state
+            self.state = state
             if state is _READY:
-                self._diagnosis = None
+                self.connect_error = None
         self._notify()
         if state is _FAILED:
             self._diagnose()
@@ -206,7 +197,7 @@ class Connection:
         with self._lock:
             if not isinstance(call, grpc.Call) or call.code() is not grpc.StatusCode.UNAVAILABLE or self.is_ready:
                 return
-            self._diagnosis = diagnose(call.details() or "", is_encrypted=self._is_encrypted)
+            self.connect_error = diagnose(call.details() or "", is_encrypted=self._is_encrypted)
         self._notify()
 
     def _join_followers(self) -> None:

@@ -13,9 +13,6 @@ from ..exceptions import InvalidArgument
 
 BLUR_SIGMA_PX = 10.0
 
-NAMES = ("zero", "black", "mean_color", "blurred")
-_EXPECTED = f"{', '.join(NAMES)}, a number, Blurred() or a floating array [C, H, W] or [N, C, H, W]"
-
 
 @dataclass(frozen=True, slots=True)
 class Blurred:
@@ -27,6 +24,15 @@ class Blurred:
         return pb.Baseline(blurred=pb.BlurredBaseline(sigma=real(self.sigma, "method.baseline.sigma")))
 
 
+_NAMED = {
+    "zero": pb.Baseline(constant=0.0),
+    "black": pb.Baseline(black=pb.BlackBaseline()),
+    "mean_color": pb.Baseline(mean_color=pb.MeanColorBaseline()),
+    "blurred": Blurred().message(),
+}
+NAMES = tuple(_NAMED)
+_EXPECTED = f"{', '.join(NAMES)}, a number, Blurred() or a floating array [C, H, W] or [N, C, H, W]"
+
 # One of `NAMES`, one value for all elements, a blur, or an array.
 Baseline = str | float | Blurred | Array | TorchTensor | ArrayLike
 
@@ -34,7 +40,11 @@ Baseline = str | float | Blurred | Array | TorchTensor | ArrayLike
 def baseline_message(baseline: Baseline) -> pb.Baseline:
     """Convert a baseline to its message. `InvalidArgument` for anything else."""
     if isinstance(baseline, str):
-        return _named(baseline)
+        if baseline not in _NAMED:
+            raise InvalidArgument(
+                f"method.baseline: got {baseline!r}, expected {_EXPECTED}{did_you_mean(baseline, NAMES)}"
+            )
+        return _NAMED[baseline]
     if isinstance(baseline, Blurred):
         return baseline.message()
     if isinstance(baseline, int | float | np.number):
@@ -77,16 +87,3 @@ def given_array(method: pb.Method) -> Array | None:
     """Return a copy of the array that a method was given, or None."""
     tensor = given_tensor(method)
     return None if tensor is None else array_of(tensor)
-
-
-def _named(name: str) -> pb.Baseline:
-    match name:
-        case "zero":
-            return pb.Baseline(constant=0.0)
-        case "black":
-            return pb.Baseline(black=pb.BlackBaseline())
-        case "mean_color":
-            return pb.Baseline(mean_color=pb.MeanColorBaseline())
-        case "blurred":
-            return Blurred().message()
-    raise InvalidArgument(f"method.baseline: got {name!r}, expected {_EXPECTED}{did_you_mean(name, NAMES)}")
