@@ -109,7 +109,7 @@ def test_messages_that_are_never_finished_take_little_memory_and_no_time_of_othe
                 call = caller.begin(path)
                 caller.send(call, framed(b"", n_bytes=size))
                 while caller.calls[call].status is None and caller.calls[call].n_sent < size:
-                    if caller.send(call, piece, patience_s=1) < len(piece):
+                    if caller.send(call, piece, patience_s=0.3) < len(piece):
                         break
             assert len(stub.Attribute(good, timeout=TIMEOUT_S).result.examples) == 1
         # Of each caller six may be slow to arrive.

@@ -34,7 +34,7 @@ def n_messages() -> int:
 
 
 @contextlib.contextmanager
-def without_circles(server: Running) -> Iterator[None]:
+def check_no_reference_cycles(server: Running) -> Iterator[None]:
     """Check that messages and requests are gone without the garbage collector, which 62 MiB a message outrun."""
     gc.collect()
     gc.disable()
@@ -54,7 +54,7 @@ def test_a_refused_call_leaves_no_message_for_the_garbage_collector(tmp_path: Pa
         for message in (wrong, large):
             with pytest.raises(grpc.RpcError):
                 server.stub.Attribute(message, timeout=TIMEOUT_S)
-        with without_circles(server):
+        with check_no_reference_cycles(server):
             for message in 10 * (wrong, large):
                 with pytest.raises(grpc.RpcError):
                     server.stub.Attribute(message, timeout=TIMEOUT_S)
@@ -66,7 +66,7 @@ def test_a_cancelled_call_leaves_no_message_for_the_garbage_collector(
 ) -> None:
     with gated(tmp_path, device=device) as (_, server):
         cancel_one(server, ask(floats(1), id="one"), is_stream=is_stream)
-        with without_circles(server):
+        with check_no_reference_cycles(server):
             for _ in range(10):
                 cancel_one(server, ask(floats(1), id="one"), is_stream=is_stream)
 
@@ -78,7 +78,7 @@ def test_a_call_cancelled_while_its_files_are_decoded_leaves_no_message_for_the_
     with serving(taking_files(device), f"unix:{tmp_path}/socket") as server:
         slow = files(many_scans(6000, 3000), many_scans(6000, 3000))
         cancel_one(server, slow, is_stream=is_stream)
-        with without_circles(server):
+        with check_no_reference_cycles(server):
             for _ in range(5):
                 cancel_one(server, slow, is_stream=is_stream)
 
@@ -99,7 +99,7 @@ def test_a_batch_that_fails_in_preparation_leaves_no_message_for_the_garbage_col
                     server.stub.Attribute(wrong, timeout=TIMEOUT_S)
 
         fail_one()
-        with without_circles(server):
+        with check_no_reference_cycles(server):
             for _ in range(10):
                 fail_one()
 

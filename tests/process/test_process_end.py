@@ -70,7 +70,7 @@ def serving(spec: sidelight_server.ModelSpec, device: str, tmp_path_factory: pyt
         yield address
 
 
-def run(script: str, address: str, *, n: int, folder: Path) -> None:
+def check_each_run_ends(script: str, address: str, *, n: int, folder: Path) -> None:
     """Run a script several times at once; each run must exit with 0 and print nothing."""
     (path := folder / "script.py").write_text(BEGIN + script)
     command = [sys.executable, str(path), address]
@@ -87,8 +87,8 @@ def run(script: str, address: str, *, n: int, folder: Path) -> None:
 
 @pytest.mark.parametrize("kind", UNFINISHED)
 def test_a_script_ends_whose_stream_is_unfinished(kind: str, serving: str, tmp_path: Path) -> None:
-    run(UNFINISHED[kind], serving, n=N_RUNS, folder=tmp_path)
+    check_each_run_ends(UNFINISHED[kind], serving, n=N_RUNS, folder=tmp_path)
 
 
 def test_a_forked_child_must_connect_again_and_both_processes_continue(serving: str, tmp_path: Path) -> None:
-    run(FORKED, serving, n=2, folder=tmp_path)
+    check_each_run_ends(FORKED, serving, n=2, folder=tmp_path)

@@ -1,4 +1,6 @@
-"""Tolerances of tests, with reasons. A share is relative to the largest value of the expected map."""
+"""Tolerances of tests, with reasons: shares of the largest value of the expected map. And the comparison of maps."""
+
+import numpy as np
 
 # docs/explanation/precision.md promises it: in float32 on the CPU, a map depends on the other rows in its chunk by this
 # share at most, because matrix products of other sizes add in another order.
@@ -12,3 +14,9 @@ FLOAT32 = 1e-7
 
 # A linear model's maps in float32 against the closed form in float64: its gradients are differences of near numbers.
 CLOSED_FORM = {"rtol": 1e-4, "atol": 1e-8}
+
+
+def assert_same(maps: np.ndarray, expected: np.ndarray) -> None:
+    """Check that maps differ by no more than the neighbors in a chunk may change them."""
+    assert maps.shape == expected.shape
+    np.testing.assert_allclose(maps, expected, rtol=0, atol=NEIGHBORS * np.abs(expected).max(initial=0))

@@ -9,7 +9,7 @@ import sidelight
 import torch
 from sidelight.methods.parsing import method_text
 
-from support.maps import assert_same
+from support.tolerances import assert_same
 
 METHODS: dict[str, sidelight.methods.Method] = {
     "gradient": sidelight.Gradient(squared=True),

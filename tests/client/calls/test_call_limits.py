@@ -11,8 +11,8 @@ import sidelight_server
 import torch
 from PIL import Image
 
-from support.maps import assert_same
 from support.models.gate import Gate
+from support.tolerances import assert_same
 
 
 def test_a_full_server_reports_when_to_retry(gate: Gate, gated: str, floats: torch.Tensor) -> None:

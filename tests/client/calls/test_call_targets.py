@@ -11,8 +11,8 @@ import sidelight_server
 import torch
 from torch import nn
 
-from support.maps import assert_same
 from support.models import LABELS, N_CLASSES, small_cnn
+from support.tolerances import assert_same
 
 
 def reference(

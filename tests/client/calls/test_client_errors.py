@@ -15,8 +15,8 @@ import torch
 from sidelight import exceptions
 from torch import nn
 
-from support.maps import assert_same
 from support.models import N_CLASSES
+from support.tolerances import assert_same
 
 STATUSES = {
     1: sidelight.exceptions.Cancelled,

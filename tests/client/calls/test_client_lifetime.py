@@ -15,8 +15,8 @@ import sidelight_server
 import torch
 from PIL import Image
 
-from support.maps import assert_same
 from support.models.gate import Gate
+from support.tolerances import assert_same
 
 ABSENT = "unix:/nonexistent/socket"
 

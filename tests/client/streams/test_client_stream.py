@@ -12,9 +12,9 @@ import sidelight
 import torch
 from PIL import Image
 
-from support.maps import assert_same
 from support.messages.batches import Broken, Counted, one, tiny
 from support.models.gate import Gate
+from support.tolerances import assert_same
 
 
 @pytest.mark.parametrize("ordered", [False, True], ids=["as-ready", "ordered"])

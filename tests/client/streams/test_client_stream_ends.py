@@ -16,10 +16,10 @@ import sidelight
 import sidelight_server
 from PIL import Image
 
-from support.maps import assert_same
 from support.messages.batches import Broken, Counted, assert_ended, client_threads, one, tiny
 from support.models import small_cnn
 from support.models.gate import Gate
+from support.tolerances import assert_same
 
 
 def test_closing_early_cancels_what_is_unanswered(gated: sidelight.Client, gate: Gate) -> None:

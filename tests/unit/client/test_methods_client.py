@@ -333,7 +333,7 @@ def test_a_value_that_its_message_cannot_hold_is_refused_with_field_got_and_expe
     ids=lambda each: type(each).__name__,
 )
 def test_the_client_leaves_the_range_of_a_number_to_the_server(method: sidelight.methods.Method) -> None:
-    method.message()
+    assert method.message().WhichOneof("method")
 
 
 TARGETS: dict[str, tuple[object, pb.Target, str]] = {
