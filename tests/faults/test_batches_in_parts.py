@@ -9,8 +9,6 @@ from support.servers.scripted import answer, failure, scripted
 from support.servers.streams import ONE, Requests, Responses, echo, stream
 from support.tolerances import NEIGHBORS
 
-# Batches too large for a message.
-
 
 def test_a_batch_over_the_servers_limits_is_sent_in_parts_and_answered_whole() -> None:
     sizes = []

@@ -19,7 +19,7 @@ from support.servers.proxy import proxy
 from support.servers.streams import assert_all_answered
 from support.tolerances import NEIGHBORS
 
-# Networks at their worst.
+# Connections that are cut or stalled.
 
 
 def tiny(n: int) -> list[np.ndarray]:
@@ -34,7 +34,7 @@ def test_a_network_that_is_cut_again_and_again_loses_and_doubles_nothing(address
             if len(places) in (20, 100, 101, 250):
                 network.cut()
     assert sorted(places) == list(range(300))
-    assert network.n_connections >= 4  # two of the cuts may meet one connection
+    assert network.n_connections >= 4  # two of the cuts may affect the same connection
 
 
 def test_a_network_that_stalls_for_a_while_only_delays_the_stream(address: str) -> None:
@@ -56,7 +56,7 @@ def test_batches_of_a_stalled_network_go_to_another_server_once_it_is_cut(addres
             places.append(each.index)
             if len(places) == 30:
                 network.stall()
-            if len(places) == 200:  # the other worker went on alone
+            if len(places) == 200:  # the other worker continued alone
                 network.cut()
                 network.flow()
     assert sorted(places) == list(range(300))
@@ -68,7 +68,7 @@ def test_a_network_that_delays_everything_costs_only_time(address: str) -> None:
         assert_all_answered(list(client.stream(tiny(60), ordered=True)), 60)
 
 
-# Real servers that are really killed.
+# Server processes that are killed.
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def test_a_batch_that_kills_its_server_is_given_up_and_the_rest_goes_on(tmp_path
     assert n_deaths <= 3
 
 
-# Clients that go away.
+# Client processes that are killed.
 
 
 def test_a_client_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_a_client_that_is_killed_leaves_nothing_behind(tmp_path: Path) -> None:
                 assert caller.stdout.readline() == "answered\n"
                 caller.kill()
             with sidelight.connect(address, connect_timeout=10) as client:
-                client.attribute(batches_of(1)[0], timeout=30)  # refused to the end, were the one permit not back
+                client.attribute(batches_of(1)[0], timeout=30)  # would be refused if the one permit were not released
             n_descriptors = n_descriptors or observed.num_fds()
         until_s = time.monotonic() + 30
         while observed.num_fds() > n_descriptors and time.monotonic() < until_s:  # a connection ends a moment later

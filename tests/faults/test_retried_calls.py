@@ -18,8 +18,6 @@ from support.servers.proxy import proxy
 from support.servers.scripted import Ended, Script, answer, mute, nobody, scripted
 from support.servers.streams import ONE, Requests, Responses, assert_all_answered, echo, stream
 
-# Several servers.
-
 
 def test_a_stream_uses_all_servers_and_one_for_each_batch() -> None:
     came = {name: threading.Event() for name in "ab"}
@@ -89,7 +87,7 @@ def test_a_streams_call_is_made_in_the_callers_context_and_brings_its_metadata()
     """Tracing finds the caller's span in the context."""
     span: contextvars.ContextVar[str] = contextvars.ContextVar("span", default="none")
     seen: list[tuple[str, object]] = []
-    seen_in: list[str] = []  # the span while a batch is read
+    seen_in: list[str] = []  # the span that is current while a batch is read
 
     def living(requests: Requests) -> Responses:
         yield from map(answer, requests)
@@ -185,5 +183,5 @@ def test_the_queries_before_a_call_end_at_its_timeout(address: str) -> None:
         began_s = time.monotonic()
         with pytest.raises(sidelight.DeadlineExceeded):
             client.attribute(ONE, model="which is asked for", timeout=0.3)
-        assert time.monotonic() - began_s < 5  # the question alone may take 10 s
+        assert time.monotonic() - began_s < 5  # the query alone may take 10 s
         network.flow()

@@ -106,7 +106,7 @@ def prometheus(folder: Path, metrics_port: int) -> Iterator[Prometheus]:
     ):
         found = Prometheus(f"127.0.0.1:{own_port}")
         try:
-            until(lambda: found.query("sidelight_device_moves") != [])  # everything has been seen at zero
+            until(lambda: found.query("sidelight_device_moves") != [])  # every counter has been scraped at zero
             for _ in range(4):
                 use(client)
                 time.sleep(1.1)

@@ -218,7 +218,7 @@ def test_guided_backpropagation_is_captums(net: type[nn.Module], x: Tensor) -> N
     with explaining(net().double()) as explain:
         assert_close(explain(x, GuidedBackpropagation(), target=CLASS).maps, expected)
         plain = explain(x, Gradient(), target=CLASS).maps
-    assert np.abs(plain - expected.detach().numpy()).max() > 0.1 * np.abs(plain).max()  # or nothing was guided
+    assert np.abs(plain - expected.detach().numpy()).max() > 0.1 * np.abs(plain).max()  # otherwise no layer was guided
 
 
 @captum_hooks

@@ -102,7 +102,7 @@ def test_manifests_name_settings_that_there_are(path: Path) -> None:
     assert ours
     for _, container, settings in ours:
         assert settings.model
-        assert not [*container.get("args", []), *container.get("command", [])]  # all of it is in the file
+        assert not [*container.get("args", []), *container.get("command", [])]  # the file sets all of it
         known = {f"SIDELIGHT_{name.upper()}" for name in Settings.model_fields}
         assert {each["name"] for each in container.get("env", [])} <= known
 
@@ -146,7 +146,7 @@ def check(probe: dict[str, Any], moved: Callable[[str], str]) -> int:
     return check_health(arguments)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # it is what Triton's repositories hold
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # the layout of Triton's repositories
 @every_manifest
 def test_a_server_with_the_settings_of_a_manifest_passes_its_probes(path: Path, tmp_path: Path) -> None:
     ((_, container, settings),) = sidelights(path)
@@ -278,7 +278,7 @@ def test_commands_that_are_shown_are_read_by_the_server(
 def test_kserve_finds_one_container_that_speaks_grpc_without_tls(path: Path) -> None:
     ((pod, container, settings),) = sidelights(path)
     assert [each["name"] for each in pod["containers"]] == ["kserve-container"]
-    first = container["ports"][0]  # which its service leads to
+    first = container["ports"][0]  # the port that its service forwards to
     assert first["name"] == "h2c"
     assert settings.listen == (f"0.0.0.0:{first['containerPort']}",)
     (service,) = of_kind(path, "InferenceService")

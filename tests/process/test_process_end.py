@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import sidelight_server
 
-N_RUNS = 3  # half of them hung, whichever thread held a lock when the interpreter stopped it
+N_RUNS = 3  # before, half of them hung: a thread held a lock when the interpreter stopped it
 BEGIN = """
 import asyncio, itertools, os, sys
 import numpy as np, sidelight

@@ -83,7 +83,7 @@ def calls_on_the_loop(server: Running, request: pb.AttributeRequest, *, by_strea
         sys.setprofile(function)
 
     gc.collect()
-    gc.disable()  # it calls whatever other tests left to be called
+    gc.disable()  # the loop also runs callbacks that other tests left
     server.run(profile(count))
     try:
         if by_stream:

@@ -252,7 +252,7 @@ def test_a_unary_caller_that_disconnects_frees_rows_and_permit(how: str, tmp_pat
         assert gate.reached.wait(TIMEOUT_S)
         second = server.stub.Attribute.future(ask(floats(5)), timeout=0.2 if how == "deadline" else TIMEOUT_S)
         if how == "cancel":
-            # A call that was made later is answered, so this one has come.
+            # A later call is answered, so this one has arrived.
             server.stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=TIMEOUT_S)
             second.cancel()
         with pytest.raises((grpc.RpcError, grpc.FutureCancelledError)):
@@ -316,7 +316,7 @@ def test_what_fails_in_the_server_is_logged_and_not_reported(
 
     with caplog.at_level(logging.ERROR, logger="sidelight"), running(Short(), tmp_path, device=device) as server:
         model = next(iter(server.engine.models.values()))
-        model.labels = (object(), object())  # which no message can hold
+        model.labels = (object(), object())  # more than any message can hold
         with pytest.raises(grpc.RpcError) as caught:
             server.stub.Attribute(ask(floats(1), id="a\nb"), timeout=TIMEOUT_S)
         model.labels = ()

@@ -67,7 +67,7 @@ def test_every_status_has_an_exception_of_its_own(status: grpc.StatusCode) -> No
         assert type(error) is kind
         assert isinstance(error, sidelight.SidelightError)
         assert (str(error), error.code, error.retry_delay_s) == (error.message, code, 1.5)
-        assert error.message.startswith("why")  # UNIMPLEMENTED has a question behind it
+        assert error.message.startswith("why")  # UNIMPLEMENTED has more advice after it
 
 
 def test_a_status_without_a_message_or_a_delay_is_reported_by_its_name() -> None:
@@ -149,7 +149,7 @@ def test_a_failing_model_is_internal_and_its_message_stays_on_the_server(
                 raise RuntimeError("a secret path")
             return x.flatten(1)[:, :3] - 1  # logits: no probability is negative
 
-    listen = (f"unix:{tmp_path}/for-others",)  # on a socket of its own, serve() tells what a model raised
+    listen = (f"unix:{tmp_path}/for-others",)  # on a socket of its own, serve() reports what a model raised
     with (
         sidelight_server.serve(Failing(), device=device, listen=listen) as address,
         sidelight.connect(address) as client,

@@ -118,7 +118,7 @@ def two(gate: Gate) -> Iterator[sidelight.Client]:
 def test_with_hedging_no_batch_waits_for_a_server_that_hangs(two: sidelight.Client, gate: Gate) -> None:
     gate.shut()
     answers = list(two.stream(BATCHES, hedge_after=0.2, timeout=WITHIN_S, allow_model_change=True))
-    assert gate.n_rows  # the server that hangs had some
+    assert gate.n_rows  # the server that hangs had received some
     assert sorted(each.index for each in answers) == list(range(len(BATCHES)))
     assert all(each.load.n_unanswered == 0 for each in two._core.pool.connections)
 

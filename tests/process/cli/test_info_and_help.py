@@ -53,7 +53,7 @@ def test_a_servers_facts_are_printed_as_json(run: Run, client: sidelight.Client,
     expected = json.loads(json.dumps(dataclasses.asdict(client.info())))
     assert (
         info.pop("cancellations").keys() == expected.pop("cancellations").keys()
-    )  # others' requests may have been cancelled since
+    )  # requests of other tests may have been cancelled since
     assert info == expected
 
 

@@ -37,8 +37,8 @@ def test_a_picture_of_many_pixels_stays_within_the_bound() -> None:
         before = _peak_bytes(decoder.pid)
         assert not isinstance(fit(pool, file)[0], SidelightError)
         grown = _peak_bytes(decoder.pid) - before
-        assert side * side < grown < BYTES_PER_PIXEL * side * side  # it was decoded there, and not here
-        assert psutil.Process(decoder.pid).memory_info().rss < before + SPARE_BYTES  # and given back
+        assert side * side < grown < BYTES_PER_PIXEL * side * side  # the decoder process decoded it, not this one
+        assert psutil.Process(decoder.pid).memory_info().rss < before + SPARE_BYTES  # and released
 
 
 SCARCE_BYTES = 100 * 2**20  # of memory: each of two workers may decode a megapixel, which is the least

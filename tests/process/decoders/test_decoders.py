@@ -116,7 +116,7 @@ def test_callers_take_turns_however_many_requests_one_brings() -> None:
         hostile = [asyncio.create_task(pool.fit([SLOW], SOON, "hostile")) for _ in range(8)]
         await until_decoding()
         assert_fitted((await pool.fit([GOOD], ORDER, "good"))[0], GOOD)
-        assert sum(each.done() for each in hostile) <= 3  # the one that ran, and those that were until this one asked
+        assert sum(each.done() for each in hostile) <= 3  # the running one, and those that were queued before this one
         for each in hostile:
             each.cancel()
         await asyncio.wait(hostile)
@@ -132,7 +132,7 @@ def test_a_waiting_file_is_released_when_its_call_is_cancelled() -> None:
         file = GOOD + b"of its own"
         before = sys.getrefcount(file)
         waiting = asyncio.create_task(pool.fit([file], ORDER))
-        await asyncio.sleep(0.1)  # it is in the queue
+        await asyncio.sleep(0.1)  # it is queued
         assert sys.getrefcount(file) > before
         waiting.cancel()
         await asyncio.wait([waiting])

@@ -26,9 +26,6 @@ from support.servers.decoders import GOOD, SLOW, UNTIL_S, children, noise, until
 SIZED = "python:support.models:sized_cnn"
 
 
-# The engine and the command
-
-
 def engine(**settings: object) -> Engine:
     return Engine([sized_cnn()], Settings(device="cpu", **settings))
 

@@ -19,8 +19,6 @@ from support.servers.health import HANGING, NOT_SERVING, PICTURES, SERVING, UNAV
 from support.servers.processes import start, started
 from support.servers.running import TIMEOUT_S, serving
 
-# The end
-
 
 def test_running_requests_are_answered_while_the_server_drains_and_new_ones_are_refused(
     tmp_path: Path, gate: Gate

@@ -32,8 +32,6 @@ from support.servers.health import (
 )
 from support.servers.running import TIMEOUT_S, serving
 
-# Names
-
 
 def test_the_server_its_services_and_its_models_have_a_name_each(tmp_path: Path) -> None:
     with serving(linear(), f"unix:{tmp_path}/socket") as server:
@@ -52,9 +50,6 @@ def test_an_unknown_service_name_is_service_unknown(name: str, tmp_path: Path) -
         watching = Watching(server.channel, name)
         assert watching.next() == SERVICE_UNKNOWN
         watching.leave()
-
-
-# The life
 
 
 def test_the_port_answers_health_while_models_load_and_rejects_other_calls(tmp_path: Path) -> None:
@@ -85,7 +80,7 @@ def test_the_port_answers_health_while_models_load_and_rejects_other_calls(tmp_p
             with sidelight.connect(f"unix:{tmp_path}/socket", connect_timeout=TIMEOUT_S) as client:
                 answers: queue.SimpleQueue[sidelight.Attribution] = queue.SimpleQueue()
                 asking = threading.Thread(target=lambda: answers.put(client.attribute(floats(1))))
-                asking.start()  # which waits, as for a server that is not there yet
+                asking.start()  # the call waits, as for a server that has not started
                 fifo.open("w").close()
                 assert [each.next() for each in watches] == [SERVING, SERVING]
                 assert not answers.get(timeout=TIMEOUT_S).failures

@@ -12,8 +12,6 @@ from support.models.gate import Gate
 from support.servers.health import gated
 from support.servers.running import serving
 
-# The probe
-
 
 def probe(*arguments: str, **environment: str) -> tuple[int, str]:
     done = subprocess.run(

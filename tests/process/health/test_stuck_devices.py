@@ -33,8 +33,6 @@ from support.servers.health import (
 from support.servers.processes import started
 from support.servers.running import TIMEOUT_S, serving
 
-# Stuck and dead
-
 
 def test_a_stuck_device_is_reported_and_so_is_that_it_moves_again(
     tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture
@@ -72,13 +70,13 @@ def test_one_device_of_two_keeps_the_server_serving_and_gets_all_that_is_new(
         held = server.stub.Attribute.future(ask(PICTURES), timeout=TIMEOUT_S)
         assert gate.reached.wait(TIMEOUT_S)
         heartbeat = here.worker.heartbeat
-        heartbeat._beat_s -= heartbeat.limit_s + 1  # as long ago as that
+        heartbeat._beat_s -= heartbeat.limit_s + 1  # far enough in the past
         watchdog = Watchdog(engine, on_check=lambda: None)
         watchdog.check()
         assert (here.is_responsive, there.is_responsive) == (False, True)
         assert check(server.channel) == SERVING
         assert least_busy([here, there]) is there
-        there.n_rows += 10**6  # busy is better than stuck
+        there.n_rows += 10**6  # a busy device is preferred to a stuck one
         assert least_busy([here, there]) is there
         there.n_rows -= 10**6
         gate.open()
@@ -107,7 +105,7 @@ def test_a_server_whose_device_thread_died_is_not_serving(tmp_path: Path, caplog
     assert "event=device_thread_ended" in caplog.text
 
 
-# The pulse, by a clock of its own
+# The heartbeat, with a clock that the test sets
 
 
 class Clock:

@@ -40,7 +40,7 @@ def assert_undisturbed(module: nn.Module, before: dict[str, object]) -> None:
 
 def test_a_module_and_images_are_as_they_were_after_calls(device: str, floats: torch.Tensor) -> None:
     module = small_cnn().train()
-    module[0].weight.requires_grad_(False)  # one frozen by its owner, the others not
+    module[0].weight.requires_grad_(False)  # one parameter frozen by its owner, the others not
     before = snapshot(module)
     images, array = floats.clone().requires_grad_(), floats.numpy().copy()
     pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)

@@ -24,8 +24,6 @@ from support.servers.running import Running
 from support.servers.running import serving as running_server
 from support.servers.several_models import FLOATS, assert_close, maps_of, serving
 
-# Lazy
-
 
 def test_a_lazy_model_is_loaded_by_its_first_request(weights: Path) -> None:
     gc.collect()
@@ -36,7 +34,7 @@ def test_a_lazy_model_is_loaded_by_its_first_request(weights: Path) -> None:
         assert [(each.name, each.state) for each in client.info().models] == [("now", "serving"), ("later", "unloaded")]
         with ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda _: client.attribute(FLOATS, model="later"), range(8)))
-        assert {answer.provenance.model_version for answer in answers} == {1}  # loaded once for all who waited
+        assert {answer.provenance.model_version for answer in answers} == {1}  # loaded once for all waiting calls
         for answer in answers:
             assert_close(answer.maps, maps_of(1))
         assert client.model("later").state == "serving"
@@ -54,7 +52,7 @@ def test_a_lazy_model_that_cannot_be_loaded_fails_its_callers_alone(
             with pytest.raises(sidelight.FailedPrecondition, match="could not be loaded") as caught:
                 client.attribute(FLOATS, model="bad")
             assert str(tmp_path) not in str(caught.value)  # callers must not see the operator's paths
-        assert caplog.text.count("bad.safetensors") == 1  # tried once, not by every caller
+        assert caplog.text.count("bad.safetensors") == 1  # the load is tried once, not by every caller
         assert client.model("bad").state == "failed"
         assert not client.attribute(FLOATS, model="good").failures
         (answer,) = client.stream([FLOATS], model="good")
@@ -127,7 +125,7 @@ def test_batches_that_wait_for_their_model_take_their_streams_slots(
         assert gate.reached.wait(20)
         stream.send(attribute("there", FLOATS, model="there"), cancel("slow 1"))
         assert stream.receive().id == "slow 1"
-        assert stream.receive().id == "there"  # in the slot that was given back
+        assert stream.receive().id == "there"  # in the slot that was released
         gate.open()
         assert [answer.id for answer in stream.finish()] == ["slow 0"]
 

@@ -25,8 +25,6 @@ from support.models.gate import Gate
 from support.models.reloadable import SIZE, SOURCE, write_weights
 from support.servers.several_models import FLOATS, assert_close, maps_of, serving
 
-# Again
-
 
 def test_a_reloaded_model_is_another_version_with_other_maps(weights: Path) -> None:
     with serving(model=SOURCE, weights=weights, allow_reload=True) as client:
@@ -101,7 +99,7 @@ def test_reloads_that_wait_for_one_that_runs_are_one(
         load, registry = sidelight_server.models.sources.load, engine.registry
 
         def gated(*source: object) -> ModelSpec:
-            spec = load(*source)  # of the weights as they are now
+            spec = load(*source)  # with the current weights
             gate.wait(1)
             return spec
 
@@ -112,7 +110,7 @@ def test_reloads_that_wait_for_one_that_runs_are_one(
             later = [asyncio.create_task(registry.reload("")) for _ in range(20)]
             await asyncio.sleep(0.1)
             assert sum(thread.name == "sidelight-load" for thread in threading.enumerate()) == 2
-            later.pop().cancel()  # the others still get the reload
+            later.pop().cancel()  # the other callers still get the reload
             gate.open()
             await asyncio.gather(began, *later)
 
@@ -167,7 +165,7 @@ def test_a_failed_reload_keeps_the_old_version_and_nothing_of_the_new(weights: P
         assert client.reload().version == 2
         client.attribute(FLOATS)
         gc.collect()
-        assert len(reloadable.alive) <= before  # the new one alone: the old one has gone
+        assert len(reloadable.alive) <= before  # only the new one is left
 
 
 @pytest.mark.parametrize("spoil", [broken, of_another_network, None])
@@ -225,9 +223,6 @@ def test_labels_are_read_again(weights: Path, tmp_path: Path) -> None:
             client.reload()
 
 
-# Watched
-
-
 def test_a_changed_file_is_loaded_once_it_rests(weights: Path) -> None:
     settings = Settings(model=SOURCE, weights=weights, device="cpu", threads=1)
     with Engine(list(settings.of_models().values()), settings) as engine:
@@ -240,7 +235,7 @@ def test_a_changed_file_is_loaded_once_it_rests(weights: Path) -> None:
         assert [version_after_a_look() for _ in range(2)] == [1, 1]
         write_weights(weights, seed=2)
         assert version_after_a_look() == 1
-        write_weights(weights, seed=3)  # it is still being written
+        write_weights(weights, seed=3)  # the file is still being written
         assert version_after_a_look() == 1
         assert version_after_a_look() == 2
         assert version_after_a_look() == 2

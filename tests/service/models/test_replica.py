@@ -105,14 +105,14 @@ def test_hooks_of_the_caller_neither_run_nor_keep_anything(caplog: pytest.LogCap
         each.register_state_dict_post_hook(lambda *held: kept.append(held))
     module(torch.rand(1, *SIZE))
     with caplog.at_level(logging.INFO), served(module) as client:
-        kept.clear()  # of the one pass at load that compares outputs with and without them
+        kept.clear()  # from the one pass at load that compares outputs with and without them
         maps = client.attribute(batch(), method=sidelight.Gradient()).maps
         client.attribute(batch(), method=sidelight.GradCAM())
     assert not kept
     np.testing.assert_array_equal(maps, expected.numpy())
     assert any("hooks_dropped" in record.getMessage() for record in caplog.records)
     module(torch.rand(1, *SIZE))
-    assert kept  # the caller's own passes run them as ever
+    assert kept  # the caller's own passes still run them
 
 
 def test_a_hook_that_the_outputs_depend_on_is_part_of_the_network(caplog: pytest.LogCaptureFixture) -> None:

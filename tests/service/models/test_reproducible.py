@@ -157,7 +157,7 @@ def test_rows_that_depend_on_their_place_are_found_at_load(device: str) -> None:
     ):
         pytest.fail("it has started")
     with serve(spec, device=device, reproducible=True):
-        pass  # alone there is no place
+        pass  # alone there is only one position
 
 
 class Random(nn.Module):

@@ -17,8 +17,6 @@ from support.models.gate import Gate, Gated
 from support.models.reloadable import SIZE, SOURCE, write_weights
 from support.servers.several_models import FLOATS, assert_close, maps_of, serving
 
-# Many
-
 
 def test_each_model_of_a_server_answers_for_itself(tmp_path: Path) -> None:
     paths = {seed: tmp_path / f"{seed}.safetensors" for seed in (1, 2)}
@@ -112,7 +110,7 @@ def test_a_model_option_beside_a_table_that_sets_its_own_is_refused() -> None:
         pytest.fail("it has started")
 
 
-# The doors of the engine
+# The engine by itself
 
 
 def test_an_engine_takes_modules_and_sources_together(weights: Path) -> None:

@@ -19,7 +19,7 @@ from support.servers.running import TIMEOUT_S, Running, serving
 Status = grpc.StatusCode
 
 
-# What bad input gets
+# Invalid requests
 
 
 def with_input(request: oip.ModelInferRequest, **fields: object) -> oip.ModelInferRequest:

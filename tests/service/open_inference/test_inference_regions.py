@@ -19,9 +19,6 @@ from support.servers.running import TIMEOUT_S, Running, gated, serving
 Status = grpc.StatusCode
 
 
-# System shared memory
-
-
 @pytest.fixture
 def sharing() -> Iterator[Running]:
     """A server that allows the folder of `multiprocessing.SharedMemory`."""
@@ -160,7 +157,7 @@ def test_a_region_ends_with_its_connection(sharing: Running, memory: SharedMemor
     with grpc.insecure_channel(sharing.server.addresses[0], options=own) as other:
         register(other, "theirs", memory)
         assert regions(other) == ["theirs"]
-        assert regions(sharing.channel) == ["mine"]  # each sees its own
+        assert regions(sharing.channel) == ["mine"]  # each connection has its own regions
         sharing.run(sharing.server._regions.sweep())
         assert regions(other) == ["theirs"]
 

@@ -24,7 +24,7 @@ from support.servers.running import TIMEOUT_S, Running
 Status = grpc.StatusCode
 
 
-# What an answer has
+# Contents of an answer
 
 
 def test_a_request_without_parameters_gets_the_map_of_the_predicted_class(server: Running) -> None:
@@ -129,7 +129,7 @@ def test_no_examples_get_no_maps(server: Running) -> None:
     assert got["maps"].shape[0] == got["predicted"].shape[0] == got["failures"].shape[0] == 0
 
 
-# How images come
+# Forms of images
 
 
 def typed(images: np.ndarray) -> oip.InferTensorContents:
@@ -189,7 +189,7 @@ def test_one_bad_file_fails_alone(how: str, server: Running, client: sidelight.C
     assert math.isnan(got["score"][1])
 
 
-# What the server tells
+# Metadata, statistics and reflection
 
 
 def test_the_server_reports_its_metadata(server: Running) -> None:

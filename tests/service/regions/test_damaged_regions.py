@@ -86,7 +86,7 @@ def test_a_file_that_is_cut_short_fails_its_batches_alone(server: Running, folde
         stream.send(attribute("write", images, output=into(offset=4096)))
         refused = stream.receive()
         assert (refused.id, code_of(refused)) == ("write", DATA_LOSS)
-        assert path.stat().st_size == 100  # it was not made longer
+        assert path.stat().st_size == 100  # the server did not extend the file
         stream.send(attribute("inline", images))
         (answer,) = stream.finish()
     assert_explains(answer, images)

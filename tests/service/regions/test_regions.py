@@ -52,7 +52,7 @@ def test_images_and_maps_go_through_a_region(server: Running, folder: Path) -> N
     put(path, images, offset=1001)
     with Conversation(server.channel) as stream:
         opened(stream, "a")
-        path.rename(folder / "kept")  # the server needs the name no more
+        path.rename(folder / "kept")  # the server no longer needs the name
         stream.send(attribute("one", floats(0), images=lying(images, offset=1001), output=into(offset=30_003)))
         (answer,) = stream.finish()
     assert answer.result.transport == pb.TRANSPORT_SHARED_MEMORY

@@ -77,7 +77,7 @@ def with_baseline(method: Message, **baseline: Any) -> Message:
     return whole
 
 
-# What a caller's own numbers may end in: a word about the request, or about its size.
+# Statuses that a caller's own numbers may cause: about the request, or about its size.
 REFUSED = {
     each.value[0]
     for each in (
@@ -154,7 +154,7 @@ def test_no_number_of_a_request_ends_in_an_internal_error(name: str, narrow: Ser
             request = whole_request(name)
             put(request, path, extreme)
             assert answered_codes(narrow, request) <= REFUSED, (path, extreme)
-    assert_close(maps_of(narrow.answer(narrow.good)), narrow.maps)  # so every permit was given back
+    assert_close(maps_of(narrow.answer(narrow.good)), narrow.maps)  # so every permit was released
 
 
 @settings(max_examples=n_examples(60))

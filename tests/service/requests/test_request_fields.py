@@ -121,7 +121,7 @@ def test_every_method_of_the_schema_is_served(name: str, small: Service) -> None
 
 @pytest.mark.parametrize("name", [field.name for field in pb.Target.DESCRIPTOR.oneofs[0].fields])
 def test_every_target_of_the_schema_is_served(name: str, small: Service) -> None:
-    if name == "dense":  # not of a model that answers for the whole picture
+    if name == "dense":  # not for a model with one output for the whole picture
         request = ask(pixels(1, 32, 32, 3), target=pb.Target(dense=pb.DenseTarget(choice=pb.ClassChoice(index=3))))
         assert "target.dense" in small.refuse(request, Status.FAILED_PRECONDITION)
         return

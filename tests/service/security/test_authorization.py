@@ -82,7 +82,7 @@ def test_no_token_and_a_wrong_one_are_turned_away_from_every_call(place: str, to
         ):
             with pytest.raises(sidelight.exceptions.Unauthenticated, match=r"^authorization: ") as caught:
                 call()
-            assert "5f2a" not in str(caught.value)  # neither the caller's nor the right one
+            assert "5f2a" not in str(caught.value)  # neither the wrong token nor the right one
 
 
 def test_the_asynchronous_client_sends_a_token(place: str, tokens: Path) -> None:
@@ -194,7 +194,7 @@ def test_a_call_is_refused_before_its_message_is_read(place: str, tokens: Path) 
         stream = channel.stream_stream("/sidelight.v1.AttributionService/AttributeStream")
         silent = threading.Event()
         with pytest.raises(grpc.RpcError) as caught:
-            next(stream((b"" for _ in iter(silent.wait, True)), timeout=PATIENCE_S))  # it never sends anything
+            next(stream((b"" for _ in iter(silent.wait, True)), timeout=PATIENCE_S))  # it sends nothing
         silent.set()
         assert caught.value.code() is Status.UNAUTHENTICATED
 
@@ -447,6 +447,6 @@ def test_a_caller_is_a_token_a_certificate_or_a_connection(tokens: Path, tmp_pat
 
     assert alike(sidelight_server.Settings(tokens=tokens)) == [False, True, True]
     assert alike(sidelight_server.Settings(**certificates)) == [True, False, True]
-    # What is not checked is no name: anybody could have as many as they like.
+    # An unverified token names no caller: anyone could invent as many as they like.
     assert alike(sidelight_server.Settings()) == [True, True, False]
     assert "one" not in Callers(sidelight_server.Settings(tokens=tokens)).of(shown)

@@ -56,7 +56,7 @@ def test_a_stream_may_stay_silent(linear: grpc.Channel) -> None:
 def test_a_caller_may_wait_for_each_answer_before_it_sends_the_next_batch(linear: grpc.Channel) -> None:
     with Conversation(linear) as stream:
         for n in range(5):
-            stream.send(attribute("again", floats(2, seed=n)))  # an id is free once it is answered
+            stream.send(attribute("again", floats(2, seed=n)))  # an id may be used again once it is answered
             assert_explains(stream.receive(), floats(2, seed=n))
         assert stream.finish() == []
 
@@ -65,7 +65,7 @@ def test_a_batch_may_overtake_another(tmp_path: Path, device: str) -> None:
     with gated(tmp_path, device=device) as (gate, server), Conversation(server.channel) as stream:
         stream.send(attribute("slow", floats(2)))
         assert gate.reached.wait(TIMEOUT_S)
-        stream.send(attribute("empty", floats(0)))  # which needs no device
+        stream.send(attribute("empty", floats(0)))  # an empty batch needs no device
         assert stream.receive().id == "empty"
         gate.open()
         (answer,) = stream.finish()

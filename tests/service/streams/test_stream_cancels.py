@@ -42,7 +42,7 @@ def test_a_batch_whose_rows_are_running_can_be_cancelled(tmp_path: Path, device:
         stream.send(cancel("running"))
         cancelled = stream.receive()
         assert (cancelled.id, code_of(cancelled)) == ("running", CANCELLED)
-        stream.send(attribute("running", floats(2)))  # the id is free again
+        stream.send(attribute("running", floats(2)))  # the id may be used again
         gate.open()
         (answer,) = stream.finish()
         assert_explains(answer, floats(2))

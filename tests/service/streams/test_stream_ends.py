@@ -33,7 +33,7 @@ from support.waiting import until_no_stream_is_left
 
 def test_a_caller_that_disconnects_frees_rows_and_permits(tmp_path: Path, device: str) -> None:
     with gated(tmp_path, device=device, max_in_flight=4) as (gate, server), Conversation(server.channel) as stream:
-        stream.send(*(attribute(str(n), floats(3)) for n in range(6)))  # two more than there are permits
+        stream.send(*(attribute(str(n), floats(3)) for n in range(6)))  # two more than the number of permits
         assert gate.reached.wait(TIMEOUT_S)
         n_running = gate.n_rows
         stream.leave()
@@ -100,7 +100,7 @@ def test_a_disconnected_caller_is_not_logged_and_an_internal_error_is(
     monkeypatch.setattr(Stream, "run", run)
     with running(Linear(), tmp_path, device="cpu") as server, Conversation(server.channel):
         assert ended.wait(TIMEOUT_S)
-        server.run(asyncio.sleep(0))  # gRPC has its turn
+        server.run(asyncio.sleep(0))  # let gRPC's callbacks run
         assert [record.name for record in caplog.records] == ["grpc._cython.cygrpc"] * n_lines
 
 
@@ -143,7 +143,7 @@ def test_a_stalled_reader_loses_its_stream_and_its_permits(tmp_path: Path, devic
         stream.send(*(attribute(str(n), LARGE, channels=pb.CHANNEL_REDUCTION_NONE) for n in range(60)))
         server.run(until_it_ends(server))
         assert_explains_meanwhile(server)
-        server.until_all_permits_are_back()  # while nothing was read
+        server.until_all_permits_are_back()  # while the caller read nothing
         answers, code, cause = stream.end()
         assert (code, cause) == (grpc.StatusCode.ABORTED, "stalled")
         assert "stalled_write_s" in stream.details
@@ -183,7 +183,7 @@ def test_at_its_maximum_age_a_stream_answers_what_it_read_and_ends_with_ok(tmp_p
                 except StopIteration:
                     rest, code, cause = stream.end()
         assert (rest, code, cause) == ([], grpc.StatusCode.OK, "age")
-        assert asked - answered == 1  # which was not read
+        assert asked - answered == 1  # the batch that was not read
         assert answered > 0
         server.until_all_permits_are_back()
 

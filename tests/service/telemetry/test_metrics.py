@@ -30,8 +30,6 @@ from support.servers.exposition import exposed, in_thread, scrape, scrape_of
 from support.servers.running import TIMEOUT_S, Running, gated, running
 from support.waiting import until
 
-# What is counted
-
 
 def test_a_request_is_counted_by_call_model_method_and_code(tmp_path: Path) -> None:
     with running(Linear(), tmp_path, device="cpu") as server:
@@ -142,7 +140,7 @@ def test_time_in_line_is_reported_as_admission(tmp_path: Path) -> None:
         stream.send(attribute("first", floats(1)))
         assert gate.reached.wait(TIMEOUT_S)
         stream.send(attribute("second", floats(1)), cancel("none"))
-        while not server.run(_waits(server)):  # a turn of the loop each
+        while not server.run(_waits(server)):  # one iteration of the event loop each
             pass
         seen = time.monotonic()
         server.run(asyncio.sleep(0.05))
@@ -172,9 +170,9 @@ def test_each_way_to_fail_has_its_reason(tmp_path: Path) -> None:
             server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)  # overloaded
         stream.send(cancel("taken"))
         assert stream.receive().failure.code == grpc.StatusCode.CANCELLED.value[0]
-        while server.run(_is_full(server)):  # its permit is given back a moment later
+        while server.run(_is_full(server)):  # its permit is released a moment later
             pass
-        call = server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S)  # whose caller goes
+        call = server.stub.Attribute.future(ask(floats(1)), timeout=TIMEOUT_S)  # whose caller disconnects
         while not server.run(_is_full(server)):
             pass
         call.cancel()
@@ -215,7 +213,7 @@ class Faulty(nn.Module):
 def test_a_passed_deadline_is_not_counted_as_a_disconnected_caller(tmp_path: Path) -> None:
     with gated(tmp_path, device="cpu") as (gate, server):
         grpc.channel_ready_future(server.channel).result(TIMEOUT_S)
-        for timeout_s in (1.0, 1.1, 1.2):  # long beside what a busy machine takes to deliver a call
+        for timeout_s in (1.0, 1.1, 1.2):  # long compared with the delivery of a call on a busy machine
             with pytest.raises(grpc.RpcError) as caught:
                 server.stub.Attribute(ask(floats(1)), timeout=timeout_s)
             assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
@@ -236,7 +234,7 @@ def test_a_model_on_a_stuck_device_does_not_serve(tmp_path: Path) -> None:
             assert time.monotonic() < until_s
         gate.open()
         assert not call.result().result.failures
-        while not scrape(address).sum("sidelight_model_serving"):  # the answer may leave before the worker rests
+        while not scrape(address).sum("sidelight_model_serving"):  # the answer may be sent before the worker is idle
             assert time.monotonic() < until_s
 
 
@@ -244,7 +242,7 @@ def test_an_example_that_fails_alone_is_counted_by_reason(tmp_path: Path) -> Non
     images = floats(4)
     images[:, 0, 0, 0] = (1, 2, 3, 0)
     with running(Faulty(), tmp_path, device="cpu") as server:
-        server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)  # from here on it is known to take this shape
+        server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S)  # from here on the model is known to accept this shape
         answer = server.stub.Attribute(ask(images), timeout=TIMEOUT_S)
         counted = scrape_of(server)
     assert {each.example for each in answer.result.failures} >= {0, 1, 2}
@@ -357,7 +355,7 @@ def test_a_wrong_number_of_served_classes_is_refused(tmp_path: Path) -> None:
             assert fragment in caught.value.details()
 
 
-# What it costs
+# The cost of counting
 
 
 def test_a_request_that_resolved_no_model_has_an_empty_model_label() -> None:

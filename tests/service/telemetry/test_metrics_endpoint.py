@@ -28,8 +28,6 @@ from support.models import Linear
 from support.servers.exposition import in_thread, scrape, scrape_of
 from support.servers.running import TIMEOUT_S, running
 
-# Over HTTP
-
 
 def test_several_servers_in_one_process_report_their_own(spec: ModelSpec, tmp_path: Path) -> None:
     scrapes = []

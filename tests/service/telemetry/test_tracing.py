@@ -105,7 +105,7 @@ def test_each_batch_of_a_stream_has_its_own_below_the_callers(tmp_path: Path, ex
     refused, parts = by_rows[0]
     assert refused.attributes["rpc.grpc.status_code"] == 3
     assert refused.attributes["sidelight.reason"] == "invalid"
-    assert refused.status.status_code is StatusCode.UNSET  # the caller's own mistake
+    assert refused.status.status_code is StatusCode.UNSET  # an error of the caller
     assert names(parts) == ["admission"]
 
 
@@ -142,7 +142,7 @@ def test_a_parent_that_is_none_begins_a_trace(tmp_path: Path, exporter: InMemory
     assert batch.parent is None
 
 
-# What the operator says
+# Settings of the operator
 
 
 @pytest.fixture(autouse=True)

@@ -47,9 +47,6 @@ def run(kernel: Kernel, x: Tensor, score: Score = Score.PROBABILITY) -> Tensor:
     return gradients
 
 
-# Served.
-
-
 def settings(name: str) -> Settings:
     options = OPTIONS[name]
     chosen = dict.fromkeys(options.names, True) | {"precision": options.precision}

@@ -68,7 +68,7 @@ def palette_picture() -> tuple[Image.Image, np.ndarray]:
 
 def tiff_file(tags: dict[int, int | tuple[int, ...]], data: bytes, *, data_tag: int = 273) -> bytes:
     tags = tags | {data_tag: 0, data_tag + (6 if data_tag == 273 else 1): len(data)}
-    at = 8 + 2 + 12 * len(tags) + 4  # where what does not fit into an entry begins
+    at = 8 + 2 + 12 * len(tags) + 4  # the offset of what does not fit into an entry
     entries, beyond = b"", b""
     for tag in sorted(tags):
         value = tags[tag]

@@ -22,7 +22,7 @@ ZEROS, ONES = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
 PREPROCESSING = Preprocessing(3, 32, 32, ZEROS, ONES, 40, "bilinear")
 ORDER = Order(PREPROCESSING, max_pixels=50_000_000, max_s=60)
 SLOW = many_scans(7000, 3000)  # minutes
-UNTIL_S = 60.0  # which decoding such a file would outlast
+UNTIL_S = 60.0  # decoding such a file takes longer
 
 
 def file_of(pixels: np.ndarray, kind: str, **options: object) -> bytes:
@@ -100,7 +100,7 @@ async def until_decoding() -> psutil.Process:
     end_s = time.monotonic() + UNTIL_S
     while time.monotonic() < end_s:
         for child in children():
-            if child.cpu_times().user > 0.5:  # starting takes less
+            if child.cpu_times().user > 0.5:  # longer than a process takes to start
                 return child
         await asyncio.sleep(0.01)
     raise AssertionError("none does")

@@ -89,7 +89,7 @@ def other_size():
 """
 
 
-WITHIN_S = 240.0  # for what Ray does: processes start on it in tens of seconds
+WITHIN_S = 240.0  # for Ray, whose processes take tens of seconds to start
 PAUSE_S = 0.05
 LOCAL = ["--listen", "127.0.0.1:0"]
 

@@ -56,7 +56,7 @@ def test_pixels_of_another_size_are_refused():
 
 def test_a_closed_loop_requests_every_image_once_and_within_its_concurrency():
     images = [np.full((1, 1, 3), n, np.uint8) for n in range(20)]
-    together = threading.Barrier(4)  # broken, should fewer than four ever ask at once
+    together = threading.Barrier(4)  # broken if fewer than four requests ever run at once
     lock, asking, most = threading.Lock(), 0, 0
 
     def ask(image):

@@ -81,7 +81,7 @@ def test_a_worker_runs_empty_before_it_is_sent_a_suspect_and_another_goes_on() -
     assert (queue.send(A, 0).id, queue.send(B, 0).id) == ("0", "1")
     queue.requeue_after_call_end(A, died=True)
     queue.add(entry(2), [range(1)])
-    assert queue.send(B, 0) is None  # it has one, and the next is a suspect
+    assert queue.send(B, 0) is None  # the worker has one part, and the next one may have killed a server
     queue.pop("1")
     assert sent(queue, B) == ["0"]
     assert sent(queue, A) == ["2"]

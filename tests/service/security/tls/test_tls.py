@@ -60,7 +60,7 @@ def test_an_authority_that_the_system_trusts_is_accepted(
     monkeypatch.delenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", raising=False)
     monkeypatch.setenv("SSL_CERT_FILE", str(authority.path if how == "file" else tmp_path / "none"))
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path))
-    if how == "folder":  # OpenSSL's own name for it is of no matter here
+    if how == "folder":  # the name that OpenSSL expects does not matter here
         (tmp_path / "0a1b2c3d.0").symlink_to(authority.path)
     with sidelight.connect(address, tls=True, connect_timeout=PATIENCE_S) as client:
         if how == "gRPC's own":
@@ -155,7 +155,7 @@ def test_a_client_connects_once_the_certificate_is_corrected(authority: Authorit
         there = threading.Event()
         connection.listen(lambda: there.set() if connection.is_ready else None)
         pair.replace(authority.pair())
-        assert there.wait(PATIENCE_S)  # the channel looks again by itself
+        assert there.wait(PATIENCE_S)  # the channel reconnects by itself
         assert client.info().models
 
 
@@ -235,7 +235,7 @@ def test_half_open_connections_neither_block_others_nor_remain(address: str, aut
             half.sendall(content)
         with sidelight.connect(address, tls=authority.path, connect_timeout=PATIENCE_S) as client:
             assert client.attribute(IMAGE).maps.shape == (1, 32, 32)
-    # The server sees each end at once; a handshake of its own tells when it has seen them all.
+    # The server handles each end at once; another handshake shows when it has handled them all.
     tries = iter(range(1000))
     while n_connections(int(port)) > before:
         handshake(address, authority)

@@ -19,9 +19,6 @@ from support.models.kernels import OPTIONS, inputs, kernel, run, settings
 pytestmark = pytest.mark.slow
 
 
-# Folding.
-
-
 class Tower(nn.Module):
     """Blocks with a shortcut, a norm that is used twice, one that follows no convolution, and a bias-free layer."""
 

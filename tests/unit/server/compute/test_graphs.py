@@ -48,7 +48,7 @@ def assert_near(a: Tensor, b: Tensor) -> None:
 @pytest.mark.parametrize("precision", [None, "bfloat16", "float16"])
 def test_every_size_gives_what_the_plain_kernel_gives(precision: str | None, device: str) -> None:
     recorded, plain = kernels(device, precision=precision)
-    for n in (1, 3, 8, 5, 2, 8):  # larger, then smaller: what an earlier chunk left in the buffers says nothing
+    for n in (1, 3, 8, 5, 2, 8):  # larger, then smaller: what an earlier chunk left in the buffers must not matter
         x = examples(n, seed=n).to(device)
         resolved_targets = [PREDICTED, ResolvedTarget(3), ResolvedTarget(2, negative=5)] * n
         scores = [Score.PROBABILITY, Score.LOGIT, Score.LOG_PROBABILITY] * n

@@ -36,7 +36,7 @@ def test_maps_are_near_those_of_the_exact_kernel(name: str, score: Score) -> Non
     assert (near - exact).norm() <= SHARES[name] * exact.norm()
     for a, b in zip(near, exact, strict=True):
         assert spearmanr(a.abs().amax(0).flatten(), b.abs().amax(0).flatten()).statistic > 0.97
-    assert not torch.equal(near, exact) or name == "channels_last"  # it does something
+    assert not torch.equal(near, exact) or name == "channels_last"  # the option has an effect
 
 
 def test_without_an_option_nothing_is_copied() -> None:

@@ -26,9 +26,6 @@ from support.models.kernels import inputs, settings
 pytestmark = pytest.mark.slow
 
 
-# The precision of a method, and what it costs.
-
-
 def test_a_method_runs_in_its_own_precision_beside_the_others(spec: ModelSpec) -> None:
     x = inputs(2)
     plain = {name: Settings(device="cpu", threads=1, precision=name) for name in ("mixed", "bfloat16")}

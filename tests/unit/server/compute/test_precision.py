@@ -50,7 +50,7 @@ def test_hundreds_of_rows_of_a_bfloat16_model_are_folded_in_float32(method: obje
     x = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     exact = explain(module, x, method, target=3, score=Score.LOGIT)
     half = explain(small_cnn().eval().bfloat16(), x, method, target=3, score=Score.LOGIT)
-    # Eight bits of the model's own: a few percent of single gradients, and less of what hundreds of them say.
+    # The model's own type has eight bits: a few percent of a single gradient, and less of a sum of hundreds.
     assert np.linalg.norm(half - exact) <= 0.1 * np.linalg.norm(exact)
 
 

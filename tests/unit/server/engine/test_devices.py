@@ -312,7 +312,7 @@ def test_a_device_that_works_after_an_error_is_kept(breaking: Breaking) -> None:
     def check(device: torch.device) -> None:
         nonlocal n_checks
         n_checks += 1
-        if n_checks == 1:  # CUDA tells of some errors twice
+        if n_checks == 1:  # CUDA reports some errors twice
             raise breaking.error(ILLEGAL)
 
     engine = breakable(breaking, device="cpu")

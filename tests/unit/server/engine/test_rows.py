@@ -230,7 +230,7 @@ def test_the_answer_is_the_same_with_another_chunk_already_at_the_device(
         alone, neighbors = asyncio.run(run())
     for one, other in zip(alone, neighbors, strict=True):
         assert not one.failures
-        # Company moves the last bits of float32: about 1e-6 of a map's maximum.
+        # Neighbors change the last bits of float32: about 1e-6 of a map's maximum.
         np.testing.assert_allclose(other.maps, one.maps, rtol=0, atol=NEIGHBORS * np.abs(one.maps).max())
 
 

@@ -132,7 +132,7 @@ def test_a_size_that_never_fits_is_tried_ever_more_rarely() -> None:
             row_limit.passed(rows, most=most)
     waits = np.diff(tried)
     assert (waits[1:6] >= 1.5 * waits[:5]).all()
-    assert waits.max() <= MOST_GOOD_CHUNKS  # and yet never given up
+    assert waits.max() <= MOST_GOOD_CHUNKS  # and yet tried again
     assert len(tried) < 20
 
 

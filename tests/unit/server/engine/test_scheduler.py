@@ -147,7 +147,7 @@ def test_the_head_is_the_first_that_is_not_cancelled() -> None:
     scheduler.remove(here)
     assert scheduler.first() is None
     assert len(scheduler) == 0
-    scheduler.remove(here)  # again: it is no fault
+    scheduler.remove(here)  # a second time, which is allowed
 
 
 class Clock:
