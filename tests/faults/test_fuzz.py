@@ -147,7 +147,7 @@ OF_INFERENCE = sorted(each.name for each in DESCRIPTOR.methods if each.name not 
 
 
 @pytest.mark.parametrize("name", OF_INFERENCE)
-def test_any_small_question_of_inference_is_answered_or_refused(shared: Running, name: str) -> None:
+def test_any_message_to_another_inference_method_is_answered_or_refused(shared: Running, name: str) -> None:
     @FUZZ
     @given(request=anything(DESCRIPTOR.methods_by_name[name].input_type))
     def check(request: Message) -> None:
@@ -168,7 +168,7 @@ UNARY: dict[str, tuple[object, type[Message]]] = {
 
 
 @pytest.mark.parametrize("name", UNARY)
-def test_any_small_question_is_answered_or_refused(shared: Running, name: str) -> None:
+def test_any_message_to_another_method_is_answered_or_refused(shared: Running, name: str) -> None:
     stub, kind = UNARY[name]
     allowed = DOCUMENTED_CODES | {grpc.StatusCode.OK, grpc.StatusCode.PERMISSION_DENIED}
 

@@ -131,7 +131,7 @@ def test_at_most_64_kib_of_an_unread_message_are_received(
         assert server.counts().arriving == 1
 
 
-def test_a_message_has_so_long_to_arrive_and_then_its_place_is_free(tmp_path: Path, device: str) -> None:
+def test_a_message_that_does_not_arrive_in_time_frees_its_slot(tmp_path: Path, device: str) -> None:
     brief = running(Linear(), tmp_path, device=device, max_arrival_s=0.2)
     with brief as server, leaving_nothing(server), Caller(address(server)) as caller:
         calls = [caller.begin(path) for path in (ATTRIBUTE, CHECK, WATCH)]

@@ -130,7 +130,7 @@ def test_a_batch_that_is_alone_when_two_servers_die_is_given_up_and_the_others_g
 # Failures of one batch, and which of them are tried again.
 
 
-def test_a_batch_that_a_full_server_put_off_is_sent_again_after_its_delay_and_others_pass_it() -> None:
+def test_a_batch_that_a_full_server_rejects_is_sent_again_after_its_delay_and_others_pass_it() -> None:
     ids = []
 
     def full(requests: Requests) -> Responses:

@@ -38,7 +38,7 @@ def test_a_stream_uses_all_servers_and_one_for_each_batch() -> None:
     assert sorted(indices) == list(range(40))
 
 
-def test_a_stream_goes_on_where_one_of_two_servers_dies() -> None:
+def test_a_stream_continues_after_one_of_two_servers_dies() -> None:
     died = threading.Event()
 
     def dying(requests: Requests) -> Responses:

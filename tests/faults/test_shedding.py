@@ -103,7 +103,7 @@ def test_a_system_without_these_files_reports_nothing(tmp_path: Path) -> None:
     assert host_memory.available_memory(tmp_path / "none", tmp_path / "neither") is None
 
 
-def test_a_use_that_grows_is_seen(tmp_path: Path) -> None:
+def test_growing_memory_use_is_detected(tmp_path: Path) -> None:
     places = files(tmp_path, V2, v2("/pod/own", 1000, 100))
     assert host_memory.available_memory(*places) == AvailableMemory(900, 1000)
     (tmp_path / "groups/pod/own/memory.current").write_text("990\n")
@@ -194,7 +194,7 @@ def shed(server: Running, *, n: int) -> None:
     until(server, reached)
 
 
-def test_unfinished_messages_are_freed_and_streams_end_well(
+def test_unfinished_messages_are_freed_and_streams_end_with_ok(
     tmp_path: Path, device: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with running(Linear(), tmp_path, device=device) as server, leaving_nothing(server):

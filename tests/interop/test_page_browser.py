@@ -351,7 +351,7 @@ def test_holding_shows_the_bare_picture(page: Any, url: str) -> None:
     assert page.locator(".box").is_visible()
 
 
-def test_the_keyboard_is_enough(page: Any, url: str) -> None:
+def test_the_page_can_be_operated_by_keyboard(page: Any, url: str) -> None:
     opened(page, url)
 
     def tab_to(selector: str) -> None:
@@ -395,7 +395,7 @@ def test_the_accessibility_checker_finds_no_violation(page: Any, url: str, theme
     assert [(each["id"], [node["html"] for node in each["nodes"]]) for each in found] == []
 
 
-def test_it_fits_every_size(page: Any, url: str, tmp_path: Path) -> None:
+def test_the_page_fits_every_size(page: Any, url: str, tmp_path: Path) -> None:
     shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
     shots.mkdir(exist_ok=True)
     for width, height in SIZES:

@@ -98,7 +98,7 @@ def test_layer_gradient_x_activation_is_captums(layer: str, module: nn.Sequentia
 
 
 @pytest.mark.parametrize("layer", range(7))
-def test_a_layer_is_read_where_a_cut_net_is(layer: int, x: Tensor) -> None:
+def test_the_maps_of_a_layer_equal_those_of_a_network_cut_there(layer: int, x: Tensor) -> None:
     """The CNN's rectifier works in place: what it is given, the layer before it, must be read before that."""
     module = small_cnn(2, size=12).double().eval()
     x = torch.nn.functional.pad(x, (0, -2, 0, 2))  # [3, 2, 12, 12]

@@ -84,7 +84,7 @@ def sidelights(path: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], Set
 
 @pytest.mark.requires("kubernetes")
 @every_manifest
-def test_manifests_are_of_kubernetes_own_schema(path: Path) -> None:
+def test_the_manifests_match_the_schema_of_kubernetes(path: Path) -> None:
     import kubernetes_validate as validate
 
     assert len(documents(path)) > 1
@@ -97,7 +97,7 @@ def test_manifests_are_of_kubernetes_own_schema(path: Path) -> None:
 
 
 @every_manifest
-def test_manifests_name_settings_that_there_are(path: Path) -> None:
+def test_manifests_name_only_existing_settings(path: Path) -> None:
     ours = list(sidelights(path))
     assert ours
     for _, container, settings in ours:
@@ -108,7 +108,7 @@ def test_manifests_name_settings_that_there_are(path: Path) -> None:
 
 
 @every_manifest
-def test_a_pod_is_given_the_time_that_its_drain_takes(path: Path) -> None:
+def test_the_grace_period_of_a_pod_is_longer_than_its_drain(path: Path) -> None:
     for pod, _, settings in sidelights(path):
         hooks = [each["lifecycle"]["preStop"]["sleep"]["seconds"] for each in containers(pod) if "lifecycle" in each]
         assert pod["terminationGracePeriodSeconds"] >= max(hooks, default=0) + settings.drain_s + STOPPING_S

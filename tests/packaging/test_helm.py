@@ -47,7 +47,7 @@ def test_by_default_the_chart_is_the_manifest_and_envoys_configuration() -> None
 
 
 @pytest.mark.parametrize("by", ["", "keda", "hpa"])
-def test_what_it_renders_is_of_kubernetes_own_schema(by: str) -> None:
+def test_the_rendered_manifests_match_the_schema_of_kubernetes(by: str) -> None:
     validate = pytest.importorskip("kubernetes_validate")
     for (kind, _), each in rendered("--set", f"autoscaling.by={by}").items():
         if kind != "ScaledObject":  # KEDA's own
@@ -79,7 +79,7 @@ def test_settings_that_change_replace_the_pods() -> None:
     assert first["metadata"]["annotations"] != second["metadata"]["annotations"]
 
 
-def test_an_unknown_way_of_scaling_is_refused_with_what_there_is() -> None:
+def test_an_unknown_scaling_is_refused_with_the_known_ones() -> None:
     done = run("--set", "autoscaling.by=cpu")
     assert done.returncode != 0
     assert 'autoscaling.by: got "cpu", expected "keda", "hpa" or nothing' in done.stderr

@@ -137,7 +137,9 @@ def environment(folder: Path, wheel: Path, metadata: Message, *extras: str) -> E
     return Environment(folder)
 
 
-def test_the_light_client_says_what_each_command_needs(wheel: Path, metadata: Message, tmp_path: Path) -> None:
+def test_the_client_without_extras_reports_what_each_command_needs(
+    wheel: Path, metadata: Message, tmp_path: Path
+) -> None:
     bare = environment(tmp_path / "bare", wheel, metadata)
     done = bare.run("python", "-W", "error", "-c", "import sidelight, sidelight.aio; print(sidelight.__version__)")
     assert (done.stdout.strip(), done.stderr) == (PROJECT["version"], "")
@@ -256,7 +258,7 @@ def test_the_floors_are_the_generators_age() -> None:
 
 
 @pytest.mark.parametrize("python", CLIENTS)
-def test_a_client_of_another_age_talks_to_the_newest(
+def test_an_older_client_works_with_the_newest_server(
     python: Path, address: str, client: sidelight.Client, tmp_path: Path
 ) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 50, 3), np.uint8)

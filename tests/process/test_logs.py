@@ -109,7 +109,7 @@ def test_an_exception_is_in_fields_of_the_one_line(log_format: LogFormat) -> Non
     assert fields["id"] == "a b"
 
 
-def test_lines_of_libraries_are_events_too() -> None:
+def test_log_lines_of_libraries_are_events_too() -> None:
     fields = json.loads(line("json", "%s went\nwrong", "it"))
     assert (fields["event"], fields["logger"], fields["message"]) == ("log", "lib", "it went\nwrong")
 

@@ -69,7 +69,7 @@ def test_a_token_is_needed(explain: Explain, token: str | None, code: Status | N
 
 
 @both
-def test_tls_is_spoken(explain: Explain, tmp_path: Path) -> None:
+def test_the_service_uses_tls(explain: Explain, tmp_path: Path) -> None:
     authority = Authority(tmp_path / "authority")
     pair = authority.pair()
     settings = Settings(device="cpu", threads=1, tls_certificate=pair.certificate, tls_key=pair.key)
@@ -138,7 +138,7 @@ def test_a_call_that_is_not_answered_within_the_drain_fails(explain: Explain, tm
 
 
 @both
-def test_a_batch_is_counted(explain: Explain, tmp_path: Path) -> None:
+def test_a_batch_is_counted_once(explain: Explain, tmp_path: Path) -> None:
     with running(Linear(), tmp_path, device="cpu") as server:
         explain(server.channel, floats(1)).result()
         name = {by_sidelight: "Attribute", by_inference: "ModelInfer"}[explain]

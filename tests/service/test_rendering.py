@@ -219,7 +219,7 @@ def test_a_failed_example_has_no_picture(channel: grpc.Channel) -> None:
     assert [failure.example for failure in message.failures] == [1]
 
 
-def test_nothing_is_drawn_unasked(channel: grpc.Channel) -> None:
+def test_pictures_are_drawn_only_on_request(channel: grpc.Channel) -> None:
     batch = EncodedBatch([FILES["PNG"]])
     request = pb.AttributeRequest(images=batch.message, target=PREDICTED, method=GRADIENT)
     answer = attribution_pb2_grpc.AttributionServiceStub(channel).Attribute(request, timeout=TIMEOUT_S).result

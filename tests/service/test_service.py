@@ -327,7 +327,7 @@ def test_what_fails_in_the_server_is_logged_and_not_reported(
     assert 'event=unexpected id="a\\nb"' in caplog.text
 
 
-def test_bytes_that_are_no_message_are_refused_and_end_no_stream(address: str) -> None:
+def test_invalid_bytes_are_refused_and_end_no_stream(address: str) -> None:
     junk, good = b"\xff\xff\xff", pb.AttributeStreamRequest(cancel=pb.CancelRequest(id="unknown"))
     with grpc.insecure_channel(address) as channel:
         unary = channel.unary_unary("/sidelight.v1.AttributionService/Attribute")

@@ -111,7 +111,7 @@ def test_a_capture_has_the_pixels_of_the_overlay(written: tuple[Path, sidelight.
 
 
 @pytest.mark.requires("dciodvfy")
-def test_a_foreign_validator_finds_no_error(written: tuple[Path, sidelight.Attribution]) -> None:
+def test_an_independent_validator_finds_no_error(written: tuple[Path, sidelight.Attribution]) -> None:
     for path in sorted(written[0].glob("*.dcm")):
         done = subprocess.run(["dciodvfy", path], capture_output=True, text=True, check=False, timeout=60)
         assert not [line for line in done.stderr.splitlines() if line.startswith("Error")], path.name

@@ -39,7 +39,7 @@ async def until(event: threading.Event) -> None:
     assert await asyncio.to_thread(event.wait, WAIT_S)
 
 
-def test_it_answers_as_the_other_client_does(address: str, client: sidelight.Client) -> None:
+def test_the_asynchronous_client_gives_the_same_answers(address: str, client: sidelight.Client) -> None:
     async def ask() -> tuple[object, ...]:
         async with sidelight.aio.connect(address) as asked:
             assert asked.address == address
@@ -197,7 +197,7 @@ def test_a_stream_ends_although_its_task_is_cancelled_again_and_no_thread_is_fre
     run(ask())
 
 
-def test_an_error_of_the_callers_iterable_comes_out_of_the_stream(address: str) -> None:
+def test_an_exception_in_the_callers_iterable_is_raised_by_the_stream(address: str) -> None:
     async def batches() -> AsyncIterator[np.ndarray]:
         yield floats(1)
         raise KeyError("mine")
@@ -211,7 +211,7 @@ def test_an_error_of_the_callers_iterable_comes_out_of_the_stream(address: str) 
         run(ask())
 
 
-def test_a_stream_goes_on_where_its_server_ends_a_call() -> None:
+def test_a_stream_continues_after_its_server_ends_a_call() -> None:
     def dying(requests: Iterator[pb.AttributeStreamRequest]) -> Iterator[pb.AttributeStreamResponse]:
         yield answer(next(requests))
         raise Ended(grpc.StatusCode.UNAVAILABLE, "cut")

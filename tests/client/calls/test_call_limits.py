@@ -89,7 +89,7 @@ def test_an_answer_in_parts_is_replayed(address: str, floats: torch.Tensor, tmp_
         assert sidelight.replay(narrow, tmp_path / "whole", floats).kept
 
 
-def test_an_answer_is_as_large_as_its_maps_are_many_and_wide(address: str, tmp_path: Path) -> None:
+def test_the_size_of_an_answer_follows_the_number_and_the_type_of_its_maps(address: str, tmp_path: Path) -> None:
     path = tmp_path / "white.png"
     Image.new("RGB", (32, 32), "white").save(path)
     with sidelight.connect(address, connect_timeout=10, max_message_bytes=10_000) as client:

@@ -72,7 +72,7 @@ REFUSED_TARGETS = {
 
 
 @pytest.mark.parametrize(("target", "kind", "message"), REFUSED_TARGETS.values(), ids=REFUSED_TARGETS.keys())
-def test_a_target_that_the_model_has_not_is_refused_by_saying_what_it_has(
+def test_a_target_that_the_model_does_not_have_is_refused_with_those_it_has(
     client: sidelight.Client, floats: torch.Tensor, target: object, kind: type[sidelight.SidelightError], message: str
 ) -> None:
     with pytest.raises(kind) as caught:

@@ -41,14 +41,14 @@ def stream(address: str, batches: Iterable[object]) -> None:
         list(client.stream(batches))
 
 
-def test_what_goes_well_is_not_logged(log: pytest.LogCaptureFixture) -> None:
+def test_successful_requests_are_not_logged(log: pytest.LogCaptureFixture) -> None:
     with scripted(echo) as address:
         explain(address)
         stream(address, [ONE] * 5)
     assert lines(log) == []
 
 
-def test_a_call_that_is_made_again_is_one_line_each_time(log: pytest.LogCaptureFixture) -> None:
+def test_a_retried_call_is_logged_in_one_line_each_time(log: pytest.LogCaptureFixture) -> None:
     def full(requests: Requests) -> Responses:
         raise Ended(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", (("retry-after-ms", "20"),))
         yield
@@ -68,7 +68,7 @@ def test_a_batch_that_is_sent_again_is_logged_in_one_line(log: pytest.LogCapture
     assert lines(log) == [("INFO", "batch mine: sent again in 0.02 s: as the script says")]
 
 
-def test_a_reconnect_is_one_line_a_warning_where_the_call_was_cut(log: pytest.LogCaptureFixture) -> None:
+def test_a_reconnect_is_logged_in_one_line_as_a_warning_after_a_cut(log: pytest.LogCaptureFixture) -> None:
     def aged(requests: Requests) -> Responses:
         yield answer(next(requests))
         raise Ended(grpc.StatusCode.OK, trailers=(("sidelight-end", "age"),))

@@ -110,7 +110,9 @@ def test_images_that_are_none_are_an_invalid_argument(address: str, ask: Callabl
     ],
     ids=repr,
 )
-def test_what_connect_cannot_take_is_an_invalid_argument(connect: Callable[..., Any], options: dict[str, Any]) -> None:
+def test_connect_raises_invalid_argument_for_invalid_options(
+    connect: Callable[..., Any], options: dict[str, Any]
+) -> None:
     with pytest.raises(sidelight.InvalidArgument, match=r"^(connect_timeout|max_message_bytes|tls|token|address): "):
         connect(**({"address": "unix:/nowhere/absent"} | options))
 
@@ -184,7 +186,7 @@ def check_unreadable(ask: Callable[[], object], path: object, *, field: str) -> 
 
 @DOORS
 @pytest.mark.parametrize("form", [str, Path])
-def test_a_picture_that_cannot_be_read_is_one_type_at_every_door(
+def test_an_unreadable_picture_raises_the_same_type_everywhere(
     address: str, ask: Callable[..., None], form: Callable[[Path], Any], tmp_path: Path
 ) -> None:
     for path in (tmp_path / "absent.png", tmp_path):
@@ -242,5 +244,5 @@ def test_the_name_of_a_file_that_is_there_is_no_token(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("text", TOKENS, ids=lambda text: text[:20])
-def test_a_token_that_is_none_of_these_is_taken_as_it_is(text: str) -> None:
+def test_a_token_that_is_no_path_is_used_as_it_is(text: str) -> None:
     sidelight.connect("unix:/nowhere/absent", token=text).close()

@@ -67,7 +67,7 @@ def test_a_call_is_answered_with_address_and_token_of_the_environment(
             client.attribute(IMAGES)
 
 
-def test_a_token_of_the_environment_does_not_travel_in_the_clear(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_token_of_the_environment_is_not_sent_unencrypted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SIDELIGHT_TOKEN", "secret")
     with pytest.raises(sidelight.InvalidArgument, match=r"^token: example\.org:1 is another machine"):
         sidelight.connect("example.org:1")

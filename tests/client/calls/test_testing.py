@@ -94,7 +94,7 @@ def test_files_are_decoded_and_a_broken_one_fails_alone(client: sidelight.Client
     assert [failure.example for failure in answer.failures] == [1]
 
 
-def test_it_fails_on_demand(server: sidelight.testing.TestServer, client: sidelight.Client) -> None:
+def test_a_test_server_fails_on_demand(server: sidelight.testing.TestServer, client: sidelight.Client) -> None:
     server.fail_next(exceptions.Internal("broken"))
     with pytest.raises(exceptions.Internal, match="broken"):
         client.attribute(IMAGES)
@@ -106,7 +106,7 @@ def test_it_fails_on_demand(server: sidelight.testing.TestServer, client: sideli
     assert server.requests[0].images.tensor.shape == list(IMAGES.shape)
 
 
-def test_what_the_model_has_not_is_an_error_as_of_a_real_server(client: sidelight.Client) -> None:
+def test_unknown_targets_and_models_raise_the_errors_of_a_real_server(client: sidelight.Client) -> None:
     for wrong, kind in [({"target": "elk"}, exceptions.InvalidArgument), ({"target": 4}, exceptions.InvalidArgument),
                         ({"model": "other"}, exceptions.NotFound)]:  # fmt: skip
         with pytest.raises(kind):
@@ -114,14 +114,14 @@ def test_what_the_model_has_not_is_an_error_as_of_a_real_server(client: sideligh
     assert client.model("linear").labels == tuple(LABELS)
 
 
-def test_closing_it_leaves_no_server_behind() -> None:
+def test_closing_a_test_server_leaves_nothing_behind() -> None:
     server = sidelight.testing.serve()
     server.close()
     with pytest.raises(exceptions.Unavailable), sidelight.connect(server.address, connect_timeout=0.2) as client:
         client.info()
 
 
-def test_it_needs_neither_torch_nor_the_server() -> None:
+def test_the_testing_module_needs_neither_torch_nor_the_server() -> None:
     code = "import sys, sidelight.testing; print({'torch', 'sidelight_server'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout == "set()\n"

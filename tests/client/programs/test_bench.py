@@ -195,7 +195,7 @@ def test_a_picture_is_drawn_of_one_load_or_of_several(run: Run, loads: str) -> N
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 50
 
 
-def test_a_picture_needs_matplotlib_and_says_so_at_once(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_a_plot_is_refused_before_the_load(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     done = run("--plot", "out.png")
     assert done.exit_code == 1

@@ -58,7 +58,7 @@ def test_without_both_it_says_what_to_install(client: sidelight.Client, monkeypa
         client.stream(BATCHES, progress=True)
 
 
-def test_unless_asked_nothing_is_shown(client: sidelight.Client, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_only_on_request(client: sidelight.Client, capfd: pytest.CaptureFixture[str]) -> None:
     list(client.stream(BATCHES))
     assert capfd.readouterr() == ("", "")
 

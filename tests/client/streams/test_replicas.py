@@ -130,7 +130,7 @@ def test_calls_go_to_the_server_with_the_shorter_backlog(two: sidelight.Client) 
     assert {pool.ready_now() for _ in range(10)} == {pool.connections[1]}
 
 
-def test_a_name_means_all_its_addresses_and_a_token_does_not_leave_without_tls(listed: list[str]) -> None:
+def test_a_name_stands_for_all_its_addresses_and_no_token_is_sent_without_tls(listed: list[str]) -> None:
     with pytest.raises(sidelight.InvalidArgument, match="another machine"):
         sidelight.connect(f"dns:{NAME}:1", token="secret")
     with (

@@ -213,7 +213,7 @@ def test_the_history_is_bounded_and_can_be_cleared(make: Make, floats: Tensor) -
     assert saliency.get_gradient_saliency_maps() == []
 
 
-def test_a_module_that_cannot_be_explained_says_why(floats: Tensor) -> None:
+def test_a_module_that_cannot_be_explained_is_refused_with_the_reason(floats: Tensor) -> None:
     before = set(threading.enumerate())
     with pytest.raises(ValueError, match="shapes cannot be multiplied"):
         BasicGradientSaliencyMaps(classifier("binary"), floats[..., :20])

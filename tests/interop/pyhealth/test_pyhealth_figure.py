@@ -76,7 +76,7 @@ def test_the_figure_is_drawn_as_the_original_draws_it() -> None:
     ],
     ids=str,
 )
-def test_the_title_names_what_it_can(options: dict[str, Any], title: str) -> None:
+def test_the_title_names_what_is_known(options: dict[str, Any], title: str) -> None:
     figure = explained(torch.tensor([2, 0, 1, 1])).visualize_saliency_map(plt, image_index=1, **options)
     assert figure.axes[0].get_title() == title
 
@@ -151,7 +151,7 @@ def test_what_was_stored_is_drawn_and_the_model_does_not_run_again() -> None:
 
 
 @pytest.mark.parametrize("index", [N, -N - 1, 10**30, "one", 1.0, None, slice(2)], ids=str)
-def test_an_index_that_is_none_of_the_batch_is_refused(index: Any) -> None:
+def test_an_index_outside_the_batch_is_refused(index: Any) -> None:
     with pytest.raises((IndexError, ValueError), match="image_index: got"):
         explained().visualize_saliency_map(plt, image_index=index)
     assert not plt.get_fignums()

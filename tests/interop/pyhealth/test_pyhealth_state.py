@@ -36,7 +36,7 @@ def test_nothing_of_the_callers_is_changed(batch: dict[str, Tensor]) -> None:
         assert not any(each.requires_grad for each in record.values())
 
 
-def test_training_the_module_further_shows_in_the_next_map(floats: Tensor) -> None:
+def test_further_training_of_the_module_changes_the_next_map(floats: Tensor) -> None:
     module = classifier("multilabel")
     with BasicGradientSaliencyMaps(module) as saliency:
         saliency.attribute(image=floats)
@@ -45,7 +45,7 @@ def test_training_the_module_further_shows_in_the_next_map(floats: Tensor) -> No
         assert torch.equal(saliency.attribute(2 > 3, 1, image=floats)["image"], gradient(module, floats, [1] * 5))
 
 
-def test_weights_that_moved_are_found_again(floats: Tensor) -> None:
+def test_weights_that_were_replaced_or_converted_are_found_again(floats: Tensor) -> None:
     module = classifier("multilabel")
     with BasicGradientSaliencyMaps(module) as saliency:
         saliency.attribute(image=floats)
@@ -85,7 +85,7 @@ def test_eight_threads_get_the_serial_maps_to_the_last_bit(floats: Tensor) -> No
             assert torch.equal(record["saliency"], expected[record["label"] % 16])
 
 
-def test_it_runs_where_an_event_loop_runs_already(floats: Tensor) -> None:
+def test_the_drop_in_class_runs_inside_an_event_loop(floats: Tensor) -> None:
     async def cell() -> Tensor:
         with BasicGradientSaliencyMaps(classifier("binary")) as saliency:
             return saliency.attribute(image=floats)["image"]

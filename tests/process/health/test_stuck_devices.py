@@ -60,7 +60,7 @@ def test_without_the_setting_nothing_is_stuck(gate: Gate) -> None:
         assert not engine.devices[0].worker.heartbeat.is_stuck
 
 
-def test_one_device_of_two_keeps_the_server_serving_and_gets_all_that_is_new(
+def test_with_one_of_two_devices_stuck_the_server_serves_and_the_other_gets_new_requests(
     tmp_path: Path, gate: Gate, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = gated(gate, device="cpu,cpu", stuck_s=STUCK_S)

@@ -135,7 +135,7 @@ def test_code_in_weights_is_refused_and_never_run(
     assert not (here / MARK).exists()
 
 
-def test_another_program_s_socket_is_refused_and_left(
+def test_another_program_s_socket_is_refused_and_not_removed(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:

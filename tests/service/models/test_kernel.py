@@ -65,7 +65,7 @@ def test_a_module_in_training_mode_is_explained_in_eval_mode(device: str, floats
         assert (client.attribute(floats).maps == maps).all()
 
 
-def test_training_further_shows_in_the_next_map(floats: torch.Tensor) -> None:
+def test_further_training_changes_the_next_map(floats: torch.Tensor) -> None:
     """The replica shares storage, BatchNorm statistics included. (On another device than the module's it cannot.)"""
     module = small_cnn()
     with sidelight_server.serve(module, device="cpu") as address, sidelight.connect(address) as client:
@@ -187,7 +187,7 @@ def test_a_model_whose_rows_touch_each_other_runs_them_alone(device: str, floats
     np.testing.assert_array_equal(together, alone)
 
 
-def test_training_further_shows_in_the_digest(floats: torch.Tensor) -> None:
+def test_further_training_changes_the_digest(floats: torch.Tensor) -> None:
     module = small_cnn()
     with sidelight_server.serve(module, device="cpu") as address, sidelight.connect(address) as client:
         before = client.attribute(floats).provenance.model_digest

@@ -223,7 +223,7 @@ def test_labels_are_read_again(weights: Path, tmp_path: Path) -> None:
             client.reload()
 
 
-def test_a_changed_file_is_loaded_once_it_rests(weights: Path) -> None:
+def test_a_changed_file_is_loaded_once_it_is_stable(weights: Path) -> None:
     settings = Settings(model=SOURCE, weights=weights, device="cpu", threads=1)
     with Engine(list(settings.of_models().values()), settings) as engine:
         watch = Reloader(engine.registry, every_s=1)

@@ -71,7 +71,7 @@ def test_every_token_of_either_file_may_explain(place: str, tokens: Path, admins
 
 
 @pytest.mark.parametrize("token", [None, "wrong", USER + "x", USER[:-1], "#"], ids=str)
-def test_no_token_and_a_wrong_one_are_turned_away_from_every_call(place: str, tokens: Path, token: str | None) -> None:
+def test_every_call_is_refused_without_a_token_or_with_a_wrong_one(place: str, tokens: Path, token: str | None) -> None:
     with serving(place, tokens=tokens, allow_reload=True) as address, connect(address, token) as client:
         for call in (
             lambda: client.attribute(IMAGE),
@@ -292,7 +292,7 @@ def test_a_file_that_is_not_there_keeps_the_server_from_starting(tmp_path: Path)
 @pytest.mark.parametrize(
     "address", ["10.0.0.1:5", "example.org:5", "[2001:db8::1]:5", ["127.0.0.1:5", "10.0.0.1:5"]], ids=str
 )
-def test_a_token_never_goes_to_another_machine_in_the_clear(address: str | list[str]) -> None:
+def test_a_token_is_never_sent_to_another_machine_unencrypted(address: str | list[str]) -> None:
     with pytest.raises(ValueError, match=r"^token: .* without TLS") as caught:
         sidelight.connect(address, token=USER)
     assert USER not in str(caught.value)
@@ -383,7 +383,7 @@ def test_each_host_has_streams_of_its_own() -> None:
         pass
 
 
-def test_a_stream_too_many_is_refused_until_another_ends(place: str) -> None:
+def test_a_stream_over_the_limit_is_refused_until_another_ends(place: str) -> None:
     with serving(place, max_peer_streams=1) as address, grpc.insecure_channel(address) as channel:
         stub = attribution_pb2_grpc.AttributionServiceStub(channel)
         done = threading.Event()

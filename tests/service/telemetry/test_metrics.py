@@ -132,7 +132,7 @@ def test_the_backlog_is_the_rows_in_flight_over_the_rows_per_second(tmp_path: Pa
     assert first > 0
 
 
-def test_time_in_line_is_reported_as_admission(tmp_path: Path) -> None:
+def test_time_spent_waiting_for_a_permit_is_reported_as_admission(tmp_path: Path) -> None:
     with (
         gated(tmp_path, device="cpu", max_stream_in_flight=1) as (gate, server),
         Conversation(server.channel) as stream,

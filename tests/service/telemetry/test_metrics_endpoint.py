@@ -44,7 +44,7 @@ def test_several_servers_in_one_process_report_their_own(spec: ModelSpec, tmp_pa
     assert [each.sum("sidelight_total_seconds_count") for each in scrapes] == [1, 2]
 
 
-def test_a_port_that_is_taken_stops_no_start(spec: ModelSpec, tmp_path: Path) -> None:
+def test_a_metrics_port_that_is_taken_does_not_stop_the_start(spec: ModelSpec, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         server = Server(Engine([spec], Settings(device="cpu")), listen=[f"unix:{tmp_path}/s"], metrics_listen=address)

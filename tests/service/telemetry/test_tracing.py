@@ -126,7 +126,9 @@ def test_a_batch_that_is_late_ends_in_the_queue(tmp_path: Path, exporter: InMemo
     assert names(whole) == ["admission", "prepare", "queue", "chunk", "write"]
 
 
-def test_what_the_caller_does_not_sample_is_not_reported(tmp_path: Path, exporter: InMemorySpanExporter) -> None:
+def test_a_trace_that_the_caller_does_not_sample_is_not_exported(
+    tmp_path: Path, exporter: InMemorySpanExporter
+) -> None:
     with running(Linear(), tmp_path, device="cpu") as server:
         trace(server, exporter)
         server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=NOT_SAMPLED)
@@ -134,7 +136,7 @@ def test_what_the_caller_does_not_sample_is_not_reported(tmp_path: Path, exporte
 
 
 @pytest.mark.parametrize("parent", ["", "00-0-0-01", "x" * 5000, f"ff-{TRACE}-{SPAN}-01"])
-def test_a_parent_that_is_none_begins_a_trace(tmp_path: Path, exporter: InMemorySpanExporter, parent: str) -> None:
+def test_an_invalid_parent_begins_a_new_trace(tmp_path: Path, exporter: InMemorySpanExporter, parent: str) -> None:
     with running(Linear(), tmp_path, device="cpu") as server:
         trace(server, exporter)
         server.stub.Attribute(ask(floats(1)), timeout=TIMEOUT_S, metadata=(("traceparent", parent),))

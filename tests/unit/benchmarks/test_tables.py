@@ -66,7 +66,7 @@ def test_tables_are_written_between_their_marks_and_nothing_else_is_touched():
     assert written(WRITTEN, results()) == WRITTEN
 
 
-def test_a_table_of_benchmarks_that_did_not_run_says_so():
+def test_a_table_of_benchmarks_that_did_not_run_states_it():
     page = "<!-- figures: peers -->\n<!-- end of figures -->"
     assert written(page, results()) == "<!-- figures: peers -->\nNot measured.\n<!-- end of figures -->"
 

@@ -38,7 +38,7 @@ def test_a_backlog_counts_as_reported_for_a_second_and_then_as_the_average() -> 
     assert waits_s == [6.0, 6.0, pytest.approx(2.0), 0.0]
 
 
-def test_what_was_sent_since_is_added_to_the_backlog() -> None:
+def test_requests_sent_since_the_last_report_are_added_to_the_backlog() -> None:
     known = load(example_s=0.5, backlog_s=2.0)
     known.sent(4)
     assert known.finish_s(2, 0.0, unknown_s=9.0) == 2.0 + 4 * 0.5 + 2 * 0.5

@@ -64,7 +64,7 @@ def test_every_color_map_is_sequential_or_diverging() -> None:
 
 
 @pytest.mark.parametrize("name", ["viridis", "magma", "cividis", "coolwarm"])
-def test_a_color_map_of_matplotlibs_is_matplotlibs(name: str) -> None:
+def test_a_matplotlib_color_map_has_its_colors(name: str) -> None:
     signed = name in DIVERGING
     colors = bar(name, signed=signed)
     expected = mpl.colormaps[name](np.linspace(0, 1, len(colors)))[:, :3] * 255
@@ -106,6 +106,6 @@ def test_a_diverging_color_map_distinguishes_signs(name: str) -> None:
     np.testing.assert_array_equal(bar(name), colors[255:])  # a map without negative values has the upper half
 
 
-def test_unless_one_is_named_the_map_decides() -> None:
+def test_without_a_named_color_map_the_map_decides() -> None:
     assert find_colormap(None, signed=False) is find_colormap("heat", signed=True)
     assert find_colormap(None, signed=True) is find_colormap("diverging", signed=False)

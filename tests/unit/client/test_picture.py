@@ -94,7 +94,7 @@ def test_larger_values_are_lighter() -> None:
     assert (np.diff(steps) > 0).all()
 
 
-def test_turning_the_sign_swaps_the_palette() -> None:
+def test_negating_a_map_swaps_the_halves_of_its_color_map() -> None:
     map_ = grainy()
     both = np.concatenate([map_, -map_])
     np.testing.assert_array_equal(drawn(-both), np.concatenate([drawn(both)[40:], drawn(both)[:40]]))
@@ -265,7 +265,7 @@ def test_contours_lie_where_the_top_percent_ends() -> None:
 
 @pytest.mark.parametrize("style", ["contours", "mask"])
 @pytest.mark.parametrize("map_", [np.zeros((40, 50)), np.full((40, 50), np.nan)], ids=["zeros", "nan"])
-def test_nothing_stands_out_in_a_map_without_values(style: str, map_: np.ndarray) -> None:
+def test_a_map_without_values_has_no_highlighted_pixels(style: str, map_: np.ndarray) -> None:
     drawn_ = np.asarray(overlay(Image.new("RGB", (50, 40), "white"), map_, style=style))
     assert len(np.unique(drawn_)) == 1
 

@@ -49,7 +49,7 @@ def test_a_batch_in_parts_is_sent_as_spans_that_cover_it() -> None:
     assert [len(queue.get(id_).batch) for id_ in ("4:0-2", "4:2-4", "4:4-5")] == [2, 2, 1]
 
 
-def test_an_answer_comes_once() -> None:
+def test_an_answer_is_delivered_once() -> None:
     queue = filled(1)
     sent(queue, A)
     assert queue.pop("0").id == "0"
@@ -76,7 +76,7 @@ def test_what_a_server_held_when_it_died_is_sent_alone() -> None:
     assert queue.may_read(A, 0.0)
 
 
-def test_a_worker_runs_empty_before_it_is_sent_a_suspect_and_another_goes_on() -> None:
+def test_a_worker_answers_everything_before_it_is_sent_a_suspect_and_another_continues() -> None:
     queue = filled(2, workers=(A, B))
     assert (queue.send(A, 0).id, queue.send(B, 0).id) == ("0", "1")
     queue.requeue_after_call_end(A, died=True)

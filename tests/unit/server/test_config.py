@@ -185,7 +185,9 @@ def test_the_file_sets_its_fields_alone() -> None:
 @pytest.mark.parametrize("flag", [False, True], ids=["no flag", "flag"])
 @pytest.mark.parametrize("variable", [False, True], ids=["no variable", "variable"])
 @pytest.mark.parametrize("file", [False, True], ids=["no file", "file"])
-def test_the_first_that_speaks_wins(flag: bool, variable: bool, file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_source_that_sets_a_field_wins(
+    flag: bool, variable: bool, file: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if file:
         write_file('threads = 2\nlisten = ["localhost:2"]\nplaintext = true\n')
     if variable:

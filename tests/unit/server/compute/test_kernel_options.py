@@ -122,7 +122,7 @@ def test_models_of_one_server_have_options_of_their_own(spec: ModelSpec) -> None
     assert summaries == {"small": "float32", "fast": "bfloat16+channels_last"}
 
 
-def test_recorded_kernels_want_a_gpu(spec: ModelSpec) -> None:
+def test_recorded_kernels_need_a_gpu(spec: ModelSpec) -> None:
     with pytest.raises(ConfigurationError, match="cuda_graphs: needs a CUDA device"):
         Engine([spec], Settings(device="cpu", cuda_graphs=True))
 

@@ -171,7 +171,7 @@ def test_maps_are_those_of_one_device() -> None:
             assert np.array_equal(ask(two, x).maps, expected.maps)
 
 
-def test_the_server_says_which_devices_it_has(spec: ModelSpec) -> None:
+def test_the_server_reports_its_devices(spec: ModelSpec) -> None:
     with (
         sidelight_server.serve(spec, device="cpu,cpu", threads=1) as address,
         sidelight.connect(address, connect_timeout=10) as client,
@@ -187,7 +187,7 @@ def test_every_device_is_measured_when_the_server_starts() -> None:
 
 
 @pytest.mark.parametrize("wanted", ["cpu,tpu", "cpu,", ""])
-def test_a_device_that_is_none_is_refused(wanted: str) -> None:
+def test_an_unknown_device_is_refused(wanted: str) -> None:
     with pytest.raises(ConfigurationError, match="device: got"):
         choose_devices(wanted)
 

@@ -93,7 +93,7 @@ def test_cancelled_work_is_dropped_at_once_with_what_it_holds(pool: FairThreadPo
     assert later.result(UNTIL_S) == "done"
 
 
-def test_an_exception_is_the_result_and_the_thread_goes_on(pool: FairThreadPool) -> None:
+def test_an_exception_is_the_result_and_the_thread_continues(pool: FairThreadPool) -> None:
     assert isinstance(pool.submit("a", lambda: 1 // 0).exception(UNTIL_S), ZeroDivisionError)
     assert pool.submit("a", lambda: 1).result(UNTIL_S) == 1
 

@@ -116,7 +116,7 @@ def test_the_ceiling_rises_again_once_memory_is_there(images: np.ndarray, device
     assert model.chunk_rows == 8
 
 
-def test_a_size_that_never_fits_is_tried_ever_more_rarely() -> None:
+def test_a_chunk_size_that_never_fits_is_tried_less_and_less_often() -> None:
     row_limit, most, fits = RowLimit(), 8, 2
     tried: list[int] = []
     for n_chunks in range(10_000):

@@ -39,7 +39,7 @@ def test_a_chunk_takes_one_row_from_each_request_in_turn() -> None:
     assert scheduler.take_chunk(4) == ["b", "a", "a", "a"]
 
 
-def test_an_idle_ring_gives_nothing() -> None:
+def test_an_empty_ring_returns_no_rows() -> None:
     scheduler: Scheduler[str] = Scheduler()
     assert scheduler.take_chunk(8) == []
     scheduler.add(Asked("empty", 0))
@@ -50,7 +50,7 @@ def test_a_chunk_is_never_held_back_to_fill_up() -> None:
     assert scheduler_of(Asked("a", 1)).take_chunk(8) == ["a"]
 
 
-def test_a_newcomer_joins_the_tail() -> None:
+def test_a_new_request_joins_the_ring_at_its_end() -> None:
     scheduler = scheduler_of(Asked("a", 9), Asked("b", 9))
     assert scheduler.take_chunk(1) == ["a"]
     scheduler.add(Asked("c", 1))

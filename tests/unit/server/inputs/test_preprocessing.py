@@ -317,7 +317,7 @@ def test_other_channels_than_the_model_wants_are_refused(given: int, wanted: int
         (4, (32, 32), 32, False),
     ],
 )
-def test_what_is_taken_as_it_is_is_not_copied(
+def test_an_array_that_needs_no_conversion_is_not_copied(
     channels: int, size: tuple[int, int], resize: int | str, taken: bool
 ) -> None:
     pixels = noise(*size, channels)
@@ -383,7 +383,7 @@ def test_what_is_no_picture_is_refused(pixels: np.ndarray) -> None:
         ("interpolation", "cubic", "one of nearest, box, bilinear, hamming, bicubic, lanczos"),
     ],
 )
-def test_a_field_that_cannot_be_is_named(field: str, value: object, expected: str) -> None:
+def test_a_field_with_an_invalid_value_is_named(field: str, value: object, expected: str) -> None:
     fields = {
         "channels": 3,
         "height": 32,

@@ -17,7 +17,7 @@ HEADER = "  sl  local_address rem_address   st\n"
     ("family", "host", "grpc_host"),
     [(socket.AF_INET, "127.0.0.1", "ipv4:127.0.0.1"), (socket.AF_INET6, "::1", "ipv6:%5B::1%5D")],
 )
-def test_a_peer_is_connected_until_it_closes(family: int, host: str, grpc_host: str) -> None:
+def test_a_connection_counts_until_its_peer_closes_it(family: int, host: str, grpc_host: str) -> None:
     try:
         listening = socket.create_server((host, 0), family=family)
     except OSError:
@@ -38,7 +38,7 @@ def test_a_mapped_address_is_the_one_that_it_maps(tmp_path: Path) -> None:
     assert connected_peers(tmp_path) == {(ipaddress.ip_address("10.0.0.1"), 5000)} == {peer_of("ipv4:10.0.0.1:5000")}
 
 
-def test_a_connection_that_is_not_established_is_none(tmp_path: Path) -> None:
+def test_a_socket_that_is_not_established_is_no_connection(tmp_path: Path) -> None:
     for name in ("tcp", "tcp6"):
         (tmp_path / name).write_text(f"{HEADER}   0: 0100007F:1388 0100007F:1389 06\n")
     assert connected_peers(tmp_path) == set()
@@ -49,5 +49,5 @@ def test_without_the_tables_nothing_is_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("peer", ["unix:", "unix:/run/socket", "unknown"])
-def test_a_peer_without_an_address_is_none(peer: str) -> None:
+def test_a_peer_without_an_address_is_no_connection(peer: str) -> None:
     assert peer_of(peer) is None

@@ -160,7 +160,7 @@ def test_a_single_dense_output_has_two_sides(x: Tensor) -> None:
     assert_close(no, -expected)
 
 
-def test_a_sum_of_probabilities_is_not_taken_for_a_saturated_one(explain: Explain, x: Tensor) -> None:
+def test_a_sum_of_probabilities_does_not_count_as_saturated(explain: Explain, x: Tensor) -> None:
     answer = explain(x, Gradient(), target=Dense(CLASS), score=Score.PROBABILITY)
     assert {each.targets[0].saturated for each in answer.explanations} == {False}
 

@@ -98,7 +98,7 @@ def test_one_of_the_top_still_has_a_dimension(explain: Explain, x: Tensor) -> No
 
 
 @pytest.mark.parametrize("k", [-1, 0, 11])
-def test_there_are_not_more_classes_than_there_are(k: int, explain: Explain, x: Tensor) -> None:
+def test_a_top_k_is_limited_to_the_number_of_classes(k: int, explain: Explain, x: Tensor) -> None:
     with pytest.raises(InvalidArgument, match=rf"target\.top_k\.k: got {k}, expected 1 to 10"):
         explain(x, Gradient(), target=TopK(k))
 

@@ -215,7 +215,7 @@ def test_a_kink_that_is_narrower_than_the_grid_is_found_or_reported(place: float
 
 
 @pytest.mark.parametrize("method", [refined(0.05), smoothed(0.4)], ids=lambda method: method.name)
-def test_an_answer_says_whether_its_tolerance_was_met(
+def test_an_answer_reports_whether_its_tolerance_was_met(
     method: IntegratedGradients | SmoothGrad, explain: Explain, x: Tensor
 ) -> None:
     met = [each.convergence for each in explain(x[:2], method, target=CLASS, score=Score.PROBABILITY).explanations]

@@ -195,9 +195,7 @@ UNMEASURED = {
 
 
 @pytest.mark.parametrize("settings", UNMEASURED.values(), ids=UNMEASURED)
-def test_what_was_not_measured_is_not_measured_again(
-    settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_what_was_measured_is_measured_again(settings: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     module = Paced(dict.fromkeys(range(1, 300), 0.001))
     with calibrated(module, monkeypatch, **settings) as engine:
         before, ran_s = engine.model("").chunk_rows, module.now

@@ -151,7 +151,7 @@ PARTIAL: dict[str, Callable[[], nn.Module]] = {
 
 @pytest.mark.parametrize("name", PARTIAL)
 @pytest.mark.parametrize("seed", range(3))
-def test_a_gradient_that_is_not_the_outputs_is_found(name: str, seed: int) -> None:
+def test_a_gradient_that_misses_a_part_of_the_outputs_is_detected(name: str, seed: int) -> None:
     size = (3, 64, 64) if "gate" in name or "shut" in name else SIZE  # of 900 gates too few change to tell
     assert fault(PARTIAL[name](), torch.rand(1, *size, generator=torch.Generator().manual_seed(seed)))
 
@@ -223,7 +223,7 @@ TOUCHING: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("name", TOUCHING)
-def test_rows_that_touch_are_found_and_run_alone(name: str) -> None:
+def test_rows_that_depend_on_each_other_are_detected_and_run_alone(name: str) -> None:
     module = TOUCHING[name]().eval()
     assert touch(module)
     x = torch.rand(4, *SIZE, generator=torch.Generator().manual_seed(5))

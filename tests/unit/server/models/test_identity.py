@@ -147,7 +147,7 @@ def test_a_change_of_the_weights_is_noticed(change: Callable[[nn.Module], None],
     np.testing.assert_array_equal(after.maps, anew.maps)
 
 
-def test_an_answer_whose_weights_were_written_meanwhile_is_of_no_one_state() -> None:
+def test_an_answer_whose_weights_were_written_during_it_is_reported() -> None:
     class Writing(nn.Module):
         """A model during whose pass the caller's weights are written."""
 

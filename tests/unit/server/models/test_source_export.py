@@ -65,7 +65,7 @@ def test_a_program_exported_in_train_mode_is_refused() -> None:
             served_maps(f"export:{name}.pt2", examples(2))
 
 
-def test_a_norm_that_has_no_other_statistics_is_no_sign_of_train_mode() -> None:
+def test_a_norm_without_running_statistics_does_not_count_as_train_mode() -> None:
     module = nn.Sequential(nn.Conv2d(SHAPE[0], 2, 12), nn.BatchNorm2d(2, track_running_stats=False), nn.Flatten())
     source = export(module, examples(1))
     assert_serves(source, module.eval(), examples(1))
@@ -150,7 +150,7 @@ FOREIGN: Mapping[str, tuple[Callable[[], str], str]] = {
 
 
 @pytest.mark.parametrize(("make", "fragment"), FOREIGN.values(), ids=FOREIGN)
-def test_an_export_that_wants_other_inputs_is_refused(make: Callable[[], str], fragment: str) -> None:
+def test_an_export_with_other_inputs_is_refused(make: Callable[[], str], fragment: str) -> None:
     message = refusal(make())
     assert message.startswith("model: net.pt2: ")
     assert fragment in message

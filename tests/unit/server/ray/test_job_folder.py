@@ -37,7 +37,7 @@ def test_a_plan_only_grows_and_has_each_picture_once(tmp_path_factory: pytest.Te
     assert set(planned) == {picture for pictures, _ in runs for picture in pictures}
 
 
-def test_a_part_appears_whole_and_again_in_its_own_place(folder: JobFolder) -> None:
+def test_a_part_of_a_picture_is_drawn_whole_and_again_at_its_position(folder: JobFolder) -> None:
     def broken() -> Iterator[pa.Table]:
         yield pa.table({"path": ["a"]})
         raise KeyboardInterrupt
