@@ -302,4 +302,4 @@ def test_a_model_of_any_size_detects_layouts_with_the_first_rows_and_keeps_them_
 def test_without_a_similar_name_the_last_layers_are_listed() -> None:
     layers = Layers({f"stage.{n}": Layout("nchw") for n in range(20)}, default="stage.19")
     with pytest.raises(NotFound, match=r'there is no "zzz"; known: "stage.19", "stage.18"'):
-        layers.chosen("zzz", ())
+        layers.choose("zzz", ())

@@ -44,7 +44,7 @@ async def serve_until_signal(engine: Engine) -> bool:
         metrics_listen=METRICS if settings.metrics_listen is None else settings.metrics_listen,
         tracing=from_environment(),
     )
-    signalled = asyncio.create_task(_signalled(on_hangup=engine.registry.reload_all))
+    signalled = asyncio.create_task(_wait_for_signal(on_hangup=engine.registry.reload_all))
     starting = asyncio.create_task(server.start())
     await asyncio.wait([signalled, starting], return_when=asyncio.FIRST_COMPLETED)
     if not starting.done():
@@ -70,7 +70,7 @@ async def serve_until_signal(engine: Engine) -> bool:
     return await server.stop(drain_s=settings.drain_s)
 
 
-async def _signalled(*, on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> str:
+async def _wait_for_signal(*, on_hangup: Callable[[], Coroutine[Any, Any, None]]) -> str:
     """Wait for SIGTERM or SIGINT and return its name. SIGHUP calls `on_hangup`."""
     loop, came = asyncio.get_running_loop(), asyncio.Event()
     names: list[str] = []

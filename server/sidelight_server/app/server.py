@@ -80,7 +80,7 @@ class Server:
         """Bind `addresses` and serve health checks; load and warm up the models; then serve all calls."""
         await self._open()
         try:
-            await self._engine.registry.loaded()
+            await self._engine.registry.ensure_loaded()
             self._engine.start()
             await self._engine.warm_up()
         except BaseException:

@@ -127,13 +127,13 @@ class Head:
         plain = None if is_plain else self._plain_rows(rows)  # bool, [n]
         # Only on a CPU: on a GPU `bool()` would synchronize.
         if plain is None or (values.device.type == "cpu" and bool(plain.all())):
-            scored, grad_outputs = _differentiated(self._plain, rows, gradient=gradient)
+            scored, grad_outputs = _differentiate(self._plain, rows, gradient=gradient)
         else:
             wide = replace(rows, values=values.to(_wide(values.device)))
-            scored, grad_outputs = _differentiated(self._exact, wide, gradient=gradient)
+            scored, grad_outputs = _differentiate(self._exact, wide, gradient=gradient)
             grad_outputs = None if grad_outputs is None else grad_outputs.to(values.dtype)
             if any(self._may_be_plain(score) for score in scores):
-                other, other_grad_outputs = _differentiated(self._plain, rows, gradient=gradient)
+                other, other_grad_outputs = _differentiate(self._plain, rows, gradient=gradient)
                 scored = torch.where(plain, other.to(scored.dtype), scored)
                 if grad_outputs is not None and other_grad_outputs is not None:
                     by_row = plain.view(-1, *[1] * (values.ndim - 1))
@@ -213,7 +213,7 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def _differentiated(select: _Select, rows: Rows, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _differentiate(select: _Select, rows: Rows, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Return the scores, [n], and if `gradient` their gradients at the outputs."""
     leaf = rows.values.detach().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):

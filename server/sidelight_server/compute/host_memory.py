@@ -64,14 +64,14 @@ def limit_bytes() -> int | None:
 def _of_groups(proc: Path, groups: Path) -> Iterator[AvailableMemory]:
     """Yield the available memory of each cgroup with a limit: the process's own and its ancestors."""
     with contextlib.suppress(OSError):
-        for limit, usage, stat, reclaimable in _limited(_read(f"{proc}/self/cgroup"), str(groups)):
+        for limit, usage, stat, reclaimable in _find_limits(_read(f"{proc}/self/cgroup"), str(groups)):
             with contextlib.suppress(OSError, ValueError):  # the cgroup or its limit was removed
                 n_bytes = int(_read(limit))
                 yield AvailableMemory(n_bytes - int(_read(usage)) + _value(_read(stat), reclaimable), n_bytes)
 
 
 @functools.lru_cache(maxsize=1)
-def _limited(memberships: str, groups: str) -> list[tuple[str, str, str, str]]:
+def _find_limits(memberships: str, groups: str) -> list[tuple[str, str, str, str]]:
     """Return the cgroups that have a limit: their files of limit, usage and statistics, and the reclaimable key.
 
     Cached per membership: most cgroups have no limit, and checking one takes 20 µs.

@@ -158,7 +158,7 @@ class Kernel:
                     raise FailedPrecondition(NOTHING_TO_GUIDE)
                 return answer
             case None if self.options.cuda_graphs:
-                return self._replayed(inputs, interpret)
+                return self._replay(inputs, interpret)
             case None:
                 return self._at_input(inputs, interpret)
 
@@ -241,7 +241,7 @@ class Kernel:
 
         return self._backpropagate(grad_outputs, back)
 
-    def _replayed(self, inputs: Tensor, interpret: _Interpret) -> KernelOutput:
+    def _replay(self, inputs: Tensor, interpret: _Interpret) -> KernelOutput:
         """As `_at_input`, with the forward and the backward pass replayed from CUDA graphs."""
         recording = self._recorded.of(inputs)
         answer, grad_outputs = interpret(recording.outputs(inputs))
@@ -260,15 +260,15 @@ class Kernel:
         return _row_by_row(at_least_float32(back(_row_by_row(grad_outputs, scale))), 1 / scale)
 
     def _at_layer(self, inputs: Tensor, interpret: _Interpret, name: str) -> KernelOutput:
-        name = self._layers.chosen(name, [])  # only known now if the model takes any input size
+        name = self._layers.choose(name, [])  # only known now if the model takes any input size
         # The graph begins at the layer; the layers before it run without one.
         with torch.enable_grad(), capture(self._hooked, name) as leaves:
             outputs = self._forward(inputs, self._hooked, copies=True)
         (leaf,) = leaves
         answer, grad_outputs = interpret(outputs)
         layout, size = self._layers.layouts[name], (inputs.shape[2], inputs.shape[3])
-        gradients = layout.arranged(self._gradients(grad_outputs, outputs, leaf), size)
-        return replace(answer, gradients=gradients, activations=layout.arranged(leaf.detach(), size).to(self.dtype))
+        gradients = layout.arrange(self._gradients(grad_outputs, outputs, leaf), size)
+        return replace(answer, gradients=gradients, activations=layout.arrange(leaf.detach(), size).to(self.dtype))
 
 
 def _row_by_row(rows: Tensor, factors: Tensor) -> Tensor:

@@ -33,12 +33,14 @@ def over_both(of: Callable[[Tensor, Tensor], Tensor], sides: Tensor, rows: Rows,
     `sides` are the outputs with one column per class. `sign` times the same is added for the class that a contrast
     target subtracts.
     """
-    positive = _added(of, sides, rows)
+    positive = _add_over_region(of, sides, rows)
     others, counts = _negatives(rows.targets, sides)
-    return positive if counts is None else positive + sign * _added(of, sides, replace(rows, classes=others)) * counts
+    if counts is None:
+        return positive
+    return positive + sign * _add_over_region(of, sides, replace(rows, classes=others)) * counts
 
 
-def _added(of: Callable[[Tensor, Tensor], Tensor], sides: Tensor, rows: Rows) -> Tensor:
+def _add_over_region(of: Callable[[Tensor, Tensor], Tensor], sides: Tensor, rows: Rows) -> Tensor:
     if sides.ndim == 2:
         _check_no_region(rows.targets)
         return of(sides, rows.classes[:, None])[:, 0]

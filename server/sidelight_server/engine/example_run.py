@@ -146,7 +146,7 @@ class ExampleRun:
             start = (yield from evaluate(first.input, gradient=method.begins_with_gradient)) if top_k else first
             step = self._model.kernels.of(method.name).eps
             steps = method.run(Example(first.input, self.index, self._model.black, start, self._is_watched, step))
-            outcome = self._finished((yield from self._watched(steps, first)))
+            outcome = self._finish((yield from self._watch(steps, first)))
             targets.append(self._target(start))
             # Copied, because a map may be a view that keeps its whole chunk alive.
             finished.append(replace(outcome, attribution=outcome.attribution.clone()) if top_k else outcome)
@@ -156,7 +156,7 @@ class ExampleRun:
         classes = first.probabilities.topk(top_k).indices.tolist() if top_k else [first.explained]
         return [replace(self.resolved, positive=each) for each in classes]
 
-    def _watched(
+    def _watch(
         self, steps: Generator[Sweep | Improved, None, Outcome], first: RowOutput
     ) -> Generator[Sweep, None, Outcome]:
         """Yield a method's sweeps; store each improved outcome as a partial result."""
@@ -164,7 +164,7 @@ class ExampleRun:
             while True:
                 step = next(steps)
                 if isinstance(step, Improved):
-                    so_far = self._result_of(first, (self._target(first),), [self._finished(step.outcome)])
+                    so_far = self._result_of(first, (self._target(first),), [self._finish(step.outcome)])
                     self.result = replace(so_far, is_final=False)
                 else:
                     yield step
@@ -172,7 +172,7 @@ class ExampleRun:
             outcome: Outcome = end.value
             return outcome
 
-    def _finished(self, outcome: Outcome) -> Outcome:
+    def _finish(self, outcome: Outcome) -> Outcome:
         """Return an outcome with its attribution finished into a map."""
         method, channels = self._request.method, self._request.channels
         return replace(outcome, attribution=method.finish(outcome.attribution, channels, self._prepared.shape))

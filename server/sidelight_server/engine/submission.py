@@ -101,7 +101,7 @@ class Submission:
 
     async def partial(self) -> Answer | None:
         """Return the answer so far, once `on_improved` was called; None if the request has ended."""
-        return None if self.active is None else await self._assembled(self.active, final=False)
+        return None if self.active is None else await self._assemble(self.active, final=False)
 
     def _wait_in_task(self, step: Callable[[], Awaitable[None]]) -> None:
         async def run() -> None:
@@ -172,14 +172,14 @@ class Submission:
             self._end(answer)
 
     async def _answer(self, active: ActiveRequest) -> None:
-        self._end(await self._assembled(active))
+        self._end(await self._assemble(active))
 
     def _end(self, answer: Answer) -> None:
         if on_done := self._on_done:
             self._on_done = self.active = self._task = None  # which are in reference cycles
             on_done(answer)
 
-    async def _assembled(self, active: ActiveRequest, *, final: bool = True) -> Answer:
+    async def _assemble(self, active: ActiveRequest, *, final: bool = True) -> Answer:
         return await to_thread_if_many(
             self._request.n_examples, self._context.assemble, active, self._clock, final=final
         )

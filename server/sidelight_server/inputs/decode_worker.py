@@ -143,7 +143,7 @@ def main() -> None:
                     base_bytes += _address_space() - before_bytes  # pydicom's memory, not the file's
                 _bound_memory(base_bytes, order, n_file)
                 with _bounded(server, order.max_s):
-                    reply = _decoded(file, order)
+                    reply = _decode(file, order)
                 del file
                 if reply.status != OK:
                     gc.collect()  # tracebacks keep images alive
@@ -162,7 +162,7 @@ def silence() -> None:
     os.close(null)
 
 
-def _decoded(file: bytes, order: Order) -> Reply:
+def _decode(file: bytes, order: Order) -> Reply:
     try:
         pixels, (height, width) = order.decode(file)
         return Reply(OK, height, width, np.ascontiguousarray(pixels).reshape(-1).data)

@@ -80,7 +80,7 @@ def _read(file: bytes, max_pixels: int, window: tuple[float, float] | None) -> P
     photometric = dataset.PhotometricInterpretation
     if photometric in ("MONOCHROME1", "MONOCHROME2") and frame.ndim == 2:
         _unpack_groups(dataset)
-        gray = _looked_up(frame, lambda values, is_there: _gray(values, is_there, dataset, window))
+        gray = _look_up(frame, lambda values, is_there: _gray(values, is_there, dataset, window))
         return 255 - gray if photometric == "MONOCHROME1" else gray
     if photometric == "PALETTE COLOR" and frame.ndim == 2:
         from pydicom.pixels.processing import apply_color_lut
@@ -188,7 +188,7 @@ def _unpack_groups(dataset: "Dataset") -> None:
                 dataset.update(item)
 
 
-def _looked_up(frame: Values, make: Callable[[Values, Values], Pixels]) -> Pixels:
+def _look_up(frame: Values, make: Callable[[Values, Values], Pixels]) -> Pixels:
     """Apply `make` to a frame's values, through a lookup table if their range is small enough.
 
     `make` gets values, and a bool array of which of them occur in the frame.

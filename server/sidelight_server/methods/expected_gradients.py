@@ -36,11 +36,11 @@ class ExpectedGradients(Method):
             check_finite(f"{self.name}.baselines", self.baselines)
 
     @property
-    def given(self) -> NDArray[np.generic] | None:
+    def given_baselines(self) -> NDArray[np.generic] | None:
         return self.baselines
 
     @property
-    def largest(self) -> float:
+    def largest_baseline(self) -> float:
         return 0.0 if self.baselines is None else largest(self.baselines)
 
     def check(self, shape: Shape, n_examples: int) -> None:

@@ -39,7 +39,7 @@ class GradCAM(LayerMethod):
         added = (weights * output.activation).sum(dim=0)  # [h, w]
         terms = output.gradient.abs().mean(dim=(1, 2), keepdim=True) * output.activation.abs()  # [c, h, w]
         is_negligible = added.abs().amax() <= ROUNDING_STEPS * example.step * terms.sum(dim=0).amax()
-        map_ = _sized(added if self.keep_negative else added.relu(), example.x)
+        map_ = _resize(added if self.keep_negative else added.relu(), example.x)
         return Outcome(map_, is_negligible=bool(is_negligible))
 
     def may_be_negative(self, channels: Channels) -> bool:
@@ -65,10 +65,10 @@ class LayerGradientXActivation(LayerMethod):
     def finish(self, attribution: Tensor, channels: Channels, shape: Shape) -> Tensor:
         """Reduce the layer's channels, which are not the image's, then resize."""
         reduced = reduce(attribution, Channels.SUM if channels is Channels.NONE else channels, self.magnitude)
-        sized = _sized(reduced, attribution.new_empty(shape))
+        sized = _resize(reduced, attribution.new_empty(shape))
         return sized.expand(shape) if channels is Channels.NONE else sized
 
 
-def _sized(map_: Tensor, like: Tensor) -> Tensor:
+def _resize(map_: Tensor, like: Tensor) -> Tensor:
     """Resize a layer's map, [h, w], to the input's size, [H, W]."""
     return nn.functional.interpolate(map_[None, None], size=like.shape[1:], mode="bilinear", align_corners=False)[0, 0]

@@ -94,11 +94,11 @@ class IntegratedGradients(Method):
         return self.rule is Rule.TRAPEZOID
 
     @property
-    def given(self) -> NDArray[np.generic] | None:
+    def given_baselines(self) -> NDArray[np.generic] | None:
         return self.baseline.array if isinstance(self.baseline, Given) else None
 
     @property
-    def largest(self) -> float:
+    def largest_baseline(self) -> float:
         return self.baseline.largest
 
     def check(self, shape: Shape, n_examples: int) -> None:

@@ -189,12 +189,12 @@ class Method(abc.ABC):
         return None
 
     @property
-    def given(self) -> NDArray[np.generic] | None:
+    def given_baselines(self) -> NDArray[np.generic] | None:
         """The baselines that the request gave as an array, if any."""
         return None
 
     @property
-    def largest(self) -> float:
+    def largest_baseline(self) -> float:
         """The largest absolute value of the baselines, in the model's input space."""
         return 0.0
 

@@ -54,11 +54,11 @@ class Occlusion(Method):
                 )
 
     @property
-    def given(self) -> NDArray[np.generic] | None:
+    def given_baselines(self) -> NDArray[np.generic] | None:
         return self.baseline.array if isinstance(self.baseline, Given) else None
 
     @property
-    def largest(self) -> float:
+    def largest_baseline(self) -> float:
         return self.baseline.largest
 
     @property

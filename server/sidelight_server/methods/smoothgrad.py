@@ -77,12 +77,12 @@ class SmoothGrad(Method):
         return self.base.probe
 
     @property
-    def given(self) -> NDArray[np.generic] | None:
-        return self.base.given
+    def given_baselines(self) -> NDArray[np.generic] | None:
+        return self.base.given_baselines
 
     @property
-    def largest(self) -> float:
-        return self.base.largest
+    def largest_baseline(self) -> float:
+        return self.base.largest_baseline
 
     def check(self, shape: Shape, n_examples: int) -> None:
         """Check the base, and that `max_rows` allows one sample."""
@@ -109,8 +109,8 @@ class SmoothGrad(Method):
             if is_met or moments.n >= limit:
                 break
             if example.is_watched:
-                yield Improved(Outcome(self._folded(moments), error, is_met=is_met))
-        return Outcome(self._folded(moments), error, is_met=is_met)
+                yield Improved(Outcome(self._compute_statistic(moments), error, is_met=is_met))
+        return Outcome(self._compute_statistic(moments), error, is_met=is_met)
 
     def _draw(self, example: Example, spread: float | Tensor, moments: "Moments", count: int) -> Steps:
         begin = moments.n
@@ -129,7 +129,7 @@ class SmoothGrad(Method):
         c, h, w = example.x.shape
         return self.base.rows((c, h, w))
 
-    def _folded(self, moments: "Moments") -> Tensor:
+    def _compute_statistic(self, moments: "Moments") -> Tensor:
         match self.statistic:
             case Statistic.MEAN:
                 return moments.mean.clone()

@@ -103,11 +103,11 @@ def rank_correlation(model: Model, kernel: Kernel, exact: Kernel) -> float:
     Maps of photographs may be less similar.
     """
     inputs = model.inputs_like(max(1, model.chunk_rows))
-    ours, theirs = (model.in_turn(functools.partial(_mapped, model, inputs, each)) for each in (kernel, exact))
+    ours, theirs = (model.in_turn(functools.partial(_make_maps, model, inputs, each)) for each in (kernel, exact))
     return float(np.mean([_rank_correlation(a, b) for a, b in zip(ours, theirs, strict=True)]))
 
 
-def _mapped(model: Model, inputs: Tensor, kernel: Kernel) -> Array:
+def _make_maps(model: Model, inputs: Tensor, kernel: Kernel) -> Array:
     answer = _run(model, inputs, kernel=kernel)
     assert answer.gradients is not None  # noqa: S101
     maps: Array = answer.gradients.abs().amax(dim=1).flatten(1).double().cpu().numpy()  # [n, H × W]

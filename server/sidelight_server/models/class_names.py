@@ -30,13 +30,13 @@ class ClassNames:
         `n_classes` is 0 if the model has not run yet.
         """
         if isinstance(choice, str):
-            return self._labelled(choice)
+            return self._find_label(choice)
         if choice < 0 or (n_classes and choice >= n_classes):
             bound = str(n_classes - 1) if n_classes else "the last class"
             raise InvalidArgument(f'target: class index {choice}, model "{self._model}" has 0 to {bound}')
         return choice
 
-    def _labelled(self, label: str) -> int:
+    def _find_label(self, label: str) -> int:
         named = self._indices.get(label)
         if named is None:
             raise NotFound(f'target: model "{self._model}" has no label "{label}"; {did_you_mean(label, self._labels)}')

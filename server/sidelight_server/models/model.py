@@ -231,7 +231,7 @@ class Model:
     def layer(self, name: str) -> str:
         """Return the layer of a name; empty is the default. Raises `NotFound`, which suggests similar names."""
         if self.is_known or (name and name not in self._names):
-            return self.explainable.chosen(name, self._names)
+            return self.explainable.choose(name, self._names)
         return name
 
     def class_of(self, choice: Choice) -> int:

@@ -84,7 +84,7 @@ class Explainer:
         self._provenances: dict[object, str] = {}
         self._blocking = BlockingEngine(assigned_engine(model, settings, "Explainer()"))
         self._engine = self._blocking.engine
-        self._layout = self._blocking.wait(self._checked())
+        self._layout = self._blocking.wait(self._check_options())
 
     def __call__(self, batch: Mapping[str, NDArray[Any]]) -> Columns:
         """Return the batch with the columns added. `batch` has the format "numpy", Ray's default."""
@@ -100,7 +100,7 @@ class Explainer:
                 raise ConfigurationError(f'column: no "{each}" in the data set, whose columns are {", ".join(batch)}')
         return column
 
-    async def _checked(self) -> Layout:
+    async def _check_options(self) -> Layout:
         """Check the options by explaining an empty batch, whose answer has the shape of the maps."""
         model = self._engine.model("")
         none: Files | Array = (
@@ -124,13 +124,13 @@ class Explainer:
                 rows[index] = outcome
             else:
                 examples[index] = outcome
-        explained = (self._explained(indices, each, targets) for indices, each in batches(examples))
+        explained = (self._explain(indices, each, targets) for indices, each in batches(examples))
         for found in await asyncio.gather(*explained):
             for index, row in found.items():
                 rows[index] = dataclasses.replace(row, digest=digest_of(examples[index]))
         return rows
 
-    async def _explained(
+    async def _explain(
         self, indices: Sequence[int], images: Files | Array, targets: Sequence[Choice]
     ) -> dict[int, Row]:
         """Return the rows of one request. If it is rejected as a whole, each of its images is tried alone."""
@@ -140,7 +140,7 @@ class Explainer:
         except OF_THE_REQUEST as error:
             if len(indices) == 1:
                 return {indices[0]: Row(failure_text(error.code, error.message))}
-            alone = [self._explained([index], _part(images, at), targets) for at, index in enumerate(indices)]
+            alone = [self._explain([index], _part(images, at), targets) for at, index in enumerate(indices)]
             return {index: row for rows in await asyncio.gather(*alone) for index, row in rows.items()}
         provenance = self._provenance_of(answer)
         return {index: row_of(answer, at, provenance=provenance) for at, index in enumerate(indices)}

@@ -47,14 +47,14 @@ class Resources:
 
     def max_actors(self) -> int:
         """Return the number of actors that Ray's resources suffice for. Raises `ConfigurationError` if it is 0."""
-        there = ray.cluster_resources()
-        n = int(there.get("CPU", 0) // self.threads)
+        cluster = ray.cluster_resources()
+        n = int(cluster.get("CPU", 0) // self.threads)
         if self.gpus:
-            n = min(n, int(there.get("GPU", 0) // self.gpus))
+            n = min(n, int(cluster.get("GPU", 0) // self.gpus))
         if not n:
             raise ConfigurationError(
-                f"threads, gpus: got {self.threads} and {self.gpus:g} for each actor; Ray has {there.get('CPU', 0):g} "
-                f"CPUs and {there.get('GPU', 0):g} GPUs"
+                f"threads, gpus: got {self.threads} and {self.gpus:g} for each actor; Ray has "
+                f"{cluster.get('CPU', 0):g} CPUs and {cluster.get('GPU', 0):g} GPUs"
             )
         return n
 
@@ -101,7 +101,7 @@ def run(
             total, began = sum(map(len, parts)), time.monotonic()
             done = before = total - sum(len(parts[index]) for index in missing)
             on_progress(Progress(done, total))
-            for n_rows in _explained(folder, {index: parts[index] for index in missing}, options, resources):
+            for n_rows in _explain_parts(folder, {index: parts[index] for index in missing}, options, resources):
                 done += n_rows
                 on_progress(Progress(done, total))
         except RayTaskError as error:
@@ -138,7 +138,7 @@ def _facts(working_directory: str, options: Options) -> dict[str, Any]:
     return Explainer(**options).facts
 
 
-def _explained(
+def _explain_parts(
     folder: JobFolder, parts: Mapping[int, Sequence[str]], options: Options, resources: Resources
 ) -> Iterator[int]:
     """Explain parts, and yield each one's number of rows once it is written."""

@@ -75,7 +75,7 @@ class Layout:
         shape = next((each.map.shape for each in rows if each.map is not None), self.map_shape)
         missing: Map = np.full(shape, np.nan, np.float32)
         coded = [encoded((missing if each.map is None else each.map)[None], self.map_dtype) for each in rows]
-        maps = {"map": _stacked([each.elements[0] for each in coded])}
+        maps = {"map": _stack([each.elements[0] for each in coded])}
         if self.map_dtype == tensor_pb2.DATA_TYPE_FLOAT32:
             return maps
         scales = [each.scales[0] if row.map is not None else None for each, row in zip(coded, rows, strict=True)]
@@ -100,7 +100,7 @@ def _texts(values: Sequence[str]) -> NDArray[Any]:
     return np.array(values, object)
 
 
-def _stacked(maps: Sequence[NDArray[Any]]) -> NDArray[Any]:
+def _stack(maps: Sequence[NDArray[Any]]) -> NDArray[Any]:
     """Return maps of one shape as an array [N, …], maps of several shapes as an array of arrays."""
     if len({each.shape for each in maps}) == 1:
         return np.stack(maps)

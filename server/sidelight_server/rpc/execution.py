@@ -54,7 +54,7 @@ class Execution:
         validated = self._validated
         validated.call_record.admitted_s = time.monotonic()
         with self._hiding():
-            request = await _fetched(validated)
+            request = await _fetch(validated)
             self._hashing = Hashing(request.images, dtype=_dtype(validated.message.images))
             self._images = request.images if validated.rendering else None
             self._submission = self._engine.submit(
@@ -72,8 +72,8 @@ class Execution:
                 raise outcome
             assert self._hashing is not None  # noqa: S101
             outcome.example_digests = await self._hashing.digests()
-            answer = await self._drawn(outcome)
-            reply = await self._encoded(answer)
+            answer = await self._draw(outcome)
+            reply = await self._encode(answer)
             tally = await to_thread_if_many(len(answer.explanations), Tally.of, answer)
         self._telemetry.answered(self._validated.call_record, answer, tally)
         return reply
@@ -82,7 +82,7 @@ class Execution:
         """Return the encoded answer so far; None if the request has ended. Raises only `SidelightError`."""
         with self._hiding():
             answer = await self._submission.partial() if self._submission else None
-            return None if answer is None else await self._encoded(answer)
+            return None if answer is None else await self._encode(answer)
 
     def cancel(self) -> None:
         """Drop the rows that have not run. No effect once the request is answered."""
@@ -94,7 +94,7 @@ class Execution:
     def _hiding(self) -> HideInternalErrors:
         return HideInternalErrors(self._validated.message.id, self._faults)
 
-    async def _drawn(self, answer: Answer) -> Answer:
+    async def _draw(self, answer: Answer) -> Answer:
         validated = self._validated
         if validated.rendering is None or self._images is None:
             return answer
@@ -107,7 +107,7 @@ class Execution:
             caller=validated.call_record.caller,
         )
 
-    async def _encoded(self, answer: Answer) -> bytes:
+    async def _encode(self, answer: Answer) -> bytes:
         validated = self._validated
         is_large = answer.maps.nbytes > MANY_BYTES or len(answer.explanations) > MANY_EXAMPLES
         blocks = is_large or (answer.final and validated.writes_regions)
@@ -140,7 +140,7 @@ def _dtype(images: tensor_pb2.Images) -> tensor_pb2.DataType.ValueType:
     return images.shared.dtype if images.WhichOneof("source") == "shared" else images.tensor.dtype
 
 
-async def _fetched(validated: ValidatedRequest) -> Request:
+async def _fetch(validated: ValidatedRequest) -> Request:
     """Return the request with its images, read from shared memory if they are there."""
     source, request = validated.source, validated.request
     if source is None or isinstance(request.images, Files):

@@ -54,7 +54,7 @@ def result(answer: Answer, *, transport: pb.Transport.ValueType) -> pb.Attributi
 def provenance(answer: Answer, message: pb.AttributeRequest) -> bytes:
     """Return a serialized `Provenance`: the fields that do not depend on the examples, and their digests."""
     request, target = answer.request, message.target.SerializeToString()
-    is_small = request.method.given is None and len(target) <= MAX_CACHED_BYTES
+    is_small = request.method.given_baselines is None and len(target) <= MAX_CACHED_BYTES
     shared = (_shared if is_small else _shared.__wrapped__)(request.method, request.score, request.channels, target)
     digests = pb.Provenance(example_digests=answer.example_digests).SerializeToString()
     return b"".join((shared, digests, _facts(answer.provenance)))

@@ -128,13 +128,13 @@ def encoded(
 ) -> Encoded:
     """Encode an array in one of `MAP_DTYPES`."""
     if dtype == tensor_pb2.DATA_TYPE_UINT8:
-        return _quantized(array)
+        return _quantize(array)
     if dtype == tensor_pb2.DATA_TYPE_FLOAT16:
-        return _halved(array)
+        return _halve(array)
     return Encoded(dtype, array.astype(DTYPES[dtype], copy=False))
 
 
-def _quantized(array: NDArray[np.float32 | np.float64]) -> Encoded:
+def _quantize(array: NDArray[np.float32 | np.float64]) -> Encoded:
     """Quantize a non-negative array to uint8, with each example's largest element as 255."""
     finite = np.nan_to_num(array, nan=0.0)
     scales = _largest(finite) / 255  # [N]
@@ -142,7 +142,7 @@ def _quantized(array: NDArray[np.float32 | np.float64]) -> Encoded:
     return Encoded(tensor_pb2.DATA_TYPE_UINT8, np.rint(finite / _along(scales, array)).astype(np.uint8), tuple(scales))
 
 
-def _halved(array: NDArray[np.float32 | np.float64]) -> Encoded:
+def _halve(array: NDArray[np.float32 | np.float64]) -> Encoded:
     """Convert an array to float16, scaled so that each example's largest element is below 1.
 
     Gradients may be smaller than float16 can hold. The scale is a power of two, so scaling loses no digits.

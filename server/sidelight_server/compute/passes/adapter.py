@@ -21,7 +21,7 @@ class Labels:
     form: LabelForm = "classes"
     width: int = 1  # K of a row
 
-    def filled(self, like: Tensor, value: int = 0) -> Tensor:
+    def fill(self, like: Tensor, value: int = 0) -> Tensor:
         """Return labels of the right form for inputs, [n, C, H, W], filled with `value`."""
         if self.form == "classes":
             return torch.full((len(like),), value, dtype=torch.int64, device=like.device)
@@ -48,7 +48,7 @@ class Adapter:
 
     def outputs(self, returned: object, *, n: int) -> Tensor:
         """Return the outputs of n inputs from the return value of `call`."""
-        outputs = returned if self.output is None else _found(returned, self.output)
+        outputs = returned if self.output is None else _find_item(returned, self.output)
         if not isinstance(outputs, Tensor):
             is_unset = self.output is None and items(returned)
             hint = "; set output_key, or trial_size to have it detected" if is_unset else ""
@@ -71,7 +71,7 @@ class Adapter:
             inputs = torch.cat([inputs, inputs.new_zeros(missing, *inputs.shape[1:])])
         named: dict[str, object] = dict(self.arguments)
         if self.labels:
-            named[self.labels.keyword] = self.labels.filled(inputs, label)
+            named[self.labels.keyword] = self.labels.fill(inputs, label)
         return module(**{self.input: inputs}, **named) if self.input else module(inputs, **named)
 
     @property
@@ -108,7 +108,7 @@ def summary(returned: object) -> str:
     return f"{name} of {', '.join(within[:8])}" if within else name
 
 
-def _found(returned: object, output: int | str) -> object:
+def _find_item(returned: object, output: int | str) -> object:
     try:
         return items(returned)[output]
     except KeyError:

@@ -29,10 +29,10 @@ class Forward:
     def __call__(self, inputs: Tensor, module: nn.Module, *, copies: bool = False) -> Tensor:
         """Return the module's outputs, [n, K] or [n, K, h, w], for inputs [n, C, H, W] or a copy of them."""
         with self.backward or contextlib.nullcontext():
-            outputs = self.adapter(module, self._arranged(inputs.clone())) if copies else self._run(inputs, module)
+            outputs = self.adapter(module, self._convert(inputs.clone())) if copies else self._run(inputs, module)
         return outputs.to(self._dtype) if self._options.precision else outputs
 
-    def _arranged(self, inputs: Tensor) -> Tensor:
+    def _convert(self, inputs: Tensor) -> Tensor:
         """Convert inputs to the module's type and memory format; returns the same tensor if they have both."""
         if not self._options.channels_last:
             return inputs.to(self._compute_dtype)
@@ -40,9 +40,9 @@ class Forward:
 
     def _run(self, inputs: Tensor, module: nn.Module) -> Tensor:
         """Run the module, on a copy of the inputs if it modifies them in place: the points must not change."""
-        arranged = self._arranged(inputs)
-        if arranged is not inputs or self._copies_inputs:
-            return self.adapter(module, inputs.clone() if arranged is inputs else arranged)
+        converted = self._convert(inputs)
+        if converted is not inputs or self._copies_inputs:
+            return self.adapter(module, inputs.clone() if converted is inputs else converted)
         if inputs.requires_grad:
             try:
                 return self.adapter(module, inputs)

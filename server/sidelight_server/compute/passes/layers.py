@@ -30,7 +30,7 @@ class Layout:
             return self.kind
         return f"tokens:{self.prefix}" + (f":{self.grid[0]}x{self.grid[1]}" if self.grid else "")
 
-    def arranged(self, values: Tensor, input_size: Size) -> Tensor:
+    def arrange(self, values: Tensor, input_size: Size) -> Tensor:
         """Return a layer's output or gradient as [n, c, h, w]. Raises `InvalidArgument` if the layout does not fit."""
         if values.ndim != (3 if self.kind == "tokens" else 4):
             raise InvalidArgument(f"method.layer: it returns {list(values.shape)}, which is not {self}")
@@ -80,7 +80,7 @@ class Layers:
     default: str = ""  # the layer to use if none is named; empty: there is none
     unfit: Mapping[str, str] = field(default_factory=dict)  # why other layers cannot be explained
 
-    def chosen(self, name: str, known: Sequence[str]) -> str:
+    def choose(self, name: str, known: Sequence[str]) -> str:
         """Return the layer of this name; empty is the default.
 
         Raises `InvalidArgument` for a layer that cannot be explained and `NotFound` for an unknown one; both list

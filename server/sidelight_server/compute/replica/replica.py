@@ -59,7 +59,7 @@ def replicate(module: nn.Module, isolation: Isolation = SHARED) -> nn.Module:
         memo |= {id(held): held for held in vars(each).values() if isinstance(held, Dataset)}
         memo |= {id(hooks): kept for hooks, kept in _hooks(each, isolation)}
         memo |= {id(held): held.detach().clone() for held in _with_graph(vars(each).values()) if id(held) not in memo}
-    replica = _copied(module, memo)
+    replica = _copy(module, memo)
     theirs = {id(each) for each in module.parameters()}
     for parameter in replica.parameters():  # deepcopy ignores the memo for TorchScript
         if parameter.requires_grad and id(parameter) not in theirs:
@@ -162,7 +162,7 @@ class Replica:
                     f"{name}: it is tried before it serves, which needs an input_size or a trial_size"
                 )
         if options.fold and self._trial is not None:
-            module = _copied(module, {}).requires_grad_(False)  # fusion writes to its weights
+            module = _copy(module, {}).requires_grad_(False)  # fusion writes to its weights
             self.n_folded = fuse_batchnorm(module, self._trial, adapter=self._adapter)
         if options.precision:
             module = module.to(self.dtype)
@@ -186,6 +186,6 @@ def _addresses(module: nn.Module) -> list[int]:
     return [address(each) for each in tensors_of(module)]
 
 
-def _copied(module: nn.Module, memo: dict[int, object]) -> nn.Module:
+def _copy(module: nn.Module, memo: dict[int, object]) -> nn.Module:
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of torch about its own code
         return copy.deepcopy(module, memo)

@@ -56,11 +56,11 @@ class ChunkResults:
 def _to_host(results: Sequence[Result], staging: Staging) -> list[HostMaps]:
     """Return each result's maps on the host. Maps of the same shape on the device are copied together."""
     alike: dict[tuple[torch.Size, torch.dtype], list[tuple[int, tuple[Tensor, ...]]]] = {}
-    there: dict[int, HostMaps] = {}
+    on_host: dict[int, HostMaps] = {}
     for index, result in enumerate(results):
         maps = result.maps
         if isinstance(maps, HostMaps):
-            there[index] = maps
+            on_host[index] = maps
         else:
             wide = maps[0].dtype if result.is_exact else torch.float32
             alike.setdefault((maps[0].shape, wide), []).append((index, maps))
@@ -70,5 +70,5 @@ def _to_host(results: Sequence[Result], staging: Staging) -> list[HostMaps]:
         end = 0
         for index, maps in group:
             start, end = end, end + len(maps)
-            there[index] = HostMaps(*host, start, end)
-    return [there[index] for index in range(len(results))]
+            on_host[index] = HostMaps(*host, start, end)
+    return [on_host[index] for index in range(len(results))]

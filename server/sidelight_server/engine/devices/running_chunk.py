@@ -126,19 +126,19 @@ def _inputs(rows: Sequence[Row], active: ActiveRequest, staging: Staging, *, pad
         if row.sweep.point is None:
             staged.setdefault(row.example_run.example.dtype, []).append(index)
     if len(staged) == 1 and len(next(iter(staged.values()))) == len(rows) and not padding:
-        return _staged(rows, model, staging)
+        return _stage(rows, model, staging)
     shape = (len(rows) + padding, *active.prepared.shape)
     inputs = torch.empty(shape, dtype=model.kernel.dtype, device=model.kernel.device)
     inputs[len(rows) :] = 0
     for indices in staged.values():
-        inputs[indices] = _staged([rows[index] for index in indices], model, staging)
+        inputs[indices] = _stage([rows[index] for index in indices], model, staging)
     for index, row in enumerate(rows):
         if row.sweep.point is not None:
             inputs[index] = row.sweep.point(row.index)
     return inputs
 
 
-def _staged(rows: Sequence[Row], model: Model, staging: Staging) -> Tensor:
+def _stage(rows: Sequence[Row], model: Model, staging: Staging) -> Tensor:
     dtype = np.dtype(np.uint8) if rows[0].example_run.example.dtype == np.uint8 else model.staged_dtype
     return model.inputs(staging.to_device([row.example_run.example for row in rows], dtype=dtype))
 

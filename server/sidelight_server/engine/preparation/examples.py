@@ -56,9 +56,9 @@ def check(model: Model, request: Request, shape: Shape | None = None) -> list[Re
     n, shape = request.n_examples, shape or input_shape(model, request.images)
     _check_score(model, request)
     request.method.check(shape, n)
-    if request.method.largest > model.largest:
+    if request.method.largest_baseline > model.largest:
         raise InvalidArgument(
-            f"method.{request.method.name}: a baseline of {request.method.largest:g}, the model's type holds "
+            f"method.{request.method.name}: a baseline of {request.method.largest_baseline:g}, the model's type holds "
             f"{model.largest:g} at most"
         )
     return _resolve_targets(model, request.target, n)
@@ -102,7 +102,7 @@ def prepare(
         top_k=_top_k(request.target),
         shape=shape,
         maps_shape=maps_shape(shape, request),
-        baseline_digest=_digest(request.method.given),
+        baseline_digest=_digest(request.method.given_baselines),
     )
 
 
@@ -132,7 +132,7 @@ def resolve_layer(model: Model, request: Request, shape: Shape) -> Method:
 def runs_inline(model: Model, request: Request) -> bool:
     """Return whether preparation is so short that a worker thread would cost more than it saves."""
     images = request.images
-    if isinstance(images, Files) or request.method.given is not None or len(images) > MANY_EXAMPLES:
+    if isinstance(images, Files) or request.method.given_baselines is not None or len(images) > MANY_EXAMPLES:
         return False
     if images.dtype != np.uint8:
         return images.nbytes <= FEW_BYTES
@@ -161,7 +161,7 @@ def maps_shape(shape: Shape, request: Request) -> tuple[int, ...]:
 
 def _fit(model: Model, images: Array, *, is_gone: Callable[[], bool]) -> list[Fitted]:
     if images.dtype != np.uint8:
-        return [_checked(each, largest=model.largest) for each in _staged(images, model.staged_dtype)]
+        return [_check_example(each, largest=model.largest) for each in _to_dtype(images, model.staged_dtype)]
     preprocessing = model.preprocessing
     assert preprocessing is not None  # noqa: S101  (`input_shape` has checked it)
     fitted: list[Fitted] = []
@@ -172,7 +172,7 @@ def _fit(model: Model, images: Array, *, is_gone: Callable[[], bool]) -> list[Fi
     return fitted
 
 
-def _staged(images: Array, dtype: np.dtype[np.generic]) -> Array:
+def _to_dtype(images: Array, dtype: np.dtype[np.generic]) -> Array:
     if images.dtype == dtype:
         return images
     # Values that overflow the model's type become infinite and are rejected later. A signaling NaN would warn.
@@ -180,7 +180,7 @@ def _staged(images: Array, dtype: np.dtype[np.generic]) -> Array:
         return images.astype(dtype)
 
 
-def _checked(example: Array, *, largest: float) -> Fitted:
+def _check_example(example: Array, *, largest: float) -> Fitted:
     if np.isfinite(example).all():
         if largest < FLOAT32_MAX and np.abs(example).max() > largest:
             return InvalidArgument(f"images: {np.abs(example).max():g}, the model's type holds {largest:g} at most")

@@ -51,7 +51,7 @@ class PreparationPool:
         if isinstance(request.images, Files):
             await to_thread_if_many(request.n_examples, check, model, request)  # before any file is decoded
             decoded = await self._decoders.fit(request.images.files, order(model), caller)
-            if request.method.given is None:
+            if request.method.given_baselines is None:
                 is_gone = self.is_gone
                 return await to_thread_if_many(
                     request.n_examples, prepare, model, request, is_gone=is_gone, decoded=decoded

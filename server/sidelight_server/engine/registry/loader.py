@@ -60,7 +60,7 @@ class Loader:
         began, before = time.monotonic(), entry.models
         failure = None
         try:
-            entry.models = self._loaded(entry, before)
+            entry.models = self._load_version(entry, before)
         except BaseException as error:  # a source or a model may raise anything
             failure = str(error) if isinstance(error, ConfigurationError) else f"{type(error).__name__}: {error}"
         # Outside the except clause, so that no traceback keeps a half-loaded model alive.
@@ -76,7 +76,7 @@ class Loader:
         log.info(loaded_event(entry.models[0], seconds=round(time.monotonic() - began, 1)))
         self._on_change()
 
-    def _loaded(self, entry: Entry, before: Version) -> Version:
+    def _load_version(self, entry: Entry, before: Version) -> Version:
         with self._one_thread():
             version = before[0].version + 1 if before else 1
             models = self.build(entry, version, turns=[device.in_turn for device in self._devices])

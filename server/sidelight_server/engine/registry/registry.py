@@ -68,7 +68,7 @@ class Registry:
             entries[entry.name] = entry
         self.entries, self.is_loaded = entries, True
 
-    async def loaded(self) -> None:
+    async def ensure_loaded(self) -> None:
         """Run `load` in a thread, unless it has completed."""
         if not self.is_loaded:
             await asyncio.shield(asyncio.wrap_future(self._loader.submit(self.load, threading.Lock())))

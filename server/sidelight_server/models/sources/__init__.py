@@ -30,17 +30,17 @@ FORMS = ", ".join(each.form for each in _KINDS.values())
 
 def load(source: str, weights: Path | None = None) -> ModelSpec:
     """Load a module from a source, with what the source states about it. Raises `ConfigurationError`."""
-    kind, location = _found(source)
+    kind, location = _split(source)
     return kind.load(location, weights)
 
 
 def files(source: str, weights: Path | None = None) -> tuple[Path, ...]:
     """Return the files whose change triggers a reload of the model."""
-    kind, location = _found(source)
+    kind, location = _split(source)
     return kind.files(location, weights)
 
 
-def _found(source: str) -> tuple[_Kind, str]:
+def _split(source: str) -> tuple[_Kind, str]:
     name, colon, location = source.partition(":")
     if name in _KINDS and colon and location:
         return _KINDS[name], location

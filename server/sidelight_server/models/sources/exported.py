@@ -49,9 +49,9 @@ def _inputs(program: ExportedProgram) -> dict[str, Any]:
     images: object = positional[0] if positional else tensors.pop(pictures[0]) if pictures else None
     if not isinstance(images, Tensor) or not _is_picture(images):
         taken = {"the first": positional[0]} if positional else tensors
-        raise ConfigurationError(f"the program takes {_described(taken)}, expected floating images, [N, C, H, W]")
+        raise ConfigurationError(f"the program takes {_describe(taken)}, expected floating images, [N, C, H, W]")
     if len(tensors) > 1 or any(map(_is_picture, tensors.values())):
-        raise ConfigurationError(f"the program also takes {_described(tensors)}, expected nothing else but labels")
+        raise ConfigurationError(f"the program also takes {_describe(tensors)}, expected nothing else but labels")
     return {
         "input_size": _size(images),
         "input": None if positional else pictures[0],
@@ -84,7 +84,7 @@ def _is_picture(value: object) -> bool:
     return isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point()
 
 
-def _described(inputs: Mapping[str, object]) -> str:
+def _describe(inputs: Mapping[str, object]) -> str:
     return ", ".join(
         f"{name} {str(each.dtype).removeprefix('torch.')} {[str(length) for length in each.shape]}".replace("'", "")
         if isinstance(each, Tensor)

@@ -150,7 +150,7 @@ def _geometry(wanted: Mapping[str, Any], name: str) -> tuple[int, int, int | str
         return short, short, "exact" if short >= _WARPED_FROM else int(short / wanted["crop_pct"])
     if name == _TEXTNET and wanted["size_divisor"] != 1:
         raise _refused("size_divisor", wanted["size_divisor"], "1: with others the aspect of each picture changes")
-    scaled = _scaled(wanted, name, short)
+    scaled = _scale(wanted, name, short)
     if crop is None:
         if isinstance(scaled, int):
             raise _refused("size", wanted["size"], "height and width, or a crop: the model takes one size")
@@ -162,7 +162,7 @@ def _geometry(wanted: Mapping[str, Any], name: str) -> tuple[int, int, int | str
     return (*crop, scaled if isinstance(scaled, int) else "exact" if scaled == crop else "{}x{}".format(*scaled))
 
 
-def _scaled(wanted: Mapping[str, Any], name: str, short: int | None) -> int | tuple[int, int]:
+def _scale(wanted: Mapping[str, Any], name: str, short: int | None) -> int | tuple[int, int]:
     """Return the size that the class resizes an image to: the length of its short side, or both sides."""
     share = wanted["crop_pct"] if name == _POOLFORMER else None
     if short is not None:

@@ -29,7 +29,7 @@ def source_errors(setting: str, path: Path | str) -> Iterator[None]:
             f"{setting}: {path}: is broken, or holds other objects than tensors; code in a file is never run{expected}"
         ) from error
     except (Exception, SystemExit) as error:
-        raise ConfigurationError(f"{setting}: {path}: {_named(error)}") from error
+        raise ConfigurationError(f"{setting}: {path}: {_describe(error)}") from error
 
 
 def cause(error: BaseException) -> str:
@@ -38,7 +38,7 @@ def cause(error: BaseException) -> str:
     return text if len(text) <= MAX_CAUSE else text[:MAX_CAUSE] + "…"
 
 
-def _named(error: BaseException) -> str:
+def _describe(error: BaseException) -> str:
     text = cause(error)
     if not text or isinstance(error, KeyError):  # its message is only the missing key
         return f"{type(error).__name__} {text}".strip()

@@ -22,7 +22,7 @@ EXPORT_HINT = f"export the model with torch.onnx.export(…, dynamo=False, opset
 def load(location: str, weights: Path | None) -> ModelSpec:
     """Load the network in a file as a module, with what its graph states about its input."""
     path = only_file("onnx:", location, weights)
-    onnx, onnx2torch = _imported("onnx"), _imported("onnx2torch")
+    onnx, onnx2torch = _import("onnx"), _import("onnx2torch")
     with source_errors("model", path), warnings.catch_warnings(action="ignore"):
         network = onnx.load(str(path), load_external_data=False)
         _load_external(onnx, network, path.parent)
@@ -46,7 +46,7 @@ def files(location: str, weights: Path | None) -> tuple[Path, ...]:
 def _weight_files(path: Path, size: int, changed_ns: int) -> tuple[Path, ...]:
     """Return the external weight files of a file. Cached by its size and time, because it is called often."""
     try:
-        onnx = _imported("onnx")
+        onnx = _import("onnx")
         return tuple(path.parent / each for each in sorted(_locations(onnx, onnx.load(path, load_external_data=False))))
     except Exception:  # loading it will report the error
         return ()
@@ -58,7 +58,7 @@ def _locations(onnx: ModuleType, network: Any) -> set[str]:
     return {entry.value for each in tensors for entry in each.external_data if entry.key == "location"}
 
 
-def _imported(name: str) -> ModuleType:
+def _import(name: str) -> ModuleType:
     try:
         return import_with_torchvision(name)
     except ImportError as error:

@@ -70,15 +70,15 @@ def gradient_fault(run: Run, example: Tensor, *, in_turn: InTurn, most: int = RO
     Raises `ConfigurationError` if the outputs do not depend on the input. `most` is the number of rows that may run at
     once: 1 if rows depend on each other.
     """
-    ratio, fault = _judged(run, example, seed=0, in_turn=in_turn, most=most)
+    ratio, fault = _judge(run, example, seed=0, in_turn=in_turn, most=most)
     if ratio > DOUBT:
         another = noise(example.shape[1:], 1, seed=100).to(example)
-        again, _ = _judged(run, another, seed=1, in_turn=in_turn, most=most)
+        again, _ = _judge(run, another, seed=1, in_turn=in_turn, most=most)
         ratio = (ratio + again) / 2
     return fault if ratio > RATIO else ""
 
 
-def _judged(run: Run, example: Tensor, *, seed: int, in_turn: InTurn, most: int) -> tuple[float, str]:
+def _judge(run: Run, example: Tensor, *, seed: int, in_turn: InTurn, most: int) -> tuple[float, str]:
     """Return the ratio that is compared with `RATIO`, and a description of the fault."""
     gradient, size, has_graph = in_turn(lambda: _gradient(run, example))
     directions = _directions(example, seed=seed)
@@ -87,7 +87,7 @@ def _judged(run: Run, example: Tensor, *, seed: int, in_turn: InTurn, most: int)
     def differences(step: float, n: int | None = None) -> Tensor:
         points = example + step * torch.cat([directions[:n], -directions[:n]])
         parts = torch.split(points, most)
-        values = [in_turn(lambda part=part: _weighted(_forward(run, part))) for part in parts]  # type: ignore[misc]
+        values = [in_turn(lambda part=part: _weigh(_forward(run, part))) for part in parts]  # type: ignore[misc]
         ahead, behind = torch.cat(values).chunk(2)
         return (ahead - behind) / (2 * step)
 
@@ -124,13 +124,13 @@ def _gradient(run: Run, example: Tensor) -> tuple[Tensor, float, bool]:
     with torch.enable_grad(), warnings.catch_warnings(action="ignore", category=UserWarning):
         outputs = run(leaf)
         (gradient,) = (
-            torch.autograd.grad(_weighted(outputs).sum(), leaf, allow_unused=True) if outputs.requires_grad else (None,)
+            torch.autograd.grad(_weigh(outputs).sum(), leaf, allow_unused=True) if outputs.requires_grad else (None,)
         )
-    size = float(_weighted(outputs.detach().abs()).max())
+    size = float(_weigh(outputs.detach().abs()).max())
     return torch.zeros_like(example) if gradient is None else gradient, size, gradient is not None
 
 
-def _weighted(outputs: Tensor) -> Tensor:
+def _weigh(outputs: Tensor) -> Tensor:
     """Return a weighted sum of each row's outputs, [n]: an unweighted sum of probabilities is always 1."""
     flat = outputs.flatten(1).double()
     return flat @ torch.linspace(1, 2, flat.shape[1], dtype=flat.dtype, device=flat.device)

@@ -36,7 +36,7 @@ class Positions:
         self._size = size
         self._changes: dict[str, list[Tensor]] = {}  # squared, summed over rounds and each possible channel axis
 
-    def found(
+    def find(
         self, module: nn.Module, call: Call, trial: Tensor, *, together: int, until: Sequence[str]
     ) -> dict[str, Layout]:
         """Return the layouts found, after as many rounds as the layers in `until` need."""
@@ -54,12 +54,12 @@ class Positions:
                 log.warning(Event("layers_unseen", message=f"{type(error).__name__}: {error}"))
                 break
             # Continue for layers after the last certain one, which may be the default. Others need only one round.
-            judged = [(name, *self._judged(name)) for name in reversed(until)]
+            judged = [(name, *self._judge(name)) for name in reversed(until)]
             with_positions = ((name, agreement) for name, best, agreement in judged if best)
             self._watched = {name for name, _ in itertools.takewhile(lambda each: each[1] < CERTAIN, with_positions)}
             if not self._watched:
                 break
-        shown = {name: self._judged(name) for name in self._changes}
+        shown = {name: self._judge(name) for name in self._changes}
         return {name: best for name, (best, agreement) in shown.items() if best and agreement >= AGREEMENT}
 
     def _look(
@@ -90,7 +90,7 @@ class Positions:
         before = self._changes.get(name) or [torch.zeros_like(each) for each in sums]
         self._changes[name] = [a + b for a, b in zip(before, sums, strict=True)]
 
-    def _judged(self, name: str) -> tuple[Layout | None, float]:
+    def _judge(self, name: str) -> tuple[Layout | None, float]:
         """Return the layout that fits a layer best, and its agreement."""
         changes, size = self._changes.get(name), self._size
         if not changes:

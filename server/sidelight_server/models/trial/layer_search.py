@@ -42,7 +42,7 @@ def find(
     size = (inputs.shape[2], inputs.shape[3])
     any_gradient = any(seen.has_gradient is not None and bool(seen.has_gradient.any()) for seen in traces.values())
     unfit = {name: why for name, seen in traces.items() if (why := _unfit(seen, n=n, any_gradient=any_gradient))}
-    chosen = {name: _checked(name, text, traces, unfit.pop(name, ""), size) for name, text in given.items()}
+    chosen = {name: _check_layout(name, text, traces, unfit.pop(name, ""), size) for name, text in given.items()}
     cuts = cuts_of(outputs, inputs)
     passed = [
         name
@@ -52,7 +52,7 @@ def find(
     wanted = {
         name: seen.value for name, seen in traces.items() if seen.value is not None and name not in {*unfit, *chosen}
     }
-    found = Positions(wanted, size).found(module, call, inputs.detach(), together=together, until=passed)
+    found = Positions(wanted, size).find(module, call, inputs.detach(), together=together, until=passed)
     layouts = {name: chosen.get(name) or found[name] for name in traces if name in chosen or name in found}
     unfit |= {
         name: f"returns {list(value.shape)}, in which no positions of the input were detected"
@@ -105,7 +105,7 @@ def _is_within_attention(module: nn.Module, name: str) -> bool:
     return False
 
 
-def _checked(name: str, text: str, traces: Traces, unfit: str, size: Size) -> Layout:
+def _check_layout(name: str, text: str, traces: Traces, unfit: str, size: Size) -> Layout:
     """Parse the operator's layout of a layer. Raises `ConfigurationError` if it does not fit the output."""
     own = layout(text)
     if name not in traces:
@@ -116,7 +116,7 @@ def _checked(name: str, text: str, traces: Traces, unfit: str, size: Size) -> La
     if own.grid and value.ndim == 3:
         own = replace(own, suffix=max(0, value.shape[1] - own.prefix - math.prod(own.grid)), input_size=size)
     try:
-        own.arranged(value, size)
+        own.arrange(value, size)
     except InvalidArgument as error:
         raise ConfigurationError(f'layer_layout: "{name}": {error.message.removeprefix("method.layer: ")}') from None
     return own

@@ -93,7 +93,7 @@ def cuts_of(outputs: Tensor, inputs: Tensor) -> set[_Edge]:
         return set()
     first, last = get_gradient_edge(outputs), get_gradient_edge(inputs)
     start, end = (first.node, first.output_nr), (last.node, last.output_nr)
-    order = _sorted(start)
+    order = _sort(start)
     onward: dict[_Edge, int] = {}  # number of paths to the inputs
     for edge in reversed(order):
         onward[edge] = 1 if edge == end else sum(onward[each] for each in _next(edge))
@@ -109,7 +109,7 @@ def _next(edge: _Edge) -> list[_Edge]:
     return [(node, number) for node, number in edge[0].next_functions if node is not None]
 
 
-def _sorted(start: _Edge) -> list[_Edge]:
+def _sort(start: _Edge) -> list[_Edge]:
     """Return the edges of a graph in topological order."""
     done: dict[_Edge, None] = {}
     entered = {start}

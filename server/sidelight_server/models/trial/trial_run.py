@@ -60,11 +60,11 @@ class TrialRun:
             why = "set trial_size to check whether they can be dropped" if untried else "the outputs depend on them"
             message = f"hooks of the module's forward pass run with each pass: {why}"
             log.warning(Event("hooks_kept", model=self._name, hooks=hooks, message=message))
-        return self._tried()[1]
+        return self._try()[1]
 
     def _without_hooks(self, inputs: Tensor, *, n_hooks: int) -> TrialResult:
         """Run the trial without hooks. Raises `ConfigurationError` if that changes the outputs."""
-        without, result = self._tried(keeps_hooks=False)
+        without, result = self._try(keeps_hooks=False)
         with_hooks = replicate(self._spec.module, Isolation(owned=None)).to(self._device)
 
         def differ() -> bool:
@@ -78,7 +78,7 @@ class TrialRun:
         log.info(Event("hooks_dropped", model=self._name, hooks=n_hooks, message=message))
         return result
 
-    def _tried(self, *, keeps_hooks: bool = True) -> tuple[nn.Module, TrialResult]:
+    def _try(self, *, keeps_hooks: bool = True) -> tuple[nn.Module, TrialResult]:
         """Run the trial on a replica; return the replica and the result."""
         with model_errors(self._name, "cannot be replicated and moved to the device"):
             replica = replicate(self._spec.module, Isolation(owned=None, keeps_hooks=keeps_hooks)).to(self._device)
