@@ -20,7 +20,7 @@ from .._inputs.batch import Batch, Images
 from .._inputs.images import EncodedBatch
 from .._inputs.validation import counted, span
 from .._options import Headers, Metadata, checked_metadata, model_name
-from .._streaming.limits import check_message_size, map_bytes, split
+from .._streaming.limits import fits, map_bytes, split
 from .._streaming.requests import StreamConfig
 from .._streaming.scheduling.resend_queue import ResendQueue
 from .._streaming.stream import Stream
@@ -29,7 +29,7 @@ from .._transport.credentials import TLS, ChannelSecurity, Token
 from .._transport.pool import ConnectionPool
 from .._transport.retry_policy import RetryPolicy
 from .._transport.shared_memory import Regions, directory_of
-from ..exceptions import MessageTooLarge, Unavailable, from_rpc
+from ..exceptions import Unavailable, from_rpc
 from ..methods.baselines import given_array
 from ..results.server_info import ModelInfo, ServerInfo
 from .stream_options import StreamOptions
@@ -107,20 +107,8 @@ class ClientCore:
     def fits(self, request: pb.AttributeRequest, batch: EncodedBatch, *, within_s: float) -> bool:
         """Return whether a batch fits into one message. Raises `MessageTooLarge` if a single example does not."""
         server, model = self.find(request.model, within_s=within_s)
-        limits = server.limits
-        try:
-            check_message_size(
-                request,
-                batch,
-                client_limit=self.max_message_bytes,
-                server_limit=limits.max_message_bytes,
-                input_size=model.input_size if model else None,
-            )
-        except MessageTooLarge:
-            if len(batch) < 2:
-                raise
-            return False
-        return len(batch) <= (limits.max_batch_examples or len(batch))
+        input_size = model.input_size if model else None
+        return fits(request, batch, client_limit=self.max_message_bytes, server=server, input_size=input_size)
 
     def options_for_parts(self, template: pb.AttributeRequest, policy: RetryPolicy, metadata: Headers) -> StreamOptions:
         """Return the options of a stream that sends one batch in parts, in the time that is left."""

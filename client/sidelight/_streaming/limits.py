@@ -18,20 +18,27 @@ FILE_BYTES = 16
 EXAMPLE_BYTES = 512
 
 
-def check_message_size(
+def fits(
     request: pb.AttributeRequest,
     batch: EncodedBatch,
     *,
     client_limit: int,
-    server_limit: int,
+    server: ServerInfo,
     input_size: tuple[int, int, int] | None,
-) -> None:
-    """Raise `MessageTooLarge` if the request exceeds either limit, or its answer the client's. Limits are in bytes.
+) -> bool:
+    """Return whether a request fits into one message, and its answer's maps into one that the client takes.
 
-    `input_size` is the model's (C, H, W); None if it is not fixed.
+    Raises `MessageTooLarge` for a single example that does not. `input_size` is the model's (C, H, W); None if it is
+    not fixed.
     """
-    _check_request_size(request.ByteSize(), client_limit=client_limit, server_limit=server_limit)
-    _check_answer_size(map_bytes(request, batch, input_size), client_limit=client_limit)
+    try:
+        _check_request_size(request.ByteSize(), client_limit=client_limit, server_limit=server.limits.max_message_bytes)
+        _check_answer_size(map_bytes(request, batch, input_size), client_limit=client_limit)
+    except MessageTooLarge:
+        if len(batch) < 2:
+            raise
+        return False
+    return len(batch) <= (server.limits.max_batch_examples or len(batch))
 
 
 def split(
