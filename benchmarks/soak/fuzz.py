@@ -7,6 +7,7 @@ writes the bytes that caused it into the current folder.
 import argparse
 import contextlib
 import io
+import itertools
 import sys
 import tempfile
 import warnings
@@ -21,8 +22,7 @@ with atheris.instrument_imports(include=["sidelight_server", "sidelight", "PIL"]
     from sidelight.v1 import attribution_pb2 as pb
     from sidelight_server.errors import SidelightError
     from sidelight_server.inputs.decoding import decode
-    from sidelight_server.wire import requests
-    from sidelight_server.wire.codec import decode_request, decode_stream_request
+    from sidelight_server.wire import codec, requests
 
 import sidelight
 
@@ -39,10 +39,11 @@ METHODS = (
 
 
 def messages(content: bytes) -> None:
-    """Parse bytes as a unary and as a stream request, and validate it."""
-    for read in (decode_request, decode_stream_request):
+    """Parse bytes as a unary and as a stream request, with and without cutting out the tensor, and validate it."""
+    for read, large_bytes in itertools.product((codec.decode_request, codec.decode_stream_request), (0, 2**20)):
+        codec.LARGE_BYTES = large_bytes  # type: ignore[attr-defined]  # where `codec` looks it up
         received = read(content)
-        if isinstance(received, SidelightError):
+        if isinstance(received, codec.Unreadable):
             continue
         message = received.message
         if isinstance(message, pb.AttributeStreamRequest):
