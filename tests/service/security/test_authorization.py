@@ -20,7 +20,6 @@ from sidelight.v1 import attribution_pb2 as pb
 from sidelight.v1 import attribution_pb2_grpc
 from sidelight_server import ConfigurationError, ModelSpec
 from sidelight_server.security.authorization import Callers, Tokens
-from sidelight_server.security.stream_limit import Peers, host_of
 from typer.testing import CliRunner
 
 from support.certificates import secret, swap
@@ -357,29 +356,6 @@ def test_a_unix_socket_has_the_mode_that_is_set(mode: str, tmp_path: Path) -> No
 @pytest.mark.parametrize("mode", ["rw", "999", "66", "10660", 660], ids=str)
 def test_an_invalid_socket_mode_is_refused(mode: object) -> None:
     with pytest.raises(ConfigurationError, match=r"^socket_mode: got "), serving("unix:/nowhere", socket_mode=mode):
-        pass
-
-
-PEERS = {
-    "ipv4:10.0.0.1:5000": "ipv4:10.0.0.1",
-    "ipv6:%5B::1%5D:5000": "ipv6:%5B::1%5D",
-    "unix:": "unix:",
-    "unix:/run/a:1": "unix:/run/a:1",
-}
-
-
-@pytest.mark.parametrize("peer", PEERS)
-def test_a_peer_is_a_host(peer: str) -> None:
-    assert host_of(peer) == PEERS[peer]
-
-
-def test_each_host_has_streams_of_its_own() -> None:
-    peers = Peers("streams", each=1)
-    with peers.opens("ipv4:10.0.0.1:1"), peers.opens("ipv4:10.0.0.2:1"):
-        with pytest.raises(sidelight_server.SidelightError) as caught, peers.opens("ipv4:10.0.0.1:2"):
-            pass
-        assert caught.value.code == Status.RESOURCE_EXHAUSTED.value[0]
-    with peers.opens("ipv4:10.0.0.1:3"):
         pass
 
 
