@@ -107,7 +107,7 @@ class OpenCalls:
             validated = await validate(received, call_record)
             permits = await self._handler.acquire_unary_permits(validated)
             # gRPC runs the handler in this task and ends it after the answer is written, not when it is returned.
-            call.add_done_callback(lambda _: permits.release())
+            call.add_done_callback(lambda _: permits.close())
             answer = await self._handler.explain(validated)
             call_record.writing_s = time.monotonic()
             self._write_timeout.expect(call_record.cut_off)

@@ -21,7 +21,7 @@ from ..wire import requests
 from ..wire.rendering import parse_rendering
 from ..wire.tensors import layout_of, map_itemsize
 from .execution import Execution, check_length, encode_own
-from .limits.admission import Admission, Permits
+from .limits.admission import Admission
 from .shared_memory import RegionLookup, Span, span
 from .status import HideInternalErrors
 from .validated_request import Encode, ValidatedRequest
@@ -139,32 +139,30 @@ class RequestHandler:
         """Return a context that logs an unexpected exception, and raises `Internal` without its details instead."""
         return HideInternalErrors(id_, self._faults)
 
-    def acquire_waiting_permit(self, n_bytes: int, caller: str) -> Permits:
-        """Count a message that waits to be admitted and holds `n_bytes`, until the result is released.
+    def acquire_waiting_permit(self, n_bytes: int, caller: str) -> contextlib.ExitStack:
+        """Count a message that waits to be admitted and holds `n_bytes`, until the result is closed.
 
         All waiting messages together may take a quarter of `max_in_flight_bytes`, and one caller its share of that.
         Raises `ResourceExhausted` for one too many.
         """
-        permits = Permits()
+        permits = contextlib.ExitStack()
         if n_bytes >= WAITING_BYTES:
             # A message that is held twice may take more than is allowed, and then is the only one that waits.
-            permits.add(self._waiting, self._waiting.acquire_now(min(n_bytes, self._max_waiting_bytes), caller))
+            permits.enter_context(self._waiting.acquired(min(n_bytes, self._max_waiting_bytes), caller))
         return permits
 
-    async def acquire_permits(self, validated: ValidatedRequest) -> Permits:
-        """Wait for the permits of a request and acquire them, held until `Permits.release`."""
-        permits, caller = Permits(), validated.call_record.caller
-        try:
+    async def acquire_permits(self, validated: ValidatedRequest) -> contextlib.ExitStack:
+        """Wait for the permits of a request and acquire them, held until the result is closed."""
+        with contextlib.ExitStack() as permits:
             for admission in self._admissions(validated):
-                taken = await admission.acquire(validated.n_bytes, caller, n_rows=validated.n_rows)
-                permits.add(admission, taken)
-        except BaseException:
-            permits.release()
-            raise
-        return permits
+                permit = await admission.acquire(
+                    validated.n_bytes, validated.call_record.caller, n_rows=validated.n_rows
+                )
+                permits.callback(admission.release, permit)
+            return permits.pop_all()
 
-    async def acquire_unary_permits(self, validated: ValidatedRequest) -> Permits:
-        """Acquire the permits of a unary call, held until `Permits.release`.
+    async def acquire_unary_permits(self, validated: ValidatedRequest) -> contextlib.ExitStack:
+        """Acquire the permits of a unary call, held until the result is closed.
 
         If none is free, the call waits for up to `UNARY_WAIT_S`, in turn with the batches of streams. Raises
         `ResourceExhausted`, with a retry delay unless the request can never fit, or `DeadlineExceeded`.
@@ -184,15 +182,12 @@ class RequestHandler:
             raise DeadlineExceeded("timeout: it passed while the server was full")
         return self._acquire_permits_now(validated)
 
-    def _acquire_permits_now(self, validated: ValidatedRequest) -> Permits:
-        permits, caller = Permits(), validated.call_record.caller
-        try:
+    def _acquire_permits_now(self, validated: ValidatedRequest) -> contextlib.ExitStack:
+        with contextlib.ExitStack() as permits:
             for admission in self._admissions(validated):
-                permits.add(admission, admission.acquire_now(validated.n_bytes, caller, n_rows=validated.n_rows))
-        except BaseException:
-            permits.release()
-            raise
-        return permits
+                permit = admission.acquire_now(validated.n_bytes, validated.call_record.caller, n_rows=validated.n_rows)
+                permits.callback(admission.release, permit)
+            return permits.pop_all()
 
     def _admissions(self, validated: ValidatedRequest) -> Iterator[Admission]:
         """Yield the admissions that apply; the model's own first, because a request waiting there must hold nothing."""

@@ -115,8 +115,10 @@ def test_callers_take_turns_however_many_requests_one_brings() -> None:
     async def ask() -> None:
         hostile = [asyncio.create_task(pool.fit([SLOW], SOON, "hostile")) for _ in range(8)]
         await until_decoding()
+        n_before = sum(each.done() for each in hostile)  # on a busy machine, a few
         assert_fitted((await pool.fit([GOOD], ORDER, "good"))[0], GOOD)
-        assert sum(each.done() for each in hostile) <= 3  # the running one, and those that were queued before this one
+        # The running one, and those that were queued before this one.
+        assert sum(each.done() for each in hostile) - n_before <= 3
         for each in hostile:
             each.cancel()
         await asyncio.wait(hostile)

@@ -5,7 +5,6 @@ import contextlib
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
 
 from ...errors import ResourceExhausted
 
@@ -252,29 +251,6 @@ class Admission:
                 f"the request and its answer take {n_bytes} bytes, the server's max_in_flight_bytes is "
                 f"{self._max_bytes}: send fewer examples"
             )
-
-
-class Permits:
-    """The permits of one request: of the server and of its model. Held until `release`."""
-
-    def __init__(self) -> None:
-        self._held: list[tuple[Admission, Permit]] = []
-
-    def add(self, admission: Admission, permit: Permit) -> None:
-        """Hold another permit."""
-        self._held.append((admission, permit))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Release all permits."""
-        while self._held:
-            admission, permit = self._held.pop()
-            admission.release(permit)
 
 
 def _may_take(n: int, held: int, free: float) -> bool:

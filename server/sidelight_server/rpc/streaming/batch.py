@@ -1,6 +1,7 @@
 """One batch of a stream: from the validated message to the written response."""
 
 import asyncio
+import contextlib
 import functools
 import time
 from collections.abc import Awaitable, Callable
@@ -11,7 +12,6 @@ from ...engine.submission import Outcome
 from ...errors import Cancelled, DeadlineExceeded, SidelightError
 from ...telemetry.call_record import CallRecord
 from ..execution import Execution
-from ..limits.admission import Permits
 from ..request_handler import RequestHandler
 from ..validated_request import ValidatedRequest
 from .eager import CreateTask, run_eagerly
@@ -74,7 +74,7 @@ class Batch:
         self._timer: asyncio.TimerHandle | None = None
         self._late = ""  # the message if its deadline passes now
         self._has_slot = False
-        self._permits: Permits | None = None
+        self._permits: contextlib.ExitStack | None = None
         self._refusal: SidelightError | None = None  # the error that the batch was dropped with, if any
         self._is_answered = self._is_offered = self._is_over = False
 
@@ -124,7 +124,7 @@ class Batch:
         self._execution = None
         self._on_admitted()
         if self._permits:
-            self._permits.release()
+            self._permits.close()
         if self._has_slot:
             self._context.slots.release()
         if is_cut_off and self._is_answered:
