@@ -296,10 +296,12 @@ def test_a_bad_file_fails_alone_and_nothing_is_lost(page: Any, empty_url: str) -
     failed = page.locator("#thumbnails button.failed")
     failed.filter(has_text="bad.png").wait_for()
     failed.click()
-    assert page.locator(".pane .problem").inner_text() == failed.locator(".words > .class").inner_text()
+    problem = page.locator(".pane .problem")
+    problem.filter(has_text="image file").wait_for()
+    assert problem.inner_text() == failed.locator(".words > .class").inner_text()
     page.locator("#thumbnails button", has_text="good.png").click()
     until_final(page)
-    assert page.locator(".pane .problem").is_hidden()
+    assert problem.is_hidden()
 
 
 def test_a_link_opens_the_same_view(page: Any, url: str) -> None:
