@@ -18,7 +18,7 @@ from .reader import BatchReader
 from .requests import StreamConfig
 from .scheduling.parts import Part
 from .state import StreamState
-from .worker import StreamCoordinator, StreamWorker
+from .worker import StreamWorker, WorkerCallbacks
 
 log = logging.getLogger("sidelight")
 
@@ -33,7 +33,7 @@ class Step(enum.Enum):
     END = "the call"
 
 
-class Coordinator(StreamCoordinator):
+class Coordinator(WorkerCallbacks):
     """Implements the workers' decisions on the state of their stream."""
 
     def __init__(self, state: StreamState, *, config: StreamConfig, reader: BatchReader) -> None:

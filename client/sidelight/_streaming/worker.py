@@ -36,7 +36,7 @@ _RETRYABLE = (
 _STALLED = grpc.StatusCode.ABORTED
 
 
-class StreamCoordinator(Protocol):
+class WorkerCallbacks(Protocol):
     """What a worker calls; implemented by `Coordinator`. All methods are thread-safe."""
 
     def wait_until_ready(self, worker: "StreamWorker", not_before_s: float) -> bool:
@@ -64,7 +64,7 @@ class StreamWorker:
     def __init__(
         self,
         connection: Connection,
-        coordinator: StreamCoordinator,
+        coordinator: WorkerCallbacks,
         *,
         max_message_bytes: int,
         make_regions: Callable[[Connection], Regions] | None,

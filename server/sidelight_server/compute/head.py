@@ -1,7 +1,8 @@
-"""The head: computes scores from a model's outputs, and the gradients of the scores at the outputs.
+"""The head: computes classes, probabilities and scores from a model's outputs, and the scores' gradients at them.
 
-Both are computed in float64 from the outputs as the model returned them. The gradient of a probability and of its
-logarithm depends on 1 − p, which for p near 1 has no digits left in float32.
+Scores and gradients are computed in float64 (float32 on MPS) from the outputs as the model returned them, except
+probabilities that are not near 0 or 1. The gradient of a probability and of its logarithm depends on 1 − p, which for p
+near 1 has no digits left in float32.
 """
 
 import functools
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from ..config.options import Activation, Outputs
 from ..domain import ResolvedTarget, Score
 from ..errors import FailedPrecondition
-from .regions import Rows, over_both, select_targets
+from .target_selection import ScoredRows, over_both, select_targets
 
 # A probability p is computed in float32, as torch and Captum do, if log(p / (1 − p)) lies between these bounds: p from
 # 9e-27 to 0.982. Within them, the error of its gradient at the outputs is at most 6e-5 of the gradient's norm (the
@@ -123,7 +124,7 @@ class Head:
             raise FailedPrecondition(
                 f"score: the model returns {self.outputs}, so it has no {score.value}; it has {has}"
             )
-        rows = Rows(values, classes, resolved_targets, scores)
+        rows = ScoredRows(values, classes, resolved_targets, scores)
         plain = None if is_plain else self._plain_rows(rows)  # bool, [n]
         # Only on a CPU: on a GPU `bool()` would synchronize.
         if plain is None or (values.device.type == "cpu" and bool(plain.all())):
@@ -144,13 +145,13 @@ class Head:
         self, values: Tensor, classes: Tensor, resolved_targets: Sequence[ResolvedTarget], scores: Sequence[Score]
     ) -> Tensor:
         """Return each row's own score, [n], in the outputs' own type, with its graph."""
-        return _each_score(self._plain, Rows(values, classes, resolved_targets, scores))
+        return _each_score(self._plain, ScoredRows(values, classes, resolved_targets, scores))
 
-    def _plain(self, rows: Rows, score: Score) -> Tensor:
+    def _plain(self, rows: ScoredRows, score: Score) -> Tensor:
         """Return one kind of score of each row, [n], in the outputs' own type."""
         return select_targets(self._of(rows.values.shape[1])[score](self.sides(rows.values)), rows)
 
-    def _exact(self, rows: Rows, score: Score) -> Tensor:
+    def _exact(self, rows: ScoredRows, score: Score) -> Tensor:
         """As `_plain`, for outputs in float64, with formulas that keep all digits for probabilities near 0 and 1."""
         is_exclusive = self._is_exclusive(rows.values)
 
@@ -166,7 +167,7 @@ class Head:
         return over_both(of, self.sides(rows.values), rows, sign=-1)
 
     @torch.no_grad()
-    def _plain_rows(self, rows: Rows) -> Tensor:
+    def _plain_rows(self, rows: ScoredRows) -> Tensor:
         """Return which rows, bool [n], are accurate in the outputs' type: probabilities that are not near 0 or 1."""
         may_be = torch.tensor([self._may_be_plain(score) for score in rows.scores], device=rows.values.device)
         if not any(self._may_be_plain(score) for score in rows.scores):
@@ -180,7 +181,7 @@ class Head:
         return may_be & (over_both(beyond, self.sides(rows.values), rows, sign=1) == 0)
 
     @torch.no_grad()
-    def _dead(self, rows: Rows, grad_outputs: Tensor | None, *, step: float) -> Tensor:
+    def _dead(self, rows: ScoredRows, grad_outputs: Tensor | None, *, step: float) -> Tensor:
         if grad_outputs is None:
             return torch.zeros(len(rows.values), dtype=torch.bool, device=rows.values.device)
         if self.outputs == "logits":
@@ -206,14 +207,14 @@ class Head:
         return _SIGMOID if self.activation == "sigmoid" or n_outputs == 1 else _SOFTMAX
 
 
-_Select = Callable[[Rows, Score], Tensor]  # returns one kind of score of each row, [n]
+_Select = Callable[[ScoredRows, Score], Tensor]  # returns one kind of score of each row, [n]
 
 
 def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def _differentiate(select: _Select, rows: Rows, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
+def _differentiate(select: _Select, rows: ScoredRows, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Return the scores, [n], and if `gradient` their gradients at the outputs."""
     leaf = rows.values.detach().requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
@@ -222,7 +223,7 @@ def _differentiate(select: _Select, rows: Rows, *, gradient: bool) -> tuple[Tens
     return scored.detach(), grad_outputs
 
 
-def _each_score(select: _Select, rows: Rows) -> Tensor:
+def _each_score(select: _Select, rows: ScoredRows) -> Tensor:
     """Return each row's score, [n], computing each kind of score for its own rows only."""
     if len(set(rows.scores)) == 1:
         return select(rows, rows.scores[0])
@@ -231,7 +232,7 @@ def _each_score(select: _Select, rows: Rows) -> Tensor:
         indices = [i for i, each in enumerate(rows.scores) if each is score]
         index = torch.tensor(indices, device=rows.values.device)
         targets = [rows.targets[i] for i in indices]
-        own = Rows(rows.values[index], rows.classes[index], targets, [score] * len(indices))
+        own = ScoredRows(rows.values[index], rows.classes[index], targets, [score] * len(indices))
         selected = selected.index_put((index,), select(own, score))
     return selected
 

@@ -17,7 +17,7 @@ Row = TypeVar("Row")
 Taken = TypeVar("Taken", covariant=True)
 
 
-class Source(Protocol[Taken]):
+class RowSource(Protocol[Taken]):
     """A request of the scheduler."""
 
     @property
@@ -47,7 +47,7 @@ class Scheduler(Generic[Row]):
     """
 
     def __init__(self) -> None:
-        self._callers: dict[str, deque[Source[Row]]] = {}  # in round-robin order; no deque is empty
+        self._callers: dict[str, deque[RowSource[Row]]] = {}  # in round-robin order; no deque is empty
 
     def __len__(self) -> int:
         return sum(map(len, self._callers.values()))
@@ -61,18 +61,18 @@ class Scheduler(Generic[Row]):
                 return at_most
         return n_rows
 
-    def add(self, request: Source[Row]) -> None:
+    def add(self, request: RowSource[Row]) -> None:
         """Add a request at the tail of its caller. Does nothing if it has no rows that can be taken."""
         if request.pending:
             self._callers.setdefault(request.caller, deque()).append(request)
 
-    def remove(self, request: Source[Row]) -> None:
+    def remove(self, request: RowSource[Row]) -> None:
         if (requests := self._callers.get(request.caller)) is not None:
             with contextlib.suppress(ValueError):
                 requests.remove(request)
             self._reorder(list(self._callers))
 
-    def first(self) -> Source[Row] | None:
+    def first(self) -> RowSource[Row] | None:
         """Return the request that is next, after removing cancelled ones before it; None if there is none."""
         for requests in self._callers.values():
             while requests and requests[0].cancelled:
@@ -85,7 +85,7 @@ class Scheduler(Generic[Row]):
         chunk: list[Row] = []
         key: Hashable = None
         turns = deque(self._callers)
-        others: dict[str, deque[Source[Row]]] = {
+        others: dict[str, deque[RowSource[Row]]] = {
             caller: deque() for caller in turns
         }  # requests that were skipped, for their key
         served: dict[str, None] = {}

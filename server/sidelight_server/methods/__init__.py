@@ -1,6 +1,6 @@
 """Attribution methods: each chooses points and folds their gradients into an attribution. Each names its paper.
 
-May import only `errors` and torch. A method has no access to models or requests.
+May import only `errors`, torch and numpy. A method has no access to models or requests.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The execution of a validated request: reads its images, submits it to the engine, encodes its answer."""
+"""The execution of an admitted request: reads its images, submits it to the engine, encodes its answer."""
 
 import time
 from collections.abc import Callable

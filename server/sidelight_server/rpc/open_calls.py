@@ -1,27 +1,23 @@
-"""The open calls that explain batches, of every service: one path for permits, statuses, call records and the drain."""
+"""The open calls that explain batches, of every service. They end when the server stops."""
 
-import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
 
 from ..config.settings import Settings
-from ..errors import DeadlineExceeded, Internal, ResourceExhausted, SidelightError, Unavailable
+from ..errors import ResourceExhausted
 from ..security.authorization import Callers
 from ..security.stream_limit import Peers
 from ..telemetry.call_record import CallRecord
-from ..wire.codec import Decoded, Received, Unreadable
+from ..wire.codec import Decoded, Received
 from .limits.receive_limit import Pace
 from .limits.write_timeout import WriteTimeout
 from .request_handler import RequestHandler
 from .status import Context, abort
 from .streaming.stream import Stream, StreamOptions
+from .unary_call import UnaryCall
 from .validated_request import ValidatedRequest
-
-DEADLINE_SLACK_S = 0.1
-RAN_ERRORS = (DeadlineExceeded, Unavailable, Internal)  # errors of admitted requests that may have run
 
 M = TypeVar("M", bound=Message)
 
@@ -45,7 +41,7 @@ class OpenCalls:
         self._settings = settings
         self._peers = Peers("streams (the server's max_peer_streams)", each=settings.max_peer_streams)
         self._streams: set[Stream[Any]] = set()
-        self._unary: set[asyncio.Task[Any]] = set()
+        self._unary: set[UnaryCall] = set()
         self.n_shed = 0  # streams that were ended because memory was short
         self._is_draining = False
         self._is_given_up = False
@@ -84,7 +80,7 @@ class OpenCalls:
         for stream in list(self._streams):
             stream.give_up()
         for call in list(self._unary):
-            call.cancel()
+            call.give_up()
 
     async def run_unary(
         self,
@@ -93,42 +89,20 @@ class OpenCalls:
         context: Context,
         validate: Callable[[Received[M], CallRecord], Awaitable[ValidatedRequest]],
     ) -> bytes:
-        """Explain the batch of a unary call, whose message `validate` validates. Aborts the call on failure."""
-        call = asyncio.current_task()
-        assert call  # noqa: S101
+        """Run a unary call: see `UnaryCall.run`."""
+        call = UnaryCall(
+            name,
+            context,
+            self._handler,
+            caller=self._callers.of(context),
+            write_timeout=self._write_timeout,
+            pace=self._pace,
+        )
         self._unary.add(call)
-        telemetry = self._handler.telemetry
-        call_record = telemetry.begin(name, context.invocation_metadata, caller=self._callers.of(context))
-        # Not `context.add_done_callback`: it would keep the context, and so the call, in a reference cycle.
-        call.add_done_callback(lambda _: telemetry.end(call_record))
+        if self._is_given_up:
+            call.give_up()
         try:
-            if isinstance(received, Unreadable):
-                raise received.error
-            validated = await validate(received, call_record)
-            permits = await self._handler.acquire_unary_permits(validated)
-            # gRPC runs the handler in this task and ends it after the answer is written, not when it is returned.
-            call.add_done_callback(lambda _: permits.close())
-            answer = await self._handler.explain(validated)
-            call_record.writing_s = time.monotonic()
-            self._write_timeout.expect(call_record.cut_off)
-            return answer
-        except SidelightError as error:
-            telemetry.failed(call_record, error)
-            if call_record.admitted_s is None or not isinstance(error, RAN_ERRORS):
-                self._pace.refuse(call_record.caller, received.n_bytes)
-            self._write_timeout.expect()
-            await abort(context, error)
-        except asyncio.CancelledError:
-            if call_record.admitted_s is None:
-                self._pace.refuse(call_record.caller, received.n_bytes)
-            if not self._is_given_up or context.cancelled():
-                if _is_late(context):  # otherwise the client disconnected, which is the call record's default
-                    telemetry.failed(call_record, DeadlineExceeded("the call's deadline passed"))
-                raise
-            call.uncancel()
-            given_up = Unavailable("the server is shutting down, and its drain_s has passed")
-            telemetry.failed(call_record, given_up)
-            await abort(context, given_up)
+            return await call.run(received, validate)
         finally:
             self._unary.discard(call)
 
@@ -157,9 +131,3 @@ class OpenCalls:
         finally:
             self._streams.discard(stream)
             stream.drop_call()
-
-
-def _is_late(context: Context) -> bool:
-    """Whether a cancelled call had reached its deadline, give or take `DEADLINE_SLACK_S` between the two clocks."""
-    left_s = context.time_remaining()
-    return left_s is not None and left_s < DEADLINE_SLACK_S

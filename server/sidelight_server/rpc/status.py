@@ -1,4 +1,4 @@
-"""Statuses: how an exception becomes a `SidelightError`, and that the status of a call."""
+"""Statuses: an unexpected exception becomes a `SidelightError`, and a `SidelightError` the status of a call."""
 
 import asyncio
 import functools

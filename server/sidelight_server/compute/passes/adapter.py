@@ -14,7 +14,7 @@ LabelForm = Literal["classes", "column", "row"]  # int64 [n], or floating [n, 1]
 
 
 @dataclass(frozen=True, slots=True)
-class Labels:
+class LabelFiller:
     """Zeros for a required keyword that takes labels, on which the outputs do not depend."""
 
     keyword: str
@@ -34,7 +34,7 @@ class Adapter:
 
     input: str = ""  # the keyword for the images; empty: the first positional argument
     arguments: tuple[tuple[str, Constant], ...] = ()
-    labels: Labels | None = None
+    labels: LabelFiller | None = None
     output: int | str | None = None  # index, key or attribute in the return value; None: the whole value
     least: int = 1  # least batch size of the module; smaller batches are padded
     most: int = 0  # largest batch size of the module; 0: no limit

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ...compute.passes.adapter import Adapter, Labels
+from ...compute.passes.adapter import Adapter, LabelFiller
 from ...config.spec import ModelSpec
 from ...errors import ConfigurationError
 from .layer_trace import Traces, trace
@@ -62,12 +62,12 @@ def _label(module: nn.Module, spec: ModelSpec, takes: "_Signature", call: Adapte
     return _first_key(module, "label_keys") if takes.anything and not takes.positional else None
 
 
-def _forms(module: nn.Module, keyword: str) -> Iterator[Labels]:
-    yield Labels(keyword)
-    yield Labels(keyword, "column")
+def _forms(module: nn.Module, keyword: str) -> Iterator[LabelFiller]:
+    yield LabelFiller(keyword)
+    yield LabelFiller(keyword, "column")
     widths = [each.out_features for each in module.modules() if isinstance(each, nn.Linear)]
     if widths and widths[-1] > 1:
-        yield Labels(keyword, "row", widths[-1])
+        yield LabelFiller(keyword, "row", widths[-1])
 
 
 def _first_key(module: nn.Module, attribute: str) -> str | None:

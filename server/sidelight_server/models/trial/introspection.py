@@ -17,8 +17,8 @@ from ...errors import ConfigurationError
 from .call_detection import check_labels, first_that_runs, possible_calls
 from .layer_search import find
 from .layer_trace import recording_gradients
-from .mode import check_mode
 from .output_detection import detect_head, last_step, output_key
+from .train_mode import check_eval_mode
 
 
 class NotNumbersError(ConfigurationError):
@@ -41,7 +41,7 @@ def detect(module: nn.Module, spec: ModelSpec, trial: Tensor | None) -> Detected
     `trial` is two inputs, [2, C, H, W]; without it nothing is run and the result is a first guess. Raises
     `ConfigurationError`, with the spec field and what the module returned; the module may raise anything.
     """
-    check_mode(module)
+    check_eval_mode(module)
     calls = list(possible_calls(module, spec))
     if trial is None:
         head = Head(spec.output_kind or "logits", spec.activation or "softmax")

@@ -10,7 +10,7 @@ from ...errors import ConfigurationError
 _TRAINS = ("train", "training")  # names of the argument in operators
 
 
-def check_mode(module: nn.Module) -> None:
+def check_eval_mode(module: nn.Module) -> None:
     """Raise `ConfigurationError` for exported programs, traces and scripts in train mode."""
     for each in module.modules():
         found = _of_script(each) if isinstance(each, torch.jit.ScriptModule) else ()

@@ -1,4 +1,4 @@
-"""Regions: sums scores over the region and for the classes of a resolved target."""
+"""Target selection: takes the score of each row's target, summed over its region, from the scores of all classes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from ..errors import FailedPrecondition, InvalidArgument
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
+class ScoredRows:
     """The outputs of n rows, with the class and the kind of score that each explains."""
 
     values: Tensor  # [n, K], or [n, K, h, w] of a dense model
@@ -27,7 +27,7 @@ class Rows:
         return self.values.detach().argmax(dim=1, keepdim=True) + int(self.values.shape[1] == 1)
 
 
-def over_both(of: Callable[[Tensor, Tensor], Tensor], sides: Tensor, rows: Rows, *, sign: int) -> Tensor:
+def over_both(of: Callable[[Tensor, Tensor], Tensor], sides: Tensor, rows: ScoredRows, *, sign: int) -> Tensor:
     """Return the sums, [n], of `of` for each row's class over the pixels of its region.
 
     `sides` are the outputs with one column per class. `sign` times the same is added for the class that a contrast
@@ -40,7 +40,7 @@ def over_both(of: Callable[[Tensor, Tensor], Tensor], sides: Tensor, rows: Rows,
     return positive + sign * _add_over_region(of, sides, replace(rows, classes=others)) * counts
 
 
-def _add_over_region(of: Callable[[Tensor, Tensor], Tensor], sides: Tensor, rows: Rows) -> Tensor:
+def _add_over_region(of: Callable[[Tensor, Tensor], Tensor], sides: Tensor, rows: ScoredRows) -> Tensor:
     if sides.ndim == 2:
         _check_no_region(rows.targets)
         return of(sides, rows.classes[:, None])[:, 0]
@@ -63,7 +63,7 @@ def _negatives(targets: Sequence[ResolvedTarget], sides: Tensor) -> tuple[Tensor
     return others, torch.tensor([target.negative is not None for target in targets], device=sides.device)
 
 
-def select_targets(scored: Tensor, rows: Rows) -> Tensor:
+def select_targets(scored: Tensor, rows: ScoredRows) -> Tensor:
     """Return the scores, [n], of the targets: of a class, minus that of a contrast class, over a region.
 
     `scored` has the score of each class, and of each pixel of a dense model.
@@ -77,7 +77,7 @@ def select_targets(scored: Tensor, rows: Rows) -> Tensor:
     return picked if counts is None else picked - scored.gather(1, others[:, None])[:, 0] * counts
 
 
-def _over_regions(scored: Tensor, rows: Rows) -> Tensor:
+def _over_regions(scored: Tensor, rows: ScoredRows) -> Tensor:
     n_classes, largest = scored.shape[1], rows.largest_classes
     summed = []
     for i, (row, target) in enumerate(zip(scored, rows.targets, strict=True)):  # [K, h, w]
