@@ -17,8 +17,8 @@ from ..config.options import KernelOptions
 from ..domain import ResolvedTarget, Score
 from ..errors import FailedPrecondition
 from ..methods.method import Layer, Probe, Rectifiers
-from .head import Head
-from .kernel_output import KernelOutput, at_least_float32, interpret_outputs
+from .outputs.head import Head
+from .outputs.kernel_output import KernelOutput, at_least_float32, interpret_outputs
 from .passes.adapter import PLAIN, Adapter
 from .passes.cuda_graphs import Recordings, recorder
 from .passes.forward import Forward

@@ -7,8 +7,8 @@ from dataclasses import asdict
 
 from torch import Tensor
 
-from ..compute.head import Head
 from ..compute.kernel import Kernel
+from ..compute.outputs.head import Head
 from ..compute.passes.adapter import Adapter
 from ..compute.weights import Changes, Identity, digest_of
 from ..config.spec import ModelSpec

@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...compute.kernel_output import KernelOutput
 from ...compute.max_abs import largest_absolute
+from ...compute.outputs.kernel_output import KernelOutput
 from ...compute.staging import HostCopy, Staging, magnitudes
 from ...compute.weights import Identity
 from ...domain import PREDICTED

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from ...compute.head import Head
+from ...compute.outputs.head import Head
 from ...compute.passes.adapter import Adapter, summary
 from ...compute.passes.layers import Layers
 from ...config.spec import ModelSpec

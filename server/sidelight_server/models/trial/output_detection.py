@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ...compute.head import Head
+from ...compute.outputs.head import Head
 from ...compute.passes.adapter import Adapter, items, summary
 from ...config.options import Activation, Outputs
 from ...config.spec import ModelSpec

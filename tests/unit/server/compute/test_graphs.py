@@ -8,8 +8,8 @@ import weakref
 
 import pytest
 import torch
-from sidelight_server.compute.head import Head
 from sidelight_server.compute.kernel import Kernel
+from sidelight_server.compute.outputs.head import Head
 from sidelight_server.compute.passes.adapter import PLAIN
 from sidelight_server.compute.passes.cuda_graphs import MAX_SHAPES, Recording, Recordings, Replay, recorder
 from sidelight_server.compute.passes.layers import Layers, Layout

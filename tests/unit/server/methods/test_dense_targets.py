@@ -21,7 +21,7 @@ from sidelight_server import (
     Settings,
     TopK,
 )
-from sidelight_server.compute.head import Head
+from sidelight_server.compute.outputs.head import Head
 from sidelight_server.domain import PREDICTED, ResolvedTarget
 from sidelight_server.errors import FailedPrecondition, InvalidArgument, SidelightError
 from torch import Tensor, nn

@@ -25,7 +25,7 @@ from sidelight_server import (
     SmoothGrad,
     TopK,
 )
-from sidelight_server.compute.head import MOST_LOG_ODDS, Head
+from sidelight_server.compute.outputs.head import MOST_LOG_ODDS, Head
 from sidelight_server.domain import PREDICTED, Region, ResolvedTarget
 from sklearn.datasets import load_digits
 from torch import Tensor, nn

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..config.options import Activation, Outputs
-from ..domain import ResolvedTarget, Score
-from ..errors import FailedPrecondition
+from ...config.options import Activation, Outputs
+from ...domain import ResolvedTarget, Score
+from ...errors import FailedPrecondition
 from .target_selection import ScoredRows, over_both, select_targets
 
 # A probability p is computed in float32, as torch and Captum do, if log(p / (1 − p)) lies between these bounds: p from

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..domain import ResolvedTarget, Score
-from ..errors import FailedPrecondition, InvalidArgument
+from ...domain import ResolvedTarget, Score
+from ...errors import FailedPrecondition, InvalidArgument
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..domain import ResolvedTarget, Score
+from ...domain import ResolvedTarget, Score
 from .head import Head
 
 
