@@ -18,7 +18,7 @@ from ..domain import ResolvedTarget, Score
 from ..errors import FailedPrecondition
 from ..methods.method import Layer, Probe, Rectifiers
 from .outputs.head import Head
-from .outputs.kernel_output import KernelOutput, at_least_float32, interpret_outputs
+from .outputs.interpretation import KernelOutput, at_least_float32, interpret_outputs
 from .passes.adapter import PLAIN, Adapter
 from .passes.cuda_graphs import Recordings, recorder
 from .passes.forward import Forward

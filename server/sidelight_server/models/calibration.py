@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..compute.kernel import Kernel
-from ..compute.outputs.kernel_output import KernelOutput
+from ..compute.outputs.interpretation import KernelOutput
 from ..compute.saved_memory import SavedMemory
 from ..compute.torch_device import free_memory
 from ..domain import PREDICTED, Array

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...compute.max_abs import largest_absolute
-from ...compute.outputs.kernel_output import KernelOutput
+from ...compute.outputs.interpretation import KernelOutput
 from ...compute.staging import HostCopy, Staging, magnitudes
 from ...compute.weights import Identity
 from ...domain import PREDICTED

@@ -1,4 +1,4 @@
-"""The output of the kernel: classes, probabilities and scores, evaluated from a model's outputs."""
+"""Interpretation: a model's outputs become the output of the kernel, with classes, probabilities and scores."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def interpret_outputs(
     plain_head: bool,
     step: float,
 ) -> tuple[KernelOutput, Tensor | None]:
-    """Evaluate outputs, [n, K] or [n, K, h, w]; also return the gradients of the scores at them, if requested.
+    """Interpret outputs, [n, K] or [n, K, h, w]; also return the gradients of the scores at them, if requested.
 
     `step` is the rounding step of the outputs, relative to their size.
     """
